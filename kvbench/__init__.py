@@ -1,0 +1,1 @@
+"""kvbench: compare KV-cache policies under one definition of everything."""

@@ -1,0 +1,138 @@
+"""Attention in plain torch, with the statistics policies ask for and nothing of size n x n.
+
+The output always comes from the fused kernel, whatever the policy, so prefill logits do not depend
+on it; statistics are one extra pass over blocks of queries. Positions decide who sees whom: a query
+at p sees the entries held at positions 0..p. Hq query heads share H KV heads in groups of G.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_BLOCK_BYTES = 64 * 2**20
+_MAX_BLOCK_QUERIES = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """Several new tokens attending: query (B, Hq, Q, D), keys and values (B, H, T, D).
+
+    query_position (B, Q) and key_position (B, H, T) count a row's own tokens; -1 is a pad or an
+    empty slot. The last Q entries of the keys are the chunk itself. `plain` says that the chunk is a
+    whole prompt without pads, which the fused causal kernel takes as it is.
+    """
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    query_position: Tensor
+    key_position: Tensor
+    scaling: float
+    plain: bool
+
+    @property
+    def stored(self) -> int:
+        """Entries that were there before the chunk."""
+        return self.keys.shape[2] - self.query.shape[2]
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.query.shape[1] // self.keys.shape[1]
+
+
+def chunk_output(chunk: Chunk) -> Tensor:
+    """Return the attention output (B, Hq, Q, D)."""
+    grouped = chunk.group > 1
+    if chunk.plain:
+        return functional.scaled_dot_product_attention(
+            chunk.query, chunk.keys, chunk.values, is_causal=True, scale=chunk.scaling, enable_gqa=grouped
+        )
+    outputs = [
+        functional.scaled_dot_product_attention(
+            chunk.query[:, :, start:end],
+            chunk.keys[:, :, : chunk.stored + end],
+            chunk.values[:, :, : chunk.stored + end],
+            attn_mask=_sees(chunk, start, end).repeat_interleave(chunk.group, dim=1),
+            scale=chunk.scaling,
+            enable_gqa=grouped,
+        )
+        for start, end in _query_blocks(chunk)
+    ]
+    return torch.cat(outputs, dim=2)
+
+
+def column_mass(chunk: Chunk, reduction: str) -> Tensor:
+    """Return (B, H, T) float32: attention each entry receives from all real queries of the chunk."""
+    mass = torch.zeros(chunk.key_position.shape, dtype=torch.float32, device=chunk.keys.device)
+    for start, end in _query_blocks(chunk):
+        rows = reduce_group(_probabilities(chunk, start, end), reduction)
+        mass[:, :, : chunk.stored + end] += rows.sum(dim=2)
+    return mass
+
+
+def last_rows(chunk: Chunk, num_queries: int, reduction: str) -> Tensor:
+    """Return (B, H, W, T) float32: attention rows of the chunk's last W = min(num_queries, Q) queries."""
+    end = chunk.query.shape[2]
+    return reduce_group(_probabilities(chunk, max(0, end - num_queries), end), reduction)
+
+
+def decode_step(query: Tensor, keys: Tensor, values: Tensor, valid: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """One new token over the slots: query (B, Hq, 1, D) -> output (B, Hq, 1, D), rows (B, H, G, T) float32.
+
+    The row of probabilities is what the output is made of, so a policy that wants it pays nothing.
+    """
+    batch, heads, _, width = keys.shape
+    grouped = query.reshape(batch, heads, -1, width)
+    logits = torch.matmul(grouped, keys.transpose(-1, -2)).float() * scaling
+    rows = logits.masked_fill_(~valid[:, :, None], -torch.inf).softmax(dim=-1)
+    output = torch.matmul(rows.to(values.dtype), values)
+    return output.reshape(batch, -1, 1, width), rows
+
+
+_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda rows: rows.mean(dim=2),
+    "sum": lambda rows: rows.sum(dim=2),
+    "max": lambda rows: rows.amax(dim=2),
+}
+
+
+def reduce_group(rows: Tensor, reduction: str) -> Tensor:
+    """Reduce the query heads of a group, dimension 2, to their KV head by `mean`, `sum` or `max`."""
+    return _REDUCTIONS[reduction](rows)
+
+
+def _query_blocks(chunk: Chunk) -> Iterator[tuple[int, int]]:
+    """Cut the queries so that one block of float32 rows stays under 64 MiB, or is a single query."""
+    batch, heads, queries, _ = chunk.query.shape
+    row_bytes = 4 * batch * heads * chunk.keys.shape[2]
+    size = max(1, min(_MAX_BLOCK_QUERIES, _BLOCK_BYTES // row_bytes))
+    for start in range(0, queries, size):
+        yield start, min(start + size, queries)
+
+
+def _sees(chunk: Chunk, start: int, end: int) -> Tensor:
+    """(B, H, q, T') bool; a pad query sees itself only, so that its unused row is finite."""
+    query_position = chunk.query_position[:, None, start:end, None]
+    key_position = chunk.key_position[:, :, None, : chunk.stored + end]
+    sees = (key_position >= 0) & (key_position <= query_position)
+    own = torch.arange(chunk.stored + start, chunk.stored + end, device=sees.device)
+    itself = own[:, None] == torch.arange(chunk.stored + end, device=sees.device)
+    return sees | (itself & (query_position < 0))
+
+
+def _probabilities(chunk: Chunk, start: int, end: int) -> Tensor:
+    """(B, H, G, q, T') float32 softmax rows of a block of queries; rows of pads are zero."""
+    batch, _, _, width = chunk.query.shape
+    heads = chunk.keys.shape[1]
+    query = chunk.query[:, :, start:end].reshape(batch, heads, chunk.group, end - start, width)
+    keys = chunk.keys[:, :, None, : chunk.stored + end]
+    logits = torch.matmul(query, keys.transpose(-1, -2)).float() * chunk.scaling
+    logits.masked_fill_(~_sees(chunk, start, end)[:, :, None], -torch.inf)
+    real = (chunk.query_position[:, start:end] >= 0)[:, None, None, :, None]
+    return logits.softmax(dim=-1) * real

@@ -1,0 +1,82 @@
+"""A chunk of several tokens as entries: who is real, where it stands, what columns it has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvbench.cache.policy import Policy
+from kvbench.cache.slots import EMPTY, Entries, Slots
+from kvbench.cache.view import Needs, Plan
+from kvbench.errors import ModelSupportError, PolicyError
+
+
+def real_tokens(query: Tensor, padding: Tensor | None) -> Tensor:
+    """Return (B, Q) bool, False at pads.
+
+    `padding` (B, seen) covers everything seen. Raises: ModelSupportError unless pads stand left of
+    the first prompt only, and every row has a real token.
+    """
+    batch, _, new, _ = query.shape
+    if padding is None:
+        return torch.ones((batch, new), dtype=torch.bool, device=query.device)
+    real = padding[:, -new:].bool()
+    left_padded = bool((real.long().diff(dim=-1) >= 0).all()) and bool(real[:, -1].all())
+    if not left_padded or (padding.shape[1] > new and not bool(real.all())):
+        raise ModelSupportError(
+            f"the attention mask has pads that do not stand left of the first prompt (real tokens per row of this "
+            f"chunk: {real.sum(dim=-1).tolist()} of {new}); set padding_side='left'"
+        )
+    return real
+
+
+def new_positions(real: Tensor, seen: list[int]) -> Tensor:
+    """Return (B, Q) int64: each new token's index among its row's real tokens, -1 at pads."""
+    before = torch.tensor(seen or [0] * real.shape[0], dtype=torch.int64, device=real.device)
+    return torch.where(real, real.long().cumsum(-1) - 1 + before[:, None], EMPTY)
+
+
+def columns_of(
+    keys: Tensor, values: Tensor, position: Tensor, slots: Slots | None, policy: Policy, prompt_kind: Tensor | None
+) -> Entries:
+    """Return stored and new tokens together as entries; keys, values (B, H, T, D) hold both already."""
+    batch, heads, _, _ = keys.shape
+    wide = position[:, None].expand(batch, heads, position.shape[1])
+    kind = torch.zeros(wide.shape, dtype=torch.int8, device=keys.device)
+    if slots is None and prompt_kind is not None:
+        kind = _checked_kind(prompt_kind, position).to(keys.device, torch.int8)[:, None].expand(wide.shape)
+    mass = None
+    if Needs.MASS in policy.needs:
+        mass = torch.zeros(wide.shape, dtype=torch.float32, device=keys.device)
+    if slots is not None:
+        stored = slots.entries
+        wide = torch.cat((stored.position, wide), dim=-1)
+        kind = torch.cat((stored.kind, kind), dim=-1)
+        mass = None if mass is None or stored.mass is None else torch.cat((stored.mass, mass), dim=-1)
+    return Entries(keys=keys, values=values, position=wide, kind=kind, mass=mass)
+
+
+def _checked_kind(kind: Tensor, position: Tensor) -> Tensor:
+    if kind.shape != position.shape:
+        raise ModelSupportError(
+            f"prompt_kind has shape {tuple(kind.shape)}, the first prompt {tuple(position.shape)}; "
+            "give one kind per prompt token, pads included, and prefill in one piece"
+        )
+    return kind
+
+
+def check_plan(plan: Plan | None, entries: Entries, allowed: list[int], policy: Policy, layer: int) -> None:
+    """Raise PolicyError if a plan breaks the contract; `allowed` has one number per row."""
+    name = f"{type(policy).__name__}.plan in layer {layer}"
+    if plan is None:
+        raise PolicyError(f"{name} returned None although the budget {allowed} is exceeded; return a Plan")
+    if plan.keep.shape != entries.position.shape or plan.keep.dtype != torch.bool:
+        raise PolicyError(
+            f"{name} returned keep of {plan.keep.dtype} and shape {tuple(plan.keep.shape)}; "
+            f"it must be bool of shape (B, H, T) = {tuple(entries.position.shape)}"
+        )
+    if bool((plan.keep & (entries.position < 0)).any()):
+        raise PolicyError(f"{name} keeps slots that hold no token; combine keep with view.valid")
+    kept = plan.keep.sum(dim=-1)
+    if bool((kept > torch.tensor(allowed, device=kept.device)[:, None]).any()) or int(kept.min()) < 1:
+        raise PolicyError(f"{name} keeps {kept.tolist()} entries (rows x heads); allowed per row: 1 to {allowed}")

@@ -1,0 +1,179 @@
+"""One layer of the cache: takes tokens, attends, and settles at once.
+
+A prompt (or any chunk of several tokens) attends in full, statistics are reduced, the policy plans,
+and what stays moves into slots before the next layer runs: only one layer's prompt is ever
+uncompressed. A decode step writes one token, attends with it, and frees one victim.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from kvbench.cache.attend import Chunk, chunk_output, column_mass, decode_step, last_rows, reduce_group
+from kvbench.cache.chunks import check_plan, columns_of, new_positions, real_tokens
+from kvbench.cache.layer_setup import LayerSetup, row_tensor, view_of
+from kvbench.cache.ledger import Ledger
+from kvbench.cache.positions import shifted_chunk, shifted_step
+from kvbench.cache.slots import Entries, Slots, settle
+from kvbench.cache.view import Needs, Plan, View, When
+from kvbench.errors import PolicyError
+
+GROW_TOKENS = 64
+LAYER_TAG = "kvbench_layer"
+
+
+class PolicyLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """Slots of one layer under one policy; made by `PolicyCache`."""
+
+    def __init__(self, setup: LayerSetup) -> None:
+        self.setup = setup
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything; buffers are let go."""
+        self.slots: Slots | None = None
+        self.ledger = Ledger(policy=self.setup.policy, budget=self.setup.budget)
+        self.padded_tokens = 0
+        self.is_initialized = False
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """The buffer (B, H, C, D), None before the first token."""
+        return self.slots.entries.keys if self.slots else None
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """The buffer (B, H, C, D), None before the first token."""
+        return self.slots.entries.values if self.slots else None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate nothing: how much stays is known only after the first plan."""
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        """Return tokens seen (pads included), not entries held: positions are derived from it."""
+        return self.padded_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the length of the padding mask, over everything seen, and its offset."""
+        return self.padded_tokens + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Return -1: there is no largest length."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # the name before transformers 5.23
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Refuse: rows are counted on the host, and beams would need their own counts."""
+        raise NotImplementedError("kvbench caches do not support beam search; use num_beams=1")
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Take new tokens (B, H, Q, D) and hand out what they attend to, tagged with this layer.
+
+        The model passes the very same tensor object on to the attention function, which finds the
+        layer by the tag; so no hook, no patch and no global state is needed.
+        """
+        self.is_initialized = True
+        self.padded_tokens += key_states.shape[2]
+        if self.slots is None:
+            keys, values = key_states, value_states
+        elif key_states.shape[2] == 1:
+            keys, values = self._write(self.slots, key_states, value_states)
+        else:
+            keys = torch.cat((self.slots.entries.keys, key_states), dim=2)
+            values = torch.cat((self.slots.entries.values, value_states), dim=2)
+        setattr(keys, LAYER_TAG, weakref.ref(self))
+        return keys, values
+
+    def _write(self, slots: Slots, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if max(self.ledger.held) + 1 > slots.capacity:
+            slots.grow(slots.capacity + GROW_TOKENS)
+        slots.write(keys, values, row_tensor(self.ledger.seen, keys))
+        self.ledger.arrive([1] * keys.shape[0])
+        return slots.entries.keys, slots.entries.values
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, padding: Tensor | None) -> Tensor:
+        """Return the output (B, Hq, Q, D) and settle. `padding` (B, seen) bool is False at pads."""
+        if self.slots is not None and query.shape[2] == 1:
+            return self._decode(self.slots, query, scaling)
+        real = real_tokens(query, padding)
+        position = new_positions(real, self.ledger.seen)
+        entries = columns_of(keys, values, position, self.slots, self.setup.policy, self.setup.prompt_kind)
+        self.ledger.begin_chunk(real.sum(dim=-1).tolist())
+        chunk = Chunk(
+            query=query,
+            keys=keys,
+            values=values,
+            query_position=position,
+            key_position=entries.position,
+            scaling=scaling,
+            plain=self.slots is None and min(self.ledger.seen) == query.shape[2],
+        )
+        return self._chunk(shifted_chunk(chunk, self.setup.rotation), entries)
+
+    def _chunk(self, chunk: Chunk, entries: Entries) -> Tensor:
+        """Attend in full, then let the policy plan and move what stays into slots."""
+        output = chunk_output(chunk)
+        policy = self.setup.policy
+        if entries.mass is not None:
+            entries.mass = entries.mass + column_mass(chunk, policy.reduction)
+        plan = None
+        if policy.bounded and When.PREFILL in policy.when and self.ledger.over():
+            plan = policy.plan(self._chunk_view(chunk, entries))
+            check_plan(plan, entries, self.ledger.allowed(), policy, self.setup.layer)
+        self._settle(entries, plan)
+        return output
+
+    def _chunk_view(self, chunk: Chunk, entries: Entries) -> View:
+        policy = self.setup.policy
+        window = probs = None
+        if Needs.WINDOW in policy.needs:
+            window = last_rows(chunk, policy.window_tokens, policy.reduction)
+        if Needs.PROBS in policy.needs:
+            probs = last_rows(chunk, 1, policy.reduction)[:, :, 0]
+        return view_of(
+            self.setup, self.ledger, entries, new_tokens=chunk.query.shape[2], prefill=True, window=window, probs=probs
+        )
+
+    def _settle(self, entries: Entries, plan: Plan | None) -> None:
+        self.slots = None
+        held = self.ledger.held
+        if plan is not None:
+            held = plan.keep.sum(dim=-1).amax(dim=1).tolist()
+        self.ledger.settle(held)
+        final = self.ledger.allowed(ahead_tokens=self.setup.reserve_tokens)
+        self.slots = settle(entries, plan, max(*held, *final) + 1)
+
+    def _decode(self, slots: Slots, query: Tensor, scaling: float) -> Tensor:
+        """Attend to the slots, the new token among them, then free one victim per row and head."""
+        policy, entries = self.setup.policy, slots.entries
+        query, keys = shifted_step(query, entries.keys, entries.position, self.setup.rotation)
+        output, rows = decode_step(query, keys, entries.values, entries.position >= 0, scaling)
+        probs = None
+        if policy.needs & (Needs.MASS | Needs.PROBS):
+            probs = reduce_group(rows, policy.reduction)
+        if entries.mass is not None and probs is not None:
+            entries.mass += probs
+        self._evict(slots, probs)
+        return output
+
+    def _evict(self, slots: Slots, probs: Tensor | None) -> None:
+        if not self.ledger.over():
+            slots.advance()
+            return
+        view = view_of(self.setup, self.ledger, slots.entries, new_tokens=1, prefill=False, probs=probs)
+        victim = self.setup.policy.victim(view)
+        if victim.shape != slots.length.shape or victim.dtype != torch.int64:
+            raise PolicyError(
+                f"{type(self.setup.policy).__name__}.victim returned {victim.dtype} of shape {tuple(victim.shape)}; "
+                f"it must be int64 of shape (B, H) = {tuple(slots.length.shape)}"
+            )
+        slots.release(victim, slots.length > view.budget[:, None])
+        self.ledger.evicted()

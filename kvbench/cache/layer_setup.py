@@ -1,0 +1,66 @@
+"""What one layer of a cache is told once, and the view of it that a policy gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvbench.cache.budget import Budget
+from kvbench.cache.ledger import Ledger
+from kvbench.cache.policy import Policy
+from kvbench.cache.rotation import Rotation
+from kvbench.cache.slots import Entries
+from kvbench.cache.view import Needs, View
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSetup:
+    """What a layer is told once.
+
+    rotation: given for positions=in_cache only. reserve_tokens: how many tokens will be generated;
+    more than that makes the buffers grow by copying. prompt_kind (B, T) int8 or None for text.
+    """
+
+    layer: int
+    num_layers: int
+    policy: Policy
+    budget: Budget
+    rotation: Rotation | None
+    reserve_tokens: int
+    prompt_kind: Tensor | None
+
+
+def view_of(
+    setup: LayerSetup,
+    ledger: Ledger,
+    entries: Entries,
+    *,
+    new_tokens: int,
+    prefill: bool,
+    window: Tensor | None = None,
+    probs: Tensor | None = None,
+) -> View:
+    """Return the view of `entries` for the policy; statistics it did not declare are left out."""
+    return View(
+        layer=setup.layer,
+        num_layers=setup.num_layers,
+        new_tokens=new_tokens,
+        prefill=prefill,
+        prompt=row_tensor(ledger.prompt, entries.keys),
+        seen=row_tensor(ledger.seen, entries.keys),
+        budget=row_tensor(ledger.allowed(), entries.keys),
+        keys=entries.keys,
+        values=entries.values,
+        position=entries.position,
+        kind=entries.kind,
+        mass_or_none=entries.mass,
+        window_or_none=window,
+        probs_or_none=probs if Needs.PROBS in setup.policy.needs else None,
+    )
+
+
+def row_tensor(numbers: list[int], like: Tensor) -> Tensor:
+    """Return one number per row as int64 on the device of `like`."""
+    return torch.tensor(numbers, dtype=torch.int64, device=like.device)

@@ -1,0 +1,74 @@
+"""Counts per row, kept on the host: tokens seen, entries held, entries allowed.
+
+They follow from the lengths of what went in, so deciding whether a step is over budget never waits
+for the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvbench.cache.budget import Budget
+from kvbench.cache.policy import Policy
+from kvbench.cache.view import When
+
+
+@dataclass(kw_only=True, slots=True)
+class Ledger:
+    """One layer's counts; every list has one number per row of the batch.
+
+    `held` is the largest count over the heads of the row. `settled_*` are the counts when the last
+    chunk of several tokens was settled.
+    """
+
+    policy: Policy
+    budget: Budget
+    prompt: list[int] = field(default_factory=list)
+    seen: list[int] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)
+    settled_seen: list[int] = field(default_factory=list)
+    settled_held: list[int] = field(default_factory=list)
+
+    def arrive(self, added: list[int]) -> None:
+        """Count `added` new tokens per row, pads left out."""
+        empty = [0] * len(added)
+        self.seen = [old + plus for old, plus in zip(self.seen or empty, added, strict=True)]
+        self.held = [old + plus for old, plus in zip(self.held or empty, added, strict=True)]
+        self.prompt = self.prompt or list(self.seen)
+
+    def begin_chunk(self, added: list[int]) -> None:
+        """Count a chunk of several tokens; it is planned as a prompt, under the plain budget."""
+        self.settled_seen, self.settled_held = [], []
+        self.arrive(added)
+
+    def settle(self, held: list[int]) -> None:
+        """Note what a chunk left behind."""
+        self.held, self.settled_held, self.settled_seen = list(held), list(held), list(self.seen)
+
+    def evicted(self) -> None:
+        """Note that every row over its budget lost one entry."""
+        self.held = [min(h, max(a, h - 1)) for h, a in zip(self.held, self.allowed(), strict=True)]
+
+    def over(self) -> bool:
+        """Return whether any row holds more than it may."""
+        return any(h > a for h, a in zip(self.held, self.allowed(), strict=True))
+
+    def allowed(self, *, ahead_tokens: int = 0) -> list[int]:
+        """Return the entries each row may hold once `ahead_tokens` more tokens were seen.
+
+        A policy that cuts only the prompt lets generated tokens stay; one that cuts only at decode
+        keeps what the prompt left.
+        """
+        rows = range(len(self.seen))
+        return [self._allowed(row, self.seen[row] + ahead_tokens) for row in rows]
+
+    def _allowed(self, row: int, seen: int) -> int:
+        if not self.policy.bounded:
+            return seen
+        entries = self.budget.entries(seen_tokens=seen, prompt_tokens=self.prompt[row])
+        settled = bool(self.settled_seen) and seen > self.settled_seen[row]
+        if settled and When.DECODE not in self.policy.when:
+            return self.settled_held[row] + seen - self.settled_seen[row]
+        if settled and When.PREFILL not in self.policy.when:
+            return max(entries, self.settled_held[row])
+        return entries

@@ -1,0 +1,95 @@
+"""`PolicyCache`: a transformers cache that really holds only what a policy keeps.
+
+Call `attach(model)` once, then pass `past_key_values=PolicyCache(model, policy, Budget(fraction=0.2))`
+to `model.generate` or to a forward of your own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache
+
+from kvbench.cache.attention import is_attached
+from kvbench.cache.budget import UNLIMITED, Budget
+from kvbench.cache.layer import PolicyLayer
+from kvbench.cache.layer_setup import LayerSetup
+from kvbench.cache.policy import Policy
+from kvbench.cache.positions import POSITION_MODES, PositionMode
+from kvbench.cache.rotation import rotation_of
+from kvbench.errors import ConfigError, ModelSupportError, close_matches
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Occupancy:
+    """What a cache holds now, over all layers, rows and KV heads.
+
+    entries_mean and entries_peak count entries per layer, row and KV head; stored bytes come from
+    storages (keys and values), valid bytes from the entries held, column bytes from bookkeeping.
+    """
+
+    seen_tokens: float
+    entries_mean: float
+    entries_peak: int
+    stored_bytes: int
+    valid_bytes: int
+    column_bytes: int
+
+
+class PolicyCache(Cache):
+    """A cache of slots under `policy` and `budget` for one batch of sequences.
+
+    positions: `original` or `in_cache`. reserve_tokens: tokens that will be generated, so that
+    buffers are allocated once; more than that still works, by copying. prompt_kind (B, T): kind of
+    each prompt token. Raises: ModelSupportError if `attach(model)` was not called.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        policy: Policy,
+        budget: Budget = UNLIMITED,
+        *,
+        positions: PositionMode = "original",
+        reserve_tokens: int = 0,
+        prompt_kind: Tensor | None = None,
+    ) -> None:
+        if not is_attached(model.config):
+            raise ModelSupportError("the model does not use kvbench's attention; call kvbench.attach(model) first")
+        if positions not in POSITION_MODES:
+            raise ConfigError(f"positions is {positions!r}; {close_matches(positions, POSITION_MODES)}")
+        rotation = rotation_of(model.get_decoder()) if positions == "in_cache" else None
+        num_layers = model.config.get_text_config().num_hidden_layers
+        setups = (
+            LayerSetup(
+                layer=index,
+                num_layers=num_layers,
+                policy=policy,
+                budget=budget,
+                rotation=rotation,
+                reserve_tokens=reserve_tokens,
+                prompt_kind=prompt_kind,
+            )
+            for index in range(num_layers)
+        )
+        self.policy_layers = [PolicyLayer(setup) for setup in setups]
+        super().__init__(layers=list(self.policy_layers))
+
+    def occupancy(self) -> Occupancy:
+        """Return what is held now; waits for the device. Raises: ValueError before the first token."""
+        slots = [layer.slots for layer in self.policy_layers if layer.slots is not None]
+        if not slots:
+            raise ValueError("the cache is empty; run a prompt first")
+        lengths = [s.length.float() for s in slots]
+        seen = self.policy_layers[0].ledger.seen
+        entry_bytes = [s.entries.keys.shape[-1] * s.entries.keys.element_size() * 2 for s in slots]
+        return Occupancy(
+            seen_tokens=sum(seen) / len(seen),
+            entries_mean=sum(float(length.mean()) for length in lengths) / len(lengths),
+            entries_peak=max(int(length.max()) for length in lengths),
+            stored_bytes=sum(s.stored_bytes() for s in slots),
+            valid_bytes=sum(int(s.length.sum()) * size for s, size in zip(slots, entry_bytes, strict=True)),
+            column_bytes=sum(s.column_bytes() for s in slots),
+        )

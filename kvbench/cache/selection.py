@@ -1,0 +1,70 @@
+"""Choose entries: top-k that stays, the victim of a step, the nearest survivor.
+
+Ties are decided once, here: of two entries with equal scores the older one goes first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_NO_POSITION = torch.iinfo(torch.int64).max
+
+
+def keep_top(score: Tensor, position: Tensor, budget: Tensor) -> Tensor:
+    """Return (B, H, T) bool, True for the `budget[b]` entries of highest score in each (b, h).
+
+    score (B, H, T); position (B, H, T), -1 = empty slot, never kept; budget (B,).
+    """
+    score = score.masked_fill(position < 0, -torch.inf)
+    newest_first = position.argsort(dim=-1, descending=True)
+    best_first = score.gather(-1, newest_first).argsort(dim=-1, descending=True, stable=True)
+    order = newest_first.gather(-1, best_first)
+    ranks = torch.arange(score.shape[-1], device=score.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(-1, order, ranks)
+    return (rank < budget[:, None, None]) & (position >= 0)
+
+
+def lowest(score: Tensor, position: Tensor) -> Tensor:
+    """Return (B, H) int64, the slot of lowest score among held entries, the oldest of equals."""
+    score = score.masked_fill(position < 0, torch.inf)
+    tied = (score == score.amin(dim=-1, keepdim=True)) & (position >= 0)
+    return torch.where(tied, position, _NO_POSITION).argmin(dim=-1)
+
+
+def protected_entries(
+    position: Tensor, seen: Tensor, budget: Tensor, *, num_sinks: int, num_recent: int, recent_fraction: float
+) -> Tensor:
+    """Return (B, H, T) bool: the sinks and the recent window, never more of them than the budget.
+
+    The window is the larger of `num_recent` tokens and `recent_fraction` of the budget. Where the
+    budget is too small for both, one entry is left to the window and the rest to the sinks.
+    """
+    sinks = (budget - 1).clamp(max=num_sinks)
+    recent = (budget * recent_fraction).floor().long().clamp(min=num_recent)
+    recent = torch.minimum(recent, budget - sinks)
+    is_sink = position < sinks[:, None, None]
+    is_recent = position >= (seen - recent)[:, None, None]
+    return (is_sink | is_recent) & (position >= 0)
+
+
+def age_rank(position: Tensor) -> Tensor:
+    """Return (B, H, T) int64: how many held entries are older; empty slots come last."""
+    order = torch.where(position >= 0, position, _NO_POSITION).argsort(dim=-1, stable=True)
+    ranks = torch.arange(position.shape[-1], device=position.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, ranks)
+
+
+def nearest_anchor(anchor: Tensor, member: Tensor) -> Tensor:
+    """Return (B, H, T) int64: for each member the index of the nearest anchor, else its own index.
+
+    Entries must lie in token order. Half way between two anchors the earlier one takes the entry,
+    which is the floor in Elastic Cache's Eq. 2 (arXiv 2407.18121). anchor, member (B, H, T) bool.
+    """
+    length = anchor.shape[-1]
+    own = torch.arange(length, device=anchor.device).expand_as(anchor)
+    before = torch.where(anchor, own, -1).cummax(dim=-1).values
+    after = torch.where(anchor, own, length).flip(-1).cummin(dim=-1).values.flip(-1)
+    to_earlier = (before >= 0) & ((after == length) | (own - before <= after - own))
+    nearest = torch.where(to_earlier, before, after)
+    return torch.where(member & (nearest < length), nearest, own)

@@ -1,0 +1,144 @@
+"""The storage of one layer: fixed slots, and the victim's slot takes the next token.
+
+Attention does not care about the order of entries once keys are rotated, so nothing is ever moved
+at decode: the new token is written into the free slot, and the slot of the evicted one becomes
+free. Columns (position, kind, mass) lie beside the slots, so statistics follow their tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvbench.cache.selection import age_rank
+from kvbench.cache.view import Plan
+
+EMPTY = -1
+
+
+@dataclass(kw_only=True, slots=True)
+class Entries:
+    """Keys and values with their columns: keys, values (B, H, T, D); the rest (B, H, T)."""
+
+    keys: Tensor
+    values: Tensor
+    position: Tensor
+    kind: Tensor
+    mass: Tensor | None
+
+    def columns(self) -> list[Tensor]:
+        """Return the bookkeeping columns that exist."""
+        return [column for column in (self.position, self.kind, self.mass) if column is not None]
+
+
+@dataclass(kw_only=True, slots=True)
+class Slots:
+    """A layer's buffer of C slots; `length` (B, H) counts tokens held, `free` (B, H) is the next slot."""
+
+    entries: Entries
+    length: Tensor
+    free: Tensor
+
+    @property
+    def capacity(self) -> int:
+        """Slots per row and head."""
+        return self.entries.position.shape[-1]
+
+    def write(self, keys: Tensor, values: Tensor, position: Tensor) -> None:
+        """Put one token, (B, H, 1, D), at `position` (B,) into the free slots; its kind is text."""
+        at = self.free[..., None]
+        wide = at[..., None].expand_as(keys)
+        self.entries.keys.scatter_(2, wide, keys)
+        self.entries.values.scatter_(2, wide, values)
+        self.entries.position.scatter_(2, at, position[:, None, None].expand_as(at))
+        self.entries.kind.scatter_(2, at, 0)
+        if self.entries.mass is not None:
+            self.entries.mass.scatter_(2, at, 0.0)
+        self.length = self.length + 1
+
+    def release(self, victim: Tensor, over: Tensor) -> None:
+        """Free `victim` (B, H) where `over` (B, H) holds; the others take a fresh slot next."""
+        at = victim[..., None]
+        kept = self.entries.position.gather(2, at)
+        self.entries.position.scatter_(2, at, torch.where(over[..., None], EMPTY, kept))
+        self.length = self.length - over.long()
+        self.free = torch.where(over, victim, self.length)
+
+    def advance(self) -> None:
+        """Take a fresh slot next; every slot below `length` holds a token."""
+        self.free = self.length
+
+    def grow(self, capacity: int) -> None:
+        """Copy into larger buffers; only where the final length was not announced."""
+        self.entries = _with_capacity(self.entries, capacity)
+
+    def stored_bytes(self) -> int:
+        """Return the bytes of keys and values, counted from their storages."""
+        return sum(t.untyped_storage().nbytes() for t in (self.entries.keys, self.entries.values))
+
+    def column_bytes(self) -> int:
+        """Return the bytes of the bookkeeping columns, counted from their storages."""
+        return sum(t.untyped_storage().nbytes() for t in self.entries.columns())
+
+
+def settle(entries: Entries, plan: Plan | None, capacity: int) -> Slots:
+    """Move what `plan` keeps into fresh slots in token order; the old storage is let go.
+
+    Merging averages keys and values of a bucket in float32 and adds up its mass; the entry keeps its
+    anchor's position and kind.
+    """
+    if plan is not None:
+        entries = _merged(entries, plan.merge_into) if plan.merge_into is not None else entries
+        entries.position = entries.position.masked_fill(~plan.keep, EMPTY)
+    length = (entries.position >= 0).sum(dim=-1)
+    order = age_rank(entries.position).argsort(dim=-1)[..., : int(length.max())]
+    kept = _with_capacity(_gather(entries, order), capacity)
+    return Slots(entries=kept, length=length, free=length.clone())
+
+
+def _gather(entries: Entries, order: Tensor) -> Entries:
+    wide = order[..., None].expand(*order.shape, entries.keys.shape[-1])
+    return Entries(
+        keys=entries.keys.gather(2, wide),
+        values=entries.values.gather(2, wide),
+        position=entries.position.gather(2, order),
+        kind=entries.kind.gather(2, order),
+        mass=None if entries.mass is None else entries.mass.gather(2, order),
+    )
+
+
+def _with_capacity(entries: Entries, capacity: int) -> Entries:
+    def widen(tensor: Tensor, fill: float) -> Tensor:
+        shape = (*tensor.shape[:2], capacity, *tensor.shape[3:])
+        wide = tensor.new_full(shape, fill)
+        wide[:, :, : tensor.shape[2]] = tensor
+        return wide
+
+    return Entries(
+        keys=widen(entries.keys, 0),
+        values=widen(entries.values, 0),
+        position=widen(entries.position, EMPTY),
+        kind=widen(entries.kind, 0),
+        mass=None if entries.mass is None else widen(entries.mass, 0),
+    )
+
+
+def _merged(entries: Entries, into: Tensor) -> Entries:
+    held = entries.position >= 0
+    count = torch.zeros_like(into, dtype=torch.float32).scatter_add_(2, into, held.float())
+    joined = (count > 1)[..., None]
+    wide = into[..., None].expand_as(entries.keys)
+
+    def mean(states: Tensor) -> Tensor:
+        total = torch.zeros_like(states, dtype=torch.float32)
+        total.scatter_add_(2, wide, states.float() * held[..., None])
+        return torch.where(joined, total / count.clamp(min=1)[..., None], states.float()).to(states.dtype)
+
+    mass = entries.mass
+    if mass is not None:
+        mass = torch.zeros_like(mass).scatter_add_(2, into, mass)
+    return Entries(
+        keys=mean(entries.keys), values=mean(entries.values), position=entries.position, kind=entries.kind, mass=mass
+    )

@@ -1,0 +1,107 @@
+"""What a policy reads (`View`) and what it answers (`Plan`).
+
+Tensor letters: B rows of the batch, H KV heads, T entries in the order of storage, W window
+queries, D head size. After the first eviction the order of storage is not the order of tokens:
+read `position`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Flag, IntEnum, auto
+
+from torch import Tensor
+
+from kvbench.errors import PolicyError
+
+
+class Needs(Flag):
+    """Attention statistics that a policy declares; what is not declared is not computed."""
+
+    NOTHING = 0
+    MASS = auto()  # attention received so far, summed over all queries
+    WINDOW = auto()  # attention rows of the last queries of the prompt
+    PROBS = auto()  # attention row of the newest query
+
+
+class When(Flag):
+    """When a policy cuts: after a prompt, at every decode step, or both."""
+
+    PREFILL = auto()
+    DECODE = auto()
+    BOTH = PREFILL | DECODE
+
+
+class Kind(IntEnum):
+    """What a token is."""
+
+    TEXT = 0
+    IMAGE = 1
+    SPECIAL = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class View:
+    """One layer's cache, read-only, with the newest tokens included.
+
+    keys, values (B, H, T, D), keys rotated at their original positions; position (B, H, T) int64,
+    the token's index in its own row (pads not counted), -1 where the slot holds nothing; kind
+    (B, H, T) int8, a `Kind`; prompt, seen, budget (B,) int64: tokens of the prompt, tokens seen so
+    far, entries allowed now. `new_tokens` is how many tokens came with this step (1 = decode).
+    """
+
+    layer: int
+    num_layers: int
+    new_tokens: int
+    prefill: bool
+    prompt: Tensor
+    seen: Tensor
+    budget: Tensor
+    keys: Tensor
+    values: Tensor
+    position: Tensor
+    kind: Tensor
+    mass_or_none: Tensor | None = None
+    window_or_none: Tensor | None = None
+    probs_or_none: Tensor | None = None
+
+    @property
+    def valid(self) -> Tensor:
+        """(B, H, T) bool: the slot holds a token."""
+        return self.position >= 0
+
+    @property
+    def mass(self) -> Tensor:
+        """(B, H, T) float32: attention received from every query so far, reduced to KV heads."""
+        return _declared(self.mass_or_none, "MASS")
+
+    @property
+    def window(self) -> Tensor:
+        """(B, H, W, T) float32: attention rows of the prompt's last W queries; prefill only."""
+        return _declared(self.window_or_none, "WINDOW")
+
+    @property
+    def probs(self) -> Tensor:
+        """(B, H, T) float32: attention row of the newest query."""
+        return _declared(self.probs_or_none, "PROBS")
+
+
+def _declared(statistic: Tensor | None, name: str) -> Tensor:
+    if statistic is None:
+        raise PolicyError(
+            f"the policy reads Needs.{name}, which it did not declare or which this phase does not have. "
+            f"Add `needs: ClassVar[Needs] = Needs.{name}` to the class"
+        )
+    return statistic
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Which entries stay after a prompt, and where the others go.
+
+    keep (B, H, T) bool; merge_into (B, H, T) int64, the index of the survivor whose mean each entry
+    joins (its own index: none), or None when dropped entries are simply freed.
+    """
+
+    keep: Tensor
+    merge_into: Tensor | None = None

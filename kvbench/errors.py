@@ -1,0 +1,47 @@
+"""What can go wrong, by who can mend it; every message says what to do.
+
+A message states what was wrong, the value seen, what is allowed and what to do. `assert` is for
+our own invariants only; everything a user can cause is one of these.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class KvbenchError(Exception):
+    """Base of every error that kvbench raises on purpose."""
+
+
+class ConfigError(KvbenchError):
+    """A setting is wrong; found before any model is loaded."""
+
+
+class PolicyError(KvbenchError):
+    """A policy broke its contract: wrong shape, values that are not finite, a protected victim."""
+
+
+class ModelSupportError(KvbenchError):
+    """The model uses something that kvbench does not implement, and would compute silently wrong."""
+
+
+class DataError(KvbenchError):
+    """A data set or one of its items cannot be used."""
+
+
+class MeasureError(KvbenchError):
+    """A measurement contradicts itself, so its number must not be believed."""
+
+
+class RecordError(KvbenchError):
+    """A stored record is torn, foreign, or from a version that this one cannot read."""
+
+
+def close_matches(name: str, known: Iterable[str]) -> str:
+    """Return the tail of an unknown-name message: close matches if any, else all names."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(repr(match) for match in near)}?"
+    return f"known: {', '.join(names)}"

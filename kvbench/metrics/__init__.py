@@ -1,0 +1,1 @@
+"""What is measured on a cell, and how sure the numbers are."""

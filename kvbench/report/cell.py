@@ -1,0 +1,131 @@
+"""One cell as the report sees it: labels, status and estimates, checked once so later code can trust them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvbench.errors import RecordError
+from kvbench.units import MEASURES
+
+FULL = "full"
+_USABLE = ("ok", "noisy")
+_TEXT_LABELS = ("model", "dataset", "policy", "budget", "positions")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """One measured number in base units with its 95 % interval, where one exists, and sample count."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int | None
+    method: str
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Return the interval, or the value twice when there is none."""
+        if self.low is None or self.high is None:
+            return self.value, self.value
+        return self.low, self.high
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CellResult:
+    """The accepted record of one cell. `variant` tells cells apart whose labels are equal."""
+
+    key: str
+    sweep: str
+    status: str
+    phase: str | None
+    error: str
+    model: str
+    dataset: str
+    policy: str
+    budget: str
+    budget_fraction: float | None
+    budget_tokens: int | None
+    positions: str
+    measurements: Mapping[str, Estimate]
+    samples: tuple[Mapping[str, Any], ...]
+    environment: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    started_utc: str
+    duration_s: float
+    variant: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """True when no number of this cell may be used; a noisy cell is shown with its status."""
+        return self.status not in _USABLE
+
+    @property
+    def is_full(self) -> bool:
+        """True for the cache that keeps everything."""
+        return self.policy == FULL
+
+    def estimate(self, name: str) -> Estimate | None:
+        """Return the measurement, None if the cell failed or has no such number."""
+        return None if self.failed else self.measurements.get(name)
+
+    @property
+    def series(self) -> tuple[str, str, str]:
+        """Cells with the same series differ in budget only, so a line may join them."""
+        return self.policy, self.positions, self.variant
+
+    @property
+    def sort_key(self) -> tuple[object, ...]:
+        """Order: model, dataset, full first, policy, positions, variant, budget."""
+        budget = self.budget_fraction if self.budget_fraction is not None else self.budget_tokens or 0
+        series = (not self.is_full, self.policy, self.positions, self.variant)
+        return self.model, self.dataset, *series, self.budget_fraction is None, budget, self.budget, self.key
+
+
+def parse_cell(body: Mapping[str, Any]) -> CellResult:
+    """Return `body` (a verified record body) as a cell. Raises: RecordError saying which label is wrong."""
+    labels = body["labels"]
+    for name in _TEXT_LABELS:
+        if not isinstance(labels.get(name), str) or not labels[name]:
+            raise RecordError(f"label {name} is {labels.get(name)!r:.60}; it must be text. Run the cell again.")
+    if any(not isinstance(sample, dict) for sample in body["samples"]):
+        raise RecordError("a sample is not a JSON object. Run the cell again.")
+    fraction, tokens = _number(labels.get("budget_fraction")), _number(labels.get("budget_tokens"))
+    return CellResult(
+        **{name: labels[name] for name in _TEXT_LABELS},
+        **{name: body[name] for name in ("key", "sweep", "status", "phase", "environment", "started_utc")},
+        error=_error_text(body["error"]),
+        budget_fraction=fraction,
+        budget_tokens=None if tokens is None else int(tokens),
+        measurements=_estimates(body["measurements"]),
+        samples=tuple(body["samples"]),
+        settings=body["cell"],
+        duration_s=float(body["duration_s"]),
+    )
+
+
+def _estimates(measurements: Mapping[str, Mapping[str, Any]]) -> dict[str, Estimate]:
+    """Keep known measurements that have a value, in the registry's order."""
+    found: dict[str, Estimate] = {}
+    for name in MEASURES:
+        entry = measurements.get(name, {})
+        value, n = _number(entry.get("value")), _number(entry.get("n"))
+        if value is None:
+            continue
+        found[name] = Estimate(
+            value=value,
+            low=_number(entry.get("low")),
+            high=_number(entry.get("high")),
+            n=None if n is None else int(n),
+            method=str(entry.get("method") or ""),
+        )
+    return found
+
+
+def _error_text(error: Mapping[str, Any] | None) -> str:
+    return "" if error is None else f"{error.get('type', 'error')}: {error.get('message', '')}"
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -1,0 +1,155 @@
+"""Read a results folder: every accepted record, and every file that could not be used and why.
+
+A damaged or foreign file costs its own cell only; it is listed as a problem and the rest is reported.
+
+    results = load_results(Path("results"), sweep="first")
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kvbench.errors import ConfigError, RecordError, close_matches
+from kvbench.records import read_record
+from kvbench.report.cell import CellResult, parse_cell
+from kvbench.units import MEASURES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """A file (path relative to the results folder) that was not used, or not wholly, and why."""
+
+    path: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """The cells of one model on one data set: the only ones whose numbers may be compared."""
+
+    model: str
+    dataset: str
+    cells: tuple[CellResult, ...]
+
+    @property
+    def title(self) -> str:
+        """Return the heading of the group."""
+        return f"{self.model} on {self.dataset}"
+
+    @property
+    def full(self) -> CellResult | None:
+        """The full cache's cell, if it was run and did not fail."""
+        return next((cell for cell in self.cells if cell.is_full and not cell.failed), None)
+
+    @property
+    def budgeted(self) -> tuple[CellResult, ...]:
+        """Every cell but those of the full cache."""
+        return tuple(cell for cell in self.cells if not cell.is_full)
+
+    def series_label(self, cell: CellResult) -> str:
+        """Return the policy, with positions and variant only where they tell cells of this group apart."""
+        several = not cell.is_full and len({other.positions for other in self.budgeted}) > 1
+        extras = [text for text in (cell.positions if several else "", cell.variant) if text]
+        return f"{cell.policy} ({', '.join(extras)})" if extras else cell.policy
+
+    def cell_label(self, cell: CellResult) -> str:
+        """Return series and budget."""
+        return self.series_label(cell) if cell.is_full else f"{self.series_label(cell)}, {cell.budget}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Results:
+    """All usable cells in table order, and the problems met while reading."""
+
+    records: tuple[CellResult, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """Return the cells by model and data set."""
+        by_name = itertools.groupby(self.records, key=lambda cell: (cell.model, cell.dataset))
+        return tuple(Group(model=model, dataset=data, cells=tuple(cells)) for (model, data), cells in by_name)
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Return every policy name, in table order."""
+        return tuple(dict.fromkeys(sorted((c.policy for c in self.records), key=lambda name: (name != "full", name))))
+
+
+def load_results(folder: Path, *, sweep: str | None = None) -> Results:
+    """Read `folder`/cells/*/record.json, only those of `sweep` if it is given.
+
+    Raises: ConfigError if the folder is missing or no record belongs to `sweep`.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"the results folder {folder} does not exist; run a sweep first or give the right folder.")
+    cells: list[CellResult] = []
+    problems: list[Problem] = []
+    for path in sorted((folder / "cells").glob("*/record.json")):
+        name = path.relative_to(folder).as_posix()
+        try:
+            body = read_record(path)
+            cells.append(parse_cell(body))
+        except RecordError as error:
+            problems.append(Problem(path=name, message=str(error).removeprefix(f"{path} ")))
+        else:
+            problems.extend(Problem(path=name, message=text) for text in _doubts(body, path))
+    return Results(records=_ordered(_only(cells, sweep)), problems=tuple(problems))
+
+
+def _only(cells: list[CellResult], sweep: str | None) -> list[CellResult]:
+    if sweep is None:
+        return cells
+    chosen = [cell for cell in cells if cell.sweep == sweep]
+    if not chosen:
+        known = close_matches(sweep, {cell.sweep for cell in cells})
+        raise ConfigError(f"no record belongs to the sweep {sweep!r}; {known}")
+    return chosen
+
+
+def _doubts(body: Mapping[str, Any], path: Path) -> Iterator[str]:
+    """Yield what is odd about a record that can still be used."""
+    for name in sorted(set(body["measurements"]) - set(MEASURES)):
+        yield f"unknown measurement {name!r} is not shown; {close_matches(name, MEASURES)}"
+    if not body["key"].startswith(path.parent.name):
+        yield f"the record's key starts with {body['key'][:16]}, not with its folder's name; was it moved?"
+
+
+def _ordered(cells: list[CellResult]) -> tuple[CellResult, ...]:
+    """Sort, after telling apart cells whose labels are the same."""
+    named: list[CellResult] = []
+    for twins in _by(cells, lambda cell: (cell.model, cell.dataset, *cell.series)).values():
+        repeated = any(len(same) > 1 for same in _by(twins, lambda cell: (cell.budget,)).values())
+        named.extend(_with_variants(twins) if repeated else twins)
+    return tuple(sorted(named, key=lambda cell: cell.sort_key))
+
+
+def _by(cells: Iterable[CellResult], key: Any) -> dict[tuple[object, ...], list[CellResult]]:
+    found: dict[tuple[object, ...], list[CellResult]] = {}
+    for cell in cells:
+        found.setdefault(key(cell), []).append(cell)
+    return found
+
+
+def _with_variants(cells: list[CellResult]) -> list[CellResult]:
+    """Name the settings in which cells with the same labels differ; the key if there is no such setting."""
+    flat = {cell.key: dict(_flat(cell.settings)) for cell in cells}
+    differing: set[str] = set()
+    for same in _by(cells, lambda cell: (cell.budget,)).values():
+        names = set().union(*(flat[cell.key] for cell in same))
+        differing |= {name for name in names if len({repr(flat[cell.key].get(name)) for cell in same}) > 1}
+    shown = sorted(differing)[:2]
+    texts = {cell.key: " ".join(f"{name}={flat[cell.key].get(name)}" for name in shown) for cell in cells}
+    return [replace(cell, variant=texts[cell.key] or f"key {cell.key[:8]}") for cell in cells]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

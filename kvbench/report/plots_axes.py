@@ -1,0 +1,129 @@
+"""Where cells stand on a budget axis, and the parts that several figures draw alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from kvbench.report.cell import CellResult
+from kvbench.report.load import Group
+from kvbench.report.plots_style import Mark, Palette
+from kvbench.units import measure, printed_scale
+
+_LOG_FROM = 8.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BudgetAxis:
+    """A common x axis for the budgeted cells of a group."""
+
+    title: str
+    places: dict[str, float]
+    ticks: tuple[tuple[float, str], ...]
+    is_log: bool
+
+    def apply(self, axes: Axes) -> None:
+        """Set scale, ticks and label."""
+        if self.is_log:
+            axes.set_xscale("log")
+        places = [*self.places.values(), *(place for place, _ in self.ticks)]
+        low, high = min(places), max(places)
+        room = 0.08 * (high - low) or 0.25 * abs(high) or 0.5
+        limits = (low / 1.2, high * 1.2) if self.is_log else (low - room, high + room)
+        axes.set_xlim(*limits)
+        axes.xaxis.set_major_locator(FixedLocator([place for place, _ in self.ticks]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticklabels([label for _, label in self.ticks])
+        axes.set_xlabel(self.title)
+
+
+def budget_axis(cells: Sequence[CellResult]) -> BudgetAxis:
+    """Return shares of the tokens seen, or tokens; names in order where the cells mix both.
+
+    Points stand at the realised budget where every cell has one near its setting; ticks are the settings.
+    """
+    by_fraction = {cell.key: cell.budget_fraction for cell in cells if cell.budget_fraction is not None}
+    by_tokens = {cell.key: float(cell.budget_tokens) for cell in cells if cell.budget_tokens is not None}
+    if cells and len(by_fraction) == len(cells):
+        places = {cell.key: _realised(cell, by_fraction[cell.key]) for cell in cells}
+        moved = places != by_fraction
+        title = "budget setting; points at the realised budget" if moved else "budget"
+        return _numeric(f"{title} (% of tokens)", places, sorted(set(by_fraction.values())), 100.0, " %")
+    if cells and len(by_tokens) == len(cells):
+        title = "budget (entries per layer and KV head)"
+        return _numeric(title, by_tokens, sorted(set(by_tokens.values())), 1.0, "")
+    names = list(dict.fromkeys(cell.budget for cell in sorted(cells, key=lambda cell: cell.sort_key[6:])))
+    places = {cell.key: float(names.index(cell.budget)) for cell in cells}
+    return BudgetAxis(
+        title="budget setting", places=places, ticks=tuple((float(i), n) for i, n in enumerate(names)), is_log=False
+    )
+
+
+def _numeric(
+    title: str, places: dict[str, float], settings: list[float], factor: float, suffix: str
+) -> BudgetAxis:
+    is_log = settings[0] > 0 and settings[-1] / settings[0] >= _LOG_FROM
+    ticks = tuple((setting, f"{setting * factor:.4g}{suffix}") for setting in settings)
+    return BudgetAxis(title=title, places=places, ticks=ticks, is_log=is_log)
+
+
+def _realised(cell: CellResult, setting: float) -> float:
+    found = cell.estimate("realised_budget_fraction")
+    return found.value if found and 0.67 < found.value / setting < 1.5 else setting
+
+
+def series_of(group: Group, cells: Iterable[CellResult]) -> dict[str, list[CellResult]]:
+    """Return the cells by series label, in table order."""
+    found: dict[str, list[CellResult]] = {}
+    for cell in cells:
+        found.setdefault(group.series_label(cell), []).append(cell)
+    return found
+
+
+def marks_of(group: Group, palette: Palette) -> dict[str, Mark]:
+    """Return how each series label of the group is drawn."""
+    marks: dict[str, Mark] = {}
+    seen: dict[str, int] = {}
+    for label, cells in series_of(group, group.cells).items():
+        policy = cells[0].policy
+        marks[label] = palette.mark(policy, seen.get(policy, 0))
+        seen[policy] = seen.get(policy, 0) + 1
+    return marks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scale:
+    """What an axis divides base units by, and the axis label that says so."""
+
+    factor: float
+    label: str
+
+
+def axis_scale(name: str, cells: Iterable[CellResult]) -> Scale:
+    """Return the scale in which the largest value among `cells` is printed."""
+    values = [abs(found.value) for cell in cells if (found := cell.estimate(name))]
+    factor, unit = printed_scale(name, max(values, default=0.0))
+    known = measure(name)
+    notes = [unit] if unit else []
+    notes += [f"{known.better} is better"] if known.better != "none" else []
+    return Scale(factor=factor, label=f"{known.label} ({', '.join(notes)})" if notes else known.label)
+
+
+def samples_text(cells: Iterable[CellResult], name: str) -> str:
+    """Return "n = 32", or the range where cells differ; empty when no cell states n."""
+    counts = sorted({found.n for cell in cells if (found := cell.estimate(name)) and found.n is not None})
+    if not counts:
+        return ""
+    return f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
+
+
+def note_missing(axes: Axes, name: str) -> None:
+    """Say in empty axes that there is nothing to draw."""
+    text = f"{measure(name).label}:\nnot measured in any cell"
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", style="italic")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(visible=False)

@@ -1,0 +1,109 @@
+"""The results table before it is drawn: the same rows feed the terminal, markdown and the page."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+from kvbench.report.cell import CellResult
+from kvbench.report.load import Group
+from kvbench.units import MEASURES, MISSING, format_interval, format_value, measure
+
+MAIN_COLUMNS = (
+    "ppl",
+    "rougeL_vs_full",
+    "rougeL_vs_reference",
+    "objects_recalled_fraction",
+    "ttft_ms",
+    "tpot_ms",
+    "peak_memory_bytes",
+    "kv_stored_bytes",
+)
+INTERVAL_NOTE = "[low, high] is the 95 % interval; a number without one is a single observation or an exact count."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One table entry; `value` is in base units and None when `text` is "-" or a status."""
+
+    text: str
+    interval: str = ""
+    value: float | None = None
+    n: int | None = None
+    kind: Literal["number", "missing", "failed"] = "number"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One cell of the sweep as a row."""
+
+    cell: CellResult
+    policy: str
+    budget: str
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """The rows of one group; `columns` are measurement names."""
+
+    title: str
+    counts: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+def results_table(group: Group, *, every_measure: bool = False) -> Table:
+    """Return the table of `group`: the main columns, or every measurement that any cell has."""
+    columns = _measured(group) if every_measure else _main_columns(group)
+    rows = tuple(
+        Row(
+            cell=cell,
+            policy=group.series_label(cell),
+            budget=cell.budget,
+            entries=tuple(_entry(cell, name) for name in columns),
+        )
+        for cell in group.cells
+    )
+    return Table(title=group.title, counts=counts_text(group.cells), columns=columns, rows=rows)
+
+
+def counts_text(cells: tuple[CellResult, ...]) -> str:
+    """Return "13 cells: 12 ok, 1 oom": every status counted, nothing dropped."""
+    statuses = Counter(cell.status for cell in cells)
+    order = sorted(statuses, key=lambda status: (status != "ok", status))
+    counted = ", ".join(f"{statuses[status]} {status}" for status in order)
+    return f"{len(cells)} cell{'' if len(cells) == 1 else 's'}: {counted or 'none'}"
+
+
+def column_label(name: str) -> str:
+    """Return the column's name with an arrow word for its better direction."""
+    better = measure(name).better
+    return measure(name).label if better == "none" else f"{measure(name).label} ({better} is better)"
+
+
+def _measured(group: Group) -> tuple[str, ...]:
+    return tuple(name for name in MEASURES if any(cell.estimate(name) for cell in group.cells))
+
+
+def _main_columns(group: Group) -> tuple[str, ...]:
+    """On a CPU there is no device memory, so the process's own peak takes that column."""
+    measured = _measured(group)
+    if "peak_memory_bytes" in measured or "peak_rss_bytes" not in measured:
+        return MAIN_COLUMNS
+    return tuple("peak_rss_bytes" if name == "peak_memory_bytes" else name for name in MAIN_COLUMNS)
+
+
+def _entry(cell: CellResult, name: str) -> Entry:
+    if cell.failed:
+        return Entry(text=cell.status, kind="failed")
+    found = cell.estimate(name)
+    if found is None:
+        return Entry(text=MISSING, kind="missing")
+    return Entry(
+        text=format_value(name, found.value),
+        interval=format_interval(name, found.value, found.low, found.high),
+        value=found.value,
+        n=found.n,
+    )

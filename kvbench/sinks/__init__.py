@@ -1,0 +1,1 @@
+"""Where finished cells go: the store is the truth, every other sink is a mirror of it."""

@@ -1,0 +1,72 @@
+"""One line per finished cell in the terminal, printed above any progress bar.
+
+[3/13] ok         h2o            20 % of seen   ppl 1.23 [1.10, 1.30]  rougeL_vs_full 0.912  12.3 s
+[4/13] oom        full           -              prefill: OutOfMemoryError: tried to allocate 2 GiB
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+_HEADLINES = ("ppl", "rougeL_vs_full", "objects_recalled_fraction", "tpot_ms", "kv_stored_bytes")
+_MIB_BYTES = 1024**2
+
+
+def say(line: str) -> None:
+    """Print one line to stdout without breaking a progress bar; control characters become "?"."""
+    clean = "".join(letter if letter.isprintable() else "?" for letter in line)
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        sys.stdout.write(clean + "\n")
+    else:
+        tqdm.write(clean, file=sys.stdout)
+
+
+class ConsoleSink:
+    """Prints status, policy, budget and headline numbers of each cell as it finishes."""
+
+    def __init__(self) -> None:
+        self._num_cells = 0
+        self._num_finished = 0
+
+    def open(self, sweep: str, num_cells: int) -> None:
+        """Start counting the `num_cells` cells of `sweep`."""
+        self._num_cells, self._num_finished = num_cells, 0
+
+    def record(self, body: dict[str, Any]) -> None:
+        """Print the line of one cell."""
+        self._num_finished += 1
+        say(f"[{self._num_finished}/{self._num_cells}] {cell_line(body)}")
+
+    def close(self) -> None:
+        """Do nothing; every line is out already."""
+
+
+def cell_line(body: dict[str, Any]) -> str:
+    """Return the line for one record body: numbers if it has some, else what went wrong."""
+    labels = body["labels"]
+    head = f"{body['status']:<10} {labels.get('policy', '?'):<14} {labels.get('budget', '-'):<14}"
+    parts = [_headline(name, body["measurements"][name]) for name in _HEADLINES if name in body["measurements"]]
+    if body["status"] not in ("ok", "noisy"):
+        parts = [_failure(body)]
+    return "  ".join([head.rstrip() if not any(parts) else head, *filter(None, parts), f"{body['duration_s']:.1f} s"])
+
+
+def _headline(name: str, entry: dict[str, Any]) -> str:
+    value, low, high = entry["value"], entry.get("low"), entry.get("high")
+    if value is None:
+        return ""
+    if name.endswith("_bytes"):
+        return f"{name.removesuffix('_bytes')} {value / _MIB_BYTES:.2f} MiB"
+    label, unit = (name.removesuffix("_ms"), " ms") if name.endswith("_ms") else (name, "")
+    if low is None or high is None:
+        return f"{label} {value:.3g}{unit}"
+    return f"{label} {value:.3g} [{low:.3g}, {high:.3g}]{unit}"
+
+
+def _failure(body: dict[str, Any]) -> str:
+    error = body["error"] or {}
+    first_line = str(error.get("message", "")).strip().partition("\n")[0][:160]
+    return ": ".join(part for part in (body["phase"], error.get("type"), first_line) if part)

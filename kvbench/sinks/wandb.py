@@ -1,0 +1,203 @@
+"""Weights & Biases as a mirror: one run per cell, online if it can be, else kept in a folder.
+
+The run id comes from the cell key, so a cell that is measured or uploaded again lands on the same
+run. Nothing here can stop or hang a sweep: starting and finishing an online run have a time limit,
+and after the first failure the rest of the sweep is kept offline, with one line that says how to upload.
+
+    WandbSink(project="kvbench", mode="auto", folder=Path("results"))    # runs in results/wandb/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import shlex
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from kvbench.errors import ConfigError, close_matches
+from kvbench.records import make_folder
+from kvbench.sinks.console import say
+from kvbench.sinks.wandb_fields import has_api_key, run_tags, summary_numbers
+
+if TYPE_CHECKING:
+    import wandb
+
+Mode = Literal["online", "offline", "disabled"]
+_MODES = ("auto", "online", "offline", "disabled")
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Sweep:
+    """What changes while a sweep runs; the sink itself stays frozen."""
+
+    name: str = ""
+    mode: Mode = "disabled"
+    reason: str = ""
+    num_offline: int = 0
+
+    def restart(self, name: str, mode: Mode, reason: str) -> None:
+        self.name, self.mode, self.reason, self.num_offline = name, mode, reason, 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbSink:
+    """Sends each finished cell to one run of `project`.
+
+    mode: "auto" is "online" if an API key is found, else "offline"; "disabled" does nothing.
+    folder: the results folder; the runs' files go to its subfolder wandb/.
+    timeout_s: limit for the start, and again for the end, of an online run.
+    """
+
+    project: str
+    mode: str = "auto"
+    folder: Path = Path("results")
+    entity: str | None = None
+    timeout_s: float = 10.0
+    _sweep: _Sweep = field(default_factory=_Sweep, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.mode not in _MODES:
+            raise ConfigError(f"sink.mode is {self.mode!r}; {close_matches(self.mode, _MODES)}")
+
+    def open(self, sweep: str, num_cells: int) -> None:
+        """Decide the mode for `sweep`; a missing wandb package is one warning line."""
+        self._sweep.restart(sweep, "disabled", "")
+        if self.mode != "disabled" and importlib.util.find_spec("wandb") is None:
+            _log.warning("wandb is not installed, so nothing is sent to it. Install it with: pip install wandb")
+            return
+        self._sweep.restart(sweep, *self._resolve_mode())
+
+    def record(self, body: dict[str, Any]) -> None:
+        """Send one cell; a failing online run is repeated offline, and so are all later ones."""
+        if self._sweep.mode == "online":
+            try:
+                self._write_run(body, "online")
+            # wandb raises many kinds: no network, refused key, deleted run, time limit.
+            except Exception as error:
+                self._sweep.mode = "offline"
+                self._sweep.reason = f"the online run failed: {' '.join(str(error).split())[:160]}"
+                _restart_service(self.timeout_s)
+            else:
+                return
+        if self._sweep.mode == "offline":
+            self._write_run(body, "offline")
+            self._sweep.num_offline += 1
+
+    def close(self) -> None:
+        """Print, if runs were kept offline, the one line that says why, where and how to upload them."""
+        if self._sweep.num_offline:
+            folder = (self.folder / "wandb").resolve()
+            say(
+                f"wandb: {self._sweep.num_offline} runs were kept offline ({self._sweep.reason}) in {folder}; "
+                f"upload them with: wandb sync {shlex.quote(str(folder))}/offline-run-*"
+            )
+        self._sweep.num_offline = 0
+
+    def _resolve_mode(self) -> tuple[Mode, str]:
+        wanted = self.mode
+        if wanted == "auto" and (asked := os.environ.get("WANDB_MODE", "")) in _MODES[1:]:
+            wanted = asked
+        if wanted == "disabled":
+            return "disabled", ""
+        if wanted == "offline":
+            return "offline", "as asked"
+        # Without this check wandb would stop and ask for a key at a terminal.
+        return ("online", "") if has_api_key(_quiet_setup()) else ("offline", "no API key; see wandb login")
+
+    def _write_run(self, body: dict[str, Any], mode: Mode) -> None:
+        run = self._start_run(body, mode)
+        try:
+            _log_entries(run, body["curves"].get("entries", []))
+            _log_samples(run, body["samples"])
+            run.summary.update({"status": body["status"], "duration_s": body["duration_s"], **summary_numbers(body)})
+        finally:
+            run.finish(exit_code=0 if body["status"] == "ok" else 1)
+
+    def _start_run(self, body: dict[str, Any], mode: Mode) -> wandb.Run:
+        _quiet_setup()
+        import wandb
+
+        labels = body["labels"]
+        make_folder(self.folder)  # wandb would quietly write to /tmp instead
+        return wandb.init(
+            id=body["key"][:16],
+            project=self.project,
+            entity=self.entity,
+            group=self._sweep.name or body["sweep"],
+            name=f"{labels['policy']}@{labels['budget']}",
+            job_type="cell",
+            tags=run_tags(body),
+            config={**{name: body[name] for name in ("key", "labels", "environment")}, **body["cell"]},
+            dir=str(self.folder),
+            mode=mode,
+            reinit="finish_previous",
+            settings=self._settings(),
+        )
+
+    def _settings(self) -> wandb.Settings:
+        import wandb
+
+        return wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            save_code=False,
+            disable_job_creation=True,
+            # The machine and its load are in the record; sampling them would disturb the timed cells.
+            x_disable_stats=True,
+            x_disable_meta=True,
+            x_disable_machine_info=True,
+            x_save_requirements=False,
+            init_timeout=self.timeout_s,
+            login_timeout=self.timeout_s,
+            finish_timeout=self.timeout_s,
+            finish_timeout_raises=True,
+        )
+
+
+def _log_entries(run: wandb.Run, entries: list[list[float]]) -> None:
+    run.define_metric("seen_tokens", hidden=True)
+    run.define_metric("entries/*", step_metric="seen_tokens")
+    for seen, mean, most in entries:
+        run.log({"seen_tokens": seen, "entries/mean": mean, "entries/max": most})
+
+
+def _log_samples(run: wandb.Run, samples: list[dict[str, Any]]) -> None:
+    import wandb
+
+    if not samples:
+        return
+    columns = list(dict.fromkeys(name for sample in samples for name in sample))
+    rows: list[Iterable[Any]] = [[sample.get(name) for name in columns] for sample in samples]
+    run.log({"samples": wandb.Table(columns=[*columns], data=rows, allow_mixed_types=True)})
+
+
+def _quiet_setup() -> str:
+    """Silence wandb in this process and return its server's address; no network."""
+    # Its telemetry would hold up the end of the process for 30 s if the server does not answer.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+
+    return str(wandb.setup(settings=wandb.Settings(silent=True)).settings.base_url)
+
+
+def _restart_service(limit_s: float) -> None:
+    """End wandb's own process, which holds the id of a failed run and refuses it to the next one."""
+    import wandb
+
+    def end() -> None:
+        with contextlib.suppress(Exception):
+            wandb.teardown()
+
+    # It waits for uploads without a limit of its own, so it gets a thread that can be left behind.
+    thread = threading.Thread(target=end, daemon=True)
+    thread.start()
+    thread.join(limit_s)

@@ -1,0 +1,184 @@
+"""What every measurement is: its unit, which way is better, its names, and how it is printed.
+
+One registry, so that a table, a plot and the page's glossary can not disagree. Values are stored in
+base units (bytes, milliseconds, fractions of one); only printing scales them.
+
+    >>> format_with_interval("ppl", 1.2345, 1.1, 1.36)
+    '1.234 [1.100, 1.360]'
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from kvbench.errors import ConfigError, close_matches
+
+Better = Literal["higher", "lower", "none"]
+Unit = Literal["score", "fraction", "ratio", "ppl", "nats/token", "tokens", "tokens/s", "ms", "bytes", "entries"]
+
+MISSING = "-"
+_BYTE_SCALES = ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"))
+_SUFFIXES = {"nats/token": " nats", "tokens/s": " tok/s", "ms": " ms", "fraction": " %", "ratio": "x"}
+_SIGNIFICANT = {"ppl": 4, "tokens": 3, "entries": 4}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measure:
+    """One measurement: `label` heads a column, `title` an axis; `definition` is one sentence."""
+
+    name: str
+    unit: Unit
+    better: Better
+    label: str
+    title: str
+    definition: str
+
+
+def _rouge(kind: str, what: str, against: str, target: str) -> tuple[str, Unit, Better, str, str, str]:
+    return (
+        f"rouge{kind}_vs_{against}", "score", "higher", f"ROUGE-{kind} vs {against}", f"ROUGE-{kind} against {target}",
+        f"F1 of {what} between the greedy answer and {target}, Porter-stemmed, mean over samples (0 to 1).",
+    )  # fmt: skip
+
+
+def _peak(phase: str, when: str) -> tuple[str, Unit, Better, str, str, str]:
+    return (
+        f"peak_{phase}_bytes", "bytes", "lower", f"peak {phase}", f"Peak memory, {phase}",
+        f"Largest memory allocated on the device {when}.",
+    )  # fmt: skip
+
+
+_FULL = "the answer of the full cache"
+_REFERENCE = "the data set's reference answer"
+_WORDS = {"1": "shared single words", "2": "shared word pairs", "L": "the longest common subsequence of words"}
+_ROWS: tuple[tuple[str, Unit, Better, str, str, str], ...] = (
+    ("ppl", "ppl", "lower", "PPL", "Perplexity",
+     "exp of the mean negative log-likelihood (float32) of the reference answer's tokens and end of sequence, pooled."),
+    *(_rouge(kind, _WORDS[kind], "full", _FULL) for kind in "12L"),
+    *(_rouge(kind, _WORDS[kind], "reference", _REFERENCE) for kind in "12L"),
+    ("length_ratio", "ratio", "none", "length / full", "Answer length relative to full",
+     "Tokens of the policy's answer over tokens of the full cache's answer; 1 is the same length."),
+    ("first_divergence_tokens", "tokens", "higher", "first divergence", "First divergent token",
+     "Number of answer tokens that are equal to those of the full cache before the first different one."),
+    ("kl_to_full", "nats/token", "lower", "KL to full", "KL divergence to full",
+     "KL(full || policy) of the next-token distributions along the same forced answer, mean per token."),
+    ("top1_agreement_fraction", "fraction", "higher", "top-1 agreement", "Top-1 agreement with full",
+     "Share of forced answer tokens at which policy and full cache rank the same next token first."),
+    ("objects_recalled_fraction", "fraction", "higher", "objects recalled", "Objects recalled",
+     "Share of the objects in the picture that the answer states with right place, size, texture, colour and shape."),
+    ("objects_f1", "score", "higher", "objects F1", "Objects F1",
+     "F1 of the objects that the answer states against those in the picture; invented objects count against it."),
+    ("ttft_ms", "ms", "lower", "TTFT", "Time to first token",
+     "From prepared inputs to first token: vision, prefill, compression; separate timed pass after warm-up."),
+    ("tpot_ms", "ms", "lower", "TPOT", "Time per output token",
+     "Median time of one decode step (50th percentile), same timed pass, end of sequence switched off."),
+    ("tpot_p90_ms", "ms", "lower", "TPOT p90", "Time per output token, 90th percentile",
+     "90th percentile of the time of one decode step in the same timed pass."),
+    ("throughput_tokens_per_s", "tokens/s", "higher", "throughput", "Decode throughput",
+     "Answer tokens made per second of decoding in the timed pass, over the whole batch."),
+    ("policy_ms", "ms", "lower", "policy cost", "Policy cost per token",
+     "Time spent inside the policy (scores, choice, moving entries) per decoded token."),
+    ("ttft_ratio_to_full", "ratio", "lower", "TTFT / full", "Time to first token relative to full",
+     "TTFT of the policy over TTFT of the full cache, interleaved in the same process; below 1 is faster."),
+    ("tpot_ratio_to_full", "ratio", "lower", "TPOT / full", "Time per output token relative to full",
+     "TPOT of the policy over TPOT of the full cache, interleaved in the same process; below 1 is faster."),
+    ("peak_memory_bytes", "bytes", "lower", "peak memory", "Peak memory",
+     "Largest memory allocated on the device in any phase after loading, weights included."),
+    _peak("load", "while the model is loaded"),
+    _peak("vision", "while the picture is encoded"),
+    _peak("prefill", "while the prompt is processed and compressed"),
+    _peak("decode", "while the answer is made"),
+    ("peak_rss_bytes", "bytes", "lower", "peak RSS", "Peak resident memory of the process",
+     "Largest resident set of the whole process, interpreter and libraries included; the memory figure on a CPU."),
+    ("kv_stored_bytes", "bytes", "lower", "KV bytes", "KV cache stored",
+     "Bytes of the storages that hold keys and values, unused slots included, counted from the tensors."),
+    ("kv_valid_bytes", "bytes", "lower", "KV valid", "KV cache in use",
+     "Bytes of the keys and values of the slots in use."),
+    ("kv_theoretical_bytes", "bytes", "lower", "KV theory", "KV cache in theory",
+     "Bytes that the budget implies: entries x layers x KV heads x head size x 2 x bytes per number."),
+    ("realised_budget_fraction", "fraction", "none", "realised budget", "Realised budget",
+     "Entries really kept over tokens seen, mean over decode steps, layers and heads."),
+    ("entries_mean", "entries", "none", "entries, mean", "Entries kept, mean",
+     "Cache entries per layer and KV head, mean over decode steps."),
+    ("entries_peak", "entries", "none", "entries, peak", "Entries kept, peak",
+     "Largest number of cache entries per layer and KV head at any decode step."),
+)  # fmt: skip
+
+MEASURES: dict[str, Measure] = {
+    name: Measure(name=name, unit=unit, better=better, label=label, title=title, definition=definition)
+    for name, unit, better, label, title, definition in _ROWS
+}
+
+
+def measure(name: str) -> Measure:
+    """Return what `name` is. Raises: ConfigError with close matches if there is no such measurement."""
+    if name not in MEASURES:
+        raise ConfigError(f"there is no measurement {name!r}; {close_matches(name, MEASURES)}")
+    return MEASURES[name]
+
+
+def format_value(name: str, value: float | None) -> str:
+    """Return `value` (base units) with its printed unit; "-" when there is none."""
+    if value is None:
+        return MISSING
+    factor, suffix = _scale(measure(name).unit, value)
+    return _number(value / factor, _decimals(name, value / factor)) + suffix
+
+
+def format_interval(name: str, value: float | None, low: float | None, high: float | None) -> str:
+    """Return "[low, high]" in the scale that `format_value` chose for `value`; empty without both bounds."""
+    if value is None or low is None or high is None:
+        return ""
+    factor, _ = _scale(measure(name).unit, value)
+    decimals = _decimals(name, value / factor)
+    return f"[{_number(low / factor, decimals)}, {_number(high / factor, decimals)}]"
+
+
+def format_with_interval(name: str, value: float | None, low: float | None, high: float | None) -> str:
+    """Return "1.23 [1.10, 1.36]", the unit last, as in "85.0 [81.2, 88.3] %"."""
+    interval = format_interval(name, value, low, high)
+    if value is None or not interval:
+        return format_value(name, value)
+    factor, suffix = _scale(measure(name).unit, value)
+    return f"{_number(value / factor, _decimals(name, value / factor))} {interval}{suffix}"
+
+
+def format_bytes(value: float) -> str:
+    """Return bytes as B, KiB, MiB or GiB with three significant digits."""
+    return format_value("kv_stored_bytes", value)
+
+
+def printed_scale(name: str, value: float) -> tuple[float, str]:
+    """Return (divisor, unit) that `value` is printed with, for axes that are labelled once."""
+    factor, suffix = _scale(measure(name).unit, value)
+    return factor, "x full" if suffix == "x" else suffix.strip()
+
+
+def _scale(unit: Unit, value: float) -> tuple[float, str]:
+    if unit == "fraction":
+        return 0.01, _SUFFIXES[unit]
+    if unit == "bytes":
+        for factor, suffix in _BYTE_SCALES:
+            if abs(value) >= factor:
+                return factor, f" {suffix}"
+        return 1.0, " B"
+    return 1.0, _SUFFIXES.get(unit, "")
+
+
+def _decimals(name: str, printed: float) -> int:
+    """Scores, shares and ratios have fixed places so that a column lines up; others significant digits."""
+    unit = measure(name).unit
+    if unit in ("score", "fraction", "ratio"):
+        return {"score": 3, "fraction": 1, "ratio": 2}[unit]
+    if printed == 0 or not math.isfinite(printed):
+        return 0
+    leading = math.floor(math.log10(abs(printed))) + 1
+    return max(0, min(_SIGNIFICANT.get(unit, 3) - leading, 6))
+
+
+def _number(printed: float, decimals: int) -> str:
+    if abs(printed) >= 1e6 or 0 < abs(printed) < 1e-3 and decimals > 3:
+        return f"{printed:.3g}"
+    return f"{printed:,.{decimals}f}"

@@ -1,0 +1,1 @@
+"""Published KV-cache policies, one class a file; only the yamls in conf/policy name them."""

@@ -1,0 +1,51 @@
+"""Elastic Cache: merge the prompt around anchors, then drop at a fixed point."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from kvbench.cache import Needs, Plan, Policy, View
+from kvbench.cache.selection import age_rank, keep_top, nearest_anchor, protected_entries
+from kvbench.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elastic(Policy):
+    """Elastic Cache as described (arXiv 2407.18121).
+
+    Prompt: a layer's importance is the mean over heads of the attention column sums; the top entries
+    are anchors (Sec. 3.2), every other entry joins its nearest anchor's bucket (Eq. 2), and each
+    anchor becomes the plain mean of its bucket (Eq. 3). Decode: when the budget is exceeded, the
+    entry `fixed_point` places before the newest one goes (fixed-point elimination, 25 in Sec. 4.1).
+    The first and the newest token are protected: they count in the budget, stay as they are, and are
+    no anchors. What the release does instead is another policy.
+    """
+
+    needs: ClassVar[Needs] = Needs.MASS
+    granularity: ClassVar[Literal["layer", "kv_head"]] = "layer"
+
+    fixed_point: int = 25
+
+    def __post_init__(self) -> None:
+        if self.fixed_point < 1:
+            raise ConfigError(f"policy.fixed_point is {self.fixed_point}; it must be at least 1 entry")
+
+    def plan(self, view: View) -> Plan:
+        """Choose anchors per layer and merge the rest into them."""
+        protected = protected_entries(
+            view.position, view.seen, view.budget, num_sinks=1, num_recent=1, recent_fraction=0.0
+        )
+        importance = view.mass.mean(dim=1, keepdim=True).expand_as(view.mass).masked_fill(protected, float("inf"))
+        keep = keep_top(importance, view.position, view.budget)
+        merge_into = nearest_anchor(anchor=keep & ~protected, member=view.valid & ~protected)
+        return Plan(keep=keep, merge_into=merge_into)
+
+    def victim(self, view: View) -> Tensor:
+        """Free the entry with `fixed_point` newer ones; the first token stays while there is another."""
+        rank = age_rank(view.position)
+        newest = view.valid.sum(dim=-1) - 1
+        point = (newest - self.fixed_point).clamp(min=1).minimum((newest - 1).clamp(min=0))
+        return (rank == point[..., None]).long().argmax(dim=-1)
