@@ -1,0 +1,1 @@
+"""The configuration, loaded as pkg://kvbench.conf."""

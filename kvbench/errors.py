@@ -34,6 +34,10 @@ class MeasureError(KvbenchError):
     """A measurement contradicts itself, so its number must not be believed."""
 
 
+class NonFiniteError(MeasureError):
+    """A likelihood or logit is NaN or infinite; the cell has no quality number."""
+
+
 class RecordError(KvbenchError):
     """A stored record is torn, foreign, or from a version that this one cannot read."""
 

@@ -20,7 +20,14 @@ Unit = Literal["score", "fraction", "ratio", "ppl", "nats/token", "tokens", "tok
 
 MISSING = "-"
 _BYTE_SCALES = ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"))
-_SUFFIXES = {"nats/token": " nats", "tokens/s": " tok/s", "ms": " ms", "fraction": " %", "ratio": "x"}
+_SUFFIXES = {
+    "nats/token": " nats",
+    "tokens/s": " tok/s",
+    "tokens": " tokens",
+    "ms": " ms",
+    "fraction": " %",
+    "ratio": "x",
+}
 _SIGNIFICANT = {"ppl": 4, "tokens": 3, "entries": 4}
 
 
@@ -137,12 +144,8 @@ def format_interval(name: str, value: float | None, low: float | None, high: flo
 
 
 def format_with_interval(name: str, value: float | None, low: float | None, high: float | None) -> str:
-    """Return "1.23 [1.10, 1.36]", the unit last, as in "85.0 [81.2, 88.3] %"."""
-    interval = format_interval(name, value, low, high)
-    if value is None or not interval:
-        return format_value(name, value)
-    factor, suffix = _scale(measure(name).unit, value)
-    return f"{_number(value / factor, _decimals(name, value / factor))} {interval}{suffix}"
+    """Return "1.234 [1.100, 1.360]" or "85.0 % [81.2, 88.3]"; without both bounds the value alone."""
+    return f"{format_value(name, value)} {format_interval(name, value, low, high)}".rstrip()
 
 
 def format_bytes(value: float) -> str:
@@ -172,13 +175,13 @@ def _decimals(name: str, printed: float) -> int:
     unit = measure(name).unit
     if unit in ("score", "fraction", "ratio"):
         return {"score": 3, "fraction": 1, "ratio": 2}[unit]
-    if printed == 0 or not math.isfinite(printed):
+    if printed == 0 or not math.isfinite(printed) or (unit in ("tokens", "entries") and printed == round(printed)):
         return 0
     leading = math.floor(math.log10(abs(printed))) + 1
     return max(0, min(_SIGNIFICANT.get(unit, 3) - leading, 6))
 
 
 def _number(printed: float, decimals: int) -> str:
-    if abs(printed) >= 1e6 or 0 < abs(printed) < 1e-3 and decimals > 3:
+    if abs(printed) >= 1e6 or (0 < abs(printed) < 1e-3 and decimals > 3):
         return f"{printed:.3g}"
     return f"{printed:,.{decimals}f}"

@@ -40,7 +40,7 @@ class Elastic(Policy):
         )
         importance = view.mass.mean(dim=1, keepdim=True).expand_as(view.mass).masked_fill(protected, float("inf"))
         keep = keep_top(importance, view.position, view.budget)
-        merge_into = nearest_anchor(anchor=keep & ~protected, member=view.valid & ~protected)
+        merge_into = nearest_anchor(anchor=keep & ~protected, member=view.valid & ~protected, position=view.position)
         return Plan(keep=keep, merge_into=merge_into)
 
     def victim(self, view: View) -> Tensor:

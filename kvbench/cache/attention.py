@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function
 
 from kvbench.cache.attend import Chunk, chunk_output
 from kvbench.cache.layer import LAYER_TAG
@@ -48,7 +49,15 @@ def kvbench_attention(
 
 
 def padding_mask(*, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """Hand the (B, seen) padding mask through, None when there is none."""
+    """Hand the (B, seen) padding mask through, None when there is none.
+
+    Raises: ModelSupportError for a mask that is not plain causal, which transformers tells here only.
+    """
+    if kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
+        raise ModelSupportError(
+            "the mask is not plain causal (packed sequences, image tokens that see each other, a sliding window); "
+            "kvbench attention does not implement it. Give every sequence its own row"
+        )
     return attention_mask
 
 

@@ -11,18 +11,18 @@ from kvbench.cache.view import Needs, Plan
 from kvbench.errors import ModelSupportError, PolicyError
 
 
-def real_tokens(query: Tensor, padding: Tensor | None) -> Tensor:
+def real_tokens(query: Tensor, padding: Tensor | None, *, first: bool) -> Tensor:
     """Return (B, Q) bool, False at pads.
 
-    `padding` (B, seen) covers everything seen. Raises: ModelSupportError unless pads stand left of
-    the first prompt only, and every row has a real token.
+    `padding` (B, seen) covers everything seen; `first` says that nothing was seen before. Raises:
+    ModelSupportError unless pads stand left of the first prompt only, and every row has a real token.
     """
     batch, _, new, _ = query.shape
     if padding is None:
         return torch.ones((batch, new), dtype=torch.bool, device=query.device)
     real = padding[:, -new:].bool()
     left_padded = bool((real.long().diff(dim=-1) >= 0).all()) and bool(real[:, -1].all())
-    if not left_padded or (padding.shape[1] > new and not bool(real.all())):
+    if not left_padded or (not first and not bool(real.all())):
         raise ModelSupportError(
             f"the attention mask has pads that do not stand left of the first prompt (real tokens per row of this "
             f"chunk: {real.sum(dim=-1).tolist()} of {new}); set padding_side='left'"
@@ -80,3 +80,18 @@ def check_plan(plan: Plan | None, entries: Entries, allowed: list[int], policy: 
     kept = plan.keep.sum(dim=-1)
     if bool((kept > torch.tensor(allowed, device=kept.device)[:, None]).any()) or int(kept.min()) < 1:
         raise PolicyError(f"{name} keeps {kept.tolist()} entries (rows x heads); allowed per row: 1 to {allowed}")
+    if plan.merge_into is not None:
+        _check_merge(plan.merge_into, plan.keep, name)
+
+
+def _check_merge(into: Tensor, keep: Tensor, name: str) -> None:
+    if into.shape != keep.shape or into.dtype != torch.int64:
+        raise PolicyError(
+            f"{name} returned merge_into of {into.dtype} and shape {tuple(into.shape)}; "
+            f"it must be int64 of shape (B, H, T) = {tuple(keep.shape)}"
+        )
+    if bool(((into < 0) | (into >= keep.shape[-1])).any()):
+        raise PolicyError(f"{name} merges into {into.min()} to {into.max()}; allowed: 0 to {keep.shape[-1] - 1}")
+    itself = into == torch.arange(keep.shape[-1], device=into.device)
+    if not bool((keep.gather(-1, into) | itself).all()):
+        raise PolicyError(f"{name} merges entries into some that it does not keep; give them a survivor or themselves")

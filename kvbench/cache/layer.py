@@ -20,13 +20,13 @@ from kvbench.cache.ledger import Ledger
 from kvbench.cache.positions import shifted_chunk, shifted_step
 from kvbench.cache.slots import Entries, Slots, settle
 from kvbench.cache.view import Needs, Plan, View, When
-from kvbench.errors import PolicyError
+from kvbench.errors import ModelSupportError, PolicyError
 
 GROW_TOKENS = 64
 LAYER_TAG = "kvbench_layer"
 
 
-class PolicyLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+class PolicyLayer(CacheLayerMixin):
     """Slots of one layer under one policy; made by `PolicyCache`."""
 
     def __init__(self, setup: LayerSetup) -> None:
@@ -41,12 +41,12 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.is_initialized = False
 
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
+    def keys(self) -> Tensor | None:
         """The buffer (B, H, C, D), None before the first token."""
         return self.slots.entries.keys if self.slots else None
 
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
+    def values(self) -> Tensor | None:
         """The buffer (B, H, C, D), None before the first token."""
         return self.slots.entries.values if self.slots else None
 
@@ -70,7 +70,7 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Refuse: rows are counted on the host, and beams would need their own counts."""
-        raise NotImplementedError("kvbench caches do not support beam search; use num_beams=1")
+        raise ModelSupportError("kvbench caches do not support beam search; use num_beams=1")
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -103,7 +103,7 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Return the output (B, Hq, Q, D) and settle. `padding` (B, seen) bool is False at pads."""
         if self.slots is not None and query.shape[2] == 1:
             return self._decode(self.slots, query, scaling)
-        real = real_tokens(query, padding)
+        real = real_tokens(query, padding, first=self.slots is None)
         position = new_positions(real, self.ledger.seen)
         entries = columns_of(keys, values, position, self.slots, self.setup.policy, self.setup.prompt_kind)
         self.ledger.begin_chunk(real.sum(dim=-1).tolist())

@@ -92,7 +92,8 @@ class ScorePolicy(Policy):
 
     def _protected_score(self, view: View) -> Tensor:
         score = self.score(view)
-        if score.ndim != 3 or score.shape[1] not in (1, view.position.shape[1]):
+        rows, _, entries = view.position.shape
+        if score.shape not in (view.position.shape, (rows, 1, entries)):
             raise PolicyError(
                 f"{type(self).__name__}.score returned shape {tuple(score.shape)}; "
                 f"it must be (B, H, T) = {tuple(view.position.shape)} or (B, 1, T)"
@@ -105,4 +106,5 @@ class ScorePolicy(Policy):
             num_recent=self.num_recent,
             recent_fraction=self.recent_fraction,
         )
-        return score.float().expand(view.position.shape).masked_fill(protected, torch.inf)
+        finite = score.float().clamp(max=torch.finfo(torch.float32).max)  # only what is protected is infinite
+        return finite.expand(view.position.shape).masked_fill(protected, torch.inf)

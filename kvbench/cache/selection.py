@@ -41,7 +41,8 @@ def protected_entries(
     budget is too small for both, one entry is left to the window and the rest to the sinks.
     """
     sinks = (budget - 1).clamp(max=num_sinks)
-    recent = (budget * recent_fraction).floor().long().clamp(min=num_recent)
+    share = (budget.double() * recent_fraction).round(decimals=9).floor().long()  # as in Budget: 0.29 of 100 is 29
+    recent = share.clamp(min=num_recent)
     recent = torch.minimum(recent, budget - sinks)
     is_sink = position < sinks[:, None, None]
     is_recent = position >= (seen - recent)[:, None, None]
@@ -55,16 +56,21 @@ def age_rank(position: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(-1, order, ranks)
 
 
-def nearest_anchor(anchor: Tensor, member: Tensor) -> Tensor:
+def nearest_anchor(anchor: Tensor, member: Tensor, position: Tensor) -> Tensor:
     """Return (B, H, T) int64: for each member the index of the nearest anchor, else its own index.
 
-    Entries must lie in token order. Half way between two anchors the earlier one takes the entry,
-    which is the floor in Elastic Cache's Eq. 2 (arXiv 2407.18121). anchor, member (B, H, T) bool.
+    Nearest on the line of held entries by age, which is not the order of storage once a slot was
+    reused. Half way between two anchors the earlier one takes the entry, which is the floor in
+    Elastic Cache's Eq. 2 (arXiv 2407.18121). anchor, member (B, H, T) bool; position (B, H, T).
     """
     length = anchor.shape[-1]
+    rank = age_rank(position)
+    slot = rank.argsort(dim=-1)
     own = torch.arange(length, device=anchor.device).expand_as(anchor)
-    before = torch.where(anchor, own, -1).cummax(dim=-1).values
-    after = torch.where(anchor, own, length).flip(-1).cummin(dim=-1).values.flip(-1)
+    is_anchor = anchor.gather(-1, slot)
+    before = torch.where(is_anchor, own, -1).cummax(dim=-1).values
+    after = torch.where(is_anchor, own, length).flip(-1).cummin(dim=-1).values.flip(-1)
     to_earlier = (before >= 0) & ((after == length) | (own - before <= after - own))
     nearest = torch.where(to_earlier, before, after)
-    return torch.where(member & (nearest < length), nearest, own)
+    nearest = torch.where(member.gather(-1, slot) & (nearest < length), nearest, own)
+    return slot.gather(-1, nearest).gather(-1, rank)

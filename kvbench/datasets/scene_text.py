@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass
 
 from kvbench.datasets.scenes import COLOURS, GRID_CELLS, SHAPES, SIZES, TEXTURES, Scene, SceneObject
+from kvbench.datasets.turn import Turn
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
 DESCRIBE_PROMPTS = (
@@ -22,14 +22,6 @@ _OBJECT_PATTERN = re.compile(
     rf"row ({'|'.join(NUMBERS)}), column ({'|'.join(NUMBERS)}), there is a "
     rf"({'|'.join(SIZES)}) ({'|'.join(TEXTURES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b"
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Turn:
-    """One question about a scene and its only right answer."""
-
-    question: str
-    answer: str
 
 
 def describe(scene: Scene) -> str:

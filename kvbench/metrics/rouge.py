@@ -37,7 +37,7 @@ def _needs_unicode(text: str) -> bool:
 @functools.cache
 def _scorer(unicode: bool) -> Any:
     # Imported here: it brings nltk, which only a run that scores text should wait for.
-    from rouge_score import rouge_scorer  # type: ignore[import-untyped]
+    from rouge_score import rouge_scorer
 
     tokenizer = _UnicodeTokenizer() if unicode else None
     return rouge_scorer.RougeScorer(list(_TYPES), use_stemmer=True, tokenizer=tokenizer)

@@ -1,0 +1,1 @@
+"""Checkpoints, their inputs, and the tiny LLaVA that comes with the package."""

@@ -14,8 +14,9 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerFast
 
 from kvbench.datasets.scene_drawing import draw_scene
-from kvbench.datasets.scene_text import Turn, describe, describe_prompt, follow_up_turns
+from kvbench.datasets.scene_text import describe, describe_prompt, follow_up_turns
 from kvbench.datasets.scenes import COLOURS, GRID_CELLS, SHAPES, SIZES, TEXTURES, Scene, scene_at
+from kvbench.datasets.turn import Turn
 
 IGNORED_LABEL = -100
 CELL_CLASSES = {"size": SIZES, "texture": TEXTURES, "colour": COLOURS, "shape": SHAPES}

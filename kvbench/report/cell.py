@@ -11,6 +11,7 @@ from kvbench.units import MEASURES
 
 FULL = "full"
 _USABLE = ("ok", "noisy")
+_LARGEST = 1e300
 _TEXT_LABELS = ("model", "dataset", "policy", "budget", "positions")
 
 
@@ -128,4 +129,7 @@ def _error_text(error: Mapping[str, Any] | None) -> str:
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """Return a finite number as float; JSON may also hold integers that no float can."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > _LARGEST:
+        return None
+    return float(value)

@@ -8,7 +8,7 @@ A damaged or foreign file costs its own cell only; it is listed as a problem and
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,13 @@ class Group:
         extras = [text for text in (cell.positions if several else "", cell.variant) if text]
         return f"{cell.policy} ({', '.join(extras)})" if extras else cell.policy
 
+    def by_series(self) -> dict[str, list[CellResult]]:
+        """Return the cells by series label, in table order."""
+        found: dict[str, list[CellResult]] = {}
+        for cell in self.cells:
+            found.setdefault(self.series_label(cell), []).append(cell)
+        return found
+
     def cell_label(self, cell: CellResult) -> str:
         """Return series and budget."""
         return self.series_label(cell) if cell.is_full else f"{self.series_label(cell)}, {cell.budget}"
@@ -80,8 +87,8 @@ class Results:
         return tuple(dict.fromkeys(sorted((c.policy for c in self.records), key=lambda name: (name != "full", name))))
 
 
-def load_results(folder: Path, *, sweep: str | None = None) -> Results:
-    """Read `folder`/cells/*/record.json, only those of `sweep` if it is given.
+def load_results(folder: Path, *, sweep: str | None = None, keys: Collection[str] | None = None) -> Results:
+    """Read `folder`/cells/*/record.json, only those of `sweep` or with a key in `keys` where given.
 
     Raises: ConfigError if the folder is missing or no record belongs to `sweep`.
     """
@@ -93,7 +100,8 @@ def load_results(folder: Path, *, sweep: str | None = None) -> Results:
         name = path.relative_to(folder).as_posix()
         try:
             body = read_record(path)
-            cells.append(parse_cell(body))
+            if keys is None or body["key"] in keys:
+                cells.append(parse_cell(body))
         except RecordError as error:
             problems.append(Problem(path=name, message=str(error).removeprefix(f"{path} ")))
         else:

@@ -50,7 +50,7 @@ def compare(first: CellResult, second: CellResult, name: str) -> Difference | No
 
 
 def is_worse(name: str, one: float, two: float) -> bool:
-    """True when `one` is a worse value of `name` than `two`."""
+    """Tell whether `one` is a worse value of `name` than `two`."""
     return one < two if measure(name).better == "higher" else one > two
 
 
@@ -88,7 +88,7 @@ def _paired_clusters(
         if mine is None or other is None:
             continue
         num_pairs += 1
-        cluster = str(sample.get("cluster", identity))
+        cluster = str(sample.get("cluster") or identity)
         a, b, c, d = sums.get(cluster, (0.0, 0.0, 0.0, 0.0))
         sums[cluster] = (a + mine[0], b + mine[1], c + other[0], d + other[1])
     return list(sums.values()), num_pairs
@@ -98,8 +98,9 @@ def _bootstrap(clusters: list[tuple[float, float, float, float]]) -> tuple[float
     totals, weights, other_totals, other_weights = (list(column) for column in zip(*clusters, strict=True))
 
     def difference(chosen: tuple[int, ...] | range) -> float:
-        mine = sum(totals[i] for i in chosen) / sum(weights[i] for i in chosen)
-        return mine - sum(other_totals[i] for i in chosen) / sum(other_weights[i] for i in chosen)
+        mine: float = sum(totals[i] for i in chosen) / sum(weights[i] for i in chosen)
+        other: float = sum(other_totals[i] for i in chosen) / sum(other_weights[i] for i in chosen)
+        return mine - other
 
     draws = sorted(difference(chosen) for chosen in _resamples(len(clusters)))
     edge = round(0.025 * NUM_RESAMPLES)

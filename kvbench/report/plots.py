@@ -11,11 +11,19 @@ from kvbench.report.load import Group, Results
 from kvbench.report.plots_pareto import pareto_figure
 from kvbench.report.plots_quality import quality_figure
 from kvbench.report.plots_rows import latency_figure, memory_figure
-from kvbench.report.plots_style import GRID, INK, MUTED, PAPER, RC, Palette, svg_text
+from kvbench.report.plots_style import BLUE, GREY, GRID, INK, MUTED, PAPER, RC, Palette, svg_text
 
 _FIGURES = {"quality": quality_figure, "pareto": pareto_figure, "latency": latency_figure, "memory": memory_figure}
 # The page swaps these for its own variables, so that figures follow its light or dark colours.
-THEME_COLOURS = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", PAPER: "var(--card)"}
+# Blue and grey are too dark for a dark page, so they get lighter there; the other colours serve both.
+THEME_COLOURS = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    GRID: "var(--grid)",
+    PAPER: "var(--card)",
+    BLUE: "var(--blue)",
+    GREY: "var(--grey)",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

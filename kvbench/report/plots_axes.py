@@ -11,6 +11,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from kvbench.report.cell import CellResult
 from kvbench.report.load import Group
 from kvbench.report.plots_style import Mark, Palette
+from kvbench.report.table_rows import samples_text
 from kvbench.units import measure, printed_scale
 
 _LOG_FROM = 8.0
@@ -43,15 +44,13 @@ class BudgetAxis:
 def budget_axis(cells: Sequence[CellResult]) -> BudgetAxis:
     """Return shares of the tokens seen, or tokens; names in order where the cells mix both.
 
-    Points stand at the realised budget where every cell has one near its setting; ticks are the settings.
+    Points stand at the realised budget where it is near the setting; ticks are the settings.
     """
     by_fraction = {cell.key: cell.budget_fraction for cell in cells if cell.budget_fraction is not None}
     by_tokens = {cell.key: float(cell.budget_tokens) for cell in cells if cell.budget_tokens is not None}
     if cells and len(by_fraction) == len(cells):
         places = {cell.key: _realised(cell, by_fraction[cell.key]) for cell in cells}
-        moved = places != by_fraction
-        title = "budget setting; points at the realised budget" if moved else "budget"
-        return _numeric(f"{title} (% of tokens)", places, sorted(set(by_fraction.values())), 100.0, " %")
+        return _numeric("budget (% of tokens)", places, sorted(set(by_fraction.values())), 100.0, " %")
     if cells and len(by_tokens) == len(cells):
         title = "budget (entries per layer and KV head)"
         return _numeric(title, by_tokens, sorted(set(by_tokens.values())), 1.0, "")
@@ -62,9 +61,7 @@ def budget_axis(cells: Sequence[CellResult]) -> BudgetAxis:
     )
 
 
-def _numeric(
-    title: str, places: dict[str, float], settings: list[float], factor: float, suffix: str
-) -> BudgetAxis:
+def _numeric(title: str, places: dict[str, float], settings: list[float], factor: float, suffix: str) -> BudgetAxis:
     is_log = settings[0] > 0 and settings[-1] / settings[0] >= _LOG_FROM
     ticks = tuple((setting, f"{setting * factor:.4g}{suffix}") for setting in settings)
     return BudgetAxis(title=title, places=places, ticks=ticks, is_log=is_log)
@@ -72,22 +69,14 @@ def _numeric(
 
 def _realised(cell: CellResult, setting: float) -> float:
     found = cell.estimate("realised_budget_fraction")
-    return found.value if found and 0.67 < found.value / setting < 1.5 else setting
-
-
-def series_of(group: Group, cells: Iterable[CellResult]) -> dict[str, list[CellResult]]:
-    """Return the cells by series label, in table order."""
-    found: dict[str, list[CellResult]] = {}
-    for cell in cells:
-        found.setdefault(group.series_label(cell), []).append(cell)
-    return found
+    return found.value if found and setting > 0 and 0.67 < found.value / setting < 1.5 else setting
 
 
 def marks_of(group: Group, palette: Palette) -> dict[str, Mark]:
     """Return how each series label of the group is drawn."""
     marks: dict[str, Mark] = {}
     seen: dict[str, int] = {}
-    for label, cells in series_of(group, group.cells).items():
+    for label, cells in group.by_series().items():
         policy = cells[0].policy
         marks[label] = palette.mark(policy, seen.get(policy, 0))
         seen[policy] = seen.get(policy, 0) + 1
@@ -96,7 +85,7 @@ def marks_of(group: Group, palette: Palette) -> dict[str, Mark]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scale:
-    """What an axis divides base units by, and the axis label that says so."""
+    """What an axis divides base units by, and its label: unit and better direction."""
 
     factor: float
     label: str
@@ -107,23 +96,33 @@ def axis_scale(name: str, cells: Iterable[CellResult]) -> Scale:
     values = [abs(found.value) for cell in cells if (found := cell.estimate(name))]
     factor, unit = printed_scale(name, max(values, default=0.0))
     known = measure(name)
-    notes = [unit] if unit else []
+    notes = [unit or {"score": "score from 0 to 1", "ppl": "perplexity"}.get(known.unit, "")]
     notes += [f"{known.better} is better"] if known.better != "none" else []
-    return Scale(factor=factor, label=f"{known.label} ({', '.join(notes)})" if notes else known.label)
+    return Scale(factor=factor, label=", ".join(note for note in notes if note))
 
 
-def samples_text(cells: Iterable[CellResult], name: str) -> str:
-    """Return "n = 32", or the range where cells differ; empty when no cell states n."""
-    counts = sorted({found.n for cell in cells if (found := cell.estimate(name)) and found.n is not None})
-    if not counts:
-        return ""
-    return f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
+def panel_title(name: str, cells: Iterable[CellResult]) -> str:
+    """Return label and sample count of a measurement."""
+    n_text = samples_text(cells, name)
+    label = measure(name).label
+    return f"{label[:1].upper()}{label[1:]}{f' ({n_text})' if n_text else ''}"
+
+
+def hide_ticks_outside(axes: Axes, low: float, high: float) -> None:
+    """Keep a share's axis from showing ticks below nothing or above all."""
+    bottom, top = axes.get_ylim()
+    shown = [tick for tick in axes.get_yticks() if max(low, bottom) <= tick <= min(high, top) + 1e-9]
+    axes.yaxis.set_major_locator(FixedLocator(shown))
+    axes.set_ylim(bottom, top)
 
 
 def note_missing(axes: Axes, name: str) -> None:
     """Say in empty axes that there is nothing to draw."""
     text = f"{measure(name).label}:\nnot measured in any cell"
+    for spine in axes.spines.values():
+        spine.set_visible(False)
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", style="italic")
     axes.set_xticks([])
     axes.set_yticks([])
+    axes.tick_params(length=0)
     axes.grid(visible=False)

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from kvbench.report.cell import CellResult, Estimate
 from kvbench.report.load import Group
 from kvbench.report.paired import is_worse
-from kvbench.report.plots_axes import axis_scale, marks_of, note_missing, samples_text
+from kvbench.report.plots_axes import axis_scale, hide_ticks_outside, marks_of, note_missing, panel_title
 from kvbench.report.plots_style import INK, MUTED, Mark, Palette, key_line, legend_above, new_figure
 from kvbench.units import measure
 
 _QUALITIES = ("rougeL_vs_full", "objects_recalled_fraction", "ppl")
 _BYTES = ("kv_stored_bytes", "kv_valid_bytes", "kv_theoretical_bytes")
 _LABEL_STEP_POINTS = 11.0
+_LOG_RATIO = 3.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,8 +37,7 @@ def pareto_figure(group: Group, palette: Palette) -> Figure:
     marks = marks_of(group, palette)
     cost = next((name for name in _BYTES if any(cell.estimate(name) for cell in group.cells)), _BYTES[0])
     for axes, name in zip(panels, names, strict=True):
-        n_text = samples_text(group.cells, name)
-        axes.set_title(f"{measure(name).title}{f' ({n_text})' if n_text else ''}")
+        axes.set_title(panel_title(name, group.cells))
         _panel(axes, group, name, cost, marks)
     keys = [key_line(label, mark, line="none") for label, mark in marks.items()]
     legend_above(figure, keys)
@@ -74,8 +75,8 @@ def _panel(axes: Axes, group: Group, name: str, cost: str, marks: Mapping[str, M
     ys = [point.quality.value / up.factor for point in front]
     axes.plot(xs, ys, color=MUTED, linewidth=1.2, zorder=2, drawstyle="steps-post")
     _frame(axes, points, across.factor, up.factor, name)
-    _front_labels(axes, group, front, list(zip(xs, ys, strict=True)), name)
-    axes.set_xlabel(across.label)
+    _front_labels(axes, front, list(zip(xs, ys, strict=True)), name)
+    axes.set_xlabel(f"{measure(cost).label} ({across.label})")
     axes.set_ylabel(up.label)
 
 
@@ -95,16 +96,23 @@ def _frame(axes: Axes, points: Sequence[_Point], across: float, up: float, name:
     xs = [point.num_bytes / across for point in points]
     lows, highs = zip(*(point.quality.bounds for point in points), strict=True)
     low, high = min(lows) / up, max(highs) / up
-    room = (high - low) or abs(high) or 1.0
+    room = (high - low) or 0.1 * abs(high) or 1.0
     below, above = (0.05, 0.16) if measure(name).better == "higher" else (0.16, 0.05)
     axes.set_ylim(low - below * room, high + above * room)
+    most = 1.0 / up if measure(name).unit in ("score", "fraction") else high + room
+    hide_ticks_outside(axes, 0.0, most)
+    if min(xs) > 0 and max(xs) / min(xs) > _LOG_RATIO:
+        # Budgets grow by factors, so do bytes; the extra room on the left holds the first label.
+        spread = max(xs) / min(xs)
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(min(xs) / spread**0.30, max(xs) * spread**0.06)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        return
     width = (max(xs) - min(xs)) or max(xs) or 1.0
     axes.set_xlim(min(xs) - 0.30 * width, max(xs) + 0.06 * width)
 
 
-def _front_labels(
-    axes: Axes, group: Group, front: Sequence[_Point], places: Sequence[tuple[float, float]], name: str
-) -> None:
+def _front_labels(axes: Axes, front: Sequence[_Point], places: Sequence[tuple[float, float]], name: str) -> None:
     """Label the front on its empty side: nothing has fewer bytes and better quality there."""
     up = 1.0 if measure(name).better == "higher" else -1.0
     pixels_to_points = 72.0 / axes.figure.get_dpi()
@@ -116,6 +124,7 @@ def _front_labels(
             wanted = last + _LABEL_STEP_POINTS
         last = wanted
         axes.annotate(
-            group.cell_label(point.cell), place, xytext=(-8, up * (wanted - height)), textcoords="offset points",
+            "full" if point.cell.is_full else point.cell.budget, place,
+            xytext=(-8, up * (wanted - height)), textcoords="offset points",
             ha="right", va="center", fontsize=8.5, zorder=7,
         )  # fmt: skip

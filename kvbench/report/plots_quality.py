@@ -15,10 +15,10 @@ from kvbench.report.plots_axes import (
     Scale,
     axis_scale,
     budget_axis,
+    hide_ticks_outside,
     marks_of,
     note_missing,
-    samples_text,
-    series_of,
+    panel_title,
 )
 from kvbench.report.plots_style import Mark, Palette, failed_key, key_line, legend_above, new_figure
 from kvbench.units import measure
@@ -33,8 +33,7 @@ def quality_figure(group: Group, palette: Palette) -> Figure:
     marks = marks_of(group, palette)
     axis = budget_axis(group.budgeted)
     for axes, name in zip(panels, QUALITY_PANELS, strict=True):
-        n_text = samples_text(group.cells, name)
-        axes.set_title(f"{measure(name).title}{f' ({n_text})' if n_text else ''}")
+        axes.set_title(panel_title(name, group.cells))
         if not any(cell.estimate(name) for cell in group.cells):
             note_missing(axes, name)
             continue
@@ -48,10 +47,13 @@ def _panel(axes: Axes, group: Group, name: str, marks: Mapping[str, Mark], axis:
     scale = axis_scale(name, group.cells)
     if group.budgeted:
         axis.apply(axes)
+    else:
+        axes.set_xticks([])
+        axes.set_xlabel("no cell with a budget")
     for cell in group.cells:
         if cell.is_full:
             _full_line(axes, cell, name, scale, marks[group.series_label(cell)])
-    for label, cells in series_of(group, group.budgeted).items():
+    for label, cells in group.by_series().items():
         _series(axes, cells, name, scale, marks[label], axis)
     _scale_y(axes, group, name, scale)
     _failed(axes, group, marks, axis)
@@ -76,9 +78,7 @@ def _series(axes: Axes, cells: list[CellResult], name: str, scale: Scale, mark: 
     if not points:
         return
     places, values, lows, highs = (list(column) for column in zip(*points, strict=True))
-    axes.plot(
-        places, values, color=mark.colour, marker=mark.marker, linestyle=mark.line, markersize=6, linewidth=1.8, zorder=4
-    )
+    axes.plot(places, values, color=mark.colour, marker=mark.marker, linestyle=mark.line, markersize=6, linewidth=1.8)
     # A band needs two places; a single one gets a bar, or its interval would be invisible.
     if len(set(places)) > 1:
         axes.fill_between(places, lows, highs, color=mark.colour, alpha=0.18, linewidth=0, zorder=3)
@@ -94,15 +94,20 @@ def _scale_y(axes: Axes, group: Group, name: str, scale: Scale) -> None:
     smallest = min(estimate.value for estimate in found) / scale.factor
     if name == "ppl" and smallest > 0 and high / smallest > _LOG_RATIO:
         axes.set_yscale("log")
-        axes.set_ylim(max(low, smallest / 2) / 1.15, high * 1.15)
+        bottom = max(low, smallest / 2)
+        room = (high / bottom) ** (0.06 * (1 + min(sum(cell.failed for cell in group.budgeted), 2)))
+        axes.set_ylim(bottom / room, high * 1.15)
         if high / smallest < 100:
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.yaxis.set_minor_formatter(NullFormatter())
         return
     room = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
-    most = 1.0 / scale.factor * 1.02 if measure(name).unit in ("score", "fraction") else high + room
-    axes.set_ylim(max(0.0, low - room), min(high + room, most) if high <= most else high + room)
+    num_failed = sum(cell.failed for cell in group.budgeted)
+    below = room * (1 + min(num_failed, 4))
+    axes.set_ylim((low - below) if num_failed else max(0.0, low - room), high + room)
+    most = 1.0 / scale.factor if measure(name).unit in ("score", "fraction") else high + room
+    hide_ticks_outside(axes, 0.0, most)
 
 
 def _failed(axes: Axes, group: Group, marks: Mapping[str, Mark], axis: BudgetAxis) -> None:
@@ -118,7 +123,8 @@ def _failed(axes: Axes, group: Group, marks: Mapping[str, Mark], axis: BudgetAxi
         height = 0.04 + 0.065 * stacked.get(place, 0)
         stacked[place] = stacked.get(place, 0) + 1
         colour = marks[group.series_label(cell)].colour
-        side = 0.5 > axes.transAxes.inverted().transform(axes.transData.transform((place, axes.get_ylim()[0])))[0]
+        across = axes.transAxes.inverted().transform(axes.transData.transform((place, axes.get_ylim()[0])))[0]
+        side = across < 0.5
         at = axes.get_xaxis_transform()
         axes.plot([place], [height], transform=at, color=colour, marker="x", markersize=6, markeredgewidth=2, zorder=6)
         axes.annotate(

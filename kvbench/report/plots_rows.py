@@ -11,18 +11,18 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from kvbench.report.cell import CellResult
 from kvbench.report.load import Group
-from kvbench.report.plots_axes import Scale, axis_scale, marks_of, note_missing, samples_text
-from kvbench.report.plots_style import GRID, INK, Mark, Palette, legend_above, new_figure
-from kvbench.units import measure
+from kvbench.report.plots_axes import axis_scale, marks_of, note_missing, panel_title
+from kvbench.report.plots_style import BLUE, GRID, INK, PAPER, Mark, Palette, legend_above, new_figure
+from kvbench.units import MISSING
 
 _LATENCY = ("ttft_ms", "ttft_ratio_to_full", "tpot_ms", "tpot_ratio_to_full")
 _PHASES = (
     ("peak_load_bytes", "load", "<", "#56b4e9"),
     ("peak_vision_bytes", "vision", "^", "#e69f00"),
     ("peak_prefill_bytes", "prefill", "D", "#009e73"),
-    ("peak_decode_bytes", "decode", "o", "#0072b2"),
-    ("peak_rss_bytes", "whole process (RSS)", "|", INK),
+    ("peak_decode_bytes", "decode", "o", BLUE),
 )
+_PROCESS = ("peak_rss_bytes", "whole process (RSS)", "s", "#cc79a7")
 
 
 def latency_figure(group: Group, palette: Palette) -> Figure:
@@ -42,6 +42,8 @@ def memory_figure(group: Group, palette: Palette) -> Figure:
     """Draw the peak of every phase, and KV bytes stored (bar) against the theory (black tick)."""
     figure, panels = new_figure(_height(group) + 0.3, 2, sharey=True)
     phases = [phase for phase in _PHASES if any(cell.estimate(phase[0]) for cell in group.cells)]
+    # The whole process is several times larger, so it would hide the phases; it stands in where there are none.
+    phases = phases or [phase for phase in (_PROCESS,) if any(cell.estimate(phase[0]) for cell in group.cells)]
     if phases:
         _phase_panel(panels[0], group, phases)
     else:
@@ -86,8 +88,20 @@ def _rows(axes: Axes, group: Group) -> None:
 
 
 def _status(axes: Axes, row: int, cell: CellResult) -> None:
-    """Write the status in the place of a number that a failed cell does not have."""
-    axes.text(0.02, row, cell.status, transform=axes.get_yaxis_transform(), va="center", fontsize=8, style="italic")
+    """Write the status of a failed cell, or a dash, in the place of a number that is not there."""
+    box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.5}
+    at = axes.get_yaxis_transform()
+    axes.text(
+        0.02,
+        row,
+        cell.status if cell.failed else MISSING,
+        transform=at,
+        va="center",
+        fontsize=8,
+        style="italic",
+        bbox=box,
+        zorder=6,
+    )
 
 
 def _latency_panel(axes: Axes, group: Group, name: str, marks: Mapping[str, Mark]) -> None:
@@ -96,7 +110,7 @@ def _latency_panel(axes: Axes, group: Group, name: str, marks: Mapping[str, Mark
     for row, cell in enumerate(group.cells):
         found = cell.estimate(name)
         if found is None:
-            _status(axes, row, cell) if cell.failed else None
+            _status(axes, row, cell)
             continue
         mark = marks[group.series_label(cell)]
         low, high = found.bounds
@@ -104,9 +118,8 @@ def _latency_panel(axes: Axes, group: Group, name: str, marks: Mapping[str, Mark
         axes.plot([found.value], [row], color=mark.colour, marker=mark.marker, markersize=6.5, zorder=4)
     if name.endswith("_ratio_to_full"):
         axes.axvline(1.0, color=INK, linestyle="--", linewidth=1.0, zorder=2)
-    n_text = samples_text(group.cells, name)
-    axes.set_title(f"{measure(name).label}{f' ({n_text})' if n_text else ''}")
-    axes.set_xlabel(scale.label.removeprefix(f"{measure(name).label} (").removesuffix(")"))
+    axes.set_title(panel_title(name, group.cells))
+    axes.set_xlabel(scale.label)
 
 
 def _phase_panel(axes: Axes, group: Group, phases: list[tuple[str, str, str, str]]) -> None:
@@ -118,13 +131,12 @@ def _phase_panel(axes: Axes, group: Group, phases: list[tuple[str, str, str, str
         values = [est.value / scale.factor for phase in phases if (est := cell.estimate(phase[0]))]
         if values:
             axes.hlines([row], [min(values)], [max(values)], color=GRID, linewidth=2.0, zorder=1)
-        elif cell.failed:
+        else:
             _status(axes, row, cell)
     for row, _, est, (_, _, marker, colour) in found:
         if est is not None:
-            size = 10 if marker == "|" else 6
-            axes.plot([est.value / scale.factor], [row], color=colour, marker=marker, markersize=size, zorder=3)
-    _bytes_label(axes, scale)
+            axes.plot([est.value / scale.factor], [row], color=colour, marker=marker, markersize=6, zorder=3)
+    axes.set_xlabel(scale.label)
 
 
 def _kv_panel(axes: Axes, group: Group, marks: Mapping[str, Mark]) -> None:
@@ -138,11 +150,7 @@ def _kv_panel(axes: Axes, group: Group, marks: Mapping[str, Mark]) -> None:
             axes.barh(row, stored.value / scale.factor, height=0.55, color=colour, alpha=0.75, zorder=2)
         if theory:
             axes.plot([theory.value / scale.factor], [row], color=INK, marker="|", markersize=13, zorder=4)
-        if cell.failed:
+        if stored is None and theory is None:
             _status(axes, row, cell)
     axes.set_xlim(left=0)
-    _bytes_label(axes, scale)
-
-
-def _bytes_label(axes: Axes, scale: Scale) -> None:
-    axes.set_xlabel(scale.label.partition(" (")[2].removesuffix(")"))
+    axes.set_xlabel(scale.label)

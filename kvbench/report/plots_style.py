@@ -18,16 +18,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 INK, MUTED, GRID, PAPER = "#1f2933", "#5f6b7a", "#d9dee5", "#ffffff"
+BLUE, GREY = "#0072b2", "#808080"
 WIDTH_INCHES = 10.0
 _KNOWN = {
     "full": (INK, "s"),
-    "random": ("#808080", "X"),
+    "random": (GREY, "X"),
     "streaming_llm": ("#e69f00", "^"),
-    "h2o": ("#0072b2", "o"),
+    "h2o": (BLUE, "o"),
     "elastic": ("#009e73", "D"),
     "oracle": ("#cc79a7", "*"),
 }
-_COLOURS = ("#d55e00", "#56b4e9", "#cc79a7", "#009e73", "#0072b2", "#e69f00")
+_COLOURS = ("#d55e00", "#56b4e9", "#cc79a7", "#009e73", BLUE, "#e69f00")
 _MARKERS = ("v", "P", "h", "<", ">", "p", "d", "8")
 _LINES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
 RC: Any = {

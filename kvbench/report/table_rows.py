@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,10 +78,23 @@ def counts_text(cells: tuple[CellResult, ...]) -> str:
     return f"{len(cells)} cell{'' if len(cells) == 1 else 's'}: {counted or 'none'}"
 
 
-def column_label(name: str) -> str:
-    """Return the column's name with an arrow word for its better direction."""
-    better = measure(name).better
-    return measure(name).label if better == "none" else f"{measure(name).label} ({better} is better)"
+def samples_text(cells: Iterable[CellResult], name: str) -> str:
+    """Return "n = 32", or the range where cells differ; empty when no cell states n."""
+    counts = sorted({found.n for cell in cells if (found := cell.estimate(name)) and found.n is not None})
+    if not counts:
+        return ""
+    return f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
+
+
+def reading_note(table: Table) -> str:
+    """Return how to read an entry, and how many observations each column's numbers rest on."""
+    by_count: dict[str, list[str]] = {}
+    for name in table.columns:
+        text = samples_text((row.cell for row in table.rows), name)
+        if text:
+            by_count.setdefault(text, []).append(measure(name).label)
+    counts = "; ".join(f"{text}: {', '.join(labels)}" for text, labels in by_count.items())
+    return f"{INTERVAL_NOTE}{f' {counts}.' if counts else ''}"
 
 
 def _measured(group: Group) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Draw the results table in a terminal, as wide as it is, and as markdown.
 
-    print_tables(load_results(Path("results")))
+>>> print_tables(load_results(Path("results")))
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from collections.abc import Iterator
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from kvbench.report.load import Results
-from kvbench.report.table_rows import INTERVAL_NOTE, Entry, Row, Table, results_table
+from kvbench.report.table_rows import Entry, Row, Table, reading_note, results_table
 from kvbench.units import measure
 
 NARROW_COLUMNS = 100
+_LAYOUTS = ((False, 1), (True, 1), (True, 0))  # from roomy to tight: budget below the policy, blanks between columns
 _STYLES = {"number": "", "missing": "dim", "failed": "bold red"}
 
 
@@ -25,8 +27,8 @@ def print_tables(results: Results, console: Console | None = None) -> None:
     console = console or Console()
     for group in results.groups:
         table = results_table(group)
-        drawings = (_rich(table, joined=joined) for joined in (False, True))
-        fitting = next((drawn for drawn in drawings if console.measure(drawn).minimum <= console.width), None)
+        drawings = (_rich(table, joined=joined, padding=padding) for joined, padding in _LAYOUTS)
+        fitting = next((drawn for drawn in drawings if _width(drawn, console) <= console.width), None)
         if fitting is not None and console.width >= NARROW_COLUMNS:
             console.print(fitting)
         else:
@@ -47,15 +49,15 @@ def markdown_tables(results: Results) -> str:
     return "\n".join(parts)
 
 
-def _rich(table: Table, *, joined: bool) -> RichTable:
+def _rich(table: Table, *, joined: bool, padding: int) -> RichTable:
     """Draw the table; `joined` puts the budget below the policy, which saves a column."""
     drawn = RichTable(
         title=Text(f"{table.title} ({table.counts})"),
-        caption=Text(INTERVAL_NOTE),
+        caption=Text(reading_note(table)),
         title_justify="left",
         caption_justify="left",
         box=box.HORIZONTALS,
-        padding=(0, 1, 0, 0),
+        padding=(0, padding, 0, 0),
     )
     for head in ("policy\nbudget",) if joined else ("policy", "budget"):
         drawn.add_column(head, no_wrap=True, vertical="top")
@@ -68,6 +70,11 @@ def _rich(table: Table, *, joined: bool) -> RichTable:
         ends = following is None or following.policy != row.policy
         drawn.add_row(*heads, *(_two_lines(entry) for entry in row.entries), end_section=ends)
     return drawn
+
+
+def _width(drawn: RichTable, console: Console) -> int:
+    """Return the columns that the table needs; measured on a wide page, since rich cuts off at the console's width."""
+    return Measurement.get(console, console.options.update(width=10_000), drawn).maximum
 
 
 def _two_line_label(name: str) -> str:
@@ -90,7 +97,7 @@ def _stacked(table: Table) -> Iterator[str]:
         yield f"{row.policy}, {row.budget}{noisy}" if row.budget != "-" else f"{row.policy}{noisy}"
         yield from _stacked_entries(table, row)
     yield ""
-    yield INTERVAL_NOTE
+    yield reading_note(table)
 
 
 def _stacked_entries(table: Table, row: Row) -> Iterator[str]:
@@ -104,7 +111,7 @@ def _stacked_entries(table: Table, row: Row) -> Iterator[str]:
 
 def _markdown(table: Table) -> str:
     heads = ["policy", "budget", *(measure(name).label for name in table.columns)]
-    lines = [f"## {_escaped(table.title)}", "", f"{table.counts}. {INTERVAL_NOTE}", ""]
+    lines = [f"## {_escaped(table.title)}", "", f"{table.counts}. {reading_note(table)}", ""]
     lines += [f"| {' | '.join(heads)} |", f"|{' --- |' * 2}{' ---: |' * len(table.columns)}"]
     for row in table.rows:
         noisy = " (noisy)" if row.cell.status == "noisy" else ""

@@ -32,7 +32,7 @@ class RecordStore:
     """All records under the results folder `folder`, which is created by the first commit."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = Path(folder)
         self._reported: set[Path] = set()
 
     def cell_folder(self, key: str) -> Path:

@@ -65,6 +65,7 @@ class WandbSink:
     def __post_init__(self) -> None:
         if self.mode not in _MODES:
             raise ConfigError(f"sink.mode is {self.mode!r}; {close_matches(self.mode, _MODES)}")
+        object.__setattr__(self, "folder", Path(self.folder))  # yaml gives text
 
     def open(self, sweep: str, num_cells: int) -> None:
         """Decide the mode for `sweep`; a missing wandb package is one warning line."""
@@ -79,31 +80,27 @@ class WandbSink:
         if self._sweep.mode == "online":
             try:
                 self._write_run(body, "online")
+                return
             # wandb raises many kinds: no network, refused key, deleted run, time limit.
             except Exception as error:
-                self._sweep.mode = "offline"
-                self._sweep.reason = f"the online run failed: {' '.join(str(error).split())[:160]}"
-                _restart_service(self.timeout_s)
-            else:
-                return
+                reason = " ".join(str(error).split())[:160]
+                self._sweep.mode, self._sweep.reason = "offline", f"the online run failed: {reason}"
+                _restart_service(2 * self.timeout_s)
         if self._sweep.mode == "offline":
             self._write_run(body, "offline")
             self._sweep.num_offline += 1
 
     def close(self) -> None:
         """Print, if runs were kept offline, the one line that says why, where and how to upload them."""
-        if self._sweep.num_offline:
+        num_runs, self._sweep.num_offline = self._sweep.num_offline, 0
+        if num_runs:
             folder = (self.folder / "wandb").resolve()
-            say(
-                f"wandb: {self._sweep.num_offline} runs were kept offline ({self._sweep.reason}) in {folder}; "
-                f"upload them with: wandb sync {shlex.quote(str(folder))}/offline-run-*"
-            )
-        self._sweep.num_offline = 0
+            command = f"wandb sync {shlex.quote(str(folder))}/offline-run-*"
+            say(f"wandb: {num_runs} runs kept offline ({self._sweep.reason}) in {folder}; upload them with: {command}")
 
     def _resolve_mode(self) -> tuple[Mode, str]:
-        wanted = self.mode
-        if wanted == "auto" and (asked := os.environ.get("WANDB_MODE", "")) in _MODES[1:]:
-            wanted = asked
+        asked = os.environ.get("WANDB_MODE", "")
+        wanted = asked if self.mode == "auto" and asked in _MODES else self.mode
         if wanted == "disabled":
             return "disabled", ""
         if wanted == "offline":
@@ -201,3 +198,4 @@ def _restart_service(limit_s: float) -> None:
     thread = threading.Thread(target=end, daemon=True)
     thread.start()
     thread.join(limit_s)
+    os.environ.pop("WANDB_SERVICE", None)  # a service shared with the parent process outlives teardown()

@@ -1,0 +1,93 @@
+"""From a command line to composed configurations, with one-line errors; imports no torch.
+
+The whole grid is composed before anything runs, by Hydra itself, so that a wrong name or key stops
+the sweep at once, with the reason and close matches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kvbench.errors import ConfigError, close_matches
+
+CONFIG_MODULE = "kvbench.conf"
+CONFIG_NAME = "config"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composed:
+    """One composed cell: the settings without Hydra's own, and the name chosen in each group."""
+
+    config: DictConfig
+    choices: dict[str, str | None]
+
+
+def compose_grid(overrides: Sequence[str], *, multirun: bool, config_dir: str | None) -> list[Composed]:
+    """Return every cell that `overrides` ask for, in Hydra's order. Raises: ConfigError, one line."""
+    extra = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []
+    try:
+        with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+            return [_compose([*cell, *extra]) for cell in _cells(overrides, multirun, extra)]
+    except MissingConfigException as error:
+        raise ConfigError(_unknown_choice(error)) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_one_line(error)) from error
+
+
+def _cells(overrides: Sequence[str], multirun: bool, extra: list[str]) -> Iterator[list[str]]:
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    fixed = [o.input_line for o in parsed if o.input_line is not None and not o.is_sweep_override()]
+    hydra = _composed([*fixed, *extra]).hydra
+    if not multirun and hydra.mode != RunMode.MULTIRUN:
+        yield list(overrides)
+        return
+    params = [f"{name}={value}" for name, value in (hydra.sweeper.get("params") or {}).items()]
+    sweep = OverridesParser.create().parse_overrides([*params, *overrides])
+    yield from BasicSweeper.split_arguments(sweep, None)[0]
+
+
+def _composed(overrides: list[str]) -> Any:
+    return compose(CONFIG_NAME, overrides=overrides, return_hydra_config=True)
+
+
+def _compose(overrides: list[str]) -> Composed:
+    config = _composed(overrides)
+    choices = {str(name): value for name, value in config.hydra.runtime.choices.items()}
+    OmegaConf.set_struct(config, False)
+    config.pop("hydra")
+    return Composed(config=config, choices=choices)
+
+
+def _unknown_choice(error: MissingConfigException) -> str:
+    group, _, name = (error.missing_cfg_file or "").rpartition("/")
+    if not group or not error.options:
+        return _one_line(error)
+    return f"{group} is {name!r}; {close_matches(name, error.options)}"
+
+
+def _one_line(error: Exception) -> str:
+    """Say which key is unknown, with close matches; else the library's first lines in one."""
+    key = getattr(error, "full_key", None) or getattr(error.__cause__, "full_key", None)
+    if isinstance(error, ConfigCompositionException) and key:
+        with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+            known = list(_flat_keys(_compose([]).config))
+        if key not in known:
+            return f"{key} is no setting; {close_matches(key, known)}"
+    return " ".join(str(error).split())
+
+
+def _flat_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    for name, value in config.items_ex(resolve=False):
+        yield f"{prefix}{name}"
+        if isinstance(value, DictConfig):
+            yield from _flat_keys(value, f"{prefix}{name}.")

@@ -1,0 +1,170 @@
+"""From a composed configuration to a typed cell: types, ranges and combinations are checked here."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kvbench.cache import Budget, Policy
+from kvbench.cache.positions import POSITION_MODES, PositionMode
+from kvbench.compose import Composed
+from kvbench.errors import ConfigError, KvbenchError, close_matches
+from kvbench.models.spec import ModelSpec
+from kvbench.runs.cell import Cell
+from kvbench.runs.device import resolve_device
+from kvbench.runs.loop import CacheSetting
+from kvbench.sinks.base import SinkGroup
+
+_FULL = {"_target_": "kvbench.policies.full.Full"}
+_PATH_SETTINGS = ("path", "images")  # where a file lies does not change what is in it
+_NUMERIC_PACKAGES = ("torch", "transformers")
+
+
+def build_cell(composed: Composed) -> Cell:
+    """Return the cell. Raises: ConfigError or DataError in one line, before any model is loaded."""
+    config = composed.config
+    policy, budget = build(config.policy, "policy"), build(config.budget, "budget")
+    if not isinstance(policy, Policy):
+        raise ConfigError(f"policy._target_ gives a {type(policy).__name__}; it must be a kvbench.Policy")
+    model, dataset = build(config.model, "model"), build(config.dataset, "dataset")
+    tasks = {str(name): build(node, f"task.{name}") for name, node in config.task.items()}
+    batch_size, seed = _whole(config, "batch_size", at_least=1), _whole(config, "seed", at_least=None)
+    setting = CacheSetting(policy=policy, budget=budget, positions=_positions(config, policy))
+    _check_budget_fits(policy, budget)
+    device = resolve_device(str(config.device))
+    settings = {
+        "model": {"fingerprint": _fingerprint(model), "dtype": model.dtype},
+        "dataset": {"fingerprint": dataset.fingerprint, **_plain(config.dataset, without=_PATH_SETTINGS)},
+        "policy": {"version": policy.version, **_plain(config.policy)},
+        "budget": _plain(config.budget) if policy.bounded else None,
+        "positions": setting.positions,
+        "task": {name: _plain(node) for name, node in config.task.items()},
+        "batch_size": batch_size,
+        "seed": seed,
+        "device": device.split(":")[0],
+        "versions": {name: version(name) for name in _NUMERIC_PACKAGES},
+    }
+    return Cell(
+        settings=settings,
+        labels=_labels(composed, policy, budget, setting.positions),
+        model=model,
+        dataset=dataset,
+        setting=setting,
+        full_policy=instantiate(_FULL),
+        tasks=tasks,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+    )
+
+
+def build_sinks(config: DictConfig) -> SinkGroup:
+    """Return the sinks of the configuration. Raises: ConfigError."""
+    return SinkGroup([build(node, f"sink.{name}") for name, node in config.sink.items()])
+
+
+def results_folder(config: DictConfig) -> Path:
+    """Return the folder of everything that is written."""
+    return Path(str(config.results)).expanduser()
+
+
+def build(node: DictConfig, name: str) -> Any:
+    """Instantiate one plug-in after checking its keys and types. Raises: ConfigError, one line."""
+    try:
+        plain = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{name}: {' '.join(str(error).split())}") from error
+    if not isinstance(plain, dict) or "_target_" not in plain:
+        raise ConfigError(f"{name} has no _target_; it must name a class, such as kvbench.policies.h2o.H2O")
+    arguments = {str(key): value for key, value in plain.items() if key != "_target_"}
+    try:
+        plugin: type[Any] = get_class(plain["_target_"])
+        return plugin(**_checked(plugin, arguments, name))
+    except KvbenchError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{name}: {' '.join(str(error).split())}") from error
+
+
+def _checked(plugin: type[Any], arguments: dict[str, Any], name: str) -> dict[str, Any]:
+    if not dataclasses.is_dataclass(plugin):
+        return arguments
+    known = {field.name for field in dataclasses.fields(plugin) if field.init}
+    hints = typing.get_type_hints(plugin)
+    for key, value in arguments.items():
+        if key not in known:
+            raise ConfigError(f"{name}.{key} is no setting of {plugin.__name__}; {close_matches(key, known)}")
+        if not _fits(value, hints[key]):
+            raise ConfigError(f"{name}.{key} is {value!r}; it must be {_type_name(hints[key])}")
+    return arguments
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in options)
+    if origin is typing.Literal:
+        return value in options
+    if hint in (int, float, bool, str):
+        allowed = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}[hint]
+        return isinstance(value, allowed) and (hint is bool or not isinstance(value, bool))
+    if hint is type(None):
+        return value is None
+    return isinstance(value, str) if hint is Path else True
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(repr(option) for option in typing.get_args(hint))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
+
+
+def _whole(config: DictConfig, name: str, *, at_least: int | None) -> int:
+    value = config[name]
+    if not isinstance(value, int) or isinstance(value, bool) or (at_least is not None and value < at_least):
+        floor = "" if at_least is None else f" of at least {at_least}"
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number{floor}")
+    return value
+
+
+def _positions(config: DictConfig, policy: Policy) -> PositionMode:
+    asked = str(config.positions)
+    if asked != "native" and asked not in POSITION_MODES:
+        raise ConfigError(f"positions is {asked!r}; {close_matches(asked, ('native', *POSITION_MODES))}")
+    return policy.native_positions if asked == "native" else typing.cast(PositionMode, asked)
+
+
+def _check_budget_fits(policy: Policy, budget: Budget) -> None:
+    need = policy.smallest_budget_tokens
+    if policy.bounded and budget.tokens is not None and budget.tokens < need:
+        raise ConfigError(
+            f"budget.tokens is {budget.tokens}, but {type(policy).__name__} protects {need} tokens (sinks and recent "
+            f"window); give at least {need}, or fewer sinks"
+        )
+
+
+def _plain(node: DictConfig, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    content = typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
+    return {key: value for key, value in content.items() if key not in without}
+
+
+def _labels(composed: Composed, policy: Policy, budget: Budget, positions: str) -> dict[str, Any]:
+    names = {group: str(composed.choices[group]) for group in ("model", "dataset", "policy")}
+    limits = {"budget_fraction": budget.fraction, "budget_tokens": budget.tokens}
+    bounded = {"budget": budget.describe(), **limits}
+    unbounded = {"budget": "-", **dict.fromkeys(limits)}
+    return {**names, **(bounded if policy.bounded else unbounded), "positions": positions}
+
+
+@cache
+def _fingerprint(model: ModelSpec) -> str:
+    return model.fingerprint()

@@ -1,0 +1,43 @@
+"""What `kvbench --help` prints, made from the configuration folder, without importing Hydra."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+_GROUPS = ("model", "dataset", "policy", "budget", "task", "sink", "experiment")
+_TEXT = """\
+kvbench compares KV-cache policies under one definition of everything.
+
+  kvbench                                     run the default sweep, then print the table and write the report
+  kvbench policy=h2o budget.fraction=0.3      run one cell
+  kvbench -m policy=h2o,elastic budget.fraction=0.1,0.3
+                                              run every combination
+  kvbench +experiment=NAME                    run a named sweep
+  kvbench report [FOLDER] [--sweep NAME]      build table, figures and page again from the records
+
+settings (KEY=VALUE):
+{groups}
+  positions    native, original, in_cache
+  batch_size, seed, device (auto, cpu, cuda:N), results (folder), sweep (name), force (true: measure again)
+
+  Any value of a group can be set: budget.fraction=0.3, policy.num_sinks=8, dataset.num_samples=100,
+  task.speed.new_tokens=128, model.checkpoint=FOLDER, sink.wandb.mode=offline.
+
+flags:
+  -m, --multirun       run every combination of comma-separated values
+  --config-dir DIR     add your own yamls, DIR/policy/mine.yaml with `_target_: mine.Mine`
+  --cfg job            print the composed configuration and stop
+  --version            print the version
+
+exit codes: 0 all cells ok, 1 some cell failed, 2 wrong configuration, 130 interrupted
+"""
+
+
+def help_text() -> str:
+    """Return the help with the names that exist in each group."""
+    return _TEXT.format(groups="\n".join(f"  {group:<12} {', '.join(_names(group))}" for group in _GROUPS))
+
+
+def _names(group: str) -> list[str]:
+    folder = files("kvbench.conf") / group
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))

@@ -1,0 +1,110 @@
+"""Peak memory of tensors, phase by phase, on any device.
+
+On CUDA the allocator knows. On a CPU nothing does: resident memory holds libraries and whatever the
+allocator keeps, megabytes that no policy can move. So tensors are counted as torch makes them, by
+their storages; what a kernel uses inside itself is not seen. The process's resident peak is noted beside.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(kw_only=True)
+class PhasePeaks:
+    """Peak bytes by phase; `resident_bytes` is the process's own peak, 0 where the system does not tell."""
+
+    device: torch.device
+    base_bytes: int
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Note the peak of what runs inside under `name`, weights and earlier tensors included."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            yield
+            peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self._counter.peak_bytes = self._counter.live_bytes
+            with self._counter:
+                yield
+            peak = self.base_bytes + self._counter.peak_bytes
+        self.peak_bytes[name] = max(peak, self.peak_bytes.get(name, 0))
+
+    def __post_init__(self) -> None:
+        self._counter = StorageCounter()
+
+
+class StorageCounter(TorchDispatchMode):
+    """Counts bytes of storages made while it is active, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation, then count the storages of what it returned."""
+        known_before = {_storage_id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and _storage_id(leaf) not in known_before:
+                self._add(leaf)
+        return result
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        number, size = _storage_id(tensor), storage.nbytes()
+        if number in self._known:
+            return
+        self._known.add(number)
+        self.live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(storage, self._free, number, size)
+
+    def _free(self, number: int, size: int) -> None:
+        self._known.discard(number)
+        self.live_bytes -= size
+
+
+def parameter_bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of weights and buffers, shared storages once."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sum({_storage_id(t): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def reset_resident_peak() -> bool:
+    """Start a new resident peak for this process; False where the system cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def resident_peak_bytes() -> int:
+    """Return the process's resident peak, or what is resident now where no peak is kept."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return int(psutil.Process().memory_info().rss)
+
+
+def _storage_id(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)

@@ -1,0 +1,75 @@
+"""Load a checkpoint and put kvbench's attention on its text part."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvbench.cache import attach
+from kvbench.errors import ModelSupportError
+from kvbench.models.spec import ModelSpec
+
+VISION_FAMILIES = ("llava",)
+TEXT_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model ready to run: `processor` is the full processor or the tokenizer alone."""
+
+    model: Any
+    processor: Any
+    tokenizer: Any
+    device: torch.device
+    image_token_id: int | None
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether a picture can be part of the prompt."""
+        return self.image_token_id is not None
+
+    @property
+    def eos_token_id(self) -> int:
+        """The token that ends an answer."""
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise ModelSupportError("the tokenizer has no end token; kvbench cannot tell where an answer ends")
+        return int(eos)
+
+
+def load_model(spec: ModelSpec, device: str) -> LoadedModel:
+    """Load `spec` onto `device`. Raises: ModelSupportError for a family that is not supported."""
+    transformers = importlib.import_module("transformers")
+    source = str(spec.folder or spec.checkpoint)
+    options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    config = transformers.AutoConfig.from_pretrained(source, **options)
+    family = config.model_type
+    if family not in VISION_FAMILIES + TEXT_FAMILIES and not spec.trust_remote_code:
+        raise ModelSupportError(
+            f"{source} is of family {family!r}; supported: {', '.join(VISION_FAMILIES + TEXT_FAMILIES)}"
+        )
+    vision = family in VISION_FAMILIES
+    auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(source, dtype=getattr(torch, spec.dtype), use_safetensors=True, **options)
+    processor = _processor(transformers, source, vision, options)
+    attach(model)
+    return LoadedModel(
+        model=model.to(device).eval(),
+        processor=processor,
+        tokenizer=processor.tokenizer if vision else processor,
+        device=torch.device(device),
+        image_token_id=config.image_token_id if vision else None,
+    )
+
+
+def _processor(transformers: Any, source: str, vision: bool, options: dict[str, Any]) -> Any:
+    auto = transformers.AutoProcessor if vision else transformers.AutoTokenizer
+    processor = auto.from_pretrained(source, **options)
+    tokenizer = processor.tokenizer if vision else processor
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return processor

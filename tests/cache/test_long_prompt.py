@@ -1,0 +1,45 @@
+"""A prompt whose n x n attention would not fit into memory; only blocks of it may ever exist."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+PROMPT = 16_384
+LIMIT_MIB = 400
+
+SCRIPT = """
+import resource, sys
+import torch
+from kvbench.cache import Budget
+from kvbench.cache.layer import PolicyLayer
+from kvbench.cache.layer_setup import LayerSetup
+from kvbench.policies.h2o import H2O
+
+torch.set_num_threads(2)
+prompt, limit = int(sys.argv[1]), int(sys.argv[2]) * 2**20
+with open("/proc/self/status") as status:
+    used = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (used + limit, used + limit))
+setup = dict(layer=0, num_layers=1, rotation=None, reserve_tokens=1, prompt_kind=None)
+layer = PolicyLayer(LayerSetup(policy=H2O(), budget=Budget(fraction=0.1), **setup))
+query, key, value = torch.randn(1, 2, prompt, 8), torch.randn(1, 1, prompt, 8), torch.randn(1, 1, prompt, 8)
+padding = torch.ones(1, prompt, dtype=torch.bool)
+padding[:, :100] = False
+keys, values = layer.update(key, value)
+layer.attend(query, keys, values, 8**-0.5, padding)
+print(int(layer.slots.length), "held", layer.slots.entries.mass.sum() <= prompt)
+try:
+    torch.zeros(limit, dtype=torch.uint8)
+except RuntimeError:
+    print("the limit holds")
+"""
+
+
+def test_a_prompt_of_16k_tokens_needs_no_square_of_its_length() -> None:
+    square_mib = 4 * 2 * PROMPT**2 / 2**20
+    assert square_mib / 5 > LIMIT_MIB
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(PROMPT), str(LIMIT_MIB)], capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.split("\n")[:2] == [f"{(PROMPT - 100) // 10} held tensor(True)", "the limit holds"], done.stderr

@@ -1,0 +1,41 @@
+"""Tiny models for every test, and every policy there is; one thread, because the tensors are tiny."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from tests.contract import POSITIONS, YAMLS, MiddleFirst
+from tests.tiny_models import tiny_model
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Any:
+    """A Llama with 4 query and 2 KV heads, switched to kvbench's attention."""
+    return tiny_model("llama_gqa")
+
+
+@pytest.fixture(scope="session")
+def tiny_llava() -> Any:
+    """A LLaVA of a CLIP tower and the Llama, its text part switched to kvbench's attention."""
+    return tiny_model("llava")
+
+
+@pytest.fixture(params=[*YAMLS, None], ids=lambda path: path.stem if path else "middle_first")
+def policy(request: pytest.FixtureRequest) -> Any:
+    """Each yaml of conf/policy, and one policy made to be hard on the base class."""
+    if request.param is None:
+        return MiddleFirst()
+    return instantiate(OmegaConf.load(request.param), _convert_="object")
+
+
+@pytest.fixture(params=POSITIONS)
+def positions(request: pytest.FixtureRequest) -> Any:
+    """Each position mode."""
+    return request.param

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from kvbench.errors import MeasureError
+from kvbench.metrics.intervals import (
+    Interval,
+    launch_interval,
+    mean_interval,
+    paired_difference_interval,
+    pooled_ratio_interval,
+    ratio_interval,
+)
+
+_NUM_EXPERIMENTS = 400
+
+
+def _coverage(experiment: Callable[[np.random.Generator], Interval], truth: float, seed: int = 1) -> float:
+    draw = np.random.default_rng(seed)
+    intervals = [experiment(draw) for _ in range(_NUM_EXPERIMENTS)]
+    return sum(i.low is not None and i.high is not None and i.low <= truth <= i.high for i in intervals) / len(
+        intervals
+    )
+
+
+def _normal(draw: np.random.Generator) -> Interval:
+    return mean_interval(draw.normal(size=40), num_resamples=1_999)
+
+
+def _zero_inflated(draw: np.random.Generator) -> Interval:
+    a = draw.normal(0.3, 1, 48) * (draw.random(48) < 0.4)
+    return paired_difference_interval(a, np.zeros(48), num_resamples=1_999)
+
+
+def _clustered(draw: np.random.Generator) -> Interval:
+    values = np.repeat(draw.normal(size=40), 5) + 0.3 * draw.normal(size=200)
+    return mean_interval(values, np.repeat(np.arange(40), 5).tolist(), num_resamples=1_999)
+
+
+def _perplexity(draw: np.random.Generator) -> Interval:
+    tokens = draw.integers(20, 200, 40)
+    nll = tokens * 0.5 + draw.normal(size=40) * np.sqrt(tokens)
+    return pooled_ratio_interval(nll, tokens, transform=math.exp, num_resamples=1_999)
+
+
+def _launches(draw: np.random.Generator) -> Interval:
+    return launch_interval(draw.normal(10, 0.2, 5))
+
+
+def _ratios(draw: np.random.Generator) -> Interval:
+    shared = draw.normal(0, 0.3, 5)
+    noise = draw.normal(0, 0.02, (2, 5))
+    return ratio_interval(1.5 * np.exp(shared + noise[0]), np.exp(shared + noise[1]))
+
+
+def _few_samples(draw: np.random.Generator) -> Interval:
+    return mean_interval(draw.normal(size=6))
+
+
+@pytest.mark.parametrize(
+    ("experiment", "truth"),
+    [
+        (_normal, 0.0),
+        (_zero_inflated, 0.12),
+        (_clustered, 0.0),
+        (_perplexity, math.exp(0.5)),
+        (_launches, 10.0),
+        (_ratios, 1.5),
+        (_few_samples, 0.0),
+    ],
+)
+def test_nominal_95_percent_covers_95_percent(
+    experiment: Callable[[np.random.Generator], Interval], truth: float
+) -> None:
+    assert 0.92 <= _coverage(experiment, truth) <= 0.98
+
+
+def test_ignoring_clusters_would_be_far_too_narrow() -> None:
+    def ignoring(draw: np.random.Generator) -> Interval:
+        return mean_interval(np.repeat(draw.normal(size=40), 5), num_resamples=1_999)
+
+    assert _coverage(ignoring, 0.0) < 0.8
+
+
+def test_the_bootstrap_is_near_the_one_of_scipy_and_repeats_itself() -> None:
+    values = np.random.default_rng(3).exponential(size=48)
+    interval = mean_interval(values)
+    assert interval == mean_interval(values)
+    assert (interval.n, interval.method) == (48, "BCa bootstrap over samples")
+    theirs = stats.bootstrap((values,), np.mean, rng=np.random.default_rng(5)).confidence_interval
+    assert (interval.low, interval.high) == pytest.approx((theirs.low, theirs.high), rel=0.03)
+
+
+def test_under_ten_samples_student_t_is_used_and_said() -> None:
+    values = [1.0, 2.0, 4.0, 8.0]
+    interval = mean_interval(values)
+    theirs = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
+    assert (interval.low, interval.high) == pytest.approx(theirs)
+    assert interval.method == "t interval over 4 samples"
+
+
+def test_constant_single_and_absent_data_are_said_to_be_so() -> None:
+    constant = mean_interval([0.1] * 30)
+    assert (constant.value, constant.low, constant.high) == (0.1, 0.1, 0.1)
+    single = mean_interval([0.5])
+    assert (single.value, single.low, single.high, single.n) == (0.5, None, None, 1)
+    assert mean_interval([]).value is None
+    one_image = mean_interval([0.1, 0.3], ["image", "image"])
+    assert one_image.value == pytest.approx(0.2)
+    assert (one_image.low, one_image.n) == (None, 1)
+
+
+def test_the_interval_does_not_depend_on_names_of_clusters() -> None:
+    values = np.random.default_rng(0).normal(size=30)
+    by_name = mean_interval(values, [f"image {n // 2}" for n in range(30)])
+    assert by_name == mean_interval(values, [n // 2 for n in range(30)])
+    assert (by_name.n, by_name.method) == (15, "BCa bootstrap over clusters")
+
+
+def test_perplexity_pools_tokens_and_is_exponentiated() -> None:
+    interval = pooled_ratio_interval([10.0, 30.0], [10, 10], transform=math.exp)
+    assert interval.value == pytest.approx(math.exp(2.0))
+    assert interval.low is not None
+    assert 0 < interval.low < math.exp(2.0)
+    assert pooled_ratio_interval([1e5, 1e5], [10, 10], transform=math.exp).value is None
+
+
+def test_launches_give_their_median_inside_the_interval() -> None:
+    interval = launch_interval([10.0, 10.1, 9.9, 10.0, 14.0])
+    assert (interval.value, interval.n, interval.method) == (10.0, 5, "t interval over 5 launch medians")
+    assert interval.low is not None
+    assert interval.high is not None
+    assert interval.low <= 10.0 <= interval.high
+    assert launch_interval([3.0]).low is None
+
+
+def test_a_ratio_of_equal_launches_is_one() -> None:
+    interval = ratio_interval([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
+    assert (interval.value, interval.low, interval.high) == (1.0, 1.0, 1.0)
+
+
+def test_numbers_that_cannot_be_averaged_are_refused() -> None:
+    with pytest.raises(MeasureError, match=r"values\[1\] is nan"):
+        mean_interval([1.0, math.nan])
+    with pytest.raises(MeasureError, match="cannot be paired"):
+        paired_difference_interval([1.0], [1.0, 2.0])
+    with pytest.raises(MeasureError, match="cannot be paired"):
+        mean_interval([1.0, 2.0], ["a"])
+    with pytest.raises(MeasureError, match="sample 1 has nothing scored"):
+        pooled_ratio_interval([1.0, 0.0], [1, 0])
+    with pytest.raises(MeasureError, match="above 0"):
+        ratio_interval([0.0], [1.0])
+
+
+def test_forty_eight_samples_take_under_a_tenth_of_a_second() -> None:
+    values = np.random.default_rng(0).normal(size=48)
+    times_s = []
+    for _ in range(3):
+        started = time.perf_counter()
+        mean_interval(values)
+        times_s.append(time.perf_counter() - started)
+    assert min(times_s) < 0.1
+
+
+def test_an_interval_becomes_a_measurement_of_a_record() -> None:
+    entry = Interval(value=1.0, low=None, high=None, n=1, method="m").as_measurement("ms")
+    assert entry == {"value": 1.0, "low": None, "high": None, "n": 1, "unit": "ms", "method": "m"}

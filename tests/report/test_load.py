@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvbench.errors import ConfigError
+from kvbench.report.load import load_results
+from tests.report.synthetic import body, write_cell, write_sweep
+
+
+def test_cells_come_in_table_order_with_full_first(sweep_folder: Path) -> None:
+    results = load_results(sweep_folder)
+    assert len(results.records) == 13
+    assert results.policies == ("full", "elastic", "h2o", "random", "streaming_llm")
+    assert [cell.budget_fraction for cell in results.records[:4]] == [None, 0.1, 0.2, 0.5]
+    assert not results.problems
+
+
+def test_damaged_and_foreign_files_are_problems_and_cost_nothing_else(tmp_path: Path) -> None:
+    write_cell(tmp_path, body())
+    torn = write_cell(tmp_path, body(policy="elastic"))
+    torn.write_bytes(torn.read_bytes()[:-50])
+    foreign = tmp_path / "cells" / "foreign" / "record.json"
+    foreign.parent.mkdir()
+    foreign.write_text('{"a": 1}')
+    nameless = body(policy="random")
+    nameless["labels"] = {"model": "m"}
+    write_cell(tmp_path, nameless)
+    (tmp_path / "cells" / "empty").mkdir()
+    results = load_results(tmp_path)
+    assert [cell.policy for cell in results.records] == ["h2o"]
+    assert len(results.problems) == 3
+    assert not any(str(tmp_path) in problem.path for problem in results.problems)
+
+
+def test_an_unknown_measurement_is_reported_and_the_cell_is_kept(tmp_path: Path) -> None:
+    record = body()
+    record["measurements"]["tttf_ms"] = {"value": 1.0}
+    record["measurements"]["ppl"]["value"] = None
+    write_cell(tmp_path, record)
+    results = load_results(tmp_path)
+    assert results.records[0].estimate("ppl") is None
+    assert "ttft_ms" in results.problems[0].message
+
+
+def test_only_the_wanted_sweep_is_read(tmp_path: Path) -> None:
+    write_sweep(tmp_path)
+    write_cell(tmp_path, body(policy="oracle", sweep="second"))
+    assert [cell.policy for cell in load_results(tmp_path, sweep="second").records] == ["oracle"]
+    with pytest.raises(ConfigError, match="did you mean 'second'"):
+        load_results(tmp_path, sweep="secnd")
+
+
+def test_a_missing_folder_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_results(tmp_path / "nowhere")
+
+
+def test_cells_with_equal_labels_are_told_apart_by_the_setting_that_differs(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_cell(tmp_path, body(policy="random", seed=seed))
+    group = load_results(tmp_path).groups[0]
+    assert list(group.by_series()) == ["random (policy.seed=0)", "random (policy.seed=1)"]
+
+
+def test_positions_are_named_only_where_they_differ(tmp_path: Path) -> None:
+    write_cell(tmp_path, body())
+    assert load_results(tmp_path).groups[0].series_label(load_results(tmp_path).records[0]) == "h2o"
+    write_cell(tmp_path, body(positions="in_cache"))
+    assert list(load_results(tmp_path).groups[0].by_series()) == ["h2o (in_cache)", "h2o (original)"]
+
+
+def test_a_failed_cell_gives_no_number(tmp_path: Path) -> None:
+    record = body()
+    record["status"] = "crash"
+    write_cell(tmp_path, record)
+    assert load_results(tmp_path).records[0].estimate("ppl") is None
+
+
+def test_odd_values_in_a_record_cost_that_value_only(tmp_path: Path) -> None:
+    record = body(num_samples=2)
+    record["measurements"]["ppl"] |= {"value": 10**400}
+    record["measurements"]["ttft_ms"] |= {"low": "x", "n": None}
+    record["samples"][0] |= {"cluster": None, "text": None}
+    write_cell(tmp_path, record)
+    cell = load_results(tmp_path).records[0]
+    ttft = cell.estimate("ttft_ms")
+    assert cell.estimate("ppl") is None
+    assert ttft is not None
+    assert (ttft.low, ttft.n) == (None, None)

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kvbench.sinks.base import Sink, SinkGroup
+from kvbench.sinks.console import ConsoleSink
+from kvbench.sinks.wandb import WandbSink
+
+
+class _Listing:
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def open(self, sweep: str, num_cells: int) -> None:
+        self.calls.append(("open", sweep, num_cells))
+
+    def record(self, body: dict[str, Any]) -> None:
+        self.calls.append(body)
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+class _Failing(_Listing):
+    def record(self, body: dict[str, Any]) -> None:
+        super().record(body)
+        raise ValueError("two\nlines")
+
+
+def test_a_failing_sink_does_not_stop_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    failing, listing = _Failing(), _Listing()
+    group = SinkGroup([failing, listing])
+    group.open("demo", 2)
+    group.record({"n": 1})
+    group.record({"n": 2})
+    group.close()
+    assert listing.calls == [("open", "demo", 2), {"n": 1}, {"n": 2}, "close"]
+    assert failing.calls == listing.calls
+    assert len(caplog.records) == 1
+    assert "_Failing failed in record (ValueError: two lines)" in caplog.text
+
+
+def test_stopping_the_program_is_not_swallowed() -> None:
+    class Interrupted(_Listing):
+        def record(self, body: dict[str, Any]) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        SinkGroup([Interrupted()]).record({})
+
+
+def test_every_sink_follows_the_protocol() -> None:
+    for sink in (ConsoleSink(), WandbSink(project="p"), SinkGroup([])):
+        assert isinstance(sink, Sink)

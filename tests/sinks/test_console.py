@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+
+from kvbench.sinks.console import ConsoleSink, cell_line
+from tests.sinks.record_bodies import make_body
+
+
+def test_a_finished_cell_is_one_line_with_its_headline_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    sink = ConsoleSink()
+    sink.open("demo", 13)
+    sink.record(make_body())
+    sink.close()
+    line = capsys.readouterr().out
+    assert line.startswith("[1/13] ok ")
+    assert line.count("\n") == 1
+    for part in ("h2o", "20 % of seen", "ppl 1.25", "tpot 3.5 ms", "kv_stored 1.00 MiB", "1.5 s"):
+        assert part in line
+
+
+def test_an_interval_is_shown_when_both_ends_are_known() -> None:
+    body = make_body(measurements={"ppl": {"value": 1.25, "low": 1.125, "high": 1.5}})
+    assert "ppl 1.25 [1.12, 1.5]" in cell_line(body)
+
+
+def test_a_failed_cell_says_what_failed_and_nothing_can_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    error = {"type": "OutOfMemoryError", "message": "tried \x1b[2J 2 GiB\nsecond line", "traceback": ""}
+    sink = ConsoleSink()
+    sink.open("demo", 1)
+    sink.record(make_body(status="oom", phase="prefill", error=error))
+    line = capsys.readouterr().out
+    assert "prefill: OutOfMemoryError: tried ?[2J 2 GiB" in line
+    assert "\x1b" not in line
+    assert "second line" not in line
+    assert "ppl" not in line

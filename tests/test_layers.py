@@ -1,0 +1,114 @@
+"""Who may import whom, and how long a file may be, read from the syntax trees."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parents[1]
+FILES = sorted(
+    str(path.relative_to(REPO))
+    for folder in ("kvbench", "policies")
+    for path in (REPO / folder).rglob("*.py")
+    if (REPO / folder / "policies") not in path.parents
+)
+FOUNDATION = {"errors", "units", "records"}
+COMPOSITION = {"cli", "config", "compose", "help_text", "__main__"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "units": {"errors"},
+    "records": {"errors"},
+    "cache": FOUNDATION,
+    "datasets": FOUNDATION | {"cache"},
+    "models": FOUNDATION | {"cache", "datasets"},
+    "metrics": FOUNDATION | {"cache", "datasets", "models"},
+    "sinks": FOUNDATION | {"cache", "datasets", "models"},
+    "runs": FOUNDATION | {"cache", "datasets", "models", "metrics", "sinks"},
+    "report": FOUNDATION,
+    "__init__": {"cache"},
+}
+ONLY_IN = {
+    "hydra": ["kvbench/cli.py", "kvbench/config.py", "kvbench/compose.py"],
+    "omegaconf": ["kvbench/cli.py", "kvbench/config.py", "kvbench/compose.py"],
+    "wandb": ["kvbench/sinks/wandb.py"],
+    "matplotlib": ["kvbench/report/plots*.py"],
+    "transformers": ["kvbench/cache/*.py", "kvbench/models/*.py", "kvbench/runs/*.py"],
+}
+MAX_LINES = 200
+
+
+def tree_of(file: str) -> ast.Module:
+    return ast.parse((REPO / file).read_text(encoding="utf-8"))
+
+
+def imports(nodes: Iterator[ast.AST] | list[ast.stmt]) -> set[str]:
+    """Full names of modules that import statements among `nodes` name, with `from` names appended."""
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the layer"
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def part(file: str) -> str:
+    """`kvbench/cache/slots.py` is part of `cache`, `kvbench/errors.py` of `errors`."""
+    return Path(file).parts[1].removesuffix(".py")
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("kvbench/")])
+def test_a_layer_imports_only_lower_layers(file: str) -> None:
+    if part(file) in COMPOSITION:
+        return
+    own = {name.split(".")[1] for name in imports(ast.walk(tree_of(file))) if name.startswith("kvbench.")}
+    assert own <= MAY_IMPORT[part(file)] | {part(file)}
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("policies/")])
+def test_a_policy_imports_only_torch_and_the_contract(file: str) -> None:
+    for name in imports(ast.walk(tree_of(file))):
+        allowed = name.startswith(("kvbench.cache", "kvbench.errors")) or name.split(".")[0] == "torch"
+        assert allowed or name.split(".")[0] in sys.stdlib_module_names, name
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_nothing_but_a_yaml_names_a_policy(file: str) -> None:
+    assert not [name for name in imports(ast.walk(tree_of(file))) if name.startswith(("kvbench.policies", "policies"))]
+
+
+@pytest.mark.parametrize("package", ONLY_IN)
+def test_a_heavy_package_is_imported_in_its_own_place_only(package: str) -> None:
+    users = [f for f in FILES if package in {name.split(".")[0] for name in imports(ast.walk(tree_of(f)))}]
+    assert [f for f in users if not any(fnmatch(f, pattern) for pattern in ONLY_IN[package])] == []
+
+
+def test_the_report_reads_only_files() -> None:
+    heavy = {"torch", "transformers", "wandb", "hydra"}
+    for file in FILES:
+        if part(file) == "report":
+            assert not heavy & {name.split(".")[0] for name in imports(ast.walk(tree_of(file)))}, file
+
+
+def test_the_command_line_answers_without_torch() -> None:
+    code = "import sys, kvbench.cli; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_is_short_or_says_why_not(file: str) -> None:
+    lines = len((REPO / file).read_text(encoding="utf-8").splitlines())
+    reason = ast.get_docstring(tree_of(file)) or ""
+    assert lines <= MAX_LINES or "long" in reason, f"{lines} lines, and the docstring gives no reason"
+
+
+def test_the_import_reader_sees_every_form() -> None:
+    tree = ast.parse("import a.b\ndef f():\n    from c import d\nif x:\n    import e as g")
+    assert imports(ast.walk(tree)) == {"a.b", "c.d", "e"}

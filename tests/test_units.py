@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import pytest
+
+from kvbench.errors import ConfigError
+from kvbench.units import (
+    MEASURES,
+    format_bytes,
+    format_interval,
+    format_value,
+    format_with_interval,
+    measure,
+    printed_scale,
+)
+
+
+def test_every_measurement_is_described_in_one_sentence() -> None:
+    for name, known in MEASURES.items():
+        assert known.name == name
+        assert known.definition.endswith(".")
+        assert ". " not in known.definition
+        assert known.label
+        assert known.better in ("higher", "lower", "none")
+
+
+def test_names_carry_the_unit_that_the_registry_states() -> None:
+    for name, known in MEASURES.items():
+        for suffix, unit in (("_bytes", "bytes"), ("_ms", "ms"), ("_fraction", "fraction"), ("_per_s", "tokens/s")):
+            assert name.endswith(suffix) == (known.unit == unit)
+
+
+def test_an_unknown_name_is_refused_with_close_matches() -> None:
+    with pytest.raises(ConfigError, match="rougeL_vs_full"):
+        measure("rougel_vs_ful")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("ppl", 1.23456, "1.235"),
+        ("ppl", 23456.0, "23,456"),
+        ("ppl", 3.2e9, "3.2e+09"),
+        ("rougeL_vs_full", 1.0, "1.000"),
+        ("objects_recalled_fraction", 0.853, "85.3 %"),
+        ("ttft_ms", 45.123, "45.1 ms"),
+        ("tpot_ratio_to_full", 1.049, "1.05x"),
+        ("kl_to_full", 1.2e-5, "1.2e-05 nats"),
+        ("kv_stored_bytes", 0.0, "0 B"),
+        ("kv_stored_bytes", 3 * 2**20, "3.00 MiB"),
+        ("kv_stored_bytes", None, "-"),
+    ],
+)
+def test_values_are_printed_with_their_unit(name: str, value: float | None, text: str) -> None:
+    assert format_value(name, value) == text
+
+
+def test_an_interval_is_printed_in_the_scale_of_its_value() -> None:
+    assert format_with_interval("ppl", 1.2, 1.1, 1.36) == "1.200 [1.100, 1.360]"
+    assert format_with_interval("peak_memory_bytes", 2.0**20, 1000 * 2.0**10, 2.0**21) == "1.00 MiB [0.98, 2.00]"
+    assert format_with_interval("objects_recalled_fraction", 0.85, 0.81, 0.88) == "85.0 % [81.0, 88.0]"
+
+
+def test_half_an_interval_is_no_interval() -> None:
+    assert format_interval("ppl", 1.2, 1.1, None) == ""
+    assert format_with_interval("ppl", 1.2, None, 1.3) == "1.200"
+
+
+def test_axes_and_tables_use_the_same_scale() -> None:
+    assert printed_scale("kv_stored_bytes", 5e6) == (2.0**20, "MiB")
+    assert printed_scale("tpot_ratio_to_full", 1.0) == (1.0, "x full")
+    assert format_bytes(1536) == "1.50 KiB"
