@@ -36,19 +36,28 @@ def draw_scene(scene: Scene) -> Image.Image:
     rng = random.Random(scene.name + "/drawing")
     canvas = Image.new("RGB", (IMAGE_PIXELS * _SCALE,) * 2, rng.choice(_BACKGROUNDS))
     for item in scene.objects:
-        _draw_object(canvas, item, rng)
+        _draw_object(canvas, item, _centre(item, rng))
     small = canvas.resize((IMAGE_PIXELS, IMAGE_PIXELS), Image.Resampling.BOX)
     return _with_noise(small, rng)
 
 
-def _draw_object(canvas: Image.Image, item: SceneObject, rng: random.Random) -> None:
+def object_centres(scene: Scene) -> list[tuple[int, int]]:
+    """Return where each object is drawn, as pixels (x, y) of the picture."""
+    rng = random.Random(scene.name + "/drawing")
+    rng.choice(_BACKGROUNDS)
+    return [_centre(item, rng) for item in scene.objects]
+
+
+def _centre(item: SceneObject, rng: random.Random) -> tuple[int, int]:
+    slack = CELL_PIXELS // 2 - _RADIUS[item.size] - 1
+    x, y = (cell * CELL_PIXELS + CELL_PIXELS // 2 + rng.randint(-slack, slack) for cell in (item.column, item.row))
+    return x, y
+
+
+def _draw_object(canvas: Image.Image, item: SceneObject, centre: tuple[int, int]) -> None:
     radius = _RADIUS[item.size]
-    slack = CELL_PIXELS // 2 - radius - 1
     reach = (radius + 1) * _SCALE
-    left, top = (
-        (cell * CELL_PIXELS + CELL_PIXELS // 2 + rng.randint(-slack, slack)) * _SCALE - reach
-        for cell in (item.column, item.row)
-    )
+    left, top = (pixel * _SCALE - reach for pixel in centre)
     mask = Image.new("L", (2 * reach, 2 * reach), 0)
     _draw_shape(ImageDraw.Draw(mask), item.shape, reach, reach, radius * _SCALE)
     if item.texture != "plain":

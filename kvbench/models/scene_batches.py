@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerFast
 
-from kvbench.datasets.scene_drawing import draw_scene
+from kvbench.datasets.scene_drawing import draw_scene, object_centres
 from kvbench.datasets.scene_text import describe, describe_prompt, follow_up_turns
-from kvbench.datasets.scenes import COLOURS, GRID_CELLS, SHAPES, SIZES, TEXTURES, Scene, scene_at
+from kvbench.datasets.scenes import COLOURS, GRID_CELLS, IMAGE_PIXELS, SHAPES, SIZES, TEXTURES, Scene, scene_at
 from kvbench.datasets.turn import Turn
+from kvbench.models.tiny_llava import PATCH_PIXELS
 
 IGNORED_LABEL = -100
 CELL_CLASSES = {"size": SIZES, "texture": TEXTURES, "colour": COLOURS, "shape": SHAPES}
@@ -24,12 +25,17 @@ CELL_CLASSES = {"size": SIZES, "texture": TEXTURES, "colour": COLOURS, "shape": 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SceneBatch:
-    """pixels (B, 3, P, P) in -1..1; ids and labels (B, T); cells (B, 16, 4) class or -100."""
+    """What a training step takes.
+
+    pixels (B, 3, P, P) in -1..1; ids and labels (B, T); cells (B, 16, 4) class or -100; centres
+    (B, 144) bool, True at the patch that holds an object's centre.
+    """
 
     pixels: Tensor
     ids: Tensor
     labels: Tensor
     cells: Tensor
+    centres: Tensor
 
 
 class SceneBatches(IterableDataset[SceneBatch]):
@@ -59,6 +65,7 @@ class SceneBatches(IterableDataset[SceneBatch]):
             ids=torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows]),
             labels=torch.tensor([labels + [IGNORED_LABEL] * (longest - len(labels)) for _, labels in rows]),
             cells=torch.tensor([_cell_classes(scene) for scene in scenes]),
+            centres=torch.stack([_centre_patches(scene) for scene in scenes]),
         )
 
     def _encode(self, scene: Scene) -> tuple[list[int], list[int]]:
@@ -93,6 +100,14 @@ def encode_conversation(
 def to_pixels(image: Image.Image) -> Tensor:
     """Return what the processor makes of a picture of the right size, (3, P, P) in -1..1."""
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1.0
+
+
+def _centre_patches(scene: Scene) -> Tensor:
+    side = IMAGE_PIXELS // PATCH_PIXELS
+    held = torch.zeros((side, side), dtype=torch.bool)
+    for x, y in object_centres(scene):
+        held[y // PATCH_PIXELS, x // PATCH_PIXELS] = True
+    return held.flatten()
 
 
 def _cell_classes(scene: Scene) -> list[list[int]]:

@@ -3,10 +3,10 @@
     python -m kvbench.models.train_scenes --out runs/tiny-llava --steps 6000
 
 Two stages, as LLaVA itself: the tower first learns what each cell of the picture shows (dense
-supervision, minutes), then tower, projector and decoder learn conversations together. The
-learning rate is constant and falls linearly over the last fifth. A killed run goes on from its
-last checkpoint; `--steps` may be raised or lowered between runs. No step is drawn twice: the
-scene index grows with the step.
+supervision, minutes), then tower, projector and decoder learn conversations together, from step
+`--drop-from` on with token dropout (see token_dropout.py). The learning rate is constant and falls
+linearly over the last fifth. A killed run goes on from its last checkpoint; `--steps` may be raised
+or lowered between runs. No step is drawn twice: the scene index grows with the step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
@@ -29,6 +28,8 @@ from kvbench.datasets.scenes import GRID_CELLS, scene_at
 from kvbench.models.scene_batches import CELL_CLASSES, IGNORED_LABEL, SceneBatch, SceneBatches
 from kvbench.models.scene_score import score_model
 from kvbench.models.tiny_llava import tiny_llava, tiny_processor, train_tokenizer
+from kvbench.models.token_dropout import attention_mask
+from kvbench.models.train_state import restore, restore_optimizer, save_state
 
 log = logging.getLogger("kvbench.train_scenes")
 
@@ -50,7 +51,7 @@ def main() -> None:
     torch.manual_seed(SEED)
     tokenizer = train_tokenizer(_tokenizer_texts())
     model = tiny_llava(tokenizer).to(args.device)
-    start = _restore(args.out, model) or _train_tower(model, args)
+    start = restore(args.out, model) or _train_tower(model, args)
     _train_talk(model, tokenizer, args, start)
     _save_model(args.out / "model", model, tokenizer)
     score = score_model(model, tiny_processor(tokenizer), num_scenes=200)
@@ -62,7 +63,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m kvbench.models.train_scenes", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and of the final model")
-    parser.add_argument("--steps", type=int, default=6000, help="conversation steps in all (default 6000)")
+    parser.add_argument("--steps", type=int, default=4500, help="conversation steps in all (default 4500)")
+    parser.add_argument("--drop-from", type=int, default=2250, help="first step with token dropout (default 2250)")
     parser.add_argument("--batch-size", type=int, default=32, help="scenes per step (default 32)")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak learning rate (default 1.5e-3)")
     parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
@@ -98,7 +100,7 @@ def _train_tower(model: LlavaForConditionalGeneration, args: argparse.Namespace)
         _update(optimizer, loss, tower.parameters())
         if step % REPORT_EVERY == 0:
             log.info("tower step %d loss %.4f", step, loss.item())
-    _save_state(args.out, model, None, 0)
+    save_state(args.out, model, None, 0)
     return 0
 
 
@@ -123,7 +125,7 @@ def _train_talk(
     model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace, start: int
 ) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    _restore_optimizer(args.out, optimizer)
+    restore_optimizer(args.out, optimizer)
     first = SCENES_BEFORE_TALK + start * args.batch_size
     image_tokens = model.config.image_seq_length
     batches = _loader(
@@ -132,23 +134,34 @@ def _train_talk(
     started_s, total = time.monotonic(), 0.0
     for step in range(start, args.steps):
         _set_rate(optimizer, args.learning_rate * _rate_share(step, args.steps))
-        total += _talk_step(model, optimizer, next(batches), args.device)
+        batch = next(batches)
+        mask = attention_mask(batch, model.config.image_token_index) if step >= args.drop_from else None
+        total += _talk_step(model, optimizer, batch, mask, args.device)
         if (step + 1) % REPORT_EVERY == 0:
             pace_s = (time.monotonic() - started_s) / (step + 1 - start)
             log.info("step %d loss %.4f, %.2f s a step", step + 1, total / REPORT_EVERY, pace_s)
             total = 0.0
         if (step + 1) % SAVE_EVERY == 0:
-            _save_state(args.out, model, optimizer, step + 1)
+            save_state(args.out, model, optimizer, step + 1)
         if (step + 1) % SCORE_EVERY == 0:
             log.info("step %d held-out %s", step + 1, score_model(model, tiny_processor(tokenizer), num_scenes=48))
 
 
 def _talk_step(
-    model: LlavaForConditionalGeneration, optimizer: torch.optim.Optimizer, batch: SceneBatch, device: str
+    model: LlavaForConditionalGeneration,
+    optimizer: torch.optim.Optimizer,
+    batch: SceneBatch,
+    mask: Tensor | None,
+    device: str,
 ) -> float:
-    """One update; right padding needs no mask under causal attention, as pads carry no label."""
+    """Update once; right padding needs no mask under causal attention, as pads carry no label."""
     with torch.autocast(device, torch.bfloat16):
-        output = model.model(input_ids=batch.ids.to(device), pixel_values=batch.pixels.to(device), use_cache=False)
+        output = model.model(
+            input_ids=batch.ids.to(device),
+            pixel_values=batch.pixels.to(device),
+            attention_mask=None if mask is None else mask.to(device),
+            use_cache=False,
+        )
         labels = batch.labels.to(device)[:, 1:]
         scored = labels != IGNORED_LABEL
         logits = model.lm_head(output.last_hidden_state[:, :-1][scored]).float()
@@ -178,47 +191,6 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def _save_model(folder: Path, model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
     model.save_pretrained(folder)
     tiny_processor(tokenizer).save_pretrained(folder)
-
-
-def _save_state(
-    out: Path, model: LlavaForConditionalGeneration, optimizer: torch.optim.Optimizer | None, step: int
-) -> None:
-    """Write weights and optimizer moments as safetensors, then publish them by one rename."""
-    tensors = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
-    state = optimizer.state_dict()["state"] if optimizer else {}
-    for index, moments in state.items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
-    out.mkdir(parents=True, exist_ok=True)
-    partial = out / "state.partial"
-    save_file(tensors, partial, metadata={"step": str(step)})
-    partial.replace(out / f"state-{step:06d}.safetensors")
-    for old in sorted(out.glob("state-*.safetensors"))[:-2]:
-        old.unlink()
-
-
-def _latest(out: Path) -> Path | None:
-    return max(out.glob("state-*.safetensors"), default=None)
-
-
-def _restore(out: Path, model: LlavaForConditionalGeneration) -> int | None:
-    path = _latest(out)
-    if path is None:
-        return None
-    tensors = load_file(path)
-    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    log.info("going on from %s", path)
-    return int(path.stem.removeprefix("state-"))
-
-
-def _restore_optimizer(out: Path, optimizer: torch.optim.Optimizer) -> None:
-    path = _latest(out)
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in (load_file(path) if path else {}).items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".")
-            moments.setdefault(int(index), {})[name] = value
-    if moments:
-        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,46 @@
+# Everything a developer or a user does here; `make help` lists it.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install run report check test test-gpu wheel-smoke train-bundled clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## make .venv and install kvbench with its development tools
+
+# torch goes first and alone: any other spelling may fetch gigabytes of CUDA libraries.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+run: install ## run the default sweep; table in the terminal, report in results/report/index.html
+	$(BIN)/kvbench
+
+report: install ## build table, figures and page again from the records
+	$(BIN)/kvbench report results
+
+check: install ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: install ## the whole test suite
+	$(BIN)/python -m pytest
+
+test-gpu: install ## only the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+wheel-smoke: install ## build the wheel, install it into an empty venv, run it from an empty folder
+	bash .ci/wheel-smoke
+
+train-bundled: install ## train the bundled model again (an hour or two on a CPU); resumable
+	$(BIN)/python -m kvbench.models.train_scenes --out runs/tiny-llava
+
+clean: ## remove what make made, results excepted
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
