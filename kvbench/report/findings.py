@@ -44,12 +44,12 @@ def primary_quality(group: Group) -> str | None:
     return None
 
 
-def budgets_of(group: Group) -> dict[tuple[str, str], list[CellResult]]:
-    """Return the usable budgeted cells that may be compared: same budget, same positions."""
-    found: dict[tuple[str, str], list[CellResult]] = {}
+def budgets_of(group: Group) -> dict[str, list[CellResult]]:
+    """Return the usable budgeted cells by budget, whatever position mode each policy is run in."""
+    found: dict[str, list[CellResult]] = {}
     for cell in sorted(group.budgeted, key=lambda cell: cell.sort_key[6:]):
         if not cell.failed:
-            found.setdefault((cell.budget, cell.positions), []).append(cell)
+            found.setdefault(cell.budget, []).append(cell)
     return found
 
 
@@ -59,11 +59,10 @@ def headlines(group: Group) -> list[str]:
     if name is None:
         return ["No cell has a quality measurement yet, so no policy can be named better than another."]
     sentences = [_full_sentence(group, name)]
-    for (budget, positions), cells in budgets_of(group).items():
-        several = len({cell.positions for cell in group.budgeted}) > 1
+    for budget, cells in budgets_of(group).items():
         ranked = _ranked(cells, name)
         if ranked:
-            sentences.append(_leader_sentence(group, ranked, name, f"{budget}{f' ({positions})' if several else ''}"))
+            sentences.append(_leader_sentence(group, ranked, name, budget))
     return sentences
 
 

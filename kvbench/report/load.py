@@ -51,8 +51,8 @@ class Group:
         return tuple(cell for cell in self.cells if not cell.is_full)
 
     def series_label(self, cell: CellResult) -> str:
-        """Return the policy, with positions and variant only where they tell cells of this group apart."""
-        several = not cell.is_full and len({other.positions for other in self.budgeted}) > 1
+        """Return the policy, with positions and variant only where they tell its own cells apart."""
+        several = len({other.positions for other in self.cells if other.policy == cell.policy}) > 1
         extras = [text for text in (cell.positions if several else "", cell.variant) if text]
         return f"{cell.policy} ({', '.join(extras)})" if extras else cell.policy
 
