@@ -1,0 +1,1 @@
+"""Running cells: the decode loop, the tasks, one cell, a sweep."""

@@ -1,0 +1,57 @@
+"""The full cache's own greedy answers, computed once and stored by key.
+
+They are the reference of `rougeL_vs_full` and of fidelity. Kept as files beside the records, so that
+every cell of a sweep, and the next sweep, compares with the same texts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvbench.records import canonical_json, cell_key, make_folder
+
+Answers = dict[str, list[int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullAnswers:
+    """Answers under `folder` for one model and data set, described by `settings`."""
+
+    folder: Path
+    settings: Mapping[str, Any]
+
+    def get(self, max_new_tokens: int, compute: Callable[[], Answers]) -> Answers:
+        """Return token ids by example id; `compute` runs when they are not stored or not readable."""
+        settings = {**self.settings, "max_new_tokens": max_new_tokens}
+        path = self.folder / f"{cell_key(settings)[:16]}.json"
+        stored = _read(path, settings)
+        if stored is None:
+            stored = compute()
+            _publish(path, canonical_json({"settings": settings, "answers": stored}))
+        return stored
+
+
+def _read(path: Path, settings: Mapping[str, Any]) -> Answers | None:
+    """Return None for a file that is torn or of other settings: it is computed again."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        same = content["settings"] == json.loads(canonical_json(settings))
+        return dict(content["answers"]) if same else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _publish(path: Path, text: str) -> None:
+    make_folder(path.parent)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -1,0 +1,106 @@
+"""Prefill and decode: the two things every task does, with true positions.
+
+The same loop serves every policy, the full cache included; `model.generate` with a `PolicyCache`
+gives the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvbench.cache import Budget, Policy, PolicyCache
+from kvbench.cache.positions import PositionMode
+from kvbench.models.inputs import PromptBatch
+from kvbench.models.loader import LoadedModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheSetting:
+    """What a cell puts in the cache's hands: policy, budget and resolved position mode."""
+
+    policy: Policy
+    budget: Budget
+    positions: PositionMode
+
+    def cache(self, loaded: LoadedModel, batch: PromptBatch, reserve_tokens: int) -> PolicyCache:
+        """Return an empty cache for `batch`, with room for `reserve_tokens` more."""
+        return PolicyCache(
+            loaded.model,
+            self.policy,
+            self.budget,
+            positions=self.positions,
+            reserve_tokens=reserve_tokens,
+            prompt_kind=batch.kind,
+        )
+
+
+class Decoding:
+    """One batch being decoded: `logits` (B, V) float32 are those of the next token."""
+
+    def __init__(self, loaded: LoadedModel, batch: PromptBatch, cache: PolicyCache) -> None:
+        self._model = loaded.model
+        self.cache = cache
+        output = self._model(
+            **batch.tensors,
+            position_ids=batch.position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.logits: Tensor = output.logits[:, -1].float()
+        self._position = batch.position_ids[:, -1:]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Feed one token per row, (B,), at its true position; return the next logits (B, V) float32."""
+        self._position = self._position + 1
+        output = self._model(
+            input_ids=tokens[:, None],
+            position_ids=self._position,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.logits = output.logits[:, -1].float()
+        return self.logits
+
+
+@torch.inference_mode()
+def greedy(
+    loaded: LoadedModel,
+    batch: PromptBatch,
+    setting: CacheSetting,
+    *,
+    max_new_tokens: int,
+    on_step: Callable[[PolicyCache, list[bool]], None] | None = None,
+) -> list[list[int]]:
+    """Return the greedy answer of each row, without its end token.
+
+    on_step gets the cache and which rows are still being answered, after each step.
+    """
+    decoding = Decoding(loaded, batch, setting.cache(loaded, batch, max_new_tokens))
+    answers: list[list[int]] = [[] for _ in batch.prompt_tokens]
+    going = [True] * len(answers)
+    for number in range(max_new_tokens):
+        tokens = decoding.logits.argmax(dim=-1)
+        for row, token in enumerate(tokens.tolist()):
+            going[row] = going[row] and token != loaded.eos_token_id
+            if going[row]:
+                answers[row].append(token)
+        if not any(going) or number == max_new_tokens - 1:
+            break
+        decoding.step(tokens)
+        if on_step is not None:
+            on_step(decoding.cache, going)
+    return answers
+
+
+def padded_targets(answers: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return answers as (B, N) int64 padded right, and (B, N) bool, True at real tokens."""
+    longest = max(len(answer) for answer in answers)
+    rows = [answer + [pad] * (longest - len(answer)) for answer in answers]
+    real = [[True] * len(answer) + [False] * (longest - len(answer)) for answer in answers]
+    return torch.tensor(rows, device=device), torch.tensor(real, device=device)

@@ -1,0 +1,70 @@
+"""Perplexity of the reference answers, teacher-forced through the policy's own decode."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvbench.datasets.base import Example
+from kvbench.errors import NonFiniteError
+from kvbench.metrics.intervals import pooled_ratio_interval
+from kvbench.models.inputs import PromptBatch, answer_tokens
+from kvbench.runs.loop import Decoding, padded_targets
+from kvbench.runs.task import Bench, TaskResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """Every answer token and the end token is scored, one at a time, after the cache was cut.
+
+    ppl = exp(sum of negative log-likelihoods / number of tokens), float32 log-softmax; the first
+    token's distribution is the prompt's, before any cut, and counts. Per-sample sums are stored.
+    """
+
+    protocol: ClassVar[str] = "teacher_forced_v1"
+
+    def run(self, bench: Bench) -> TaskResult:
+        """Score all examples. Raises: NonFiniteError when a likelihood is not finite."""
+        result = TaskResult()
+        for examples, batch in bench.batches():
+            for example, row in zip(examples, self._score(bench, examples, batch), strict=True):
+                result.samples[example.id] = row
+            bench.advance(len(examples) / len(bench.examples))
+        rows = [result.samples[example.id] for example in bench.examples]
+        interval = pooled_ratio_interval(
+            [row["nll_sum"] for row in rows], [row["num_scored_tokens"] for row in rows], bench.clusters, math.exp
+        )
+        result.measure("ppl", interval)
+        return result
+
+    @torch.inference_mode()
+    def _score(self, bench: Bench, examples: Sequence[Example], batch: PromptBatch) -> list[dict[str, float]]:
+        answers = [answer_tokens(bench.loaded, example) for example in examples]
+        targets, real = padded_targets(answers, bench.loaded.eos_token_id, bench.loaded.device)
+        decoding = Decoding(bench.loaded, batch, bench.setting.cache(bench.loaded, batch, targets.shape[1]))
+        nlls = [_nll(decoding.logits, targets[:, 0])]
+        for number in range(1, targets.shape[1]):
+            decoding.step(targets[:, number - 1])
+            nlls.append(_nll(decoding.logits, targets[:, number]))
+        return _rows(torch.stack(nlls, dim=1), real, examples)
+
+
+def _nll(logits: Tensor, target: Tensor) -> Tensor:
+    return -logits.log_softmax(dim=-1).gather(-1, target[:, None])[:, 0]
+
+
+def _rows(nll: Tensor, real: Tensor, examples: Sequence[Example]) -> list[dict[str, float]]:
+    nll = nll.masked_fill(~real, 0.0)
+    if not bool(torch.isfinite(nll).all()):
+        row, token = torch.nonzero(~torch.isfinite(nll))[0].tolist()
+        raise NonFiniteError(f"the likelihood of token {token} of {examples[row].id} is not finite")
+    sums: list[float] = nll.double().sum(dim=-1).tolist()
+    return [
+        {"nll_sum": total, "nll_first_token": first, "num_scored_tokens": count}
+        for total, first, count in zip(sums, nll[:, 0].tolist(), real.sum(dim=-1).tolist(), strict=True)
+    ]

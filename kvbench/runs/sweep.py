@@ -1,0 +1,69 @@
+"""A sweep: run what is missing, commit each cell at once, show it, go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from kvbench.runs.cell import Cell, ModelShelf, run_cell
+from kvbench.runs.progress import Progress
+from kvbench.sinks.base import SinkGroup
+from kvbench.sinks.console import say
+from kvbench.sinks.store import RecordStore
+
+
+class Sweep:
+    """The cells of one invocation. `statuses` tells, by key, how each ended."""
+
+    def __init__(self, *, name: str, results: Path, cells: Mapping[str, Cell], sinks: SinkGroup, force: bool) -> None:
+        self._name = name
+        self._results = results
+        self._cells = cells
+        self._store = RecordStore(results)
+        self._sinks = sinks
+        self._force = force
+        self._shelf = ModelShelf()
+        self._progress: Progress | None = None
+        self.statuses: dict[str, str] = {}
+        self.num_reused = 0
+
+    def open(self) -> None:
+        """Start the bars and the sinks."""
+        self._progress = Progress(len(self._cells))
+        self._sinks.open(self._name, len(self._cells))
+
+    def run(self, key: str) -> None:
+        """Run the cell `key`, or take its accepted record; a cell comes once however often asked."""
+        assert self._progress is not None
+        if key in self.statuses:
+            return
+        cell = self._cells[key]
+        if not self._force and self._store.accepted(key) is not None:
+            self.statuses[key] = "ok"
+            self.num_reused += 1
+            self._progress.finish_cell()
+            return
+        self._progress.start_cell(f"{cell.labels['policy']} at {cell.labels['budget']}", len(cell.tasks))
+        body = run_cell(
+            cell, shelf=self._shelf, results=self._results, sweep=self._name, advance=self._progress.advance
+        )
+        self._store.commit(body, replace=self._force)
+        self.statuses[key] = body["status"]
+        self._progress.finish_cell()
+        self._sinks.record(body)
+
+    def close(self) -> None:
+        """Close bars and sinks, and say what was reused."""
+        if self._progress is not None:
+            self._progress.close()
+        self._sinks.close()
+        if self.num_reused:
+            say(
+                f"{self.num_reused} of {len(self._cells)} cells were done already (records under "
+                f"{self._results}/cells); force=true measures again"
+            )
+
+    @property
+    def num_failed(self) -> int:
+        """Cells whose status is not ok."""
+        return sum(status != "ok" for status in self.statuses.values())
