@@ -60,10 +60,19 @@ def headlines(group: Group) -> list[str]:
         return ["No cell has a quality measurement yet, so no policy can be named better than another."]
     sentences = [_full_sentence(group, name)]
     for budget, cells in budgets_of(group).items():
-        ranked = _ranked(cells, name)
+        telling = _telling_quality(cells, name)
+        ranked = _ranked(cells, telling)
         if ranked:
-            sentences.append(_leader_sentence(group, ranked, name, budget))
+            sentences.append(_leader_sentence(group, ranked, telling, budget))
     return sentences
+
+
+def _telling_quality(cells: list[CellResult], primary: str) -> str:
+    """Return the primary measure, or the next one where every policy scores 0 in it and none can lead."""
+    for name in (primary, *QUALITIES):
+        if any(found.value != 0.0 for cell in cells if (found := cell.estimate(name))):
+            return name
+    return primary
 
 
 def below_random(group: Group) -> dict[str, list[Contrast]]:

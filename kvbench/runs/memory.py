@@ -21,8 +21,8 @@ class Memory:
     """One launch of `new_tokens` steps on the first `batch_size` prompts, peaks noted per phase.
 
     load = weights and buffers; prefill and decode = everything alive at the phase's peak, weights
-    included. KV bytes: stored from storages at the end, theoretical for the full cache of the same
-    length, valid without the free slot and slots not yet used.
+    included. KV bytes at the end: stored from storages, theoretical what the budget implies, valid
+    what is held, without the free slot and slots not yet used.
     """
 
     new_tokens: int = 48
@@ -50,7 +50,7 @@ class Memory:
         numbers["peak_memory_bytes"] = max(peaks.peak_bytes.values())
         if resident_is_fresh:
             numbers["peak_rss_bytes"] = resident_peak_bytes()
-        numbers |= _kv_bytes(loaded, cache)
+        numbers |= _kv_bytes(cache)
         for name, value in numbers.items():
             result.measurements[name] = _observed(value)
         return result
@@ -65,17 +65,15 @@ class Memory:
                 token = decoding.step(token).argmax(dim=-1)
 
 
-def _kv_bytes(loaded: LoadedModel, cache: PolicyCache) -> dict[str, int]:
-    held = cache.occupancy()
-    config = loaded.model.config.get_text_config()
-    keys = cache.policy_layers[0].keys
-    assert keys is not None
-    batch, heads, _, width = keys.shape
-    per_token = 2 * config.num_hidden_layers * heads * width * keys.element_size()
+def _kv_bytes(cache: PolicyCache) -> dict[str, int]:
+    held, first = cache.occupancy(), cache.policy_layers[0]
+    assert first.keys is not None
+    _, heads, _, width = first.keys.shape
+    entry_bytes = 2 * len(cache.policy_layers) * heads * width * first.keys.element_size()
     return {
         "kv_stored_bytes": held.stored_bytes,
         "kv_valid_bytes": held.valid_bytes,
-        "kv_theoretical_bytes": round(per_token * held.seen_tokens * batch),
+        "kv_theoretical_bytes": entry_bytes * sum(first.ledger.allowed()),
     }
 
 
