@@ -153,12 +153,19 @@ def _hand_to_hydra(arguments: list[str], job: Any) -> int:
     import hydra
 
     sys.argv = [sys.argv[0], *arguments]
+    errors: list[KvbenchError] = []
 
-    # Hydra looks at the task's signature and name; a lambda has neither.
     def kvbench_cell(config: Any) -> None:
-        job(config)
+        # Hydra would print a traceback and end the process; what stops a sweep is told in one line instead.
+        try:
+            if not errors:
+                job(config)
+        except KvbenchError as error:
+            errors.append(error)
 
     hydra.main(version_base="1.3", config_path="pkg://kvbench.conf", config_name="config")(kvbench_cell)()
+    if errors:
+        raise errors[0]
     return 0
 
 

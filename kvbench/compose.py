@@ -6,6 +6,7 @@ the sweep at once, with the reason and close matches.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,6 +23,8 @@ from kvbench.errors import ConfigError, close_matches
 
 CONFIG_MODULE = "kvbench.conf"
 CONFIG_NAME = "config"
+_OVERRIDDEN = re.compile(r"Could not override '([^']+)'")
+_GROUP_CHOICE = re.compile(r"(model|dataset|policy|budget|task|sink)=[\w-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,7 @@ def compose_grid(overrides: Sequence[str], *, multirun: bool, config_dir: str | 
     except MissingConfigException as error:
         raise ConfigError(_unknown_choice(error)) from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(_one_line(error, overrides)) from error
 
 
 def _cells(overrides: Sequence[str], multirun: bool, extra: list[str]) -> Iterator[list[str]]:
@@ -71,23 +74,31 @@ def _compose(overrides: list[str]) -> Composed:
 def _unknown_choice(error: MissingConfigException) -> str:
     group, _, name = (error.missing_cfg_file or "").rpartition("/")
     if not group or not error.options:
-        return _one_line(error)
+        return " ".join(str(error).split())
     return f"{group} is {name!r}; {close_matches(name, error.options)}"
 
 
-def _one_line(error: Exception) -> str:
-    """Say which key is unknown, with close matches; else the library's first lines in one."""
-    key = getattr(error, "full_key", None) or getattr(error.__cause__, "full_key", None)
-    if isinstance(error, ConfigCompositionException) and key:
-        with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-            known = list(_flat_keys(_compose([]).config))
-        if key not in known:
-            return f"{key} is no setting; {close_matches(key, known)}"
-    return " ".join(str(error).split())
+def _one_line(error: Exception, overrides: Sequence[str]) -> str:
+    """Say which key is unknown, with close matches; else the library's lines in one."""
+    unknown = _OVERRIDDEN.search(str(error))
+    if unknown is None:
+        return " ".join(str(error).split())
+    known = _known_keys([word for word in overrides if _GROUP_CHOICE.fullmatch(word)])
+    return f"{unknown[1]} is no setting; {close_matches(unknown[1], known)}"
+
+
+def _known_keys(choices: list[str]) -> list[str]:
+    """Return every key that can be set with these group choices, or without where they are wrong too."""
+    with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+        try:
+            return list(_flat_keys(_compose(choices).config))
+        except (HydraException, OmegaConfBaseException):
+            return list(_flat_keys(_compose([]).config))
 
 
 def _flat_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
     for name, value in config.items_ex(resolve=False):
-        yield f"{prefix}{name}"
         if isinstance(value, DictConfig):
             yield from _flat_keys(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"

@@ -12,7 +12,7 @@ from typing import Any
 
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from kvbench.cache import Budget, Policy
 from kvbench.cache.positions import POSITION_MODES, PositionMode
@@ -27,16 +27,15 @@ from kvbench.sinks.base import SinkGroup
 _FULL = {"_target_": "kvbench.policies.full.Full"}
 _PATH_SETTINGS = ("path", "images")  # where a file lies does not change what is in it
 _NUMERIC_PACKAGES = ("torch", "transformers")
+_TYPE_NAMES = {type(None): "null", int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def build_cell(composed: Composed) -> Cell:
     """Return the cell. Raises: ConfigError or DataError in one line, before any model is loaded."""
     config = composed.config
-    policy, budget = build(config.policy, "policy"), build(config.budget, "budget")
-    if not isinstance(policy, Policy):
-        raise ConfigError(f"policy._target_ gives a {type(policy).__name__}; it must be a kvbench.Policy")
-    model, dataset = build(config.model, "model"), build(config.dataset, "dataset")
-    tasks = {str(name): build(node, f"task.{name}") for name, node in config.task.items()}
+    policy, budget = build(config.policy, "policy", is_a=Policy), build(config.budget, "budget", is_a=Budget)
+    model, dataset = build(config.model, "model", is_a=ModelSpec), build(config.dataset, "dataset", has="facts_in")
+    tasks = {str(name): build(node, f"task.{name}", has="run") for name, node in config.task.items()}
     batch_size, seed = _whole(config, "batch_size", at_least=1), _whole(config, "seed", at_least=None)
     setting = CacheSetting(policy=policy, budget=budget, positions=_positions(config, policy))
     _check_budget_fits(policy, budget)
@@ -69,7 +68,7 @@ def build_cell(composed: Composed) -> Cell:
 
 def build_sinks(config: DictConfig) -> SinkGroup:
     """Return the sinks of the configuration. Raises: ConfigError."""
-    return SinkGroup([build(node, f"sink.{name}") for name, node in config.sink.items()])
+    return SinkGroup([build(node, f"sink.{name}", has="record") for name, node in config.sink.items()])
 
 
 def results_folder(config: DictConfig) -> Path:
@@ -77,10 +76,15 @@ def results_folder(config: DictConfig) -> Path:
     return Path(str(config.results)).expanduser()
 
 
-def build(node: DictConfig, name: str) -> Any:
-    """Instantiate one plug-in after checking its keys and types. Raises: ConfigError, one line."""
+def build(node: DictConfig, name: str, *, is_a: type[Any] = object, has: str = "__init__") -> Any:
+    """Make one plug-in, a class that derives from `is_a` and has the method `has`.
+
+    Class, keys and types are checked before anything of it runs. Raises: ConfigError, one line.
+    """
     try:
         plain = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} is not given and has no default; add {error.full_key}=...") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{name}: {' '.join(str(error).split())}") from error
     if not isinstance(plain, dict) or "_target_" not in plain:
@@ -88,6 +92,9 @@ def build(node: DictConfig, name: str) -> Any:
     arguments = {str(key): value for key, value in plain.items() if key != "_target_"}
     try:
         plugin: type[Any] = get_class(plain["_target_"])
+        if not issubclass(plugin, is_a) or not hasattr(plugin, has):
+            want = f"derive from {is_a.__name__}" if is_a is not object else f"have a method {has!r}"
+            raise ConfigError(f"{name}._target_ is {plain['_target_']}; the class must {want}")
         return plugin(**_checked(plugin, arguments, name))
     except KvbenchError:
         raise
@@ -123,9 +130,12 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _type_name(hint: Any) -> str:
+    options = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(repr(option) for option in typing.get_args(hint))
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
+        return "one of " + ", ".join(repr(option) for option in options)
+    if options:
+        return " or ".join(_type_name(option) for option in options)
+    return _TYPE_NAMES.get(hint, str(hint))
 
 
 def _whole(config: DictConfig, name: str, *, at_least: int | None) -> int:

@@ -44,14 +44,15 @@ class Conversation:
 
     @cached_property
     def _items(self) -> list[Example]:
-        items = _read_list(Path(self.path))
-        folder = Path(self.images) if self.images else Path(self.path).parent
+        path = Path(self.path).expanduser()
+        folder = Path(self.images).expanduser() if self.images else path.parent
+        items = _read_list(path)
         return [_example(item, number, folder) for number, item in enumerate(items[: self.num_samples])]
 
     @cached_property
     def fingerprint(self) -> str:
         """The SHA-256 of the file; pictures count by name."""
-        return hashlib.sha256(Path(self.path).read_bytes()).hexdigest()
+        return hashlib.sha256(Path(self.path).expanduser().read_bytes()).hexdigest()
 
     def examples(self) -> Sequence[Example]:
         """Return the examples in the file's order."""
@@ -67,7 +68,7 @@ def _read_list(path: Path) -> list[Any]:
         items = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"dataset.path {path} cannot be read ({error.strerror}); give a JSON file") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON in UTF-8 ({error}); it must be a list of items") from error
     if not isinstance(items, list):
         raise DataError(f"{path} holds a {type(items).__name__}; it must be a list of {{image, question, answer}}")
@@ -78,29 +79,40 @@ def _example(item: Any, number: int, folder: Path) -> Example:
     where = f"item {number}"
     if not isinstance(item, dict) or any(not isinstance(item.get(name), str) for name in _FIELDS):
         raise DataError(f"{where} is {str(item)[:80]!r}; it needs the texts {_FIELDS} and may have an image path")
-    for name in _FIELDS:
-        if not item[name].strip():
+    texts = {name: item[name].replace("<image>", "").strip() for name in _FIELDS}
+    for name, text in texts.items():
+        if not text:
             raise DataError(f"{where} has an empty {name}; every item needs a question and an answer")
+        if not _is_unicode(text):
+            raise DataError(f"{where} has half a surrogate pair in its {name}; it must be whole Unicode text")
     picture = item.get("image")
     load = partial(load_picture, confined(picture, folder, where), where) if picture else None
     return Example(
         id=f"{number}",
         cluster=str(picture) if picture else f"{number}",
-        question=item["question"].replace("<image>", "").strip(),
-        reference=item["answer"].strip(),
+        question=texts["question"],
+        reference=texts["answer"],
         load_image=load,
     )
 
 
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def confined(picture: Any, folder: Path, where: str) -> Path:
     """Return the picture's path if it exists inside `folder`, links followed. Raises: DataError."""
-    if not isinstance(picture, str) or "\0" in picture or len(picture) > 1024:
+    if not isinstance(picture, str) or not _is_unicode(picture) or "\0" in picture or len(picture) > 1024:
         raise DataError(f"{where} has the image {str(picture)[:80]!r}; it must be a path inside {folder}")
     root = folder.resolve()
-    path = (root / picture).resolve()
+    try:
+        path = (root / picture).resolve()
+        is_file = path.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle
+        raise DataError(f"{where} names the image {picture[:80]!r}, which cannot be opened ({error})") from error
     if not path.is_relative_to(root):
         raise DataError(f"{where} names the image {picture!r}, which lies outside {folder}; set dataset.images")
-    if not path.is_file():
+    if not is_file:
         raise DataError(f"{where} names the image {picture!r}, which is not a file in {folder}; set dataset.images")
     return path
 
@@ -114,5 +126,5 @@ def load_picture(path: Path, where: str) -> Image.Image:
                     f"{where}: {path.name} has {image.width} x {image.height} pixels; at most {_MAX_PIXELS}"
                 )
             return image.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
         raise DataError(f"{where}: {path.name} cannot be decoded ({error}); allowed: {', '.join(_FORMATS)}") from error

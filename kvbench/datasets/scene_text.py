@@ -59,7 +59,7 @@ def _look(item: SceneObject) -> str:
 
 
 def _ask_cell(scene: Scene, rng: random.Random) -> Turn:
-    """Half of the questions ask about an occupied cell, the others about any cell."""
+    """Three quarters of the questions ask about an occupied cell, the others about any cell."""
     by_cell = {(item.row, item.column): item for item in scene.objects}
     cell = rng.choice(list(by_cell)) if rng.random() < 0.75 else tuple(rng.choices(range(GRID_CELLS), k=2))
     found = by_cell.get((cell[0], cell[1]))

@@ -59,6 +59,8 @@ def prompt_text(loaded: LoadedModel, example: Example) -> str:
     if with_image and not loaded.takes_images:
         raise ModelSupportError(f"{example.id} has a picture, but the model takes text only; choose another dataset")
     if not getattr(loaded.processor, "chat_template", None):
+        if with_image:
+            raise ModelSupportError("the checkpoint has no chat template, so a picture has no place in the prompt")
         return example.question
     content: Any = example.question
     if loaded.takes_images:

@@ -2,7 +2,7 @@
 
 A small model trained on full attention spreads what it needs over every token, so that any eviction
 ruins it and no policy differs from another. Large vision-language models are not like that: most
-image tokens can go. So in the last stage of training, answer tokens see only part of the past: a
+image tokens can go. So in the last stage of training, tokens see only part of what lies before them: a
 random share of the image patches is hidden, but never the patch that holds an object's centre, and
 of the text a random share of what is older than a random window. The choice is blind to attention
 and to every policy; it only makes background and old text dispensable, and objects not.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvbench.models.scene_batches import IGNORED_LABEL, SceneBatch
+from kvbench.models.scene_batches import SceneBatch
 
 KEEP_ALL_SHARE = 0.25
 MIN_WINDOW_TOKENS = 6
@@ -21,20 +21,14 @@ MAX_WINDOW_TOKENS = 64
 
 
 def attention_mask(batch: SceneBatch, image_token_id: int) -> Tensor:
-    """Return (B, 1, T, T) bool, True where a query may attend; rows of the prompt stay causal."""
+    """Return (B, 1, T, T) bool, True where a query may attend; every token sees itself."""
     num_rows, length = batch.ids.shape
-    query = torch.arange(length)[None, :, None]
-    key = torch.arange(length)[None, None, :]
-    answering = torch.arange(length)[None, :] >= _first_answer(batch.labels)[:, None]
+    age = torch.arange(length)[:, None] - torch.arange(length)[None, :]
     image = batch.ids == image_token_id
     window = torch.randint(MIN_WINDOW_TOKENS, MAX_WINDOW_TOKENS + 1, (num_rows, 1, 1))
-    dispensable = image[:, None, :] | (query - key > window)
-    hidden = _dropped(batch, image)[:, None, :] & dispensable & answering[:, :, None]
-    return ((key <= query) & ~hidden)[:, None]
-
-
-def _first_answer(labels: Tensor) -> Tensor:
-    return (labels != IGNORED_LABEL).long().argmax(dim=-1)
+    shown_tokens = torch.where(image[:, None, :], 0, window)
+    hidden = _dropped(batch, image)[:, None, :] & (age > shown_tokens)
+    return ((age >= 0) & ~hidden)[:, None]
 
 
 def _dropped(batch: SceneBatch, image: Tensor) -> Tensor:

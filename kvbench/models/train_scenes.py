@@ -51,7 +51,9 @@ def main() -> None:
     torch.manual_seed(SEED)
     tokenizer = train_tokenizer(_tokenizer_texts())
     model = tiny_llava(tokenizer).to(args.device)
-    start = restore(args.out, model) or _train_tower(model, args)
+    start = restore(args.out, model)
+    if start is None:
+        start = _train_tower(model, args)
     _train_talk(model, tokenizer, args, start)
     _save_model(args.out / "model", model, tokenizer)
     score = score_model(model, tiny_processor(tokenizer), num_scenes=200)

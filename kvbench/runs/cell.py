@@ -32,6 +32,7 @@ _STATUS_OF: tuple[tuple[type[BaseException], str], ...] = (
     (ConfigError, "config_error"),
     (ModelSupportError, "incompatible"),
 )
+_CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch has no class for it
 _SHARED_SETTINGS = ("model", "dataset", "batch_size", "device", "versions")
 
 
@@ -100,7 +101,7 @@ def run_cell(
         "duration_s": time.monotonic() - start_s,
         "environment": environment(cell.device),
         "measurements": result.measurements,
-        "samples": [{"id": example_id, **row} for example_id, row in result.samples.items()],
+        "samples": _sample_rows(cell, result),
         "curves": result.curves,
     }
 
@@ -119,10 +120,20 @@ def _bench(cell: Cell, loaded: LoadedModel, results: Path, advance: Callable[[fl
     )
 
 
+def _sample_rows(cell: Cell, result: TaskResult) -> list[dict[str, Any]]:
+    """Rows with their id and cluster; without rows the data set is left alone, as it may be what failed."""
+    clusters = {example.id: example.cluster for example in cell.dataset.examples()} if result.samples else {}
+    return [{"id": name, "cluster": clusters[name], **row} for name, row in result.samples.items()]
+
+
 def _status(exception: BaseException) -> str:
+    if isinstance(exception, RuntimeError) and _CPU_OUT_OF_MEMORY in str(exception):
+        return "oom"
     return next((status for kind, status in _STATUS_OF if isinstance(exception, kind)), "crash")
 
 
 def _described(exception: BaseException) -> dict[str, str]:
     trace = "".join(traceback.format_exception(exception))
-    return {"type": type(exception).__name__, "message": str(exception), "traceback": trace}
+    texts = {"type": type(exception).__name__, "message": str(exception), "traceback": trace}
+    # A record is UTF-8, which half a surrogate pair in a message is not.
+    return {name: text.encode(errors="replace").decode() for name, text in texts.items()}

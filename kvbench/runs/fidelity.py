@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvbench.datasets.base import Example
-from kvbench.errors import ConfigError, MeasureError
+from kvbench.errors import ConfigError, MeasureError, NonFiniteError
 from kvbench.metrics.intervals import pooled_ratio_interval
 from kvbench.models.inputs import PromptBatch
 from kvbench.runs.full_answers import Answers
@@ -79,6 +79,9 @@ def _compare(
         divergences.append(_kl(expected, got))
         agreements.append(expected.argmax(dim=-1) == got.argmax(dim=-1))
     kl = torch.stack(divergences, dim=1).masked_fill(~real, 0.0)
+    if not bool(kl.isfinite().all()):
+        row, token = torch.nonzero(~kl.isfinite())[0].tolist()
+        raise NonFiniteError(f"the KL after token {token} of {examples[row].id} is not finite")
     agrees = torch.stack(agreements, dim=1) & real
     sums = (kl.double().sum(-1).tolist(), agrees.sum(-1).tolist(), real.sum(-1).tolist())
     return [

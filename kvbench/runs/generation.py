@@ -18,7 +18,7 @@ from kvbench.runs.loop import greedy
 from kvbench.runs.task import Bench, TaskResult
 
 _UNITS = {"first_divergence_tokens": "tokens"}
-_DESCRIPTIVE = ("text", "full_text", "reference", "cluster", "num_new_tokens")
+_DESCRIPTIVE = ("text", "full_text", "reference", "num_new_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,11 @@ def full_answers(
             answers |= {example.id: text for example, text in zip(examples, texts, strict=True)}
         return answers
 
-    return bench.answers.get(max_new_tokens, compute)
+    answers = bench.answers.get(max_new_tokens, compute)
+    missing = [example.id for example in bench.examples if example.id not in answers]
+    if missing:
+        raise MeasureError(f"the stored full answers lack {missing[0]}; delete results/full_answers and run again")
+    return answers
 
 
 def _check_reproduces(

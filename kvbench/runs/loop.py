@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvbench.cache import Budget, Policy, PolicyCache
 from kvbench.cache.positions import PositionMode
+from kvbench.errors import NonFiniteError
 from kvbench.models.inputs import PromptBatch
 from kvbench.models.loader import LoadedModel
 
@@ -79,13 +80,16 @@ def greedy(
 ) -> list[list[int]]:
     """Return the greedy answer of each row, without its end token.
 
-    on_step gets the cache and which rows are still being answered, after each step.
+    on_step gets the cache and which rows are still being answered, after each step. Raises:
+    NonFiniteError for logits whose largest is NaN or infinite, in a row that is still being answered.
     """
     decoding = Decoding(loaded, batch, setting.cache(loaded, batch, max_new_tokens))
     answers: list[list[int]] = [[] for _ in batch.prompt_tokens]
     going = [True] * len(answers)
     for number in range(max_new_tokens):
-        tokens = decoding.logits.argmax(dim=-1)
+        tokens, largest = decoding.logits.argmax(dim=-1), decoding.logits.amax(dim=-1)
+        if not bool((largest.isfinite() | ~torch.tensor(going, device=largest.device)).all()):
+            raise NonFiniteError(f"the logits of new token {number} are not finite")
         for row, token in enumerate(tokens.tolist()):
             going[row] = going[row] and token != loaded.eos_token_id
             if going[row]:

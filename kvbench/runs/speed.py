@@ -37,7 +37,7 @@ class Launch:
     @property
     def tpot_p90_ms(self) -> float:
         """The step that nine tenths do not exceed."""
-        return sorted(self.steps_ms)[(9 * len(self.steps_ms)) // 10]
+        return sorted(self.steps_ms)[(9 * len(self.steps_ms) - 1) // 10]
 
     @property
     def total_s(self) -> float:

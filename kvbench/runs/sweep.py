@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from kvbench.records import make_folder
 from kvbench.runs.cell import Cell, ModelShelf, run_cell
 from kvbench.runs.progress import Progress
 from kvbench.sinks.base import SinkGroup
@@ -28,7 +29,8 @@ class Sweep:
         self.num_reused = 0
 
     def open(self) -> None:
-        """Start the bars and the sinks."""
+        """Make the results folder, start the bars and the sinks. Raises: ConfigError for the folder."""
+        make_folder(self._results)
         self._progress = Progress(len(self._cells))
         self._sinks.open(self._name, len(self._cells))
 
