@@ -15,9 +15,9 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from kvbench.errors import KvbenchError
+from kvbench.errors import ConfigError, KvbenchError
 from kvbench.help_text import help_text
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _sweep(arguments: list[str]) -> int:
     _make_importable(words.config_dir)
     grid = compose_grid(overrides, multirun=words.multirun, config_dir=words.config_dir)
     _quiet_libraries()
-    from kvbench.config import build_cell, build_sinks, results_folder
+    from kvbench.config import build_cell, build_sinks, is_forced, results_folder
     from kvbench.runs.sweep import Sweep
 
     cells = {cell.key: cell for cell in map(build_cell, grid)}
@@ -83,11 +83,12 @@ def _sweep(arguments: list[str]) -> int:
         results=results_folder(first),
         cells=cells,
         sinks=build_sinks(first),
-        force=bool(first.force),
+        force=is_forced(first),
     )
     try:
         sweep.open()
-        _hand_to_hydra(arguments, lambda config: sweep.run(_key_of(config)))
+        if not sweep.reuse():
+            _hand_to_hydra(arguments, lambda config: sweep.run(_key_of(config)))
     finally:
         sweep.close()
     _show(sweep, cells, results_folder(first))
@@ -123,7 +124,7 @@ def _report(arguments: list[str]) -> int:
     from kvbench.report.load import load_results
     from kvbench.report.tables import print_tables
 
-    parser = argparse.ArgumentParser(prog="kvbench report", description="Build table, figures and page from records.")
+    parser = _Parser(prog="kvbench report", description="Build table, figures and page from records.")
     parser.add_argument("folder", nargs="?", type=Path, default=Path("results"), help="results folder")
     parser.add_argument("--sweep", help="only the cells of this sweep")
     args = parser.parse_args(arguments)
@@ -134,10 +135,21 @@ def _report(arguments: list[str]) -> int:
 
 def _split(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Take Hydra's own flags apart from the overrides."""
-    parser = argparse.ArgumentParser(prog="kvbench", add_help=False)
+    parser = _Parser(prog="kvbench", add_help=False, allow_abbrev=False)
     parser.add_argument("--multirun", "-m", action="store_true")
     parser.add_argument("--config-dir", "-cd", type=os.path.abspath)
-    return parser.parse_known_args(arguments)
+    words, overrides = parser.parse_known_args(arguments)
+    for word in overrides:
+        if word.startswith("-"):
+            raise ConfigError(f"{word} is no flag; kvbench --help lists flags and settings")
+    return words, overrides
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line instead of a usage and an exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; kvbench --help lists flags and settings")
 
 
 def _make_importable(config_dir: str | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_module
@@ -24,7 +25,8 @@ from kvbench.errors import ConfigError, close_matches
 CONFIG_MODULE = "kvbench.conf"
 CONFIG_NAME = "config"
 _OVERRIDDEN = re.compile(r"Could not override '([^']+)'")
-_GROUP_CHOICE = re.compile(r"(model|dataset|policy|budget|task|sink)=[\w-]+")
+_GROUPS = ("model", "dataset", "policy", "budget", "task", "sink")
+_GROUP_CHOICE = re.compile(rf"({'|'.join(_GROUPS)})=[\w-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,7 @@ class Composed:
 
 def compose_grid(overrides: Sequence[str], *, multirun: bool, config_dir: str | None) -> list[Composed]:
     """Return every cell that `overrides` ask for, in Hydra's order. Raises: ConfigError, one line."""
-    extra = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []
+    extra = [_search_path(config_dir)] if config_dir else []
     try:
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
             return [_compose([*cell, *extra]) for cell in _cells(overrides, multirun, extra)]
@@ -47,8 +49,18 @@ def compose_grid(overrides: Sequence[str], *, multirun: bool, config_dir: str | 
         raise ConfigError(_one_line(error, overrides)) from error
 
 
+def _search_path(config_dir: str) -> str:
+    if not Path(config_dir).is_dir():
+        raise ConfigError(f"--config-dir {config_dir} is no folder; give the one that holds policy/mine.yaml")
+    quoted = config_dir.replace("'", "\\'")
+    return f"hydra.searchpath=['file://{quoted}']"
+
+
 def _cells(overrides: Sequence[str], multirun: bool, extra: list[str]) -> Iterator[list[str]]:
     parsed = OverridesParser.create().parse_overrides(list(overrides))
+    for o in parsed:
+        if o.key_or_group in _GROUPS and (o.is_delete() or o.value() is None):
+            raise ConfigError(f"{o.input_line} leaves no {o.key_or_group}; choose one, kvbench --help lists them")
     fixed = [o.input_line for o in parsed if o.input_line is not None and not o.is_sweep_override()]
     hydra = _composed([*fixed, *extra]).hydra
     if not multirun and hydra.mode != RunMode.MULTIRUN:

@@ -36,6 +36,8 @@ def build_cell(composed: Composed) -> Cell:
     policy, budget = build(config.policy, "policy", is_a=Policy), build(config.budget, "budget", is_a=Budget)
     model, dataset = build(config.model, "model", is_a=ModelSpec), build(config.dataset, "dataset", has="facts_in")
     tasks = {str(name): build(node, f"task.{name}", has="run") for name, node in config.task.items()}
+    if not tasks:
+        raise ConfigError("no task is left, so nothing would be measured; choose task=all or another one")
     batch_size, seed = _whole(config, "batch_size", at_least=1), _whole(config, "seed", at_least=None)
     setting = CacheSetting(policy=policy, budget=budget, positions=_positions(config, policy))
     _check_budget_fits(policy, budget)
@@ -76,11 +78,20 @@ def results_folder(config: DictConfig) -> Path:
     return Path(str(config.results)).expanduser()
 
 
-def build(node: DictConfig, name: str, *, is_a: type[Any] = object, has: str = "__init__") -> Any:
+def is_forced(config: DictConfig) -> bool:
+    """Return whether accepted records are measured again. Raises: ConfigError."""
+    if not isinstance(config.force, bool):
+        raise ConfigError(f"force is {config.force!r}; it must be true or false")
+    return config.force
+
+
+def build(node: DictConfig | None, name: str, *, is_a: type[Any] = object, has: str = "__init__") -> Any:
     """Make one plug-in, a class that derives from `is_a` and has the method `has`.
 
     Class, keys and types are checked before anything of it runs. Raises: ConfigError, one line.
     """
+    if node is None:
+        raise ConfigError(f"{name} is null; give its settings, or leave it out with ~{name}")
     try:
         plain = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
@@ -143,6 +154,8 @@ def _whole(config: DictConfig, name: str, *, at_least: int | None) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or (at_least is not None and value < at_least):
         floor = "" if at_least is None else f" of at least {at_least}"
         raise ConfigError(f"{name} is {value!r}; it must be a whole number{floor}")
+    if not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{name} is {value}; it must fit into 64 bits")
     return value
 
 

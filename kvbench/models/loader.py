@@ -14,6 +14,7 @@ from kvbench.models.spec import ModelSpec
 
 VISION_FAMILIES = ("llava",)
 TEXT_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+_FAMILIES = VISION_FAMILIES + TEXT_FAMILIES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +35,7 @@ class LoadedModel:
     @property
     def eos_token_id(self) -> int:
         """The token that ends an answer."""
-        eos = self.tokenizer.eos_token_id
-        if eos is None:
-            raise ModelSupportError("the tokenizer has no end token; kvbench cannot tell where an answer ends")
-        return int(eos)
+        return int(self.tokenizer.eos_token_id)
 
 
 def load_model(spec: ModelSpec, device: str) -> LoadedModel:
@@ -45,12 +43,16 @@ def load_model(spec: ModelSpec, device: str) -> LoadedModel:
     transformers = importlib.import_module("transformers")
     source = str(spec.folder or spec.checkpoint)
     options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-    config = transformers.AutoConfig.from_pretrained(source, **options)
-    family = config.model_type
-    if family not in VISION_FAMILIES + TEXT_FAMILIES and not spec.trust_remote_code:
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+    except ValueError as error:  # an unknown family, or one whose code is not trusted
         raise ModelSupportError(
-            f"{source} is of family {family!r}; supported: {', '.join(VISION_FAMILIES + TEXT_FAMILIES)}"
-        )
+            f"{source} is of a family that transformers does not know; supported: {', '.join(_FAMILIES)}, others "
+            "only with model.trust_remote_code=true, which runs code of the checkpoint"
+        ) from error
+    family = config.model_type
+    if family not in _FAMILIES and not spec.trust_remote_code:
+        raise ModelSupportError(f"{source} is of family {family!r}; supported: {', '.join(_FAMILIES)}")
     vision = family in VISION_FAMILIES
     auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
     model = auto.from_pretrained(source, dtype=getattr(torch, spec.dtype), use_safetensors=True, **options)
@@ -69,6 +71,8 @@ def _processor(transformers: Any, source: str, vision: bool, options: dict[str, 
     auto = transformers.AutoProcessor if vision else transformers.AutoTokenizer
     processor = auto.from_pretrained(source, **options)
     tokenizer = processor.tokenizer if vision else processor
+    if tokenizer.eos_token_id is None:
+        raise ModelSupportError("the tokenizer has no end token; kvbench cannot tell where an answer ends")
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -34,25 +34,32 @@ class Sweep:
         self._progress = Progress(len(self._cells))
         self._sinks.open(self._name, len(self._cells))
 
+    def reuse(self) -> bool:
+        """Take every accepted record there is, unless forced; return whether nothing is left to run."""
+        for key in self._cells:
+            if not self._force and self._store.accepted(key) is not None:
+                self._finish(key, "ok")
+                self.num_reused += 1
+        return len(self.statuses) == len(self._cells)
+
     def run(self, key: str) -> None:
-        """Run the cell `key`, or take its accepted record; a cell comes once however often asked."""
+        """Run the cell `key`; one that is done, or was run before, is left alone."""
         assert self._progress is not None
         if key in self.statuses:
             return
         cell = self._cells[key]
-        if not self._force and self._store.accepted(key) is not None:
-            self.statuses[key] = "ok"
-            self.num_reused += 1
-            self._progress.finish_cell()
-            return
         self._progress.start_cell(f"{cell.labels['policy']} at {cell.labels['budget']}", len(cell.tasks))
         body = run_cell(
             cell, shelf=self._shelf, results=self._results, sweep=self._name, advance=self._progress.advance
         )
         self._store.commit(body, replace=self._force)
-        self.statuses[key] = body["status"]
-        self._progress.finish_cell()
+        self._finish(key, body["status"])
         self._sinks.record(body)
+
+    def _finish(self, key: str, status: str) -> None:
+        assert self._progress is not None
+        self.statuses[key] = status
+        self._progress.finish_cell()
 
     def close(self) -> None:
         """Close bars and sinks, and say what was reused."""

@@ -1,0 +1,88 @@
+"""A bench over the bundled model and a few scenes, and cells around it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kvbench.cache import Budget, Needs, Policy, ScorePolicy, View
+from kvbench.datasets.base import Dataset
+from kvbench.datasets.scene_examples import Scenes
+from kvbench.models.loader import LoadedModel
+from kvbench.models.spec import ModelSpec
+from kvbench.runs.cell import Cell
+from kvbench.runs.full_answers import FullAnswers
+from kvbench.runs.loop import CacheSetting
+from kvbench.runs.task import Bench, Task
+
+SCENES = Scenes(num_samples=3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepAll(Policy):
+    bounded = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MostAttended(ScorePolicy):
+    needs = Needs.MASS
+    recent_fraction: float = 0.5
+
+    def score(self, view: View) -> Tensor:
+        return view.mass
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotANumber(ScorePolicy):
+    """Its victim is fine, but it writes NaN into the cache through the view's keys."""
+
+    def score(self, view: View) -> Tensor:
+        view.keys.fill_(float("nan"))
+        return view.position.float()
+
+
+FULL = CacheSetting(policy=KeepAll(), budget=Budget(fraction=1.0), positions="original")
+
+
+def cut(budget: Budget | None = None, policy: Policy | None = None) -> CacheSetting:
+    return CacheSetting(policy=policy or MostAttended(), budget=budget or Budget(fraction=0.2), positions="original")
+
+
+def bench_of(loaded: LoadedModel, folder: Path, setting: CacheSetting, *, batch_size: int = 2) -> Bench:
+    return Bench(
+        loaded=loaded,
+        dataset=SCENES,
+        examples=SCENES.examples(),
+        setting=setting,
+        full_policy=KeepAll(),
+        answers=FullAnswers(folder=folder / "full_answers", settings={"model": "bundled"}),
+        batch_size=batch_size,
+        advance=lambda share: None,
+    )
+
+
+def cell_of(
+    tasks: Mapping[str, Task],
+    *,
+    dataset: Dataset = SCENES,
+    model: ModelSpec | None = None,
+    setting: CacheSetting = FULL,
+    **settings: Any,
+) -> Cell:
+    shared = {"model": "m", "dataset": "d", "batch_size": 2, "device": "cpu", "versions": {}}
+    return Cell(
+        settings={**shared, "tasks": sorted(tasks), **settings},
+        labels={"model": "m", "dataset": "d", "policy": "p", "budget": "-", "positions": "original"},
+        model=model or ModelSpec(checkpoint="bundled"),
+        dataset=dataset,
+        setting=setting,
+        full_policy=KeepAll(),
+        tasks=tasks,
+        batch_size=2,
+        seed=0,
+        device="cpu",
+    )

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvbench.cli import run
+
+REPO = Path(__file__).parents[1]
+SHORT = (
+    "dataset.num_samples=2",
+    "batch_size=2",
+    "task.generation.max_new_tokens=6",
+    "task.fidelity.max_new_tokens=6",
+    "task.fidelity.check_tokens=2",
+    "task.speed.new_tokens=3",
+    "task.speed.num_blocks=1",
+    "task.memory.new_tokens=2",
+)
+QUICK = ("+experiment=quick", "sink=console", *SHORT)
+
+
+@pytest.fixture(autouse=True)
+def _no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No W&B key is found, and neither modules nor files of one test reach another."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of the quick experiment."""
+    folder = tmp_path_factory.mktemp("quick")
+    assert run([*QUICK, f"results={folder}"]) == 0
+    return folder
+
+
+def bodies(results: Path) -> dict[str, dict[str, Any]]:
+    """Return the accepted records by policy."""
+    read = [json.loads(path.read_text())["body"] for path in results.glob("cells/*/record.json")]
+    return {body["labels"]["policy"]: body for body in read}
+
+
+def test_help_answers_in_less_than_a_second() -> None:
+    times_s = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-m", "kvbench", "--help"]
+        printed = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True, timeout=60).stdout
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        # Processor time, not wall time: what else the machine does is not what is tested.
+        times_s.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(times_s) < 1.0
+    for word in ("streaming_llm", "tiny-llava", "conversation", "--config-dir", "exit codes", "in_cache"):
+        assert word in printed
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help", "--version"])
+def test_a_flag_that_only_prints_ends_with_zero(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([flag]) == 0
+    assert capsys.readouterr().out.startswith("kvbench ")
+
+
+def test_the_command_line_imports_neither_torch_nor_hydra() -> None:
+    heavy = {"torch", "transformers", "hydra", "pandas", "matplotlib", "wandb"}
+    code = f"import sys, kvbench.cli; print(*({heavy!r} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True).stdout.strip() == ""
+
+
+def test_the_quick_experiment_leaves_records_tables_and_a_page(quick: Path) -> None:
+    found = bodies(quick)
+    assert set(found) == {"full", "h2o"}
+    assert {body["status"] for body in found.values()} == {"ok"}
+    assert {body["sweep"] for body in found.values()} == {"quick"}
+    for name in ("ppl", "rougeL_vs_full", "kl_to_full", "tpot_ratio_to_full", "kv_stored_bytes", "objects_f1"):
+        assert found["h2o"]["measurements"][name]["value"] is not None
+    assert found["full"]["measurements"]["rougeL_vs_full"]["value"] == 1.0
+    for name in ("table.csv", "table.parquet", "report/index.html"):
+        assert (quick / name).stat().st_size > 0
+    assert not list(quick.glob("wandb")), "sink=console sends nothing to W&B"
+
+
+def test_a_second_run_measures_nothing(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(path.name for path in quick.glob("cells/*/*"))
+    assert run([*QUICK, f"results={quick}"]) == 0
+    assert sorted(path.name for path in quick.glob("cells/*/*")) == before
+    assert "2 of 2 cells were done already" in capsys.readouterr().out
+
+
+def test_the_report_is_made_again_from_records(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = quick / "report" / "index.html"
+    text = page.read_bytes()
+    page.unlink()
+    assert run(["report", str(quick)]) == 0
+    assert page.read_bytes() == text
+    assert str(page) in capsys.readouterr().out
+    assert run(["report", str(quick), "--sweep", "quick"]) == 0
+    assert run(["report", str(quick), "--sweep", "slow"]) == 2
+
+
+def test_one_cell_runs_and_its_wandb_run_is_kept_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["policy=h2o", "task=perplexity", "dataset.num_samples=1", "results=out"]) == 0
+    printed = capsys.readouterr().out
+    assert bodies(tmp_path / "out")["h2o"]["status"] == "ok"
+    (folder,) = (tmp_path / "out" / "wandb").glob("offline-run-*")
+    assert list(folder.glob("*.wandb"))
+    assert printed.count(f"upload them with: wandb sync {tmp_path / 'out' / 'wandb'}/offline-run-*") == 1
+
+
+def test_a_failing_cell_ends_with_one_and_the_others_are_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "conf" / "policy").mkdir(parents=True)
+    (tmp_path / "conf" / "policy" / "broken.yaml").write_text("_target_: broken_policy.Broken\n")
+    (tmp_path / "broken_policy.py").write_text(
+        "from dataclasses import dataclass\nfrom kvbench import ScorePolicy\n\n\n"
+        "@dataclass(frozen=True, kw_only=True)\nclass Broken(ScorePolicy):\n"
+        "    def score(self, view):\n        raise ZeroDivisionError('on purpose')\n"
+    )
+    words = ["task=perplexity", "dataset.num_samples=1", "sink=console", "results=out"]
+    assert run(["--config-dir", "conf", "-m", "policy=broken,full", *words]) == 1
+    found = bodies(tmp_path / "out")
+    assert {name: body["status"] for name, body in found.items()} == {"broken": "crash", "full": "ok"}
+    assert found["broken"]["phase"] == "perplexity"
+    assert "on purpose" in found["broken"]["error"]["traceback"]
+    assert "1 of 2 cells failed" in capsys.readouterr().out
+
+
+def test_results_that_cannot_be_written_are_told_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    words = ["policy=h2o", "task=memory", "task.memory.new_tokens=2", "dataset.num_samples=1", "sink=console"]
+    assert run([*words, "results=file"]) == 2
+    printed = capfd.readouterr().err
+    assert printed.startswith("kvbench: cannot write ")
+    assert printed.count("\n") == 1
+
+
+def test_the_composed_configuration_can_be_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["--cfg", "job", "policy=streaming_llm"]) == 0
+    assert "_target_: kvbench.policies.streaming_llm.StreamingLLM" in capfd.readouterr().out

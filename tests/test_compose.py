@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvbench.compose import Composed, compose_grid
+from kvbench.errors import ConfigError
+
+REPO = Path(__file__).parents[1]
+
+
+def cells(*overrides: str, multirun: bool = False, config_dir: Path | None = None) -> list[tuple[str | None, float]]:
+    grid = compose_grid(list(overrides), multirun=multirun, config_dir=str(config_dir) if config_dir else None)
+    return [(one.choices["policy"], one.config.budget.fraction) for one in grid]
+
+
+def test_no_override_is_one_cell_of_the_full_cache() -> None:
+    assert cells() == [("full", 0.2)]
+
+
+def test_a_sweep_is_every_combination_in_order() -> None:
+    found = cells("policy=h2o,elastic", "budget.fraction=0.1,0.3", multirun=True)
+    assert found == [("h2o", 0.1), ("h2o", 0.3), ("elastic", 0.1), ("elastic", 0.3)]
+
+
+def test_the_default_experiment_has_every_bundled_policy_at_three_budgets() -> None:
+    found = cells("+experiment=default")
+    names = sorted(path.stem for path in (REPO / "conf" / "policy").glob("*.yaml"))
+    assert sorted(found) == sorted((name, fraction) for name in names for fraction in (0.1, 0.2, 0.5))
+
+
+def test_an_experiment_changes_settings_and_overrides_win() -> None:
+    (first, second) = compose_grid(["+experiment=quick", "dataset.num_samples=7"], multirun=False, config_dir=None)
+    assert (first.choices["policy"], second.choices["policy"]) == ("full", "h2o")
+    assert (first.config.sweep, first.config.dataset.num_samples, first.config.task.speed.num_blocks) == ("quick", 7, 1)
+
+
+def test_a_composed_cell_carries_nothing_of_hydra() -> None:
+    (cell,) = compose_grid([], multirun=False, config_dir=None)
+    assert isinstance(cell, Composed)
+    assert "hydra" not in cell.config
+
+
+@pytest.mark.parametrize("name", ["conf", "with space", "it's, one=odd [name]"])
+def test_yamls_of_a_folder_of_ones_own_are_found(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name / "policy"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("_target_: mine.Mine\n")
+    assert cells("policy=full,mine", multirun=True, config_dir=tmp_path / name) == [("full", 0.2), ("mine", 0.2)]
+
+
+def test_an_unknown_policy_is_compared_with_ones_own_too(tmp_path: Path) -> None:
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "mine.yaml").write_text("_target_: mine.Mine\n")
+    with pytest.raises(ConfigError, match="did you mean 'mine'"):
+        cells("policy=mien", config_dir=tmp_path)
+
+
+def test_composing_a_grid_imports_no_torch() -> None:
+    code = (
+        "import sys; from kvbench.compose import compose_grid; "
+        "n = len(compose_grid(['+experiment=default'], multirun=False, config_dir=None)); "
+        "sys.exit(n != 15 or bool({'torch', 'transformers', 'wandb', 'matplotlib'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, timeout=120).returncode == 0

@@ -1,0 +1,201 @@
+"""Wrong command lines: each must end with exit code 2 and one line, before any model is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kvbench.config
+from kvbench.cli import run
+from kvbench.compose import compose_grid
+from kvbench.config import build_cell
+from kvbench.models.spec import BUNDLED_FOLDER
+
+WRONG = {
+    # names, with close matches
+    "policy=h20": "policy is 'h20'; did you mean 'h2o'?",
+    "model=tiny-lava": "model is 'tiny-lava'; did you mean 'tiny-llava'?",
+    "dataset=scene": "dataset is 'scene'; did you mean 'scenes'?",
+    "task=sped": "task is 'sped'; did you mean 'speed'?",
+    "budget=token": "budget is 'token'; did you mean 'tokens'?",
+    "sink=consol": "sink is 'consol'; did you mean 'console'?",
+    "+experiment=quik": "experiment is 'quik'; did you mean 'quick'?",
+    "budget=0.2": "budget is '0.2'; known: prompt, seen, tokens",
+    "polcy=h2o": "polcy",
+    # keys
+    "bugdet.fraction=0.2": "bugdet.fraction is no setting; did you mean 'budget.fraction'",
+    "policy=streaming_llm policy.num_sink=3": "policy.num_sink is no setting; did you mean 'policy.num_sinks'",
+    "+policy.num_sink=3 policy=streaming_llm": "policy.num_sink is no setting of StreamingLLM; did you mean",
+    "task.sped.new_tokens=4": "task.sped.new_tokens is no setting; did you mean 'task.speed.new_tokens'",
+    "experiment=quick": "experiment",
+    # budgets
+    "policy=h2o budget.fraction=0": "budget.fraction is 0; it must lie in (0, 1]",
+    "policy=h2o budget.fraction=-0.5": "budget.fraction is -0.5",
+    "policy=h2o budget.fraction=1.5": "budget.fraction is 1.5",
+    "policy=h2o budget.fraction=nan": "budget.fraction is nan",
+    "policy=h2o budget.tokens=5": "exactly one must be given",
+    "policy=h2o budget.fraction=null": "exactly one must be given",
+    "policy=h2o budget=tokens budget.tokens=0": "budget.tokens is 0; it must be at least 1",
+    "policy=streaming_llm budget=tokens budget.tokens=3": "StreamingLLM protects 4 tokens",
+    "policy=h2o budget.of=prompts": "budget.of is 'prompts'; it must be one of 'seen', 'prompt'",
+    # types
+    "budget.fraction=abc": "budget.fraction is 'abc'; it must be a number or null",
+    "budget=tokens budget.tokens=1.5": "budget.tokens is 1.5; it must be a whole number or null",
+    "batch_size=two": "batch_size is 'two'; it must be a whole number of at least 1",
+    "batch_size=0": "batch_size is 0; it must be a whole number of at least 1",
+    "batch_size=true": "batch_size is True",
+    "seed=1.5": "seed is 1.5; it must be a whole number",
+    "seed=99999999999999999999": "must fit into 64 bits",
+    "force=maybe": "force is 'maybe'; it must be true or false",
+    "model.trust_remote_code=1": "model.trust_remote_code is 1; it must be true or false",
+    "policy=h2o policy.recent_fraction=2": "policy.recent_fraction is 2; it must lie in [0, 1]",
+    "policy=streaming_llm policy.num_sinks=-1": "policy.num_sinks is -1",
+    "task.speed.new_tokens=many": "task.speed.new_tokens is 'many'; it must be a whole number",
+    # choices
+    "positions=orignal": "positions is 'orignal'; did you mean 'original'?",
+    "device=gpu": "device is 'gpu'; it must be auto, cpu, cuda or cuda:N",
+    "device=cuda:99": "device is 'cuda:99', but torch sees",
+    "dataset.num_samples=0": "num_samples=0",
+    "dataset.split=tst": "dataset.split is 'tst'; did you mean 'test'?",
+    "dataset.ask=questions": "dataset.ask is 'questions'; it must be one of 'describe', 'follow_up'",
+    "model.dtype=float8": "model.dtype is 'float8'; did you mean",
+    "model.checkpoint=/no/such/folder": "model.checkpoint is '/no/such/folder'; it must be 'bundled', a folder",
+    "model.checkpoint=llava-hf/llava-1.5-7b-hf": "model.revision is None; a hub checkpoint must be pinned",
+    "sink.wandb.mode=onlin": "is 'onlin'; did you mean 'online'",
+    "task.speed.num_blocks=0": "num_blocks=0",
+    "task.generation.max_new_tokens=0": "task.generation.max_new_tokens is 0",
+    # what is missing
+    "model=local": "model.checkpoint is not given",
+    "dataset=conversation": "dataset.path is not given",
+    "dataset=conversation dataset.path=nowhere.json": "dataset.path nowhere.json cannot be read",
+    "policy=null": "policy=null leaves no policy",
+    "~dataset": "~dataset leaves no dataset",
+    "sink.wandb=null": "sink.wandb is null",
+    "task=speed ~task.speed": "no task is left",
+    # classes
+    "policy._target_=nowhere.Nothing": "policy: ",
+    "policy._target_=pathlib.Path": "policy._target_ is pathlib.Path; the class must derive from Policy",
+    "dataset._target_=pathlib.Path": "dataset._target_ is pathlib.Path; the class must have",
+    # syntax
+    "policy": "policy",
+    "budget.fraction=[": "budget.fraction=[",
+    "=h2o": "=h2o",
+    "policy=full,h2o": "add --multirun",
+    "--confg=job": "--confg=job is no flag",
+    "--config-dir": "--config-dir",
+    "--config-dir nowhere": "is no folder",
+    "report --sweeps x": "--sweeps",
+    "report nowhere": "the results folder nowhere does not exist",
+    # one wrong cell in a sweep
+    "-m policy=full,h20": "policy is 'h20'; did you mean 'h2o'?",
+    "-m policy=h2o budget.fraction=0.2,0.5,7": "budget.fraction is 7; it must lie in (0, 1]",
+    "-m policy=full,streaming_llm budget=tokens budget.tokens=8,3": "StreamingLLM protects 4 tokens",
+    "+experiment=quick batch_size=0": "batch_size is 0",
+}
+
+
+def never(*arguments: Any) -> None:
+    raise AssertionError("no model may be loaded for a wrong command line")
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kvbench.runs.cell.load_model", never)
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_a_wrong_command_line_is_told_in_one_line(line: str, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run(line.split()) == 2
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1, printed.err
+    assert printed.err.startswith("kvbench: ")
+    assert WRONG[line] in printed.err
+    assert list(tmp_path.iterdir()) == [], "nothing is written"
+
+
+def key(*overrides: str) -> str:
+    (composed,) = compose_grid(list(overrides), multirun=False, config_dir=None)
+    return build_cell(composed).key
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.dtype=bfloat16",
+        "dataset.num_samples=5",
+        "dataset.first=1",
+        "dataset.split=train",
+        "dataset.ask=follow_up",
+        "policy=random",
+        "policy=elastic",
+        "policy.recent_fraction=0.4",
+        "budget.fraction=0.3",
+        "budget=prompt",
+        "positions=in_cache",
+        "task=perplexity",
+        "task.generation.max_new_tokens=8",
+        "task.speed.num_blocks=1",
+        "batch_size=3",
+        "seed=1",
+    ],
+)
+def test_what_changes_the_answer_changes_the_key(override: str) -> None:
+    assert key("policy=h2o", override) != key("policy=h2o")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["results=elsewhere"],
+        ["sweep=named"],
+        ["force=true"],
+        ["sink=console"],
+        ["sink.wandb.project=mine"],
+        ["device=cpu"],
+        ["positions=original"],
+        ["+experiment=default", "hydra.mode=RUN", "policy=h2o"],
+        [f"model.checkpoint={BUNDLED_FOLDER}"],
+    ],
+)
+def test_what_does_not_change_the_answer_leaves_the_key(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kvbench.config, "resolve_device", lambda asked: "cpu")
+    assert key("policy=h2o", *overrides) == key("policy=h2o")
+
+
+def test_the_number_of_a_gpu_leaves_the_key_and_its_kind_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = []
+    for device in ("cuda:0", "cuda:1", "cpu"):
+        monkeypatch.setattr(kvbench.config, "resolve_device", lambda asked, device=device: device)
+        keys.append(key())
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_the_full_cache_has_one_key_for_every_budget() -> None:
+    assert key("policy=full", "budget.fraction=0.1") == key("policy=full", "budget=tokens")
+
+
+def test_a_conversation_keeps_its_key_when_its_file_moves(tmp_path: Path) -> None:
+    keys = []
+    for name, answer in (("a", "A dot."), ("b", "A dot."), ("c", "Two dots.")):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps([{"question": "What is it?", "answer": answer}]))
+        keys.append(key("dataset=conversation", f"dataset.path={path}"))
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_labels_say_what_was_chosen() -> None:
+    (composed,) = compose_grid(["policy=streaming_llm", "budget=tokens"], multirun=False, config_dir=None)
+    assert build_cell(composed).labels == {
+        "model": "tiny-llava",
+        "dataset": "scenes",
+        "policy": "streaming_llm",
+        "budget": "64 tokens",
+        "budget_fraction": None,
+        "budget_tokens": 64,
+        "positions": "in_cache",
+    }
