@@ -11,6 +11,7 @@ Exit codes: 0 all cells ok, 1 some cell failed, 2 wrong configuration, 130 inter
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -87,7 +88,7 @@ def _sweep(arguments: list[str]) -> int:
     )
     try:
         sweep.open()
-        if not sweep.reuse():
+        if not sweep.is_complete:
             _hand_to_hydra(arguments, lambda config: sweep.run(_key_of(config)))
     finally:
         sweep.close()
@@ -183,6 +184,7 @@ def _hand_to_hydra(arguments: list[str], job: Any) -> int:
 
 def _quiet_libraries() -> None:
     """Keep notices about optional packages out of the progress bars; errors still show."""
+    logging.getLogger("hydra").setLevel(logging.CRITICAL)  # a class that is not found is told in one line
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

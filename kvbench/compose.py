@@ -15,7 +15,7 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -45,7 +45,7 @@ def compose_grid(overrides: Sequence[str], *, multirun: bool, config_dir: str | 
             return [_compose([*cell, *extra]) for cell in _cells(overrides, multirun, extra)]
     except MissingConfigException as error:
         raise ConfigError(_unknown_choice(error)) from error
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises plain ValueErrors too
         raise ConfigError(_one_line(error, overrides)) from error
 
 
@@ -59,8 +59,8 @@ def _search_path(config_dir: str) -> str:
 def _cells(overrides: Sequence[str], multirun: bool, extra: list[str]) -> Iterator[list[str]]:
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     for o in parsed:
-        if o.key_or_group in _GROUPS and (o.is_delete() or o.value() is None):
-            raise ConfigError(f"{o.input_line} leaves no {o.key_or_group}; choose one, kvbench --help lists them")
+        if o.key_or_group in _GROUPS and (o.is_delete() or isinstance(o.value(), int | float | None)):
+            raise ConfigError(f"{o.input_line} chooses no {o.key_or_group}; give a name, kvbench --help lists them")
     fixed = [o.input_line for o in parsed if o.input_line is not None and not o.is_sweep_override()]
     hydra = _composed([*fixed, *extra]).hydra
     if not multirun and hydra.mode != RunMode.MULTIRUN:
@@ -92,11 +92,16 @@ def _unknown_choice(error: MissingConfigException) -> str:
 
 def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     """Say which key is unknown, with close matches; else the library's lines in one."""
+    if isinstance(error, OverrideParseException):
+        reason = next((line for line in str(error).splitlines() if "override" not in line), "")
+        return f"{error.override} cannot be read as KEY=VALUE ({reason})"
     unknown = _OVERRIDDEN.search(str(error))
     if unknown is None:
         return " ".join(str(error).split())
     known = _known_keys([word for word in overrides if _GROUP_CHOICE.fullmatch(word)])
-    return f"{unknown[1]} is no setting; {close_matches(unknown[1], known)}"
+    if unknown[1] == "experiment":
+        return "an experiment is added to the settings, not changed; write +experiment=NAME"
+    return f"{unknown[1]} is no setting; {close_matches(unknown[1], [*known, *_GROUPS])}"
 
 
 def _known_keys(choices: list[str]) -> list[str]:

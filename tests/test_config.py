@@ -23,14 +23,14 @@ WRONG = {
     "budget=token": "budget is 'token'; did you mean 'tokens'?",
     "sink=consol": "sink is 'consol'; did you mean 'console'?",
     "+experiment=quik": "experiment is 'quik'; did you mean 'quick'?",
-    "budget=0.2": "budget is '0.2'; known: prompt, seen, tokens",
-    "polcy=h2o": "polcy",
+    "budget=0.2": "budget=0.2 chooses no budget; give a name",
+    "polcy=h2o": "polcy is no setting; did you mean 'policy'",
     # keys
     "bugdet.fraction=0.2": "bugdet.fraction is no setting; did you mean 'budget.fraction'",
     "policy=streaming_llm policy.num_sink=3": "policy.num_sink is no setting; did you mean 'policy.num_sinks'",
     "+policy.num_sink=3 policy=streaming_llm": "policy.num_sink is no setting of StreamingLLM; did you mean",
     "task.sped.new_tokens=4": "task.sped.new_tokens is no setting; did you mean 'task.speed.new_tokens'",
-    "experiment=quick": "experiment",
+    "experiment=quick": "write +experiment=NAME",
     # budgets
     "policy=h2o budget.fraction=0": "budget.fraction is 0; it must lie in (0, 1]",
     "policy=h2o budget.fraction=-0.5": "budget.fraction is -0.5",
@@ -71,18 +71,19 @@ WRONG = {
     "model=local": "model.checkpoint is not given",
     "dataset=conversation": "dataset.path is not given",
     "dataset=conversation dataset.path=nowhere.json": "dataset.path nowhere.json cannot be read",
-    "policy=null": "policy=null leaves no policy",
-    "~dataset": "~dataset leaves no dataset",
+    "policy=null": "policy=null chooses no policy",
+    "~dataset": "~dataset chooses no dataset",
     "sink.wandb=null": "sink.wandb is null",
     "task=speed ~task.speed": "no task is left",
     # classes
-    "policy._target_=nowhere.Nothing": "policy: ",
+    "policy._target_=nowhere.Nothing": "policy: Error loading 'nowhere.Nothing'",
     "policy._target_=pathlib.Path": "policy._target_ is pathlib.Path; the class must derive from Policy",
     "dataset._target_=pathlib.Path": "dataset._target_ is pathlib.Path; the class must have",
     # syntax
-    "policy": "policy",
-    "budget.fraction=[": "budget.fraction=[",
-    "=h2o": "=h2o",
+    "policy": "policy cannot be read as KEY=VALUE",
+    "budget.fraction=[": "budget.fraction=[ cannot be read as KEY=VALUE",
+    "=h2o": "Could not override ''",
+    "-m budget=0.1,0.2": "must be a string",
     "policy=full,h2o": "add --multirun",
     "--confg=job": "--confg=job is no flag",
     "--config-dir": "--config-dir",
@@ -108,8 +109,11 @@ def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", WRONG)
-def test_a_wrong_command_line_is_told_in_one_line(line: str, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_wrong_command_line_is_told_in_one_line(
+    line: str, capfd: pytest.CaptureFixture[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     assert run(line.split()) == 2
+    assert not caplog.records, "nothing is logged, which would be more lines"
     printed = capfd.readouterr()
     assert printed.out == ""
     assert printed.err.count("\n") == 1, printed.err

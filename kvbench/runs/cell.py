@@ -97,7 +97,7 @@ def run_cell(
         "status": status,
         "phase": phase,
         "error": error,
-        "started_utc": started.isoformat(timespec="seconds"),
+        "started_utc": started.isoformat(timespec="milliseconds"),
         "duration_s": time.monotonic() - start_s,
         "environment": environment(cell.device),
         "measurements": result.measurements,

@@ -14,7 +14,7 @@ from kvbench.sinks.store import RecordStore
 
 
 class Sweep:
-    """The cells of one invocation. `statuses` tells, by key, how each ended."""
+    """The cells of one invocation, by key."""
 
     def __init__(self, *, name: str, results: Path, cells: Mapping[str, Cell], sinks: SinkGroup, force: bool) -> None:
         self._name = name
@@ -25,27 +25,36 @@ class Sweep:
         self._force = force
         self._shelf = ModelShelf()
         self._progress: Progress | None = None
-        self.statuses: dict[str, str] = {}
+        self._ended: dict[str, str] = {}
         self.num_reused = 0
 
     def open(self) -> None:
-        """Make the results folder, start the bars and the sinks. Raises: ConfigError for the folder."""
+        """Make the results folder, start bars and sinks, and take every accepted record there is.
+
+        Raises: ConfigError for a folder that cannot be made.
+        """
         make_folder(self._results)
         self._progress = Progress(len(self._cells))
         self._sinks.open(self._name, len(self._cells))
-
-    def reuse(self) -> bool:
-        """Take every accepted record there is, unless forced; return whether nothing is left to run."""
         for key in self._cells:
             if not self._force and self._store.accepted(key) is not None:
                 self._finish(key, "ok")
                 self.num_reused += 1
-        return len(self.statuses) == len(self._cells)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is left to run."""
+        return len(self._ended) == len(self._cells)
+
+    @property
+    def statuses(self) -> dict[str, str]:
+        """How each cell that ended did so, by key, in the order of the cells."""
+        return {key: self._ended[key] for key in self._cells if key in self._ended}
 
     def run(self, key: str) -> None:
         """Run the cell `key`; one that is done, or was run before, is left alone."""
         assert self._progress is not None
-        if key in self.statuses:
+        if key in self._ended:
             return
         cell = self._cells[key]
         self._progress.start_cell(f"{cell.labels['policy']} at {cell.labels['budget']}", len(cell.tasks))
@@ -58,7 +67,7 @@ class Sweep:
 
     def _finish(self, key: str, status: str) -> None:
         assert self._progress is not None
-        self.statuses[key] = status
+        self._ended[key] = status
         self._progress.finish_cell()
 
     def close(self) -> None:
