@@ -74,9 +74,10 @@ def _sweep(arguments: list[str]) -> int:
     _make_importable(words.config_dir)
     grid = compose_grid(overrides, multirun=words.multirun, config_dir=words.config_dir)
     _quiet_libraries()
-    from kvbench.config import build_cell, build_sinks, is_forced, results_folder
+    from kvbench.config import build_cell, build_sinks, check_shared, is_forced, results_folder
     from kvbench.runs.sweep import Sweep
 
+    check_shared(grid)
     cells = {cell.key: cell for cell in map(build_cell, grid)}
     first = grid[0].config
     sweep = Sweep(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -23,11 +23,12 @@ from kvbench.runs.cell import Cell
 from kvbench.runs.device import resolve_device
 from kvbench.runs.loop import CacheSetting
 from kvbench.sinks.base import SinkGroup
+from kvbench.value_types import fits, type_name
 
 _FULL = {"_target_": "kvbench.policies.full.Full"}
 _PATH_SETTINGS = ("path", "images")  # where a file lies does not change what is in it
 _NUMERIC_PACKAGES = ("torch", "transformers")
-_TYPE_NAMES = {type(None): "null", int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_SHARED = ("results", "sweep", "force", "sink")
 
 
 def build_cell(composed: Composed) -> Cell:
@@ -40,7 +41,7 @@ def build_cell(composed: Composed) -> Cell:
         raise ConfigError("no task is left, so nothing would be measured; choose task=all or another one")
     batch_size, seed = _whole(config, "batch_size", at_least=1), _whole(config, "seed", at_least=None)
     setting = CacheSetting(policy=policy, budget=budget, positions=_positions(config, policy))
-    _check_budget_fits(policy, budget)
+    _check_budgetfits(policy, budget)
     device = resolve_device(str(config.device))
     settings = {
         "model": {"fingerprint": _fingerprint(model), "dtype": model.dtype},
@@ -71,6 +72,14 @@ def build_cell(composed: Composed) -> Cell:
 def build_sinks(config: DictConfig) -> SinkGroup:
     """Return the sinks of the configuration. Raises: ConfigError."""
     return SinkGroup([build(node, f"sink.{name}", has="record") for name, node in config.sink.items()])
+
+
+def check_shared(grid: Sequence[Composed]) -> None:
+    """Raise ConfigError if the cells of a sweep differ in what holds for all of them."""
+    for name in _SHARED:
+        values = {str(composed.config[name]) for composed in grid}
+        if len(values) > 1:
+            raise ConfigError(f"{name} has {len(values)} values in one sweep; it holds for all cells, give one")
 
 
 def results_folder(config: DictConfig) -> Path:
@@ -121,32 +130,9 @@ def _checked(plugin: type[Any], arguments: dict[str, Any], name: str) -> dict[st
     for key, value in arguments.items():
         if key not in known:
             raise ConfigError(f"{name}.{key} is no setting of {plugin.__name__}; {close_matches(key, known)}")
-        if not _fits(value, hints[key]):
-            raise ConfigError(f"{name}.{key} is {value!r}; it must be {_type_name(hints[key])}")
+        if not fits(value, hints[key]):
+            raise ConfigError(f"{name}.{key} is {value!r}; it must be {type_name(hints[key])}")
     return arguments
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in options)
-    if origin is typing.Literal:
-        return value in options
-    if hint in (int, float, bool, str):
-        allowed = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}[hint]
-        return isinstance(value, allowed) and (hint is bool or not isinstance(value, bool))
-    if hint is type(None):
-        return value is None
-    return isinstance(value, str) if hint is Path else True
-
-
-def _type_name(hint: Any) -> str:
-    options = typing.get_args(hint)
-    if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(repr(option) for option in options)
-    if options:
-        return " or ".join(_type_name(option) for option in options)
-    return _TYPE_NAMES.get(hint, str(hint))
 
 
 def _whole(config: DictConfig, name: str, *, at_least: int | None) -> int:
@@ -166,7 +152,7 @@ def _positions(config: DictConfig, policy: Policy) -> PositionMode:
     return policy.native_positions if asked == "native" else typing.cast(PositionMode, asked)
 
 
-def _check_budget_fits(policy: Policy, budget: Budget) -> None:
+def _check_budgetfits(policy: Policy, budget: Budget) -> None:
     need = policy.smallest_budget_tokens
     if policy.bounded and budget.tokens is not None and budget.tokens < need:
         raise ConfigError(

@@ -51,8 +51,15 @@ class Conversation:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The SHA-256 of the file; pictures count by name."""
-        return hashlib.sha256(Path(self.path).expanduser().read_bytes()).hexdigest()
+        """The SHA-256 of the file and of every picture that it names."""
+        digest = hashlib.sha256(Path(self.path).expanduser().read_bytes())
+        for picture in self._pictures:
+            digest.update(hashlib.sha256(picture.read_bytes()).digest())
+        return digest.hexdigest()
+
+    @property
+    def _pictures(self) -> list[Path]:
+        return [item.load_image.args[0] for item in self._items if isinstance(item.load_image, partial)]
 
     def examples(self) -> Sequence[Example]:
         """Return the examples in the file's order."""

@@ -6,6 +6,7 @@ every cell of a sweep, and the next sweep, compares with the same texts.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import uuid
@@ -33,18 +34,23 @@ class FullAnswers:
         stored = _read(path, settings)
         if stored is None:
             stored = compute()
-            _publish(path, canonical_json({"settings": settings, "answers": stored}))
+            _publish(path, canonical_json({"settings": settings, "answers": stored, "sha256": _digest(stored)}))
         return stored
 
 
 def _read(path: Path, settings: Mapping[str, Any]) -> Answers | None:
-    """Return None for a file that is torn or of other settings: it is computed again."""
+    """Return None for a file that is torn, changed or of other settings: it is computed again."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        answers = dict(content["answers"])
         same = content["settings"] == json.loads(canonical_json(settings))
-        return dict(content["answers"]) if same else None
+        return answers if same and content["sha256"] == _digest(answers) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _digest(answers: Answers) -> str:
+    return hashlib.sha256(canonical_json(answers).encode()).hexdigest()
 
 
 def _publish(path: Path, text: str) -> None:

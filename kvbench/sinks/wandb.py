@@ -3,8 +3,6 @@
 The run id comes from the cell key, so a cell that is measured or uploaded again lands on the same
 run. Nothing here can stop or hang a sweep: starting and finishing an online run have a time limit,
 and after the first failure the rest of the sweep is kept offline, with one line that says how to upload.
-
-    WandbSink(project="kvbench", mode="auto", folder=Path("results"))    # runs in results/wandb/
 """
 
 from __future__ import annotations
@@ -64,7 +62,7 @@ class WandbSink:
 
     def __post_init__(self) -> None:
         if self.mode not in _MODES:
-            raise ConfigError(f"sink.mode is {self.mode!r}; {close_matches(self.mode, _MODES)}")
+            raise ConfigError(f"sink.wandb.mode is {self.mode!r}; {close_matches(self.mode, _MODES)}")
         object.__setattr__(self, "folder", Path(self.folder))  # yaml gives text
 
     def open(self, sweep: str, num_cells: int) -> None:

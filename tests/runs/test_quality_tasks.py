@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from kvbench.datasets.scenes import scene_at
 from kvbench.errors import ConfigError, MeasureError, NonFiniteError
 from kvbench.models.loader import LoadedModel
 from kvbench.models.spec import BUNDLED_FOLDER
+from kvbench.records import canonical_json
 from kvbench.runs.fidelity import Fidelity
 from kvbench.runs.generation import Generation
 from kvbench.runs.perplexity import Perplexity
@@ -123,6 +125,9 @@ def test_tampered_full_answers_are_refused(
     SHORT.run(bench)
     content = json.loads(stored_file(tmp_path).read_text())
     tamper(content["answers"])
+    stored_file(tmp_path).write_text(json.dumps(content))
+    assert SHORT.run(bench).measurements["length_ratio"]["value"] > 0, "a file that fails its checksum is made again"
+    content["sha256"] = hashlib.sha256(canonical_json(content["answers"]).encode()).hexdigest()
     stored_file(tmp_path).write_text(json.dumps(content))
     with pytest.raises(MeasureError, match="delete results/full_answers"):
         SHORT.run(bench)

@@ -1,0 +1,35 @@
+"""Does a value from a yaml fit an annotation, and what is that type called in a message."""
+
+from __future__ import annotations
+
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+_TYPE_NAMES = {type(None): "null", int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Return whether a value read from yaml may be given where `hint` is annotated."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, option) for option in options)
+    if origin is typing.Literal:
+        return value in options
+    if hint in (int, float, bool, str):
+        allowed = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}[hint]
+        return isinstance(value, allowed) and (hint is bool or not isinstance(value, bool))
+    if hint is type(None):
+        return value is None
+    return isinstance(value, str) if hint is Path else True
+
+
+def type_name(hint: Any) -> str:
+    """Return a type as error messages name it."""
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(repr(option) for option in options)
+    if options:
+        return " or ".join(type_name(option) for option in options)
+    return _TYPE_NAMES.get(hint, str(hint))
