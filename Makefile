@@ -39,7 +39,7 @@ test-gpu: install ## only the tests that need a CUDA device
 wheel-smoke: install ## build the wheel, install it into an empty venv, run it from an empty folder
 	bash .ci/wheel-smoke
 
-train-bundled: install ## train the bundled model again (an hour or two on a CPU); resumable
+train-bundled: install ## train the bundled model again (100 minutes on 2 CPU cores); resumable
 	$(BIN)/python -m kvbench.models.train_scenes --out runs/tiny-llava
 
 clean: ## remove what make made, results excepted

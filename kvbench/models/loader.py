@@ -41,6 +41,7 @@ class LoadedModel:
 def load_model(spec: ModelSpec, device: str) -> LoadedModel:
     """Load `spec` onto `device`. Raises: ModelSupportError for a family that is not supported."""
     transformers = importlib.import_module("transformers")
+    transformers.utils.logging.disable_progress_bar()  # the sweep has its own
     source = str(spec.folder or spec.checkpoint)
     options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     try:

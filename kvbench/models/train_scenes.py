@@ -65,7 +65,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m kvbench.models.train_scenes", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and of the final model")
-    parser.add_argument("--steps", type=int, default=4500, help="conversation steps in all (default 4500)")
+    parser.add_argument("--steps", type=int, default=4200, help="conversation steps in all (default 4200)")
     parser.add_argument("--drop-from", type=int, default=2250, help="first step with token dropout (default 2250)")
     parser.add_argument("--batch-size", type=int, default=32, help="scenes per step (default 32)")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak learning rate (default 1.5e-3)")
