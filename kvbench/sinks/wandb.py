@@ -130,7 +130,7 @@ class WandbSink:
             job_type="cell",
             tags=run_tags(body),
             config={**{name: body[name] for name in ("key", "labels", "environment")}, **body["cell"]},
-            dir=str(self.folder),
+            dir=str(self.folder.resolve()),  # wandb writes from a process of its own, which may stand elsewhere
             mode=mode,
             reinit="finish_previous",
             settings=self._settings(),

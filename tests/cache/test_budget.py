@@ -24,6 +24,12 @@ def test_a_fraction_is_rounded_down_in_exact_decimals(thousandths: int, seen: in
         assert budget.entries(seen_tokens=seen, prompt_tokens=prompt) == max(1, exact)
 
 
+@pytest.mark.parametrize(("fraction", "seen", "entries"), [(0.29, 100, 29), (0.57, 100, 57), (0.58, 50, 29)])
+def test_a_product_just_below_a_whole_number_is_that_number(fraction: float, seen: int, entries: int) -> None:
+    assert int(fraction * seen) == entries - 1
+    assert Budget(fraction=fraction).entries(seen_tokens=seen, prompt_tokens=1) == entries
+
+
 def test_absolute_tokens_do_not_depend_on_the_sequence() -> None:
     assert {Budget(tokens=7).entries(seen_tokens=n, prompt_tokens=n) for n in (1, 7, 5000)} == {7}
 
