@@ -1,6 +1,6 @@
 """One line per finished cell in the terminal, printed above any progress bar.
 
-[3/13] ok         h2o            20 % of seen   ppl 1.23 [1.10, 1.30]  rougeL_vs_full 0.912  12.3 s
+[3/13] ok         h2o            20 % of seen   PPL 1.234  ROUGE-L vs full 0.912  TPOT 2.26 ms  12.3 s
 [4/13] oom        full           -              prefill: OutOfMemoryError: tried to allocate 2 GiB
 """
 
@@ -9,8 +9,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from kvbench.units import format_value, measure
+
 _HEADLINES = ("ppl", "rougeL_vs_full", "objects_recalled_fraction", "tpot_ms", "kv_stored_bytes")
-_MIB_BYTES = 1024**2
 
 
 def say(line: str) -> None:
@@ -55,15 +56,9 @@ def cell_line(body: dict[str, Any]) -> str:
 
 
 def _headline(name: str, entry: dict[str, Any]) -> str:
-    value, low, high = entry["value"], entry.get("low"), entry.get("high")
-    if value is None:
-        return ""
-    if name.endswith("_bytes"):
-        return f"{name.removesuffix('_bytes')} {value / _MIB_BYTES:.2f} MiB"
-    label, unit = (name.removesuffix("_ms"), " ms") if name.endswith("_ms") else (name, "")
-    if low is None or high is None:
-        return f"{label} {value:.3g}{unit}"
-    return f"{label} {value:.3g} [{low:.3g}, {high:.3g}]{unit}"
+    """Name and number; the interval is in the table at the end, a line has no room for it."""
+    value = entry["value"]
+    return "" if value is None else f"{measure(name).label} {format_value(name, value)}"
 
 
 def _failure(body: dict[str, Any]) -> str:
