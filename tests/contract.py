@@ -19,10 +19,6 @@ POSITIONS = ("original", "in_cache")
 BUDGETS = ("one", "smallest", "below_smallest", "tokens", "third_of_seen", "third_of_prompt")
 PROMPT, STEPS = 24, 14
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-CLOSE_TO_ORACLE = {
-    "rtol": 1e-5,
-    "atol": 5e-5,
-}  # float32 angles and rows: 8e-6 of noise seen
 
 
 @dataclass(frozen=True, kw_only=True)

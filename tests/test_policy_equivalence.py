@@ -14,7 +14,6 @@ from kvbench.cache import UNLIMITED, Budget, Policy, PolicyCache, When
 from tests.contract import (
     BUDGETS,
     CLOSE,
-    CLOSE_TO_ORACLE,
     PROMPT,
     STEPS,
     allowed,
@@ -112,8 +111,8 @@ def test_eviction_equals_attention_that_cannot_see_what_was_evicted(
     visible = visible_entries([[layer[0] for layer in held] for held in trace.held], prompt)
     expected = visible_logits(model, tokens[0], visible, ranks=positions == "in_cache")
     logits = torch.stack(trace.logits)[:, 0].double()
-    torch.testing.assert_close(trace.prompt_logits[0].double(), expected[:prompt], **CLOSE_TO_ORACLE)
-    torch.testing.assert_close(logits, expected[prompt:], **CLOSE_TO_ORACLE)
+    torch.testing.assert_close(trace.prompt_logits[0].double(), expected[:prompt], **CLOSE)
+    torch.testing.assert_close(logits, expected[prompt:], **CLOSE)
 
 
 @pytest.mark.parametrize("budget_name", ["smallest", "tokens", "third_of_seen", "unlimited"])
@@ -139,7 +138,7 @@ def test_a_second_turn_keeps_the_budget_and_sees_what_was_held(
             assert most <= allowed(policy, budget, PROMPT, start, 0)
     if not merges(policy):
         expected = visible_logits(model, tokens[0], sees, ranks=positions == "in_cache")
-        torch.testing.assert_close(torch.cat(logits).double(), expected, **CLOSE_TO_ORACLE)
+        torch.testing.assert_close(torch.cat(logits).double(), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("budget_name", ["tokens", "third_of_seen"])

@@ -83,13 +83,13 @@ def last_rows(chunk: Chunk, num_queries: int, reduction: str) -> Tensor:
 
 
 def decode_step(query: Tensor, keys: Tensor, values: Tensor, valid: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """One new token over the slots: query (B, Hq, 1, D) -> output (B, Hq, 1, D), rows (B, H, G, T) float32.
+    """One new token over the slots: query (B, Hq, 1, D) -> output (B, Hq, 1, D), rows (B, H, G, T), float32 or wider.
 
     The row of probabilities is what the output is made of, so a policy that wants it pays nothing.
     """
     batch, heads, _, width = keys.shape
     grouped = query.reshape(batch, heads, -1, width)
-    logits = torch.matmul(grouped, keys.transpose(-1, -2)).float() * scaling
+    logits = _at_least_float32(torch.matmul(grouped, keys.transpose(-1, -2))) * scaling
     rows = logits.masked_fill_(~valid[:, :, None], -torch.inf).softmax(dim=-1)
     output = torch.matmul(rows.to(values.dtype), values)
     return output.reshape(batch, -1, 1, width), rows
@@ -105,6 +105,10 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def reduce_group(rows: Tensor, reduction: str) -> Tensor:
     """Reduce the query heads of a group, dimension 2, to their KV head by `mean`, `sum` or `max`."""
     return _REDUCTIONS[reduction](rows)
+
+
+def _at_least_float32(states: Tensor) -> Tensor:
+    return states if states.dtype == torch.float64 else states.float()
 
 
 def _query_blocks(chunk: Chunk) -> Iterator[tuple[int, int]]:
@@ -132,7 +136,7 @@ def _probabilities(chunk: Chunk, start: int, end: int) -> Tensor:
     heads = chunk.keys.shape[1]
     query = chunk.query[:, :, start:end].reshape(batch, heads, chunk.group, end - start, width)
     keys = chunk.keys[:, :, None, : chunk.stored + end]
-    logits = torch.matmul(query, keys.transpose(-1, -2)).float() * chunk.scaling
+    logits = _at_least_float32(torch.matmul(query, keys.transpose(-1, -2))) * chunk.scaling
     logits.masked_fill_(~_sees(chunk, start, end)[:, :, None], -torch.inf)
     real = (chunk.query_position[:, start:end] >= 0)[:, None, None, :, None]
     return logits.softmax(dim=-1) * real

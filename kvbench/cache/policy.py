@@ -43,7 +43,7 @@ class Policy:
         return 1
 
     def plan(self, view: View) -> Plan | None:
-        """Return what stays after a prompt, or None to keep everything. Called when over budget."""
+        """Return what stays after a prompt. Called when the budget is exceeded, so None is refused."""
         raise NotImplementedError(f"{type(self).__name__} must define plan(view)")
 
     def victim(self, view: View) -> Tensor:

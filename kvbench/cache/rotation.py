@@ -16,6 +16,7 @@ from torch import Tensor
 from kvbench.errors import ModelSupportError
 
 _FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_HALF_SPLIT_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # others may rotate neighbouring pairs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +39,7 @@ def rotation_of(decoder: Any) -> Rotation:
     """Return the rotation of a transformers decoder.
 
     Raises: ModelSupportError where positions are not one fixed rotation (M-RoPE, dynamic NTK,
-    LongRoPE, rotary frequencies per layer type).
+    LongRoPE, rotary frequencies per layer type), or pairs may not be half-split.
     """
     rotary = getattr(decoder, "rotary_emb", None)
     config = decoder.config
@@ -48,5 +49,10 @@ def rotation_of(decoder: Any) -> Rotation:
         raise ModelSupportError(
             f"positions=in_cache needs one fixed rotary embedding; {type(decoder).__name__} has rope type {kind!r}. "
             "Use positions=original"
+        )
+    if config.model_type not in _HALF_SPLIT_FAMILIES:
+        raise ModelSupportError(
+            f"positions=in_cache is implemented for {', '.join(_HALF_SPLIT_FAMILIES)}; the decoder is of family "
+            f"{config.model_type!r}. Use positions=original"
         )
     return Rotation(frequencies=rotary.inv_freq.detach().float())
