@@ -90,7 +90,8 @@ def _sweep(arguments: list[str]) -> int:
     try:
         sweep.open()
         if not sweep.is_complete:
-            _hand_to_hydra(arguments, lambda config: sweep.run(_key_of(config)))
+            flags = [word for word in arguments if word not in overrides]  # Hydra wants them first
+            _hand_to_hydra([*flags, *overrides], lambda config: sweep.run(_key_of(config)))
     finally:
         sweep.close()
     _show(sweep, cells, results_folder(first))

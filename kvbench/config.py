@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import inspect
 import typing
 from collections.abc import Sequence
 from functools import cache
@@ -27,7 +29,7 @@ from kvbench.value_types import fits, type_name
 
 _FULL = {"_target_": "kvbench.policies.full.Full"}
 _PATH_SETTINGS = ("path", "images")  # where a file lies does not change what is in it
-_NUMERIC_PACKAGES = ("torch", "transformers")
+_NUMERIC_PACKAGES = ("kvbench", "torch", "transformers")
 _SHARED = ("results", "sweep", "force", "sink")
 
 
@@ -46,10 +48,10 @@ def build_cell(composed: Composed) -> Cell:
     settings = {
         "model": {"fingerprint": _fingerprint(model), "dtype": model.dtype},
         "dataset": {"fingerprint": dataset.fingerprint, **_plain(config.dataset, without=_PATH_SETTINGS)},
-        "policy": {"version": policy.version, **_plain(config.policy)},
+        "policy": {**_plain(config.policy), **dataclasses.asdict(policy), "source": _source(policy)},
         "budget": _plain(config.budget) if policy.bounded else None,
         "positions": setting.positions,
-        "task": {name: _plain(node) for name, node in config.task.items()},
+        "task": {name: {**_plain(node), "protocol": tasks[str(name)].protocol} for name, node in config.task.items()},
         "batch_size": batch_size,
         "seed": seed,
         "device": device.split(":")[0],
@@ -159,6 +161,12 @@ def _check_budgetfits(policy: Policy, budget: Budget) -> None:
             f"budget.tokens is {budget.tokens}, but {type(policy).__name__} protects {need} tokens (sinks and recent "
             f"window); give at least {need}, or fewer sinks"
         )
+
+
+def _source(policy: Policy) -> str:
+    """Return the hash of the policy's code, so that a record never outlives the code that made it."""
+    classes = [kind for kind in type(policy).__mro__ if issubclass(kind, Policy)]
+    return hashlib.sha256("".join(map(inspect.getsource, classes)).encode()).hexdigest()[:16]
 
 
 def _plain(node: DictConfig, without: tuple[str, ...] = ()) -> dict[str, Any]:

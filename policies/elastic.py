@@ -20,8 +20,10 @@ class Elastic(Policy):
     are anchors (Sec. 3.2), every other entry joins its nearest anchor's bucket (Eq. 2), and each
     anchor becomes the plain mean of its bucket (Eq. 3). Decode: when the budget is exceeded, the
     entry `fixed_point` places before the newest one goes (fixed-point elimination, 25 in Sec. 4.1).
-    The first and the newest token are protected: they count in the budget, stay as they are, and are
-    no anchors. What the release does instead is another policy.
+    In a cache of fewer than `fixed_point` + 2 entries the point falls on the entry after the first,
+    which makes the output stage a sliding window. The first and the newest token are protected: they
+    count in the budget, stay as they are, and are no anchors. What the release does instead is another
+    policy.
     """
 
     needs: ClassVar[Needs] = Needs.MASS

@@ -16,9 +16,9 @@ _MIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
 class Random(ScorePolicy):
     """Keep a random subset, drawn per layer and KV head; nothing is protected.
 
-    Every token gets one fixed priority in [0, 1), a hash of (seed, layer, head, position), and the
-    highest stay: at each step a uniform sample without memory. Rows of a batch draw alike, so a
-    sequence alone and in a batch keeps the same tokens.
+    Every token gets one fixed priority in [0, 1), a hash of (seed, sequence, layer, head, position), and
+    the highest stay: at each step a uniform sample without memory. A sequence draws the same alone and
+    in a batch; another one draws differently.
     """
 
     seed: int = 0
@@ -27,7 +27,7 @@ class Random(ScorePolicy):
         """Return the priorities (B, H, T)."""
         heads = torch.arange(view.position.shape[1], device=view.position.device)[None, :, None]
         stream = (self.seed * view.num_layers + view.layer) * view.position.shape[1] + heads
-        return _unit_hash(view.position + (stream + 1) * _MIX[0])
+        return _unit_hash(view.position + (stream + 1) * _MIX[0] + view.row_seed[:, None, None] * _MIX[1])
 
 
 def _unit_hash(number: Tensor) -> Tensor:

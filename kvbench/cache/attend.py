@@ -89,7 +89,7 @@ def decode_step(query: Tensor, keys: Tensor, values: Tensor, valid: Tensor, scal
     """
     batch, heads, _, width = keys.shape
     grouped = query.reshape(batch, heads, -1, width)
-    logits = _at_least_float32(torch.matmul(grouped, keys.transpose(-1, -2))) * scaling
+    logits = torch.matmul(_at_least_float32(grouped) * scaling, _at_least_float32(keys).transpose(-1, -2))
     rows = logits.masked_fill_(~valid[:, :, None], -torch.inf).softmax(dim=-1)
     output = torch.matmul(rows.to(values.dtype), values)
     return output.reshape(batch, -1, 1, width), rows
@@ -136,7 +136,7 @@ def _probabilities(chunk: Chunk, start: int, end: int) -> Tensor:
     heads = chunk.keys.shape[1]
     query = chunk.query[:, :, start:end].reshape(batch, heads, chunk.group, end - start, width)
     keys = chunk.keys[:, :, None, : chunk.stored + end]
-    logits = _at_least_float32(torch.matmul(query, keys.transpose(-1, -2))) * chunk.scaling
+    logits = torch.matmul(_at_least_float32(query) * chunk.scaling, _at_least_float32(keys).transpose(-1, -2))
     logits.masked_fill_(~_sees(chunk, start, end)[:, :, None], -torch.inf)
     real = (chunk.query_position[:, start:end] >= 0)[:, None, None, :, None]
     return logits.softmax(dim=-1) * real

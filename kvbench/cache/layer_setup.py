@@ -21,6 +21,7 @@ class LayerSetup:
 
     rotation: given for positions=in_cache only. reserve_tokens: how many tokens will be generated;
     more than that makes the buffers grow by copying. prompt_kind (B, T) int8 or None for text.
+    row_seeds: one number per sequence for policies that draw, None for zeros.
     """
 
     layer: int
@@ -30,6 +31,7 @@ class LayerSetup:
     rotation: Rotation | None
     reserve_tokens: int
     prompt_kind: Tensor | None
+    row_seeds: tuple[int, ...] | None = None
 
 
 def view_of(
@@ -51,6 +53,7 @@ def view_of(
         prompt=row_tensor(ledger.prompt, entries.keys),
         seen=row_tensor(ledger.seen, entries.keys),
         budget=row_tensor(ledger.allowed(), entries.keys),
+        row_seed=row_tensor(list(setup.row_seeds or [0] * entries.keys.shape[0]), entries.keys),
         keys=entries.keys,
         values=entries.values,
         position=entries.position,

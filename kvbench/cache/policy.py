@@ -33,7 +33,6 @@ class Policy:
     granularity: ClassVar[Literal["layer", "kv_head"]] = "kv_head"
     reduction: ClassVar[Literal["mean", "sum", "max"]] = "mean"
     bounded: ClassVar[bool] = True
-    version: ClassVar[int] = 1
     window_tokens: ClassVar[int] = 32
     native_positions: ClassVar[Literal["original", "in_cache"]] = "original"
 

@@ -6,6 +6,7 @@ to `model.generate` or to a forward of your own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,9 +42,10 @@ class Occupancy:
 class PolicyCache(Cache):
     """A cache of slots under `policy` and `budget` for one batch of sequences.
 
-    positions: `original` or `in_cache`. reserve_tokens: tokens that will be generated, so that
-    buffers are allocated once; more than that still works, by copying. prompt_kind (B, T): kind of
-    each prompt token. Raises: ModelSupportError if `attach(model)` was not called.
+    positions: `original` or `in_cache`. reserve_tokens: tokens that will be generated, so that buffers
+    are allocated once; more than that still works, by copying. prompt_kind (B, T): kind of each prompt
+    token. row_seeds: one number per sequence, for policies that draw. Raises: ModelSupportError if
+    `attach(model)` was not called.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class PolicyCache(Cache):
         positions: PositionMode = "original",
         reserve_tokens: int = 0,
         prompt_kind: Tensor | None = None,
+        row_seeds: Sequence[int] | None = None,
     ) -> None:
         if not is_attached(model.config):
             raise ModelSupportError("the model does not use kvbench's attention; call kvbench.attach(model) first")
@@ -71,6 +74,7 @@ class PolicyCache(Cache):
                 rotation=rotation,
                 reserve_tokens=reserve_tokens,
                 prompt_kind=prompt_kind,
+                row_seeds=None if row_seeds is None else tuple(row_seeds),
             )
             for index in range(num_layers)
         )

@@ -47,7 +47,8 @@ class View:
     keys, values (B, H, T, D), keys rotated at their original positions; position (B, H, T) int64,
     the token's index in its own row (pads not counted), -1 where the slot holds nothing; kind
     (B, H, T) int8, a `Kind`; prompt, seen, budget (B,) int64: tokens of the prompt, tokens seen so
-    far, entries allowed now. `new_tokens` is how many tokens came with this step (1 = decode).
+    far, entries allowed now; row_seed (B,) int64, a number of the sequence for policies that draw, the
+    same alone and in a batch. `new_tokens` is how many tokens came with this step (1 = decode).
     """
 
     layer: int
@@ -57,6 +58,7 @@ class View:
     prompt: Tensor
     seen: Tensor
     budget: Tensor
+    row_seed: Tensor
     keys: Tensor
     values: Tensor
     position: Tensor

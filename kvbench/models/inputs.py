@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +21,12 @@ class PromptBatch:
     """Prompts of B examples, padded on the left to T tokens.
 
     tensors: what the model's forward takes, input_ids and attention_mask (B, T), and pixel_values
-    where there are pictures. kind (B, T) int8.
+    where there are pictures. kind (B, T) int8. row_seeds: a number per example, from its id.
     """
 
     tensors: dict[str, Tensor]
     kind: Tensor
+    row_seeds: tuple[int, ...]
 
     @property
     def prompt_tokens(self) -> list[int]:
@@ -50,7 +52,12 @@ def prompt_batch(loaded: LoadedModel, examples: Sequence[Example]) -> PromptBatc
     tensors = {name: encoded[name].to(loaded.device) for name in names if name in encoded}
     if "pixel_values" in tensors:
         tensors["pixel_values"] = tensors["pixel_values"].to(loaded.model.dtype)
-    return PromptBatch(tensors=tensors, kind=_kinds(loaded, tensors["input_ids"]))
+    seeds = tuple(_row_seed(example) for example in examples)
+    return PromptBatch(tensors=tensors, kind=_kinds(loaded, tensors["input_ids"]), row_seeds=seeds)
+
+
+def _row_seed(example: Example) -> int:
+    return int.from_bytes(hashlib.sha256(example.id.encode()).digest()[:4], "big")
 
 
 def prompt_text(loaded: LoadedModel, example: Example) -> str:

@@ -15,7 +15,9 @@ BUNDLED_FOLDER = Path(__file__).parent / "tiny_llava_scenes"
 DTYPES = ("float32", "bfloat16", "float16")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_SAMPLE_BYTES = 2**20
+_WHOLE_BYTES = 2**26
+_BLOCK_BYTES = 2**16
+_NUM_BLOCKS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +64,13 @@ class ModelSpec:
     def fingerprint(self) -> str:
         """Return what the weights are: the hub commit, or a hash over the folder's files.
 
-        Files over 2 MiB count by size and their first and last MiB.
+        Files over 64 MiB count by size and 256 blocks of 64 KiB spread evenly over them.
         """
         if self.folder is None:
             return f"{self.checkpoint}@{self.revision}"
         digest = hashlib.sha256()
         for path in sorted(self.folder.iterdir()):
-            if path.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt"):
+            if path.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt", ".py"):
                 digest.update(path.name.encode() + _content_sample(path))
         return digest.hexdigest()
 
@@ -76,11 +78,13 @@ class ModelSpec:
 def _content_sample(path: Path) -> bytes:
     size = path.stat().st_size
     with path.open("rb") as file:
-        if size <= 2 * _SAMPLE_BYTES:
+        if size <= _WHOLE_BYTES:
             return file.read()
-        head = file.read(_SAMPLE_BYTES)
-        file.seek(size - _SAMPLE_BYTES)
-        return head + str(size).encode() + file.read()
+        blocks = [str(size).encode()]
+        for number in range(_NUM_BLOCKS):
+            file.seek(number * (size - _BLOCK_BYTES) // (_NUM_BLOCKS - 1))
+            blocks.append(file.read(_BLOCK_BYTES))
+        return b"".join(blocks)
 
 
 def _check_folder(folder: Path) -> None:

@@ -7,6 +7,7 @@ A damaged or foreign file costs its own cell only; it is listed as a problem and
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.errors import ConfigError, RecordError, close_matches
-from kvbench.records import read_record
+from kvbench.records import canonical_json, read_record
 from kvbench.report.cell import CellResult, parse_cell
 from kvbench.units import MEASURES
 
@@ -51,8 +52,9 @@ class Group:
         return tuple(cell for cell in self.cells if not cell.is_full)
 
     def series_label(self, cell: CellResult) -> str:
-        """Return the policy, with positions and variant only where they tell its own cells apart."""
+        """Return the policy, with positions where they are not the original ones or its cells differ in them."""
         several = len({other.positions for other in self.cells if other.policy == cell.policy}) > 1
+        several = several or cell.positions != "original"
         extras = [text for text in (cell.positions if several else "", cell.variant) if text]
         return f"{cell.policy} ({', '.join(extras)})" if extras else cell.policy
 
@@ -130,10 +132,23 @@ def _doubts(body: Mapping[str, Any], path: Path) -> Iterator[str]:
 def _ordered(cells: list[CellResult]) -> tuple[CellResult, ...]:
     """Sort, after telling apart cells whose labels are the same."""
     named: list[CellResult] = []
+    cells = _with_distinct_names(_with_distinct_names(cells, "model"), "dataset")
     for twins in _by(cells, lambda cell: (cell.model, cell.dataset, *cell.series)).values():
         repeated = any(len(same) > 1 for same in _by(twins, lambda cell: (cell.budget,)).values())
         named.extend(_with_variants(twins) if repeated else twins)
     return tuple(sorted(named, key=lambda cell: cell.sort_key))
+
+
+def _with_distinct_names(cells: list[CellResult], part: str) -> list[CellResult]:
+    """Tell apart models, or data sets, that share a name but not their settings: they are not comparable."""
+    named: list[CellResult] = []
+    for same in _by(cells, lambda cell: (getattr(cell, part),)).values():
+        settings = {canonical_json(cell.settings.get(part)) for cell in same}
+        for cell in same:
+            digest = hashlib.sha256(canonical_json(cell.settings.get(part)).encode()).hexdigest()[:6]
+            name: dict[str, Any] = {part: f"{getattr(cell, part)} #{digest}"}
+            named.append(replace(cell, **name) if len(settings) > 1 else cell)
+    return named
 
 
 def _by(cells: Iterable[CellResult], key: Any) -> dict[tuple[object, ...], list[CellResult]]:

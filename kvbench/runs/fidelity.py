@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ class Fidelity:
     In every run the full cache is compared with itself over `check_tokens` steps of the first batch;
     its KL must be exactly 0.
     """
+
+    protocol: ClassVar[str] = "lock_step_v1"
 
     max_new_tokens: int = 160
     check_tokens: int = 16

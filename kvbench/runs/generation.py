@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from kvbench.cache import PolicyCache
 from kvbench.datasets.base import Dataset, Example
@@ -28,6 +28,8 @@ class Generation:
     In every run the full cache answers the first planned batch once more and must give the stored
     answers token for token: a reference that does not reproduce is worth nothing.
     """
+
+    protocol: ClassVar[str] = "greedy_v1"
 
     max_new_tokens: int = 160
 

@@ -36,6 +36,7 @@ class CacheSetting:
             positions=self.positions,
             reserve_tokens=reserve_tokens,
             prompt_kind=batch.kind,
+            row_seeds=batch.row_seeds,
         )
 
 

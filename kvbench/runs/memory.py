@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -25,6 +25,8 @@ class Memory:
     what is held, without the free slot and slots not yet used.
     """
 
+    protocol: ClassVar[str] = "one_launch_v1"
+
     new_tokens: int = 48
     batch_size: int = 1
 
@@ -39,7 +41,8 @@ class Memory:
         loaded = bench.loaded
         batch = prompt_batch(loaded, bench.examples[: self.batch_size])
         weights_bytes = parameter_bytes(loaded.model)
-        peaks = PhasePeaks(device=loaded.device, base_bytes=weights_bytes)
+        inputs_bytes = sum(tensor.untyped_storage().nbytes() for tensor in batch.tensors.values())
+        peaks = PhasePeaks(device=loaded.device, base_bytes=weights_bytes + inputs_bytes)
         resident_is_fresh = reset_resident_peak()
         cache = bench.setting.cache(loaded, batch, self.new_tokens)
         self._launch(loaded, batch, cache, peaks)

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 
@@ -51,6 +52,8 @@ class Speed:
 
     batch_size prompts run together; new_tokens are generated per launch, prompt's token included.
     """
+
+    protocol: ClassVar[str] = "abba_v1"
 
     new_tokens: int = 48
     num_blocks: int = 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from kvbench.cache import UNLIMITED, Policy
 from kvbench.datasets.base import Dataset, Example
@@ -70,7 +70,12 @@ class TaskResult:
 
 
 class Task(Protocol):
-    """One measurement pass, a frozen dataclass whose fields are its settings."""
+    """One measurement pass, a frozen dataclass whose fields are its settings.
+
+    `protocol` names the definition of what it measures; a change of definition is a new name.
+    """
+
+    protocol: ClassVar[str]
 
     def run(self, bench: Bench) -> TaskResult:
         """Measure. Raises: MeasureError when a number contradicts itself."""
