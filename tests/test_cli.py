@@ -147,3 +147,9 @@ def test_results_that_cannot_be_written_are_told_in_one_line(tmp_path: Path, cap
 def test_the_composed_configuration_can_be_printed(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["--cfg", "job", "policy=streaming_llm"]) == 0
     assert "_target_: kvbench.policies.streaming_llm.StreamingLLM" in capfd.readouterr().out
+
+
+def test_flags_may_come_after_settings(tmp_path: Path) -> None:
+    words = ["task=perplexity", "dataset.num_samples=1", "sink=console", "results=out"]
+    assert run(["policy=full,random", "-m", *words]) == 0
+    assert set(bodies(tmp_path / "out")) == {"full", "random"}

@@ -124,3 +124,10 @@ def test_an_infinite_score_does_not_outbid_what_is_protected(tiny_llama: Any) ->
     policy = Scored(num_sinks=2, function=lambda view: torch.full(view.position.shape, torch.inf))
     trace = drive(tiny_llama, PolicyCache(tiny_llama, policy, Budget(tokens=5)), random_tokens(0, 1, 16), 12)
     assert all(head[:2] == (0, 1) for held in trace.held for layer in held for head in layer[0])
+
+
+def test_a_victim_that_is_an_empty_slot_is_refused(tiny_llama: Any) -> None:
+    policy = Planned(function=lambda v: Plan(keep=first(v, 6)))  # its victim is the lowest position: an empty slot
+    cache = PolicyCache(tiny_llama, policy, Budget(fraction=0.5), reserve_tokens=20)
+    with pytest.raises(PolicyError, match="holds no token"):
+        drive(tiny_llama, cache, random_tokens(3, 1, 20), 12)
