@@ -37,13 +37,13 @@ def build_cell(composed: Composed) -> Cell:
     """Return the cell. Raises: ConfigError or DataError in one line, before any model is loaded."""
     config = composed.config
     policy, budget = build(config.policy, "policy", is_a=Policy), build(config.budget, "budget", is_a=Budget)
-    model, dataset = build(config.model, "model", is_a=ModelSpec), build(config.dataset, "dataset", has="facts_in")
-    tasks = {str(name): build(node, f"task.{name}", has="run") for name, node in config.task.items()}
+    model, dataset = build(config.model, "model", is_a=ModelSpec), build(config.dataset, "dataset", has=("facts_in",))
+    tasks = {str(name): build(node, f"task.{name}", has=("run", "protocol")) for name, node in config.task.items()}
     if not tasks:
         raise ConfigError("no task is left, so nothing would be measured; choose task=all or another one")
     batch_size, seed = _whole(config, "batch_size", at_least=1), _whole(config, "seed", at_least=None)
     setting = CacheSetting(policy=policy, budget=budget, positions=_positions(config, policy))
-    _check_budgetfits(policy, budget)
+    _check_budget_fits(policy, budget)
     device = resolve_device(str(config.device))
     settings = {
         "model": {"fingerprint": _fingerprint(model), "dtype": model.dtype},
@@ -73,7 +73,7 @@ def build_cell(composed: Composed) -> Cell:
 
 def build_sinks(config: DictConfig) -> SinkGroup:
     """Return the sinks of the configuration. Raises: ConfigError."""
-    return SinkGroup([build(node, f"sink.{name}", has="record") for name, node in config.sink.items()])
+    return SinkGroup([build(node, f"sink.{name}", has=("record",)) for name, node in config.sink.items()])
 
 
 def check_shared(grid: Sequence[Composed]) -> None:
@@ -96,8 +96,8 @@ def is_forced(config: DictConfig) -> bool:
     return config.force
 
 
-def build(node: DictConfig | None, name: str, *, is_a: type[Any] = object, has: str = "__init__") -> Any:
-    """Make one plug-in, a class that derives from `is_a` and has the method `has`.
+def build(node: DictConfig | None, name: str, *, is_a: type[Any] = object, has: tuple[str, ...] = ()) -> Any:
+    """Make one plug-in, a class that derives from `is_a` and has every name in `has`.
 
     Class, keys and types are checked before anything of it runs. Raises: ConfigError, one line.
     """
@@ -114,8 +114,8 @@ def build(node: DictConfig | None, name: str, *, is_a: type[Any] = object, has: 
     arguments = {str(key): value for key, value in plain.items() if key != "_target_"}
     try:
         plugin: type[Any] = get_class(plain["_target_"])
-        if not issubclass(plugin, is_a) or not hasattr(plugin, has):
-            want = f"derive from {is_a.__name__}" if is_a is not object else f"have a method {has!r}"
+        if not issubclass(plugin, is_a) or not all(hasattr(plugin, attribute) for attribute in has):
+            want = f"derive from {is_a.__name__}" if is_a is not object else f"have {' and '.join(has)}"
             raise ConfigError(f"{name}._target_ is {plain['_target_']}; the class must {want}")
         return plugin(**_checked(plugin, arguments, name))
     except KvbenchError:
@@ -154,7 +154,7 @@ def _positions(config: DictConfig, policy: Policy) -> PositionMode:
     return policy.native_positions if asked == "native" else typing.cast(PositionMode, asked)
 
 
-def _check_budgetfits(policy: Policy, budget: Budget) -> None:
+def _check_budget_fits(policy: Policy, budget: Budget) -> None:
     need = policy.smallest_budget_tokens
     if policy.bounded and budget.tokens is not None and budget.tokens < need:
         raise ConfigError(
@@ -166,7 +166,13 @@ def _check_budgetfits(policy: Policy, budget: Budget) -> None:
 def _source(policy: Policy) -> str:
     """Return the hash of the policy's code, so that a record never outlives the code that made it."""
     classes = [kind for kind in type(policy).__mro__ if issubclass(kind, Policy)]
-    return hashlib.sha256("".join(map(inspect.getsource, classes)).encode()).hexdigest()[:16]
+    try:
+        source = "".join(map(inspect.getsource, classes))
+    except (OSError, TypeError) as error:
+        raise ConfigError(
+            f"policy: {error}; its source is part of a cell's key, so put the class in a .py file"
+        ) from error
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 def _plain(node: DictConfig, without: tuple[str, ...] = ()) -> dict[str, Any]:

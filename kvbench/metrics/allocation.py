@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(kw_only=True)
 class PhasePeaks:
-    """Peak bytes by phase; `resident_bytes` is the process's own peak, 0 where the system does not tell."""
+    """Peak bytes by phase. `base_bytes`: what was alive before, and on a CPU is not counted by itself."""
 
     device: torch.device
     base_bytes: int
