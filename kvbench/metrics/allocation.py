@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_RESET_SLACK_BYTES = 8 * 2**20
+
 
 @dataclass(kw_only=True)
 class PhasePeaks:
@@ -89,12 +91,16 @@ def parameter_bytes(model: torch.nn.Module) -> int:
 
 
 def reset_resident_peak() -> bool:
-    """Start a new resident peak for this process; False where the system cannot."""
+    """Start a new resident peak for this process; False where the system cannot.
+
+    Some kernels take the request and do nothing, so the peak is read back: it must have come down to
+    what is resident now.
+    """
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return False
-    return True
+    return resident_peak_bytes() <= _resident_bytes() + _RESET_SLACK_BYTES
 
 
 def resident_peak_bytes() -> int:
@@ -103,7 +109,11 @@ def resident_peak_bytes() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     except (OSError, StopIteration):
-        return int(psutil.Process().memory_info().rss)
+        return _resident_bytes()
+
+
+def _resident_bytes() -> int:
+    return int(psutil.Process().memory_info().rss)
 
 
 def _storage_id(tensor: Tensor) -> int:
