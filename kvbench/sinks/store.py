@@ -22,8 +22,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from kvbench.durable import link_new, storage_error, sync_folder
 from kvbench.errors import RecordError
-from kvbench.records import check_body, read_record, storage_error, sync_folder, write_record
+from kvbench.records import check_body, read_record, write_record
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class RecordStore:
         accepted = attempt.with_name("record.json")
         with _locked(attempt.parent):
             try:
-                os.link(attempt, accepted)
+                link_new(attempt, accepted)
             except FileExistsError:
                 current = self._read(accepted, key)
                 if current is None:
