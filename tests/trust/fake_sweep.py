@@ -68,10 +68,18 @@ def body_of(key: str, settings: dict[str, Any], batches: dict[int, dict[str, Any
     }
 
 
-def write(folder: Path, say: Say, *, sweep: str = "s", pause_s: float = 0.0, lease_s: float = 60.0) -> None:
+def write(
+    folder: Path,
+    say: Say,
+    *,
+    sweep: str = "s",
+    pause_s: float = 0.0,
+    lease_s: float = 60.0,
+    num_cells: int = NUM_CELLS,
+) -> None:
     """Be one writer: go round the cells until every one has its record."""
     store, claims = RecordStore(folder), Claims(folder, lease_s=lease_s)
-    todo = list(cells().items())
+    todo = list(cells().items())[:num_cells]
     random.shuffle(todo)
     while todo:
         for key, settings in list(todo):
@@ -89,19 +97,21 @@ def _measure(
     claim = claims.take(key)
     if claim is None:
         return False
-    with claim.beating():
-        if store.accepted(key) is None:
-            parts = PartialStore(store.folder, key)
-            done = parts.batches()
-            for number in sorted(set(range(NUM_BATCHES)) - done.keys()):
-                time.sleep(pause_s)
-                done[number] = batch(key, number)
-                say("measured", key, number)
-                parts.commit(number, done[number])
-            body = body_of(key, settings, done, sweep)
-            store.commit(body)
-            say("committed", key, body["attempt"])
-    claim.release()
+    try:
+        with claim.beating():
+            if store.accepted(key) is None:
+                parts = PartialStore(store.folder, key)
+                done = parts.batches()
+                for number in sorted(set(range(NUM_BATCHES)) - done.keys()):
+                    time.sleep(pause_s)
+                    done[number] = batch(key, number)
+                    say("measured", key, number)
+                    parts.commit(number, done[number])
+                body = body_of(key, settings, done, sweep)
+                store.commit(body)
+                say("committed", key, body["attempt"])
+    finally:
+        claim.release()
     return True
 
 
