@@ -34,7 +34,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "disk").mkdir()
     point = _mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=100k", "tmpfs")
     yield point
-    subprocess.run(["umount", str(point)], check=True)
+    subprocess.run(["umount", "--lazy", str(point)], check=True)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
     RecordStore(point).commit(make_body())
     subprocess.run(["mount", "-o", "remount,ro", str(point)], check=True)
     yield point
-    subprocess.run(["umount", str(point)], check=True)
+    subprocess.run(["umount", "--lazy", str(point)], check=True)
 
 
 @pytest.mark.parametrize(
