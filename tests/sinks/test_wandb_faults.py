@@ -24,7 +24,7 @@ NUM_CELLS, LONGEST_S = 3, 30.0
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 
 # Server faults, then faults of this machine. In short: the ones that a default run tests.
-SERVERS = ("silent", "slow", "500", "429", "401", "403", "nonsense", "dies", "never ends")
+SERVERS = ("silent", "slow", "500", "429", "401", "403", "nonsense", "dies", "never ends", "crashes")
 PLACES = ("refused", "no dns", "tls", "no key", "not installed", "killed service", "file for a folder", "full disk")
 SHORT = ("killed service", "full disk")
 FAULTS = [pytest.param(fault, marks=() if fault in SHORT else pytest.mark.long) for fault in (*SERVERS, *PLACES)]
@@ -117,6 +117,32 @@ def test_a_fault_loses_no_metric_and_hangs_nothing(
         assert accepted is not None
         assert {**accepted, "attempt": ""} == {**make_body(seed), "attempt": ""}
     _check_backfill(results, tmp_path, capsys)
+
+
+def test_without_a_fault_every_number_arrives_and_no_secret(tmp_path: Path) -> None:
+    """The server of the faults is a working one but for its fault, so that the faults above are what they say."""
+    server, secret = FaultServer("none"), "canary-sent-5d41402abc"
+    try:
+        environment = {**environment_of("none", server.port), "MY_SERVICE_TOKEN": secret, "SHOWN": secret}
+        command = [
+            sys.executable,
+            "-c",
+            _SWEEP.replace("make_body(seed)", "make_body(seed, sweep=os.environ['SHOWN'])"),
+        ]
+        done = subprocess.run(
+            [*command, str(tmp_path), "none"], cwd=REPO, env=environment, capture_output=True, timeout=200
+        )
+    finally:
+        server.close()
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "mirror" / "wandb").glob("run-*"))) == NUM_CELLS
+    for seed in range(NUM_CELLS):
+        assert make_body(seed)["key"].encode() in server.received
+    for name in (b"quality/ppl", b"latency/tpot_ms", b"memory/kv_stored_bytes", b"entries/mean"):
+        assert server.received.count(name) >= NUM_CELLS
+    assert secret.encode() not in server.received
+    assert b"0" * 40 not in server.received, "the key belongs into a header"
+    assert b"***" in server.received, "the secret was in the record and was hidden"
 
 
 def _check_backfill(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
