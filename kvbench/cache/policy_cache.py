@@ -21,6 +21,7 @@ from kvbench.cache.layer_setup import LayerSetup
 from kvbench.cache.policy import Policy
 from kvbench.cache.positions import POSITION_MODES, PositionMode
 from kvbench.cache.rotation import rotation_of
+from kvbench.cache.step_counts import CountsShelf
 from kvbench.errors import ConfigError, ModelSupportError, close_matches
 
 
@@ -82,7 +83,8 @@ class PolicyCache(Cache):
             )
             for index in range(num_layers)
         )
-        self.policy_layers = [PolicyLayer(setup) for setup in setups]
+        shelf = CountsShelf()
+        self.policy_layers = [PolicyLayer(setup, shelf) for setup in setups]
         super().__init__(layers=list(self.policy_layers))
 
     def decide(self) -> None:
