@@ -44,7 +44,6 @@ class PolicyLayer(CacheLayerMixin):
         self.counts: StepCounts | None = None
         self._leads = False
         self.ledger = Ledger(policy=self.setup.policy, budget=self.setup.budget)
-        self.padded_tokens = 0
         self.is_initialized = False
 
     @property
@@ -63,11 +62,11 @@ class PolicyLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Return tokens seen (pads included), not entries held: positions are derived from it."""
-        return self.padded_tokens
+        return self.ledger.padded_tokens
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the length of the padding mask, over everything seen, and its offset."""
-        return self.padded_tokens + query_length, 0
+        return self.ledger.padded_tokens + query_length, 0
 
     def get_max_length(self) -> int:
         """Return -1: there is no largest length."""
@@ -88,7 +87,7 @@ class PolicyLayer(CacheLayerMixin):
         layer by the tag; so no hook, no patch and no global state is needed.
         """
         self.is_initialized = True
-        self.padded_tokens += key_states.shape[2]
+        self.ledger.padded_tokens += key_states.shape[2]
         if self.slots is None:
             keys, values = key_states, value_states
         elif key_states.shape[2] == 1:
@@ -174,6 +173,12 @@ class PolicyLayer(CacheLayerMixin):
             evict(slots, probs, self.setup, self.counts)
         self.ledger.evicted()
         return output
+
+    def state(self) -> list[Tensor]:
+        """Return the tensors that a decode step changes in place, keys and values excepted."""
+        assert self.slots is not None
+        assert self.counts is not None
+        return self.slots.state() + (self.counts.state() if self._leads else [])
 
     def decide(self) -> Tensor | None:
         """Return the victim (B, H) that the policy would free now, None for one that frees nothing at decode."""

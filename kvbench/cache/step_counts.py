@@ -21,10 +21,7 @@ GROW_TOKENS = 64
 
 
 class StepCounts:
-    """Per row (B,) int64 on the device: `prompt`, `seen` and `budget` now, `row_seed`.
-
-    steps_left: how many more the table holds.
-    """
+    """Per row (B,) int64 on the device: `prompt`, `seen` and `budget` now, `row_seed`."""
 
     def __init__(self, setup: LayerSetup, ledger: Ledger, device: torch.device) -> None:
         self._policy = setup.policy
@@ -37,11 +34,12 @@ class StepCounts:
 
     def _announce(self, ledger: Ledger, num_steps: int) -> None:
         """Fill the table for the steps to come, at least GROW_TOKENS of them."""
-        self.steps_left = max(num_steps, GROW_TOKENS)
-        rows = [ledger.allowed(ahead_tokens=ahead) for ahead in range(self.steps_left + 1)]
+        num_steps = max(num_steps, GROW_TOKENS)
+        self._announced_until = ledger.seen[0] + num_steps
+        rows = [ledger.allowed(ahead_tokens=ahead) for ahead in range(num_steps + 1)]
         self._table = torch.tensor(rows, dtype=torch.int64, device=self.seen.device)
         self._step = torch.zeros(1, dtype=torch.int64, device=self.seen.device)
-        self._num_positions = max(ledger.seen) + self.steps_left + 1
+        self._num_positions = max(ledger.seen) + num_steps + 1
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def turn_tables(self, rotation: Rotation) -> tuple[Tensor, Tensor]:
@@ -52,9 +50,8 @@ class StepCounts:
 
     def advance(self, ledger: Ledger) -> None:
         """Count one more token in every row; `ledger` has not counted it yet."""
-        if self.steps_left == 0:
+        if ledger.seen[0] == self._announced_until:
             self._announce(ledger, GROW_TOKENS)
-        self.steps_left -= 1
         self._step += 1
         self.seen += 1
         self.budget.copy_(self._table.index_select(0, self._step)[0])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_ROWS = 64  # batch of a decode step up to which the matrix kernels beat the library
 _forced: list[bool] = []
 
 
@@ -39,6 +40,12 @@ def use_triton(tensor: Tensor) -> bool:
     if _forced:
         return _forced[-1] and (tensor.is_cuda or interpreted())
     return tensor.is_cuda
+
+
+def is_decode_row(states: Tensor) -> bool:
+    """Return whether `states` (B, 1, K) is the input of a decode step that the fused kernels take."""
+    shape_fits = states.ndim == 3 and states.shape[1] == 1 and states.shape[0] <= MAX_ROWS
+    return shape_fits and states.dtype != torch.float32 and states.is_contiguous() and use_triton(states)
 
 
 @contextmanager

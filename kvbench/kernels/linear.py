@@ -1,23 +1,14 @@
-"""Launch the decode step's matrix products, and say which inputs they serve."""
+"""Launch the decode step's matrix products."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 from torch import Tensor
 
-from kvbench.kernels.dispatch import interpreted, use_triton
+from kvbench.kernels.dispatch import interpreted
 from kvbench.kernels.linear_kernels import gate_up, project
-
-MAX_ROWS = 64
-
-
-def serves(x: Tensor) -> bool:
-    """Return whether `x` (B, 1, K) is a decode step's input that these kernels take."""
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    return half and x.ndim == 3 and x.shape[1] == 1 and x.shape[0] <= MAX_ROWS and x.is_contiguous() and use_triton(x)
 
 
 def project_rows(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
