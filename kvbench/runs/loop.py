@@ -72,6 +72,9 @@ class Decoding:
         self.logits: Tensor = output.logits[:, -1].float()
         self._position = batch.position_ids[:, -1:]
 
+    def prepare(self) -> None:
+        """Do ahead of time what the first step would do once; nothing in the eager engine."""
+
     def step(self, tokens: Tensor) -> Tensor:
         """Feed one token per row, (B,), at its true position; return the next logits (B, V) float32."""
         self._position = self._position + 1
