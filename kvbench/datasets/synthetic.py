@@ -51,8 +51,8 @@ class Synthetic:
             raise ConfigError("dataset.num_images is 1, but the model takes text only; use dataset.num_images=0")
         if self.num_images != 0 and image_tokens and self.prompt_tokens < image_tokens + 2:
             raise ConfigError(
-                f"dataset.prompt_tokens is {self.prompt_tokens}, but a picture is {image_tokens} tokens and text stands "
-                f"around it; give at least {image_tokens + 2}, or dataset.num_images=0"
+                f"dataset.prompt_tokens is {self.prompt_tokens}, but a picture is {image_tokens} tokens and text "
+                f"stands around it; give at least {image_tokens + 2}, or dataset.num_images=0"
             )
 
     def examples(self) -> Sequence[Example]:

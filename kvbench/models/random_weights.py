@@ -37,7 +37,9 @@ def _check_fields(made: Any, fields: Mapping[str, Any], path: str) -> None:
     default = type(made)()
     for name, value in fields.items():
         if not hasattr(default, name):
-            raise ConfigError(f"{path}.{name} is no field of {type(made).__name__}; {close_matches(name, vars(default))}")
+            raise ConfigError(
+                f"{path}.{name} is no field of {type(made).__name__}; {close_matches(name, vars(default))}"
+            )
         if isinstance(value, Mapping) and name.endswith("_config"):
             _check_fields(getattr(made, name), value, f"{path}.{name}")
 

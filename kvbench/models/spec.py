@@ -136,7 +136,7 @@ def image_tokens(config: Mapping[str, Any]) -> int:
         return 0
     vision = config["vision_config"]
     patches = (int(vision["image_size"]) // int(vision["patch_size"])) ** 2
-    return patches + (config.get("vision_feature_select_strategy", "default") == "full")
+    return patches + int(config.get("vision_feature_select_strategy", "default") == "full")
 
 
 def _check_folder(folder: Path) -> None:

@@ -30,7 +30,7 @@ def synthetic_tensors(loaded: LoadedModel, prompts: Sequence[TokenPrompt]) -> di
     num_image_tokens = image_tokens(config.to_dict()) if with_image else 0
     if with_image and prompts[0].num_tokens < num_image_tokens + 2:
         raise DataError(
-            f"a prompt of {prompts[0].num_tokens} tokens has no room for a picture of {num_image_tokens} tokens and text"
+            f"a prompt of {prompts[0].num_tokens} tokens has no room for a picture of {num_image_tokens} and text"
         )
     generators = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
     rows = [_ids(loaded, prompt, number, num_image_tokens) for prompt, number in zip(prompts, generators, strict=True)]

@@ -101,7 +101,7 @@ def test_the_same_seed_gives_the_same_prompt_and_another_one_another() -> None:
 
 
 def test_a_prompt_too_short_for_its_picture_is_refused() -> None:
-    with pytest.raises(DataError, match="no room for a picture of 4 tokens"):
+    with pytest.raises(DataError, match="no room for a picture of 4 and"):
         prompt_batch(loaded_small("llava-1.5-7b"), Synthetic(prompt_tokens=5).examples())
     with pytest.raises(ConfigError, match="give at least 578"):
         Synthetic(prompt_tokens=577).check_image_tokens(576)
@@ -117,7 +117,7 @@ def test_a_picture_counts_as_the_published_number_of_tokens() -> None:
 def test_a_field_that_the_family_does_not_have_is_refused_with_a_close_match() -> None:
     config = architecture_of("llava-1.5-7b")
     config["text_config"]["num_hidden_layer"] = 3
-    with pytest.raises(ConfigError, match=r"text_config\.num_hidden_layer is no field of LlamaConfig.*num_hidden_layers"):
+    with pytest.raises(ConfigError, match=r"num_hidden_layer is no field of LlamaConfig.*num_hidden_layers"):
         architecture(config)
 
 
@@ -132,7 +132,9 @@ def test_the_bundled_architecture_can_be_drawn_at_random_too() -> None:
 def test_a_model_without_end_token_says_so() -> None:
     spec = small_spec("qwen2.5-7b")
     assert spec.config is not None
-    loaded = load_model(ModelSpec(checkpoint="x", weights="random", config={**spec.config, "eos_token_id": None}), "cpu")
+    loaded = load_model(
+        ModelSpec(checkpoint="x", weights="random", config={**spec.config, "eos_token_id": None}), "cpu"
+    )
     with pytest.raises(ModelSupportError, match="end token"):
         _ = loaded.eos_token_id
 
@@ -152,4 +154,6 @@ def test_the_fingerprint_of_random_weights_is_that_of_architecture_and_seed() ->
     assert hash(first) == hash(again)
     assert small_spec("llama-3.1-8b", weights_seed=1).fingerprint() != first.fingerprint()
     assert small_spec("qwen2.5-7b").fingerprint() != first.fingerprint()
-    assert ModelSpec(checkpoint="bundled").fingerprint() != ModelSpec(checkpoint="bundled", weights="random").fingerprint()
+    assert (
+        ModelSpec(checkpoint="bundled").fingerprint() != ModelSpec(checkpoint="bundled", weights="random").fingerprint()
+    )
