@@ -19,7 +19,7 @@ FILES = sorted(
     if (REPO / folder / "policies") not in path.parents
 )
 FOUNDATION = {"errors", "units", "records"}
-COMPOSITION = {"cli", "config", "compose", "help_text", "value_types", "__main__"}
+COMPOSITION = {"cli", "combinations", "config", "compose", "help_text", "value_types", "__main__"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "units": {"errors"},

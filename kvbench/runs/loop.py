@@ -81,6 +81,9 @@ class Decoding:
     def prepare(self) -> None:
         """Do ahead of time what the first step would do once; nothing here."""
 
+    def prepare(self) -> None:
+        """Do ahead of time what the first step would do once; nothing in the eager engine."""
+
     def step(self, tokens: Tensor) -> Tensor:
         """Feed one token per row, (B,), at its true position; return the next logits (B, V) float32."""
         self._tokens.copy_(tokens[:, None])
