@@ -3,8 +3,6 @@
 # mypy: ignore-errors
 # Kernels are written in Triton's language, not Python's.
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
