@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_WIDTH = 256  # numbers in a head that one tile of the attention kernels holds
+
 _forced: list[bool] = []
 
 
