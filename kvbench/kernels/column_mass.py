@@ -7,8 +7,6 @@ so the result is the same every time. The reference is `kvbench.cache.attend.col
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -73,33 +71,33 @@ def column_mass(
 
 @triton.jit(do_not_specialize=["queries", "entries"])
 def _column_mass(
-    query: Any,
-    keys: Any,
-    lse: Any,
-    query_position: Any,
-    key_position: Any,
-    mass: Any,
-    query_b: Any,
-    query_h: Any,
-    query_t: Any,
-    keys_b: Any,
-    keys_h: Any,
-    keys_t: Any,
-    position_b: Any,
-    position_h: Any,
-    heads: Any,
-    queries: Any,
-    entries: Any,
-    scale: Any,
-    GROUP: tl.constexpr,  # noqa: N803
-    REDUCTION: tl.constexpr,  # noqa: N803
-    PLAIN: tl.constexpr,  # noqa: N803
-    WIDTH: tl.constexpr,  # noqa: N803
-    BLOCK_Q: tl.constexpr,  # noqa: N803
-    BLOCK_K: tl.constexpr,  # noqa: N803
-    BLOCK_D: tl.constexpr,  # noqa: N803
-    UPCAST: tl.constexpr,  # noqa: N803
-) -> None:
+    query,
+    keys,
+    lse,
+    query_position,
+    key_position,
+    mass,
+    query_b,
+    query_h,
+    query_t,
+    keys_b,
+    keys_h,
+    keys_t,
+    position_b,
+    position_h,
+    heads,
+    queries,
+    entries,
+    scale,
+    GROUP: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    PLAIN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
     first_key = tl.program_id(0) * BLOCK_K

@@ -5,8 +5,6 @@ One program owns a block of queries of one head and walks the keys with a runnin
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -64,31 +62,31 @@ def row_lse(
 
 @triton.jit(do_not_specialize=["queries", "entries"])
 def _row_lse(
-    query: Any,
-    keys: Any,
-    query_position: Any,
-    key_position: Any,
-    lse: Any,
-    query_b: Any,
-    query_h: Any,
-    query_t: Any,
-    keys_b: Any,
-    keys_h: Any,
-    keys_t: Any,
-    position_b: Any,
-    position_h: Any,
-    heads: Any,
-    queries: Any,
-    entries: Any,
-    scale: Any,
-    GROUP: tl.constexpr,  # noqa: N803
-    PLAIN: tl.constexpr,  # noqa: N803
-    WIDTH: tl.constexpr,  # noqa: N803
-    BLOCK_Q: tl.constexpr,  # noqa: N803
-    BLOCK_K: tl.constexpr,  # noqa: N803
-    BLOCK_D: tl.constexpr,  # noqa: N803
-    UPCAST: tl.constexpr,  # noqa: N803
-) -> None:
+    query,
+    keys,
+    query_position,
+    key_position,
+    lse,
+    query_b,
+    query_h,
+    query_t,
+    keys_b,
+    keys_h,
+    keys_t,
+    position_b,
+    position_h,
+    heads,
+    queries,
+    entries,
+    scale,
+    GROUP: tl.constexpr,
+    PLAIN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     row = tl.program_id(1).to(tl.int64)
     batch, query_head = row // (heads * GROUP), row % (heads * GROUP)
     head = query_head // GROUP

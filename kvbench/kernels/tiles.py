@@ -7,7 +7,6 @@ depend on what ran before.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -61,7 +60,7 @@ def rows_in_line(states: Tensor) -> Tensor:
 
 
 @triton.jit
-def tile_logits(left: Any, right: Any, scale: Any, UPCAST: tl.constexpr) -> Any:  # noqa: N803
+def tile_logits(left, right, scale, UPCAST: tl.constexpr):
     """Return left (M, D) times right (D, N) times scale, accumulated in float32, never in TF32."""
     if UPCAST:
         left = left.to(tl.float32)
