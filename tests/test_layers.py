@@ -19,7 +19,7 @@ FILES = sorted(
     if (REPO / folder / "policies") not in path.parents
 )
 FOUNDATION = {"errors", "units", "records"}
-COMPOSITION = {"cli", "config", "compose", "help_text", "value_types", "__main__"}
+COMPOSITION = {"cli", "combinations", "config", "compose", "help_text", "value_types", "__main__"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "units": {"errors"},
@@ -27,10 +27,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": FOUNDATION,
     "cache": FOUNDATION | {"kernels"},
     "datasets": FOUNDATION | {"cache"},
-    "models": FOUNDATION | {"cache", "datasets"},
+    "models": FOUNDATION | {"kernels", "cache", "datasets"},
     "metrics": FOUNDATION | {"cache", "datasets", "models"},
     "sinks": FOUNDATION | {"cache", "datasets", "models"},
-    "runs": FOUNDATION | {"cache", "datasets", "models", "metrics", "sinks"},
+    "runs": FOUNDATION | {"kernels", "cache", "datasets", "models", "metrics", "sinks"},
     "report": FOUNDATION,
     "__init__": {"cache"},
 }

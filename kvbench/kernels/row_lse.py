@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbench.kernels.tiles import Tiles, padded_width, rows_in_line, tile_logits, tiles_for, upcast
+from kvbench.kernels.tiles import Tiles, padded_width, row_tiles_for, rows_in_line, tile_logits, upcast
 
 
 def row_lse(
@@ -32,7 +32,7 @@ def row_lse(
     query, keys, key_position = rows_in_line(query), rows_in_line(keys), rows_in_line(key_position)
     batch, query_heads, queries, width = query.shape
     _, heads, entries, _ = keys.shape
-    tiles = tiles or tiles_for(query)
+    tiles = tiles or row_tiles_for(query)
     lse = torch.empty((batch, query_heads, queries), dtype=torch.float32, device=query.device)
     _row_lse[(triton.cdiv(queries, tiles.block_q), batch * query_heads)](
         query,

@@ -44,6 +44,14 @@ def tiles_for(query: Tensor) -> Tiles:
     return next(tiles for width, tiles in table.items() if query.shape[-1] <= width)
 
 
+def row_tiles_for(query: Tensor) -> Tiles:
+    """Return the block sizes of the walk over keys: in float32 smaller, because its rows do not fit registers else."""
+    if query.dtype != torch.float32:
+        return tiles_for(query)
+    wide = query.shape[-1] > 128
+    return Tiles(block_q=16 if wide else 32, block_k=32, num_warps=4 if wide else 8, num_stages=1 if wide else 2)
+
+
 def padded_width(width: int) -> int:
     """Return the power of two, at least 16, that holds a head."""
     return max(16, int(triton.next_power_of_2(width)))
