@@ -106,7 +106,8 @@ def _segment_mean(
     result = tl.sum(summed, axis=0)
     if not ADD_UP:
         own = tl.load(order + at) * states_t + in_d
-        itself = tl.load(source + own, mask=(in_d < WIDTH) & filled, other=0.0).to(tl.float32)
+        itself = tl.load(source + own, mask=in_d < WIDTH, other=0.0).to(tl.float32)
         count = (last - first).to(tl.float32)
         result = tl.where(count > 1, result / tl.maximum(count, 1.0), itself)
+        result = tl.where(filled, result, 0.0)
     tl.store(merged + at * WIDTH + in_d, result.to(merged.dtype.element_ty), mask=in_d < WIDTH)
