@@ -79,9 +79,6 @@ class Decoding:
         self._position = batch.position_ids[:, -1:].clone()
 
     def prepare(self) -> None:
-        """Do ahead of time what the first step would do once; nothing here."""
-
-    def prepare(self) -> None:
         """Do ahead of time what the first step would do once; nothing in the eager engine."""
 
     def step(self, tokens: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class Arm:
     deciding: Interval | None = None
 
     def roof_ms(self, weight_bytes: int, bandwidth: float) -> float:
-        """Reading the weights and the mean of the valid entries, once, at the bandwidth of a copy."""
+        """Return the time to read the weights and the mean of the valid entries once, at the bandwidth of a copy."""
         kv_bytes = sum(self.valid_bytes) / len(self.valid_bytes)
         return (weight_bytes + kv_bytes) / bandwidth * 1e3
 
