@@ -1,7 +1,7 @@
 """What every measurement is: its unit, which way is better, its names, and how it is printed.
 
-One registry, so that a table, a plot and the page's glossary can not disagree (which makes the file long). Values are stored in
-base units (bytes, milliseconds, fractions of one); only printing scales them.
+One registry, so that a table, a plot and the page's glossary can not disagree, which makes the file long. Values
+are stored in base units (bytes, milliseconds, fractions of one); only printing scales them.
 
     >>> format_with_interval("ppl", 1.2345, 1.1, 1.36)
     '1.234 [1.100, 1.360]'
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from kvbench.errors import ConfigError, close_matches
 
@@ -122,7 +122,7 @@ _ROWS: tuple[tuple[str, Unit, Better, str, str, str], ...] = (
     ("full_capacity_throughput_tokens_per_s", "tokens/s", "higher", "throughput of full at capacity",
      "Throughput of the full cache at capacity", "The same for the full cache at its own largest batch."),
     ("capacity_throughput_ratio_to_full", "ratio", "higher", "throughput / full at capacity",
-     "Throughput at capacity relative to full", "Throughput at its own largest batch over the full cache's at its own."),
+     "Throughput at capacity relative to full", "Throughput at its largest batch over the full cache's at its own."),
     ("ttft_ratio_to_full", "ratio", "lower", "TTFT / full", "Time to first token relative to full",
      "TTFT of the policy over TTFT of the full cache, interleaved in the same process; below 1 is faster."),
     ("tpot_ratio_to_full", "ratio", "lower", "TPOT / full", "Time per output token relative to full",

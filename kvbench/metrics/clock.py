@@ -57,4 +57,5 @@ def _elapsed_ms(before: float | torch.cuda.Event, after: float | torch.cuda.Even
     if isinstance(before, float) and isinstance(after, float):
         return after - before
     assert not isinstance(before, float)
+    assert not isinstance(after, float)
     return float(before.elapsed_time(after))

@@ -13,7 +13,6 @@ import torch
 
 from kvbench.metrics.clock import Marks
 
-OVERHEAD_BOUND_SHARE = 0.5
 _CUDA_BYTES = 512 * 2**20  # ten times the largest L2
 _CPU_BYTES = 64 * 2**20
 _NUM_COPIES = 9
