@@ -75,7 +75,7 @@ class Capacity:
         return result
 
     def _launch(self, bench: Bench, setting: CacheSetting, size: int) -> Launch:
-        _give_back(bench.loaded.device)
+        _empty(bench.loaded.device)
         batch = prompt_batch(bench.loaded, repeated(bench.examples, size))
         return launch(bench.loaded, batch, setting, self.new_tokens)
 
@@ -85,7 +85,7 @@ class Capacity:
             return self._launch(bench, setting, size)
         except torch.OutOfMemoryError:
             pass
-        _give_back(bench.loaded.device)
+        gc.collect()  # what a traceback still holds in a cycle
         return None
 
     def _summarise(self, result: TaskResult, sizes: list[int], launches: list[list[Launch]]) -> None:
@@ -117,8 +117,7 @@ def largest_that_fits(fits: Callable[[int], bool], limit: int) -> int:
     return good
 
 
-def _give_back(device: torch.device) -> None:
-    """Let go of everything that nobody needs, so that a try starts as the first one did."""
-    gc.collect()
+def _empty(device: torch.device) -> None:
+    """Give back what the allocator keeps for later, so that a try starts as the first one did."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
