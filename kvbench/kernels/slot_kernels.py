@@ -7,8 +7,6 @@ new token is the youngest, and freeing a victim moves everyone younger than it o
 # mypy: ignore-errors
 # Kernels are written in Triton's language, not Python's.
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -34,7 +34,7 @@ class Bench:
 
     @property
     def full(self) -> CacheSetting:
-        """The full cache at original positions and in the same engine: what everything is compared with."""
+        """The full cache at original positions: what everything is compared with."""
         return CacheSetting(policy=self.full_policy, budget=UNLIMITED, positions="original", engine=self.setting.engine)
 
     @property
