@@ -94,7 +94,7 @@ def test_sinks_and_recent_tokens_stay_as_the_policy_promises(policy: Policy, bud
         share = math.floor(Fraction(str(policy.recent_fraction)) * size)
         recent = min(max(policy.num_recent, share), size - sinks)
         for head in cells(held):
-            assert {*range(sinks), *range(seen - recent, seen)} <= set(head)
+            assert {*range(sinks), *range(max(0, seen - recent), seen)} <= set(head)
 
 
 @pytest.mark.parametrize("reserve_tokens", [0, STEPS])
