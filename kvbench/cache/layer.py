@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvbench.cache.attend import Chunk, chunk_attention, column_mass, last_rows
 from kvbench.cache.chunks import check_plan, columns_of, new_positions, real_tokens
-from kvbench.cache.decode_step import attend_slots, evict, evicts_at_decode, write_token
+from kvbench.cache.decode_step import attend_slots, decide, evict, evicts_at_decode, write_token
 from kvbench.cache.layer_setup import LayerSetup, view_of
 from kvbench.cache.ledger import Ledger
 from kvbench.cache.positions import shifted_chunk
@@ -182,8 +182,6 @@ class PolicyLayer(CacheLayerMixin):
 
     def decide(self) -> Tensor | None:
         """Return the victim (B, H) that the policy would free now, None for one that frees nothing at decode."""
-        policy = self.setup.policy
-        if self.slots is None or self.counts is None or not evicts_at_decode(policy):
+        if self.slots is None or self.counts is None or not evicts_at_decode(self.setup.policy):
             return None
-        probs = torch.zeros_like(self.slots.entries.position, dtype=torch.float32)
-        return policy.victim(self.counts.view(self.setup, self.slots.entries, probs))
+        return decide(self.slots, self.setup, self.counts)

@@ -63,7 +63,11 @@ def main() -> None:
     write = {"BLOCK_D": 128, "HAS_MASS": True, "HAS_RANK": True, "ADVANCE": False}
     compile_kernel(slot_kernels.write_token, write, num_warps=1)
     for given in (False, True):
-        compile_kernel(slot_kernels.free_victim, {"BLOCK_C": 512, "GIVEN": given, "HAS_RANK": True}, num_warps=4)
+        compile_kernel(
+            slot_kernels.free_victim,
+            {"BLOCK_C": 512, "GIVEN": given, "HAS_RANK": True, "APPLY": not given},
+            num_warps=4,
+        )
     for rows, (size, depth, stages, warps) in _ROWS.items():
         block = {"BLOCK_M": rows, "BLOCK_N": size, "BLOCK_K": depth, "STAGES": stages, "EVEN_K": True, "UPCAST": False}
         compile_kernel(linear_kernels.project, {**block, "MATRICES": 3, "HAS_BIAS": True}, num_warps=warps)

@@ -14,7 +14,7 @@ from kvbench.cache.slots import Entries, Slots
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from kvbench.kernels.slots import free_given, free_lowest, write_slot
+from kvbench.kernels.slots import free_given, free_lowest, lowest_slot, write_slot
 
 ON = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -72,11 +72,13 @@ def test_a_step_by_kernels_is_the_step_in_plain_torch(
     budgets = torch.tensor([budget, budget + 1], device=ON)
     score = torch.randint(0, 3, (2, 1 if by_layer else 3, capacity), device=ON).float()
     protection = {"num_sinks": num_sinks, "num_recent": num_recent, "recent_fraction": recent_fraction}
+    chosen = lowest_slot(ours.columns(), score, budgets, *protected_range(seen, budgets, **protection))
     free_lowest(ours.columns(), score, budgets, *protected_range(seen, budgets, **protection))
     entries = reference.entries
     protected = protected_entries(entries.position, seen, budgets, **protection)
     whole = score.expand(entries.position.shape).masked_fill(protected, torch.inf)
-    reference.release(lowest(whole, entries.position), reference.length > budgets[:, None])
+    assert torch.equal(chosen, lowest(whole, entries.position))
+    reference.release(chosen, reference.length > budgets[:, None])
     assert_same(ours, reference)
 
 
