@@ -27,7 +27,7 @@ from kvbench.gate import check_no_secret_override
 CONFIG_MODULE = "kvbench.conf"
 CONFIG_NAME = "config"
 _OVERRIDDEN = re.compile(r"Could not override '([^']+)'")
-_GROUPS = ("model", "dataset", "policy", "budget", "task", "sink")
+_GROUPS = ("model", "dataset", "policy", "budget", "task", "weights", "workload", "sink")
 _GROUP_CHOICE = re.compile(rf"({'|'.join(_GROUPS)})=[\w-]+")
 
 

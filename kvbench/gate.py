@@ -15,8 +15,7 @@ from typing import Any
 
 from kvbench.datasets.base import Dataset
 from kvbench.errors import ConfigError, close_matches
-from kvbench.models.families import FAMILIES, TEXT_FAMILIES
-from kvbench.models.spec import ModelSpec
+from kvbench.models.spec import FAMILIES, TEXT_FAMILIES, ModelSpec
 from kvbench.redaction import is_secret_name, secret_in
 
 _CODE_FILES = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
@@ -26,7 +25,7 @@ _LONGEST_NAME = 200
 
 def check_model(spec: ModelSpec, dataset: Dataset, positions: str) -> None:
     """Raise ConfigError if the model cannot do what is asked of it, as far as its config.json is on this machine."""
-    if spec.folder is not None and spec.revision is not None:
+    if spec.folder is not None and spec.revision is not None and not spec.is_random:
         raise ConfigError(
             f"model.revision is {spec.revision!r}, but model.checkpoint {spec.checkpoint} is a folder, which has no "
             "revisions; leave model.revision out"
@@ -48,7 +47,9 @@ def check_model(spec: ModelSpec, dataset: Dataset, positions: str) -> None:
 
 
 def known_config(spec: ModelSpec) -> dict[str, Any] | None:
-    """Return the model's config.json if it is on this machine: in its folder, or in the hub's cache."""
+    """Return the model's architecture if it is on this machine: in the settings, its folder, or the hub's cache."""
+    if spec.is_random:
+        return spec.known_config()
     path: Any = spec.folder / "config.json" if spec.folder is not None else None
     if path is None:
         from huggingface_hub import try_to_load_from_cache

@@ -20,7 +20,7 @@ FILES = sorted(
 )
 FOUNDATION = {"errors", "units", "durable", "sealed", "redaction", "records"}
 COMPOSITION = {"cli", "config", "compose", "help_text", "value_types", "__main__"}
-COMPOSITION |= {"gate", "parser", "results_cli", "results_wandb"}
+COMPOSITION |= {"combinations", "gate", "parser", "results_cli", "results_wandb"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "units": {"errors"},
@@ -28,12 +28,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "redaction": set(),
     "sealed": {"errors"},
     "records": {"errors", "durable", "sealed"},
-    "cache": FOUNDATION,
+    "kernels": FOUNDATION,
+    "cache": FOUNDATION | {"kernels"},
     "datasets": FOUNDATION | {"cache"},
-    "models": FOUNDATION | {"cache", "datasets"},
+    "models": FOUNDATION | {"kernels", "cache", "datasets"},
     "metrics": FOUNDATION | {"cache", "datasets", "models"},
     "sinks": FOUNDATION | {"cache", "datasets", "models"},
-    "runs": FOUNDATION | {"cache", "datasets", "models", "metrics", "sinks"},
+    "runs": FOUNDATION | {"kernels", "cache", "datasets", "models", "metrics", "sinks"},
     "report": FOUNDATION,
     "__init__": {"cache"},
 }
@@ -42,6 +43,7 @@ ONLY_IN = {
     "omegaconf": ["kvbench/cli.py", "kvbench/config.py", "kvbench/compose.py"],
     "wandb": ["kvbench/sinks/wandb*.py"],
     "matplotlib": ["kvbench/report/plots*.py"],
+    "triton": ["kvbench/kernels/*.py"],
     "transformers": ["kvbench/cache/*.py", "kvbench/models/*.py", "kvbench/runs/*.py"],
 }
 MAX_LINES = 200

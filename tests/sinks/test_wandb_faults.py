@@ -124,14 +124,9 @@ def test_without_a_fault_every_number_arrives_and_no_secret(tmp_path: Path) -> N
     server, secret = FaultServer("none"), "canary-sent-5d41402abc"
     try:
         environment = {**environment_of("none", server.port), "MY_SERVICE_TOKEN": secret, "SHOWN": secret}
-        command = [
-            sys.executable,
-            "-c",
-            _SWEEP.replace("make_body(seed)", "make_body(seed, sweep=os.environ['SHOWN'])"),
-        ]
-        done = subprocess.run(
-            [*command, str(tmp_path), "none"], cwd=REPO, env=environment, capture_output=True, timeout=200
-        )
+        code = _SWEEP.replace("make_body(seed)", "make_body(seed, environment={'note': os.environ['SHOWN']})")
+        command = [sys.executable, "-c", code, str(tmp_path), "none"]
+        done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, timeout=200)
     finally:
         server.close()
     assert done.returncode == 0, done.stderr
