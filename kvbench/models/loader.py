@@ -11,6 +11,7 @@ import torch
 from kvbench.cache import attach
 from kvbench.errors import ModelSupportError
 from kvbench.models.fused import fuse
+from kvbench.models.own_code import check_hub_code
 from kvbench.models.random_weights import architecture, random_model
 from kvbench.models.spec import FAMILIES, VISION_FAMILIES, ModelSpec
 
@@ -79,6 +80,8 @@ def _checkpoint(spec: ModelSpec, device: str) -> LoadedModel:
     transformers.utils.logging.disable_progress_bar()  # the sweep has its own
     source = str(spec.folder or spec.checkpoint)
     options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    if spec.trust_remote_code and spec.folder is None:
+        check_hub_code(source, spec.revision)
     try:
         config = transformers.AutoConfig.from_pretrained(source, **options)
     except ValueError as error:  # an unknown family, or one whose code is not trusted
