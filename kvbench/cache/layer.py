@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvbench.cache.attend import Chunk, chunk_output, column_mass, decode_step, last_rows, reduce_group
+from kvbench.cache.attend import Chunk, chunk_output, decode_step, reduce_group
 from kvbench.cache.chunks import check_plan, columns_of, new_positions, real_tokens
 from kvbench.cache.layer_setup import LayerSetup, row_tensor, view_of
 from kvbench.cache.ledger import Ledger
 from kvbench.cache.positions import shifted_chunk, shifted_step
 from kvbench.cache.slots import Entries, Slots, settle
+from kvbench.cache.statistics import ChunkStatistics, Statistics
 from kvbench.cache.view import Needs, Plan, View, When
 from kvbench.errors import ModelSupportError, PolicyError
 
@@ -116,30 +117,32 @@ class PolicyLayer(CacheLayerMixin):
             scaling=scaling,
             plain=self.slots is None and min(self.ledger.seen) == query.shape[2],
         )
-        return self._chunk(shifted_chunk(chunk, self.setup.rotation), entries)
-
-    def _chunk(self, chunk: Chunk, entries: Entries) -> Tensor:
-        """Attend in full, then let the policy plan and move what stays into slots."""
+        chunk = shifted_chunk(chunk, self.setup.rotation)
         output = chunk_output(chunk)
-        policy = self.setup.policy
-        if entries.mass is not None:
-            entries.mass = entries.mass + column_mass(chunk, policy.reduction)
-        plan = None
-        if policy.bounded and When.PREFILL in policy.when and self.ledger.over():
-            plan = policy.plan(self._chunk_view(chunk, entries))
-            check_plan(plan, entries, self.ledger.allowed(), policy, self.setup.layer)
-        self._settle(entries, plan)
+        self.settle_chunk(entries, ChunkStatistics(chunk))
         return output
 
-    def _chunk_view(self, chunk: Chunk, entries: Entries) -> View:
+    def settle_chunk(self, entries: Entries, statistics: Statistics) -> None:
+        """Let the policy plan on a chunk that has attended, and move what stays into slots."""
+        policy = self.setup.policy
+        if entries.mass is not None:
+            entries.mass = entries.mass + statistics.mass(policy.reduction)
+        plan = None
+        if policy.bounded and When.PREFILL in policy.when and self.ledger.over():
+            plan = policy.plan(self._chunk_view(entries, statistics))
+            check_plan(plan, entries, self.ledger.allowed(), policy, self.setup.layer)
+        self._settle(entries, plan)
+
+    def _chunk_view(self, entries: Entries, statistics: Statistics) -> View:
         policy = self.setup.policy
         window = probs = None
         if Needs.WINDOW in policy.needs:
-            window = last_rows(chunk, policy.window_tokens, policy.reduction)
+            window = statistics.last_rows(policy.window_tokens, policy.reduction)
         if Needs.PROBS in policy.needs:
-            probs = last_rows(chunk, 1, policy.reduction)[:, :, 0]
+            probs = statistics.last_rows(1, policy.reduction)[:, :, 0]
+        new_tokens = statistics.new_tokens
         return view_of(
-            self.setup, self.ledger, entries, new_tokens=chunk.query.shape[2], prefill=True, window=window, probs=probs
+            self.setup, self.ledger, entries, new_tokens=new_tokens, prefill=True, window=window, probs=probs
         )
 
     def _settle(self, entries: Entries, plan: Plan | None) -> None:
