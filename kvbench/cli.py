@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from kvbench.errors import ConfigError, KvbenchError
 from kvbench.help_text import help_text
+from kvbench.redaction import redact
 
 if TYPE_CHECKING:
     from kvbench.runs.cell import Cell
@@ -60,7 +61,7 @@ def run(arguments: list[str]) -> int:
             return _hand_to_hydra(arguments, lambda config: None)
         return _sweep(arguments or DEFAULT_SWEEP)
     except KvbenchError as error:
-        print(f"kvbench: {error}", file=sys.stderr)
+        print(f"kvbench: {redact(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("kvbench: interrupted; finished cells are kept, the same command goes on", file=sys.stderr)

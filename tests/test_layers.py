@@ -18,12 +18,15 @@ FILES = sorted(
     for path in (REPO / folder).rglob("*.py")
     if (REPO / folder / "policies") not in path.parents
 )
-FOUNDATION = {"errors", "units", "records"}
+FOUNDATION = {"errors", "units", "durable", "sealed", "redaction", "records"}
 COMPOSITION = {"cli", "config", "compose", "help_text", "value_types", "__main__"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "units": {"errors"},
-    "records": {"errors"},
+    "durable": {"errors"},
+    "redaction": set(),
+    "sealed": {"errors"},
+    "records": {"errors", "durable", "sealed"},
     "cache": FOUNDATION,
     "datasets": FOUNDATION | {"cache"},
     "models": FOUNDATION | {"cache", "datasets"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from kvbench.records import make_folder
+from kvbench.durable import make_folder
 from kvbench.runs.cell import Cell, ModelShelf, run_cell
 from kvbench.runs.progress import Progress
 from kvbench.sinks.base import SinkGroup

@@ -9,14 +9,15 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from kvbench.redaction import redact
 from kvbench.units import format_value, measure
 
 _HEADLINES = ("ppl", "rougeL_vs_full", "objects_recalled_fraction", "tpot_ms", "kv_stored_bytes")
 
 
 def say(line: str) -> None:
-    """Print one line to stdout without breaking a progress bar; control characters become "?"."""
-    clean = "".join(letter if letter.isprintable() else "?" for letter in line)
+    """Print one line to stdout without breaking a progress bar: no secrets, and "?" for control characters."""
+    clean = "".join(letter if letter.isprintable() else "?" for letter in redact(line))
     try:
         from tqdm import tqdm
     except ImportError:

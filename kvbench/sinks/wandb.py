@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from kvbench.durable import make_folder
 from kvbench.errors import ConfigError, close_matches
-from kvbench.records import make_folder
 from kvbench.sinks.console import say
 from kvbench.sinks.wandb_fields import has_api_key, run_tags, summary_numbers
 

@@ -17,11 +17,11 @@ from kvbench.datasets.scenes import scene_at
 from kvbench.errors import ConfigError, MeasureError, NonFiniteError
 from kvbench.models.loader import LoadedModel
 from kvbench.models.spec import BUNDLED_FOLDER
-from kvbench.records import canonical_json
 from kvbench.runs.fidelity import Fidelity
 from kvbench.runs.generation import Generation
 from kvbench.runs.perplexity import Perplexity
 from kvbench.runs.task import Task
+from kvbench.sealed import canonical_json
 from tests.runs.benches import FULL, SCENES, NotANumber, bench_of, cut
 
 SHORT = Generation(max_new_tokens=24)
