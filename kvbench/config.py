@@ -24,13 +24,14 @@ from kvbench.models.spec import ModelSpec
 from kvbench.runs.cell import Cell
 from kvbench.runs.device import resolve_device
 from kvbench.runs.loop import CacheSetting
+from kvbench.runs.workers import WorkerSettings
 from kvbench.sinks.base import SinkGroup
 from kvbench.value_types import fits, type_name
 
 _FULL = {"_target_": "kvbench.policies.full.Full"}
 _PATH_SETTINGS = ("path", "images")  # where a file lies does not change what is in it
 _NUMERIC_PACKAGES = ("kvbench", "torch", "transformers")
-_SHARED = ("results", "sweep", "force", "sink")
+_SHARED = ("results", "sweep", "force", "sink", "worker")
 
 
 def build_cell(composed: Composed) -> Cell:
@@ -76,6 +77,14 @@ def build_sinks(config: DictConfig) -> SinkGroup:
     return SinkGroup([build(node, f"sink.{name}", has=("record",)) for name, node in config.sink.items()])
 
 
+def build_workers(config: DictConfig) -> WorkerSettings:
+    """Return how worker processes are run. Raises: ConfigError."""
+    plain = OmegaConf.to_container(config.worker, resolve=True)
+    if not isinstance(plain, dict):
+        raise ConfigError("worker is null; give its settings, such as worker.isolation=cell")
+    return WorkerSettings(**checked(WorkerSettings, {str(key): value for key, value in plain.items()}, "worker"))
+
+
 def check_shared(grid: Sequence[Composed]) -> None:
     """Raise ConfigError if the cells of a sweep differ in what holds for all of them."""
     for name in _SHARED:
@@ -117,14 +126,15 @@ def build(node: DictConfig | None, name: str, *, is_a: type[Any] = object, has: 
         if not issubclass(plugin, is_a) or not all(hasattr(plugin, attribute) for attribute in has):
             want = f"derive from {is_a.__name__}" if is_a is not object else f"have {' and '.join(has)}"
             raise ConfigError(f"{name}._target_ is {plain['_target_']}; the class must {want}")
-        return plugin(**_checked(plugin, arguments, name))
+        return plugin(**checked(plugin, arguments, name))
     except KvbenchError:
         raise
     except Exception as error:
         raise ConfigError(f"{name}: {' '.join(str(error).split())}") from error
 
 
-def _checked(plugin: type[Any], arguments: dict[str, Any], name: str) -> dict[str, Any]:
+def checked(plugin: type[Any], arguments: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return `arguments` if the dataclass `plugin` takes them. Raises: ConfigError."""
     if not dataclasses.is_dataclass(plugin):
         return arguments
     known = {field.name for field in dataclasses.fields(plugin) if field.init}

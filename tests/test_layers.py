@@ -19,7 +19,7 @@ FILES = sorted(
     if (REPO / folder / "policies") not in path.parents
 )
 FOUNDATION = {"errors", "units", "durable", "sealed", "redaction", "records"}
-COMPOSITION = {"cli", "config", "compose", "help_text", "value_types", "__main__"}
+COMPOSITION = {"cli", "config", "compose", "help_text", "value_types", "__main__", "launch", "worker", "quiet"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "units": {"errors"},
@@ -37,8 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"cache"},
 }
 ONLY_IN = {
-    "hydra": ["kvbench/cli.py", "kvbench/config.py", "kvbench/compose.py"],
-    "omegaconf": ["kvbench/cli.py", "kvbench/config.py", "kvbench/compose.py"],
+    "hydra": ["kvbench/cli.py", "kvbench/config.py", "kvbench/compose.py", "kvbench/launch.py"],
+    "omegaconf": ["kvbench/cli.py", "kvbench/config.py", "kvbench/compose.py", "kvbench/worker.py"],
     "wandb": ["kvbench/sinks/wandb.py"],
     "matplotlib": ["kvbench/report/plots*.py"],
     "transformers": ["kvbench/cache/*.py", "kvbench/models/*.py", "kvbench/runs/*.py"],

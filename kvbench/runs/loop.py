@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,20 +42,29 @@ class CacheSetting:
 
 
 class Decoding:
-    """One batch being decoded: `logits` (B, V) float32 are those of the next token."""
+    """One batch being decoded: `logits` (B, V) float32 are those of the next token.
 
-    def __init__(self, loaded: LoadedModel, batch: PromptBatch, cache: PolicyCache) -> None:
+    prompt_logits: those after the prompt, where `cache` has taken the prompt already.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, batch: PromptBatch, cache: Any, *, prompt_logits: Tensor | None = None
+    ) -> None:
         self._model = loaded.model
         self.cache = cache
+        self._position = batch.position_ids[:, -1:]
+        self.logits: Tensor = self._prefill(batch) if prompt_logits is None else prompt_logits
+
+    def _prefill(self, batch: PromptBatch) -> Tensor:
         output = self._model(
             **batch.tensors,
             position_ids=batch.position_ids,
-            past_key_values=cache,
+            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        self.logits: Tensor = output.logits[:, -1].float()
-        self._position = batch.position_ids[:, -1:]
+        logits: Tensor = output.logits[:, -1].float()
+        return logits
 
     def step(self, tokens: Tensor) -> Tensor:
         """Feed one token per row, (B,), at its true position; return the next logits (B, V) float32."""
@@ -72,27 +82,25 @@ class Decoding:
 
 @torch.inference_mode()
 def greedy(
-    loaded: LoadedModel,
-    batch: PromptBatch,
-    setting: CacheSetting,
+    decoding: Decoding,
     *,
+    eos_token_id: int,
     max_new_tokens: int,
     on_step: Callable[[PolicyCache, list[bool]], None] | None = None,
 ) -> list[list[int]]:
-    """Return the greedy answer of each row, without its end token.
+    """Return the greedy answer of each row from where `decoding` stands, without its end token.
 
     on_step gets the cache and which rows are still being answered, after each step. Raises:
     NonFiniteError for logits whose largest is NaN or infinite, in a row that is still being answered.
     """
-    decoding = Decoding(loaded, batch, setting.cache(loaded, batch, max_new_tokens))
-    answers: list[list[int]] = [[] for _ in batch.prompt_tokens]
+    answers: list[list[int]] = [[] for _ in range(decoding.logits.shape[0])]
     going = [True] * len(answers)
     for number in range(max_new_tokens):
         tokens, largest = decoding.logits.argmax(dim=-1), decoding.logits.amax(dim=-1)
         if not bool((largest.isfinite() | ~torch.tensor(going, device=largest.device)).all()):
             raise NonFiniteError(f"the logits of new token {number} are not finite")
         for row, token in enumerate(tokens.tolist()):
-            going[row] = going[row] and token != loaded.eos_token_id
+            going[row] = going[row] and token != eos_token_id
             if going[row]:
                 answers[row].append(token)
         if not any(going) or number == max_new_tokens - 1:
