@@ -116,7 +116,7 @@ def _hand_to_launcher(sweep: Sweep, arguments: list[str]) -> None:
 
 
 def _show(sweep: Sweep) -> None:
-    from kvbench.report.build import build_report
+    from kvbench.report.freshness import inputs_digest, is_current, write_stamp
     from kvbench.report.load import load_results
     from kvbench.report.tables import print_tables
 
@@ -127,11 +127,16 @@ def _show(sweep: Sweep) -> None:
             "force=true measures again"
         )
     print_tables(load_results(results, keys=set(sweep.tickets)))
-    paths = build_report(results)
+    if not is_current(results):
+        from kvbench.report.build import build_report
+
+        digest = inputs_digest(results)
+        build_report(results)
+        write_stamp(results, digest)
     if sweep.num_failed:
         print(f"{sweep.num_failed} of {num_cells} cells failed; their records say why")
-    print(f"report: {paths.page}")
-    print(f"tables: {', '.join(str(path) for path in paths.tables)}")
+    print(f"report: {results / 'report' / 'index.html'}")
+    print(f"tables: {results / 'table.csv'}, {results / 'samples.csv'} and both as .parquet")
 
 
 def _report(arguments: list[str]) -> int:

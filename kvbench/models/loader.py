@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from kvbench.cache import attach
 from kvbench.errors import ModelSupportError
 from kvbench.models.spec import ModelSpec
 
@@ -40,6 +39,8 @@ class LoadedModel:
 
 def load_model(spec: ModelSpec, device: str) -> LoadedModel:
     """Load `spec` onto `device`. Raises: ModelSupportError for a family that is not supported."""
+    from kvbench.cache import attach
+
     transformers = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()  # the sweep has its own
     source = str(spec.folder or spec.checkpoint)

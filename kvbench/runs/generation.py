@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from kvbench.cache import PolicyCache
 from kvbench.datasets.base import Dataset, Example
 from kvbench.errors import ConfigError, MeasureError
 from kvbench.metrics.facts import fact_scores
@@ -19,6 +18,9 @@ from kvbench.runs.full_answers import Answers
 from kvbench.runs.loop import CacheSetting, greedy
 from kvbench.runs.prompts import Part, Prompts
 from kvbench.runs.task import Bench, TaskResult
+
+if TYPE_CHECKING:
+    from kvbench.cache import PolicyCache
 
 _UNITS = {"first_divergence_tokens": "tokens"}
 _DESCRIPTIVE = ("text", "full_text", "reference", "num_new_tokens")

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from kvbench.cache import Budget, Policy, PolicyCache
+from kvbench.cache import Budget, Policy
 from kvbench.cache.positions import PositionMode
 from kvbench.errors import NonFiniteError
 from kvbench.models.inputs import PromptBatch
 from kvbench.models.loader import LoadedModel
+
+if TYPE_CHECKING:
+    from kvbench.cache import PolicyCache
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +33,8 @@ class CacheSetting:
 
     def cache(self, loaded: LoadedModel, batch: PromptBatch, reserve_tokens: int) -> PolicyCache:
         """Return an empty cache for `batch`, with room for `reserve_tokens` more."""
+        from kvbench.cache import PolicyCache  # needs transformers
+
         return PolicyCache(
             loaded.model,
             self.policy,

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from kvbench.cache import PolicyCache
 from kvbench.errors import ConfigError
 from kvbench.metrics.allocation import PhasePeaks, parameter_bytes, reset_resident_peak, resident_peak_bytes
 from kvbench.models.inputs import prompt_batch
 from kvbench.models.loader import LoadedModel
 from kvbench.runs.loop import Decoding
 from kvbench.runs.task import Bench, TaskResult
+
+if TYPE_CHECKING:
+    from kvbench.cache import PolicyCache
 
 
 @dataclass(frozen=True, kw_only=True)

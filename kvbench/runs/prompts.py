@@ -7,16 +7,18 @@ computed once for all cells of a group (a self-check, the full cache's distribut
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kvbench.cache import Policy
-from kvbench.cache.prompt_state import PromptRecorder, cache_after
 from kvbench.datasets.base import Example
 from kvbench.models.inputs import PromptBatch, prompt_batch
 from kvbench.models.loader import LoadedModel
 from kvbench.runs.loop import CacheSetting, Decoding
+
+if TYPE_CHECKING:
+    from kvbench.cache.prompt_state import PromptRecorder
 
 
 class Part:
@@ -43,6 +45,8 @@ class Part:
         loaded, batch = self._loaded, self.batch
         if self._policies is None:
             return Decoding(loaded, batch, setting.cache(loaded, batch, reserve_tokens))
+        from kvbench.cache.prompt_state import cache_after  # needs transformers
+
         recorder, logits = self.once("prompt", self._record)
         cache = cache_after(
             recorder.prompt,
@@ -58,6 +62,8 @@ class Part:
 
     def _record(self) -> tuple[PromptRecorder, torch.Tensor]:
         assert self._policies is not None
+        from kvbench.cache.prompt_state import PromptRecorder
+
         recorder = PromptRecorder(self._loaded.model, self._policies)
         return recorder, Decoding(self._loaded, self.batch, recorder).logits
 
