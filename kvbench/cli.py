@@ -17,10 +17,11 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from kvbench.errors import ConfigError, KvbenchError
 from kvbench.help_text import help_text
+from kvbench.parser import Parser
 from kvbench.quiet import quiet_libraries
 from kvbench.redaction import redact
 
@@ -30,16 +31,8 @@ if TYPE_CHECKING:
 _STOPPED = "stopped; finished cells and batches are kept, the same command goes on"
 DEFAULT_SWEEP = ["+experiment=default"]
 _HYDRA_ONLY = (
-    "--cfg",
-    "-c",
-    "--info",
-    "-i",
-    "--hydra-help",
-    "--package",
-    "-p",
-    "--shell-completion",
-    "-sc",
-    "--resolve",
+    *("--cfg", "-c", "--info", "-i", "--hydra-help", "--package", "-p"),
+    *("--shell-completion", "-sc", "--resolve"),
 )
 
 
@@ -50,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Return the exit code of one invocation."""
-    if any(word in ("--help", "-h") for word in arguments):
+    if arguments[:1] != ["results"] and any(word in ("--help", "-h") for word in arguments):
         print(help_text())
         return 0
     if "--version" in arguments:
@@ -59,7 +52,14 @@ def run(arguments: list[str]) -> int:
     try:
         if arguments[:1] == ["report"]:
             return _report(arguments[1:])
+        if arguments[:1] == ["results"]:
+            from kvbench.results_cli import results_command
+
+            return results_command(arguments[1:])
         if any(word.split("=")[0] in _HYDRA_ONLY for word in arguments):
+            from kvbench.compose import check_overrides
+
+            check_overrides(arguments)
             _hand_to_hydra(arguments, _nothing)
             return 0
         return _sweep(arguments or DEFAULT_SWEEP)
@@ -144,7 +144,7 @@ def _report(arguments: list[str]) -> int:
     from kvbench.report.load import load_results
     from kvbench.report.tables import print_tables
 
-    parser = _Parser(prog="kvbench report", description="Build table, figures and page from records.")
+    parser = Parser(prog="kvbench report", description="Build table, figures and page from records.")
     parser.add_argument("folder", nargs="?", type=Path, default=Path("results"), help="results folder")
     parser.add_argument("--sweep", help="only the cells of this sweep")
     args = parser.parse_args(arguments)
@@ -155,7 +155,7 @@ def _report(arguments: list[str]) -> int:
 
 def _split(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Take Hydra's own flags apart from the overrides."""
-    parser = _Parser(prog="kvbench", add_help=False, allow_abbrev=False)
+    parser = Parser(prog="kvbench", add_help=False, allow_abbrev=False)
     parser.add_argument("--multirun", "-m", action="store_true")
     parser.add_argument("--config-dir", "-cd", type=os.path.abspath)
     words, overrides = parser.parse_known_args(arguments)
@@ -163,13 +163,6 @@ def _split(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         if word.startswith("-"):
             raise ConfigError(f"{word} is no flag; kvbench --help lists flags and settings")
     return words, overrides
-
-
-class _Parser(argparse.ArgumentParser):
-    """One line instead of a usage and an exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; kvbench --help lists flags and settings")
 
 
 def _hand_to_hydra(arguments: list[str], job: Callable[[Any], Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import math
 import typing
 from collections.abc import Sequence
 from functools import cache
@@ -20,6 +21,7 @@ from kvbench.cache import Budget, Policy
 from kvbench.cache.positions import POSITION_MODES, PositionMode
 from kvbench.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError, close_matches
+from kvbench.gate import check_installed, check_model, check_settings
 from kvbench.models.spec import ModelSpec
 from kvbench.runs.cell import Cell
 from kvbench.runs.device import resolve_device
@@ -45,6 +47,7 @@ def build_cell(composed: Composed) -> Cell:
     batch_size, seed = _whole(config, "batch_size", at_least=1), _whole(config, "seed", at_least=None)
     setting = CacheSetting(policy=policy, budget=budget, positions=_positions(config, policy))
     _check_budget_fits(policy, budget)
+    check_model(model, dataset, setting.positions)
     device = resolve_device(str(config.device))
     settings = {
         "model": {"fingerprint": _fingerprint(model), "dtype": model.dtype},
@@ -86,11 +89,12 @@ def build_workers(config: DictConfig) -> WorkerSettings:
 
 
 def check_shared(grid: Sequence[Composed]) -> None:
-    """Raise ConfigError if the cells of a sweep differ in what holds for all of them."""
+    """Raise ConfigError if the cells differ in what holds for all of them, or it cannot be used."""
     for name in _SHARED:
-        values = {str(composed.config[name]) for composed in grid}
+        values = {str(composed.resolved()[name]) for composed in grid}
         if len(values) > 1:
             raise ConfigError(f"{name} has {len(values)} values in one sweep; it holds for all cells, give one")
+    check_settings(grid[0].resolved(), *(composed.resolved() for composed in grid[1:]))
 
 
 def results_folder(config: DictConfig) -> Path:
@@ -130,6 +134,7 @@ def build(node: DictConfig | None, name: str, *, is_a: type[Any] = object, has: 
     except KvbenchError:
         raise
     except Exception as error:
+        check_installed(error, str(plain["_target_"]), name)
         raise ConfigError(f"{name}: {' '.join(str(error).split())}") from error
 
 
@@ -143,7 +148,8 @@ def checked(plugin: type[Any], arguments: dict[str, Any], name: str) -> dict[str
         if key not in known:
             raise ConfigError(f"{name}.{key} is no setting of {plugin.__name__}; {close_matches(key, known)}")
         if not fits(value, hints[key]):
-            raise ConfigError(f"{name}.{key} is {value!r}; it must be {type_name(hints[key])}")
+            finite = " and finite" if isinstance(value, float) and not math.isfinite(value) else ""
+            raise ConfigError(f"{name}.{key} is {value!r:.80}; it must be {type_name(hints[key])}{finite}")
     return arguments
 
 

@@ -13,7 +13,7 @@ import base64
 import netrc
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -57,18 +57,12 @@ def secret_in(text: str) -> str | None:
 
 def hide_known(text: str) -> str:
     """Return `text` without the values of secrets that this process could know."""
-    for _, value in _secrets():
-        if value in text:
-            text = text.replace(value, HIDDEN)
-    return text
+    return _without(text, _secrets())
 
 
 def redact(text: str) -> str:
     """Return `text` without known secrets and without what has the form of one."""
-    text = hide_known(text)
-    for form, replacement in _FORMS:
-        text = form.sub(replacement, text)
-    return text
+    return _without_forms(hide_known(text))
 
 
 def redacted_body(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,11 +70,26 @@ def redacted_body(body: Mapping[str, Any]) -> dict[str, Any]:
 
     Known secrets go everywhere, forms of secrets only in the error: the words of a model are data.
     """
-    hidden = {name: value if name in ("key", "attempt") else _mapped(value, hide_known) for name, value in body.items()}
-    return hidden | ({"error": _mapped(body["error"], redact)} if "error" in body else {})
+    secrets = _secrets()  # once: a record holds many thousands of texts
+    hidden = dict(body)
+    for name in hidden.keys() - {"key", "attempt"} if secrets else ():
+        hidden[name] = _mapped(body[name], lambda text: _without(text, secrets))
+    return hidden | ({"error": _mapped(hidden["error"], _without_forms)} if "error" in body else {})
 
 
-def _mapped(value: Any, change: Any) -> Any:
+def _without(text: str, secrets: list[tuple[str, str]]) -> str:
+    for _, value in secrets:
+        text = text.replace(value, HIDDEN)
+    return text
+
+
+def _without_forms(text: str) -> str:
+    for form, replacement in _FORMS:
+        text = form.sub(replacement, text)
+    return text
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):

@@ -9,11 +9,8 @@ from typing import Any
 import torch
 
 from kvbench.errors import ModelSupportError
+from kvbench.models.families import FAMILIES, VISION_FAMILIES
 from kvbench.models.spec import ModelSpec
-
-VISION_FAMILIES = ("llava",)
-TEXT_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-_FAMILIES = VISION_FAMILIES + TEXT_FAMILIES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +46,12 @@ def load_model(spec: ModelSpec, device: str) -> LoadedModel:
         config = transformers.AutoConfig.from_pretrained(source, **options)
     except ValueError as error:  # an unknown family, or one whose code is not trusted
         raise ModelSupportError(
-            f"{source} is of a family that transformers does not know; supported: {', '.join(_FAMILIES)}, others "
+            f"{source} is of a family that transformers does not know; supported: {', '.join(FAMILIES)}, others "
             "only with model.trust_remote_code=true, which runs code of the checkpoint"
         ) from error
     family = config.model_type
-    if family not in _FAMILIES and not spec.trust_remote_code:
-        raise ModelSupportError(f"{source} is of family {family!r}; supported: {', '.join(_FAMILIES)}")
+    if family not in FAMILIES and not spec.trust_remote_code:
+        raise ModelSupportError(f"{source} is of family {family!r}; supported: {', '.join(FAMILIES)}")
     vision = family in VISION_FAMILIES
     auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
     model = auto.from_pretrained(source, dtype=getattr(torch, spec.dtype), use_safetensors=True, **options)

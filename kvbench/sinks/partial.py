@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -43,7 +42,7 @@ class PartialStore:
         found: dict[int, dict[str, Any]] = {}
         for path in sorted(self.folder.glob("*.json")):
             try:
-                body = self._read(path)
+                body = self.read(path, self._key)
             except RecordError as error:
                 _log.warning("%s", error)
             else:
@@ -77,25 +76,22 @@ class PartialStore:
 
     def _is_whole(self, path: Path) -> bool:
         try:
-            self._read(path)
+            self.read(path, self._key)
         except RecordError as error:
             _log.warning("%s", error)
             return False
         return True
 
-    def _read(self, path: Path) -> dict[str, Any]:
+    @staticmethod
+    def read(path: Path, key: str | None) -> dict[str, Any]:
+        """Return the envelope's body of one batch of the cell `key`, of any cell for None. Raises: RecordError."""
         body = unseal(path, _KIND, _VERSION, _REMEDY)
-        if body.get("key") != self._key:
+        if key is not None and body.get("key") != key:
             raise RecordError(f"{path} belongs to another cell. {_REMEDY}")
         number, payload = body.get("number"), body.get("payload")
         if not isinstance(number, int) or path.stem != str(number) or not isinstance(payload, dict):
             raise RecordError(f"{path} is no batch {path.stem}. {_REMEDY}")
         return body
-
-
-def is_batch_name(name: str) -> bool:
-    """Whether a file of a batches folder may be a batch."""
-    return re.fullmatch(r"\d+\.json", name) is not None
 
 
 def _set_aside(path: Path) -> None:
