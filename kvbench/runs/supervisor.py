@@ -43,7 +43,10 @@ class Events:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerPlan:
-    """How workers run. `slots`: environment variables of each worker that may run at the same time."""
+    """How workers run. `slots`: environment variables of each worker that may run at the same time.
+
+    `entry` is the module whose `main(job)` a worker runs.
+    """
 
     results: Path
     sweep: str
@@ -51,6 +54,7 @@ class WorkerPlan:
     limits: Limits
     num_retries: int
     slots: Sequence[Mapping[str, str]]
+    entry: str = "kvbench.worker"
 
     def job(self, tickets: Sequence[Ticket]) -> dict[str, Any]:
         """Return what a worker is told."""
@@ -60,6 +64,7 @@ class WorkerPlan:
             "results": str(self.results.absolute()),
             "sweep": self.sweep,
             "share_prompts": self.share_prompts,
+            "entry": self.entry,
         }
 
 

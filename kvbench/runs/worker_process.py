@@ -19,8 +19,8 @@ from kvbench.runs.verdict import Verdict, verdict_on
 from kvbench.runs.watchdog import Limits, Watchdog
 
 _START = (
-    "import json, sys; job = json.loads(sys.stdin.readline()); sys.path[:] = job['path']; "
-    "from kvbench.worker import main; main(job)"
+    "import importlib, json, sys; job = json.loads(sys.stdin.readline()); sys.path[:] = job['path']; "
+    "importlib.import_module(job['entry']).main(job)"
 )
 _DUMP_S = 1.0
 _TAIL_BYTES = 8192
