@@ -28,7 +28,7 @@ _SECRET_NAME = re.compile(
 )
 _NOT_SECRET = {"PWD", "OLDPWD"}
 _FORMS: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"(\b[\w+.-]+://)[^/\s@'\"]*:[^/\s@'\"]*@"), rf"\1{HIDDEN}@"),
+    (re.compile(r"(\b[\w+.-]+:/{1,2})[^/\s@'\"]*:[^/\s@'\"]*@"), rf"\1{HIDDEN}@"),
     (re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*['\"]?(?:bearer|basic|token)?\s*)[^\s'\",]+"), rf"\1{HIDDEN}"),
     (re.compile(r"(?i)(\b(?:bearer|basic)\s+)[\w.~+/=-]{16,}"), rf"\1{HIDDEN}"),
     (

@@ -20,8 +20,19 @@ FILES = sorted(
 )
 FOUNDATION = {"errors", "units", "durable", "sealed", "redaction", "records"}
 COMPOSITION = {
-    *("cli", "launch", "worker", "quiet", "gate", "parser", "results_cli", "config", "compose", "help_text"),
-    *("value_types", "__main__"),
+    "cli",
+    "gate",
+    "parser",
+    "results_cli",
+    "results_wandb",
+    "config",
+    "compose",
+    "launch",
+    "quiet",
+    "worker",
+    "help_text",
+    "value_types",
+    "__main__",
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),

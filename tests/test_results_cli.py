@@ -191,9 +191,9 @@ def test_a_damaged_folder_is_told_apart_and_the_rest_is_used(
     make, message = DAMAGES[damage]
     make(first_cell(folder))
     text = printed(capsys, "verify", folder, code=1)
-    (line,) = [line for line in text.splitlines() if line.startswith("problem: ")]
-    assert message in line
-    assert line.startswith("problem: cells/")
+    lines = [line for line in text.splitlines() if line.startswith("problem: ")]
+    assert len(lines) == (2 if damage == "with other settings" else 1), "the attempt is the same file"
+    assert all(message in line and line.startswith("problem: cells/") for line in lines)
     listed = printed(capsys, "list", folder).splitlines()
     assert sum(" ok " in line for line in listed) in (23, 24)
     table = pd.read_csv(io.StringIO(printed(capsys, "csv", folder)))
@@ -203,6 +203,8 @@ def test_a_damaged_folder_is_told_apart_and_the_rest_is_used(
 
 def test_every_truncation_and_many_flipped_bits_are_noticed(folder: Path) -> None:
     path = first_cell(folder) / "record.json"
+    for other in set((folder / "cells").iterdir()) - {path.parent}:
+        shutil.rmtree(other)
     data = path.read_bytes()
     path.unlink()
     for step in range(60):

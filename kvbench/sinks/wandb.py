@@ -87,7 +87,7 @@ class WandbSink:
             except Exception as error:
                 reason = " ".join(str(error).split())[:160]
                 self._sweep.mode, self._sweep.reason = "offline", f"the online run failed: {reason}"
-                restart_service(2 * self.timeout_s)
+                restart_service(self.timeout_s)
         if self._sweep.mode == "offline":
             self._write_run(body, "offline")
             self._sweep.num_offline += 1

@@ -62,6 +62,7 @@ def test_names_of_other_things(name: str) -> None:
     ("text", "secret"),
     [
         ("fetch https://me:pa55word@example.org/x failed", "pa55word"),
+        ("https:/me:pa55word@example.org, as a path spells it", "pa55word"),
         ("postgresql://:pa55word@db/x", "pa55word"),
         ("Authorization: Bearer abc.def.ghi", "abc.def.ghi"),
         ("{'Authorization': 'Basic bWU6c2VjcmV0'}", "bWU6c2VjcmV0"),
