@@ -11,6 +11,7 @@ import selectors
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,7 @@ class Supervisor:
         attempt = Attempt(cell=self._tickets[key].cell, sweep=self._plan.sweep, phase=phase, status=verdict.status)
         attempt.error = {"type": verdict.kind, "message": verdict.message, "traceback": worker.last_words()}
         attempt.duration_s = worker.watchdog.spent_s.get(key, 0.0)
+        attempt.started -= timedelta(seconds=attempt.duration_s)
         return attempt.body(worker.environment)
 
     def _close(self, slot: int, worker: WorkerProcess) -> None:
