@@ -26,7 +26,6 @@ from kvbench.models.spec import ModelSpec
 from kvbench.runs.cell import Cell
 from kvbench.runs.device import resolve_device
 from kvbench.runs.loop import CacheSetting
-from kvbench.runs.workers import WorkerSettings
 from kvbench.sinks.base import SinkGroup
 from kvbench.value_types import fits, type_name
 
@@ -80,14 +79,6 @@ def build_sinks(config: DictConfig) -> SinkGroup:
     return SinkGroup([build(node, f"sink.{name}", has=("record",)) for name, node in config.sink.items()])
 
 
-def build_workers(config: DictConfig) -> WorkerSettings:
-    """Return how worker processes are run. Raises: ConfigError."""
-    plain = OmegaConf.to_container(config.worker, resolve=True)
-    if not isinstance(plain, dict):
-        raise ConfigError("worker is null; give its settings, such as worker.isolation=cell")
-    return WorkerSettings(**checked(WorkerSettings, {str(key): value for key, value in plain.items()}, "worker"))
-
-
 def check_shared(grid: Sequence[Composed]) -> None:
     """Raise ConfigError if the cells differ in what holds for all of them, or it cannot be used."""
     for name in _SHARED:
@@ -130,7 +121,7 @@ def build(node: DictConfig | None, name: str, *, is_a: type[Any] = object, has: 
         if not issubclass(plugin, is_a) or not all(hasattr(plugin, attribute) for attribute in has):
             want = f"derive from {is_a.__name__}" if is_a is not object else f"have {' and '.join(has)}"
             raise ConfigError(f"{name}._target_ is {plain['_target_']}; the class must {want}")
-        return plugin(**checked(plugin, arguments, name))
+        return plugin(**_checked(plugin, arguments, name))
     except KvbenchError:
         raise
     except Exception as error:
@@ -138,8 +129,7 @@ def build(node: DictConfig | None, name: str, *, is_a: type[Any] = object, has: 
         raise ConfigError(f"{name}: {' '.join(str(error).split())}") from error
 
 
-def checked(plugin: type[Any], arguments: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return `arguments` if the dataclass `plugin` takes them. Raises: ConfigError."""
+def _checked(plugin: type[Any], arguments: dict[str, Any], name: str) -> dict[str, Any]:
     if not dataclasses.is_dataclass(plugin):
         return arguments
     known = {field.name for field in dataclasses.fields(plugin) if field.init}

@@ -44,9 +44,10 @@ def run_job(config: Any) -> str:
 
 def open_sweep(grid: Sequence[Composed]) -> Sweep:
     """Return the sweep over `grid`, everything checked and finished cells taken. Raises: ConfigError, DataError."""
-    from kvbench.config import build_cell, build_sinks, build_workers, check_shared, is_forced, results_folder
+    from kvbench.config import build, build_cell, build_sinks, check_shared, is_forced, results_folder
     from kvbench.runs.supervisor import Ticket
     from kvbench.runs.sweep import Sweep
+    from kvbench.runs.workers import WorkerSettings
     from kvbench.sinks.claims import Claims
 
     check_shared(grid)
@@ -56,7 +57,7 @@ def open_sweep(grid: Sequence[Composed]) -> Sweep:
         name=str(config.sweep),
         results=results_folder(config),
         tickets={ticket.cell.key: ticket for ticket in tickets},
-        workers=build_workers(config),
+        workers=build(config.worker, "worker", is_a=WorkerSettings),
         sinks=build_sinks(config),
         claims=Claims(results_folder(config), owner=_owner()),
         force=is_forced(config),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.durable import make_folder
-from kvbench.runs.cell import Attempt
+from kvbench.runs.elsewhere import statuses_elsewhere
 from kvbench.runs.held_claims import HeldClaims
 from kvbench.runs.progress import Progress
 from kvbench.runs.stop import StopRequest
@@ -73,7 +73,9 @@ class Sweep:
             return
         with contextlib.ExitStack() as stack:
             stack.callback(self._claims.release_all)
-            progress = stack.enter_context(contextlib.closing(Progress(len(self.tickets))))
+            progress = stack.enter_context(
+                contextlib.closing(Progress({key: ticket.cell for key, ticket in self.tickets.items()}))
+            )
             progress.set_finished(self.num_reused)
             self._sinks.open(self._name, len(self.tickets))
             stack.enter_context(contextlib.closing(self._sinks))
@@ -96,10 +98,6 @@ class Sweep:
             time.sleep(_ASK_AGAIN_S)
 
     def _events(self, progress: Progress, stop: StopRequest) -> Events:
-        def active(key: str) -> None:
-            cell = self.tickets[key].cell
-            progress.show(key, cell.name, len(cell.tasks))
-
         def ended(body: dict[str, Any], final: bool) -> None:
             self._store.commit(body, replace=self._force)
             if final:
@@ -111,7 +109,7 @@ class Sweep:
             self._claims.beat()
             return stop.number is None
 
-        return Events(active=active, advance=progress.advance, ended=ended, tick=tick)
+        return Events(active=progress.show, advance=progress.advance, ended=ended, tick=tick)
 
     def _end(self, key: str, status: str) -> None:
         self._ended[key] = status
@@ -123,14 +121,7 @@ class Sweep:
                 self._end(key, "ok")
 
     def gather(self, since_utc: str) -> None:
-        """Take what jobs elsewhere have left since `since_utc`; one that vanished is recorded as killed."""
+        """Take what jobs elsewhere have left since `since_utc`."""
         self._take_finished()
-        for key in self.missing:
-            tries = [body for body in self._store.attempts(key) if str(body["started_utc"]) >= since_utc]
-            if not tries and key in self._claims.take([key], None):
-                lost = Attempt(cell=self.tickets[key].cell, sweep=self._name, phase=None, status="killed")
-                lost.error = {"type": "JobLost", "message": "its job ended without a record", "traceback": ""}
-                tries = [lost.body({})]
-                self._store.commit(tries[0])
-            if tries:
-                self._end(key, tries[-1]["status"])
+        left = {key: self.tickets[key] for key in self.missing}
+        self._ended |= statuses_elsewhere(left, self._store, self._claims, sweep=self._name, since_utc=since_utc)
