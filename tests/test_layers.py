@@ -21,6 +21,7 @@ FILES = sorted(
 FOUNDATION = {"errors", "units", "durable", "sealed", "redaction", "records"}
 COMPOSITION = {
     "cli",
+    "combinations",
     "gate",
     "parser",
     "results_cli",
@@ -41,12 +42,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "redaction": set(),
     "sealed": {"errors"},
     "records": {"errors", "durable", "sealed"},
-    "cache": FOUNDATION,
+    "kernels": FOUNDATION,
+    "cache": FOUNDATION | {"kernels"},
     "datasets": FOUNDATION | {"cache"},
-    "models": FOUNDATION | {"cache", "datasets"},
+    "models": FOUNDATION | {"kernels", "cache", "datasets"},
     "metrics": FOUNDATION | {"cache", "datasets", "models"},
     "sinks": FOUNDATION | {"cache", "datasets", "models"},
-    "runs": FOUNDATION | {"cache", "datasets", "models", "metrics", "sinks"},
+    "runs": FOUNDATION | {"kernels", "cache", "datasets", "models", "metrics", "sinks"},
     "report": FOUNDATION,
     "__init__": {"cache"},
 }
@@ -55,6 +57,7 @@ ONLY_IN = {
     "omegaconf": ["kvbench/cli.py", "kvbench/config.py", "kvbench/compose.py", "kvbench/worker.py"],
     "wandb": ["kvbench/sinks/wandb*.py"],
     "matplotlib": ["kvbench/report/plots*.py"],
+    "triton": ["kvbench/kernels/*.py"],
     "transformers": ["kvbench/cache/*.py", "kvbench/models/*.py", "kvbench/runs/*.py"],
 }
 MAX_LINES = 200

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +14,7 @@ from kvbench.cache.ledger import Ledger
 from kvbench.cache.policy import Policy
 from kvbench.cache.rotation import Rotation
 from kvbench.cache.slots import Entries
-from kvbench.cache.view import Needs, View
+from kvbench.cache.view import View
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,8 @@ class LayerSetup:
 
     rotation: given for positions=in_cache only. reserve_tokens: how many tokens will be generated;
     more than that makes the buffers grow by copying. prompt_kind (B, T) int8 or None for text.
-    row_seeds: one number per sequence for policies that draw, None for zeros.
+    row_seeds: one number per sequence for policies that draw, None for zeros. on_settle: entered around
+    what a policy adds to a prompt (plan, check, move into slots), so that it can be measured apart.
     """
 
     layer: int
@@ -32,6 +35,7 @@ class LayerSetup:
     reserve_tokens: int
     prompt_kind: Tensor | None
     row_seeds: tuple[int, ...] | None = None
+    on_settle: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 def view_of(
@@ -40,16 +44,15 @@ def view_of(
     entries: Entries,
     *,
     new_tokens: int,
-    prefill: bool,
     window: Tensor | None = None,
     probs: Tensor | None = None,
 ) -> View:
-    """Return the view of `entries` for the policy; statistics it did not declare are left out."""
+    """Return the view of a prompt's `entries` for the policy; statistics it did not declare are left out."""
     return View(
         layer=setup.layer,
         num_layers=setup.num_layers,
         new_tokens=new_tokens,
-        prefill=prefill,
+        prefill=True,
         prompt=row_tensor(ledger.prompt, entries.keys),
         seen=row_tensor(ledger.seen, entries.keys),
         budget=row_tensor(ledger.allowed(), entries.keys),
@@ -60,7 +63,7 @@ def view_of(
         kind=entries.kind,
         mass_or_none=entries.mass,
         window_or_none=window,
-        probs_or_none=probs if Needs.PROBS in setup.policy.needs else None,
+        probs_or_none=probs,
     )
 
 

@@ -14,9 +14,9 @@ The recording holds the whole prompt uncompressed, in all layers: drop it before
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import Cache
@@ -29,8 +29,18 @@ from kvbench.cache.policy import Policy
 from kvbench.cache.policy_cache import PolicyCache
 from kvbench.cache.positions import PositionMode
 from kvbench.cache.slots import Entries
-from kvbench.cache.statistics import Statistics
+from kvbench.cache.statistics import ChunkStatistics, Statistics
 from kvbench.cache.view import Needs
+
+_Rows = tuple[int, str, bool]
+"""How many queries, which reduction, and whether the policy needs MASS too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WithMass(Policy):
+    """Makes the forward give what MASS is computed from, as it does for every policy that needs it."""
+
+    needs: ClassVar[Needs] = Needs.MASS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,20 +52,28 @@ class LayerPrompt:
     position: Tensor
     lengths: tuple[int, ...]
     masses: dict[str, Tensor]
-    rows: dict[tuple[int, str], Tensor]
+    rows: dict[_Rows, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Recorded:
+    """The statistics of one layer as `policy` would have computed them; it gets copies."""
+
+    prompt: LayerPrompt
+    policy: Policy
 
     @property
     def new_tokens(self) -> int:
         """Tokens of the prompt, pads included."""
-        return self.keys.shape[2]
+        return self.prompt.keys.shape[2]
 
     def mass(self, reduction: str) -> Tensor:
-        """Return a copy of the recorded column sums (B, H, T)."""
-        return self.masses[reduction].clone()
+        """Return the recorded column sums (B, H, T)."""
+        return self.prompt.masses[reduction].clone()
 
     def last_rows(self, num_queries: int, reduction: str) -> Tensor:
-        """Return a copy of the recorded rows (B, H, W, T)."""
-        return self.rows[num_queries, reduction].clone()
+        """Return the recorded rows (B, H, W, T)."""
+        return self.prompt.rows[num_queries, reduction, Needs.MASS in self.policy.needs].clone()
 
 
 class _RecordingLayer(PolicyLayer):
@@ -64,20 +82,29 @@ class _RecordingLayer(PolicyLayer):
     def __init__(self, setup: LayerSetup, policies: Sequence[Policy]) -> None:
         super().__init__(setup)
         self._masses = {p.reduction for p in policies if Needs.MASS in p.needs}
-        self._rows = {(p.window_tokens, p.reduction) for p in policies if Needs.WINDOW in p.needs}
-        self._rows |= {(1, p.reduction) for p in policies if Needs.PROBS in p.needs}
+        self._rows = {row for policy in policies for row in _rows_of(policy)}
         self.recorded: LayerPrompt | None = None
 
     def settle_chunk(self, entries: Entries, statistics: Statistics) -> None:
         """Keep what every policy may ask for."""
+        assert isinstance(statistics, ChunkStatistics)
+        # Kernels reuse what the forward gave for MASS; a policy without it computes its rows anew, and so does this.
+        alone = ChunkStatistics(statistics.chunk, None)
         self.recorded = LayerPrompt(
             keys=entries.keys,
             values=entries.values,
             position=entries.position[:, 0],
             lengths=tuple(self.ledger.seen),
             masses={reduction: statistics.mass(reduction) for reduction in self._masses},
-            rows={(number, reduction): statistics.last_rows(number, reduction) for number, reduction in self._rows},
+            rows={row: (statistics if row[2] else alone).last_rows(row[0], row[1]) for row in self._rows},
         )
+
+
+def _rows_of(policy: Policy) -> Iterator[_Rows]:
+    if Needs.WINDOW in policy.needs:
+        yield policy.window_tokens, policy.reduction, Needs.MASS in policy.needs
+    if Needs.PROBS in policy.needs:
+        yield 1, policy.reduction, Needs.MASS in policy.needs
 
 
 class PromptRecorder(Cache):
@@ -86,7 +113,9 @@ class PromptRecorder(Cache):
     def __init__(self, model: Any, policies: Iterable[Policy]) -> None:
         chosen = list(policies)
         num_layers = model.config.get_text_config().num_hidden_layers
-        self._recording = [_RecordingLayer(_unlimited(index, num_layers), chosen) for index in range(num_layers)]
+        wants_mass = any(Needs.MASS in policy.needs for policy in chosen)
+        setups = (_unlimited(index, num_layers, wants_mass) for index in range(num_layers))
+        self._recording = [_RecordingLayer(setup, chosen) for setup in setups]
         super().__init__(layers=list(self._recording))
 
     @property
@@ -98,11 +127,11 @@ class PromptRecorder(Cache):
         return recorded
 
 
-def _unlimited(index: int, num_layers: int) -> LayerSetup:
+def _unlimited(index: int, num_layers: int, wants_mass: bool) -> LayerSetup:
     return LayerSetup(
         layer=index,
         num_layers=num_layers,
-        policy=Policy(),
+        policy=_WithMass() if wants_mass else Policy(),
         budget=UNLIMITED,
         rotation=None,
         reserve_tokens=0,
@@ -143,7 +172,6 @@ def cache_after(
 def _take(layer: PolicyLayer, recorded: LayerPrompt) -> None:
     """Bring `layer` to where it stands when a prompt of its own has attended, and settle."""
     layer.is_initialized = True
-    layer.padded_tokens = recorded.new_tokens
     entries = columns_of(
         recorded.keys.clone(),
         recorded.values.clone(),
@@ -152,5 +180,7 @@ def _take(layer: PolicyLayer, recorded: LayerPrompt) -> None:
         layer.setup.policy,
         layer.setup.prompt_kind,
     )
+    statistics = _Recorded(prompt=recorded, policy=layer.setup.policy)
+    layer.ledger.padded_tokens = statistics.new_tokens
     layer.ledger.begin_chunk(list(recorded.lengths))
-    layer.settle_chunk(entries, recorded)
+    layer.settle_chunk(entries, statistics)

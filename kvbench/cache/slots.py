@@ -10,10 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kvbench.cache.selection import age_rank
+from kvbench.cache.selection import oldest_first
 from kvbench.cache.view import Plan
+from kvbench.kernels.dispatch import use_triton
+from kvbench.kernels.slot_columns import SlotColumns
 
 EMPTY = -1
 
@@ -35,16 +37,35 @@ class Entries:
 
 @dataclass(kw_only=True, slots=True)
 class Slots:
-    """A layer's buffer of C slots; `length` (B, H) counts tokens held, `free` (B, H) is the next slot."""
+    """A layer's buffer of C slots; `length` (B, H) counts tokens held, `free` (B, H) is the next slot.
+
+    rank (B, H, C) int32 or None: how many entries are older, kept up to date by the kernels where
+    positions count inside the cache. Everything changes in place, so that a step can be captured.
+    """
 
     entries: Entries
     length: Tensor
     free: Tensor
+    rank: Tensor | None = None
 
     @property
     def capacity(self) -> int:
         """Slots per row and head."""
         return self.entries.position.shape[-1]
+
+    def columns(self) -> SlotColumns:
+        """Return the tensors as the kernels take them."""
+        entries = self.entries
+        return SlotColumns(
+            keys=entries.keys,
+            values=entries.values,
+            position=entries.position,
+            kind=entries.kind,
+            mass=entries.mass,
+            rank=self.rank,
+            length=self.length,
+            free=self.free,
+        )
 
     def write(self, keys: Tensor, values: Tensor, position: Tensor) -> None:
         """Put one token, (B, H, 1, D), at `position` (B,) into the free slots; its kind is text."""
@@ -56,23 +77,29 @@ class Slots:
         self.entries.kind.scatter_(2, at, 0)
         if self.entries.mass is not None:
             self.entries.mass.scatter_(2, at, 0.0)
-        self.length = self.length + 1
+        self.length += 1
 
     def release(self, victim: Tensor, over: Tensor) -> None:
         """Free `victim` (B, H) where `over` (B, H) holds; the others take a fresh slot next."""
         at = victim[..., None]
         kept = self.entries.position.gather(2, at)
         self.entries.position.scatter_(2, at, torch.where(over[..., None], EMPTY, kept))
-        self.length = self.length - over.long()
-        self.free = torch.where(over, victim, self.length)
+        self.length -= over.long()
+        self.free.copy_(torch.where(over, victim, self.length))
 
     def advance(self) -> None:
         """Take a fresh slot next; every slot below `length` holds a token."""
-        self.free = self.length
+        self.free.copy_(self.length)
 
     def grow(self, capacity: int) -> None:
         """Copy into larger buffers; only where the final length was not announced."""
         self.entries = _with_capacity(self.entries, capacity)
+        if self.rank is not None:
+            self.rank = nn.functional.pad(self.rank, (0, capacity - self.rank.shape[-1]))
+
+    def state(self) -> list[Tensor]:
+        """Return what a step changes in place, keys and values excepted: they change in free slots only."""
+        return [*self.entries.columns(), self.length, self.free, *([] if self.rank is None else [self.rank])]
 
     def stored_bytes(self) -> int:
         """Return the bytes of keys and values, counted from their storages."""
@@ -87,26 +114,37 @@ def settle(entries: Entries, plan: Plan | None, capacity: int) -> Slots:
     """Move what `plan` keeps into fresh slots in token order; the old storage is let go.
 
     Merging averages keys and values of a bucket in float32 and adds up its mass; the entry keeps its
-    anchor's position and kind.
+    anchor's position and kind. What lies in a slot that holds no token is not defined.
     """
-    if plan is not None:
-        entries = _merged(entries, plan.merge_into) if plan.merge_into is not None else entries
-        entries.position = entries.position.masked_fill(~plan.keep, EMPTY)
-    length = (entries.position >= 0).sum(dim=-1)
-    order = age_rank(entries.position).argsort(dim=-1)[..., : int(length.max())]
-    kept = _with_capacity(_gather(entries, order), capacity)
+    position = entries.position if plan is None else entries.position.masked_fill(~plan.keep, EMPTY)
+    length = (position >= 0).sum(dim=-1)
+    order = oldest_first(position)[..., :capacity]
+    order = nn.functional.pad(order, (0, capacity - order.shape[-1]))
+    filled = torch.arange(capacity, device=order.device) < length[..., None]
+    keys, values, mass = _moved(entries, plan, order, length)
+    kept = Entries(
+        keys=keys,
+        values=values,
+        position=position.gather(2, order).masked_fill_(~filled, EMPTY),
+        kind=entries.kind.gather(2, order).masked_fill_(~filled, 0),
+        mass=None if mass is None else mass.masked_fill_(~filled, 0.0),
+    )
     return Slots(entries=kept, length=length, free=length.clone())
 
 
-def _gather(entries: Entries, order: Tensor) -> Entries:
+def _moved(entries: Entries, plan: Plan | None, order: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys, values (B, H, C, D) and mass (B, H, C) of the entries `order` (B, H, C), merged where the plan says so."""
+    if plan is not None and plan.merge_into is not None:
+        if use_triton(entries.keys):
+            from kvbench.kernels.segment_mean import buckets_of, segment_mean
+
+            buckets = buckets_of(plan.merge_into, entries.position >= 0, order, length)
+            mass = None if entries.mass is None else segment_mean(entries.mass[..., None], buckets, add_up=True)[..., 0]
+            return segment_mean(entries.keys, buckets), segment_mean(entries.values, buckets), mass
+        entries = _merged(entries, plan.merge_into)
     wide = order[..., None].expand(*order.shape, entries.keys.shape[-1])
-    return Entries(
-        keys=entries.keys.gather(2, wide),
-        values=entries.values.gather(2, wide),
-        position=entries.position.gather(2, order),
-        kind=entries.kind.gather(2, order),
-        mass=None if entries.mass is None else entries.mass.gather(2, order),
-    )
+    mass = None if entries.mass is None else entries.mass.gather(2, order)
+    return entries.keys.gather(2, wide), entries.values.gather(2, wide), mass
 
 
 def _with_capacity(entries: Entries, capacity: int) -> Entries:
@@ -138,7 +176,7 @@ def _merged(entries: Entries, into: Tensor) -> Entries:
 
     mass = entries.mass
     if mass is not None:
-        mass = torch.zeros_like(mass).scatter_add_(2, into, mass)
+        mass = torch.zeros_like(mass).scatter_add_(2, into, mass * held)
     return Entries(
         keys=mean(entries.keys), values=mean(entries.values), position=entries.position, kind=entries.kind, mass=mass
     )

@@ -26,9 +26,10 @@ class Statistics(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ChunkStatistics:
-    """Computed from the chunk when asked for."""
+    """Computed from the chunk when asked for; `lse` is what `chunk_attention` returned with the output."""
 
     chunk: Chunk
+    lse: Tensor | None
 
     @property
     def new_tokens(self) -> int:
@@ -37,8 +38,8 @@ class ChunkStatistics:
 
     def mass(self, reduction: str) -> Tensor:
         """Return (B, H, T) float32."""
-        return column_mass(self.chunk, reduction)
+        return column_mass(self.chunk, reduction, self.lse)
 
     def last_rows(self, num_queries: int, reduction: str) -> Tensor:
         """Return (B, H, W, T) float32."""
-        return last_rows(self.chunk, num_queries, reduction)
+        return last_rows(self.chunk, num_queries, reduction, self.lse)

@@ -102,7 +102,8 @@ def _expected(bench: Bench, part: Part, fed: Tensor, max_tokens: int) -> Iterabl
     steps = (full.step(fed[:, number]) for number in range(fed.shape[1]))
     if not part.shares or full.logits.nbytes * fed.shape[1] > _KEPT_BYTES:
         return steps
-    kept: list[Tensor] = part.once(("full logits", max_tokens), lambda: list(steps))
+    # A graph writes its next logits over these, so they are copied.
+    kept: list[Tensor] = part.once(("full logits", max_tokens), lambda: [logits.clone() for logits in steps])
     return kept
 
 

@@ -7,8 +7,9 @@ gives the same tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,16 +23,39 @@ from kvbench.models.loader import LoadedModel
 if TYPE_CHECKING:
     from kvbench.cache import PolicyCache
 
+Engine = Literal["eager", "graph"]
+ENGINES: tuple[str, ...] = get_args(Engine)
+OnSettle = Callable[[], AbstractContextManager[None]]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheSetting:
-    """What a cell puts in the cache's hands: policy, budget and resolved position mode."""
+    """What a cell puts in the cache's hands: policy, budget, resolved position mode and decode engine."""
 
     policy: Policy
     budget: Budget
     positions: PositionMode
+    engine: Engine = "eager"
 
-    def cache(self, loaded: LoadedModel, batch: PromptBatch, reserve_tokens: int) -> PolicyCache:
+    def decoding(
+        self, loaded: LoadedModel, batch: PromptBatch, reserve_tokens: int, *, on_settle: OnSettle = nullcontext
+    ) -> Decoding:
+        """Prefill `batch` into a fresh cache and return it ready for `reserve_tokens` decode steps."""
+        return self.decoding_with(loaded, batch, self.cache(loaded, batch, reserve_tokens, on_settle=on_settle))
+
+    def decoding_with(
+        self, loaded: LoadedModel, batch: PromptBatch, cache: PolicyCache, *, prompt_logits: Tensor | None = None
+    ) -> Decoding:
+        """Return `batch` ready to be decoded with `cache`; prompt_logits where it has taken the prompt already."""
+        if self.engine == "graph":
+            from kvbench.runs.graph import GraphDecoding
+
+            return GraphDecoding(loaded, batch, cache, prompt_logits=prompt_logits)
+        return Decoding(loaded, batch, cache, prompt_logits=prompt_logits)
+
+    def cache(
+        self, loaded: LoadedModel, batch: PromptBatch, reserve_tokens: int, *, on_settle: OnSettle = nullcontext
+    ) -> PolicyCache:
         """Return an empty cache for `batch`, with room for `reserve_tokens` more."""
         from kvbench.cache import PolicyCache  # needs transformers
 
@@ -43,6 +67,7 @@ class CacheSetting:
             reserve_tokens=reserve_tokens,
             prompt_kind=batch.kind,
             row_seeds=batch.row_seeds,
+            on_settle=on_settle,
         )
 
 
@@ -56,8 +81,9 @@ class Decoding:
         self, loaded: LoadedModel, batch: PromptBatch, cache: Any, *, prompt_logits: Tensor | None = None
     ) -> None:
         self._model = loaded.model
-        self.cache = cache
-        self._position = batch.position_ids[:, -1:]
+        self.cache: PolicyCache = cache
+        self._tokens = torch.zeros_like(batch.tensors["input_ids"][:, -1:])
+        self._position = batch.position_ids[:, -1:].clone()
         self.logits: Tensor = self._prefill(batch) if prompt_logits is None else prompt_logits
 
     def _prefill(self, batch: PromptBatch) -> Tensor:
@@ -71,18 +97,27 @@ class Decoding:
         logits: Tensor = output.logits[:, -1].float()
         return logits
 
+    def prepare(self) -> None:
+        """Do ahead of time what the first step would do once; nothing in the eager engine."""
+
     def step(self, tokens: Tensor) -> Tensor:
         """Feed one token per row, (B,), at its true position; return the next logits (B, V) float32."""
-        self._position = self._position + 1
+        self._tokens.copy_(tokens[:, None])
+        self.logits = self._forward()
+        return self.logits
+
+    def _forward(self) -> Tensor:
+        """One decode step; it reads and changes tensors in place only, so that it can be captured."""
+        self._position += 1
         output = self._model(
-            input_ids=tokens[:, None],
+            input_ids=self._tokens,
             position_ids=self._position,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        self.logits = output.logits[:, -1].float()
-        return self.logits
+        logits: Tensor = output.logits[:, -1].float()
+        return logits
 
 
 @torch.inference_mode()

@@ -44,7 +44,7 @@ class Part:
         """Return the batch after its prompt, under `setting`; the numbers are the same shared or not."""
         loaded, batch = self._loaded, self.batch
         if self._policies is None:
-            return Decoding(loaded, batch, setting.cache(loaded, batch, reserve_tokens))
+            return setting.decoding(loaded, batch, reserve_tokens)
         from kvbench.cache.prompt_state import cache_after  # needs transformers
 
         recorder, logits = self.once("prompt", self._record)
@@ -58,7 +58,7 @@ class Part:
             prompt_kind=batch.kind,
             row_seeds=batch.row_seeds,
         )
-        return Decoding(loaded, batch, cache, prompt_logits=logits)
+        return setting.decoding_with(loaded, batch, cache, prompt_logits=logits)
 
     def _record(self) -> tuple[PromptRecorder, torch.Tensor]:
         assert self._policies is not None
