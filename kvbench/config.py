@@ -33,7 +33,7 @@ from kvbench.value_types import fits, type_name
 _FULL = {"_target_": "kvbench.policies.full.Full"}
 _PATH_SETTINGS = ("path", "images")  # where a file lies does not change what is in it
 _NUMERIC_PACKAGES = ("kvbench", "torch", "transformers")
-_SHARED = ("results", "sweep", "force", "sink")
+_SHARED = ("results", "sweep", "force", "sink", "worker")
 
 
 def build_cell(composed: Composed) -> Cell:

@@ -30,7 +30,7 @@ flags:
   --cfg job            print the composed configuration and stop
   --version            print the version
 
-exit codes: 0 all cells ok, 1 some cell failed, 2 wrong configuration, 130 interrupted
+exit codes: 0 all cells ok, 1 some cell failed, 2 wrong configuration, 130 or 143 stopped by a signal
 """
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from kvbench.cache import attach
 from kvbench.errors import ModelSupportError
+from kvbench.models.families import FAMILIES, VISION_FAMILIES
 from kvbench.models.fused import fuse
 from kvbench.models.own_code import check_hub_code
 from kvbench.models.random_weights import architecture, random_model
-from kvbench.models.spec import FAMILIES, VISION_FAMILIES, ModelSpec
+from kvbench.models.spec import ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def _random(spec: ModelSpec, device: str) -> LoadedModel:
     vision = config.model_type in VISION_FAMILIES
     where = torch.device(device)
     model = random_model(config, vision=vision, dtype=getattr(torch, spec.dtype), device=where, seed=spec.weights_seed)
-    attach(model)
+    _attach(model)
     _fuse_on_gpu(model, spec, where)
     return LoadedModel(
         model=model.eval(),
@@ -68,6 +68,12 @@ def _random(spec: ModelSpec, device: str) -> LoadedModel:
         device=where,
         image_token_id=config.image_token_id if vision else None,
     )
+
+
+def _attach(model: Any) -> None:
+    from kvbench.cache import attach  # needs transformers
+
+    attach(model)
 
 
 def _fuse_on_gpu(model: Any, spec: ModelSpec, device: torch.device) -> None:
@@ -96,7 +102,7 @@ def _checkpoint(spec: ModelSpec, device: str) -> LoadedModel:
     auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
     model = auto.from_pretrained(source, dtype=getattr(torch, spec.dtype), use_safetensors=True, **options)
     processor = _processor(transformers, source, vision, options)
-    attach(model)
+    _attach(model)
     _fuse_on_gpu(model, spec, torch.device(device))
     return LoadedModel(
         model=model.to(device).eval(),
