@@ -124,11 +124,12 @@ class PolicyLayer(CacheLayerMixin):
         policy = self.setup.policy
         if entries.mass is not None:
             entries.mass = entries.mass + column_mass(chunk, policy.reduction)
-        plan = None
-        if policy.bounded and When.PREFILL in policy.when and self.ledger.over():
-            plan = policy.plan(self._chunk_view(chunk, entries))
-            check_plan(plan, entries, self.ledger.allowed(), policy, self.setup.layer)
-        self._settle(entries, plan)
+        with self.setup.on_settle():
+            plan = None
+            if policy.bounded and When.PREFILL in policy.when and self.ledger.over():
+                plan = policy.plan(self._chunk_view(chunk, entries))
+                check_plan(plan, entries, self.ledger.allowed(), policy, self.setup.layer)
+            self._settle(entries, plan)
         return output
 
     def _chunk_view(self, chunk: Chunk, entries: Entries) -> View:
@@ -163,6 +164,15 @@ class PolicyLayer(CacheLayerMixin):
             entries.mass += probs
         self._evict(slots, probs)
         return output
+
+    def decide(self) -> Tensor | None:
+        """Return the victim (B, H) that the policy would free now, None for one that frees nothing at decode."""
+        policy = self.setup.policy
+        if self.slots is None or not policy.bounded or When.DECODE not in policy.when:
+            return None
+        probs = torch.zeros_like(self.slots.entries.position, dtype=torch.float32)
+        view = view_of(self.setup, self.ledger, self.slots.entries, new_tokens=1, prefill=False, probs=probs)
+        return policy.victim(view)
 
     def _evict(self, slots: Slots, probs: Tensor | None) -> None:
         if not self.ledger.over():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +23,8 @@ class LayerSetup:
 
     rotation: given for positions=in_cache only. reserve_tokens: how many tokens will be generated;
     more than that makes the buffers grow by copying. prompt_kind (B, T) int8 or None for text.
-    row_seeds: one number per sequence for policies that draw, None for zeros.
+    row_seeds: one number per sequence for policies that draw, None for zeros. on_settle: entered around
+    what a policy adds to a prompt (plan, check, move into slots), so that it can be measured apart.
     """
 
     layer: int
@@ -32,6 +35,7 @@ class LayerSetup:
     reserve_tokens: int
     prompt_kind: Tensor | None
     row_seeds: tuple[int, ...] | None = None
+    on_settle: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 def view_of(

@@ -6,7 +6,8 @@ to `model.generate` or to a forward of your own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,8 @@ class PolicyCache(Cache):
 
     positions: `original` or `in_cache`. reserve_tokens: tokens that will be generated, so that buffers
     are allocated once; more than that still works, by copying. prompt_kind (B, T): kind of each prompt
-    token. row_seeds: one number per sequence, for policies that draw. Raises: ModelSupportError if
+    token. row_seeds: one number per sequence, for policies that draw. on_settle: entered in every layer
+    around what the policy adds to a prompt. Raises: ModelSupportError if
     `attach(model)` was not called.
     """
 
@@ -58,6 +60,7 @@ class PolicyCache(Cache):
         reserve_tokens: int = 0,
         prompt_kind: Tensor | None = None,
         row_seeds: Sequence[int] | None = None,
+        on_settle: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         if not is_attached(model.config):
             raise ModelSupportError("the model does not use kvbench's attention; call kvbench.attach(model) first")
@@ -75,11 +78,17 @@ class PolicyCache(Cache):
                 reserve_tokens=reserve_tokens,
                 prompt_kind=prompt_kind,
                 row_seeds=None if row_seeds is None else tuple(row_seeds),
+                on_settle=on_settle,
             )
             for index in range(num_layers)
         )
         self.policy_layers = [PolicyLayer(setup) for setup in setups]
         super().__init__(layers=list(self.policy_layers))
+
+    def decide(self) -> None:
+        """Let the policy name its victim in every layer and apply nothing: what deciding costs, alone."""
+        for layer in self.policy_layers:
+            layer.decide()
 
     def occupancy(self) -> Occupancy:
         """Return what is held now; waits for the device. Raises: ValueError before the first token."""

@@ -7,7 +7,9 @@ gives the same tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,16 +20,29 @@ from kvbench.errors import NonFiniteError
 from kvbench.models.inputs import PromptBatch
 from kvbench.models.loader import LoadedModel
 
+Engine = Literal["eager", "graph"]
+ENGINES: tuple[str, ...] = get_args(Engine)
+OnSettle = Callable[[], AbstractContextManager[None]]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheSetting:
-    """What a cell puts in the cache's hands: policy, budget and resolved position mode."""
+    """What a cell puts in the cache's hands: policy, budget, resolved position mode and decode engine."""
 
     policy: Policy
     budget: Budget
     positions: PositionMode
+    engine: Engine = "eager"
 
-    def cache(self, loaded: LoadedModel, batch: PromptBatch, reserve_tokens: int) -> PolicyCache:
+    def decoding(
+        self, loaded: LoadedModel, batch: PromptBatch, reserve_tokens: int, *, on_settle: OnSettle = nullcontext
+    ) -> Decoding:
+        """Prefill `batch` into a fresh cache and return it ready for `reserve_tokens` decode steps."""
+        return Decoding(loaded, batch, self.cache(loaded, batch, reserve_tokens, on_settle=on_settle))
+
+    def cache(
+        self, loaded: LoadedModel, batch: PromptBatch, reserve_tokens: int, *, on_settle: OnSettle = nullcontext
+    ) -> PolicyCache:
         """Return an empty cache for `batch`, with room for `reserve_tokens` more."""
         return PolicyCache(
             loaded.model,
@@ -37,6 +52,7 @@ class CacheSetting:
             reserve_tokens=reserve_tokens,
             prompt_kind=batch.kind,
             row_seeds=batch.row_seeds,
+            on_settle=on_settle,
         )
 
 
@@ -84,7 +100,7 @@ def greedy(
     on_step gets the cache and which rows are still being answered, after each step. Raises:
     NonFiniteError for logits whose largest is NaN or infinite, in a row that is still being answered.
     """
-    decoding = Decoding(loaded, batch, setting.cache(loaded, batch, max_new_tokens))
+    decoding = setting.decoding(loaded, batch, max_new_tokens)
     answers: list[list[int]] = [[] for _ in batch.prompt_tokens]
     going = [True] * len(answers)
     for number in range(max_new_tokens):
