@@ -46,7 +46,7 @@ def build_cell(composed: Composed) -> Cell:
     _check_budget_fits(policy, budget)
     device = resolve_device(str(config.device))
     settings = {
-        "model": {"fingerprint": _fingerprint(model), "dtype": model.dtype},
+        "model": {"fingerprint": _fingerprint(model), "dtype": model.dtype, **_prompt_of(model)},
         "dataset": {"fingerprint": dataset.fingerprint, **_plain(config.dataset, without=_PATH_SETTINGS)},
         "policy": {**_plain(config.policy), **dataclasses.asdict(policy), "source": _source(policy)},
         "budget": _plain(config.budget) if policy.bounded else None,
@@ -191,3 +191,8 @@ def _labels(composed: Composed, policy: Policy, budget: Budget, positions: str) 
 @cache
 def _fingerprint(model: ModelSpec) -> str:
     return model.fingerprint()
+
+
+def _prompt_of(model: ModelSpec) -> dict[str, str]:
+    """A prompt format that is not the checkpoint's own changes the answers."""
+    return {} if model.prompt is None else {"prompt": model.prompt}

@@ -16,17 +16,42 @@ from kvbench.errors import DataError, ModelSupportError
 from kvbench.models.loader import LoadedModel
 
 
+_INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "pixel_values",
+    "image_sizes",
+    "batch_num_images",
+    "image_grid_thw",
+    "mm_token_type_ids",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GridPositions:
+    """Positions on three axes (time, row, column), as the model's own `get_rope_index` counts them.
+
+    prompt (3, B, T) int64. offset (B, 1) int64: from a text token's index to its position on every
+    axis once the prompt's pictures are behind it; a picture takes fewer positions than tokens.
+    """
+
+    prompt: Tensor
+    offset: Tensor
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptBatch:
     """Prompts of B examples, padded on the left to T tokens.
 
-    tensors: what the model's forward takes, input_ids and attention_mask (B, T), and pixel_values
-    where there are pictures. kind (B, T) int8. row_seeds: a number per example, from its id.
+    tensors: what the model's forward takes, input_ids and attention_mask (B, T), and where there are
+    pictures their pixels and what the family tells about them. kind (B, T) int8. row_seeds: a number
+    per example, from its id. grid: where a family counts pictures by rows and columns, None elsewhere.
     """
 
     tensors: dict[str, Tensor]
     kind: Tensor
     row_seeds: tuple[int, ...]
+    grid: GridPositions | None = None
 
     @property
     def prompt_tokens(self) -> list[int]:
@@ -36,8 +61,18 @@ class PromptBatch:
 
     @property
     def position_ids(self) -> Tensor:
-        """(B, T) int64: a token's index in its own row, 0 at pads."""
-        return (self.tensors["attention_mask"].long().cumsum(dim=-1) - 1).clamp(min=0)
+        """(B, T) int64: a token's index in its own row, 0 at pads; (4, B, T) with the three axes of a grid after it."""
+        index = (self.tensors["attention_mask"].long().cumsum(dim=-1) - 1).clamp(min=0)
+        return index if self.grid is None else torch.cat((index[None], self.grid.prompt))
+
+    @property
+    def last_position_ids(self) -> Tensor:
+        """(B, 1), or (4, B, 1): one less than what the first generated token gets; each further token adds one."""
+        index = self.position_ids[..., -1:]
+        if self.grid is None:
+            return index
+        text = index[0]
+        return torch.cat((text[None], (text + self.grid.offset).expand(3, -1, -1)))
 
 
 def prompt_batch(loaded: LoadedModel, examples: Sequence[Example]) -> PromptBatch:
@@ -48,12 +83,25 @@ def prompt_batch(loaded: LoadedModel, examples: Sequence[Example]) -> PromptBatc
     if images:
         arguments["images"] = images
     encoded = loaded.processor(**arguments, add_special_tokens=_adds_special_tokens(loaded, texts[0]))
-    names = ("input_ids", "attention_mask", "pixel_values")
-    tensors = {name: encoded[name].to(loaded.device) for name in names if name in encoded}
+    tensors = {name: encoded[name].to(loaded.device) for name in _INPUTS if name in encoded}
     if "pixel_values" in tensors:
         tensors["pixel_values"] = tensors["pixel_values"].to(loaded.model.dtype)
     seeds = tuple(_row_seed(example) for example in examples)
-    return PromptBatch(tensors=tensors, kind=_kinds(loaded, tensors["input_ids"]), row_seeds=seeds)
+    return PromptBatch(
+        tensors=tensors,
+        kind=_kinds(loaded, tensors["input_ids"]),
+        row_seeds=seeds,
+        grid=_grid_positions(loaded.model, tensors),
+    )
+
+
+def _grid_positions(model: Any, tensors: dict[str, Tensor]) -> GridPositions | None:
+    count = getattr(getattr(model, "model", None), "get_rope_index", None)
+    if count is None:
+        return None
+    names = ("input_ids", "attention_mask", "image_grid_thw", "mm_token_type_ids")
+    prompt, offset = count(**{name: tensors[name] for name in names if name in tensors})
+    return GridPositions(prompt=prompt, offset=offset)
 
 
 def _row_seed(example: Example) -> int:

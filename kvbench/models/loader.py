@@ -10,11 +10,9 @@ import torch
 
 from kvbench.cache import attach
 from kvbench.errors import ModelSupportError
+from kvbench.models.families import FAMILIES, VISION_FAMILIES
+from kvbench.models.prompts import LLAVA_V1, PROMPTS
 from kvbench.models.spec import ModelSpec
-
-VISION_FAMILIES = ("llava",)
-TEXT_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-_FAMILIES = VISION_FAMILIES + TEXT_FAMILIES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,22 +40,23 @@ def load_model(spec: ModelSpec, device: str) -> LoadedModel:
     """Load `spec` onto `device`. Raises: ModelSupportError for a family that is not supported."""
     transformers = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()  # the sweep has its own
+    importlib.import_module("kvbench.models.qwen_vl")  # registers the family that transformers does not have
     source = str(spec.folder or spec.checkpoint)
     options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     try:
         config = transformers.AutoConfig.from_pretrained(source, **options)
     except ValueError as error:  # an unknown family, or one whose code is not trusted
         raise ModelSupportError(
-            f"{source} is of a family that transformers does not know; supported: {', '.join(_FAMILIES)}, others "
+            f"{source} is of a family that transformers does not know; supported: {', '.join(FAMILIES)}, others "
             "only with model.trust_remote_code=true, which runs code of the checkpoint"
         ) from error
     family = config.model_type
-    if family not in _FAMILIES and not spec.trust_remote_code:
-        raise ModelSupportError(f"{source} is of family {family!r}; supported: {', '.join(_FAMILIES)}")
+    if family not in FAMILIES and not spec.trust_remote_code:
+        raise ModelSupportError(f"{source} is of family {family!r}; supported: {', '.join(FAMILIES)}")
     vision = family in VISION_FAMILIES
     auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
     model = auto.from_pretrained(source, dtype=getattr(torch, spec.dtype), use_safetensors=True, **options)
-    processor = _processor(transformers, source, vision, options)
+    processor = _processor(source, model, spec.prompt, options)
     attach(model)
     return LoadedModel(
         model=model.to(device).eval(),
@@ -68,13 +67,20 @@ def load_model(spec: ModelSpec, device: str) -> LoadedModel:
     )
 
 
-def _processor(transformers: Any, source: str, vision: bool, options: dict[str, Any]) -> Any:
-    auto = transformers.AutoProcessor if vision else transformers.AutoTokenizer
-    processor = auto.from_pretrained(source, **options)
+def _processor(source: str, model: Any, prompt: str | None, options: dict[str, Any]) -> Any:
+    vision = model.config.model_type in VISION_FAMILIES
+    if vision:
+        processor = importlib.import_module("kvbench.models.processors").vision_processor(source, model, options)
+    else:
+        processor = importlib.import_module("transformers").AutoTokenizer.from_pretrained(source, **options)
     tokenizer = processor.tokenizer if vision else processor
     if tokenizer.eos_token_id is None:
         raise ModelSupportError("the tokenizer has no end token; kvbench cannot tell where an answer ends")
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if prompt is not None:
+        processor.chat_template = PROMPTS[prompt]
+    elif model.config.model_type == "llava" and not processor.chat_template:
+        processor.chat_template = LLAVA_V1
     return processor

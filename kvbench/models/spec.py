@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvbench.errors import ConfigError, close_matches
+from kvbench.models.prompts import PROMPTS
 
 BUNDLED = "bundled"
 BUNDLED_FOLDER = Path(__file__).parent / "tiny_llava_scenes"
@@ -25,17 +26,20 @@ class ModelSpec:
     """A checkpoint: `bundled`, a local folder, or a hub name with its pinned revision.
 
     Only safetensors are read. trust_remote_code runs code of the checkpoint; it is never on unless
-    said here. Raises: ConfigError.
+    said here. prompt: a prompt format by name, None for the checkpoint's own. Raises: ConfigError.
     """
 
     checkpoint: str
     revision: str | None = None
     dtype: str = "float32"
     trust_remote_code: bool = False
+    prompt: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"model.dtype is {self.dtype!r}; {close_matches(self.dtype, DTYPES)}")
+        if self.prompt is not None and self.prompt not in PROMPTS:
+            raise ConfigError(f"model.prompt is {self.prompt!r}; {close_matches(self.prompt, PROMPTS)}")
         if self.folder is None:
             self._check_hub()
         else:
@@ -70,7 +74,7 @@ class ModelSpec:
             return f"{self.checkpoint}@{self.revision}"
         digest = hashlib.sha256()
         for path in sorted(self.folder.iterdir()):
-            if path.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt", ".py"):
+            if path.suffix in (".json", ".safetensors", ".jinja", ".model", ".tiktoken", ".txt", ".py"):
                 digest.update(path.name.encode() + _content_sample(path))
         return digest.hexdigest()
 

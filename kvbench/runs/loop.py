@@ -70,7 +70,7 @@ class Decoding:
             logits_to_keep=1,
         )
         self.logits: Tensor = output.logits[:, -1].float()
-        self._position = batch.position_ids[:, -1:]
+        self._position = batch.last_position_ids
 
     def step(self, tokens: Tensor) -> Tensor:
         """Feed one token per row, (B,), at its true position; return the next logits (B, V) float32."""
