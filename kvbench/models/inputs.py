@@ -25,6 +25,9 @@ _INPUTS = (
     "image_grid_thw",
     "mm_token_type_ids",
 )
+# What templates that ask for it are told: answers come without reasoning first, as the references do, and a
+# prompt is the same on every day (the date is the one that Llama 3's template falls back to).
+_TEMPLATE_SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +124,8 @@ def prompt_text(loaded: LoadedModel, example: Example) -> str:
     if loaded.takes_images:
         content = [{"type": "image"}] * with_image + [{"type": "text", "text": example.question}]
     chat = [{"role": "user", "content": content}]
-    text: str = loaded.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    settings = {name: value for name, value in _TEMPLATE_SETTINGS.items() if name in loaded.processor.chat_template}
+    text: str = loaded.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **settings)
     return text
 
 

@@ -69,8 +69,10 @@ class StillProcessor:
 
 
 def _widened(text: str, token: str, widths: Iterator[int]) -> str:
-    first, *others = text.split(token)
-    try:
-        return first + "".join(token * next(widths) + part for part in others)
-    except StopIteration:
-        raise ModelSupportError(f"a prompt has more {token!r} than pictures; questions must not contain it") from None
+    wide, *others = text.split(token)
+    for part in others:
+        width = next(widths, None)
+        if width is None:
+            raise ModelSupportError(f"a prompt has more {token!r} than pictures; questions must not contain it")
+        wide += token * width + part
+    return wide
