@@ -35,6 +35,12 @@ class Rotation:
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
         return turned.to(states.dtype)
 
+    def tables(self, num_positions: int) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines (num_positions, D / 2) float32 of turning by 0, 1, ... positions."""
+        by = torch.arange(num_positions, device=self.frequencies.device)
+        angles = by[:, None].float() * self.frequencies
+        return angles.cos(), angles.sin()
+
 
 def rotation_of(decoder: Any) -> Rotation:
     """Return the rotation of a transformers decoder.
@@ -48,8 +54,8 @@ def rotation_of(decoder: Any) -> Rotation:
     kind = getattr(rotary, "rope_type", None)
     if config.model_type in _GRID_FAMILIES:
         raise ModelSupportError(
-            f"positions=in_cache is not defined for {config.model_type!r}: a picture's token stands at a time, a row and "
-            "a column, and ranks in the cache have one axis. Use positions=original"
+            f"positions=in_cache is not defined for {config.model_type!r}: a picture's token stands at a time, a row "
+            "and a column, and ranks in the cache have one axis. Use positions=original"
         )
     if rotary is None or not hasattr(rotary, "inv_freq") or kind not in _FIXED_ROPE_TYPES or "mrope_section" in rope:
         raise ModelSupportError(

@@ -40,13 +40,22 @@ def protected_entries(
     The window is the larger of `num_recent` tokens and `recent_fraction` of the budget. Where the
     budget is too small for both, one entry is left to the window and the rest to the sinks.
     """
+    sinks, recent_from = protected_range(
+        seen, budget, num_sinks=num_sinks, num_recent=num_recent, recent_fraction=recent_fraction
+    )
+    is_sink = position < sinks[:, None, None]
+    is_recent = position >= recent_from[:, None, None]
+    return (is_sink | is_recent) & (position >= 0)
+
+
+def protected_range(
+    seen: Tensor, budget: Tensor, *, num_sinks: int, num_recent: int, recent_fraction: float
+) -> tuple[Tensor, Tensor]:
+    """Return (B,) each: positions below the first and from the second on are protected, as above."""
     sinks = (budget - 1).clamp(max=num_sinks)
     share = (budget.double() * recent_fraction).round(decimals=9).floor().long()  # as in Budget: 0.29 of 100 is 29
-    recent = share.clamp(min=num_recent)
-    recent = torch.minimum(recent, budget - sinks)
-    is_sink = position < sinks[:, None, None]
-    is_recent = position >= (seen - recent)[:, None, None]
-    return (is_sink | is_recent) & (position >= 0)
+    recent = torch.minimum(share.clamp(min=num_recent), budget - sinks)
+    return sinks, seen - recent
 
 
 def age_rank(position: Tensor) -> Tensor:

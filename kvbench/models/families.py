@@ -7,3 +7,4 @@ PORTED_FAMILIES = ("qwen",)  # the original Qwen-VL, a model class of our own
 VISION_FAMILIES = ("llava", "llava_next", "llava_onevision", *GRID_FAMILIES, *PORTED_FAMILIES)
 TEXT_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 FAMILIES = (*VISION_FAMILIES, *TEXT_FAMILIES)
+RANDOM_FAMILIES = ("llava", *TEXT_FAMILIES)  # those that random weights and random pictures are drawn for

@@ -1,4 +1,4 @@
-"""Load a checkpoint and put kvbench's attention on its text part."""
+"""Load a checkpoint, or build a model of random weights, and put kvbench's attention on its text part."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from kvbench.cache import attach
 from kvbench.errors import ModelSupportError
 from kvbench.models.families import FAMILIES, VISION_FAMILIES
 from kvbench.models.prompts import LLAVA_V1, PROMPTS
+from kvbench.models.random_weights import architecture, random_model
 from kvbench.models.spec import ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model ready to run: `processor` is the full processor or the tokenizer alone."""
+    """A model ready to run: `processor` is the full processor or the tokenizer alone.
+
+    Random weights come without either: both are None.
+    """
 
     model: Any
     processor: Any
@@ -32,12 +36,40 @@ class LoadedModel:
 
     @property
     def eos_token_id(self) -> int:
-        """The token that ends an answer."""
-        return int(self.tokenizer.eos_token_id)
+        """The token that ends an answer; of a model without tokenizer, what its config says.
+
+        Raises: ModelSupportError if neither names one.
+        """
+        if self.tokenizer is not None:
+            return int(self.tokenizer.eos_token_id)
+        end = self.model.config.get_text_config().eos_token_id
+        first = end[0] if isinstance(end, list) else end
+        if first is None:
+            raise ModelSupportError("neither a tokenizer nor the config names an end token")
+        return int(first)
 
 
 def load_model(spec: ModelSpec, device: str) -> LoadedModel:
     """Load `spec` onto `device`. Raises: ModelSupportError for a family that is not supported."""
+    return _random(spec, device) if spec.weights == "random" else _checkpoint(spec, device)
+
+
+def _random(spec: ModelSpec, device: str) -> LoadedModel:
+    config = architecture(spec.known_config() or {})
+    vision = config.model_type in VISION_FAMILIES
+    where = torch.device(device)
+    model = random_model(config, vision=vision, dtype=getattr(torch, spec.dtype), device=where, seed=spec.weights_seed)
+    attach(model)
+    return LoadedModel(
+        model=model.eval(),
+        processor=None,
+        tokenizer=None,
+        device=where,
+        image_token_id=config.image_token_id if vision else None,
+    )
+
+
+def _checkpoint(spec: ModelSpec, device: str) -> LoadedModel:
     transformers = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()  # the sweep has its own
     importlib.import_module("kvbench.models.qwen_vl")  # registers the family that transformers does not have

@@ -77,11 +77,12 @@ def _packed_tokens(model: Any) -> CountTokens:
 def _num_tiles(size: list[int], config: Any) -> int:
     height, width = transformers.image_processing_utils.select_best_resolution(size, config.image_grid_pinpoints)
     edge = config.vision_config.image_size
-    return 1 + (height // edge) * (width // edge)
+    tiles: int = 1 + (height // edge) * (width // edge)
+    return tiles
 
 
 def _qwen_vl(source: str, config: Any, options: Mapping[str, Any]) -> StillProcessor:
-    """The processor of the original Qwen-VL; generation_config.json tells the chat model from the base model."""
+    """Original Qwen-VL; its generation_config.json tells the chat model from the base model."""
     chat = _json_of(source, "generation_config.json", options).get("chat_format") == "chatml"
     edge = {"height": config.visual["image_size"], "width": config.visual["image_size"]}
     return StillProcessor(
@@ -96,9 +97,7 @@ def _qwen_vl(source: str, config: Any, options: Mapping[str, Any]) -> StillProce
 
 
 def _file(source: str, name: str, options: Mapping[str, Any]) -> Path:
-    found = cached_file(
-        source, name, revision=options.get("revision"), _raise_exceptions_for_missing_entries=False
-    )
+    found = cached_file(source, name, revision=options.get("revision"), _raise_exceptions_for_missing_entries=False)
     if found is None:
         raise ModelSupportError(f"{source} has no {name}; copy it from the published checkpoint into the folder")
     return Path(found)

@@ -1,4 +1,4 @@
-"""Every family of checkpoints, read from a folder as users have it: prompt, decode, all policies, against stock transformers."""
+"""Every family of checkpoints, read from a folder as users have it: all policies, and against stock transformers."""
 
 from __future__ import annotations
 
@@ -177,12 +177,10 @@ def test_the_vision_tower_keeps_its_own_attention(loaded: Callable[[str], Loaded
 
 
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "qwen"])
-def test_a_question_that_contains_the_image_token_is_refused(
-    loaded: Callable[[str], LoadedModel], family: str
-) -> None:
+def test_a_question_that_contains_the_image_token_is_refused(loaded: Callable[[str], LoadedModel], family: str) -> None:
     ours = loaded(family)
     token = ours.tokenizer.convert_ids_to_tokens(ours.image_token_id)
     first = examples(True)[0]
     twice = Example(id="x", cluster="x", question=f"{token}?", reference="-", load_image=first.load_image)
-    with pytest.raises(ModelSupportError, match="more .* than pictures"):
+    with pytest.raises(ModelSupportError, match=r"more .* than pictures"):
         prompt_batch(ours, [twice])

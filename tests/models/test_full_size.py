@@ -40,7 +40,11 @@ LLAVA_ONCE = (
     "vision_tower.vision_model.embeddings.class_embedding",
     "vision_tower.vision_model.embeddings.patch_embedding.weight",
     "vision_tower.vision_model.embeddings.position_embedding.weight",
-    *(f"vision_tower.vision_model.{k}.{kind}" for k in ("pre_layrnorm", "post_layernorm") for kind in ("weight", "bias")),
+    *(
+        f"vision_tower.vision_model.{k}.{kind}"
+        for k in ("pre_layrnorm", "post_layernorm")
+        for kind in ("weight", "bias")
+    ),
 )
 QWEN_LAYER = "transformer.h.N."
 QWEN_IN_A_LAYER = (
@@ -61,7 +65,11 @@ QWEN_ONCE = (
     "transformer.ln_f.weight",
     *(f"transformer.visual.{name}" for name in ("conv1.weight", "positional_embedding", "proj")),
     *(f"transformer.visual.{k}.{kind}" for k in ("ln_pre", "ln_post") for kind in ("weight", "bias")),
-    *(f"transformer.visual.attn_pool.{k}.{kind}" for k in ("ln_q", "ln_kv", "attn.out_proj") for kind in ("weight", "bias")),
+    *(
+        f"transformer.visual.attn_pool.{k}.{kind}"
+        for k in ("ln_q", "ln_kv", "attn.out_proj")
+        for kind in ("weight", "bias")
+    ),
     *(f"transformer.visual.attn_pool.{k}" for k in ("query", "pos_embed", "kv_proj.weight")),
     *(f"transformer.visual.attn_pool.attn.in_proj_{kind}" for kind in ("weight", "bias")),
 )
@@ -102,7 +110,7 @@ def test_llava_7b_has_the_tensors_and_bytes_of_the_published_index() -> None:
 
 
 def test_a_llava_folder_with_the_published_names_loads_every_tensor(tmp_path: Path) -> None:
-    """transformers 5 names the modules otherwise inside, and writes the tower's names shorter than they were published."""
+    """transformers 5 names modules otherwise inside, and writes the tower's names shorter than they were published."""
     written, published = tmp_path / "written", tmp_path / "published"
     save_checkpoint("llava", written)
     shutil.copytree(written, published)

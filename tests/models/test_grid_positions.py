@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
+from kvbench.cache import UNLIMITED
 from kvbench.models.inputs import PromptBatch, prompt_batch
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
 from kvbench.runs.loop import CacheSetting, Decoding
+from tests.contract import YAMLS
 from tests.models.checkpoints import save_checkpoint
 from tests.models.test_families import examples, policy_of
-from tests.contract import YAMLS
-from kvbench.cache import UNLIMITED
 
 PIXELS_PER_TOKEN = 8  # a patch of 4 pixels, 2 x 2 patches merged
 
@@ -69,7 +67,7 @@ def test_every_generated_token_steps_by_one_on_every_axis(ours: LoadedModel) -> 
     original = ours.model.forward
 
     def noting(**inputs: torch.Tensor) -> object:
-        seen.append(inputs["position_ids"])
+        seen.append(inputs["position_ids"].clone())
         return original(**inputs)
 
     ours.model.forward = noting

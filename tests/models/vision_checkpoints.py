@@ -142,7 +142,11 @@ def qwen3_vl(folder: Path) -> PreTrainedModel:
     tokenizer = _grid_files(folder, "Qwen2VLImageProcessorFast")
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
     config = Qwen3VLConfig(
-        vision_config={**_grid_tower(out_hidden_size=32), "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        vision_config={
+            **_grid_tower(out_hidden_size=32),
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+        },
         text_config=decoder(tokenizer, rope_parameters=rope),
         **_grid_ids(tokenizer),
     )

@@ -1,4 +1,4 @@
-"""The original Qwen-VL and Qwen-VL-Chat (arXiv 2308.12966), which transformers 5 does not have, as model classes of its own.
+"""The original Qwen-VL and Qwen-VL-Chat (arXiv 2308.12966), as model classes that transformers 5 does not have.
 
 Tensor and configuration names are those of the published checkpoints, so that their files load as they are.
 """

@@ -58,7 +58,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
         """Return the token embedding."""
         return self.wte
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replace the token embedding."""
         self.wte = value
 

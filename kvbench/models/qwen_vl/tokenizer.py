@@ -80,7 +80,7 @@ def _merges(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _letters_of_bytes() -> dict[int, str]:
-    """The printable letter that `tokenizers` writes for each byte: itself where it is visible, else one from 256 on."""
+    """Return the letter that `tokenizers` writes for each byte: itself where it is visible, else one from 256 on."""
     visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + k) for k, byte in enumerate(hidden)}

@@ -44,7 +44,7 @@ def golden_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     for name, shape in shapes.items():
         if name.endswith("pos_embed"):
             continue
-        values = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)  # noqa: NPY002
+        values = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
         if len(shape) == 1:
             values = 0.2 * values + (1.0 if name.endswith("weight") else 0.0)
         else:
@@ -55,5 +55,5 @@ def golden_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 def golden_pixels(count: int) -> Tensor:
     """Pictures (count, 3, 56, 56) as they reach the vision tower."""
-    values = np.random.RandomState(5).uniform(-2.0, 2.0, (count, 3, PIXELS, PIXELS))  # noqa: NPY002
+    values = np.random.RandomState(5).uniform(-2.0, 2.0, (count, 3, PIXELS, PIXELS))
     return torch.from_numpy(values).float()

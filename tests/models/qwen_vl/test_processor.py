@@ -129,7 +129,10 @@ def test_the_published_configuration_file_needs_no_remote_code(folder: Path, tmp
         "use_flash_attn": "auto",
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    words = {"tokenizer_class": "QWenTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}}
+    words = {
+        "tokenizer_class": "QWenTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]},
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(words))
     loaded = load_model(ModelSpec(checkpoint=str(tmp_path)), "cpu")
     reference = load_model(ModelSpec(checkpoint=str(folder)), "cpu")

@@ -116,5 +116,5 @@ def hide(layer: Any, kept: list[tuple[int, ...]]) -> None:
 def test_ranks_in_the_cache_are_refused() -> None:
     model = random_model()
     attach(model)
-    with pytest.raises(ModelSupportError, match="dynamic NTK.*Use positions=original"):
+    with pytest.raises(ModelSupportError, match=r"dynamic NTK.*Use positions=original"):
         PolicyCache(model, Full(), positions="in_cache")

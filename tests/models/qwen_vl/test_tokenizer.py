@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from kvbench.errors import ModelSupportError
 from kvbench.models.qwen_vl.tokenizer import _WORDS, SPECIAL_TOKENS, VOCABULARY_FILE, qwen_tokenizer
 
-TEXT = "What is it? It's the dog's 12 red dots, and the dots are red.\n\n  What isn't? 那里有一只狗, 狗。 Cafe\u0301 café"
+TEXT = (
+    "What is it? It's the dog's 12 red dots, and the dots are red.\n\n  What isn't? 那里有一只狗, 狗。 Cafe\u0301 café"
+)
 TEXTS = st.text(alphabet=st.sampled_from(TEXT + "aehist \n"), max_size=40) | st.text(max_size=20)
 
 
