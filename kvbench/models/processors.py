@@ -29,20 +29,28 @@ def vision_processor(source: str, model: Any, options: Mapping[str, Any]) -> Any
     if family in PORTED_FAMILIES:
         return _qwen_vl(source, model.config, options)
     if family in GRID_FAMILIES:
-        return _still(source, model.config, options, _grid_tokens(model.config), marks_images=True)
+        images = transformers.Qwen2VLImageProcessorPil.from_pretrained(source, **options)
+        return _still(source, model.config, options, images, _grid_tokens(model.config), marks_images=True)
     if family == "llava_onevision":
-        return _still(source, model.config, options, _packed_tokens(model))
+        images = transformers.LlavaOnevisionImageProcessorPil.from_pretrained(source, **options)
+        return _still(source, model.config, options, images, _packed_tokens(model))
     return transformers.AutoProcessor.from_pretrained(source, **options)
 
 
 def _still(
-    source: str, config: Any, options: Mapping[str, Any], count: CountTokens, *, marks_images: bool = False
+    source: str,
+    config: Any,
+    options: Mapping[str, Any],
+    images: Any,
+    count: CountTokens,
+    *,
+    marks_images: bool = False,
 ) -> StillProcessor:
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
     stored, _ = transformers.ProcessorMixin.get_processor_dict(source, **options)
     return StillProcessor(
         tokenizer=tokenizer,
-        image_processor=transformers.AutoImageProcessor.from_pretrained(source, backend="pil", **options),
+        image_processor=images,
         image_token_id=config.image_token_id,
         chat_template=stored.get("chat_template") or tokenizer.chat_template,
         count_tokens=count,

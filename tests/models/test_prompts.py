@@ -6,6 +6,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
@@ -72,7 +73,8 @@ def test_a_template_of_the_checkpoint_is_used_unless_another_is_chosen(tmp_path:
 def test_prompts_are_the_same_every_day_and_ask_for_no_reasoning(tmp_path: Path) -> None:
     """As Llama 3's and Qwen3's templates ask: a date unless one is given, and whether to reason first."""
     template = (
-        "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}"
+        "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "{{ date_string }}"
         "{% if enable_thinking is defined and enable_thinking is false %} no reasoning{% endif %}"
         "{% for message in messages %} {{ message['content'] }}{% endfor %}"
     )
@@ -93,13 +95,14 @@ def test_a_model_file_takes_a_folder_in_place_of_its_hub_name(path: Path) -> Non
     config = OmegaConf.load(path)
     assert re.fullmatch(r"[\w.-]+/[\w.-]+", config.checkpoint)
     assert config.prompt is None or config.prompt in PROMPTS
-    with pytest.raises(ConfigError, match=r"model\.revision is None; a hub checkpoint must be pinned"):
+    with pytest.raises(InstantiationException, match=r"model\.revision is None; a hub checkpoint must be pinned"):
         instantiate(config)
     config.checkpoint = str(BUNDLED_FOLDER)
     assert instantiate(config).folder == BUNDLED_FOLDER
 
 
 def test_the_vocabulary_of_qwen_is_part_of_the_fingerprint(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
     save_checkpoint("qwen", tmp_path / "one")
     other = shutil.copytree(tmp_path / "one", tmp_path / "two")
     first = ModelSpec(checkpoint=str(tmp_path / "one")).fingerprint()
