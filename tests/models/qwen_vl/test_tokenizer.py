@@ -18,12 +18,13 @@ from kvbench.models.qwen_vl.tokenizer import _WORDS, SPECIAL_TOKENS, VOCABULARY_
 TEXT = (
     "What is it? It's the dog's 12 red dots, and the dots are red.\n\n  What isn't? 那里有一只狗, 狗。 Cafe\u0301 café"
 )
-TEXTS = st.text(alphabet=st.sampled_from(TEXT + "aehist \n"), max_size=40) | st.text(max_size=20)
+TEXTS = st.text(alphabet=st.sampled_from(TEXT + "aehist \n"), max_size=40) | st.text(max_size=20) | st.text("qzxj")
+TWO_WAYS = (b"zx", b"qz", b"xj", b"qzx", b"zxj", b"qzxj", b"jq", b"xjq")  # tokens that several pairs join to
 
 
 @cache
 def ranks() -> dict[bytes, int]:
-    """A byte-pair vocabulary learnt from TEXT, most frequent neighbours first."""
+    """A byte-pair vocabulary learnt from TEXT, most frequent neighbours first, and TWO_WAYS."""
     known = {bytes([byte]): byte for byte in range(256)}
     words = [[bytes([byte]) for byte in word.encode()] for word in regex.findall(_WORDS, TEXT * 3)]
     for rank in range(256, 300):
@@ -31,7 +32,7 @@ def ranks() -> dict[bytes, int]:
         best = max((token for token in counts if token not in known), key=lambda token: (counts[token], token))
         known[best] = rank
         words = [merged_once(word, best) for word in words]
-    return known
+    return known | {token: len(known) + place for place, token in enumerate(TWO_WAYS)}
 
 
 def merged_once(word: list[bytes], token: bytes) -> list[bytes]:
