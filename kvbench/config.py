@@ -23,7 +23,7 @@ from kvbench.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError, close_matches
 from kvbench.models.spec import ModelSpec
 from kvbench.runs.cell import Cell
-from kvbench.runs.device import resolve_device
+from kvbench.runs.device import resolve_device, resolve_engine
 from kvbench.runs.loop import CacheSetting
 from kvbench.sinks.base import SinkGroup
 from kvbench.value_types import fits, type_name
@@ -43,16 +43,18 @@ def build_cell(composed: Composed) -> Cell:
     if not tasks:
         raise ConfigError("no task is left, so nothing would be measured; choose task=all or another one")
     batch_size, seed = _whole(config, "batch_size", at_least=1), _whole(config, "seed", at_least=None)
-    setting = CacheSetting(policy=policy, budget=budget, positions=_positions(config, policy))
+    device = resolve_device(str(config.device))
+    engine = resolve_engine(str(config.engine), device)
+    setting = CacheSetting(policy=policy, budget=budget, positions=_positions(config, policy), engine=engine)
     check_budget_fits(policy, budget)
     check_text(model, dataset, tasks)
-    device = resolve_device(str(config.device))
     settings = {
-        "model": {"fingerprint": _fingerprint(model), "dtype": model.dtype, **_prompt_of(model)},
+        "model": _model_key(model),
         "dataset": {"fingerprint": dataset.fingerprint, **_plain(config.dataset, without=_PATH_SETTINGS)},
         "policy": {**_plain(config.policy), **dataclasses.asdict(policy), "source": _source(policy)},
         "budget": _plain(config.budget) if policy.bounded else None,
         "positions": setting.positions,
+        "engine": setting.engine,
         "task": {name: {**_plain(node), "protocol": tasks[str(name)].protocol} for name, node in config.task.items()},
         "batch_size": batch_size,
         "seed": seed,
@@ -189,6 +191,7 @@ def _fingerprint(model: ModelSpec) -> str:
     return model.fingerprint()
 
 
-def _prompt_of(model: ModelSpec) -> dict[str, str]:
-    """Return what the key holds of a prompt format; the checkpoint's own is part of its files."""
-    return {} if model.prompt is None else {"prompt": model.prompt}
+def _model_key(model: ModelSpec) -> dict[str, Any]:
+    """Return what the key holds of a model; the checkpoint's own prompt format is part of its files."""
+    prompt = {} if model.prompt is None else {"prompt": model.prompt}
+    return {"fingerprint": _fingerprint(model), "dtype": model.dtype, "fused": model.fused, **prompt}

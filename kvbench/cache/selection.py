@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvbench.kernels.dispatch import use_triton
+
 _NO_POSITION = torch.iinfo(torch.int64).max
 
 
@@ -60,9 +62,23 @@ def protected_range(
 
 def age_rank(position: Tensor) -> Tensor:
     """Return (B, H, T) int64: how many held entries are older; empty slots come last."""
-    order = torch.where(position >= 0, position, _NO_POSITION).argsort(dim=-1, stable=True)
+    order = oldest_first(position)
     ranks = torch.arange(position.shape[-1], device=position.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, ranks)
+
+
+def oldest_first(position: Tensor) -> Tensor:
+    """Return (B, H, T) int64: the entries from the oldest to the newest; empty slots come last."""
+    return torch.where(position >= 0, position, _NO_POSITION).argsort(dim=-1, stable=True)
+
+
+def entry_of_rank(position: Tensor, rank: Tensor) -> Tensor:
+    """Return (B, H) int64, the slot of the held entry that has `rank` (B, H) older ones; position (B, H, T)."""
+    if use_triton(position, any_dtype=True):
+        from kvbench.kernels.rank import slot_of_rank
+
+        return slot_of_rank(position, rank)
+    return (age_rank(position) == rank[..., None]).long().argmax(dim=-1)
 
 
 def nearest_anchor(anchor: Tensor, member: Tensor, position: Tensor) -> Tensor:

@@ -13,8 +13,6 @@ before its position, looked up in a table of cosines and sines, so no turned cop
 # mypy: ignore-errors
 # Kernels are written in Triton's language, not Python's.
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -94,9 +92,10 @@ def attend_part(
             behind = tl.load(position + base + slot, mask=inside, other=0) - tl.load(
                 rank + base + slot, mask=inside, other=0
             )
-            cos = tl.load(cosines + behind[:, None] * half + h, mask=held_half, other=0.0)
-            sin = tl.load(sines + behind[:, None] * half + h, mask=held_half, other=0.0)
-            turned1, turned2 = (k1 * cos + k2 * sin).to(k1.dtype), (k2 * cos - k1 * sin).to(k1.dtype)
+            key_cos = tl.load(cosines + behind[:, None] * half + h, mask=held_half, other=0.0)
+            key_sin = tl.load(sines + behind[:, None] * half + h, mask=held_half, other=0.0)
+            turned1 = (k1 * key_cos + k2 * key_sin).to(k1.dtype)
+            turned2 = (k2 * key_cos - k1 * key_sin).to(k1.dtype)
             if UPCAST:
                 turned1 = turned1.to(tl.float32)
                 turned2 = turned2.to(tl.float32)

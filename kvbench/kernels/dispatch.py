@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_WIDTH = 256  # numbers in a head that one tile of the prefill kernels holds
 MAX_ROWS = 64  # batch of a decode step up to which the matrix kernels beat the library
 _forced: list[bool] = []
 
@@ -30,12 +31,12 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def use_triton(tensor: Tensor) -> bool:
+def use_triton(tensor: Tensor, *, any_dtype: bool = False) -> bool:
     """Return whether work on `tensor` goes to Triton: on CUDA, if it is installed, in a dtype kernels take.
 
-    On the CPU never, but for `kernels_forced(True)` with the interpreter on.
+    any_dtype: take it whatever it is. On the CPU never, but for `kernels_forced(True)` with the interpreter on.
     """
-    if tensor.dtype not in _DTYPES or not triton_installed():
+    if not (any_dtype or tensor.dtype in _DTYPES) or not triton_installed():
         return False
     if _forced:
         return _forced[-1] and (tensor.is_cuda or interpreted())

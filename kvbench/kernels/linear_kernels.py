@@ -8,8 +8,6 @@ values), or gate and up projection with the activation between, so the weights s
 # mypy: ignore-errors
 # Kernels are written in Triton's language, not Python's.
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -104,21 +102,19 @@ def project(
 ):
     """Outputs (rows, n) of up to three weights (n, K) with one input (rows, K); a program makes one tile of one."""
     tile = tl.program_id(0)
-    tiles0 = tl.cdiv(n0, BLOCK_N)
-    tiles1 = tl.cdiv(n1, BLOCK_N)
-    if tile < tiles0:
-        first = tile * BLOCK_N
-        acc = _tile(x, w0, first, n0, width, rows, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, UPCAST)
-        _store(acc, b0, o0, first, n0, rows, BLOCK_M, BLOCK_N, HAS_BIAS)
-    elif MATRICES > 1:
-        if tile < tiles0 + tiles1:
-            first = (tile - tiles0) * BLOCK_N
-            acc = _tile(x, w1, first, n1, width, rows, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, UPCAST)
-            _store(acc, b1, o1, first, n1, rows, BLOCK_M, BLOCK_N, HAS_BIAS)
-        else:
-            first = (tile - tiles0 - tiles1) * BLOCK_N
-            acc = _tile(x, w2, first, n2, width, rows, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, UPCAST)
-            _store(acc, b2, o2, first, n2, rows, BLOCK_M, BLOCK_N, HAS_BIAS)
+    weight, bias, out, size = w0, b0, o0, n0
+    if MATRICES > 1:  # one loop for all: three would take three times the shared memory
+        tiles0 = tl.cdiv(n0, BLOCK_N)
+        tiles1 = tl.cdiv(n1, BLOCK_N)
+        if tile >= tiles0 + tiles1:
+            weight, bias, out, size = w2, b2, o2, n2
+            tile -= tiles0 + tiles1
+        elif tile >= tiles0:
+            weight, bias, out, size = w1, b1, o1, n1
+            tile -= tiles0
+    first = tile * BLOCK_N
+    acc = _tile(x, weight, first, size, width, rows, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, UPCAST)
+    _store(acc, bias, out, first, size, rows, BLOCK_M, BLOCK_N, HAS_BIAS)
 
 
 @triton.jit

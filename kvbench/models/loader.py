@@ -11,6 +11,7 @@ import torch
 from kvbench.cache import attach
 from kvbench.errors import ModelSupportError
 from kvbench.models.families import FAMILIES, VISION_FAMILIES
+from kvbench.models.fused import fuse
 from kvbench.models.prompts import LLAVA_V1, PROMPTS
 from kvbench.models.random_weights import architecture, random_model
 from kvbench.models.spec import ModelSpec
@@ -60,6 +61,7 @@ def _random(spec: ModelSpec, device: str) -> LoadedModel:
     where = torch.device(device)
     model = random_model(config, vision=vision, dtype=getattr(torch, spec.dtype), device=where, seed=spec.weights_seed)
     attach(model)
+    _fuse_on_gpu(model, spec, where)
     return LoadedModel(
         model=model.eval(),
         processor=None,
@@ -67,6 +69,11 @@ def _random(spec: ModelSpec, device: str) -> LoadedModel:
         device=where,
         image_token_id=config.image_token_id if vision else None,
     )
+
+
+def _fuse_on_gpu(model: Any, spec: ModelSpec, device: torch.device) -> None:
+    if spec.fused and device.type == "cuda":
+        fuse(model)
 
 
 def _checkpoint(spec: ModelSpec, device: str) -> LoadedModel:
@@ -90,6 +97,7 @@ def _checkpoint(spec: ModelSpec, device: str) -> LoadedModel:
     model = auto.from_pretrained(source, dtype=getattr(torch, spec.dtype), use_safetensors=True, **options)
     processor = _processor(source, model, spec.prompt, options)
     attach(model)
+    _fuse_on_gpu(model, spec, torch.device(device))
     return LoadedModel(
         model=model.to(device).eval(),
         processor=processor,

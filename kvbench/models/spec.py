@@ -32,8 +32,8 @@ class ModelSpec:
     Only safetensors are read. trust_remote_code runs code of the checkpoint; it is never on unless
     said here. prompt: a prompt format by name, None for the checkpoint's own. weights="random" builds the
     architecture of `config` (fields of its transformers config, else those of the folder) from
-    `weights_seed`, for speed and memory alone: no checkpoint is read and there is no tokenizer. Raises:
-    ConfigError.
+    `weights_seed`, for speed and memory alone: no checkpoint is read and there is no tokenizer. fused: on
+    a GPU in half precision, decode steps run fused kernels (`fuse`). Raises: ConfigError.
     """
 
     checkpoint: str
@@ -44,6 +44,7 @@ class ModelSpec:
     weights: Literal["checkpoint", "random"] = "checkpoint"
     weights_seed: int = 0
     config: dict[str, Any] | None = field(default=None, hash=False)
+    fused: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

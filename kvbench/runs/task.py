@@ -35,7 +35,7 @@ class Bench:
     @property
     def full(self) -> CacheSetting:
         """The full cache at original positions: what everything is compared with."""
-        return CacheSetting(policy=self.full_policy, budget=UNLIMITED, positions="original")
+        return CacheSetting(policy=self.full_policy, budget=UNLIMITED, positions="original", engine=self.setting.engine)
 
     @property
     def clusters(self) -> list[str]:

@@ -73,10 +73,9 @@ def test_keys_are_turned_to_their_ranks_on_the_way_in(shape: tuple[int, ...]) ->
     batch, heads, capacity = held.shape
     width = keys.shape[-1]
     seen = torch.full((batch,), 3 * capacity, device=ON)
-    order = torch.rand((batch, heads, 3 * capacity), device=ON).argsort(-1)[..., :capacity]
-    position = torch.where(held, order, -1)
-    newest = (length - 1)[..., None]
-    position = position.masked_fill(position == 3 * capacity - 1, 0).scatter(2, newest, 3 * capacity - 1)
+    random = torch.Generator().manual_seed(12)
+    order = torch.rand((batch, heads, 3 * capacity - 1), generator=random).argsort(-1)[..., :capacity].to(ON)
+    position = torch.where(held, order, -1).scatter(2, (length - 1)[..., None], 3 * capacity - 1)
     rotation = Rotation(frequencies=1.0 / 100.0 ** torch.linspace(0, 1, width // 2, device=ON))
     rank = age_rank(position)
     tables = rotation.tables(3 * capacity + 1)

@@ -28,7 +28,8 @@ from tests.contract import YAMLS, allowed
 from tests.driving import held_positions
 from tests.models.checkpoints import FAMILIES, IN_CACHE_FAMILIES, save_checkpoint
 
-ENGINES = ("eager",)
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a CUDA device")
+ENGINES = ("eager", pytest.param("graph", marks=[pytest.mark.gpu, NO_GPU]))
 NEW_TOKENS = 8
 BUDGET = Budget(fraction=0.3)
 SIZES = ((30, 30), (40, 12), (9, 37))
@@ -42,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="module")
 def loaded(folders: Callable[[str], Path]) -> Callable[[str], LoadedModel]:
-    return cache(lambda family: load_model(ModelSpec(checkpoint=str(folders(family))), "cpu"))
+    return cache(lambda family, device="cpu": load_model(ModelSpec(checkpoint=str(folders(family))), device))
 
 
 def picture(width: int, height: int) -> Image.Image:
@@ -80,9 +81,9 @@ def test_every_supported_family_has_a_checkpoint_here() -> None:
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_policy_holds_what_it_may_at_every_step(
-    loaded: Callable[[str], LoadedModel], family: str, path: Path, engine: str
+    loaded: Callable[..., LoadedModel], family: str, path: Path, engine: str
 ) -> None:
-    ours, policy = loaded(family), policy_of(path)
+    ours, policy = loaded(family, "cuda" if engine == "graph" else "cpu"), policy_of(path)
     batch = prompt_batch(ours, examples(ours.takes_images))
     with torch.inference_mode():
         decoding = setting_of(policy, engine).decoding(ours, batch, NEW_TOKENS)
