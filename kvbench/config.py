@@ -52,7 +52,7 @@ def build_cell(composed: Composed) -> Cell:
     check_text(model, dataset, tasks)
     check_model(model, dataset, setting.positions)
     settings = {
-        "model": {"fingerprint": _fingerprint(model), "dtype": model.dtype, "fused": model.fused},
+        "model": _model_key(model),
         "dataset": {"fingerprint": dataset.fingerprint, **_plain(config.dataset, without=_PATH_SETTINGS)},
         "policy": {**_plain(config.policy), **dataclasses.asdict(policy), "source": _source(policy)},
         "budget": _plain(config.budget) if policy.bounded else None,
@@ -195,3 +195,9 @@ def _labels(composed: Composed, model: ModelSpec, dataset: Any, setting: CacheSe
 @cache
 def _fingerprint(model: ModelSpec) -> str:
     return model.fingerprint()
+
+
+def _model_key(model: ModelSpec) -> dict[str, Any]:
+    """Return what the key holds of a model; the checkpoint's own prompt format is part of its files."""
+    prompt = {} if model.prompt is None else {"prompt": model.prompt}
+    return {"fingerprint": _fingerprint(model), "dtype": model.dtype, "fused": model.fused, **prompt}

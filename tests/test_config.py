@@ -184,6 +184,7 @@ def key(*overrides: str) -> str:
     "override",
     [
         "model.dtype=bfloat16",
+        "model.prompt=llava_v1",
         "dataset.num_samples=5",
         "dataset.first=1",
         "dataset.split=train",

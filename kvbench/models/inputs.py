@@ -16,18 +16,45 @@ from kvbench.errors import DataError, ModelSupportError
 from kvbench.models.loader import LoadedModel
 from kvbench.models.synthetic_inputs import synthetic_tensors
 
+_INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "pixel_values",
+    "image_sizes",
+    "batch_num_images",
+    "image_grid_thw",
+    "mm_token_type_ids",
+)
+# What templates that ask for it are told: answers come without reasoning first, as the references do, and a
+# prompt is the same on every day (the date is the one that Llama 3's template falls back to).
+_TEMPLATE_SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GridPositions:
+    """Positions on three axes (time, row, column), as the model's own `get_rope_index` counts them.
+
+    prompt (3, B, T) int64. offset (B, 1) int64: from a text token's index to its position on every
+    axis once the prompt's pictures are behind it; a picture takes fewer positions than tokens.
+    """
+
+    prompt: Tensor
+    offset: Tensor
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptBatch:
     """Prompts of B examples, padded on the left to T tokens.
 
-    tensors: what the model's forward takes, input_ids and attention_mask (B, T), and pixel_values
-    where there are pictures. kind (B, T) int8. row_seeds: a number per example, from its id.
+    tensors: what the model's forward takes, input_ids and attention_mask (B, T), and where there are
+    pictures their pixels and what the family tells about them. kind (B, T) int8. row_seeds: a number
+    per example, from its id. grid: where a family counts pictures by rows and columns, None elsewhere.
     """
 
     tensors: dict[str, Tensor]
     kind: Tensor
     row_seeds: tuple[int, ...]
+    grid: GridPositions | None = None
 
     @property
     def prompt_tokens(self) -> list[int]:
@@ -37,8 +64,18 @@ class PromptBatch:
 
     @property
     def position_ids(self) -> Tensor:
-        """(B, T) int64: a token's index in its own row, 0 at pads."""
-        return (self.tensors["attention_mask"].long().cumsum(dim=-1) - 1).clamp(min=0)
+        """(B, T) int64: a token's index in its own row, 0 at pads; (4, B, T) with the three axes of a grid after it."""
+        index = (self.tensors["attention_mask"].long().cumsum(dim=-1) - 1).clamp(min=0)
+        return index if self.grid is None else torch.cat((index[None], self.grid.prompt))
+
+    @property
+    def last_position_ids(self) -> Tensor:
+        """(B, 1), or (4, B, 1): one less than what the first generated token gets; each further token adds one."""
+        index = self.position_ids[..., -1:]
+        if self.grid is None:
+            return index
+        text = index[0]
+        return torch.cat((text[None], (text + self.grid.offset).expand(3, -1, -1)))
 
 
 def prompt_batch(loaded: LoadedModel, examples: Sequence[Example]) -> PromptBatch:
@@ -46,7 +83,12 @@ def prompt_batch(loaded: LoadedModel, examples: Sequence[Example]) -> PromptBatc
     drawn = [example.token_prompt for example in examples if example.token_prompt is not None]
     tensors = synthetic_tensors(loaded, drawn) if drawn else _written_tensors(loaded, examples)
     seeds = tuple(_row_seed(example) for example in examples)
-    return PromptBatch(tensors=tensors, kind=_kinds(loaded, tensors["input_ids"]), row_seeds=seeds)
+    return PromptBatch(
+        tensors=tensors,
+        kind=_kinds(loaded, tensors["input_ids"]),
+        row_seeds=seeds,
+        grid=_grid_positions(loaded.model, tensors),
+    )
 
 
 def _written_tensors(loaded: LoadedModel, examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -56,11 +98,19 @@ def _written_tensors(loaded: LoadedModel, examples: Sequence[Example]) -> dict[s
     if images:
         arguments["images"] = images
     encoded = loaded.processor(**arguments, add_special_tokens=_adds_special_tokens(loaded, texts[0]))
-    names = ("input_ids", "attention_mask", "pixel_values")
-    tensors = {name: encoded[name].to(loaded.device) for name in names if name in encoded}
+    tensors = {name: encoded[name].to(loaded.device) for name in _INPUTS if name in encoded}
     if "pixel_values" in tensors:
         tensors["pixel_values"] = tensors["pixel_values"].to(loaded.model.dtype)
     return tensors
+
+
+def _grid_positions(model: Any, tensors: dict[str, Tensor]) -> GridPositions | None:
+    count = getattr(getattr(model, "model", None), "get_rope_index", None)
+    if count is None:
+        return None
+    names = ("input_ids", "attention_mask", "image_grid_thw", "mm_token_type_ids")
+    prompt, offset = count(**{name: tensors[name] for name in names if name in tensors})
+    return GridPositions(prompt=prompt, offset=offset)
 
 
 def _row_seed(example: Example) -> int:
@@ -80,7 +130,8 @@ def prompt_text(loaded: LoadedModel, example: Example) -> str:
     if loaded.takes_images:
         content = [{"type": "image"}] * with_image + [{"type": "text", "text": example.question}]
     chat = [{"role": "user", "content": content}]
-    text: str = loaded.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    settings = {name: value for name, value in _TEMPLATE_SETTINGS.items() if name in loaded.processor.chat_template}
+    text: str = loaded.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **settings)
     return text
 
 

@@ -83,7 +83,7 @@ class Decoding:
         self._model = loaded.model
         self.cache: PolicyCache = cache
         self._tokens = torch.zeros_like(batch.tensors["input_ids"][:, -1:])
-        self._position = batch.position_ids[:, -1:].clone()
+        self._position = batch.last_position_ids.clone()
         self.logits: Tensor = self._prefill(batch) if prompt_logits is None else prompt_logits
 
     def _prefill(self, batch: PromptBatch) -> Tensor:
