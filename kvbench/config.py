@@ -22,13 +22,15 @@ from kvbench.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError, close_matches
 from kvbench.models.spec import ModelSpec
 from kvbench.runs.cell import Cell
+from kvbench.runs.dataset_fit import check_fit
 from kvbench.runs.device import resolve_device
 from kvbench.runs.loop import CacheSetting
 from kvbench.sinks.base import SinkGroup
-from kvbench.value_types import fits, type_name
+from kvbench.value_types import fits, truth, type_name
 
 _FULL = {"_target_": "kvbench.policies.full.Full"}
-_PATH_SETTINGS = ("path", "images")  # where a file lies does not change what is in it
+# Where a file lies does not change what is in it.
+_PATH_SETTINGS = ("path", "images", "answers", "ids", "templates", "filler")
 _NUMERIC_PACKAGES = ("kvbench", "torch", "transformers")
 _SHARED = ("results", "sweep", "force", "sink")
 
@@ -41,6 +43,8 @@ def build_cell(composed: Composed) -> Cell:
     tasks = {str(name): build(node, f"task.{name}", has=("run", "protocol")) for name, node in config.task.items()}
     if not tasks:
         raise ConfigError("no task is left, so nothing would be measured; choose task=all or another one")
+    query_visible = truth(config.query_visible, "query_visible")
+    check_fit(dataset, model, tasks, query_visible=query_visible)
     batch_size, seed = _whole(config, "batch_size", at_least=1), _whole(config, "seed", at_least=None)
     setting = CacheSetting(policy=policy, budget=budget, positions=_positions(config, policy))
     _check_budget_fits(policy, budget)
@@ -51,6 +55,7 @@ def build_cell(composed: Composed) -> Cell:
         "policy": {**_plain(config.policy), **dataclasses.asdict(policy), "source": _source(policy)},
         "budget": _plain(config.budget) if policy.bounded else None,
         "positions": setting.positions,
+        "query_visible": query_visible,
         "task": {name: {**_plain(node), "protocol": tasks[str(name)].protocol} for name, node in config.task.items()},
         "batch_size": batch_size,
         "seed": seed,
@@ -68,6 +73,7 @@ def build_cell(composed: Composed) -> Cell:
         batch_size=batch_size,
         seed=seed,
         device=device,
+        query_visible=query_visible,
     )
 
 
@@ -91,9 +97,7 @@ def results_folder(config: DictConfig) -> Path:
 
 def is_forced(config: DictConfig) -> bool:
     """Return whether accepted records are measured again. Raises: ConfigError."""
-    if not isinstance(config.force, bool):
-        raise ConfigError(f"force is {config.force!r}; it must be true or false")
-    return config.force
+    return truth(config.force, "force")
 
 
 def build(node: DictConfig | None, name: str, *, is_a: type[Any] = object, has: tuple[str, ...] = ()) -> Any:

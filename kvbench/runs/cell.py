@@ -19,6 +19,7 @@ from kvbench.errors import ConfigError, DataError, ModelSupportError, NonFiniteE
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
 from kvbench.records import cell_key
+from kvbench.runs.dataset_fit import skipped_measurement, skipped_names
 from kvbench.runs.environment import environment
 from kvbench.runs.full_answers import FullAnswers
 from kvbench.runs.loop import CacheSetting
@@ -50,6 +51,7 @@ class Cell:
     batch_size: int
     seed: int
     device: str
+    query_visible: bool = True
 
     @property
     def key(self) -> str:
@@ -84,6 +86,7 @@ def run_cell(
         for name, task in cell.tasks.items():
             phase = name
             result.add(task.run(bench))
+        result.measurements |= skipped_measurement(cell.dataset)
         phase = None
     except Exception as exception:
         status, error = _status(exception), _described(exception)
@@ -103,11 +106,12 @@ def run_cell(
         "measurements": result.measurements,
         "samples": _sample_rows(cell, result),
         "curves": result.curves,
+        "skipped_items": skipped_names(cell.dataset),
     }
 
 
 def _bench(cell: Cell, loaded: LoadedModel, results: Path, advance: Callable[[float], None]) -> Bench:
-    shared = {name: cell.settings[name] for name in _SHARED_SETTINGS}
+    shared = {name: cell.settings[name] for name in _SHARED_SETTINGS} | {"query_visible": cell.query_visible}
     return Bench(
         loaded=loaded,
         dataset=cell.dataset,
@@ -117,6 +121,7 @@ def _bench(cell: Cell, loaded: LoadedModel, results: Path, advance: Callable[[fl
         answers=FullAnswers(folder=results / "full_answers", settings=shared),
         batch_size=cell.batch_size,
         advance=advance,
+        query_visible=cell.query_visible,
     )
 
 

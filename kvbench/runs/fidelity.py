@@ -32,6 +32,7 @@ class Fidelity:
     """
 
     protocol: ClassVar[str] = "lock_step_v1"
+    hides_question: ClassVar[bool] = True
 
     max_new_tokens: int = 160
     check_tokens: int = 16

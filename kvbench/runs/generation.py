@@ -12,7 +12,7 @@ from kvbench.errors import ConfigError, MeasureError
 from kvbench.metrics.facts import fact_scores
 from kvbench.metrics.intervals import mean_interval
 from kvbench.metrics.rouge import first_divergence, length_ratio, rouge_scores
-from kvbench.models.inputs import PromptBatch, answer_text
+from kvbench.models.inputs import PromptBatch, answer_text, reference_text
 from kvbench.runs.full_answers import Answers
 from kvbench.runs.loop import greedy
 from kvbench.runs.task import Bench, TaskResult
@@ -30,6 +30,7 @@ class Generation:
     """
 
     protocol: ClassVar[str] = "greedy_v1"
+    hides_question: ClassVar[bool] = True
 
     max_new_tokens: int = 160
 
@@ -88,25 +89,34 @@ def _check_reproduces(
 
 def _row(bench: Bench, example: Example, answer: list[int], full: list[int]) -> dict[str, Any]:
     text, full_text = answer_text(bench.loaded, answer), answer_text(bench.loaded, full)
-    vs_full = rouge_scores(prediction=text, reference=full_text)
-    vs_reference = rouge_scores(prediction=text, reference=example.reference)
-    row: dict[str, Any] = {"text": text, "full_text": full_text, "reference": example.reference}
-    row |= {f"{name}_vs_full": score for name, score in vs_full.items()}
-    row |= {f"{name}_vs_reference": score for name, score in vs_reference.items()}
+    reference = reference_text(bench.loaded, example)
+    row: dict[str, Any] = {"text": text, "full_text": full_text, "reference": reference}
+    row |= text_scores(text, full_text, reference)
     row["length_ratio"] = length_ratio(len(answer), len(full))
     row["first_divergence_tokens"] = first_divergence(answer, full)
     row["num_new_tokens"] = len(answer)
     return row | _facts(bench.dataset, example, text)
 
 
+def text_scores(text: str, full_text: str, reference: str) -> dict[str, float]:
+    """Return ROUGE against the full cache's answer, and against the reference unless that is empty."""
+    scores = {f"{name}_vs_full": s for name, s in rouge_scores(prediction=text, reference=full_text).items()}
+    if reference:
+        found = rouge_scores(prediction=text, reference=reference)
+        scores |= {f"{name}_vs_reference": score for name, score in found.items()}
+    return scores
+
+
 def _facts(dataset: Dataset, example: Example, text: str) -> dict[str, float]:
-    return {} if example.facts is None else fact_scores(stated=dataset.facts_in(text), true=example.facts)
+    if example.facts is None:
+        return {}
+    return fact_scores(stated=dataset.facts_in(text), true=example.facts, noun=example.fact_noun)
 
 
 def _summarise(bench: Bench, result: TaskResult) -> None:
     rows = [result.samples[example.id] for example in bench.examples]
-    for name in (key for key in rows[0] if key not in _DESCRIPTIVE):
-        scored = [(row[name], c) for row, c in zip(rows, bench.clusters, strict=True) if row[name] is not None]
+    for name in dict.fromkeys(key for row in rows for key in row if key not in _DESCRIPTIVE):
+        scored = [(row[name], c) for row, c in zip(rows, bench.clusters, strict=True) if row.get(name) is not None]
         interval = mean_interval([value for value, _ in scored], [cluster for _, cluster in scored])
         result.measure(name, interval, _UNITS.get(name, ""))
 

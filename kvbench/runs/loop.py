@@ -71,6 +71,25 @@ class Decoding:
         )
         self.logits: Tensor = output.logits[:, -1].float()
         self._position = batch.position_ids[:, -1:]
+        if batch.question_ids is not None:
+            self.extend(batch.question_ids)
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        """Feed a chunk of tokens, (B, N), after everything so far; return the next logits (B, V) float32.
+
+        The cache holds what its policy left; the chunk attends to that and to itself, and is cut with it.
+        """
+        steps = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        output = self._model(
+            input_ids=tokens,
+            position_ids=self._position + steps,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._position = self._position + tokens.shape[1]
+        self.logits = output.logits[:, -1].float()
+        return self.logits
 
     def step(self, tokens: Tensor) -> Tensor:
         """Feed one token per row, (B,), at its true position; return the next logits (B, V) float32."""

@@ -27,6 +27,8 @@ class Perplexity:
     """
 
     protocol: ClassVar[str] = "teacher_forced_v1"
+    needs_reference: ClassVar[bool] = True
+    hides_question: ClassVar[bool] = True
 
     def run(self, bench: Bench) -> TaskResult:
         """Score all examples. Raises: NonFiniteError when a likelihood is not finite."""

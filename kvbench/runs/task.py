@@ -11,6 +11,7 @@ from kvbench.datasets.base import Dataset, Example
 from kvbench.metrics.intervals import Interval
 from kvbench.models.inputs import PromptBatch, prompt_batch
 from kvbench.models.loader import LoadedModel
+from kvbench.models.prompt_split import by_question_length
 from kvbench.runs.full_answers import FullAnswers
 from kvbench.runs.loop import CacheSetting
 
@@ -20,7 +21,8 @@ class Bench:
     """Everything a task may use. `advance(share)` moves the cell's progress bar, shares add up to 1.
 
     `full` is the full cache as a setting of its own; `answers` gives its greedy answers, computed once
-    per model, data set and length.
+    per model, data set and length. query_visible: whether the question is part of what a policy sees when
+    it compresses the prompt; if not, picture and context are compressed first and the question follows.
     """
 
     loaded: LoadedModel
@@ -31,6 +33,7 @@ class Bench:
     answers: FullAnswers
     batch_size: int
     advance: Callable[[float], None]
+    query_visible: bool = True
 
     @property
     def full(self) -> CacheSetting:
@@ -43,10 +46,20 @@ class Bench:
         return [example.cluster for example in self.examples]
 
     def batches(self) -> list[tuple[Sequence[Example], PromptBatch]]:
-        """Return the planned batches; membership depends on the list of examples only."""
-        size = self.batch_size
-        parts = [self.examples[start : start + size] for start in range(0, len(self.examples), size)]
-        return [(part, prompt_batch(self.loaded, part)) for part in parts]
+        """Return the planned batches; membership depends on the list of examples only.
+
+        Where the question is hidden, only examples whose questions have equally many tokens share a batch.
+        """
+        hidden = {0: self.examples} if self.query_visible else by_question_length(self.loaded, self.examples)
+        return [
+            (part, prompt_batch(self.loaded, part, num_question_tokens=length))
+            for length, group in hidden.items()
+            for part in _parts(group, self.batch_size)
+        ]
+
+
+def _parts(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
+    return [examples[start : start + size] for start in range(0, len(examples), size)]
 
 
 @dataclass(kw_only=True)
@@ -72,7 +85,9 @@ class TaskResult:
 class Task(Protocol):
     """One measurement pass, a frozen dataclass whose fields are its settings.
 
-    `protocol` names the definition of what it measures; a change of definition is a new name.
+    `protocol` names the definition of what it measures; a change of definition is a new name. A task may also
+    have the class flags `needs_reference`, `needs_follow_ups` and `hides_question` (it honours
+    query_visible=false), which are checked against the data set before the model is loaded.
     """
 
     protocol: ClassVar[str]
