@@ -1,8 +1,9 @@
 """LongBench (arXiv 2308.14508): JSON lines of `input`, `context`, `answers`, with a prompt per task.
 
 The prompt is a template with {context} and {input}; everything up to the context's end is context,
-the rest is the question (a template that asks before the context has no part to hide). Prompts are put into the model's chat template where it has one (the
-benchmark's own scripts leave it out for few-shot and code tasks), and nothing is cut out of the middle.
+the rest is the question (a template that asks before the context has no part to hide). Prompts are
+put into the model's chat template where it has one (the benchmark's own scripts leave it out for
+few-shot and code tasks), and nothing is cut out of the middle.
 """
 
 from __future__ import annotations

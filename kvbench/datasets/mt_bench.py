@@ -1,7 +1,7 @@
 """MT-Bench (arXiv 2306.05685): `question.jsonl` of two-turn questions, and Vicuna's of one turn.
 
 A question is `{"question_id", "turns": [text, ...]}`; its references are in the row (`reference`) or in
-FastChat's answer files (`choices[0].turns`). Most questions have none: their answers are compared with
+FastChat's answer files (`choices[0].turns`). Most turns have none: their answers are compared with
 the full cache's only. MT-Bench's own score asks a model to judge and is not computed here.
 """
 
@@ -43,11 +43,10 @@ class MTBench(FileDataset):
 
     def _has_reference(self, content: Any) -> bool:
         """Return True also for a row of the wrong form, which is told by its own message."""
-        return (
-            not isinstance(content, dict)
-            or str(content.get("question_id")) in self._references
-            or (bool(content.get("reference")))
-        )
+        if not isinstance(content, dict) or str(content.get("question_id")) in self._references:
+            return True
+        own = content.get("reference")
+        return own[0] != "" if isinstance(own, list) and own else bool(own)
 
     def _example(self, row: Row) -> Example:
         content = object_of(row.content, row.where, ("question_id", "turns"))
@@ -72,10 +71,10 @@ class MTBench(FileDataset):
                 raise DataError(f"the answer to {where} has no choices; give FastChat's reference_answer file")
             return _texts(choices[0].get("turns"), "choices[0].turns", f"the answer to {where}")
         own = content.get("reference")
-        return _texts(own, "reference", where) if own else []
+        return _texts(own, "reference", where, may_be_empty=True) if own else []
 
 
-def _texts(value: Any, name: str, where: str) -> list[str]:
+def _texts(value: Any, name: str, where: str, *, may_be_empty: bool = False) -> list[str]:
     if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
         raise DataError(f"{where} has the {name} {str(value)[:80]!r}; it must be a list of texts")
-    return [checked_text(text, name, where) for text in value]
+    return [checked_text(text, name, where) if text.strip() or not may_be_empty else "" for text in value]

@@ -7,6 +7,7 @@ when the data set is made, because a file that breaks off can be told in no othe
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -65,7 +66,8 @@ def confined(name: Any, folder: Path, where: str) -> Path:
 def load_picture(path: Path, where: str) -> Image.Image:
     """Return the picture as RGB. Raises: DataError for broken, giant or unknown formats."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as image:
+            warnings.simplefilter("ignore")  # about transparency, which RGB does not have
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{where}: {path.name} has {image.width} x {image.height} pixels; at most {MAX_PIXELS}")
             return image.convert("RGB")

@@ -107,7 +107,7 @@ class TextWindows(FileDataset):
 
 def _decoded(raw: bytes, name: str) -> str:
     try:
-        return raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{name} is not text in UTF-8 ({error})") from error
 
