@@ -21,6 +21,8 @@ MAIN_COLUMNS = (
     "peak_memory_bytes",
     "kv_stored_bytes",
 )
+_EXTRA_COLUMNS = ("needles_recalled_fraction", "num_skipped_items")
+_TURN_COLUMNS = ("rougeL_vs_full", "exact_fraction", "objects_recalled_fraction", "needles_recalled_fraction")
 INTERVAL_NOTE = "[low, high] is the 95 % interval; a number without one is a single observation or an exact count."
 
 
@@ -102,11 +104,21 @@ def _measured(group: Group) -> tuple[str, ...]:
 
 
 def _main_columns(group: Group) -> tuple[str, ...]:
-    """On a CPU there is no device memory, so the process's own peak takes that column."""
+    """On a CPU there is no device memory, so the process's own peak takes that column.
+
+    What only some data sets or tasks have comes after, and then columns without any number are left out.
+    """
     measured = _measured(group)
-    if "peak_memory_bytes" in measured or "peak_rss_bytes" not in measured:
-        return MAIN_COLUMNS
-    return tuple("peak_rss_bytes" if name == "peak_memory_bytes" else name for name in MAIN_COLUMNS)
+    columns = MAIN_COLUMNS
+    if "peak_memory_bytes" not in measured and "peak_rss_bytes" in measured:
+        columns = tuple("peak_rss_bytes" if name == "peak_memory_bytes" else name for name in MAIN_COLUMNS)
+    more = tuple(name for name in measured if name in _EXTRA_COLUMNS or _is_of_turn(name))
+    return (*(name for name in columns if name in measured), *more) if more else columns
+
+
+def _is_of_turn(name: str) -> bool:
+    turn, _, rest = name.partition("_")
+    return turn.startswith("turn") and rest in _TURN_COLUMNS
 
 
 def _entry(cell: CellResult, name: str) -> Entry:
