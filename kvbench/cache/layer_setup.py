@@ -14,7 +14,7 @@ from kvbench.cache.ledger import Ledger
 from kvbench.cache.policy import Policy
 from kvbench.cache.rotation import Rotation
 from kvbench.cache.slots import Entries
-from kvbench.cache.view import Needs, View
+from kvbench.cache.view import View
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +44,15 @@ def view_of(
     entries: Entries,
     *,
     new_tokens: int,
-    prefill: bool,
     window: Tensor | None = None,
     probs: Tensor | None = None,
 ) -> View:
-    """Return the view of `entries` for the policy; statistics it did not declare are left out."""
+    """Return the view of a prompt's `entries` for the policy; statistics it did not declare are left out."""
     return View(
         layer=setup.layer,
         num_layers=setup.num_layers,
         new_tokens=new_tokens,
-        prefill=prefill,
+        prefill=True,
         prompt=row_tensor(ledger.prompt, entries.keys),
         seen=row_tensor(ledger.seen, entries.keys),
         budget=row_tensor(ledger.allowed(), entries.keys),
@@ -64,7 +63,7 @@ def view_of(
         kind=entries.kind,
         mass_or_none=entries.mass,
         window_or_none=window,
-        probs_or_none=probs if Needs.PROBS in setup.policy.needs else None,
+        probs_or_none=probs,
     )
 
 

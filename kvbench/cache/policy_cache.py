@@ -6,6 +6,7 @@ to `model.generate` or to a forward of your own.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ from kvbench.cache.attention import is_attached
 from kvbench.cache.budget import UNLIMITED, Budget
 from kvbench.cache.layer import PolicyLayer
 from kvbench.cache.layer_setup import LayerSetup
+from kvbench.cache.ledger import Ledger
 from kvbench.cache.policy import Policy
 from kvbench.cache.positions import POSITION_MODES, PositionMode
 from kvbench.cache.rotation import rotation_of
+from kvbench.cache.step_counts import CountsShelf
 from kvbench.errors import ConfigError, ModelSupportError, close_matches
 
 
@@ -38,6 +41,15 @@ class Occupancy:
     stored_bytes: int
     valid_bytes: int
     column_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheState:
+    """A moment of a cache: tensors, the values they had, and the counts of each layer on the host."""
+
+    tensors: list[Tensor]
+    values: list[Tensor]
+    ledgers: list[Ledger]
 
 
 class PolicyCache(Cache):
@@ -82,8 +94,35 @@ class PolicyCache(Cache):
             )
             for index in range(num_layers)
         )
-        self.policy_layers = [PolicyLayer(setup) for setup in setups]
+        shelf = CountsShelf()
+        self.policy_layers = [PolicyLayer(setup, shelf) for setup in setups]
         super().__init__(layers=list(self.policy_layers))
+
+    @property
+    def steps_announced(self) -> int:
+        """Decode steps that the buffers have room for without growing."""
+        return min(layer.setup.reserve_tokens - layer.ledger.steps_since_settled for layer in self.policy_layers)
+
+    def snapshot(self) -> CacheState:
+        """Return what a decode step changes, on the device and on the host; keys and values of tokens held stay."""
+        tensors = [tensor for layer in self.policy_layers for tensor in layer.state()]
+        return CacheState(
+            tensors=tensors,
+            values=[tensor.clone() for tensor in tensors],
+            ledgers=[copy.deepcopy(layer.ledger) for layer in self.policy_layers],
+        )
+
+    def restore(self, state: CacheState) -> None:
+        """Go back to `state`, in place: what was captured in a graph stays valid."""
+        for tensor, value in zip(state.tensors, state.values, strict=True):
+            tensor.copy_(value)
+        for layer, ledger in zip(self.policy_layers, state.ledgers, strict=True):
+            layer.ledger = copy.deepcopy(ledger)
+
+    def count_replayed_step(self) -> None:
+        """Count on the host a step that the device did by itself."""
+        for layer in self.policy_layers:
+            layer.ledger.replay()
 
     def decide(self) -> None:
         """Let the policy name its victim in every layer and apply nothing: what deciding costs, alone."""

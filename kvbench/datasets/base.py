@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 from PIL import Image
 
+from kvbench.datasets.token_prompt import TokenPrompt
 from kvbench.datasets.turn import Turn
 
 OnBadItem = Literal["fail", "skip"]
@@ -33,7 +34,7 @@ class Example:
     load_image returns the RGB picture when called, None for text only. reference is empty where no
     right answer is known. facts are what a full answer states, None where nothing but the reference
     is known, and `fact_noun` is what they are called in measurements. follow_ups continue the
-    conversation.
+    conversation. token_prompt stands for question and picture in a data set without text.
     """
 
     id: str
@@ -46,6 +47,7 @@ class Example:
     fact_noun: Literal["objects", "needles"] = "objects"
     follow_ups: tuple[Turn, ...] = ()
     window: Window | None = None
+    token_prompt: TokenPrompt | None = None
 
     @property
     def can_hide_question(self) -> bool:
@@ -64,7 +66,8 @@ class SkippedItem:
 class Dataset(Protocol):
     """A data set is cheap to make: it checks its files then, before any model is loaded.
 
-    One that can leave items out also has `on_bad_item` and `skipped`, a sequence of `SkippedItem`.
+    One that can leave items out also has `on_bad_item` and `skipped`, a sequence of `SkippedItem`. One whose
+    prompts are token ids says `has_text = False`; `label`, where it has one, is its name in tables.
     """
 
     @property

@@ -14,6 +14,7 @@ from kvbench.cache import Kind
 from kvbench.datasets.base import Example
 from kvbench.errors import DataError, ModelSupportError
 from kvbench.models.loader import LoadedModel
+from kvbench.models.synthetic_inputs import synthetic_tensors
 from kvbench.models.windows import window_prompts, window_tokens
 
 
@@ -49,18 +50,26 @@ def prompt_batch(loaded: LoadedModel, examples: Sequence[Example], *, num_questi
 
     Raises: DataError, ModelSupportError.
     """
+    drawn = [example.token_prompt for example in examples if example.token_prompt is not None]
+    tensors = synthetic_tensors(loaded, drawn) if drawn else _written_tensors(loaded, examples)
+    seeds = tuple(_row_seed(example) for example in examples)
+    batch = PromptBatch(tensors=tensors, kind=_kinds(loaded, tensors["input_ids"]), row_seeds=seeds)
+    return without_question(batch, num_question_tokens)
+
+
+def _written_tensors(loaded: LoadedModel, examples: Sequence[Example]) -> dict[str, Tensor]:
     if any(example.window is not None for example in examples):
-        return _batch_of(loaded, examples, window_prompts(loaded, examples))
+        return _on_device(loaded, examples, window_prompts(loaded, examples))
     texts = [prompt_text(loaded, example) for example in examples]
     images = [example.load_image() for example in examples if example.load_image is not None]
     arguments: dict[str, Any] = {"text": texts, "return_tensors": "pt", "padding": True}
     if images:
         arguments["images"] = images
     encoded = loaded.processor(**arguments, add_special_tokens=adds_special_tokens(loaded, texts[0]))
-    return without_question(_batch_of(loaded, examples, encoded), num_question_tokens)
+    return _on_device(loaded, examples, encoded)
 
 
-def _batch_of(loaded: LoadedModel, examples: Sequence[Example], encoded: Mapping[str, Tensor]) -> PromptBatch:
+def _on_device(loaded: LoadedModel, examples: Sequence[Example], encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = ("input_ids", "attention_mask", "pixel_values")
     empty = torch.nonzero(encoded["attention_mask"].sum(dim=-1) == 0)
     if len(empty):
@@ -68,8 +77,7 @@ def _batch_of(loaded: LoadedModel, examples: Sequence[Example], encoded: Mapping
     tensors = {name: encoded[name].to(loaded.device) for name in names if name in encoded}
     if "pixel_values" in tensors:
         tensors["pixel_values"] = tensors["pixel_values"].to(loaded.model.dtype)
-    seeds = tuple(_row_seed(example) for example in examples)
-    return PromptBatch(tensors=tensors, kind=_kinds(loaded, tensors["input_ids"]), row_seeds=seeds)
+    return tensors
 
 
 def without_question(batch: PromptBatch, num_tokens: int) -> PromptBatch:
@@ -153,7 +161,8 @@ def adds_special_tokens(loaded: LoadedModel, text: str) -> bool:
 
 
 def _kinds(loaded: LoadedModel, ids: Tensor) -> Tensor:
-    special = torch.tensor(loaded.tokenizer.all_special_ids, device=ids.device)
+    """Return (B, T) int8; without a tokenizer no token is special."""
+    special = torch.tensor(loaded.tokenizer.all_special_ids if loaded.tokenizer else [], device=ids.device)
     kind = torch.where(torch.isin(ids, special), int(Kind.SPECIAL), int(Kind.TEXT))
     if loaded.image_token_id is not None:
         kind = torch.where(ids == loaded.image_token_id, int(Kind.IMAGE), kind)

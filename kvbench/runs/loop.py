@@ -38,7 +38,12 @@ class CacheSetting:
         self, loaded: LoadedModel, batch: PromptBatch, reserve_tokens: int, *, on_settle: OnSettle = nullcontext
     ) -> Decoding:
         """Prefill `batch` into a fresh cache and return it ready for `reserve_tokens` decode steps."""
-        return Decoding(loaded, batch, self.cache(loaded, batch, reserve_tokens, on_settle=on_settle))
+        cache = self.cache(loaded, batch, reserve_tokens, on_settle=on_settle)
+        if self.engine == "graph":
+            from kvbench.runs.graph import GraphDecoding
+
+            return GraphDecoding(loaded, batch, cache)
+        return Decoding(loaded, batch, cache)
 
     def cache(
         self, loaded: LoadedModel, batch: PromptBatch, reserve_tokens: int, *, on_settle: OnSettle = nullcontext
@@ -70,7 +75,8 @@ class Decoding:
             logits_to_keep=1,
         )
         self.logits: Tensor = output.logits[:, -1].float()
-        self._position = batch.position_ids[:, -1:]
+        self._tokens = torch.zeros_like(batch.tensors["input_ids"][:, -1:])
+        self._position = batch.position_ids[:, -1:].clone()
         if batch.question_ids is not None:
             self.extend(batch.question_ids)
 
@@ -78,6 +84,7 @@ class Decoding:
         """Feed a chunk of tokens, (B, N), after everything so far; return the next logits (B, V) float32.
 
         The cache holds what its policy left; the chunk attends to that and to itself, and is cut with it.
+        Before the first step only where the step is captured, because the cut lays out new buffers.
         """
         steps = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
         output = self._model(
@@ -87,22 +94,31 @@ class Decoding:
             use_cache=True,
             logits_to_keep=1,
         )
-        self._position = self._position + tokens.shape[1]
+        self._position += tokens.shape[1]
         self.logits = output.logits[:, -1].float()
         return self.logits
 
+    def prepare(self) -> None:
+        """Do ahead of time what the first step would do once; nothing in the eager engine."""
+
     def step(self, tokens: Tensor) -> Tensor:
         """Feed one token per row, (B,), at its true position; return the next logits (B, V) float32."""
-        self._position = self._position + 1
+        self._tokens.copy_(tokens[:, None])
+        self.logits = self._forward()
+        return self.logits
+
+    def _forward(self) -> Tensor:
+        """One decode step; it reads and changes tensors in place only, so that it can be captured."""
+        self._position += 1
         output = self._model(
-            input_ids=tokens[:, None],
+            input_ids=self._tokens,
             position_ids=self._position,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        self.logits = output.logits[:, -1].float()
-        return self.logits
+        logits: Tensor = output.logits[:, -1].float()
+        return logits
 
 
 @torch.inference_mode()

@@ -54,6 +54,7 @@ class Speed:
     """
 
     protocol: ClassVar[str] = "abba_v1"
+    reads_text: ClassVar[bool] = False
 
     new_tokens: int = 48
     num_blocks: int = 3

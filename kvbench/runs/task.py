@@ -38,7 +38,7 @@ class Bench:
     @property
     def full(self) -> CacheSetting:
         """The full cache at original positions: what everything is compared with."""
-        return CacheSetting(policy=self.full_policy, budget=UNLIMITED, positions="original")
+        return CacheSetting(policy=self.full_policy, budget=UNLIMITED, positions="original", engine=self.setting.engine)
 
     @property
     def clusters(self) -> list[str]:
@@ -85,9 +85,10 @@ class TaskResult:
 class Task(Protocol):
     """One measurement pass, a frozen dataclass whose fields are its settings.
 
-    `protocol` names the definition of what it measures; a change of definition is a new name. A task may also
-    have the class flags `needs_reference`, `needs_follow_ups` and `hides_question` (it honours
-    query_visible=false), which are checked against the data set before the model is loaded.
+    `protocol` names the definition of what it measures; a change of definition is a new name. A task
+    that looks at no text, so that random weights and random prompts serve it, says `reads_text = False`.
+    The class flags `needs_reference`, `needs_follow_ups` and `hides_question` (it honours query_visible=false)
+    are checked against the data set before the model is loaded.
     """
 
     protocol: ClassVar[str]
