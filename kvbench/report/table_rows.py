@@ -109,7 +109,7 @@ def _main_columns(group: Group) -> tuple[str, ...]:
     What only some data sets or tasks have comes after, and then columns without any number are left out.
     """
     measured = _measured(group)
-    columns = MAIN_COLUMNS
+    columns: tuple[str, ...] = MAIN_COLUMNS
     if "peak_memory_bytes" not in measured and "peak_rss_bytes" in measured:
         columns = tuple("peak_rss_bytes" if name == "peak_memory_bytes" else name for name in MAIN_COLUMNS)
     more = tuple(name for name in measured if name in _EXTRA_COLUMNS or _is_of_turn(name))
