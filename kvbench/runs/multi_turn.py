@@ -30,9 +30,10 @@ from kvbench.units import MAX_TURNS, MEASURES
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Said:
-    """One answered turn: token ids without the end token, and entries held over tokens seen after it."""
+    """One answered turn: token ids without the end token; tokens seen after it and the share of entries held."""
 
     tokens: list[int]
+    seen_tokens: int
     held_fraction: float
 
 
@@ -105,7 +106,8 @@ class MultiTurn:
                 decoding.extend(torch.tensor([chunk], device=loaded.device))
             answer, unfed = self._answer(decoding, loaded.eos_token_id, f"turn {number} of {example.id}")
             held = decoding.cache.occupancy()
-            said.append(Said(tokens=answer, held_fraction=held.entries_mean / held.seen_tokens))
+            share = held.entries_mean / held.seen_tokens
+            said.append(Said(tokens=answer, seen_tokens=int(held.seen_tokens), held_fraction=share))
         return said
 
     def _answer(self, decoding: Decoding, eos: int, name: str) -> tuple[list[int], list[int]]:

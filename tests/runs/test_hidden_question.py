@@ -8,11 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvbench.cache import Needs, ScorePolicy, View
+from kvbench.cache import Budget, Needs, Policy, ScorePolicy, View
 from kvbench.datasets.base import Example
 from kvbench.errors import DataError, ModelSupportError
 from kvbench.models.inputs import prompt_batch, prompt_text
@@ -21,6 +22,7 @@ from kvbench.models.prompt_split import by_question_length, num_question_tokens
 from kvbench.models.spec import ModelSpec
 from kvbench.runs.fidelity import Fidelity
 from kvbench.runs.generation import Generation
+from kvbench.runs.loop import CacheSetting
 from kvbench.runs.perplexity import Perplexity
 from kvbench.runs.task import Bench, Task
 from tests.models.checkpoints import save_checkpoint
@@ -132,6 +134,23 @@ def test_text_contexts_are_hidden_in_the_same_way(text_model: LoadedModel, tmp_p
     bench = replace(bench_of(text_model, tmp_path, FULL), examples=examples)
     seen, unseen = Perplexity().run(bench), Perplexity().run(hidden(bench))
     assert unseen.measurements["ppl"]["value"] == pytest.approx(seen.measurements["ppl"]["value"], rel=1e-5)
+
+
+@torch.inference_mode()
+def test_every_policy_takes_a_question_after_its_cut(text_model: LoadedModel, policy: Policy, positions: Any) -> None:
+    """The chunk is cut with what is left, and decoding goes on within the budget."""
+    context = "There are four objects. " * 6
+    example = Example(id="x", cluster="x", context=context, question="What is it?", reference="A dot.")
+    batch = prompt_batch(text_model, [example], num_question_tokens=num_question_tokens(text_model, example))
+    assert batch.question_ids is not None
+    setting = CacheSetting(policy=policy, budget=Budget(fraction=0.4), positions=positions)
+    decoding = setting.decoding(text_model, batch, 4)
+    seen = batch.tensors["input_ids"].shape[1] + batch.question_ids.shape[1]
+    for number in range(4):
+        held = decoding.cache.occupancy()
+        assert held.seen_tokens == seen + number
+        assert not policy.bounded or held.entries_peak <= 0.4 * held.seen_tokens
+        assert bool(decoding.step(torch.tensor([5])).isfinite().all())
 
 
 def test_an_example_with_nothing_before_its_question_is_refused(bundled: LoadedModel) -> None:
