@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kvbench.cache.selection import age_rank
+from kvbench.cache.selection import oldest_first
 from kvbench.cache.view import Plan
+from kvbench.kernels.dispatch import use_triton
 from kvbench.kernels.slot_columns import SlotColumns
 
 EMPTY = -1
@@ -113,26 +114,37 @@ def settle(entries: Entries, plan: Plan | None, capacity: int) -> Slots:
     """Move what `plan` keeps into fresh slots in token order; the old storage is let go.
 
     Merging averages keys and values of a bucket in float32 and adds up its mass; the entry keeps its
-    anchor's position and kind.
+    anchor's position and kind. What lies in a slot that holds no token is not defined.
     """
-    if plan is not None:
-        entries = _merged(entries, plan.merge_into) if plan.merge_into is not None else entries
-        entries.position = entries.position.masked_fill(~plan.keep, EMPTY)
-    length = (entries.position >= 0).sum(dim=-1)
-    order = age_rank(entries.position).argsort(dim=-1)[..., : int(length.max())]
-    kept = _with_capacity(_gather(entries, order), capacity)
+    position = entries.position if plan is None else entries.position.masked_fill(~plan.keep, EMPTY)
+    length = (position >= 0).sum(dim=-1)
+    order = oldest_first(position)[..., :capacity]
+    order = nn.functional.pad(order, (0, capacity - order.shape[-1]))
+    filled = torch.arange(capacity, device=order.device) < length[..., None]
+    keys, values, mass = _moved(entries, plan, order, length)
+    kept = Entries(
+        keys=keys,
+        values=values,
+        position=position.gather(2, order).masked_fill_(~filled, EMPTY),
+        kind=entries.kind.gather(2, order).masked_fill_(~filled, 0),
+        mass=None if mass is None else mass.masked_fill_(~filled, 0.0),
+    )
     return Slots(entries=kept, length=length, free=length.clone())
 
 
-def _gather(entries: Entries, order: Tensor) -> Entries:
+def _moved(entries: Entries, plan: Plan | None, order: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys, values (B, H, C, D) and mass (B, H, C) of the entries `order` (B, H, C), merged where the plan says so."""
+    if plan is not None and plan.merge_into is not None:
+        if use_triton(entries.keys):
+            from kvbench.kernels.segment_mean import buckets_of, segment_mean
+
+            buckets = buckets_of(plan.merge_into, entries.position >= 0, order, length)
+            mass = None if entries.mass is None else segment_mean(entries.mass[..., None], buckets, add_up=True)[..., 0]
+            return segment_mean(entries.keys, buckets), segment_mean(entries.values, buckets), mass
+        entries = _merged(entries, plan.merge_into)
     wide = order[..., None].expand(*order.shape, entries.keys.shape[-1])
-    return Entries(
-        keys=entries.keys.gather(2, wide),
-        values=entries.values.gather(2, wide),
-        position=entries.position.gather(2, order),
-        kind=entries.kind.gather(2, order),
-        mass=None if entries.mass is None else entries.mass.gather(2, order),
-    )
+    mass = None if entries.mass is None else entries.mass.gather(2, order)
+    return entries.keys.gather(2, wide), entries.values.gather(2, wide), mass
 
 
 def _with_capacity(entries: Entries, capacity: int) -> Entries:
@@ -164,7 +176,7 @@ def _merged(entries: Entries, into: Tensor) -> Entries:
 
     mass = entries.mass
     if mass is not None:
-        mass = torch.zeros_like(mass).scatter_add_(2, into, mass)
+        mass = torch.zeros_like(mass).scatter_add_(2, into, mass * held)
     return Entries(
         keys=mean(entries.keys), values=mean(entries.values), position=entries.position, kind=entries.kind, mass=mass
     )

@@ -57,3 +57,14 @@ def test_groups_are_kept_apart(tmp_path: Path) -> None:
     write_sweep(tmp_path)
     write_cell(tmp_path, body(model="other"))
     assert markdown_tables(load_results(tmp_path)).count("## ") == 2
+
+
+def test_turns_and_needles_have_columns_where_they_were_measured(tmp_path: Path) -> None:
+    record = body()
+    number = dict(record["measurements"]["rougeL_vs_full"])
+    names = ("turn1_rougeL_vs_full", "turn2_exact_fraction", "turn2_length_ratio", "needles_recalled_fraction")
+    record["measurements"] = {name: number for name in names} | {"num_skipped_items": {"value": 3, "n": 9}}
+    write_cell(tmp_path, record)
+    header = markdown_tables(load_results(tmp_path)).splitlines()[4]
+    columns = [column.strip() for column in header.strip("|").split("|")][2:]
+    assert columns == ["needles found", "items skipped", "turn 1: ROUGE-L vs full", "turn 2: exact"]
