@@ -63,7 +63,7 @@ def test_turns_and_needles_have_columns_where_they_were_measured(tmp_path: Path)
     record = body()
     number = dict(record["measurements"]["rougeL_vs_full"])
     names = ("turn1_rougeL_vs_full", "turn2_exact_fraction", "turn2_length_ratio", "needles_recalled_fraction")
-    record["measurements"] = {name: number for name in names} | {"num_skipped_items": {"value": 3, "n": 9}}
+    record["measurements"] = dict.fromkeys(names, number) | {"num_skipped_items": {"value": 3, "n": 9}}
     write_cell(tmp_path, record)
     header = markdown_tables(load_results(tmp_path)).splitlines()[4]
     columns = [column.strip() for column in header.strip("|").split("|")][2:]
