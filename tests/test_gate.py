@@ -215,4 +215,4 @@ def test_random_command_lines_pass_or_are_refused_in_one_line() -> None:
 @pytest.mark.long
 @pytest.mark.timeout(3000)
 def test_many_random_command_lines_pass_or_are_refused_in_one_line() -> None:
-    assert fuzz(5000, seed=2) > 2000
+    assert fuzz(1000, seed=2) > 400
