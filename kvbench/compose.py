@@ -27,6 +27,7 @@ from kvbench.gate import check_no_secret_override
 CONFIG_MODULE = "kvbench.conf"
 CONFIG_NAME = "config"
 _OVERRIDDEN = re.compile(r"Could not override '([^']+)'")
+_EXTRA_LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
 _GROUPS = ("model", "dataset", "policy", "budget", "task", "weights", "workload", "sink")
 _GROUP_CHOICE = re.compile(rf"({'|'.join(_GROUPS)})=[\w-]+")
 
@@ -37,6 +38,11 @@ class Composed:
 
     config: DictConfig
     choices: dict[str, str | None]
+    multirun: bool = False
+
+    def as_spec(self) -> dict[str, Any]:
+        """Return plain data for another process; interpolations stay as they are written."""
+        return {"config": OmegaConf.to_container(self.config, resolve=False), "choices": self.choices}
 
     def resolved(self) -> dict[str, Any]:
         """Return all settings with their interpolations; `???` where one is not given. Raises: ConfigError."""
@@ -53,7 +59,7 @@ def compose_grid(overrides: Sequence[str], *, multirun: bool, config_dir: str | 
     extra = [_search_path(config_dir)] if config_dir else []
     try:
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-            return [_compose([*cell, *extra]) for cell in _cells(overrides, multirun, extra)]
+            return [_compose([*cell, *extra], multirun) for cell in _cells(overrides, multirun, extra)]
     except MissingConfigException as error:
         raise ConfigError(_unknown_choice(error)) from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises plain ValueErrors too
@@ -101,16 +107,19 @@ def _composed(overrides: list[str]) -> Any:
     return compose(CONFIG_NAME, overrides=overrides, return_hydra_config=True)
 
 
-def _compose(overrides: list[str]) -> Composed:
+def _compose(overrides: list[str], multirun: bool = False) -> Composed:
     config = _composed(overrides)
+    multirun = multirun or config.hydra.mode == RunMode.MULTIRUN
     choices = {str(name): value for name, value in config.hydra.runtime.choices.items()}
     OmegaConf.set_struct(config, False)
     config.pop("hydra")
-    return Composed(config=config, choices=choices)
+    return Composed(config=config, choices=choices, multirun=multirun)
 
 
 def _unknown_choice(error: MissingConfigException) -> str:
     group, _, name = (error.missing_cfg_file or "").rpartition("/")
+    if group == "hydra/launcher" and name in _EXTRA_LAUNCHERS:
+        return f"{group} is {name!r}, which is not installed; python -m pip install 'kvbench[sweep]'"
     if not group or not error.options:
         return " ".join(str(error).split())
     return f"{group} is {name!r}; {close_matches(name, error.options)}"

@@ -15,8 +15,9 @@ from typing import Any
 
 from kvbench.datasets.base import Dataset
 from kvbench.errors import ConfigError, close_matches
+from kvbench.models.families import FAMILIES, TEXT_FAMILIES
 from kvbench.models.own_code import check_folder_code
-from kvbench.models.spec import FAMILIES, TEXT_FAMILIES, ModelSpec
+from kvbench.models.spec import ModelSpec
 from kvbench.redaction import is_secret_name, secret_in
 
 _MOVING_ROTATIONS = ("dynamic", "longrope")  # their angles depend on the length so far

@@ -152,7 +152,7 @@ def never(*arguments: Any) -> None:
 @pytest.fixture(autouse=True)
 def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("kvbench.runs.cell.load_model", never)
+    monkeypatch.setattr("kvbench.runs.group.load_model", never)
     monkeypatch.setenv("MY_PASSWORD", SECRET)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
@@ -184,6 +184,7 @@ def key(*overrides: str) -> str:
     "override",
     [
         "model.dtype=bfloat16",
+        "model.prompt=llava_v1",
         "dataset.num_samples=5",
         "dataset.first=1",
         "dataset.split=train",
