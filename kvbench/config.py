@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import inspect
 import math
 import typing
 from collections.abc import Sequence
@@ -24,6 +22,7 @@ from kvbench.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError, close_matches
 from kvbench.gate import check_installed, check_model, check_settings
 from kvbench.models.spec import ModelSpec
+from kvbench.policy_source import policy_source
 from kvbench.runs.cell import Cell
 from kvbench.runs.dataset_fit import check_fit
 from kvbench.runs.device import resolve_device, resolve_engine
@@ -58,7 +57,7 @@ def build_cell(composed: Composed) -> Cell:
     settings = {
         "model": _model_key(model),
         "dataset": {"fingerprint": dataset.fingerprint, **_plain(config.dataset, without=_PATH_SETTINGS)},
-        "policy": {**_plain(config.policy), **dataclasses.asdict(policy), "source": _source(policy)},
+        "policy": {**_plain(config.policy), **dataclasses.asdict(policy), "source": policy_source(policy)},
         "budget": _plain(config.budget) if policy.bounded else None,
         "positions": setting.positions,
         "query_visible": query_visible,
@@ -115,6 +114,8 @@ def build(node: DictConfig | None, name: str, *, is_a: type[Any] = object, has: 
     """
     if node is None:
         raise ConfigError(f"{name} is null; give its settings, or leave it out with ~{name}")
+    if not isinstance(node, DictConfig):
+        raise ConfigError(f"{name} is {node!r:.60}; it must be a group of settings with a _target_")
     try:
         plain = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
@@ -166,18 +167,6 @@ def _positions(config: DictConfig, policy: Policy) -> PositionMode:
     if asked != "native" and asked not in POSITION_MODES:
         raise ConfigError(f"positions is {asked!r}; {close_matches(asked, ('native', *POSITION_MODES))}")
     return policy.native_positions if asked == "native" else typing.cast(PositionMode, asked)
-
-
-def _source(policy: Policy) -> str:
-    """Return the hash of the policy's code, so that a record never outlives the code that made it."""
-    classes = [kind for kind in type(policy).__mro__ if issubclass(kind, Policy)]
-    try:
-        source = "".join(map(inspect.getsource, classes))
-    except (OSError, TypeError) as error:
-        raise ConfigError(
-            f"policy: {error}; its source is part of a cell's key, so put the class in a .py file"
-        ) from error
-    return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 def _plain(node: DictConfig, without: tuple[str, ...] = ()) -> dict[str, Any]:
