@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import math
 import typing
 from collections.abc import Sequence
 from functools import cache
@@ -21,6 +22,7 @@ from kvbench.cache.positions import POSITION_MODES, PositionMode
 from kvbench.combinations import check_budget_fits, check_text
 from kvbench.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError, close_matches
+from kvbench.gate import check_installed, check_model, check_settings
 from kvbench.models.spec import ModelSpec
 from kvbench.runs.cell import Cell
 from kvbench.runs.device import resolve_device, resolve_engine
@@ -31,7 +33,7 @@ from kvbench.value_types import fits, type_name
 _FULL = {"_target_": "kvbench.policies.full.Full"}
 _PATH_SETTINGS = ("path", "images")  # where a file lies does not change what is in it
 _NUMERIC_PACKAGES = ("kvbench", "torch", "transformers")
-_SHARED = ("results", "sweep", "force", "sink")
+_SHARED = ("results", "sweep", "force", "sink", "worker")
 
 
 def build_cell(composed: Composed) -> Cell:
@@ -48,6 +50,7 @@ def build_cell(composed: Composed) -> Cell:
     setting = CacheSetting(policy=policy, budget=budget, positions=_positions(config, policy), engine=engine)
     check_budget_fits(policy, budget)
     check_text(model, dataset, tasks)
+    check_model(model, dataset, setting.positions)
     settings = {
         "model": _model_key(model),
         "dataset": {"fingerprint": dataset.fingerprint, **_plain(config.dataset, without=_PATH_SETTINGS)},
@@ -81,11 +84,12 @@ def build_sinks(config: DictConfig) -> SinkGroup:
 
 
 def check_shared(grid: Sequence[Composed]) -> None:
-    """Raise ConfigError if the cells of a sweep differ in what holds for all of them."""
+    """Raise ConfigError if the cells differ in what holds for all of them, or it cannot be used."""
     for name in _SHARED:
-        values = {str(composed.config[name]) for composed in grid}
+        values = {str(composed.resolved()[name]) for composed in grid}
         if len(values) > 1:
             raise ConfigError(f"{name} has {len(values)} values in one sweep; it holds for all cells, give one")
+    check_settings(grid[0].resolved(), *(composed.resolved() for composed in grid[1:]))
 
 
 def results_folder(config: DictConfig) -> Path:
@@ -125,6 +129,7 @@ def build(node: DictConfig | None, name: str, *, is_a: type[Any] = object, has: 
     except KvbenchError:
         raise
     except Exception as error:
+        check_installed(error, str(plain["_target_"]), name)
         raise ConfigError(f"{name}: {' '.join(str(error).split())}") from error
 
 
@@ -137,7 +142,8 @@ def _checked(plugin: type[Any], arguments: dict[str, Any], name: str) -> dict[st
         if key not in known:
             raise ConfigError(f"{name}.{key} is no setting of {plugin.__name__}; {close_matches(key, known)}")
         if not fits(value, hints[key]):
-            raise ConfigError(f"{name}.{key} is {value!r}; it must be {type_name(hints[key])}")
+            finite = " and finite" if isinstance(value, float) and not math.isfinite(value) else ""
+            raise ConfigError(f"{name}.{key} is {value!r:.80}; it must be {type_name(hints[key])}{finite}")
     return arguments
 
 

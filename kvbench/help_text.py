@@ -14,6 +14,7 @@ kvbench compares KV-cache policies under one definition of everything.
                                               run every combination
   kvbench +experiment=NAME                    run a named sweep
   kvbench report [FOLDER] [--sweep NAME]      build table, figures and page again from the records
+  kvbench results COMMAND [FOLDER]            list, show, table, csv, parquet, verify, gc; results --help
 
 settings (KEY=VALUE):
 {groups}
@@ -29,7 +30,7 @@ flags:
   --cfg job            print the composed configuration and stop
   --version            print the version
 
-exit codes: 0 all cells ok, 1 some cell failed, 2 wrong configuration, 130 interrupted
+exit codes: 0 all cells ok, 1 some cell failed, 2 wrong configuration, 130 or 143 stopped by a signal
 """
 
 

@@ -46,6 +46,11 @@ class Measure:
     title: str
     definition: str
 
+    @property
+    def reproduces(self) -> bool:
+        """Whether the same cell gives the same number again; times, rates and bytes are observations."""
+        return self.unit not in ("ms", "tokens/s", "bytes") and not self.name.endswith("_ratio_to_full")
+
 
 def _rouge(kind: str, what: str, against: str, target: str) -> tuple[str, Unit, Better, str, str, str]:
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from pathlib import Path
@@ -21,6 +22,8 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, dict)
     if hint in (int, float, bool, str):
         allowed = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}[hint]
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
         return isinstance(value, allowed) and (hint is bool or not isinstance(value, bool))
     if hint is type(None):
         return value is None

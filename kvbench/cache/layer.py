@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvbench.cache.attend import Chunk, chunk_attention, column_mass, last_rows
+from kvbench.cache.attend import Chunk, chunk_attention
 from kvbench.cache.chunks import check_plan, columns_of, new_positions, real_tokens
 from kvbench.cache.decode_step import attend_slots, decide, evict, evicts_at_decode, write_token
 from kvbench.cache.layer_setup import LayerSetup, view_of
@@ -21,6 +21,7 @@ from kvbench.cache.ledger import Ledger
 from kvbench.cache.positions import shifted_chunk
 from kvbench.cache.selection import age_rank
 from kvbench.cache.slots import Entries, Slots, settle
+from kvbench.cache.statistics import ChunkStatistics, Statistics
 from kvbench.cache.step_counts import GROW_TOKENS, CountsShelf, StepCounts
 from kvbench.cache.view import Needs, Plan, View, When
 from kvbench.errors import ModelSupportError
@@ -126,30 +127,31 @@ class PolicyLayer(CacheLayerMixin):
             scaling=scaling,
             plain=self.slots is None and min(self.ledger.seen) == query.shape[2],
         )
-        return self._chunk(shifted_chunk(chunk, self.setup.rotation), entries)
-
-    def _chunk(self, chunk: Chunk, entries: Entries) -> Tensor:
-        """Attend in full, then let the policy plan and move what stays into slots."""
-        policy = self.setup.policy
+        chunk = shifted_chunk(chunk, self.setup.rotation)
         output, lse = chunk_attention(chunk, wants_lse=entries.mass is not None)
+        self.settle_chunk(entries, ChunkStatistics(chunk, lse))
+        return output
+
+    def settle_chunk(self, entries: Entries, statistics: Statistics) -> None:
+        """Let the policy plan on a chunk that has attended, and move what stays into slots."""
+        policy = self.setup.policy
         if entries.mass is not None:
-            entries.mass = entries.mass + column_mass(chunk, policy.reduction, lse)
+            entries.mass = entries.mass + statistics.mass(policy.reduction)
         with self.setup.on_settle():
             plan = None
             if policy.bounded and When.PREFILL in policy.when and self.ledger.over():
-                plan = policy.plan(self._chunk_view(chunk, entries, lse))
+                plan = policy.plan(self._chunk_view(entries, statistics))
                 check_plan(plan, entries, self.ledger.allowed(), policy, self.setup.layer)
             self._settle(entries, plan)
-        return output
 
-    def _chunk_view(self, chunk: Chunk, entries: Entries, lse: Tensor | None) -> View:
+    def _chunk_view(self, entries: Entries, statistics: Statistics) -> View:
         policy = self.setup.policy
         window = probs = None
         if Needs.WINDOW in policy.needs:
-            window = last_rows(chunk, policy.window_tokens, policy.reduction, lse)
+            window = statistics.last_rows(policy.window_tokens, policy.reduction)
         if Needs.PROBS in policy.needs:
-            probs = last_rows(chunk, 1, policy.reduction, lse)[:, :, 0]
-        return view_of(self.setup, self.ledger, entries, new_tokens=chunk.query.shape[2], window=window, probs=probs)
+            probs = statistics.last_rows(1, policy.reduction)[:, :, 0]
+        return view_of(self.setup, self.ledger, entries, new_tokens=statistics.new_tokens, window=window, probs=probs)
 
     def _settle(self, entries: Entries, plan: Plan | None) -> None:
         self.slots = None

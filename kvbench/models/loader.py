@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from kvbench.cache import attach
 from kvbench.errors import ModelSupportError
 from kvbench.models.families import FAMILIES, VISION_FAMILIES
 from kvbench.models.fused import fuse
+from kvbench.models.own_code import check_hub_code
 from kvbench.models.prompts import LLAVA_V1, PROMPTS
 from kvbench.models.random_weights import architecture, random_model
 from kvbench.models.spec import ModelSpec
@@ -60,7 +60,7 @@ def _random(spec: ModelSpec, device: str) -> LoadedModel:
     vision = config.model_type in VISION_FAMILIES
     where = torch.device(device)
     model = random_model(config, vision=vision, dtype=getattr(torch, spec.dtype), device=where, seed=spec.weights_seed)
-    attach(model)
+    _attach(model)
     _fuse_on_gpu(model, spec, where)
     return LoadedModel(
         model=model.eval(),
@@ -69,6 +69,12 @@ def _random(spec: ModelSpec, device: str) -> LoadedModel:
         device=where,
         image_token_id=config.image_token_id if vision else None,
     )
+
+
+def _attach(model: Any) -> None:
+    from kvbench.cache import attach  # needs transformers
+
+    attach(model)
 
 
 def _fuse_on_gpu(model: Any, spec: ModelSpec, device: torch.device) -> None:
@@ -82,6 +88,8 @@ def _checkpoint(spec: ModelSpec, device: str) -> LoadedModel:
     importlib.import_module("kvbench.models.qwen_vl")  # registers the family that transformers does not have
     source = str(spec.folder or spec.checkpoint)
     options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    if spec.trust_remote_code and spec.folder is None:
+        check_hub_code(source, spec.revision)
     try:
         config = transformers.AutoConfig.from_pretrained(source, **options)
     except ValueError as error:  # an unknown family, or one whose code is not trusted
@@ -96,7 +104,7 @@ def _checkpoint(spec: ModelSpec, device: str) -> LoadedModel:
     auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
     model = auto.from_pretrained(source, dtype=getattr(torch, spec.dtype), use_safetensors=True, **options)
     processor = _processor(source, model, spec.prompt, options)
-    attach(model)
+    _attach(model)
     _fuse_on_gpu(model, spec, torch.device(device))
     return LoadedModel(
         model=model.to(device).eval(),

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from kvbench.errors import ConfigError, close_matches
 from kvbench.models.families import RANDOM_FAMILIES, VISION_FAMILIES
 from kvbench.models.prompts import PROMPTS
-from kvbench.records import canonical_json
+from kvbench.sealed import canonical_json
 
 BUNDLED = "bundled"
 BUNDLED_FOLDER = Path(__file__).parent / "tiny_llava_scenes"

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from kvbench.cache import PolicyCache
 from kvbench.datasets.base import Dataset, Example
 from kvbench.errors import ConfigError, MeasureError
 from kvbench.metrics.facts import fact_scores
 from kvbench.metrics.intervals import mean_interval
 from kvbench.metrics.rouge import first_divergence, length_ratio, rouge_scores
-from kvbench.models.inputs import PromptBatch, answer_text
+from kvbench.models.inputs import answer_text
+from kvbench.runs.batch_task import BatchTask, Payload
 from kvbench.runs.full_answers import Answers
-from kvbench.runs.loop import greedy
+from kvbench.runs.loop import CacheSetting, greedy
+from kvbench.runs.prompts import Part, Prompts
 from kvbench.runs.task import Bench, TaskResult
+
+if TYPE_CHECKING:
+    from kvbench.cache import PolicyCache
 
 _UNITS = {"first_divergence_tokens": "tokens"}
 _DESCRIPTIVE = ("text", "full_text", "reference", "num_new_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generation:
+class Generation(BatchTask):
     """Greedy decoding up to `max_new_tokens`, scored per example.
 
     In every run the full cache answers the first planned batch once more and must give the stored
@@ -37,48 +42,73 @@ class Generation:
         if self.max_new_tokens < 1:
             raise ConfigError(f"task.generation.max_new_tokens is {self.max_new_tokens}; it must be at least 1")
 
-    def run(self, bench: Bench) -> TaskResult:
-        """Generate, compare, and note how many entries were really held at every step."""
-        batches = bench.batches()
-        full = full_answers(bench, batches, self.max_new_tokens)
-        examples, batch = batches[0]
-        _check_reproduces(bench, examples, batch, full, self.max_new_tokens)
+    def measure(self, bench: Bench, part: Part) -> Payload:
+        """Answer one batch, compare, and note how many entries were really held at every step."""
+        full = full_answers(bench, self.max_new_tokens)
+        bench.prompts.once(
+            ("reproduces", self.max_new_tokens), lambda: _check_reproduces(bench, part, full, self.max_new_tokens)
+        )
         held = HeldEntries()
-        result = TaskResult()
-        for examples, batch in batches:
-            answers = greedy(bench.loaded, batch, bench.setting, max_new_tokens=self.max_new_tokens, on_step=held.note)
-            for example, answer in zip(examples, answers, strict=True):
-                result.samples[example.id] = _row(bench, example, answer, full[example.id])
-            bench.advance(len(examples) / len(bench.examples))
+
+        def on_step(cache: PolicyCache, going: list[bool]) -> None:
+            held.note(cache, going)
+            bench.beat()
+
+        answers = _greedy(bench, part, bench.setting, self.max_new_tokens, on_step)
+        pairs = zip(part.examples, answers, strict=True)
+        rows = {example.id: _row(bench, example, answer, full[example.id]) for example, answer in pairs}
+        return {"rows": rows, "held": held.as_payload()}
+
+    def summarise(self, bench: Bench, payloads: Sequence[Payload]) -> TaskResult:
+        """Average over examples."""
+        result, held = TaskResult(), HeldEntries()
+        for payload in payloads:
+            result.samples |= payload["rows"]
+            held.join(payload["held"])
         _summarise(bench, result)
         held.report(result)
         return result
 
 
-def full_answers(
-    bench: Bench, batches: Sequence[tuple[Sequence[Example], PromptBatch]], max_new_tokens: int
-) -> Answers:
+def _greedy(
+    bench: Bench,
+    part: Part,
+    setting: CacheSetting,
+    max_new_tokens: int,
+    on_step: Callable[[PolicyCache, list[bool]], None],
+) -> list[list[int]]:
+    return greedy(
+        part.decoding(setting, max_new_tokens),
+        eos_token_id=bench.loaded.eos_token_id,
+        max_new_tokens=max_new_tokens,
+        on_step=on_step,
+    )
+
+
+def full_answers(bench: Bench, max_new_tokens: int) -> Answers:
     """Return the full cache's answers by example id, from the store or computed now."""
 
     def compute() -> Answers:
         answers: Answers = {}
-        for examples, batch in batches:
-            texts = greedy(bench.loaded, batch, bench.full, max_new_tokens=max_new_tokens)
-            answers |= {example.id: text for example, text in zip(examples, texts, strict=True)}
+        prompts = Prompts(bench.loaded, bench.examples, bench.batch_size)
+        for part in map(prompts.part, range(len(prompts))):
+            texts = _greedy(bench, part, bench.full, max_new_tokens, lambda *_: bench.beat())
+            answers |= {example.id: text for example, text in zip(part.examples, texts, strict=True)}
         return answers
 
-    answers = bench.answers.get(max_new_tokens, compute)
+    answers: Answers = bench.prompts.once(
+        ("full answers", max_new_tokens), lambda: bench.answers.get(max_new_tokens, compute)
+    )
     missing = [example.id for example in bench.examples if example.id not in answers]
     if missing:
         raise MeasureError(f"the stored full answers lack {missing[0]}; delete results/full_answers and run again")
     return answers
 
 
-def _check_reproduces(
-    bench: Bench, examples: Sequence[Example], batch: PromptBatch, full: Answers, max_new_tokens: int
-) -> None:
-    again = greedy(bench.loaded, batch, bench.full, max_new_tokens=max_new_tokens)
-    for example, answer in zip(examples, again, strict=True):
+def _check_reproduces(bench: Bench, part: Part, full: Answers, max_new_tokens: int) -> None:
+    first = part if part.number == 0 else Prompts(bench.loaded, bench.examples, bench.batch_size).part(0)
+    again = _greedy(bench, first, bench.full, max_new_tokens, lambda *_: bench.beat())
+    for example, answer in zip(first.examples, again, strict=True):
         if answer != full[example.id]:
             raise MeasureError(
                 f"the full cache does not reproduce its stored answer to {example.id} (first difference at token "
@@ -113,29 +143,44 @@ def _summarise(bench: Bench, result: TaskResult) -> None:
 
 @dataclass(kw_only=True)
 class HeldEntries:
-    """Entries held at each step, over layers and rows still being answered; host counts only."""
+    """Entries held at each step, over layers and rows still being answered; host counts only.
 
-    by_seen: dict[int, list[int]] = field(default_factory=dict)
+    by_seen: for each number of tokens seen, how many counts there are, their sum and their largest.
+    """
+
+    by_seen: dict[int, tuple[int, int, int]] = field(default_factory=dict)
 
     def note(self, cache: PolicyCache, going: list[bool]) -> None:
         """Count after a step."""
         for layer in cache.policy_layers:
             for seen, held, active in zip(layer.ledger.seen, layer.ledger.held, going, strict=True):
                 if active:
-                    self.by_seen.setdefault(seen, []).append(held)
+                    self._add(seen, 1, held, held)
+
+    def _add(self, seen: int, count: int, total: int, peak: int) -> None:
+        old = self.by_seen.get(seen, (0, 0, 0))
+        self.by_seen[seen] = (old[0] + count, old[1] + total, max(old[2], peak))
+
+    def as_payload(self) -> list[list[int]]:
+        """Return [seen, count, sum, largest] rows."""
+        return [[seen, *entry] for seen, entry in sorted(self.by_seen.items())]
+
+    def join(self, payload: list[list[int]]) -> None:
+        """Add the counts of a batch."""
+        for seen, count, total, peak in payload:
+            self._add(seen, count, total, peak)
 
     def report(self, result: TaskResult) -> None:
         """Add the realised budget and its curve; nothing if no step was taken."""
-        counts = [held for entries in self.by_seen.values() for held in entries]
-        if not counts:
+        entries = sorted(self.by_seen.items())
+        number = sum(count for _, (count, _, _) in entries)
+        if not number:
             return
-        shares = [held / seen for seen, entries in self.by_seen.items() for held in entries]
-        plain = {"low": None, "high": None, "n": len(counts), "method": "counted at every step, layer and row"}
+        share = math.fsum(total / seen for seen, (_, total, _) in entries) / number
+        plain = {"low": None, "high": None, "n": number, "method": "counted at every step, layer and row"}
         result.measurements |= {
-            "realised_budget_fraction": {"value": sum(shares) / len(shares), "unit": "", **plain},
-            "entries_mean": {"value": sum(counts) / len(counts), "unit": "entries", **plain},
-            "entries_peak": {"value": max(counts), "unit": "entries", **plain},
+            "realised_budget_fraction": {"value": share, "unit": "", **plain},
+            "entries_mean": {"value": sum(total for _, (_, total, _) in entries) / number, "unit": "entries", **plain},
+            "entries_peak": {"value": max(peak for _, (_, _, peak) in entries), "unit": "entries", **plain},
         }
-        result.curves["entries"] = [
-            [seen, sum(entries) / len(entries), max(entries)] for seen, entries in sorted(self.by_seen.items())
-        ]
+        result.curves["entries"] = [[seen, total / count, peak] for seen, (count, total, peak) in entries]
