@@ -25,13 +25,15 @@ from kvbench.errors import ConfigError, KvbenchError, close_matches
 from kvbench.gate import check_installed, check_model, check_settings
 from kvbench.models.spec import ModelSpec
 from kvbench.runs.cell import Cell
+from kvbench.runs.dataset_fit import check_fit
 from kvbench.runs.device import resolve_device, resolve_engine
 from kvbench.runs.loop import CacheSetting
 from kvbench.sinks.base import SinkGroup
-from kvbench.value_types import fits, type_name
+from kvbench.value_types import fits, truth, type_name
 
 _FULL = {"_target_": "kvbench.policies.full.Full"}
-_PATH_SETTINGS = ("path", "images")  # where a file lies does not change what is in it
+# Where a file lies does not change what is in it.
+_PATH_SETTINGS = ("path", "images", "answers", "ids", "templates", "filler")
 _NUMERIC_PACKAGES = ("kvbench", "torch", "transformers")
 _SHARED = ("results", "sweep", "force", "sink", "worker")
 
@@ -44,6 +46,7 @@ def build_cell(composed: Composed) -> Cell:
     tasks = {str(name): build(node, f"task.{name}", has=("run", "protocol")) for name, node in config.task.items()}
     if not tasks:
         raise ConfigError("no task is left, so nothing would be measured; choose task=all or another one")
+    query_visible = truth(config.query_visible, "query_visible")
     batch_size, seed = _whole(config, "batch_size", at_least=1), _whole(config, "seed", at_least=None)
     device = resolve_device(str(config.device))
     engine = resolve_engine(str(config.engine), device)
@@ -51,12 +54,14 @@ def build_cell(composed: Composed) -> Cell:
     check_budget_fits(policy, budget)
     check_text(model, dataset, tasks)
     check_model(model, dataset, setting.positions)
+    check_fit(dataset, model, tasks, query_visible=query_visible)
     settings = {
         "model": _model_key(model),
         "dataset": {"fingerprint": dataset.fingerprint, **_plain(config.dataset, without=_PATH_SETTINGS)},
         "policy": {**_plain(config.policy), **dataclasses.asdict(policy), "source": _source(policy)},
         "budget": _plain(config.budget) if policy.bounded else None,
         "positions": setting.positions,
+        "query_visible": query_visible,
         "engine": setting.engine,
         "task": {name: {**_plain(node), "protocol": tasks[str(name)].protocol} for name, node in config.task.items()},
         "batch_size": batch_size,
@@ -75,6 +80,7 @@ def build_cell(composed: Composed) -> Cell:
         batch_size=batch_size,
         seed=seed,
         device=device,
+        query_visible=query_visible,
     )
 
 
@@ -99,9 +105,7 @@ def results_folder(config: DictConfig) -> Path:
 
 def is_forced(config: DictConfig) -> bool:
     """Return whether accepted records are measured again. Raises: ConfigError."""
-    if not isinstance(config.force, bool):
-        raise ConfigError(f"force is {config.force!r}; it must be true or false")
-    return config.force
+    return truth(config.force, "force")
 
 
 def build(node: DictConfig | None, name: str, *, is_a: type[Any] = object, has: tuple[str, ...] = ()) -> Any:
