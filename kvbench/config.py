@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import inspect
 import math
 import typing
 from collections.abc import Sequence
@@ -24,14 +22,17 @@ from kvbench.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError, close_matches
 from kvbench.gate import check_installed, check_model, check_settings
 from kvbench.models.spec import ModelSpec
+from kvbench.policy_source import policy_source
 from kvbench.runs.cell import Cell
+from kvbench.runs.dataset_fit import check_fit
 from kvbench.runs.device import resolve_device, resolve_engine
 from kvbench.runs.loop import CacheSetting
 from kvbench.sinks.base import SinkGroup
-from kvbench.value_types import fits, type_name
+from kvbench.value_types import fits, truth, type_name
 
 _FULL = {"_target_": "kvbench.policies.full.Full"}
-_PATH_SETTINGS = ("path", "images")  # where a file lies does not change what is in it
+# Where a file lies does not change what is in it.
+_PATH_SETTINGS = ("path", "images", "answers", "ids", "templates", "filler")
 _NUMERIC_PACKAGES = ("kvbench", "torch", "transformers")
 _SHARED = ("results", "sweep", "force", "sink", "worker")
 
@@ -44,6 +45,7 @@ def build_cell(composed: Composed) -> Cell:
     tasks = {str(name): build(node, f"task.{name}", has=("run", "protocol")) for name, node in config.task.items()}
     if not tasks:
         raise ConfigError("no task is left, so nothing would be measured; choose task=all or another one")
+    query_visible = truth(config.query_visible, "query_visible")
     batch_size, seed = _whole(config, "batch_size", at_least=1), _whole(config, "seed", at_least=None)
     device = resolve_device(str(config.device))
     engine = resolve_engine(str(config.engine), device)
@@ -51,12 +53,14 @@ def build_cell(composed: Composed) -> Cell:
     check_budget_fits(policy, budget)
     check_text(model, dataset, tasks)
     check_model(model, dataset, setting.positions)
+    check_fit(dataset, model, tasks, query_visible=query_visible)
     settings = {
-        "model": {"fingerprint": _fingerprint(model), "dtype": model.dtype, "fused": model.fused},
+        "model": _model_key(model),
         "dataset": {"fingerprint": dataset.fingerprint, **_plain(config.dataset, without=_PATH_SETTINGS)},
-        "policy": {**_plain(config.policy), **dataclasses.asdict(policy), "source": _source(policy)},
+        "policy": {**_plain(config.policy), **dataclasses.asdict(policy), "source": policy_source(policy)},
         "budget": _plain(config.budget) if policy.bounded else None,
         "positions": setting.positions,
+        "query_visible": query_visible,
         "engine": setting.engine,
         "task": {name: {**_plain(node), "protocol": tasks[str(name)].protocol} for name, node in config.task.items()},
         "batch_size": batch_size,
@@ -75,6 +79,7 @@ def build_cell(composed: Composed) -> Cell:
         batch_size=batch_size,
         seed=seed,
         device=device,
+        query_visible=query_visible,
     )
 
 
@@ -99,9 +104,7 @@ def results_folder(config: DictConfig) -> Path:
 
 def is_forced(config: DictConfig) -> bool:
     """Return whether accepted records are measured again. Raises: ConfigError."""
-    if not isinstance(config.force, bool):
-        raise ConfigError(f"force is {config.force!r}; it must be true or false")
-    return config.force
+    return truth(config.force, "force")
 
 
 def build(node: DictConfig | None, name: str, *, is_a: type[Any] = object, has: tuple[str, ...] = ()) -> Any:
@@ -111,6 +114,8 @@ def build(node: DictConfig | None, name: str, *, is_a: type[Any] = object, has: 
     """
     if node is None:
         raise ConfigError(f"{name} is null; give its settings, or leave it out with ~{name}")
+    if not isinstance(node, DictConfig):
+        raise ConfigError(f"{name} is {node!r:.60}; it must be a group of settings with a _target_")
     try:
         plain = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
@@ -164,18 +169,6 @@ def _positions(config: DictConfig, policy: Policy) -> PositionMode:
     return policy.native_positions if asked == "native" else typing.cast(PositionMode, asked)
 
 
-def _source(policy: Policy) -> str:
-    """Return the hash of the policy's code, so that a record never outlives the code that made it."""
-    classes = [kind for kind in type(policy).__mro__ if issubclass(kind, Policy)]
-    try:
-        source = "".join(map(inspect.getsource, classes))
-    except (OSError, TypeError) as error:
-        raise ConfigError(
-            f"policy: {error}; its source is part of a cell's key, so put the class in a .py file"
-        ) from error
-    return hashlib.sha256(source.encode()).hexdigest()[:16]
-
-
 def _plain(node: DictConfig, without: tuple[str, ...] = ()) -> dict[str, Any]:
     content = typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
     return {key: value for key, value in content.items() if key not in without}
@@ -195,3 +188,9 @@ def _labels(composed: Composed, model: ModelSpec, dataset: Any, setting: CacheSe
 @cache
 def _fingerprint(model: ModelSpec) -> str:
     return model.fingerprint()
+
+
+def _model_key(model: ModelSpec) -> dict[str, Any]:
+    """Return what the key holds of a model; the checkpoint's own prompt format is part of its files."""
+    prompt = {} if model.prompt is None else {"prompt": model.prompt}
+    return {"fingerprint": _fingerprint(model), "dtype": model.dtype, "fused": model.fused, **prompt}

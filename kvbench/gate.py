@@ -16,17 +16,17 @@ from typing import Any
 from kvbench.datasets.base import Dataset
 from kvbench.errors import ConfigError, close_matches
 from kvbench.models.families import FAMILIES, TEXT_FAMILIES
+from kvbench.models.own_code import check_folder_code
 from kvbench.models.spec import ModelSpec
 from kvbench.redaction import is_secret_name, secret_in
 
-_CODE_FILES = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 _MOVING_ROTATIONS = ("dynamic", "longrope")  # their angles depend on the length so far
 _LONGEST_NAME = 200
 
 
 def check_model(spec: ModelSpec, dataset: Dataset, positions: str) -> None:
     """Raise ConfigError if the model cannot do what is asked of it, as far as its config.json is on this machine."""
-    if spec.folder is not None and spec.revision is not None:
+    if spec.folder is not None and spec.revision is not None and not spec.is_random:
         raise ConfigError(
             f"model.revision is {spec.revision!r}, but model.checkpoint {spec.checkpoint} is a folder, which has no "
             "revisions; leave model.revision out"
@@ -35,7 +35,7 @@ def check_model(spec: ModelSpec, dataset: Dataset, positions: str) -> None:
     if config is None:
         return
     if spec.trust_remote_code and spec.folder is not None:
-        _check_own_code(spec.folder)
+        check_folder_code(spec.folder)
     _check_family(spec, config)
     family = config.get("model_type")
     if family in TEXT_FAMILIES and any(example.load_image is not None for example in dataset.examples()):
@@ -48,7 +48,9 @@ def check_model(spec: ModelSpec, dataset: Dataset, positions: str) -> None:
 
 
 def known_config(spec: ModelSpec) -> dict[str, Any] | None:
-    """Return the model's config.json if it is on this machine: in its folder, or in the hub's cache."""
+    """Return the model's architecture if it is on this machine: in the settings, its folder, or the hub's cache."""
+    if spec.is_random:
+        return spec.known_config()
     path: Any = spec.folder / "config.json" if spec.folder is not None else None
     if path is None:
         from huggingface_hub import try_to_load_from_cache
@@ -72,27 +74,6 @@ def _check_family(spec: ModelSpec, config: Mapping[str, Any]) -> None:
             "unasked; read that code, then set model.trust_remote_code=true"
         )
     raise ConfigError(f"model.checkpoint {spec.checkpoint} is of family {family!r}; {close_matches(family, FAMILIES)}")
-
-
-def _check_own_code(folder: Path) -> None:
-    """Refuse a folder that names code in somebody's repository: that is neither here nor pinned."""
-    for path in filter(Path.is_file, (folder / name for name in _CODE_FILES)):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        auto_map = content.get("auto_map", {}) if isinstance(content, dict) else {}
-        for name in _texts(auto_map):
-            if "--" in name:
-                raise ConfigError(
-                    f"{path} takes code from another repository ({name}), which model.trust_remote_code does not "
-                    "cover; copy the code into the folder and name it there"
-                )
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _texts(item)
 
 
 def _check_rotation(spec: ModelSpec, config: Mapping[str, Any], positions: str) -> None:

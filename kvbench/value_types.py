@@ -8,6 +8,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from kvbench.errors import ConfigError
+
 _TYPE_NAMES = {type(None): "null", int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -28,6 +30,13 @@ def fits(value: Any, hint: Any) -> bool:
     if hint is type(None):
         return value is None
     return isinstance(value, str) if hint is Path else True
+
+
+def truth(value: Any, name: str) -> bool:
+    """Return a setting that is true or false. Raises: ConfigError for anything else."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}; it must be true or false")
+    return value
 
 
 def type_name(hint: Any) -> str:

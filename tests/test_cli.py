@@ -140,7 +140,7 @@ def test_results_that_cannot_be_written_are_told_in_one_line(tmp_path: Path, cap
     words = ["policy=h2o", "task=memory", "task.memory.new_tokens=2", "dataset.num_samples=1", "sink=console"]
     assert run([*words, "results=file"]) == 2
     printed = capfd.readouterr().err
-    assert printed.startswith("kvbench: cannot write ")
+    assert printed.startswith("kvbench: results is 'file', but file is not a folder; choose a folder")
     assert printed.count("\n") == 1
 
 

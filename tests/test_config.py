@@ -76,6 +76,7 @@ WRONG = {
     "batch_size=inf": "batch_size is inf; it must be a whole number",
     "sink=[1]": "sink=[1] chooses no sink; give a name",
     "task={a:1}": "task={a:1} chooses no task; give a name",
+    "task.memory=abc": "task.memory is 'abc'; it must be a group of settings",
     "batch_size=null": "batch_size is None",
     "sweep=null": "sweep is 'None'; it must be a name",
     "sweep=\"'  '\"": "sweep is '  '; it must be a name",
@@ -184,6 +185,7 @@ def key(*overrides: str) -> str:
     "override",
     [
         "model.dtype=bfloat16",
+        "model.prompt=llava_v1",
         "dataset.num_samples=5",
         "dataset.first=1",
         "dataset.split=train",

@@ -124,8 +124,8 @@ FILES = {
     "dataset=conversation dataset.path=data.json dataset.num_samples=0": ("[]", "dataset.num_samples is 0"),
     "dataset=conversation dataset.path=data.json dataset.num_samples=1": ("[]", "holds no item"),
     "dataset=conversation dataset.path=data.json dataset.num_samples=2": ("{}", "holds a dict; it must be a list"),
-    "dataset=conversation dataset.path=data.json dataset.num_samples=3": ("[1]", "item 0 is '1'; it needs the texts"),
-    "dataset=conversation dataset.path=.": ("", "cannot be read (Is a directory)"),
+    "dataset=conversation dataset.path=data.json dataset.num_samples=3": ("[1]", "item 0 is '1'; it must be an object"),
+    "dataset=conversation dataset.path=.": ("", "cannot be read (it is a folder); give a file"),
     "dataset=conversation dataset.path=data.json dataset.images=nowhere": (
         '[{"question": "a", "answer": "b", "image": "x.png"}]',
         "which is not a file in nowhere; set dataset.images",
@@ -215,4 +215,4 @@ def test_random_command_lines_pass_or_are_refused_in_one_line() -> None:
 @pytest.mark.long
 @pytest.mark.timeout(3000)
 def test_many_random_command_lines_pass_or_are_refused_in_one_line() -> None:
-    assert fuzz(5000, seed=2) > 2000
+    assert fuzz(1000, seed=2) > 400

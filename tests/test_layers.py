@@ -23,6 +23,7 @@ COMPOSITION = {
     "cli",
     "combinations",
     "gate",
+    "policy_source",
     "parser",
     "results_cli",
     "results_wandb",

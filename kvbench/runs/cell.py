@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvbench.errors import ConfigError, DataError, ModelSupportError, NonFiniteError
 from kvbench.records import cell_key
+from kvbench.runs.dataset_fit import skipped_measurement, skipped_names
 
 if TYPE_CHECKING:
     from kvbench.cache import Policy
@@ -29,7 +30,7 @@ _STATUS_OF: tuple[tuple[type[BaseException], str], ...] = (
     (ModelSupportError, "incompatible"),
 )
 _CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch has no class for it
-SHARED_SETTINGS = ("model", "dataset", "batch_size", "device", "versions")
+SHARED_SETTINGS = ("model", "dataset", "query_visible", "batch_size", "device", "versions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,7 @@ class Cell:
     batch_size: int
     seed: int
     device: str
+    query_visible: bool = True
 
     @property
     def key(self) -> str:
@@ -113,9 +115,10 @@ class Attempt:
             "started_utc": self.started.isoformat(timespec="milliseconds"),
             "duration_s": self.duration_s,
             "environment": dict(environment),
-            "measurements": {} if result is None else result.measurements,
+            "measurements": {} if result is None else result.measurements | skipped_measurement(self.cell.dataset),
             "samples": [] if result is None else _sample_rows(self.cell, result),
             "curves": {} if result is None else result.curves,
+            "skipped_items": skipped_names(self.cell.dataset),
         }
 
 

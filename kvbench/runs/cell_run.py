@@ -99,6 +99,7 @@ class CellRun:
             advance=lambda tasks: self._watcher.advance(cell.key, tasks),
             shared_prompts=prompts,
             beat=self._watcher.beat,
+            query_visible=cell.query_visible,
         )
         if self._batched:
             self._payloads = {n: p for n, p in self._kept.batches().items() if set(p) == set(self._batched)}

@@ -34,6 +34,7 @@ class Fidelity(BatchTask):
     """
 
     protocol: ClassVar[str] = "lock_step_v1"
+    hides_question: ClassVar[bool] = True
 
     max_new_tokens: int = 160
     check_tokens: int = 16

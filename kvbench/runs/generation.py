@@ -12,11 +12,11 @@ from kvbench.errors import ConfigError, MeasureError
 from kvbench.metrics.facts import fact_scores
 from kvbench.metrics.intervals import mean_interval
 from kvbench.metrics.rouge import first_divergence, length_ratio, rouge_scores
-from kvbench.models.inputs import answer_text
+from kvbench.models.inputs import answer_text, reference_text
 from kvbench.runs.batch_task import BatchTask, Payload
 from kvbench.runs.full_answers import Answers
 from kvbench.runs.loop import CacheSetting, greedy
-from kvbench.runs.prompts import Part, Prompts
+from kvbench.runs.prompts import Part
 from kvbench.runs.task import Bench, TaskResult
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class Generation(BatchTask):
     """
 
     protocol: ClassVar[str] = "greedy_v1"
+    hides_question: ClassVar[bool] = True
 
     max_new_tokens: int = 160
 
@@ -90,7 +91,7 @@ def full_answers(bench: Bench, max_new_tokens: int) -> Answers:
 
     def compute() -> Answers:
         answers: Answers = {}
-        prompts = Prompts(bench.loaded, bench.examples, bench.batch_size)
+        prompts = bench.own_prompts()
         for part in map(prompts.part, range(len(prompts))):
             texts = _greedy(bench, part, bench.full, max_new_tokens, lambda *_: bench.beat())
             answers |= {example.id: text for example, text in zip(part.examples, texts, strict=True)}
@@ -106,7 +107,7 @@ def full_answers(bench: Bench, max_new_tokens: int) -> Answers:
 
 
 def _check_reproduces(bench: Bench, part: Part, full: Answers, max_new_tokens: int) -> None:
-    first = part if part.number == 0 else Prompts(bench.loaded, bench.examples, bench.batch_size).part(0)
+    first = part if part.number == 0 else bench.own_prompts().part(0)
     again = _greedy(bench, first, bench.full, max_new_tokens, lambda *_: bench.beat())
     for example, answer in zip(first.examples, again, strict=True):
         if answer != full[example.id]:
@@ -118,25 +119,34 @@ def _check_reproduces(bench: Bench, part: Part, full: Answers, max_new_tokens: i
 
 def _row(bench: Bench, example: Example, answer: list[int], full: list[int]) -> dict[str, Any]:
     text, full_text = answer_text(bench.loaded, answer), answer_text(bench.loaded, full)
-    vs_full = rouge_scores(prediction=text, reference=full_text)
-    vs_reference = rouge_scores(prediction=text, reference=example.reference)
-    row: dict[str, Any] = {"text": text, "full_text": full_text, "reference": example.reference}
-    row |= {f"{name}_vs_full": score for name, score in vs_full.items()}
-    row |= {f"{name}_vs_reference": score for name, score in vs_reference.items()}
+    reference = reference_text(bench.loaded, example)
+    row: dict[str, Any] = {"text": text, "full_text": full_text, "reference": reference}
+    row |= text_scores(text, full_text, reference)
     row["length_ratio"] = length_ratio(len(answer), len(full))
     row["first_divergence_tokens"] = first_divergence(answer, full)
     row["num_new_tokens"] = len(answer)
     return row | _facts(bench.dataset, example, text)
 
 
+def text_scores(text: str, full_text: str, reference: str) -> dict[str, float]:
+    """Return ROUGE against the full cache's answer, and against the reference unless that is empty."""
+    scores = {f"{name}_vs_full": s for name, s in rouge_scores(prediction=text, reference=full_text).items()}
+    if reference:
+        found = rouge_scores(prediction=text, reference=reference)
+        scores |= {f"{name}_vs_reference": score for name, score in found.items()}
+    return scores
+
+
 def _facts(dataset: Dataset, example: Example, text: str) -> dict[str, float]:
-    return {} if example.facts is None else fact_scores(stated=dataset.facts_in(text), true=example.facts)
+    if example.facts is None:
+        return {}
+    return fact_scores(stated=dataset.facts_in(text), true=example.facts, noun=example.fact_noun)
 
 
 def _summarise(bench: Bench, result: TaskResult) -> None:
     rows = [result.samples[example.id] for example in bench.examples]
-    for name in (key for key in rows[0] if key not in _DESCRIPTIVE):
-        scored = [(row[name], c) for row, c in zip(rows, bench.clusters, strict=True) if row[name] is not None]
+    for name in dict.fromkeys(key for row in rows for key in row if key not in _DESCRIPTIVE):
+        scored = [(row[name], c) for row, c in zip(rows, bench.clusters, strict=True) if row.get(name) is not None]
         interval = mean_interval([value for value, _ in scored], [cluster for _, cluster in scored])
         result.measure(name, interval, _UNITS.get(name, ""))
 

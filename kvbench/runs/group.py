@@ -54,7 +54,9 @@ def _load(runs: Sequence[CellRun], plan: GroupPlan, shelf: ModelShelf) -> Prompt
         loaded = shelf.get(cell.model, cell.device)
         policies = [run.attempt.cell.setting.policy for run in runs] + [cell.full_policy]
         shared = policies if plan.share_prompts else None
-        prompts = Prompts(loaded, cell.dataset.examples(), cell.batch_size, share=shared)
+        prompts = Prompts(
+            loaded, cell.dataset.examples(), cell.batch_size, share=shared, query_visible=cell.query_visible
+        )
         for run in runs:
             run.begin(loaded, prompts)
         return prompts

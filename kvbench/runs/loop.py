@@ -83,8 +83,10 @@ class Decoding:
         self._model = loaded.model
         self.cache: PolicyCache = cache
         self._tokens = torch.zeros_like(batch.tensors["input_ids"][:, -1:])
-        self._position = batch.position_ids[:, -1:].clone()
+        self._position = batch.last_position_ids.clone()
         self.logits: Tensor = self._prefill(batch) if prompt_logits is None else prompt_logits
+        if batch.question_ids is not None:
+            self.extend(batch.question_ids)
 
     def _prefill(self, batch: PromptBatch) -> Tensor:
         output = self._model(
@@ -96,6 +98,24 @@ class Decoding:
         )
         logits: Tensor = output.logits[:, -1].float()
         return logits
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        """Feed a chunk of tokens, (B, N), after everything so far; return the next logits (B, V) float32.
+
+        The cache holds what its policy left; the chunk attends to that and to itself, and is cut with it.
+        Before the first step only where the step is captured, because the cut lays out new buffers.
+        """
+        steps = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        output = self._model(
+            input_ids=tokens,
+            position_ids=self._position + steps,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._position += tokens.shape[1]
+        self.logits = output.logits[:, -1].float()
+        return self.logits
 
     def prepare(self) -> None:
         """Do ahead of time what the first step would do once; nothing in the eager engine."""

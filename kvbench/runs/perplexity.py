@@ -29,6 +29,8 @@ class Perplexity(BatchTask):
     """
 
     protocol: ClassVar[str] = "teacher_forced_v1"
+    needs_reference: ClassVar[bool] = True
+    hides_question: ClassVar[bool] = True
 
     @torch.inference_mode()
     def measure(self, bench: Bench, part: Part) -> Payload:

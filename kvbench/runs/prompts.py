@@ -7,6 +7,7 @@ computed once for all cells of a group (a self-check, the full cache's distribut
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,21 +16,30 @@ from kvbench.cache import Policy
 from kvbench.datasets.base import Example
 from kvbench.models.inputs import PromptBatch, prompt_batch
 from kvbench.models.loader import LoadedModel
+from kvbench.models.prompt_split import by_question_length
 from kvbench.runs.loop import CacheSetting, Decoding
 
 if TYPE_CHECKING:
     from kvbench.cache.prompt_state import PromptRecorder
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Planned:
+    """Examples of one batch; the last `num_question_tokens` of each prompt follow as a second chunk."""
+
+    examples: Sequence[Example]
+    num_question_tokens: int
+
+
 class Part:
     """One planned batch. `policies` None: nothing is shared, every decoding runs its own prefill."""
 
-    def __init__(
-        self, loaded: LoadedModel, examples: Sequence[Example], number: int, policies: Sequence[Policy] | None
-    ) -> None:
+    def __init__(self, loaded: LoadedModel, planned: Planned, number: int, policies: Sequence[Policy] | None) -> None:
         self.number = number
-        self.examples = examples
-        self.batch: PromptBatch = prompt_batch(loaded, examples)
+        self.examples = planned.examples
+        self.batch: PromptBatch = prompt_batch(
+            loaded, planned.examples, num_question_tokens=planned.num_question_tokens
+        )
         self._loaded = loaded
         self._policies = policies
         self._kept: dict[Hashable, Any] = {}
@@ -65,7 +75,7 @@ class Part:
         from kvbench.cache.prompt_state import PromptRecorder
 
         recorder = PromptRecorder(self._loaded.model, self._policies)
-        return recorder, Decoding(self._loaded, self.batch, recorder).logits
+        return recorder, Decoding(self._loaded, replace(self.batch, question_ids=None), recorder).logits
 
     def once(self, name: Hashable, compute: Callable[[], Any]) -> Any:
         """Return what `compute` gave first; computed again each time where nothing is shared."""
@@ -79,6 +89,7 @@ class Part:
 class Prompts:
     """All planned batches; membership depends on the list of examples only.
 
+    Where the question is hidden, only examples whose questions have equally many tokens share a batch.
     share: the policies of all cells that share the prompts; None when nothing is shared.
     """
 
@@ -89,9 +100,15 @@ class Prompts:
         batch_size: int,
         *,
         share: Sequence[Policy] | None = None,
+        query_visible: bool = True,
     ) -> None:
         self._loaded = loaded
-        self._parts = [examples[start : start + batch_size] for start in range(0, len(examples), batch_size)]
+        groups = {0: examples} if query_visible else by_question_length(loaded, examples)
+        self._parts = [
+            Planned(examples=group[start : start + batch_size], num_question_tokens=length)
+            for length, group in groups.items()
+            for start in range(0, len(group), batch_size)
+        ]
         self._policies = share
         self._part: Part | None = None
         self._kept: dict[Hashable, Any] = {}

@@ -26,7 +26,9 @@ class Bench:
 
     `full` is the full cache as a setting of its own; `answers` gives its greedy answers, computed once
     per model, data set and length. `shared_prompts`: those of the group of cells, None for a cell alone.
-    `beat()` tells a watchdog that work goes on; call it at every step.
+    `beat()` tells a watchdog that work goes on; call it at every step. query_visible: whether the question is
+    part of what a policy sees when it compresses the prompt; if not, picture and context are compressed
+    first and the question follows.
     """
 
     loaded: LoadedModel
@@ -39,6 +41,7 @@ class Bench:
     advance: Callable[[float], None]
     shared_prompts: Prompts | None = None
     beat: Callable[[], None] = _nothing
+    query_visible: bool = True
 
     @property
     def full(self) -> CacheSetting:
@@ -53,7 +56,11 @@ class Bench:
     @cached_property
     def prompts(self) -> Prompts:
         """The planned batches."""
-        return self.shared_prompts or Prompts(self.loaded, self.examples, self.batch_size)
+        return self.shared_prompts or self.own_prompts()
+
+    def own_prompts(self) -> Prompts:
+        """Return the planned batches anew, shared with nobody."""
+        return Prompts(self.loaded, self.examples, self.batch_size, query_visible=self.query_visible)
 
 
 @dataclass(kw_only=True)
@@ -81,6 +88,8 @@ class Task(Protocol):
 
     `protocol` names the definition of what it measures; a change of definition is a new name. A task
     that looks at no text, so that random weights and random prompts serve it, says `reads_text = False`.
+    The class flags `needs_reference`, `needs_follow_ups` and `hides_question` (it honours query_visible=false)
+    are checked against the data set before the model is loaded.
     """
 
     protocol: ClassVar[str]

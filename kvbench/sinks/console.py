@@ -12,7 +12,10 @@ from typing import Any
 from kvbench.redaction import redact
 from kvbench.units import format_value, measure
 
-_HEADLINES = ("ppl", "rougeL_vs_full", "objects_recalled_fraction", "tpot_ms", "kv_stored_bytes")
+_HEADLINES = (
+    *("ppl", "rougeL_vs_full", "turn1_rougeL_vs_full", "turn2_rougeL_vs_full", "objects_recalled_fraction"),
+    *("needles_recalled_fraction", "tpot_ms", "kv_stored_bytes"),
+)
 
 
 def say(line: str) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Mode = Literal["online", "offline", "disabled"]
 _MODES = ("auto", "online", "offline", "disabled")
 _LONGEST_TIMEOUT_S = 30.0
+_RESTART_S = 5.0  # nothing is worth waiting for: the run is written again
 _log = logging.getLogger(__name__)
 
 
@@ -39,9 +40,10 @@ class _Sweep:
     mode: Mode = "disabled"
     reason: str = ""
     num_offline: int = 0
+    started: bool = False
 
     def restart(self, name: str, mode: Mode, reason: str) -> None:
-        self.name, self.mode, self.reason, self.num_offline = name, mode, reason, 0
+        self.name, self.mode, self.reason, self.num_offline, self.started = name, mode, reason, 0, False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,18 +89,29 @@ class WandbSink:
             except Exception as error:
                 reason = " ".join(str(error).split())[:160]
                 self._sweep.mode, self._sweep.reason = "offline", f"the online run failed: {reason}"
-                restart_service(self.timeout_s)
+                restart_service(min(self.timeout_s, _RESTART_S))
         if self._sweep.mode == "offline":
-            self._write_run(body, "offline")
+            self._write_offline(body)
             self._sweep.num_offline += 1
 
     def close(self) -> None:
         """Print, if runs were kept offline, the one line that says why, where and how to upload them."""
         num_runs, self._sweep.num_offline = self._sweep.num_offline, 0
+        if self._sweep.started:
+            # Every run is finished; what is left of wandb would else be waited for when the process ends.
+            restart_service(min(self.timeout_s, _RESTART_S))
         if num_runs:
             folder = (self.folder / "wandb").resolve()
             command = f"wandb sync {shlex.quote(str(folder))}/offline-run-*"
             say(f"wandb: {num_runs} runs kept offline ({self._sweep.reason}) in {folder}; upload them with: {command}")
+
+    def _write_offline(self, body: dict[str, Any]) -> None:
+        """Write the run; if wandb's own process was killed, once more with a new one."""
+        try:
+            self._write_run(body, "offline")
+        except Exception:
+            restart_service(min(self.timeout_s, _RESTART_S))
+            self._write_run(body, "offline")
 
     def _resolve_mode(self) -> tuple[Mode, str]:
         asked = os.environ.get("WANDB_MODE", "")
@@ -123,7 +136,7 @@ class WandbSink:
         quiet_setup()
         import wandb
 
-        labels = body["labels"]
+        labels, self._sweep.started = body["labels"], True
         make_folder(self.folder)  # wandb would quietly write to /tmp instead
         return wandb.init(
             id=body["key"][:16],

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from kvbench.cli import run
-from kvbench.errors import KvbenchError, ModelSupportError
+from kvbench.errors import ConfigError, KvbenchError, ModelSupportError
 from kvbench.models.loader import load_model
+from kvbench.models.own_code import check_folder_code, check_hub_code
 from kvbench.models.spec import ModelSpec
 from kvbench.sinks.claims import Claims
 from kvbench.sinks.partial import PartialStore
@@ -84,6 +85,24 @@ def test_a_family_that_needs_its_own_code_is_refused_without_running_it(tmp_path
     folder = with_own_code(tmp_path / "model", "my_family")
     with pytest.raises(ModelSupportError):
         load_model(ModelSpec(checkpoint=str(folder)), "cpu")
+    assert not (folder / "trace").exists()
+
+
+def test_code_of_another_repository_is_refused_although_code_is_trusted(tmp_path: Path) -> None:
+    """Read as from the hub: the settings are fetched by transformers, and checked before any code is."""
+    folder = with_own_code(tmp_path / "model", "my_family")
+    check_hub_code(str(folder), None)
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("config.json", "tokenizer_config.json"):
+        before = (folder / name).read_text()
+        changed = {**json.loads(before), "auto_map": {"AutoConfig": ["someone/repo--own_code.MyConfig", None]}}
+        (folder / name).write_text(json.dumps(changed))
+        with pytest.raises(ConfigError, match=r"takes code from another repository \(someone/repo--own_code"):
+            check_hub_code(str(folder), None)
+        with pytest.raises(ConfigError, match="does not cover, as nothing pins it"):
+            check_folder_code(folder)
+        (folder / name).write_text(before)
+    assert config["auto_map"]
     assert not (folder / "trace").exists()
 
 

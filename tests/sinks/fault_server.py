@@ -1,4 +1,4 @@
-"""A server in the place of W&B's that does one wrong thing."""
+"""A server in the place of W&B's that does one wrong thing; with the fault "none" runs arrive whole."""
 
 from __future__ import annotations
 
@@ -10,22 +10,34 @@ import time
 from typing import Any
 
 # What a working server answers, all questions at once: a client reads the part that it asked for.
-_BUCKET = {"id": "b", "name": "r", "displayName": "r", "project": {"id": "p", "name": "p", "entity": {"name": "e"}}}
-_DATA = {
+_PROJECT = {"id": "p", "name": "p", "entity": {"name": "e"}}
+_DATA: dict[str, Any] = {
     "viewer": {"id": "v", "entity": "e", "username": "me", "flags": "{}", "teams": {"edges": []}},
     "serverInfo": {"cliVersionInfo": {"max_cli_version": "9.9.9"}, "latestLocalVersionInfo": None, "features": []},
-    "upsertBucket": {"bucket": {**_BUCKET, "historyLineCount": 0}, "inserted": True},
     "model": {"bucket": None},
     "project": None,
     "entity": {"name": "e"},
+    "createRunFiles": {"runID": "b", "uploadHeaders": [], "files": []},
+}
+_ARTIFACT = {
+    **{"id": "a", "digest": "d", "state": "COMMITTED"},
+    "artifactSequence": {"id": "s", "latestArtifact": {"id": "a", "versionIndex": 0}},
 }
 
 
+def _answer_to(query: dict[str, Any], *, crashing: bool) -> dict[str, Any]:
+    """Answer a question of W&B's API; one field that is missing crashes its client process."""
+    name = str(query.get("variables", {}).get("name") or "r")
+    bucket = {"id": "b", "name": name, "displayName": name, "project": _PROJECT, "historyLineCount": 0}
+    data = {**_DATA, "upsertBucket": {"bucket": bucket, "inserted": True}}
+    return {"data": data if crashing else {**data, "createArtifact": {"artifact": _ARTIFACT}}}
+
+
 class FaultServer:
-    """Serves on a free port; `fault` says what is wrong, `requests` counts what came."""
+    """Serves on a free port; `fault` says what is wrong, `requests` and `received` tell what came."""
 
     def __init__(self, fault: str) -> None:
-        self.fault, self.requests = fault, 0
+        self.fault, self.requests, self.received = fault, 0, b""
         self._stop = threading.Event()
         if fault == "silent":
             self._socket = socket.create_server(("127.0.0.1", 0), backlog=64)
@@ -36,8 +48,9 @@ class FaultServer:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 server.requests += 1
-                self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                server.answer(self)
+                content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                server.received += content
+                server.answer(self, content)
 
             do_GET = do_PUT = do_POST  # noqa: N815  # http.server asks for these names
 
@@ -49,7 +62,7 @@ class FaultServer:
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
-    def answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+    def answer(self, handler: http.server.BaseHTTPRequestHandler, question: bytes) -> None:
         """Answer one request in the way of the fault."""
         if self.fault.isdecimal():
             handler.send_error(int(self.fault))
@@ -61,7 +74,9 @@ class FaultServer:
         if self.fault == "never ends" and streaming:
             self._stop.wait(120)
             return
-        content = b"not json" if self.fault == "nonsense" else json.dumps({"data": _DATA}).encode()
+        query = json.loads(question) if handler.path.endswith("graphql") else {}
+        answer = json.dumps(_answer_to(query, crashing=self.fault == "crashes")).encode()
+        content = b"not json" if self.fault == "nonsense" else answer
         handler.send_response(200)
         handler.send_header("Content-Type", "application/json")
         handler.send_header("Content-Length", str(len(content)))
