@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,39 @@ def attempts(results: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def test_one_fault_of_each_kind_in_a_sweep_of_good_cells(tmp_path: Path) -> None:
+    once = f"fault: sigkill\nonly_once: {tmp_path / 'mark'}"
+    flags = faulty(tmp_path, once=once, leaves="fault: os_exit", raises="fault: raises")
+    done = kvbench(tmp_path, *flags, "-m", *SHORT, "policy=once,leaves,raises,h2o", "results=out")
+    assert done.returncode == 1, done.stderr
+    found = attempts(tmp_path / "out")
+    statuses = {name: [body["status"] for body in bodies] for name, bodies in found.items()}
+    assert statuses == {"once": ["killed", "ok"], "leaves": ["crash"], "raises": ["crash"], "h2o": ["ok"]}
+    assert "ok*        once" in done.stdout
+    assert "2 of 4 cells failed" in done.stdout
+
+
+def test_a_sweep_that_is_stopped_ends_in_order_and_goes_on(tmp_path: Path) -> None:
+    flags = faulty(tmp_path, waits=f"fault: loops\nonly_once: {tmp_path / 'mark'}")
+    words = [*flags, "-m", *SHORT, "policy=h2o,waits", "results=out", "worker.isolation=cell"]
+    command = [sys.executable, "-m", "kvbench", *words]
+    sweep = subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path), stderr=subprocess.PIPE, text=True)
+    end_s = time.monotonic() + 240
+    while not (tmp_path / "mark").exists():
+        assert sweep.poll() is None
+        assert time.monotonic() < end_s
+        time.sleep(0.1)
+    sweep.send_signal(signal.SIGTERM)
+    assert sweep.wait(60) == 143
+    assert sweep.stderr is not None
+    assert "the same command goes on" in sweep.stderr.read()
+    assert {n: b[-1]["status"] for n, b in attempts(tmp_path / "out").items()} == {"h2o": "ok", "waits": "preempted"}
+    again = kvbench(tmp_path, *words)
+    assert again.returncode == 0, again.stderr
+    assert "1 of 2 cells were done already" in again.stdout
+
+
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_every_fault_costs_one_cell(tmp_path: Path) -> None:
     flags = faulty(tmp_path, **{name: f"fault: {name}" for name in EXPECTED})

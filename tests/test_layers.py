@@ -133,3 +133,14 @@ def test_a_file_is_short_or_says_why_not(file: str) -> None:
 def test_the_import_reader_sees_every_form() -> None:
     tree = ast.parse("import a.b\ndef f():\n    from c import d\nif x:\n    import e as g")
     assert imports(ast.walk(tree)) == {"a.b", "c.d", "e"}
+
+
+def test_the_cells_of_a_sweep_are_checked_without_transformers() -> None:
+    code = (
+        "import sys; from kvbench.compose import compose_grid; from kvbench.config import build_cell; "
+        "import kvbench.launch, kvbench.runs.sweep; "
+        "keys = {build_cell(c).key for c in compose_grid(['+experiment=default'], multirun=False, config_dir=None)}; "
+        "heavy = {'transformers', 'scipy', 'wandb', 'matplotlib', 'pandas'} & set(sys.modules); "
+        "sys.exit(len(keys) < 10 or bool(heavy))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, timeout=120).returncode == 0

@@ -7,6 +7,7 @@ for the device.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from kvbench.cache.budget import Budget
 from kvbench.cache.policy import Policy
@@ -71,16 +72,23 @@ class Ledger:
         A policy that cuts only the prompt lets generated tokens stay; one that cuts only at decode
         keeps what the prompt left.
         """
-        rows = range(len(self.seen))
-        return [self._allowed(row, self.seen[row] + ahead_tokens) for row in rows]
-
-    def _allowed(self, row: int, seen: int) -> int:
         if not self.policy.bounded:
-            return seen
-        entries = self.budget.entries(seen_tokens=seen, prompt_tokens=self.prompt[row])
-        settled = bool(self.settled_seen) and seen > self.settled_seen[row]
-        if settled and When.DECODE not in self.policy.when:
+            return [seen + ahead_tokens for seen in self.seen]
+        rows = zip(self.seen, self.prompt, strict=True)
+        entries = [_entries(self.budget, seen + ahead_tokens, prompt) for seen, prompt in rows]
+        if not self.settled_seen or self.policy.when is When.BOTH:
+            return entries
+        return [self._after_settling(row, self.seen[row] + ahead_tokens, entries[row]) for row in range(len(entries))]
+
+    def _after_settling(self, row: int, seen: int, entries: int) -> int:
+        if seen > self.settled_seen[row] and When.DECODE not in self.policy.when:
             return self.settled_held[row] + seen - self.settled_seen[row]
-        if settled and When.PREFILL not in self.policy.when:
+        if seen > self.settled_seen[row] and When.PREFILL not in self.policy.when:
             return max(entries, self.settled_held[row])
         return entries
+
+
+@lru_cache(maxsize=4096)
+def _entries(budget: Budget, seen_tokens: int, prompt_tokens: int) -> int:
+    """Ask once for what every layer of a step asks for again."""
+    return budget.entries(seen_tokens=seen_tokens, prompt_tokens=prompt_tokens)

@@ -37,10 +37,17 @@ def _needs_unicode(text: str) -> bool:
 @functools.cache
 def _scorer(unicode: bool) -> Any:
     # Imported here: it brings nltk, which only a run that scores text should wait for.
-    from rouge_score import rouge_scorer
+    from rouge_score import rouge_scorer, tokenizers
 
-    tokenizer = _UnicodeTokenizer() if unicode else None
-    return rouge_scorer.RougeScorer(list(_TYPES), use_stemmer=True, tokenizer=tokenizer)
+    tokenizer = _UnicodeTokenizer() if unicode else tokenizers.DefaultTokenizer(use_stemmer=True)
+    return rouge_scorer.RougeScorer(list(_TYPES), tokenizer=_Remembering(tokenizer))
+
+
+class _Remembering:
+    """Splits a text once: every cell of a sweep is compared with the same references."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenize = functools.lru_cache(maxsize=4096)(tokenizer.tokenize)
 
 
 class _UnicodeTokenizer:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
-from kvbench.cache import Policy, PolicyCache, When
+from kvbench.cache import Policy, When
 from kvbench.metrics.clock import Marks
 from kvbench.metrics.intervals import Interval
+
+if TYPE_CHECKING:
+    from kvbench.cache import PolicyCache
 
 _NUM_REPEATS = 15
 

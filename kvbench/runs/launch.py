@@ -5,15 +5,18 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from kvbench.cache import PolicyCache
 from kvbench.datasets.base import Example
 from kvbench.metrics.clock import Marks, synchronised_ms
 from kvbench.models.inputs import PromptBatch
 from kvbench.models.loader import LoadedModel
 from kvbench.runs.loop import CacheSetting
+
+if TYPE_CHECKING:
+    from kvbench.cache import PolicyCache
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

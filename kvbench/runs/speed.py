@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from kvbench.cache import PolicyCache
 from kvbench.errors import ConfigError
 from kvbench.metrics.intervals import Interval, launch_interval, ratio_interval
 from kvbench.metrics.roof import copy_bandwidth, step_weight_bytes
@@ -20,6 +19,9 @@ from kvbench.runs.deciding import deciding_ms
 from kvbench.runs.launch import Launch, launch, repeated
 from kvbench.runs.loop import CacheSetting
 from kvbench.runs.task import Bench, TaskResult
+
+if TYPE_CHECKING:
+    from kvbench.cache import PolicyCache
 
 
 @dataclass(kw_only=True)
