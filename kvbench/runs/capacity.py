@@ -19,6 +19,7 @@ from kvbench.metrics.intervals import Interval, launch_interval, ratio_interval
 from kvbench.models.inputs import prompt_batch
 from kvbench.runs.launch import Launch, launch, repeated
 from kvbench.runs.loop import CacheSetting
+from kvbench.runs.out_of_memory import ran_out_of_memory
 from kvbench.runs.task import Bench, TaskResult
 
 _ARMS = ("", "full_")
@@ -83,8 +84,9 @@ class Capacity:
         """Return None when memory does not suffice; what the launch held is let go outside of the handler."""
         try:
             return self._launch(bench, setting, size)
-        except torch.OutOfMemoryError:
-            pass
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error):
+                raise
         gc.collect()  # what a traceback still holds in a cycle
         return None
 

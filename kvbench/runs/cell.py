@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kvbench.errors import ConfigError, DataError, ModelSupportError, NonFiniteError
 from kvbench.records import cell_key
 from kvbench.runs.dataset_fit import skipped_measurement, skipped_names
+from kvbench.runs.out_of_memory import ran_out_of_memory
 
 if TYPE_CHECKING:
     from kvbench.cache import Policy
@@ -22,14 +23,12 @@ if TYPE_CHECKING:
     from kvbench.runs.loop import CacheSetting
     from kvbench.runs.task import Task, TaskResult
 
-_OOM = ("OutOfMemoryError", "MemoryError")  # torch's own class is found by name, so that nobody imports torch for it
 _STATUS_OF: tuple[tuple[type[BaseException], str], ...] = (
     (NonFiniteError, "nonfinite"),
     (DataError, "data_error"),
     (ConfigError, "config_error"),
     (ModelSupportError, "incompatible"),
 )
-_CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch has no class for it
 SHARED_SETTINGS = ("model", "dataset", "query_visible", "batch_size", "device", "versions")
 
 
@@ -130,9 +129,7 @@ def _sample_rows(cell: Cell, result: TaskResult) -> list[dict[str, Any]]:
 
 def status_of(exception: BaseException) -> str:
     """Return the status that an exception gives a cell."""
-    if any(kind.__name__ in _OOM for kind in type(exception).__mro__):
-        return "oom"
-    if isinstance(exception, RuntimeError) and _CPU_OUT_OF_MEMORY in str(exception):
+    if ran_out_of_memory(exception):
         return "oom"
     return next((status for kind, status in _STATUS_OF if isinstance(exception, kind)), "crash")
 

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvbench.cache import Policy, When
+from kvbench.errors import PolicyError
 from kvbench.metrics.clock import Marks
 from kvbench.metrics.intervals import Interval
+from kvbench.runs.capture import captured, warm_up
+from kvbench.runs.out_of_memory import ran_out_of_memory
 
 if TYPE_CHECKING:
     from kvbench.cache import PolicyCache
@@ -43,20 +46,12 @@ def deciding_ms(cache: PolicyCache, policy: Policy, device: torch.device) -> Int
 
 
 def _captured(cache: PolicyCache, device: torch.device) -> tuple[Callable[[], None], str]:
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            cache.decide()
-    torch.cuda.current_stream(device).wait_stream(side)
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
-            cache.decide()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # a copy from the host, or a wait for the device, cannot be captured
+        warm_up(cache.decide, device)
+        graph = captured(cache.decide, device)
+    except (PolicyError, RuntimeError) as error:  # a copy from the host, or a wait for the device
+        if ran_out_of_memory(error):
+            raise
         torch.cuda.synchronize(device)
         return cache.decide, "launched kernel by kernel"
     return graph.replay, "CUDA graph"

@@ -8,12 +8,33 @@ and is the reference.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from kvbench.errors import ModelSupportError
+from kvbench.models.loader import LoadedModel
+from kvbench.runs.capture import captured, warm_up
 from kvbench.runs.loop import Decoding
+
+if TYPE_CHECKING:
+    from kvbench.cache.policy_cache import CacheState
+
+
+_READ_ON_THE_HOST = ("dynamic", "longrope")  # rotary kinds that look at the positions to choose their angles
+
+
+def check_rotary(model: Any) -> None:
+    """Raise ModelSupportError if the model's rotary embedding reads positions on the host."""
+    kinds = getattr(getattr(model.get_decoder(), "rotary_emb", None), "rope_type", None)
+    for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+        if kind in _READ_ON_THE_HOST:
+            raise ModelSupportError(
+                f"engine=graph cannot capture rotary positions of kind {kind!r}, which are read on the host at every "
+                "step; use engine=eager"
+            )
 
 
 class GraphDecoding(Decoding):
@@ -26,37 +47,38 @@ class GraphDecoding(Decoding):
     _graph: torch.cuda.CUDAGraph | None = None
     _replays_left = 0
 
+    def __init__(self, loaded: LoadedModel, *arguments: Any, **options: Any) -> None:
+        """Take the prompt as `Decoding` does. Raises: ModelSupportError for a model whose step cannot be captured."""
+        check_rotary(loaded.model)
+        super().__init__(loaded, *arguments, **options)
+
     def prepare(self) -> None:
-        """Capture the step. One step is run for warm-up and undone, so nothing is seen of it afterwards."""
+        """Capture the step. Steps are run for warm-up and undone, so nothing is seen of them afterwards.
+
+        Raises: PolicyError if a step waits for the device.
+        """
         if self._graph is not None or self.cache.steps_announced < 1:
             return
         self._replays_left = self.cache.steps_announced
+        counts = self._warmed_up()
+        self._graph = captured(self._keep_logits, self._tokens.device)
+        self.cache.restore(counts)
+
+    def _warmed_up(self) -> CacheState:
+        """Return the counts on the host as they were; copies of tensors are let go, so that no graph is held up."""
         before = self.cache.snapshot()
         state = [self._tokens.clone(), self._position.clone()]
-        stream = torch.cuda.Stream(self._tokens.device)
-        stream.wait_stream(torch.cuda.current_stream(self._tokens.device))
-        with torch.cuda.stream(stream):
-            self._forward()
-        torch.cuda.current_stream(self._tokens.device).wait_stream(stream)
-        self._undo(before, state)
-        self._graph = self._capture()
-        self.cache.restore(before)
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                self._captured = self._forward()
-        except RuntimeError as error:  # ending a capture that ran out of memory raises another error over it
-            if isinstance(error.__context__, torch.OutOfMemoryError):
-                raise error.__context__ from error
-            raise
-        return graph
+        def undo() -> None:
+            self.cache.restore(before)
+            for tensor, old in zip((self._tokens, self._position), state, strict=True):
+                tensor.copy_(old)
 
-    def _undo(self, before: Any, state: list[Tensor]) -> None:
-        self.cache.restore(before)
-        for tensor, old in zip((self._tokens, self._position), state, strict=True):
-            tensor.copy_(old)
+        warm_up(self._forward, self._tokens.device, undo=undo)
+        return replace(before, tensors=[], values=[])
+
+    def _keep_logits(self) -> None:
+        self._captured = self._forward()
 
     def step(self, tokens: Tensor) -> Tensor:
         """Feed one token per row, (B,); return the next logits (B, V) float32, valid until the next step."""

@@ -38,7 +38,7 @@ def small() -> LoadedModel:
     return load_model(small_spec("llama-3.1-8b"), "cpu")
 
 
-def with_room_for(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def with_room_for(entries: int, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
     """Give the device room for so many entries of 2 layers, 2 KV heads of width 8; a real launch stores them."""
     real = capacity.launch
 
@@ -46,7 +46,7 @@ def with_room_for(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
         def observe(cache: Any) -> None:
             held = cache.occupancy()
             if held.stored_bytes > entries * 2 * 2 * 2 * 8 * 4:
-                raise torch.OutOfMemoryError("no room")
+                raise error or torch.OutOfMemoryError("no room")
 
         return real(*arguments, **options, observe=observe)
 
@@ -97,6 +97,22 @@ def test_not_even_one_prompt_is_out_of_memory(
     with_room_for(10, monkeypatch)
     with pytest.raises(torch.OutOfMemoryError):
         run(small, tmp_path, FULL)
+
+
+def test_memory_runs_out_in_other_words_too(
+    small: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_room_for(75, monkeypatch, RuntimeError("Triton Error [CUDA]: out of memory"))
+    found = run(small, tmp_path, cut(Budget(tokens=9)), max_batch_size=64).measurements
+    assert found["capacity_prompts"]["value"] == 7
+
+
+def test_an_error_that_is_not_about_memory_ends_the_search(
+    small: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_room_for(75, monkeypatch, RuntimeError("an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal"):
+        run(small, tmp_path, cut(Budget(tokens=9)), max_batch_size=64)
 
 
 @pytest.mark.parametrize("wrong", [{"new_tokens": 2}, {"num_launches": 0}, {"max_batch_size": 0}])

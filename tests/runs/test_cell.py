@@ -70,6 +70,10 @@ def test_a_good_cell_has_measurements_samples_and_no_error(shelf: ModelShelf, tm
     [
         (torch.OutOfMemoryError("tried to allocate 2 GiB"), "oom"),
         (MemoryError("no memory"), "oom"),
+        (RuntimeError("CUDA error: out of memory"), "oom"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "oom"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "oom"),
+        (ValueError("CUDA error: out of memory"), "crash"),
         (NonFiniteError("NaN"), "nonfinite"),
         (DataError("item 3"), "data_error"),
         (ConfigError("wrong"), "config_error"),

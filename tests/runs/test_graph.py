@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvbench.cache import Budget, Policy, PolicyCache
+from kvbench.cache import UNLIMITED, Budget, Policy, PolicyCache
+from kvbench.errors import ModelSupportError
 from kvbench.models.inputs import PromptBatch
 from kvbench.models.loader import LoadedModel
+from kvbench.policies.full import Full
 from kvbench.runs.loop import CacheSetting, Decoding
 from tests.contract import left_padded
 from tests.driving import Held, held_positions
@@ -96,3 +98,13 @@ def test_counting_a_replayed_step_is_what_a_step_counts(policy: Policy) -> None:
             caches.append(decoding.cache)
     for stepped, counted in zip(*(cache.policy_layers for cache in caches), strict=True):
         assert counted.ledger == stepped.ledger
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", {"full_attention": "default", "sliding_attention": "dynamic"}])
+def test_rotary_positions_that_are_read_on_the_host_are_refused_before_the_prompt(kind: Any) -> None:
+    model = loaded("llama_gqa", torch.float32)
+    setting = CacheSetting(policy=Full(), budget=UNLIMITED, positions="original", engine="graph")
+    assert setting.decoding(model, padded_batch(), STEPS).logits.shape[0] == 2
+    model.model.get_decoder().rotary_emb.rope_type = kind
+    with pytest.raises(ModelSupportError, match=r"engine=graph .*engine=eager"):
+        setting.decoding(model, padded_batch(), STEPS)
