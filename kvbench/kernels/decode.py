@@ -57,7 +57,7 @@ def decode_attention(
     logits = new((pairs, group, capacity), dtype=torch.float32) if want_rows else partial
     probs = new((batch, heads, capacity), dtype=torch.float32) if want_probs else None
     output = new((batch, heads * group, 1, width))
-    block_d = max(16, triton.next_power_of_2(width))
+    block_d = max(32 if turn else 16, triton.next_power_of_2(width))  # a product sums over 16 numbers at least
     attend_part[(pairs, parts)](
         query,
         keys,

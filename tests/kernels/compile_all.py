@@ -58,6 +58,8 @@ def main() -> None:
     for turn in (False, True):
         constants = {**part, "WANT_LOGITS": True, "TURN": turn}
         compile_kernel(decode_kernel.attend_part, constants, num_warps=4, num_stages=3)
+    narrow = {**part, "BLOCK_D": 32, "WANT_LOGITS": True, "TURN": True}
+    compile_kernel(decode_kernel.attend_part, narrow, num_warps=4, num_stages=3)
     join = {"PARTS": 4, "GROUP": 4, "BLOCK_P": 4, "BLOCK_C": 1024, "BLOCK_D": 128, "REDUCTION": "mean"}
     compile_kernel(decode_kernel.join_parts, {**join, "ADD_MASS": True, "WANT_PROBS": True}, num_warps=4)
     write = {"BLOCK_D": 128, "HAS_MASS": True, "HAS_RANK": True, "ADVANCE": False}
@@ -66,7 +68,7 @@ def main() -> None:
         compile_kernel(
             slot_kernels.free_victim,
             {"BLOCK_C": 512, "GIVEN": given, "HAS_RANK": True, "APPLY": not given},
-            num_warps=4,
+            num_warps=1 if given else 4,
         )
     for rows, (size, depth, stages, warps) in _ROWS.items():
         block = {"BLOCK_M": rows, "BLOCK_N": size, "BLOCK_K": depth, "STAGES": stages, "EVEN_K": True, "UPCAST": False}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from kvbench.cache.selection import age_rank
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from kvbench.kernels import decode
 from kvbench.kernels.decode import Turn, decode_attention
 
 ON = "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,3 +91,27 @@ def test_keys_are_turned_to_their_ranks_on_the_way_in(shape: tuple[int, ...]) ->
     assert error(output, exact) < 2e-5
     assert probs is not None
     assert error(probs, reduce_group(rows, "mean")) < 2e-5
+
+
+@pytest.mark.parametrize(("width", "with_turn", "size"), [(16, True, 32), (16, False, 16), (80, True, 128)])
+def test_both_halves_of_a_turned_head_fill_a_product(
+    width: int, with_turn: bool, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    real = decode.attend_part
+
+    class Noted:
+        def __getitem__(self, grid: Any) -> Any:
+            def launch(*arguments: Any, **constants: Any) -> None:
+                sizes.append(constants["BLOCK_D"])
+                real[grid](*arguments, **constants)
+
+            return launch
+
+    monkeypatch.setattr(decode, "attend_part", Noted())
+    query, keys, values, length, held = slots((1, 2, 2, 9, width), torch.float32, seed=3)
+    rank = torch.arange(9, device=ON).expand(held.shape).contiguous()
+    table = torch.ones(20, width // 2, device=ON)
+    turn = Turn(position=rank, rank=rank.int(), seen=length[:, 0], cosines=table, sines=0 * table)
+    decode_attention(query, keys, values, length, 0.3, turn=turn if with_turn else None)
+    assert sizes == [size]

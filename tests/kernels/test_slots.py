@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from kvbench.cache.slots import Entries, Slots
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from kvbench.kernels import slots as slots_launch
 from kvbench.kernels.slots import free_given, free_lowest, lowest_slot, write_slot
 
 ON = "cuda" if torch.cuda.is_available() else "cpu"
@@ -105,3 +107,23 @@ def test_a_policy_that_frees_nothing_takes_a_fresh_slot_each_time() -> None:
     )
     assert torch.equal(ours.free, before + 1)
     assert torch.equal(ours.length, before + 1)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_given_victim_is_freed_by_one_warp_because_nothing_waits_between_read_and_write(
+    given: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warps = []
+
+    class Noted:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *arguments, **constants: warps.append(constants["num_warps"])
+
+    monkeypatch.setattr(slots_launch, "free_victim", Noted())
+    ours, _ = random_slots(1, 2, 3, 9)
+    budget = torch.tensor([4, 5], device=ON)
+    if given:
+        free_given(ours.columns(), torch.zeros_like(ours.free), budget)
+    else:
+        free_lowest(ours.columns(), torch.zeros(2, 3, 9, device=ON), budget, budget, budget)
+    assert warps == [1 if given else 4]
