@@ -74,6 +74,12 @@ def _attend_by_kernel(
     )
 
 
+def take_fresh_slot(slots: Slots) -> None:
+    """Let the next token take a fresh slot, where the policy frees none; the kernel of `write_token` did so already."""
+    if not use_triton(slots.entries.keys):
+        slots.advance()
+
+
 def evict(slots: Slots, probs: Tensor | None, setup: LayerSetup, counts: StepCounts) -> None:
     """Free one victim of every row and head that is over its budget."""
     policy = setup.policy

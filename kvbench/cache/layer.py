@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvbench.cache.attend import Chunk, chunk_attention
 from kvbench.cache.chunks import check_plan, columns_of, new_positions, real_tokens
-from kvbench.cache.decode_step import attend_slots, decide, evict, evicts_at_decode, write_token
+from kvbench.cache.decode_step import attend_slots, decide, evict, evicts_at_decode, take_fresh_slot, write_token
 from kvbench.cache.layer_setup import LayerSetup, view_of
 from kvbench.cache.ledger import Ledger
 from kvbench.cache.positions import shifted_chunk
@@ -169,7 +169,9 @@ class PolicyLayer(CacheLayerMixin):
         """Attend to the slots, the new token among them, then free one victim per row and head."""
         assert self.counts is not None
         output, probs = attend_slots(slots, query, scaling, self.setup, self.counts)
-        if not evicts_at_decode(self.setup.policy) or (query.device.type == "cpu" and not self.ledger.over()):
+        if not evicts_at_decode(self.setup.policy):
+            take_fresh_slot(slots)
+        elif query.device.type == "cpu" and not self.ledger.over():
             slots.advance()
         else:
             evict(slots, probs, self.setup, self.counts)

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from kvbench.cache import Budget, Policy, PolicyCache
+from kvbench.cache.slots import Slots
 from kvbench.kernels.dispatch import kernels_forced
+from kvbench.policies.full import Full
 from tests.contract import left_padded
 from tests.driving import Trace, drive
 from tests.tiny_models import random_tokens, tiny_model
@@ -37,3 +39,11 @@ def test_kernels_hold_the_entries_and_give_the_logits_of_plain_torch(
     ours, reference = (decode(policy, positions, by_kernels, reserve_tokens) for by_kernels in (True, False))
     assert ours.held == reference.held
     torch.testing.assert_close(torch.stack(ours.logits), torch.stack(reference.logits), atol=2e-4, rtol=2e-4)
+
+
+def test_the_kernel_that_writes_takes_the_fresh_slot_of_a_policy_that_frees_none(
+    positions: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = decode(Full(), positions, False, STEPS)
+    monkeypatch.setattr(Slots, "advance", lambda slots: pytest.fail("launched beside the kernel"))
+    assert decode(Full(), positions, True, STEPS).held == reference.held
