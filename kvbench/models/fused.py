@@ -1,6 +1,6 @@
 """Fused kernels for the decode step of an unmodified model: projections, gated MLP, RMSNorm and RoPE.
 
-Modules keep their weights and their own forward; an instance's forward is put in front that takes a
+Modules keep their weights and their own forward: an instance becomes one of a subclass that takes a
 decode step on a GPU in half precision, and hands everything else on. The same for the full cache and
 for every policy. RMSNorm and RoPE come from liger-kernel where it is installed, the products of a few
 rows with a matrix from `kvbench.kernels`. Set `model.fused=false` to do without.
@@ -9,7 +9,8 @@ rows with a matrix from `kvbench.kernels`. Set `model.fused=false` to do without
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -19,22 +20,22 @@ from torch import Tensor, nn
 from kvbench.kernels.dispatch import is_decode_row, use_triton
 
 _SILU = ("SiLU", "SiLUActivation")
+_in_fused_attention: ContextVar[bool] = ContextVar("in_fused_attention", default=False)
 
 
 def fuse(model: Any) -> None:
     """Put the fused decode step before the forwards of `model`'s text part; prefill is left as it is."""
     decoder = model.get_decoder()
     for module in decoder.modules():
-        if all(isinstance(getattr(module, name, None), nn.Linear) for name in ("q_proj", "k_proj", "v_proj")):
+        if _has_plain(module, ("q_proj", "k_proj", "v_proj")):
             _share_input([module.q_proj, module.k_proj, module.v_proj])
-            _product_alone(module.o_proj)
+            _product_alone(getattr(module, "o_proj", None))
+            _extend(module, _Attention)
         elif _is_gated_mlp(module):
-            _gated(module)
-        elif type(module).__name__.endswith("RMSNorm") and liger_installed():
-            _normalised(module)
-    head = model.get_output_embeddings()
-    if isinstance(head, nn.Linear):
-        _product_alone(head)
+            _extend(module, _GatedMlp)
+        elif type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon") and liger_installed():
+            _extend(module, _Norm)
+    _product_alone(model.get_output_embeddings())
     if liger_installed():
         _rotate_by_liger(sys.modules[type(decoder).__module__])
 
@@ -45,77 +46,125 @@ def liger_installed() -> bool:
     return find_spec("liger_kernel") is not None
 
 
-def _share_input(linears: Sequence[nn.Linear]) -> None:
+def _is_plain(linear: object) -> bool:
+    """Whether it multiplies by its weight and no more: a subclass may do anything."""
+    return type(linear) is nn.Linear
+
+
+def _has_plain(module: nn.Module, names: Sequence[str]) -> bool:
+    return all(_is_plain(getattr(module, name, None)) for name in names)
+
+
+def _is_gated_mlp(module: nn.Module) -> bool:
+    names = ("gate_proj", "up_proj", "down_proj")
+    without_bias = _has_plain(module, names) and all(getattr(module, name).bias is None for name in names)
+    return without_bias and type(getattr(module, "act_fn", None)).__name__ in _SILU
+
+
+def _share_input(linears: list[nn.Linear]) -> None:
     """Let the first of `linears` compute all of them in one launch; the others hand out what it left."""
     if len({linear.bias is None for linear in linears}) > 1:
         return
     left: dict[int, tuple[Tensor, Tensor]] = {}
+    for number, linear in enumerate(linears):
+        extended = _extend(linear, _LaterProduct if number else _FirstProduct)
+        extended.kvbench_number, extended.kvbench_left = number, left
+    linears[0].kvbench_others = linears[1:]  # type: ignore[assignment]  # a list, which is no submodule
 
-    def first(x: Tensor, stock: Callable[[Tensor], Tensor]) -> Tensor:
+
+def _product_alone(linear: Any) -> None:
+    if _is_plain(linear):
+        _extend(linear, _Product)
+
+
+def _extend(module: Any, by: type[Any]) -> Any:
+    """Put `by` before the class of this instance. Nothing refers to the instance, so it is freed and copied as ever."""
+    if not isinstance(module, by):
+        module.__class__ = _extended(by, type(module))
+    return module
+
+
+@cache
+def _extended(by: Any, stock: Any) -> Any:
+    return type(stock.__name__, (by, stock), {"__module__": stock.__module__, "__doc__": stock.__doc__})
+
+
+def _takes(x: Tensor, *weights: Tensor) -> bool:
+    return is_decode_row(x) and all(weight.dtype == x.dtype for weight in weights)
+
+
+class _Product(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        if not _takes(x, self.weight):
+            return super().forward(x)
+        from kvbench.kernels.linear import project_rows
+
+        return project_rows(x, [self.weight], [self.bias])[0]
+
+
+class _FirstProduct(nn.Linear):
+    kvbench_others: list[nn.Linear]
+    kvbench_left: dict[int, tuple[Tensor, Tensor]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        linears = [self, *self.kvbench_others]
+        if not _takes(x, *(linear.weight for linear in linears)):
+            return super().forward(x)
         from kvbench.kernels.linear import project_rows
 
         outputs = project_rows(x, [linear.weight for linear in linears], [linear.bias for linear in linears])
-        left.update({number: (x, output) for number, output in enumerate(outputs)})
-        return left.pop(0)[1]
-
-    def later(number: int) -> Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]:
-        def hand_out(x: Tensor, stock: Callable[[Tensor], Tensor]) -> Tensor:
-            made_from, output = left.pop(number, (None, x))
-            return output if made_from is x else stock(x)
-
-        return hand_out
-
-    for number, linear in enumerate(linears):
-        _put_before(linear, later(number) if number else first)
+        self.kvbench_left.update({number: (x, outputs[number]) for number in range(1, len(outputs))})
+        return outputs[0]
 
 
-def _product_alone(linear: nn.Linear) -> None:
-    def product(x: Tensor, stock: Callable[[Tensor], Tensor]) -> Tensor:
-        from kvbench.kernels.linear import project_rows
+class _LaterProduct(nn.Linear):
+    kvbench_number: int
+    kvbench_left: dict[int, tuple[Tensor, Tensor]]
 
-        return project_rows(x, [linear.weight], [linear.bias])[0]
-
-    _put_before(linear, product)
-
-
-def _is_gated_mlp(module: nn.Module) -> bool:
-    linears = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    without_bias = all(isinstance(linear, nn.Linear) and linear.bias is None for linear in linears)
-    return without_bias and type(getattr(module, "act_fn", None)).__name__ in _SILU
+    def forward(self, x: Tensor) -> Tensor:
+        made_from, output = self.kvbench_left.pop(self.kvbench_number, (None, x))
+        return output if made_from is x else super().forward(x)
 
 
-def _gated(mlp: Any) -> None:
-    def both(x: Tensor, stock: Callable[[Tensor], Tensor]) -> Tensor:
+class _Attention(nn.Module):
+    def forward(self, *args: Any, **options: Any) -> Any:
+        before = _in_fused_attention.set(True)
+        try:
+            return super().forward(*args, **options)
+        finally:
+            _in_fused_attention.reset(before)
+
+
+class _GatedMlp(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = (getattr(self, name).weight for name in ("gate_proj", "up_proj", "down_proj"))
+        if not _takes(x, gate, up, down):
+            stock: Tensor = super().forward(x)
+            return stock
         from kvbench.kernels.linear import gated_rows, project_rows
 
-        return project_rows(gated_rows(x, mlp.gate_proj.weight, mlp.up_proj.weight), [mlp.down_proj.weight], [None])[0]
-
-    _put_before(mlp, both)
+        return project_rows(gated_rows(x, gate, up), [down], [None])[0]
 
 
-def _normalised(norm: Any) -> None:
-    def normalised(x: Tensor, stock: Callable[[Tensor], Tensor]) -> Tensor:
-        if not x.is_cuda:  # liger's kernels do not run in the interpreter
-            return stock(x)
+class _Norm(nn.Module):
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (x.is_cuda and _takes(x, self.weight)):  # liger's kernels do not run in the interpreter
+            stock: Tensor = super().forward(x)
+            return stock
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-        output: Tensor = LigerRMSNormFunction.apply(x, norm.weight, norm.variance_epsilon, 0.0, "llama", False)
+        output: Tensor = LigerRMSNormFunction.apply(x, self.weight, self.variance_epsilon, 0.0, "llama", False)
         return output
-
-    _put_before(norm, normalised)
-
-
-def _put_before(module: Any, fused: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]) -> None:
-    stock = module.forward
-
-    def forward(x: Tensor) -> Tensor:
-        return fused(x, stock) if is_decode_row(x) else stock(x)
-
-    module.forward = forward
 
 
 def _rotate_by_liger(modeling: Any) -> None:
-    """Put liger's RoPE before the modeling file's own function, which models call by name, not by instance."""
+    """Put liger's RoPE before the modeling file's own function, which models call by name, not by instance.
+
+    Other models of the process share the function, so it does as it did unless a fused attention runs.
+    """
     stock = getattr(modeling, "apply_rotary_pos_emb", None)
     if stock is None or hasattr(stock, "kvbench_stock"):
         return
@@ -123,7 +172,8 @@ def _rotate_by_liger(modeling: Any) -> None:
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: Any) -> Any:
         whole = cos.shape[-1] == q.shape[-1]
         half = q.is_cuda and q.element_size() == 2
-        if q.shape[2] != 1 or rest or options or not whole or not half or not use_triton(q):
+        known = whole and half and not rest and not options and q.shape[2] == 1
+        if not (_in_fused_attention.get() and known and use_triton(q)):
             return stock(q, k, cos, sin, *rest, **options)
         from liger_kernel.ops.rope import LigerRopeFunction
 

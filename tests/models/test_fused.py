@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvbench.cache import Budget, PolicyCache
 from kvbench.kernels.dispatch import kernels_forced
+from kvbench.models import fused
 from kvbench.models.fused import fuse, liger_installed
 from kvbench.policies.h2o import H2O
 from tests.driving import drive
@@ -35,30 +40,32 @@ def logits(model: Any, by_kernels: bool) -> Tensor:
 
 @pytest.mark.parametrize("name", ["llama_gqa", "llama_mha", "qwen2", "qwen3", "llava"])
 def test_a_fused_step_gives_the_logits_of_the_models_own(name: str) -> None:
-    plain, fused = half(name), half(name)
-    fuse(fused)
+    plain, ours = half(name), half(name)
+    fuse(ours)
     exact = logits(copy.deepcopy(plain).double(), by_kernels=False)
     scale = float(exact.norm())
-    error = float((logits(fused, by_kernels=True) - exact).norm()) / scale
+    error = float((logits(ours, by_kernels=True) - exact).norm()) / scale
     stock_error = float((logits(plain, by_kernels=False) - exact).norm()) / scale
     assert error < 2 * stock_error + 1e-4
 
 
 def test_a_prompt_and_a_cpu_step_run_the_models_own_forward() -> None:
-    plain, fused = copy.deepcopy(tiny_model("llama_gqa")), copy.deepcopy(tiny_model("llama_gqa"))
-    fuse(fused)
+    plain, ours = copy.deepcopy(tiny_model("llama_gqa")), copy.deepcopy(tiny_model("llama_gqa"))
+    fuse(ours)
     tokens = random_tokens(1, 2, PROMPT)
     with torch.no_grad():
-        assert torch.equal(fused(tokens).logits, plain(tokens).logits)
+        assert torch.equal(ours(tokens).logits, plain(tokens).logits)
 
 
 def test_every_linear_and_norm_of_the_decoder_is_fused() -> None:
-    model = half("llama_gqa")
+    plain, model = half("llama_gqa"), half("llama_gqa")
     fuse(model)
-    with_own = {name for name, module in model.get_decoder().named_modules() if "forward" in vars(module)}
+    stock = dict(plain.get_decoder().named_modules())
+    modules = model.get_decoder().named_modules()
+    with_own = {name for name, module in modules if type(module) is not type(stock[name])}
     for layer in range(model.config.num_hidden_layers):
         assert {f"layers.{layer}.self_attn.{part}_proj" for part in "qkvo"} <= with_own
-        assert f"layers.{layer}.mlp" in with_own
+        assert {f"layers.{layer}.mlp", f"layers.{layer}.self_attn"} <= with_own
         assert not liger_installed() or f"layers.{layer}.input_layernorm" in with_own
 
 
@@ -74,3 +81,121 @@ def test_a_projection_that_is_asked_with_another_input_computes_anew() -> None:
         attention.q_proj(one)
         torch.testing.assert_close(attention.k_proj(one), stock.k_proj(one), atol=1e-2, rtol=1e-2)
         torch.testing.assert_close(attention.v_proj(one), stock.v_proj(one), atol=1e-2, rtol=1e-2)
+
+
+def test_a_copy_of_a_fused_model_computes_with_its_own_weights() -> None:
+    model = half("llama_gqa")
+    fuse(model)
+    twin, x = copy.deepcopy(model), torch.randn(1, 1, 32).to(ON, torch.float16)
+    ours, theirs = (copied.get_decoder().layers[0] for copied in (model, twin))
+    with torch.no_grad(), kernels_forced(True):
+        before = [ours.self_attn.q_proj(x), ours.self_attn.k_proj(x), ours.mlp(x)]
+        for parameter in twin.parameters():
+            parameter.zero_()
+        after = [ours.self_attn.q_proj(x), ours.self_attn.k_proj(x), ours.mlp(x)]
+        zeros = [theirs.self_attn.q_proj(x), theirs.self_attn.k_proj(x), theirs.mlp(x)]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not any(bool(zero.any()) for zero in zeros)
+
+
+def test_a_fused_model_is_freed_as_soon_as_it_is_let_go() -> None:
+    model = half("llama_gqa")
+    fuse(model)
+    logits(model, by_kernels=True)
+    parts = [weakref.ref(module) for module in model.get_decoder().layers[0].modules()]
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert [part() for part in parts] == [None] * len(parts)
+    finally:
+        gc.enable()
+
+
+def test_a_model_is_fused_once() -> None:
+    once = half("llama_gqa")
+    fuse(once)
+    kinds = [type(module) for module in once.modules()]
+    fuse(once)
+    assert [type(module) for module in once.modules()] == kinds
+
+
+class Noisy(nn.Linear):
+    """Does more than to multiply by its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+def test_what_only_derives_from_linear_keeps_its_own_forward() -> None:
+    model = half("llama_gqa")
+    layer = model.get_decoder().layers[0]
+    for linear in (layer.self_attn.k_proj, layer.self_attn.o_proj, layer.mlp.up_proj, model.lm_head):
+        linear.__class__ = Noisy
+    stock, x = copy.deepcopy(layer), torch.randn(1, 1, 32).to(ON, torch.float16)
+    fuse(model)
+    assert type(model.lm_head) is Noisy
+    with torch.no_grad(), kernels_forced(True):
+        for name in ("q_proj", "k_proj", "o_proj"):
+            got, want = getattr(layer.self_attn, name)(x), getattr(stock.self_attn, name)(x)
+            torch.testing.assert_close(got, want, atol=1e-2, rtol=1e-2)
+        torch.testing.assert_close(layer.mlp(x), stock.mlp(x), atol=1e-2, rtol=1e-2)
+
+
+def test_weights_of_another_type_than_the_input_are_left_to_the_models_own() -> None:
+    model = half("llama_gqa")
+    fuse(model)
+    layer = model.get_decoder().layers[0]
+    layer.self_attn.v_proj.to(torch.bfloat16)
+    layer.mlp.up_proj.to(torch.bfloat16)
+    x = torch.randn(1, 1, 32).to(ON, torch.float16)
+    with torch.no_grad(), kernels_forced(True):
+        assert layer.self_attn.q_proj(x).dtype == torch.float16
+        for part in (layer.self_attn.v_proj, layer.mlp):
+            with pytest.raises(RuntimeError, match="dtype"):
+                part(x)
+
+
+def test_liger_turns_in_fused_attention_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`model.fused=false` after a fused model: the function that both models call by name does as it did."""
+    asked: list[bool] = []
+    modeling = SimpleNamespace(apply_rotary_pos_emb=lambda q, k, cos, sin: ("stock", q))
+    fused._rotate_by_liger(modeling)
+    monkeypatch.setattr(fused, "use_triton", lambda q: asked.append(True))
+    q = HalfOnCuda(shape=(1, 2, 1, 8))
+
+    class Attention(nn.Module):
+        def forward(self) -> Any:
+            return modeling.apply_rotary_pos_emb(q, q, q, q)
+
+    plain, other = Attention(), Attention()
+    fused._extend(other, fused._Attention)
+    assert plain() == ("stock", q)
+    assert not asked, "liger was not even thought of"
+    other()
+    assert asked == [True]
+    assert plain() == ("stock", q)
+    assert asked == [True]
+
+
+def test_an_attention_that_fails_leaves_the_flag_as_it_was() -> None:
+    class Attention(nn.Module):
+        def forward(self) -> Any:
+            assert fused._in_fused_attention.get()
+            raise ValueError("no room")
+
+    attention = fused._extend(Attention(), fused._Attention)
+    with pytest.raises(ValueError, match="no room"):
+        attention()
+    assert not fused._in_fused_attention.get()
+
+
+@dataclass(frozen=True)
+class HalfOnCuda:
+    """What the rotary function asks of a tensor."""
+
+    shape: tuple[int, ...]
+    is_cuda: bool = True
+
+    def element_size(self) -> int:
+        return 2
