@@ -14,6 +14,7 @@ The recording holds the whole prompt uncompressed, in all layers: drop it before
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -76,6 +77,14 @@ class _Recorded:
         return self.prompt.rows[num_queries, reduction, Needs.MASS in self.policy.needs].clone()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recording:
+    """What a prompt left: its layers, and what the model itself keeps on a cache, by name."""
+
+    layers: list[LayerPrompt]
+    kept_by_model: dict[str, Any]
+
+
 class _RecordingLayer(PolicyLayer):
     """Attends as every layer does, and records instead of settling."""
 
@@ -117,14 +126,16 @@ class PromptRecorder(Cache):
         setups = (_unlimited(index, num_layers, wants_mass) for index in range(num_layers))
         self._recording = [_RecordingLayer(setup, chosen) for setup in setups]
         super().__init__(layers=list(self._recording))
+        self._own = {"_own", *vars(self)}
 
     @property
-    def prompt(self) -> list[LayerPrompt]:
-        """What was recorded, by layer. Raises: ValueError before the prompt."""
+    def prompt(self) -> Recording:
+        """What was recorded. Raises: ValueError before the prompt."""
         recorded = [layer.recorded for layer in self._recording if layer.recorded is not None]
         if len(recorded) < len(self._recording):
             raise ValueError("nothing is recorded yet; run the prompt first")
-        return recorded
+        kept = {name: value for name, value in vars(self).items() if name not in self._own}
+        return Recording(layers=recorded, kept_by_model=kept)
 
 
 def _unlimited(index: int, num_layers: int, wants_mass: bool) -> LayerSetup:
@@ -140,7 +151,7 @@ def _unlimited(index: int, num_layers: int, wants_mass: bool) -> LayerSetup:
 
 
 def cache_after(
-    prompt: Sequence[LayerPrompt],
+    prompt: Recording,
     model: Any,
     policy: Policy,
     budget: Budget,
@@ -164,8 +175,10 @@ def cache_after(
         prompt_kind=None if prompt_kind is None else prompt_kind.clone(),
         row_seeds=row_seeds,
     )
-    for layer, recorded in zip(cache.policy_layers, prompt, strict=True):
+    for layer, recorded in zip(cache.policy_layers, prompt.layers, strict=True):
         _take(layer, recorded)
+    for name, value in prompt.kept_by_model.items():
+        setattr(cache, name, copy.deepcopy(value))
     return cache
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvbench.cache import Budget, Kind, Needs, Policy, PolicyCache, ScorePolicy, View
 from kvbench.cache.positions import PositionMode
-from kvbench.cache.prompt_state import LayerPrompt, PromptRecorder, cache_after
+from kvbench.cache.prompt_state import PromptRecorder, Recording, cache_after
 from kvbench.policies.full import Full
 from kvbench.policies.h2o import H2O
 from tests.contract import BUDGETS, budget_named, left_padded
@@ -66,7 +66,7 @@ def decoded(model: Any, cache: PolicyCache, mask: Tensor) -> list[Tensor]:
     ]
 
 
-def record(model: Any, tokens: Tensor, mask: Tensor, policies: list[Policy]) -> tuple[list[LayerPrompt], Tensor]:
+def record(model: Any, tokens: Tensor, mask: Tensor, policies: list[Policy]) -> tuple[Recording, Tensor]:
     recorder = PromptRecorder(model, policies)
     logits = forward(model, recorder, tokens, mask)
     return recorder.prompt, logits

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbench.cache import Budget, PolicyCache, ScorePolicy, View, attach
+from kvbench.cache.prompt_state import PromptRecorder, cache_after
 from kvbench.errors import ModelSupportError
 from kvbench.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
 from kvbench.models.qwen_vl.rotary import DynamicRotary, query_scale, turned
@@ -102,6 +103,21 @@ def test_eviction_moves_neither_positions_nor_scales_nor_frequencies() -> None:
             output = model(tokens[:, prompt + step : prompt + step + 1], past_key_values=full)
         torch.testing.assert_close(output.logits[:, -1], logits, rtol=1e-4, atol=1e-4)
     assert max(len(head) for layer in held_positions(cut.cache) for head in layer[0]) == 20
+
+
+@torch.inference_mode()
+def test_after_a_shared_prompt_an_answer_goes_on_with_the_frequencies_of_the_prompt() -> None:
+    """The answer begins where the stretch of a longer prompt would be another one."""
+    model, prompt = random_model(), 2 * TRAINED_TOKENS
+    attach(model)
+    tokens = torch.randint(0, 290, (1, prompt + 6), generator=torch.Generator().manual_seed(4))
+    own = drive(model, PolicyCache(model, Early(), Budget(tokens=20)), tokens, prompt)
+    recorder = PromptRecorder(model, [Early()])
+    model(tokens[:, :prompt], past_key_values=recorder)
+    shared = cache_after(recorder.prompt, model, Early(), Budget(tokens=20), positions="original", reserve_tokens=0)
+    for step, logits in enumerate(own.logits):
+        new = tokens[:, prompt + step : prompt + step + 1]
+        assert torch.equal(model(new, past_key_values=shared).logits[:, -1], logits), step
 
 
 def hide(layer: Any, kept: list[tuple[int, ...]]) -> None:
