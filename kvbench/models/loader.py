@@ -51,7 +51,13 @@ class LoadedModel:
 
 
 def load_model(spec: ModelSpec, device: str) -> LoadedModel:
-    """Load `spec` onto `device`. Raises: ModelSupportError for a family that is not supported."""
+    """Load `spec` onto `device`, which becomes the current one.
+
+    Raises: ModelSupportError for a family that is not supported.
+    """
+    where = torch.device(device)
+    if where.type == "cuda" and where.index is not None:  # what names no device, such as a kernel's launch, uses this
+        torch.cuda.set_device(where)
     return _random(spec, device) if spec.weights == "random" else _checkpoint(spec, device)
 
 

@@ -9,6 +9,7 @@ import torch
 from kvbench.cache import Kind
 from kvbench.datasets.synthetic import Synthetic
 from kvbench.errors import ConfigError, DataError, ModelSupportError
+from kvbench.models import loader
 from kvbench.models.families import VISION_FAMILIES
 from kvbench.models.inputs import prompt_batch
 from kvbench.models.loader import LoadedModel, load_model
@@ -158,3 +159,19 @@ def test_the_fingerprint_of_random_weights_is_that_of_architecture_and_seed() ->
     assert (
         ModelSpec(checkpoint="bundled").fingerprint() != ModelSpec(checkpoint="bundled", weights="random").fingerprint()
     )
+
+
+@pytest.mark.parametrize(("device", "current"), [("cuda:1", [1]), ("cuda", []), ("cpu", [])])
+def test_the_device_of_a_model_becomes_the_current_one(
+    device: str, current: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+
+    def stop(spec: ModelSpec, device: str) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(device.index))
+    monkeypatch.setattr(loader, "_random", stop)
+    with pytest.raises(InterruptedError):
+        loader.load_model(small_spec("llama-3.1-8b"), device)
+    assert chosen == current
