@@ -77,10 +77,11 @@ def _product_alone(linear: Any) -> None:
         _extend(linear, _Product)
 
 
-def _extend(module: Any, by: type[Any]) -> Any:
+def _extend(module: Any, by: Any) -> Any:
     """Put `by` before the class of this instance. Nothing refers to the instance, so it is freed and copied as ever."""
     if not isinstance(module, by):
-        module.__class__ = _extended(by, type(module))
+        stock: Any = type(module)
+        module.__class__ = _extended(by, stock)
     return module
 
 

@@ -26,6 +26,7 @@ class ModelShelf:
         """Return the model of `spec` on `device`; another one is let go first."""
         if self._last is None or self._last[0] != (spec, device):
             self._last = None
+            free_memory()
             self._last = ((spec, device), load_model(spec, device))
         return self._last[1]
 

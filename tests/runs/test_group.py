@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,3 +209,23 @@ def test_the_shelf_keeps_the_model_it_was_asked_for_last() -> None:
     assert shelf.get(ModelSpec(checkpoint="bundled"), "cpu") is first
     assert shelf.get(ModelSpec(checkpoint="bundled", dtype="bfloat16"), "cpu") is not first
     assert shelf.get(spec, "cpu") is not first
+
+
+def test_a_model_that_refers_to_itself_is_gone_before_the_next_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[Any] = []
+
+    class Loaded:
+        def __init__(self) -> None:
+            self.itself = self
+
+    def load(spec: ModelSpec, device: str) -> Any:
+        assert [ref() for ref in alive] == [None] * len(alive)
+        loaded = Loaded()
+        alive.append(weakref.ref(loaded))
+        return loaded
+
+    monkeypatch.setattr(group, "load_model", load)
+    shelf = ModelShelf()
+    for dtype in ("float32", "bfloat16", "float32"):
+        shelf.get(ModelSpec(checkpoint="bundled", dtype=dtype), "cpu")
+    assert len(alive) == 3
