@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ _PACKAGES = ("torch", "transformers", "hydra-core", "numpy", "rouge-score", "kvb
 
 @cache
 def environment(device: str) -> dict[str, Any]:
-    """Return versions, hardware and the code's commit."""
-    info: dict[str, Any] = {name.replace("-", "_"): version(name) for name in _PACKAGES}
+    """Return versions, hardware and the code's commit; None for the version of what runs without being installed."""
+    info: dict[str, Any] = {name.replace("-", "_"): _version(name) for name in _PACKAGES}
     info |= {
         "python": platform.python_version(),
         "system": platform.system(),
@@ -31,6 +31,13 @@ def environment(device: str) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         info |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
     return info
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu_model() -> str:

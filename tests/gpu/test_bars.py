@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
+import pytest
+
+from kvbench.errors import ModelSupportError
 from kvbench.models.spec import ModelSpec
+from tests.gpu import bars
 from tests.gpu.bars import Scale, markdown, measure
 from tests.models.architectures import small_spec
 
@@ -43,3 +49,25 @@ def test_a_part_that_fails_is_a_row_and_the_rest_goes_on() -> None:
     assert any(row.value is None and "prefill_rows" in row.figure for row in rows)
     assert rows[-1].bar == "runs"
     assert rows[-1].met
+
+
+def test_a_model_that_cannot_be_loaded_is_a_row_and_the_next_is_measured() -> None:
+    def spec(name: str) -> ModelSpec:
+        if name == "13b":
+            raise ModelSupportError("no such model")
+        return small(name)
+
+    scale = Scale(device="cpu", engine="eager", prompt_tokens=60, long_prompt_tokens=90, spec=spec)
+    rows = list(measure(scale, ["13b", "8b"]))
+    assert [row.figure for row in rows] == ["load, 13b", "h2o, 8b, 90 tokens"]
+    assert rows[0].note == "ModelSupportError: no such model"
+
+
+def test_the_command_takes_some_of_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scale = Scale(device="cpu", engine="eager", prompt_tokens=60, long_prompt_tokens=90, spec=small)
+    monkeypatch.setattr(bars, "Scale", lambda: scale)
+    monkeypatch.setattr("sys.argv", ["bars", "--out", str(tmp_path), "--models", "8b"])
+    bars.main()
+    content = json.loads((tmp_path / "bars.json").read_text(encoding="utf-8"))
+    assert [row["figure"] for row in content["rows"]] == ["h2o, 8b, 90 tokens"]
+    assert content["environment"]["device"] == "cpu"
