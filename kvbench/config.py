@@ -51,7 +51,7 @@ def build_cell(composed: Composed) -> Cell:
     setting = CacheSetting(policy=policy, budget=budget, positions=_positions(config, policy), engine=engine)
     check_budget_fits(policy, budget)
     check_text(model, dataset, tasks)
-    check_model(model, dataset, setting.positions)
+    check_model(model, dataset, setting.positions, setting.engine)
     check_fit(dataset, model, tasks, query_visible=query_visible)
     settings = {
         "model": _model_key(model),

@@ -15,16 +15,15 @@ from typing import Any
 
 from kvbench.datasets.base import Dataset
 from kvbench.errors import ConfigError, close_matches
-from kvbench.models.families import FAMILIES, TEXT_FAMILIES
+from kvbench.models.families import FAMILIES, MOVING_ROTATIONS, TEXT_FAMILIES
 from kvbench.models.own_code import check_folder_code
 from kvbench.models.spec import ModelSpec
 from kvbench.redaction import is_secret_name, secret_in
 
-_MOVING_ROTATIONS = ("dynamic", "longrope")  # their angles depend on the length so far
 _LONGEST_NAME = 200
 
 
-def check_model(spec: ModelSpec, dataset: Dataset, positions: str) -> None:
+def check_model(spec: ModelSpec, dataset: Dataset, positions: str, engine: str) -> None:
     """Raise ConfigError if the model cannot do what is asked of it, as far as its config.json is on this machine."""
     if spec.folder is not None and spec.revision is not None and not spec.is_random:
         raise ConfigError(
@@ -43,8 +42,7 @@ def check_model(spec: ModelSpec, dataset: Dataset, positions: str) -> None:
             f"the data set shows pictures, but model.checkpoint {spec.checkpoint} is of family {family!r}, which reads "
             "text only; choose a vision model (model=tiny-llava), or dataset=conversation with a file without images"
         )
-    if positions != "original":
-        _check_rotation(spec, config, positions)
+    _check_rotation(spec, config, positions, engine)
 
 
 def known_config(spec: ModelSpec) -> dict[str, Any] | None:
@@ -76,19 +74,29 @@ def _check_family(spec: ModelSpec, config: Mapping[str, Any]) -> None:
     raise ConfigError(f"model.checkpoint {spec.checkpoint} is of family {family!r}; {close_matches(family, FAMILIES)}")
 
 
-def _check_rotation(spec: ModelSpec, config: Mapping[str, Any], positions: str) -> None:
+def _check_rotation(spec: ModelSpec, config: Mapping[str, Any], positions: str, engine: str) -> None:
+    for rope in _rotations(config):
+        kind, on_axes = rope.get("rope_type", rope.get("type")), "mrope_section" in rope
+        moves = kind in MOVING_ROTATIONS
+        if positions != "original" and (moves or on_axes):
+            raise ConfigError(
+                f"positions is {positions!r}, but model.checkpoint {spec.checkpoint} has rotary positions of kind "
+                f"{'several axes (M-RoPE)' if on_axes else kind}, which have no rank in the cache; use "
+                "positions=original"
+            )
+        if engine == "graph" and moves:
+            raise ConfigError(
+                f"engine is 'graph' (what auto takes on a GPU), but model.checkpoint {spec.checkpoint} has rotary "
+                f"positions of kind {kind}, whose angles follow the length so far; use engine=eager"
+            )
+
+
+def _rotations(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     for part in (config, text or {}):
         for name in ("rope_parameters", "rope_scaling"):
-            rope = part.get(name)
-            if not isinstance(rope, dict):
-                continue
-            kind = "several axes (M-RoPE)" if "mrope_section" in rope else rope.get("rope_type", rope.get("type"))
-            if kind in _MOVING_ROTATIONS or "mrope_section" in rope:
-                raise ConfigError(
-                    f"positions is {positions!r}, but model.checkpoint {spec.checkpoint} has rotary positions of kind "
-                    f"{kind}, which have no rank in the cache; use positions=original"
-                )
+            if isinstance(part.get(name), dict):
+                yield part[name]
 
 
 def check_settings(*cells: Mapping[str, Any]) -> None:

@@ -7,15 +7,17 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvbench import config
 from kvbench.cli import run
 from kvbench.compose import compose_grid
 from kvbench.config import build_cell, build_sinks, check_shared, is_forced
-from kvbench.errors import KvbenchError
+from kvbench.errors import ConfigError, KvbenchError
 from tests.test_config import WRONG
 
 LLAMA = {"model_type": "llama", "hidden_size": 32}
@@ -111,6 +113,18 @@ def test_the_same_models_pass_where_they_can_do_it(positions: str) -> None:
     words = ["model=local", "model.checkpoint=model", "dataset=conversation", "dataset.path=data.json"]
     (composed,) = compose_grid([*words, "policy=h2o", f"positions={positions}"], multirun=False, config_dir=None)
     assert build_cell(composed).model.checkpoint == "model"
+
+
+@pytest.mark.parametrize(("kind", "allowed"), [("dynamic", False), ("longrope", False), ("linear", True)])
+def test_a_moving_rotation_is_not_captured(kind: str, allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder_of({**LLAMA, "rope_scaling": {"type": kind, "factor": 2.0}}, "a.safetensors")
+    text_data()
+    words = ["model=local", "model.checkpoint=model", "dataset=conversation", "dataset.path=data.json"]
+    (composed,) = compose_grid([*words, "policy=h2o", "positions=original"], multirun=False, config_dir=None)
+    assert build_cell(composed).setting.engine == "eager"
+    monkeypatch.setattr(config, "resolve_engine", lambda asked, device: "graph")
+    with nullcontext() if allowed else pytest.raises(ConfigError, match=rf"kind {kind}.* use engine=eager"):
+        assert build_cell(composed).setting.engine == "graph"
 
 
 def test_code_of_a_hub_checkpoint_needs_a_pinned_revision(capfd: pytest.CaptureFixture[str]) -> None:

@@ -8,3 +8,4 @@ VISION_FAMILIES = ("llava", "llava_next", "llava_onevision", *GRID_FAMILIES, *PO
 TEXT_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 FAMILIES = (*VISION_FAMILIES, *TEXT_FAMILIES)
 RANDOM_FAMILIES = ("llava", *TEXT_FAMILIES)  # those that random weights and random pictures are drawn for
+MOVING_ROTATIONS = ("dynamic", "longrope")  # rotary kinds whose angles follow the length so far

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvbench.errors import ModelSupportError
+from kvbench.models.families import MOVING_ROTATIONS
 from kvbench.models.loader import LoadedModel
 from kvbench.runs.capture import captured, warm_up
 from kvbench.runs.loop import Decoding
@@ -23,17 +24,14 @@ if TYPE_CHECKING:
     from kvbench.cache.policy_cache import CacheState
 
 
-_READ_ON_THE_HOST = ("dynamic", "longrope")  # rotary kinds that look at the positions to choose their angles
-
-
 def check_rotary(model: Any) -> None:
-    """Raise ModelSupportError if the model's rotary embedding reads positions on the host."""
+    """Raise ModelSupportError for rotary positions that follow the length so far: models look at it on the host."""
     kinds = getattr(getattr(model.get_decoder(), "rotary_emb", None), "rope_type", None)
     for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
-        if kind in _READ_ON_THE_HOST:
+        if kind in MOVING_ROTATIONS:
             raise ModelSupportError(
-                f"engine=graph cannot capture rotary positions of kind {kind!r}, which are read on the host at every "
-                "step; use engine=eager"
+                f"engine=graph does not capture rotary positions of kind {kind!r}, whose angles follow the length so "
+                "far; use engine=eager"
             )
 
 
