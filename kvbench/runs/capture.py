@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 
@@ -66,7 +67,9 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 def _forbidden() -> Iterator[None]:
     """Inside, waiting for the device is an error."""
     mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():  # torch says, once, that its mode does not find every wait
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     except RuntimeError as error:

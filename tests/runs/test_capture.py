@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -39,6 +40,8 @@ class FakeCuda:
         self.calls.append(call)
 
     def set_mode(self, mode: Any) -> None:
+        if mode == "error":
+            warnings.warn("a prototype that does not detect everything", UserWarning, stacklevel=2)
         self.mode = mode
 
     def set_stream(self, stream: FakeStream) -> None:
@@ -105,6 +108,7 @@ class Step:
             raise RuntimeError("called a synchronizing CUDA operation")
 
 
+@pytest.mark.filterwarnings("error")
 def test_what_waits_only_the_first_time_is_let_through(cuda: FakeCuda) -> None:
     step, undone = Step(cuda, lambda run: run == 1), []
     warm_up(step, DEVICE, undo=lambda: undone.append(cuda.current))
