@@ -8,6 +8,7 @@ uncompressed. A decode step writes one token, attends with it, and frees one vic
 from __future__ import annotations
 
 import weakref
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from kvbench.cache.attend import Chunk, chunk_output, column_mass, decode_step, 
 from kvbench.cache.chunks import check_plan, columns_of, new_positions, real_tokens
 from kvbench.cache.layer_setup import LayerSetup, row_tensor, view_of
 from kvbench.cache.ledger import Ledger
+from kvbench.cache.pool import cut_when_pooled
 from kvbench.cache.positions import shifted_chunk, shifted_step
 from kvbench.cache.slots import Entries, Slots, settle
 from kvbench.cache.view import Needs, Plan, View, When
@@ -39,6 +41,8 @@ class PolicyLayer(CacheLayerMixin):
         self.ledger = Ledger(policy=self.setup.policy, budget=self.setup.budget)
         self.padded_tokens = 0
         self.is_initialized = False
+        if self.setup.pool is not None:
+            self.setup.pool.clear()
 
     @property
     def keys(self) -> Tensor | None:
@@ -82,6 +86,8 @@ class PolicyLayer(CacheLayerMixin):
         """
         self.is_initialized = True
         self.padded_tokens += key_states.shape[2]
+        if self.slots is not None and self.setup.places is not None:
+            key_states = self.setup.places.arrive(key_states, self.setup.layer, self.slots.length, self.ledger.seen)
         if self.slots is None:
             keys, values = key_states, value_states
         elif key_states.shape[2] == 1:
@@ -101,6 +107,8 @@ class PolicyLayer(CacheLayerMixin):
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, padding: Tensor | None) -> Tensor:
         """Return the output (B, Hq, Q, D) and settle. `padding` (B, seen) bool is False at pads."""
+        if self.slots is not None and self.setup.places is not None:
+            query = self.setup.places.turned(query)
         if self.slots is not None and query.shape[2] == 1:
             return self._decode(self.slots, query, scaling)
         real = real_tokens(query, padding, first=self.slots is None)
@@ -121,15 +129,17 @@ class PolicyLayer(CacheLayerMixin):
     def _chunk(self, chunk: Chunk, entries: Entries) -> Tensor:
         """Attend in full, then let the policy plan and move what stays into slots."""
         output = chunk_output(chunk)
-        policy = self.setup.policy
         if entries.mass is not None:
-            entries.mass = entries.mass + column_mass(chunk, policy.reduction)
-        plan = None
+            entries.mass += column_mass(chunk, self.setup.policy.reduction)
+        cut_when_pooled(self.setup.pool, entries, self.setup.num_layers, partial(self._plan, chunk, entries))
+        return output
+
+    def _plan(self, chunk: Chunk, entries: Entries) -> None:
+        policy, plan = self.setup.policy, None
         if policy.bounded and When.PREFILL in policy.when and self.ledger.over():
             plan = policy.plan(self._chunk_view(chunk, entries))
             check_plan(plan, entries, self.ledger.allowed(), policy, self.setup.layer)
         self._settle(entries, plan)
-        return output
 
     def _chunk_view(self, chunk: Chunk, entries: Entries) -> View:
         policy = self.setup.policy
@@ -139,17 +149,25 @@ class PolicyLayer(CacheLayerMixin):
         if Needs.PROBS in policy.needs:
             probs = last_rows(chunk, 1, policy.reduction)[:, :, 0]
         return view_of(
-            self.setup, self.ledger, entries, new_tokens=chunk.query.shape[2], prefill=True, window=window, probs=probs
+            self.setup,
+            self.ledger,
+            entries,
+            new_tokens=chunk.query.shape[2],
+            prefill=True,
+            window=window,
+            probs=probs,
+            memory=None if self.slots is None else self.slots.memory,
         )
 
     def _settle(self, entries: Entries, plan: Plan | None) -> None:
+        memory = None if self.slots is None else self.slots.memory
         self.slots = None
         held = self.ledger.held
         if plan is not None:
             held = plan.keep.sum(dim=-1).amax(dim=1).tolist()
         self.ledger.settle(held)
         final = self.ledger.allowed(ahead_tokens=self.setup.reserve_tokens)
-        self.slots = settle(entries, plan, max(*held, *final) + 1)
+        self.slots = settle(entries, plan, max(*held, *final) + 1, memory)
 
     def _decode(self, slots: Slots, query: Tensor, scaling: float) -> Tensor:
         """Attend to the slots, the new token among them, then free one victim per row and head."""
@@ -161,14 +179,16 @@ class PolicyLayer(CacheLayerMixin):
             probs = reduce_group(rows, policy.reduction)
         if entries.mass is not None and probs is not None:
             entries.mass += probs
-        self._evict(slots, probs)
+        cut_when_pooled(self.setup.pool, entries, self.setup.num_layers, partial(self._evict, slots, probs))
         return output
 
     def _evict(self, slots: Slots, probs: Tensor | None) -> None:
         if not self.ledger.over():
             slots.advance()
             return
-        view = view_of(self.setup, self.ledger, slots.entries, new_tokens=1, prefill=False, probs=probs)
+        view = view_of(
+            self.setup, self.ledger, slots.entries, new_tokens=1, prefill=False, probs=probs, memory=slots.memory
+        )
         victim = self.setup.policy.victim(view)
         if victim.shape != slots.length.shape or victim.dtype != torch.int64:
             raise PolicyError(

@@ -10,6 +10,8 @@ from torch import Tensor
 from kvbench.cache.budget import Budget
 from kvbench.cache.ledger import Ledger
 from kvbench.cache.policy import Policy
+from kvbench.cache.pool import Pool
+from kvbench.cache.positions import Places
 from kvbench.cache.rotation import Rotation
 from kvbench.cache.slots import Entries
 from kvbench.cache.view import Needs, View
@@ -19,7 +21,8 @@ from kvbench.cache.view import Needs, View
 class LayerSetup:
     """What a layer is told once.
 
-    rotation: given for positions=in_cache only. reserve_tokens: how many tokens will be generated;
+    rotation: given for positions=in_cache only; places: for positions=released only; pool: for policies
+    that pool layers; both are shared by the layers of a cache. reserve_tokens: how many tokens will be generated;
     more than that makes the buffers grow by copying. prompt_kind (B, T) int8 or None for text.
     row_seeds: one number per sequence for policies that draw, None for zeros.
     """
@@ -32,6 +35,8 @@ class LayerSetup:
     reserve_tokens: int
     prompt_kind: Tensor | None
     row_seeds: tuple[int, ...] | None = None
+    places: Places | None = None
+    pool: Pool | None = None
 
 
 def view_of(
@@ -43,6 +48,7 @@ def view_of(
     prefill: bool,
     window: Tensor | None = None,
     probs: Tensor | None = None,
+    memory: Tensor | None = None,
 ) -> View:
     """Return the view of `entries` for the policy; statistics it did not declare are left out."""
     return View(
@@ -53,6 +59,7 @@ def view_of(
         prompt=row_tensor(ledger.prompt, entries.keys),
         seen=row_tensor(ledger.seen, entries.keys),
         budget=row_tensor(ledger.allowed(), entries.keys),
+        prompt_budget=row_tensor(ledger.allowed_after_prompt(), entries.keys),
         row_seed=row_tensor(list(setup.row_seeds or [0] * entries.keys.shape[0]), entries.keys),
         keys=entries.keys,
         values=entries.values,
@@ -61,6 +68,7 @@ def view_of(
         mass_or_none=entries.mass,
         window_or_none=window,
         probs_or_none=probs if Needs.PROBS in setup.policy.needs else None,
+        memory_or_none=memory,
     )
 
 

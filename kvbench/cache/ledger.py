@@ -62,10 +62,15 @@ class Ledger:
         rows = range(len(self.seen))
         return [self._allowed(row, self.seen[row] + ahead_tokens) for row in rows]
 
+    def allowed_after_prompt(self) -> list[int]:
+        """Return the entries each row was allowed when it had seen its first prompt."""
+        return [self._allowed(row, seen) for row, seen in enumerate(self.prompt)]
+
     def _allowed(self, row: int, seen: int) -> int:
         if not self.policy.bounded:
             return seen
-        entries = self.budget.entries(seen_tokens=seen, prompt_tokens=self.prompt[row])
+        count = self.budget.entries_as_released if self.policy.counts_as_released else self.budget.entries
+        entries = count(seen_tokens=seen, prompt_tokens=self.prompt[row])
         settled = bool(self.settled_seen) and seen > self.settled_seen[row]
         if settled and When.DECODE not in self.policy.when:
             return self.settled_held[row] + seen - self.settled_seen[row]

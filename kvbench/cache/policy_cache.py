@@ -18,7 +18,8 @@ from kvbench.cache.budget import UNLIMITED, Budget
 from kvbench.cache.layer import PolicyLayer
 from kvbench.cache.layer_setup import LayerSetup
 from kvbench.cache.policy import Policy
-from kvbench.cache.positions import POSITION_MODES, PositionMode
+from kvbench.cache.pool import Pool
+from kvbench.cache.positions import POSITION_MODES, Places, PositionMode
 from kvbench.cache.rotation import rotation_of
 from kvbench.errors import ConfigError, ModelSupportError, close_matches
 
@@ -42,7 +43,7 @@ class Occupancy:
 class PolicyCache(Cache):
     """A cache of slots under `policy` and `budget` for one batch of sequences.
 
-    positions: `original` or `in_cache`. reserve_tokens: tokens that will be generated, so that buffers
+    positions: `original`, `in_cache` or `released`. reserve_tokens: tokens that will be generated, so that buffers
     are allocated once; more than that still works, by copying. prompt_kind (B, T): kind of each prompt
     token. row_seeds: one number per sequence, for policies that draw. Raises: ModelSupportError if
     `attach(model)` was not called.
@@ -63,7 +64,9 @@ class PolicyCache(Cache):
             raise ModelSupportError("the model does not use kvbench's attention; call kvbench.attach(model) first")
         if positions not in POSITION_MODES:
             raise ConfigError(f"positions is {positions!r}; {close_matches(positions, POSITION_MODES)}")
-        rotation = rotation_of(model.get_decoder()) if positions == "in_cache" else None
+        rotation = rotation_of(model.get_decoder(), positions) if positions != "original" else None
+        places = Places(rotation=rotation) if rotation is not None and positions == "released" else None
+        pool = Pool() if policy.pools_layers else None
         num_layers = model.config.get_text_config().num_hidden_layers
         setups = (
             LayerSetup(
@@ -71,7 +74,9 @@ class PolicyCache(Cache):
                 num_layers=num_layers,
                 policy=policy,
                 budget=budget,
-                rotation=rotation,
+                rotation=rotation if places is None else None,
+                places=places,
+                pool=pool,
                 reserve_tokens=reserve_tokens,
                 prompt_kind=prompt_kind,
                 row_seeds=None if row_seeds is None else tuple(row_seeds),

@@ -35,11 +35,15 @@ class Entries:
 
 @dataclass(kw_only=True, slots=True)
 class Slots:
-    """A layer's buffer of C slots; `length` (B, H) counts tokens held, `free` (B, H) is the next slot."""
+    """A layer's buffer of C slots; `length` (B, H) counts tokens held, `free` (B, H) is the next slot.
+
+    `memory` (B, H, M) is what the policy's last plan left; it does not follow the tokens.
+    """
 
     entries: Entries
     length: Tensor
     free: Tensor
+    memory: Tensor | None = None
 
     @property
     def capacity(self) -> int:
@@ -83,19 +87,21 @@ class Slots:
         return sum(t.untyped_storage().nbytes() for t in self.entries.columns())
 
 
-def settle(entries: Entries, plan: Plan | None, capacity: int) -> Slots:
+def settle(entries: Entries, plan: Plan | None, capacity: int, memory: Tensor | None = None) -> Slots:
     """Move what `plan` keeps into fresh slots in token order; the old storage is let go.
 
     Merging averages keys and values of a bucket in float32 and adds up its mass; the entry keeps its
-    anchor's position and kind.
+    anchor's position and kind. `memory` is what an earlier plan left.
     """
     if plan is not None:
-        entries = _merged(entries, plan.merge_into) if plan.merge_into is not None else entries
+        memory = memory if plan.memory is None else plan.memory
+        entries = entries if plan.merge_into is None else _merged(entries, plan.merge_into, plan.merge_source)
+        entries.mass = entries.mass if plan.mass is None else plan.mass
         entries.position = entries.position.masked_fill(~plan.keep, EMPTY)
     length = (entries.position >= 0).sum(dim=-1)
     order = age_rank(entries.position).argsort(dim=-1)[..., : int(length.max())]
     kept = _with_capacity(_gather(entries, order), capacity)
-    return Slots(entries=kept, length=length, free=length.clone())
+    return Slots(entries=kept, length=length, free=length.clone(), memory=memory)
 
 
 def _gather(entries: Entries, order: Tensor) -> Entries:
@@ -125,7 +131,7 @@ def _with_capacity(entries: Entries, capacity: int) -> Entries:
     )
 
 
-def _merged(entries: Entries, into: Tensor) -> Entries:
+def _merged(entries: Entries, into: Tensor, source: Tensor | None) -> Entries:
     held = entries.position >= 0
     count = torch.zeros_like(into, dtype=torch.float32).scatter_add_(2, into, held.float())
     joined = (count > 1)[..., None]
@@ -133,7 +139,8 @@ def _merged(entries: Entries, into: Tensor) -> Entries:
 
     def mean(states: Tensor) -> Tensor:
         total = torch.zeros_like(states, dtype=torch.float32)
-        total.scatter_add_(2, wide, states.float() * held[..., None])
+        brought = states if source is None else states.gather(2, source[..., None].expand_as(states))
+        total.scatter_add_(2, wide, brought.float() * held[..., None])
         return torch.where(joined, total / count.clamp(min=1)[..., None], states.float()).to(states.dtype)
 
     mass = entries.mass
