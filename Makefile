@@ -5,7 +5,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install run report check test test-gpu wheel-smoke train-bundled clean
+.PHONY: help install run report check test test-long test-gpu wheel-smoke train-bundled clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ check: install ## ruff and mypy
 
 test: install ## the whole test suite
 	$(BIN)/python -m pytest
+
+test-long: install ## only the tests that take minutes, such as a thousand kills
+	$(BIN)/python -m pytest -m long
 
 test-gpu: install ## only the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
