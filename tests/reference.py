@@ -36,7 +36,9 @@ def visible_logits(model: Any, tokens: Tensor, sees: Sees, *, positions: str) ->
     hidden = _weight(model.model.embed_tokens)[tokens]
     for index, layer in enumerate(model.model.layers):
         normed = _normed(layer.input_layernorm, hidden)
-        hidden = hidden + _attention(model, layer.self_attn, normed, [query[index] for query in sees], places, positions)
+        hidden = hidden + _attention(
+            model, layer.self_attn, normed, [query[index] for query in sees], places, positions
+        )
         normed = _normed(layer.post_attention_layernorm, hidden)
         gate, up = normed @ _weight(layer.mlp.gate_proj).T, normed @ _weight(layer.mlp.up_proj).T
         hidden = hidden + (functional.silu(gate) * up) @ _weight(layer.mlp.down_proj).T

@@ -12,6 +12,7 @@ from kvbench.errors import ConfigError, MeasureError
 from kvbench.metrics.facts import fact_scores
 from kvbench.metrics.intervals import mean_interval
 from kvbench.metrics.rouge import first_divergence, length_ratio, rouge_scores
+from kvbench.metrics.rouge_released import rouge_l_released
 from kvbench.models.inputs import PromptBatch, answer_text
 from kvbench.runs.full_answers import Answers
 from kvbench.runs.loop import greedy
@@ -26,12 +27,14 @@ class Generation:
     """Greedy decoding up to `max_new_tokens`, scored per example.
 
     In every run the full cache answers the first planned batch once more and must give the stored
-    answers token for token: a reference that does not reproduce is worth nothing.
+    answers token for token: a reference that does not reproduce is worth nothing. `released_rouge` adds
+    rougeL_released_vs_full, on texts with their end token as in Elastic Cache's code.
     """
 
     protocol: ClassVar[str] = "greedy_v1"
 
     max_new_tokens: int = 160
+    released_rouge: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -48,11 +51,18 @@ class Generation:
         for examples, batch in batches:
             answers = greedy(bench.loaded, batch, bench.setting, max_new_tokens=self.max_new_tokens, on_step=held.note)
             for example, answer in zip(examples, answers, strict=True):
-                result.samples[example.id] = _row(bench, example, answer, full[example.id])
+                result.samples[example.id] = self._row(bench, example, answer, full[example.id])
             bench.advance(len(examples) / len(bench.examples))
         _summarise(bench, result)
         held.report(result)
         return result
+
+    def _row(self, bench: Bench, example: Example, answer: list[int], full: list[int]) -> dict[str, Any]:
+        row = _row(bench, example, answer, full)
+        if self.released_rouge:
+            texts = [_text_with_end(bench, tokens, self.max_new_tokens) for tokens in (answer, full)]
+            row["rougeL_released_vs_full"] = rouge_l_released(prediction=texts[0], reference=texts[1])
+        return row
 
 
 def full_answers(
@@ -97,6 +107,13 @@ def _row(bench: Bench, example: Example, answer: list[int], full: list[int]) -> 
     row["first_divergence_tokens"] = first_divergence(answer, full)
     row["num_new_tokens"] = len(answer)
     return row | _facts(bench.dataset, example, text)
+
+
+def _text_with_end(bench: Bench, tokens: list[int], max_new_tokens: int) -> str:
+    """Return the answer with the end token it was ended by, if it was."""
+    ended = [*tokens, bench.loaded.eos_token_id] if len(tokens) < max_new_tokens else tokens
+    text: str = bench.loaded.tokenizer.decode(ended)
+    return text.strip()
 
 
 def _facts(dataset: Dataset, example: Example, text: str) -> dict[str, float]:
