@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Every policy is tested in every position mode, but not every pair in every run."""
     for item in items:
         chosen = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        if "policy" in chosen and takes_long(chosen["policy"], chosen.get("positions")):
+        if {"policy", "positions"} <= chosen.keys() and takes_long(chosen["policy"], chosen["positions"]):
             item.add_marker(pytest.mark.long)
 
 

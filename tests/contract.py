@@ -39,11 +39,10 @@ class MiddleFirst(ScorePolicy):
         return -((view.position - view.seen[:, None, None] // 2).abs() // 2).float()
 
 
-def takes_long(policy: Path | None, positions: str | None) -> bool:
-    """Whether a pair of parameters is left to `make test-long`; a new yaml is tested with what it has by default."""
+def takes_long(policy: Path | None, positions: str) -> bool:
+    """Whether a pair is left to `make test-long`; a new yaml is tested in every mode until it is named above."""
     name = policy.stem if policy else "middle_first"
-    known = set().union(*_USUAL.values())
-    return positions is not None and name in known and name not in _USUAL[positions]
+    return name in set().union(*_USUAL.values()) and name not in _USUAL[positions]
 
 
 def budget_named(name: str, policy: Policy) -> Budget:
