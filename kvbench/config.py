@@ -18,11 +18,12 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from kvbench.cache import Budget, Policy
 from kvbench.cache.positions import POSITION_MODES, PositionMode
+from kvbench.combinations import check_budget_fits, check_text
 from kvbench.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError, close_matches
 from kvbench.models.spec import ModelSpec
 from kvbench.runs.cell import Cell
-from kvbench.runs.device import resolve_device
+from kvbench.runs.device import resolve_device, resolve_engine
 from kvbench.runs.loop import CacheSetting
 from kvbench.sinks.base import SinkGroup
 from kvbench.value_types import fits, type_name
@@ -42,15 +43,18 @@ def build_cell(composed: Composed) -> Cell:
     if not tasks:
         raise ConfigError("no task is left, so nothing would be measured; choose task=all or another one")
     batch_size, seed = _whole(config, "batch_size", at_least=1), _whole(config, "seed", at_least=None)
-    setting = CacheSetting(policy=policy, budget=budget, positions=_positions(config, policy))
-    _check_budget_fits(policy, budget)
     device = resolve_device(str(config.device))
+    engine = resolve_engine(str(config.engine), device)
+    setting = CacheSetting(policy=policy, budget=budget, positions=_positions(config, policy), engine=engine)
+    check_budget_fits(policy, budget)
+    check_text(model, dataset, tasks)
     settings = {
-        "model": {"fingerprint": _fingerprint(model), "dtype": model.dtype},
+        "model": {"fingerprint": _fingerprint(model), "dtype": model.dtype, "fused": model.fused},
         "dataset": {"fingerprint": dataset.fingerprint, **_plain(config.dataset, without=_PATH_SETTINGS)},
         "policy": {**_plain(config.policy), **dataclasses.asdict(policy), "source": _source(policy)},
         "budget": _plain(config.budget) if policy.bounded else None,
         "positions": setting.positions,
+        "engine": setting.engine,
         "task": {name: {**_plain(node), "protocol": tasks[str(name)].protocol} for name, node in config.task.items()},
         "batch_size": batch_size,
         "seed": seed,
@@ -59,7 +63,7 @@ def build_cell(composed: Composed) -> Cell:
     }
     return Cell(
         settings=settings,
-        labels=_labels(composed, policy, budget, setting.positions),
+        labels=_labels(composed, model, dataset, setting),
         model=model,
         dataset=dataset,
         setting=setting,
@@ -154,15 +158,6 @@ def _positions(config: DictConfig, policy: Policy) -> PositionMode:
     return policy.native_positions if asked == "native" else typing.cast(PositionMode, asked)
 
 
-def _check_budget_fits(policy: Policy, budget: Budget) -> None:
-    need = policy.smallest_budget_tokens
-    if policy.bounded and budget.tokens is not None and budget.tokens < need:
-        raise ConfigError(
-            f"budget.tokens is {budget.tokens}, but {type(policy).__name__} protects {need} tokens (sinks and recent "
-            f"window); give at least {need}, or fewer sinks"
-        )
-
-
 def _source(policy: Policy) -> str:
     """Return the hash of the policy's code, so that a record never outlives the code that made it."""
     classes = [kind for kind in type(policy).__mro__ if issubclass(kind, Policy)]
@@ -180,12 +175,15 @@ def _plain(node: DictConfig, without: tuple[str, ...] = ()) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key not in without}
 
 
-def _labels(composed: Composed, policy: Policy, budget: Budget, positions: str) -> dict[str, Any]:
+def _labels(composed: Composed, model: ModelSpec, dataset: Any, setting: CacheSetting) -> dict[str, Any]:
+    policy, budget = setting.policy, setting.budget
     names = {group: str(composed.choices[group]) for group in ("model", "dataset", "policy")}
+    names["model"] += " (random weights)" if model.is_random else ""
+    names["dataset"] = getattr(dataset, "label", names["dataset"])
     limits = {"budget_fraction": budget.fraction, "budget_tokens": budget.tokens}
     bounded = {"budget": budget.describe(), **limits}
     unbounded = {"budget": "-", **dict.fromkeys(limits)}
-    return {**names, **(bounded if policy.bounded else unbounded), "positions": positions}
+    return {**names, **(bounded if policy.bounded else unbounded), "positions": setting.positions}
 
 
 @cache

@@ -17,6 +17,8 @@ def fits(value: Any, hint: Any) -> bool:
         return any(fits(value, option) for option in options)
     if origin is typing.Literal:
         return value in options
+    if origin is dict:
+        return isinstance(value, dict)
     if hint in (int, float, bool, str):
         allowed = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}[hint]
         return isinstance(value, allowed) and (hint is bool or not isinstance(value, bool))
@@ -30,6 +32,8 @@ def type_name(hint: Any) -> str:
     options = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(repr(option) for option in options)
+    if typing.get_origin(hint) is dict:
+        return "a mapping"
     if options:
         return " or ".join(type_name(option) for option in options)
     return _TYPE_NAMES.get(hint, str(hint))

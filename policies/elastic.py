@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from kvbench.cache import Needs, Plan, Policy, View
-from kvbench.cache.selection import age_rank, keep_top, nearest_anchor, protected_entries
+from kvbench.cache.selection import entry_of_rank, keep_top, nearest_anchor, protected_entries
 from kvbench.errors import ConfigError
 
 
@@ -47,7 +47,6 @@ class Elastic(Policy):
 
     def victim(self, view: View) -> Tensor:
         """Free the entry with `fixed_point` newer ones; the first token stays while there is another."""
-        rank = age_rank(view.position)
         newest = view.valid.sum(dim=-1) - 1
         point = (newest - self.fixed_point).clamp(min=1).minimum((newest - 1).clamp(min=0))
-        return (rank == point[..., None]).long().argmax(dim=-1)
+        return entry_of_rank(view.position, point)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvbench.cache import Needs, Plan, Policy, View
 from kvbench.cache.released_choice import merge_with_lost_offset, sorted_order_as_rank
-from kvbench.cache.selection import age_rank, keep_top, nearest_anchor, protected_entries
+from kvbench.cache.selection import age_rank, entry_of_rank, keep_top, nearest_anchor, protected_entries
 from kvbench.errors import ConfigError
 
 
@@ -105,7 +105,7 @@ class ElasticReleased(Policy):
             point = torch.where((start == -1) | (at < 0), point, at)
         if self.sink_lost_when_one_over:
             point = torch.where((view.prompt - view.prompt_budget <= 1)[:, None], 0, point)
-        return (age_rank(view.position) == point[..., None]).long().argmax(dim=-1)
+        return entry_of_rank(view.position, point.expand(view.position.shape[:2]))
 
 
 def _own(view: View) -> Tensor:

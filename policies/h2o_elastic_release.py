@@ -91,7 +91,8 @@ class H2OElasticRelease(Policy):
     def _lowest(self, view: View, score: Tensor) -> Tensor:
         protected = self._protected(view, view.budget)
         if self.no_recent_window:
-            protected = protected | (age_rank(view.position) == 0)
+            held = view.position.masked_fill(~view.valid, torch.iinfo(torch.int64).max)
+            protected = protected | (held == held.amin(dim=-1, keepdim=True))
         return lowest(score.masked_fill(protected, torch.inf), view.position)
 
     def victim(self, view: View) -> Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from kvbench.cache import Plan, Policy, View
-from kvbench.cache.selection import age_rank
+from kvbench.cache.selection import age_rank, entry_of_rank
 from kvbench.errors import ConfigError
 
 
@@ -53,17 +53,15 @@ class LocalElasticRelease(Policy):
 
     def victim(self, view: View) -> Tensor:
         """Free the entry right after the sinks."""
-        return (age_rank(view.position) == self._sinks(view)).long().argmax(dim=-1)
+        return entry_of_rank(view.position, self._sinks(view)[..., 0].expand(view.position.shape[:2]))
 
     def _sinks(self, view: View) -> Tensor:
+        """(B, 1 or H, 1): how many of the oldest entries are kept as sinks."""
         room = view.budget[:, None, None]
-        if not self.sinks_before_newest:
-            room = room - 1
-        held = self.num_sinks
-        if not self.sinks_before_newest:  # a sink that is gone makes no room for another token
-            first = (view.position < room.clamp(max=self.num_sinks)) & view.valid
-            return first.sum(dim=-1, keepdim=True)
-        return room.clamp(max=held)
+        if self.sinks_before_newest:
+            return room.clamp(max=self.num_sinks)
+        sinks = view.position < (room - 1).clamp(max=self.num_sinks)  # one that is gone makes no room for another
+        return (sinks & view.valid).sum(dim=-1, keepdim=True)
 
     def _over(self, view: View) -> Tensor:
         return (view.valid.sum(dim=-1) - view.budget[:, None]).clamp(min=0)[..., None]

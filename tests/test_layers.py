@@ -19,17 +19,18 @@ FILES = sorted(
     if (REPO / folder / "policies") not in path.parents
 )
 FOUNDATION = {"errors", "units", "records"}
-COMPOSITION = {"cli", "config", "compose", "help_text", "value_types", "__main__"}
+COMPOSITION = {"cli", "combinations", "config", "compose", "help_text", "value_types", "__main__"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "units": {"errors"},
     "records": {"errors"},
-    "cache": FOUNDATION,
+    "kernels": FOUNDATION,
+    "cache": FOUNDATION | {"kernels"},
     "datasets": FOUNDATION | {"cache"},
-    "models": FOUNDATION | {"cache", "datasets"},
+    "models": FOUNDATION | {"kernels", "cache", "datasets"},
     "metrics": FOUNDATION | {"cache", "datasets", "models"},
     "sinks": FOUNDATION | {"cache", "datasets", "models"},
-    "runs": FOUNDATION | {"cache", "datasets", "models", "metrics", "sinks"},
+    "runs": FOUNDATION | {"kernels", "cache", "datasets", "models", "metrics", "sinks"},
     "report": FOUNDATION,
     "__init__": {"cache"},
 }
@@ -38,6 +39,7 @@ ONLY_IN = {
     "omegaconf": ["kvbench/cli.py", "kvbench/config.py", "kvbench/compose.py"],
     "wandb": ["kvbench/sinks/wandb.py"],
     "matplotlib": ["kvbench/report/plots*.py"],
+    "triton": ["kvbench/kernels/*.py"],
     "transformers": ["kvbench/cache/*.py", "kvbench/models/*.py", "kvbench/runs/*.py"],
 }
 MAX_LINES = 200

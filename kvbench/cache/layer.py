@@ -14,32 +14,38 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvbench.cache.attend import Chunk, chunk_output, column_mass, decode_step, last_rows, reduce_group
+from kvbench.cache.attend import Chunk, chunk_output, column_mass, last_rows
 from kvbench.cache.chunks import check_plan, columns_of, new_positions, real_tokens
-from kvbench.cache.layer_setup import LayerSetup, row_tensor, view_of
+from kvbench.cache.decode_step import attend_slots, end_step, evicts_at_decode, write_token
+from kvbench.cache.layer_setup import LayerSetup, view_of
 from kvbench.cache.ledger import Ledger
 from kvbench.cache.pool import cut_when_pooled
-from kvbench.cache.positions import shifted_chunk, shifted_step
+from kvbench.cache.positions import shifted_chunk
+from kvbench.cache.selection import age_rank
 from kvbench.cache.slots import Entries, Slots, settle
+from kvbench.cache.step_counts import GROW_TOKENS, CountsShelf, StepCounts
 from kvbench.cache.view import Needs, Plan, View, When
-from kvbench.errors import ModelSupportError, PolicyError
+from kvbench.errors import ModelSupportError
+from kvbench.kernels.dispatch import use_triton
 
-GROW_TOKENS = 64
 LAYER_TAG = "kvbench_layer"
 
 
 class PolicyLayer(CacheLayerMixin):
-    """Slots of one layer under one policy; made by `PolicyCache`."""
+    """Slots of one layer under one policy; made by `PolicyCache`, whose layers share a shelf of counts."""
 
-    def __init__(self, setup: LayerSetup) -> None:
+    def __init__(self, setup: LayerSetup, shelf: CountsShelf | None = None) -> None:
         self.setup = setup
+        self._shelf = shelf or CountsShelf()
         self.reset()
 
     def reset(self) -> None:
         """Forget everything; buffers are let go."""
+        self._shelf.clear()
         self.slots: Slots | None = None
+        self.counts: StepCounts | None = None
+        self._leads = False
         self.ledger = Ledger(policy=self.setup.policy, budget=self.setup.budget)
-        self.padded_tokens = 0
         self.is_initialized = False
         if self.setup.pool is not None:
             self.setup.pool.clear()
@@ -60,11 +66,11 @@ class PolicyLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Return tokens seen (pads included), not entries held: positions are derived from it."""
-        return self.padded_tokens
+        return self.ledger.padded_tokens
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the length of the padding mask, over everything seen, and its offset."""
-        return self.padded_tokens + query_length, 0
+        return self.ledger.padded_tokens + query_length, 0
 
     def get_max_length(self) -> int:
         """Return -1: there is no largest length."""
@@ -85,9 +91,9 @@ class PolicyLayer(CacheLayerMixin):
         layer by the tag; so no hook, no patch and no global state is needed.
         """
         self.is_initialized = True
-        self.padded_tokens += key_states.shape[2]
-        if self.slots is not None and self.setup.places is not None:
-            key_states = self.setup.places.arrive(key_states, self.setup.layer, self.slots.length, self.ledger.seen)
+        self.ledger.padded_tokens += key_states.shape[2]
+        if self.setup.places is not None and self.slots is not None and self.counts is not None:
+            key_states = self.setup.places.arrive(key_states, self.setup.layer, self.slots.length, self.counts.seen)
         if self.slots is None:
             keys, values = key_states, value_states
         elif key_states.shape[2] == 1:
@@ -99,10 +105,14 @@ class PolicyLayer(CacheLayerMixin):
         return keys, values
 
     def _write(self, slots: Slots, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        if max(self.ledger.held) + 1 > slots.capacity:
-            slots.grow(slots.capacity + GROW_TOKENS)
-        slots.write(keys, values, row_tensor(self.ledger.seen, keys))
+        counts = self.counts
+        assert counts is not None
+        if self._leads:
+            counts.advance(self.ledger)
         self.ledger.arrive([1] * keys.shape[0])
+        if max(self.ledger.held) > slots.capacity:
+            slots.grow(slots.capacity + GROW_TOKENS)
+        write_token(slots, keys, values, self.setup, counts)
         return slots.entries.keys, slots.entries.values
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, padding: Tensor | None) -> Tensor:
@@ -131,15 +141,16 @@ class PolicyLayer(CacheLayerMixin):
         output = chunk_output(chunk)
         if entries.mass is not None:
             entries.mass += column_mass(chunk, self.setup.policy.reduction)
-        cut_when_pooled(self.setup.pool, entries, self.setup.num_layers, partial(self._plan, chunk, entries))
+        cut_when_pooled(self.setup.pool, entries, self.setup.num_layers, partial(self._cut, chunk, entries))
         return output
 
-    def _plan(self, chunk: Chunk, entries: Entries) -> None:
+    def _cut(self, chunk: Chunk, entries: Entries) -> None:
         policy, plan = self.setup.policy, None
-        if policy.bounded and When.PREFILL in policy.when and self.ledger.over():
-            plan = policy.plan(self._chunk_view(chunk, entries))
-            check_plan(plan, entries, self.ledger.allowed(), policy, self.setup.layer)
-        self._settle(entries, plan)
+        with self.setup.on_settle():
+            if policy.bounded and When.PREFILL in policy.when and self.ledger.over():
+                plan = policy.plan(self._chunk_view(chunk, entries))
+                check_plan(plan, entries, self.ledger.allowed(), policy, self.setup.layer)
+            self._settle(entries, plan)
 
     def _chunk_view(self, chunk: Chunk, entries: Entries) -> View:
         policy = self.setup.policy
@@ -148,16 +159,7 @@ class PolicyLayer(CacheLayerMixin):
             window = last_rows(chunk, policy.window_tokens, policy.reduction)
         if Needs.PROBS in policy.needs:
             probs = last_rows(chunk, 1, policy.reduction)[:, :, 0]
-        return view_of(
-            self.setup,
-            self.ledger,
-            entries,
-            new_tokens=chunk.query.shape[2],
-            prefill=True,
-            window=window,
-            probs=probs,
-            memory=None if self.slots is None else self.slots.memory,
-        )
+        return view_of(self.setup, self.ledger, entries, new_tokens=chunk.query.shape[2], window=window, probs=probs)
 
     def _settle(self, entries: Entries, plan: Plan | None) -> None:
         memory = None if self.slots is None else self.slots.memory
@@ -168,36 +170,28 @@ class PolicyLayer(CacheLayerMixin):
         self.ledger.settle(held)
         final = self.ledger.allowed(ahead_tokens=self.setup.reserve_tokens)
         self.slots = settle(entries, plan, max(*held, *final) + 1, memory)
+        if self.setup.rotation is not None and use_triton(self.slots.entries.keys):
+            self.slots.rank = age_rank(self.slots.entries.position).int()
+        self.counts, self._leads = self._shelf.take(self.setup, self.ledger, self.slots.length.device)
 
     def _decode(self, slots: Slots, query: Tensor, scaling: float) -> Tensor:
         """Attend to the slots, the new token among them, then free one victim per row and head."""
-        policy, entries = self.setup.policy, slots.entries
-        query, keys = shifted_step(query, entries.keys, entries.position, self.setup.rotation)
-        output, rows = decode_step(query, keys, entries.values, entries.position >= 0, scaling)
-        probs = None
-        if policy.needs & (Needs.MASS | Needs.PROBS):
-            probs = reduce_group(rows, policy.reduction)
-        if entries.mass is not None and probs is not None:
-            entries.mass += probs
-        cut_when_pooled(self.setup.pool, entries, self.setup.num_layers, partial(self._evict, slots, probs))
+        assert self.counts is not None
+        output, probs = attend_slots(slots, query, scaling, self.setup, self.counts)
+        end = partial(end_step, slots, probs, self.setup, self.counts, self.ledger)
+        cut_when_pooled(self.setup.pool, slots.entries, self.setup.num_layers, end)
         return output
 
-    def _evict(self, slots: Slots, probs: Tensor | None) -> None:
-        if not self.ledger.over():
-            slots.advance()
-            return
-        view = view_of(
-            self.setup, self.ledger, slots.entries, new_tokens=1, prefill=False, probs=probs, memory=slots.memory
-        )
-        victim = self.setup.policy.victim(view)
-        if victim.shape != slots.length.shape or victim.dtype != torch.int64:
-            raise PolicyError(
-                f"{type(self.setup.policy).__name__}.victim returned {victim.dtype} of shape {tuple(victim.shape)}; "
-                f"it must be int64 of shape (B, H) = {tuple(slots.length.shape)}"
-            )
-        over = slots.length > view.budget[:, None]
-        # On a GPU this would wait for the device at every step; the contract test covers policies there.
-        if victim.device.type == "cpu" and bool((over & ~view.valid.gather(2, victim[..., None])[..., 0]).any()):
-            raise PolicyError(f"{type(self.setup.policy).__name__}.victim chose a slot that holds no token")
-        slots.release(victim, over)
-        self.ledger.evicted()
+    def state(self) -> list[Tensor]:
+        """Return the tensors that a decode step changes in place, keys and values excepted."""
+        assert self.slots is not None
+        assert self.counts is not None
+        return self.slots.state() + (self.counts.state() if self._leads else [])
+
+    def decide(self) -> Tensor | None:
+        """Return the victim (B, H) that the policy would free now, None for one that frees nothing at decode."""
+        policy = self.setup.policy
+        if self.slots is None or self.counts is None or not evicts_at_decode(policy):
+            return None
+        probs = torch.zeros_like(self.slots.entries.position, dtype=torch.float32)
+        return policy.victim(self.counts.view(self.setup, self.slots, probs))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +16,7 @@ from kvbench.cache.pool import Pool
 from kvbench.cache.positions import Places
 from kvbench.cache.rotation import Rotation
 from kvbench.cache.slots import Entries
-from kvbench.cache.view import Needs, View
+from kvbench.cache.view import View
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +24,10 @@ class LayerSetup:
     """What a layer is told once.
 
     rotation: given for positions=in_cache only; places: for positions=released only; pool: for policies
-    that pool layers; both are shared by the layers of a cache. reserve_tokens: how many tokens will be generated;
-    more than that makes the buffers grow by copying. prompt_kind (B, T) int8 or None for text.
-    row_seeds: one number per sequence for policies that draw, None for zeros.
+    that pool layers; both are shared by the layers of a cache. reserve_tokens: how many tokens will be
+    generated; more than that makes the buffers grow by copying. prompt_kind (B, T) int8 or None for text.
+    row_seeds: one number per sequence for policies that draw, None for zeros. on_settle: entered around
+    what a policy adds to a prompt (plan, check, move into slots), so that it can be measured apart.
     """
 
     layer: int
@@ -37,6 +40,7 @@ class LayerSetup:
     row_seeds: tuple[int, ...] | None = None
     places: Places | None = None
     pool: Pool | None = None
+    on_settle: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 def view_of(
@@ -45,17 +49,15 @@ def view_of(
     entries: Entries,
     *,
     new_tokens: int,
-    prefill: bool,
     window: Tensor | None = None,
     probs: Tensor | None = None,
-    memory: Tensor | None = None,
 ) -> View:
-    """Return the view of `entries` for the policy; statistics it did not declare are left out."""
+    """Return the view of a prompt's `entries` for the policy; statistics it did not declare are left out."""
     return View(
         layer=setup.layer,
         num_layers=setup.num_layers,
         new_tokens=new_tokens,
-        prefill=prefill,
+        prefill=True,
         prompt=row_tensor(ledger.prompt, entries.keys),
         seen=row_tensor(ledger.seen, entries.keys),
         budget=row_tensor(ledger.allowed(), entries.keys),
@@ -67,8 +69,7 @@ def view_of(
         kind=entries.kind,
         mass_or_none=entries.mass,
         window_or_none=window,
-        probs_or_none=probs if Needs.PROBS in setup.policy.needs else None,
-        memory_or_none=memory,
+        probs_or_none=probs,
     )
 
 

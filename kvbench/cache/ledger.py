@@ -18,7 +18,7 @@ class Ledger:
     """One layer's counts; every list has one number per row of the batch.
 
     `held` is the largest count over the heads of the row. `settled_*` are the counts when the last
-    chunk of several tokens was settled.
+    chunk of several tokens was settled. `padded_tokens` counts pads too, the same for all rows.
     """
 
     policy: Policy
@@ -28,6 +28,12 @@ class Ledger:
     held: list[int] = field(default_factory=list)
     settled_seen: list[int] = field(default_factory=list)
     settled_held: list[int] = field(default_factory=list)
+    padded_tokens: int = 0
+
+    @property
+    def steps_since_settled(self) -> int:
+        """Tokens that came one by one after the last chunk."""
+        return self.seen[0] - self.settled_seen[0] if self.settled_seen else 0
 
     def arrive(self, added: list[int]) -> None:
         """Count `added` new tokens per row, pads left out."""
@@ -48,6 +54,12 @@ class Ledger:
     def evicted(self) -> None:
         """Note that every row over its budget lost one entry."""
         self.held = [min(h, max(a, h - 1)) for h, a in zip(self.held, self.allowed(), strict=True)]
+
+    def replay(self) -> None:
+        """Count a decode step that the device did by itself: the token that arrived, and the victim."""
+        self.padded_tokens += 1
+        self.arrive([1] * len(self.seen))
+        self.evicted()
 
     def over(self) -> bool:
         """Return whether any row holds more than it may."""

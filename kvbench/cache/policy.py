@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvbench.cache.selection import keep_top, lowest, protected_entries
+from kvbench.cache.selection import keep_top, lowest, protected_entries, protected_range
 from kvbench.cache.view import Needs, Plan, View, When
 from kvbench.errors import ConfigError, PolicyError
 
@@ -104,7 +104,8 @@ class ScorePolicy(Policy):
         """Free the entry of lowest score, the oldest of equals."""
         return lowest(self._protected_score(view), view.position)
 
-    def _protected_score(self, view: View) -> Tensor:
+    def checked_score(self, view: View) -> Tensor:
+        """Return `score(view)`. Raises: PolicyError for another shape than (B, H, T) or (B, 1, T)."""
         score = self.score(view)
         rows, _, entries = view.position.shape
         if score.shape not in (view.position.shape, (rows, 1, entries)):
@@ -112,6 +113,20 @@ class ScorePolicy(Policy):
                 f"{type(self).__name__}.score returned shape {tuple(score.shape)}; "
                 f"it must be (B, H, T) = {tuple(view.position.shape)} or (B, 1, T)"
             )
+        return score
+
+    def protected_range(self, seen: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B,) each: positions below the first and from the second on are never evicted."""
+        return protected_range(
+            seen,
+            budget,
+            num_sinks=self.num_sinks,
+            num_recent=self.num_recent,
+            recent_fraction=self.recent_fraction,
+        )
+
+    def _protected_score(self, view: View) -> Tensor:
+        score = self.checked_score(view)
         protected = protected_entries(
             view.position,
             view.seen,

@@ -6,7 +6,9 @@ to `model.generate` or to a forward of your own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +19,12 @@ from kvbench.cache.attention import is_attached
 from kvbench.cache.budget import UNLIMITED, Budget
 from kvbench.cache.layer import PolicyLayer
 from kvbench.cache.layer_setup import LayerSetup
+from kvbench.cache.ledger import Ledger
 from kvbench.cache.policy import Policy
 from kvbench.cache.pool import Pool
 from kvbench.cache.positions import POSITION_MODES, Places, PositionMode
 from kvbench.cache.rotation import rotation_of
+from kvbench.cache.step_counts import CountsShelf
 from kvbench.errors import ConfigError, ModelSupportError, close_matches
 
 
@@ -40,12 +44,22 @@ class Occupancy:
     column_bytes: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheState:
+    """A moment of a cache: tensors, the values they had, and the counts of each layer on the host."""
+
+    tensors: list[Tensor]
+    values: list[Tensor]
+    ledgers: list[Ledger]
+
+
 class PolicyCache(Cache):
     """A cache of slots under `policy` and `budget` for one batch of sequences.
 
     positions: `original`, `in_cache` or `released`. reserve_tokens: tokens that will be generated, so that buffers
     are allocated once; more than that still works, by copying. prompt_kind (B, T): kind of each prompt
-    token. row_seeds: one number per sequence, for policies that draw. Raises: ModelSupportError if
+    token. row_seeds: one number per sequence, for policies that draw. on_settle: entered in every layer
+    around what the policy adds to a prompt. Raises: ModelSupportError if
     `attach(model)` was not called.
     """
 
@@ -59,6 +73,7 @@ class PolicyCache(Cache):
         reserve_tokens: int = 0,
         prompt_kind: Tensor | None = None,
         row_seeds: Sequence[int] | None = None,
+        on_settle: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         if not is_attached(model.config):
             raise ModelSupportError("the model does not use kvbench's attention; call kvbench.attach(model) first")
@@ -80,11 +95,44 @@ class PolicyCache(Cache):
                 reserve_tokens=reserve_tokens,
                 prompt_kind=prompt_kind,
                 row_seeds=None if row_seeds is None else tuple(row_seeds),
+                on_settle=on_settle,
             )
             for index in range(num_layers)
         )
-        self.policy_layers = [PolicyLayer(setup) for setup in setups]
+        shelf = CountsShelf()
+        self.policy_layers = [PolicyLayer(setup, shelf) for setup in setups]
         super().__init__(layers=list(self.policy_layers))
+
+    @property
+    def steps_announced(self) -> int:
+        """Decode steps that the buffers have room for without growing."""
+        return min(layer.setup.reserve_tokens - layer.ledger.steps_since_settled for layer in self.policy_layers)
+
+    def snapshot(self) -> CacheState:
+        """Return what a decode step changes, on the device and on the host; keys and values of tokens held stay."""
+        tensors = [tensor for layer in self.policy_layers for tensor in layer.state()]
+        return CacheState(
+            tensors=tensors,
+            values=[tensor.clone() for tensor in tensors],
+            ledgers=[copy.deepcopy(layer.ledger) for layer in self.policy_layers],
+        )
+
+    def restore(self, state: CacheState) -> None:
+        """Go back to `state`, in place: what was captured in a graph stays valid."""
+        for tensor, value in zip(state.tensors, state.values, strict=True):
+            tensor.copy_(value)
+        for layer, ledger in zip(self.policy_layers, state.ledgers, strict=True):
+            layer.ledger = copy.deepcopy(ledger)
+
+    def count_replayed_step(self) -> None:
+        """Count on the host a step that the device did by itself."""
+        for layer in self.policy_layers:
+            layer.ledger.replay()
+
+    def decide(self) -> None:
+        """Let the policy name its victim in every layer and apply nothing: what deciding costs, alone."""
+        for layer in self.policy_layers:
+            layer.decide()
 
     def occupancy(self) -> Occupancy:
         """Return what is held now; waits for the device. Raises: ValueError before the first token."""

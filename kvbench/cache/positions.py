@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from kvbench.cache.attend import Chunk
@@ -35,10 +34,13 @@ class Places:
     rotation: Rotation
     by: Tensor | None = None
 
-    def arrive(self, keys: Tensor, layer: int, length: Tensor, seen: list[int]) -> Tensor:
-        """Return new keys (B, H, Q, D) where they stand from now on; length (B, H) is what the layer holds."""
+    def arrive(self, keys: Tensor, layer: int, length: Tensor, seen: Tensor) -> Tensor:
+        """Return new keys (B, H, Q, D) where they stand from now on.
+
+        length (B, H) is what the layer holds and seen (B,) what came, both before these tokens.
+        """
         if layer == 0 or self.by is None:
-            self.by = length.amax(dim=-1) - torch.tensor(seen, dtype=torch.int64, device=keys.device)
+            self.by = length.amax(dim=-1) - seen
         return self.turned(keys)
 
     def turned(self, states: Tensor) -> Tensor:

@@ -34,6 +34,12 @@ class Rotation:
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
         return turned.to(states.dtype)
 
+    def tables(self, num_positions: int) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines (num_positions, D / 2) float32 of turning by 0, 1, ... positions."""
+        by = torch.arange(num_positions, device=self.frequencies.device)
+        angles = by[:, None].float() * self.frequencies
+        return angles.cos(), angles.sin()
+
 
 def rotation_of(decoder: Any, mode: str = "in_cache") -> Rotation:
     """Return the rotation of a transformers decoder, for the position mode `mode`.

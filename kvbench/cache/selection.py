@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvbench.kernels.dispatch import use_triton
+
 _NO_POSITION = torch.iinfo(torch.int64).max
 
 
@@ -40,13 +42,22 @@ def protected_entries(
     The window is the larger of `num_recent` tokens and `recent_fraction` of the budget. Where the
     budget is too small for both, one entry is left to the window and the rest to the sinks.
     """
+    sinks, recent_from = protected_range(
+        seen, budget, num_sinks=num_sinks, num_recent=num_recent, recent_fraction=recent_fraction
+    )
+    is_sink = position < sinks[:, None, None]
+    is_recent = position >= recent_from[:, None, None]
+    return (is_sink | is_recent) & (position >= 0)
+
+
+def protected_range(
+    seen: Tensor, budget: Tensor, *, num_sinks: int, num_recent: int, recent_fraction: float
+) -> tuple[Tensor, Tensor]:
+    """Return (B,) each: positions below the first and from the second on are protected, as above."""
     sinks = (budget - 1).clamp(max=num_sinks)
     share = (budget.double() * recent_fraction).round(decimals=9).floor().long()  # as in Budget: 0.29 of 100 is 29
-    recent = share.clamp(min=num_recent)
-    recent = torch.minimum(recent, budget - sinks)
-    is_sink = position < sinks[:, None, None]
-    is_recent = position >= (seen - recent)[:, None, None]
-    return (is_sink | is_recent) & (position >= 0)
+    recent = torch.minimum(share.clamp(min=num_recent), budget - sinks)
+    return sinks, seen - recent
 
 
 def age_rank(position: Tensor) -> Tensor:
@@ -54,6 +65,15 @@ def age_rank(position: Tensor) -> Tensor:
     order = torch.where(position >= 0, position, _NO_POSITION).argsort(dim=-1, stable=True)
     ranks = torch.arange(position.shape[-1], device=position.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, ranks)
+
+
+def entry_of_rank(position: Tensor, rank: Tensor) -> Tensor:
+    """Return (B, H) int64, the slot of the held entry that has `rank` (B, H) older ones; position (B, H, T)."""
+    if use_triton(position, any_dtype=True):
+        from kvbench.kernels.rank import slot_of_rank
+
+        return slot_of_rank(position, rank)
+    return (age_rank(position) == rank[..., None]).long().argmax(dim=-1)
 
 
 def nearest_anchor(anchor: Tensor, member: Tensor, position: Tensor) -> Tensor:

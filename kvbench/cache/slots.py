@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvbench.cache.selection import age_rank
 from kvbench.cache.view import Plan
+from kvbench.kernels.slot_columns import SlotColumns
 
 EMPTY = -1
 
@@ -37,18 +38,35 @@ class Entries:
 class Slots:
     """A layer's buffer of C slots; `length` (B, H) counts tokens held, `free` (B, H) is the next slot.
 
-    `memory` (B, H, M) is what the policy's last plan left; it does not follow the tokens.
+    rank (B, H, C) int32 or None: how many entries are older, kept up to date by the kernels where
+    positions count inside the cache. memory (B, H, M) or None: what the policy's last plan left, which
+    does not follow the tokens. Everything changes in place, so that a step can be captured.
     """
 
     entries: Entries
     length: Tensor
     free: Tensor
+    rank: Tensor | None = None
     memory: Tensor | None = None
 
     @property
     def capacity(self) -> int:
         """Slots per row and head."""
         return self.entries.position.shape[-1]
+
+    def columns(self) -> SlotColumns:
+        """Return the tensors as the kernels take them."""
+        entries = self.entries
+        return SlotColumns(
+            keys=entries.keys,
+            values=entries.values,
+            position=entries.position,
+            kind=entries.kind,
+            mass=entries.mass,
+            rank=self.rank,
+            length=self.length,
+            free=self.free,
+        )
 
     def write(self, keys: Tensor, values: Tensor, position: Tensor) -> None:
         """Put one token, (B, H, 1, D), at `position` (B,) into the free slots; its kind is text."""
@@ -60,23 +78,29 @@ class Slots:
         self.entries.kind.scatter_(2, at, 0)
         if self.entries.mass is not None:
             self.entries.mass.scatter_(2, at, 0.0)
-        self.length = self.length + 1
+        self.length += 1
 
     def release(self, victim: Tensor, over: Tensor) -> None:
         """Free `victim` (B, H) where `over` (B, H) holds; the others take a fresh slot next."""
         at = victim[..., None]
         kept = self.entries.position.gather(2, at)
         self.entries.position.scatter_(2, at, torch.where(over[..., None], EMPTY, kept))
-        self.length = self.length - over.long()
-        self.free = torch.where(over, victim, self.length)
+        self.length -= over.long()
+        self.free.copy_(torch.where(over, victim, self.length))
 
     def advance(self) -> None:
         """Take a fresh slot next; every slot below `length` holds a token."""
-        self.free = self.length
+        self.free.copy_(self.length)
 
     def grow(self, capacity: int) -> None:
         """Copy into larger buffers; only where the final length was not announced."""
         self.entries = _with_capacity(self.entries, capacity)
+        if self.rank is not None:
+            self.rank = nn.functional.pad(self.rank, (0, capacity - self.rank.shape[-1]))
+
+    def state(self) -> list[Tensor]:
+        """Return what a step changes in place, keys and values excepted: they change in free slots only."""
+        return [*self.entries.columns(), self.length, self.free, *([] if self.rank is None else [self.rank])]
 
     def stored_bytes(self) -> int:
         """Return the bytes of keys and values, counted from their storages."""

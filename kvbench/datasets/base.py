@@ -8,6 +8,7 @@ from typing import Protocol
 
 from PIL import Image
 
+from kvbench.datasets.token_prompt import TokenPrompt
 from kvbench.datasets.turn import Turn
 
 
@@ -17,6 +18,7 @@ class Example:
 
     load_image returns the RGB picture when called, None for text only. facts are what a full answer
     states, None where nothing but the reference is known. follow_ups continue the conversation.
+    token_prompt stands for question and picture in a data set without text.
     """
 
     id: str
@@ -26,10 +28,14 @@ class Example:
     load_image: Callable[[], Image.Image] | None = None
     facts: frozenset[Hashable] | None = None
     follow_ups: tuple[Turn, ...] = ()
+    token_prompt: TokenPrompt | None = None
 
 
 class Dataset(Protocol):
-    """A data set is cheap to make: it checks its files, and decodes no picture before it is asked."""
+    """A data set is cheap to make: it checks its files, and decodes no picture before it is asked.
+
+    One whose prompts are token ids says `has_text = False`; `label`, where it has one, is its name in tables.
+    """
 
     @property
     def fingerprint(self) -> str:

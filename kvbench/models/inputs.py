@@ -14,6 +14,7 @@ from kvbench.cache import Kind
 from kvbench.datasets.base import Example
 from kvbench.errors import DataError, ModelSupportError
 from kvbench.models.loader import LoadedModel
+from kvbench.models.synthetic_inputs import synthetic_tensors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +43,13 @@ class PromptBatch:
 
 def prompt_batch(loaded: LoadedModel, examples: Sequence[Example]) -> PromptBatch:
     """Return the prompts of `examples`, pads on the left. Raises: DataError, ModelSupportError."""
+    drawn = [example.token_prompt for example in examples if example.token_prompt is not None]
+    tensors = synthetic_tensors(loaded, drawn) if drawn else _written_tensors(loaded, examples)
+    seeds = tuple(_row_seed(example) for example in examples)
+    return PromptBatch(tensors=tensors, kind=_kinds(loaded, tensors["input_ids"]), row_seeds=seeds)
+
+
+def _written_tensors(loaded: LoadedModel, examples: Sequence[Example]) -> dict[str, Tensor]:
     texts = [prompt_text(loaded, example) for example in examples]
     images = [example.load_image() for example in examples if example.load_image is not None]
     arguments: dict[str, Any] = {"text": texts, "return_tensors": "pt", "padding": True}
@@ -52,8 +60,7 @@ def prompt_batch(loaded: LoadedModel, examples: Sequence[Example]) -> PromptBatc
     tensors = {name: encoded[name].to(loaded.device) for name in names if name in encoded}
     if "pixel_values" in tensors:
         tensors["pixel_values"] = tensors["pixel_values"].to(loaded.model.dtype)
-    seeds = tuple(_row_seed(example) for example in examples)
-    return PromptBatch(tensors=tensors, kind=_kinds(loaded, tensors["input_ids"]), row_seeds=seeds)
+    return tensors
 
 
 def _row_seed(example: Example) -> int:
@@ -110,7 +117,8 @@ def _adds_special_tokens(loaded: LoadedModel, text: str) -> bool:
 
 
 def _kinds(loaded: LoadedModel, ids: Tensor) -> Tensor:
-    special = torch.tensor(loaded.tokenizer.all_special_ids, device=ids.device)
+    """Return (B, T) int8; without a tokenizer no token is special."""
+    special = torch.tensor(loaded.tokenizer.all_special_ids if loaded.tokenizer else [], device=ids.device)
     kind = torch.where(torch.isin(ids, special), int(Kind.SPECIAL), int(Kind.TEXT))
     if loaded.image_token_id is not None:
         kind = torch.where(ids == loaded.image_token_id, int(Kind.IMAGE), kind)

@@ -1,4 +1,4 @@
-"""Load a checkpoint and put kvbench's attention on its text part."""
+"""Load a checkpoint, or build a model of random weights, and put kvbench's attention on its text part."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import torch
 
 from kvbench.cache import attach
 from kvbench.errors import ModelSupportError
-from kvbench.models.spec import ModelSpec
-
-VISION_FAMILIES = ("llava",)
-TEXT_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-_FAMILIES = VISION_FAMILIES + TEXT_FAMILIES
+from kvbench.models.fused import fuse
+from kvbench.models.random_weights import architecture, random_model
+from kvbench.models.spec import FAMILIES, VISION_FAMILIES, ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model ready to run: `processor` is the full processor or the tokenizer alone."""
+    """A model ready to run: `processor` is the full processor or the tokenizer alone.
+
+    Random weights come without either: both are None.
+    """
 
     model: Any
     processor: Any
@@ -34,12 +35,46 @@ class LoadedModel:
 
     @property
     def eos_token_id(self) -> int:
-        """The token that ends an answer."""
-        return int(self.tokenizer.eos_token_id)
+        """The token that ends an answer; of a model without tokenizer, what its config says.
+
+        Raises: ModelSupportError if neither names one.
+        """
+        if self.tokenizer is not None:
+            return int(self.tokenizer.eos_token_id)
+        end = self.model.config.get_text_config().eos_token_id
+        first = end[0] if isinstance(end, list) else end
+        if first is None:
+            raise ModelSupportError("neither a tokenizer nor the config names an end token")
+        return int(first)
 
 
 def load_model(spec: ModelSpec, device: str) -> LoadedModel:
     """Load `spec` onto `device`. Raises: ModelSupportError for a family that is not supported."""
+    return _random(spec, device) if spec.weights == "random" else _checkpoint(spec, device)
+
+
+def _random(spec: ModelSpec, device: str) -> LoadedModel:
+    config = architecture(spec.known_config() or {})
+    vision = config.model_type in VISION_FAMILIES
+    where = torch.device(device)
+    model = random_model(config, vision=vision, dtype=getattr(torch, spec.dtype), device=where, seed=spec.weights_seed)
+    attach(model)
+    _fuse_on_gpu(model, spec, where)
+    return LoadedModel(
+        model=model.eval(),
+        processor=None,
+        tokenizer=None,
+        device=where,
+        image_token_id=config.image_token_id if vision else None,
+    )
+
+
+def _fuse_on_gpu(model: Any, spec: ModelSpec, device: torch.device) -> None:
+    if spec.fused and device.type == "cuda":
+        fuse(model)
+
+
+def _checkpoint(spec: ModelSpec, device: str) -> LoadedModel:
     transformers = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()  # the sweep has its own
     source = str(spec.folder or spec.checkpoint)
@@ -48,17 +83,18 @@ def load_model(spec: ModelSpec, device: str) -> LoadedModel:
         config = transformers.AutoConfig.from_pretrained(source, **options)
     except ValueError as error:  # an unknown family, or one whose code is not trusted
         raise ModelSupportError(
-            f"{source} is of a family that transformers does not know; supported: {', '.join(_FAMILIES)}, others "
+            f"{source} is of a family that transformers does not know; supported: {', '.join(FAMILIES)}, others "
             "only with model.trust_remote_code=true, which runs code of the checkpoint"
         ) from error
     family = config.model_type
-    if family not in _FAMILIES and not spec.trust_remote_code:
-        raise ModelSupportError(f"{source} is of family {family!r}; supported: {', '.join(_FAMILIES)}")
+    if family not in FAMILIES and not spec.trust_remote_code:
+        raise ModelSupportError(f"{source} is of family {family!r}; supported: {', '.join(FAMILIES)}")
     vision = family in VISION_FAMILIES
     auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
     model = auto.from_pretrained(source, dtype=getattr(torch, spec.dtype), use_safetensors=True, **options)
     processor = _processor(transformers, source, vision, options)
     attach(model)
+    _fuse_on_gpu(model, spec, torch.device(device))
     return LoadedModel(
         model=model.to(device).eval(),
         processor=processor,

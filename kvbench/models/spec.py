@@ -1,18 +1,24 @@
-"""Which checkpoint, told and checked before anything heavy is imported."""
+"""Which checkpoint, or which architecture with random weights; checked before anything heavy is imported."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 from kvbench.errors import ConfigError, close_matches
+from kvbench.records import canonical_json
 
 BUNDLED = "bundled"
 BUNDLED_FOLDER = Path(__file__).parent / "tiny_llava_scenes"
 DTYPES = ("float32", "bfloat16", "float16")
+VISION_FAMILIES = ("llava",)
+TEXT_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = VISION_FAMILIES + TEXT_FAMILIES
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _WHOLE_BYTES = 2**26
@@ -25,21 +31,57 @@ class ModelSpec:
     """A checkpoint: `bundled`, a local folder, or a hub name with its pinned revision.
 
     Only safetensors are read. trust_remote_code runs code of the checkpoint; it is never on unless
-    said here. Raises: ConfigError.
+    said here. weights="random" builds the architecture of `config` (fields of its transformers config,
+    else those of the folder) from `weights_seed`, for speed and memory alone: no checkpoint is read and
+    there is no tokenizer. fused: on a GPU in half precision, decode steps run fused kernels (`fuse`).
+    Raises: ConfigError.
     """
 
     checkpoint: str
     revision: str | None = None
     dtype: str = "float32"
     trust_remote_code: bool = False
+    weights: Literal["checkpoint", "random"] = "checkpoint"
+    weights_seed: int = 0
+    config: dict[str, Any] | None = field(default=None, hash=False)
+    fused: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"model.dtype is {self.dtype!r}; {close_matches(self.dtype, DTYPES)}")
-        if self.folder is None:
+        if self.weights == "random":
+            self._check_architecture()
+        elif self.folder is None:
             self._check_hub()
         else:
             _check_folder(self.folder)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the weights mean nothing, so that only speed and memory can be measured."""
+        return self.weights == "random"
+
+    def known_config(self) -> dict[str, Any] | None:
+        """Return the architecture as far as it is known without the hub: `config`, or the folder's config.json."""
+        if self.is_random and self.config is not None:
+            return self.config
+        if self.folder is None:
+            return None
+        known: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return known
+
+    def _check_architecture(self) -> None:
+        if self.config is None and self.folder is not None:
+            _check_config_file(self.folder)
+        known = self.known_config()
+        if known is None:
+            raise ConfigError(
+                "model.weights is 'random', but model.config is not given, so the architecture is not known; "
+                "write it there, as conf/model/llava-1.5-7b.yaml does, or give a folder with a config.json"
+            )
+        family = known.get("model_type")
+        if family not in FAMILIES:
+            raise ConfigError(f"model.config.model_type is {family!r}; supported: {', '.join(FAMILIES)}")
 
     @property
     def folder(self) -> Path | None:
@@ -62,10 +104,13 @@ class ModelSpec:
             )
 
     def fingerprint(self) -> str:
-        """Return what the weights are: the hub commit, or a hash over the folder's files.
+        """Return what the weights are: hub commit, hash of the folder's files, or of config and seed of random ones.
 
         Files over 64 MiB count by size and 256 blocks of 64 KiB spread evenly over them.
         """
+        if self.is_random:
+            drawn = {"config": self.known_config(), "weights": "random", "seed": self.weights_seed}
+            return hashlib.sha256(canonical_json(drawn).encode()).hexdigest()
         if self.folder is None:
             return f"{self.checkpoint}@{self.revision}"
         digest = hashlib.sha256()
@@ -87,7 +132,25 @@ def _content_sample(path: Path) -> bytes:
         return b"".join(blocks)
 
 
+def image_tokens(config: Mapping[str, Any]) -> int:
+    """Return how many tokens a picture is, from the fields of a model's config; 0 for a text model."""
+    if config["model_type"] not in VISION_FAMILIES:
+        return 0
+    vision = config["vision_config"]
+    patches = (int(vision["image_size"]) // int(vision["patch_size"])) ** 2
+    return patches + int(config.get("vision_feature_select_strategy", "default") == "full")
+
+
 def _check_folder(folder: Path) -> None:
+    _check_config_file(folder)
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"model.checkpoint {folder} has no .safetensors file; kvbench reads no pickle. Convert it with "
+            "model.save_pretrained(folder, safe_serialization=True)"
+        )
+
+
+def _check_config_file(folder: Path) -> None:
     config = folder / "config.json"
     if not config.is_file():
         raise ConfigError(f"model.checkpoint {folder} has no config.json; give a folder in Hugging Face format")
@@ -95,8 +158,3 @@ def _check_folder(folder: Path) -> None:
         json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{config} is not JSON ({error})") from error
-    if not any(folder.glob("*.safetensors")):
-        raise ConfigError(
-            f"model.checkpoint {folder} has no .safetensors file; kvbench reads no pickle. Convert it with "
-            "model.save_pretrained(folder, safe_serialization=True)"
-        )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import cast
 
 import torch
 
-from kvbench.errors import ConfigError
+from kvbench.errors import ConfigError, close_matches
+from kvbench.runs.loop import ENGINES, Engine
 
 _NAME = re.compile(r"cpu|cuda(:\d+)?")
 
@@ -25,3 +27,15 @@ def resolve_device(asked: str) -> str:
             f"device is {asked!r}, but torch sees {torch.cuda.device_count()} CUDA devices; use device=cpu"
         )
     return f"cuda:{number}"
+
+
+def resolve_engine(asked: str, device: str) -> Engine:
+    """Return "eager" or "graph"; "auto" takes the graph on a GPU. Raises: ConfigError."""
+    on_gpu = device.startswith("cuda")
+    if asked == "auto":
+        return "graph" if on_gpu else "eager"
+    if asked not in ENGINES:
+        raise ConfigError(f"engine is {asked!r}; {close_matches(asked, ('auto', *ENGINES))}")
+    if asked == "graph" and not on_gpu:
+        raise ConfigError(f"engine is 'graph', which needs a CUDA device, but device is {device!r}; use engine=auto")
+    return cast(Engine, asked)

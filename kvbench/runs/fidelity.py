@@ -19,7 +19,7 @@ from kvbench.metrics.intervals import pooled_ratio_interval
 from kvbench.models.inputs import PromptBatch
 from kvbench.runs.full_answers import Answers
 from kvbench.runs.generation import full_answers
-from kvbench.runs.loop import CacheSetting, Decoding, padded_targets
+from kvbench.runs.loop import CacheSetting, padded_targets
 from kvbench.runs.task import Bench, TaskResult
 
 
@@ -73,8 +73,8 @@ def _compare(
 ) -> list[dict[str, Any]]:
     texts = [(answers[example.id] or [bench.loaded.eos_token_id])[:max_tokens] for example in examples]
     fed, real = padded_targets(texts, bench.loaded.eos_token_id, bench.loaded.device)
-    full = Decoding(bench.loaded, batch, bench.full.cache(bench.loaded, batch, fed.shape[1]))
-    policy = Decoding(bench.loaded, batch, setting.cache(bench.loaded, batch, fed.shape[1]))
+    full = bench.full.decoding(bench.loaded, batch, fed.shape[1])
+    policy = setting.decoding(bench.loaded, batch, fed.shape[1])
     divergences, agreements = [], []
     for number in range(fed.shape[1]):
         expected, got = full.step(fed[:, number]), policy.step(fed[:, number])

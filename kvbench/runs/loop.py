@@ -7,7 +7,9 @@ gives the same tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,16 +20,34 @@ from kvbench.errors import NonFiniteError
 from kvbench.models.inputs import PromptBatch
 from kvbench.models.loader import LoadedModel
 
+Engine = Literal["eager", "graph"]
+ENGINES: tuple[str, ...] = get_args(Engine)
+OnSettle = Callable[[], AbstractContextManager[None]]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheSetting:
-    """What a cell puts in the cache's hands: policy, budget and resolved position mode."""
+    """What a cell puts in the cache's hands: policy, budget, resolved position mode and decode engine."""
 
     policy: Policy
     budget: Budget
     positions: PositionMode
+    engine: Engine = "eager"
 
-    def cache(self, loaded: LoadedModel, batch: PromptBatch, reserve_tokens: int) -> PolicyCache:
+    def decoding(
+        self, loaded: LoadedModel, batch: PromptBatch, reserve_tokens: int, *, on_settle: OnSettle = nullcontext
+    ) -> Decoding:
+        """Prefill `batch` into a fresh cache and return it ready for `reserve_tokens` decode steps."""
+        cache = self.cache(loaded, batch, reserve_tokens, on_settle=on_settle)
+        if self.engine == "graph":
+            from kvbench.runs.graph import GraphDecoding
+
+            return GraphDecoding(loaded, batch, cache)
+        return Decoding(loaded, batch, cache)
+
+    def cache(
+        self, loaded: LoadedModel, batch: PromptBatch, reserve_tokens: int, *, on_settle: OnSettle = nullcontext
+    ) -> PolicyCache:
         """Return an empty cache for `batch`, with room for `reserve_tokens` more."""
         return PolicyCache(
             loaded.model,
@@ -37,6 +57,7 @@ class CacheSetting:
             reserve_tokens=reserve_tokens,
             prompt_kind=batch.kind,
             row_seeds=batch.row_seeds,
+            on_settle=on_settle,
         )
 
 
@@ -54,20 +75,30 @@ class Decoding:
             logits_to_keep=1,
         )
         self.logits: Tensor = output.logits[:, -1].float()
-        self._position = batch.position_ids[:, -1:]
+        self._tokens = torch.zeros_like(batch.tensors["input_ids"][:, -1:])
+        self._position = batch.position_ids[:, -1:].clone()
+
+    def prepare(self) -> None:
+        """Do ahead of time what the first step would do once; nothing in the eager engine."""
 
     def step(self, tokens: Tensor) -> Tensor:
         """Feed one token per row, (B,), at its true position; return the next logits (B, V) float32."""
-        self._position = self._position + 1
+        self._tokens.copy_(tokens[:, None])
+        self.logits = self._forward()
+        return self.logits
+
+    def _forward(self) -> Tensor:
+        """One decode step; it reads and changes tensors in place only, so that it can be captured."""
+        self._position += 1
         output = self._model(
-            input_ids=tokens[:, None],
+            input_ids=self._tokens,
             position_ids=self._position,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        self.logits = output.logits[:, -1].float()
-        return self.logits
+        logits: Tensor = output.logits[:, -1].float()
+        return logits
 
 
 @torch.inference_mode()
@@ -84,7 +115,7 @@ def greedy(
     on_step gets the cache and which rows are still being answered, after each step. Raises:
     NonFiniteError for logits whose largest is NaN or infinite, in a row that is still being answered.
     """
-    decoding = Decoding(loaded, batch, setting.cache(loaded, batch, max_new_tokens))
+    decoding = setting.decoding(loaded, batch, max_new_tokens)
     answers: list[list[int]] = [[] for _ in batch.prompt_tokens]
     going = [True] * len(answers)
     for number in range(max_new_tokens):

@@ -26,6 +26,7 @@ class Memory:
     """
 
     protocol: ClassVar[str] = "one_launch_v1"
+    reads_text: ClassVar[bool] = False
 
     new_tokens: int = 48
     batch_size: int = 1

@@ -14,7 +14,7 @@ from kvbench.datasets.base import Example
 from kvbench.errors import NonFiniteError
 from kvbench.metrics.intervals import pooled_ratio_interval
 from kvbench.models.inputs import PromptBatch, answer_tokens
-from kvbench.runs.loop import Decoding, padded_targets
+from kvbench.runs.loop import padded_targets
 from kvbench.runs.task import Bench, TaskResult
 
 
@@ -46,7 +46,7 @@ class Perplexity:
     def _score(self, bench: Bench, examples: Sequence[Example], batch: PromptBatch) -> list[dict[str, float]]:
         answers = [answer_tokens(bench.loaded, example) for example in examples]
         targets, real = padded_targets(answers, bench.loaded.eos_token_id, bench.loaded.device)
-        decoding = Decoding(bench.loaded, batch, bench.setting.cache(bench.loaded, batch, targets.shape[1]))
+        decoding = bench.setting.decoding(bench.loaded, batch, targets.shape[1])
         nlls = [_nll(decoding.logits, targets[:, 0])]
         for number in range(1, targets.shape[1]):
             decoding.step(targets[:, number - 1])

@@ -19,7 +19,7 @@ from kvbench.errors import ConfigError
 from kvbench.metrics.clock import synchronised_ms
 from kvbench.metrics.intervals import launch_interval, ratio_interval
 from kvbench.models.inputs import PromptBatch, prompt_batch
-from kvbench.runs.loop import CacheSetting, Decoding
+from kvbench.runs.loop import CacheSetting
 from kvbench.runs.task import Bench, TaskResult
 
 
@@ -54,6 +54,7 @@ class Speed:
     """
 
     protocol: ClassVar[str] = "abba_v1"
+    reads_text: ClassVar[bool] = False
 
     new_tokens: int = 48
     num_blocks: int = 3
@@ -88,7 +89,7 @@ class Speed:
     def _launch(self, bench: Bench, batch: PromptBatch, setting: CacheSetting) -> Launch:
         device = bench.loaded.device
         start_ms = synchronised_ms(device)
-        decoding = Decoding(bench.loaded, batch, setting.cache(bench.loaded, batch, self.new_tokens))
+        decoding = setting.decoding(bench.loaded, batch, self.new_tokens)
         token = decoding.logits.argmax(dim=-1)
         times_ms = [synchronised_ms(device)]
         for _ in range(self.new_tokens - 1):

@@ -35,7 +35,7 @@ class Bench:
     @property
     def full(self) -> CacheSetting:
         """The full cache at original positions: what everything is compared with."""
-        return CacheSetting(policy=self.full_policy, budget=UNLIMITED, positions="original")
+        return CacheSetting(policy=self.full_policy, budget=UNLIMITED, positions="original", engine=self.setting.engine)
 
     @property
     def clusters(self) -> list[str]:
@@ -72,7 +72,8 @@ class TaskResult:
 class Task(Protocol):
     """One measurement pass, a frozen dataclass whose fields are its settings.
 
-    `protocol` names the definition of what it measures; a change of definition is a new name.
+    `protocol` names the definition of what it measures; a change of definition is a new name. A task
+    that looks at no text, so that random weights and random prompts serve it, says `reads_text = False`.
     """
 
     protocol: ClassVar[str]

@@ -48,11 +48,11 @@ def test_after_a_prompt_of_100_tokens_halved_the_places_are_those_seen_on_transf
     places: list[int] = []
     arrive = Places.arrive
 
-    def noting(self: Places, keys: Tensor, layer: int, length: Tensor, seen: list[int]) -> Tensor:
+    def noting(self: Places, keys: Tensor, layer: int, length: Tensor, seen: Tensor) -> Tensor:
         turned = arrive(self, keys, layer, length, seen)
         assert self.by is not None
-        if layer == 1:
-            places.append(int(self.by[0]) + seen[0])
+        if layer == 0:
+            places.append(int(self.by[0]) + int(seen[0]))
         return turned
 
     monkeypatch.setattr(Places, "arrive", noting)
@@ -89,7 +89,7 @@ def test_stored_keys_stand_where_their_tokens_stood_when_they_came() -> None:
 def test_rows_of_a_batch_are_turned_by_their_own_lengths() -> None:
     places = Places(rotation=Rotation(frequencies=torch.tensor([1.0])))
     keys = torch.tensor([[[[1.0, 0.0]]], [[[1.0, 0.0]]]])
-    turned = places.arrive(keys, 0, torch.tensor([[3, 2], [7, 7]]), [5, 7])
+    turned = places.arrive(keys, 0, torch.tensor([[3, 2], [7, 7]]), torch.tensor([5, 7]))
     expected = torch.tensor([[[[torch.cos(torch.tensor(-2.0)), torch.sin(torch.tensor(-2.0))]]], [[[1.0, 0.0]]]])
     torch.testing.assert_close(turned, expected)
 

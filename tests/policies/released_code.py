@@ -2,11 +2,12 @@
 
 An entry is a token with one key and one value per head; a layer is a list of entries in the order of the
 released tensors. `cut` is called after every forward, as there: `seen` counts tokens, `rows` holds the
-attention (query heads, queries, entries) of each layer. `Stopped` stands for the errors of that code.
+attention (query heads, queries, entries) of each layer. `CodeStopsError` stands for the errors of that code.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field, replace
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 
-class Stopped(Exception):
+class CodeStopsError(Exception):
     """The released code would end here with an error."""
 
 
@@ -62,24 +63,24 @@ class ElasticCode:
         if forget == 1:
             return [self._without_point(layer) for layer in layers]
         if self.was_cut:
-            raise Stopped
+            raise CodeStopsError
         self.was_cut, self.point = True, len(layers[0]) - forget + self.distance
         return [self._merged(layer, _column_sums(row), forget) for layer, row in zip(layers, rows, strict=True)]
 
     def _without_point(self, layer: Layer) -> Layer:
         left = layer[: self.point] + layer[self.point + 1 :]  # negative indices count from the end, -1 doubles
         if len(left) != len(layer) - 1:
-            raise Stopped
+            raise CodeStopsError
         return left
 
     def _merged(self, layer: Layer, scores: list[float], forget: int) -> Layer:
         middle = scores[self.start : len(layer) - 1]
         ordered = sorted(middle)
-        self.margin = min(self.margin, min((b - a for a, b in zip(ordered, ordered[1:], strict=False)), default=1.0))
+        self.margin = min(self.margin, min((b - a for a, b in itertools.pairwise(ordered)), default=1.0))
         kept = _kept_by_sorted_order(middle, forget)
         anchors = [j + self.start for j in kept]
         if not anchors:
-            raise Stopped
+            raise CodeStopsError
         guests: dict[int, list[Token]] = {anchor: [layer[anchor]] for anchor in anchors}
         for j in range(len(middle)):
             if j not in kept:  # an index into the middle, used as one into the layer
@@ -115,7 +116,7 @@ class H2OCode:
         if forget == 1:
             return self._without_lowest(layers)
         if self.was_cut:
-            raise Stopped
+            raise CodeStopsError
         self.was_cut = True
         kept = [*_kept_by_sorted_order(self.scores[: length - 1], forget), length - 1]
         return [[layer[index] for index in kept] for layer in layers]
@@ -123,7 +124,7 @@ class H2OCode:
     def _without_lowest(self, layers: list[Layer]) -> list[Layer]:
         middle = self.scores[1 : len(layers[0]) - 1]
         if not middle:
-            raise Stopped
+            raise CodeStopsError
         ordered = sorted(middle)
         self.margin = min(self.margin, ordered[1] - ordered[0] if len(ordered) > 1 else 1.0)
         gone = 1 + middle.index(ordered[0])

@@ -11,7 +11,7 @@ from kvbench.cache import Budget, Policy
 from kvbench.cache.layer import PolicyLayer
 from kvbench.cache.layer_setup import LayerSetup
 from kvbench.cache.pool import Pool
-from tests.policies.released_code import Code, Layer, Stopped, Token
+from tests.policies.released_code import Code, CodeStopsError, Layer, Token
 
 WIDTH = 4
 SCALE = WIDTH**-0.5
@@ -75,7 +75,7 @@ def compare(policy: Policy, budget: Budget, code: Code, drive: Drive) -> int:
             torch.testing.assert_close(output[0], _output(row, slow, drive.group), rtol=1e-4, atol=1e-5)
         try:
             theirs = code.cut(theirs, seen, rows)
-        except Stopped:
+        except CodeStopsError:
             return number
         if code.margin < 1e-6:
             return number

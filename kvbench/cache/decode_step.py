@@ -1,0 +1,120 @@
+"""One decode step over a layer's slots: write the token, attend, free a victim.
+
+On a GPU each part is one or two kernels that wait for nothing; elsewhere, and as the reference, plain
+torch does the same. Which one runs is decided in one place, `use_triton`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kvbench.cache.attend import decode_step, reduce_group
+from kvbench.cache.layer_setup import LayerSetup
+from kvbench.cache.ledger import Ledger
+from kvbench.cache.policy import Policy, ScorePolicy
+from kvbench.cache.positions import shifted_step
+from kvbench.cache.slots import Slots
+from kvbench.cache.step_counts import StepCounts
+from kvbench.cache.view import Needs, When
+from kvbench.errors import PolicyError
+from kvbench.kernels.dispatch import use_triton
+
+
+def evicts_at_decode(policy: Policy) -> bool:
+    """Return whether `policy` can free entries while tokens are generated."""
+    return policy.bounded and When.DECODE in policy.when
+
+
+def write_token(slots: Slots, keys: Tensor, values: Tensor, setup: LayerSetup, counts: StepCounts) -> None:
+    """Put the new token (B, H, 1, D), the newest of `counts.seen`, into the free slots."""
+    if use_triton(keys):
+        from kvbench.kernels.slots import write_slot
+
+        write_slot(slots.columns(), keys, values, counts.seen, advance=not evicts_at_decode(setup.policy))
+    else:
+        slots.write(keys, values, counts.seen - 1)
+
+
+def attend_slots(
+    slots: Slots, query: Tensor, scaling: float, setup: LayerSetup, counts: StepCounts
+) -> tuple[Tensor, Tensor | None]:
+    """Return output (B, Hq, 1, D) and the probabilities (B, H, C) a policy asks for; mass grows in place."""
+    if use_triton(query):
+        return _attend_by_kernel(slots, query, scaling, setup, counts)
+    policy, entries = setup.policy, slots.entries
+    query, keys = shifted_step(query, entries.keys, entries.position, setup.rotation)
+    output, rows = decode_step(query, keys, entries.values, entries.position >= 0, scaling)
+    probs = reduce_group(rows, policy.reduction) if policy.needs & (Needs.MASS | Needs.PROBS) else None
+    if entries.mass is not None and probs is not None:
+        entries.mass += probs
+    return output, probs
+
+
+def _attend_by_kernel(
+    slots: Slots, query: Tensor, scaling: float, setup: LayerSetup, counts: StepCounts
+) -> tuple[Tensor, Tensor | None]:
+    from kvbench.kernels.decode import Turn, decode_attention
+
+    turn = None
+    if setup.rotation is not None and slots.rank is not None:
+        cosines, sines = counts.turn_tables(setup.rotation)
+        turn = Turn(position=slots.entries.position, rank=slots.rank, seen=counts.seen, cosines=cosines, sines=sines)
+    mass = slots.entries.mass
+    coarse = mass is not None and setup.policy.mass_in_model_dtype  # the kernel sums float32 only
+    output, probs = decode_attention(
+        query,
+        slots.entries.keys,
+        slots.entries.values,
+        slots.length,
+        scaling,
+        reduction=setup.policy.reduction,
+        mass=None if coarse else mass,
+        want_probs=coarse or Needs.PROBS in setup.policy.needs,
+        turn=turn,
+    )
+    if coarse and mass is not None and probs is not None:
+        mass += probs
+    return output, probs
+
+
+def end_step(slots: Slots, probs: Tensor | None, setup: LayerSetup, counts: StepCounts, ledger: Ledger) -> None:
+    """Free what is over the budget, or take a fresh slot next; `ledger` counts it on the host."""
+    on_cpu = slots.length.device.type == "cpu"
+    if not evicts_at_decode(setup.policy) or (on_cpu and not ledger.over()):
+        slots.advance()
+    else:
+        evict(slots, probs, setup, counts)
+    ledger.evicted()
+
+
+def evict(slots: Slots, probs: Tensor | None, setup: LayerSetup, counts: StepCounts) -> None:
+    """Free one victim of every row and head that is over its budget."""
+    policy = setup.policy
+    view = counts.view(setup, slots, probs)
+    if not use_triton(slots.entries.keys):
+        victim = checked_victim(policy, policy.victim(view), slots, view.budget)
+        slots.release(victim, slots.length > view.budget[:, None])
+        return
+    from kvbench.kernels.slots import free_given, free_lowest
+
+    if isinstance(policy, ScorePolicy) and type(policy).victim is ScorePolicy.victim:
+        free_lowest(slots.columns(), policy.checked_score(view), view.budget, counts.sinks, counts.recent_from)
+    else:
+        free_given(slots.columns(), checked_victim(policy, policy.victim(view), slots, view.budget), view.budget)
+
+
+def checked_victim(policy: Policy, victim: Tensor, slots: Slots, budget: Tensor) -> Tensor:
+    """Return `victim` as it is. Raises: PolicyError for a wrong shape or type, and on the CPU for an empty slot."""
+    shape, name = slots.length.shape, type(policy).__name__
+    if victim.shape != shape or victim.dtype != slots.length.dtype:
+        raise PolicyError(
+            f"{name}.victim returned {victim.dtype} of shape {tuple(victim.shape)}; "
+            f"it must be int64 of shape (B, H) = {tuple(shape)}"
+        )
+    # On a GPU looking would wait for the device at every step; the contract test covers policies there.
+    if victim.device.type == "cpu":
+        over = slots.length > budget[:, None]
+        empty = slots.entries.position.gather(2, victim[..., None])[..., 0] < 0
+        if bool((over & empty).any()):
+            raise PolicyError(f"{name}.victim chose a slot that holds no token")
+    return victim

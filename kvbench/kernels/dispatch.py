@@ -1,0 +1,61 @@
+"""Say whether a tensor's work goes to a Triton kernel or to plain torch: one rule for every kernel.
+
+Modules that import triton are imported only after `use_triton` said yes, so kvbench runs without it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_ROWS = 64  # batch of a decode step up to which the matrix kernels beat the library
+_forced: list[bool] = []
+
+
+@cache
+def triton_installed() -> bool:
+    """Return whether triton can be imported."""
+    return find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Return whether kernels run in Triton's interpreter: TRITON_INTERPRET=1, set before triton is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def use_triton(tensor: Tensor, *, any_dtype: bool = False) -> bool:
+    """Return whether work on `tensor` goes to Triton: on CUDA, if it is installed, in a dtype kernels take.
+
+    any_dtype: take it whatever it is. On the CPU never, but for `kernels_forced(True)` with the interpreter on.
+    """
+    if not (any_dtype or tensor.dtype in _DTYPES) or not triton_installed():
+        return False
+    if _forced:
+        return _forced[-1] and (tensor.is_cuda or interpreted())
+    return tensor.is_cuda
+
+
+def is_decode_row(states: Tensor) -> bool:
+    """Return whether `states` (B, 1, K) is the input of a decode step that the fused kernels take."""
+    shape_fits = states.ndim == 3 and states.shape[1] == 1 and states.shape[0] <= MAX_ROWS
+    return shape_fits and states.dtype != torch.float32 and states.is_contiguous() and use_triton(states)
+
+
+@contextmanager
+def kernels_forced(to_triton: bool) -> Iterator[None]:
+    """Inside, send work to Triton (True: on the CPU too, interpreted) or to the plain references (False).
+
+    For tests, and for timing a kernel beside its reference.
+    """
+    _forced.append(to_triton)
+    try:
+        yield
+    finally:
+        _forced.pop()

@@ -1,0 +1,90 @@
+"""Decode attention over slots: the kernel beside plain torch and float64, on fresh random inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvbench.cache.attend import decode_step, reduce_group
+from kvbench.cache.rotation import Rotation
+from kvbench.cache.selection import age_rank
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from kvbench.kernels.decode import Turn, decode_attention
+
+ON = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [(2, 4, 2, 37, 16), (1, 2, 2, 130, 32), (3, 8, 1, 70, 64), (1, 4, 4, 5, 80)]
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+
+
+def slots(shape: tuple[int, int, int, int, int], dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
+    batch, query_heads, heads, capacity, width = shape
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=random).to(ON, dtype)
+
+    query = draw(batch, query_heads, 1, width)
+    keys, values = draw(batch, heads, capacity, width), draw(batch, heads, capacity, width)
+    length = torch.randint(1, capacity + 1, (batch, heads), generator=random).to(ON)
+    length.view(-1)[0] = capacity
+    held = torch.arange(capacity, device=ON) < length[..., None]
+    keys = keys.masked_fill(~held[..., None], float("nan"))  # what no token holds must not be read
+    values = values.masked_fill(~held[..., None], float("nan"))
+    return query, keys, values, length, held
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "max"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_kernel_attends_as_float64_does(shape: tuple[int, ...], reduction: str, dtype: torch.dtype) -> None:
+    query, keys, values, length, held = slots(shape, dtype, seed=sum(shape))
+    before = torch.rand(held.shape, device=ON)
+    mass = before.clone()
+    output, probs = decode_attention(query, keys, values, length, 0.3, reduction=reduction, mass=mass, want_probs=True)
+    exact, rows = decode_step(query.double(), keys.nan_to_num().double(), values.nan_to_num().double(), held, 0.3)
+    assert error(output, exact) < TOLERANCE[dtype]
+    want = reduce_group(rows, reduction)
+    assert probs is not None
+    assert error(probs * held, want) < TOLERANCE[dtype]
+    assert torch.equal(mass[~held], before[~held]), "mass of empty slots is left alone"
+    assert error((mass - before) * held, want) < TOLERANCE[dtype] + 1e-6
+    assert bool((probs[~held] == 0).all())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_statistics_the_output_is_the_same(shape: tuple[int, ...]) -> None:
+    query, keys, values, length, _ = slots(shape, torch.float32, seed=7)
+    plain, nothing = decode_attention(query, keys, values, length, 0.3)
+    with_probs, _ = decode_attention(query, keys, values, length, 0.3, want_probs=True)
+    assert nothing is None
+    assert torch.equal(plain, with_probs)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_keys_are_turned_to_their_ranks_on_the_way_in(shape: tuple[int, ...]) -> None:
+    query, keys, values, length, held = slots(shape, torch.float32, seed=11)
+    batch, heads, capacity = held.shape
+    width = keys.shape[-1]
+    seen = torch.full((batch,), 3 * capacity, device=ON)
+    random = torch.Generator().manual_seed(12)
+    order = torch.rand((batch, heads, 3 * capacity - 1), generator=random).argsort(-1)[..., :capacity].to(ON)
+    position = torch.where(held, order, -1).scatter(2, (length - 1)[..., None], 3 * capacity - 1)
+    rotation = Rotation(frequencies=1.0 / 100.0 ** torch.linspace(0, 1, width // 2, device=ON))
+    rank = age_rank(position)
+    tables = rotation.tables(3 * capacity + 1)
+    turn = Turn(position=position, rank=rank.int(), seen=seen, cosines=tables[0], sines=tables[1])
+    output, probs = decode_attention(query, keys, values, length, 0.3, want_probs=True, turn=turn)
+    turned = rotation.turn(keys.nan_to_num(), rank - position)
+    grouped = query.reshape(batch, heads, -1, width)
+    turned_query = rotation.turn(grouped, (length - 1 - (seen - 1)[:, None])[..., None]).reshape(query.shape)
+    exact, rows = decode_step(turned_query, turned, values.nan_to_num(), held, 0.3)
+    assert error(output, exact) < 2e-5
+    assert probs is not None
+    assert error(probs, reduce_group(rows, "mean")) < 2e-5

@@ -1,0 +1,39 @@
+"""Whole decodes through the kernels beside plain torch: the same victims at every step, the same logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kvbench.cache import Budget, Policy, PolicyCache
+from kvbench.kernels.dispatch import kernels_forced
+from tests.contract import left_padded
+from tests.driving import Trace, drive
+from tests.tiny_models import random_tokens, tiny_model
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+STEPS = 7
+
+
+def decode(policy: Policy, positions: Any, by_kernels: bool, reserve_tokens: int) -> Trace:
+    model = tiny_model("llama_gqa")
+    prompt, mask = left_padded([random_tokens(2, 11), random_tokens(3, 17)])
+    tokens = torch.cat((prompt, random_tokens(5, 2, STEPS)), dim=1)
+    mask = torch.cat((mask, torch.ones(2, STEPS, dtype=mask.dtype)), dim=1)
+    cache = PolicyCache(
+        model, policy, Budget(fraction=0.5), positions=positions, reserve_tokens=reserve_tokens, row_seeds=(3, 4)
+    )
+    with kernels_forced(by_kernels):
+        return drive(model, cache, tokens, prompt.shape[1], mask)
+
+
+@pytest.mark.parametrize("reserve_tokens", [STEPS, 0])
+def test_kernels_hold_the_entries_and_give_the_logits_of_plain_torch(
+    policy: Policy, positions: Any, reserve_tokens: int
+) -> None:
+    ours, reference = (decode(policy, positions, by_kernels, reserve_tokens) for by_kernels in (True, False))
+    assert ours.held == reference.held
+    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(reference.logits), atol=2e-4, rtol=2e-4)

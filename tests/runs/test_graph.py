@@ -1,0 +1,98 @@
+"""The captured step and the step run operation by operation: the same tokens, the same entries."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvbench.cache import Budget, Policy, PolicyCache
+from kvbench.models.inputs import PromptBatch
+from kvbench.models.loader import LoadedModel
+from kvbench.runs.loop import CacheSetting, Decoding
+from tests.contract import left_padded
+from tests.driving import Held, held_positions
+from tests.tiny_models import random_tokens, tiny_model
+
+STEPS = 9
+ON = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def loaded(name: str, dtype: torch.dtype) -> LoadedModel:
+    model = copy.deepcopy(tiny_model(name)).to(ON, dtype)
+    return LoadedModel(model=model, processor=None, tokenizer=None, device=torch.device(ON), image_token_id=None)
+
+
+def padded_batch() -> PromptBatch:
+    prompt, mask = left_padded([random_tokens(2, 11), random_tokens(3, 17)])
+    tensors = {"input_ids": prompt.to(ON), "attention_mask": mask.to(ON)}
+    return PromptBatch(tensors=tensors, kind=torch.zeros_like(prompt, dtype=torch.int8).to(ON), row_seeds=(3, 4))
+
+
+def greedy(decoding: Decoding, num_steps: int) -> tuple[Tensor, list[Held], list[Tensor]]:
+    tokens, held, logits = [decoding.logits.argmax(-1)], [], []
+    for _ in range(num_steps):
+        logits.append(decoding.step(tokens[-1]).clone())
+        tokens.append(logits[-1].argmax(-1))
+        held.append(held_positions(decoding.cache))
+    return torch.stack(tokens), held, logits
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(ON == "cpu", reason="a CUDA graph needs a CUDA device")
+@pytest.mark.parametrize("num_steps", [STEPS, STEPS + 5], ids=["as_announced", "longer"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_both_engines_give_the_same_tokens(policy: Policy, positions: Any, dtype: torch.dtype, num_steps: int) -> None:
+    model, runs = loaded("llama_gqa", dtype), []
+    for engine in ("eager", "graph"):
+        setting = CacheSetting(policy=policy, budget=Budget(fraction=0.5), positions=positions, engine=engine)
+        with torch.inference_mode():
+            decoding = setting.decoding(model, padded_batch(), STEPS)
+            decoding.prepare()
+            runs.append((*greedy(decoding, num_steps), decoding.cache.occupancy()))
+    (tokens, held, logits, occupancy), (graph_tokens, graph_held, graph_logits, graph_occupancy) = runs
+    assert torch.equal(graph_tokens, tokens)
+    assert graph_held == held
+    assert all(torch.equal(a, b) for a, b in zip(logits, graph_logits, strict=True))
+    assert graph_occupancy == occupancy
+
+
+def test_a_step_that_was_undone_leaves_no_trace(policy: Policy, positions: Any) -> None:
+    model, runs = loaded("llama_gqa", torch.float32), []
+    setting = CacheSetting(policy=policy, budget=Budget(fraction=0.5), positions=positions)
+    for disturbed in (False, True):
+        with torch.inference_mode():
+            decoding = setting.decoding(model, padded_batch(), STEPS)
+            if disturbed:
+                before = decoding.cache.snapshot()
+                position = decoding._position.clone()
+                decoding._forward()
+                assert decoding.cache.steps_announced == STEPS - 1
+                decoding.cache.restore(before)
+                decoding._position.copy_(position)
+            runs.append((*greedy(decoding, STEPS), decoding.cache.occupancy()))
+    (tokens, held, logits, occupancy), (tokens_again, held_again, logits_again, occupancy_again) = runs
+    assert torch.equal(tokens, tokens_again)
+    assert held == held_again
+    assert all(torch.equal(a, b) for a, b in zip(logits, logits_again, strict=True))
+    assert occupancy == occupancy_again
+
+
+def test_counting_a_replayed_step_is_what_a_step_counts(policy: Policy) -> None:
+    model = loaded("llama_gqa", torch.float32)
+    setting = CacheSetting(policy=policy, budget=Budget(fraction=0.5), positions="original")
+    caches: list[PolicyCache] = []
+    with torch.inference_mode():
+        for by_device in (False, True):
+            decoding = setting.decoding(model, padded_batch(), STEPS)
+            for _ in range(STEPS):
+                if by_device:
+                    decoding.cache.count_replayed_step()
+                else:
+                    decoding.step(torch.tensor([5, 6], device=ON))
+            caches.append(decoding.cache)
+    for stepped, counted in zip(*(cache.policy_layers for cache in caches), strict=True):
+        assert counted.ledger == stepped.ledger
