@@ -17,7 +17,7 @@ kvbench compares KV-cache policies under one definition of everything.
 
 settings (KEY=VALUE):
 {groups}
-  positions    native, original, in_cache
+  positions    native, original, in_cache, released
   batch_size, seed, device (auto, cpu, cuda:N), results (folder), sweep (name), force (true: measure again)
 
   Any value of a group can be set: budget.fraction=0.3, policy.num_sinks=8, dataset.num_samples=100,

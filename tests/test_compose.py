@@ -26,10 +26,33 @@ def test_a_sweep_is_every_combination_in_order() -> None:
     assert found == [("h2o", 0.1), ("h2o", 0.3), ("elastic", 0.1), ("elastic", 0.3)]
 
 
-def test_the_default_experiment_has_every_bundled_policy_at_three_budgets() -> None:
+def test_the_default_experiment_has_every_described_policy_at_three_budgets() -> None:
     found = cells("+experiment=default")
-    names = sorted(path.stem for path in (REPO / "conf" / "policy").glob("*.yaml"))
+    names = sorted(path.stem for path in (REPO / "conf" / "policy").glob("*.yaml") if "release" not in path.stem)
     assert sorted(found) == sorted((name, fraction) for name in names for fraction in (0.1, 0.2, 0.5))
+
+
+def test_positions_are_swept_over_what_is_described_and_what_is_released() -> None:
+    grid = compose_grid(["+experiment=positions"], multirun=False, config_dir=None)
+    found = {(one.choices["policy"], one.config.positions, one.config.budget.fraction) for one in grid}
+    policies = ("streaming_llm", "local_elastic_release", "h2o", "h2o_elastic_release", "elastic", "elastic_released")
+    modes = ("original", "in_cache", "released")
+    assert found >= {(policy, mode, share) for policy in policies for mode in modes for share in (0.2, 0.5)}
+    assert all(one.config.task.generation.released_rouge for one in grid)
+
+
+@pytest.mark.parametrize(("name", "task"), [("paper_ppl", "perplexity_released"), ("paper_rouge", "generation")])
+def test_the_papers_experiments_have_its_caches_at_nine_budgets(name: str, task: str) -> None:
+    words = [f"+experiment={name}", "dataset=conversation", "dataset.path=detail_1k.json"]
+    grid = compose_grid(words, multirun=False, config_dir=None)
+    found = [(str(one.choices["policy"]), one.config.budget.fraction) for one in grid]
+    policies = ("full", "elastic_released", "h2o_elastic_release", "local_elastic_release")
+    shares = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+    assert sorted(found) == sorted((policy, share) for policy in policies for share in shares)
+    assert {one.choices["model"] for one in grid} == {"llava-1.5-7b"}
+    assert all(task in one.config.task and one.config.batch_size == 1 for one in grid)
+    one_policy = compose_grid([*words, "policy=elastic"], multirun=False, config_dir=None)
+    assert [one.choices["policy"] for one in one_policy] == ["elastic"] * 9
 
 
 def test_an_experiment_changes_settings_and_overrides_win() -> None:
