@@ -80,7 +80,7 @@ def verdict(band: str, published: float, estimate: Estimate | None) -> str:
         return ""
     kind, width = band.split()
     allowed = float(width) * (published if kind == "relative" else 1.0)
-    return "pass" if abs(estimate.value - published) <= allowed else "fail"
+    return "pass" if abs(estimate.value - published) <= allowed * (1 + 1e-9) else "fail"
 
 
 def _ours(table: Mapping[str, Any], budget: float, cells: Sequence[CellResult]) -> Estimate | None:

@@ -74,7 +74,7 @@ def test_answers_that_leave_nothing_to_score_are_left_out_and_none_at_all_is_an_
     real = answer_tokens
 
     def short(loaded: LoadedModel, example: Any) -> list[int]:
-        return real(loaded, example)[:1] + [2] if example.id == first.id else real(loaded, example)
+        return [*real(loaded, example)[:1], 2] if example.id == first.id else real(loaded, example)
 
     monkeypatch.setattr(perplexity_released, "answer_tokens", short)
     task = dataclasses.replace(AS_DESCRIBED, ends_left_out=True)
