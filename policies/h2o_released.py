@@ -38,4 +38,4 @@ class H2OReleased(ScorePolicy):
 
     def score(self, view: View) -> Tensor:
         """Return the attention mass itself."""
-        return view.mass
+        return view.mass.float()
