@@ -25,7 +25,7 @@ from kvbench.errors import ConfigError, close_matches
 CONFIG_MODULE = "kvbench.conf"
 CONFIG_NAME = "config"
 _OVERRIDDEN = re.compile(r"Could not override '([^']+)'")
-_GROUPS = ("model", "dataset", "policy", "budget", "task", "weights", "sink")
+_GROUPS = ("model", "dataset", "policy", "budget", "task", "weights", "workload", "sink")
 _GROUP_CHOICE = re.compile(rf"({'|'.join(_GROUPS)})=[\w-]+")
 
 

@@ -1,7 +1,7 @@
 """What every measurement is: its unit, which way is better, its names, and how it is printed.
 
-One registry, so that a table, a plot and the page's glossary can not disagree. Values are stored in
-base units (bytes, milliseconds, fractions of one); only printing scales them.
+One registry, so that a table, a plot and the page's glossary can not disagree, which makes the file long. Values
+are stored in base units (bytes, milliseconds, fractions of one); only printing scales them.
 
     >>> format_with_interval("ppl", 1.2345, 1.1, 1.36)
     '1.234 [1.100, 1.360]'
@@ -16,7 +16,9 @@ from typing import Literal
 from kvbench.errors import ConfigError, close_matches
 
 Better = Literal["higher", "lower", "none"]
-Unit = Literal["score", "fraction", "ratio", "ppl", "nats/token", "tokens", "tokens/s", "ms", "bytes", "entries"]
+_Counts = Literal["tokens", "entries", "prompts"]
+_Rates = Literal["tokens/s", "bytes/s"]
+Unit = Literal["score", "fraction", "ratio", "ppl", "nats/token", "ms", "bytes", _Counts, _Rates]
 
 MISSING = "-"
 _BYTE_SCALES = ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"))
@@ -24,6 +26,8 @@ _SUFFIXES = {
     "nats/token": " nats",
     "tokens/s": " tok/s",
     "tokens": " tokens",
+    "prompts": " prompts",
+    "bytes/s": " TB/s",
     "ms": " ms",
     "fraction": " %",
     "ratio": "x",
@@ -90,7 +94,39 @@ _ROWS: tuple[tuple[str, Unit, Better, str, str, str], ...] = (
     ("throughput_tokens_per_s", "tokens/s", "higher", "throughput", "Throughput",
      "Tokens made per second of a whole launch, prompt included, over the whole batch."),
     ("policy_ms", "ms", "lower", "policy cost", "Policy cost per token",
-     "Time spent inside the policy (scores, choice, moving entries) per decoded token."),
+     "Time in which all layers of the policy name their victims once, alone, with nothing applied; per decode step."),
+    ("settle_ms", "ms", "lower", "settle", "Policy cost of the prompt",
+     "Part of TTFT in which the policy plans and what it keeps moves into slots, over all layers."),
+    ("prepare_ms", "ms", "lower", "prepare", "Preparation of the engine",
+     "What the engine does once before the first decode step (capturing a CUDA graph); in no other number."),
+    ("roof_ms", "ms", "lower", "roof", "Memory roof of a decode step",
+     "Bytes of the decoder's weights and of the valid entries over the copy bandwidth of this run: no step is faster."),
+    ("roof_share_fraction", "fraction", "higher", "of roof", "Share of the memory roof reached",
+     "Memory roof over TPOT; below 50 % the step is overhead-bound: most of it is not reading weights and entries."),
+    ("copy_bandwidth_bytes_per_s", "bytes/s", "higher", "copy bandwidth", "Copy bandwidth",
+     "Bytes read and written per second by copying a large buffer, median of some copies in the same run."),
+    ("full_ttft_ms", "ms", "lower", "TTFT of full", "Time to first token of the full cache",
+     "TTFT of the full cache in the same interleaved launches."),
+    ("full_tpot_ms", "ms", "lower", "TPOT of full", "Time per output token of the full cache",
+     "TPOT of the full cache in the same interleaved launches."),
+    ("full_roof_ms", "ms", "lower", "roof of full", "Memory roof of the full cache",
+     "Memory roof of a decode step of the full cache."),
+    ("full_roof_share_fraction", "fraction", "higher", "of roof, full", "Share of the memory roof, full cache",
+     "Memory roof over TPOT of the full cache in the same interleaved launches."),
+    ("throughput_ratio_to_full", "ratio", "higher", "throughput / full", "Throughput relative to full",
+     "Throughput of the policy over that of the full cache, interleaved in the same process; above 1 is faster."),
+    ("capacity_prompts", "prompts", "higher", "capacity", "Largest batch that fits",
+     "Largest number of prompts together whose whole launch runs in the device's memory."),
+    ("full_capacity_prompts", "prompts", "higher", "capacity of full", "Largest batch of the full cache",
+     "Largest number of prompts together whose whole launch runs with the full cache, in the same process."),
+    ("capacity_ratio_to_full", "ratio", "higher", "capacity / full", "Largest batch relative to full",
+     "Largest batch of the policy over that of the full cache."),
+    ("capacity_throughput_tokens_per_s", "tokens/s", "higher", "throughput at capacity", "Throughput at capacity",
+     "Tokens made per second of a whole launch at the policy's largest batch, prompts included."),
+    ("full_capacity_throughput_tokens_per_s", "tokens/s", "higher", "throughput of full at capacity",
+     "Throughput of the full cache at capacity", "The same for the full cache at its own largest batch."),
+    ("capacity_throughput_ratio_to_full", "ratio", "higher", "throughput / full at capacity",
+     "Throughput at capacity relative to full", "Throughput at its largest batch over the full cache's at its own."),
     ("ttft_ratio_to_full", "ratio", "lower", "TTFT / full", "Time to first token relative to full",
      "TTFT of the policy over TTFT of the full cache, interleaved in the same process; below 1 is faster."),
     ("tpot_ratio_to_full", "ratio", "lower", "TPOT / full", "Time per output token relative to full",
@@ -100,8 +136,15 @@ _ROWS: tuple[tuple[str, Unit, Better, str, str, str], ...] = (
     ("peak_load_bytes", "bytes", "lower", "peak load", "Memory of the loaded model",
      "Bytes of weights and buffers."),
     _peak("vision", "while the picture is encoded"),
-    _peak("prefill", "while the prompt is processed and compressed"),
-    _peak("decode", "while the answer is made"),
+    _peak("prefill", "while the prompt is processed, outside of picture and policy"),
+    _peak("settle", "while the policy plans and what it keeps moves into slots"),
+    _peak("decode", "while the answer is made, the engine's preparation included"),
+    ("peak_reserved_bytes", "bytes", "lower", "peak reserved", "Peak memory reserved by the allocator",
+     "Most memory that the GPU's allocator held in any phase, its unused parts included."),
+    ("plain_activation_bytes", "bytes", "none", "activations", "Activations of the plain model",
+     "Peak of the same prompt in the model without any cache, above weights and inputs."),
+    ("peak_over_bound_ratio", "ratio", "lower", "peak / bound", "Peak memory over its bound",
+     "Peak over weights, inputs, budgeted KV, one layer's prompt KV and the plain model's activations."),
     ("peak_rss_bytes", "bytes", "lower", "peak RSS", "Peak resident memory of the process",
      "Largest resident set of the whole process in the memory pass, interpreter and libraries included."),
     ("kv_stored_bytes", "bytes", "lower", "KV bytes", "KV cache stored",
@@ -167,6 +210,8 @@ def printed_scale(name: str, value: float) -> tuple[float, str]:
 def _scale(unit: Unit, value: float) -> tuple[float, str]:
     if unit == "fraction":
         return 0.01, _SUFFIXES[unit]
+    if unit == "bytes/s":
+        return (1e12, _SUFFIXES[unit]) if abs(value) >= 1e12 else (1e9, " GB/s")
     if unit == "bytes":
         for factor, suffix in _BYTE_SCALES:
             if abs(value) >= factor:
@@ -180,7 +225,11 @@ def _decimals(name: str, printed: float) -> int:
     unit = measure(name).unit
     if unit in ("score", "fraction", "ratio"):
         return {"score": 3, "fraction": 1, "ratio": 2}[unit]
-    if printed == 0 or not math.isfinite(printed) or (unit in ("tokens", "entries") and printed == round(printed)):
+    if (
+        printed == 0
+        or not math.isfinite(printed)
+        or (unit in ("tokens", "entries", "prompts") and printed == round(printed))
+    ):
         return 0
     leading = math.floor(math.log10(abs(printed))) + 1
     return max(0, min(_SIGNIFICANT.get(unit, 3) - leading, 6))

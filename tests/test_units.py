@@ -25,7 +25,12 @@ def test_every_measurement_is_described_in_one_sentence() -> None:
 
 def test_names_carry_the_unit_that_the_registry_states() -> None:
     for name, known in MEASURES.items():
-        for suffix, unit in (("_bytes", "bytes"), ("_ms", "ms"), ("_fraction", "fraction"), ("_per_s", "tokens/s")):
+        for suffix, unit in (
+            ("_bytes", "bytes"),
+            ("_ms", "ms"),
+            ("_fraction", "fraction"),
+            ("_tokens_per_s", "tokens/s"),
+        ):
             assert name.endswith(suffix) == (known.unit == unit)
 
 
@@ -69,3 +74,9 @@ def test_axes_and_tables_use_the_same_scale() -> None:
     assert printed_scale("kv_stored_bytes", 5e6) == (2.0**20, "MiB")
     assert printed_scale("tpot_ratio_to_full", 1.0) == (1.0, "x full")
     assert format_bytes(1536) == "1.50 KiB"
+
+
+def test_a_bandwidth_is_printed_in_powers_of_ten() -> None:
+    assert format_value("copy_bandwidth_bytes_per_s", 3.05e12) == "3.05 TB/s"
+    assert format_value("copy_bandwidth_bytes_per_s", 12.34e9) == "12.3 GB/s"
+    assert format_value("capacity_prompts", 48.0) == "48 prompts"

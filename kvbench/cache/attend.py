@@ -8,11 +8,15 @@ at p sees the entries held at positions 0..p. Hq query heads share H KV heads in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from kvbench.kernels import flash_forward
+from kvbench.kernels.dispatch import MAX_WIDTH, use_triton
 
 _BLOCK_BYTES = 64 * 2**20
 _MAX_BLOCK_QUERIES = 256
@@ -46,8 +50,21 @@ class Chunk:
         return self.query.shape[1] // self.keys.shape[1]
 
 
+def chunk_attention(chunk: Chunk, *, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the output (B, Hq, Q, D) and, where statistics run in kernels, the rows' log-sum-exp (B, Hq, Q).
+
+    Which kernel makes the output does not depend on `wants_lse`, so logits do not depend on the policy.
+    """
+    if use_triton(chunk.query) and flash_forward.takes(chunk.query) and chunk.stored == 0:
+        states = (chunk.query, chunk.keys, chunk.values, chunk.scaling)
+        if chunk.plain:
+            return flash_forward.causal_forward(*states)
+        return flash_forward.padded_forward(*states, (chunk.query_position < 0).sum(dim=-1).tolist())
+    return chunk_output(chunk), _row_lse(chunk) if wants_lse and _in_kernels(chunk) else None
+
+
 def chunk_output(chunk: Chunk) -> Tensor:
-    """Return the attention output (B, Hq, Q, D)."""
+    """Return the attention output (B, Hq, Q, D) of the public fused function."""
     grouped = chunk.group > 1
     if chunk.plain:
         return functional.scaled_dot_product_attention(
@@ -67,8 +84,17 @@ def chunk_output(chunk: Chunk) -> Tensor:
     return torch.cat(outputs, dim=2)
 
 
-def column_mass(chunk: Chunk, reduction: str) -> Tensor:
-    """Return (B, H, T) float32: attention each entry receives from all real queries of the chunk."""
+def column_mass(chunk: Chunk, reduction: str, lse: Tensor | None = None) -> Tensor:
+    """Return (B, H, T) float32: attention each entry receives from all real queries of the chunk.
+
+    `lse` is what `chunk_attention` returned; kernels work it out where it is not given.
+    """
+    if _in_kernels(chunk):
+        from kvbench.kernels import column_mass as kernel
+
+        return kernel.column_mass(
+            lse=_row_lse(chunk) if lse is None else lse, reduction=reduction, **_kernel_inputs(chunk)
+        )
     mass = torch.zeros(chunk.key_position.shape, dtype=torch.float32, device=chunk.keys.device)
     for start, end in _query_blocks(chunk):
         rows = reduce_group(_probabilities(chunk, start, end), reduction)
@@ -76,10 +102,41 @@ def column_mass(chunk: Chunk, reduction: str) -> Tensor:
     return mass
 
 
-def last_rows(chunk: Chunk, num_queries: int, reduction: str) -> Tensor:
-    """Return (B, H, W, T) float32: attention rows of the chunk's last W = min(num_queries, Q) queries."""
+def last_rows(chunk: Chunk, num_queries: int, reduction: str, lse: Tensor | None = None) -> Tensor:
+    """Return (B, H, W, T) float32: attention rows of the chunk's last W = min(num_queries, Q) queries.
+
+    `lse` as in `column_mass`.
+    """
     end = chunk.query.shape[2]
-    return reduce_group(_probabilities(chunk, max(0, end - num_queries), end), reduction)
+    start = max(0, end - num_queries)
+    if _in_kernels(chunk):
+        from kvbench.kernels import window_rows as kernel
+
+        tail = replace(chunk, query=chunk.query[:, :, start:], query_position=chunk.query_position[:, start:])
+        tail_lse = _row_lse(tail) if lse is None else lse[..., start:]
+        return kernel.window_rows(lse=tail_lse, reduction=reduction, **_kernel_inputs(tail))
+    return reduce_group(_probabilities(chunk, start, end), reduction)
+
+
+def _in_kernels(chunk: Chunk) -> bool:
+    return use_triton(chunk.query) and chunk.query.dtype == chunk.keys.dtype and chunk.query.shape[-1] <= MAX_WIDTH
+
+
+def _kernel_inputs(chunk: Chunk) -> dict[str, Any]:
+    return {
+        "query": chunk.query,
+        "keys": chunk.keys,
+        "query_position": chunk.query_position,
+        "key_position": chunk.key_position,
+        "scaling": chunk.scaling,
+        "plain": chunk.plain,
+    }
+
+
+def _row_lse(chunk: Chunk) -> Tensor:
+    from kvbench.kernels.row_lse import row_lse
+
+    return row_lse(**_kernel_inputs(chunk))
 
 
 def decode_step(query: Tensor, keys: Tensor, values: Tensor, valid: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
-from kvbench.cache.attend import Chunk, chunk_output
+from kvbench.cache.attend import Chunk, chunk_attention
 from kvbench.cache.layer import LAYER_TAG
 from kvbench.errors import ModelSupportError
 
@@ -104,7 +104,7 @@ def _without_cache(query: Tensor, key: Tensor, value: Tensor, scale: float, mask
     position = torch.where(real, real.long().cumsum(-1) - 1, -1)
     key_position = position[:, None].expand(batch, key.shape[1], new)
     plain = mask is None or bool(real.all())
-    return chunk_output(
+    output, _ = chunk_attention(
         Chunk(
             query=query,
             keys=key,
@@ -113,8 +113,10 @@ def _without_cache(query: Tensor, key: Tensor, value: Tensor, scale: float, mask
             key_position=key_position,
             scaling=scale,
             plain=plain,
-        )
+        ),
+        wants_lse=False,
     )
+    return output
 
 
 AttentionInterface.register(ATTENTION_NAME, kvbench_attention)

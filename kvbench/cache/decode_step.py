@@ -6,6 +6,9 @@ torch does the same. Which one runs is decided in one place, `use_triton`.
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
+import torch
 from torch import Tensor
 
 from kvbench.cache.attend import decode_step, reduce_group
@@ -97,10 +100,25 @@ def evict(slots: Slots, probs: Tensor | None, setup: LayerSetup, counts: StepCou
         return
     from kvbench.kernels.slots import free_given, free_lowest
 
-    if isinstance(policy, ScorePolicy) and type(policy).victim is ScorePolicy.victim:
+    if _is_plain_score(policy):
         free_lowest(slots.columns(), policy.checked_score(view), view.budget, counts.sinks, counts.recent_from)
     else:
         free_given(slots.columns(), checked_victim(policy, policy.victim(view), slots, view.budget), view.budget)
+
+
+def decide(slots: Slots, setup: LayerSetup, counts: StepCounts) -> Tensor:
+    """Return the victim (B, H) that `evict` would free now, found the way it does; nothing is freed."""
+    policy = setup.policy
+    view = counts.view(setup, slots, torch.zeros_like(slots.entries.position, dtype=torch.float32))
+    if not (use_triton(slots.entries.keys) and _is_plain_score(policy)):
+        return policy.victim(view)
+    from kvbench.kernels.slots import lowest_slot
+
+    return lowest_slot(slots.columns(), policy.checked_score(view), view.budget, counts.sinks, counts.recent_from)
+
+
+def _is_plain_score(policy: Policy) -> TypeGuard[ScorePolicy]:
+    return isinstance(policy, ScorePolicy) and type(policy).victim is ScorePolicy.victim
 
 
 def checked_victim(policy: Policy, victim: Tensor, slots: Slots, budget: Tensor) -> Tensor:

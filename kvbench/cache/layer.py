@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvbench.cache.attend import Chunk, chunk_output, column_mass, last_rows
+from kvbench.cache.attend import Chunk, chunk_attention, column_mass, last_rows
 from kvbench.cache.chunks import check_plan, columns_of, new_positions, real_tokens
-from kvbench.cache.decode_step import attend_slots, end_step, evicts_at_decode, write_token
+from kvbench.cache.decode_step import attend_slots, decide, end_step, evicts_at_decode, write_token
 from kvbench.cache.layer_setup import LayerSetup, view_of
 from kvbench.cache.ledger import Ledger
 from kvbench.cache.pool import cut_when_pooled
@@ -138,27 +138,27 @@ class PolicyLayer(CacheLayerMixin):
 
     def _chunk(self, chunk: Chunk, entries: Entries) -> Tensor:
         """Attend in full, then let the policy plan and move what stays into slots."""
-        output = chunk_output(chunk)
+        output, lse = chunk_attention(chunk, wants_lse=entries.mass is not None)
         if entries.mass is not None:
-            entries.mass += column_mass(chunk, self.setup.policy.reduction)
-        cut_when_pooled(self.setup.pool, entries, self.setup.num_layers, partial(self._cut, chunk, entries))
+            entries.mass += column_mass(chunk, self.setup.policy.reduction, lse)
+        cut_when_pooled(self.setup.pool, entries, self.setup.num_layers, partial(self._cut, chunk, entries, lse))
         return output
 
-    def _cut(self, chunk: Chunk, entries: Entries) -> None:
+    def _cut(self, chunk: Chunk, entries: Entries, lse: Tensor | None) -> None:
         policy, plan = self.setup.policy, None
         with self.setup.on_settle():
             if policy.bounded and When.PREFILL in policy.when and self.ledger.over():
-                plan = policy.plan(self._chunk_view(chunk, entries))
+                plan = policy.plan(self._chunk_view(chunk, entries, lse))
                 check_plan(plan, entries, self.ledger.allowed(), policy, self.setup.layer)
             self._settle(entries, plan)
 
-    def _chunk_view(self, chunk: Chunk, entries: Entries) -> View:
+    def _chunk_view(self, chunk: Chunk, entries: Entries, lse: Tensor | None) -> View:
         policy = self.setup.policy
         window = probs = None
         if Needs.WINDOW in policy.needs:
-            window = last_rows(chunk, policy.window_tokens, policy.reduction)
+            window = last_rows(chunk, policy.window_tokens, policy.reduction, lse)
         if Needs.PROBS in policy.needs:
-            probs = last_rows(chunk, 1, policy.reduction)[:, :, 0]
+            probs = last_rows(chunk, 1, policy.reduction, lse)[:, :, 0]
         return view_of(self.setup, self.ledger, entries, new_tokens=chunk.query.shape[2], window=window, probs=probs)
 
     def _settle(self, entries: Entries, plan: Plan | None) -> None:
@@ -190,8 +190,6 @@ class PolicyLayer(CacheLayerMixin):
 
     def decide(self) -> Tensor | None:
         """Return the victim (B, H) that the policy would free now, None for one that frees nothing at decode."""
-        policy = self.setup.policy
-        if self.slots is None or self.counts is None or not evicts_at_decode(policy):
+        if self.slots is None or self.counts is None or not evicts_at_decode(self.setup.policy):
             return None
-        probs = torch.zeros_like(self.slots.entries.position, dtype=torch.float32)
-        return policy.victim(self.counts.view(self.setup, self.slots, probs))
+        return decide(self.slots, self.setup, self.counts)

@@ -62,9 +62,14 @@ def protected_range(
 
 def age_rank(position: Tensor) -> Tensor:
     """Return (B, H, T) int64: how many held entries are older; empty slots come last."""
-    order = torch.where(position >= 0, position, _NO_POSITION).argsort(dim=-1, stable=True)
+    order = oldest_first(position)
     ranks = torch.arange(position.shape[-1], device=position.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, ranks)
+
+
+def oldest_first(position: Tensor) -> Tensor:
+    """Return (B, H, T) int64: the entries from the oldest to the newest; empty slots come last."""
+    return torch.where(position >= 0, position, _NO_POSITION).argsort(dim=-1, stable=True)
 
 
 def entry_of_rank(position: Tensor, rank: Tensor) -> Tensor:

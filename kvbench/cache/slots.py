@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kvbench.cache.selection import age_rank
+from kvbench.cache.selection import oldest_first
 from kvbench.cache.view import Plan
+from kvbench.kernels.dispatch import use_triton
 from kvbench.kernels.slot_columns import SlotColumns
 
 EMPTY = -1
@@ -115,28 +116,42 @@ def settle(entries: Entries, plan: Plan | None, capacity: int, memory: Tensor | 
     """Move what `plan` keeps into fresh slots in token order; the old storage is let go.
 
     Merging averages keys and values of a bucket in float32 and adds up its mass; the entry keeps its
-    anchor's position and kind. `memory` is what an earlier plan left.
+    anchor's position and kind. What lies in a slot that holds no token is not defined. `memory` is what an
+    earlier plan left.
     """
     if plan is not None:
         memory = memory if plan.memory is None else plan.memory
-        entries = entries if plan.merge_into is None else _merged(entries, plan.merge_into, plan.merge_source)
         entries.mass = entries.mass if plan.mass is None else plan.mass
-        entries.position = entries.position.masked_fill(~plan.keep, EMPTY)
-    length = (entries.position >= 0).sum(dim=-1)
-    order = age_rank(entries.position).argsort(dim=-1)[..., : int(length.max())]
-    kept = _with_capacity(_gather(entries, order), capacity)
+    position = entries.position if plan is None else entries.position.masked_fill(~plan.keep, EMPTY)
+    length = (position >= 0).sum(dim=-1)
+    order = oldest_first(position)[..., :capacity]
+    order = nn.functional.pad(order, (0, capacity - order.shape[-1]))
+    filled = torch.arange(capacity, device=order.device) < length[..., None]
+    keys, values, mass = _moved(entries, plan, order, length)
+    kept = Entries(
+        keys=keys,
+        values=values,
+        position=position.gather(2, order).masked_fill_(~filled, EMPTY),
+        kind=entries.kind.gather(2, order).masked_fill_(~filled, 0),
+        mass=None if mass is None else mass.masked_fill_(~filled, 0.0),
+    )
     return Slots(entries=kept, length=length, free=length.clone(), memory=memory)
 
 
-def _gather(entries: Entries, order: Tensor) -> Entries:
+def _moved(entries: Entries, plan: Plan | None, order: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys, values (B, H, C, D) and mass (B, H, C) of the entries `order` (B, H, C), merged where the plan says so."""
+    if plan is not None and plan.merge_into is not None:
+        if use_triton(entries.keys):
+            from kvbench.kernels.segment_mean import buckets_of, segment_mean
+
+            buckets = buckets_of(plan.merge_into, entries.position >= 0, order, length)
+            mass = None if entries.mass is None else segment_mean(entries.mass[..., None], buckets, add_up=True)[..., 0]
+            keys, values = (_brought(states, plan.merge_source) for states in (entries.keys, entries.values))
+            return segment_mean(keys, buckets), segment_mean(values, buckets), mass
+        entries = _merged(entries, plan.merge_into, plan.merge_source)
     wide = order[..., None].expand(*order.shape, entries.keys.shape[-1])
-    return Entries(
-        keys=entries.keys.gather(2, wide),
-        values=entries.values.gather(2, wide),
-        position=entries.position.gather(2, order),
-        kind=entries.kind.gather(2, order),
-        mass=None if entries.mass is None else entries.mass.gather(2, order),
-    )
+    mass = None if entries.mass is None else entries.mass.gather(2, order)
+    return entries.keys.gather(2, wide), entries.values.gather(2, wide), mass
 
 
 def _with_capacity(entries: Entries, capacity: int) -> Entries:
@@ -155,6 +170,11 @@ def _with_capacity(entries: Entries, capacity: int) -> Entries:
     )
 
 
+def _brought(states: Tensor, source: Tensor | None) -> Tensor:
+    """(B, H, T, D): the states that entries bring into their buckets, their own where `source` is None."""
+    return states if source is None else states.gather(2, source[..., None].expand_as(states))
+
+
 def _merged(entries: Entries, into: Tensor, source: Tensor | None) -> Entries:
     held = entries.position >= 0
     count = torch.zeros_like(into, dtype=torch.float32).scatter_add_(2, into, held.float())
@@ -163,13 +183,12 @@ def _merged(entries: Entries, into: Tensor, source: Tensor | None) -> Entries:
 
     def mean(states: Tensor) -> Tensor:
         total = torch.zeros_like(states, dtype=torch.float32)
-        brought = states if source is None else states.gather(2, source[..., None].expand_as(states))
-        total.scatter_add_(2, wide, brought.float() * held[..., None])
+        total.scatter_add_(2, wide, _brought(states, source).float() * held[..., None])
         return torch.where(joined, total / count.clamp(min=1)[..., None], states.float()).to(states.dtype)
 
     mass = entries.mass
     if mass is not None:
-        mass = torch.zeros_like(mass).scatter_add_(2, into, mass)
+        mass = torch.zeros_like(mass).scatter_add_(2, into, mass * held)
     return Entries(
         keys=mean(entries.keys), values=mean(entries.values), position=entries.position, kind=entries.kind, mass=mass
     )

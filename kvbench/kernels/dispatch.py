@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_WIDTH = 256  # numbers in a head that one tile of the prefill kernels holds
 MAX_ROWS = 64  # batch of a decode step up to which the matrix kernels beat the library
 _forced: list[bool] = []
 

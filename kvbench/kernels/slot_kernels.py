@@ -76,15 +76,18 @@ def free_victim(
     BLOCK_C: tl.constexpr,
     GIVEN: tl.constexpr,
     HAS_RANK: tl.constexpr,
+    APPLY: tl.constexpr,
 ):
     """Free a slot of each pair that is over its budget: `victim`, or the lowest score, the oldest of equals.
+
+    Without APPLY every pair's choice is written to `victim` and nothing else changes.
 
     Sinks (position < sinks) and the recent window (position >= recent_from) count as infinite scores.
     """
     pair = tl.program_id(0)
     row, head = pair // heads, pair % heads
     held = tl.load(length + pair)
-    over = held > tl.load(budget + row)
+    over = (held > tl.load(budget + row)) | (not APPLY)
     base = pair.to(tl.int64) * capacity
     c = tl.arange(0, BLOCK_C)
     chosen = held * 0
@@ -111,14 +114,17 @@ def free_victim(
             oldest = tl.where(lowest == least, oldest, 9223372036854775807)
             age = tl.min(oldest, 0)
             chosen = tl.min(tl.where(oldest == age, place, 9223372036854775807), 0)
-        if HAS_RANK:
+        if not APPLY:
+            tl.store(victim + pair, chosen)
+        elif HAS_RANK:
             gone = tl.load(rank + base + chosen)
             for start in range(0, held, BLOCK_C):
                 slot = start + c
                 r = tl.load(rank + base + slot, mask=slot < held, other=0)
                 tl.store(rank + base + slot, r - (r > gone).to(r.dtype), mask=slot < held)
-        tl.store(position + base + chosen, -1)
-        tl.store(length + pair, held - 1)
-        tl.store(free + pair, chosen)
+        if APPLY:
+            tl.store(position + base + chosen, -1)
+            tl.store(length + pair, held - 1)
+            tl.store(free + pair, chosen)
     else:
         tl.store(free + pair, held)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 from torch import Tensor
 
@@ -49,6 +50,13 @@ def free_lowest(columns: SlotColumns, score: Tensor, budget: Tensor, sinks: Tens
     _free(columns, score, columns.free, budget, sinks, recent_from, given=False)
 
 
+def lowest_slot(columns: SlotColumns, score: Tensor, budget: Tensor, sinks: Tensor, recent_from: Tensor) -> Tensor:
+    """Return (B, H) int64: the slot that `free_lowest` would free were every head over its budget; frees nothing."""
+    victim = torch.empty_like(columns.free)
+    _free(columns, score, victim, budget, sinks, recent_from, given=False, apply=False)
+    return victim
+
+
 def free_given(columns: SlotColumns, victim: Tensor, budget: Tensor) -> None:
     """Free slot `victim` (B, H) int64 of each head over its `budget` (B,)."""
     _free(columns, columns.position, victim, budget, budget, budget, given=True)
@@ -63,6 +71,7 @@ def _free(
     recent_from: Tensor,
     *,
     given: bool,
+    apply: bool = True,
 ) -> None:
     batch, heads, capacity = columns.position.shape
     score = score if score.stride(-1) == 1 else score.contiguous()
@@ -83,5 +92,6 @@ def _free(
         BLOCK_C=_BLOCK_SLOTS,
         GIVEN=given,
         HAS_RANK=columns.rank is not None,
+        APPLY=apply,
         num_warps=4,
     )

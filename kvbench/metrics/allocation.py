@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,28 +25,47 @@ _RESET_SLACK_BYTES = 8 * 2**20
 
 @dataclass(kw_only=True)
 class PhasePeaks:
-    """Peak bytes by phase. `base_bytes`: what was alive before, and on a CPU is not counted by itself."""
+    """Peak bytes by phase. `base_bytes`: what was alive before, and on a CPU is not counted by itself.
+
+    A phase inside another one interrupts it: each moment belongs to the innermost phase only, and a
+    phase that is entered many times has the largest of its peaks. reserved_bytes: the most that the
+    allocator of a GPU held, 0 on a CPU.
+    """
 
     device: torch.device
     base_bytes: int
     peak_bytes: dict[str, int] = field(default_factory=dict)
+    reserved_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self._counter = StorageCounter()
+        self._open: list[str] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Note the peak of what runs inside under `name`, weights and earlier tensors included."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            yield
-            peak = torch.cuda.max_memory_allocated(self.device)
-        else:
-            self._counter.peak_bytes = self._counter.live_bytes
-            with self._counter:
+        self._boundary()
+        outermost = not self._open and self.device.type != "cuda"
+        self._open.append(name)
+        try:
+            with self._counter if outermost else nullcontext():
                 yield
-            peak = self.base_bytes + self._counter.peak_bytes
-        self.peak_bytes[name] = max(peak, self.peak_bytes.get(name, 0))
+        finally:
+            self._boundary()
+            self._open.pop()
 
-    def __post_init__(self) -> None:
-        self._counter = StorageCounter()
+    def _boundary(self) -> None:
+        """Give the peak since the last boundary to the phase that was running, and start a new one."""
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+            if self._open:
+                self.reserved_bytes = max(self.reserved_bytes, torch.cuda.max_memory_reserved(self.device))
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            peak = self.base_bytes + self._counter.peak_bytes
+            self._counter.peak_bytes = self._counter.live_bytes
+        if self._open:
+            self.peak_bytes[self._open[-1]] = max(peak, self.peak_bytes.get(self._open[-1], 0))
 
 
 class StorageCounter(TorchDispatchMode):

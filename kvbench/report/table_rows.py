@@ -21,6 +21,22 @@ MAIN_COLUMNS = (
     "peak_memory_bytes",
     "kv_stored_bytes",
 )
+COST_COLUMNS = (
+    "ttft_ms",
+    "tpot_ms",
+    "tpot_ratio_to_full",
+    "throughput_tokens_per_s",
+    "roof_share_fraction",
+    "capacity_prompts",
+    "capacity_ratio_to_full",
+    "capacity_throughput_tokens_per_s",
+    "capacity_throughput_ratio_to_full",
+    "peak_memory_bytes",
+    "peak_over_bound_ratio",
+    "kv_stored_bytes",
+)
+_QUALITIES = MAIN_COLUMNS[:4]
+_OVERHEAD_BOUND_SHARE = 0.5
 INTERVAL_NOTE = "[low, high] is the 95 % interval; a number without one is a single observation or an exact count."
 
 
@@ -94,7 +110,20 @@ def reading_note(table: Table) -> str:
         if text:
             by_count.setdefault(text, []).append(measure(name).label)
     counts = "; ".join(f"{text}: {', '.join(labels)}" for text, labels in by_count.items())
-    return f"{INTERVAL_NOTE}{f' {counts}.' if counts else ''}"
+    return f"{INTERVAL_NOTE}{f' {counts}.' if counts else ''}{_overhead_note(table)}"
+
+
+def _overhead_note(table: Table) -> str:
+    """Name the cells whose decode step is mostly not reading: their TPOT says little about the cache."""
+    name = "roof_share_fraction"
+    if name not in table.columns:
+        return ""
+    found = [(row, row.cell.estimate(name)) for row in table.rows]
+    bound = [row.policy for row, share in found if share is not None and share.value < _OVERHEAD_BOUND_SHARE]
+    if not bound:
+        return ""
+    names = ", ".join(dict.fromkeys(bound))
+    return f" Overhead-bound (under {_OVERHEAD_BOUND_SHARE:.0%} of the memory roof): {names}."
 
 
 def _measured(group: Group) -> tuple[str, ...]:
@@ -102,8 +131,13 @@ def _measured(group: Group) -> tuple[str, ...]:
 
 
 def _main_columns(group: Group) -> tuple[str, ...]:
-    """On a CPU there is no device memory, so the process's own peak takes that column."""
+    """Choose the columns: costs alone where no quality was measured.
+
+    On a CPU there is no device memory, so the process's own peak takes that column.
+    """
     measured = _measured(group)
+    if measured and not set(_QUALITIES) & set(measured):
+        return tuple(name for name in COST_COLUMNS if name in measured) or MAIN_COLUMNS
     if "peak_memory_bytes" in measured or "peak_rss_bytes" not in measured:
         return MAIN_COLUMNS
     return tuple("peak_rss_bytes" if name == "peak_memory_bytes" else name for name in MAIN_COLUMNS)

@@ -39,11 +39,19 @@ class GraphDecoding(Decoding):
             self._forward()
         torch.cuda.current_stream(self._tokens.device).wait_stream(stream)
         self._undo(before, state)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._captured = self._forward()
+        self._graph = self._capture()
         self.cache.restore(before)
-        self._graph = graph
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._captured = self._forward()
+        except RuntimeError as error:  # ending a capture that ran out of memory raises another error over it
+            if isinstance(error.__context__, torch.OutOfMemoryError):
+                raise error.__context__ from error
+            raise
+        return graph
 
     def _undo(self, before: Any, state: list[Tensor]) -> None:
         self.cache.restore(before)

@@ -1,59 +1,51 @@
-"""Latency of the policy beside the full cache's, interleaved in one process.
+"""Latency of the policy beside the full cache's, interleaved in one process, and beside the memory roof.
 
-A launch is one prompt and a fixed number of decode steps (end tokens do not stop it). Launches come
-in the order A B B A, A the policy and B the full cache, so that drift of the machine hits both alike.
-The launch is the unit of replication: intervals are over launch medians, never over single steps.
+Launches come in the order A B B A, A the policy and B the full cache, so that drift of the machine
+hits both alike. The launch is the unit of replication: intervals are over launch medians, never over
+single steps.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
-
+from kvbench.cache import PolicyCache
 from kvbench.errors import ConfigError
-from kvbench.metrics.clock import synchronised_ms
-from kvbench.metrics.intervals import launch_interval, ratio_interval
+from kvbench.metrics.intervals import Interval, launch_interval, ratio_interval
+from kvbench.metrics.roof import copy_bandwidth, step_weight_bytes
 from kvbench.models.inputs import PromptBatch, prompt_batch
+from kvbench.runs.deciding import deciding_ms
+from kvbench.runs.launch import Launch, launch, repeated
 from kvbench.runs.loop import CacheSetting
 from kvbench.runs.task import Bench, TaskResult
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Launch:
-    """One launch: time to the first token, then the time of each decode step, in ms."""
+@dataclass(kw_only=True)
+class Arm:
+    """One of the two settings that are compared: its launches, and what its cache held in the first warm-up."""
 
-    ttft_ms: float
-    steps_ms: list[float]
+    setting: CacheSetting
+    launches: list[Launch] = field(default_factory=list)
+    valid_bytes: list[int] = field(default_factory=list)
+    deciding: Interval | None = None
 
-    @property
-    def tpot_ms(self) -> float:
-        """The median step."""
-        return statistics.median(self.steps_ms)
-
-    @property
-    def tpot_p90_ms(self) -> float:
-        """The step that nine tenths do not exceed."""
-        return sorted(self.steps_ms)[(9 * len(self.steps_ms) - 1) // 10]
-
-    @property
-    def total_s(self) -> float:
-        """The whole launch."""
-        return (self.ttft_ms + sum(self.steps_ms)) / 1e3
+    def roof_ms(self, weight_bytes: int, bandwidth: float) -> float:
+        """Return the time to read the weights and the mean of the valid entries once, at the bandwidth of a copy."""
+        kv_bytes = sum(self.valid_bytes) / len(self.valid_bytes)
+        return (weight_bytes + kv_bytes) / bandwidth * 1e3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
     """`num_blocks` blocks of four launches (A B B A) after `num_warmups` of each arm.
 
-    batch_size prompts run together; new_tokens are generated per launch, prompt's token included.
+    batch_size prompts run together, examples being repeated where there are fewer; new_tokens are
+    generated per launch, prompt's token included.
     """
 
-    protocol: ClassVar[str] = "abba_v1"
+    protocol: ClassVar[str] = "abba_v2"
     reads_text: ClassVar[bool] = False
 
     new_tokens: int = 48
@@ -70,46 +62,67 @@ class Speed:
 
     def run(self, bench: Bench) -> TaskResult:
         """Time both arms; the first examples are the prompts, the same for both."""
-        batch = prompt_batch(bench.loaded, bench.examples[: self.batch_size])
-        arms = (bench.setting, bench.full)
-        for _ in range(self.num_warmups):
-            for arm in arms:
-                self._launch(bench, batch, arm)
-        policy, full = [], []
-        for block in range(self.num_blocks):
-            first, second, third, fourth = (self._launch(bench, batch, arms[k]) for k in (0, 1, 1, 0))
-            policy += [first, fourth]
-            full += [second, third]
-            bench.advance((block + 1) / self.num_blocks - block / self.num_blocks)
+        bandwidth = copy_bandwidth(bench.loaded.device)
+        batch = prompt_batch(bench.loaded, repeated(bench.examples, self.batch_size))
+        policy, full = Arm(setting=bench.setting), Arm(setting=bench.full)
+        self._warm_up(bench, batch, (policy, full))
+        for _ in range(self.num_blocks):
+            for arm in (policy, full, full, policy):
+                arm.launches.append(launch(bench.loaded, batch, arm.setting, self.new_tokens))
+            bench.advance(1 / self.num_blocks)
         result = TaskResult()
-        self._summarise(result, policy, full, len(batch.prompt_tokens))
+        self._latency(result, policy, full)
+        _roof(result, policy, full, step_weight_bytes(bench.loaded.model), bandwidth)
         return result
 
-    @torch.inference_mode()
-    def _launch(self, bench: Bench, batch: PromptBatch, setting: CacheSetting) -> Launch:
-        device = bench.loaded.device
-        start_ms = synchronised_ms(device)
-        decoding = setting.decoding(bench.loaded, batch, self.new_tokens)
-        token = decoding.logits.argmax(dim=-1)
-        times_ms = [synchronised_ms(device)]
-        for _ in range(self.new_tokens - 1):
-            token = decoding.step(token).argmax(dim=-1)
-            times_ms.append(synchronised_ms(device))
-        steps_ms = [after - before for before, after in pairwise(times_ms)]
-        return Launch(ttft_ms=times_ms[0] - start_ms, steps_ms=steps_ms)
+    def _warm_up(self, bench: Bench, batch: PromptBatch, arms: Sequence[Arm]) -> None:
+        """Run both arms untimed; the first round looks into the caches, which would disturb a timed one."""
+        for arm in arms:
+            launch(bench.loaded, batch, arm.setting, self.new_tokens, observe=_observer(arm, bench))
+        for _ in range(self.num_warmups - 1):
+            for arm in arms:
+                launch(bench.loaded, batch, arm.setting, self.new_tokens)
 
-    def _summarise(self, result: TaskResult, policy: Sequence[Launch], full: Sequence[Launch], batch_size: int) -> None:
-        result.measure("ttft_ms", launch_interval([launch.ttft_ms for launch in policy]), "ms")
-        result.measure("tpot_ms", launch_interval([launch.tpot_ms for launch in policy]), "ms")
-        result.measure("tpot_p90_ms", launch_interval([launch.tpot_p90_ms for launch in policy]), "ms")
-        tokens = self.new_tokens * batch_size
-        throughput = launch_interval([tokens / launch.total_s for launch in policy])
-        result.measure("throughput_tokens_per_s", throughput, "tokens/s")
-        ttft_ratio = ratio_interval([a.ttft_ms for a in policy], [b.ttft_ms for b in full])
-        tpot_ratio = ratio_interval([a.tpot_ms for a in policy], [b.tpot_ms for b in full])
-        result.measure("ttft_ratio_to_full", ttft_ratio)
-        result.measure("tpot_ratio_to_full", tpot_ratio)
+    def _latency(self, result: TaskResult, policy: Arm, full: Arm) -> None:
+        ours, theirs = policy.launches, full.launches
+        result.measure("ttft_ms", launch_interval([a.ttft_ms for a in ours]), "ms")
+        result.measure("tpot_ms", launch_interval([a.tpot_ms for a in ours]), "ms")
+        result.measure("tpot_p90_ms", launch_interval([a.tpot_p90_ms for a in ours]), "ms")
+        result.measure("settle_ms", launch_interval([a.settle_ms for a in ours]), "ms")
+        result.measure("prepare_ms", launch_interval([a.prepare_ms for a in ours]), "ms")
+        result.measure("full_ttft_ms", launch_interval([b.ttft_ms for b in theirs]), "ms")
+        result.measure("full_tpot_ms", launch_interval([b.tpot_ms for b in theirs]), "ms")
+        if policy.deciding is not None:
+            result.measure("policy_ms", policy.deciding, "ms")
+        tokens = self.new_tokens * self.batch_size
+        result.measure("throughput_tokens_per_s", launch_interval([tokens / a.total_s for a in ours]), "tokens/s")
+        pairs = {
+            "ttft_ratio_to_full": ratio_interval([a.ttft_ms for a in ours], [b.ttft_ms for b in theirs]),
+            "tpot_ratio_to_full": ratio_interval([a.tpot_ms for a in ours], [b.tpot_ms for b in theirs]),
+            "throughput_ratio_to_full": ratio_interval([b.total_s for b in theirs], [a.total_s for a in ours]),
+        }
+        for name, interval in pairs.items():
+            result.measure(name, interval)
         result.curves["launches_ms"] = [
-            [ours.ttft_ms, ours.tpot_ms, theirs.ttft_ms, theirs.tpot_ms]
-            for ours, theirs in zip(policy, full, strict=True)
+            [a.ttft_ms, a.tpot_ms, b.ttft_ms, b.tpot_ms] for a, b in zip(ours, theirs, strict=True)
         ]
+
+
+def _observer(arm: Arm, bench: Bench) -> Callable[[PolicyCache], None]:
+    """Note the entries held after the prompt and after the last step, and then what deciding costs."""
+
+    def observe(cache: PolicyCache) -> None:
+        arm.valid_bytes.append(cache.occupancy().valid_bytes)
+        if len(arm.valid_bytes) == 2:
+            arm.deciding = deciding_ms(cache, arm.setting.policy, bench.loaded.device)
+
+    return observe
+
+
+def _roof(result: TaskResult, policy: Arm, full: Arm, weight_bytes: int, bandwidth: float) -> None:
+    for prefix, arm in (("", policy), ("full_", full)):
+        roof_ms = arm.roof_ms(weight_bytes, bandwidth)
+        result.measure(f"{prefix}roof_ms", Interval(value=roof_ms, low=None, high=None, n=1, method="computed"), "ms")
+        result.measure(f"{prefix}roof_share_fraction", launch_interval([roof_ms / a.tpot_ms for a in arm.launches]))
+    copied = Interval(value=bandwidth, low=None, high=None, n=1, method="median of copies")
+    result.measure("copy_bandwidth_bytes_per_s", copied, "bytes/s")

@@ -74,6 +74,27 @@ def test_a_phase_counts_weights_and_what_earlier_phases_left() -> None:
     assert small.numel() == 16
 
 
+def test_a_phase_inside_another_takes_its_moments_away_from_it() -> None:
+    peaks = PhasePeaks(device=torch.device("cpu"), base_bytes=0)
+    with peaks.phase("prefill"):
+        kept = torch.zeros(KIB)
+        for size in (8, 2):
+            with peaks.phase("settle"):
+                torch.zeros(size, 256)
+        torch.zeros(3, 256)
+    assert peaks.peak_bytes == {"prefill": 4 * 1024, "settle": 9 * 1024}
+    assert kept.numel() == 256
+
+
+def test_a_phase_that_fails_leaves_the_counters_usable() -> None:
+    peaks = PhasePeaks(device=torch.device("cpu"), base_bytes=0)
+    with pytest.raises(ValueError, match="stop"), peaks.phase("prefill"), peaks.phase("settle"):
+        raise ValueError("stop")
+    with peaks.phase("decode"):
+        torch.zeros(KIB)
+    assert peaks.peak_bytes == {"prefill": 0, "settle": 0, "decode": 1024}
+
+
 def test_shared_weights_are_counted_once() -> None:
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8))
     own = parameter_bytes(model)

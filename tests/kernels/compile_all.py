@@ -1,0 +1,97 @@
+"""Compile every kernel for an H100 without having one: run as a program, outside the interpreter.
+
+Prints one line per kernel, `name shared_bytes`; an error of the compiler ends it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kvbench.kernels import (
+    column_mass,
+    decode_kernel,
+    linear_kernels,
+    rank_kernel,
+    row_lse,
+    segment_mean,
+    slot_kernels,
+    tiles,
+    window_rows,
+)
+
+HOPPER = GPUTarget("cuda", 90, 32)
+_TYPES = {"length": "*i64", "seen": "*i64", "position": "*i64", "free": "*i64", "budget": "*i64", "sinks": "*i64"}
+_TYPES |= {"recent_from": "*i64", "victim": "*i64", "rank": "*i32", "kind": "*i8", "scaling": "fp32"}
+_FLOATS = ("cosines", "sines", "partial", "peaks", "sums", "logits", "mass", "probs", "score")
+_TYPES |= dict.fromkeys(_FLOATS, "*fp32")
+_COUNTS = ("heads", "width", "query_row", "query_head", "key_row", "key_head", "value_row", "value_head", "size")
+_TYPES |= dict.fromkeys((*_COUNTS, "capacity", "rows", "n0", "n1", "n2", "score_row", "score_head"), "i32")
+_STRIDES = tuple(f"{name}_{axis}" for name in ("query", "keys", "position", "states") for axis in "bht")
+_TYPES |= dict.fromkeys((*_STRIDES, "queries", "entries"), "i32")
+_TYPES |= {"lse": "*fp32", "query_position": "*i64", "key_position": "*i64", "scale": "fp32"}
+_ROWS = {1: (8, 256, 6, 2), 16: (32, 128, 5, 4), 64: (32, 128, 5, 4)}  # as in kvbench.kernels.linear
+
+
+def compile_kernel(kernel: Any, constants: dict[str, Any], types: dict[str, str] | None = None, **options: int) -> None:
+    """Compile one kernel; pointers, and counts that models make multiples of 16, are declared as such."""
+    names = kernel.arg_names
+    known = {**dict.fromkeys(names, "*bf16"), **_TYPES, **(types or {})}
+    signature = {name: "constexpr" if name in constants else known[name] for name in names}
+    aligned = [name for name in names if signature[name].startswith("*") or name in (*_COUNTS, *_STRIDES)]
+    source = ASTSource(
+        kernel,
+        signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    compiled = triton.compile(source, target=HOPPER, options=options)
+    print(kernel.__name__, compiled.metadata.shared)
+
+
+def main() -> None:
+    """Compile all, with the constants that the launchers use."""
+    part = {"PARTS": 4, "GROUP": 4, "BLOCK_G": 16, "BLOCK_C": 64, "BLOCK_D": 128, "UPCAST": False}
+    for turn in (False, True):
+        constants = {**part, "WANT_LOGITS": True, "TURN": turn}
+        compile_kernel(decode_kernel.attend_part, constants, num_warps=4, num_stages=3)
+    join = {"PARTS": 4, "GROUP": 4, "BLOCK_P": 4, "BLOCK_C": 1024, "BLOCK_D": 128, "REDUCTION": "mean"}
+    compile_kernel(decode_kernel.join_parts, {**join, "ADD_MASS": True, "WANT_PROBS": True}, num_warps=4)
+    write = {"BLOCK_D": 128, "HAS_MASS": True, "HAS_RANK": True, "ADVANCE": False}
+    compile_kernel(slot_kernels.write_token, write, num_warps=1)
+    for given in (False, True):
+        compile_kernel(
+            slot_kernels.free_victim,
+            {"BLOCK_C": 512, "GIVEN": given, "HAS_RANK": True, "APPLY": not given},
+            num_warps=4,
+        )
+    for rows, (size, depth, stages, warps) in _ROWS.items():
+        block = {"BLOCK_M": rows, "BLOCK_N": size, "BLOCK_K": depth, "STAGES": stages, "EVEN_K": True, "UPCAST": False}
+        compile_kernel(linear_kernels.project, {**block, "MATRICES": 3, "HAS_BIAS": True}, num_warps=warps)
+        compile_kernel(linear_kernels.gate_up, block, num_warps=warps)
+    compile_kernel(rank_kernel.find_rank, {"BLOCK_C": 1024}, {"rank": "*i64", "slot": "*i64"}, num_warps=4)
+    _compile_prefill()
+
+
+def _compile_prefill() -> None:
+    """Compile the statistics of a prompt, with and without positions, and the merging."""
+    size = tiles._HALF[128]
+    block = {"GROUP": 4, "WIDTH": 128, "BLOCK_D": 128, "BLOCK_Q": size.block_q, "BLOCK_K": size.block_k}
+    launch = {"num_warps": size.num_warps, "num_stages": size.num_stages}
+    for plain in (False, True):
+        constants = {**block, "PLAIN": plain, "UPCAST": False}
+        compile_kernel(row_lse._row_lse, constants, **launch)
+        for reduction in ("mean", "max"):
+            reduced = {**constants, "REDUCTION": reduction}
+            compile_kernel(column_mass._column_mass, reduced, **launch)
+        compile_kernel(window_rows._window_rows, reduced, {"rows": "*fp32"}, **launch)
+    bucket = dict.fromkeys(("members", "start", "end", "order"), "*i64")
+    constants = {"ADD_UP": False, "WIDTH": 128, "BLOCK_D": 128, "MEMBERS": segment_mean._MEMBERS}
+    compile_kernel(segment_mean._segment_mean, constants, bucket, num_warps=4)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Column mass and window rows by the kernels, against float64 softmax rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvbench.cache.attend import Chunk, chunk_attention, column_mass, last_rows, reduce_group
+from kvbench.kernels.dispatch import kernels_forced
+
+pytest.importorskip("triton", reason="triton is not installed")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+REDUCTIONS = ["mean", "sum", "max"]
+# KV heads, group, head size, queries, stored, pads of row 1
+SHAPES = [
+    (2, 1, 16, 1, 0, 0),
+    (1, 4, 80, 70, 0, 13),
+    (2, 2, 32, 33, 9, 0),
+    (1, 3, 128, 65, 0, 0),
+    (1, 2, 96, 40, 70, 0),
+]
+
+
+def chunk_of(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> Chunk:
+    """Two rows; states lie as models make them, (B, Q, H, D) transposed; a third of stored slots are empty."""
+    heads, group, width, queries, stored, pads = shape
+    torch.manual_seed(sum(shape))
+    query, keys, values = (
+        torch.randn(2, length, count, width).to(dtype).transpose(1, 2).to(device)
+        for length, count in ((queries, heads * group), (stored + queries, heads), (stored + queries, heads))
+    )
+    new = stored * 2 + torch.arange(queries) - torch.tensor([[0], [pads]])
+    new[1, :pads] = -1
+    held = torch.stack([torch.randperm(2 * stored)[:stored] for _ in range(2 * heads)]).long().view(2, heads, stored)
+    held[torch.rand(held.shape) < 0.3] = -1
+    return Chunk(
+        query=query,
+        keys=keys,
+        values=values,
+        query_position=new.to(device),
+        key_position=torch.cat((held, new[:, None].expand(2, heads, queries)), dim=-1).to(device),
+        scaling=width**-0.5,
+        plain=stored == 0 and pads == 0,
+    )
+
+
+def exact_rows(chunk: Chunk, reduction: str) -> Tensor:
+    """(B, H, Q, T) float64: the softmax written out, zero for pads."""
+    asks, held = chunk.query_position[:, None, :, None], chunk.key_position[:, :, None]
+    sees = ((held >= 0) & (held <= asks)).repeat_interleave(chunk.group, dim=1)
+    keys = chunk.keys.double().repeat_interleave(chunk.group, dim=1)
+    logits = (chunk.query.double() @ keys.transpose(-1, -2) * chunk.scaling).masked_fill(~sees, -torch.inf)
+    rows = logits.softmax(-1).nan_to_num(0.0)
+    return reduce_group(rows.unflatten(1, (-1, chunk.group)), reduction)
+
+
+def assert_exact(chunk: Chunk, reduction: str, *, by_output: bool = True) -> None:
+    rows = exact_rows(chunk, reduction)
+    with kernels_forced(True):
+        lse = chunk_attention(chunk, wants_lse=True)[1] if by_output else None
+        assert (lse is not None) == by_output
+        mass, window = column_mass(chunk, reduction, lse), last_rows(chunk, 7, reduction, lse)
+    assert mass.dtype == window.dtype == torch.float32
+    error = (mass.double() - rows.sum(2)).abs().amax() / rows.sum(2).amax()
+    assert float(error) <= 1e-6
+    torch.testing.assert_close(window.double(), rows[:, :, -7:], rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_mass_and_window_are_those_of_a_float64_softmax(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for reduction in REDUCTIONS:
+        assert_exact(chunk_of(shape, dtype), reduction)
+
+
+def test_the_log_sum_exp_is_worked_out_where_none_is_given() -> None:
+    assert_exact(chunk_of(SHAPES[1], torch.float32), "mean", by_output=False)
+
+
+def test_mass_is_the_same_every_time() -> None:
+    chunk = chunk_of(SHAPES[1], torch.float32)
+    with kernels_forced(True):
+        assert torch.equal(column_mass(chunk, "mean"), column_mass(chunk, "mean"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(8, 1, 128, 900, 0, 0), (2, 4, 128, 1500, 0, 300), (2, 7, 64, 700, 0, 0), (2, 4, 128, 256, 500, 0)]
+)
+def test_statistics_at_real_sizes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    chunk = chunk_of(shape, dtype, "cuda")
+    for reduction in REDUCTIONS:
+        assert_exact(chunk, reduction)
+    if dtype != torch.float32:
+        output = chunk_attention(chunk, wants_lse=False)[0]
+        with kernels_forced(False):
+            reference = chunk_attention(replace(chunk), wants_lse=False)[0]
+        real = (chunk.query_position >= 0)[:, None, :, None]
+        torch.testing.assert_close(output * real, reference * real, rtol=2e-2, atol=2e-2)

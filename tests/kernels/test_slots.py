@@ -1,0 +1,107 @@
+"""Writing a token and freeing a victim by kernel, beside the same in plain torch, on random slots."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvbench.cache.selection import age_rank, lowest, protected_entries, protected_range
+from kvbench.cache.slots import Entries, Slots
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from kvbench.kernels.slots import free_given, free_lowest, lowest_slot, write_slot
+
+ON = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def random_slots(seed: int, batch: int, heads: int, capacity: int) -> tuple[Slots, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    length = torch.randint(1, capacity, (batch, heads), generator=random)
+    held = torch.arange(capacity) < length[..., None]
+    order = torch.rand((batch, heads, 2 * capacity), generator=random).argsort(-1)[..., :capacity]
+    position = torch.where(held, order, -1)
+    entries = Entries(
+        keys=torch.randn((batch, heads, capacity, 8), generator=random),
+        values=torch.randn((batch, heads, capacity, 8), generator=random),
+        position=position,
+        kind=torch.ones(position.shape, dtype=torch.int8),
+        mass=torch.randint(0, 4, position.shape, generator=random).float() / 4,  # few values, so many ties
+    )
+    slots = Slots(entries=entries, length=length, free=length.clone(), rank=age_rank(position).int())
+    moved = {name: getattr(entries, name).to(ON) for name in ("keys", "values", "position", "kind", "mass")}
+    slots.entries = Entries(**moved)
+    slots.length, slots.free = slots.length.to(ON), slots.free.to(ON)
+    slots.rank = slots.rank.to(ON) if slots.rank is not None else None
+    seen = torch.full((batch,), 2 * capacity + 1, device=ON)
+    return slots, seen
+
+
+def assert_same(ours: Slots, reference: Slots) -> None:
+    for name in ("keys", "values", "position", "kind", "mass"):
+        assert torch.equal(getattr(ours.entries, name), getattr(reference.entries, name)), name
+    assert torch.equal(ours.length, reference.length)
+    assert torch.equal(ours.free, reference.free)
+    held = ours.entries.position >= 0
+    assert ours.rank is not None
+    assert torch.equal(ours.rank[held].long(), age_rank(ours.entries.position)[held])
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    capacity=st.integers(2, 40),
+    budget=st.integers(1, 30),
+    num_sinks=st.integers(0, 4),
+    num_recent=st.integers(0, 6),
+    recent_fraction=st.sampled_from([0.0, 0.29, 0.5, 1.0]),
+    by_layer=st.booleans(),
+)
+def test_a_step_by_kernels_is_the_step_in_plain_torch(
+    seed: int, capacity: int, budget: int, num_sinks: int, num_recent: int, recent_fraction: float, by_layer: bool
+) -> None:
+    ours, seen = random_slots(seed, 2, 3, capacity)
+    reference = copy.deepcopy(ours)
+    key, value = torch.randn(2, 3, 1, 8, device=ON), torch.randn(2, 3, 1, 8, device=ON)
+    write_slot(ours.columns(), key, value, seen, advance=False)
+    reference.write(key, value, seen - 1)
+    budgets = torch.tensor([budget, budget + 1], device=ON)
+    score = torch.randint(0, 3, (2, 1 if by_layer else 3, capacity), device=ON).float()
+    protection = {"num_sinks": num_sinks, "num_recent": num_recent, "recent_fraction": recent_fraction}
+    chosen = lowest_slot(ours.columns(), score, budgets, *protected_range(seen, budgets, **protection))
+    free_lowest(ours.columns(), score, budgets, *protected_range(seen, budgets, **protection))
+    entries = reference.entries
+    protected = protected_entries(entries.position, seen, budgets, **protection)
+    whole = score.expand(entries.position.shape).masked_fill(protected, torch.inf)
+    assert torch.equal(chosen, lowest(whole, entries.position))
+    reference.release(chosen, reference.length > budgets[:, None])
+    assert_same(ours, reference)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10**6), capacity=st.integers(2, 40), budget=st.integers(1, 30))
+def test_a_given_victim_is_freed_where_the_budget_is_exceeded(seed: int, capacity: int, budget: int) -> None:
+    ours, seen = random_slots(seed, 2, 3, capacity)
+    reference = copy.deepcopy(ours)
+    key, value = torch.randn(2, 3, 1, 8, device=ON), torch.randn(2, 3, 1, 8, device=ON)
+    write_slot(ours.columns(), key, value, seen, advance=False)
+    reference.write(key, value, seen - 1)
+    budgets = torch.tensor([budget, budget + 1], device=ON)
+    victim = (torch.rand(2, 3, device=ON) * reference.length).long()
+    free_given(ours.columns(), victim, budgets)
+    reference.release(victim, reference.length > budgets[:, None])
+    assert_same(ours, reference)
+
+
+def test_a_policy_that_frees_nothing_takes_a_fresh_slot_each_time() -> None:
+    ours, seen = random_slots(3, 2, 3, 9)
+    before = ours.length.clone()
+    write_slot(
+        ours.columns(), torch.randn(2, 3, 1, 8, device=ON), torch.randn(2, 3, 1, 8, device=ON), seen, advance=True
+    )
+    assert torch.equal(ours.free, before + 1)
+    assert torch.equal(ours.length, before + 1)
