@@ -18,7 +18,7 @@ YAMLS = sorted((Path(__file__).parents[1] / "conf" / "policy").glob("*.yaml"))
 POSITIONS = ("original", "in_cache", "released")
 # What `make test` takes of policies x position modes; the rest is `make test-long`.
 _USUAL = {
-    "original": {"full", "streaming_llm", "h2o", "elastic", "random", "middle_first", "h2o_released"},
+    "original": {"full", "streaming_llm", "h2o", "elastic", "random", "middle_first", "h2o_released", "snapkv"},
     "in_cache": {"full", "streaming_llm", "h2o", "elastic", "random", "middle_first", "streaming_llm_released"},
     "released": {"h2o", "elastic", "elastic_released", "h2o_elastic_release", "local_elastic_release"},
 }

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from kvbench.compose import Composed, compose_grid
 from kvbench.errors import ConfigError
@@ -34,27 +35,36 @@ def test_the_default_experiment_has_every_described_policy_at_three_budgets() ->
     assert sorted(found) == sorted((name, fraction) for name in names for fraction in (0.1, 0.2, 0.5))
 
 
+def swept(name: str) -> dict[str, list[str]]:
+    """What an experiment sweeps over, as its file says."""
+    params = OmegaConf.load(REPO / "conf" / "experiment" / f"{name}.yaml").hydra.sweeper.params
+    return {str(key): str(values).split(",") for key, values in params.items()}
+
+
 def test_positions_are_swept_over_what_is_described_and_what_is_released() -> None:
-    grid = compose_grid(["+experiment=positions"], multirun=False, config_dir=None)
-    found = {(one.choices["policy"], one.config.positions, one.config.budget.fraction) for one in grid}
-    policies = ("streaming_llm", "local_elastic_release", "h2o", "h2o_elastic_release", "elastic", "elastic_released")
-    modes = ("original", "in_cache", "released")
-    assert found >= {(policy, mode, share) for policy in policies for mode in modes for share in (0.2, 0.5)}
+    assert swept("positions") == {
+        "policy": ["full", "streaming_llm", "local_elastic_release", "h2o", "h2o_elastic_release"]
+        + ["elastic", "elastic_released"],
+        "positions": ["original", "in_cache", "released"],
+        "budget.fraction": ["0.2", "0.5"],
+    }
+    words = ["+experiment=positions", "policy=elastic_released", "positions=released"]
+    grid = compose_grid(words, multirun=False, config_dir=None)
+    assert [one.config.budget.fraction for one in grid] == [0.2, 0.5]
     assert all(one.config.task.generation.released_rouge for one in grid)
 
 
 @pytest.mark.parametrize(("name", "task"), [("paper_ppl", "perplexity_released"), ("paper_rouge", "generation")])
 def test_the_papers_experiments_have_its_caches_at_nine_budgets(name: str, task: str) -> None:
-    words = [f"+experiment={name}", "dataset=conversation", "dataset.path=detail_1k.json"]
-    grid = compose_grid(words, multirun=False, config_dir=None)
-    found = [(str(one.choices["policy"]), one.config.budget.fraction) for one in grid]
-    policies = ("full", "elastic_released", "h2o_elastic_release", "local_elastic_release")
-    shares = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-    assert sorted(found) == sorted((policy, share) for policy in policies for share in shares)
-    assert {one.choices["model"] for one in grid} == {"llava-1.5-7b"}
-    assert all(task in one.config.task and one.config.batch_size == 1 for one in grid)
-    one_policy = compose_grid([*words, "policy=elastic"], multirun=False, config_dir=None)
-    assert [one.choices["policy"] for one in one_policy] == ["elastic"] * 9
+    shares = ["1.0", "0.9", "0.8", "0.7", "0.6", "0.5", "0.4", "0.3", "0.2"]
+    policies = ["full", "elastic_released", "h2o_elastic_release", "local_elastic_release"]
+    assert swept(name) == {"policy": policies, "budget.fraction": shares}
+    words = [f"+experiment={name}", "dataset=conversation", "dataset.path=detail_1k.json", "policy=elastic"]
+    grid = compose_grid([*words, "budget.fraction=0.5"], multirun=False, config_dir=None)
+    (one,) = grid
+    assert (one.choices["policy"], one.choices["model"]) == ("elastic", "llava-1.5-7b")
+    assert (one.config.budget.fraction, one.config.batch_size) == (0.5, 1)
+    assert task in one.config.task
 
 
 def test_an_experiment_changes_settings_and_overrides_win() -> None:
