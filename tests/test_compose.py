@@ -42,9 +42,9 @@ def swept(name: str) -> dict[str, list[str]]:
 
 
 def test_positions_are_swept_over_what_is_described_and_what_is_released() -> None:
+    pairs = ["streaming_llm", "local_elastic_release", "h2o", "h2o_elastic_release", "elastic", "elastic_released"]
     assert swept("positions") == {
-        "policy": ["full", "streaming_llm", "local_elastic_release", "h2o", "h2o_elastic_release"]
-        + ["elastic", "elastic_released"],
+        "policy": ["full", *pairs],
         "positions": ["original", "in_cache", "released"],
         "budget.fraction": ["0.2", "0.5"],
     }
