@@ -5,38 +5,34 @@
     kvbench -m policy=h2o,elastic budget.fraction=0.1,0.3
     kvbench report results                             the report again, from records alone
 
-Exit codes: 0 all cells ok, 1 some cell failed, 2 wrong configuration, 130 interrupted.
+Exit codes: 0 all cells ok, 1 some cell failed, 2 wrong configuration, 130 or 143 stopped by a signal.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from kvbench.errors import ConfigError, KvbenchError
 from kvbench.help_text import help_text
+from kvbench.parser import Parser
+from kvbench.quiet import quiet_libraries
+from kvbench.redaction import redact
 
 if TYPE_CHECKING:
-    from kvbench.runs.cell import Cell
     from kvbench.runs.sweep import Sweep
 
+_STOPPED = "stopped; finished cells and batches are kept, the same command goes on"
 DEFAULT_SWEEP = ["+experiment=default"]
 _HYDRA_ONLY = (
-    "--cfg",
-    "-c",
-    "--info",
-    "-i",
-    "--hydra-help",
-    "--package",
-    "-p",
-    "--shell-completion",
-    "-sc",
-    "--resolve",
+    *("--cfg", "-c", "--info", "-i", "--hydra-help", "--package", "-p"),
+    *("--shell-completion", "-sc", "--resolve"),
 )
 
 
@@ -47,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Return the exit code of one invocation."""
-    if any(word in ("--help", "-h") for word in arguments):
+    if arguments[:1] != ["results"] and any(word in ("--help", "-h") for word in arguments):
         print(help_text())
         return 0
     if "--version" in arguments:
@@ -56,14 +52,22 @@ def run(arguments: list[str]) -> int:
     try:
         if arguments[:1] == ["report"]:
             return _report(arguments[1:])
+        if arguments[:1] == ["results"]:
+            from kvbench.results_cli import results_command
+
+            return results_command(arguments[1:])
         if any(word.split("=")[0] in _HYDRA_ONLY for word in arguments):
-            return _hand_to_hydra(arguments, lambda config: None)
+            from kvbench.compose import check_overrides
+
+            check_overrides(arguments)
+            _hand_to_hydra(arguments, _nothing)
+            return 0
         return _sweep(arguments or DEFAULT_SWEEP)
     except KvbenchError as error:
-        print(f"kvbench: {error}", file=sys.stderr)
+        print(f"kvbench: {redact(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("kvbench: interrupted; finished cells are kept, the same command goes on", file=sys.stderr)
+        print(f"kvbench: {_STOPPED}", file=sys.stderr)
         return 130
 
 
@@ -71,55 +75,68 @@ def _sweep(arguments: list[str]) -> int:
     from kvbench.compose import compose_grid
 
     words, overrides = _split(arguments)
-    _make_importable(words.config_dir)
+    quiet_libraries()
     grid = compose_grid(overrides, multirun=words.multirun, config_dir=words.config_dir)
-    _quiet_libraries()
-    from kvbench.config import build_cell, build_sinks, check_shared, is_forced, results_folder
-    from kvbench.runs.sweep import Sweep
+    from kvbench.launch import SUPERVISED, make_importable, open_sweep
 
-    check_shared(grid)
-    cells = {cell.key: cell for cell in map(build_cell, grid)}
-    first = grid[0].config
-    sweep = Sweep(
-        name=str(first.sweep),
-        results=results_folder(first),
-        cells=cells,
-        sinks=build_sinks(first),
-        force=is_forced(first),
-    )
-    try:
-        sweep.open()
-        if not sweep.is_complete:
-            flags = [word for word in arguments if word not in overrides]  # Hydra wants them first
-            _hand_to_hydra([*flags, *overrides], lambda config: sweep.run(_key_of(config)))
-    finally:
-        sweep.close()
-    _show(sweep, cells, results_folder(first))
+    make_importable([words.config_dir] if words.config_dir else [])
+    launcher = str(grid[0].choices["hydra/launcher"])
+    if launcher != SUPERVISED and not grid[0].multirun:
+        raise ConfigError(f"hydra/launcher is {launcher!r}, which starts the jobs of a sweep; add -m, or leave it out")
+    sweep = open_sweep(grid)
+    if sweep.missing and launcher == SUPERVISED:
+        code = _supervise(sweep)
+        if code:
+            print(f"kvbench: {_STOPPED}", file=sys.stderr)
+            return code
+    elif sweep.missing:
+        flags = [word for word in arguments if word not in overrides]  # Hydra wants them first
+        _hand_to_launcher(sweep, [*flags, *overrides])
+    _show(sweep)
     return 1 if sweep.num_failed else 0
 
 
-def _key_of(config: Any) -> str:
-    """Build the cell of a job again, from what Hydra composed for it."""
-    from hydra.core.hydra_config import HydraConfig
+def _supervise(sweep: Sweep) -> int:
+    """Run what is missing; return 0, or the exit code of a process that was told to stop."""
+    from kvbench.runs.stop import StopRequest
 
-    from kvbench.compose import Composed
-    from kvbench.config import build_cell
-
-    choices = dict(HydraConfig.get().runtime.choices)
-    return build_cell(Composed(config=config, choices=choices)).key
+    with StopRequest().watching() as stop:
+        sweep.run(stop)
+    return 0 if stop.number is None else stop.exit_code
 
 
-def _show(sweep: Sweep, cells: dict[str, Cell], results: Path) -> None:
-    from kvbench.report.build import build_report
+def _hand_to_launcher(sweep: Sweep, arguments: list[str]) -> None:
+    """Let Hydra start one job per cell; what became of them is read from the store, not from Hydra."""
+    from kvbench.launch import run_job
+
+    since_utc = datetime.now(UTC).isoformat(timespec="milliseconds")
+    with contextlib.suppress(SystemExit):
+        _hand_to_hydra(arguments, run_job)
+    sweep.gather(since_utc)
+
+
+def _show(sweep: Sweep) -> None:
+    from kvbench.report.freshness import inputs_digest, is_current, write_stamp
     from kvbench.report.load import load_results
     from kvbench.report.tables import print_tables
 
-    print_tables(load_results(results, keys=set(cells)))
-    paths = build_report(results)
+    results, num_cells = sweep.results, len(sweep.tickets)
+    if sweep.num_reused:
+        print(
+            f"{sweep.num_reused} of {num_cells} cells were done already (records under {results}/cells); "
+            "force=true measures again"
+        )
+    print_tables(load_results(results, keys=set(sweep.tickets)))
+    if not is_current(results):
+        from kvbench.report.build import build_report
+
+        digest = inputs_digest(results)
+        build_report(results)
+        write_stamp(results, digest)
     if sweep.num_failed:
-        print(f"{sweep.num_failed} of {len(cells)} cells failed; their records say why")
-    print(f"report: {paths.page}")
-    print(f"tables: {', '.join(str(path) for path in paths.tables)}")
+        print(f"{sweep.num_failed} of {num_cells} cells failed; their records say why")
+    print(f"report: {results / 'report' / 'index.html'}")
+    print(f"tables: {results / 'table.csv'}, {results / 'samples.csv'} and both as .parquet")
 
 
 def _report(arguments: list[str]) -> int:
@@ -127,7 +144,7 @@ def _report(arguments: list[str]) -> int:
     from kvbench.report.load import load_results
     from kvbench.report.tables import print_tables
 
-    parser = _Parser(prog="kvbench report", description="Build table, figures and page from records.")
+    parser = Parser(prog="kvbench report", description="Build table, figures and page from records.")
     parser.add_argument("folder", nargs="?", type=Path, default=Path("results"), help="results folder")
     parser.add_argument("--sweep", help="only the cells of this sweep")
     args = parser.parse_args(arguments)
@@ -138,7 +155,7 @@ def _report(arguments: list[str]) -> int:
 
 def _split(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Take Hydra's own flags apart from the overrides."""
-    parser = _Parser(prog="kvbench", add_help=False, allow_abbrev=False)
+    parser = Parser(prog="kvbench", add_help=False, allow_abbrev=False)
     parser.add_argument("--multirun", "-m", action="store_true")
     parser.add_argument("--config-dir", "-cd", type=os.path.abspath)
     words, overrides = parser.parse_known_args(arguments)
@@ -148,48 +165,15 @@ def _split(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return words, overrides
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line instead of a usage and an exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; kvbench --help lists flags and settings")
-
-
-def _make_importable(config_dir: str | None) -> None:
-    """Let `_target_: mine.Mine` be found beside the user's configs or in the working folder.
-
-    They go last on the path, so that no file of theirs can shadow a library.
-    """
-    if config_dir is not None:
-        sys.path += [path for path in (str(Path.cwd()), str(Path(config_dir).parent)) if path not in sys.path]
-
-
-def _hand_to_hydra(arguments: list[str], job: Any) -> int:
+def _hand_to_hydra(arguments: list[str], job: Callable[[Any], Any]) -> None:
     import hydra
 
     sys.argv = [sys.argv[0], *arguments]
-    errors: list[KvbenchError] = []
-
-    def kvbench_cell(config: Any) -> None:
-        # Hydra would print a traceback and end the process; what stops a sweep is told in one line instead.
-        try:
-            if not errors:
-                job(config)
-        except KvbenchError as error:
-            errors.append(error)
-
-    hydra.main(version_base="1.3", config_path="pkg://kvbench.conf", config_name="config")(kvbench_cell)()
-    if errors:
-        raise errors[0]
-    return 0
+    hydra.main(version_base="1.3", config_path="pkg://kvbench.conf", config_name="config")(job)()
 
 
-def _quiet_libraries() -> None:
-    """Keep notices about optional packages out of the progress bars; errors still show."""
-    logging.getLogger("hydra").setLevel(logging.CRITICAL)  # a class that is not found is told in one line
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+def _nothing(config: Any) -> None:
+    """Run nothing: Hydra prints and ends."""
 
 
 def _version() -> str:

@@ -15,16 +15,19 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kvbench.errors import ConfigError, close_matches
+from kvbench.gate import check_no_secret_override
 
 CONFIG_MODULE = "kvbench.conf"
 CONFIG_NAME = "config"
 _OVERRIDDEN = re.compile(r"Could not override '([^']+)'")
+_EXTRA_LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
 _GROUPS = ("model", "dataset", "policy", "budget", "task", "weights", "workload", "sink")
 _GROUP_CHOICE = re.compile(rf"({'|'.join(_GROUPS)})=[\w-]+")
 
@@ -35,18 +38,40 @@ class Composed:
 
     config: DictConfig
     choices: dict[str, str | None]
+    multirun: bool = False
+
+    def as_spec(self) -> dict[str, Any]:
+        """Return plain data for another process; interpolations stay as they are written."""
+        return {"config": OmegaConf.to_container(self.config, resolve=False), "choices": self.choices}
+
+    def resolved(self) -> dict[str, Any]:
+        """Return all settings with their interpolations; `???` where one is not given. Raises: ConfigError."""
+        try:
+            settings: Any = OmegaConf.to_container(self.config, resolve=True)
+        except OmegaConfBaseException as error:
+            raise ConfigError(" ".join(str(error).split())) from error
+        return dict(settings)
 
 
 def compose_grid(overrides: Sequence[str], *, multirun: bool, config_dir: str | None) -> list[Composed]:
     """Return every cell that `overrides` ask for, in Hydra's order. Raises: ConfigError, one line."""
+    check_no_secret_override(overrides)
     extra = [_search_path(config_dir)] if config_dir else []
     try:
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-            return [_compose([*cell, *extra]) for cell in _cells(overrides, multirun, extra)]
+            return [_compose([*cell, *extra], multirun) for cell in _cells(overrides, multirun, extra)]
     except MissingConfigException as error:
         raise ConfigError(_unknown_choice(error)) from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises plain ValueErrors too
         raise ConfigError(_one_line(error, overrides)) from error
+
+
+def check_overrides(arguments: Sequence[str]) -> None:
+    """Compose the overrides among `arguments`, Hydra's own flags left out. Raises: ConfigError, one line."""
+    words = list(arguments)
+    folder = next((words[at + 1] for at in range(len(words) - 1) if words[at] in ("--config-dir", "-cd")), None)
+    overrides = [word for word in words if not word.startswith("-") and ("=" in word or word.startswith("~"))]
+    compose_grid(overrides, multirun=not {"-m", "--multirun"}.isdisjoint(words), config_dir=folder)
 
 
 def _search_path(config_dir: str) -> str:
@@ -59,7 +84,7 @@ def _search_path(config_dir: str) -> str:
 def _cells(overrides: Sequence[str], multirun: bool, extra: list[str]) -> Iterator[list[str]]:
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     for o in parsed:
-        if o.key_or_group in _GROUPS and (o.is_delete() or isinstance(o.value(), int | float | None)):
+        if o.key_or_group in _GROUPS and (o.is_delete() or not _is_choice(o.value())):
             raise ConfigError(f"{o.input_line} chooses no {o.key_or_group}; give a name, kvbench --help lists them")
     fixed = [o.input_line for o in parsed if o.input_line is not None and not o.is_sweep_override()]
     hydra = _composed([*fixed, *extra]).hydra
@@ -71,20 +96,30 @@ def _cells(overrides: Sequence[str], multirun: bool, extra: list[str]) -> Iterat
     yield from BasicSweeper.split_arguments(sweep, None)[0]
 
 
+def _is_choice(value: Any) -> bool:
+    """Whether a group may be given this: a name, several names, or something to sweep over."""
+    if isinstance(value, list):
+        return all(isinstance(item, str | QuotedString) for item in value)
+    return not isinstance(value, int | float | dict | None)
+
+
 def _composed(overrides: list[str]) -> Any:
     return compose(CONFIG_NAME, overrides=overrides, return_hydra_config=True)
 
 
-def _compose(overrides: list[str]) -> Composed:
+def _compose(overrides: list[str], multirun: bool = False) -> Composed:
     config = _composed(overrides)
+    multirun = multirun or config.hydra.mode == RunMode.MULTIRUN
     choices = {str(name): value for name, value in config.hydra.runtime.choices.items()}
     OmegaConf.set_struct(config, False)
     config.pop("hydra")
-    return Composed(config=config, choices=choices)
+    return Composed(config=config, choices=choices, multirun=multirun)
 
 
 def _unknown_choice(error: MissingConfigException) -> str:
     group, _, name = (error.missing_cfg_file or "").rpartition("/")
+    if group == "hydra/launcher" and name in _EXTRA_LAUNCHERS:
+        return f"{group} is {name!r}, which is not installed; python -m pip install 'kvbench[sweep]'"
     if not group or not error.options:
         return " ".join(str(error).split())
     return f"{group} is {name!r}; {close_matches(name, error.options)}"

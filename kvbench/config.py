@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import math
 import typing
 from collections.abc import Sequence
 from functools import cache
@@ -21,17 +22,20 @@ from kvbench.cache.positions import POSITION_MODES, PositionMode
 from kvbench.combinations import check_budget_fits, check_text
 from kvbench.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError, close_matches
+from kvbench.gate import check_installed, check_model, check_settings
 from kvbench.models.spec import ModelSpec
 from kvbench.runs.cell import Cell
+from kvbench.runs.dataset_fit import check_fit
 from kvbench.runs.device import resolve_device, resolve_engine
 from kvbench.runs.loop import CacheSetting
 from kvbench.sinks.base import SinkGroup
-from kvbench.value_types import fits, type_name
+from kvbench.value_types import fits, truth, type_name
 
 _FULL = {"_target_": "kvbench.policies.full.Full"}
-_PATH_SETTINGS = ("path", "images")  # where a file lies does not change what is in it
+# Where a file lies does not change what is in it.
+_PATH_SETTINGS = ("path", "images", "answers", "ids", "templates", "filler")
 _NUMERIC_PACKAGES = ("kvbench", "torch", "transformers")
-_SHARED = ("results", "sweep", "force", "sink")
+_SHARED = ("results", "sweep", "force", "sink", "worker")
 
 
 def build_cell(composed: Composed) -> Cell:
@@ -42,18 +46,22 @@ def build_cell(composed: Composed) -> Cell:
     tasks = {str(name): build(node, f"task.{name}", has=("run", "protocol")) for name, node in config.task.items()}
     if not tasks:
         raise ConfigError("no task is left, so nothing would be measured; choose task=all or another one")
+    query_visible = truth(config.query_visible, "query_visible")
     batch_size, seed = _whole(config, "batch_size", at_least=1), _whole(config, "seed", at_least=None)
     device = resolve_device(str(config.device))
     engine = resolve_engine(str(config.engine), device)
     setting = CacheSetting(policy=policy, budget=budget, positions=_positions(config, policy), engine=engine)
     check_budget_fits(policy, budget)
     check_text(model, dataset, tasks)
+    check_model(model, dataset, setting.positions)
+    check_fit(dataset, model, tasks, query_visible=query_visible)
     settings = {
-        "model": {"fingerprint": _fingerprint(model), "dtype": model.dtype, "fused": model.fused},
+        "model": _model_key(model),
         "dataset": {"fingerprint": dataset.fingerprint, **_plain(config.dataset, without=_PATH_SETTINGS)},
         "policy": {**_plain(config.policy), **dataclasses.asdict(policy), "source": _source(policy)},
         "budget": _plain(config.budget) if policy.bounded else None,
         "positions": setting.positions,
+        "query_visible": query_visible,
         "engine": setting.engine,
         "task": {name: {**_plain(node), "protocol": tasks[str(name)].protocol} for name, node in config.task.items()},
         "batch_size": batch_size,
@@ -72,6 +80,7 @@ def build_cell(composed: Composed) -> Cell:
         batch_size=batch_size,
         seed=seed,
         device=device,
+        query_visible=query_visible,
     )
 
 
@@ -81,11 +90,12 @@ def build_sinks(config: DictConfig) -> SinkGroup:
 
 
 def check_shared(grid: Sequence[Composed]) -> None:
-    """Raise ConfigError if the cells of a sweep differ in what holds for all of them."""
+    """Raise ConfigError if the cells differ in what holds for all of them, or it cannot be used."""
     for name in _SHARED:
-        values = {str(composed.config[name]) for composed in grid}
+        values = {str(composed.resolved()[name]) for composed in grid}
         if len(values) > 1:
             raise ConfigError(f"{name} has {len(values)} values in one sweep; it holds for all cells, give one")
+    check_settings(grid[0].resolved(), *(composed.resolved() for composed in grid[1:]))
 
 
 def results_folder(config: DictConfig) -> Path:
@@ -95,9 +105,7 @@ def results_folder(config: DictConfig) -> Path:
 
 def is_forced(config: DictConfig) -> bool:
     """Return whether accepted records are measured again. Raises: ConfigError."""
-    if not isinstance(config.force, bool):
-        raise ConfigError(f"force is {config.force!r}; it must be true or false")
-    return config.force
+    return truth(config.force, "force")
 
 
 def build(node: DictConfig | None, name: str, *, is_a: type[Any] = object, has: tuple[str, ...] = ()) -> Any:
@@ -125,6 +133,7 @@ def build(node: DictConfig | None, name: str, *, is_a: type[Any] = object, has: 
     except KvbenchError:
         raise
     except Exception as error:
+        check_installed(error, str(plain["_target_"]), name)
         raise ConfigError(f"{name}: {' '.join(str(error).split())}") from error
 
 
@@ -137,7 +146,8 @@ def _checked(plugin: type[Any], arguments: dict[str, Any], name: str) -> dict[st
         if key not in known:
             raise ConfigError(f"{name}.{key} is no setting of {plugin.__name__}; {close_matches(key, known)}")
         if not fits(value, hints[key]):
-            raise ConfigError(f"{name}.{key} is {value!r}; it must be {type_name(hints[key])}")
+            finite = " and finite" if isinstance(value, float) and not math.isfinite(value) else ""
+            raise ConfigError(f"{name}.{key} is {value!r:.80}; it must be {type_name(hints[key])}{finite}")
     return arguments
 
 
@@ -189,3 +199,9 @@ def _labels(composed: Composed, model: ModelSpec, dataset: Any, setting: CacheSe
 @cache
 def _fingerprint(model: ModelSpec) -> str:
     return model.fingerprint()
+
+
+def _model_key(model: ModelSpec) -> dict[str, Any]:
+    """Return what the key holds of a model; the checkpoint's own prompt format is part of its files."""
+    prompt = {} if model.prompt is None else {"prompt": model.prompt}
+    return {"fingerprint": _fingerprint(model), "dtype": model.dtype, "fused": model.fused, **prompt}

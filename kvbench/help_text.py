@@ -14,10 +14,12 @@ kvbench compares KV-cache policies under one definition of everything.
                                               run every combination
   kvbench +experiment=NAME                    run a named sweep
   kvbench report [FOLDER] [--sweep NAME]      build table, figures and page again from the records
+  kvbench results COMMAND [FOLDER]            list, show, table, csv, parquet, verify, gc; results --help
 
 settings (KEY=VALUE):
 {groups}
   positions    native, original, in_cache, released
+  query_visible  true, false (picture or context is compressed before the question comes)
   batch_size, seed, device (auto, cpu, cuda:N), results (folder), sweep (name), force (true: measure again)
 
   Any value of a group can be set: budget.fraction=0.3, policy.num_sinks=8, dataset.num_samples=100,
@@ -29,7 +31,7 @@ flags:
   --cfg job            print the composed configuration and stop
   --version            print the version
 
-exit codes: 0 all cells ok, 1 some cell failed, 2 wrong configuration, 130 interrupted
+exit codes: 0 all cells ok, 1 some cell failed, 2 wrong configuration, 130 or 143 stopped by a signal
 """
 
 

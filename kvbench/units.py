@@ -10,7 +10,7 @@ are stored in base units (bytes, milliseconds, fractions of one); only printing 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from kvbench.errors import ConfigError, close_matches
@@ -45,6 +45,11 @@ class Measure:
     label: str
     title: str
     definition: str
+
+    @property
+    def reproduces(self) -> bool:
+        """Whether the same cell gives the same number again; times, rates and bytes are observations."""
+        return self.unit not in ("ms", "tokens/s", "bytes") and not self.name.endswith("_ratio_to_full")
 
 
 def _rouge(kind: str, what: str, against: str, target: str) -> tuple[str, Unit, Better, str, str, str]:
@@ -85,6 +90,12 @@ _ROWS: tuple[tuple[str, Unit, Better, str, str, str], ...] = (
      "Share of the objects in the picture that the answer states with right place, size, texture, colour and shape."),
     ("objects_f1", "score", "higher", "objects F1", "Objects F1",
      "F1 of the objects that the answer states against those in the picture; invented objects count against it."),
+    ("needles_recalled_fraction", "fraction", "higher", "needles found", "Needles found",
+     "Share of what is hidden in the context and asked for that the answer names."),
+    ("needles_f1", "score", "higher", "needles F1", "Needles F1",
+     "F1 of the needles that the answer names against those asked for; other items' needles count against it."),
+    ("exact_fraction", "fraction", "higher", "exact", "Exact answers",
+     "Share of answers equal to the reference but for case, white space and a final full stop."),
     ("ttft_ms", "ms", "lower", "TTFT", "Time to first token",
      "From prepared inputs to first token: vision, prefill, compression; separate timed pass after warm-up."),
     ("tpot_ms", "ms", "lower", "TPOT", "Time per output token",
@@ -159,11 +170,23 @@ _ROWS: tuple[tuple[str, Unit, Better, str, str, str], ...] = (
      "Cache entries per layer and KV head, mean over decode steps."),
     ("entries_peak", "entries", "none", "entries, peak", "Entries kept, peak",
      "Largest number of cache entries per layer and KV head at any decode step."),
+    ("num_skipped_items", "entries", "none", "items skipped", "Items skipped",
+     "Items of the data set that were left out because they are bad (on_bad_item: skip)."),
 )  # fmt: skip
 
 MEASURES: dict[str, Measure] = {
     name: Measure(name=name, unit=unit, better=better, label=label, title=title, definition=definition)
     for name, unit, better, label, title, definition in _ROWS
+}
+MAX_TURNS = 8
+_PER_TURN = ("rouge", "length_ratio", "objects", "needles", "exact", "realised_budget")
+MEASURES |= {
+    f"turn{turn}_{name}": replace(
+        one, name=f"turn{turn}_{name}", label=f"turn {turn}: {one.label}", title=f"Turn {turn}: {one.title}"
+    )
+    for turn in range(1, MAX_TURNS + 1)
+    for name, one in list(MEASURES.items())
+    if name.startswith(_PER_TURN)
 }
 
 

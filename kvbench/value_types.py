@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from pathlib import Path
 from typing import Any
+
+from kvbench.errors import ConfigError
 
 _TYPE_NAMES = {type(None): "null", int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -21,10 +24,19 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, dict)
     if hint in (int, float, bool, str):
         allowed = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}[hint]
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
         return isinstance(value, allowed) and (hint is bool or not isinstance(value, bool))
     if hint is type(None):
         return value is None
     return isinstance(value, str) if hint is Path else True
+
+
+def truth(value: Any, name: str) -> bool:
+    """Return a setting that is true or false. Raises: ConfigError for anything else."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}; it must be true or false")
+    return value
 
 
 def type_name(hint: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from kvbench.compose import compose_grid
 from kvbench.config import build_cell
 from kvbench.models.spec import BUNDLED_FOLDER
 
+SECRET = "canary-d41d8cd98f"
 WRONG = {
     # names, with close matches
     "policy=h20": "policy is 'h20'; did you mean 'h2o'?",
@@ -67,6 +69,31 @@ WRONG = {
     "sink.wandb.mode=onlin": "is 'onlin'; did you mean 'online'",
     "task.speed.num_blocks=0": "num_blocks=0",
     "task.generation.max_new_tokens=0": "task.generation.max_new_tokens is 0",
+    "budget.fraction=inf": "budget.fraction is inf; it must be a number or null and finite",
+    "budget=tokens budget.tokens=-3": "budget.tokens is -3; it must be at least 1",
+    "budget=tokens budget.fraction=0.2": "exactly one must be given",
+    "policy=h2o policy.recent_fraction=nan": "policy.recent_fraction is nan; it must be a number and finite",
+    "batch_size=inf": "batch_size is inf; it must be a whole number",
+    "sink=[1]": "sink=[1] chooses no sink; give a name",
+    "task={a:1}": "task={a:1} chooses no task; give a name",
+    "batch_size=null": "batch_size is None",
+    "sweep=null": "sweep is 'None'; it must be a name",
+    "sweep=\"'  '\"": "sweep is '  '; it must be a name",
+    "results=null": "results is None; it must be the path of a folder",
+    "results=\"'~nobody-here/x'\"": "results is '~nobody-here/x', which is no path",
+    f"results={'x' * 5000}": "which is no path",
+    "sweep=${nothing.here}": "Interpolation key 'nothing.here' not found",
+    "sink.wandb.timeout_s=0": "sink.wandb.timeout_s is 0; it must lie in (0, 30]",
+    "sink.wandb.timeout_s=nan": "sink.wandb.timeout_s is nan; it must be a number and finite",
+    "sink.wandb.timeout_s=1000": "it must lie in (0, 30]",
+    "sink.wandb.mode=online": "no API key was found; run `wandb login`, set WANDB_API_KEY",
+    "sink.wandb.project=null": "sink.wandb.project is None; it must be text",
+    "model.revision=main": "is a folder, which has no revisions; leave model.revision out",
+    # secrets
+    "+sink.wandb.api_key=0123456789": "sink.wandb.api_key is given on the command line, where others can read it",
+    "hydra.job.env_set.HF_TOKEN=0123456789": "hydra.job.env_set.HF_TOKEN is given on the command line",
+    "sweep=${oc.env:MY_PASSWORD}": "sweep holds the secret of MY_PASSWORD",
+    "sink.wandb.project=my-${oc.env:MY_PASSWORD}-x": "sink.wandb.project holds the secret of MY_PASSWORD",
     # random weights
     "weights=randm": "weights is 'randm'; did you mean 'random'?",
     "workload=7b": "workload is '7b'; ",
@@ -106,6 +133,10 @@ WRONG = {
     "--config-dir nowhere": "is no folder",
     "report --sweeps x": "--sweeps",
     "report nowhere": "the results folder nowhere does not exist",
+    "--cfg job policy=h20": "policy is 'h20'; did you mean 'h2o'?",
+    "--cfg job bugdet.fraction=0.2": "bugdet.fraction is no setting; did you mean 'budget.fraction'",
+    "-c job --config-dir nowhere": "is no folder",
+    "--cfg job policy=h2o -m budget.fraction=[": "cannot be read as KEY=VALUE",
     # one wrong cell in a sweep
     "-m policy=full,h20": "policy is 'h20'; did you mean 'h2o'?",
     "-m policy=h2o budget.fraction=0.2,0.5,7": "budget.fraction is 7; it must lie in (0, 1]",
@@ -121,20 +152,26 @@ def never(*arguments: Any) -> None:
 @pytest.fixture(autouse=True)
 def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("kvbench.runs.cell.load_model", never)
+    monkeypatch.setattr("kvbench.runs.group.load_model", never)
+    monkeypatch.setenv("MY_PASSWORD", SECRET)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.parametrize("line", WRONG)
 def test_a_wrong_command_line_is_told_in_one_line(
     line: str, capfd: pytest.CaptureFixture[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert run(line.split()) == 2
+    assert run(shlex.split(line)) == 2
     assert not caplog.records, "nothing is logged, which would be more lines"
     printed = capfd.readouterr()
     assert printed.out == ""
     assert printed.err.count("\n") == 1, printed.err
     assert printed.err.startswith("kvbench: ")
     assert WRONG[line] in printed.err
+    assert SECRET not in printed.err
+    assert "0123456789" not in printed.err
     assert list(tmp_path.iterdir()) == [], "nothing is written"
 
 
@@ -147,6 +184,7 @@ def key(*overrides: str) -> str:
     "override",
     [
         "model.dtype=bfloat16",
+        "model.prompt=llava_v1",
         "dataset.num_samples=5",
         "dataset.first=1",
         "dataset.split=train",

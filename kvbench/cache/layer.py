@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvbench.cache.attend import Chunk, chunk_attention, column_mass, last_rows
+from kvbench.cache.attend import Chunk, chunk_attention
 from kvbench.cache.chunks import check_plan, columns_of, new_positions, real_tokens
 from kvbench.cache.decode_step import attend_slots, decide, end_step, evicts_at_decode, write_token
 from kvbench.cache.layer_setup import LayerSetup, view_of
@@ -23,6 +23,7 @@ from kvbench.cache.pool import cut_when_pooled
 from kvbench.cache.positions import shifted_chunk
 from kvbench.cache.selection import age_rank
 from kvbench.cache.slots import Entries, Slots, settle
+from kvbench.cache.statistics import ChunkStatistics, Statistics
 from kvbench.cache.step_counts import GROW_TOKENS, CountsShelf, StepCounts
 from kvbench.cache.view import Needs, Plan, View, When
 from kvbench.errors import ModelSupportError
@@ -134,32 +135,33 @@ class PolicyLayer(CacheLayerMixin):
             scaling=scaling,
             plain=self.slots is None and min(self.ledger.seen) == query.shape[2],
         )
-        return self._chunk(shifted_chunk(chunk, self.setup.rotation), entries)
-
-    def _chunk(self, chunk: Chunk, entries: Entries) -> Tensor:
-        """Attend in full, then let the policy plan and move what stays into slots."""
+        chunk = shifted_chunk(chunk, self.setup.rotation)
         output, lse = chunk_attention(chunk, wants_lse=entries.mass is not None)
-        if entries.mass is not None:
-            entries.mass += column_mass(chunk, self.setup.policy.reduction, lse)
-        cut_when_pooled(self.setup.pool, entries, self.setup.num_layers, partial(self._cut, chunk, entries, lse))
+        self.settle_chunk(entries, ChunkStatistics(chunk, lse))
         return output
 
-    def _cut(self, chunk: Chunk, entries: Entries, lse: Tensor | None) -> None:
+    def settle_chunk(self, entries: Entries, statistics: Statistics) -> None:
+        """Let the policy plan on a chunk that has attended, and move what stays into slots."""
+        if entries.mass is not None:
+            entries.mass = (entries.mass + statistics.mass(self.setup.policy.reduction)).to(entries.mass.dtype)
+        cut_when_pooled(self.setup.pool, entries, self.setup.num_layers, partial(self._cut, entries, statistics))
+
+    def _cut(self, entries: Entries, statistics: Statistics) -> None:
         policy, plan = self.setup.policy, None
         with self.setup.on_settle():
             if policy.bounded and When.PREFILL in policy.when and self.ledger.over():
-                plan = policy.plan(self._chunk_view(chunk, entries, lse))
+                plan = policy.plan(self._chunk_view(entries, statistics))
                 check_plan(plan, entries, self.ledger.allowed(), policy, self.setup.layer)
             self._settle(entries, plan)
 
-    def _chunk_view(self, chunk: Chunk, entries: Entries, lse: Tensor | None) -> View:
+    def _chunk_view(self, entries: Entries, statistics: Statistics) -> View:
         policy = self.setup.policy
         window = probs = None
         if Needs.WINDOW in policy.needs:
-            window = last_rows(chunk, policy.window_tokens, policy.reduction, lse)
+            window = statistics.last_rows(policy.window_tokens, policy.reduction)
         if Needs.PROBS in policy.needs:
-            probs = last_rows(chunk, 1, policy.reduction, lse)[:, :, 0]
-        return view_of(self.setup, self.ledger, entries, new_tokens=chunk.query.shape[2], window=window, probs=probs)
+            probs = statistics.last_rows(1, policy.reduction)[:, :, 0]
+        return view_of(self.setup, self.ledger, entries, new_tokens=statistics.new_tokens, window=window, probs=probs)
 
     def _settle(self, entries: Entries, plan: Plan | None) -> None:
         memory = None if self.slots is None else self.slots.memory

@@ -17,6 +17,7 @@ from kvbench.errors import ModelSupportError
 
 _FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _HALF_SPLIT_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # others may rotate neighbouring pairs
+_GRID_FAMILIES = ("qwen2_5_vl_text", "qwen3_vl_text")  # time, row and column of a picture's token
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +52,11 @@ def rotation_of(decoder: Any, mode: str = "in_cache") -> Rotation:
     config = decoder.config
     rope = getattr(config, "rope_parameters", None) or {}
     kind = getattr(rotary, "rope_type", None)
+    if config.model_type in _GRID_FAMILIES:
+        raise ModelSupportError(
+            f"positions=in_cache is not defined for {config.model_type!r}: a picture's token stands at a time, a row "
+            "and a column, and ranks in the cache have one axis. Use positions=original"
+        )
     if rotary is None or not hasattr(rotary, "inv_freq") or kind not in _FIXED_ROPE_TYPES or "mrope_section" in rope:
         raise ModelSupportError(
             f"positions={mode} needs one fixed rotary embedding; {type(decoder).__name__} has rope type {kind!r}. "

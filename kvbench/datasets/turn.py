@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
-    """One turn of a conversation."""
+    """One turn of a conversation; `answer` is empty where no right answer is known."""
 
     question: str
     answer: str

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 
-def fact_scores(*, stated: frozenset[Hashable], true: frozenset[Hashable]) -> dict[str, float]:
-    """Return the share of true objects that are stated, and the F1 of stated against true.
+def fact_scores(*, stated: frozenset[Hashable], true: frozenset[Hashable], noun: str = "objects") -> dict[str, float]:
+    """Return the share of true facts that are stated, and the F1 of stated against true.
 
-    An answer that states nothing scores 0; `true` must not be empty.
+    An answer that states nothing scores 0; `true` must not be empty. `noun` begins the names.
     """
     right = len(stated & true)
     return {
-        "objects_recalled_fraction": right / len(true),
-        "objects_f1": 2 * right / (len(stated) + len(true)),
+        f"{noun}_recalled_fraction": right / len(true),
+        f"{noun}_f1": 2 * right / (len(stated) + len(true)),
     }

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
-from kvbench.cache import attach
 from kvbench.errors import ModelSupportError
+from kvbench.models.families import FAMILIES, VISION_FAMILIES
 from kvbench.models.fused import fuse
+from kvbench.models.own_code import check_hub_code
+from kvbench.models.prompts import LLAVA_V1, PROMPTS
 from kvbench.models.random_weights import architecture, random_model
-from kvbench.models.spec import FAMILIES, VISION_FAMILIES, ModelSpec
+from kvbench.models.spec import ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ def _random(spec: ModelSpec, device: str) -> LoadedModel:
     vision = config.model_type in VISION_FAMILIES
     where = torch.device(device)
     model = random_model(config, vision=vision, dtype=getattr(torch, spec.dtype), device=where, seed=spec.weights_seed)
-    attach(model)
+    _attach(model)
     _fuse_on_gpu(model, spec, where)
     return LoadedModel(
         model=model.eval(),
@@ -69,6 +71,12 @@ def _random(spec: ModelSpec, device: str) -> LoadedModel:
     )
 
 
+def _attach(model: Any) -> None:
+    from kvbench.cache import attach  # needs transformers
+
+    attach(model)
+
+
 def _fuse_on_gpu(model: Any, spec: ModelSpec, device: torch.device) -> None:
     if spec.fused and device.type == "cuda":
         fuse(model)
@@ -77,8 +85,11 @@ def _fuse_on_gpu(model: Any, spec: ModelSpec, device: torch.device) -> None:
 def _checkpoint(spec: ModelSpec, device: str) -> LoadedModel:
     transformers = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()  # the sweep has its own
+    importlib.import_module("kvbench.models.qwen_vl")  # registers the family that transformers does not have
     source = str(spec.folder or spec.checkpoint)
     options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    if spec.trust_remote_code and spec.folder is None:
+        check_hub_code(source, spec.revision)
     try:
         config = transformers.AutoConfig.from_pretrained(source, **options)
     except ValueError as error:  # an unknown family, or one whose code is not trusted
@@ -92,8 +103,8 @@ def _checkpoint(spec: ModelSpec, device: str) -> LoadedModel:
     vision = family in VISION_FAMILIES
     auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
     model = auto.from_pretrained(source, dtype=getattr(torch, spec.dtype), use_safetensors=True, **options)
-    processor = _processor(transformers, source, vision, options)
-    attach(model)
+    processor = _processor(source, model, spec.prompt, options)
+    _attach(model)
     _fuse_on_gpu(model, spec, torch.device(device))
     return LoadedModel(
         model=model.to(device).eval(),
@@ -104,13 +115,20 @@ def _checkpoint(spec: ModelSpec, device: str) -> LoadedModel:
     )
 
 
-def _processor(transformers: Any, source: str, vision: bool, options: dict[str, Any]) -> Any:
-    auto = transformers.AutoProcessor if vision else transformers.AutoTokenizer
-    processor = auto.from_pretrained(source, **options)
+def _processor(source: str, model: Any, prompt: str | None, options: dict[str, Any]) -> Any:
+    vision = model.config.model_type in VISION_FAMILIES
+    if vision:
+        processor = importlib.import_module("kvbench.models.processors").vision_processor(source, model, options)
+    else:
+        processor = importlib.import_module("transformers").AutoTokenizer.from_pretrained(source, **options)
     tokenizer = processor.tokenizer if vision else processor
     if tokenizer.eos_token_id is None:
         raise ModelSupportError("the tokenizer has no end token; kvbench cannot tell where an answer ends")
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if prompt is not None:
+        processor.chat_template = PROMPTS[prompt]
+    elif model.config.model_type == "llava" and not processor.chat_template:
+        processor.chat_template = LLAVA_V1
     return processor

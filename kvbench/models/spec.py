@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvbench.errors import ConfigError, close_matches
-from kvbench.records import canonical_json
+from kvbench.models.families import RANDOM_FAMILIES, VISION_FAMILIES
+from kvbench.models.prompts import PROMPTS
+from kvbench.sealed import canonical_json
 
 BUNDLED = "bundled"
 BUNDLED_FOLDER = Path(__file__).parent / "tiny_llava_scenes"
 DTYPES = ("float32", "bfloat16", "float16")
-VISION_FAMILIES = ("llava",)
-TEXT_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-FAMILIES = VISION_FAMILIES + TEXT_FAMILIES
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _WHOLE_BYTES = 2**26
@@ -31,16 +30,17 @@ class ModelSpec:
     """A checkpoint: `bundled`, a local folder, or a hub name with its pinned revision.
 
     Only safetensors are read. trust_remote_code runs code of the checkpoint; it is never on unless
-    said here. weights="random" builds the architecture of `config` (fields of its transformers config,
-    else those of the folder) from `weights_seed`, for speed and memory alone: no checkpoint is read and
-    there is no tokenizer. fused: on a GPU in half precision, decode steps run fused kernels (`fuse`).
-    Raises: ConfigError.
+    said here. prompt: a prompt format by name, None for the checkpoint's own. weights="random" builds the
+    architecture of `config` (fields of its transformers config, else those of the folder) from
+    `weights_seed`, for speed and memory alone: no checkpoint is read and there is no tokenizer. fused: on
+    a GPU in half precision, decode steps run fused kernels (`fuse`). Raises: ConfigError.
     """
 
     checkpoint: str
     revision: str | None = None
     dtype: str = "float32"
     trust_remote_code: bool = False
+    prompt: str | None = None
     weights: Literal["checkpoint", "random"] = "checkpoint"
     weights_seed: int = 0
     config: dict[str, Any] | None = field(default=None, hash=False)
@@ -49,6 +49,8 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"model.dtype is {self.dtype!r}; {close_matches(self.dtype, DTYPES)}")
+        if self.prompt is not None and self.prompt not in PROMPTS:
+            raise ConfigError(f"model.prompt is {self.prompt!r}; {close_matches(self.prompt, PROMPTS)}")
         if self.weights == "random":
             self._check_architecture()
         elif self.folder is None:
@@ -80,8 +82,10 @@ class ModelSpec:
                 "write it there, as conf/model/llava-1.5-7b.yaml does, or give a folder with a config.json"
             )
         family = known.get("model_type")
-        if family not in FAMILIES:
-            raise ConfigError(f"model.config.model_type is {family!r}; supported: {', '.join(FAMILIES)}")
+        if family not in RANDOM_FAMILIES:
+            raise ConfigError(
+                f"model.config.model_type is {family!r}; supported: {', '.join(RANDOM_FAMILIES)} with random weights"
+            )
 
     @property
     def folder(self) -> Path | None:
@@ -115,7 +119,7 @@ class ModelSpec:
             return f"{self.checkpoint}@{self.revision}"
         digest = hashlib.sha256()
         for path in sorted(self.folder.iterdir()):
-            if path.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt", ".py"):
+            if path.suffix in (".json", ".safetensors", ".jinja", ".model", ".tiktoken", ".txt", ".py"):
                 digest.update(path.name.encode() + _content_sample(path))
         return digest.hexdigest()
 
@@ -133,9 +137,15 @@ def _content_sample(path: Path) -> bytes:
 
 
 def image_tokens(config: Mapping[str, Any]) -> int:
-    """Return how many tokens a picture is, from the fields of a model's config; 0 for a text model."""
-    if config["model_type"] not in VISION_FAMILIES:
+    """Return how many tokens a picture is, from the fields of a model's config; 0 for a text model.
+
+    Raises: ConfigError for a family whose pictures differ in tokens, or that random pictures do not cover.
+    """
+    family = config["model_type"]
+    if family not in VISION_FAMILIES:
         return 0
+    if family not in RANDOM_FAMILIES:
+        raise ConfigError(f"random pictures are not drawn for family {family!r}; use a data set that has pictures")
     vision = config["vision_config"]
     patches = (int(vision["image_size"]) // int(vision["patch_size"])) ** 2
     return patches + int(config.get("vision_feature_select_strategy", "default") == "full")

@@ -32,6 +32,18 @@ def cells_frame(results: Results) -> pd.DataFrame:
     return _typed(frame, numbers={*_NUMBERS, *measured})
 
 
+def quality_frame(results: Results) -> pd.DataFrame:
+    """Return the columns of `cells_frame` that a sweep gives again wherever, whenever and however often it is run."""
+    names = [name for name, measure in MEASURES.items() if measure.reproduces]
+    measured = [f"{name}{suffix}" for name in names for suffix in ("", "_low", "_high", "_n")]
+    return cells_frame(results)[[*_SAMPLE_LABELS, *measured]]
+
+
+def csv_text(frame: pd.DataFrame) -> str:
+    """Return `frame` as CSV; numbers in their shortest exact form, text safe for spreadsheets."""
+    return str(_harmless(frame).to_csv(index=False, lineterminator="\n"))
+
+
 def samples_frame(results: Results) -> pd.DataFrame:
     """Return one row per cell and sample, with every field that a sample of any cell has."""
     rows = [
@@ -52,7 +64,7 @@ def write_csv_and_parquet(results: Results, folder: Path) -> tuple[Path, ...]:
     paths: list[Path] = []
     for name, frame in (("table", cells_frame(results)), ("samples", samples_frame(results))):
         csv, parquet = folder / f"{name}.csv", folder / f"{name}.parquet"
-        _harmless(frame).to_csv(csv, index=False, lineterminator="\n", encoding="utf-8")
+        csv.write_text(csv_text(frame), encoding="utf-8", newline="\n")
         frame.to_parquet(parquet, engine="pyarrow", index=False)
         paths += [csv, parquet]
     return tuple(paths)

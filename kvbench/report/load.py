@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.errors import ConfigError, RecordError, close_matches
-from kvbench.records import canonical_json, read_record
+from kvbench.records import read_record
 from kvbench.report.cell import CellResult, parse_cell
+from kvbench.sealed import canonical_json
 from kvbench.units import MEASURES
 
 

@@ -21,6 +21,8 @@ MAIN_COLUMNS = (
     "peak_memory_bytes",
     "kv_stored_bytes",
 )
+_EXTRA_COLUMNS = ("needles_recalled_fraction", "num_skipped_items")
+_TURN_COLUMNS = ("rougeL_vs_full", "exact_fraction", "objects_recalled_fraction", "needles_recalled_fraction")
 COST_COLUMNS = (
     "ttft_ms",
     "tpot_ms",
@@ -133,14 +135,22 @@ def _measured(group: Group) -> tuple[str, ...]:
 def _main_columns(group: Group) -> tuple[str, ...]:
     """Choose the columns: costs alone where no quality was measured.
 
-    On a CPU there is no device memory, so the process's own peak takes that column.
+    On a CPU there is no device memory, so the process's own peak takes that column. What only some data sets
+    or tasks have comes after, and then columns without any number are left out.
     """
     measured = _measured(group)
-    if measured and not set(_QUALITIES) & set(measured):
+    more = tuple(name for name in measured if name in _EXTRA_COLUMNS or _is_of_turn(name))
+    if measured and not more and not set(_QUALITIES) & set(measured):
         return tuple(name for name in COST_COLUMNS if name in measured) or MAIN_COLUMNS
-    if "peak_memory_bytes" in measured or "peak_rss_bytes" not in measured:
-        return MAIN_COLUMNS
-    return tuple("peak_rss_bytes" if name == "peak_memory_bytes" else name for name in MAIN_COLUMNS)
+    columns: tuple[str, ...] = MAIN_COLUMNS
+    if "peak_memory_bytes" not in measured and "peak_rss_bytes" in measured:
+        columns = tuple("peak_rss_bytes" if name == "peak_memory_bytes" else name for name in MAIN_COLUMNS)
+    return (*(name for name in columns if name in measured), *more) if more else columns
+
+
+def _is_of_turn(name: str) -> bool:
+    turn, _, rest = name.partition("_")
+    return turn.startswith("turn") and rest in _TURN_COLUMNS
 
 
 def _entry(cell: CellResult, name: str) -> Entry:

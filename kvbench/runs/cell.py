@@ -1,39 +1,36 @@
-"""One cell: load, run its tasks, and make a record whatever happens."""
+"""One cell: what it is, how far it has come, and the body of its record whatever happens."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from kvbench.cache import Policy
-from kvbench.datasets.base import Dataset
 from kvbench.errors import ConfigError, DataError, ModelSupportError, NonFiniteError
-from kvbench.models.loader import LoadedModel, load_model
-from kvbench.models.spec import ModelSpec
 from kvbench.records import cell_key
-from kvbench.runs.environment import environment
-from kvbench.runs.full_answers import FullAnswers
-from kvbench.runs.loop import CacheSetting
-from kvbench.runs.task import Bench, Task, TaskResult
+from kvbench.runs.dataset_fit import skipped_measurement, skipped_names
 
+if TYPE_CHECKING:
+    from kvbench.cache import Policy
+    from kvbench.datasets.base import Dataset
+    from kvbench.models.spec import ModelSpec
+    from kvbench.runs.loop import CacheSetting
+    from kvbench.runs.task import Task, TaskResult
+
+_OOM = ("OutOfMemoryError", "MemoryError")  # torch's own class is found by name, so that nobody imports torch for it
 _STATUS_OF: tuple[tuple[type[BaseException], str], ...] = (
-    (torch.OutOfMemoryError, "oom"),
-    (MemoryError, "oom"),
     (NonFiniteError, "nonfinite"),
     (DataError, "data_error"),
     (ConfigError, "config_error"),
     (ModelSupportError, "incompatible"),
 )
 _CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch has no class for it
-_SHARED_SETTINGS = ("model", "dataset", "batch_size", "device", "versions")
+SHARED_SETTINGS = ("model", "dataset", "query_visible", "batch_size", "device", "versions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,74 +47,79 @@ class Cell:
     batch_size: int
     seed: int
     device: str
+    query_visible: bool = True
 
     @property
     def key(self) -> str:
         """64 hex digits; the same settings give the same key everywhere."""
         return cell_key(self.settings)
 
+    @property
+    def shared_settings(self) -> dict[str, Any]:
+        """What cells must agree in to share a model, its prompts and the full cache's answers."""
+        return {name: self.settings[name] for name in SHARED_SETTINGS}
 
-class ModelShelf:
-    """The model used last, so that cells that share one load it once."""
-
-    def __init__(self) -> None:
-        self._last: tuple[tuple[ModelSpec, str], LoadedModel] | None = None
-
-    def get(self, spec: ModelSpec, device: str) -> LoadedModel:
-        """Return the model of `spec` on `device`; another one is let go first."""
-        if self._last is None or self._last[0] != (spec, device):
-            self._last = None
-            self._last = ((spec, device), load_model(spec, device))
-        return self._last[1]
+    @property
+    def name(self) -> str:
+        """Policy and budget, as progress bars and messages call the cell."""
+        return f"{self.labels['policy']} at {self.labels['budget']}"
 
 
-def run_cell(
-    cell: Cell, *, shelf: ModelShelf, results: Path, sweep: str, advance: Callable[[float], None]
-) -> dict[str, Any]:
-    """Run all tasks of `cell` and return the body of its record; an error becomes its status."""
-    started, start_s = datetime.now(UTC), time.monotonic()
-    result, status, error = TaskResult(), "ok", None
+@dataclass(kw_only=True)
+class Attempt:
+    """One try at a cell; `phase` is what runs or ran last, None when everything is done."""
+
+    cell: Cell
+    sweep: str
     phase: str | None = "load"
-    try:
-        torch.manual_seed(cell.seed)
-        bench = _bench(cell, shelf.get(cell.model, cell.device), results, advance)
-        for name, task in cell.tasks.items():
-            phase = name
-            result.add(task.run(bench))
-        phase = None
-    except Exception as exception:
-        status, error = _status(exception), _described(exception)
-    return {
-        "schema": 1,
-        "key": cell.key,
-        "sweep": sweep,
-        "attempt": uuid.uuid4().hex,
-        "labels": dict(cell.labels),
-        "cell": dict(cell.settings),
-        "status": status,
-        "phase": phase,
-        "error": error,
-        "started_utc": started.isoformat(timespec="milliseconds"),
-        "duration_s": time.monotonic() - start_s,
-        "environment": environment(cell.device),
-        "measurements": result.measurements,
-        "samples": _sample_rows(cell, result),
-        "curves": result.curves,
-    }
+    status: str = "ok"
+    error: dict[str, str] | None = None
+    duration_s: float = 0.0
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
 
+    @property
+    def failed(self) -> bool:
+        """Whether something went wrong; then nothing more is tried."""
+        return self.status != "ok"
 
-def _bench(cell: Cell, loaded: LoadedModel, results: Path, advance: Callable[[float], None]) -> Bench:
-    shared = {name: cell.settings[name] for name in _SHARED_SETTINGS}
-    return Bench(
-        loaded=loaded,
-        dataset=cell.dataset,
-        examples=cell.dataset.examples(),
-        setting=cell.setting,
-        full_policy=cell.full_policy,
-        answers=FullAnswers(folder=results / "full_answers", settings=shared),
-        batch_size=cell.batch_size,
-        advance=advance,
-    )
+    @contextlib.contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Run a block as `phase`: its time is the cell's, and whatever it raises is the cell's failure.
+
+        `sys.exit` in a policy is one more exception here: it must not end the other cells.
+        """
+        self.phase, start_s = phase, time.monotonic()
+        try:
+            yield
+        except BaseException as exception:
+            self.fail(exception)
+        finally:
+            self.duration_s += time.monotonic() - start_s
+
+    def fail(self, exception: BaseException) -> None:
+        """Note what ended the attempt."""
+        self.status, self.error = status_of(exception), described(exception)
+
+    def body(self, environment: Mapping[str, Any], result: TaskResult | None = None) -> dict[str, Any]:
+        """Return the body of the record."""
+        return {
+            "schema": 1,
+            "key": self.cell.key,
+            "sweep": self.sweep,
+            "attempt": uuid.uuid4().hex,
+            "labels": dict(self.cell.labels),
+            "cell": dict(self.cell.settings),
+            "status": self.status,
+            "phase": self.phase if self.failed else None,
+            "error": self.error,
+            "started_utc": self.started.isoformat(timespec="milliseconds"),
+            "duration_s": self.duration_s,
+            "environment": dict(environment),
+            "measurements": {} if result is None else result.measurements | skipped_measurement(self.cell.dataset),
+            "samples": [] if result is None else _sample_rows(self.cell, result),
+            "curves": {} if result is None else result.curves,
+            "skipped_items": skipped_names(self.cell.dataset),
+        }
 
 
 def _sample_rows(cell: Cell, result: TaskResult) -> list[dict[str, Any]]:
@@ -126,13 +128,17 @@ def _sample_rows(cell: Cell, result: TaskResult) -> list[dict[str, Any]]:
     return [{"id": name, "cluster": clusters[name], **row} for name, row in result.samples.items()]
 
 
-def _status(exception: BaseException) -> str:
+def status_of(exception: BaseException) -> str:
+    """Return the status that an exception gives a cell."""
+    if any(kind.__name__ in _OOM for kind in type(exception).__mro__):
+        return "oom"
     if isinstance(exception, RuntimeError) and _CPU_OUT_OF_MEMORY in str(exception):
         return "oom"
     return next((status for kind, status in _STATUS_OF if isinstance(exception, kind)), "crash")
 
 
-def _described(exception: BaseException) -> dict[str, str]:
+def described(exception: BaseException) -> dict[str, str]:
+    """Return type, message and traceback as a record holds them."""
     trace = "".join(traceback.format_exception(exception))
     texts = {"type": type(exception).__name__, "message": str(exception), "traceback": trace}
     # A record is UTF-8, which half a surrogate pair in a message is not.

@@ -1,30 +1,32 @@
 """How far the policy's next-token distribution is from the full cache's, along one text.
 
-Both caches are fed the full cache's own greedy answer, in lock step, so every step compares two
-distributions over the same history and nothing of size tokens x vocabulary is stored.
+Both caches are fed the full cache's own greedy answer, so every step compares two distributions over
+the same history.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from kvbench.datasets.base import Example
 from kvbench.errors import ConfigError, MeasureError, NonFiniteError
 from kvbench.metrics.intervals import pooled_ratio_interval
-from kvbench.models.inputs import PromptBatch
+from kvbench.runs.batch_task import BatchTask, Payload
 from kvbench.runs.full_answers import Answers
 from kvbench.runs.generation import full_answers
 from kvbench.runs.loop import CacheSetting, padded_targets
+from kvbench.runs.prompts import Part, Prompts
 from kvbench.runs.task import Bench, TaskResult
+
+_KEPT_BYTES = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fidelity:
+class Fidelity(BatchTask):
     """KL(full || policy) in nats per token and top-1 agreement, over every step after the first cut.
 
     In every run the full cache is compared with itself over `check_tokens` steps of the first batch;
@@ -32,6 +34,7 @@ class Fidelity:
     """
 
     protocol: ClassVar[str] = "lock_step_v1"
+    hides_question: ClassVar[bool] = True
 
     max_new_tokens: int = 160
     check_tokens: int = 16
@@ -43,53 +46,66 @@ class Fidelity:
                 "both must be at least 1"
             )
 
-    def run(self, bench: Bench) -> TaskResult:
-        """Compare on all examples. Raises: MeasureError if the full cache differs from itself."""
-        batches = bench.batches()
-        answers = full_answers(bench, batches, self.max_new_tokens)
-        examples, batch = batches[0]
-        self_check = _compare(bench, examples, batch, answers, bench.full, self.check_tokens)
-        if any(row["kl_sum"] != 0.0 for row in self_check):
-            raise MeasureError(
-                "the full cache differs from itself (KL is not 0); the machine does not compute reliably"
-            )
+    def measure(self, bench: Bench, part: Part) -> Payload:
+        """Compare on one batch. Raises: MeasureError if the full cache differs from itself."""
+        answers = full_answers(bench, self.max_new_tokens)
+        bench.prompts.once(("equals itself", self), lambda: _check_itself(bench, part, answers, self.check_tokens))
+        rows = _compare(bench, part, answers, bench.setting, self.max_new_tokens)
+        return {example.id: row for example, row in zip(part.examples, rows, strict=True)}
+
+    def summarise(self, bench: Bench, payloads: Sequence[Payload]) -> TaskResult:
+        """Pool the tokens of all examples."""
         result = TaskResult()
-        for examples, batch in batches:
-            rows = _compare(bench, examples, batch, answers, bench.setting, self.max_new_tokens)
-            result.samples |= {example.id: row for example, row in zip(examples, rows, strict=True)}
-            bench.advance(len(examples) / len(bench.examples))
+        for payload in payloads:
+            result.samples |= payload
         _summarise(bench, result)
         return result
 
 
+def _check_itself(bench: Bench, part: Part, answers: Answers, check_tokens: int) -> None:
+    first = part if part.number == 0 else Prompts(bench.loaded, bench.examples, bench.batch_size).part(0)
+    if any(row["kl_sum"] != 0.0 for row in _compare(bench, first, answers, bench.full, check_tokens)):
+        raise MeasureError("the full cache differs from itself (KL is not 0); the machine does not compute reliably")
+
+
 @torch.inference_mode()
 def _compare(
-    bench: Bench,
-    examples: Sequence[Example],
-    batch: PromptBatch,
-    answers: Answers,
-    setting: CacheSetting,
-    max_tokens: int,
+    bench: Bench, part: Part, answers: Answers, setting: CacheSetting, max_tokens: int
 ) -> list[dict[str, Any]]:
-    texts = [(answers[example.id] or [bench.loaded.eos_token_id])[:max_tokens] for example in examples]
+    texts = [(answers[example.id] or [bench.loaded.eos_token_id])[:max_tokens] for example in part.examples]
     fed, real = padded_targets(texts, bench.loaded.eos_token_id, bench.loaded.device)
-    full = bench.full.decoding(bench.loaded, batch, fed.shape[1])
-    policy = setting.decoding(bench.loaded, batch, fed.shape[1])
+    policy = part.decoding(setting, fed.shape[1])
     divergences, agreements = [], []
-    for number in range(fed.shape[1]):
-        expected, got = full.step(fed[:, number]), policy.step(fed[:, number])
+    for number, expected in enumerate(_expected(bench, part, fed, max_tokens)):
+        got = policy.step(fed[:, number])
         divergences.append(_kl(expected, got))
         agreements.append(expected.argmax(dim=-1) == got.argmax(dim=-1))
+        bench.beat()
     kl = torch.stack(divergences, dim=1).masked_fill(~real, 0.0)
     if not bool(kl.isfinite().all()):
         row, token = torch.nonzero(~kl.isfinite())[0].tolist()
-        raise NonFiniteError(f"the KL after token {token} of {examples[row].id} is not finite")
+        raise NonFiniteError(f"the KL after token {token} of {part.examples[row].id} is not finite")
     agrees = torch.stack(agreements, dim=1) & real
     sums = (kl.double().sum(-1).tolist(), agrees.sum(-1).tolist(), real.sum(-1).tolist())
     return [
         {"kl_sum": total, "num_agreeing_tokens": same, "num_compared_tokens": count}
         for total, same, count in zip(*sums, strict=True)
     ]
+
+
+def _expected(bench: Bench, part: Part, fed: Tensor, max_tokens: int) -> Iterable[Tensor]:
+    """Return the full cache's logits after each fed token: kept for the next cell if they are not too large.
+
+    Otherwise they are computed in lock step with the policy's, and nothing of size tokens x vocabulary
+    is held.
+    """
+    full = part.decoding(bench.full, fed.shape[1])
+    steps = (full.step(fed[:, number]) for number in range(fed.shape[1]))
+    if not part.shares or full.logits.nbytes * fed.shape[1] > _KEPT_BYTES:
+        return steps
+    # A graph writes its next logits over these, so they are copied.
+    kept: list[Tensor] = part.once(("full logits", max_tokens), lambda: [logits.clone() for logits in steps])
+    return kept
 
 
 def _kl(expected: Tensor, got: Tensor) -> Tensor:

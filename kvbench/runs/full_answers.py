@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvbench.records import canonical_json, cell_key, make_folder
+from kvbench.durable import make_folder
+from kvbench.records import cell_key
+from kvbench.sealed import canonical_json
 
 Answers = dict[str, list[int]]
 

@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from kvbench.cache import Budget, Policy, PolicyCache
+from kvbench.cache import Budget, Policy
 from kvbench.cache.positions import PositionMode
 from kvbench.errors import NonFiniteError
 from kvbench.models.inputs import PromptBatch
 from kvbench.models.loader import LoadedModel
+
+if TYPE_CHECKING:
+    from kvbench.cache import PolicyCache
 
 Engine = Literal["eager", "graph"]
 ENGINES: tuple[str, ...] = get_args(Engine)
@@ -38,17 +41,24 @@ class CacheSetting:
         self, loaded: LoadedModel, batch: PromptBatch, reserve_tokens: int, *, on_settle: OnSettle = nullcontext
     ) -> Decoding:
         """Prefill `batch` into a fresh cache and return it ready for `reserve_tokens` decode steps."""
-        cache = self.cache(loaded, batch, reserve_tokens, on_settle=on_settle)
+        return self.decoding_with(loaded, batch, self.cache(loaded, batch, reserve_tokens, on_settle=on_settle))
+
+    def decoding_with(
+        self, loaded: LoadedModel, batch: PromptBatch, cache: PolicyCache, *, prompt_logits: Tensor | None = None
+    ) -> Decoding:
+        """Return `batch` ready to be decoded with `cache`; prompt_logits where it has taken the prompt already."""
         if self.engine == "graph":
             from kvbench.runs.graph import GraphDecoding
 
-            return GraphDecoding(loaded, batch, cache)
-        return Decoding(loaded, batch, cache)
+            return GraphDecoding(loaded, batch, cache, prompt_logits=prompt_logits)
+        return Decoding(loaded, batch, cache, prompt_logits=prompt_logits)
 
     def cache(
         self, loaded: LoadedModel, batch: PromptBatch, reserve_tokens: int, *, on_settle: OnSettle = nullcontext
     ) -> PolicyCache:
         """Return an empty cache for `batch`, with room for `reserve_tokens` more."""
+        from kvbench.cache import PolicyCache  # needs transformers
+
         return PolicyCache(
             loaded.model,
             self.policy,
@@ -62,21 +72,50 @@ class CacheSetting:
 
 
 class Decoding:
-    """One batch being decoded: `logits` (B, V) float32 are those of the next token."""
+    """One batch being decoded: `logits` (B, V) float32 are those of the next token.
 
-    def __init__(self, loaded: LoadedModel, batch: PromptBatch, cache: PolicyCache) -> None:
+    prompt_logits: those after the prompt, where `cache` has taken the prompt already.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, batch: PromptBatch, cache: Any, *, prompt_logits: Tensor | None = None
+    ) -> None:
         self._model = loaded.model
-        self.cache = cache
+        self.cache: PolicyCache = cache
+        self._tokens = torch.zeros_like(batch.tensors["input_ids"][:, -1:])
+        self._position = batch.last_position_ids.clone()
+        self.logits: Tensor = self._prefill(batch) if prompt_logits is None else prompt_logits
+        if batch.question_ids is not None:
+            self.extend(batch.question_ids)
+
+    def _prefill(self, batch: PromptBatch) -> Tensor:
         output = self._model(
             **batch.tensors,
             position_ids=batch.position_ids,
-            past_key_values=cache,
+            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        self.logits: Tensor = output.logits[:, -1].float()
-        self._tokens = torch.zeros_like(batch.tensors["input_ids"][:, -1:])
-        self._position = batch.position_ids[:, -1:].clone()
+        logits: Tensor = output.logits[:, -1].float()
+        return logits
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        """Feed a chunk of tokens, (B, N), after everything so far; return the next logits (B, V) float32.
+
+        The cache holds what its policy left; the chunk attends to that and to itself, and is cut with it.
+        Before the first step only where the step is captured, because the cut lays out new buffers.
+        """
+        steps = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        output = self._model(
+            input_ids=tokens,
+            position_ids=self._position + steps,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._position += tokens.shape[1]
+        self.logits = output.logits[:, -1].float()
+        return self.logits
 
     def prepare(self) -> None:
         """Do ahead of time what the first step would do once; nothing in the eager engine."""
@@ -103,27 +142,25 @@ class Decoding:
 
 @torch.inference_mode()
 def greedy(
-    loaded: LoadedModel,
-    batch: PromptBatch,
-    setting: CacheSetting,
+    decoding: Decoding,
     *,
+    eos_token_id: int,
     max_new_tokens: int,
     on_step: Callable[[PolicyCache, list[bool]], None] | None = None,
 ) -> list[list[int]]:
-    """Return the greedy answer of each row, without its end token.
+    """Return the greedy answer of each row from where `decoding` stands, without its end token.
 
     on_step gets the cache and which rows are still being answered, after each step. Raises:
     NonFiniteError for logits whose largest is NaN or infinite, in a row that is still being answered.
     """
-    decoding = setting.decoding(loaded, batch, max_new_tokens)
-    answers: list[list[int]] = [[] for _ in batch.prompt_tokens]
+    answers: list[list[int]] = [[] for _ in range(decoding.logits.shape[0])]
     going = [True] * len(answers)
     for number in range(max_new_tokens):
         tokens, largest = decoding.logits.argmax(dim=-1), decoding.logits.amax(dim=-1)
         if not bool((largest.isfinite() | ~torch.tensor(going, device=largest.device)).all()):
             raise NonFiniteError(f"the logits of new token {number} are not finite")
         for row, token in enumerate(tokens.tolist()):
-            going[row] = going[row] and token != loaded.eos_token_id
+            going[row] = going[row] and token != eos_token_id
             if going[row]:
                 answers[row].append(token)
         if not any(going) or number == max_new_tokens - 1:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from kvbench.cache import PolicyCache
 from kvbench.errors import ConfigError
 from kvbench.metrics.allocation import PhasePeaks, parameter_bytes, reset_resident_peak, resident_peak_bytes
 from kvbench.models.inputs import PromptBatch, prompt_batch
@@ -17,6 +16,9 @@ from kvbench.runs.launch import repeated
 from kvbench.runs.loop import CacheSetting
 from kvbench.runs.task import Bench, TaskResult
 from kvbench.runs.vision_phase import around_vision
+
+if TYPE_CHECKING:
+    from kvbench.cache import PolicyCache
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,13 +13,15 @@ from torch import Tensor
 from kvbench.datasets.base import Example
 from kvbench.errors import NonFiniteError
 from kvbench.metrics.intervals import pooled_ratio_interval
-from kvbench.models.inputs import PromptBatch, answer_tokens
+from kvbench.models.inputs import answer_tokens
+from kvbench.runs.batch_task import BatchTask, Payload
 from kvbench.runs.loop import padded_targets
+from kvbench.runs.prompts import Part
 from kvbench.runs.task import Bench, TaskResult
 
 
 @dataclass(frozen=True, kw_only=True)
-class Perplexity:
+class Perplexity(BatchTask):
     """Every answer token and the end token is scored, one at a time, after the cache was cut.
 
     ppl = exp(sum of negative log-likelihoods / number of tokens), float32 log-softmax; the first
@@ -27,31 +29,34 @@ class Perplexity:
     """
 
     protocol: ClassVar[str] = "teacher_forced_v1"
+    needs_reference: ClassVar[bool] = True
+    hides_question: ClassVar[bool] = True
 
-    def run(self, bench: Bench) -> TaskResult:
-        """Score all examples. Raises: NonFiniteError when a likelihood is not finite."""
+    @torch.inference_mode()
+    def measure(self, bench: Bench, part: Part) -> Payload:
+        """Score one batch. Raises: NonFiniteError when a likelihood is not finite."""
+        answers = [answer_tokens(bench.loaded, example) for example in part.examples]
+        targets, real = padded_targets(answers, bench.loaded.eos_token_id, bench.loaded.device)
+        decoding = part.decoding(bench.setting, targets.shape[1])
+        nlls = [_nll(decoding.logits, targets[:, 0])]
+        for number in range(1, targets.shape[1]):
+            decoding.step(targets[:, number - 1])
+            nlls.append(_nll(decoding.logits, targets[:, number]))
+            bench.beat()
+        rows = _rows(torch.stack(nlls, dim=1), real, part.examples)
+        return {example.id: row for example, row in zip(part.examples, rows, strict=True)}
+
+    def summarise(self, bench: Bench, payloads: Sequence[Payload]) -> TaskResult:
+        """Pool the tokens of all examples."""
         result = TaskResult()
-        for examples, batch in bench.batches():
-            for example, row in zip(examples, self._score(bench, examples, batch), strict=True):
-                result.samples[example.id] = row
-            bench.advance(len(examples) / len(bench.examples))
+        for payload in payloads:
+            result.samples |= payload
         rows = [result.samples[example.id] for example in bench.examples]
         interval = pooled_ratio_interval(
             [row["nll_sum"] for row in rows], [row["num_scored_tokens"] for row in rows], bench.clusters, math.exp
         )
         result.measure("ppl", interval)
         return result
-
-    @torch.inference_mode()
-    def _score(self, bench: Bench, examples: Sequence[Example], batch: PromptBatch) -> list[dict[str, float]]:
-        answers = [answer_tokens(bench.loaded, example) for example in examples]
-        targets, real = padded_targets(answers, bench.loaded.eos_token_id, bench.loaded.device)
-        decoding = bench.setting.decoding(bench.loaded, batch, targets.shape[1])
-        nlls = [_nll(decoding.logits, targets[:, 0])]
-        for number in range(1, targets.shape[1]):
-            decoding.step(targets[:, number - 1])
-            nlls.append(_nll(decoding.logits, targets[:, number]))
-        return _rows(torch.stack(nlls, dim=1), real, examples)
 
 
 def _nll(logits: Tensor, target: Tensor) -> Tensor:

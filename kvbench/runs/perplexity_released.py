@@ -14,14 +14,16 @@ from torch.nn import functional
 from kvbench.datasets.base import Example
 from kvbench.errors import DataError, NonFiniteError
 from kvbench.metrics.intervals import pooled_ratio_interval
-from kvbench.models.inputs import PromptBatch, answer_tokens
+from kvbench.models.inputs import answer_tokens
 from kvbench.models.loader import LoadedModel
-from kvbench.runs.loop import Decoding, padded_targets
+from kvbench.runs.batch_task import BatchTask, Payload
+from kvbench.runs.loop import padded_targets
+from kvbench.runs.prompts import Part
 from kvbench.runs.task import Bench, TaskResult
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerplexityReleased:
+class PerplexityReleased(BatchTask):
     """`ppl_released`: the loop of eval_ppl.py and eval_ppl_qwen.py (github.com/liuzuyan/ElasticCache at 3138e03).
 
     As there, the first token is scored before any eviction, and tokens of all answers are pooled. With
@@ -39,24 +41,44 @@ class PerplexityReleased:
     """
 
     protocol: ClassVar[str] = "elastic_release_v1"
+    needs_reference: ClassVar[bool] = True
+    hides_question: ClassVar[bool] = True
 
     first_id_cut: bool = True
     ends_left_out: bool = True
     model_precision: bool = True
 
-    def run(self, bench: Bench) -> TaskResult:
-        """Score all examples. Raises: NonFiniteError for a likelihood, DataError if nothing is scored."""
-        result, scored = TaskResult(), []
-        for examples, batch in bench.batches():
-            answers = [self._scored_tokens(bench.loaded, example) for example in examples]
-            if any(answers):
-                nll, real = self._score(bench, answers, batch, examples)
-                scored.append(nll[real])
-                result.samples |= _rows(nll, real, examples)
-            bench.advance(len(examples) / len(bench.examples))
-        if not scored:
+    @torch.inference_mode()
+    def measure(self, bench: Bench, part: Part) -> Payload:
+        """Score one batch. Raises: NonFiniteError when a likelihood is not finite."""
+        answers = [self._scored_tokens(bench.loaded, example) for example in part.examples]
+        if not any(answers):
+            return {example.id: {"released_nll_sum": 0.0, "released_num_scored_tokens": 0} for example in part.examples}
+        targets, real = padded_targets(answers, bench.loaded.eos_token_id, bench.loaded.device)
+        decoding = part.decoding(bench.setting, targets.shape[1])
+        nlls = [self._nll(bench, decoding.logits, targets[:, 0])]
+        for number in range(1, targets.shape[1]):
+            decoding.step(targets[:, number - 1])
+            nlls.append(self._nll(bench, decoding.logits, targets[:, number]))
+            bench.beat()
+        return _rows(torch.stack(nlls, dim=1), real, part.examples)
+
+    def summarise(self, bench: Bench, payloads: Sequence[Payload]) -> TaskResult:
+        """Pool the tokens of all answers. Raises: DataError if nothing is scored."""
+        result = TaskResult()
+        for payload in payloads:
+            result.samples |= payload
+        clusters = {example.id: example.cluster for example in bench.examples}
+        rows = {name: row for name, row in result.samples.items() if row["released_num_scored_tokens"] > 0}
+        if not rows:
             raise DataError("no answer has a token that the released loop scores; it leaves the last one out")
-        self._measure(bench, result, torch.cat(scored))
+        sums = [row["released_nll_sum"] for row in rows.values()]
+        counts = [row["released_num_scored_tokens"] for row in rows.values()]
+        interval = pooled_ratio_interval(sums, counts, [clusters[name] for name in rows], math.exp)
+        if self.model_precision:
+            mean = torch.tensor(sum(sums) / sum(counts)).to(bench.loaded.model.dtype)
+            interval = replace(interval, value=mean.exp().item())
+        result.measure("ppl_released", interval)
         return result
 
     def _scored_tokens(self, loaded: LoadedModel, example: Example) -> list[int]:
@@ -66,41 +88,15 @@ class PerplexityReleased:
             tokens = alone[1:]
         return tokens[:-1] if self.ends_left_out else [*tokens, loaded.eos_token_id]
 
-    @torch.inference_mode()
-    def _score(
-        self, bench: Bench, answers: list[list[int]], batch: PromptBatch, examples: Sequence[Example]
-    ) -> tuple[Tensor, Tensor]:
-        targets, real = padded_targets(answers, bench.loaded.eos_token_id, bench.loaded.device)
-        decoding = Decoding(bench.loaded, batch, bench.setting.cache(bench.loaded, batch, targets.shape[1]))
-        nlls = [self._nll(bench, decoding.logits, targets[:, 0])]
-        for number in range(1, targets.shape[1]):
-            decoding.step(targets[:, number - 1])
-            nlls.append(self._nll(bench, decoding.logits, targets[:, number]))
-        nll = torch.stack(nlls, dim=1)
-        if not bool(torch.isfinite(nll[real]).all()):
-            row, token = torch.nonzero(~torch.isfinite(nll) & real)[0].tolist()
-            raise NonFiniteError(f"the likelihood of token {token} of {examples[row].id} is not finite")
-        return nll, real
-
     def _nll(self, bench: Bench, logits: Tensor, target: Tensor) -> Tensor:
         dtype = bench.loaded.model.dtype if self.model_precision else torch.float32
         return functional.cross_entropy(logits.to(dtype), target, reduction="none")
 
-    def _measure(self, bench: Bench, result: TaskResult, nll: Tensor) -> None:
-        clusters = {example.id: example.cluster for example in bench.examples}
-        rows = [(name, row) for name, row in result.samples.items() if row["released_num_scored_tokens"] > 0]
-        interval = pooled_ratio_interval(
-            [row["released_nll_sum"] for _, row in rows],
-            [row["released_num_scored_tokens"] for _, row in rows],
-            [clusters[name] for name, _ in rows],
-            math.exp,
-        )
-        if self.model_precision:
-            interval = replace(interval, value=nll.mean().exp().item())
-        result.measure("ppl_released", interval)
-
 
 def _rows(nll: Tensor, real: Tensor, examples: Sequence[Example]) -> dict[str, dict[str, float]]:
+    if not bool(torch.isfinite(nll[real]).all()):
+        row, token = torch.nonzero(~torch.isfinite(nll) & real)[0].tolist()
+        raise NonFiniteError(f"the likelihood of token {token} of {examples[row].id} is not finite")
     sums: list[float] = nll.double().masked_fill(~real, 0.0).sum(dim=-1).tolist()
     counts: list[int] = real.sum(dim=-1).tolist()
     return {

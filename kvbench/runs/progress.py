@@ -1,44 +1,72 @@
-"""Two progress bars: the sweep's cells, and the tasks of the running cell."""
+"""Two progress bars: the sweep's cells, and the cell that is running now."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tqdm import tqdm
 
-_SWEEP_FORMAT = "{desc} {n:.0f}/{total} |{bar}| {elapsed}<{remaining}"
+from kvbench.runs.cell import Cell
+
+_SWEEP_FORMAT = "{desc} {n:.1f}/{total} |{bar}| {elapsed}<{remaining}"
 _CELL_FORMAT = "{desc:<40.40} |{bar}| {percentage:3.0f} %"
 
 
 class Progress:
-    """Bars on a terminal; silent elsewhere, where the console's line per cell is enough."""
+    """Bars on a terminal; silent elsewhere, where the console's line per cell is enough.
 
-    def __init__(self, num_cells: int) -> None:
-        self._sweep = tqdm(
-            total=num_cells, desc="sweep", position=0, disable=None, bar_format=_SWEEP_FORMAT, leave=False
-        )
-        self._cell: tqdm[Any] | None = None
+    Cells of a group come forward together, so a cell's share is kept when another one is shown.
+    """
 
-    def start_cell(self, name: str, num_tasks: int) -> None:
-        """Begin the bar of one cell."""
-        self._cell = tqdm(
-            total=num_tasks, desc=f"  {name}", position=1, disable=None, bar_format=_CELL_FORMAT, leave=False
-        )
+    def __init__(self, cells: Mapping[str, Cell]) -> None:
+        self._all = cells
+        self._sweep = _bar(0, len(cells), "sweep", _SWEEP_FORMAT)
+        self._cell = _bar(1, 1, "", _CELL_FORMAT)
+        self._tasks: dict[str, float] = {}
+        self._shown: str | None = None
+        self._num_finished = 0
 
-    def advance(self, tasks: float) -> None:
-        """Move the running cell's bar by a share of a task."""
-        if self._cell is not None:
-            self._cell.update(tasks)
+    def set_finished(self, num_cells: int) -> None:
+        """Count cells that were done before."""
+        self._num_finished = num_cells
+        self._draw()
 
-    def finish_cell(self) -> None:
-        """Close the cell's bar and count the cell."""
-        if self._cell is not None:
-            self._cell.close()
-            self._cell = None
-        self._sweep.update(1)
+    def show(self, key: str) -> None:
+        """Show the cell `key`, which runs now."""
+        self._tasks.setdefault(key, 0.0)
+        if key != self._shown:
+            self._shown = key
+            self._draw()
+
+    def advance(self, key: str, tasks: float) -> None:
+        """Move a cell by a share of a task."""
+        if key in self._tasks:
+            self._tasks[key] += tasks
+            self._draw()
+
+    def finish(self, key: str) -> None:
+        """Count the cell as done."""
+        self._tasks.pop(key, None)
+        self._num_finished += 1
+        self._draw()
 
     def close(self) -> None:
         """Close both bars."""
-        if self._cell is not None:
-            self._cell.close()
+        self._cell.close()
         self._sweep.close()
+
+    def _draw(self) -> None:
+        self._sweep.n = min(self._num_finished + sum(map(self._share, self._tasks)), float(self._sweep.total or 0))
+        shown = self._shown if self._shown in self._tasks else None
+        self._cell.n = self._share(shown) if shown else 0.0
+        self._cell.set_description_str(f"  {self._all[shown].name}" if shown else "", refresh=False)
+        self._sweep.refresh()
+        self._cell.refresh()
+
+    def _share(self, key: str) -> float:
+        return min(1.0, self._tasks[key] / len(self._all[key].tasks))
+
+
+def _bar(position: int, total: int, name: str, form: str) -> tqdm[Any]:
+    return tqdm(total=total, desc=name, position=position, disable=None, bar_format=form, leave=False)

@@ -2,86 +2,126 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from kvbench.records import make_folder
-from kvbench.runs.cell import Cell, ModelShelf, run_cell
+from kvbench.durable import make_folder
+from kvbench.runs.elsewhere import statuses_elsewhere
+from kvbench.runs.held_claims import HeldClaims
 from kvbench.runs.progress import Progress
+from kvbench.runs.stop import StopRequest
+from kvbench.runs.supervisor import Events, Supervisor, Ticket
+from kvbench.runs.workers import WorkerSettings
 from kvbench.sinks.base import SinkGroup
-from kvbench.sinks.console import say
+from kvbench.sinks.claims import Claims
+from kvbench.sinks.partial import PartialStore
 from kvbench.sinks.store import RecordStore
+
+_ASK_AGAIN_S = 1.0
 
 
 class Sweep:
-    """The cells of one invocation, by key."""
+    """The cells of one invocation, by key. Sinks are opened only when there is something to run."""
 
-    def __init__(self, *, name: str, results: Path, cells: Mapping[str, Cell], sinks: SinkGroup, force: bool) -> None:
-        self._name = name
-        self._results = results
-        self._cells = cells
-        self._store = RecordStore(results)
-        self._sinks = sinks
-        self._force = force
-        self._shelf = ModelShelf()
-        self._progress: Progress | None = None
-        self._ended: dict[str, str] = {}
+    def __init__(
+        self,
+        *,
+        name: str,
+        results: Path,
+        tickets: Mapping[str, Ticket],
+        workers: WorkerSettings,
+        sinks: SinkGroup,
+        claims: Claims,
+        force: bool,
+    ) -> None:
+        self.results = results
+        self.tickets = tickets
         self.num_reused = 0
+        self._name, self._workers, self._sinks, self._force = name, workers, sinks, force
+        self._store = RecordStore(results)
+        self._claims = HeldClaims(claims)
+        self._ended: dict[str, str] = {}
 
     def open(self) -> None:
-        """Make the results folder, start bars and sinks, and take every accepted record there is.
-
-        Raises: ConfigError for a folder that cannot be made.
-        """
-        make_folder(self._results)
-        self._progress = Progress(len(self._cells))
-        self._sinks.open(self._name, len(self._cells))
-        for key in self._cells:
-            if not self._force and self._store.accepted(key) is not None:
-                self._finish(key, "ok")
-                self.num_reused += 1
+        """Make the results folder and take every accepted record there is. Raises: ConfigError."""
+        make_folder(self.results)
+        if not self._force:
+            self._take_finished()
+        self.num_reused = len(self._ended)
 
     @property
-    def is_complete(self) -> bool:
-        """Whether nothing is left to run."""
-        return len(self._ended) == len(self._cells)
+    def missing(self) -> list[str]:
+        """Keys of cells that have not ended, in their order."""
+        return [key for key in self.tickets if key not in self._ended]
 
     @property
     def statuses(self) -> dict[str, str]:
         """How each cell that ended did so, by key, in the order of the cells."""
-        return {key: self._ended[key] for key in self._cells if key in self._ended}
-
-    def run(self, key: str) -> None:
-        """Run the cell `key`; one that is done, or was run before, is left alone."""
-        assert self._progress is not None
-        if key in self._ended:
-            return
-        cell = self._cells[key]
-        self._progress.start_cell(f"{cell.labels['policy']} at {cell.labels['budget']}", len(cell.tasks))
-        body = run_cell(
-            cell, shelf=self._shelf, results=self._results, sweep=self._name, advance=self._progress.advance
-        )
-        self._store.commit(body, replace=self._force)
-        self._finish(key, body["status"])
-        self._sinks.record(body)
-
-    def _finish(self, key: str, status: str) -> None:
-        assert self._progress is not None
-        self._ended[key] = status
-        self._progress.finish_cell()
-
-    def close(self) -> None:
-        """Close bars and sinks, and say what was reused."""
-        if self._progress is not None:
-            self._progress.close()
-        self._sinks.close()
-        if self.num_reused:
-            say(
-                f"{self.num_reused} of {len(self._cells)} cells were done already (records under "
-                f"{self._results}/cells); force=true measures again"
-            )
+        return {key: self._ended[key] for key in self.tickets if key in self._ended}
 
     @property
     def num_failed(self) -> int:
-        """Cells whose status is not ok."""
-        return sum(status != "ok" for status in self.statuses.values())
+        """Cells that are not ok, those that did not end included."""
+        return sum(self._ended.get(key) != "ok" for key in self.tickets)
+
+    def run(self, stop: StopRequest) -> None:
+        """Run every missing cell; those that another process holds are waited for."""
+        if not self.missing:
+            return
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._claims.release_all)
+            progress = stack.enter_context(
+                contextlib.closing(Progress({key: ticket.cell for key, ticket in self.tickets.items()}))
+            )
+            progress.set_finished(self.num_reused)
+            self._sinks.open(self._name, len(self.tickets))
+            stack.enter_context(contextlib.closing(self._sinks))
+            if self._force:
+                for key in self.missing:
+                    PartialStore(self.results, key).remove()
+            while self.missing and stop.number is None:
+                self._run_free_cells(progress, stop)
+
+    def _run_free_cells(self, progress: Progress, stop: StopRequest) -> None:
+        held = self._claims.take(self.missing, self._workers.most_claims(list(self.tickets.values())))
+        if not self._force:
+            self._take_finished()
+        progress.set_finished(len(self._ended))
+        mine = [self.tickets[key] for key in held if key in self.missing]
+        if mine:
+            plan = self._workers.plan(mine, results=self.results, sweep=self._name)
+            Supervisor(plan, self._events(progress, stop)).run(self._workers.groups(mine))
+        elif self.missing:
+            time.sleep(_ASK_AGAIN_S)
+
+    def _events(self, progress: Progress, stop: StopRequest) -> Events:
+        def ended(body: dict[str, Any], final: bool) -> None:
+            self._store.commit(body, replace=self._force)
+            if final:
+                self._end(body["key"], body["status"])
+                progress.finish(body["key"])
+                self._sinks.record(body)
+
+        def tick() -> bool:
+            self._claims.beat()
+            return stop.number is None
+
+        return Events(active=progress.show, advance=progress.advance, ended=ended, tick=tick)
+
+    def _end(self, key: str, status: str) -> None:
+        self._ended[key] = status
+        self._claims.release([key])
+
+    def _take_finished(self) -> None:
+        for key in self.missing:
+            if self._store.accepted(key) is not None:
+                self._end(key, "ok")
+
+    def gather(self, since_utc: str) -> None:
+        """Take what jobs elsewhere have left since `since_utc`."""
+        self._take_finished()
+        left = {key: self.tickets[key] for key in self.missing}
+        self._ended |= statuses_elsewhere(left, self._store, self._claims, sweep=self._name, since_utc=since_utc)

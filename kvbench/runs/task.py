@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 from kvbench.cache import UNLIMITED, Policy
 from kvbench.datasets.base import Dataset, Example
 from kvbench.metrics.intervals import Interval
-from kvbench.models.inputs import PromptBatch, prompt_batch
 from kvbench.models.loader import LoadedModel
 from kvbench.runs.full_answers import FullAnswers
 from kvbench.runs.loop import CacheSetting
+from kvbench.runs.prompts import Prompts
+
+
+def _nothing() -> None:
+    """Nobody watches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +25,10 @@ class Bench:
     """Everything a task may use. `advance(share)` moves the cell's progress bar, shares add up to 1.
 
     `full` is the full cache as a setting of its own; `answers` gives its greedy answers, computed once
-    per model, data set and length.
+    per model, data set and length. `shared_prompts`: those of the group of cells, None for a cell alone.
+    `beat()` tells a watchdog that work goes on; call it at every step. query_visible: whether the question is
+    part of what a policy sees when it compresses the prompt; if not, picture and context are compressed
+    first and the question follows.
     """
 
     loaded: LoadedModel
@@ -31,6 +39,9 @@ class Bench:
     answers: FullAnswers
     batch_size: int
     advance: Callable[[float], None]
+    shared_prompts: Prompts | None = None
+    beat: Callable[[], None] = _nothing
+    query_visible: bool = True
 
     @property
     def full(self) -> CacheSetting:
@@ -42,11 +53,14 @@ class Bench:
         """The cluster of each example."""
         return [example.cluster for example in self.examples]
 
-    def batches(self) -> list[tuple[Sequence[Example], PromptBatch]]:
-        """Return the planned batches; membership depends on the list of examples only."""
-        size = self.batch_size
-        parts = [self.examples[start : start + size] for start in range(0, len(self.examples), size)]
-        return [(part, prompt_batch(self.loaded, part)) for part in parts]
+    @cached_property
+    def prompts(self) -> Prompts:
+        """The planned batches."""
+        return self.shared_prompts or self.own_prompts()
+
+    def own_prompts(self) -> Prompts:
+        """Return the planned batches anew, shared with nobody."""
+        return Prompts(self.loaded, self.examples, self.batch_size, query_visible=self.query_visible)
 
 
 @dataclass(kw_only=True)
@@ -74,6 +88,8 @@ class Task(Protocol):
 
     `protocol` names the definition of what it measures; a change of definition is a new name. A task
     that looks at no text, so that random weights and random prompts serve it, says `reads_text = False`.
+    The class flags `needs_reference`, `needs_follow_ups` and `hides_question` (it honours query_visible=false)
+    are checked against the data set before the model is loaded.
     """
 
     protocol: ClassVar[str]

@@ -12,6 +12,8 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
+from kvbench.redaction import redact, redacted_body
+
 _log = logging.getLogger(__name__)
 
 
@@ -44,8 +46,9 @@ class SinkGroup:
         self._each("open", lambda sink: sink.open(sweep, num_cells))
 
     def record(self, body: dict[str, Any]) -> None:
-        """Pass one finished cell to every sink."""
-        self._each("record", lambda sink: sink.record(body))
+        """Pass one finished cell, without secrets, to every sink."""
+        clean = redacted_body(body)
+        self._each("record", lambda sink: sink.record(clean))
 
     def close(self) -> None:
         """Close every sink."""
@@ -63,7 +66,7 @@ class SinkGroup:
         if index in self._warned:
             return
         self._warned.add(index)
-        reason = " ".join(str(error).split())[:200]
+        reason = redact(" ".join(str(error).split()))[:200]
         _log.warning(
             "%s failed in %s (%s: %s); the results are safe in the store, and its further failures are not shown.",
             *(type(sink).__name__, step, type(error).__name__, reason),

@@ -9,14 +9,18 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from kvbench.redaction import redact
 from kvbench.units import format_value, measure
 
-_HEADLINES = ("ppl", "rougeL_vs_full", "objects_recalled_fraction", "tpot_ms", "kv_stored_bytes")
+_HEADLINES = (
+    *("ppl", "rougeL_vs_full", "turn1_rougeL_vs_full", "turn2_rougeL_vs_full", "objects_recalled_fraction"),
+    *("needles_recalled_fraction", "tpot_ms", "kv_stored_bytes"),
+)
 
 
 def say(line: str) -> None:
-    """Print one line to stdout without breaking a progress bar; control characters become "?"."""
-    clean = "".join(letter if letter.isprintable() else "?" for letter in line)
+    """Print one line to stdout without breaking a progress bar: no secrets, and "?" for control characters."""
+    clean = "".join(letter if letter.isprintable() else "?" for letter in redact(line))
     try:
         from tqdm import tqdm
     except ImportError:
@@ -48,7 +52,8 @@ class ConsoleSink:
 def cell_line(body: dict[str, Any]) -> str:
     """Return the line for one record body: numbers if it has some, else what went wrong."""
     labels = body["labels"]
-    head = f"{body['status']:<10} {labels.get('policy', '?'):<14} {labels.get('budget', '-'):<14}"
+    status = body["status"] + ("*" if body.get("tries", 1) > 1 else "")  # it took a second try
+    head = f"{status:<10} {labels.get('policy', '?'):<14} {labels.get('budget', '-'):<14}"
     parts = [_headline(name, body["measurements"][name]) for name in _HEADLINES if name in body["measurements"]]
     if body["status"] not in ("ok", "noisy"):
         parts = [_failure(body)]

@@ -22,8 +22,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from kvbench.durable import link_new, storage_error, sync_folder
 from kvbench.errors import RecordError
-from kvbench.records import check_body, read_record, storage_error, sync_folder, write_record
+from kvbench.records import check_body, read_record, write_record
+from kvbench.redaction import redacted_body
+from kvbench.sinks.partial import PartialStore
 
 _log = logging.getLogger(__name__)
 
@@ -51,28 +54,31 @@ class RecordStore:
         return sorted(bodies, key=lambda body: str(body["started_utc"]))
 
     def commit(self, body: Mapping[str, Any], *, replace: bool = False) -> Path:
-        """Store one attempt durably and return its file; it counts unless an ok record is there already.
+        """Store one attempt durably, without secrets, and return its file; it counts unless an ok one does.
 
         An accepted record that is not ok, or is damaged, gives way to any newer attempt; an ok one only
-        if `replace`. When this returns, a crash of the machine no longer loses the attempt.
+        if `replace`. When this returns, a crash of the machine no longer loses the attempt, and the batches
+        of an ok cell are gone.
         Raises: RecordError (wrong body, disk), ConfigError (folder), FileExistsError (attempt id reused).
         """
         check_body(body)
         folder = self.cell_folder(body["key"])
         attempt = folder / f"attempt-{body['attempt']}.json"
-        write_record(attempt, body)
+        write_record(attempt, redacted_body(body))
         try:
             self._accept(attempt, body["key"], replace)
             sync_folder(folder)
         except OSError as error:
             raise storage_error(folder / "record.json", error) from error
+        if body["status"] == "ok":
+            PartialStore(self.folder, body["key"]).remove()
         return attempt
 
     def _accept(self, attempt: Path, key: str, replace: bool) -> None:
         accepted = attempt.with_name("record.json")
         with _locked(attempt.parent):
             try:
-                os.link(attempt, accepted)
+                link_new(attempt, accepted)
             except FileExistsError:
                 current = self._read(accepted, key)
                 if current is None:

@@ -7,27 +7,28 @@ and after the first failure the rest of the sweep is kept offline, with one line
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import logging
 import os
 import shlex
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from kvbench.durable import make_folder
 from kvbench.errors import ConfigError, close_matches
-from kvbench.records import make_folder
 from kvbench.sinks.console import say
 from kvbench.sinks.wandb_fields import has_api_key, run_tags, summary_numbers
+from kvbench.sinks.wandb_service import check_online, quiet_setup, restart_service, run_settings
 
 if TYPE_CHECKING:
     import wandb
 
 Mode = Literal["online", "offline", "disabled"]
 _MODES = ("auto", "online", "offline", "disabled")
+_LONGEST_TIMEOUT_S = 30.0
+_RESTART_S = 5.0  # nothing is worth waiting for: the run is written again
 _log = logging.getLogger(__name__)
 
 
@@ -39,9 +40,10 @@ class _Sweep:
     mode: Mode = "disabled"
     reason: str = ""
     num_offline: int = 0
+    started: bool = False
 
     def restart(self, name: str, mode: Mode, reason: str) -> None:
-        self.name, self.mode, self.reason, self.num_offline = name, mode, reason, 0
+        self.name, self.mode, self.reason, self.num_offline, self.started = name, mode, reason, 0, False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,10 @@ class WandbSink:
     def __post_init__(self) -> None:
         if self.mode not in _MODES:
             raise ConfigError(f"sink.wandb.mode is {self.mode!r}; {close_matches(self.mode, _MODES)}")
+        if not 0 < self.timeout_s <= _LONGEST_TIMEOUT_S:
+            raise ConfigError(f"sink.wandb.timeout_s is {self.timeout_s}; it must lie in (0, {_LONGEST_TIMEOUT_S:g}]")
+        if self.mode == "online":
+            check_online()
         object.__setattr__(self, "folder", Path(self.folder))  # yaml gives text
 
     def open(self, sweep: str, num_cells: int) -> None:
@@ -83,18 +89,29 @@ class WandbSink:
             except Exception as error:
                 reason = " ".join(str(error).split())[:160]
                 self._sweep.mode, self._sweep.reason = "offline", f"the online run failed: {reason}"
-                _restart_service(2 * self.timeout_s)
+                restart_service(min(self.timeout_s, _RESTART_S))
         if self._sweep.mode == "offline":
-            self._write_run(body, "offline")
+            self._write_offline(body)
             self._sweep.num_offline += 1
 
     def close(self) -> None:
         """Print, if runs were kept offline, the one line that says why, where and how to upload them."""
         num_runs, self._sweep.num_offline = self._sweep.num_offline, 0
+        if self._sweep.started:
+            # Every run is finished; what is left of wandb would else be waited for when the process ends.
+            restart_service(min(self.timeout_s, _RESTART_S))
         if num_runs:
             folder = (self.folder / "wandb").resolve()
             command = f"wandb sync {shlex.quote(str(folder))}/offline-run-*"
             say(f"wandb: {num_runs} runs kept offline ({self._sweep.reason}) in {folder}; upload them with: {command}")
+
+    def _write_offline(self, body: dict[str, Any]) -> None:
+        """Write the run; if wandb's own process was killed, once more with a new one."""
+        try:
+            self._write_run(body, "offline")
+        except Exception:
+            restart_service(min(self.timeout_s, _RESTART_S))
+            self._write_run(body, "offline")
 
     def _resolve_mode(self) -> tuple[Mode, str]:
         asked = os.environ.get("WANDB_MODE", "")
@@ -104,7 +121,7 @@ class WandbSink:
         if wanted == "offline":
             return "offline", "as asked"
         # Without this check wandb would stop and ask for a key at a terminal.
-        return ("online", "") if has_api_key(_quiet_setup()) else ("offline", "no API key; see wandb login")
+        return ("online", "") if has_api_key(quiet_setup()) else ("offline", "no API key; see wandb login")
 
     def _write_run(self, body: dict[str, Any], mode: Mode) -> None:
         run = self._start_run(body, mode)
@@ -116,10 +133,10 @@ class WandbSink:
             run.finish(exit_code=0 if body["status"] == "ok" else 1)
 
     def _start_run(self, body: dict[str, Any], mode: Mode) -> wandb.Run:
-        _quiet_setup()
+        quiet_setup()
         import wandb
 
-        labels = body["labels"]
+        labels, self._sweep.started = body["labels"], True
         make_folder(self.folder)  # wandb would quietly write to /tmp instead
         return wandb.init(
             id=body["key"][:16],
@@ -133,28 +150,7 @@ class WandbSink:
             dir=str(self.folder.resolve()),  # wandb writes from a process of its own, which may stand elsewhere
             mode=mode,
             reinit="finish_previous",
-            settings=self._settings(),
-        )
-
-    def _settings(self) -> wandb.Settings:
-        import wandb
-
-        return wandb.Settings(
-            silent=True,
-            console="off",
-            disable_git=True,
-            disable_code=True,
-            save_code=False,
-            disable_job_creation=True,
-            # The machine and its load are in the record; sampling them would disturb the timed cells.
-            x_disable_stats=True,
-            x_disable_meta=True,
-            x_disable_machine_info=True,
-            x_save_requirements=False,
-            init_timeout=self.timeout_s,
-            login_timeout=self.timeout_s,
-            finish_timeout=self.timeout_s,
-            finish_timeout_raises=True,
+            settings=run_settings(self.timeout_s),
         )
 
 
@@ -173,27 +169,3 @@ def _log_samples(run: wandb.Run, samples: list[dict[str, Any]]) -> None:
     columns = list(dict.fromkeys(name for sample in samples for name in sample))
     rows: list[Iterable[Any]] = [[sample.get(name) for name in columns] for sample in samples]
     run.log({"samples": wandb.Table(columns=[*columns], data=rows, allow_mixed_types=True)})
-
-
-def _quiet_setup() -> str:
-    """Silence wandb in this process and return its server's address; no network."""
-    # Its telemetry would hold up the end of the process for 30 s if the server does not answer.
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    import wandb
-
-    return str(wandb.setup(settings=wandb.Settings(silent=True)).settings.base_url)
-
-
-def _restart_service(limit_s: float) -> None:
-    """End wandb's own process, which holds the id of a failed run and refuses it to the next one."""
-    import wandb
-
-    def end() -> None:
-        with contextlib.suppress(Exception):
-            wandb.teardown()
-
-    # It waits for uploads without a limit of its own, so it gets a thread that can be left behind.
-    thread = threading.Thread(target=end, daemon=True)
-    thread.start()
-    thread.join(limit_s)
-    os.environ.pop("WANDB_SERVICE", None)  # a service shared with the parent process outlives teardown()

@@ -90,8 +90,8 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path: Path) -
         ([], "holds no item"),
         (["text"], "item 0 is"),
         ([GOOD, None], "item 1 is"),
-        ([GOOD, {"question": "q"}], "item 1 is"),
-        ([{"question": 3, "answer": "a"}], "item 0 is"),
+        ([GOOD, {"question": "q"}], "item 1 has no answer; it needs the text 'answer'"),
+        ([{"question": 3, "answer": "a"}], "item 0 has the question '3'"),
         ([GOOD, {**GOOD, "answer": " \n"}], "item 1 has an empty answer"),
         ([{**GOOD, "question": ""}], "item 0 has an empty question"),
         ([{**GOOD, "question": "<image>\n"}], "item 0 has an empty question"),
@@ -169,4 +169,4 @@ def test_broken_and_foreign_pictures_are_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
     for name in (*contents, "a.bmp"):
         message = refused(written(tmp_path, [{**GOOD, "image": name}]))
-        assert message.startswith(f"item 0: {name} cannot be decoded"), message
+        assert message.startswith(f"talks.json, item 0: {name} cannot be decoded"), message

@@ -15,6 +15,8 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -23,6 +25,7 @@ from transformers import (
 )
 
 from kvbench.models.tiny_llava import CHAT_TEMPLATE, train_tokenizer
+from tests.models.vision_checkpoints import VISION_CHECKPOINTS
 
 WITH_BOS = (
     "{{ bos_token }}{% for message in messages %}[INST] {{ message['content'] }} [/INST]{% endfor %}"
@@ -34,10 +37,12 @@ WITH_LINES = (
 )
 _TEXT_FAMILIES: dict[str, tuple[type[Any], type[Any], str | None]] = {
     "llama": (LlamaForCausalLM, LlamaConfig, WITH_BOS),
+    "mistral": (MistralForCausalLM, MistralConfig, WITH_BOS),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, WITH_LINES),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, None),
 }
-FAMILIES = (*_TEXT_FAMILIES, "llava")
+FAMILIES = (*_TEXT_FAMILIES, "llava", *VISION_CHECKPOINTS)
+IN_CACHE_FAMILIES = (*_TEXT_FAMILIES, "llava", "llava_next", "llava_onevision")
 
 
 @cache
@@ -50,12 +55,16 @@ def save_checkpoint(family: str, folder: Path) -> Path:
     words = tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(11)
+        if family in VISION_CHECKPOINTS:
+            VISION_CHECKPOINTS[family](folder).save_pretrained(folder)
+            return folder
         if family == "llava":
             _llava(words).save_pretrained(folder)
             _processor(words).save_pretrained(folder)
             return folder
         model, config, template = _TEXT_FAMILIES[family]
-        model(config(**_text(words))).save_pretrained(folder)
+        more = {"sliding_window": None} if family == "mistral" else {}
+        model(config(**_text(words), **more)).save_pretrained(folder)
     words.chat_template = template
     words.save_pretrained(folder)
     words.chat_template = None

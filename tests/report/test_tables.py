@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -60,23 +59,12 @@ def test_groups_are_kept_apart(tmp_path: Path) -> None:
     assert markdown_tables(load_results(tmp_path)).count("## ") == 2
 
 
-def costs_of(policy: str, share: float) -> dict[str, Any]:
-    record = body(policy=policy)
-    kept = {name: entry for name, entry in record["measurements"].items() if name.endswith(("_ms", "_bytes"))}
-    shown = {"value": share, "low": share - 0.02, "high": share + 0.02, "n": 6, "unit": "", "method": "t interval"}
-    return {**record, "measurements": {**kept, "roof_share_fraction": shown}, "samples": []}
-
-
-def test_cells_without_quality_show_what_they_cost_and_how_near_the_roof_they_are(tmp_path: Path) -> None:
-    write_cell(tmp_path, costs_of("h2o", 0.42))
-    write_cell(tmp_path, costs_of("elastic", 0.81))
-    text = markdown_tables(load_results(tmp_path))
-    assert "of roof" in text
-    assert "42.0 % [40.0, 44.0]" in text
-    assert "PPL" not in text
-    assert "Overhead-bound (under 50% of the memory roof): h2o." in text
-
-
-def test_nothing_is_called_overhead_bound_above_half_of_the_roof(tmp_path: Path) -> None:
-    write_cell(tmp_path, costs_of("elastic", 0.51))
-    assert "verhead-bound" not in printed(tmp_path, 150)
+def test_turns_and_needles_have_columns_where_they_were_measured(tmp_path: Path) -> None:
+    record = body()
+    number = dict(record["measurements"]["rougeL_vs_full"])
+    names = ("turn1_rougeL_vs_full", "turn2_exact_fraction", "turn2_length_ratio", "needles_recalled_fraction")
+    record["measurements"] = dict.fromkeys(names, number) | {"num_skipped_items": {"value": 3, "n": 9}}
+    write_cell(tmp_path, record)
+    header = markdown_tables(load_results(tmp_path)).splitlines()[4]
+    columns = [column.strip() for column in header.strip("|").split("|")][2:]
+    assert columns == ["needles found", "items skipped", "turn 1: ROUGE-L vs full", "turn 2: exact"]

@@ -13,13 +13,11 @@ from kvbench.datasets.scene_examples import Scenes
 from kvbench.errors import ConfigError, DataError, ModelSupportError, NonFiniteError, PolicyError
 from kvbench.metrics.intervals import mean_interval
 from kvbench.models.spec import ModelSpec
-from kvbench.records import check_body, encode_record
-from kvbench.runs.cell import Cell, ModelShelf, run_cell
-from kvbench.runs.sweep import Sweep
+from kvbench.runs.cell import Cell
+from kvbench.runs.group import ModelShelf
 from kvbench.runs.task import Bench, TaskResult
-from kvbench.sinks.base import SinkGroup
-from kvbench.sinks.store import RecordStore
 from tests.runs.benches import SCENES, cell_of
+from tests.runs.watching import run_cells
 
 
 @dataclass(frozen=True)
@@ -55,10 +53,7 @@ class BrokenPictures(Scenes):
 
 
 def body_of(cell: Cell, shelf: ModelShelf, folder: Path) -> dict[str, object]:
-    body = run_cell(cell, shelf=shelf, results=folder, sweep="s", advance=lambda share: None)
-    check_body(body)
-    encode_record(body)
-    return body
+    return run_cells([cell], folder, shelf=shelf).bodies[cell.key]
 
 
 def test_a_good_cell_has_measurements_samples_and_no_error(shelf: ModelShelf, tmp_path: Path) -> None:
@@ -109,43 +104,3 @@ def test_a_model_that_is_not_supported_fails_in_load(tmp_path: Path) -> None:
 def test_a_data_set_that_fails_late_is_a_data_error(shelf: ModelShelf, tmp_path: Path) -> None:
     body = body_of(cell_of({"counts": Counts()}, dataset=BrokenPictures()), shelf, tmp_path)
     assert (body["status"], body["phase"], body["samples"]) == ("data_error", "load", [])
-
-
-def test_the_shelf_keeps_the_model_it_was_asked_for_last() -> None:
-    shelf, spec = ModelShelf(), ModelSpec(checkpoint="bundled")
-    first = shelf.get(spec, "cpu")
-    assert shelf.get(ModelSpec(checkpoint="bundled"), "cpu") is first
-    assert shelf.get(ModelSpec(checkpoint="bundled", dtype="bfloat16"), "cpu") is not first
-    assert shelf.get(spec, "cpu") is not first
-
-
-def sweep_over(cells: Sequence[Cell], folder: Path, *, force: bool = False) -> Sweep:
-    by_key = {cell.key: cell for cell in cells}
-    sweep = Sweep(name="s", results=folder, cells=by_key, sinks=SinkGroup([]), force=force)
-    sweep.open()
-    for key in [*by_key, *by_key]:
-        sweep.run(key)
-    sweep.close()
-    return sweep
-
-
-def test_a_failing_cell_does_not_stop_a_sweep_and_good_ones_are_reused(tmp_path: Path) -> None:
-    cells = [
-        cell_of({"counts": Counts()}, number=1),
-        cell_of({"raises": Raises(ValueError("no"))}, number=2),
-        cell_of({"counts": Counts()}, number=3),
-    ]
-    first = sweep_over(cells, tmp_path)
-    assert list(first.statuses.values()) == ["ok", "crash", "ok"]
-    assert (first.num_failed, first.num_reused) == (1, 0)
-    second = sweep_over(cells, tmp_path)
-    assert list(second.statuses.values()) == ["ok", "crash", "ok"]
-    assert (second.num_failed, second.num_reused) == (1, 2)
-    store = RecordStore(tmp_path)
-    (before,) = store.attempts(cells[0].key)
-    forced = sweep_over(cells, tmp_path, force=True)
-    assert forced.num_reused == 0
-    assert [len(store.attempts(cell.key)) for cell in cells] == [2, 3, 2]
-    accepted = store.accepted(cells[0].key)
-    assert accepted is not None
-    assert accepted["attempt"] != before["attempt"], "the newer one counts"

@@ -17,11 +17,11 @@ from kvbench.datasets.scenes import scene_at
 from kvbench.errors import ConfigError, MeasureError, NonFiniteError
 from kvbench.models.loader import LoadedModel
 from kvbench.models.spec import BUNDLED_FOLDER
-from kvbench.records import canonical_json
 from kvbench.runs.fidelity import Fidelity
 from kvbench.runs.generation import Generation
 from kvbench.runs.perplexity import Perplexity
-from kvbench.runs.task import Task
+from kvbench.runs.task import Task, TaskResult
+from kvbench.sealed import canonical_json
 from tests.runs.benches import FULL, SCENES, NotANumber, bench_of, cut
 
 SHORT = Generation(max_new_tokens=24)
@@ -121,16 +121,18 @@ def shortened(answers: dict[str, list[int]]) -> None:
 def test_tampered_full_answers_are_refused(
     bundled: LoadedModel, tmp_path: Path, tamper: Callable[[dict[str, list[int]]], None]
 ) -> None:
-    bench = bench_of(bundled, tmp_path, cut())
-    SHORT.run(bench)
+    def run() -> TaskResult:
+        return SHORT.run(bench_of(bundled, tmp_path, cut()))
+
+    run()
     content = json.loads(stored_file(tmp_path).read_text())
     tamper(content["answers"])
     stored_file(tmp_path).write_text(json.dumps(content))
-    assert SHORT.run(bench).measurements["length_ratio"]["value"] > 0, "a file that fails its checksum is made again"
+    assert run().measurements["length_ratio"]["value"] > 0, "a file that fails its checksum is made again"
     content["sha256"] = hashlib.sha256(canonical_json(content["answers"]).encode()).hexdigest()
     stored_file(tmp_path).write_text(json.dumps(content))
     with pytest.raises(MeasureError, match="delete results/full_answers"):
-        SHORT.run(bench)
+        run()
 
 
 @pytest.mark.parametrize("content", ["", "{torn", "[]", '{"settings": {}, "answers": {}}', "null"])

@@ -16,7 +16,10 @@ def make_body(seed: int = 0, **changes: Any) -> dict[str, Any]:
         "key": cell_key(cell),
         "sweep": "demo",
         "attempt": uuid.uuid4().hex,
-        "labels": {"model": "tiny-llava", "dataset": "scenes", "policy": "h2o", "budget": "20 % of seen"},
+        "labels": {
+            **{"model": "tiny-llava", "dataset": "scenes", "policy": "h2o", "budget": "20 % of seen"},
+            "positions": "original",
+        },
         "cell": cell,
         "status": "ok",
         "phase": None,

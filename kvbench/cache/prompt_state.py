@@ -1,0 +1,186 @@
+"""What a prompt leaves in every layer before any policy decides, recorded once for many policies.
+
+The output of a prompt's attention does not depend on the policy, so one forward serves every cell
+that shares model and prompt. `PromptRecorder` runs in the place of a `PolicyCache` and keeps keys,
+values, positions and the statistics that the given policies declare; `cache_after` then gives a
+`PolicyCache` that is bit for bit the one a prefill of its own would have left.
+
+    recorder = PromptRecorder(model, policies)
+    model(**inputs, past_key_values=recorder, use_cache=True)
+    cache = cache_after(recorder.prompt, model, policy, budget, positions="original", reserve_tokens=64)
+
+The recording holds the whole prompt uncompressed, in all layers: drop it before the next batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+from transformers import Cache
+
+from kvbench.cache.budget import UNLIMITED, Budget
+from kvbench.cache.chunks import columns_of
+from kvbench.cache.layer import PolicyLayer
+from kvbench.cache.layer_setup import LayerSetup
+from kvbench.cache.policy import Policy
+from kvbench.cache.policy_cache import PolicyCache
+from kvbench.cache.positions import PositionMode
+from kvbench.cache.slots import Entries
+from kvbench.cache.statistics import ChunkStatistics, Statistics
+from kvbench.cache.view import Needs
+
+_Rows = tuple[int, str, bool]
+"""How many queries, which reduction, and whether the policy needs MASS too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WithMass(Policy):
+    """Makes the forward give what MASS is computed from, as it does for every policy that needs it."""
+
+    needs: ClassVar[Needs] = Needs.MASS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerPrompt:
+    """One layer after a prompt: keys, values (B, H, T, D), position (B, T), real tokens per row, statistics."""
+
+    keys: Tensor
+    values: Tensor
+    position: Tensor
+    lengths: tuple[int, ...]
+    masses: dict[str, Tensor]
+    rows: dict[_Rows, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Recorded:
+    """The statistics of one layer as `policy` would have computed them; it gets copies."""
+
+    prompt: LayerPrompt
+    policy: Policy
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens of the prompt, pads included."""
+        return self.prompt.keys.shape[2]
+
+    def mass(self, reduction: str) -> Tensor:
+        """Return the recorded column sums (B, H, T)."""
+        return self.prompt.masses[reduction].clone()
+
+    def last_rows(self, num_queries: int, reduction: str) -> Tensor:
+        """Return the recorded rows (B, H, W, T)."""
+        return self.prompt.rows[num_queries, reduction, Needs.MASS in self.policy.needs].clone()
+
+
+class _RecordingLayer(PolicyLayer):
+    """Attends as every layer does, and records instead of settling."""
+
+    def __init__(self, setup: LayerSetup, policies: Sequence[Policy]) -> None:
+        super().__init__(setup)
+        self._masses = {p.reduction for p in policies if Needs.MASS in p.needs}
+        self._rows = {row for policy in policies for row in _rows_of(policy)}
+        self.recorded: LayerPrompt | None = None
+
+    def settle_chunk(self, entries: Entries, statistics: Statistics) -> None:
+        """Keep what every policy may ask for."""
+        assert isinstance(statistics, ChunkStatistics)
+        # Kernels reuse what the forward gave for MASS; a policy without it computes its rows anew, and so does this.
+        alone = ChunkStatistics(statistics.chunk, None)
+        self.recorded = LayerPrompt(
+            keys=entries.keys,
+            values=entries.values,
+            position=entries.position[:, 0],
+            lengths=tuple(self.ledger.seen),
+            masses={reduction: statistics.mass(reduction) for reduction in self._masses},
+            rows={row: (statistics if row[2] else alone).last_rows(row[0], row[1]) for row in self._rows},
+        )
+
+
+def _rows_of(policy: Policy) -> Iterator[_Rows]:
+    if Needs.WINDOW in policy.needs:
+        yield policy.window_tokens, policy.reduction, Needs.MASS in policy.needs
+    if Needs.PROBS in policy.needs:
+        yield 1, policy.reduction, Needs.MASS in policy.needs
+
+
+class PromptRecorder(Cache):
+    """Takes one prompt in one piece; the model's output is that of any other cache of kvbench."""
+
+    def __init__(self, model: Any, policies: Iterable[Policy]) -> None:
+        chosen = list(policies)
+        num_layers = model.config.get_text_config().num_hidden_layers
+        wants_mass = any(Needs.MASS in policy.needs for policy in chosen)
+        setups = (_unlimited(index, num_layers, wants_mass) for index in range(num_layers))
+        self._recording = [_RecordingLayer(setup, chosen) for setup in setups]
+        super().__init__(layers=list(self._recording))
+
+    @property
+    def prompt(self) -> list[LayerPrompt]:
+        """What was recorded, by layer. Raises: ValueError before the prompt."""
+        recorded = [layer.recorded for layer in self._recording if layer.recorded is not None]
+        if len(recorded) < len(self._recording):
+            raise ValueError("nothing is recorded yet; run the prompt first")
+        return recorded
+
+
+def _unlimited(index: int, num_layers: int, wants_mass: bool) -> LayerSetup:
+    return LayerSetup(
+        layer=index,
+        num_layers=num_layers,
+        policy=_WithMass() if wants_mass else Policy(),
+        budget=UNLIMITED,
+        rotation=None,
+        reserve_tokens=0,
+        prompt_kind=None,
+    )
+
+
+def cache_after(
+    prompt: Sequence[LayerPrompt],
+    model: Any,
+    policy: Policy,
+    budget: Budget,
+    *,
+    positions: PositionMode,
+    reserve_tokens: int,
+    prompt_kind: Tensor | None = None,
+    row_seeds: Sequence[int] | None = None,
+) -> PolicyCache:
+    """Return the cache that `policy` leaves after `prompt`; arguments as for `PolicyCache`.
+
+    The policy gets copies, so one that writes into its view harms nobody else. Raises: KeyError for a
+    policy whose statistics were not recorded; what the policy itself raises.
+    """
+    cache = PolicyCache(
+        model,
+        policy,
+        budget,
+        positions=positions,
+        reserve_tokens=reserve_tokens,
+        prompt_kind=None if prompt_kind is None else prompt_kind.clone(),
+        row_seeds=row_seeds,
+    )
+    for layer, recorded in zip(cache.policy_layers, prompt, strict=True):
+        _take(layer, recorded)
+    return cache
+
+
+def _take(layer: PolicyLayer, recorded: LayerPrompt) -> None:
+    """Bring `layer` to where it stands when a prompt of its own has attended, and settle."""
+    layer.is_initialized = True
+    entries = columns_of(
+        recorded.keys.clone(),
+        recorded.values.clone(),
+        recorded.position.clone(),
+        None,
+        layer.setup.policy,
+        layer.setup.prompt_kind,
+    )
+    statistics = _Recorded(prompt=recorded, policy=layer.setup.policy)
+    layer.ledger.padded_tokens = statistics.new_tokens
+    layer.ledger.begin_chunk(list(recorded.lengths))
+    layer.settle_chunk(entries, statistics)

@@ -1,0 +1,78 @@
+"""MM-Vet (arXiv 2308.02490): `mm-vet.json`, an object keyed by question id, and a folder of pictures.
+
+An answer may list alternatives (`<OR>`), each of required parts (`<AND>`). The reference is the first
+alternative, its parts joined by ", ". MM-Vet's own score asks GPT-4 and is not computed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from kvbench.datasets.answers_file import answer_for, texts_by_id
+from kvbench.datasets.base import Example
+from kvbench.datasets.fields import checked_text, object_of, text_of
+from kvbench.datasets.file_dataset import FileDataset
+from kvbench.datasets.pictures import picture_at
+from kvbench.datasets.rows import Row, existing, read_json
+from kvbench.errors import DataError
+
+_NEEDS = ("imagename", "question", "answer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MMVet(FileDataset):
+    """Examples of `mm-vet.json`, clustered by picture.
+
+    images: folder of the pictures, by default `images` beside the file. answers: a JSON object id -> text
+    whose texts are the references in the place of the file's own short ones (a model's responses, say).
+    ids: a JSON list of question ids to keep, such as the authors' subset without people.
+    """
+
+    images: str | None = None
+    answers: str | None = None
+    ids: str | None = None
+
+    @cached_property
+    def _references(self) -> Mapping[str, str] | None:
+        return texts_by_id(self.answers, "answers") if self.answers else None
+
+    def _rows(self) -> Iterator[Row]:
+        path = existing(self.path)
+        items = object_of(read_json(path), path.name, ("an item for each question id",))
+        names = _wanted(self.ids, items) if self.ids else list(items)
+        for number, name in enumerate(names):
+            yield Row(where=f"{path.name}, item {name!r}", number=number, content=(name, items[name]))
+
+    def _example(self, row: Row) -> Example:
+        name, content = row.content
+        content = object_of(content, row.where, _NEEDS)
+        folder = Path(self.images).expanduser() if self.images else existing(self.path).parent / "images"
+        picture = text_of(content, "imagename", row.where)
+        own = _first_alternative(text_of(content, "answer", row.where))
+        other = answer_for(name, self._references, row.where, str(self.answers)) if self._references else None
+        return Example(
+            id=checked_text(name, "id", row.where),
+            cluster=picture,
+            question=text_of(content, "question", row.where),
+            reference=checked_text(own if other is None else other, "answer", row.where),
+            load_image=picture_at(picture, folder, row.where),
+        )
+
+
+def _wanted(source: str, items: Mapping[str, object]) -> list[str]:
+    path = existing(source, "ids")
+    names = read_json(path, "ids")
+    if not isinstance(names, list) or not names:
+        raise DataError(f"{path} holds {str(names)[:60]!r}; dataset.ids must be a JSON list of question ids")
+    unknown = [name for name in names if not isinstance(name, str) or name not in items]
+    if unknown:
+        raise DataError(f"{path} names the question {str(unknown[0])[:60]!r}, which the data set does not have")
+    return [name for name in items if name in set(names)]
+
+
+def _first_alternative(answer: str) -> str:
+    parts = answer.split("<OR>")[0].split("<AND>")
+    return ", ".join(part.strip() for part in parts if part.strip())

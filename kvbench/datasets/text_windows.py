@@ -1,0 +1,121 @@
+"""Running text in windows (WikiText-2, PG-19, any book): so many tokens given, the next ones scored.
+
+Windows begin at places that follow from the text alone, every (prompt_tokens + scored_tokens) *
+chars_per_token characters at the next space, so that every model is scored on the same places whatever
+its tokenizer. What a window holds beyond its scored tokens is unused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from kvbench.datasets.base import Example, Window
+from kvbench.datasets.fields import is_unicode, object_of
+from kvbench.datasets.file_dataset import FileDataset
+from kvbench.datasets.pictures import confined
+from kvbench.datasets.rows import Row, read_bytes, read_rows
+from kvbench.errors import ConfigError, DataError
+
+_SEARCH_CHARS = 200  # how far a window's begin may move to stand at a space
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextWindows(FileDataset):
+    """Windows of a text file, of a table's text column, or of every .txt file in a folder (each a cluster).
+
+    num_samples counts windows. windows_per_file: at most so many of each file, null for all. column, joiner:
+    for a table, the field that holds the text, and what stands between rows. Raises as FileDataset, and
+    DataError for a file too short for one window.
+    """
+
+    prompt_tokens: int = 512
+    scored_tokens: int = 256
+    windows_per_file: int | None = None
+    chars_per_token: float = 6.0
+    column: str = "text"
+    joiner: str = "\n\n"
+
+    def _check_settings(self) -> None:
+        counts = (self.prompt_tokens, self.scored_tokens, self.windows_per_file or 1)
+        if min(counts) < 1 or (self.windows_per_file is not None and self.windows_per_file < 1):
+            raise ConfigError(
+                f"dataset has prompt_tokens={self.prompt_tokens}, scored_tokens={self.scored_tokens}, "
+                f"windows_per_file={self.windows_per_file}; each must be at least 1"
+            )
+        if not 0.0 < self.chars_per_token <= 100.0:
+            raise ConfigError(f"dataset.chars_per_token is {self.chars_per_token}; it must lie in (0, 100]")
+
+    @property
+    def _window_chars(self) -> int:
+        return max(1, round((self.prompt_tokens + self.scored_tokens) * self.chars_per_token))
+
+    def _rows(self) -> Iterator[Row]:
+        path = Path(self.path).expanduser()
+        if path.is_dir():
+            for file in sorted(path.glob("*.txt")):
+                yield from self._windows_or_problem(file.name, path)
+        elif path.suffix.lower() == ".txt":
+            yield from self._windows(path.name, _decoded(read_bytes(path), path.name))
+        else:
+            yield from self._windows(path.name, self._joined())
+
+    def _windows_or_problem(self, name: str, folder: Path) -> Iterator[Row]:
+        try:
+            text = _decoded(read_bytes(confined(name, folder, name)), name)
+            yield from self._windows(name, text)
+        except DataError as error:
+            yield Row(where=name, number=0, problem=str(error))
+
+    def _windows(self, name: str, text: str) -> Iterator[Row]:
+        size = self._window_chars
+        if len(text) < size:
+            raise DataError(
+                f"{name} has {len(text)} characters, and a window takes {size}; give a longer text or smaller windows"
+            )
+        begins = [_next_word(text, start) for start in range(0, len(text) - size + 1, size)]
+        for number, (begin, end) in enumerate(pairwise([*begins, len(text)])):
+            if self.windows_per_file is not None and number == self.windows_per_file:
+                return
+            passage = text[begin : min(end, begin + size)]
+            yield Row(where=f"{name}, window {number}", number=number, content=(name, passage))
+
+    def _joined(self) -> str:
+        texts = []
+        for row in read_rows(self.path):
+            text = object_of(row.content, row.where, (self.column,)).get(self.column)
+            if row.problem is not None or not isinstance(text, str):
+                raise DataError(row.problem or f"{row.where} has no text {self.column!r}; set dataset.column")
+            texts.append(text)
+        return self.joiner.join(texts)
+
+    def _example(self, row: Row) -> Example:
+        name, passage = row.content
+        if not is_unicode(passage) or not passage.strip():
+            raise DataError(f"{row.where} is empty or holds half a surrogate pair; it must be whole Unicode text")
+        in_folder = Path(self.path).expanduser().is_dir()
+        return Example(
+            id=f"{name}/{row.number}",
+            cluster=name if in_folder else f"{name}/{row.number}",
+            question=passage,
+            reference="",
+            window=Window(prompt_tokens=self.prompt_tokens, scored_tokens=self.scored_tokens),
+        )
+
+
+def _decoded(raw: bytes, name: str) -> str:
+    try:
+        return raw.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not text in UTF-8 ({error})") from error
+
+
+def _next_word(text: str, start: int) -> int:
+    """Return the begin of the next word, or `start` where none is near (a script without spaces)."""
+    if start == 0:
+        return 0
+    near = text[start - 1 : start + _SEARCH_CHARS]
+    space = next((at for at, letter in enumerate(near) if letter.isspace()), None)
+    return start if space is None else start + space

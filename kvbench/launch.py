@@ -1,0 +1,82 @@
+"""From composed cells to a sweep, and one cell as a job of another launcher (joblib, submitit).
+
+Whoever launches, a cell goes through the same store, claims, workers and records.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from kvbench.compose import Composed
+from kvbench.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from kvbench.runs.sweep import Sweep
+
+SUPERVISED = "supervised"
+
+
+def run_job(config: Any) -> str:
+    """Run the cell that Hydra composed, in a supervised worker, and return its status.
+
+    A job that is told to stop ends its process without an answer, so that a scheduler starts it again.
+    """
+    quiet_libraries()
+    runtime = HydraConfig.get().runtime
+    make_importable([source.path for source in runtime.config_sources if source.schema == "file" and source.path])
+    from kvbench.runs.stop import StopRequest
+
+    with StopRequest().watching() as stop:
+        sweep = open_sweep([Composed(config=config, choices=dict(runtime.choices))])
+        sweep.run(stop)
+        if stop.number is not None:
+            os._exit(stop.exit_code)
+    (status,) = sweep.statuses.values()
+    return status
+
+
+def open_sweep(grid: Sequence[Composed]) -> Sweep:
+    """Return the sweep over `grid`, everything checked and finished cells taken. Raises: ConfigError, DataError."""
+    from kvbench.config import build, build_cell, build_sinks, check_shared, is_forced, results_folder
+    from kvbench.runs.supervisor import Ticket
+    from kvbench.runs.sweep import Sweep
+    from kvbench.runs.workers import WorkerSettings
+    from kvbench.sinks.claims import Claims
+
+    check_shared(grid)
+    tickets = [Ticket(cell=build_cell(composed), spec=composed.as_spec()) for composed in grid]
+    config = grid[0].config
+    sweep = Sweep(
+        name=str(config.sweep),
+        results=results_folder(config),
+        tickets={ticket.cell.key: ticket for ticket in tickets},
+        workers=build(config.worker, "worker", is_a=WorkerSettings),
+        sinks=build_sinks(config),
+        claims=Claims(results_folder(config), owner=_owner()),
+        force=is_forced(config),
+    )
+    sweep.open()
+    return sweep
+
+
+def _owner() -> str:
+    """Return who claims cells, for people: machine, process, and the scheduler's job if there is one."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"{socket.gethostname()} process {os.getpid()}" + (f" job {job}" if job else "")
+
+
+def make_importable(config_folders: Sequence[str]) -> None:
+    """Let `_target_: mine.Mine` be found beside the user's configs or in the working folder.
+
+    They go last on the path, so that no file of theirs can shadow a library.
+    """
+    for folder in config_folders:
+        paths = (str(Path.cwd()), str(Path(folder).parent))
+        sys.path += [path for path in paths if path not in sys.path]

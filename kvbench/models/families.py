@@ -1,0 +1,10 @@
+"""Which families of checkpoints are supported, by the `model_type` of their configuration."""
+
+from __future__ import annotations
+
+GRID_FAMILIES = ("qwen2_5_vl", "qwen3_vl")  # a picture's tokens are counted by its grid of patches
+PORTED_FAMILIES = ("qwen",)  # the original Qwen-VL, a model class of our own
+VISION_FAMILIES = ("llava", "llava_next", "llava_onevision", *GRID_FAMILIES, *PORTED_FAMILIES)
+TEXT_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = (*VISION_FAMILIES, *TEXT_FAMILIES)
+RANDOM_FAMILIES = ("llava", *TEXT_FAMILIES)  # those that random weights and random pictures are drawn for

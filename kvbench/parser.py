@@ -1,0 +1,16 @@
+"""Command lines of subcommands: a mistake is one line and exit code 2, not a usage text."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from kvbench.errors import ConfigError
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises ConfigError instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError with argparse's sentence."""
+        raise ConfigError(f"{message}; {self.prog} --help lists flags and settings")

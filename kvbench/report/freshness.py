@@ -1,0 +1,42 @@
+"""Whether a report still says what the records say, without reading them.
+
+A stamp beside the report holds a hash over the files it was built from (name, size, time, inode) and
+the version that built it; records are immutable and only ever replaced, so an equal hash means equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import version
+from pathlib import Path
+
+from kvbench.errors import ConfigError
+
+_STAMP = "report/.built-from"
+_MADE = ("report/index.html", "report/table.md", "table.csv", "table.parquet", "samples.csv", "samples.parquet")
+
+
+def is_current(results_folder: Path) -> bool:
+    """Return whether every file of the report is there and was built from the records that are there now."""
+    try:
+        stamp = (results_folder / _STAMP).read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return False
+    return stamp == inputs_digest(results_folder) and all((results_folder / name).is_file() for name in _MADE)
+
+
+def write_stamp(results_folder: Path, digest: str) -> None:
+    """Say that the report was built from what `digest` describes. Raises: ConfigError."""
+    try:
+        (results_folder / _STAMP).write_text(digest, encoding="ascii")
+    except OSError as error:
+        raise ConfigError(f"cannot write {results_folder / _STAMP}: {error.strerror or error}") from error
+
+
+def inputs_digest(results_folder: Path) -> str:
+    """Return the hash of what a report would be built from now; take it before building."""
+    digest = hashlib.sha256(version("kvbench").encode())
+    for path in sorted((results_folder / "cells").glob("*/record.json")):
+        stat = path.stat()
+        digest.update(f"{path.parent.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,213 @@
+"""`kvbench results`: look at, export, check and tidy a results folder, from its records alone; no torch.
+
+A long file: its flags and what each subcommand does stand together.
+
+kvbench results list results --policy h2o --status ok
+kvbench results csv results --quality > quality.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvbench.errors import ConfigError, close_matches
+from kvbench.parser import Parser
+from kvbench.records import STATUSES
+from kvbench.redaction import redact
+from kvbench.sinks.leftovers import leftovers, remove
+from kvbench.sinks.store import RecordStore
+from kvbench.sinks.verify import verify
+from kvbench.units import format_bytes
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from kvbench.report.cell import CellResult
+    from kvbench.report.load import Results
+
+_COMMANDS = {
+    "list": "one line per cell: key, status, policy, budget, sweep, when",
+    "show": "everything about one cell: settings, numbers, environment, attempts",
+    "table": "the results table",
+    "csv": "a row per cell, or per cell and sample, to the terminal or a file",
+    "parquet": "the same as a Parquet file",
+    "verify": "check every file; exit code 1 if one must not be believed",
+    "wandb": "send the records to Weights & Biases again",
+    "gc": "list what killed processes left behind; --delete removes it",
+}
+_SELECTING = ("list", "table", "csv", "parquet", "wandb")
+
+
+def results_command(arguments: Sequence[str]) -> int:
+    """Run one subcommand and return its exit code. Raises: ConfigError."""
+    args = _parser().parse_args(list(arguments))
+    commands = {"list": _list, "show": _show, "table": _table, "csv": _csv, "parquet": _parquet, "wandb": _wandb}
+    return (commands | {"verify": _verify, "gc": _gc})[args.command](args) or 0
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="kvbench results", description="Look at, export, check and tidy a results folder.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    for name, text in _COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("folder", nargs="?", type=Path, default=Path("results"), help="results folder")
+        if name in _SELECTING:
+            command.add_argument("--policy", action="append", help="only this policy; may be repeated")
+            command.add_argument("--sweep", help="only cells of this sweep")
+            command.add_argument("--status", action="append", help=f"only this status: {', '.join(STATUSES)}")
+        if name in ("csv", "parquet"):
+            command.add_argument("--samples", action="store_true", help="a row per cell and sample")
+            command.add_argument("--quality", action="store_true", help="only what a second run gives again")
+            command.add_argument("--out", type=Path, help="file to write")
+        if name == "wandb":
+            command.add_argument("--mode", default="auto", help="auto, online, offline")
+            command.add_argument("--project", default="kvbench", help="W&B project")
+            command.add_argument("--entity", help="W&B entity")
+            command.add_argument("--to", type=Path, metavar="DIR", help="folder for runs that stay offline")
+        if name == "show":
+            command.add_argument("key", help="the cell's key, or the first digits of it")
+            command.add_argument("--json", action="store_true", help="the whole record as JSON")
+        if name == "gc":
+            command.add_argument("--delete", action="store_true", help="remove instead of list")
+    return parser
+
+
+def _selected(args: argparse.Namespace) -> Results:
+    from kvbench.report.load import load_results
+
+    results = load_results(args.folder, sweep=args.sweep)
+    _known("status", args.status, STATUSES)
+    _known("policy", args.policy, {cell.policy for cell in results.records})
+    chosen = [
+        cell
+        for cell in results.records
+        if (not args.policy or cell.policy in args.policy) and (not args.status or cell.status in args.status)
+    ]
+    return replace(results, records=tuple(chosen))
+
+
+def _known(what: str, asked: Sequence[str] | None, known: Collection[str]) -> None:
+    for name in asked or ():
+        if name not in known:
+            raise ConfigError(f"--{what} is {name!r}; {close_matches(name, known)}")
+
+
+def _list(args: argparse.Namespace) -> None:
+    results = _selected(args)
+    for cell in results.records:
+        print(_line(cell))
+    print(f"{len(results.records)} cells, {len(results.problems)} problems")
+    _print_problems(results)
+
+
+def _line(cell: CellResult) -> str:
+    names = f"{cell.status:<12} {cell.policy:<16} {cell.budget:<14} {cell.sweep:<12} {cell.started_utc[:19]}"
+    return _printable(f"{cell.key[:16]}  {names}{'  ' + cell.error if cell.failed else ''}")[:200]
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in redact(text))
+
+
+def _print_problems(results: Results) -> None:
+    for problem in results.problems:
+        print(_printable(f"problem: {problem.path}: {problem.message}"))
+
+
+def _show(args: argparse.Namespace) -> None:
+    body = _one_record(args.folder, args.key.lower())
+    if args.json:
+        print(json.dumps(body, indent=2, sort_keys=True))
+        return
+    attempts = RecordStore(args.folder).attempts(body["key"])
+    head = {name: body[name] for name in ("key", "sweep", "status", "phase", "started_utc", "duration_s")}
+    numbers = {name: entry["value"] for name, entry in body["measurements"].items()}
+    parts = {"cell": head, "labels": body["labels"], "error": body["error"] or {}, "settings": body["cell"]}
+    for title, part in {**parts, "measurements": numbers, "environment": body["environment"]}.items():
+        print(
+            *([title] if title else []), *(_printable(f"  {name}: {value}") for name, value in part.items()), sep="\n"
+        )
+    print("attempts", *(f"  {body['attempt']} {body['status']} {body['started_utc']}" for body in attempts), sep="\n")
+
+
+def _one_record(folder: Path, start: str) -> dict[str, Any]:
+    from kvbench.records import read_record
+    from kvbench.report.load import load_results
+
+    keys = [cell.key for cell in load_results(folder).records]
+    found = [key for key in keys if start and key.startswith(start)]
+    if len(found) != 1:
+        what = "begin with it; give more digits" if found else f"has it; {close_matches(start, [k[:16] for k in keys])}"
+        raise ConfigError(f"key is {start!r}; {len(found) or 'no'} cell{'s' if found else ''} {what}")
+    return read_record(RecordStore(folder).cell_folder(found[0]) / "record.json")
+
+
+def _table(args: argparse.Namespace) -> None:
+    from kvbench.report.tables import print_tables
+
+    print_tables(_selected(args))
+
+
+def _frame(args: argparse.Namespace) -> pd.DataFrame:
+    from kvbench.report import frames
+
+    if args.samples and args.quality:
+        raise ConfigError("--samples and --quality are two different tables; give one of them")
+    make = frames.samples_frame if args.samples else frames.quality_frame if args.quality else frames.cells_frame
+    return make(_selected(args))
+
+
+def _csv(args: argparse.Namespace) -> None:
+    from kvbench.report.frames import csv_text
+
+    text = csv_text(_frame(args))
+    if args.out is None:
+        print(text, end="")
+    else:
+        _write(args.out, lambda: args.out.write_text(text, encoding="utf-8", newline="\n"))
+
+
+def _parquet(args: argparse.Namespace) -> None:
+    path = args.out or args.folder / ("samples.parquet" if args.samples else "table.parquet")
+    frame = _frame(args)
+    _write(path, lambda: frame.to_parquet(path, engine="pyarrow", index=False))
+
+
+def _write(path: Path, write: Callable[[], object]) -> None:
+    try:
+        write()
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
+    print(path)
+
+
+def _wandb(args: argparse.Namespace) -> None:
+    from kvbench.results_wandb import send_to_wandb
+
+    send_to_wandb(args, [cell.key for cell in _selected(args).records])
+
+
+def _verify(args: argparse.Namespace) -> int:
+    seen = verify(args.folder)
+    for problem in seen.problems:
+        print(_printable(f"problem: {problem.path}: {problem.message}"))
+    print(f"{seen.num_records} records and {seen.num_attempts} attempts hold; {len(seen.problems)} problems")
+    return 1 if seen.problems else 0
+
+
+def _gc(args: argparse.Namespace) -> int:
+    found = leftovers(args.folder)
+    failed = 0
+    for leftover in found:
+        done = not args.delete or remove(leftover)
+        failed += not done
+        said = "would remove" if not args.delete else "removed" if done else "could not remove"
+        print(_printable(f"{said} {leftover.path.relative_to(args.folder)} ({leftover.reason})"))
+    size = format_bytes(sum(leftover.size_bytes for leftover in found))
+    print(f"{len(found)} leftovers, {size}" + ("" if args.delete or not found else "; --delete removes them"))
+    return 1 if failed else 0

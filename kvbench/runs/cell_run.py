@@ -1,0 +1,162 @@
+"""One cell of a running group: its batches, its other tasks, and its record whatever happens."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from kvbench.errors import KvbenchError
+from kvbench.models.loader import LoadedModel
+from kvbench.runs.batch_task import BatchTask, Payload
+from kvbench.runs.cell import Attempt, Cell
+from kvbench.runs.environment import environment
+from kvbench.runs.full_answers import FullAnswers
+from kvbench.runs.prompts import Prompts
+from kvbench.runs.task import Bench, TaskResult
+
+_log = logging.getLogger(__name__)
+
+
+class Watcher(Protocol):
+    """Is told what a group does; every call means that work goes on."""
+
+    def active(self, key: str, phase: str) -> None:
+        """From now on the time, and any sudden death, belong to the phase `phase` of the cell `key`."""
+
+    def advance(self, key: str, tasks: float) -> None:
+        """Note that the cell came further by a share of a task."""
+
+    def beat(self) -> None:
+        """Note that a step was made."""
+
+    def done(self, body: dict[str, Any]) -> None:
+        """Take the record of a cell that ended."""
+
+
+class Batches(Protocol):
+    """The committed batches of one cell."""
+
+    def batches(self) -> Mapping[int, Payload]:
+        """Return what was committed before, by number."""
+
+    def commit(self, number: int, payload: Payload) -> None:
+        """Keep one batch for good."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupPlan:
+    """How groups run: where results go, whether prompts are shared, where batches are kept."""
+
+    results: Path
+    sweep: str
+    share_prompts: bool
+    batches_of: Callable[[str], Batches]
+
+
+def free_memory() -> None:
+    """Give back what is no longer used, so that the next measurement starts clean."""
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+class CellRun:
+    """One cell of a running group."""
+
+    def __init__(self, cell: Cell, plan: GroupPlan, watcher: Watcher) -> None:
+        self.attempt = Attempt(cell=cell, sweep=plan.sweep)
+        self._plan = plan
+        self._watcher = watcher
+        self._result = TaskResult()
+        self._kept = plan.batches_of(cell.key)
+        self._payloads: dict[int, Payload] = {}
+        self._bench: Bench | None = None
+        self._batched = {name: task for name, task in cell.tasks.items() if isinstance(task, BatchTask)}
+        self._reported = False
+
+    def during(self, phase: str) -> Any:
+        """Tell the watcher, and make what is raised the cell's own failure."""
+        self._watcher.active(self.attempt.cell.key, phase)
+        return self.attempt.during(phase)
+
+    def begin(self, loaded: LoadedModel, prompts: Prompts) -> None:
+        """Set the bench, and take up what was committed before."""
+        cell = self.attempt.cell
+        self._bench = Bench(
+            loaded=loaded,
+            dataset=cell.dataset,
+            examples=cell.dataset.examples(),
+            setting=cell.setting,
+            full_policy=cell.full_policy,
+            answers=FullAnswers(folder=self._plan.results / "full_answers", settings=cell.shared_settings),
+            batch_size=cell.batch_size,
+            advance=lambda tasks: self._watcher.advance(cell.key, tasks),
+            shared_prompts=prompts,
+            beat=self._watcher.beat,
+            query_visible=cell.query_visible,
+        )
+        if self._batched:
+            self._payloads = {n: p for n, p in self._kept.batches().items() if set(p) == set(self._batched)}
+
+    def measure_batch(self, number: int) -> None:
+        """Run every batched task on one batch, and commit what they gave."""
+        if self.attempt.failed or not self._batched or self._bench is None:
+            return
+        if number not in self._payloads:
+            payload: Payload = {}
+            for name, task in self._batched.items():
+                self._measure(name, task, number, payload)
+            self._commit(number, payload)
+        if self.attempt.failed:
+            self._report()
+            free_memory()
+        else:
+            self._watcher.advance(self.attempt.cell.key, len(self._batched) / len(self._bench.prompts))
+
+    def _measure(self, name: str, task: BatchTask, number: int, payload: Payload) -> None:
+        if self.attempt.failed or self._bench is None:
+            return
+        with self.during(name):
+            torch.manual_seed(self.attempt.cell.seed + number)
+            payload[name] = task.measure(self._bench, self._bench.prompts.part(number))
+
+    def _commit(self, number: int, payload: Payload) -> None:
+        if self.attempt.failed:
+            return
+        self._payloads[number] = payload
+        try:
+            self._kept.commit(number, payload)
+        except KvbenchError as error:  # it only costs time after a kill; the record itself says more
+            _log.warning("%s", error)
+
+    def finish(self) -> None:
+        """Sum up the batches, run the other tasks in order, and report."""
+        for name, task in self.attempt.cell.tasks.items():
+            if self.attempt.failed or self._bench is None:
+                break
+            with self.during(name):
+                self._result.add(self._task_result(name, task))
+        self._report()
+
+    def _task_result(self, name: str, task: Any) -> TaskResult:
+        assert self._bench is not None
+        if name in self._batched:
+            payloads = [self._payloads[number][name] for number in sorted(self._payloads)]
+            summary: TaskResult = task.summarise(self._bench, payloads)
+            return summary
+        torch.manual_seed(self.attempt.cell.seed)
+        alone: TaskResult = task.run(self._bench)
+        return alone
+
+    def _report(self) -> None:
+        if self._reported:
+            return
+        self._reported = True
+        body = self.attempt.body(environment(self.attempt.cell.device), self._result)
+        self._watcher.done(body)

@@ -1,0 +1,65 @@
+"""A group of cells that share model and data set, run in this process.
+
+Tasks that are measured in batches run batch by batch: one prefill, then every cell of the group, so
+that only one prompt is ever held and each cell pays for its decoding only. Tasks of time and memory
+run after that, cell by cell, with nothing shared left alive. What one cell does wrong is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvbench.models.loader import LoadedModel, load_model
+from kvbench.models.spec import ModelSpec
+from kvbench.runs.cell import Cell
+from kvbench.runs.cell_run import CellRun, GroupPlan, Watcher, free_memory
+from kvbench.runs.prompts import Prompts
+
+
+class ModelShelf:
+    """The model used last, so that cells that share one load it once."""
+
+    def __init__(self) -> None:
+        self._last: tuple[tuple[ModelSpec, str], LoadedModel] | None = None
+
+    def get(self, spec: ModelSpec, device: str) -> LoadedModel:
+        """Return the model of `spec` on `device`; another one is let go first."""
+        if self._last is None or self._last[0] != (spec, device):
+            self._last = None
+            self._last = ((spec, device), load_model(spec, device))
+        return self._last[1]
+
+
+def run_group(cells: Sequence[Cell], plan: GroupPlan, *, shelf: ModelShelf, watcher: Watcher) -> None:
+    """Run `cells`, which agree in `shared_settings`; each ends with one `watcher.done`."""
+    together = [cells] if plan.share_prompts else [[cell] for cell in cells]
+    for some in together:
+        runs = [CellRun(cell, plan, watcher) for cell in some]
+        prompts = _load(runs, plan, shelf)
+        for number in range(len(prompts) if prompts else 0):
+            for run in runs:
+                run.measure_batch(number)
+        if prompts is not None:
+            prompts.forget()
+        free_memory()
+        for run in runs:
+            run.finish()
+
+
+def _load(runs: Sequence[CellRun], plan: GroupPlan, shelf: ModelShelf) -> Prompts | None:
+    """Load the model and the examples for all; a failure is the failure of each, told once per cell."""
+    first = runs[0]
+    with first.during("load"):
+        cell = first.attempt.cell
+        loaded = shelf.get(cell.model, cell.device)
+        policies = [run.attempt.cell.setting.policy for run in runs] + [cell.full_policy]
+        shared = policies if plan.share_prompts else None
+        prompts = Prompts(
+            loaded, cell.dataset.examples(), cell.batch_size, share=shared, query_visible=cell.query_visible
+        )
+        for run in runs:
+            run.begin(loaded, prompts)
+        return prompts
+    for run in runs[1:]:
+        run.attempt.status, run.attempt.error = first.attempt.status, first.attempt.error
+    return None

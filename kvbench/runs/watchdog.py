@@ -1,0 +1,55 @@
+"""Is a worker too slow with a cell, or silent? Decided from the times its own messages carry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """timeout_s: time that one cell may take in all; silence_s: time without any step. None: no limit."""
+
+    timeout_s: float | None
+    silence_s: float | None
+
+
+@dataclass(kw_only=True)
+class Watchdog:
+    """Follows one worker; times are those of the machine's steady clock, in seconds."""
+
+    limits: Limits
+    now_s: float
+    spent_s: dict[str, float] = field(default_factory=dict)
+    active: tuple[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        self._heard_s = self._counted_s = self.now_s
+
+    def hear(self, at_s: float) -> None:
+        """Note a message: the time since the last one belongs to the active cell."""
+        if self.active is not None:
+            key = self.active[0]
+            self.spent_s[key] = self.spent_s.get(key, 0.0) + max(0.0, at_s - self._counted_s)
+        self._heard_s, self._counted_s = max(at_s, self._heard_s), at_s
+
+    def start(self, key: str, phase: str, at_s: float) -> None:
+        """Note that `phase` of the cell `key` begins."""
+        self.hear(at_s)
+        self.active = (key, phase)
+
+    def end(self, at_s: float) -> None:
+        """Note that no cell is active."""
+        self.hear(at_s)
+        self.active = None
+
+    def complaint(self, now_s: float) -> str | None:
+        """Return why the worker must go, or None."""
+        silent_s = now_s - self._heard_s
+        if self.limits.silence_s is not None and silent_s > self.limits.silence_s:
+            return f"no step for {silent_s:.0f} s; the limit is silence_s={self.limits.silence_s:g}"
+        if self.active is None or self.limits.timeout_s is None:
+            return None
+        spent_s = self.spent_s.get(self.active[0], 0.0) + now_s - self._counted_s
+        if spent_s > self.limits.timeout_s:
+            return f"{spent_s:.0f} s in this cell; the limit is timeout_s={self.limits.timeout_s:g}"
+        return None

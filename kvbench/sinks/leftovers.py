@@ -1,0 +1,96 @@
+"""What killed processes leave behind and nobody needs: found first, removed only on request.
+
+Half-written temporary files, leases of owners that are gone, batches of cells that have their record.
+Attempts are never leftovers: they are the history of a cell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvbench.durable import TEMPORARY
+from kvbench.errors import ConfigError, RecordError
+from kvbench.records import read_record
+from kvbench.sinks.claim_file import owner_is_dead, parse_claim
+
+_TEMPORARY_AFTER_S = 3600.0  # a writer needs seconds; no two clocks of one place differ by an hour
+_CLAIM_AFTER_S = 86_400.0  # the longest lease there is
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Leftover:
+    """A file or folder to remove, why, and how much it takes."""
+
+    path: Path
+    reason: str
+    size_bytes: int
+
+
+def leftovers(results: Path) -> list[Leftover]:
+    """Return what may be removed under `results`, sorted by path. Raises: ConfigError for a missing folder."""
+    if not results.is_dir():
+        raise ConfigError(f"the results folder {results} does not exist; run a sweep first or give the right folder.")
+    found = [*_temporary(results), *_claims(results), *_batches(results)]
+    sized = [Leftover(path=path, reason=reason, size_bytes=_size_bytes(path)) for path, reason in found]
+    return sorted(sized, key=lambda leftover: leftover.path)
+
+
+def remove(leftover: Leftover) -> bool:
+    """Remove it; False if it could not be, or was gone already."""
+    try:
+        if leftover.path.is_dir():
+            shutil.rmtree(leftover.path)
+        else:
+            leftover.path.unlink()
+    except OSError:
+        return False
+    return True
+
+
+def _temporary(results: Path) -> Iterator[tuple[Path, str]]:
+    patterns = (f"cells/*/.*{TEMPORARY}", f"cells/*/batches/.*{TEMPORARY}", f"claims/.*{TEMPORARY}", "full_answers/.*")
+    for pattern in patterns:
+        for path in results.glob(pattern):
+            if _age_s(path) > _TEMPORARY_AFTER_S:
+                yield path, "a write that was killed"
+
+
+def _claims(results: Path) -> Iterator[tuple[Path, str]]:
+    for path in results.glob("claims/[!.]*"):
+        with contextlib.suppress(OSError):
+            found = parse_claim(path.read_bytes())
+            if owner_is_dead(found):
+                yield path, f"the lease of {found.owner}, which is gone"
+            elif _age_s(path) > _CLAIM_AFTER_S:
+                yield path, f"the lease of {found.owner}, which stood still for a day"
+
+
+def _batches(results: Path) -> Iterator[tuple[Path, str]]:
+    for folder in results.glob("cells/*/batches"):
+        # Whoever measures a finished cell afresh holds its lease.
+        if any(results.glob(f"claims/{folder.parent.name}.*")):
+            continue
+        with contextlib.suppress(RecordError):
+            if read_record(folder.parent / "record.json")["status"] == "ok":
+                yield folder, "batches of a cell that has its record"
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _size_bytes(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    total = 0
+    for file in files:
+        with contextlib.suppress(OSError):
+            total += file.stat().st_size
+    return total

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvbench.cache import Budget, PolicyCache, ScorePolicy, View, attach
+from kvbench.errors import ModelSupportError
+from kvbench.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
+from kvbench.models.qwen_vl.rotary import DynamicRotary, query_scale, turned
+from kvbench.policies.full import Full
+from tests.driving import drive, held_positions
+from tests.models.qwen_vl.golden_model import CONFIG, TRAINED_TOKENS
+
+WIDTH = 32
+
+
+class Early(ScorePolicy):
+    """Keep the oldest tokens, so that positions and places in the cache drift apart at once."""
+
+    def score(self, view: View) -> torch.Tensor:
+        return -view.position.float()
+
+
+def rotary(**changes: Any) -> DynamicRotary:
+    return DynamicRotary(QwenVLConfig(**{**CONFIG, **changes}))
+
+
+@given(tokens=st.integers(min_value=1, max_value=40_000))
+def test_the_stretch_doubles_with_every_doubling_of_the_prompt(tokens: int) -> None:
+    got = float(rotary().stretch(torch.tensor([tokens]))[0])
+    doublings = 0
+    while TRAINED_TOKENS * 2**doublings < tokens:
+        doublings += 1
+    assert got == (2 ** (doublings + 1) - 1 if tokens > TRAINED_TOKENS else 1)
+
+
+@given(position=st.integers(min_value=0, max_value=2**30), seed=st.integers(min_value=0, max_value=9))
+def test_a_turn_is_a_complex_product(position: int, seed: int) -> None:
+    position %= 5000
+    states = torch.randn(1, 1, 1, WIDTH, generator=torch.Generator().manual_seed(seed))
+    cos, sin = rotary()(torch.tensor([[position]]), torch.tensor([7.0], dtype=torch.float64))
+    base = 10000 * 7.0 ** (WIDTH / (WIDTH - 2))
+    for pair, value in enumerate(states[0, 0, 0, : WIDTH // 2].tolist()):
+        number = complex(value, float(states[0, 0, 0, WIDTH // 2 + pair]))
+        angle = position * base ** (-2 * pair / WIDTH)
+        expected = number * complex(math.cos(angle), math.sin(angle))
+        got = turned(states, cos, sin)[0, 0, 0]
+        assert math.isclose(float(got[pair]), expected.real, abs_tol=5e-3)
+        assert math.isclose(float(got[WIDTH // 2 + pair]), expected.imag, abs_tol=5e-3)
+
+
+@given(position=st.integers(min_value=0, max_value=100_000))
+def test_queries_grow_with_the_logarithm_beyond_the_training_length(position: int) -> None:
+    got = float(query_scale(torch.tensor([[position]]), TRAINED_TOKENS))
+    assert math.isclose(got, max(1.0, math.log(position + 1, TRAINED_TOKENS)), rel_tol=1e-6)
+
+
+def test_both_can_be_switched_off() -> None:
+    assert rotary(use_dynamic_ntk=False).stretch(torch.tensor([9 * TRAINED_TOKENS])).tolist() == [1.0]
+    model, ids = random_model(use_logn_attn=False), torch.arange(3 * TRAINED_TOKENS)[None]
+    scaled = random_model(use_logn_attn=True)
+    with torch.inference_mode():
+        difference = (model(ids).logits - scaled(ids).logits).abs().amax(dim=-1)[0]
+    assert float(difference[:TRAINED_TOKENS].max()) < 1e-4
+    assert float(difference[TRAINED_TOKENS + 8 :].min()) > 1e-3
+
+
+def random_model(**changes: Any) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return QwenVLForConditionalGeneration(QwenVLConfig(**CONFIG, initializer_range=0.1, **changes)).eval()
+
+
+def test_a_row_is_rotated_by_its_own_length_whatever_the_batch_is_padded_to() -> None:
+    model = random_model()
+    attach(model)
+    tokens = torch.randint(0, 290, (1, TRAINED_TOKENS - 2), generator=torch.Generator().manual_seed(1))
+    padded = torch.cat((torch.zeros(1, 20, dtype=torch.int64), tokens), dim=1)
+    mask = torch.cat((torch.zeros(1, 20, dtype=torch.int64), torch.ones_like(tokens)), dim=1)
+    with torch.inference_mode():
+        alone, beside = model(tokens).logits, model(padded, attention_mask=mask).logits[:, 20:]
+    torch.testing.assert_close(alone, beside, rtol=1e-5, atol=1e-5)
+
+
+def test_eviction_moves_neither_positions_nor_scales_nor_frequencies() -> None:
+    """A cut cache equals the full one whose evicted columns are hidden: nothing counts what is left in the cache."""
+    model, prompt = random_model(), 2 * TRAINED_TOKENS + 6
+    tokens = torch.randint(0, 290, (1, prompt + 6), generator=torch.Generator().manual_seed(2))
+    attach(model)
+    cut = drive(model, PolicyCache(model, Early(num_recent=1), Budget(tokens=20)), tokens, prompt)
+    full = PolicyCache(model, Full())
+    drive(model, full, tokens[:, :prompt], prompt)
+    for step, logits in enumerate(cut.logits):
+        for layer, held in zip(full.policy_layers, cut.held[step], strict=True):
+            hide(layer, held[0])
+        with torch.no_grad():
+            output = model(tokens[:, prompt + step : prompt + step + 1], past_key_values=full)
+        torch.testing.assert_close(output.logits[:, -1], logits, rtol=1e-4, atol=1e-4)
+    assert max(len(head) for layer in held_positions(cut.cache) for head in layer[0]) == 20
+
+
+def hide(layer: Any, kept: list[tuple[int, ...]]) -> None:
+    """Take out of the full cache's sight what the cut one no longer holds, head by head."""
+    position = layer.slots.entries.position
+    for head, held in enumerate(kept):
+        gone = ~torch.isin(position[0, head], torch.tensor(held)) & (position[0, head] >= 0)
+        layer.slots.entries.keys[0, head, gone] = 0
+        position[0, head, gone] = -1
+
+
+def test_ranks_in_the_cache_are_refused() -> None:
+    model = random_model()
+    attach(model)
+    with pytest.raises(ModelSupportError, match=r"dynamic NTK.*Use positions=original"):
+        PolicyCache(model, Full(), positions="in_cache")

@@ -1,0 +1,189 @@
+"""Every family of checkpoints, read from a folder as users have it: all policies, and against stock transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from PIL import Image
+from torch import Tensor
+
+from kvbench.cache import UNLIMITED, Budget, Kind, Policy
+from kvbench.datasets.base import Example
+from kvbench.errors import ModelSupportError
+from kvbench.models.families import FAMILIES as SUPPORTED
+from kvbench.models.families import TEXT_FAMILIES, VISION_FAMILIES
+from kvbench.models.inputs import PromptBatch, prompt_batch
+from kvbench.models.loader import LoadedModel, load_model
+from kvbench.models.spec import ModelSpec
+from kvbench.runs.loop import CacheSetting, Decoding, greedy
+from tests.contract import YAMLS, allowed
+from tests.driving import held_positions
+from tests.models.checkpoints import FAMILIES, IN_CACHE_FAMILIES, save_checkpoint
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a CUDA device")
+ENGINES = ("eager", pytest.param("graph", marks=[pytest.mark.gpu, NO_GPU]))
+NEW_TOKENS = 8
+BUDGET = Budget(fraction=0.3)
+SIZES = ((30, 30), (40, 12), (9, 37))
+QUESTIONS = ("What is it?", "A small red dot in row one, column two: where is it and what is it?", "Four objects?")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    return cache(lambda family: save_checkpoint(family, tmp_path_factory.mktemp(family)))
+
+
+@pytest.fixture(scope="module")
+def loaded(folders: Callable[[str], Path]) -> Callable[[str], LoadedModel]:
+    return cache(lambda family, device="cpu": load_model(ModelSpec(checkpoint=str(folders(family))), device))
+
+
+def picture(width: int, height: int) -> Image.Image:
+    return Image.radial_gradient("L").resize((width, height)).convert("RGB")
+
+
+def examples(with_pictures: bool, sizes: tuple[tuple[int, int], ...] = SIZES) -> list[Example]:
+    pictures = [picture(*size) for size in sizes]
+    return [
+        Example(
+            id=str(k),
+            cluster=str(k),
+            question=QUESTIONS[k % 3],
+            reference="A red dot.",
+            load_image=(lambda image=image: image) if with_pictures else None,
+        )
+        for k, image in enumerate(pictures)
+    ]
+
+
+def setting_of(policy: Policy, engine: Any = "eager", budget: Budget = BUDGET) -> CacheSetting:
+    return CacheSetting(policy=policy, budget=budget, positions="original", engine=engine)
+
+
+def policy_of(path: Path) -> Policy:
+    policy: Policy = instantiate(OmegaConf.load(path))
+    return policy
+
+
+def test_every_supported_family_has_a_checkpoint_here() -> None:
+    assert set(FAMILIES) == set(SUPPORTED)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_policy_holds_what_it_may_at_every_step(
+    loaded: Callable[..., LoadedModel], family: str, path: Path, engine: str
+) -> None:
+    ours, policy = loaded(family, "cuda" if engine == "graph" else "cpu"), policy_of(path)
+    batch = prompt_batch(ours, examples(ours.takes_images))
+    with torch.inference_mode():
+        decoding = setting_of(policy, engine).decoding(ours, batch, NEW_TOKENS)
+        after_prompt = held_positions(decoding.cache)
+        for _ in range(NEW_TOKENS):
+            assert bool(decoding.logits.isfinite().all())
+            decoding.step(decoding.logits.argmax(dim=-1))
+    for layer_before, layer in zip(after_prompt, held_positions(decoding.cache), strict=True):
+        for prompt, before, row in zip(batch.prompt_tokens, layer_before, layer, strict=True):
+            seen = prompt + NEW_TOKENS
+            for kept, head in zip(before, row, strict=True):
+                assert 1 <= len(head) <= allowed(policy, BUDGET, prompt, seen, len(kept))
+                assert not policy.bounded or len(head) < seen
+                assert policy.bounded or head == tuple(range(seen))
+
+
+@torch.inference_mode()
+def drive(ours: LoadedModel, batch: PromptBatch, tokens: Tensor) -> Tensor:
+    """Logits (N + 1, B, V) of the full cache, with `tokens` (B, N) forced in."""
+    full = policy_of(next(path for path in YAMLS if path.stem == "full"))
+    decoding = setting_of(full, budget=UNLIMITED).decoding(ours, batch, NEW_TOKENS)
+    return torch.stack([decoding.logits, *(decoding.step(column).clone() for column in tokens.T)])
+
+
+def stock(family: str, folder: Path) -> Any:
+    auto = transformers.AutoModelForCausalLM if family in TEXT_FAMILIES else transformers.AutoModelForImageTextToText
+    return auto.from_pretrained(str(folder), dtype=torch.float32).double().eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_full_cache_equals_stock_transformers_on_a_padded_batch_of_different_pictures(
+    folders: Callable[[str], Path], family: str
+) -> None:
+    """In float64, so that what differs is the computation and not its rounding."""
+    ours, theirs = load_model(ModelSpec(checkpoint=str(folders(family))), "cpu"), stock(family, folders(family))
+    ours.model.double()
+    batch = prompt_batch(ours, examples(ours.takes_images))
+    assert len(set(batch.prompt_tokens)) == 3
+    output = theirs.generate(
+        **batch.tensors,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=-1,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    tokens = output.sequences[:, batch.kind.shape[1] :]
+    logits = drive(ours, batch, tokens[:, :-1])
+    torch.testing.assert_close(logits, torch.stack(output.logits).float(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits.argmax(dim=-1).T, tokens)
+
+
+@pytest.mark.parametrize("name", ["full", "h2o", "streaming_llm"])
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_neighbours_and_pads_change_nothing(loaded: Callable[[str], LoadedModel], family: str, name: str) -> None:
+    ours, policy = loaded(family), policy_of(next(path for path in YAMLS if path.stem == name))
+    together = greedy(ours, prompt_batch(ours, examples(True)), setting_of(policy), max_new_tokens=NEW_TOKENS)
+    for example, answer in zip(examples(True), together, strict=True):
+        batch = prompt_batch(ours, [example])
+        assert greedy(ours, batch, setting_of(policy), max_new_tokens=NEW_TOKENS) == [answer]
+
+
+@pytest.mark.parametrize("size", [(7, 7), (64, 9), (9, 64), (33, 31), (17, 40), (16, 16)])
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "qwen"])
+def test_a_picture_of_any_shape_gets_as_many_tokens_as_vectors(
+    loaded: Callable[[str], LoadedModel], family: str, size: tuple[int, int]
+) -> None:
+    """The models themselves refuse a prompt whose image tokens are not as many as the picture's vectors."""
+    ours = loaded(family)
+    batch = prompt_batch(ours, examples(True, (size,)))
+    assert int((batch.kind == int(Kind.IMAGE)).sum()) >= 1
+    with torch.inference_mode():
+        decoding = Decoding(ours, batch, setting_of(policy_of(YAMLS[0])).cache(ours, batch, 1))
+    assert bool(decoding.logits.isfinite().all())
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in IN_CACHE_FAMILIES])
+def test_ranks_in_the_cache_are_refused_where_they_are_not_defined(
+    loaded: Callable[[str], LoadedModel], family: str
+) -> None:
+    ours = loaded(family)
+    batch = prompt_batch(ours, examples(True))
+    chosen = CacheSetting(policy=policy_of(YAMLS[0]), budget=BUDGET, positions="in_cache")
+    with pytest.raises(ModelSupportError, match="Use positions=original"):
+        chosen.cache(ours, batch, 1)
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_the_vision_tower_keeps_its_own_attention(loaded: Callable[[str], LoadedModel], family: str) -> None:
+    config = loaded(family).model.config
+    assert config.get_text_config()._attn_implementation == "kvbench"
+    vision = getattr(config, "vision_config", None)
+    assert vision is None or vision._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "qwen"])
+def test_a_question_that_contains_the_image_token_is_refused(loaded: Callable[[str], LoadedModel], family: str) -> None:
+    ours = loaded(family)
+    token = ours.tokenizer.convert_ids_to_tokens(ours.image_token_id)
+    first = examples(True)[0]
+    twice = Example(id="x", cluster="x", question=f"{token}?", reference="-", load_image=first.load_image)
+    with pytest.raises(ModelSupportError, match=r"more .* than pictures"):
+        prompt_batch(ours, [twice])

@@ -1,0 +1,57 @@
+"""A worker without torch, that does what each cell's configuration says: a script of words."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from kvbench.runs.worker_pipe import PipeWatcher, protect
+
+
+def main(job: dict[str, Any]) -> None:
+    protect(job["parent"])
+    if Path(job["results"], "dies-at-start").exists():
+        os._exit(3)
+    watcher = PipeWatcher(job["messages"])
+    watcher.hello({"torch": "none", "gpu": os.environ.get("CUDA_VISIBLE_DEVICES", "")})
+    for key, spec in zip(job["keys"], job["cells"], strict=True):
+        for number, word in enumerate(spec["config"]["script"]):
+            watcher.active(key, f"phase {number}")
+            watcher.advance(key, 0.5)
+            _do(word, watcher, Path(job["results"]) / f"{key[:16]}.{number}", spec["config"]["body"])
+    watcher.bye()
+    os._exit(0)
+
+
+def _do(word: str, watcher: PipeWatcher, mark: Path, body: dict[str, Any]) -> None:
+    name, _, value = word.partition(" ")
+    if name == "once":
+        if mark.exists():
+            return
+        mark.touch()
+        name, _, value = value.partition(" ")
+    if name == "done":
+        watcher.done({**body, "status": value or "ok", "error": None if value in ("", "ok") else error(value)})
+    elif name == "signal":
+        os.kill(os.getpid(), int(value))
+    elif name == "exit":
+        os._exit(int(value))
+    elif name == "sleep":
+        time.sleep(float(value))
+    elif name == "beat":
+        for _ in range(int(float(value) / 0.1)):
+            time.sleep(0.1)
+            watcher.beat()
+    elif name == "say":
+        sys.stderr.write(value + "\n")
+        sys.stderr.flush()
+    elif name == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def error(status: str) -> dict[str, str]:
+    return {"type": status, "message": status, "traceback": ""}

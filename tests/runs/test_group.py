@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from torch import Tensor
+
+from kvbench.cache import Budget, Policy
+from kvbench.datasets.scene_examples import Scenes
+from kvbench.errors import RecordError
+from kvbench.metrics.intervals import mean_interval
+from kvbench.models.spec import ModelSpec
+from kvbench.policies.elastic import Elastic
+from kvbench.policies.h2o import H2O
+from kvbench.policies.random import Random
+from kvbench.policies.streaming_llm import StreamingLLM
+from kvbench.runs import group
+from kvbench.runs.batch_task import BatchTask, Payload
+from kvbench.runs.fidelity import Fidelity
+from kvbench.runs.generation import Generation
+from kvbench.runs.group import ModelShelf
+from kvbench.runs.loop import CacheSetting, Decoding
+from kvbench.runs.perplexity import Perplexity
+from kvbench.runs.prompts import Part
+from kvbench.runs.task import Bench, TaskResult
+from tests.runs.benches import FULL, NotANumber, cell_of, cut
+from tests.runs.watching import KeptInMemory, run_cells
+
+SHORT_ANSWERS = Scenes(num_samples=1, ask="follow_up", num_follow_ups=3)
+QUALITY = {
+    "perplexity": Perplexity(),
+    "generation": Generation(max_new_tokens=12),
+    "fidelity": Fidelity(max_new_tokens=12, check_tokens=3),
+}
+
+
+@dataclass(frozen=True)
+class Scores(BatchTask):
+    """One number per batch, how often it was asked, and perhaps a failure."""
+
+    protocol: ClassVar[str] = "scores_v1"
+    asked: ClassVar[list[int]] = []
+    fails_at: int | None = None
+    error: BaseException = ValueError("on purpose")  # noqa: RUF009
+
+    def measure(self, bench: Bench, part: Part) -> Payload:
+        self.asked.append(part.number)
+        if part.number == self.fails_at:
+            raise self.error
+        return {"number": part.number}
+
+    def summarise(self, bench: Bench, payloads: Sequence[Payload]) -> TaskResult:
+        result = TaskResult()
+        result.measure("ppl", mean_interval([float(payload["number"]) for payload in payloads]))
+        return result
+
+
+@pytest.fixture(autouse=True)
+def _nothing_asked() -> None:
+    Scores.asked.clear()
+
+
+def settings() -> list[CacheSetting]:
+    policies: list[Policy] = [H2O(), StreamingLLM(), Elastic(), Random()]
+    budget = Budget(fraction=0.2)
+    return [FULL, *(CacheSetting(policy=p, budget=budget, positions=p.native_positions) for p in policies)]
+
+
+def told(body: dict[str, Any]) -> dict[str, Any]:
+    own = ("attempt", "started_utc", "duration_s")
+    return {name: value for name, value in body.items() if name not in own}
+
+
+def test_shared_prompts_give_the_same_records_with_one_prefill_for_all(
+    shelf: ModelShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefills: list[int] = []
+    prefill = Decoding._prefill
+
+    def counted(self: Decoding, batch: Any) -> Tensor:
+        prefills.append(1)
+        return prefill(self, batch)
+
+    monkeypatch.setattr(Decoding, "_prefill", counted)
+    cells = [cell_of(QUALITY, dataset=SHORT_ANSWERS, setting=setting, number=n) for n, setting in enumerate(settings())]
+    shared = run_cells(cells, tmp_path / "shared", shelf=shelf)
+    num_shared = len(prefills)
+    alone = run_cells(cells, tmp_path / "alone", shelf=shelf, share=False)
+    assert [told(shared.bodies[cell.key]) for cell in cells] == [told(alone.bodies[cell.key]) for cell in cells]
+    assert {body["status"] for body in shared.bodies.values()} == {"ok"}
+    assert num_shared == 2 + 2, "two batches for all cells, and two for the full cache's own answers"
+    assert len(prefills) - num_shared > 5 * 2 * 4
+    assert shared.tasks == {cell.key: pytest.approx(3.0) for cell in cells}
+    assert shared.num_beats > 5 * 4
+
+
+def test_cells_run_batch_by_batch_and_commit_each(shelf: ModelShelf, tmp_path: Path) -> None:
+    cells = [cell_of({"scores": Scores()}, number=n) for n in range(2)]
+    kept: dict[str, KeptInMemory] = {}
+    run_cells(cells, tmp_path, shelf=shelf, batches=kept)
+    assert Scores.asked == [0, 0, 1, 1]
+    assert [kept[cell.key].kept for cell in cells] == [{n: {"scores": {"number": n}} for n in (0, 1)}] * 2
+
+
+def test_committed_batches_are_not_measured_again(shelf: ModelShelf, tmp_path: Path) -> None:
+    cells = [cell_of(QUALITY, dataset=SHORT_ANSWERS, setting=cut(), number=n) for n in range(2)]
+    kept: dict[str, KeptInMemory] = {}
+    whole = run_cells(cells, tmp_path, shelf=shelf, batches=kept)
+    del kept[cells[0].key].kept[0]
+    kept[cells[1].key].kept.clear()
+    again = run_cells(cells, tmp_path, shelf=shelf, batches=kept)
+    assert [told(again.bodies[c.key]) for c in cells] == [told(whole.bodies[c.key]) for c in cells]
+    scored = cell_of({"scores": Scores()})
+    run_cells([scored], tmp_path, shelf=shelf, batches={scored.key: kept_of({1: {"scores": {"number": 1}}})})
+    assert Scores.asked == [0]
+    run_cells([scored], tmp_path, shelf=shelf, batches={scored.key: kept_of({1: {"another task": {}}})})
+    assert Scores.asked == [0, 0, 1], "batches of other tasks do not count"
+
+
+def kept_of(payloads: dict[int, Payload]) -> KeptInMemory:
+    kept = KeptInMemory()
+    kept.kept = payloads
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ValueError("no"), "crash"), (SystemExit(0), "crash"), (MemoryError("no"), "oom"), (KeyboardInterrupt(), "crash")],
+)
+def test_a_failing_cell_is_left_out_and_the_others_go_on(
+    shelf: ModelShelf, tmp_path: Path, error: BaseException, status: str
+) -> None:
+    good, bad, last = (cell_of({"scores": Scores(*how)}, number=n) for n, how in enumerate([(), (0, error), ()]))
+    notes = run_cells([good, bad, last], tmp_path, shelf=shelf)
+    assert [notes.bodies[cell.key]["status"] for cell in (good, bad, last)] == ["ok", status, "ok"]
+    assert notes.bodies[bad.key]["phase"] == "scores"
+    assert notes.bodies[bad.key]["error"]["type"] == type(error).__name__
+    assert notes.bodies[good.key]["measurements"]["ppl"]["value"] == 0.5
+    assert next(iter(notes.bodies)) == bad.key, "it is told at once"
+    assert Scores.asked == [0, 0, 0, 1, 1]
+
+
+def test_nan_in_one_cell_does_not_reach_the_others(shelf: ModelShelf, tmp_path: Path) -> None:
+    poison = CacheSetting(policy=NotANumber(), budget=Budget(fraction=0.2), positions="original")
+    cells = [cell_of(QUALITY, dataset=SHORT_ANSWERS, setting=s, number=n) for n, s in enumerate([cut(), poison, FULL])]
+    notes = run_cells(cells, tmp_path / "together", shelf=shelf)
+    assert [notes.bodies[cell.key]["status"] for cell in cells] == ["ok", "nonfinite", "ok"]
+    alone = run_cells([cells[0]], tmp_path / "alone", shelf=shelf, share=False)
+    assert told(alone.bodies[cells[0].key]) == told(notes.bodies[cells[0].key])
+
+
+def test_a_model_that_cannot_be_loaded_is_tried_once_and_told_for_every_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def broken(*arguments: object) -> Any:
+        calls.append(1)
+        raise OSError("no such weights")
+
+    monkeypatch.setattr(group, "load_model", broken)
+    cells = [cell_of({"scores": Scores()}, number=n) for n in range(3)]
+    bodies = run_cells(cells, tmp_path).bodies
+    assert len(calls) == 1
+    assert [(bodies[c.key]["status"], bodies[c.key]["phase"]) for c in cells] == [("crash", "load")] * 3
+    assert all("no such weights" in body["error"]["message"] for body in bodies.values())
+
+
+def test_a_disk_that_takes_no_batch_costs_no_cell(
+    shelf: ModelShelf, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full(KeptInMemory):
+        def commit(self, number: int, payload: Payload) -> None:
+            raise RecordError("no space left")
+
+    cell = cell_of({"scores": Scores()})
+    assert run_cells([cell], tmp_path, shelf=shelf, batches={cell.key: Full()}).bodies[cell.key]["status"] == "ok"
+    assert "no space left" in caplog.text
+
+
+def test_nothing_shared_is_alive_when_time_and_memory_are_measured(shelf: ModelShelf, tmp_path: Path) -> None:
+    alive: list[bool] = []
+
+    @dataclass(frozen=True)
+    class Looks:
+        protocol: ClassVar[str] = "looks_v1"
+
+        def run(self, bench: Bench) -> TaskResult:
+            alive.append(bench.prompts._part is not None)
+            return TaskResult()
+
+    cells = [
+        cell_of({"looks": Looks(), "perplexity": Perplexity()}, dataset=SHORT_ANSWERS, setting=cut(), number=n)
+        for n in range(2)
+    ]
+    notes = run_cells(cells, tmp_path, shelf=shelf)
+    assert alive == [False, False]
+    assert [name for _, name in notes.phases].index("looks") > 2
+    assert all("ppl" in body["measurements"] for body in notes.bodies.values())
+
+
+def test_the_shelf_keeps_the_model_it_was_asked_for_last() -> None:
+    shelf, spec = ModelShelf(), ModelSpec(checkpoint="bundled")
+    first = shelf.get(spec, "cpu")
+    assert shelf.get(ModelSpec(checkpoint="bundled"), "cpu") is first
+    assert shelf.get(ModelSpec(checkpoint="bundled", dtype="bfloat16"), "cpu") is not first
+    assert shelf.get(spec, "cpu") is not first

@@ -1,0 +1,284 @@
+"""`kvbench results` on a folder of a finished fake sweep, and on the same folder damaged in every way."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from kvbench.cli import run
+from kvbench.records import read_record
+from kvbench.sinks.claims import Claims
+from kvbench.sinks.leftovers import leftovers
+from kvbench.sinks.partial import PartialStore
+from kvbench.sinks.store import RecordStore
+from kvbench.sinks.verify import verify
+from tests.sinks.record_bodies import make_body
+from tests.trust.fake_sweep import body_of, cells, write
+
+REPO = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    write(folder, lambda *words: None)
+    return folder
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> Path:
+    """A copy that may be damaged; hard links inside it are kept."""
+    subprocess.run(["cp", "-a", str(finished), str(tmp_path / "results")], check=True)
+    return tmp_path / "results"
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: object, code: int = 0) -> str:
+    assert run(["results", *map(str, words)]) == code
+    return capsys.readouterr().out
+
+
+def first_cell(folder: Path) -> Path:
+    return RecordStore(folder).cell_folder(next(iter(cells())))
+
+
+def test_list_shows_a_line_per_cell_and_selects(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(capsys, "list", finished).splitlines()
+    assert len(lines) == 25
+    assert lines[-1] == "24 cells, 0 problems"
+    assert {line.split()[0] for line in lines[:-1]} == {key[:16] for key in cells()}
+    assert printed(capsys, "list", finished, "--policy", "h2o").count(" h2o ") == 4
+    assert "8 cells" in printed(capsys, "list", finished, "--policy", "h2o", "--policy", "full")
+    assert "24 cells" in printed(capsys, "list", finished, "--sweep", "s", "--status", "ok")
+    assert "0 cells" in printed(capsys, "list", finished, "--status", "oom")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("list FOLDER --policy h20", "--policy is 'h20'; did you mean 'h2o'?"),
+        ("list FOLDER --status okay", "--status is 'okay'; did you mean 'ok'?"),
+        ("list FOLDER --sweep nope", "no record belongs to the sweep 'nope'"),
+        ("lst FOLDER", "invalid choice: 'lst'"),
+        ("", "the following arguments are required: COMMAND"),
+        ("list nowhere", "the results folder nowhere does not exist"),
+        ("verify nowhere", "the results folder nowhere does not exist"),
+        ("gc nowhere", "the results folder nowhere does not exist"),
+        ("show FOLDER zzzz", "key is 'zzzz'; no cell has it"),
+        ("csv FOLDER --samples --quality", "two different tables"),
+        ("csv FOLDER --out /no/such/folder/x.csv", "cannot write /no/such/folder/x.csv: No such file"),
+        ("parquet FOLDER --out /no/such/folder/x", "cannot write /no/such/folder/x: "),
+        ("list FOLDER --all", "unrecognized arguments: --all"),
+    ],
+)
+def test_a_mistake_is_one_line(finished: Path, line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["results", *line.replace("FOLDER", str(finished)).split()]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.count("\n") == 1
+    assert message in told.err
+
+
+def test_show_prints_one_cell_by_the_first_digits_of_its_key(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = next(iter(cells()))
+    text = printed(capsys, "show", finished, key[:10])
+    body = RecordStore(finished).accepted(key)
+    assert body is not None
+    for part in (key, "ppl: ", "policy: ", "attempts", body["attempt"], "pid: "):
+        assert part in text
+    assert json.loads(printed(capsys, "show", finished, key, "--json")) == body
+
+
+def test_csv_and_parquet_hold_the_same_and_have_the_same_bytes_each_time(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options in ([], ["--samples"], ["--quality"]):
+        text = printed(capsys, "csv", finished, *options)
+        assert printed(capsys, "csv", finished, *options) == text
+        printed(capsys, "csv", finished, *options, "--out", tmp_path / "t.csv")
+        assert (tmp_path / "t.csv").read_text() == text
+        printed(capsys, "parquet", finished, *options, "--out", tmp_path / "t.parquet")
+        table = pd.read_csv(io.StringIO(text))
+        assert (
+            len(table) == len(pd.read_parquet(tmp_path / "t.parquet")) == (24 * 128 if "--samples" in options else 24)
+        )
+    quality = pd.read_csv(io.StringIO(printed(capsys, "csv", finished, "--quality")))
+    assert not {"tpot_ms", "sweep", "started_utc", "duration_s", "kv_stored_bytes"} & set(quality.columns)
+    assert quality["ppl"].notna().all()
+
+
+def test_the_table_is_printed(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "table", finished, "--policy", "h2o")
+    assert "PPL" in text
+    assert "h2o" in text
+    assert "snapkv" not in text
+
+
+def test_a_sound_folder_verifies(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, "verify", finished) == "24 records and 24 attempts hold; 0 problems\n"
+
+
+def _other_key(cell: Path) -> None:
+    key, settings = list(cells().items())[1]
+    body = body_of(key, settings, {0: {"nll": [1.0]}}, "s")
+    RecordStore(cell.parents[1] / "other").commit(body)
+    (cell / "record.json").unlink()
+    os.link(cell.parents[1] / "other" / "cells" / key[:16] / "record.json", cell / "record.json")
+    shutil.rmtree(cell.parents[1] / "other")
+
+
+def _other_settings(cell: Path) -> None:
+    body = read_record(cell / "record.json")
+    shutil.rmtree(cell)
+    RecordStore(cell.parents[1]).commit({**body, "cell": {**body["cell"], "fraction": 0.99}})
+
+
+def _newer(cell: Path) -> None:
+    text = (cell / "record.json").read_text()
+    (cell / "record.json").unlink()
+    (cell / "record.json").write_text(text.replace('"kvbench_record":1', '"kvbench_record":2', 1))
+
+
+def _replaced(content: bytes) -> Callable[[Path], None]:
+    def damage(cell: Path) -> None:
+        (cell / "record.json").unlink()
+        (cell / "record.json").write_bytes(content)
+
+    return damage
+
+
+def _attempt_gone(cell: Path) -> None:
+    next(cell.glob("attempt-*")).unlink()
+
+
+def _torn_batch(cell: Path) -> None:
+    PartialStore(cell.parents[1], next(iter(cells()))).commit(0, {})
+    (cell / "batches" / "0.json").write_text("{")
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (_replaced(b""), "is torn or is not JSON"),
+    "torn": (_replaced(b'{"kvbench_record":1,'), "is torn or is not JSON"),
+    "foreign": (_replaced(b"[1, 2]"), "is not a kvbench record"),
+    "binary": (_replaced(b"\x80\x04\x95\xff"), "is not UTF-8 text"),
+    "deep": (_replaced(b"[" * 100_000), "is torn or is not JSON"),
+    "newer": (_newer, "version 2; this kvbench reads 1"),
+    "of another cell": (_other_key, "belongs to the cell"),
+    "with other settings": (_other_settings, "do not give its key"),
+    "without its attempt": (_attempt_gone, "is none of the attempts beside it"),
+    "stray file": (lambda cell: (cell / "notes.txt").write_text("x"), "is not a file of kvbench"),
+    "stray folder": (lambda cell: (cell.parent / "mine").mkdir(), "is not the folder of a cell"),
+    "torn batch": (_torn_batch, "holds a batch that cannot be used: 0.json"),
+    "pipe": (lambda cell: os.mkfifo(cell / f"attempt-{'0' * 32}.json"), "is not a file"),
+    "folder": (lambda cell: (cell / f"attempt-{'0' * 32}.json").mkdir(), "is not a file"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_told_apart_and_the_rest_is_used(
+    folder: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, message = DAMAGES[damage]
+    make(first_cell(folder))
+    text = printed(capsys, "verify", folder, code=1)
+    lines = [line for line in text.splitlines() if line.startswith("problem: ")]
+    assert len(lines) == (2 if damage == "with other settings" else 1), "the attempt is the same file"
+    assert all(message in line and line.startswith("problem: cells/") for line in lines)
+    listed = printed(capsys, "list", folder).splitlines()
+    assert sum(" ok " in line for line in listed) in (23, 24)
+    table = pd.read_csv(io.StringIO(printed(capsys, "csv", folder)))
+    assert len(table) in (23, 24)
+    assert set(table["key"]) <= set(cells())
+
+
+def test_every_truncation_and_many_flipped_bits_are_noticed(folder: Path) -> None:
+    path = first_cell(folder) / "record.json"
+    for other in set((folder / "cells").iterdir()) - {path.parent}:
+        shutil.rmtree(other)
+    data = path.read_bytes()
+    path.unlink()
+    for step in range(60):
+        path.write_bytes(data[: len(data) * step // 60])
+        assert len(verify(folder / ".").problems) == 1
+        flipped = bytearray(data)
+        flipped[len(data) * step // 60] ^= 1 << step % 8
+        path.write_bytes(flipped)
+        assert len(verify(folder).problems) == 1
+
+
+def age(path: Path) -> None:
+    os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 2 * 86_400))
+
+
+def test_leftovers_are_listed_first_and_removed_on_request(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key = next(iter(cells()))
+    cell = first_cell(folder)
+    PartialStore(folder, key).commit(0, {})
+    old, fresh = cell / ".record.json.1.tmp", cell / ".record.json.2.tmp"
+    old.write_text("x" * 2048)
+    fresh.write_text("x")
+    age(old)
+    (folder / "claims" / f"{'a' * 16}.1").write_bytes(b"damaged")
+    age(folder / "claims" / f"{'a' * 16}.1")
+    before = sorted(folder.rglob("*"))
+    text = printed(capsys, "gc", folder)
+    assert sorted(folder.rglob("*")) == before
+    assert text.splitlines()[-1].startswith("3 leftovers, ")
+    assert text.count("would remove") == 3
+    assert printed(capsys, "gc", folder, "--delete").count("removed ") == 3
+    assert not old.exists()
+    assert fresh.exists(), "a live writer may be at it"
+    assert not (cell / "batches").exists()
+    assert leftovers(folder) == []
+    assert verify(folder).num_records == 24
+
+
+def test_what_is_in_use_is_no_leftover(tmp_path: Path) -> None:
+    key = make_body(1)["key"]
+    RecordStore(tmp_path).commit(make_body(1))
+    claim = Claims(tmp_path).take(key)
+    assert claim is not None
+    PartialStore(tmp_path, key).commit(0, {})
+    PartialStore(tmp_path, make_body(2)["key"]).commit(0, {})
+    assert leftovers(tmp_path) == [], "a forced run is at the first cell; the second one has no record yet"
+    claim.release()
+    assert [leftover.path.name for leftover in leftovers(tmp_path)] == ["batches"]
+
+
+def test_names_of_models_cannot_run_anything_in_a_terminal_or_a_spreadsheet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = {"model": "m", "dataset": "d", "policy": "=cmd|'/C calc'!A0", "budget": "b", "positions": "original"}
+    RecordStore(tmp_path).commit(make_body(labels=labels, sweep="\x1b[31mred"))
+    assert "\x1b" not in printed(capsys, "list", tmp_path)
+    assert ",'=cmd" in printed(capsys, "csv", tmp_path)
+
+
+def test_the_results_commands_import_no_torch(finished: Path) -> None:
+    code = (
+        "import sys\nfrom kvbench.cli import run\n"
+        "for words in (['list'], ['csv'], ['verify'], ['gc'], ['table']):\n"
+        "    assert run(['results', *words, sys.argv[1]]) == 0\n"
+        "print(sorted({'torch', 'transformers', 'hydra', 'wandb'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, str(finished)]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["gc", "--help"], ["csv", "--help"]])
+def test_help_is_printed(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(["results", *words])
+    assert ended.value.code == 0
+    assert "usage: kvbench results" in capsys.readouterr().out
