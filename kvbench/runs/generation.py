@@ -17,7 +17,7 @@ from kvbench.runs.batch_task import BatchTask, Payload
 from kvbench.runs.full_answers import Answers
 from kvbench.runs.loop import CacheSetting, greedy
 from kvbench.runs.prompts import Part
-from kvbench.runs.released_score import released_score
+from kvbench.runs.released_score import add_released_scores
 from kvbench.runs.task import Bench, TaskResult
 
 if TYPE_CHECKING:
@@ -31,9 +31,8 @@ _DESCRIPTIVE = ("text", "full_text", "reference", "num_new_tokens")
 class Generation(BatchTask):
     """Greedy decoding up to `max_new_tokens`, scored per example.
 
-    In every run the full cache answers the first planned batch once more and must give the stored
-    answers token for token: a reference that does not reproduce is worth nothing. `released_rouge` adds
-    rougeL_released_vs_full, on texts with their end token as in Elastic Cache's code.
+    In every run the full cache must give its stored answers to the first batch again, token for token.
+    `released_rouge` adds the ROUGE-L of Elastic Cache's code (kvbench.runs.released_score).
     """
 
     protocol: ClassVar[str] = "greedy_v1"
@@ -60,7 +59,9 @@ class Generation(BatchTask):
 
         answers = _greedy(bench, part, bench.setting, self.max_new_tokens, on_step)
         pairs = zip(part.examples, answers, strict=True)
-        rows = {example.id: self._row(bench, example, answer, full[example.id]) for example, answer in pairs}
+        rows = {example.id: _row(bench, example, answer, full[example.id]) for example, answer in pairs}
+        if self.released_rouge:
+            add_released_scores(rows, bench.loaded, part.examples, answers, full, self.max_new_tokens)
         return {"rows": rows, "held": held.as_payload()}
 
     def summarise(self, bench: Bench, payloads: Sequence[Payload]) -> TaskResult:
@@ -72,12 +73,6 @@ class Generation(BatchTask):
         _summarise(bench, result)
         held.report(result)
         return result
-
-    def _row(self, bench: Bench, example: Example, answer: list[int], full: list[int]) -> dict[str, Any]:
-        row = _row(bench, example, answer, full)
-        if self.released_rouge:
-            row["rougeL_released_vs_full"] = released_score(bench.loaded, answer, full, self.max_new_tokens)
-        return row
 
 
 def _greedy(

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from kvbench.datasets.base import Example
 from kvbench.metrics.rouge_released import rouge_l_released
 from kvbench.models.loader import LoadedModel
 
 
-def released_score(loaded: LoadedModel, answer: Sequence[int], full: Sequence[int], max_new_tokens: int) -> float:
-    """Return the score of `answer` against the full cache's; one shorter than `max_new_tokens` had an end token."""
-    texts = [_text(loaded, tokens, max_new_tokens) for tokens in (answer, full)]
-    return rouge_l_released(prediction=texts[0], reference=texts[1])
+def add_released_scores(
+    rows: Mapping[str, dict[str, Any]],
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    answers: Sequence[list[int]],
+    full: Mapping[str, list[int]],
+    max_new_tokens: int,
+) -> None:
+    """Add rougeL_released_vs_full to the row of each example; an answer below `max_new_tokens` had an end token."""
+    for example, answer in zip(examples, answers, strict=True):
+        texts = [_text(loaded, tokens, max_new_tokens) for tokens in (answer, full[example.id])]
+        rows[example.id]["rougeL_released_vs_full"] = rouge_l_released(prediction=texts[0], reference=texts[1])
 
 
 def _text(loaded: LoadedModel, tokens: Sequence[int], max_new_tokens: int) -> str:
