@@ -73,7 +73,7 @@ def cell_of(
     setting: CacheSetting = FULL,
     **settings: Any,
 ) -> Cell:
-    shared = {"model": "m", "dataset": "d", "batch_size": 2, "device": "cpu", "versions": {}}
+    shared = {"model": "m", "dataset": "d", "query_visible": True, "batch_size": 2, "device": "cpu", "versions": {}}
     return Cell(
         settings={**shared, "tasks": sorted(tasks), **settings},
         labels={"model": "m", "dataset": "d", "policy": "p", "budget": "-", "positions": "original"},
