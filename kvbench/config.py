@@ -31,8 +31,7 @@ from kvbench.sinks.base import SinkGroup
 from kvbench.value_types import fits, truth, type_name
 
 _FULL = {"_target_": "kvbench.policies.full.Full"}
-# Where a file lies does not change what is in it.
-_PATH_SETTINGS = ("path", "images", "answers", "ids", "templates", "filler")
+_PATH_SETTINGS = ("path", "images", "answers", "ids", "templates", "filler")  # where a file lies changes nothing
 _NUMERIC_PACKAGES = ("kvbench", "torch", "transformers")
 _SHARED = ("results", "sweep", "force", "sink", "worker")
 
@@ -186,11 +185,5 @@ def _labels(composed: Composed, model: ModelSpec, dataset: Any, setting: CacheSe
 
 
 @cache
-def _fingerprint(model: ModelSpec) -> str:
-    return model.fingerprint()
-
-
 def _model_key(model: ModelSpec) -> dict[str, Any]:
-    """Return what the key holds of a model; the checkpoint's own prompt format is part of its files."""
-    prompt = {} if model.prompt is None else {"prompt": model.prompt}
-    return {"fingerprint": _fingerprint(model), "dtype": model.dtype, "fused": model.fused, **prompt}
+    return model.key()

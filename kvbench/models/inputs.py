@@ -13,38 +13,15 @@ from torch import Tensor
 from kvbench.cache import Kind
 from kvbench.datasets.base import Example
 from kvbench.errors import DataError, ModelSupportError
+from kvbench.models.grid_positions import GridPositions, grid_positions
 from kvbench.models.loader import LoadedModel
 from kvbench.models.synthetic_inputs import synthetic_tensors
 from kvbench.models.windows import window_prompts, window_tokens
 
-_INPUTS = (
-    "input_ids",
-    "attention_mask",
-    "pixel_values",
-    "image_sizes",
-    "batch_num_images",
-    "image_grid_thw",
-    "mm_token_type_ids",
-)
+_PICTURE_INPUTS = ("pixel_values", "image_sizes", "batch_num_images", "image_grid_thw", "mm_token_type_ids")
 # What templates that ask for it are told: answers come without reasoning first, as the references do, and a
 # prompt is the same on every day (the date is the one that Llama 3's template falls back to).
 _TEMPLATE_SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GridPositions:
-    """Positions on three axes (time, row, column), as the model's own `get_rope_index` counts them.
-
-    prompt (3, B, T) int64. offset (B, 1) int64: from a text token's index to its position on every
-    axis once the prompt's pictures are behind it; a picture takes fewer positions than tokens.
-    """
-
-    prompt: Tensor
-    offset: Tensor
-
-    def without_last(self, num_tokens: int) -> GridPositions:
-        """Return the same without the prompt's last tokens, which are text."""
-        return replace(self, prompt=self.prompt[..., :-num_tokens])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +75,7 @@ def prompt_batch(loaded: LoadedModel, examples: Sequence[Example], *, num_questi
         tensors=tensors,
         kind=_kinds(loaded, tensors["input_ids"]),
         row_seeds=seeds,
-        grid=_grid_positions(loaded.model, tensors),
+        grid=grid_positions(loaded.model, tensors),
     )
     return without_question(batch, num_question_tokens)
 
@@ -119,19 +96,11 @@ def _on_device(loaded: LoadedModel, examples: Sequence[Example], encoded: Mappin
     empty = torch.nonzero(encoded["attention_mask"].sum(dim=-1) == 0)
     if len(empty):
         raise DataError(f"the prompt of {examples[int(empty[0])].id} has no token; leave the item out")
-    tensors = {name: encoded[name].to(loaded.device) for name in _INPUTS if name in encoded}
+    names = ("input_ids", "attention_mask", *_PICTURE_INPUTS)
+    tensors = {name: encoded[name].to(loaded.device) for name in names if name in encoded}
     if "pixel_values" in tensors:
         tensors["pixel_values"] = tensors["pixel_values"].to(loaded.model.dtype)
     return tensors
-
-
-def _grid_positions(model: Any, tensors: dict[str, Tensor]) -> GridPositions | None:
-    count = getattr(getattr(model, "model", None), "get_rope_index", None)
-    if count is None:
-        return None
-    names = ("input_ids", "attention_mask", "image_grid_thw", "mm_token_type_ids")
-    prompt, offset = count(**{name: tensors[name] for name in names if name in tensors})
-    return GridPositions(prompt=prompt, offset=offset)
 
 
 def without_question(batch: PromptBatch, num_tokens: int) -> PromptBatch:

@@ -107,6 +107,11 @@ class ModelSpec:
                 f"(its page lists them), or downloaded and given as a folder"
             )
 
+    def key(self) -> dict[str, Any]:
+        """Return what of a model changes answers or cost; the checkpoint's own prompt format is part of its files."""
+        prompt = {} if self.prompt is None else {"prompt": self.prompt}
+        return {"fingerprint": self.fingerprint(), "dtype": self.dtype, "fused": self.fused, **prompt}
+
     def fingerprint(self) -> str:
         """Return what the weights are: hub commit, hash of the folder's files, or of config and seed of random ones.
 

@@ -23,9 +23,10 @@ from kvbench.models.families import TEXT_FAMILIES, VISION_FAMILIES
 from kvbench.models.inputs import PromptBatch, prompt_batch
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
-from kvbench.runs.loop import CacheSetting, Decoding, greedy
+from kvbench.runs.loop import CacheSetting, Decoding
 from tests.contract import YAMLS, allowed
 from tests.driving import held_positions
+from tests.models.answering import answers_to
 from tests.models.checkpoints import FAMILIES, IN_CACHE_FAMILIES, save_checkpoint
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a CUDA device")
@@ -140,10 +141,10 @@ def test_the_full_cache_equals_stock_transformers_on_a_padded_batch_of_different
 @pytest.mark.parametrize("family", VISION_FAMILIES)
 def test_neighbours_and_pads_change_nothing(loaded: Callable[[str], LoadedModel], family: str, name: str) -> None:
     ours, policy = loaded(family), policy_of(next(path for path in YAMLS if path.stem == name))
-    together = greedy(ours, prompt_batch(ours, examples(True)), setting_of(policy), max_new_tokens=NEW_TOKENS)
+    together = answers_to(ours, prompt_batch(ours, examples(True)), setting_of(policy), max_new_tokens=NEW_TOKENS)
     for example, answer in zip(examples(True), together, strict=True):
         batch = prompt_batch(ours, [example])
-        assert greedy(ours, batch, setting_of(policy), max_new_tokens=NEW_TOKENS) == [answer]
+        assert answers_to(ours, batch, setting_of(policy), max_new_tokens=NEW_TOKENS) == [answer]
 
 
 @pytest.mark.parametrize("size", [(7, 7), (64, 9), (9, 64), (33, 31), (17, 40), (16, 16)])

@@ -16,7 +16,8 @@ from kvbench.errors import ModelSupportError
 from kvbench.models.inputs import PromptBatch, answer_tokens, prompt_batch, prompt_text
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
-from kvbench.runs.loop import CacheSetting, greedy
+from kvbench.runs.loop import CacheSetting
+from tests.models.answering import answers_to
 from tests.models.checkpoints import FAMILIES, IN_CACHE_FAMILIES, save_checkpoint
 
 NEW_TOKENS = 12
@@ -67,7 +68,7 @@ def test_our_loop_and_generate_give_the_same_tokens(
     if chosen.positions == "in_cache" and family not in IN_CACHE_FAMILIES:
         pytest.skip("refused, which test_families tests")
     batch = prompt_batch(ours, examples(ours.takes_images))
-    answers = greedy(ours, batch, chosen, max_new_tokens=NEW_TOKENS)
+    answers = answers_to(ours, batch, chosen, max_new_tokens=NEW_TOKENS)
     cache = PolicyCache(ours.model, chosen.policy, chosen.budget, positions=chosen.positions, prompt_kind=batch.kind)
     output = ours.model.generate(**batch.tensors, past_key_values=cache, max_new_tokens=NEW_TOKENS, do_sample=False)[
         :, batch.kind.shape[1] :
@@ -121,15 +122,17 @@ def test_a_picture_for_a_text_model_is_refused(loaded: Callable[[str], LoadedMod
 def test_a_vision_model_takes_text_alone(loaded: Callable[[str], LoadedModel]) -> None:
     batch = prompt_batch(loaded("llava"), examples(with_picture=False))
     assert "pixel_values" not in batch.tensors
-    assert len(greedy(loaded("llava"), batch, SETTINGS["full"], max_new_tokens=2)) == 3
+    assert len(answers_to(loaded("llava"), batch, SETTINGS["full"], max_new_tokens=2)) == 3
 
 
 def test_pictures_and_text_mix_in_one_batch(loaded: Callable[[str], LoadedModel]) -> None:
     ours, text, seen = loaded("llava"), examples(with_picture=False), examples(with_picture=True)
     mixed = prompt_batch(ours, [text[0], seen[1], text[2]])
     assert (mixed.kind == 1).sum(dim=-1).tolist() == [0, 4, 0]
-    together = greedy(ours, mixed, SETTINGS["cut"], max_new_tokens=6)
-    alone = [greedy(ours, prompt_batch(ours, [e]), SETTINGS["cut"], max_new_tokens=6)[0] for e in (text[0], seen[1])]
+    together = answers_to(ours, mixed, SETTINGS["cut"], max_new_tokens=6)
+    alone = [
+        answers_to(ours, prompt_batch(ours, [e]), SETTINGS["cut"], max_new_tokens=6)[0] for e in (text[0], seen[1])
+    ]
     assert together[:2] == alone
 
 

@@ -16,14 +16,15 @@ from kvbench.datasets.scene_examples import Scenes
 from kvbench.errors import ConfigError, DataError
 from kvbench.models.modality import takes_images
 from kvbench.models.spec import ModelSpec
-from kvbench.runs.cell import ModelShelf, run_cell
 from kvbench.runs.dataset_fit import check_fit
+from kvbench.runs.group import ModelShelf
 from kvbench.runs.multi_turn import MultiTurn
 from kvbench.runs.perplexity import Perplexity
 from kvbench.runs.speed import Speed
 from tests.datasets.files import write_json, write_lines, write_picture
 from tests.models.checkpoints import save_checkpoint
 from tests.runs.benches import cell_of
+from tests.runs.watching import run_cells
 
 BUNDLED = ModelSpec(checkpoint="bundled")
 GOOD = {"question": "What is it?", "answer": "A dot."}
@@ -149,7 +150,7 @@ def test_the_record_counts_and_names_what_was_left_out(tmp_path: Path, shelf: Mo
     path = write_json(tmp_path / "t.json", [GOOD, "bad", {**GOOD, "image": "no.png"}])
     data = Conversation(path=path, on_bad_item="skip")
     cell = cell_of({"perplexity": Perplexity()}, dataset=data)
-    body = run_cell(cell, shelf=shelf, results=tmp_path, sweep="s", advance=lambda share: None)
+    body = run_cells([cell], tmp_path, shelf=shelf).bodies[cell.key]
     assert body["status"] == "ok", body["error"]
     assert body["measurements"]["num_skipped_items"]["value"] == 2
     assert body["measurements"]["num_skipped_items"]["n"] == 3
@@ -159,6 +160,6 @@ def test_the_record_counts_and_names_what_was_left_out(tmp_path: Path, shelf: Mo
 
 def test_a_record_of_a_data_set_that_skips_nothing_says_nothing(tmp_path: Path, shelf: ModelShelf) -> None:
     cell = cell_of({"perplexity": Perplexity()}, dataset=Scenes(num_samples=1))
-    body = run_cell(cell, shelf=shelf, results=tmp_path, sweep="s", advance=lambda share: None)
+    body = run_cells([cell], tmp_path, shelf=shelf).bodies[cell.key]
     assert "num_skipped_items" not in body["measurements"]
     assert body["skipped_items"] == []

@@ -94,12 +94,13 @@ def test_the_full_cache_still_equals_itself(bundled: LoadedModel, tmp_path: Path
 
 def test_only_questions_of_one_length_share_a_batch(bundled: LoadedModel, tmp_path: Path) -> None:
     bench = hidden(bench_of(bundled, tmp_path, FULL, batch_size=8))
-    batches = bench.batches()
-    assert sorted(e.id for part, _ in batches for e in part) == sorted(e.id for e in bench.examples)
-    for part, batch in batches:
-        assert batch.question_ids is not None
-        assert {num_question_tokens(bundled, example) for example in part} == {batch.question_ids.shape[1]}
-        for example, ids in zip(part, batch.question_ids, strict=True):
+    parts = [bench.prompts.part(number) for number in range(len(bench.prompts))]
+    assert sorted(e.id for part in parts for e in part.examples) == sorted(e.id for e in bench.examples)
+    for part in parts:
+        assert part.batch.question_ids is not None
+        lengths = {num_question_tokens(bundled, example) for example in part.examples}
+        assert lengths == {part.batch.question_ids.shape[1]}
+        for example, ids in zip(part.examples, part.batch.question_ids, strict=True):
             assert bundled.tokenizer.decode(ids) == f"{example.question} ASSISTANT:"
 
 
