@@ -59,8 +59,10 @@ def run(arguments: list[str]) -> int:
         if any(word.split("=")[0] in _HYDRA_ONLY for word in arguments):
             from kvbench.compose import check_overrides
 
-            check_overrides(arguments)
+            swept = check_overrides(arguments)
             _hand_to_hydra(arguments, _nothing)
+            for name, values in swept.items():  # what Hydra shows is one cell of these
+                print(f"# swept: {name}={values}")
             return 0
         return _sweep(arguments or DEFAULT_SWEEP)
     except KvbenchError as error:

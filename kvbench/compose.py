@@ -66,12 +66,25 @@ def compose_grid(overrides: Sequence[str], *, multirun: bool, config_dir: str | 
         raise ConfigError(_one_line(error, overrides)) from error
 
 
-def check_overrides(arguments: Sequence[str]) -> None:
-    """Compose the overrides among `arguments`, Hydra's own flags left out. Raises: ConfigError, one line."""
+def check_overrides(arguments: Sequence[str]) -> dict[str, str]:
+    """Compose the overrides among `arguments`, Hydra's own flags left out; return what an experiment sweeps over.
+
+    Raises: ConfigError, one line.
+    """
     words = list(arguments)
     folder = next((words[at + 1] for at in range(len(words) - 1) if words[at] in ("--config-dir", "-cd")), None)
     overrides = [word for word in words if not word.startswith("-") and ("=" in word or word.startswith("~"))]
     compose_grid(overrides, multirun=not {"-m", "--multirun"}.isdisjoint(words), config_dir=folder)
+    return _swept(overrides, folder)
+
+
+def _swept(overrides: Sequence[str], config_dir: str | None) -> dict[str, str]:
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    fixed = [o.input_line for o in parsed if o.input_line is not None and not o.is_sweep_override()]
+    extra = [_search_path(config_dir)] if config_dir else []
+    with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+        params = _composed([*fixed, *extra]).hydra.sweeper.get("params") or {}
+    return {str(name): str(values) for name, values in params.items()}
 
 
 def _search_path(config_dir: str) -> str:

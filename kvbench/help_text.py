@@ -18,7 +18,7 @@ kvbench compares KV-cache policies under one definition of everything.
 
 settings (KEY=VALUE):
 {groups}
-  positions    native, original, in_cache
+  positions    native, original, in_cache, released
   query_visible  true, false (picture or context is compressed before the question comes)
   batch_size, seed, device (auto, cpu, cuda:N), results (folder), sweep (name), force (true: measure again)
 

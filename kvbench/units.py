@@ -72,6 +72,10 @@ _WORDS = {"1": "shared single words", "2": "shared word pairs", "L": "the longes
 _ROWS: tuple[tuple[str, Unit, Better, str, str, str], ...] = (
     ("ppl", "ppl", "lower", "PPL", "Perplexity",
      "exp of the mean negative log-likelihood (float32) of the reference answer's tokens and end of sequence, pooled."),
+    ("ppl_released", "ppl", "lower", "PPL (released loop)", "Perplexity, released loop",
+     "The same as Elastic Cache's code computes it: without the last and the end token, in the model's precision."),
+    ("rougeL_released_vs_full", "score", "higher", "ROUGE-L (released) vs full", "ROUGE-L of the released code",
+     "F1 over distinct words of the union of sentence-wise common subsequences, as in Elastic Cache's code (0 to 1)."),
     *(_rouge(kind, _WORDS[kind], "full", _FULL) for kind in "12L"),
     *(_rouge(kind, _WORDS[kind], "reference", _REFERENCE) for kind in "12L"),
     ("length_ratio", "ratio", "none", "length / full", "Answer length relative to full",

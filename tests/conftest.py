@@ -14,10 +14,18 @@ if not torch.cuda.is_available():
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from tests.contract import POSITIONS, YAMLS, MiddleFirst
+from tests.contract import POSITIONS, YAMLS, MiddleFirst, takes_long
 from tests.tiny_models import tiny_model
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every policy is tested in every position mode, but not every pair in every run."""
+    for item in items:
+        chosen = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if {"policy", "positions"} <= chosen.keys() and takes_long(chosen["policy"], chosen["positions"]):
+            item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,13 @@ from tests.driving import Held, drive
 from tests.tiny_models import random_tokens, tiny_model
 
 YAMLS = sorted((Path(__file__).parents[1] / "conf" / "policy").glob("*.yaml"))
-POSITIONS = ("original", "in_cache")
+POSITIONS = ("original", "in_cache", "released")
+# What `make test` takes of policies x position modes; the rest is `make test-long`.
+_USUAL = {
+    "original": {"full", "streaming_llm", "h2o", "elastic", "random", "middle_first", "h2o_released", "snapkv"},
+    "in_cache": {"full", "streaming_llm", "h2o", "elastic", "random", "middle_first", "streaming_llm_released"},
+    "released": {"h2o", "elastic", "elastic_released", "h2o_elastic_release", "local_elastic_release"},
+}
 BUDGETS = ("one", "smallest", "below_smallest", "tokens", "third_of_seen", "third_of_prompt")
 PROMPT, STEPS = 24, 14
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -31,6 +37,12 @@ class MiddleFirst(ScorePolicy):
 
     def score(self, view: View) -> Tensor:
         return -((view.position - view.seen[:, None, None] // 2).abs() // 2).float()
+
+
+def takes_long(policy: Path | None, positions: str) -> bool:
+    """Whether a pair is left to `make test-long`; a new yaml is tested in every mode until it is named above."""
+    name = policy.stem if policy else "middle_first"
+    return name in set().union(*_USUAL.values()) and name not in _USUAL[positions]
 
 
 def budget_named(name: str, policy: Policy) -> Budget:
@@ -54,6 +66,8 @@ def allowed(policy: Policy, budget: Budget, prompt: int, seen: int, kept_of_prom
         return kept_of_prompt + seen - prompt
     base = seen if budget.of == "seen" else prompt
     entries = budget.tokens or max(1, math.floor(Fraction(str(budget.fraction)) * base))
+    if policy.counts_as_released and budget.fraction is not None:  # rounded up, in floating point, from what is pruned
+        entries = max(1, math.ceil(base * (1 - round(1 - budget.fraction, 6))))
     if When.PREFILL not in policy.when:
         return max(entries, prompt)
     return entries

@@ -24,12 +24,21 @@ def visible_entries(held: list[list[list[tuple[int, ...]]]], prompt: int) -> See
 
 
 @torch.no_grad()
-def visible_logits(model: Any, tokens: Tensor, sees: Sees, *, ranks: bool) -> Tensor:
-    """Return logits (T, V); with `ranks`, what a query sees stands at 0, 1, 2.. by age, and the query last."""
+def visible_logits(model: Any, tokens: Tensor, sees: Sees, *, positions: str) -> Tensor:
+    """Return logits (T, V).
+
+    in_cache: what a query sees stands at 0, 1, 2.. by age, and the query last. released: a token stands,
+    for good, at the number of others that its first layer sees.
+    """
+    places = torch.arange(len(sees))
+    if positions == "released":
+        places = torch.tensor([max(len(head) for head in query[0]) - 1 for query in sees])
     hidden = _weight(model.model.embed_tokens)[tokens]
     for index, layer in enumerate(model.model.layers):
         normed = _normed(layer.input_layernorm, hidden)
-        hidden = hidden + _attention(model, layer.self_attn, normed, [query[index] for query in sees], ranks)
+        hidden = hidden + _attention(
+            model, layer.self_attn, normed, [query[index] for query in sees], places, positions
+        )
         normed = _normed(layer.post_attention_layernorm, hidden)
         gate, up = normed @ _weight(layer.mlp.gate_proj).T, normed @ _weight(layer.mlp.up_proj).T
         hidden = hidden + (functional.silu(gate) * up) @ _weight(layer.mlp.down_proj).T
@@ -54,7 +63,9 @@ def rotated(states: Tensor, position: Tensor, frequencies: Tensor) -> Tensor:
     return torch.cat((pairs.real, pairs.imag), dim=-1)
 
 
-def _attention(model: Any, attn: Any, normed: Tensor, sees: list[list[tuple[int, ...]]], ranks: bool) -> Tensor:
+def _attention(
+    model: Any, attn: Any, normed: Tensor, sees: list[list[tuple[int, ...]]], places: Tensor, positions: str
+) -> Tensor:
     width, frequencies = attn.head_dim, model.model.rotary_emb.inv_freq
     projections = (attn.q_proj, attn.k_proj, attn.v_proj)
     query, key, value = ((normed @ _weight(projection).T).unflatten(-1, (-1, width)) for projection in projections)
@@ -64,7 +75,7 @@ def _attention(model: Any, attn: Any, normed: Tensor, sees: list[list[tuple[int,
         for head, visible in enumerate(heads):
             seen = torch.tensor(sorted(visible))
             assert int(seen[-1]) == at
-            place = torch.arange(len(seen)) if ranks else seen
+            place = torch.arange(len(seen)) if positions == "in_cache" else places[seen]
             keys = rotated(key[seen, head], place, frequencies)
             mine = slice(head * group, (head + 1) * group)
             queries = rotated(query[at, mine], place[-1:].expand(group), frequencies)

@@ -149,6 +149,13 @@ def test_the_composed_configuration_can_be_printed(capfd: pytest.CaptureFixture[
     assert "_target_: kvbench.policies.streaming_llm.StreamingLLM" in capfd.readouterr().out
 
 
+def test_the_printed_configuration_of_an_experiment_says_what_is_swept(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["+experiment=paper_ppl", "--cfg", "job"]) == 0
+    printed = capfd.readouterr().out
+    assert "_target_: kvbench.runs.perplexity_released.PerplexityReleased" in printed
+    assert "# swept: budget.fraction=1.0,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2" in printed
+
+
 def test_flags_may_come_after_settings(tmp_path: Path) -> None:
     words = ["task=perplexity", "dataset.num_samples=1", "sink=console", "results=out"]
     assert run(["policy=full,random", "-m", *words]) == 0

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from kvbench.compose import Composed, compose_grid
 from kvbench.errors import ConfigError
@@ -26,11 +27,44 @@ def test_a_sweep_is_every_combination_in_order() -> None:
     assert found == [("h2o", 0.1), ("h2o", 0.3), ("elastic", 0.1), ("elastic", 0.3)]
 
 
-def test_the_default_experiment_has_every_bundled_policy_at_three_budgets() -> None:
+def test_the_default_experiment_has_every_described_policy_at_three_budgets() -> None:
     """But snapkv: its window of 32 tokens is all that a tenth or a fifth of a scene's prompt can hold."""
     found = cells("+experiment=default")
-    names = sorted(path.stem for path in (REPO / "conf" / "policy").glob("*.yaml") if path.stem != "snapkv")
+    every = sorted(path.stem for path in (REPO / "conf" / "policy").glob("*.yaml"))
+    names = [name for name in every if name != "snapkv" and "release" not in name]
     assert sorted(found) == sorted((name, fraction) for name in names for fraction in (0.1, 0.2, 0.5))
+
+
+def swept(name: str) -> dict[str, list[str]]:
+    """What an experiment sweeps over, as its file says."""
+    params = OmegaConf.load(REPO / "conf" / "experiment" / f"{name}.yaml").hydra.sweeper.params
+    return {str(key): str(values).split(",") for key, values in params.items()}
+
+
+def test_positions_are_swept_over_what_is_described_and_what_is_released() -> None:
+    pairs = ["streaming_llm", "local_elastic_release", "h2o", "h2o_elastic_release", "elastic", "elastic_released"]
+    assert swept("positions") == {
+        "policy": ["full", *pairs],
+        "positions": ["original", "in_cache", "released"],
+        "budget.fraction": ["0.2", "0.5"],
+    }
+    words = ["+experiment=positions", "policy=elastic_released", "positions=released"]
+    grid = compose_grid(words, multirun=False, config_dir=None)
+    assert [one.config.budget.fraction for one in grid] == [0.2, 0.5]
+    assert all(one.config.task.generation.released_rouge for one in grid)
+
+
+@pytest.mark.parametrize(("name", "task"), [("paper_ppl", "perplexity_released"), ("paper_rouge", "generation")])
+def test_the_papers_experiments_have_its_caches_at_nine_budgets(name: str, task: str) -> None:
+    shares = ["1.0", "0.9", "0.8", "0.7", "0.6", "0.5", "0.4", "0.3", "0.2"]
+    policies = ["full", "elastic_released", "h2o_elastic_release", "local_elastic_release"]
+    assert swept(name) == {"policy": policies, "budget.fraction": shares}
+    words = [f"+experiment={name}", "dataset=conversation", "dataset.path=detail_1k.json", "policy=elastic"]
+    grid = compose_grid([*words, "budget.fraction=0.5"], multirun=False, config_dir=None)
+    (one,) = grid
+    assert (one.choices["policy"], one.choices["model"]) == ("elastic", "llava-1.5-7b")
+    assert (one.config.budget.fraction, one.config.batch_size) == (0.5, 1)
+    assert task in one.config.task
 
 
 def test_an_experiment_changes_settings_and_overrides_win() -> None:

@@ -109,7 +109,7 @@ def test_eviction_equals_attention_that_cannot_see_what_was_evicted(
     tokens = random_tokens(30, 1, prompt + STEPS)
     trace = drive(model, PolicyCache(model, policy, budget, positions=positions), tokens, prompt)
     visible = visible_entries([[layer[0] for layer in held] for held in trace.held], prompt)
-    expected = visible_logits(model, tokens[0], visible, ranks=positions == "in_cache")
+    expected = visible_logits(model, tokens[0], visible, positions=positions)
     logits = torch.stack(trace.logits)[:, 0].double()
     torch.testing.assert_close(trace.prompt_logits[0].double(), expected[:prompt], **CLOSE)
     torch.testing.assert_close(logits, expected[prompt:], **CLOSE)
@@ -137,7 +137,7 @@ def test_a_second_turn_keeps_the_budget_and_sees_what_was_held(
             most = max(len(head) for head in cells(held_positions(cache)))
             assert most <= allowed(policy, budget, PROMPT, start, 0)
     if not merges(policy):
-        expected = visible_logits(model, tokens[0], sees, ranks=positions == "in_cache")
+        expected = visible_logits(model, tokens[0], sees, positions=positions)
         torch.testing.assert_close(torch.cat(logits).double(), expected, **CLOSE)
 
 

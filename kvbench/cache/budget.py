@@ -50,6 +50,19 @@ class Budget:
         base = seen_tokens if self.of == "seen" else prompt_tokens
         return max(1, math.floor(round(self.fraction * base, _DECIMALS)))
 
+    def entries_as_released(self, *, seen_tokens: int, prompt_tokens: int) -> int:
+        """Return the entries allowed as Elastic Cache's code counts them: rounded up, in its own arithmetic.
+
+        It takes the pruned share r, keeps 1 - r in floating point, and cuts the tokens to forget down to
+        a whole number; 1 - 0.7 is a little more than 0.3, which shows at multiples of ten.
+        """
+        if self.fraction is None:
+            return self.entries(seen_tokens=seen_tokens, prompt_tokens=prompt_tokens)
+        kept = 1 - round(1 - self.fraction, _DECIMALS)
+        if seen_tokens == prompt_tokens:
+            return max(1, seen_tokens - int(seen_tokens - seen_tokens * kept))
+        return max(1, math.ceil((seen_tokens if self.of == "seen" else prompt_tokens) * kept))
+
     def describe(self) -> str:
         """Return the budget in words, as tables print it."""
         if self.tokens is not None:

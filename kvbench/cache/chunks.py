@@ -47,7 +47,8 @@ def columns_of(
         kind = _checked_kind(prompt_kind, position).to(keys.device, torch.int8)[:, None].expand(wide.shape)
     mass = None
     if Needs.MASS in policy.needs:
-        mass = torch.zeros(wide.shape, dtype=torch.float32, device=keys.device)
+        dtype = keys.dtype if policy.mass_in_model_dtype else torch.float32
+        mass = torch.zeros(wide.shape, dtype=dtype, device=keys.device)
     if slots is not None:
         stored = slots.entries
         wide = torch.cat((stored.position, wide), dim=-1)
@@ -82,6 +83,14 @@ def check_plan(plan: Plan | None, entries: Entries, allowed: list[int], policy: 
         raise PolicyError(f"{name} keeps {kept.tolist()} entries (rows x heads); allowed per row: 1 to {allowed}")
     if plan.merge_into is not None:
         _check_merge(plan.merge_into, plan.keep, name)
+    if plan.mass is not None and (plan.mass.shape != plan.keep.shape or entries.mass is None):
+        raise PolicyError(
+            f"{name} returned mass of shape {tuple(plan.mass.shape)}; it must be (B, H, T) = "
+            f"{tuple(plan.keep.shape)}, and the policy must declare Needs.MASS"
+        )
+    source = plan.merge_source
+    if source is not None and (plan.merge_into is None or source.shape != plan.keep.shape):
+        raise PolicyError(f"{name} returned merge_source without a merge_into of the same shape {tuple(source.shape)}")
 
 
 def _check_merge(into: Tensor, keep: Tensor, name: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvbench.cache.attend import decode_step, reduce_group
 from kvbench.cache.layer_setup import LayerSetup
+from kvbench.cache.ledger import Ledger
 from kvbench.cache.policy import Policy, ScorePolicy
 from kvbench.cache.positions import shifted_step
 from kvbench.cache.slots import Slots
@@ -61,29 +62,40 @@ def _attend_by_kernel(
     if setup.rotation is not None and slots.rank is not None:
         cosines, sines = counts.turn_tables(setup.rotation)
         turn = Turn(position=slots.entries.position, rank=slots.rank, seen=counts.seen, cosines=cosines, sines=sines)
-    return decode_attention(
+    mass = slots.entries.mass
+    coarse = mass is not None and setup.policy.mass_in_model_dtype  # the kernel sums float32 only
+    output, probs = decode_attention(
         query,
         slots.entries.keys,
         slots.entries.values,
         slots.length,
         scaling,
         reduction=setup.policy.reduction,
-        mass=slots.entries.mass,
-        want_probs=Needs.PROBS in setup.policy.needs,
+        mass=None if coarse else mass,
+        want_probs=coarse or Needs.PROBS in setup.policy.needs,
         turn=turn,
     )
+    if coarse and mass is not None and probs is not None:
+        mass += probs
+    return output, probs
 
 
-def take_fresh_slot(slots: Slots) -> None:
-    """Let the next token take a fresh slot, where the policy frees none; the kernel of `write_token` did so already."""
-    if not use_triton(slots.entries.keys):
+def end_step(slots: Slots, probs: Tensor | None, setup: LayerSetup, counts: StepCounts, ledger: Ledger) -> None:
+    """Free what is over the budget, or take a fresh slot next; `ledger` counts it on the host."""
+    if not evicts_at_decode(setup.policy):
+        if not use_triton(slots.entries.keys):  # the kernel of `write_token` did it already
+            slots.advance()
+    elif slots.length.device.type == "cpu" and not ledger.over():
         slots.advance()
+    else:
+        evict(slots, probs, setup, counts)
+    ledger.evicted()
 
 
 def evict(slots: Slots, probs: Tensor | None, setup: LayerSetup, counts: StepCounts) -> None:
     """Free one victim of every row and head that is over its budget."""
     policy = setup.policy
-    view = counts.view(setup, slots.entries, probs)
+    view = counts.view(setup, slots, probs)
     if not use_triton(slots.entries.keys):
         victim = checked_victim(policy, policy.victim(view), slots, view.budget)
         slots.release(victim, slots.length > view.budget[:, None])
@@ -99,7 +111,7 @@ def evict(slots: Slots, probs: Tensor | None, setup: LayerSetup, counts: StepCou
 def decide(slots: Slots, setup: LayerSetup, counts: StepCounts) -> Tensor:
     """Return the victim (B, H) that `evict` would free now, found the way it does; nothing is freed."""
     policy = setup.policy
-    view = counts.view(setup, slots.entries, torch.zeros_like(slots.entries.position, dtype=torch.float32))
+    view = counts.view(setup, slots, torch.zeros_like(slots.entries.position, dtype=torch.float32))
     if not (use_triton(slots.entries.keys) and _is_plain_score(policy)):
         return policy.victim(view)
     from kvbench.kernels.slots import lowest_slot

@@ -8,6 +8,7 @@ uncompressed. A decode step writes one token, attends with it, and frees one vic
 from __future__ import annotations
 
 import weakref
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,9 +16,10 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvbench.cache.attend import Chunk, chunk_attention
 from kvbench.cache.chunks import check_plan, columns_of, new_positions, real_tokens
-from kvbench.cache.decode_step import attend_slots, decide, evict, evicts_at_decode, take_fresh_slot, write_token
+from kvbench.cache.decode_step import attend_slots, decide, end_step, evicts_at_decode, write_token
 from kvbench.cache.layer_setup import LayerSetup, view_of
 from kvbench.cache.ledger import Ledger
+from kvbench.cache.pool import cut_when_pooled
 from kvbench.cache.positions import shifted_chunk
 from kvbench.cache.selection import age_rank
 from kvbench.cache.slots import Entries, Slots, settle
@@ -46,6 +48,8 @@ class PolicyLayer(CacheLayerMixin):
         self._leads = False
         self.ledger = Ledger(policy=self.setup.policy, budget=self.setup.budget)
         self.is_initialized = False
+        if self.setup.pool is not None:
+            self.setup.pool.clear()
 
     @property
     def keys(self) -> Tensor | None:
@@ -89,6 +93,8 @@ class PolicyLayer(CacheLayerMixin):
         """
         self.is_initialized = True
         self.ledger.padded_tokens += key_states.shape[2]
+        if self.setup.places is not None and self.slots is not None and self.counts is not None:
+            key_states = self.setup.places.arrive(key_states, self.setup.layer, self.slots.length, self.counts.seen)
         if self.slots is None:
             keys, values = key_states, value_states
         elif key_states.shape[2] == 1:
@@ -112,6 +118,8 @@ class PolicyLayer(CacheLayerMixin):
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, padding: Tensor | None) -> Tensor:
         """Return the output (B, Hq, Q, D) and settle. `padding` (B, seen) bool is False at pads."""
+        if self.slots is not None and self.setup.places is not None:
+            query = self.setup.places.turned(query)
         if self.slots is not None and query.shape[2] == 1:
             return self._decode(self.slots, query, scaling)
         real = real_tokens(query, padding, first=self.slots is None)
@@ -134,11 +142,13 @@ class PolicyLayer(CacheLayerMixin):
 
     def settle_chunk(self, entries: Entries, statistics: Statistics) -> None:
         """Let the policy plan on a chunk that has attended, and move what stays into slots."""
-        policy = self.setup.policy
         if entries.mass is not None:
-            entries.mass = entries.mass + statistics.mass(policy.reduction)
+            entries.mass = (entries.mass + statistics.mass(self.setup.policy.reduction)).to(entries.mass.dtype)
+        cut_when_pooled(self.setup.pool, entries, self.setup.num_layers, partial(self._cut, entries, statistics))
+
+    def _cut(self, entries: Entries, statistics: Statistics) -> None:
+        policy, plan = self.setup.policy, None
         with self.setup.on_settle():
-            plan = None
             if policy.bounded and When.PREFILL in policy.when and self.ledger.over():
                 plan = policy.plan(self._chunk_view(entries, statistics))
                 check_plan(plan, entries, self.ledger.allowed(), policy, self.setup.layer)
@@ -154,13 +164,14 @@ class PolicyLayer(CacheLayerMixin):
         return view_of(self.setup, self.ledger, entries, new_tokens=statistics.new_tokens, window=window, probs=probs)
 
     def _settle(self, entries: Entries, plan: Plan | None) -> None:
+        memory = None if self.slots is None else self.slots.memory
         self.slots = None
         held = self.ledger.held
         if plan is not None:
             held = plan.keep.sum(dim=-1).amax(dim=1).tolist()
         self.ledger.settle(held)
         final = self.ledger.allowed(ahead_tokens=self.setup.reserve_tokens)
-        self.slots = settle(entries, plan, max(*held, *final) + 1)
+        self.slots = settle(entries, plan, max(*held, *final) + 1, memory)
         if self.setup.rotation is not None and use_triton(self.slots.entries.keys):
             self.slots.rank = age_rank(self.slots.entries.position).int()
         self.counts, self._leads = self._shelf.take(self.setup, self.ledger, self.slots.length.device)
@@ -169,13 +180,8 @@ class PolicyLayer(CacheLayerMixin):
         """Attend to the slots, the new token among them, then free one victim per row and head."""
         assert self.counts is not None
         output, probs = attend_slots(slots, query, scaling, self.setup, self.counts)
-        if not evicts_at_decode(self.setup.policy):
-            take_fresh_slot(slots)
-        elif query.device.type == "cpu" and not self.ledger.over():
-            slots.advance()
-        else:
-            evict(slots, probs, self.setup, self.counts)
-        self.ledger.evicted()
+        end = partial(end_step, slots, probs, self.setup, self.counts, self.ledger)
+        cut_when_pooled(self.setup.pool, slots.entries, self.setup.num_layers, end)
         return output
 
     def state(self) -> list[Tensor]:

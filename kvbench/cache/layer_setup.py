@@ -12,6 +12,8 @@ from torch import Tensor
 from kvbench.cache.budget import Budget
 from kvbench.cache.ledger import Ledger
 from kvbench.cache.policy import Policy
+from kvbench.cache.pool import Pool
+from kvbench.cache.positions import Places
 from kvbench.cache.rotation import Rotation
 from kvbench.cache.slots import Entries
 from kvbench.cache.view import View
@@ -21,8 +23,9 @@ from kvbench.cache.view import View
 class LayerSetup:
     """What a layer is told once.
 
-    rotation: given for positions=in_cache only. reserve_tokens: how many tokens will be generated;
-    more than that makes the buffers grow by copying. prompt_kind (B, T) int8 or None for text.
+    rotation: given for positions=in_cache only; places: for positions=released only; pool: for policies
+    that pool layers; both are shared by the layers of a cache. reserve_tokens: how many tokens will be
+    generated; more than that makes the buffers grow by copying. prompt_kind (B, T) int8 or None for text.
     row_seeds: one number per sequence for policies that draw, None for zeros. on_settle: entered around
     what a policy adds to a prompt (plan, check, move into slots), so that it can be measured apart.
     """
@@ -35,6 +38,8 @@ class LayerSetup:
     reserve_tokens: int
     prompt_kind: Tensor | None
     row_seeds: tuple[int, ...] | None = None
+    places: Places | None = None
+    pool: Pool | None = None
     on_settle: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
@@ -56,6 +61,7 @@ def view_of(
         prompt=row_tensor(ledger.prompt, entries.keys),
         seen=row_tensor(ledger.seen, entries.keys),
         budget=row_tensor(ledger.allowed(), entries.keys),
+        prompt_budget=row_tensor(ledger.allowed_after_prompt(), entries.keys),
         row_seed=row_tensor(list(setup.row_seeds or [0] * entries.keys.shape[0]), entries.keys),
         keys=entries.keys,
         values=entries.values,

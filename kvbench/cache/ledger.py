@@ -74,11 +74,18 @@ class Ledger:
         """
         if not self.policy.bounded:
             return [seen + ahead_tokens for seen in self.seen]
-        rows = zip(self.seen, self.prompt, strict=True)
-        entries = [_entries(self.budget, seen + ahead_tokens, prompt) for seen, prompt in rows]
+        entries = self._entries([seen + ahead_tokens for seen in self.seen])
         if not self.settled_seen or self.policy.when is When.BOTH:
             return entries
         return [self._after_settling(row, self.seen[row] + ahead_tokens, entries[row]) for row in range(len(entries))]
+
+    def allowed_after_prompt(self) -> list[int]:
+        """Return the entries each row was allowed when it had seen its first prompt."""
+        return self._entries(self.prompt) if self.policy.bounded else list(self.prompt)
+
+    def _entries(self, seen: list[int]) -> list[int]:
+        released = self.policy.counts_as_released
+        return [_entries(self.budget, one, prompt, released) for one, prompt in zip(seen, self.prompt, strict=True)]
 
     def _after_settling(self, row: int, seen: int, entries: int) -> int:
         if seen > self.settled_seen[row] and When.DECODE not in self.policy.when:
@@ -89,6 +96,7 @@ class Ledger:
 
 
 @lru_cache(maxsize=4096)
-def _entries(budget: Budget, seen_tokens: int, prompt_tokens: int) -> int:
+def _entries(budget: Budget, seen_tokens: int, prompt_tokens: int, released: bool) -> int:
     """Ask once for what every layer of a step asks for again."""
-    return budget.entries(seen_tokens=seen_tokens, prompt_tokens=prompt_tokens)
+    count = budget.entries_as_released if released else budget.entries
+    return count(seen_tokens=seen_tokens, prompt_tokens=prompt_tokens)

@@ -34,7 +34,22 @@ class Policy:
     reduction: ClassVar[Literal["mean", "sum", "max"]] = "mean"
     bounded: ClassVar[bool] = True
     window_tokens: ClassVar[int] = 32
-    native_positions: ClassVar[Literal["original", "in_cache"]] = "original"
+    native_positions: ClassVar[Literal["original", "in_cache", "released"]] = "original"
+
+    @property
+    def counts_as_released(self) -> bool:
+        """Whether a share of the tokens is rounded as Elastic Cache's code does; up, and not down."""
+        return False
+
+    @property
+    def pools_layers(self) -> bool:
+        """Whether the mass is averaged over all heads and layers, and all layers are cut together."""
+        return False
+
+    @property
+    def mass_in_model_dtype(self) -> bool:
+        """Whether mass is summed in the dtype of the keys; float32 otherwise."""
+        return False
 
     @property
     def smallest_budget_tokens(self) -> int:

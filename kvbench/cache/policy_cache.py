@@ -21,7 +21,8 @@ from kvbench.cache.layer import PolicyLayer
 from kvbench.cache.layer_setup import LayerSetup
 from kvbench.cache.ledger import Ledger
 from kvbench.cache.policy import Policy
-from kvbench.cache.positions import POSITION_MODES, PositionMode
+from kvbench.cache.pool import Pool
+from kvbench.cache.positions import POSITION_MODES, Places, PositionMode
 from kvbench.cache.rotation import rotation_of
 from kvbench.cache.step_counts import CountsShelf
 from kvbench.errors import ConfigError, ModelSupportError, close_matches
@@ -55,7 +56,7 @@ class CacheState:
 class PolicyCache(Cache):
     """A cache of slots under `policy` and `budget` for one batch of sequences.
 
-    positions: `original` or `in_cache`. reserve_tokens: tokens that will be generated, so that buffers
+    positions: `original`, `in_cache` or `released`. reserve_tokens: tokens that will be generated, so that buffers
     are allocated once; more than that still works, by copying. prompt_kind (B, T): kind of each prompt
     token. row_seeds: one number per sequence, for policies that draw. on_settle: entered in every layer
     around what the policy adds to a prompt. Raises: ModelSupportError if
@@ -78,7 +79,9 @@ class PolicyCache(Cache):
             raise ModelSupportError("the model does not use kvbench's attention; call kvbench.attach(model) first")
         if positions not in POSITION_MODES:
             raise ConfigError(f"positions is {positions!r}; {close_matches(positions, POSITION_MODES)}")
-        rotation = rotation_of(model.get_decoder()) if positions == "in_cache" else None
+        rotation = rotation_of(model.get_decoder(), positions) if positions != "original" else None
+        places = Places(rotation=rotation) if rotation is not None and positions == "released" else None
+        pool = Pool() if policy.pools_layers else None
         num_layers = model.config.get_text_config().num_hidden_layers
         setups = (
             LayerSetup(
@@ -86,7 +89,9 @@ class PolicyCache(Cache):
                 num_layers=num_layers,
                 policy=policy,
                 budget=budget,
-                rotation=rotation,
+                rotation=rotation if places is None else None,
+                places=places,
+                pool=pool,
                 reserve_tokens=reserve_tokens,
                 prompt_kind=prompt_kind,
                 row_seeds=None if row_seeds is None else tuple(row_seeds),

@@ -42,8 +42,8 @@ class Rotation:
         return angles.cos(), angles.sin()
 
 
-def rotation_of(decoder: Any) -> Rotation:
-    """Return the rotation of a transformers decoder.
+def rotation_of(decoder: Any, mode: str = "in_cache") -> Rotation:
+    """Return the rotation of a transformers decoder, for the position mode `mode`.
 
     Raises: ModelSupportError where positions are not one fixed rotation (M-RoPE, dynamic NTK,
     LongRoPE, rotary frequencies per layer type), or pairs may not be half-split.
@@ -59,12 +59,12 @@ def rotation_of(decoder: Any) -> Rotation:
         )
     if rotary is None or not hasattr(rotary, "inv_freq") or kind not in _FIXED_ROPE_TYPES or "mrope_section" in rope:
         raise ModelSupportError(
-            f"positions=in_cache needs one fixed rotary embedding; {type(decoder).__name__} has rope type {kind!r}. "
+            f"positions={mode} needs one fixed rotary embedding; {type(decoder).__name__} has rope type {kind!r}. "
             "Use positions=original"
         )
     if config.model_type not in _HALF_SPLIT_FAMILIES:
         raise ModelSupportError(
-            f"positions=in_cache is implemented for {', '.join(_HALF_SPLIT_FAMILIES)}; the decoder is of family "
+            f"positions={mode} is implemented for {', '.join(_HALF_SPLIT_FAMILIES)}; the decoder is of family "
             f"{config.model_type!r}. Use positions=original"
         )
     return Rotation(frequencies=rotary.inv_freq.detach().float())

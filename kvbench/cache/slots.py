@@ -40,13 +40,15 @@ class Slots:
     """A layer's buffer of C slots; `length` (B, H) counts tokens held, `free` (B, H) is the next slot.
 
     rank (B, H, C) int32 or None: how many entries are older, kept up to date by the kernels where
-    positions count inside the cache. Everything changes in place, so that a step can be captured.
+    positions count inside the cache. memory (B, H, M) or None: what the policy's last plan left, which
+    does not follow the tokens. Everything changes in place, so that a step can be captured.
     """
 
     entries: Entries
     length: Tensor
     free: Tensor
     rank: Tensor | None = None
+    memory: Tensor | None = None
 
     @property
     def capacity(self) -> int:
@@ -110,12 +112,16 @@ class Slots:
         return sum(t.untyped_storage().nbytes() for t in self.entries.columns())
 
 
-def settle(entries: Entries, plan: Plan | None, capacity: int) -> Slots:
+def settle(entries: Entries, plan: Plan | None, capacity: int, memory: Tensor | None = None) -> Slots:
     """Move what `plan` keeps into fresh slots in token order; the old storage is let go.
 
     Merging averages keys and values of a bucket in float32 and adds up its mass; the entry keeps its
-    anchor's position and kind. What lies in a slot that holds no token is not defined.
+    anchor's position and kind. What lies in a slot that holds no token is not defined. `memory` is what an
+    earlier plan left.
     """
+    if plan is not None:
+        memory = memory if plan.memory is None else plan.memory
+        entries.mass = entries.mass if plan.mass is None else plan.mass
     position = entries.position if plan is None else entries.position.masked_fill(~plan.keep, EMPTY)
     length = (position >= 0).sum(dim=-1)
     order = oldest_first(position)[..., :capacity]
@@ -129,7 +135,7 @@ def settle(entries: Entries, plan: Plan | None, capacity: int) -> Slots:
         kind=entries.kind.gather(2, order).masked_fill_(~filled, 0),
         mass=None if mass is None else mass.masked_fill_(~filled, 0.0),
     )
-    return Slots(entries=kept, length=length, free=length.clone())
+    return Slots(entries=kept, length=length, free=length.clone(), memory=memory)
 
 
 def _moved(entries: Entries, plan: Plan | None, order: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -140,8 +146,9 @@ def _moved(entries: Entries, plan: Plan | None, order: Tensor, length: Tensor) -
 
             buckets = buckets_of(plan.merge_into, entries.position >= 0, order, length)
             mass = None if entries.mass is None else segment_mean(entries.mass[..., None], buckets, add_up=True)[..., 0]
-            return segment_mean(entries.keys, buckets), segment_mean(entries.values, buckets), mass
-        entries = _merged(entries, plan.merge_into)
+            keys, values = (_brought(states, plan.merge_source) for states in (entries.keys, entries.values))
+            return segment_mean(keys, buckets), segment_mean(values, buckets), mass
+        entries = _merged(entries, plan.merge_into, plan.merge_source)
     wide = order[..., None].expand(*order.shape, entries.keys.shape[-1])
     mass = None if entries.mass is None else entries.mass.gather(2, order)
     return entries.keys.gather(2, wide), entries.values.gather(2, wide), mass
@@ -163,7 +170,12 @@ def _with_capacity(entries: Entries, capacity: int) -> Entries:
     )
 
 
-def _merged(entries: Entries, into: Tensor) -> Entries:
+def _brought(states: Tensor, source: Tensor | None) -> Tensor:
+    """(B, H, T, D): the states that entries bring into their buckets, their own where `source` is None."""
+    return states if source is None else states.gather(2, source[..., None].expand_as(states))
+
+
+def _merged(entries: Entries, into: Tensor, source: Tensor | None) -> Entries:
     held = entries.position >= 0
     count = torch.zeros_like(into, dtype=torch.float32).scatter_add_(2, into, held.float())
     joined = (count > 1)[..., None]
@@ -171,7 +183,7 @@ def _merged(entries: Entries, into: Tensor) -> Entries:
 
     def mean(states: Tensor) -> Tensor:
         total = torch.zeros_like(states, dtype=torch.float32)
-        total.scatter_add_(2, wide, states.float() * held[..., None])
+        total.scatter_add_(2, wide, _brought(states, source).float() * held[..., None])
         return torch.where(joined, total / count.clamp(min=1)[..., None], states.float()).to(states.dtype)
 
     mass = entries.mass

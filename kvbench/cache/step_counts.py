@@ -14,18 +14,19 @@ from kvbench.cache.layer_setup import LayerSetup
 from kvbench.cache.ledger import Ledger
 from kvbench.cache.policy import ScorePolicy
 from kvbench.cache.rotation import Rotation
-from kvbench.cache.slots import Entries
+from kvbench.cache.slots import Slots
 from kvbench.cache.view import Needs, View
 
 GROW_TOKENS = 64
 
 
 class StepCounts:
-    """Per row (B,) int64 on the device: `prompt`, `seen` and `budget` now, `row_seed`."""
+    """Per row (B,) int64 on the device: `prompt`, its budget, `seen` and `budget` now, `row_seed`."""
 
     def __init__(self, setup: LayerSetup, ledger: Ledger, device: torch.device) -> None:
         self._policy = setup.policy
         self.prompt = torch.tensor(ledger.prompt, dtype=torch.int64, device=device)
+        self.prompt_budget = torch.tensor(ledger.allowed_after_prompt(), dtype=torch.int64, device=device)
         self.seen = torch.tensor(ledger.seen, dtype=torch.int64, device=device)
         self.row_seed = torch.tensor(setup.row_seeds or [0] * len(ledger.seen), dtype=torch.int64, device=device)
         self._announce(ledger, setup.reserve_tokens)
@@ -57,8 +58,9 @@ class StepCounts:
         self.budget.copy_(self._table.index_select(0, self._step)[0])
         self.sinks, self.recent_from = self._protected()
 
-    def view(self, setup: LayerSetup, entries: Entries, probs: Tensor | None) -> View:
+    def view(self, setup: LayerSetup, slots: Slots, probs: Tensor | None) -> View:
         """Return the view of a decode step; nothing in it comes from the host."""
+        entries = slots.entries
         return View(
             layer=setup.layer,
             num_layers=setup.num_layers,
@@ -67,6 +69,7 @@ class StepCounts:
             prompt=self.prompt,
             seen=self.seen,
             budget=self.budget,
+            prompt_budget=self.prompt_budget,
             row_seed=self.row_seed,
             keys=entries.keys,
             values=entries.values,
@@ -74,6 +77,7 @@ class StepCounts:
             kind=entries.kind,
             mass_or_none=entries.mass,
             probs_or_none=probs if Needs.PROBS in setup.policy.needs else None,
+            memory_or_none=slots.memory,
         )
 
     def state(self) -> list[Tensor]:

@@ -44,11 +44,13 @@ class Kind(IntEnum):
 class View:
     """One layer's cache, read-only, with the newest tokens included.
 
-    keys, values (B, H, T, D), keys rotated at their original positions; position (B, H, T) int64,
+    keys, values (B, H, T, D), keys rotated where their tokens stood when they came; position (B, H, T) int64,
     the token's index in its own row (pads not counted), -1 where the slot holds nothing; kind
     (B, H, T) int8, a `Kind`; prompt, seen, budget (B,) int64: tokens of the prompt, tokens seen so
-    far, entries allowed now; row_seed (B,) int64, a number of the sequence for policies that draw, the
-    same alone and in a batch. `new_tokens` is how many tokens came with this step (1 = decode).
+    far, entries allowed now; prompt_budget (B,) int64, entries allowed after the first prompt; row_seed
+    (B,) int64, a number of the sequence for policies that draw, the same alone and in a batch.
+    `new_tokens` is how many tokens came with this step (1 = decode). memory_or_none (B, H, M): what the
+    policy's last plan left beside the slots.
     """
 
     layer: int
@@ -58,6 +60,7 @@ class View:
     prompt: Tensor
     seen: Tensor
     budget: Tensor
+    prompt_budget: Tensor
     row_seed: Tensor
     keys: Tensor
     values: Tensor
@@ -66,6 +69,7 @@ class View:
     mass_or_none: Tensor | None = None
     window_or_none: Tensor | None = None
     probs_or_none: Tensor | None = None
+    memory_or_none: Tensor | None = None
 
     @property
     def valid(self) -> Tensor:
@@ -102,8 +106,14 @@ class Plan:
     """Which entries stay after a prompt, and where the others go.
 
     keep (B, H, T) bool; merge_into (B, H, T) int64, the index of the survivor whose mean each entry
-    joins (its own index: none), or None when dropped entries are simply freed.
+    joins (its own index: none), or None when dropped entries are simply freed. Three more are for code
+    whose books do not follow its tokens: merge_source (B, H, T) int64, whose key and value each entry
+    brings into its bucket (None: its own); mass (B, H, T), the mass that entries go on with; memory
+    (B, H, M), kept beside the slots as it is until a later plan gives another one.
     """
 
     keep: Tensor
     merge_into: Tensor | None = None
+    merge_source: Tensor | None = None
+    mass: Tensor | None = None
+    memory: Tensor | None = None

@@ -19,7 +19,7 @@ from kvbench.runs.batch_task import BatchTask, Payload
 from kvbench.runs.full_answers import Answers
 from kvbench.runs.generation import full_answers
 from kvbench.runs.loop import CacheSetting, padded_targets
-from kvbench.runs.prompts import Part, Prompts
+from kvbench.runs.prompts import Part
 from kvbench.runs.task import Bench, TaskResult
 
 _KEPT_BYTES = 2**30
@@ -63,7 +63,7 @@ class Fidelity(BatchTask):
 
 
 def _check_itself(bench: Bench, part: Part, answers: Answers, check_tokens: int) -> None:
-    first = part if part.number == 0 else Prompts(bench.loaded, bench.examples, bench.batch_size).part(0)
+    first = part if part.number == 0 else bench.own_prompts().part(0)
     if any(row["kl_sum"] != 0.0 for row in _compare(bench, first, answers, bench.full, check_tokens)):
         raise MeasureError("the full cache differs from itself (KL is not 0); the machine does not compute reliably")
 

@@ -17,6 +17,7 @@ from kvbench.runs.batch_task import BatchTask, Payload
 from kvbench.runs.full_answers import Answers
 from kvbench.runs.loop import CacheSetting, greedy
 from kvbench.runs.prompts import Part
+from kvbench.runs.released_score import add_released_scores
 from kvbench.runs.task import Bench, TaskResult
 
 if TYPE_CHECKING:
@@ -30,14 +31,15 @@ _DESCRIPTIVE = ("text", "full_text", "reference", "num_new_tokens")
 class Generation(BatchTask):
     """Greedy decoding up to `max_new_tokens`, scored per example.
 
-    In every run the full cache answers the first planned batch once more and must give the stored
-    answers token for token: a reference that does not reproduce is worth nothing.
+    In every run the full cache must give its stored answers to the first batch again, token for token.
+    `released_rouge` adds the ROUGE-L of Elastic Cache's code (kvbench.runs.released_score).
     """
 
     protocol: ClassVar[str] = "greedy_v1"
     hides_question: ClassVar[bool] = True
 
     max_new_tokens: int = 160
+    released_rouge: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -58,6 +60,8 @@ class Generation(BatchTask):
         answers = _greedy(bench, part, bench.setting, self.max_new_tokens, on_step)
         pairs = zip(part.examples, answers, strict=True)
         rows = {example.id: _row(bench, example, answer, full[example.id]) for example, answer in pairs}
+        if self.released_rouge:
+            add_released_scores(rows, bench.loaded, part.examples, answers, full, self.max_new_tokens)
         return {"rows": rows, "held": held.as_payload()}
 
     def summarise(self, bench: Bench, payloads: Sequence[Payload]) -> TaskResult:

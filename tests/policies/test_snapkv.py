@@ -25,6 +25,7 @@ def view_with(window: Tensor, position: Tensor, budget: int) -> View:
         prompt=seen,
         seen=seen,
         budget=torch.full((rows,), budget),
+        prompt_budget=torch.full((rows,), budget),
         row_seed=torch.zeros(rows, dtype=torch.int64),
         keys=states,
         values=states,

@@ -149,7 +149,8 @@ def test_every_policy_takes_a_question_after_its_cut(text_model: LoadedModel, po
     seen = batch.tensors["input_ids"].shape[1] + batch.question_ids.shape[1]
     held = decoding.cache.occupancy()
     assert held.seen_tokens == seen
-    assert not policy.bounded or held.entries_mean <= 0.4 * seen
+    rounded_up = policy.counts_as_released  # some released code rounds its target up
+    assert not policy.bounded or held.entries_mean <= 0.4 * seen + rounded_up
     for number in range(1, 4):
         assert bool(decoding.step(torch.tensor([5])).isfinite().all())
         assert decoding.cache.occupancy().seen_tokens == seen + number
