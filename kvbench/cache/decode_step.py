@@ -82,10 +82,12 @@ def _attend_by_kernel(
 
 def end_step(slots: Slots, probs: Tensor | None, setup: LayerSetup, counts: StepCounts, ledger: Ledger) -> None:
     """Free what is over the budget, or take a fresh slot next; `ledger` counts it on the host."""
+    by_kernels = use_triton(slots.entries.keys)
+    may_ask_host = slots.length.device.type == "cpu" and not by_kernels
     if not evicts_at_decode(setup.policy):
-        if not use_triton(slots.entries.keys):  # the kernel of `write_token` did it already
+        if not by_kernels:  # the kernel of `write_token` did it already
             slots.advance()
-    elif slots.length.device.type == "cpu" and not ledger.over():
+    elif may_ask_host and not ledger.over():
         slots.advance()
     else:
         evict(slots, probs, setup, counts)

@@ -1,0 +1,92 @@
+"""What a captured step may not do: depend on the host. Replays are run with everything on the host as it was.
+
+A CUDA graph replays device work alone. Here a replay runs the step's operations, kernels interpreted,
+while the counts on the host stand still; a step that asked them would go another way than the eager engine.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from kvbench.cache import Budget, Policy
+from kvbench.kernels.dispatch import kernels_forced
+from kvbench.policies.h2o import H2O
+from kvbench.runs import graph
+from kvbench.runs.graph import GraphDecoding
+from kvbench.runs.loop import CacheSetting, Decoding
+from tests.runs.test_graph import greedy, loaded, padded_batch
+
+pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU captures the step for real")
+
+STEPS = 6
+
+
+class FrozenReplay:
+    """Stands in for a captured graph of `work`."""
+
+    def __init__(self, decoding: Decoding, work: Callable[[], None]) -> None:
+        self._layers = decoding.cache.policy_layers
+        self._work = work
+        self._frozen = [copy.deepcopy(layer.ledger) for layer in self._layers]
+
+    def replay(self) -> None:
+        now = [layer.ledger for layer in self._layers]
+        before = self._addresses()
+        for layer, ledger in zip(self._layers, self._frozen, strict=True):
+            layer.ledger = copy.deepcopy(ledger)
+        self._work()
+        for layer, ledger in zip(self._layers, now, strict=True):
+            layer.ledger = ledger
+        assert self._addresses() == before, "a captured step changes tensors in place only"
+
+    def _addresses(self) -> list[int]:
+        return [tensor.data_ptr() for layer in self._layers for tensor in layer.state()]
+
+
+@pytest.fixture
+def frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let engine=graph replay on the CPU with a host that stands still."""
+
+    def captured(work: Any, device: torch.device) -> FrozenReplay:
+        return FrozenReplay(work.__self__, work)
+
+    def warm_up(work: Callable[[], object], device: torch.device, *, undo: Callable[[], None]) -> None:
+        work()
+        undo()
+
+    monkeypatch.setattr(graph, "captured", captured)
+    monkeypatch.setattr(graph, "warm_up", warm_up)
+
+
+def decoded(policy: Policy, positions: Any, engine: Any, by_kernels: bool) -> tuple[Any, ...]:
+    setting = CacheSetting(policy=policy, budget=Budget(fraction=0.5), positions=positions, engine=engine)
+    with torch.inference_mode(), kernels_forced(by_kernels):
+        decoding = setting.decoding(loaded("llama_gqa", torch.float32), padded_batch(), STEPS)
+        decoding.prepare()
+        assert isinstance(decoding, GraphDecoding) == (engine == "graph")
+        return (*greedy(decoding, STEPS), decoding.cache.occupancy())
+
+
+@pytest.mark.usefixtures("frozen")
+def test_replays_with_a_frozen_host_give_the_tokens_of_the_eager_engine(policy: Policy) -> None:
+    positions = policy.native_positions
+    tokens, held, logits, occupancy = decoded(policy, positions, "eager", by_kernels=True)
+    again, held_again, logits_again, occupancy_again = decoded(policy, positions, "graph", by_kernels=True)
+    assert torch.equal(again, tokens)
+    assert held_again == held
+    assert all(torch.equal(a, b) for a, b in zip(logits, logits_again, strict=True))
+    assert occupancy_again == occupancy
+
+
+@pytest.mark.usefixtures("frozen")
+def test_a_step_that_asks_the_host_is_found() -> None:
+    """The check itself: plain torch on a CPU asks the ledger whether a row is over, and so never evicts here."""
+    decoded(H2O(), "original", "eager", by_kernels=False)
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        decoded(H2O(), "original", "graph", by_kernels=False)
