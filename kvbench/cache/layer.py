@@ -46,7 +46,7 @@ class PolicyLayer(CacheLayerMixin):
         self.slots: Slots | None = None
         self.counts: StepCounts | None = None
         self._leads = False
-        self.ledger = Ledger(policy=self.setup.policy, budget=self.setup.budget)
+        self.ledger = Ledger(policy=self.setup.policy, budget=self.setup.budget, most_tokens=self.setup.most_tokens)
         self.is_initialized = False
         if self.setup.pool is not None:
             self.setup.pool.clear()

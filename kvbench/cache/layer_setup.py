@@ -42,6 +42,12 @@ class LayerSetup:
     pool: Pool | None = None
     on_settle: Callable[[], AbstractContextManager[None]] = nullcontext
 
+    @property
+    def most_tokens(self) -> int | None:
+        """How many tokens a row may see, where the position mode holds no further."""
+        rotation = self.places.rotation if self.places is not None else self.rotation
+        return None if rotation is None else rotation.most_tokens
+
 
 def view_of(
     setup: LayerSetup,

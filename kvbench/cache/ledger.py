@@ -12,6 +12,7 @@ from functools import lru_cache
 from kvbench.cache.budget import Budget
 from kvbench.cache.policy import Policy
 from kvbench.cache.view import When
+from kvbench.errors import ModelSupportError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -20,6 +21,7 @@ class Ledger:
 
     `held` is the largest count over the heads of the row. `settled_*` are the counts when the last
     chunk of several tokens was settled. `padded_tokens` counts pads too, the same for all rows.
+    most_tokens: how many a row may see, where a position mode holds no further.
     """
 
     policy: Policy
@@ -30,6 +32,7 @@ class Ledger:
     settled_seen: list[int] = field(default_factory=list)
     settled_held: list[int] = field(default_factory=list)
     padded_tokens: int = 0
+    most_tokens: int | None = None
 
     @property
     def steps_since_settled(self) -> int:
@@ -37,11 +40,16 @@ class Ledger:
         return self.seen[0] - self.settled_seen[0] if self.settled_seen else 0
 
     def arrive(self, added: list[int]) -> None:
-        """Count `added` new tokens per row, pads left out."""
+        """Count `added` new tokens per row, pads left out. Raises: ModelSupportError for more than `most_tokens`."""
         empty = [0] * len(added)
         self.seen = [old + plus for old, plus in zip(self.seen or empty, added, strict=True)]
         self.held = [old + plus for old, plus in zip(self.held or empty, added, strict=True)]
         self.prompt = self.prompt or list(self.seen)
+        if self.most_tokens is not None and max(self.seen) > self.most_tokens:
+            raise ModelSupportError(
+                f"a row has seen {max(self.seen)} tokens, but away from positions=original this model's rotation holds "
+                f"up to its training length of {self.most_tokens}; use shorter texts, or positions=original"
+            )
 
     def begin_chunk(self, added: list[int]) -> None:
         """Count a chunk of several tokens; it is planned as a prompt, under the plain budget."""

@@ -22,9 +22,13 @@ _GRID_FAMILIES = ("qwen2_5_vl_text", "qwen3_vl_text")  # time, row and column of
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rotation:
-    """Rotary embedding of the half-split kind (Llama, Qwen, Mistral); frequencies (D / 2,)."""
+    """Rotary embedding of the half-split kind (Llama, Qwen, Mistral); frequencies (D / 2,).
+
+    most_tokens: up to how many tokens of a row the frequencies hold, None for any number.
+    """
 
     frequencies: Tensor
+    most_tokens: int | None = None
 
     def turn(self, states: Tensor, by: Tensor) -> Tensor:
         """Return `states` (..., T, D) turned by `by` (..., T) positions, in the dtype of `states`."""
@@ -45,10 +49,15 @@ class Rotation:
 def rotation_of(decoder: Any, mode: str = "in_cache") -> Rotation:
     """Return the rotation of a transformers decoder, for the position mode `mode`.
 
-    Raises: ModelSupportError where positions are not one fixed rotation (M-RoPE, dynamic NTK,
-    LongRoPE, rotary frequencies per layer type), or pairs may not be half-split.
+    One that is fixed up to its training length says so itself (`fixed_rotation`, the original Qwen-VL).
+    Raises: ModelSupportError where positions are not one fixed rotation (M-RoPE, dynamic NTK, LongRoPE,
+    rotary frequencies per layer type), or pairs may not be half-split.
     """
     rotary = getattr(decoder, "rotary_emb", None)
+    fixed_rotation = getattr(rotary, "fixed_rotation", None)
+    if fixed_rotation is not None:
+        frequencies, most_tokens = fixed_rotation()
+        return Rotation(frequencies=frequencies, most_tokens=most_tokens)
     config = decoder.config
     rope = getattr(config, "rope_parameters", None) or {}
     kind = getattr(rotary, "rope_type", None)

@@ -35,6 +35,11 @@ class DynamicRotary(nn.Module):
         doublings = torch.log2(prompt_tokens.double() / self.trained_tokens).ceil()
         return (torch.exp2(doublings + 1) - 1).clamp(min=1)
 
+    def fixed_rotation(self) -> tuple[Tensor, int]:
+        """Return the frequencies (D / 2,) of rows within the training length, and that length in tokens."""
+        powers = torch.arange(0, self.width, 2).float() / self.width
+        return 1.0 / (self.base**powers), self.trained_tokens
+
     def forward(self, positions: Tensor, stretch: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and sines (B, 1, Q, D / 2), float32, of `positions` (B, Q)."""
         base = (self.base * stretch ** (self.width / (self.width - 2))).float()

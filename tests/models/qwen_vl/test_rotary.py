@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kvbench.cache import Budget, PolicyCache, ScorePolicy, View, attach
 from kvbench.cache.prompt_state import PromptRecorder, cache_after
+from kvbench.cache.rotation import Rotation
 from kvbench.errors import ModelSupportError
 from kvbench.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
 from kvbench.models.qwen_vl.rotary import DynamicRotary, query_scale, turned
@@ -129,8 +130,33 @@ def hide(layer: Any, kept: list[tuple[int, ...]]) -> None:
         position[0, head, gone] = -1
 
 
-def test_ranks_in_the_cache_are_refused() -> None:
+def test_a_turn_by_a_difference_is_the_models_own_rotation_within_the_training_length() -> None:
+    frequencies, most_tokens = rotary().fixed_rotation()
+    assert most_tokens == TRAINED_TOKENS
+    states, stretch = torch.randn(1, 1, 1, WIDTH), torch.ones(1, dtype=torch.float64)
+    stood, stands = (turned(states, *rotary()(torch.tensor([[place]]), stretch)) for place in (5, 19))
+    moved = Rotation(frequencies=frequencies).turn(stood, torch.tensor([[[14]]]))
+    torch.testing.assert_close(moved, stands, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["in_cache", "released"])
+def test_other_position_modes_give_the_full_caches_logits_where_nothing_is_evicted(positions: Any) -> None:
     model = random_model()
     attach(model)
-    with pytest.raises(ModelSupportError, match=r"dynamic NTK.*Use positions=original"):
-        PolicyCache(model, Full(), positions="in_cache")
+    tokens = torch.randint(5, 90, (2, TRAINED_TOKENS), generator=torch.Generator().manual_seed(3))
+    traces = [
+        drive(model, PolicyCache(model, Full(), positions=mode), tokens, TRAINED_TOKENS - 6)
+        for mode in ("original", positions)
+    ]
+    torch.testing.assert_close(torch.stack(traces[1].logits), torch.stack(traces[0].logits), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("positions", ["in_cache", "released"])
+@pytest.mark.parametrize("prompt_tokens", [TRAINED_TOKENS + 1, TRAINED_TOKENS])
+def test_other_position_modes_are_refused_beyond_the_training_length(positions: Any, prompt_tokens: int) -> None:
+    model = random_model()
+    attach(model)
+    cache = PolicyCache(model, Early(), Budget(fraction=0.5), positions=positions)
+    tokens = torch.randint(5, 90, (1, TRAINED_TOKENS + 1))
+    with pytest.raises(ModelSupportError, match=rf"seen {TRAINED_TOKENS + 1} tokens.*or positions=original"):
+        drive(model, cache, tokens, prompt_tokens)
