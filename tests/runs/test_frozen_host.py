@@ -6,8 +6,6 @@ while the counts on the host stand still; a step that asked them would go anothe
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,9 +14,9 @@ import torch
 from kvbench.cache import Budget, Policy
 from kvbench.kernels.dispatch import kernels_forced
 from kvbench.policies.h2o import H2O
-from kvbench.runs import graph
 from kvbench.runs.graph import GraphDecoding
-from kvbench.runs.loop import CacheSetting, Decoding
+from kvbench.runs.loop import CacheSetting
+from tests.runs.frozen import freeze_host
 from tests.runs.test_graph import greedy, loaded, padded_batch
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -27,41 +25,9 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU capture
 STEPS = 6
 
 
-class FrozenReplay:
-    """Stands in for a captured graph of `work`."""
-
-    def __init__(self, decoding: Decoding, work: Callable[[], None]) -> None:
-        self._layers = decoding.cache.policy_layers
-        self._work = work
-        self._frozen = [copy.deepcopy(layer.ledger) for layer in self._layers]
-
-    def replay(self) -> None:
-        now = [layer.ledger for layer in self._layers]
-        before = self._addresses()
-        for layer, ledger in zip(self._layers, self._frozen, strict=True):
-            layer.ledger = copy.deepcopy(ledger)
-        self._work()
-        for layer, ledger in zip(self._layers, now, strict=True):
-            layer.ledger = ledger
-        assert self._addresses() == before, "a captured step changes tensors in place only"
-
-    def _addresses(self) -> list[int]:
-        return [tensor.data_ptr() for layer in self._layers for tensor in layer.state()]
-
-
 @pytest.fixture
 def frozen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let engine=graph replay on the CPU with a host that stands still."""
-
-    def captured(work: Any, device: torch.device) -> FrozenReplay:
-        return FrozenReplay(work.__self__, work)
-
-    def warm_up(work: Callable[[], object], device: torch.device, *, undo: Callable[[], None]) -> None:
-        work()
-        undo()
-
-    monkeypatch.setattr(graph, "captured", captured)
-    monkeypatch.setattr(graph, "warm_up", warm_up)
+    freeze_host(monkeypatch)
 
 
 def decoded(policy: Policy, positions: Any, engine: Any, by_kernels: bool) -> tuple[Any, ...]:
