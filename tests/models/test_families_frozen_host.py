@@ -1,4 +1,4 @@
-"""Both engines for every family, loaded from a folder: on a CPU the graph's replays run with a host that stands still."""
+"""Both engines for every family, loaded from a folder; on a CPU replays run with a host that stands still."""
 
 from __future__ import annotations
 
