@@ -15,7 +15,7 @@ from kvbench.compose import Composed
 from kvbench.config import build_cell
 from kvbench.errors import ConfigError
 from kvbench.quiet import quiet_libraries
-from kvbench.runs.cell_run import GroupPlan
+from kvbench.runs.group_plan import GroupPlan
 from kvbench.runs.worker import serve
 from kvbench.runs.worker_pipe import protect
 from kvbench.sinks.partial import PartialStore

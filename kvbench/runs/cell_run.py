@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -16,54 +12,13 @@ from kvbench.models.loader import LoadedModel
 from kvbench.runs.batch_task import BatchTask, Payload
 from kvbench.runs.cell import Attempt, Cell
 from kvbench.runs.environment import environment
+from kvbench.runs.free_memory import free_memory
 from kvbench.runs.full_answers import FullAnswers
+from kvbench.runs.group_plan import GroupPlan, Watcher
 from kvbench.runs.prompts import Prompts
 from kvbench.runs.task import Bench, TaskResult
 
 _log = logging.getLogger(__name__)
-
-
-class Watcher(Protocol):
-    """Is told what a group does; every call means that work goes on."""
-
-    def active(self, key: str, phase: str) -> None:
-        """From now on the time, and any sudden death, belong to the phase `phase` of the cell `key`."""
-
-    def advance(self, key: str, tasks: float) -> None:
-        """Note that the cell came further by a share of a task."""
-
-    def beat(self) -> None:
-        """Note that a step was made."""
-
-    def done(self, body: dict[str, Any]) -> None:
-        """Take the record of a cell that ended."""
-
-
-class Batches(Protocol):
-    """The committed batches of one cell."""
-
-    def batches(self) -> Mapping[int, Payload]:
-        """Return what was committed before, by number."""
-
-    def commit(self, number: int, payload: Payload) -> None:
-        """Keep one batch for good."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupPlan:
-    """How groups run: where results go, whether prompts are shared, where batches are kept."""
-
-    results: Path
-    sweep: str
-    share_prompts: bool
-    batches_of: Callable[[str], Batches]
-
-
-def free_memory() -> None:
-    """Give back what is no longer used, so that the next measurement starts clean."""
-    gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 class CellRun:

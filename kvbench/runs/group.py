@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
 from kvbench.runs.cell import Cell
-from kvbench.runs.cell_run import CellRun, GroupPlan, Watcher, free_memory
+from kvbench.runs.cell_run import CellRun
+from kvbench.runs.free_memory import free_memory
+from kvbench.runs.group_plan import GroupPlan, Watcher
 from kvbench.runs.prompts import Prompts
 
 

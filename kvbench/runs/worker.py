@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvbench.runs.cell import Cell
-from kvbench.runs.cell_run import GroupPlan
 from kvbench.runs.environment import environment
 from kvbench.runs.group import ModelShelf, run_group
+from kvbench.runs.group_plan import GroupPlan
 from kvbench.runs.worker_pipe import PipeWatcher
 
 

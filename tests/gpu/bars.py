@@ -30,8 +30,8 @@ from kvbench.policies.full import Full
 from kvbench.policies.h2o import H2O
 from kvbench.policies.snapkv import SnapKV
 from kvbench.policies.streaming_llm import StreamingLLM
-from kvbench.runs.cell_run import free_memory
 from kvbench.runs.environment import environment
+from kvbench.runs.free_memory import free_memory
 from kvbench.runs.full_answers import FullAnswers
 from kvbench.runs.launch import launch, repeated
 from kvbench.runs.loop import CacheSetting, Engine

@@ -8,8 +8,8 @@ from typing import Any
 
 from kvbench.records import check_body, encode_record
 from kvbench.runs.cell import Cell
-from kvbench.runs.cell_run import GroupPlan
 from kvbench.runs.group import ModelShelf, run_group
+from kvbench.runs.group_plan import GroupPlan
 
 
 class Notes:
