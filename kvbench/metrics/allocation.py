@@ -112,8 +112,7 @@ def parameter_bytes(model: torch.nn.Module) -> int:
 def reset_resident_peak() -> bool:
     """Start a new resident peak for this process; False where the system cannot.
 
-    Some kernels take the request and do nothing, so the peak is read back: it must have come down to
-    what is resident now.
+    The peak is read back: it must have come down to what is resident now.
     """
     try:
         Path("/proc/self/clear_refs").write_text("5")

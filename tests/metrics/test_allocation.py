@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import mmap
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -104,15 +105,16 @@ def test_shared_weights_are_counted_once() -> None:
 
 
 def test_the_resident_peak_holds_what_was_resident_for_a_moment() -> None:
-    """A mapping of its own, written page by page: an allocator might hand out memory that is resident already."""
-    fresh = reset_resident_peak()
+    """A mapping of its own, written page by page: an allocator may hand out memory that is resident already."""
+    if not reset_resident_peak():
+        pytest.skip("the system keeps no peak that can be started anew")
     before = resident_peak_bytes()
-    assert before > 0
     size = 64 * 2**20
     with mmap.mmap(-1, size) as large:
         large.write(b"x" * size)
-    if fresh:
-        assert resident_peak_bytes() - before > 0.8 * size
+        while_mapped = psutil.Process().memory_info().rss
+    slack = 2**20
+    assert resident_peak_bytes() >= max(before, while_mapped) - slack
 
 
 def test_a_reset_that_changes_nothing_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
