@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ from kvbench.models.inputs import PromptBatch
 from kvbench.models.loader import LoadedModel
 from kvbench.policies.full import Full
 from kvbench.policies.h2o import H2O
+from kvbench.runs import graph
 from kvbench.runs.capture import captured
 from kvbench.runs.loop import CacheSetting, Decoding
 from tests.contract import left_padded
@@ -99,9 +102,39 @@ def test_a_capture_that_failed_does_not_disturb_the_next() -> None:
     with pytest.raises(RuntimeError, match="captur"):
         captured(lambda: numbers.sum().item(), device)
     assert torch.cuda.current_stream(device) == stream
-    graph = captured(lambda: numbers.add_(1), device)
-    graph.replay()
+    captured(lambda: numbers.add_(1), device).replay()
     assert numbers.tolist() == [2, 2, 2]
+
+
+def test_copies_for_the_undo_are_gone_before_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[Any] = []
+    real = PolicyCache.snapshot
+
+    def snapshot(cache: PolicyCache) -> Any:
+        state = real(cache)
+        copies.extend(weakref.ref(value) for value in state.values)
+        return state
+
+    def warm_up(work: Callable[[], None], device: torch.device, *, undo: Callable[[], None]) -> None:
+        work()
+        assert all(ref() is not None for ref in copies)
+        undo()
+
+    def captured(work: Callable[[], None], device: torch.device) -> object:
+        assert [ref() for ref in copies] == [None] * len(copies)
+        work()
+        return object()
+
+    monkeypatch.setattr(PolicyCache, "snapshot", snapshot)
+    monkeypatch.setattr(graph, "warm_up", warm_up)
+    monkeypatch.setattr(graph, "captured", captured)
+    setting = CacheSetting(policy=H2O(), budget=Budget(fraction=0.5), positions="original", engine="graph")
+    with torch.inference_mode():
+        decoding = setting.decoding(loaded("llama_gqa", torch.float32), padded_batch(), STEPS)
+        before = [copy.deepcopy(layer.ledger) for layer in decoding.cache.policy_layers]
+        decoding.prepare()
+    assert copies
+    assert [layer.ledger for layer in decoding.cache.policy_layers] == before
 
 
 def test_a_step_that_was_undone_leaves_no_trace(policy: Policy, positions: Any) -> None:
