@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kvbench.cache import UNLIMITED, Budget, Policy, PolicyCache
-from kvbench.errors import ModelSupportError
+from kvbench.cache import UNLIMITED, Budget, Policy, PolicyCache, View
+from kvbench.errors import ModelSupportError, PolicyError
 from kvbench.models.inputs import PromptBatch
 from kvbench.models.loader import LoadedModel
 from kvbench.policies.full import Full
+from kvbench.policies.h2o import H2O
+from kvbench.runs import graph
+from kvbench.runs.capture import captured
 from kvbench.runs.loop import CacheSetting, Decoding
 from tests.contract import left_padded
 from tests.driving import Held, held_positions
@@ -60,6 +66,75 @@ def test_both_engines_give_the_same_tokens(policy: Policy, positions: Any, dtype
     assert graph_held == held
     assert all(torch.equal(a, b) for a, b in zip(logits, graph_logits, strict=True))
     assert graph_occupancy == occupancy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waits(H2O):
+    """Looks at a number of the device at every step."""
+
+    def score(self, view: View) -> Tensor:
+        assert view.seen.tolist()
+        return super().score(view)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(ON == "cpu", reason="a CUDA graph needs a CUDA device")
+def test_a_policy_that_waits_is_refused_and_the_next_is_captured() -> None:
+    model, tokens = loaded("llama_gqa", torch.float32), []
+    for policy, engine in ((Waits(), "graph"), (H2O(), "graph"), (H2O(), "eager")):
+        setting = CacheSetting(policy=policy, budget=Budget(fraction=0.5), positions="original", engine=engine)
+        with torch.inference_mode():
+            decoding = setting.decoding(model, padded_batch(), STEPS)
+            if isinstance(policy, Waits):
+                with pytest.raises(PolicyError, match=r"waits for the device \(.*tolist.* in score\).*engine=eager"):
+                    decoding.prepare()
+            else:
+                decoding.prepare()
+                tokens.append(greedy(decoding, STEPS)[0])
+    assert torch.equal(*tokens)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(ON == "cpu", reason="a CUDA graph needs a CUDA device")
+def test_a_capture_that_failed_does_not_disturb_the_next() -> None:
+    device, numbers = torch.device("cuda", 0), torch.ones(3, device="cuda:0")
+    stream = torch.cuda.current_stream(device)
+    with pytest.raises(RuntimeError, match="captur"):
+        captured(lambda: numbers.sum().item(), device)
+    assert torch.cuda.current_stream(device) == stream
+    captured(lambda: numbers.add_(1), device).replay()
+    assert numbers.tolist() == [2, 2, 2]
+
+
+def test_copies_for_the_undo_are_gone_before_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[Any] = []
+    real = PolicyCache.snapshot
+
+    def snapshot(cache: PolicyCache) -> Any:
+        state = real(cache)
+        copies.extend(weakref.ref(value) for value in state.values)
+        return state
+
+    def warm_up(work: Callable[[], None], device: torch.device, *, undo: Callable[[], None]) -> None:
+        work()
+        assert all(ref() is not None for ref in copies)
+        undo()
+
+    def captured(work: Callable[[], None], device: torch.device) -> object:
+        assert [ref() for ref in copies] == [None] * len(copies)
+        work()
+        return object()
+
+    monkeypatch.setattr(PolicyCache, "snapshot", snapshot)
+    monkeypatch.setattr(graph, "warm_up", warm_up)
+    monkeypatch.setattr(graph, "captured", captured)
+    setting = CacheSetting(policy=H2O(), budget=Budget(fraction=0.5), positions="original", engine="graph")
+    with torch.inference_mode():
+        decoding = setting.decoding(loaded("llama_gqa", torch.float32), padded_batch(), STEPS)
+        before = [copy.deepcopy(layer.ledger) for layer in decoding.cache.policy_layers]
+        decoding.prepare()
+    assert copies
+    assert [layer.ledger for layer in decoding.cache.policy_layers] == before
 
 
 def test_a_step_that_was_undone_leaves_no_trace(policy: Policy, positions: Any) -> None:
