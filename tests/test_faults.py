@@ -72,6 +72,7 @@ def test_one_fault_of_each_kind_in_a_sweep_of_good_cells(tmp_path: Path) -> None
     assert "2 of 4 cells failed" in done.stdout
 
 
+@pytest.mark.long
 def test_a_sweep_that_is_stopped_ends_in_order_and_goes_on(tmp_path: Path) -> None:
     flags = faulty(tmp_path, waits=f"fault: loops\nonly_once: {tmp_path / 'mark'}")
     words = [*flags, "-m", *SHORT, "policy=h2o,waits", "results=out", "worker.isolation=cell"]

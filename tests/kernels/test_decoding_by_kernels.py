@@ -32,7 +32,7 @@ def decode(policy: Policy, positions: Any, by_kernels: bool, reserve_tokens: int
         return drive(model, cache, tokens, prompt.shape[1], mask)
 
 
-@pytest.mark.parametrize("reserve_tokens", [STEPS, 0])
+@pytest.mark.parametrize("reserve_tokens", [STEPS, pytest.param(0, marks=pytest.mark.long)])
 def test_kernels_hold_the_entries_and_give_the_logits_of_plain_torch(
     policy: Policy, positions: Any, reserve_tokens: int
 ) -> None:

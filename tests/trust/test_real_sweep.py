@@ -51,9 +51,8 @@ def quality(folder: Path) -> str:
     return csv_text(quality_frame(load_results(folder)))
 
 
-@pytest.mark.parametrize(
-    "instants", [pytest.param([1], id="one kill"), pytest.param([0, 1, 2, 3], id="four kills", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("instants", [pytest.param([1], id="one kill"), pytest.param([0, 1, 2, 3], id="four kills")])
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_killed_sweep_goes_on_and_ends_with_the_same_table(
     tmp_path: Path, instants: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
