@@ -15,7 +15,7 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import QuotedString
+from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -79,12 +79,9 @@ def check_overrides(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _swept(overrides: Sequence[str], config_dir: str | None) -> dict[str, str]:
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    fixed = [o.input_line for o in parsed if o.input_line is not None and not o.is_sweep_override()]
     extra = [_search_path(config_dir)] if config_dir else []
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-        params = _composed([*fixed, *extra]).hydra.sweeper.get("params") or {}
-    return {str(name): str(values) for name, values in params.items()}
+        return _sweep_params(_hydra(_parsed(overrides), extra))
 
 
 def _search_path(config_dir: str) -> str:
@@ -95,18 +92,32 @@ def _search_path(config_dir: str) -> str:
 
 
 def _cells(overrides: Sequence[str], multirun: bool, extra: list[str]) -> Iterator[list[str]]:
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    parsed = _parsed(overrides)
     for o in parsed:
         if o.key_or_group in _GROUPS and (o.is_delete() or not _is_choice(o.value())):
             raise ConfigError(f"{o.input_line} chooses no {o.key_or_group}; give a name, kvbench --help lists them")
-    fixed = [o.input_line for o in parsed if o.input_line is not None and not o.is_sweep_override()]
-    hydra = _composed([*fixed, *extra]).hydra
+    hydra = _hydra(parsed, extra)
     if not multirun and hydra.mode != RunMode.MULTIRUN:
         yield list(overrides)
         return
-    params = [f"{name}={value}" for name, value in (hydra.sweeper.get("params") or {}).items()]
-    sweep = OverridesParser.create().parse_overrides([*params, *overrides])
-    yield from BasicSweeper.split_arguments(sweep, None)[0]
+    params = [f"{name}={values}" for name, values in _sweep_params(hydra).items()]
+    yield from BasicSweeper.split_arguments(_parsed([*params, *overrides]), None)[0]
+
+
+def _parsed(overrides: Sequence[str]) -> list[Override]:
+    parsed: list[Override] = OverridesParser.create().parse_overrides(list(overrides))
+    return parsed
+
+
+def _hydra(parsed: Sequence[Override], extra: list[str]) -> Any:
+    """Return Hydra's own settings under the overrides that have one value."""
+    fixed = [o.input_line for o in parsed if o.input_line is not None and not o.is_sweep_override()]
+    return _composed([*fixed, *extra]).hydra
+
+
+def _sweep_params(hydra: Any) -> dict[str, str]:
+    """Return what an experiment sweeps over by itself."""
+    return {str(name): str(values) for name, values in (hydra.sweeper.get("params") or {}).items()}
 
 
 def _is_choice(value: Any) -> bool:

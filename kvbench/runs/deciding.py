@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvbench.cache import Policy, When
+from kvbench.cache import Policy
+from kvbench.cache.decode_step import evicts_at_decode
 from kvbench.errors import PolicyError
 from kvbench.metrics.clock import Marks
 from kvbench.metrics.intervals import Interval
@@ -21,18 +22,13 @@ if TYPE_CHECKING:
 _NUM_REPEATS = 15
 
 
-def decides_at_decode(policy: Policy) -> bool:
-    """Return whether the policy names victims while tokens are generated."""
-    return policy.bounded and When.DECODE in policy.when
-
-
 def deciding_ms(cache: PolicyCache, policy: Policy, device: torch.device) -> Interval:
     """Return the median time in which all layers name their victims; nothing is applied.
 
     On CUDA the work is captured in a CUDA graph and replayed, so that launching it costs nothing; what
     cannot be captured is run as it is, and the method says so. 0 for a policy that decides nothing.
     """
-    if not decides_at_decode(policy):
+    if not evicts_at_decode(policy):
         return Interval(value=0.0, low=None, high=None, n=1, method="nothing is decided at decode")
     work, how = (cache.decide, "run") if device.type != "cuda" else _captured(cache, device)
     work()
