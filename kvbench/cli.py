@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from kvbench.errors import ConfigError, KvbenchError
@@ -28,6 +28,11 @@ from kvbench.redaction import redact
 if TYPE_CHECKING:
     from kvbench.runs.sweep import Sweep
 
+# Each takes the words after its name and returns the exit code; imported only when asked for.
+SUBCOMMANDS = {
+    "report": "kvbench.report_cli:report_command",
+    "results": "kvbench.results_cli:results_command",
+}
 _STOPPED = "stopped; finished cells and batches are kept, the same command goes on"
 DEFAULT_SWEEP = ["+experiment=default"]
 _HYDRA_ONLY = (
@@ -43,19 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Return the exit code of one invocation."""
-    if arguments[:1] != ["results"] and any(word in ("--help", "-h") for word in arguments):
+    if arguments[:1] not in [[name] for name in SUBCOMMANDS] and any(word in ("--help", "-h") for word in arguments):
         print(help_text())
         return 0
     if "--version" in arguments:
         print(_version())
         return 0
     try:
-        if arguments[:1] == ["report"]:
-            return _report(arguments[1:])
-        if arguments[:1] == ["results"]:
-            from kvbench.results_cli import results_command
-
-            return results_command(arguments[1:])
+        if arguments and arguments[0] in SUBCOMMANDS:
+            return _subcommand(arguments[0], arguments[1:])
         if any(word.split("=")[0] in _HYDRA_ONLY for word in arguments):
             from kvbench.compose import check_overrides
 
@@ -141,18 +142,10 @@ def _show(sweep: Sweep) -> None:
     print(f"tables: {results / 'table.csv'}, {results / 'samples.csv'} and both as .parquet")
 
 
-def _report(arguments: list[str]) -> int:
-    from kvbench.report.build import build_report
-    from kvbench.report.load import load_results
-    from kvbench.report.tables import print_tables
-
-    parser = Parser(prog="kvbench report", description="Build table, figures and page from records.")
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("results"), help="results folder")
-    parser.add_argument("--sweep", help="only the cells of this sweep")
-    args = parser.parse_args(arguments)
-    print_tables(load_results(args.folder, sweep=args.sweep))
-    print(f"report: {build_report(args.folder, sweep=args.sweep).page}")
-    return 0
+def _subcommand(name: str, arguments: list[str]) -> int:
+    module, function = SUBCOMMANDS[name].split(":")
+    command: Callable[[list[str]], int] = getattr(import_module(module), function)
+    return command(arguments)
 
 
 def _split(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -25,6 +25,7 @@ COMPOSITION = {
     "gate",
     "policy_source",
     "parser",
+    "report_cli",
     "results_cli",
     "results_wandb",
     "config",
