@@ -65,7 +65,7 @@ def differences_figure(group: Group, look: Look) -> Figure | None:
         if (kept := [cell for cell in cells if cell.key in found.by_cell])
     }  # fmt: skip
     alone = look.width == "single"
-    height = (2.1 if look.width == "page" else 1.8) * len(budgets) * (2 if alone else 1) + 0.9
+    height = (2.1 if look.width == "page" else 1.8) * len(budgets) * (2 if alone else 1) + 0.6
     figure = Figure(figsize=(look.width_inches, height), layout="constrained")
     rows = len(budgets) * (2 if alone else 1)
     grid = figure.subplots(rows, 1 if alone else 2, squeeze=False, width_ratios=[1] if alone else [3.2, 1])

@@ -94,6 +94,7 @@ class Look:
             "axes.spines.right": False,
             "axes.grid": True,
             "axes.axisbelow": True,
+            "text.parse_math": False,  # a name with dollar signs is a name
         }
 
 
@@ -126,6 +127,8 @@ def legend_above(figure: Figure, handles: list[Line2D], look: Look) -> None:
     longest = max((len(str(handle.get_label())) for handle in handles), default=1)
     letters = int(look.width_inches * 72 / (0.6 * look.font_points))
     num_columns = max(1, min(len(handles), letters // (longest + 6)))
+    rows = math.ceil(len(handles) / num_columns)
+    figure.set_figheight(figure.get_figheight() + rows * look.font_points * 1.5 / 72)
     figure.legend(handles=handles, loc="outside upper left", ncols=num_columns, handlelength=2.4, columnspacing=1.6)
 
 
