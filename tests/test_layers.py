@@ -21,6 +21,8 @@ FILES = sorted(
 FOUNDATION = {"errors", "units", "durable", "sealed", "redaction", "records"}
 COMPOSITION = {
     "cli",
+    "frontier_cli",
+    "frontier_search",
     "combinations",
     "gate",
     "policy_source",
@@ -52,7 +54,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metrics": FOUNDATION | {"cache", "datasets", "models"},
     "sinks": FOUNDATION | {"cache", "datasets", "models"},
     "runs": FOUNDATION | {"kernels", "cache", "datasets", "models", "metrics", "sinks"},
-    "report": FOUNDATION,
+    "stats": {"errors", "units"},
+    "report": FOUNDATION | {"stats"},
     "__init__": {"cache"},
 }
 ONLY_IN = {
