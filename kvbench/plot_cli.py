@@ -96,13 +96,14 @@ def _draw(args: argparse.Namespace) -> int:
     if _is_file(args.out) and len(groups) * len(kinds) > 1:
         found = "; ".join(group.title for group in groups)
         raise ConfigError(f"--out is one file, but there are several figures ({found}); choose, or give a folder")
-    from kvbench.report.plots import draw_one
-    from kvbench.report.plots_policies import Palette
+    from kvbench.report.frontier import load_frontiers
+    from kvbench.report.plots import draw_one, palette_of
     from kvbench.report.plots_style import Look
 
     # Looks come from all records, so that a figure of some policies looks like one of all.
-    palette = Palette(results.policies, THEMES[args.style])
-    look = Look(palette=palette, width=args.width, measures=tuple(_words(args.measure)))
+    frontiers = load_frontiers(args.folder)
+    palette = palette_of(results, frontiers, THEMES[args.style])
+    look = Look(palette=palette, width=args.width, measures=tuple(_words(args.measure)), frontiers=frontiers)
     num_drawn = 0
     for group, kind, path in _paths(results, groups, kinds, args):
         drawn = draw_one(kind, group, look, path.suffix.removeprefix("."))

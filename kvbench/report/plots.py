@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from kvbench.report.figures import FIGURES, FigureKind
+from kvbench.report.frontier import Frontier
 from kvbench.report.load import Group, Results
 from kvbench.report.plots_capacity import capacity_figure
 from kvbench.report.plots_differences import differences_figure
 from kvbench.report.plots_entries import entries_figure
+from kvbench.report.plots_frontier import frontier_figure
 from kvbench.report.plots_latency import latency_figure
 from kvbench.report.plots_memory import memory_figure
 from kvbench.report.plots_pareto import pareto_figure
@@ -21,6 +23,7 @@ from kvbench.report.plots_policies import Palette
 from kvbench.report.plots_quality import quality_figure
 from kvbench.report.plots_save import figure_bytes
 from kvbench.report.plots_style import Look
+from kvbench.report.plots_theme import LIGHT, Theme
 
 DRAW: Mapping[str, Callable[[Group, Look], Figure | None]] = {
     "quality": quality_figure,
@@ -30,6 +33,7 @@ DRAW: Mapping[str, Callable[[Group, Look], Figure | None]] = {
     "entries": entries_figure,
     "differences": differences_figure,
     "capacity": capacity_figure,
+    "frontier": frontier_figure,
 }
 
 
@@ -45,9 +49,9 @@ class Plot:
     svg: str
 
 
-def draw_plots(results: Results) -> tuple[Plot, ...]:
+def draw_plots(results: Results, frontiers: Sequence[Frontier] = ()) -> tuple[Plot, ...]:
     """Return the figures of all groups, in table order; a figure without data is left out."""
-    look = Look(palette=Palette(results.policies))
+    look = Look(palette=palette_of(results, frontiers), frontiers=tuple(frontiers))
     return tuple(
         Plot(
             name=f"{slug}-{kind.name}", kind=kind.name, group_title=group.title, title=kind.title,
@@ -57,6 +61,12 @@ def draw_plots(results: Results) -> tuple[Plot, ...]:
         for kind in FIGURES.values()
         if (svg := draw_one(kind, group, look, "svg")) is not None
     )  # fmt: skip
+
+
+def palette_of(results: Results, frontiers: Sequence[Frontier] = (), theme: Theme = LIGHT) -> Palette:
+    """Return looks for every policy of the records and searches, so that they are the same in all figures."""
+    searched = [search.policy for frontier in frontiers for search in frontier.searches]
+    return Palette([*results.policies, *searched], theme)
 
 
 def draw_one(kind: FigureKind, group: Group, look: Look, file_format: str) -> bytes | None:

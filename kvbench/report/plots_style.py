@@ -14,6 +14,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from kvbench.report.figures import WIDTHS
+from kvbench.report.frontier import Frontier
 from kvbench.report.plots_policies import Mark, Palette
 from kvbench.report.plots_theme import Theme
 
@@ -33,11 +34,15 @@ _DEFAULTS = {name: value for name, value in rcParamsDefault.items() if not name.
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Look:
-    """How one figure is drawn; `measures` are those asked for, by default the figure's own choice."""
+    """How one figure is drawn; `measures` are those asked for, by default the figure's own choice.
+
+    `frontiers` are the searches for a smallest safe budget that lie beside the records.
+    """
 
     palette: Palette
     width: str = "page"
     measures: tuple[str, ...] = ()
+    frontiers: tuple[Frontier, ...] = ()
 
     @property
     def theme(self) -> Theme:

@@ -133,6 +133,7 @@ def test_failed_and_noisy_cells_are_marked(tmp_path: Path) -> None:
     write_cell(tmp_path, body(policy="elastic", status="noisy"))
     _, quality = draw(tmp_path, "quality")
     assert "oom" in texts(quality)
+    assert any(line.get_label() == "failed: h2o, 20 % of seen" for line in quality.axes[0].lines)
     for name in ("latency", "pareto"):
         _, figure = draw(tmp_path, name)
         assert any("noisy" in text for text in texts(figure)), name
