@@ -21,6 +21,8 @@ FILES = sorted(
 FOUNDATION = {"errors", "units", "durable", "sealed", "redaction", "records"}
 COMPOSITION = {
     "cli",
+    "frontier_cli",
+    "frontier_search",
     "combinations",
     "gate",
     "policy_source",
