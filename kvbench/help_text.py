@@ -14,7 +14,11 @@ kvbench compares KV-cache policies under one definition of everything.
                                               run every combination
   kvbench +experiment=NAME                    run a named sweep
   kvbench report [FOLDER] [--sweep NAME]      build table, figures and page again from the records
+<<<<<<< HEAD
   kvbench frontier policy=h2o,elastic         smallest budget as good as full; frontier --help
+=======
+  kvbench plot NAME [FOLDER]                  draw one figure as SVG, PDF or PNG; kvbench plot --list
+>>>>>>> i6-plots
   kvbench results COMMAND [FOLDER]            list, show, table, csv, parquet, verify, gc; results --help
 
 settings (KEY=VALUE):

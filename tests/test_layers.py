@@ -27,6 +27,7 @@ COMPOSITION = {
     "gate",
     "policy_source",
     "parser",
+    "plot_cli",
     "report_cli",
     "results_cli",
     "results_wandb",
