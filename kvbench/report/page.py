@@ -36,9 +36,10 @@ _MOST_OPEN_GROUPS = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Section:
-    """A part of the page; it is left out, with its link, where `content` is empty."""
+    """A part of the page; it is left out, with its `link`, where `content` is empty."""
 
     name: str
+    link: str
     title: str
     content: str
 
@@ -47,7 +48,7 @@ def render_page(results: Results, plots: Sequence[Plot], choices: Choices = DECL
     """Return the whole page; the same records give the same text."""
     judged = [judge(group, choices) for group in results.groups]
     sections = [section for section in _sections(results, judged, plots) if section.content]
-    links = "".join(f'<a href="#{section.name}">{section.title}</a>' for section in sections)
+    links = "".join(f'<a href="#{section.name}">{section.link}</a>' for section in sections)
     body = "".join(
         f'<section id="{section.name}"><h2>{section.title}</h2>{section.content}</section>' for section in sections
     )
@@ -68,22 +69,22 @@ def render_page(results: Results, plots: Sequence[Plot], choices: Choices = DECL
 def _sections(results: Results, judged: Sequence[Judged], plots: Sequence[Plot]) -> list[_Section]:
     shown = chosen_plots(plots)
     parts = (
-        ("answer", "Answer", _answers(judged)),
-        ("verdicts", "Verdicts", verdicts_html(all_rows(judged)) if judged else ""),
-        ("care", "Read with care", _per_group(judged, _care)),
-        ("frontier", "Smallest safe budget", frontier_html(results.frontiers) if judged else ""),
-        ("figures", "Figures", _per_group(judged, lambda one: figures_html(shown, one.group.title)) + _cut(plots, shown)),
-        ("failures", "Where policies fail", _per_group(judged, failures_html)),
-        ("samples", "Samples", sample_browser(results) + worst_samples(results)),
-        ("memory", "Memory", _per_group(judged, lambda one: memory_html(one.group))),
-        ("latency", "Latency", _per_group(judged, lambda one: latency_html(one.group))),
-        ("numbers", "All numbers", _per_group(judged, _numbers)),
-        ("measures", "How each number is measured", methods_html(results, judged)),
-        ("environment", "Environment", environment_html(results)),
-        ("problems", "Problems while reading", problems_html(results.problems)),
-        ("again", "This page again", again_html(results)),
+        ("answer", "Answer", "Answer", _answers(judged)),
+        ("verdicts", "Verdicts", "Verdicts", verdicts_html(all_rows(judged)) if judged else ""),
+        ("care", "Care", "Read with care", _per_group(judged, _care)),
+        ("frontier", "Safe budgets", "Smallest safe budget", frontier_html(results.frontiers) if judged else ""),
+        ("figures", "Figures", "Figures", _per_group(judged, lambda one: figures_html(shown, one.group.title)) + _cut(plots, shown)),
+        ("failures", "Failures", "Where policies fail", _per_group(judged, failures_html)),
+        ("samples", "Samples", "Samples", sample_browser(results) + worst_samples(results)),
+        ("memory", "Memory", "Memory", _per_group(judged, lambda one: memory_html(one.group))),
+        ("latency", "Latency", "Latency", _per_group(judged, lambda one: latency_html(one.group))),
+        ("numbers", "Numbers", "All numbers", _per_group(judged, _numbers)),
+        ("measures", "Methods", "How each number is measured", methods_html(results, judged)),
+        ("environment", "Environment", "Environment", environment_html(results)),
+        ("problems", "Problems", "Problems while reading", problems_html(results.problems)),
+        ("again", "This page", "This page again", again_html(results)),
     )
-    return [_Section(name=name, title=title, content=content) for name, title, content in parts]
+    return [_Section(name=name, link=link, title=title, content=content) for name, link, title, content in parts]
 
 
 def _per_group(judged: Sequence[Judged], render: Callable[[Judged], str]) -> str:

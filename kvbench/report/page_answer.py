@@ -25,6 +25,11 @@ from kvbench.report.comparisons import Comparison
 from kvbench.units import format_value, format_with_interval, measure
 
 _MOST_NAMES = 3
+_BUDGET_KINDS = (
+    ("of seen", "`of seen` is a share of all tokens seen so far"),
+    ("of prompt", "`of prompt` is a share of the prompt"),
+    ("tokens", "`tokens` is a fixed number"),
+)
 _MOST_OPEN = 6
 _RATIOS = (("tpot_ms", "tpot_ratio_to_full", "per output token"), ("ttft_ms", "ttft_ratio_to_full", "to first token"))
 
@@ -36,7 +41,7 @@ def answer_html(judged: Judged) -> str:
     drawn = f'<div class=answers>{"".join(blocks)}</div>'
     if len(blocks) > _MOST_OPEN:
         drawn = f"<details><summary>All {len(blocks)} budgets</summary>{drawn}</details>"
-    return lines + (drawn if blocks else "")
+    return lines + _explained(judged) + (drawn if blocks else "")
 
 
 def answer_sentences(judged: Judged) -> list[str]:
@@ -51,6 +56,16 @@ def answer_sentences(judged: Judged) -> list[str]:
     contrary = [line for line, clear in _other_measures(judged, standing) if clear]
     but = f" But in {'; in '.join(contrary)}." if contrary else ""
     return [f"{_choice(judged, standing)} {_distance(judged, standing)}{but}", _safety(judged)]
+
+
+def _explained(judged: Judged) -> str:
+    """Say what the measure and the budgets are, for who sees the page first."""
+    if judged.primary is None:
+        return ""
+    known = measure(judged.primary)
+    kinds = [text for end, text in _BUDGET_KINDS if any(cell.budget.endswith(end) for cell in judged.group.budgeted)]
+    budgets = f" Budgets count cache entries per layer and KV head: {'; '.join(kinds)}." if kinds else ""
+    return f"<p class=quiet>{prose(f'{known.label}: {known.definition}{budgets}')}</p>"
 
 
 def _choice(judged: Judged, standing: Standing) -> str:

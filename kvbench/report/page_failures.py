@@ -94,7 +94,8 @@ def _everywhere(judged: Judged, items: Sequence[_Item], cells: Sequence[CellResu
     under_all = f"{len(every)} collapse under all {len(cells)} policies ({links}{more})" if every else (
         f"no sample collapses under all {len(cells)} policies"
     )
-    return f"<p>{under_all[0].upper()}{under_all[1:]}; {none} of {len(items)} under none.</p>"
+    rest = f"{none} of {len(items)} under none" if none else "every sample collapses under at least one"
+    return f"<p>{under_all[0].upper()}{under_all[1:]}; {rest}.</p>"
 
 
 def _row(judged: Judged, item: _Item, cells: Sequence[CellResult], name: str) -> Iterator[str]:

@@ -35,7 +35,7 @@ def latency_html(group: Group) -> str:
     names = [name for _, _, name, _ in _COLUMNS]
     if not any(cell.estimate(name) for cell in group.cells for name in names):
         return ""
-    heads = [Head(label="policy", kind="text"), Head(label="budget")]
+    heads = [Head(label="policy", kind="text"), Head(label="budget", kind="amount")]
     heads += [Head(label=label, note=note, group=over) for label, note, _, over in _COLUMNS]
     rows = (_row(group, cell, names) for cell in group.cells if not cell.failed)
     return f"<p class=quiet>{_NOTE}</p>" + table(f"Latency, {group.title}", heads, rows)
@@ -56,6 +56,6 @@ def _cells(group: Group, cell: CellResult, names: list[str]) -> Iterator[str]:
             continue
         below = format_interval(name, found.value, found.low, found.high)
         if name == "roof_share_fraction" and found.value < _OVERHEAD_SHARE:
-            below = f"{below} overhead-bound".strip()
+            below = f"{below}\noverhead-bound".strip()
         title = f"n = {found.n}" if found.n is not None else ""
         yield number_cell(format_value(name, found.value), below, value=found.value, title=title)

@@ -9,16 +9,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 MINUS = "\u2212"
+_INTERVAL = re.compile(r"(\[[^\s\]]+,) ([^\s\]]+\])")
 _NEGATIVE = re.compile(r"(?<![\w.)])-(?=[\d.])")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Head:
-    """A column's head: `kind` says how it sorts (None: not), `group` what stands above neighbouring columns."""
+    """A column's head: `kind` says how it sorts (None: not), `group` what stands above neighbouring columns.
+
+    An "amount" is text that sorts by a number, such as a budget, and stands on the left as text does.
+    """
 
     label: str
     note: str = ""
-    kind: Literal["number", "text"] | None = "number"
+    kind: Literal["number", "amount", "text"] | None = "number"
     group: str = ""
 
 
@@ -34,8 +38,8 @@ def prose(text: str) -> str:
 
 
 def numbers(text: str) -> str:
-    """Return text as HTML with a true minus sign before negative numbers, which is as wide as a plus."""
-    return _NEGATIVE.sub(MINUS, html.escape(text))
+    """Return text as HTML with a true minus sign before negative numbers, which is as wide as a plus; intervals stay on one line."""
+    return _INTERVAL.sub(r"\1&nbsp;\2", _NEGATIVE.sub(MINUS, html.escape(text)))
 
 
 def scroll_box(content: str, label: str) -> str:
@@ -96,9 +100,9 @@ def _head(head: Head) -> str:
     note = f"<small>{prose(head.note)}</small>" if head.note else ""
     if head.kind is None:
         return f"<th scope=col class=name>{prose(head.label)}{note}</th>"
-    name = " class=name" if head.kind == "text" else ""
+    name = "" if head.kind == "number" else " class=name"
     button = f"<button type=button>{prose(head.label)}</button>"
-    return f'<th scope=col{name} aria-sort=none data-kind={head.kind}>{button}{note}</th>'
+    return f'<th scope=col{name} aria-sort=none data-kind={"text" if head.kind == "text" else "number"}>{button}{note}</th>'
 
 
 def _class(kind: str) -> str:

@@ -38,7 +38,7 @@ def memory_html(group: Group) -> str:
     names = [name for _, _, name, _ in _COLUMNS] + [name for _, _, name in _LAST]
     if not any(cell.estimate(name) for cell in group.cells for name in names if name in cell.measurements):
         return ""
-    heads = [Head(label="policy", kind="text"), Head(label="budget")]
+    heads = [Head(label="policy", kind="text"), Head(label="budget", kind="amount")]
     heads += [Head(label=label, note=note, group=over) for label, note, _, over in _COLUMNS]
     heads += [Head(label=label, note=note) for label, note, _ in _LAST]
     rows = (f"<tr>{''.join(_row(group, cell, names))}</tr>" for cell in group.cells if not cell.failed)

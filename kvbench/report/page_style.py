@@ -64,33 +64,36 @@ dt { color: var(--muted); font-size: 0.86rem; padding-top: 1px; }
 dd { margin: 0; font-size: 0.93rem; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; min-width: 0; }
 """
 _TABLES = """
-.scroll { overflow-x: auto; margin: 8px 0 14px; background: linear-gradient(to right, var(--paper), var(--paper)); }
+.scroll { overflow-x: auto; margin: 8px 0 14px; }
 table { border-collapse: collapse; width: 100%; font-size: 0.86rem; font-variant-numeric: tabular-nums;
   border-bottom: 1px solid var(--rule); }
 caption { text-align: left; font-weight: 600; padding: 0 0 6px; font-size: 0.92rem; }
-th, td { padding: 5px 10px; text-align: right; vertical-align: top; white-space: nowrap; }
-thead th { vertical-align: bottom; white-space: normal; min-width: 66px; border-bottom: 1px solid var(--rule); }
+th, td { padding: 5px 8px; text-align: right; vertical-align: top; white-space: nowrap; }
+thead th { vertical-align: bottom; white-space: normal; border-bottom: 1px solid var(--rule); }
 thead tr:first-child > * { border-top: 1px solid var(--rule); }
 thead .over { border-bottom: 1px solid var(--grid); text-align: center; font-weight: 600; color: var(--muted);
   min-width: 0; }
 tbody tr + tr > * { border-top: 1px solid var(--grid); }
-th small, td small { display: block; font-weight: normal; font-size: 0.76rem; color: var(--muted); }
+th small, td small { display: block; white-space: pre-line; font-weight: normal; font-size: 0.76rem; color: var(--muted); }
 thead small { white-space: normal; }
 tbody th { font-weight: normal; }
 .name { text-align: left; }
 .text th, .text td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .text tbody th { vertical-align: top; white-space: nowrap; }
 .text td { min-width: 90px; }
+tbody th.name { max-width: 150px; white-space: normal; overflow-wrap: break-word; }
 tbody th.name, thead .name:first-child { position: sticky; left: 0; background: var(--paper); z-index: 1; }
 tbody tr:hover > * { background: var(--soft); }
 th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: 2px 0;
   cursor: pointer; text-align: inherit; }
-th button::after { content: " \\2195"; color: var(--muted); font-weight: normal; }
-th[aria-sort=ascending] button::after { content: " \\2191"; color: var(--link); }
-th[aria-sort=descending] button::after { content: " \\2193"; color: var(--link); }
-.missing { color: var(--muted); font-size: 0.78rem; }
+th button::after { content: "\\00a0\\2195"; color: var(--muted); font-weight: normal; font-size: 0.8em; }
+th[aria-sort=ascending] button::after { content: "\\00a0\\2191"; color: var(--link); }
+th[aria-sort=descending] button::after { content: "\\00a0\\2193"; color: var(--link); }
+.missing { color: var(--muted); font-size: 0.76rem; white-space: normal; }
+.losses { width: auto; }
+.losses thead th { max-width: 118px; overflow-wrap: break-word; }
 .verdict, .verdict small { white-space: normal; }
-.verdict { min-width: 118px; }
+.verdict { min-width: 104px; }
 .v-better { color: var(--good); }
 .v-worse { color: var(--warn); }
 .noisy > * { color: var(--muted); font-style: italic; }
@@ -106,7 +109,7 @@ figcaption { margin-top: 4px; max-width: 100ch; }
 .controls output { font-size: 0.86rem; color: var(--muted); padding: 6px 0; }
 select, input[type=search], button.plain, .controls button { display: block; font: inherit; font-size: 0.92rem;
   max-width: 100%; padding: 5px 8px; color: var(--ink); background: var(--paper); border: 1px solid var(--rule);
-  border-radius: 4px; cursor: pointer; }
+  border-radius: 4px; cursor: pointer; min-height: 36px; }
 input[type=search] { cursor: text; width: 11em; }
 .panes { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); gap: 10px 24px;
   margin: 10px 0; }
@@ -116,7 +119,7 @@ input[type=search] { cursor: text; width: 11em; }
 mark { background: var(--mark); color: var(--mark-ink); border-radius: 2px; padding: 0 2px; }
 @media (max-width: 640px) {
   main, header, footer { padding-left: 14px; padding-right: 14px; }
-  tbody th.name, thead .name:first-child { max-width: 118px; white-space: normal; overflow-wrap: anywhere; }
+  tbody th.name, thead .name:first-child { max-width: 118px; }
   th, td { padding: 5px 7px; }
   dl > div { grid-template-columns: 80px 1fr; }
 }

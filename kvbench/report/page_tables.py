@@ -15,7 +15,7 @@ from kvbench.units import MEASURES, measure
 
 def results_html(numbers: Table, caption: str) -> str:
     """Return the table; each head is a button that sorts, numbers carry their base value."""
-    heads = [Head(label="policy", kind="text"), Head(label="budget")]
+    heads = [Head(label="policy", kind="text"), Head(label="budget", kind="amount")]
     for name in numbers.columns:
         better = measure(name).better
         notes = ("" if better == "none" else f"{better} is better", samples_text((r.cell for r in numbers.rows), name))

@@ -85,7 +85,7 @@ def _heads(rows: Sequence[VerdictRow], several: bool) -> list[Head]:
     place = [Head(label="model", kind="text"), Head(label="data set", kind="text")] if several else []
     return [
         Head(label="policy", kind="text"),
-        Head(label="budget"),
+        Head(label="budget", kind="amount"),
         *place,
         Head(label="verdict", note="against full", kind="text"),
         Head(label=label, note=way, group="quality"),
@@ -140,8 +140,9 @@ def _quality(row: VerdictRow, several: bool) -> str:
     found = row.quality
     if found is None or row.measure is None:
         return _number("", None)
-    label = f"{measure(row.measure).label} " if several else ""
-    below = label + format_interval(row.measure, found.value, found.low, found.high)
+    label = f"{measure(row.measure).label}" if several else ""
+    below = f"{label}\n" if label else ""
+    below += format_interval(row.measure, found.value, found.low, found.high)
     return _number(format_value(row.measure, found.value), found.value, below, n=found.n)
 
 
@@ -151,7 +152,7 @@ def _difference(one: Comparison | None) -> str:
     unit = difference_unit(one.measure)[0]
     beside = "" if one.t_low is None or one.t_high is None else f"; t interval {_t_interval(one)}"
     title = f"{one.method}, n = {one.num_samples}{beside}"
-    below = " ".join(part for part in (difference_interval(one), unit) if part)
+    below = "\n".join(part for part in (difference_interval(one), unit) if part)
     return number_cell(difference_value(one), below, value=one.value, title=title)
 
 
@@ -178,7 +179,7 @@ def _estimate(name: str, found: Estimate | None, word: str = "") -> str:
     if found is None:
         return _number("", None)
     interval = format_interval(name, found.value, found.low, found.high)
-    below = " ".join(part for part in (interval, word) if part)
+    below = "\n".join(part for part in (interval, word) if part)
     return _number(format_value(name, found.value), found.value, below, n=found.n)
 
 
