@@ -49,7 +49,9 @@ def _parser() -> Parser:
     parser.add_argument("--format", choices=_FORMATS, default="html", help="html: page, figures and tables (default)")
     parser.add_argument("--html", dest="format", action="store_const", const="html", help="the same as --format html")
     parser.add_argument("--out", type=Path, help="html: folder (default FOLDER/report); else a file, not the terminal")
-    parser.add_argument("--margin", action="append", default=[], metavar="MEASURE=X", help="what is too small to matter")
+    parser.add_argument(
+        "--margin", action="append", default=[], metavar="MEASURE=X", help="what is too small to matter"
+    )
     parser.add_argument("--intersect", action="store_true", help="compare cells on the samples that both scored")
     return parser
 

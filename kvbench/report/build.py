@@ -36,9 +36,7 @@ def build_report(results_folder: Path, *, sweep: str | None = None) -> ReportPat
     return write_report(load_folders([results_folder], sweep=sweep), results_folder / "report", results_folder)
 
 
-def write_report(
-    results: Results, folder: Path, tables_folder: Path, choices: Choices = DECLARED
-) -> ReportPaths:
+def write_report(results: Results, folder: Path, tables_folder: Path, choices: Choices = DECLARED) -> ReportPaths:
     """Write index.html, plots/*.svg and table.md into `folder`, table and samples as CSV and Parquet.
 
     The same records give the same bytes. Figures of an earlier report are removed.

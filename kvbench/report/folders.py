@@ -1,6 +1,6 @@
 """Several results folders as one: every cell once, the newest attempt that can be used.
 
-    results = load_folders([Path("laptop"), Path("cluster/results")])
+results = load_folders([Path("laptop"), Path("cluster/results")])
 """
 
 from __future__ import annotations

@@ -73,7 +73,12 @@ def _sections(results: Results, judged: Sequence[Judged], plots: Sequence[Plot])
         ("verdicts", "Verdicts", "Verdicts", verdicts_html(all_rows(judged)) if judged else ""),
         ("care", "Care", "Read with care", _per_group(judged, _care)),
         ("frontier", "Safe budgets", "Smallest safe budget", frontier_html(results.frontiers) if judged else ""),
-        ("figures", "Figures", "Figures", _per_group(judged, lambda one: figures_html(shown, one.group.title)) + _cut(plots, shown)),
+        (
+            "figures",
+            "Figures",
+            "Figures",
+            _per_group(judged, lambda one: figures_html(shown, one.group.title)) + _cut(plots, shown),
+        ),
         ("failures", "Failures", "Where policies fail", _per_group(judged, failures_html)),
         ("samples", "Samples", "Samples", sample_browser(results) + worst_samples(results)),
         ("memory", "Memory", "Memory", _per_group(judged, lambda one: memory_html(one.group))),

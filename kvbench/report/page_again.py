@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvbench.report.load import Results
+from kvbench.report.load import Choice, Results
 from kvbench.report.page_markup import escaped
 
 _MOST_CHOICES = 50
@@ -26,13 +26,22 @@ def _choices(results: Results) -> str:
         return ""
     counts = [(name, sum(cell.folder == name for cell in results.records)) for name in results.folders]
     read = ", ".join(f"{count} cells from <code>{escaped(name)}</code>" for name, count in counts)
-    labels = {cell.key: f"{cell.policy}, {cell.budget}" for cell in results.records}
-    items = "".join(
-        f"<li>{escaped(labels.get(choice.key, choice.key[:16]))}: taken from <code>{escaped(choice.folder)}</code>, not from "
-        + ", ".join(f"<code>{escaped(folder)}</code> ({escaped(status)}, {escaped(start[:19])})" for folder, status, start in choice.others)
-        + "</li>"
-        for choice in results.choices[:_MOST_CHOICES]
-    )
+    items = "".join(f"<li>{_choice(results, choice)}</li>" for choice in results.choices[:_MOST_CHOICES])
     more = f"<p>And {len(results.choices) - _MOST_CHOICES} more.</p>" if len(results.choices) > _MOST_CHOICES else ""
-    shared = f"<p>Cells in more than one folder: the newest that did not fail counts.</p><ul>{items}</ul>" if items else ""
+    shared = (
+        f"<p>Cells in more than one folder: the newest that did not fail counts.</p><ul>{items}</ul>" if items else ""
+    )
     return f"<p>Shown: {read}.</p>{shared}{more}"
+
+
+def _choice(results: Results, choice: Choice) -> str:
+    labels = {cell.key: f"{cell.policy}, {cell.budget}" for cell in results.records}
+    others = ", ".join(
+        f"{_code(folder)} ({escaped(status)}, {escaped(start[:19])})" for folder, status, start in choice.others
+    )
+    name = escaped(labels.get(choice.key, choice.key[:16]))
+    return f"{name}: taken from {_code(choice.folder)}, not from {others}"
+
+
+def _code(text: str) -> str:
+    return f"<code>{escaped(text)}</code>"

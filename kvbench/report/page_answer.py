@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from kvbench.report.cell import CellResult
 from kvbench.report.collapses import losses_of
+from kvbench.report.comparisons import Comparison
 from kvbench.report.difference_text import difference_text, verdict_remark
 from kvbench.report.judged import Judged, is_better
 from kvbench.report.page_markup import escaped, prose
@@ -21,7 +22,6 @@ from kvbench.report.standing import (
     standing_at,
     telling_quality,
 )
-from kvbench.report.comparisons import Comparison
 from kvbench.units import format_value, format_with_interval, measure
 
 _MOST_NAMES = 3
@@ -38,7 +38,7 @@ def answer_html(judged: Judged) -> str:
     """Return the sentences and a block per budget."""
     lines = "".join(f"<p class=answer>{prose(line)}</p>" for line in answer_sentences(judged))
     blocks = [_block(judged, cells) for cells in budgets_in(judged).values()]
-    drawn = f'<div class=answers>{"".join(blocks)}</div>'
+    drawn = f"<div class=answers>{''.join(blocks)}</div>"
     if len(blocks) > _MOST_OPEN:
         drawn = f"<details><summary>All {len(blocks)} budgets</summary>{drawn}</details>"
     return lines + _explained(judged) + (drawn if blocks else "")
@@ -78,7 +78,9 @@ def _choice(judged: Judged, standing: Standing) -> str:
         others = f"each of the {count} other policies" if count > 1 else "the other policy"
         return f"At {standing.budget} take `{name}`: {label} {value}, better than {others}."
     rivals = _names(judged, [cell for cell, _ in standing.rivals])
-    return f"At {standing.budget} the samples do not decide between `{name}` (best {label} so far, {value}) and {rivals}."
+    return (
+        f"At {standing.budget} the samples do not decide between `{name}` (best {label} so far, {value}) and {rivals}."
+    )
 
 
 def _distance(judged: Judged, standing: Standing) -> str:
@@ -113,8 +115,9 @@ def _safety(judged: Judged) -> str:
         undecided = f"; undecided: {_names(judged, open_cells, with_budget=True)}" if open_cells else ""
         return f"No policy is shown to keep the full cache's {label} at any budget measured{undecided}."
     smallest = [cell for cell in safe if cell.budget == safe[0].budget]
-    return f"Smallest budget measured at which the full cache's {label} is shown to be kept: {safe[0].budget}, with " + (
-        f"{_names(judged, smallest)}."
+    return (
+        f"Smallest budget measured at which the full cache's {label} is shown to be kept: {safe[0].budget}, with "
+        + (f"{_names(judged, smallest)}.")
     )
 
 
@@ -253,5 +256,3 @@ def _fails(judged: Judged, standing: Standing) -> Iterator[str]:
 def _value(cell: CellResult, name: str) -> str:
     found = cell.estimate(name)
     return format_with_interval(name, found.value, found.low, found.high) if found else "-"
-
-

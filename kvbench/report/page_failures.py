@@ -91,8 +91,10 @@ def _everywhere(judged: Judged, items: Sequence[_Item], cells: Sequence[CellResu
         return ""
     links = ", ".join(sample_link(judged.group, cells[0], item.sample) for item in every[:_MOST_LINKS])
     more = f" and {len(every) - _MOST_LINKS} more" if len(every) > _MOST_LINKS else ""
-    under_all = f"{len(every)} collapse under all {len(cells)} policies ({links}{more})" if every else (
-        f"no sample collapses under all {len(cells)} policies"
+    under_all = (
+        f"{len(every)} collapse under all {len(cells)} policies ({links}{more})"
+        if every
+        else (f"no sample collapses under all {len(cells)} policies")
     )
     rest = f"{none} of {len(items)} under none" if none else "every sample collapses under at least one"
     return f"<p>{under_all[0].upper()}{under_all[1:]}; {rest}.</p>"

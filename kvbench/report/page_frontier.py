@@ -10,8 +10,8 @@ from kvbench.report.page_markup import Head, escaped, number_cell, prose, row_he
 from kvbench.units import measure
 
 _NONE = (
-    "No search was made. `kvbench frontier` finds per policy the smallest budget shown to keep the full cache's quality "
-    "within the margin, with few cells."
+    "No search was made. `kvbench frontier` finds per policy the smallest budget shown to keep the full cache's "
+    "quality within the margin, with few cells."
 )
 
 

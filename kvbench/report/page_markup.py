@@ -38,7 +38,7 @@ def prose(text: str) -> str:
 
 
 def numbers(text: str) -> str:
-    """Return text as HTML with a true minus sign before negative numbers, which is as wide as a plus; intervals stay on one line."""
+    """Return text as HTML with a true minus sign before negative numbers, and intervals on one line."""
     return _INTERVAL.sub(r"\1&nbsp;\2", _NEGATIVE.sub(MINUS, html.escape(text)))
 
 
@@ -63,7 +63,9 @@ def table(caption: str, heads: Sequence[Head], rows: Iterable[str], *, name: str
 def number_cell(text: str, below: str = "", *, value: float | None = None, kind: str = "", title: str = "") -> str:
     """Return a cell with a number and, small below it, its interval or a remark; `value` is what it sorts by."""
     small = f"<small>{numbers(below)}</small>" if below else ""
-    return f'<td{_class(kind)}{_title(title)} data-v="{"" if value is None else repr(value)}">{numbers(text)}{small}</td>'
+    return (
+        f'<td{_class(kind)}{_title(title)} data-v="{"" if value is None else repr(value)}">{numbers(text)}{small}</td>'
+    )
 
 
 def text_cell(text: str, below: str = "", *, sort: str | float | None = None, kind: str = "name") -> str:
@@ -101,8 +103,9 @@ def _head(head: Head) -> str:
     if head.kind is None:
         return f"<th scope=col class=name>{prose(head.label)}{note}</th>"
     name = "" if head.kind == "number" else " class=name"
+    kind = "text" if head.kind == "text" else "number"
     button = f"<button type=button>{prose(head.label)}</button>"
-    return f'<th scope=col{name} aria-sort=none data-kind={"text" if head.kind == "text" else "number"}>{button}{note}</th>'
+    return f"<th scope=col{name} aria-sort=none data-kind={kind}>{button}{note}</th>"
 
 
 def _class(kind: str) -> str:

@@ -26,10 +26,13 @@ _COLUMNS = (
     ("whole", "largest of all", "peak_memory_bytes", _PEAKS),
     ("reserved", "by the allocator", "peak_reserved_bytes", _PEAKS),
 )
-_LAST = (("peak / bound", "1 holds no more than it must", "peak_over_bound_ratio"), ("RSS", "process", "peak_rss_bytes"))
+_LAST = (
+    ("peak / bound", "1 holds no more than it must", "peak_over_bound_ratio"),
+    ("RSS", "process", "peak_rss_bytes"),
+)
 _NOTE = (
-    "Peaks hold everything alive in that phase, weights and inputs too, so they can not be added up. Eviction after the "
-    "prompt lowers the peak of decode, not that of prefill. Every number was observed once and has no interval."
+    "Peaks hold everything alive in that phase, weights and inputs too, so they can not be added up. Eviction after "
+    "the prompt lowers the peak of decode, not that of prefill. Every number was observed once and has no interval."
 )
 
 

@@ -12,7 +12,10 @@ from kvbench.report.page_tables import measures_html, methods_text
 from kvbench.report.table_rows import results_table
 
 _WORDS = (
-    ("better, worse", "the 95 % interval of the difference leaves zero out, and p is at most 5 % after Holm's correction"),
+    (
+        "better, worse",
+        "the 95 % interval of the difference leaves zero out, and p is at most 5 % after Holm's correction",
+    ),
     ("equivalent", "the whole interval lies inside the margin, which was declared before measuring"),
     ("undecided", "neither is shown; about how many more samples would decide it is said where that can be estimated"),
     ("noisy", "the launches of this cell differed too much; its numbers are grey and it is in no ranking"),
@@ -20,11 +23,11 @@ _WORDS = (
     ("detectable", "the smallest true difference that this many samples find in 80 % of repetitions"),
 )
 _PASSES = (
-    "Quality, speed and memory are three passes. Quality: the same samples under every policy, greedy, differences paired "
-    "by sample and clustered by picture or document. Speed: launches in the order policy, full, full, policy in one "
-    "process, medians per launch. Memory: counted from the storages of tensors, once. The full cache answers twice in "
-    "every run and must give the same tokens. The comparisons of one measure within one model and data set are one family "
-    "for Holm's correction: against the full cache one, between policies at the same budget another."
+    "Quality, speed and memory are three passes. Quality: the same samples under every policy, greedy, differences "
+    "paired by sample and clustered by picture or document. Speed: launches in the order policy, full, full, policy in "
+    "one process, medians per launch. Memory: counted from the storages of tensors, once. The full cache answers twice "
+    "in every run and must give the same tokens. The comparisons of one measure within one model and data set are one "
+    "family for Holm's correction: against the full cache one, between policies at the same budget another."
 )
 
 

@@ -58,7 +58,8 @@ _ANSWER = """
 .answers > div { border-top: 2px solid var(--ink); min-width: 0; }
 .answers h3 { margin: 8px 0 6px; }
 dl { margin: 0; }
-dl > div { border-top: 1px solid var(--grid); padding: 5px 0; display: grid; grid-template-columns: 92px 1fr; gap: 10px; }
+dl > div { border-top: 1px solid var(--grid); padding: 5px 0; display: grid; grid-template-columns: 92px 1fr;
+  gap: 10px; }
 dl > div:first-child { border-top: 0; }
 dt { color: var(--muted); font-size: 0.86rem; padding-top: 1px; }
 dd { margin: 0; font-size: 0.93rem; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; min-width: 0; }
@@ -74,7 +75,8 @@ thead tr:first-child > * { border-top: 1px solid var(--rule); }
 thead .over { border-bottom: 1px solid var(--grid); text-align: center; font-weight: 600; color: var(--muted);
   min-width: 0; }
 tbody tr + tr > * { border-top: 1px solid var(--grid); }
-th small, td small { display: block; white-space: pre-line; font-weight: normal; font-size: 0.76rem; color: var(--muted); }
+th small, td small { display: block; white-space: pre-line; font-weight: normal; font-size: 0.76rem;
+  color: var(--muted); }
 thead small { white-space: normal; }
 tbody th { font-weight: normal; }
 .name { text-align: left; }

@@ -35,8 +35,8 @@ _FILTERS = (
     ("status", "Status"),
 )
 _NOTE = (
-    "A difference is the policy minus the full cache, paired by sample; [low, high] is its 95 % interval. Detectable is "
-    "the smallest true difference that this many samples show in four of five repetitions. Equivalent means that the "
+    "A difference is the policy minus the full cache, paired by sample; [low, high] is its 95 % interval. Detectable "
+    "is the smallest true difference that this many samples show in four of five repetitions. Equivalent means that the "
     "whole interval lies inside the margin; undecided means that nothing is shown, not that two are equal."
 )
 
@@ -57,7 +57,9 @@ def verdict_cell(one: Comparison | None, word: str) -> str:
     mark = _MARKS.get(word, "\u2715")
     small = f"<small>{numbers(remark)}</small>" if remark else ""
     kind = f"name verdict v-{word.replace(' ', '-')}" if word in _MARKS else "name failed"
-    return f'<td class="{kind}" data-v="{escaped(word)}"><span aria-hidden=true>{mark}</span> {escaped(word)}{small}</td>'
+    return (
+        f'<td class="{kind}" data-v="{escaped(word)}"><span aria-hidden=true>{mark}</span> {escaped(word)}{small}</td>'
+    )
 
 
 def budget_size(cell: CellResult) -> float:
@@ -127,12 +129,15 @@ def _cells(row: VerdictRow, several: bool) -> Iterator[str]:
     yield _quality(row, several)
     yield _difference(row.comparison)
     one = row.comparison
-    yield _number("" if one is None else size_text(one.measure, one.minimum_detectable), one and one.minimum_detectable)
+    detectable = one.minimum_detectable if one else None
+    yield _number(size_text(one.measure, detectable) if one else "", detectable)
     collapsed = "" if row.num_collapsed is None else f"{row.num_collapsed} of {row.num_paired}"
     yield _number(collapsed, row.num_collapsed)
     for name, time in zip(("tpot", "ttft"), row.times, strict=True):
         yield from _time(name, time)
-    yield _number("" if row.stored_bytes is None else format_value("kv_stored_bytes", row.stored_bytes), row.stored_bytes)
+    yield _number(
+        "" if row.stored_bytes is None else format_value("kv_stored_bytes", row.stored_bytes), row.stored_bytes
+    )
     yield _number("" if row.stored_share is None else f"{row.stored_share:.2f}x", row.stored_share)
 
 
@@ -213,9 +218,7 @@ def _select(name: str, label: str, values: list[str]) -> str:
     if len(values) < 2:
         return ""
     options = "".join(f'<option value="{escaped(value)}">{escaped(_shown(name, value))}</option>' for value in values)
-    return (
-        f'<label>{label}<select data-field="{name}"><option value="" selected>all</option>{options}</select></label>'
-    )
+    return f'<label>{label}<select data-field="{name}"><option value="" selected>all</option>{options}</select></label>'
 
 
 def _shown(name: str, value: str) -> str:

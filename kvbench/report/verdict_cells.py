@@ -12,8 +12,8 @@ from kvbench.report.verdict_rows import VerdictRow, verdict_rows
 from kvbench.units import format_value, format_with_interval, measure
 
 NOTE = (
-    "Differences are the policy minus the full cache, paired by sample, with 95 % intervals; detectable is the smallest "
-    "true difference found in 80 % of repetitions; ratios to full under 1 are faster."
+    "Differences are the policy minus the full cache, paired by sample, with 95 % intervals; detectable is the "
+    "smallest true difference found in 80 % of repetitions; ratios to full under 1 are faster."
 )
 _NAMES = 3  # policy, budget and verdict are text, all other columns numbers
 
@@ -73,9 +73,6 @@ def _estimate(name: str | None, found: Estimate | None) -> str:
 
 
 def _margins(rows: Sequence[VerdictRow]) -> str:
-    found = {
-        f"{size_text(row.comparison.measure, row.comparison.margin)} {difference_unit(row.comparison.measure)[0]}".strip()
-        for row in rows
-        if row.comparison is not None and row.comparison.margin is not None
-    }
+    made = [row.comparison for row in rows if row.comparison is not None and row.comparison.margin is not None]
+    found = {f"{size_text(one.measure, one.margin)} {difference_unit(one.measure)[0]}".strip() for one in made}
     return f" Margin: {', '.join(sorted(found))}." if found else ""

@@ -39,6 +39,12 @@ _TEX = {
     '"': r"\textquotedbl{}",
     "[": "{[}",
 }
+_TEXTS = (
+    *("model", "dataset", "policy", "budget", "status", "measure", "verdict", "remark", "method"),
+    *("tpot_verdict", "ttft_verdict", "folder", "key"),
+)
+_LEFT_OUT = ("collapses", "TPOT", "TTFT")  # a page of a paper is narrower than a screen; ratios say these
+_COUNTS = ("budget_tokens", "more_samples", "num_samples", "num_clusters", "num_collapsed")
 _NEGATIVE = re.compile(r"(?<![\w.)])-(?=\d)")
 
 
@@ -49,8 +55,12 @@ def verdicts_markdown(groups: Sequence[Judged]) -> str:
 
 def verdicts_csv(groups: Sequence[Judged]) -> str:
     """Return one row per cell and quality measure, numbers in base units and full precision."""
-    rows = [_csv_row(row) for judged in groups for name in judged.qualities or (None,) for row in verdict_rows(judged, name)]
-    return csv_text(pd.DataFrame(rows, columns=list(_CSV_COLUMNS)))
+    rows = [
+        _csv_row(row) for judged in groups for name in judged.qualities or (None,) for row in verdict_rows(judged, name)
+    ]
+    frame = pd.DataFrame(rows, columns=list(_CSV_COLUMNS))
+    kinds = {name: "Int64" if name in _COUNTS else "string" if name in _TEXTS else "float64" for name in frame.columns}
+    return csv_text(frame.astype(kinds))
 
 
 def verdicts_latex(groups: Sequence[Judged]) -> str:
@@ -86,15 +96,17 @@ def _bar(text: str) -> str:
 
 
 def _latex(table: VerdictTable) -> str:
-    columns = "l" * table.num_text + "r" * (len(table.heads) - table.num_text)
-    body = "\n".join(f"{' & '.join(_tex_cells(row))} \\\\" for row in table.rows)
+    kept = [index for index, head in enumerate(table.heads) if head not in _LEFT_OUT]
+    columns = "l" * table.num_text + "r" * (len(kept) - table.num_text)
+    heads = " & ".join(tex(table.heads[index]) for index in kept)
+    body = "\n".join(f"{' & '.join(_tex_cells([row[index] for index in kept]))} \\\\" for row in table.rows)
     return f"""\\begin{{table}}[t]
 \\centering
 \\caption{{{tex(table.title)}. {tex(table.note)}}}
 \\resizebox{{\\linewidth}}{{!}}{{%
 \\begin{{tabular}}{{{columns}}}
 \\toprule
-{" & ".join(tex(head) for head in table.heads)} \\\\
+{heads} \\\\
 \\midrule
 {body}
 \\bottomrule
