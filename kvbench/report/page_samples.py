@@ -23,15 +23,14 @@ def sample_browser(results: Results) -> str:
     """Return the section with selects and panes, and the data they show."""
     groups = [group for group in results.groups if any(cell.samples for cell in group.cells)]
     if not groups:
-        return '<section id="samples"><h2>Samples</h2><p>No record carries samples.</p></section>'
+        return "<p>No record carries samples.</p>"
     most = max(8, _MOST_SAMPLES // max(1, sum(bool(cell.samples) for cell in results.records)))
     is_cut = any(len(cell.samples) > most for cell in results.records)
     data = json.dumps([_group_data(group, most) for group in groups], ensure_ascii=False, sort_keys=True)
     # "</script>" inside a text would end the element; JSON reads the escape as the same character.
     safe = data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     cut = f"<p class=quiet>The first {most} samples of each cell; all are in samples.csv.</p>" if is_cut else ""
-    return f"""<section id="samples"><h2>Samples</h2>
-<p>The first word that differs from the answer of the full cache is marked.</p>{cut}
+    return f"""<p>The first word that differs from the answer of the full cache is marked.</p>{cut}
 <noscript><p>Choosing samples needs JavaScript; samples.csv holds all of them.</p></noscript>
 <div class=card><div class=controls>
 <label>Model and data set<select id="pick-group"></select></label>
@@ -42,12 +41,12 @@ def sample_browser(results: Results) -> str:
 <div class=panes><div class=pane><h4>Reference</h4><p id="text-reference"></p></div>
 <div class=pane><h4>Full cache</h4><p id="text-full"></p></div>
 <div class=pane><h4 id="name-policy">Policy</h4><p id="text-policy"></p></div></div></div>
-<script type="application/json" id="sample-data">{safe}</script></section>"""
+<script type="application/json" id="sample-data">{safe}</script>"""
 
 
 def worst_samples(results: Results) -> str:
     """Return, for each policy and budget, the samples it did worst on."""
-    parts = ['<section id="worst"><h2>Worst samples of each policy</h2>']
+    parts = ["<h3>Worst samples of each policy</h3>"]
     for group in results.groups:
         if any(cell.samples for cell in group.cells):
             parts.append(f"<h3>{html.escape(group.title)}</h3>")
@@ -57,7 +56,7 @@ def worst_samples(results: Results) -> str:
                 parts.append(
                     f"<details><summary><code>{html.escape(label)}</code></summary>{''.join(blocks)}</details>"
                 )
-    return "".join(parts) + "</section>"
+    return "".join(parts) if len(parts) > 1 else ""
 
 
 def marked_pair(full: str, text: str) -> tuple[str, str]:

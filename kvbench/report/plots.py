@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from kvbench.report.figures import FIGURES, FigureKind
-from kvbench.report.frontier import Frontier
 from kvbench.report.load import Group, Results
 from kvbench.report.plots_capacity import capacity_figure
 from kvbench.report.plots_differences import differences_figure
@@ -49,9 +48,9 @@ class Plot:
     svg: str
 
 
-def draw_plots(results: Results, frontiers: Sequence[Frontier] = ()) -> tuple[Plot, ...]:
+def draw_plots(results: Results) -> tuple[Plot, ...]:
     """Return the figures of all groups, in table order; a figure without data is left out."""
-    look = Look(palette=palette_of(results, frontiers), frontiers=tuple(frontiers))
+    look = Look(palette=palette_of(results), frontiers=results.frontiers)
     return tuple(
         Plot(
             name=f"{slug}-{kind.name}", kind=kind.name, group_title=group.title, title=kind.title,
@@ -63,9 +62,9 @@ def draw_plots(results: Results, frontiers: Sequence[Frontier] = ()) -> tuple[Pl
     )  # fmt: skip
 
 
-def palette_of(results: Results, frontiers: Sequence[Frontier] = (), theme: Theme = LIGHT) -> Palette:
+def palette_of(results: Results, theme: Theme = LIGHT) -> Palette:
     """Return looks for every policy of the records and searches, so that they are the same in all figures."""
-    searched = [search.policy for frontier in frontiers for search in frontier.searches]
+    searched = [search.policy for frontier in results.frontiers for search in frontier.searches]
     return Palette([*results.policies, *searched], theme)
 
 

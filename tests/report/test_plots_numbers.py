@@ -14,7 +14,7 @@ from kvbench.report.cell import CellResult
 from kvbench.report.frontier import Frontier, Search
 from kvbench.report.frontier import Look as BudgetLook
 from kvbench.report.load import load_results
-from kvbench.report.plots import palette_of
+from kvbench.report.plots import draw_plots, palette_of
 from kvbench.report.plots_axes import axis_scale, budget_axis
 from kvbench.report.plots_frontier import frontier_figure
 from kvbench.report.plots_pareto import Point, pareto_front
@@ -193,7 +193,6 @@ def test_throughput_and_capacity_are_the_records(tmp_path: Path) -> None:
 
 
 def test_a_frontier_is_what_its_file_says(sweep_folder: Path) -> None:
-    results = load_results(sweep_folder)
     found = search("h2o", 0.2, low=0.1, looks=((0.5, "safe"), (0.1, "worse"), (0.2, "safe")))
     none = search("elastic", None, low=0.6, looks=((0.5, "undecided"),))
     other = search("random", 0.5, low=0.5, looks=(), model="another")
@@ -201,12 +200,14 @@ def test_a_frontier_is_what_its_file_says(sweep_folder: Path) -> None:
         name="f", measure="ppl", margin=0.05, ladder=(0.1, 0.2, 0.5), budget_setting="fraction", confidence=0.98,
         num_cells=3, num_cells_of_grid=6, searches=(found, none, other),
     )  # fmt: skip
-    look = Look(palette=palette_of(results, [frontier]), frontiers=(frontier,))
+    results = replace(load_results(sweep_folder), frontiers=(frontier,))
+    look = Look(palette=palette_of(results), frontiers=(frontier,))
     with rc_context(look.rc):
         figure = frontier_figure(results.groups[0], look)
         assert frontier_figure(results.groups[0], Look(palette=look.palette)) is None
         assert frontier_figure(results.groups[0], replace(look, measures=("rougeL_vs_full",))) is None
     assert figure is not None
+    assert "frontier" in [plot.kind for plot in draw_plots(results)]
     assert lines(figure, "smallest_safe: h2o")[0][0, 0] == 20.0
     assert corners(figure, "smallest_safe: h2o")[:, 0].tolist() == [10.0, 20.0]
     assert lines(figure, "smallest_safe: elastic") == []
