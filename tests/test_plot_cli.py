@@ -80,7 +80,9 @@ def test_groups_and_policies_are_chosen_by_name(tmp_path: Path, capsys: pytest.C
     assert "#eb8900" in every, "streaming_llm is orange"
     assert "#eb8900" not in some
     assert "#004a8c" in some
-    assert "#1f2933" in some
+    chosen[5] = "full,h2o,elastic"
+    assert run(["plot", "quality", str(folder), *chosen, "--out", "named.svg"]) == 0
+    assert Path("named.svg").read_text() == some, "the full cache stays as the reference"
 
 
 @pytest.mark.parametrize(

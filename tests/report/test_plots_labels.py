@@ -69,6 +69,24 @@ def test_boxes_cover_neither_each_other_nor_obstacles_and_stay_inside(
             assert abs(box.top - box.bottom - height) < 1e-6
 
 
+CROWD = st.lists(
+    st.tuples(st.tuples(st.floats(5, 75), st.floats(5, 35)), st.tuples(st.floats(4, 40), st.floats(4, 16))),
+    min_size=4,
+    max_size=9,
+)
+
+
+@given(CROWD)
+@settings(deadline=None, max_examples=300)
+def test_labels_that_make_room_for_each_other_in_a_crowd_stay_apart(
+    labels: list[tuple[tuple[float, float], tuple[float, float]]],
+) -> None:
+    boxes = place([a for a, _ in labels], [s for _, s in labels], [], Box(0, 0, 80, 40), gap=2.0)
+    placed = [box for box in boxes if box]
+    assert placed
+    assert not any(one.overlaps(two) for one, two in itertools.combinations(placed, 2))
+
+
 @given(SIZES)
 def test_a_lone_label_stands_right_above_its_point(size: tuple[float, float]) -> None:
     (box,) = place([(150.0, 100.0)], [size], [], Box(0, 0, 300, 200), gap=5.0)
