@@ -35,7 +35,10 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CellResult:
-    """The accepted record of one cell. `variant` tells cells apart whose labels are equal."""
+    """The accepted record of one cell.
+
+    `variant` tells cells apart whose labels are equal; `folder` names the results folder where several are read.
+    """
 
     key: str
     sweep: str
@@ -56,6 +59,7 @@ class CellResult:
     started_utc: str
     duration_s: float
     variant: str = ""
+    folder: str = ""
 
     @property
     def failed(self) -> bool:
