@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from kvbench.report.findings import headlines
 from kvbench.report.load import Group, Results
 from kvbench.report.notes import Note, notes_of
+from kvbench.report.page_autopsy import autopsy_section
+from kvbench.report.page_autopsy_script import AUTOPSY_SCRIPT
+from kvbench.report.page_autopsy_style import AUTOPSY_STYLE
 from kvbench.report.page_samples import sample_browser, worst_samples
 from kvbench.report.page_script import SCRIPT
 from kvbench.report.page_style import STYLE
@@ -38,6 +41,7 @@ _CAPTIONS = {
     "budget implies (upright tick).",
 }
 _SECTIONS = (
+    ("autopsy", "What the cache kept"),
     ("samples", "Samples"),
     ("worst", "Worst samples"),
     ("measures", "How it is measured"),
@@ -53,9 +57,10 @@ def render_page(results: Results, plots: Sequence[Plot]) -> str:
     empty = "" if groups else "<p>No usable record was found; see Problems below.</p>"
     return f"""<!doctype html>
 <html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">
-<title>KV-cache policies compared</title><style>{STYLE}</style></head><body>
+<title>KV-cache policies compared</title><style>{STYLE}{AUTOPSY_STYLE}</style></head><body>
 <header><h1>KV-cache policies compared</h1><p class=quiet>{_summary(results)}</p>{_navigation(groups)}</header>
 <main>{empty}{"".join(sections)}
+{autopsy_section(results)}
 {sample_browser(results)}
 {worst_samples(results)}
 <section id="measures"><h2>How each number is measured</h2>
@@ -68,7 +73,7 @@ for the number of comparisons. "Undecided" means that the interval holds zero, n
 </main>
 <footer class=quiet>Made by kvbench from the records alone. The same numbers are in table.csv and table.parquet, every
 sample in samples.csv and samples.parquet.</footer>
-<script>{SCRIPT}</script></body></html>
+<script>{SCRIPT}{AUTOPSY_SCRIPT}</script></body></html>
 """
 
 
