@@ -16,6 +16,7 @@ from kvbench.report.page_autopsy import autopsy_section
 from kvbench.report.page_autopsy_script import AUTOPSY_SCRIPT
 from kvbench.report.page_autopsy_style import AUTOPSY_STYLE
 from kvbench.report.page_samples import sample_browser, worst_samples
+from kvbench.report.page_samples_script import SAMPLES_SCRIPT, SAMPLES_STYLE
 from kvbench.report.page_script import SCRIPT
 from kvbench.report.page_style import STYLE
 from kvbench.report.page_tables import (
@@ -57,7 +58,7 @@ def render_page(results: Results, plots: Sequence[Plot]) -> str:
     empty = "" if groups else "<p>No usable record was found; see Problems below.</p>"
     return f"""<!doctype html>
 <html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">
-<title>KV-cache policies compared</title><style>{STYLE}{AUTOPSY_STYLE}</style></head><body>
+<title>KV-cache policies compared</title><style>{STYLE}{AUTOPSY_STYLE}{SAMPLES_STYLE}</style></head><body>
 <header><h1>KV-cache policies compared</h1><p class=quiet>{_summary(results)}</p>{_navigation(groups)}</header>
 <main>{empty}{"".join(sections)}
 {autopsy_section(results)}
@@ -73,7 +74,7 @@ for the number of comparisons. "Undecided" means that the interval holds zero, n
 </main>
 <footer class=quiet>Made by kvbench from the records alone. The same numbers are in table.csv and table.parquet, every
 sample in samples.csv and samples.parquet.</footer>
-<script>{SCRIPT}{AUTOPSY_SCRIPT}</script></body></html>
+<script>{SCRIPT}{AUTOPSY_SCRIPT}{SAMPLES_SCRIPT}</script></body></html>
 """
 
 

@@ -135,7 +135,8 @@ def _cells(group: Group, cell: CellResult, found: Kept) -> Iterator[str]:
         (found.attention, found.attention_by_layer),
     ):
         for index in (0, 1):
-            spread = f"{percent(by_layer[0])} to {percent(by_layer[1])}" if by_layer and not index else ""
+            low, high = (percent(share) for share in by_layer or (0.0, 0.0))
+            spread = f"{low} to {high}" if low != high and not index else ""
             value = None if shares is None else shares[index]
             yield number_cell("-" if value is None else f"{100 * value:.0f} %", spread, value=value)
     yield number_cell(f"{100 * found.merged:.0f} %", value=found.merged)

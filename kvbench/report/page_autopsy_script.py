@@ -43,21 +43,21 @@ const pickSample = () => {
   shown = cells.map((cell, index) => {
     const view = views[index];
     return { cell, view, picture: item.picture ? pictureOf(item, cell.label) : null,
-      heat: heatMap(cell, cell.label), words: wordsOf(item, view) };
+      heat: heatMap(cell, cell.label), words: wordsOf(item, view), ended: tag("small", "") };
   });
   build();
   draw();
 };
 const build = () => {
-  const made = shown.map(({ cell, view, picture, heat, words }) => {
+  const made = shown.map(({ cell, view, picture, heat, words, ended }) => {
     const says = tag("p", "ap-says", view.says);
     if (view.differs) says.append(tag("span", "failed", " This replay's answer is not the measured one."));
     const drawn = [...(picture ? [picture.box] : []), heat.box, words.box];
-    return tag("div", "ap-panel", tag("h4", "", cell.label), ...drawn, says);
+    return tag("div", "ap-panel", tag("h4", "", cell.label, ended), ...drawn, says);
   });
   if (reference) {
     const note = "Clearer patches get more of the full cache's attention while it answers. Policies do not see this.";
-    made.unshift(tag("div", "ap-panel ap-reference", tag("h4", "", "where the full cache looks"), reference.box,
+    made.unshift(tag("div", "ap-panel ap-reference", tag("h4", "", "full: where it looks"), reference.box,
       tag("p", "ap-says", note)));
   }
   panels.replaceChildren(...made);
@@ -78,6 +78,7 @@ const draw = () => {
   shown.forEach(panel => {
     const seen = capped(panel, now), found = panel.now = state(item, panel.view, chosen(), seen);
     panel.words.show(found);
+    panel.ended.textContent = now > seen ? ` (ended after ${seen})` : "";
     if (panel.picture) {
       panel.picture.show(p => ((1 - found.held[p] / found.pairs) * .9).toFixed(3),
         p => (found.joined[p] / found.pairs * .5).toFixed(3));

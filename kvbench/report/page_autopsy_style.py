@@ -6,7 +6,7 @@ AUTOPSY_STYLE = """
 .ap-panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(190px, 100%), 1fr)); gap: 14px 18px;
   margin: 12px 0; }
 .ap-panel { min-width: 0; } #ap-group-label[hidden] { display: none; }
-.ap-panel h4 { margin: 0 0 4px; font-size: 0.92rem; overflow-wrap: anywhere; }
+.ap-panel h4 small { font-weight: normal; } .ap-panel h4 { margin: 0 0 4px; font-size: 0.92rem; overflow-wrap: anywhere; }
 .ap-picture { display: block; width: 100%; max-width: 336px; border-radius: 4px; touch-action: pan-y; }
 .ap-picture image { image-rendering: auto; }
 .ap-veil { fill: var(--veil); shape-rendering: crispEdges; }
@@ -40,6 +40,7 @@ AUTOPSY_STYLE = """
 .ap-swatch.ap-out { background: var(--veil); }
 .ap-swatch.ap-join { background: repeating-linear-gradient(45deg, var(--hatch) 0 2px, var(--veil) 2px 5px); }
 .ap-swatch.ap-ramp { width: 46px; background: linear-gradient(to right, var(--cold), var(--hot)); }
+@media (max-width: 520px) { .ap-panels { grid-template-columns: repeat(2, 1fr); gap: 12px; } }
 @media print {
   :root { --veil: #d5d9de; --hatch: #7a3fa0; --cold: #f2f4f7; --hot: #0b5394; }
   #autopsy .controls, .ap-time button, #ap-step, #ap-readout { display: none; }
