@@ -6,7 +6,8 @@ AUTOPSY_STYLE = """
 .ap-panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(190px, 100%), 1fr)); gap: 14px 18px;
   margin: 12px 0; }
 .ap-panel { min-width: 0; } #ap-group-label[hidden] { display: none; }
-.ap-panel h4 small { font-weight: normal; } .ap-panel h4 { margin: 0 0 4px; font-size: 0.92rem; overflow-wrap: anywhere; }
+.ap-panel h4 small { font-weight: normal; }
+.ap-panel h4 { margin: 0 0 4px; font-size: 0.92rem; overflow-wrap: anywhere; }
 .ap-picture { display: block; width: 100%; max-width: 336px; border-radius: 4px; touch-action: pan-y; }
 .ap-picture image { image-rendering: auto; }
 .ap-veil { fill: var(--veil); shape-rendering: crispEdges; }
