@@ -14,6 +14,7 @@ from kvbench.report.load import Results
 from kvbench.report.notes import Note, notes_of
 from kvbench.report.page_again import again_html
 from kvbench.report.page_answer import answer_html
+from kvbench.report.page_autopsy import autopsy_section
 from kvbench.report.page_failures import failures_html
 from kvbench.report.page_figures import chosen_plots, figures_html
 from kvbench.report.page_frontier import frontier_html
@@ -21,7 +22,7 @@ from kvbench.report.page_latency import latency_html
 from kvbench.report.page_markup import escaped, prose
 from kvbench.report.page_memory import memory_html
 from kvbench.report.page_methods import methods_html
-from kvbench.report.page_samples import sample_browser, worst_samples
+from kvbench.report.page_samples import sample_browser
 from kvbench.report.page_script import SCRIPT, content_policy
 from kvbench.report.page_style import STYLE
 from kvbench.report.page_tables import environment_html, problems_html, results_html
@@ -80,7 +81,8 @@ def _sections(results: Results, judged: Sequence[Judged], plots: Sequence[Plot])
             _per_group(judged, lambda one: figures_html(shown, one.group.title)) + _cut(plots, shown),
         ),
         ("failures", "Failures", "Where policies fail", _per_group(judged, failures_html)),
-        ("samples", "Samples", "Samples", sample_browser(results) + worst_samples(results)),
+        ("samples", "Samples", "Samples", sample_browser(results)),
+        ("autopsy", "Kept", "What the cache kept", autopsy_section(results)),
         ("memory", "Memory", "Memory", _per_group(judged, lambda one: memory_html(one.group))),
         ("latency", "Latency", "Latency", _per_group(judged, lambda one: latency_html(one.group))),
         ("numbers", "Numbers", "All numbers", _per_group(judged, _numbers)),
