@@ -46,7 +46,7 @@ _HATCH = (
 
 
 def autopsy_section(results: Results) -> str:
-    """Return what the section holds, or a sentence where no record has an autopsy beside it; damaged files are named in it."""
+    """Return what the section holds, or a sentence where no record has an autopsy; damaged files are named."""
     parts: list[str] = []
     data: list[dict[str, Any]] = []
     problems: list[str] = []
