@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from kvbench.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError
 from kvbench.report.cell import CellResult
-from kvbench.report.compare_cells import Choices, Comparison, compare
+from kvbench.report.compare_cells import compare
+from kvbench.report.comparison import Choices, Comparison
 from kvbench.report.frontier import Frontier, Look, Outcome, Search, SearchStatus
 from kvbench.report.load import load_results
 from kvbench.sealed import canonical_json

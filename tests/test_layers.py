@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": FOUNDATION | {"kernels", "cache", "datasets"},
     "metrics": FOUNDATION | {"cache", "datasets", "models"},
     "sinks": FOUNDATION | {"cache", "datasets", "models"},
-    "runs": FOUNDATION | {"kernels", "cache", "datasets", "models", "metrics", "sinks"},
+    "runs": FOUNDATION | {"kernels", "cache", "datasets", "models", "metrics", "sinks", "stats"},
     "stats": {"errors", "units"},
     "report": FOUNDATION | {"stats"},
     "__init__": {"cache"},

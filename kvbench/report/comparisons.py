@@ -11,7 +11,8 @@ from dataclasses import replace
 from itertools import combinations
 
 from kvbench.report.cell import CellResult
-from kvbench.report.compare_cells import DECLARED, Choices, Comparison, compare, judged
+from kvbench.report.compare_cells import compare
+from kvbench.report.comparison import DECLARED, Choices, Comparison, judged
 from kvbench.report.load import Group
 from kvbench.stats.holm import holm
 from kvbench.stats.margins import smallest_margin
