@@ -180,9 +180,9 @@ def _look(budget: float, key: str, found: Comparison, plan: Plan) -> Look:
     return Look(budget=budget, outcome=outcome, key=key, **numbers)
 
 
-def _above(ladder: Sequence[float], rung: int) -> float:
-    """Return the rung above; above the largest there is none, which is said by a budget beyond all."""
-    return ladder[rung + 1] if rung + 1 < len(ladder) else ladder[-1] * 2
+def _above(ladder: Sequence[float], rung: int) -> float | None:
+    """Return the budget of the rung above, None where there is none."""
+    return ladder[rung + 1] if rung + 1 < len(ladder) else None
 
 
 def _frontier(plan: Plan, searches: Sequence[Search], num_fulls: int) -> Frontier:
