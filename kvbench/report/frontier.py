@@ -46,8 +46,8 @@ class Look:
 class Search:
     """One policy's search. `smallest_safe` is None where no budget was shown to be safe.
 
-    The true smallest safe rung lies from `budget_low` (the rung above the largest that was shown to be worse; None above the ladder) to
-    `smallest_safe`; `look` is the one at `smallest_safe`.
+    The true smallest safe rung lies from `budget_low` (the rung above the largest that was shown to be worse;
+    None above the ladder) to `smallest_safe`; `look` is the one at `smallest_safe`.
     """
 
     model: str
