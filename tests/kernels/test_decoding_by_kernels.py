@@ -17,7 +17,7 @@ from tests.tiny_models import random_tokens, tiny_model
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-STEPS = 7
+STEPS = 5
 
 
 def decode(policy: Policy, positions: Any, by_kernels: bool, reserve_tokens: int) -> Trace:
