@@ -20,6 +20,7 @@ FILES = sorted(
 )
 FOUNDATION = {"errors", "units", "durable", "sealed", "redaction", "records"}
 COMPOSITION = {
+    "audit_cli",
     "cli",
     "combinations",
     "gate",
@@ -52,6 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sinks": FOUNDATION | {"cache", "datasets", "models"},
     "runs": FOUNDATION | {"kernels", "cache", "datasets", "models", "metrics", "sinks"},
     "report": FOUNDATION,
+    "audit": FOUNDATION | {"metrics"},
     "__init__": {"cache"},
 }
 ONLY_IN = {
