@@ -9,6 +9,7 @@ from kvbench.parser import Parser
 
 def report_command(arguments: list[str]) -> int:
     """Build the report that `arguments` ask for, print the table, and return the exit code."""
+    from kvbench.report.build import build_report
     from kvbench.report.load import load_results
     from kvbench.report.tables import print_tables
 
@@ -17,4 +18,5 @@ def report_command(arguments: list[str]) -> int:
     parser.add_argument("--sweep", help="only the cells of this sweep")
     args = parser.parse_args(arguments)
     print_tables(load_results(args.folder, sweep=args.sweep))
+    print(f"report: {build_report(args.folder, sweep=args.sweep).page}")
     return 0

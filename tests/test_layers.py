@@ -20,6 +20,7 @@ FILES = sorted(
 )
 FOUNDATION = {"errors", "units", "durable", "sealed", "redaction", "records"}
 COMPOSITION = {
+    "audit_cli",
     "cli",
     "frontier_cli",
     "frontier_search",
@@ -55,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runs": FOUNDATION | {"kernels", "cache", "datasets", "models", "metrics", "sinks", "stats"},
     "stats": {"errors", "units"},
     "report": FOUNDATION | {"stats"},
+    "audit": FOUNDATION | {"metrics"},
     "__init__": {"cache"},
 }
 ONLY_IN = {
