@@ -129,7 +129,8 @@ def _time(judged: Judged, cell: CellResult) -> Iterator[str]:
         found = judged.against_full(cell, ratio_name)
         shown = format_with_interval(ratio_name, ratio.value, ratio.low, ratio.high) if ratio else ""
         verdict = {"better": "faster", "worse": "slower"}.get(found.verdict, found.verdict) if found else "no verdict"
-        against = f", {shown} of full: {verdict}" if shown else ""
+        reason = f" ({found.reason})" if found and found.verdict == "noisy" and found.reason else ""
+        against = f", {shown} of full: {verdict}{reason}" if shown else ""
         yield f"{format_value(name, own.value) if own else '-'} {words}{against}"
 
 
