@@ -21,10 +21,13 @@ FILES = sorted(
 FOUNDATION = {"errors", "units", "durable", "sealed", "redaction", "records", "packed", "autopsies"}
 COMPOSITION = {
     "cli",
+    "frontier_cli",
+    "frontier_search",
     "combinations",
     "gate",
     "policy_source",
     "parser",
+    "plot_cli",
     "report_cli",
     "results_cli",
     "results_wandb",

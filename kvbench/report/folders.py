@@ -1,15 +1,17 @@
 """Several results folders as one: every cell once, the newest attempt that can be used.
 
-    results = load_folders([Path("laptop"), Path("cluster/results")])
+results = load_folders([Path("laptop"), Path("cluster/results")])
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from kvbench.errors import RecordError
 from kvbench.report.cell import CellResult
+from kvbench.report.frontier import Frontier, load_frontier
 from kvbench.report.load import Choice, Problem, Results, read_cells, results_of
 
 
@@ -24,12 +26,19 @@ def load_folders(folders: Sequence[Path], *, sweep: str | None = None) -> Result
     names = folder_names(unique) if len(unique) > 1 else [""]
     cells: list[CellResult] = []
     problems: list[Problem] = []
+    frontiers: list[Frontier] = []
     for folder, name in zip(unique, names, strict=True):
         found, doubts = read_cells(folder)
+        frontiers.extend(_frontiers(folder, doubts))
         cells.extend(replace(cell, folder=name) for cell in found)
         problems.extend(replace(doubt, path=f"{name}/{doubt.path}" if name else doubt.path) for doubt in doubts)
     chosen, choices = _newest(cells)
-    return replace(results_of(chosen, problems, sweep), choices=tuple(choices), folders=tuple(names))
+    return replace(
+        results_of(chosen, problems, sweep),
+        choices=tuple(choices),
+        folders=tuple(names),
+        frontiers=tuple(frontiers),
+    )
 
 
 def folder_names(folders: Sequence[Path]) -> list[str]:
@@ -39,6 +48,15 @@ def folder_names(folders: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [str(folder) for folder in folders]
+
+
+def _frontiers(folder: Path, problems: list[Problem]) -> Iterator[Frontier]:
+    for path in sorted((folder / "frontier").glob("*.json")):
+        try:
+            yield load_frontier(path)
+        except RecordError as error:
+            name = path.relative_to(folder).as_posix()
+            problems.append(Problem(path=name, message=str(error).removeprefix(f"{path} ")))
 
 
 def _newest(cells: Sequence[CellResult]) -> tuple[list[CellResult], list[Choice]]:

@@ -1,7 +1,7 @@
 """A group with its verdicts at hand: each cell against full, and any two policies at one budget.
 
-    judged = judge(group)
-    judged.against_full(cell, judged.primary).verdict
+judged = judge(group)
+judged.against_full(cell, judged.primary).verdict
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from typing import Any
 from kvbench.errors import ConfigError, RecordError, close_matches
 from kvbench.records import read_record
 from kvbench.report.cell import CellResult, parse_cell
+from kvbench.report.frontier import Frontier
 from kvbench.report.naming import ordered
 from kvbench.units import MEASURES
 
@@ -81,12 +82,16 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Results:
-    """All usable cells in table order, and the problems met while reading; of several folders also what was chosen."""
+    """All usable cells in table order, and the problems met while reading.
+
+    Of several folders also what was chosen; `frontiers` are the searches for a smallest safe budget beside them.
+    """
 
     records: tuple[CellResult, ...]
     problems: tuple[Problem, ...]
     folders: tuple[str, ...] = ("",)
     choices: tuple[Choice, ...] = ()
+    frontiers: tuple[Frontier, ...] = ()
 
     @property
     def groups(self) -> tuple[Group, ...]:

@@ -9,16 +9,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 MINUS = "\u2212"
+_INTERVAL = re.compile(r"(\[[^\s\]]+,) ([^\s\]]+\])")
 _NEGATIVE = re.compile(r"(?<![\w.)])-(?=[\d.])")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Head:
-    """A column's head: `kind` says how it sorts (None: not), `group` what stands above neighbouring columns."""
+    """A column's head: `kind` says how it sorts (None: not), `group` what stands above neighbouring columns.
+
+    An "amount" is text that sorts by a number, such as a budget, and stands on the left as text does.
+    """
 
     label: str
     note: str = ""
-    kind: Literal["number", "text"] | None = "number"
+    kind: Literal["number", "amount", "text"] | None = "number"
     group: str = ""
 
 
@@ -34,8 +38,8 @@ def prose(text: str) -> str:
 
 
 def numbers(text: str) -> str:
-    """Return text as HTML with a true minus sign before negative numbers, which is as wide as a plus."""
-    return _NEGATIVE.sub(MINUS, html.escape(text))
+    """Return text as HTML with a true minus sign before negative numbers, and intervals on one line."""
+    return _INTERVAL.sub(r"\1&nbsp;\2", _NEGATIVE.sub(MINUS, html.escape(text)))
 
 
 def scroll_box(content: str, label: str) -> str:
@@ -59,7 +63,9 @@ def table(caption: str, heads: Sequence[Head], rows: Iterable[str], *, name: str
 def number_cell(text: str, below: str = "", *, value: float | None = None, kind: str = "", title: str = "") -> str:
     """Return a cell with a number and, small below it, its interval or a remark; `value` is what it sorts by."""
     small = f"<small>{numbers(below)}</small>" if below else ""
-    return f'<td{_class(kind)}{_title(title)} data-v="{"" if value is None else repr(value)}">{numbers(text)}{small}</td>'
+    return (
+        f'<td{_class(kind)}{_title(title)} data-v="{"" if value is None else repr(value)}">{numbers(text)}{small}</td>'
+    )
 
 
 def text_cell(text: str, below: str = "", *, sort: str | float | None = None, kind: str = "name") -> str:
@@ -96,9 +102,10 @@ def _head(head: Head) -> str:
     note = f"<small>{prose(head.note)}</small>" if head.note else ""
     if head.kind is None:
         return f"<th scope=col class=name>{prose(head.label)}{note}</th>"
-    name = " class=name" if head.kind == "text" else ""
+    name = "" if head.kind == "number" else " class=name"
+    kind = "text" if head.kind == "text" else "number"
     button = f"<button type=button>{prose(head.label)}</button>"
-    return f'<th scope=col{name} aria-sort=none data-kind={head.kind}>{button}{note}</th>'
+    return f"<th scope=col{name} aria-sort=none data-kind={kind}>{button}{note}</th>"
 
 
 def _class(kind: str) -> str:

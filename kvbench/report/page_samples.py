@@ -19,7 +19,7 @@ _MOST_SAMPLES = 4000
 _WORST_BY = ("objects_recalled_fraction", "rougeL_vs_full", "rougeL_vs_reference", "ppl")
 _NUM_WORST = 2
 _WORD = re.compile(r"\s*\S+")
-_BROWSER = """<div class=card id="sb-card"><div class=controls>
+_BROWSER = """<div id="sb-card"><div class=controls>
 <label id="sb-group-label">Model and data set<select id="sb-group"></select></label>
 <label>Policy<select id="sb-policy"></select></label>
 <label>Budget<select id="sb-budget"></select></label>
@@ -43,22 +43,20 @@ def sample_browser(results: Results) -> str:
     """Return the section with filters and panes, and the data they show."""
     groups = [group for group in results.groups if any(cell.samples for cell in group.cells)]
     if not groups:
-        return '<section id="samples"><h2>Samples</h2><p>No record carries samples.</p></section>'
+        return "<p>No record carries samples.</p>"
     most = max(8, _MOST_SAMPLES // max(1, sum(bool(cell.samples) for cell in results.records)))
     is_cut = any(len(list(answers_of(cell))) > most for cell in results.records)
     cut = f"<p class=quiet>The first {most} answers of each cell; all are in samples.csv.</p>" if is_cut else ""
-    return f"""<section id="samples"><h2>Samples</h2>
-<p>What each policy answered, beside the full cache. The first token that differs is marked in both texts.
+    return f"""<p>What each policy answered, beside the full cache. The first different token is marked in both texts.
 {COLLAPSE_RULE}</p>{cut}
 <noscript><p>Choosing samples needs JavaScript; samples.csv holds all of them.</p></noscript>
 {_BROWSER}
-<script type="application/json" id="sample-data">{safe_json([group_data(group, most) for group in groups])}</script>
-</section>"""
+<script type="application/json" id="sample-data">{safe_json([group_data(group, most) for group in groups])}</script>"""
 
 
 def worst_samples(results: Results) -> str:
     """Return, for each policy and budget, the samples it did worst on."""
-    parts = ['<section id="worst"><h2>Worst samples of each policy</h2>']
+    parts = ["<h3>Worst samples of each policy</h3>"]
     for group in results.groups:
         if any(cell.samples for cell in group.cells):
             parts.append(f"<h3>{html.escape(group.title)}</h3>")
@@ -68,7 +66,7 @@ def worst_samples(results: Results) -> str:
                 parts.append(
                     f"<details><summary><code>{html.escape(label)}</code></summary>{''.join(blocks)}</details>"
                 )
-    return "".join(parts) + "</section>"
+    return "".join(parts) if len(parts) > 1 else ""
 
 
 def marked_pair(full: str, text: str) -> tuple[str, str]:
