@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvbench.report.cell import CellResult
+from kvbench.report.collapses import KEPT_SHARE, LOST_NATS
+from kvbench.report.comparisons import PRIMARY_QUALITIES
 from kvbench.report.paired import is_worse, sample_score
 from kvbench.units import MEASURES, measure
 
 _TURN = re.compile(r"turn(\d+)_(.+)")
 _WORD = re.compile(r"\s*\S+")
-_JUDGED_BY = ("objects_recalled_fraction", "needles_recalled_fraction", "rougeL_vs_full", "rougeL_vs_reference", "ppl")
-_COLLAPSED_SHARE, _COLLAPSED_NATS = 0.5, 1.0
 COLLAPSE_RULE = (
-    "Collapsed: under half of the full cache's score in the first of objects recalled, needles recalled and ROUGE-L "
-    "that was measured; where only perplexity was, more than one nat per token worse."
+    f"Collapsed: the first measured of {', '.join(measure(name).label for name in PRIMARY_QUALITIES)} is under "
+    f"{KEPT_SHARE:.0%} of the full cache's; perplexity: more than {LOST_NATS:.0f} nat per token worse.".replace("%", " %")
 )
 
 Mark = tuple[int, int]
@@ -54,12 +54,12 @@ def answers_of(cell: CellResult) -> Iterator[Answer]:
 
 def collapsed(scores: Mapping[str, float], full: Mapping[str, float]) -> bool:
     """Tell whether an answer lost most of what the full cache's was worth; see COLLAPSE_RULE."""
-    name = next((name for name in _JUDGED_BY if name in scores and name in full), None)
+    name = next((name for name in PRIMARY_QUALITIES if name in scores and name in full), None)
     if name is None:
         return False
     if name == "ppl":
-        return scores[name] - full[name] > _COLLAPSED_NATS
-    return full[name] > 0 and scores[name] < _COLLAPSED_SHARE * full[name]
+        return scores[name] - full[name] > LOST_NATS
+    return full[name] > 0 and scores[name] < KEPT_SHARE * full[name]
 
 
 def better_or_worse(name: str, score: float, full: float) -> str:
