@@ -17,7 +17,7 @@ _TURN = re.compile(r"turn(\d+)_(.+)")
 _WORD = re.compile(r"\s*\S+")
 COLLAPSE_RULE = (
     f"Collapsed: the first measured of {', '.join(measure(name).label for name in PRIMARY_QUALITIES)} is under "
-    f"{KEPT_SHARE:.0%} of the full cache's; perplexity: more than {LOST_NATS:.0f} nat per token worse.".replace("%", " %")
+    f"{100 * KEPT_SHARE:.0f} % of the full cache's; perplexity: more than {LOST_NATS:.0f} nat per token worse."
 )
 
 Mark = tuple[int, int]

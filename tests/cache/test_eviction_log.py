@@ -86,8 +86,8 @@ def test_the_log_is_the_naive_layers_story(
     pair: tuple[Policy, Callable[[], Rule]], prompt: int, budget: Budget, seed: int
 ) -> None:
     policy, rule = pair
-    log, layer = EvictionLog(num_tokens=prompt + 8), layer_of(policy, budget)
-    layer.setup = layer_of(policy, budget, on_plan=log.note_plan).setup
+    log = EvictionLog(num_tokens=prompt + 8)
+    layer = layer_of(policy, budget, log)
     naive = NaiveLayer(rule=rule(), budget=budget, num_heads=2)
     draw = torch.Generator().manual_seed(seed)
     cache: Any = SimpleNamespace(policy_layers=[layer])
@@ -110,7 +110,7 @@ def test_the_log_is_the_naive_layers_story(
         assert said == story
 
 
-def layer_of(policy: Policy, budget: Budget, on_plan: Any = None) -> PolicyLayer:
+def layer_of(policy: Policy, budget: Budget, log: EvictionLog) -> PolicyLayer:
     return PolicyLayer(
         LayerSetup(
             layer=0,
@@ -120,7 +120,7 @@ def layer_of(policy: Policy, budget: Budget, on_plan: Any = None) -> PolicyLayer
             rotation=None,
             reserve_tokens=0,
             prompt_kind=None,
-            on_plan=on_plan,
+            on_plan=log.note_plan,
         )
     )
 
@@ -134,10 +134,7 @@ def test_merged_entries_are_those_of_the_papers_buckets() -> None:
         anchors = [p for p in held[0][layer][0][0] if p not in (0, PROMPT - 1)]
         cells = dict(zip(anchors, buckets(anchors, PROMPT), strict=True))
         expected = {
-            p: anchor
-            for anchor, cell in cells.items()
-            for p in cell
-            if p != anchor and p not in (0, PROMPT - 1)
+            p: anchor for anchor, cell in cells.items() for p in cell if p != anchor and p not in (0, PROMPT - 1)
         }
         for head in merged[layer]:
             assert {p: int(into) for p, into in enumerate(head) if into >= 0} == expected
