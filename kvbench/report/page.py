@@ -15,7 +15,6 @@ from kvbench.report.notes import Note, notes_of
 from kvbench.report.page_again import again_html
 from kvbench.report.page_answer import answer_html
 from kvbench.report.page_autopsy import autopsy_section
-from kvbench.report.page_autopsy_style import AUTOPSY_STYLE
 from kvbench.report.page_failures import failures_html
 from kvbench.report.page_figures import chosen_plots, figures_html
 from kvbench.report.page_frontier import frontier_html
@@ -23,8 +22,7 @@ from kvbench.report.page_latency import latency_html
 from kvbench.report.page_markup import escaped, prose
 from kvbench.report.page_memory import memory_html
 from kvbench.report.page_methods import methods_html
-from kvbench.report.page_samples import sample_browser, worst_samples
-from kvbench.report.page_samples_script import SAMPLES_STYLE
+from kvbench.report.page_samples import sample_browser
 from kvbench.report.page_script import SCRIPT, content_policy
 from kvbench.report.page_style import STYLE
 from kvbench.report.page_tables import environment_html, problems_html, results_html
@@ -58,7 +56,7 @@ def render_page(results: Results, plots: Sequence[Plot], choices: Choices = DECL
     return f"""<!doctype html>
 <html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">
 <meta http-equiv=Content-Security-Policy content="{content_policy(SCRIPT)}">
-<title>KV-cache policies compared</title><style>{STYLE}{PLOT_STYLE}{AUTOPSY_STYLE}{SAMPLES_STYLE}</style></head><body>
+<title>KV-cache policies compared</title><style>{STYLE}{PLOT_STYLE}</style></head><body>
 <a class=skip href="#main">Skip to the answer</a>
 <header><div class=top><h1>KV-cache policies compared</h1>
 <button type=button id="theme" class=plain hidden>Dark colours</button></div>
@@ -83,8 +81,8 @@ def _sections(results: Results, judged: Sequence[Judged], plots: Sequence[Plot])
             _per_group(judged, lambda one: figures_html(shown, one.group.title)) + _cut(plots, shown),
         ),
         ("failures", "Failures", "Where policies fail", _per_group(judged, failures_html)),
-        ("autopsy", "Eviction", "What the cache kept", autopsy_section(results)),
-        ("samples", "Samples", "Samples", sample_browser(results) + worst_samples(results)),
+        ("samples", "Samples", "Samples", sample_browser(results)),
+        ("autopsy", "Kept", "What the cache kept", autopsy_section(results)),
         ("memory", "Memory", "Memory", _per_group(judged, lambda one: memory_html(one.group))),
         ("latency", "Latency", "Latency", _per_group(judged, lambda one: latency_html(one.group))),
         ("numbers", "Numbers", "All numbers", _per_group(judged, _numbers)),

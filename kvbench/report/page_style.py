@@ -5,6 +5,10 @@ A root with data-theme follows that instead of the system; paper is printed ligh
 
 from __future__ import annotations
 
+import re
+
+from kvbench.report.page_autopsy_style import AUTOPSY_STYLE
+from kvbench.report.page_samples_script import SAMPLES_STYLE
 from kvbench.report.page_style_print import PRINT_STYLE
 
 _LIGHT = (
@@ -126,4 +130,11 @@ mark { background: var(--mark); color: var(--mark-ink); border-radius: 2px; padd
   dl > div { grid-template-columns: 80px 1fr; }
 }
 """
-STYLE = _THEMES + _TEXT + _ANSWER + _TABLES + _PARTS + PRINT_STYLE
+_OWN = _THEMES + _TEXT + _ANSWER + _TABLES + _PARTS + AUTOPSY_STYLE + SAMPLES_STYLE + PRINT_STYLE
+_DARK_BLOCK = re.compile(r"@media \(prefers-color-scheme: dark\) \{\s*:root \{([^}]*)\}\s*\}")
+# A part that knows only the system's dark colours gets them for the chosen ones too, on screens alone.
+STYLE = _DARK_BLOCK.sub(
+    r"@media screen and (prefers-color-scheme: dark) { :root:not([data-theme=light]) {\1} }\n"
+    r"@media screen { :root[data-theme=dark] {\1} }",
+    _OWN,
+)

@@ -36,8 +36,8 @@ _FILTERS = (
 )
 _NOTE = (
     "A difference is the policy minus the full cache, paired by sample; [low, high] is its 95 % interval. Detectable "
-    "is the smallest true difference that this many samples show in four of five repetitions. Equivalent means that the "
-    "whole interval lies inside the margin; undecided means that nothing is shown, not that two are equal."
+    "is the smallest true difference that this many samples show in four of five repetitions. Equivalent means that "
+    "the whole interval lies inside the margin; undecided means that nothing is shown, not that two are equal."
 )
 
 

@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvbench.report.cell import CellResult
-from kvbench.report.collapses import KEPT_SHARE, LOST_NATS
+from kvbench.report.collapses import is_collapsed
 from kvbench.report.comparisons import PRIMARY_QUALITIES
+from kvbench.report.judged import OTHER_QUALITIES
 from kvbench.report.paired import is_worse, sample_score
 from kvbench.units import MEASURES, measure
 
 _TURN = re.compile(r"turn(\d+)_(.+)")
 _WORD = re.compile(r"\s*\S+")
+_JUDGED_BY = (*PRIMARY_QUALITIES[:1], *OTHER_QUALITIES)
 COLLAPSE_RULE = (
-    f"Collapsed: the first measured of {', '.join(measure(name).label for name in PRIMARY_QUALITIES)} is under "
-    f"{100 * KEPT_SHARE:.0f} % of the full cache's; perplexity: more than {LOST_NATS:.0f} nat per token worse."
+    "Collapsed: under half of the full cache's score in ROUGE-L vs full, or in the next quality that was measured; "
+    "in perplexity, more than one nat per token worse."
 )
 
 Mark = tuple[int, int]
@@ -54,12 +56,8 @@ def answers_of(cell: CellResult) -> Iterator[Answer]:
 
 def collapsed(scores: Mapping[str, float], full: Mapping[str, float]) -> bool:
     """Tell whether an answer lost most of what the full cache's was worth; see COLLAPSE_RULE."""
-    name = next((name for name in PRIMARY_QUALITIES if name in scores and name in full), None)
-    if name is None:
-        return False
-    if name == "ppl":
-        return scores[name] - full[name] > LOST_NATS
-    return full[name] > 0 and scores[name] < KEPT_SHARE * full[name]
+    name = next((name for name in _JUDGED_BY if name in scores and name in full), None)
+    return name is not None and is_collapsed(name, scores[name], full[name])
 
 
 def better_or_worse(name: str, score: float, full: float) -> str:
