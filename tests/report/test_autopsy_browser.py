@@ -139,6 +139,7 @@ def test_filters_keys_and_links_lead_to_samples(page: Page, browser: Browser, pa
     assert 0 < lost <= every == 4
     assert page.run("document.getElementById('sb-count').textContent") == f"{lost} of 4 samples"
     choose(page, "sb-which", "all")
+    choose(page, "sb-sample", "0")
     page.run("document.getElementById('sb-shown').focus()")
     page.run("document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight', bubbles: true}))")
     assert page.run("document.getElementById('sb-name').textContent") == "scenes/test/1: random, 10 % of seen"
