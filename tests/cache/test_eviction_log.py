@@ -73,6 +73,7 @@ def test_the_log_says_when_each_entry_left(policy: Policy, budget_name: str) -> 
                     said = [p for p, at in enumerate(left.tolist()) if at == -1 or at > step]
                     assert said == list(held[step][layer][row][head])
         assert bool((freed[..., length + ends[row] :] == -1).all())
+        assert int(freed.max()) <= ends[row], "what happens to a row that has ended is not its story"
 
 
 @given(

@@ -28,6 +28,7 @@ from kvbench.models.seen_picture import seen_picture
 from kvbench.models.token_pieces import token_pieces
 from kvbench.packed import unpack
 from kvbench.runs.autopsy_body import stored_layers
+from kvbench.runs.autopsy_replay import Watching, full_attention, replay
 from kvbench.runs.autopsy_settings import AutopsySettings
 from kvbench.runs.autopsy_subject import thumbnail_file
 from kvbench.runs.batch_task import BatchTask, Payload
@@ -36,7 +37,7 @@ from kvbench.runs.divergence import divergence
 from kvbench.runs.generation import Generation
 from kvbench.runs.group import ModelShelf
 from kvbench.runs.loop import CacheSetting
-from kvbench.runs.prompts import Part
+from kvbench.runs.prompts import Part, Prompts
 from kvbench.runs.task import Bench, TaskResult
 from tests.contract import YAMLS
 from tests.driving import held_positions
@@ -184,6 +185,23 @@ def stock_attention(loaded: LoadedModel, tokens: Tensor, tensors: dict[str, Tens
     out = model(input_ids=tokens, pixel_values=tensors["pixel_values"], output_attentions=True)
     heads = model.config.get_text_config().num_key_value_heads
     return torch.stack([a[0].reshape(heads, -1, *a.shape[2:]).mean(dim=1) for a in out.attentions])
+
+
+def test_a_row_that_ends_early_is_looked_at_as_if_it_were_alone(bundled: LoadedModel) -> None:
+    examples = Scenes(num_samples=1, ask="follow_up", num_follow_ups=3).examples()
+    limits: dict[str, Any] = {"eos_token_id": bundled.eos_token_id, "max_new_tokens": 24, "beat": lambda: None}
+    setting, policies = settings_of()["h2o"], [MostAttended(), Watching()]
+    together = Prompts(bundled, examples, 3, share=[setting.policy, *policies]).part(0)
+    masses, rows = full_attention(together, **limits), replay(together, setting, **limits)
+    assert len({row.steps for row in rows}) > 1, "they end at different times"
+    for index, example in enumerate(examples):
+        alone = Prompts(bundled, [example], 1, share=[setting.policy, *policies]).part(0)
+        (mass,), (row,) = full_attention(alone, **limits), replay(alone, setting, **limits)
+        tokens = alone.batch.prompt_tokens[0]
+        np.testing.assert_allclose(masses[index][..., :tokens], mass[..., :tokens], rtol=1e-3, atol=1e-5)
+        assert row.answer == rows[index].answer
+        assert row.steps == rows[index].steps
+        assert np.array_equal(rows[index].freed[..., : tokens + row.steps], row.freed[..., : tokens + row.steps])
 
 
 def test_merged_entries_name_the_entry_that_holds_them(bodies: dict[str, dict[str, Any]]) -> None:
