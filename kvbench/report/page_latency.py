@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from kvbench.report.cell import CellResult
 from kvbench.report.load import Group
+from kvbench.report.page_filters import budget_size
 from kvbench.report.page_markup import Head, not_measured, number_cell, row_head, table, text_cell
-from kvbench.report.page_verdicts import budget_size
 from kvbench.units import format_interval, format_value
 
 _FIRST, _STEP, _ROOF = "first token", "one decode step", "roof of the memory"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-from kvbench.report.cell import CellResult, Estimate
+from kvbench.report.cell import Estimate
 from kvbench.report.comparisons import Comparison
 from kvbench.report.difference_text import (
     difference_interval,
@@ -13,6 +13,7 @@ from kvbench.report.difference_text import (
     size_text,
     verdict_remark,
 )
+from kvbench.report.page_filters import budget_size, filters_html
 from kvbench.report.page_markup import Head, escaped, number_cell, numbers, prose, row_head, table, text_cell
 from kvbench.report.verdict_rows import REFERENCE, Time, VerdictRow
 from kvbench.units import format_interval, format_value, measure
@@ -26,14 +27,6 @@ _MARKS = {
     "not comparable": "\u2260",
     REFERENCE: "",
 }
-_FILTERS = (
-    ("model", "Model"),
-    ("dataset", "Data set"),
-    ("policy", "Policy"),
-    ("budget", "Budget"),
-    ("verdict", "Verdict"),
-    ("status", "Status"),
-)
 _NOTE = (
     "A difference is the policy minus the full cache, paired by sample; [low, high] is its 95 % interval. Detectable "
     "is the smallest true difference that this many samples show in four of five repetitions. Equivalent means that "
@@ -46,7 +39,7 @@ def verdicts_html(rows: Sequence[VerdictRow]) -> str:
     several = len({(row.model, row.dataset) for row in rows}) > 1
     body = (_row(index, row, several) for index, row in enumerate(rows))
     drawn = table("Verdicts against the full cache", _heads(rows, several), body, name="verdict-table")
-    return f"<p class=quiet>{prose(_NOTE)}{_margin_text(rows)}</p>{_filters(rows)}{drawn}"
+    return f"<p class=quiet>{prose(_NOTE)}{_margin_text(rows)}</p>{filters_html(rows)}{drawn}"
 
 
 def verdict_cell(one: Comparison | None, word: str) -> str:
@@ -60,12 +53,6 @@ def verdict_cell(one: Comparison | None, word: str) -> str:
     return (
         f'<td class="{kind}" data-v="{escaped(word)}"><span aria-hidden=true>{mark}</span> {escaped(word)}{small}</td>'
     )
-
-
-def budget_size(cell: CellResult) -> float:
-    """Return what budgets sort by; the full cache keeps everything, so it stands above every budget."""
-    size = cell.budget_fraction if cell.budget_fraction is not None else cell.budget_tokens
-    return 1e18 if cell.is_full or size is None else float(size)
 
 
 def _margin_text(rows: Sequence[VerdictRow]) -> str:
@@ -191,35 +178,3 @@ def _estimate(name: str, found: Estimate | None, word: str = "") -> str:
 def _number(text: str, value: float | None, below: str = "", *, n: int | None = None) -> str:
     title = f"n = {n}" if n is not None else ""
     return number_cell(text or "-", below, value=value, title=title)
-
-
-def _filters(rows: Sequence[VerdictRow]) -> str:
-    selects = "".join(_select(name, label, _values(rows, name)) for name, label in _FILTERS)
-    return (
-        '<form id="filters" class=controls aria-label="Choose rows of the verdict table" hidden>'
-        f'{selects}<label>Text<input type=search id="filter-text" autocomplete=off></label>'
-        f'<button type=reset>Show all</button><output id="filter-count" aria-live=polite></output></form>'
-    )
-
-
-def _values(rows: Sequence[VerdictRow], name: str) -> list[str]:
-    if name == "budget":
-        ordered = sorted(rows, key=lambda row: (budget_size(row.cell), row.cell.budget))
-        return list(dict.fromkeys(row.cell.budget for row in ordered))
-    found: Iterable[str] = (
-        {"verdict": row.verdict or "no quality", "model": row.model, "dataset": row.dataset}.get(name)
-        or str(getattr(row.cell, name))
-        for row in rows
-    )
-    return sorted(set(found))
-
-
-def _select(name: str, label: str, values: list[str]) -> str:
-    if len(values) < 2:
-        return ""
-    options = "".join(f'<option value="{escaped(value)}">{escaped(_shown(name, value))}</option>' for value in values)
-    return f'<label>{label}<select data-field="{name}"><option value="" selected>all</option>{options}</select></label>'
-
-
-def _shown(name: str, value: str) -> str:
-    return "everything" if name == "budget" and value == "-" else value
