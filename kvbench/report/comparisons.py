@@ -25,11 +25,12 @@ PRIMARY_BUDGET = 0.2
 
 
 def group_comparisons(
-    group: Group, choices: Choices = DECLARED, only: Collection[str] | None = None
+    group: Group, choices: Choices = DECLARED, only: Collection[str] | None = None, *, between: bool = True
 ) -> tuple[Comparison, ...]:
     """Return every budgeted cell against full, and every two policies at equal budget, in every measure or `only` some.
 
-    Verdicts are corrected by Holm within a measure: those against full are one family, those between policies another.
+    Verdicts are corrected by Holm within a measure: those against full are one family, those between policies another,
+    which is left out without `between`.
     """
     names = [
         name
@@ -38,7 +39,7 @@ def group_comparisons(
     ]
     found: list[Comparison] = []
     for name in names:
-        for pairs in (_against_full(group), _between_policies(group)):
+        for pairs in (_against_full(group), between_policies(group) if between else ()):
             family = [one for pair in pairs if (one := compare(*pair, name, choices))]
             found.extend(_corrected(family))
     return tuple(_marked(group, found))
@@ -49,7 +50,8 @@ def _against_full(group: Group) -> Iterator[tuple[CellResult, CellResult]]:
         yield from ((cell, group.full) for cell in group.budgeted if not cell.failed)
 
 
-def _between_policies(group: Group) -> Iterator[tuple[CellResult, CellResult]]:
+def between_policies(group: Group) -> Iterator[tuple[CellResult, CellResult]]:
+    """Yield every two policies at equal budget."""
     by_budget: dict[str, list[CellResult]] = {}
     for cell in group.budgeted:
         if not cell.failed:

@@ -27,7 +27,7 @@ class VerdictRow:
 
 def verdict_rows(group: Group, choices: Choices = DECLARED) -> tuple[VerdictRow, ...]:
     """Return the rows of the group's quality measure, then those of its latency measure; noisy cells stay last."""
-    against = [one for one in group_comparisons(group, choices, _DECLARED) if one.second.is_full]
+    against = [one for one in group_comparisons(group, choices, _DECLARED, between=False) if one.second.is_full]
     quality = next((name for name in PRIMARY_QUALITIES if any(one.measure == name for one in against)), None)
     chosen = [one for name in (quality, PRIMARY_LATENCY) for one in against if one.measure == name]
     return tuple(_row(group, one) for one in chosen)
