@@ -97,7 +97,7 @@ const draw = () => {
     reference.show(p => ((1 - Math.sqrt(sum(p) / top)) * .9).toFixed(3), () => 0);
     reference.box.setAttribute("aria-label", "Where the full cache looks while it answers");
   }
-  const stored = shown.length ? shown[0].view.checkpoints[checkpointAt(shown[0].view, capped(shown[0], now))] : 0;
+  const stored = Math.max(0, ...shown.map(({ view }) => view.checkpoints[checkpointAt(view, now)]));
   legend.textContent = `${SCALES[measure].name}: left end 0, right end ${SCALES[measure].text(most)}; as stored ` +
     (stored ? `after about ${stored} answer tokens` : "after the prompt");
 };

@@ -1,4 +1,4 @@
-"""The autopsy and the sample browser in headless Chromium: what a click or a key changes, and that nothing complains."""
+"""The autopsy and the sample browser in headless Chromium: what a click or a key changes, and no complaints."""
 
 from __future__ import annotations
 
