@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from kvbench.report.cell_rows import all_rows
 from kvbench.report.comparisons import DECLARED, Choices
 from kvbench.report.judged import Judged, judge
 from kvbench.report.load import Results
@@ -30,9 +31,9 @@ from kvbench.report.page_verdicts import verdicts_html
 from kvbench.report.plots import Plot
 from kvbench.report.plots_theme import PLOT_STYLE
 from kvbench.report.table_rows import INTERVAL_NOTE, counts_text, results_table
-from kvbench.report.verdict_rows import all_rows
 
 _MOST_OPEN_GROUPS = 4
+_MOST_CELLS_IN_FULL = 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +79,7 @@ def _sections(results: Results, judged: Sequence[Judged], plots: Sequence[Plot])
             "figures",
             "Figures",
             "Figures",
-            _per_group(judged, lambda one: figures_html(shown, one.group.title)) + _cut(plots, shown),
+            _per_group(judged, lambda one: figures_html(shown, one.group.title)) + _cut(judged, plots, shown),
         ),
         ("failures", "Failures", "Where policies fail", _per_group(judged, failures_html)),
         ("samples", "Samples", "Samples", sample_browser(results)),
@@ -131,17 +132,24 @@ def _note(note: Note) -> str:
     return f"<li>{prose(note.text)}{numbers}</li>"
 
 
-def _cut(plots: Sequence[Plot], shown: Sequence[Plot]) -> str:
+def _cut(judged: Sequence[Judged], plots: Sequence[Plot], shown: Sequence[Plot]) -> str:
+    """Say which figures are elsewhere, of very large folders."""
     left = len(plots) - len(shown)
-    return f"<p>{left} more figures are in the folder plots beside this page.</p>" if left else ""
+    beside = f"<p>{left} more figures are in the folder plots beside this page.</p>" if left else ""
+    titles = {plot.group_title for plot in plots}
+    undrawn = sum(one.group.title not in titles for one in judged) if plots else 0
+    apart = f"<p>{undrawn} more models and data sets: <code>kvbench plot</code> draws them.</p>" if undrawn else ""
+    return beside + apart
 
 
 def _numbers(judged: Judged) -> str:
     group = judged.group
     table, every = results_table(group), results_table(group, every_measure=True)
-    note = f'{table.counts}. {INTERVAL_NOTE} "-" means not measured.'
+    note = f'{table.counts}. {INTERVAL_NOTE} "-" means not measured. Every measurement is in table.csv.'
+    main = f"<p class=quiet>{prose(note)}</p>{results_html(table, f'Results, {group.title}')}"
+    if len(group.cells) > _MOST_CELLS_IN_FULL:
+        return main
     return (
-        f"<p class=quiet>{prose(note)}</p>{results_html(table, f'Results, {group.title}')}"
-        f"<details><summary>Every measurement ({len(every.columns)} columns)</summary>"
+        f"{main}<details><summary>Every measurement ({len(every.columns)} columns)</summary>"
         f"{results_html(every, f'Every measurement, {group.title}')}</details>"
     )

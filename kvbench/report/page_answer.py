@@ -12,7 +12,7 @@ from kvbench.report.cell import CellResult
 from kvbench.report.collapses import losses_of
 from kvbench.report.comparisons import Comparison
 from kvbench.report.difference_text import difference_text, verdict_remark
-from kvbench.report.judged import Judged
+from kvbench.report.judged import MOST_PAIRS, Judged
 from kvbench.report.page_markup import escaped, prose
 from kvbench.report.page_sample_links import sample_link
 from kvbench.report.standing import (
@@ -104,7 +104,8 @@ def _evidence(judged: Judged, standing: Standing) -> str:
         return ""
     num = min(one.num_samples for one in found)
     p_text = "p < 0.001" if max(p_values) < 0.001 else f"p up to {max(p_values):.3f}"
-    return f" (paired over {num} samples, {p_text} after Holm's correction)"
+    who = "Holm" if judged.num_pairs <= MOST_PAIRS else "Bonferroni"
+    return f" (paired over {num} samples, {p_text} after {who}'s correction)"
 
 
 def _rival_text(found: Comparison | None) -> str:
@@ -129,7 +130,8 @@ def _time(judged: Judged, cell: CellResult) -> Iterator[str]:
         found = judged.against_full(cell, ratio_name)
         shown = format_with_interval(ratio_name, ratio.value, ratio.low, ratio.high) if ratio else ""
         verdict = {"better": "faster", "worse": "slower"}.get(found.verdict, found.verdict) if found else "no verdict"
-        against = f", {shown} of full: {verdict}" if shown else ""
+        reason = f" ({found.reason})" if found and found.verdict == "noisy" and found.reason else ""
+        against = f", {shown} of full: {verdict}{reason}" if shown else ""
         yield f"{format_value(name, own.value) if own else '-'} {words}{against}"
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from kvbench.report.cell import CellResult
+from kvbench.report.cell_rows import CellRow
 from kvbench.report.page_markup import escaped
-from kvbench.report.verdict_rows import VerdictRow
 
 _FILTERS = (
     ("model", "Model"),
@@ -18,7 +18,7 @@ _FILTERS = (
 )
 
 
-def filters_html(rows: Sequence[VerdictRow]) -> str:
+def filters_html(rows: Sequence[CellRow]) -> str:
     """Return the form, which the script shows and works."""
     selects = "".join(_select(name, label, _values(rows, name)) for name, label in _FILTERS)
     return (
@@ -28,7 +28,7 @@ def filters_html(rows: Sequence[VerdictRow]) -> str:
     )
 
 
-def _values(rows: Sequence[VerdictRow], name: str) -> list[str]:
+def _values(rows: Sequence[CellRow], name: str) -> list[str]:
     if name == "budget":
         ordered = sorted(rows, key=lambda row: (budget_size(row.cell), row.cell.budget))
         return list(dict.fromkeys(row.cell.budget for row in ordered))

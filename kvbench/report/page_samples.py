@@ -33,7 +33,7 @@ def sample_browser(results: Results) -> str:
     groups = [group for group in results.groups if any(cell.samples for cell in group.cells)]
     if not groups:
         return "<p>No record carries samples.</p>"
-    most = max(8, _MOST_SAMPLES // max(1, sum(bool(cell.samples) for cell in results.records)))
+    most = max(2, _MOST_SAMPLES // max(1, sum(bool(cell.samples) for cell in results.records)))
     is_cut = any(len(list(answers_of(cell))) > most for cell in results.records)
     cut = f"<p class=quiet>The first {most} answers of each cell; all are in samples.csv.</p>" if is_cut else ""
     return f"""<p>What each policy answered, beside the full cache. The first token that differs is marked in both.

@@ -103,7 +103,7 @@ th[aria-sort=descending] button::after { content: "\\00a0\\2193"; color: var(--l
 .verdict { min-width: 104px; }
 .v-better { color: var(--good); }
 .v-worse { color: var(--warn); }
-.noisy > * { color: var(--muted); font-style: italic; }
+.noisy > *, td.noisy { color: var(--muted); font-style: italic; }
 .collapsed, .collapsed a { color: var(--warn); }
 """
 _PARTS = """
