@@ -151,7 +151,8 @@ const wordsOf = (item, view) => {
     if (end - start > 1 || span.className.startsWith("ap-chip")) {
       let held = 0;
       for (let p = start; p < end; p++) held += now.held[p];
-      const mean = held / Math.max(1, now.pairs), text = mean < 9.95 ? mean.toFixed(1).replace(".0", "") : Math.round(mean);
+      const mean = held / Math.max(1, now.pairs);
+      const text = mean < 9.95 ? mean.toFixed(1).replace(".0", "") : Math.round(mean);
       span.textContent = `[${end - start} image tokens, ${text} kept]`;
       return;
     }
