@@ -37,6 +37,7 @@ class Sample:
 
     freed (S, H, N): the answer's token at which an entry left, 0 at the prompt's cut, NEVER for held.
     merged (S, H, P) or None: position that each entry joined. statistics: (K, L, H) by name. attention (S, P).
+    coarse: whether departures are known at the checkpoints only, and moved to the next one.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Sample:
     kinds: Array
     picture: Picture | None
     layers: tuple[int, ...]
+    coarse: bool
     freed: Array
     merged: Array | None
     checkpoints: tuple[int, ...]
@@ -102,6 +104,7 @@ def _sample(sample: Mapping[str, Any], num_layers: int, num_heads: int) -> Sampl
         kinds=kinds,
         picture=None if sample["picture"] is None else _picture(sample["picture"], int((kinds == 1).sum())),
         layers=layers,
+        coarse=sample["coarse"] is True,
         freed=_rows(sample["freed"], (len(layers), num_heads, prompt + steps)),
         merged=merged,
         checkpoints=checkpoints,

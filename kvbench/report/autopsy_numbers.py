@@ -64,7 +64,9 @@ def sentence(samples: Sequence[Sample]) -> str:
     ]
     if found.merged:
         parts.append(f"{percent(found.merged)} of the prompt is merged into other entries.")
-    if len(samples) == 1:
+    if any(sample.coarse for sample in samples):
+        parts.append("Departures are shown at the stored moments only.")
+    elif len(samples) == 1:
         parts.append(first_freed(samples[0]))
     return " ".join(part for part in parts if part)
 

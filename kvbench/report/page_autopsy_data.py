@@ -23,6 +23,7 @@ Pairs = Sequence[tuple[CellResult, Autopsy]]
 
 def group_data(group: Group, pairs: Pairs, room_bytes: int) -> tuple[dict[str, Any], int]:
     """Return one group for the script and the bytes of its patterns; samples that do not fit are left out."""
+    most = _with_most_layers(pairs)
     items: dict[str, dict[str, Any]] = {}
     cells = []
     spent = 0
@@ -33,7 +34,7 @@ def group_data(group: Group, pairs: Pairs, room_bytes: int) -> tuple[dict[str, A
             size = sum(map(len, view["freed"]["patterns"]))
             if spent + size <= room_bytes:
                 spent += size
-                items.setdefault(sample.id, _item(sample))
+                items.setdefault(sample.id, _item(most[sample.id]))
                 views[sample.id] = view
         cells.append(
             {
@@ -46,6 +47,16 @@ def group_data(group: Group, pairs: Pairs, room_bytes: int) -> tuple[dict[str, A
         )
     budgets = list(dict.fromkeys(cell["budget"] for cell in cells if cell["budget"])) or [""]
     return {"title": group.title, "budgets": budgets, "items": items, "cells": cells}, spent
+
+
+def _with_most_layers(pairs: Pairs) -> dict[str, Sample]:
+    """Return each sample under the first policy of which most layers are stored."""
+    found: dict[str, Sample] = {}
+    for _, autopsy in pairs:
+        for sample in autopsy.samples:
+            if sample.id not in found or len(sample.layers) > len(found[sample.id].layers):
+                found[sample.id] = sample
+    return found
 
 
 def _item(sample: Sample) -> dict[str, Any]:
@@ -70,6 +81,7 @@ def _view(cell: CellResult, sample: Sample) -> dict[str, Any]:
     view: dict[str, Any] = {
         "steps": sample.steps,
         "answer": list(sample.tokens[sample.prompt_tokens :]),
+        "layers": list(sample.layers),
         "freed": _patterns(sample.freed, sample.steps),
         "checkpoints": list(sample.checkpoints),
         "statistics": {name: values.ravel().tolist() for name, values in sample.statistics.items()},

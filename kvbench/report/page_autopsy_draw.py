@@ -26,17 +26,17 @@ const numbersOf = (text, wide) => {
   decoded.set(text, numbers);
   return numbers;
 };
-const rowsOf = (stored, chosen) => {
+const rowsOf = (view, stored, chosen) => {
   const rows = [];
   stored.of.forEach((layer, s) => layer.forEach((pattern, h) => {
-    if ((chosen.layer < 0 || chosen.layer === s) && (chosen.head < 0 || chosen.head === h))
+    if ((chosen.layer < 0 || chosen.layer === view.layers[s]) && (chosen.head < 0 || chosen.head === h))
       rows.push(numbersOf(stored.patterns[pattern], stored.wide));
   }));
   return rows;
 };
 // For every token: how many of the chosen layers and heads hold it after `step`, and how many merged it.
 const state = (item, view, chosen, step) => {
-  const freed = rowsOf(view.freed, chosen), merged = view.merged ? rowsOf(view.merged, chosen) : [];
+  const freed = rowsOf(view, view.freed, chosen), merged = view.merged ? rowsOf(view, view.merged, chosen) : [];
   const prompt = item.tokens.length, count = prompt + view.steps, pairs = freed.length;
   const held = new Uint16Array(count), joined = new Uint16Array(count);
   const arrived = Math.min(count, prompt + step);
@@ -46,7 +46,7 @@ const state = (item, view, chosen, step) => {
       else if (merged.length && p < prompt && merged[r][p] !== NEVER) joined[p]++;
     }
   });
-  return { held, joined, pairs, arrived, prompt, count };
+  return { held, joined, pairs, arrived, prompt };
 };
 const imageTokens = item => [...item.kinds].flatMap((kind, p) => kind === "1" ? [p] : []);
 
@@ -151,13 +151,14 @@ const wordsOf = (item, view) => {
     if (end - start > 1 || span.className.startsWith("ap-chip")) {
       let held = 0;
       for (let p = start; p < end; p++) held += now.held[p];
-      const mean = held / now.pairs, text = mean < 9.95 ? mean.toFixed(1).replace(".0", "") : Math.round(mean);
+      const mean = held / Math.max(1, now.pairs);
+      const text = mean < 9.95 ? mean.toFixed(1).replace(".0", "") : Math.round(mean);
       span.textContent = `[${end - start} image tokens, ${text} kept]`;
       return;
     }
     const share = now.pairs ? now.held[start] / now.pairs : 0, later = start >= now.arrived;
     span.classList.toggle("ap-later", later);
-    span.classList.toggle("ap-gone", !later && share === 0);
+    span.classList.toggle("ap-gone", !later && now.pairs > 0 && share === 0);
     span.classList.toggle("ap-merged", !later && now.joined[start] * 2 > now.pairs);
     span.style.opacity = later ? "" : .4 + .6 * share;
   });

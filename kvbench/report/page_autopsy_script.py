@@ -33,7 +33,7 @@ const pickSample = () => {
   const cells = group().cells.filter(cell => cell.budget === pick.budget.value && cell.views[pick.sample.value]);
   const heads = Math.max(1, ...cells.map(cell => cell.heads)), total = Math.max(1, ...cells.map(cell => cell.layers));
   const all = item.layers.length < total ? `all ${item.layers.length} stored of ${total}` : `all ${total}`;
-  fill(pick.layer, [[-1, all], ...item.layers.map((layer, index) => [index, `layer ${layer + 1}`])]);
+  fill(pick.layer, [[-1, all], ...item.layers.map(layer => [layer, `layer ${layer + 1}`])]);
   fill(pick.head, [[-1, `all ${heads}`], ...Array.from({ length: heads }, (_, h) => [h, `head ${h + 1}`])]);
   const views = cells.map(cell => cell.views[pick.sample.value]);
   const measures = Object.keys(SCALES).filter(name => views.some(view => view.statistics[name]));
@@ -78,11 +78,12 @@ const draw = () => {
   shown.forEach(panel => {
     const seen = capped(panel, now), found = panel.now = state(item, panel.view, chosen(), seen);
     panel.words.show(found);
-    panel.ended.textContent = now > seen ? ` (ended after ${seen})` : "";
+    panel.ended.textContent = !found.pairs ? " (layer not stored)" : now > seen ? ` (ended after ${seen})` : "";
     if (panel.picture) {
-      panel.picture.show(p => ((1 - found.held[p] / found.pairs) * .9).toFixed(3),
-        p => (found.joined[p] / found.pairs * .5).toFixed(3));
-      const tokens = imageTokens(item), held = tokens.reduce((sum, p) => sum + found.held[p], 0) / found.pairs;
+      const pairs = Math.max(1, found.pairs);
+      panel.picture.show(p => ((1 - found.held[p] / pairs) * .9).toFixed(3),
+        p => (found.joined[p] / pairs * .5).toFixed(3));
+      const tokens = imageTokens(item), held = tokens.reduce((sum, p) => sum + found.held[p], 0) / pairs;
       panel.picture.box.setAttribute("aria-label",
         `${panel.cell.label}, ${moment.textContent}: ${held.toFixed(1)} of ${tokens.length} image patches held`);
     }
@@ -91,13 +92,14 @@ const draw = () => {
       "arrow keys read single numbers");
   });
   if (reference) {
-    const rows = item.attention.filter((_, s) => chosen().layer < 0 || chosen().layer === s).map(text => bytes(text));
+    const { layer } = chosen();
+    const rows = item.attention.filter((_, s) => layer < 0 || layer === item.layers[s]).map(bytes);
     const tokens = imageTokens(item), sum = p => rows.reduce((total, row) => total + row[p], 0);
     const top = Math.max(1, ...tokens.map(sum));
     reference.show(p => ((1 - Math.sqrt(sum(p) / top)) * .9).toFixed(3), () => 0);
     reference.box.setAttribute("aria-label", "Where the full cache looks while it answers");
   }
-  const stored = shown.length ? shown[0].view.checkpoints[checkpointAt(shown[0].view, capped(shown[0], now))] : 0;
+  const stored = Math.max(0, ...shown.map(({ view }) => view.checkpoints[checkpointAt(view, now)]));
   legend.textContent = `${SCALES[measure].name}: left end 0, right end ${SCALES[measure].text(most)}; as stored ` +
     (stored ? `after about ${stored} answer tokens` : "after the prompt");
 };
@@ -129,7 +131,7 @@ const showWord = (panel, index) => {
   if (end - start > 1) { say(`${panel.cell.label}: ${span.textContent}`); return; }
   const now = panel.now, own = start - now.prompt;
   const place = own < 0 ? `prompt token ${start + 1}` : `answer token ${own + 1}`;
-  const left = rowsOf(panel.view.freed, chosen()).map(row => row[start]).filter(value => value !== NEVER);
+  const left = rowsOf(panel.view, panel.view.freed, chosen()).map(row => row[start]).filter(value => value !== NEVER);
   const first = Math.min(...left), cut = first ? `at answer token ${first}` : "with the prompt's cut";
   const when = left.length ? `; first leaves ${cut}` : "";
   const here = start >= now.arrived ? "not written yet" : `held by ${now.held[start]} of ${now.pairs} (layers x heads)`;

@@ -12,7 +12,7 @@ _REST = """
 .ap-panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(190px, 100%), 1fr)); gap: 14px 18px;
   margin: 12px 0; }
 .ap-panel { min-width: 0; } #ap-group-label[hidden] { display: none; }
-.ap-panel h4 small { font-weight: normal; }
+.ap-panel h4 small { font-weight: normal; font-size: 0.85em; }
 .ap-panel h4 { margin: 0 0 4px; font-size: 0.92rem; overflow-wrap: anywhere; }
 .ap-picture { display: block; width: 100%; max-width: 336px; border-radius: 4px; touch-action: pan-y; }
 .ap-picture image { image-rendering: auto; }
@@ -50,9 +50,10 @@ _REST = """
 @media (max-width: 520px) { .ap-panels { grid-template-columns: repeat(2, 1fr); gap: 12px; } }
 @media print {
   #autopsy .controls, .ap-time button, #ap-step, #ap-readout { display: none; }
-  .ap-panels { grid-template-columns: repeat(4, 1fr); } .ap-panel { break-inside: avoid; }
+  .ap-panels { grid-template-columns: repeat(5, 1fr); gap: 4mm; } .ap-panel { break-inside: avoid; }
+  .ap-legend, #ap-moment { font-size: 8pt; } .ap-panel h4 { font-size: 8.5pt; }
   .ap-words { max-height: none; overflow: visible; font-size: 6.5pt; } .ap-says { font-size: 7pt; }
-  .ap-picture { max-width: 52mm; } .ap-picture, .ap-heat { print-color-adjust: exact; }
+  .ap-picture, .ap-heat, .ap-swatch { print-color-adjust: exact; }
 }
 """
 AUTOPSY_STYLE = _THEMES + _REST

@@ -15,8 +15,9 @@ from kvbench.packed import Array, pack
 from kvbench.runs.autopsy_replay import Replayed
 from kvbench.runs.autopsy_subject import Subject
 
-NUM_CHECKPOINTS = 9  # after the prompt, and at eight steps of the answer
-_MOST_BYTES = 25_000  # of one sample's patterns, compressed
+NUM_CHECKPOINTS, FEW_CHECKPOINTS = 9, 5  # after the prompt, and at steps of the answer up to its end
+MANY_HEADS = 256  # over all layers; then numbers are stored at few moments
+_MOST_BYTES = 22_000  # of one sample's patterns, compressed
 
 
 def sample_body(loaded: LoadedModel, subject: Subject, row: Replayed, attention: Array) -> dict[str, Any]:
@@ -24,9 +25,13 @@ def sample_body(loaded: LoadedModel, subject: Subject, row: Replayed, attention:
     prompt = len(subject.pieces)
     tokens = prompt + row.steps
     freed = np.where(row.freed < 0, NEVER, row.freed)[..., :tokens].astype(np.uint16)
-    layers = stored_layers(freed)
+    checkpoints = _checkpoints(row.steps, FEW_CHECKPOINTS if freed[..., 0].size > MANY_HEADS else NUM_CHECKPOINTS)
+    layers, shown = stored_layers(freed), freed
+    coarse = len(layers) < len(freed)
+    if coarse:  # more layers fit when departures are known at the stored moments only
+        shown = coarsened(freed, checkpoints)
+        layers = stored_layers(shown)
     kinds = np.concatenate((subject.kinds, np.full(row.steps, GENERATED, dtype=np.uint8)))
-    checkpoints = sorted({round(index * row.steps / (NUM_CHECKPOINTS - 1)) for index in range(NUM_CHECKPOINTS)})
     body = {
         "id": subject.example.id,
         "prompt_tokens": prompt,
@@ -36,7 +41,8 @@ def sample_body(loaded: LoadedModel, subject: Subject, row: Replayed, attention:
         "kinds": pack(kinds),
         "picture": subject.picture,
         "layers": layers,
-        "freed": _patterns(freed[layers]),
+        "coarse": coarse,
+        "freed": _patterns(shown[layers]),
         "merged": None,
         "checkpoints": checkpoints,
         "statistics": _statistics(freed, subject, checkpoints, attention[..., :prompt]),
@@ -46,6 +52,17 @@ def sample_body(loaded: LoadedModel, subject: Subject, row: Replayed, attention:
         merged = np.where(row.merged < 0, NEVER, row.merged)[..., :prompt].astype(np.uint16)
         body["merged"] = _patterns(merged[layers])
     return body
+
+
+def _checkpoints(steps: int, count: int) -> list[int]:
+    return sorted({round(index * steps / (count - 1)) for index in range(count)})
+
+
+def coarsened(freed: Array, checkpoints: list[int]) -> Array:
+    """Return `freed` with every step of the answer moved to the next of `checkpoints`, at which it is still right."""
+    moments = np.array([*checkpoints, NEVER], dtype=np.uint16)
+    rounded: Array = moments[np.searchsorted(moments, freed)]
+    return rounded
 
 
 def held_at(freed: Array, step: int, prompt_tokens: int) -> Array:

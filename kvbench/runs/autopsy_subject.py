@@ -21,7 +21,7 @@ from kvbench.models.token_pieces import token_pieces
 from kvbench.packed import Array, pack
 
 THUMBNAIL_PIXELS = 336
-_MOST_BYTES = 30_000
+_MOST_BYTES = 16_000
 _QUALITIES = (90, 75, 60, 45, 30, 15)
 
 

@@ -69,6 +69,7 @@ def sample_body(name: str, seed: int) -> dict[str, Any]:
             "places": pack(places.astype(np.uint16)),
         },
         "layers": list(range(LAYERS)),
+        "coarse": False,
         "freed": patterns(freed),
         "merged": None,
         "checkpoints": checkpoints,

@@ -1,15 +1,28 @@
-"""The autopsy and the sample browser in headless Chromium: what a click or a key changes, and that nothing complains."""
+"""The autopsy and the sample browser in headless Chromium: what a click or a key changes, and no complaints."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from kvbench.autopsies import write_autopsy
+from kvbench.packed import pack
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
-from tests.report.autopsies import GRID, HEADS, LAYERS, STEPS, add_autopsies
+from tests.report.autopsies import (
+    GRID,
+    HEADS,
+    LAYERS,
+    PROMPT,
+    STEPS,
+    add_autopsies,
+    autopsy_body,
+    freed_array,
+    patterns,
+)
 from tests.report.chromium import Browser, Page, find_chromium
 from tests.report.synthetic import body, write_cell
 
@@ -29,6 +42,11 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for budget in (0.1, 0.2):
             write_cell(folder, body(policy=policy, budget=budget, num_samples=4))
     add_autopsies(folder)
+    for cell in load_results(folder).records:
+        if cell.policy == "random" and cell.cell_folder is not None:
+            two = freed_array(99)[[0, 2]]
+            seen = {"layers": [0, 2], "freed": patterns(two), "attention": pack(two[:, 0, :PROMPT].astype(np.uint8))}
+            write_autopsy(cell.cell_folder / "autopsy.json", autopsy_body(cell.key, **seen))
     talk = body(policy="full", budget=None, num_samples=1, dataset="talk")
     turns = {f"turn{n}_{name}": f"{name} {n}" for n in (1, 2) for name in ("question", "text", "full_text")}
     write_cell(folder, talk | {"samples": [{"id": "t/1", **turns}]})
@@ -78,6 +96,13 @@ def test_the_slider_and_the_layer_change_what_is_veiled(page: Page) -> None:
     assert set(page.run(VEILS).split(",")) <= {"0.000", "0.900"}, "one layer and head hold a patch or do not"
     choose(page, "ap-budget", "10 % of seen")
     assert page.run(VEILS) != one_layer
+
+
+def test_a_layer_that_a_policy_has_not_stored_is_called_so(page: Page) -> None:
+    said = "[...document.querySelectorAll('.ap-panel h4 small')].map(small => small.textContent)"
+    for layer, expected in (("1", ["", " (layer not stored)"]), ("2", ["", ""]), ("-1", ["", ""])):
+        choose(page, "ap-layer", layer)
+        assert page.run(said) == expected
 
 
 def test_nothing_that_left_comes_back_as_the_answer_goes_on(page: Page) -> None:

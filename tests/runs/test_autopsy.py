@@ -27,7 +27,7 @@ from kvbench.models.loader import LoadedModel
 from kvbench.models.seen_picture import seen_picture
 from kvbench.models.token_pieces import token_pieces
 from kvbench.packed import unpack
-from kvbench.runs.autopsy_body import stored_layers
+from kvbench.runs.autopsy_body import coarsened, held_at, stored_layers
 from kvbench.runs.autopsy_replay import Watching, full_attention, replay
 from kvbench.runs.autopsy_settings import AutopsySettings
 from kvbench.runs.autopsy_subject import thumbnail_file
@@ -309,6 +309,16 @@ def test_large_models_store_fewer_layers_first_and_last_among_them() -> None:
     assert layers[-1] == 31
     assert 2 <= len(layers) < 32
     assert stored_layers(np.zeros((32, 32, 700), dtype=np.uint16)) == list(range(32))
+
+
+def test_departures_may_be_stored_at_a_few_moments_where_they_are_right() -> None:
+    freed = np.random.default_rng(0).integers(0, 41, (2, 2, 50)).astype(np.uint16)
+    freed[..., ::3] = NEVER
+    moments = [0, 10, 20, 40]
+    coarse = coarsened(freed, moments)
+    assert set(np.unique(coarse)) <= {*moments, NEVER}
+    for step in moments:
+        assert np.array_equal(held_at(coarse, step, 30), held_at(freed, step, 30))
 
 
 def test_a_photograph_becomes_a_small_thumbnail() -> None:
