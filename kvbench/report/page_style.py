@@ -60,6 +60,7 @@ _ANSWER = """
 .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(330px, 100%), 1fr)); gap: 20px 36px;
   margin: 18px 0; }
 .answers > div { border-top: 2px solid var(--ink); min-width: 0; }
+.answers > div:only-child { max-width: 640px; }
 .answers h3 { margin: 8px 0 6px; }
 dl { margin: 0; }
 dl > div { border-top: 1px solid var(--grid); padding: 5px 0; display: grid; grid-template-columns: 92px 1fr;
@@ -88,7 +89,8 @@ tbody th { font-weight: normal; }
 .text tbody th { vertical-align: top; white-space: nowrap; }
 .text td { min-width: 90px; }
 tbody th.name { max-width: 150px; white-space: normal; overflow-wrap: break-word; }
-tbody th.name, thead .name:first-child { position: sticky; left: 0; background: var(--paper); z-index: 1; }
+tbody th.name, thead .name:first-child { position: sticky; left: 0; background: var(--paper);
+  background-clip: padding-box; z-index: 1; }
 tbody tr:hover > * { background: var(--soft); }
 th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: 2px 0;
   cursor: pointer; text-align: inherit; }

@@ -37,9 +37,9 @@ _NOTE = (
 
 def verdicts_html(rows: Sequence[CellRow]) -> str:
     """Return filters, table and how to read it; `rows` of all groups."""
-    several = len({(row.model, row.dataset) for row in rows}) > 1
-    body = (_row(index, row, several) for index, row in enumerate(rows))
-    drawn = table("Verdicts against the full cache", _heads(rows, several), body, name="verdict-table")
+    differing = _differing(rows)
+    body = (_row(row, differing) for row in rows)
+    drawn = table("Verdicts against the full cache", _heads(rows), body, name="verdict-table")
     return f"<p class=quiet>{prose(_NOTE)}{_margin_text(rows)}</p>{filters_html(rows)}{drawn}"
 
 
@@ -68,11 +68,17 @@ def _margin_text(rows: Sequence[CellRow]) -> str:
     return prose(f" Margins: {joined}.") if joined else ""
 
 
-def _heads(rows: Sequence[CellRow], several: bool) -> list[Head]:
+def _differing(rows: Sequence[CellRow]) -> tuple[str, ...]:
+    """Return which of model, data set and measure have to be said in every row."""
+    return tuple(name for name in ("model", "dataset", "measure") if len({getattr(row, name) for row in rows}) > 1)
+
+
+def _heads(rows: Sequence[CellRow]) -> list[Head]:
     names = sorted({row.measure for row in rows if row.measure})
     label = measure(names[0]).label if len(names) == 1 else "quality"
     way = f"{measure(names[0]).better} is better" if len(names) == 1 else "measure below"
-    place = [Head(label="model", kind="text"), Head(label="data set", kind="text")] if several else []
+    words = {"model": "model", "dataset": "data set"}
+    place = [Head(label=words[name], kind="text") for name in _differing(rows) if name in words]
     return [
         Head(label="policy", kind="text"),
         Head(label="budget", kind="amount"),
@@ -91,7 +97,7 @@ def _heads(rows: Sequence[CellRow], several: bool) -> list[Head]:
     ]
 
 
-def _row(index: int, row: CellRow, several: bool) -> str:
+def _row(row: CellRow, differing: tuple[str, ...]) -> str:
     cell = row.cell
     keys = {
         "model": row.model,
@@ -103,18 +109,16 @@ def _row(index: int, row: CellRow, several: bool) -> str:
     }
     data = "".join(f' data-{name}="{escaped(value)}"' for name, value in keys.items())
     noisy = ' class="noisy"' if cell.status == "noisy" else ""
-    return f"<tr{noisy}{data}>{''.join(_cells(row, several))}</tr>"
+    return f"<tr{noisy}{data}>{''.join(_cells(row, differing))}</tr>"
 
 
-def _cells(row: CellRow, several: bool) -> Iterator[str]:
+def _cells(row: CellRow, differing: tuple[str, ...]) -> Iterator[str]:
     cell = row.cell
     yield row_head(row.policy, "noisy, not ranked" if cell.status == "noisy" else cell.folder)
     yield text_cell("everything" if cell.is_full and cell.budget == "-" else cell.budget, sort=budget_size(cell))
-    if several:
-        yield text_cell(row.model)
-        yield text_cell(row.dataset)
+    yield from (text_cell(text) for name, text in (("model", row.model), ("dataset", row.dataset)) if name in differing)
     yield verdict_cell(row.comparison, row.verdict)
-    yield _quality(row, several)
+    yield _quality(row, "measure" in differing)
     yield _difference(row.comparison)
     one = row.comparison
     detectable = one.minimum_detectable if one else None
@@ -129,11 +133,11 @@ def _cells(row: CellRow, several: bool) -> Iterator[str]:
     yield _number("" if row.stored_share is None else f"{row.stored_share:.2f}x", row.stored_share)
 
 
-def _quality(row: CellRow, several: bool) -> str:
+def _quality(row: CellRow, named: bool) -> str:
     found = row.quality
     if found is None or row.measure is None:
         return _number("", None)
-    label = f"{measure(row.measure).label}" if several else ""
+    label = f"{measure(row.measure).label}" if named else ""
     below = f"{label}\n" if label else ""
     below += format_interval(row.measure, found.value, found.low, found.high)
     return _number(format_value(row.measure, found.value), found.value, below, n=found.n)
