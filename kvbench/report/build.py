@@ -17,7 +17,7 @@ from kvbench.report.page import render_page
 from kvbench.report.plots import draw_plots
 from kvbench.report.tables import markdown_tables
 
-MOST_GROUPS_DRAWN = 4
+MOST_CELLS_DRAWN = 300
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,8 +62,14 @@ def write_report(results: Results, folder: Path, tables_folder: Path, choices: C
 
 
 def _drawn(results: Results) -> Results:
-    """Return the first groups: figures take seconds each, and `kvbench plot` draws any of the others."""
-    kept = {(group.model, group.dataset) for group in results.groups[:MOST_GROUPS_DRAWN]}
+    """Return the first groups, up to some hundred cells: figures of more take minutes, `kvbench plot` draws any."""
+    kept: set[tuple[str, str]] = set()
+    room = MOST_CELLS_DRAWN
+    for group in results.groups:
+        room -= len(group.cells)
+        if room < 0:
+            break
+        kept.add((group.model, group.dataset))
     return replace(results, records=tuple(cell for cell in results.records if (cell.model, cell.dataset) in kept))
 
 

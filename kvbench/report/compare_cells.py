@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvbench.report.cell import CellResult
-from kvbench.report.compare_latency import compare_latency
+from kvbench.report.compare_latency import compare_latency, timing_noise
 from kvbench.report.comparison import DECLARED, Choices, Comparison, judged
 from kvbench.report.paired import sample_score
 from kvbench.stats.difference import Inference, infer
@@ -15,11 +15,16 @@ from kvbench.stats.power import more_samples
 from kvbench.stats.verdicts import verdict_of
 from kvbench.units import measure
 
+_NOT_OF_THE_POLICY = ("full_", "copy_bandwidth_")
+
 
 def compare(first: CellResult, second: CellResult, name: str, choices: Choices = DECLARED) -> Comparison | None:
-    """Return how `first` differs from `second` in the measure `name`; None if either has none or no side is better."""
+    """Return how `first` differs from `second` in the measure `name`; None if either has none.
+
+    None too where no side is better, and for what describes the full cache or the machine, not the policy.
+    """
     one, two = first.estimate(name), second.estimate(name)
-    if measure(name).better == "none" or one is None:
+    if measure(name).better == "none" or one is None or name.startswith(_NOT_OF_THE_POLICY):
         return None
     if is_latency_ratio(measure(name)):
         return judged(compare_latency(first, second, name, choices)) if second.is_full or two else None
@@ -88,5 +93,10 @@ def _unpaired(base: Comparison) -> Comparison:
         return replace(base, method="single observations: no interval", verdict="not comparable", reason=reason)
     low, high = one.bounds[0] - two.bounds[1], one.bounds[1] - two.bounds[0]
     higher = measure(base.measure).better == "higher"
-    verdict = verdict_of(low, high, higher_is_better=higher, margin=base.margin, p_value=0.0)
-    return replace(base, verdict=verdict, method="the two cells' own intervals, not paired")
+    margin = None if base.measure.startswith("ppl") else base.margin  # declared in nats, and these are perplexities
+    verdict = verdict_of(low, high, higher_is_better=higher, margin=margin, p_value=0.0)
+    found = replace(base, verdict=verdict, margin=margin, method="the two cells' own intervals, not paired")
+    noise = next(filter(None, (timing_noise(cell) for cell in (base.first, base.second))), "")
+    if noise and measure(base.measure).unit in ("ms", "tokens/s"):
+        return replace(found, verdict="noisy", noise=noise, reason=noise)
+    return found

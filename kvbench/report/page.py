@@ -137,9 +137,9 @@ def _cut(judged: Sequence[Judged], plots: Sequence[Plot], shown: Sequence[Plot])
     left = len(plots) - len(shown)
     beside = f"<p>{left} more figures are in the folder plots beside this page.</p>" if left else ""
     titles = {plot.group_title for plot in plots}
-    undrawn = sum(one.group.title not in titles for one in judged) if plots else 0
-    apart = f"<p>{undrawn} more models and data sets: <code>kvbench plot</code> draws them.</p>" if undrawn else ""
-    return beside + apart
+    undrawn = sum(one.group.title not in titles for one in judged)
+    apart = f"<p>Not drawn here: {undrawn} of {len(judged)} groups; <code>kvbench plot</code> draws them.</p>"
+    return beside + (apart if undrawn else "")
 
 
 def _numbers(judged: Judged) -> str:

@@ -138,6 +138,23 @@ def test_without_samples_intervals_that_overlap_are_undecided() -> None:
     assert (apart.verdict, same.verdict) == ("better", "undecided")
 
 
+def test_times_of_a_noisy_cell_and_of_the_machine_get_no_verdict() -> None:
+    quiet, loud = body(), body(policy="elastic")
+    loud["measurements"]["reference_drift_fraction"] = {"value": 0.1, "low": None, "high": None, "n": 1, "unit": ""}
+    for record, value in ((quiet, 5.0), (loud, 9.0)):
+        for name in ("tpot_ms", "full_tpot_ms", "tpot_ratio_to_full"):
+            record["measurements"][name] = {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 6, "unit": ""}
+    for name in ("tpot_ms", "tpot_ratio_to_full"):
+        found = compare(parse_cell(quiet), parse_cell(loud), name)
+        assert found is not None
+        assert found.verdict == "noisy"
+        assert "drifted by 10.0%" in found.reason
+    assert compare(parse_cell(quiet), parse_cell(loud), "full_tpot_ms") is None
+    once = compare(parse_cell(quiet), parse_cell(loud), "kv_stored_bytes")
+    assert once is not None
+    assert once.verdict == "not comparable"
+
+
 def test_a_sample_without_scored_tokens_has_no_score() -> None:
     assert sample_score({"nll_sum": 1.0, "num_scored_tokens": 0}, "ppl") is None
     assert sample_score({"rougeL_vs_full": True}, "rougeL_vs_full") is None

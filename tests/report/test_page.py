@@ -8,7 +8,10 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
+
 from kvbench.report.build import build_report
+from kvbench.report.judged import judge
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
 from kvbench.report.plots import draw_plots
@@ -180,3 +183,35 @@ def test_samples_with_missing_fields_are_shown(tmp_path: Path) -> None:
     page = page_of(tmp_path)
     assert ">None<" not in page
     assert '"None"' not in page
+
+
+def test_figures_of_very_many_cells_are_left_to_the_plot_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for model in ("a", "b"):
+        for policy, budget in (("full", None), ("h2o", 0.2)):
+            write_cell(tmp_path, body(policy=policy, budget=budget, model=model))
+    monkeypatch.setattr("kvbench.report.build.MOST_CELLS_DRAWN", 3)
+    report = build_report(tmp_path)
+    assert report.plots
+    assert all("-a-scenes" in path.name for path in report.plots)
+    assert "Not drawn here: 1 of 2 groups" in report.page.read_text(encoding="utf-8")
+
+
+def test_of_very_many_pairs_a_claim_is_corrected_at_least_as_strictly(
+    sweep_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (group,) = load_results(sweep_folder).groups
+    full_family = judge(group)
+    monkeypatch.setattr("kvbench.report.judged.MOST_PAIRS", 0)
+    lazy = judge(group)
+    pairs = [one for one in full_family.by_pair.values() if not one.second.is_full and one.measure == "rougeL_vs_full"]
+    assert len(pairs) > 10
+    for one in pairs:
+        for first, second in ((one.first, one.second), (one.second, one.first)):
+            found, known = lazy.between(first, second, one.measure), full_family.between(first, second, one.measure)
+            assert found is not None
+            assert known is not None
+            assert found.value == pytest.approx(known.value)
+            assert (found.p_holm or 0) >= (known.p_holm or 0)
+            assert known.is_clear or not found.is_clear

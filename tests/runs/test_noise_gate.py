@@ -28,7 +28,7 @@ def timed(
     references: list[float],
 ) -> TaskResult:
     """Run the speed task with launches from a virtual clock; `clock` is asked with the number of the launch."""
-    rng, count = np.random.default_rng(0), 0
+    rng, count, order = np.random.default_rng(0), 0, []
     real = speed.launch
 
     def virtual(*words: object, **more: object) -> Launch:
@@ -36,12 +36,16 @@ def timed(
         if more:  # the first warm-up looks into the caches
             return real(*words, **more)  # type: ignore[arg-type]
         count += 1
+        order.append(words[2] is bench.setting)
         (step,) = clock(count - 1).launches(rng, np.ones(1))
         return Launch(ttft_ms=5.0, steps_ms=[float(step)] * 3)
 
     monkeypatch.setattr(speed, "launch", virtual)
     monkeypatch.setattr(speed, "reference_ms", lambda device: references.pop(0))
-    return Speed(new_tokens=4, num_blocks=3).run(bench_of(loaded, folder, cut()))
+    bench = bench_of(loaded, folder, cut())
+    result = Speed(new_tokens=4, num_blocks=3).run(bench)
+    assert order == [True, False, False, True] * (len(order) // 4), "policy, full, full, policy"
+    return result
 
 
 def values(result: TaskResult) -> dict[str, float]:
