@@ -39,18 +39,18 @@ def take_autopsies(cells: Sequence[Cell], loaded: LoadedModel, results: Path, wa
         return
     watcher.active(cells[0].key, PHASE)
     try:
-        table = _Table(cells, loaded, watcher)
+        replays = _Replays(cells, loaded, watcher)
     except Exception as error:
         _log.warning("no autopsy: %s: %s", type(error).__name__, error)
         return
-    samples = table.samples()
+    samples = replays.samples()
     for cell in cells:
         if cell.key in samples:
-            _write(cell, loaded, results, samples[cell.key], table.left_out)
+            _write(cell, loaded, results, samples[cell.key], replays.left_out)
     free_memory()
 
 
-class _Table:
+class _Replays:
     """The samples to look at, their prompts, and the cells that have not failed on one of them."""
 
     def __init__(self, cells: Sequence[Cell], loaded: LoadedModel, watcher: Watcher) -> None:

@@ -27,6 +27,7 @@ from kvbench.models.loader import LoadedModel
 from kvbench.models.seen_picture import seen_picture
 from kvbench.models.token_pieces import token_pieces
 from kvbench.packed import unpack
+from kvbench.runs.autopsy import without_secrets
 from kvbench.runs.autopsy_body import coarsened, held_at, stored_layers
 from kvbench.runs.autopsy_replay import Watching, full_attention, replay
 from kvbench.runs.autopsy_settings import AutopsySettings
@@ -348,6 +349,14 @@ def test_the_divergent_token_is_found_in_both_texts(bundled: LoadedModel) -> Non
     assert divergence(bundled, full, full) == {"first_divergence_tokens": None}
     ended: dict[str, Any] = divergence(bundled, full[:2], full)
     assert ended["divergence_starts_at"] == ended["divergence_ends_at"] < ended["full_divergence_ends_at"]
+
+
+def test_a_secret_that_is_split_into_tokens_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CANARY_API_KEY", "canary-5d41402a")
+    body = without_secrets({"id": "a", "tokens": ["can", "ary-5d4", "1402a", "!"], "answer": "canary-5d41402a!"})
+    assert body == {"id": "a", "tokens": ["***"] * 4, "answer": "***!"}
+    harmless: dict[str, Any] = {"id": "a", "tokens": ["b", "c"], "answer": "bc"}
+    assert without_secrets(dict(harmless)) == harmless
 
 
 def test_text_prompts_have_no_picture(bundled: LoadedModel) -> None:
