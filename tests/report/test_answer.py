@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.report.answer_words import answer_sentences
+from kvbench.report.comparisons import Choices
 from kvbench.report.judged import Judged, judge
 from kvbench.report.load import load_results
 from kvbench.report.page_answer import answer_html
@@ -126,3 +127,28 @@ def test_every_budget_of_a_sweep_has_a_block_with_the_four_answers(tmp_path: Pat
     for name in ("Quality", "Time", "Memory", "Fails on"):
         assert drawn.count(f"<dt>{name}</dt>") == 3
     assert "data-sample=" in drawn
+
+
+def test_a_tie_is_not_called_a_win(tmp_path: Path) -> None:
+    full(tmp_path)
+    twin, other = body(policy="h2o"), body(policy="elastic")
+    other["samples"], other["measurements"] = twin["samples"], twin["measurements"]
+    write_cell(tmp_path, twin)
+    write_cell(tmp_path, other)
+    (group,) = load_results(tmp_path).groups
+    text = text_of(judge(group))
+    assert "do not decide between `elastic`" in text
+    assert "and `h2o`" in text
+    assert "better than" not in text
+    wide = text_of(judge(group, Choices(margins={"rougeL_vs_full": 0.2})))
+    assert "take `elastic`" in wide
+    assert "or `h2o`: equivalent within the margin." in wide
+
+
+def test_a_group_without_quality_or_without_budgets_says_so(tmp_path: Path) -> None:
+    record = body()
+    record["measurements"], record["samples"] = {}, []
+    write_cell(tmp_path / "a", record)
+    full(tmp_path / "b")
+    for name in ("a", "b"):
+        assert "no policy can be recommended" in text_of(judged_of(tmp_path / name))
