@@ -47,9 +47,7 @@ def _choice(judged: Judged, standing: Standing) -> str:
         return f"At {standing.budget} take `{name}`: {label} {value}, better than {others}."
     rivals = names(judged, [cell for cell, _ in standing.rivals])
     if all(found is not None and found.verdict == "equivalent" for _, found in standing.rivals):
-        return (
-            f"At {standing.budget} take `{name}` ({label} {value}) or {rivals}, which is equivalent within the margin."
-        )
+        return f"At {standing.budget} take `{name}` ({label} {value}) or {rivals}: equivalent within the margin."
     return (
         f"At {standing.budget} the samples do not decide between `{name}` (best {label} so far, {value}) and {rivals}."
     )
