@@ -30,7 +30,7 @@ def test_several_folders_give_one_page_where_out_says(folder: Path, tmp_path: Pa
     write_cell(tmp_path / "other", body(policy="elastic"))
     assert run(["report", str(folder), str(tmp_path / "other"), "--out", str(tmp_path / "both")]) == 0
     page = (tmp_path / "both" / "index.html").read_text(encoding="utf-8")
-    assert "1 cells from <code>other</code>" in page
+    assert "1 from <code>other</code>" in page
     assert (tmp_path / "both" / "table.csv").is_file()
     assert not (folder / "report").exists()
 

@@ -141,7 +141,7 @@ def _memory(judged: Judged, cell: CellResult) -> Iterator[str]:
     if own is None:
         return
     share = f", {own.value / full.value:.2f}x of full's {format_value('kv_stored_bytes', full.value)}" if full else ""
-    yield f"{format_value('kv_stored_bytes', own.value)} of KV cache per prompt{share}"
+    yield f"{format_value('kv_stored_bytes', own.value)} of KV cache stored{share}"
     peak = cell.estimate("peak_memory_bytes")
     before = judged.group.full.estimate("peak_memory_bytes") if judged.group.full else None
     if peak and before:

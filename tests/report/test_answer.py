@@ -66,6 +66,10 @@ def test_rivals_that_are_not_beaten_are_named_and_nothing_is_recommended(tmp_pat
     assert "`h2o`" in text
     assert "`elastic`" in text
     assert "more samples" in answer_html(judged)
+    standing = standing_at(judged, budgets_in(judged)["20 % of seen"], "rougeL_vs_full")
+    assert standing is not None
+    assert [one.policy for one in standing.beaten] == ["random"]
+    assert len(standing.rivals) == 1
 
 
 def test_a_policy_inside_the_margin_is_called_equivalent_and_its_budget_the_smallest(tmp_path: Path) -> None:
