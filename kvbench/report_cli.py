@@ -69,7 +69,7 @@ def _page(results: Results, folders: Sequence[Path], out: Path | None, choices: 
     from kvbench.report.build import write_report
     from kvbench.report.tables import print_tables
 
-    print_tables(results)
+    print_tables(results, choices=choices)
     shared = len(results.folders) > 1
     folder = out or (_SHARED if shared else folders[0] / "report")
     written = write_report(results, folder, folder if out or shared else folders[0], choices)

@@ -18,10 +18,12 @@ FILES = sorted(
     for path in (REPO / folder).rglob("*.py")
     if (REPO / folder / "policies") not in path.parents
 )
-FOUNDATION = {"errors", "units", "durable", "sealed", "redaction", "records"}
+FOUNDATION = {"errors", "units", "durable", "sealed", "redaction", "records", "packed", "autopsies"}
 COMPOSITION = {
+    "audit_cli",
     "cli",
     "frontier_cli",
+    "frontier_look",
     "frontier_search",
     "combinations",
     "gate",
@@ -47,15 +49,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "redaction": set(),
     "sealed": {"errors"},
     "records": {"errors", "durable", "sealed"},
+    "packed": {"errors"},
+    "autopsies": {"errors", "durable", "sealed"},
     "kernels": FOUNDATION,
     "cache": FOUNDATION | {"kernels"},
     "datasets": FOUNDATION | {"cache"},
     "models": FOUNDATION | {"kernels", "cache", "datasets"},
     "metrics": FOUNDATION | {"cache", "datasets", "models"},
     "sinks": FOUNDATION | {"cache", "datasets", "models"},
-    "runs": FOUNDATION | {"kernels", "cache", "datasets", "models", "metrics", "sinks"},
+    "runs": FOUNDATION | {"kernels", "cache", "datasets", "models", "metrics", "sinks", "stats"},
     "stats": {"errors", "units"},
     "report": FOUNDATION | {"stats"},
+    "audit": FOUNDATION | {"metrics"},
     "__init__": {"cache"},
 }
 ONLY_IN = {

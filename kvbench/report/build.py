@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvbench.errors import ConfigError
@@ -16,6 +16,8 @@ from kvbench.report.load import Results
 from kvbench.report.page import render_page
 from kvbench.report.plots import draw_plots
 from kvbench.report.tables import markdown_tables
+
+MOST_CELLS_DRAWN = 300
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,13 +44,13 @@ def write_report(results: Results, folder: Path, tables_folder: Path, choices: C
     The same records give the same bytes. Figures of an earlier report are removed.
     Raises: ConfigError if a folder cannot be written to.
     """
-    plots = draw_plots(results)
+    plots = draw_plots(_drawn(results))
     try:
         (folder / "plots").mkdir(parents=True, exist_ok=True)
         for stale in (folder / "plots").glob("*.svg"):
             stale.unlink()
         figures = tuple(_written(folder / "plots" / f"{plot.name}.svg", plot.svg) for plot in plots)
-        markdown = _written(folder / "table.md", markdown_tables(results))
+        markdown = _written(folder / "table.md", markdown_tables(results, choices))
         page = _written(folder / "index.html", render_page(results, plots, choices))
         tables = write_csv_and_parquet(results, tables_folder)
     except OSError as error:
@@ -57,6 +59,18 @@ def write_report(results: Results, folder: Path, tables_folder: Path, choices: C
             "The folder must be writable; choose another one with --out."
         ) from error
     return ReportPaths(page=page, markdown=markdown, plots=figures, tables=tables)
+
+
+def _drawn(results: Results) -> Results:
+    """Return the first groups, up to some hundred cells: figures of more take minutes, `kvbench plot` draws any."""
+    kept: set[tuple[str, str]] = set()
+    room = MOST_CELLS_DRAWN
+    for group in results.groups:
+        room -= len(group.cells)
+        if room < 0:
+            break
+        kept.add((group.model, group.dataset))
+    return replace(results, records=tuple(cell for cell in results.records if (cell.model, cell.dataset) in kept))
 
 
 def _written(path: Path, text: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kvbench.errors import RecordError
@@ -37,7 +38,8 @@ class Estimate:
 class CellResult:
     """The accepted record of one cell.
 
-    `variant` tells cells apart whose labels are equal; `folder` names the results folder where several are read.
+    `variant` tells cells apart whose labels are equal; `folder` names the results folder where several are read;
+    `cell_folder` is where the record lies, for what lies beside it.
     """
 
     key: str
@@ -61,6 +63,7 @@ class CellResult:
     duration_s: float
     variant: str = ""
     folder: str = ""
+    cell_folder: Path | None = None
 
     @property
     def failed(self) -> bool:

@@ -56,8 +56,13 @@ def scores_of(cell: CellResult, name: str) -> Mapping[str, float]:
     return {identity: score[0] / score[1] for identity, score in scored if score is not None}
 
 
+def is_collapsed(name: str, score: float, full: float) -> bool:
+    """Tell whether a sample's score lost most of what the full cache's is worth; scores of ppl are nats per token."""
+    if measure(name).better == "higher":
+        return full > 0 and score < KEPT_SHARE * full
+    return score - full > LOST_NATS
+
+
 def _loss(sample: str, full: float, score: float, name: str) -> Loss:
-    higher = measure(name).better == "higher"
-    loss = full - score if higher else score - full
-    collapsed = full > 0 and score < KEPT_SHARE * full if higher else loss > LOST_NATS
-    return Loss(sample=sample, full=full, score=score, loss=loss, collapsed=collapsed)
+    loss = full - score if measure(name).better == "higher" else score - full
+    return Loss(sample=sample, full=full, score=score, loss=loss, collapsed=is_collapsed(name, score, full))

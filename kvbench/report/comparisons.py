@@ -6,12 +6,13 @@ for one in group_comparisons(group):
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from itertools import combinations
 
 from kvbench.report.cell import CellResult
-from kvbench.report.compare_cells import DECLARED, Choices, Comparison, compare, judged
+from kvbench.report.compare_cells import compare
+from kvbench.report.comparison import DECLARED, Choices, Comparison, judged
 from kvbench.report.load import Group
 from kvbench.stats.holm import holm
 from kvbench.stats.margins import smallest_margin
@@ -23,18 +24,25 @@ PRIMARY_LATENCY = "tpot_ratio_to_full"
 PRIMARY_BUDGET = 0.2
 
 
-def group_comparisons(group: Group, choices: Choices = DECLARED) -> tuple[Comparison, ...]:
-    """Return every budgeted cell against full, and every two policies at equal budget, in every measure.
+def group_comparisons(
+    group: Group, choices: Choices = DECLARED, only: Collection[str] | None = None, *, between: bool = True
+) -> tuple[Comparison, ...]:
+    """Return every budgeted cell against full, and every two policies at equal budget, in every measure or `only` some.
 
-    Verdicts are corrected by Holm within a measure: those against full are one family, those between policies another.
+    Verdicts are corrected by Holm within a measure: those against full are one family, those between policies another,
+    which is left out without `between`.
     """
-    names = [name for name in MEASURES if any(cell.estimate(name) for cell in group.budgeted)]
+    names = [
+        name
+        for name in MEASURES
+        if any(cell.estimate(name) for cell in group.budgeted) and (only is None or name in only)
+    ]
     found: list[Comparison] = []
     for name in names:
-        for pairs in (_against_full(group), _between_policies(group)):
+        for pairs in (_against_full(group), between_policies(group) if between else ()):
             family = [one for pair in pairs if (one := compare(*pair, name, choices))]
             found.extend(_corrected(family))
-    return tuple(_marked(found))
+    return tuple(_marked(group, found))
 
 
 def _against_full(group: Group) -> Iterator[tuple[CellResult, CellResult]]:
@@ -42,7 +50,8 @@ def _against_full(group: Group) -> Iterator[tuple[CellResult, CellResult]]:
         yield from ((cell, group.full) for cell in group.budgeted if not cell.failed)
 
 
-def _between_policies(group: Group) -> Iterator[tuple[CellResult, CellResult]]:
+def between_policies(group: Group) -> Iterator[tuple[CellResult, CellResult]]:
+    """Yield every two policies at equal budget."""
     by_budget: dict[str, list[CellResult]] = {}
     for cell in group.budgeted:
         if not cell.failed:
@@ -57,13 +66,12 @@ def _corrected(family: list[Comparison]) -> list[Comparison]:
     return [judged(one, corrected[id(one)]) if id(one) in corrected else one for one in family]
 
 
-def _marked(found: Iterable[Comparison]) -> Iterator[Comparison]:
+def _marked(group: Group, found: Iterable[Comparison]) -> Iterator[Comparison]:
     """Mark the comparisons that were declared before: one quality and one latency measure, at 20 % of the tokens."""
-    found = list(found)
-    against = [one for one in found if one.second.is_full]
-    budgets = sorted({one.first.budget_fraction for one in against if one.first.budget_fraction is not None})
+    shares = {cell.budget_fraction for cell in group.budgeted if not cell.failed}
+    budgets = sorted(share for share in shares if share is not None)
     declared = PRIMARY_BUDGET if PRIMARY_BUDGET in budgets or not budgets else budgets[len(budgets) // 2]
-    quality = next((name for name in PRIMARY_QUALITIES if any(one.measure == name for one in against)), None)
+    quality = next((name for name in PRIMARY_QUALITIES if any(cell.estimate(name) for cell in group.budgeted)), None)
     for one in found:
         is_primary = (
             one.second.is_full

@@ -6,9 +6,6 @@ from kvbench.report.comparisons import Comparison
 from kvbench.stats.margins import is_latency_ratio
 from kvbench.units import measure
 
-# The mark says the same as the word, so that neither colour nor reading every row is needed.
-MARKS = {"better": "+", "worse": "-", "equivalent": "=", "undecided": "?", "noisy": "~", "not comparable": "x"}
-
 
 def difference_unit(name: str) -> tuple[str, float, int]:
     """Return (unit, divisor, decimals) in which differences of the measure are printed."""

@@ -1,4 +1,4 @@
-"""Say in words what the numbers show, computed from them: who leads, what it costs, what looks odd.
+"""What looks odd in the numbers: policies below `random`, quality that falls where the budget grows.
 
 Every difference is paired by sample and carries its interval; where that interval holds zero the
 words say "undecided" instead of naming a winner.
@@ -14,11 +14,10 @@ from kvbench.report.cell import CellResult
 from kvbench.report.comparisons import Comparison, compare
 from kvbench.report.load import Group
 from kvbench.report.paired import is_worse
-from kvbench.units import format_value, format_with_interval, measure
+from kvbench.units import format_value, measure
 
 QUALITIES = ("objects_recalled_fraction", "rougeL_vs_full", "ppl", "rougeL_vs_reference")
 _ODD_QUALITIES = QUALITIES[:3]
-_MOST_NAMES = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,15 +35,6 @@ class Contrast:
         return self.difference.is_clear
 
 
-def primary_quality(group: Group) -> str | None:
-    """Return the measure that headlines speak of: the first that a budgeted cell, or any cell, has."""
-    for cells in (group.budgeted, group.cells):
-        for name in QUALITIES:
-            if any(cell.estimate(name) for cell in cells):
-                return name
-    return None
-
-
 def budgets_of(group: Group) -> dict[str, list[CellResult]]:
     """Return the usable budgeted cells by budget, whatever position mode each policy is run in."""
     found: dict[str, list[CellResult]] = {}
@@ -52,28 +42,6 @@ def budgets_of(group: Group) -> dict[str, list[CellResult]]:
         if not cell.failed:
             found.setdefault(cell.budget, []).append(cell)
     return found
-
-
-def headlines(group: Group) -> list[str]:
-    """Return the sentences on top: full's level, the leader per budget, and what the leader costs."""
-    name = primary_quality(group)
-    if name is None:
-        return ["No cell has a quality measurement yet, so no policy can be named better than another."]
-    sentences = [_full_sentence(group, name)]
-    for budget, cells in budgets_of(group).items():
-        telling = _telling_quality(cells, name)
-        ranked = _ranked(cells, telling)
-        if ranked:
-            sentences.append(_leader_sentence(group, ranked, telling, budget))
-    return sentences
-
-
-def _telling_quality(cells: list[CellResult], primary: str) -> str:
-    """Return the primary measure, or the next one where every policy scores 0 in it and none can lead."""
-    for name in (primary, *QUALITIES):
-        if any(found.value != 0.0 for cell in cells if (found := cell.estimate(name))):
-            return name
-    return primary
 
 
 def below_random(group: Group) -> dict[str, list[Contrast]]:
@@ -133,54 +101,3 @@ def _worse(first: CellResult, second: CellResult, names: Iterable[str]) -> Itera
 def _comparable_budgets(smaller: CellResult, larger: CellResult) -> bool:
     """Tell whether two budgets are ordered: a share and an absolute size are not, full is above both."""
     return larger.is_full or (smaller.budget_fraction is None) == (larger.budget_fraction is None)
-
-
-def _ranked(cells: list[CellResult], name: str) -> list[CellResult]:
-    """Return the cells that have the measure, best first."""
-    sign = -1.0 if measure(name).better == "higher" else 1.0
-    valued = [(sign * found.value, cell.sort_key, cell) for cell in cells if (found := cell.estimate(name))]
-    return [cell for _, _, cell in sorted(valued, key=lambda item: item[:2])]
-
-
-def _with_interval(cell: CellResult, name: str) -> str:
-    found = cell.estimate(name)
-    return format_with_interval(name, found.value, found.low, found.high) if found else "-"
-
-
-def _full_sentence(group: Group, name: str) -> str:
-    label = measure(name).label
-    found = group.full.estimate(name) if group.full else None
-    if group.full is None or found is None:
-        return f"The full cache has no {label} here, so the distance to it is not known."
-    num = f" (n = {found.n})" if found.n is not None else ""
-    return f"With the full cache: {label} {_with_interval(group.full, name)}{num}."
-
-
-def _leader_sentence(group: Group, ranked: list[CellResult], name: str, budget: str) -> str:
-    best = ranked[0]
-    if len(ranked) == 1:
-        only = f"{group.series_label(best)} alone was measured, {measure(name).label} {_with_interval(best, name)}"
-        return f"At {budget}: {only}{_cost_clause(group, best)}."
-    text = f"At {budget}: {group.series_label(best)} has the best {measure(name).label}, {_with_interval(best, name)}"
-    ties = [cell for cell in ranked[1:] if (found := compare(best, cell, name)) and not found.is_clear]
-    if ties:
-        names = [group.series_label(cell) for cell in ties]
-        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-        text += f" (undecided against {', '.join(names[:_MOST_NAMES])}{more})"
-    else:
-        second, value = ranked[1], ranked[1].estimate(name)
-        clear = f"clearly ahead of {group.series_label(second)}"
-        text += f", {clear} ({format_value(name, value.value if value else None)})"
-    return f"{text}{_cost_clause(group, best)}."
-
-
-def _cost_clause(group: Group, cell: CellResult) -> str:
-    parts: list[str] = []
-    mine = cell.estimate("kv_stored_bytes")
-    full = group.full.estimate("kv_stored_bytes") if group.full else None
-    if mine and full and full.value > 0:
-        parts.append(f"KV bytes {mine.value / full.value:.2f}x")
-    for name, what in (("tpot_ratio_to_full", "time per output token"), ("ttft_ratio_to_full", "time to first token")):
-        if cell.estimate(name):
-            parts.append(f"{what} {_with_interval(cell, name)}")
-    return f". Its cost relative to full: {', '.join(parts)}" if parts else ""

@@ -11,11 +11,22 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from kvbench.report.cell import CellResult
-from kvbench.report.comparisons import DECLARED, PRIMARY_QUALITIES, Choices, Comparison, group_comparisons
+from kvbench.report.comparison import judged as corrected
+from kvbench.report.comparisons import (
+    DECLARED,
+    PRIMARY_QUALITIES,
+    Choices,
+    Comparison,
+    between_policies,
+    compare,
+    group_comparisons,
+)
 from kvbench.report.load import Group
 from kvbench.units import measure
 
 OTHER_QUALITIES = ("objects_recalled_fraction", "needles_recalled_fraction", "ppl", "rougeL_vs_reference", "kl_to_full")
+MOST_PAIRS = 500
+TIME_RATIOS = ("tpot_ratio_to_full", "ttft_ratio_to_full")
 _SWAPPED: Mapping[str, Literal["better", "worse"]] = {"better": "worse", "worse": "better"}
 
 
@@ -26,6 +37,8 @@ class Judged:
     group: Group
     primary: str | None
     by_pair: Mapping[tuple[str, str, str], Comparison]
+    choices: Choices
+    num_pairs: int
 
     def against_full(self, cell: CellResult, name: str) -> Comparison | None:
         """Return the comparison of the cell with the full cache."""
@@ -37,7 +50,12 @@ class Judged:
         if found is not None:
             return found
         found = self.by_pair.get((name, second.key, first.key))
-        return None if found is None else swapped(found)
+        if found is not None or self.num_pairs <= MOST_PAIRS:
+            return None if found is None else swapped(found)
+        found = compare(first, second, name, self.choices)
+        if found is None or found.p_value is None:
+            return found
+        return corrected(found, min(1.0, found.p_value * self.num_pairs))
 
     @property
     def qualities(self) -> tuple[str, ...]:
@@ -49,10 +67,16 @@ class Judged:
 
 
 def judge(group: Group, choices: Choices = DECLARED) -> Judged:
-    """Return the group with every comparison that can be made in it."""
-    found = group_comparisons(group, choices)
+    """Return the group with every comparison of quality and time that can be made in it.
+
+    Of very many policies only those pairs are compared that are asked for, with Bonferroni's correction for all of
+    them, which is stricter than Holm's.
+    """
+    num_pairs = sum(1 for _ in between_policies(group))
+    names = (*PRIMARY_QUALITIES, *OTHER_QUALITIES, *TIME_RATIOS)
+    found = group_comparisons(group, choices, names, between=num_pairs <= MOST_PAIRS)
     by_pair = {(one.measure, one.first.key, one.second.key): one for one in found}
-    return Judged(group=group, primary=_primary(group), by_pair=by_pair)
+    return Judged(group=group, primary=_primary(group), by_pair=by_pair, choices=choices, num_pairs=num_pairs)
 
 
 def swapped(one: Comparison) -> Comparison:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ def read_cells(folder: Path, *, keys: Collection[str] | None = None) -> tuple[li
         try:
             body = read_record(path)
             if keys is None or body["key"] in keys:
-                cells.append(parse_cell(body))
+                cells.append(replace(parse_cell(body), cell_folder=path.parent))
         except RecordError as error:
             problems.append(Problem(path=name, message=str(error).removeprefix(f"{path} ")))
         else:

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from kvbench.report.cell_rows import all_rows
 from kvbench.report.comparisons import DECLARED, Choices
 from kvbench.report.judged import Judged, judge
 from kvbench.report.load import Results
 from kvbench.report.notes import Note, notes_of
 from kvbench.report.page_again import again_html
 from kvbench.report.page_answer import answer_html
+from kvbench.report.page_autopsy import autopsy_section
 from kvbench.report.page_failures import failures_html
 from kvbench.report.page_figures import chosen_plots, figures_html
 from kvbench.report.page_frontier import frontier_html
@@ -21,7 +23,7 @@ from kvbench.report.page_latency import latency_html
 from kvbench.report.page_markup import escaped, prose
 from kvbench.report.page_memory import memory_html
 from kvbench.report.page_methods import methods_html
-from kvbench.report.page_samples import sample_browser, worst_samples
+from kvbench.report.page_samples import sample_browser
 from kvbench.report.page_script import SCRIPT, content_policy
 from kvbench.report.page_style import STYLE
 from kvbench.report.page_tables import environment_html, problems_html, results_html
@@ -29,9 +31,9 @@ from kvbench.report.page_verdicts import verdicts_html
 from kvbench.report.plots import Plot
 from kvbench.report.plots_theme import PLOT_STYLE
 from kvbench.report.table_rows import INTERVAL_NOTE, counts_text, results_table
-from kvbench.report.verdict_rows import all_rows
 
 _MOST_OPEN_GROUPS = 4
+_MOST_CELLS_IN_FULL = 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,10 +79,11 @@ def _sections(results: Results, judged: Sequence[Judged], plots: Sequence[Plot])
             "figures",
             "Figures",
             "Figures",
-            _per_group(judged, lambda one: figures_html(shown, one.group.title)) + _cut(plots, shown),
+            _per_group(judged, lambda one: figures_html(shown, one.group.title)) + _cut(judged, plots, shown),
         ),
         ("failures", "Failures", "Where policies fail", _per_group(judged, failures_html)),
-        ("samples", "Samples", "Samples", sample_browser(results) + worst_samples(results)),
+        ("samples", "Samples", "Samples", sample_browser(results)),
+        ("autopsy", "Kept", "What the cache kept", autopsy_section(results)),
         ("memory", "Memory", "Memory", _per_group(judged, lambda one: memory_html(one.group))),
         ("latency", "Latency", "Latency", _per_group(judged, lambda one: latency_html(one.group))),
         ("numbers", "Numbers", "All numbers", _per_group(judged, _numbers)),
@@ -129,17 +132,24 @@ def _note(note: Note) -> str:
     return f"<li>{prose(note.text)}{numbers}</li>"
 
 
-def _cut(plots: Sequence[Plot], shown: Sequence[Plot]) -> str:
+def _cut(judged: Sequence[Judged], plots: Sequence[Plot], shown: Sequence[Plot]) -> str:
+    """Say which figures are elsewhere, of very large folders."""
     left = len(plots) - len(shown)
-    return f"<p>{left} more figures are in the folder plots beside this page.</p>" if left else ""
+    beside = f"<p>{left} more figures are in the folder plots beside this page.</p>" if left else ""
+    titles = {plot.group_title for plot in plots}
+    undrawn = sum(one.group.title not in titles for one in judged)
+    apart = f"<p>Not drawn here: {undrawn} of {len(judged)} groups; <code>kvbench plot</code> draws them.</p>"
+    return beside + (apart if undrawn else "")
 
 
 def _numbers(judged: Judged) -> str:
     group = judged.group
     table, every = results_table(group), results_table(group, every_measure=True)
-    note = f'{table.counts}. {INTERVAL_NOTE} "-" means not measured.'
+    note = f'{table.counts}. {INTERVAL_NOTE} "-" means not measured. Every measurement is in table.csv.'
+    main = f"<p class=quiet>{prose(note)}</p>{results_html(table, f'Results, {group.title}')}"
+    if len(group.cells) > _MOST_CELLS_IN_FULL:
+        return main
     return (
-        f"<p class=quiet>{prose(note)}</p>{results_html(table, f'Results, {group.title}')}"
-        f"<details><summary>Every measurement ({len(every.columns)} columns)</summary>"
+        f"{main}<details><summary>Every measurement ({len(every.columns)} columns)</summary>"
         f"{results_html(every, f'Every measurement, {group.title}')}</details>"
     )

@@ -25,13 +25,13 @@ def _choices(results: Results) -> str:
     if len(results.folders) < 2:
         return ""
     counts = [(name, sum(cell.folder == name for cell in results.records)) for name in results.folders]
-    read = ", ".join(f"{count} cells from <code>{escaped(name)}</code>" for name, count in counts)
+    read = ", ".join(f"{count} from <code>{escaped(name)}</code>" for name, count in counts)
     items = "".join(f"<li>{_choice(results, choice)}</li>" for choice in results.choices[:_MOST_CHOICES])
     more = f"<p>And {len(results.choices) - _MOST_CHOICES} more.</p>" if len(results.choices) > _MOST_CHOICES else ""
     shared = (
         f"<p>Cells in more than one folder: the newest that did not fail counts.</p><ul>{items}</ul>" if items else ""
     )
-    return f"<p>Shown: {read}.</p>{shared}{more}"
+    return f"<p>Cells shown: {read}.</p>{shared}{more}"
 
 
 def _choice(results: Results, choice: Choice) -> str:

@@ -13,7 +13,8 @@ from kvbench.report.page_sample_links import sample_link, short_name
 from kvbench.report.standing import asked_budget, budgets_in
 from kvbench.units import format_value, measure
 
-MOST_ROWS = 32
+_MOST_ROWS = 32
+_MOST_ROWS_OF_MANY, _MANY_CELLS = 8, 60
 _MOST_LINKS = 8
 _COLLAPSED = "\u2715"
 
@@ -50,7 +51,8 @@ def _budget(judged: Judged, cells: Sequence[CellResult], name: str) -> str:
     items = _items(judged, cells, name)
     if not items:
         return ""
-    shown = items[:MOST_ROWS]
+    many = len(judged.group.cells) > _MANY_CELLS
+    shown = items[: _MOST_ROWS_OF_MANY if many else _MOST_ROWS]
     cut = f", the {len(shown)} of {len(items)} that lose most" if len(shown) < len(items) else ""
     caption = f"{measure(name).label} of every sample at {cells[0].budget}{cut}; {_COLLAPSED} marks a collapse"
     heads = [

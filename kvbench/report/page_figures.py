@@ -9,7 +9,7 @@ from kvbench.report.page_markup import escaped, prose, scroll_box
 from kvbench.report.plots import Plot
 from kvbench.report.plots_theme import THEME_COLOURS
 
-_MOST_CHARACTERS = 12_000_000
+_MOST_CHARACTERS = 6_000_000
 _STYLE = re.compile(r"<style\b.*?</style>", re.DOTALL)
 _METADATA = re.compile(r"<metadata>.*?</metadata>", re.DOTALL)
 

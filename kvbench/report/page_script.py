@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 
-from kvbench.report.page_script_samples import SAMPLES_SCRIPT
+from kvbench.report.page_autopsy_script import AUTOPSY_SCRIPT
+from kvbench.report.page_samples_script import SAMPLES_SCRIPT
 from kvbench.report.page_script_tables import TABLES_SCRIPT
 
 _THEME_SCRIPT = """
@@ -26,21 +27,7 @@ try {
 nameTheme();
 themes.hidden = false;
 """
-_LINKS_SCRIPT = """
-document.addEventListener("click", event => {
-  const link = event.target.closest && event.target.closest("a[data-sample]");
-  if (!link) return;
-  for (const [id, text] of [["pick-group", link.dataset.group], ["pick-cell", link.dataset.cell],
-      ["pick-sample", link.dataset.sample]]) {
-    const select = document.getElementById(id);
-    const option = select && [...select.options].find(one => one.text === text);
-    if (!option) continue;
-    select.value = option.value;
-    select.dispatchEvent(new Event("change"));
-  }
-});
-"""
-SCRIPT = f'"use strict";{_THEME_SCRIPT}{TABLES_SCRIPT}{SAMPLES_SCRIPT}{_LINKS_SCRIPT}'
+SCRIPT = f'"use strict";{_THEME_SCRIPT}{TABLES_SCRIPT}{AUTOPSY_SCRIPT}{SAMPLES_SCRIPT}'
 
 
 def content_policy(*scripts: str) -> str:

@@ -5,6 +5,10 @@ A root with data-theme follows that instead of the system; paper is printed ligh
 
 from __future__ import annotations
 
+import re
+
+from kvbench.report.page_autopsy_style import AUTOPSY_STYLE
+from kvbench.report.page_samples_script import SAMPLES_STYLE
 from kvbench.report.page_style_print import PRINT_STYLE
 
 _LIGHT = (
@@ -56,6 +60,7 @@ _ANSWER = """
 .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(330px, 100%), 1fr)); gap: 20px 36px;
   margin: 18px 0; }
 .answers > div { border-top: 2px solid var(--ink); min-width: 0; }
+.answers > div:only-child { max-width: 640px; }
 .answers h3 { margin: 8px 0 6px; }
 dl { margin: 0; }
 dl > div { border-top: 1px solid var(--grid); padding: 5px 0; display: grid; grid-template-columns: 92px 1fr;
@@ -84,13 +89,15 @@ tbody th { font-weight: normal; }
 .text tbody th { vertical-align: top; white-space: nowrap; }
 .text td { min-width: 90px; }
 tbody th.name { max-width: 150px; white-space: normal; overflow-wrap: break-word; }
-tbody th.name, thead .name:first-child { position: sticky; left: 0; background: var(--paper); z-index: 1; }
+tbody th.name, thead .name:first-child { position: sticky; left: 0; background: var(--paper);
+  background-clip: padding-box; z-index: 1; }
 tbody tr:hover > * { background: var(--soft); }
 th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: 2px 0;
   cursor: pointer; text-align: inherit; }
 th button::after { content: "\\00a0\\2195"; color: var(--muted); font-weight: normal; font-size: 0.8em; }
 th[aria-sort=ascending] button::after { content: "\\00a0\\2191"; color: var(--link); }
 th[aria-sort=descending] button::after { content: "\\00a0\\2193"; color: var(--link); }
+#verdict-table th, #verdict-table td { padding-left: 6px; padding-right: 6px; }
 .missing { color: var(--muted); font-size: 0.76rem; white-space: normal; }
 .losses { width: auto; }
 .losses thead th { max-width: 118px; overflow-wrap: break-word; }
@@ -98,7 +105,7 @@ th[aria-sort=descending] button::after { content: "\\00a0\\2193"; color: var(--l
 .verdict { min-width: 104px; }
 .v-better { color: var(--good); }
 .v-worse { color: var(--warn); }
-.noisy > * { color: var(--muted); font-style: italic; }
+.noisy > *, td.noisy { color: var(--muted); font-style: italic; }
 .collapsed, .collapsed a { color: var(--warn); }
 """
 _PARTS = """
@@ -126,4 +133,11 @@ mark { background: var(--mark); color: var(--mark-ink); border-radius: 2px; padd
   dl > div { grid-template-columns: 80px 1fr; }
 }
 """
-STYLE = _THEMES + _TEXT + _ANSWER + _TABLES + _PARTS + PRINT_STYLE
+_OWN = _THEMES + _TEXT + _ANSWER + _TABLES + _PARTS + AUTOPSY_STYLE + SAMPLES_STYLE + PRINT_STYLE
+_DARK_BLOCK = re.compile(r"@media \(prefers-color-scheme: dark\) \{\s*:root \{([^}]*)\}\s*\}")
+# A part that knows only the system's dark colours gets them for the chosen ones too, on screens alone.
+STYLE = _DARK_BLOCK.sub(
+    r"@media screen and (prefers-color-scheme: dark) { :root:not([data-theme=light]) {\1} }\n"
+    r"@media screen { :root[data-theme=dark] {\1} }",
+    _OWN,
+)

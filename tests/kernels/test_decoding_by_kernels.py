@@ -8,16 +8,22 @@ import pytest
 import torch
 
 from kvbench.cache import Budget, Policy, PolicyCache
+from kvbench.cache.eviction_log import EvictionLog
 from kvbench.cache.slots import Slots
-from kvbench.kernels.dispatch import kernels_forced
+from kvbench.kernels.dispatch import interpreted, kernels_forced
+from kvbench.policies.elastic import Elastic
 from kvbench.policies.full import Full
+from kvbench.policies.h2o import H2O
+from kvbench.policies.streaming_llm import StreamingLLM
 from tests.contract import left_padded
 from tests.driving import Trace, drive
 from tests.tiny_models import random_tokens, tiny_model
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-STEPS = 7
+pytestmark = pytest.mark.skipif(not interpreted(), reason="on a GPU tests/runs/test_graph.py compares whole decodes")
+
+STEPS = 5
 
 
 def decode(policy: Policy, positions: Any, by_kernels: bool, reserve_tokens: int) -> Trace:
@@ -47,3 +53,22 @@ def test_the_kernel_that_writes_takes_the_fresh_slot_of_a_policy_that_frees_none
     reference = decode(Full(), positions, False, STEPS)
     monkeypatch.setattr(Slots, "advance", lambda slots: pytest.fail("launched beside the kernel"))
     assert decode(Full(), positions, True, STEPS).held == reference.held
+
+
+@pytest.mark.parametrize("name", ["h2o", "elastic", "streaming_llm"])
+def test_the_eviction_log_reads_the_same_story_from_the_kernels_slots(name: str) -> None:
+    policy: Policy = {"h2o": H2O(), "elastic": Elastic(), "streaming_llm": StreamingLLM()}[name]
+    model, tokens = tiny_model("llama_gqa"), random_tokens(5, 1, 13 + STEPS)
+    stories = []
+    for by_kernels in (True, False):
+        log = EvictionLog(num_tokens=13 + STEPS)
+        cache = PolicyCache(model, policy, Budget(fraction=0.5), reserve_tokens=STEPS, on_plan=log.note_plan)
+        with kernels_forced(by_kernels), torch.no_grad():
+            model(tokens[:, :13], past_key_values=cache)
+            log.after_prompt(cache)
+            for at in range(13, 13 + STEPS):
+                model(tokens[:, at : at + 1], past_key_values=cache)
+                log.after_step(cache, [True])
+        stories.append(log.freed(0).tolist())
+    assert stories[0] == stories[1]
+    assert any(step > 0 for layer in stories[0] for head in layer for step in head)
