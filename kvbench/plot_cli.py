@@ -108,10 +108,19 @@ def _draw(args: argparse.Namespace) -> int:
         if drawn is None:
             wanted = f" with {args.measure}" if args.measure and kind.takes_measures else ""
             print(f"{kind.name}: not drawn for {group.title}{wanted}; it needs {kind.needs}")
+            _print_unusable(results, kind)
             continue
         _write(path, drawn)
         num_drawn += 1
     return 0 if num_drawn else 1
+
+
+def _print_unusable(results: Results, kind: FigureKind) -> None:
+    """Say which files could have been the missing data but cannot be used."""
+    folder = "frontier/" if kind.name == "frontier" else "cells/"
+    for problem in results.problems:
+        if problem.path.startswith(folder):
+            print(f"  {problem.path}: {problem.message}"[:300])
 
 
 def _chosen(results: Results, args: argparse.Namespace) -> list[Group]:

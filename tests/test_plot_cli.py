@@ -62,6 +62,18 @@ def test_a_figure_without_data_is_not_drawn_and_says_so(results: Path, capsys: p
     assert not list(Path().iterdir())
 
 
+def test_a_file_that_cannot_be_used_is_named_where_its_figure_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_cell(tmp_path / "one", body())
+    (tmp_path / "one/frontier").mkdir()
+    (tmp_path / "one/frontier/ppl-0.05.json").write_text("{")
+    assert run(["plot", "frontier", str(tmp_path / "one")]) == 1
+    said, torn = capsys.readouterr().out.splitlines()
+    assert "frontier: not drawn" in said
+    assert "frontier/ppl-0.05.json" in torn
+
+
 def test_groups_and_policies_are_chosen_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "two"
     write_sweep(folder)

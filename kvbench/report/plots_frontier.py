@@ -17,6 +17,7 @@ from kvbench.report.plots_style import Look, listed, new_figure, shortened, styl
 from kvbench.units import measure
 
 _LOG_FROM = 32.0
+_MORE_HELD = 0.01
 _LOOKS: dict[str, tuple[str, Any]] = {
     "safe": ("o", "full"),
     "worse": ("x", "full"),
@@ -87,19 +88,29 @@ def _looks(axes: Axes, row: int, search: Search, factor: float, look: Look) -> N
 
 
 def _answer(axes: Axes, row: int, search: Search, mark: Mark, frontier: Frontier, factor: float, look: Look) -> None:
-    """Draw the smallest safe budget with its interval; without one, an arrow beyond the largest budget."""
+    """Draw the smallest safe budget and from where on the true one may lie; text where it lies above the ladder."""
     top = max(frontier.ladder)
-    found = search.smallest_safe
-    low, high = min(search.budget_low, top) * factor, (top if found is None else found) * factor
+    end = top if search.smallest_safe is None else search.smallest_safe
     title = artist_name("smallest_safe", search.policy)
-    axes.hlines([row - 0.05], [low], [high], color=mark.colour, linewidth=3.0, alpha=0.6, zorder=2, label=title)
-    if found is not None:
-        axes.plot([high], [row - 0.05], linestyle="none", zorder=4, label=title, **style_of(mark, look.theme, size=8))
-        text = f"{high:g}{' %' if factor > 1 else ''}"
-    else:
-        text = f"above {high:g}{' %' if factor > 1 else ''}" if search.status != "not monotone" else search.status
-    axes.annotate(text, (high, row - 0.05), xytext=(8, 0), textcoords="offset points", va="center",
-                  fontsize=look.small_points, zorder=6)  # fmt: skip
+    if search.budget_low is not None:
+        axes.hlines([row - 0.05], [search.budget_low * factor], [end * factor], color=mark.colour, linewidth=3.0,
+                    alpha=0.6, zorder=2, label=title)  # fmt: skip
+    if search.smallest_safe is not None:
+        axes.plot([end * factor], [row - 0.05], linestyle="none", zorder=4, label=title,
+                  **style_of(mark, look.theme, size=8))  # fmt: skip
+    axes.annotate(_words(search, top, factor), (end * factor, row - 0.05), xytext=(8, 0), textcoords="offset points",
+                  va="center", fontsize=look.small_points, zorder=6)  # fmt: skip
+
+
+def _words(search: Search, top: float, factor: float) -> str:
+    """Return the answer in words: the budget, what is really held where that is clearly more, and what was odd."""
+    unit = " %" if factor > 1 else ""
+    found, seen = search.smallest_safe, search.look
+    text = f"above {top * factor:g}{unit}" if found is None else f"{found * factor:g}{unit}"
+    held = seen.realised_budget if seen is not None and factor > 1 else None
+    if held is not None and found is not None and held >= found + _MORE_HELD:
+        text += f" (holds {held * factor:.0f} %)"
+    return f"{text}, not monotone" if search.status == "not monotone" else text
 
 
 def _keys(figure: Figure, look: Look) -> None:

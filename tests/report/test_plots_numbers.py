@@ -194,11 +194,12 @@ def test_throughput_and_capacity_are_the_records(tmp_path: Path) -> None:
 
 def test_a_frontier_is_what_its_file_says(sweep_folder: Path) -> None:
     found = search("h2o", 0.2, low=0.1, looks=((0.5, "safe"), (0.1, "worse"), (0.2, "safe")))
-    none = search("elastic", None, low=0.6, looks=((0.5, "undecided"),))
+    none = search("elastic", None, low=0.4, looks=((0.5, "undecided"),))
+    beyond = replace(search("snapkv", None, low=None, looks=((0.5, "worse"),)), status="not monotone")
     other = search("random", 0.5, low=0.5, looks=(), model="another")
     frontier = Frontier(
         name="f", measure="ppl", margin=0.05, ladder=(0.1, 0.2, 0.5), budget_setting="fraction", confidence=0.98,
-        num_cells=3, num_cells_of_grid=6, searches=(found, none, other),
+        num_cells=3, num_cells_of_grid=6, searches=(found, none, beyond, other),
     )  # fmt: skip
     results = replace(load_results(sweep_folder), frontiers=(frontier,))
     look = Look(palette=palette_of(results), frontiers=(frontier,))
@@ -211,16 +212,26 @@ def test_a_frontier_is_what_its_file_says(sweep_folder: Path) -> None:
     assert lines(figure, "smallest_safe: h2o")[0][0, 0] == 20.0
     assert corners(figure, "smallest_safe: h2o")[:, 0].tolist() == [10.0, 20.0]
     assert lines(figure, "smallest_safe: elastic") == []
+    assert corners(figure, "smallest_safe: elastic")[:, 0].tolist() == [40.0, 50.0]
+    assert len(corners(figure, "smallest_safe: snapkv")) == 0, "the true one lies above the ladder"
     assert lines(figure, "safe: h2o")[0][:, 0].tolist() == [50.0, 20.0]
     assert lines(figure, "worse: h2o")[0][:, 0].tolist() == [10.0]
-    assert {"20 %", "above 50 %"} == texts(figure)
+    assert texts(figure) == {"20 % (holds 46 %)", "above 50 %", "above 50 %, not monotone"}
 
 
 def search(
-    policy: str, smallest: float | None, *, low: float, looks: tuple[tuple[float, Any], ...], model: str = "tiny-llava"
+    policy: str,
+    smallest: float | None,
+    *,
+    low: float | None,
+    looks: tuple[tuple[float, Any], ...],
+    model: str = "tiny-llava",
 ) -> Search:
     return Search(
         model=model, dataset="scenes", policy=policy, positions="original", policy_settings={}, full_key="k",
         status="found" if smallest else "no budget shown safe", smallest_safe=smallest, budget_low=low,
-        looks=tuple(BudgetLook(budget=budget, outcome=outcome, num_samples=32) for budget, outcome in looks),
+        looks=tuple(
+            BudgetLook(budget=budget, outcome=outcome, num_samples=32, realised_budget=2.3 * budget)
+            for budget, outcome in looks
+        ),
     )  # fmt: skip
