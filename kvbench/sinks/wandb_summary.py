@@ -1,0 +1,116 @@
+"""The W&B run of a whole sweep: its tables, its figures, how cells compare to the full cache, and its records.
+
+>>> write_run(summary_run(summary), place, "offline")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvbench.durable import make_folder
+from kvbench.records import SCHEMA_VERSION
+from kvbench.redaction import redacted_body
+from kvbench.sealed import seal
+from kvbench.sinks.wandb_cell import cell_digest, table
+from kvbench.sinks.wandb_run import RunSpec
+
+if TYPE_CHECKING:
+    import wandb
+
+ARTIFACT_TYPE = "kvbench-records"
+_SHOWN = 1  # one more whenever a summary comes to show the same records otherwise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of text, numbers and None."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSummary:
+    """A sweep as plain data. `bodies`: its records; `tables`, `figures` (PNG) and `numbers` by their W&B key."""
+
+    sweep: str
+    bodies: Sequence[Mapping[str, Any]]
+    folder: Path
+    tables: Mapping[str, Table]
+    figures: Mapping[str, bytes]
+    numbers: Mapping[str, float | str]
+
+
+def summary_id(sweep: str, keys: Sequence[str]) -> str:
+    """Return the id of the summary run of these cells: the same cells under the same name are the same run."""
+    return hashlib.sha256("\n".join([sweep, *sorted(keys)]).encode()).hexdigest()[:16]
+
+
+def summary_digest(bodies: Sequence[Mapping[str, Any]], version: str) -> str:
+    """Return what changes when the summary of `bodies` does; `version` is that of the code which makes it."""
+    parts = sorted(cell_digest(dict(body)) for body in bodies)
+    return hashlib.sha256("\n".join([str(_SHOWN), version, *parts]).encode()).hexdigest()
+
+
+def summary_run(summary: SweepSummary, version: str) -> RunSpec:
+    """Return the run of `summary`, without secrets; its config lists what the cells have in common."""
+    clean = [redacted_body(body) for body in summary.bodies]
+    names = {part: sorted({str(body["labels"].get(part)) for body in clean}) for part in ("model", "dataset", "policy")}
+    return RunSpec(
+        id=summary_id(summary.sweep, [body["key"] for body in clean]),
+        digest=summary_digest(clean, version),
+        name=f"summary of {summary.sweep}",
+        group=summary.sweep,
+        job_type="summary",
+        tags=["summary"],
+        config={"sweep": summary.sweep, "num_cells": len(clean), **{f"{part}s": some for part, some in names.items()}},
+        fill=lambda run: _fill(run, summary, clean),
+    )
+
+
+def _fill(run: wandb.Run, summary: SweepSummary, bodies: Sequence[dict[str, Any]]) -> None:
+    import wandb
+    from PIL import Image
+
+    shown = redacted_body({name: [list(row) for row in one.rows] for name, one in summary.tables.items()})
+    media: dict[str, Any] = {
+        name: table(list(one.columns), shown[name]) for name, one in summary.tables.items() if one.rows
+    }
+    for name, png in summary.figures.items():
+        media[name] = wandb.Image(Image.open(io.BytesIO(png)))
+    run.log(media)
+    run.log_artifact(_records(summary, bodies))
+    statuses = [body["status"] for body in bodies]
+    counts = {f"cells/{status}": statuses.count(status) for status in sorted(set(statuses))}
+    run.summary.update({**counts, **redacted_body(summary.numbers)})
+
+
+def _records(summary: SweepSummary, bodies: Sequence[dict[str, Any]]) -> wandb.Artifact:
+    """Return the records as one artifact: the same records have the same digest, and so make no new version."""
+    import wandb
+
+    named = hashlib.sha256(summary.sweep.encode()).hexdigest()[:8]
+    artifact = wandb.Artifact(f"records-{_safe(summary.sweep)}-{named}", ARTIFACT_TYPE)
+    for original, body in sorted(zip(summary.bodies, bodies, strict=True), key=lambda pair: pair[1]["key"]):
+        name = f"cells/{body['key'][:16]}/record.json"
+        path = summary.folder / name if body == original else _clean_copy(summary.folder, body)
+        # Records never change, so they need no second copy in wandb's own folders.
+        artifact.add_file(str(path.resolve()), name=name, policy="immutable", skip_cache=True)
+    return artifact
+
+
+def _clean_copy(folder: Path, body: dict[str, Any]) -> Path:
+    """Write a record in which a secret was found, which became known only later, without it."""
+    path = folder / "wandb" / "redacted" / f"{body['key'][:16]}.json"
+    make_folder(path.parent)
+    path.write_bytes(seal("kvbench_record", SCHEMA_VERSION, body))
+    return path
+
+
+def _safe(name: str) -> str:
+    return "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in name)[:64]
