@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 SUBCOMMANDS = {
     "report": "kvbench.report_cli:report_command",
     "results": "kvbench.results_cli:results_command",
+    "wandb": "kvbench.wandb_cli:wandb_command",
 }
 _STOPPED = "stopped; finished cells and batches are kept, the same command goes on"
 DEFAULT_SWEEP = ["+experiment=default"]

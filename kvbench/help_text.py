@@ -15,6 +15,7 @@ kvbench compares KV-cache policies under one definition of everything.
   kvbench +experiment=NAME                    run a named sweep
   kvbench report [FOLDER] [--sweep NAME]      build table, figures and page again from the records
   kvbench results COMMAND [FOLDER]            list, show, table, csv, parquet, verify, gc; results --help
+  kvbench wandb sync [FOLDER]                 send records to Weights & Biases; wandb sync --help
 
 settings (KEY=VALUE):
 {groups}

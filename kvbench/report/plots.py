@@ -13,7 +13,7 @@ from kvbench.report.plots_quality import quality_figure
 from kvbench.report.plots_rows import latency_figure, memory_figure
 from kvbench.report.plots_style import BLUE, GREY, GRID, INK, MUTED, PAPER, RC, Palette, svg_text
 
-_FIGURES = {"quality": quality_figure, "pareto": pareto_figure, "latency": latency_figure, "memory": memory_figure}
+FIGURES = {"quality": quality_figure, "pareto": pareto_figure, "latency": latency_figure, "memory": memory_figure}
 # The page swaps these for its own variables, so that figures follow its light or dark colours.
 # Blue and grey are too dark for a dark page, so they get lighter there; the other colours serve both.
 THEME_COLOURS = {
@@ -42,12 +42,16 @@ def draw_plots(results: Results) -> tuple[Plot, ...]:
     return tuple(plot for index, group in enumerate(results.groups) for plot in _group_plots(index, group, palette))
 
 
-def _group_plots(index: int, group: Group, palette: Palette) -> list[Plot]:
+def figure_name(index: int, group: Group, kind: str) -> str:
+    """Return the file name, without suffix, of a figure of the `index`-th group."""
     # The index keeps two groups apart whose names differ only in characters a file name can not have.
-    slug = f"{index + 1}-" + re.sub(r"[^A-Za-z0-9._]+", "-", f"{group.model}-{group.dataset}")
+    return f"{index + 1}-" + re.sub(r"[^A-Za-z0-9._]+", "-", f"{group.model}-{group.dataset}") + f"-{kind}"
+
+
+def _group_plots(index: int, group: Group, palette: Palette) -> list[Plot]:
     plots: list[Plot] = []
-    for kind, draw in _FIGURES.items():
+    for kind, draw in FIGURES.items():
         with rc_context(RC):
             svg = svg_text(draw(group, palette))
-        plots.append(Plot(name=f"{slug}-{kind}", kind=kind, group_title=group.title, svg=svg))
+        plots.append(Plot(name=figure_name(index, group, kind), kind=kind, group_title=group.title, svg=svg))
     return plots

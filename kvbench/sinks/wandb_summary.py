@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvbench.durable import make_folder
-from kvbench.records import SCHEMA_VERSION
+from kvbench.records import encode_record
 from kvbench.redaction import redacted_body
-from kvbench.sealed import seal
 from kvbench.sinks.wandb_cell import cell_digest, table
 from kvbench.sinks.wandb_run import RunSpec
 
@@ -108,7 +107,7 @@ def _clean_copy(folder: Path, body: dict[str, Any]) -> Path:
     """Write a record in which a secret was found, which became known only later, without it."""
     path = folder / "wandb" / "redacted" / f"{body['key'][:16]}.json"
     make_folder(path.parent)
-    path.write_bytes(seal("kvbench_record", SCHEMA_VERSION, body))
+    path.write_bytes(encode_record(body))
     return path
 
 
