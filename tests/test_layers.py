@@ -53,7 +53,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metrics": FOUNDATION | {"cache", "datasets", "models"},
     "sinks": FOUNDATION | {"cache", "datasets", "models"},
     "runs": FOUNDATION | {"kernels", "cache", "datasets", "models", "metrics", "sinks"},
-    "report": FOUNDATION,
+    "stats": {"errors", "units"},
+    "report": FOUNDATION | {"stats"},
     "__init__": {"cache"},
 }
 ONLY_IN = {
