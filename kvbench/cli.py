@@ -137,10 +137,17 @@ def _show(sweep: Sweep) -> None:
         digest = inputs_digest(results)
         build_report(results)
         write_stamp(results, digest)
+    sweep.summarise(lambda: _wandb_summary(sweep))
     if sweep.num_failed:
         print(f"{sweep.num_failed} of {num_cells} cells failed; their records say why")
     print(f"report: {results / 'report' / 'index.html'}")
     print(f"tables: {results / 'table.csv'}, {results / 'samples.csv'} and both as .parquet")
+
+
+def _wandb_summary(sweep: Sweep) -> Any:
+    from kvbench.wandb_summary import summary_of
+
+    return summary_of(sweep.results, sweep.name, set(sweep.tickets))
 
 
 def _subcommand(name: str, arguments: list[str]) -> int:

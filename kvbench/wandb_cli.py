@@ -8,9 +8,12 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from kvbench.errors import ConfigError, close_matches
 from kvbench.parser import Parser
@@ -19,7 +22,7 @@ from kvbench.redaction import redact, redacted_body
 from kvbench.sinks.console import say
 from kvbench.sinks.store import RecordStore
 from kvbench.sinks.wandb_cell import cell_digest, cell_run
-from kvbench.sinks.wandb_run import Online, Place
+from kvbench.sinks.wandb_run import Online, Place, RunSpec
 from kvbench.sinks.wandb_service import MODES, check_installed, check_online, quiet_setup, resolve_mode
 from kvbench.sinks.wandb_summary import summary_digest, summary_id
 from kvbench.sinks.wandb_sync import Job, Outcome, send_runs
@@ -62,16 +65,10 @@ def _sync(args: argparse.Namespace) -> int:
     mode, reason = resolve_mode(args.mode)
     if mode == "disabled":
         raise ConfigError("WANDB_MODE is 'disabled', so nothing would be sent; unset it, or give --mode")
-    from tqdm import tqdm
-
     with tqdm(total=len(jobs), desc="wandb", unit=" runs", disable=None, leave=False) as bar:
-        outcome = send_runs(jobs, place, mode, lambda: _advance(bar))
+        outcome = send_runs(jobs, place, mode, bar.update)
     _say(outcome, place, mode, reason)
     return 1 if outcome.failures else 0
-
-
-def _advance(bar: Any) -> None:
-    bar.update()
 
 
 def _jobs(folder: Path, sweep: str | None) -> list[Job]:
@@ -90,28 +87,36 @@ def _jobs(folder: Path, sweep: str | None) -> list[Job]:
 
 
 def _sweep_jobs(folder: Path, sweep: str, keys: list[str]) -> Iterator[Job]:
-    bodies = []
+    digests = []
     for key in keys:
-        body = redacted_body(read_record(RecordStore(folder).cell_folder(key) / "record.json"))
-        bodies.append(body)
-        yield Job(id=key[:16], digest=cell_digest(body), what="cell", make=lambda body=body: cell_run(body))
+        digests.append(cell_digest(_body(folder, key)))
+        # Read again when its turn comes: the bodies of a large sweep need not be held together.
+        make = partial(_cell, folder, key)
+        yield Job(id=key[:16], digest=digests[-1], what="cell", make=make)
     if len(keys) > 1:
         from kvbench.wandb_summary import summary_of
 
-        digest = summary_digest(bodies, version("kvbench"))
-        yield Job(
-            id=summary_id(sweep, keys), digest=digest, what="summary", make=lambda: summary_of(folder, sweep, keys)
-        )
+        digest = summary_digest(digests, version("kvbench"))
+        make = partial(summary_of, folder, sweep, keys)
+        yield Job(id=summary_id(sweep, keys), digest=digest, what="summary", make=make)
+
+
+def _cell(folder: Path, key: str) -> RunSpec:
+    return cell_run(_body(folder, key))
+
+
+def _body(folder: Path, key: str) -> dict[str, Any]:
+    return redacted_body(read_record(RecordStore(folder).cell_folder(key) / "record.json"))
 
 
 def _say(outcome: Outcome, place: Place, mode: Online, reason: str) -> None:
     """Print what was sent where, and how to go on if something is left to do."""
     counts = [f"{count} {what if count == 1 else _plural(what)}" for what, count in outcome.sent.items()]
-    sent = " and ".join(counts) or "nothing new"
     folder = (place.folder / "wandb").resolve()
     where = f"sent to {_address(place)}" if mode == "online" else f"kept offline ({reason}) in {folder}"
-    there = f"; {outcome.num_there} there already" if outcome.num_there else ""
-    say(f"wandb: {sent} {where}{there}")
+    there = f"{outcome.num_there} there already" if outcome.num_there else ""
+    sent = f"{' and '.join(counts)} {where}" if counts else "" if there else f"nothing {where}"
+    say(f"wandb: {'; '.join(part for part in (sent, there) if part)}")
     if mode == "offline":
         say(f"wandb: upload them with: wandb sync {shlex.quote(str(folder))}/offline-run-*")
     for failure in outcome.failures:

@@ -34,7 +34,7 @@ def summary_of(folder: Path, sweep: str, keys: Collection[str]) -> RunSpec:
     from kvbench.report.plots_png import draw_pngs
 
     results = load_results(folder, keys=set(keys))
-    compared = [(group, group_comparisons(group)) for group in results.groups]
+    compared = [(group, _with_interval(group_comparisons(group))) for group in results.groups]
     summary = SweepSummary(
         sweep=sweep,
         bodies=[_body(folder, cell.key) for cell in results.records],
@@ -50,12 +50,17 @@ def summary_of(folder: Path, sweep: str, keys: Collection[str]) -> RunSpec:
     return summary_run(summary, version("kvbench"))
 
 
+def _with_interval(compared: tuple[Comparison, ...]) -> tuple[Comparison, ...]:
+    """Leave out what was observed once, of which nothing can be said; the cells' table has the numbers."""
+    return tuple(one for one in compared if one.low is not None or one.verdict == "not comparable")
+
+
 def _body(folder: Path, key: str) -> dict[str, Any]:
     return read_record(RecordStore(folder).cell_folder(key) / "record.json")
 
 
 def _cells(results: Results) -> Table:
-    """A row per cell: labels, status, and every number with its interval, a column per key of the cells' runs."""
+    """Return a row per cell: labels, status, and every number with its interval, under the keys of the cells' runs."""
     measured = [name for name in MEASURES if any(cell.estimate(name) for cell in results.records)]
     ends = {name: [end for end in ("", "_low", "_high") if _has(results, name, end)] for name in measured}
     rows = []
@@ -78,7 +83,7 @@ def _part(cell: CellResult, name: str, end: str) -> float | None:
 
 
 def _verdicts(compared: list[tuple[Group, tuple[Comparison, ...]]]) -> Table:
-    """A row per comparison, those with the full cache and those between policies at one budget."""
+    """Return a row per comparison, those with the full cache and those between policies at one budget."""
     rows = [
         [
             *(group.title, measure(one.measure).label, group.series_label(one.first), one.first.budget),
@@ -92,42 +97,18 @@ def _verdicts(compared: list[tuple[Group, tuple[Comparison, ...]]]) -> Table:
 
 
 def _best(compared: list[tuple[Group, tuple[Comparison, ...]]]) -> Table:
-    """A row per budget and measure: the policy of the best value, and whether the next one is shown to be worse."""
+    """Return a row per budget and measure: the policy of the best value, and whether the next one is worse."""
     columns = ["group", "budget", "measure", "policy", "value", "low", "high", "next policy", "verdict against it"]
     return Table(columns=columns, rows=[row for group, some in compared for row in _best_rows(group, some)])
 
 
 def _best_rows(group: Group, compared: tuple[Comparison, ...]) -> Iterator[list[Any]]:
-    budgets = dict.fromkeys(cell.budget for cell in group.budgeted if not cell.failed)
-    names = [name for name in dict.fromkeys(one.measure for one in compared) if measure(name).better != "none"]
-    for budget in budgets:
-        for name in names:
-            ranked = _ranked([cell for cell in group.budgeted if cell.budget == budget], name)
-            if len(ranked) < 2:
-                continue
-            first, second = ranked[:2]
-            found = first.estimate(name)
-            assert found is not None
-            verdict = _verdict(compared, name, first, second)
-            values = (found.value, found.low, found.high)
-            labels = (group.title, budget, measure(name).label, group.series_label(first))
-            yield [*labels, *values, group.series_label(second), verdict]
+    from kvbench.report.best import best_policies
 
-
-def _ranked(cells: list[CellResult], name: str) -> list[CellResult]:
-    """Return the cells that have the measure, the best value first; a noisy one is never the best."""
-    usable = [(found.value, cell) for cell in cells if cell.status == "ok" and (found := cell.estimate(name))]
-    higher = measure(name).better == "higher"
-    return [cell for _, cell in sorted(usable, key=lambda pair: -pair[0] if higher else pair[0])]
-
-
-def _verdict(compared: tuple[Comparison, ...], name: str, first: CellResult, second: CellResult) -> str:
-    """Return what is known of the first cell against the second, whichever way round they were compared."""
-    turned = {"better": "worse", "worse": "better"}
-    for one in compared:
-        if one.measure == name and {one.first.key, one.second.key} == {first.key, second.key}:
-            return one.verdict if one.first.key == first.key else turned.get(one.verdict, one.verdict)
-    return "not compared"
+    for best in best_policies(group, compared):
+        labels = (group.title, best.budget, measure(best.measure).label, group.series_label(best.cell))
+        found = best.estimate
+        yield [*labels, found.value, found.low, found.high, group.series_label(best.runner_up), best.verdict]
 
 
 def _numbers(compared: list[tuple[Group, tuple[Comparison, ...]]]) -> Iterator[tuple[str, float | str]]:

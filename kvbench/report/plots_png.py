@@ -23,7 +23,7 @@ def draw_pngs(results: Results) -> dict[str, bytes]:
             with rc_context(RC):
                 buffer = io.BytesIO()
                 figure = draw(group, palette)
-                figure.set_dpi(_DOTS_PER_INCH)
-                FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": "kvbench"})
+                FigureCanvasAgg(figure)  # the figure is saved through it
+                figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": "kvbench"})
             found[figure_name(index, group, kind)] = buffer.getvalue()
     return found

@@ -11,7 +11,7 @@ import importlib.util
 import logging
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class _Sweep:
     """What changes while a sweep runs; the sink itself stays frozen."""
 
     name: str = ""
-    mode: Mode = "disabled"
+    mode: Mode | None = None  # not decided before the first sweep
     reason: str = ""
     num_offline: int = 0
     started: bool = False
@@ -81,10 +81,12 @@ class WandbSink:
 
         Without a `close` of its own: the line about offline runs covers this one too.
         """
+        if self._sweep.mode is None:  # the cells were measured and sent by other processes
+            self.open("", 0)
         if self._sweep.mode == "disabled":
             return
         was_online = self._sweep.mode == "online"
-        self._send(replace(summary(), group=self._sweep.name))
+        self._send(summary())
         num_runs, self._sweep.num_offline = self._sweep.num_offline, 0
         self._end_service()
         if num_runs and was_online:

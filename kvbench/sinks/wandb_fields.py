@@ -44,7 +44,11 @@ def run_config(body: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a cell as nested groups, each with its name: config.policy.name can be grouped by."""
     cell, labels = body["cell"], body["labels"]
     named = {part: {"name": labels[part], **_settings(cell.get(part))} for part in _NAMED}
-    budget = {"name": labels["budget"], "fraction": labels.get("budget_fraction"), "tokens": labels.get("budget_tokens")}
+    budget = {
+        "name": labels["budget"],
+        "fraction": labels.get("budget_fraction"),
+        "tokens": labels.get("budget_tokens"),
+    }
     nested = {**named, "budget": {**_settings(cell.get("budget")), **budget}, "positions": labels.get("positions")}
     return {**cell, **nested, "key": body["key"], "sweep": body["sweep"], "environment": body["environment"]}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import wandb
 
 ARTIFACT_TYPE = "kvbench-records"
+_NAMED = {"model": "models", "dataset": "datasets", "policy": "policies"}
 _SHOWN = 1  # one more whenever a summary comes to show the same records otherwise
 
 
@@ -50,24 +51,23 @@ def summary_id(sweep: str, keys: Sequence[str]) -> str:
     return hashlib.sha256("\n".join([sweep, *sorted(keys)]).encode()).hexdigest()[:16]
 
 
-def summary_digest(bodies: Sequence[Mapping[str, Any]], version: str) -> str:
-    """Return what changes when the summary of `bodies` does; `version` is that of the code which makes it."""
-    parts = sorted(cell_digest(dict(body)) for body in bodies)
-    return hashlib.sha256("\n".join([str(_SHOWN), version, *parts]).encode()).hexdigest()
+def summary_digest(cell_digests: Iterable[str], version: str) -> str:
+    """Return what changes when the summary of these cells does; `version` is that of the code which makes it."""
+    return hashlib.sha256("\n".join([str(_SHOWN), version, *sorted(cell_digests)]).encode()).hexdigest()
 
 
 def summary_run(summary: SweepSummary, version: str) -> RunSpec:
     """Return the run of `summary`, without secrets; its config lists what the cells have in common."""
     clean = [redacted_body(body) for body in summary.bodies]
-    names = {part: sorted({str(body["labels"].get(part)) for body in clean}) for part in ("model", "dataset", "policy")}
+    names = {many: sorted({str(body["labels"].get(one)) for body in clean}) for one, many in _NAMED.items()}
     return RunSpec(
         id=summary_id(summary.sweep, [body["key"] for body in clean]),
-        digest=summary_digest(clean, version),
+        digest=summary_digest(map(cell_digest, clean), version),
         name=f"summary of {summary.sweep}",
         group=summary.sweep,
         job_type="summary",
         tags=["summary"],
-        config={"sweep": summary.sweep, "num_cells": len(clean), **{f"{part}s": some for part, some in names.items()}},
+        config={"sweep": summary.sweep, "num_cells": len(clean), **names},
         fill=lambda run: _fill(run, summary, clean),
     )
 

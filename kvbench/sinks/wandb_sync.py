@@ -34,7 +34,7 @@ class Outcome:
     failures: list[str] = field(default_factory=list)
 
 
-def send_runs(jobs: Sequence[Job], place: Place, mode: Online, reached: Callable[[], None]) -> Outcome:
+def send_runs(jobs: Sequence[Job], place: Place, mode: Online, reached: Callable[[], object]) -> Outcome:
     """Send each of `jobs` that is not there, calling `reached` after each; stop when two in a row fail.
 
     Each run takes `place.timeout_s` to start and again to end, at most. Nothing is raised for a run that fails.
