@@ -40,9 +40,9 @@ def summary_of(folder: Path, sweep: str, keys: Collection[str]) -> RunSpec:
         bodies=[_body(folder, cell.key) for cell in results.records],
         folder=folder,
         tables={
-            "tables/cells": _cells(results),
-            "tables/verdicts": _verdicts(compared),
-            "tables/best": _best(compared),
+            "cells": _cells(results),
+            "verdicts": _verdicts(compared),
+            "best": _best(compared),
         },
         figures={f"figures/{name}": png for name, png in draw_pngs(results).items()},
         numbers=dict(_numbers(compared)),

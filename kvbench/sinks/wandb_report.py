@@ -144,7 +144,7 @@ def _summary_grid(wr: Any, outline: Outline, place: dict[str, str]) -> wr.PanelG
     filters = f'{_of(outline.sweeps)} and Metric("JobType") == "summary"'
     width = WIDTH * PER_ROW
     panels = [wr.MediaBrowser(title="Figures", media_keys=[*outline.figures], num_columns=2)]
-    panels += [wr.WeavePanelSummaryTable(table_name=f"tables/{name}") for name in ("best", "verdicts", "cells")]
+    panels += [wr.WeavePanelSummaryTable(table_name=name) for name in ("best", "verdicts", "cells")]
     for row, panel in enumerate(panels):
         panel.layout = wr.Layout(x=0, y=row * 2 * HEIGHT, w=width, h=2 * HEIGHT)
     return wr.PanelGrid(runsets=[wr.Runset(**place, name="summary", filters=filters)], panels=panels)

@@ -36,7 +36,10 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSummary:
-    """A sweep as plain data. `bodies`: its records; `tables`, `figures` (PNG) and `numbers` by their W&B key."""
+    """A sweep as plain data. `bodies`: its records; `tables`, `figures` (PNG) and `numbers` by their W&B key.
+
+    A table's key has no slash: W&B would give its artifact a new name, and so a new one, at each upload.
+    """
 
     sweep: str
     bodies: Sequence[Mapping[str, Any]]
@@ -85,7 +88,7 @@ def _fill(run: wandb.Run, summary: SweepSummary, bodies: Sequence[dict[str, Any]
     run.log(media)
     run.log_artifact(_records(summary, bodies))
     statuses = [body["status"] for body in bodies]
-    counts = {f"cells/{status}": statuses.count(status) for status in sorted(set(statuses))}
+    counts = {f"num_cells/{status}": statuses.count(status) for status in sorted(set(statuses))}
     run.summary.update({**counts, **redacted_body(summary.numbers)})
 
 

@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+from collections import Counter
 from typing import Any
 
 # What a working server answers, all questions at once: a client reads the part that it asked for.
@@ -29,15 +30,43 @@ def _answer_to(query: dict[str, Any], *, crashing: bool) -> dict[str, Any]:
     """Answer a question of W&B's API; one field that is missing crashes its client process."""
     name = str(query.get("variables", {}).get("name") or "r")
     bucket = {"id": "b", "name": name, "displayName": name, "project": _PROJECT, "historyLineCount": 0}
-    data = {**_DATA, "upsertBucket": {"bucket": bucket, "inserted": True}}
+    data = {**_DATA, "upsertBucket": {"bucket": bucket, "inserted": True}, **_about_reports(query)}
     return {"data": data if crashing else {**data, "createArtifact": {"artifact": _ARTIFACT}}}
 
 
+def _about_reports(query: dict[str, Any]) -> dict[str, Any]:
+    """Answer what saving a report asks: there is the project `kvbench`, and a report gets the id `view`."""
+    text, told = query.get("query", ""), query.get("variables", {})
+    if "ProjectInternalId" in text:
+        return {"project": {"id": "p", "internalId": "UHJvamVjdDox"} if told["projectName"] == "kvbench" else None}
+    if "upsertView" in text:
+        return {"upsertView": {"inserted": True, "view": {"id": "view", "name": "n", "spec": told["spec"]}}}
+    if "models(" in text:
+        page = {"endCursor": None, "hasNextPage": False}
+        node = {
+            "id": "p",
+            "name": "kvbench",
+            "entityName": "e",
+            "createdAt": "2026-11-23T00:00:00",
+            "isBenchmark": False,
+            "user": None,
+        }
+        return {"models": {"edges": [{"node": node, "cursor": ""}], "pageInfo": page}}
+    return {}
+
+
 class FaultServer:
-    """Serves on a free port; `fault` says what is wrong, `requests` and `received` tell what came."""
+    """Serves on a free port; `fault` says what is wrong, `requests` and `received` tell what came.
+
+    `runs` counts how often each run id was begun, `artifacts` holds the digests sent under each name, and
+    `reports` the spec of each report that was saved, with the id it was saved over.
+    """
 
     def __init__(self, fault: str) -> None:
         self.fault, self.requests, self.received = fault, 0, b""
+        self.runs: Counter[str] = Counter()
+        self.artifacts: dict[str, list[str]] = {}
+        self.reports: list[tuple[str | None, str]] = []
         self._stop = threading.Event()
         if fault == "silent":
             self._socket = socket.create_server(("127.0.0.1", 0), backlog=64)
@@ -75,6 +104,7 @@ class FaultServer:
             self._stop.wait(120)
             return
         query = json.loads(question) if handler.path.endswith("graphql") else {}
+        self._note(query.get("query", ""), query.get("variables", {}))
         answer = json.dumps(_answer_to(query, crashing=self.fault == "crashes")).encode()
         content = b"not json" if self.fault == "nonsense" else answer
         handler.send_response(200)
@@ -85,6 +115,15 @@ class FaultServer:
             handler.wfile.write(content[number : number + 1])
             if self.fault == "slow" and not self._stop.is_set():
                 time.sleep(0.2)
+
+    def _note(self, text: str, told: dict[str, Any]) -> None:
+        if "upsertBucket" in text and told.get("jobType"):  # the later ones only add to the run
+            self.runs[told["name"]] += 1
+        if "createArtifact(" in text:
+            made = told["input"]
+            self.artifacts.setdefault(made["artifactCollectionName"], []).append(made["digest"])
+        if "upsertView" in text:
+            self.reports.append((told["id"], told["spec"]))
 
     def close(self) -> None:
         """Stop serving."""
