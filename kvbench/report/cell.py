@@ -53,6 +53,7 @@ class CellResult:
     samples: tuple[Mapping[str, Any], ...]
     environment: Mapping[str, Any]
     settings: Mapping[str, Any]
+    curves: Mapping[str, Any]
     started_utc: str
     duration_s: float
     variant: str = ""
@@ -102,6 +103,7 @@ def parse_cell(body: Mapping[str, Any]) -> CellResult:
         measurements=_estimates(body["measurements"]),
         samples=tuple(body["samples"]),
         settings=body["cell"],
+        curves=body["curves"],
         duration_s=float(body["duration_s"]),
     )
 

@@ -23,20 +23,10 @@ from kvbench.report.page_tables import (
     results_html,
     scroll_box,
 )
-from kvbench.report.plots import THEME_COLOURS, Plot
+from kvbench.report.plots import Plot
+from kvbench.report.plots_theme import PLOT_STYLE, THEME_COLOURS
 from kvbench.report.table_rows import INTERVAL_NOTE, counts_text, results_table
 
-_CAPTIONS = {
-    "quality": "Quality against budget. Bands are 95 % intervals over samples; the dashed line is the full cache. "
-    "Ticks are budget settings, points stand at the budget really kept where that is near its setting. "
-    "Crosses are failed cells.",
-    "pareto": "Quality against the KV bytes stored. Upright bars are 95 % intervals. The line is the front: no other "
-    "cell has both fewer bytes and better quality. Other cells are faded. Labels name the front's budgets.",
-    "latency": "Time to first token and per output token; bars are 95 % intervals. Ratios compare with the full cache "
-    "in the same process; the dashed line at 1 is its speed. n counts timed repetitions.",
-    "memory": "Left: peak memory by phase (the axis need not start at zero). Right: KV cache stored (bar) and what the "
-    "budget implies (upright tick).",
-}
 _SECTIONS = (
     ("samples", "Samples"),
     ("worst", "Worst samples"),
@@ -53,7 +43,7 @@ def render_page(results: Results, plots: Sequence[Plot]) -> str:
     empty = "" if groups else "<p>No usable record was found; see Problems below.</p>"
     return f"""<!doctype html>
 <html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">
-<title>KV-cache policies compared</title><style>{STYLE}</style></head><body>
+<title>KV-cache policies compared</title><style>{STYLE}{PLOT_STYLE}</style></head><body>
 <header><h1>KV-cache policies compared</h1><p class=quiet>{_summary(results)}</p>{_navigation(groups)}</header>
 <main>{empty}{"".join(sections)}
 {sample_browser(results)}
@@ -124,10 +114,10 @@ def _prose(text: str) -> str:
 
 
 def _figure(plot: Plot) -> str:
-    caption = _CAPTIONS[plot.kind]
-    label = html.escape(f"{plot.kind} figure, {plot.group_title}")
-    drawing = f'<div class=plot role=img aria-label="{label}: {html.escape(caption)}">{inline_svg(plot)}</div>'
-    return f"<figure>{scroll_box(drawing, label)}<figcaption>{html.escape(caption)}</figcaption></figure>"
+    label = html.escape(f"{plot.title}, {plot.group_title}")
+    caption = html.escape(plot.caption)
+    drawing = f'<div class=plot role=img aria-label="{label}: {caption}">{inline_svg(plot)}</div>'
+    return f"<figure>{scroll_box(drawing, label)}<figcaption>{caption}</figcaption></figure>"
 
 
 def inline_svg(plot: Plot) -> str:

@@ -1,4 +1,4 @@
-"""Every figure of a report as SVG text: four per model and data set."""
+"""Every figure of a report that has data, as SVG text for the page."""
 
 from __future__ import annotations
 
@@ -8,50 +8,48 @@ from dataclasses import dataclass
 from matplotlib import rc_context
 
 from kvbench.report.load import Group, Results
-from kvbench.report.plots_pareto import pareto_figure
-from kvbench.report.plots_quality import quality_figure
-from kvbench.report.plots_rows import latency_figure, memory_figure
-from kvbench.report.plots_style import BLUE, GREY, GRID, INK, MUTED, PAPER, RC, Palette, svg_text
-
-FIGURES = {"quality": quality_figure, "pareto": pareto_figure, "latency": latency_figure, "memory": memory_figure}
-# The page swaps these for its own variables, so that figures follow its light or dark colours.
-# Blue and grey are too dark for a dark page, so they get lighter there; the other colours serve both.
-THEME_COLOURS = {
-    INK: "var(--ink)",
-    MUTED: "var(--muted)",
-    GRID: "var(--grid)",
-    PAPER: "var(--card)",
-    BLUE: "var(--blue)",
-    GREY: "var(--grey)",
-}
+from kvbench.report.plots_catalog import FIGURES, FigureKind
+from kvbench.report.plots_policies import Palette
+from kvbench.report.plots_save import figure_bytes
+from kvbench.report.plots_style import Look
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plot:
-    """One figure; `name` is a file name without suffix, `kind` one of quality, pareto, latency, memory."""
+    """One figure; `name` is a file name without suffix, `kind` its name in the catalog."""
 
     name: str
     kind: str
     group_title: str
+    title: str
+    caption: str
     svg: str
 
 
 def draw_plots(results: Results) -> tuple[Plot, ...]:
-    """Return the figures of all groups, in table order."""
-    palette = Palette(results.policies)
-    return tuple(plot for index, group in enumerate(results.groups) for plot in _group_plots(index, group, palette))
+    """Return the figures of all groups, in table order; a figure without data is left out."""
+    look = Look(palette=Palette(results.policies))
+    return tuple(
+        Plot(
+            name=f"{slug}-{kind.name}", kind=kind.name, group_title=group.title, title=kind.title,
+            caption=kind.caption, svg=svg.decode(),
+        )
+        for group, slug in zip(results.groups, group_slugs(results.groups), strict=True)
+        for kind in FIGURES.values()
+        if (svg := draw_one(kind, group, look, "svg")) is not None
+    )  # fmt: skip
 
 
-def figure_name(index: int, group: Group, kind: str) -> str:
-    """Return the file name, without suffix, of a figure of the `index`-th group."""
-    # The index keeps two groups apart whose names differ only in characters a file name can not have.
-    return f"{index + 1}-" + re.sub(r"[^A-Za-z0-9._]+", "-", f"{group.model}-{group.dataset}") + f"-{kind}"
+def draw_one(kind: FigureKind, group: Group, look: Look, file_format: str) -> bytes | None:
+    """Return one figure as a file's bytes, or None if the group has no data for it."""
+    with rc_context(look.rc):
+        figure = kind.draw(group, look)
+    return None if figure is None else figure_bytes(figure, file_format, look.rc)
 
 
-def _group_plots(index: int, group: Group, palette: Palette) -> list[Plot]:
-    plots: list[Plot] = []
-    for kind, draw in FIGURES.items():
-        with rc_context(RC):
-            svg = svg_text(draw(group, palette))
-        plots.append(Plot(name=figure_name(index, group, kind), kind=kind, group_title=group.title, svg=svg))
-    return plots
+def group_slugs(groups: tuple[Group, ...]) -> list[str]:
+    """Return a file name per group; the index keeps two apart that differ only in characters it can not have."""
+    return [
+        f"{index + 1}-" + re.sub(r"[^A-Za-z0-9._]+", "-", f"{group.model}-{group.dataset}")
+        for index, group in enumerate(groups)
+    ]

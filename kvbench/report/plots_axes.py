@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from kvbench.report.cell import CellResult
 from kvbench.report.load import Group
-from kvbench.report.plots_style import Mark, Palette
+from kvbench.report.plots_policies import Mark, Palette
+from kvbench.report.plots_style import Look, listed, shortened
 from kvbench.report.table_rows import samples_text
 from kvbench.units import measure, printed_scale
 
@@ -50,10 +53,12 @@ def budget_axis(cells: Sequence[CellResult]) -> BudgetAxis:
     by_tokens = {cell.key: float(cell.budget_tokens) for cell in cells if cell.budget_tokens is not None}
     if cells and len(by_fraction) == len(cells):
         places = {cell.key: _realised(cell, by_fraction[cell.key]) for cell in cells}
-        return _numeric("budget (% of tokens)", places, sorted(set(by_fraction.values())), 100.0, " %")
+        kinds = {cell.budget.partition("% of ")[2] for cell in cells}
+        what = {"seen": "% of tokens seen", "prompt": "% of the prompt"}.get(kinds.pop() if len(kinds) == 1 else "", "%")
+        return _numeric(f"budget ({what})", places, sorted(set(by_fraction.values())), 100.0)
     if cells and len(by_tokens) == len(cells):
         title = "budget (entries per layer and KV head)"
-        return _numeric(title, by_tokens, sorted(set(by_tokens.values())), 1.0, "")
+        return _numeric(title, by_tokens, sorted(set(by_tokens.values())), 1.0)
     names = list(dict.fromkeys(cell.budget for cell in sorted(cells, key=lambda cell: cell.sort_key[6:])))
     places = {cell.key: float(names.index(cell.budget)) for cell in cells}
     return BudgetAxis(
@@ -61,9 +66,9 @@ def budget_axis(cells: Sequence[CellResult]) -> BudgetAxis:
     )
 
 
-def _numeric(title: str, places: dict[str, float], settings: list[float], factor: float, suffix: str) -> BudgetAxis:
+def _numeric(title: str, places: dict[str, float], settings: list[float], factor: float) -> BudgetAxis:
     is_log = settings[0] > 0 and settings[-1] / settings[0] >= _LOG_FROM
-    ticks = tuple((setting, f"{setting * factor:.4g}{suffix}") for setting in settings)
+    ticks = tuple((setting, f"{setting * factor:.4g}") for setting in settings)
     return BudgetAxis(title=title, places=places, ticks=ticks, is_log=is_log)
 
 
@@ -75,11 +80,12 @@ def _realised(cell: CellResult, setting: float) -> float:
 def marks_of(group: Group, palette: Palette) -> dict[str, Mark]:
     """Return how each series label of the group is drawn."""
     marks: dict[str, Mark] = {}
-    seen: dict[str, int] = {}
+    seen: Counter[tuple[str, str]] = Counter()
     for label, cells in group.by_series().items():
-        policy = cells[0].policy
-        marks[label] = palette.mark(policy, seen.get(policy, 0))
-        seen[policy] = seen.get(policy, 0) + 1
+        one = cells[0]
+        # Twins differ in a setting that has no look of its own: they are told apart by their order.
+        marks[label] = palette.mark(one.policy, one.positions, seen[one.policy, one.positions])
+        seen[one.policy, one.positions] += 1
     return marks
 
 
@@ -116,13 +122,37 @@ def hide_ticks_outside(axes: Axes, low: float, high: float) -> None:
     axes.set_ylim(bottom, top)
 
 
-def note_missing(axes: Axes, name: str) -> None:
-    """Say in empty axes that there is nothing to draw."""
-    text = f"{measure(name).label}:\nnot measured in any cell"
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", style="italic")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.tick_params(length=0)
-    axes.grid(visible=False)
+def measured(cells: Iterable[CellResult], *names: str) -> list[str]:
+    """Return those of `names` that any cell has, in the order given."""
+    cells = list(cells)
+    return [name for name in names if any(cell.estimate(name) for cell in cells)]
+
+
+def series_names(group: Group) -> dict[str, str]:
+    """Return what each series label is called in a figure: the policy alone where that says which one is meant."""
+    by_series = group.by_series()
+    num = Counter(cells[0].policy for cells in by_series.values())
+    short = {
+        label: shortened(cells[0].policy if num[cells[0].policy] == 1 else label) for label, cells in by_series.items()
+    }
+    return short if len(set(short.values())) == len(short) else {label: label for label in by_series}
+
+
+def footnote(figure: Figure, group: Group, look: Look, *more: str) -> None:
+    """Say below a figure what its short names leave out, that cells failed, and `more`."""
+    modes: dict[str, list[str]] = {}
+    called = series_names(group)
+    for label, cells in group.by_series().items():
+        if cells[0].positions != "original" and called[label] != label:
+            modes.setdefault(cells[0].positions, []).append(called[label])
+    notes = [f"positions {mode}: {listed(names)}" for mode, names in modes.items()]
+    failed = [f"{group.cell_label(cell)}: {cell.status}" for cell in group.cells if cell.failed]
+    notes += [f"failed, no number: {listed(failed)}"] if failed else []
+    if notes or more:
+        text = ". ".join([*notes, *more])
+        figure.supxlabel(text, fontsize=look.small_points, x=0.01, ha="left", color=look.theme.muted, wrap=True)
+
+
+def artist_name(measure_name: str, what: str) -> str:
+    """Return the label of the artist that holds a measure of `what` (a cell or series), so that it can be found."""
+    return f"{measure_name}: {what}"

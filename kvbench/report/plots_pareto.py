@@ -1,4 +1,4 @@
-"""Quality against KV bytes: what a byte buys. The front is drawn, points that another one beats are faded."""
+"""Quality against what it costs: KV bytes and time per output token, with both intervals and the front drawn."""
 
 from __future__ import annotations
 
@@ -12,119 +12,163 @@ from matplotlib.ticker import FuncFormatter
 from kvbench.report.cell import CellResult, Estimate
 from kvbench.report.load import Group
 from kvbench.report.paired import is_worse
-from kvbench.report.plots_axes import axis_scale, hide_ticks_outside, marks_of, note_missing, panel_title
-from kvbench.report.plots_style import INK, MUTED, Mark, Palette, key_line, legend_above, new_figure
+from kvbench.report.plots_axes import (
+    artist_name,
+    axis_scale,
+    footnote,
+    hide_ticks_outside,
+    marks_of,
+    measured,
+    panel_title,
+    series_names,
+)
+from kvbench.report.plots_direct import DirectLabels, Named, Segment, labelled
+from kvbench.report.plots_policies import Mark
+from kvbench.report.plots_style import Look, key_line, legend_above, new_figure, style_of
 from kvbench.units import measure
 
-_QUALITIES = ("rougeL_vs_full", "objects_recalled_fraction", "ppl")
+_QUALITIES = (
+    "rougeL_vs_full", "objects_recalled_fraction", "needles_recalled_fraction", "ppl", "rougeL_released_vs_full",
+    "ppl_released",
+)  # fmt: skip
 _BYTES = ("kv_stored_bytes", "kv_valid_bytes", "kv_theoretical_bytes")
-_LABEL_STEP_POINTS = 11.0
 _LOG_RATIO = 3.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Point:
+class Point:
+    """One cell in a panel."""
+
     cell: CellResult
-    num_bytes: float
+    cost: Estimate
     quality: Estimate
 
 
-def pareto_figure(group: Group, palette: Palette) -> Figure:
-    """Draw one panel per quality measure over the KV bytes stored."""
-    names = [name for name in _QUALITIES if any(cell.estimate(name) for cell in group.cells)] or [_QUALITIES[0]]
-    names = names[:2]
-    figure, panels = new_figure(4.4, len(names))
-    marks = marks_of(group, palette)
-    cost = next((name for name in _BYTES if any(cell.estimate(name) for cell in group.cells)), _BYTES[0])
-    for axes, name in zip(panels, names, strict=True):
+def pareto_figure(group: Group, look: Look) -> Figure | None:
+    """Draw one row of panels per quality measure: over KV bytes, and over TPOT where it was measured."""
+    names = measured(group.cells, *(look.measures or _QUALITIES))[: len(look.measures) or 2]
+    costs = [*measured(group.cells, *_BYTES)[:1], *measured(group.cells, "tpot_ms")]
+    pairs = [(name, cost) for name in names for cost in costs if _points(group, name, cost)]
+    return labelled(lambda legend: _build(group, look, pairs, legend)) if pairs else None
+
+
+def _build(group: Group, look: Look, pairs: list[tuple[str, str]], legend: bool) -> DirectLabels:
+    figure, panels = new_figure(look, len(pairs), 3.6 if look.width == "page" else 2.7, columns=2)
+    labels = DirectLabels(figure=figure, look=look)
+    marks = marks_of(group, look.palette)
+    for axes, (name, cost) in zip(panels, pairs, strict=True):
         axes.set_title(panel_title(name, group.cells))
-        _panel(axes, group, name, cost, marks)
-    keys = [key_line(label, mark, line="none") for label, mark in marks.items()]
-    legend_above(figure, keys)
-    failed = [f"{group.cell_label(cell)}: {cell.status}" for cell in group.cells if cell.failed]
-    if failed:
-        figure.supxlabel("not drawn, failed: " + "; ".join(_shortened(failed)), fontsize=8, x=0.01, ha="left")
-    return figure
+        _panel(axes, group, name, cost, marks, labels, legend)
+    if legend:
+        legend_above(figure, [key_line(label, mark, look.theme) for label, mark in marks.items()], look)
+    footnote(figure, group, look)
+    return labels
 
 
-def _shortened(texts: list[str], most: int = 4) -> list[str]:
-    return texts if len(texts) <= most else [*texts[:most], f"and {len(texts) - most} more"]
-
-
-def _panel(axes: Axes, group: Group, name: str, cost: str, marks: Mapping[str, Mark]) -> None:
-    points = [
-        _Point(cell=cell, num_bytes=size.value, quality=quality)
+def _points(group: Group, name: str, cost: str) -> list[Point]:
+    return [
+        Point(cell=cell, cost=paid, quality=quality)
         for cell in group.cells
-        if (size := cell.estimate(cost)) and (quality := cell.estimate(name))
+        if (paid := cell.estimate(cost)) and (quality := cell.estimate(name))
     ]
-    if not points:
-        note_missing(axes, name)
-        return
+
+
+def _panel(
+    axes: Axes, group: Group, name: str, cost: str, marks: Mapping[str, Mark], labels: DirectLabels, legend: bool
+) -> None:
+    points = _points(group, name, cost)
     across, up = axis_scale(cost, group.cells), axis_scale(name, group.cells)
-    front = pareto_front(points, name)
-    for point in points:
-        on_front = point in front
-        mark = marks[group.series_label(point.cell)]
-        x, y = point.num_bytes / across.factor, point.quality.value / up.factor
-        low, high = (bound / up.factor for bound in point.quality.bounds)
-        shade = 1.0 if on_front else 0.38
-        axes.vlines([x], [low], [high], color=mark.colour, linewidth=1.4, alpha=shade, zorder=3)
-        axes.plot([x], [y], color=mark.colour, marker=mark.marker, markersize=8 if on_front else 6.5, alpha=shade,
-                  markeredgecolor=INK if on_front else mark.colour, zorder=5 if on_front else 4)  # fmt: skip
-    xs = [point.num_bytes / across.factor for point in front]
+    timed = measure(cost).unit == "ms"
+    front = pareto_front([p for p in points if not (timed and p.cell.status == "noisy")], name)
+    theme = labels.look.theme
+    for label in group.by_series():
+        mine = [point for point in points if group.series_label(point.cell) == label]
+        places = [(p.cost.value / across.factor, p.quality.value / up.factor) for p in mine]
+        if len(places) > 1:
+            axes.plot(*zip(*places, strict=True), color=marks[label].colour, linestyle=marks[label].line,
+                      linewidth=0.9, alpha=0.6, zorder=2.2)  # fmt: skip
+        for point, place in zip(mine, places, strict=True):
+            title = artist_name(f"{name} over {cost}", group.cell_label(point.cell))
+            _point(axes, point, place, title, (across.factor, up.factor), marks[label], point in front, labels.look)
+    xs = [point.cost.value / across.factor for point in front]
     ys = [point.quality.value / up.factor for point in front]
-    axes.plot(xs, ys, color=MUTED, linewidth=1.2, zorder=2, drawstyle="steps-post")
+    axes.plot(xs, ys, color=theme.muted, linewidth=1.3, zorder=2, drawstyle="steps-post", label="front")
     _frame(axes, points, across.factor, up.factor, name)
-    _front_labels(axes, front, list(zip(xs, ys, strict=True)), name)
+    places = [(p.cost.value / across.factor, p.quality.value / up.factor) for p in points]
+    texts = _texts(group, points, front, legend)
+    named = [Named(text=texts[p.cell.key], x=x, y=y, colour=marks[group.series_label(p.cell)].colour)
+             for p, (x, y) in zip(points, places, strict=True) if p.cell.key in texts]  # fmt: skip
+    bars = [line for p in points for line in _bars(p, across.factor, up.factor)]
+    steps = [((x, y), (after, y)) for (x, y), after in zip(zip(xs, ys, strict=True), xs[1:], strict=False)]
+    labels.beside(axes, named, places, [*bars, *steps])
     axes.set_xlabel(f"{measure(cost).label} ({across.label})")
     axes.set_ylabel(up.label)
 
 
-def pareto_front(points: Sequence[_Point], name: str) -> list[_Point]:
-    """Return the points that no other one beats in both bytes and quality, by growing bytes."""
-    front: list[_Point] = []
-    worst_first = measure(name).better == "higher"
-    order = sorted(points, key=lambda p: (p.num_bytes, -p.quality.value if worst_first else p.quality.value))
-    for point in order:
+def _point(
+    axes: Axes, point: Point, place: tuple[float, float], title: str, factors: tuple[float, float], mark: Mark,
+    on_front: bool, look: Look,
+) -> None:  # fmt: skip
+    """Draw one cell with both intervals; the front is larger and ringed, what was noisy is pale."""
+    x, y = place
+    pale = 0.35 if point.cell.status == "noisy" else 1.0
+    left, right = (bound / factors[0] for bound in point.cost.bounds)
+    low, high = (bound / factors[1] for bound in point.quality.bounds)
+    axes.vlines([x], [low], [high], color=mark.colour, linewidth=1.3, alpha=0.7 * pale, zorder=3, label=title)
+    axes.hlines([y], [left], [right], color=mark.colour, linewidth=1.3, alpha=0.7 * pale, zorder=3, label=title)
+    style = style_of(mark, look.theme, size=8 if on_front else 5.5)
+    ring = {"markeredgecolor": look.theme.ink, "markeredgewidth": 1.0} if on_front else {}
+    axes.plot([x], [y], linestyle="none", alpha=pale, zorder=5 if on_front else 4, label=title, **style | ring)
+
+
+def _texts(
+    group: Group, points: Sequence[Point], front: Sequence[Point], legend: bool
+) -> dict[str, str]:
+    """Return what to write beside which cell: budgets on the front, and each policy once, at its largest budget."""
+    called = series_names(group)
+    texts: dict[str, str] = {}
+    if not legend:
+        largest = {group.series_label(p.cell): p for p in points}  # points come by growing budget
+        texts = {p.cell.key: called[label] for label, p in largest.items()}
+    for point in front:
+        if not point.cell.is_full:
+            budget = point.cell.budget.removesuffix(" of seen")
+            texts[point.cell.key] = " ".join(part for part in (texts.get(point.cell.key, ""), budget) if part)
+    texts |= {p.cell.key: f"{texts.get(p.cell.key, '')} (noisy)".strip() for p in points if p.cell.status == "noisy"}
+    return texts
+
+
+def _bars(point: Point, across: float, up: float) -> list[Segment]:
+    x, y = point.cost.value / across, point.quality.value / up
+    left, right = (bound / across for bound in point.cost.bounds)
+    low, high = (bound / up for bound in point.quality.bounds)
+    return [((x, low), (x, high)), ((left, y), (right, y))]
+
+
+def pareto_front(points: Sequence[Point], name: str) -> list[Point]:
+    """Return the points that no other one beats in both cost and quality, by growing cost."""
+    front: list[Point] = []
+    sign = -1.0 if measure(name).better == "higher" else 1.0
+    for point in sorted(points, key=lambda p: (p.cost.value, sign * p.quality.value)):
         if not front or is_worse(name, front[-1].quality.value, point.quality.value):
             front.append(point)
     return front
 
 
-def _frame(axes: Axes, points: Sequence[_Point], across: float, up: float, name: str) -> None:
-    """Leave room on the side where the front's labels go."""
-    xs = [point.num_bytes / across for point in points]
+def _frame(axes: Axes, points: Sequence[Point], across: float, up: float, name: str) -> None:
+    """Leave room around the points for their labels."""
+    lefts, rights = zip(*(point.cost.bounds for point in points), strict=True)
     lows, highs = zip(*(point.quality.bounds for point in points), strict=True)
     low, high = min(lows) / up, max(highs) / up
     room = (high - low) or 0.1 * abs(high) or 1.0
-    below, above = (0.05, 0.16) if measure(name).better == "higher" else (0.16, 0.05)
-    axes.set_ylim(low - below * room, high + above * room)
-    most = 1.0 / up if measure(name).unit in ("score", "fraction") else high + room
-    hide_ticks_outside(axes, 0.0, most)
-    if min(xs) > 0 and max(xs) / min(xs) > _LOG_RATIO:
-        # Budgets grow by factors, so do bytes; the extra room on the left holds the first label.
-        spread = max(xs) / min(xs)
+    axes.set_ylim(low - 0.10 * room, high + 0.14 * room)
+    hide_ticks_outside(axes, 0.0, 1.0 / up if measure(name).unit in ("score", "fraction") else high + room)
+    left, right = min(lefts) / across, max(rights) / across
+    if left > 0 and right / left > _LOG_RATIO:
+        # Budgets grow by factors, so do bytes.
         axes.set_xscale("log", base=2)
-        axes.set_xlim(min(xs) / spread**0.30, max(xs) * spread**0.06)
+        axes.set_xlim(left / (right / left) ** 0.14, right * (right / left) ** 0.12)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         return
-    width = (max(xs) - min(xs)) or max(xs) or 1.0
-    axes.set_xlim(min(xs) - 0.30 * width, max(xs) + 0.06 * width)
-
-
-def _front_labels(axes: Axes, front: Sequence[_Point], places: Sequence[tuple[float, float]], name: str) -> None:
-    """Label the front on its empty side: nothing has fewer bytes and better quality there."""
-    up = 1.0 if measure(name).better == "higher" else -1.0
-    pixels_to_points = 72.0 / axes.figure.get_dpi()
-    last: float | None = None
-    for point, place in zip(front, places, strict=True):
-        height = up * float(axes.transData.transform(place)[1]) * pixels_to_points
-        wanted = height + 9.0
-        if last is not None and wanted < last + _LABEL_STEP_POINTS:
-            wanted = last + _LABEL_STEP_POINTS
-        last = wanted
-        axes.annotate(
-            "full" if point.cell.is_full else point.cell.budget, place,
-            xytext=(-8, up * (wanted - height)), textcoords="offset points",
-            ha="right", va="center", fontsize=8.5, zorder=7,
-        )  # fmt: skip
+    width = (right - left) or right or 1.0
+    axes.set_xlim(left - 0.14 * width, right + 0.14 * width)

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import io
-
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from kvbench.report.load import Results
-from kvbench.report.plots import FIGURES, figure_name
-from kvbench.report.plots_style import RC, Palette
+from kvbench.report.plots import draw_one, group_slugs
+from kvbench.report.plots_catalog import FIGURES
+from kvbench.report.plots_policies import Palette
+from kvbench.report.plots_style import Look
 
-_DOTS_PER_INCH = 150
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Png:
+    """One figure; `name` is that of the same figure on the page."""
+
+    name: str
+    caption: str
+    data: bytes
 
 
-def draw_pngs(results: Results) -> dict[str, bytes]:
-    """Return every figure by name, in the order of the page."""
-    palette = Palette(results.policies)
-    found: dict[str, bytes] = {}
-    for index, group in enumerate(results.groups):
-        for kind, draw in FIGURES.items():
-            with rc_context(RC):
-                buffer = io.BytesIO()
-                figure = draw(group, palette)
-                FigureCanvasAgg(figure)  # the figure is saved through it
-                figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": "kvbench"})
-            found[figure_name(index, group, kind)] = buffer.getvalue()
-    return found
+def draw_pngs(results: Results) -> Iterator[Png]:
+    """Yield every figure that has data, in the order of the page."""
+    look = Look(palette=Palette(results.policies))
+    for group, slug in zip(results.groups, group_slugs(results.groups), strict=True):
+        for kind in FIGURES.values():
+            data = draw_one(kind, group, look, "png")
+            if data is not None:
+                yield Png(name=f"{slug}-{kind.name}", caption=f"{group.title}: {kind.caption}", data=data)

@@ -13,77 +13,108 @@ from kvbench.report.load import Group
 from kvbench.report.plots_axes import (
     BudgetAxis,
     Scale,
+    artist_name,
     axis_scale,
     budget_axis,
+    footnote,
     hide_ticks_outside,
     marks_of,
-    note_missing,
+    measured,
     panel_title,
+    series_names,
 )
-from kvbench.report.plots_style import Mark, Palette, failed_key, key_line, legend_above, new_figure
+from kvbench.report.plots_direct import DirectLabels, Named, labelled
+from kvbench.report.plots_policies import Mark
+from kvbench.report.plots_style import Look, key_line, legend_above, new_figure, style_of
 from kvbench.units import measure
 
-QUALITY_PANELS = ("rougeL_vs_full", "objects_recalled_fraction", "ppl")
+QUALITY_PANELS = (
+    "rougeL_vs_full", "objects_recalled_fraction", "ppl", "needles_recalled_fraction", "exact_fraction",
+    "rougeL_vs_reference", "kl_to_full", "top1_agreement_fraction", "ppl_released", "rougeL_released_vs_full",
+)  # fmt: skip
 _LOG_RATIO = 5.0
 
 
-def quality_figure(group: Group, palette: Palette) -> Figure:
-    """Draw the three panels; failed cells stand as crosses at the bottom with their status."""
-    figure, panels = new_figure(3.9, len(QUALITY_PANELS))
-    marks = marks_of(group, palette)
+def quality_figure(group: Group, look: Look) -> Figure | None:
+    """Draw a panel per measure; failed cells stand as crosses at the bottom with their status."""
+    names = measured(group.cells, *(look.measures or QUALITY_PANELS))
+    if not names or not group.budgeted:
+        return None
+    return labelled(lambda legend: _build(group, look, names, legend))
+
+
+def _build(group: Group, look: Look, names: list[str], legend: bool) -> DirectLabels:
+    figure, panels = new_figure(look, len(names), 3.1 if look.width == "page" else 2.4, columns=3)
+    labels = DirectLabels(figure=figure, look=look)
+    marks = marks_of(group, look.palette)
     axis = budget_axis(group.budgeted)
-    for axes, name in zip(panels, QUALITY_PANELS, strict=True):
+    for axes, name in zip(panels, names, strict=True):
         axes.set_title(panel_title(name, group.cells))
-        if not any(cell.estimate(name) for cell in group.cells):
-            note_missing(axes, name)
-            continue
-        _panel(axes, group, name, marks, axis)
-    keys = [key_line(label, mark, line="--" if label == "full" else None) for label, mark in marks.items()]
-    legend_above(figure, keys + ([failed_key()] if any(cell.failed for cell in group.cells) else []))
-    return figure
+        ends = _panel(axes, group, name, marks, axis, look)
+        if not legend:
+            labels.right_of(axes, ends)
+    footnote(figure, group, look)
+    if legend:
+        legend_above(figure, [key_line(label, mark, look.theme) for label, mark in marks.items()], look)
+    return labels
 
 
-def _panel(axes: Axes, group: Group, name: str, marks: Mapping[str, Mark], axis: BudgetAxis) -> None:
+def _panel(
+    axes: Axes, group: Group, name: str, marks: Mapping[str, Mark], axis: BudgetAxis, look: Look
+) -> list[Named]:
+    """Draw one measure and return the right ends of its lines."""
     scale = axis_scale(name, group.cells)
-    if group.budgeted:
-        axis.apply(axes)
-    else:
-        axes.set_xticks([])
-        axes.set_xlabel("no cell with a budget")
-    for cell in group.cells:
-        if cell.is_full:
-            _full_line(axes, cell, name, scale, marks[group.series_label(cell)])
+    axis.apply(axes)
+    called = series_names(group)
+    ends: list[Named] = []
     for label, cells in group.by_series().items():
-        _series(axes, cells, name, scale, marks[label], axis)
+        mark = marks[label]
+        points = _points(cells, name, scale, axis)
+        if cells[0].is_full:
+            ends += _full_line(axes, label, cells[0], name, scale, mark)
+        elif points:
+            _series(axes, points, artist_name(name, label), mark, look)
+            ends.append(Named(text=called[label], x=points[-1][0], y=points[-1][1], colour=mark.colour))
     _scale_y(axes, group, name, scale)
-    _failed(axes, group, marks, axis)
+    _failed(axes, group, marks, axis, look)
     axes.set_ylabel(scale.label)
+    return ends
 
 
-def _full_line(axes: Axes, cell: CellResult, name: str, scale: Scale, mark: Mark) -> None:
-    found = cell.estimate(name)
-    if found is None:
-        return
-    low, high = (bound / scale.factor for bound in found.bounds)
-    axes.axhline(found.value / scale.factor, color=mark.colour, linestyle="--", linewidth=1.4, zorder=2)
-    axes.axhspan(low, high, color=mark.colour, alpha=0.10, linewidth=0, zorder=1)
-
-
-def _series(axes: Axes, cells: list[CellResult], name: str, scale: Scale, mark: Mark, axis: BudgetAxis) -> None:
-    points = sorted(
+def _points(
+    cells: list[CellResult], name: str, scale: Scale, axis: BudgetAxis
+) -> list[tuple[float, float, float, float]]:
+    """Return (place, value, low, high) by growing budget."""
+    return sorted(
         (axis.places[cell.key], found.value / scale.factor, *(bound / scale.factor for bound in found.bounds))
         for cell in cells
         if (found := cell.estimate(name)) and cell.key in axis.places
     )
-    if not points:
-        return
+
+
+def _full_line(axes: Axes, label: str, cell: CellResult, name: str, scale: Scale, mark: Mark) -> list[Named]:
+    """Draw the full cache as a reference with its band."""
+    found = cell.estimate(name)
+    if found is None:
+        return []
+    value = found.value / scale.factor
+    low, high = (bound / scale.factor for bound in found.bounds)
+    line = axes.axhline(value, color=mark.colour, linestyle=mark.line, linewidth=1.4, zorder=2)
+    line.set_label(artist_name(name, label))
+    axes.axhspan(low, high, color=mark.colour, alpha=0.12, linewidth=0, zorder=1)
+    return [Named(text=label, x=axes.get_xlim()[1], y=value, colour=mark.colour)]
+
+
+def _series(
+    axes: Axes, points: list[tuple[float, float, float, float]], title: str, mark: Mark, look: Look
+) -> None:
     places, values, lows, highs = (list(column) for column in zip(*points, strict=True))
-    axes.plot(places, values, color=mark.colour, marker=mark.marker, linestyle=mark.line, markersize=6, linewidth=1.8)
+    axes.plot(places, values, linestyle=mark.line, linewidth=1.6, label=title, **style_of(mark, look.theme))
     # A band needs two places; a single one gets a bar, or its interval would be invisible.
     if len(set(places)) > 1:
-        axes.fill_between(places, lows, highs, color=mark.colour, alpha=0.18, linewidth=0, zorder=3)
+        axes.fill_between(places, lows, highs, color=mark.colour, alpha=0.16, linewidth=0, zorder=1.5, label=title)
     else:
-        axes.vlines(places, lows, highs, color=mark.colour, linewidth=1.6, zorder=3)
+        axes.vlines(places, lows, highs, color=mark.colour, linewidth=1.6, zorder=1.9, label=title)
 
 
 def _scale_y(axes: Axes, group: Group, name: str, scale: Scale) -> None:
@@ -92,10 +123,11 @@ def _scale_y(axes: Axes, group: Group, name: str, scale: Scale) -> None:
     low = min(estimate.bounds[0] for estimate in found) / scale.factor
     high = max(estimate.bounds[1] for estimate in found) / scale.factor
     smallest = min(estimate.value for estimate in found) / scale.factor
-    if name == "ppl" and smallest > 0 and high / smallest > _LOG_RATIO:
+    num_failed = sum(cell.failed for cell in group.budgeted)
+    if measure(name).unit == "ppl" and smallest > 0 and high / smallest > _LOG_RATIO:
         axes.set_yscale("log")
         bottom = max(low, smallest / 2)
-        room = (high / bottom) ** (0.06 * (1 + min(sum(cell.failed for cell in group.budgeted), 2)))
+        room = (high / bottom) ** (0.06 * (1 + min(num_failed, 2)))
         axes.set_ylim(bottom / room, high * 1.15)
         if high / smallest < 100:
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -103,31 +135,29 @@ def _scale_y(axes: Axes, group: Group, name: str, scale: Scale) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
         return
     room = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
-    num_failed = sum(cell.failed for cell in group.budgeted)
     below = room * (1 + min(num_failed, 4))
-    axes.set_ylim((low - below) if num_failed else max(0.0, low - room), high + room)
+    axes.set_ylim(low - (below if num_failed or low > 0 else room), high + room)
     most = 1.0 / scale.factor if measure(name).unit in ("score", "fraction") else high + room
     hide_ticks_outside(axes, 0.0, most)
 
 
-def _failed(axes: Axes, group: Group, marks: Mapping[str, Mark], axis: BudgetAxis) -> None:
+def _failed(axes: Axes, group: Group, marks: Mapping[str, Mark], axis: BudgetAxis, look: Look) -> None:
     """Stack crosses from the bottom edge, so that several failures at one budget stay readable."""
     stacked: dict[float, int] = {}
-    for cell in group.cells:
-        if not cell.failed:
-            continue
+    small = look.small_points
+    for cell in (cell for cell in group.cells if cell.failed):
         place = axis.places.get(cell.key)
         if place is None:  # the full cache has no place on a budget axis
-            axes.text(0.98, 0.97, f"full: {cell.status}", transform=axes.transAxes, ha="right", va="top", fontsize=8)
+            axes.text(0.98, 0.97, f"full: {cell.status}", transform=axes.transAxes, ha="right", va="top", fontsize=small)
             continue
         height = 0.04 + 0.065 * stacked.get(place, 0)
         stacked[place] = stacked.get(place, 0) + 1
         colour = marks[group.series_label(cell)].colour
         across = axes.transAxes.inverted().transform(axes.transData.transform((place, axes.get_ylim()[0])))[0]
-        side = across < 0.5
+        side = 1 if across < 0.5 else -1
         at = axes.get_xaxis_transform()
         axes.plot([place], [height], transform=at, color=colour, marker="x", markersize=6, markeredgewidth=2, zorder=6)
         axes.annotate(
-            cell.status, (place, height), xycoords=at, xytext=(6 if side else -6, 0), textcoords="offset points",
-            ha="left" if side else "right", va="center", fontsize=8, zorder=6,
+            cell.status, (place, height), xycoords=at, xytext=(6 * side, 0), textcoords="offset points",
+            ha="left" if side > 0 else "right", va="center", fontsize=small, zorder=6,
         )  # fmt: skip

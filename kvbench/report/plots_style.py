@@ -1,123 +1,144 @@
-"""One look for every figure: a colour and marker per policy, quiet axes, and bytes that reproduce.
-
-Colours are those of Okabe and Ito, which readers with colour-blindness can tell apart; the marker
-says the same thing a second time. The page swaps the ink, grid and paper colours for its own in dark mode.
-"""
+"""One look for every figure: sizes for a page and for papers, quiet axes, and nobody's own matplotlib settings."""
 
 from __future__ import annotations
 
-import io
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from matplotlib import rc_context
+from matplotlib import rcParamsDefault
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-INK, MUTED, GRID, PAPER = "#1f2933", "#5f6b7a", "#d9dee5", "#ffffff"
-BLUE, GREY = "#0072b2", "#808080"
-WIDTH_INCHES = 10.0
-_KNOWN = {
-    "full": (INK, "s"),
-    "random": (GREY, "X"),
-    "streaming_llm": ("#e69f00", "^"),
-    "h2o": (BLUE, "o"),
-    "elastic": ("#009e73", "D"),
-    "oracle": ("#cc79a7", "*"),
-}
-_COLOURS = ("#d55e00", "#56b4e9", "#cc79a7", "#009e73", BLUE, "#e69f00")
-_MARKERS = ("v", "P", "h", "<", ">", "p", "d", "8")
-_LINES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
-RC: Any = {
-    "svg.hashsalt": "kvbench",
-    "svg.fonttype": "path",
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-    "legend.fontsize": 9,
-    "legend.frameon": False,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": MUTED,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "figure.facecolor": PAPER,
-    "axes.facecolor": PAPER,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.formatter.use_mathtext": False,
-}
+from kvbench.report.plots_policies import Mark, Palette
+from kvbench.report.plots_theme import Theme
+
+# Inches and points. `page` is drawn for a screen; the others are the columns of a two-column paper.
+WIDTHS = {"page": (10.0, 9.0), "double": (7.0, 8.0), "single": (3.4, 7.0)}
+_PROCESS_WIDE = ("backend", "interactive", "toolbar", "timezone", "datapath", "webagg", "docstring", "savefig.directory")
+# A user's matplotlibrc must not change a figure, so what ours does not set comes from matplotlib's own defaults.
+_DEFAULTS = {name: value for name, value in rcParamsDefault.items() if not name.startswith(_PROCESS_WIDE)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Mark:
-    """How a series is drawn; `line` tells apart series of one policy."""
+class Look:
+    """How one figure is drawn; `measures` are those asked for, by default the figure's own choice."""
 
-    colour: str
-    marker: str
-    line: Any
+    palette: Palette
+    width: str = "page"
+    measures: tuple[str, ...] = ()
+
+    @property
+    def theme(self) -> Theme:
+        """Return the colours."""
+        return self.palette.theme
+
+    @property
+    def width_inches(self) -> float:
+        """Return the width of the figure."""
+        return WIDTHS[self.width][0]
+
+    @property
+    def font_points(self) -> float:
+        """Return the size of ordinary text."""
+        return WIDTHS[self.width][1]
+
+    @property
+    def small_points(self) -> float:
+        """Return the size of labels inside axes."""
+        return self.font_points - 1.0
+
+    @property
+    def rc(self) -> dict[str, Any]:
+        """Return every setting of matplotlib that a figure may depend on."""
+        theme, size = self.theme, self.font_points
+        return _DEFAULTS | {
+            "svg.hashsalt": "kvbench",
+            "svg.fonttype": "path",
+            "pdf.fonttype": 42,
+            "font.family": ["DejaVu Sans"],
+            "font.size": size,
+            "axes.titlesize": size + 1,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.labelsize": size,
+            "xtick.labelsize": size - 0.5,
+            "ytick.labelsize": size - 0.5,
+            "legend.fontsize": size,
+            "legend.frameon": False,
+            "text.color": theme.ink,
+            "axes.labelcolor": theme.ink,
+            "axes.titlecolor": theme.ink,
+            "axes.edgecolor": theme.muted,
+            "xtick.color": theme.muted,
+            "ytick.color": theme.muted,
+            "xtick.labelcolor": theme.ink,
+            "ytick.labelcolor": theme.ink,
+            "grid.color": theme.grid,
+            "grid.linewidth": 0.7,
+            "figure.facecolor": theme.paper,
+            "savefig.facecolor": theme.paper,
+            "axes.facecolor": theme.paper,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+        }
 
 
-class Palette:
-    """Gives every policy its own colour and marker, the same in all figures of a report."""
-
-    def __init__(self, policies: Iterable[str]) -> None:
-        names = sorted(set(policies))
-        taken = [_KNOWN[name][0] for name in names if name in _KNOWN]
-        free = [colour for colour in _COLOURS if colour not in taken] + list(_COLOURS)
-        others = [name for name in names if name not in _KNOWN]
-        self._marks = {name: _KNOWN[name] for name in names if name in _KNOWN}
-        for index, name in enumerate(others):
-            self._marks[name] = (free[index % len(free)], _MARKERS[index % len(_MARKERS)])
-
-    def mark(self, policy: str, variant: int = 0) -> Mark:
-        """Return the look of the `variant`-th series of `policy`."""
-        colour, marker = self._marks[policy]
-        return Mark(colour=colour, marker=marker, line=_LINES[variant % len(_LINES)])
+def new_figure(look: Look, num_panels: int, panel_inches: float, *, columns: int, **layout: Any) -> tuple[Figure, Any]:
+    """Return a figure with rows of at most `columns` panels (one a row in a single column), and its axes in order."""
+    columns = 1 if look.width == "single" else min(columns, num_panels)
+    rows = math.ceil(num_panels / columns)
+    figure = Figure(figsize=(look.width_inches, rows * panel_inches), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.05, w_pad=0.05)  # type: ignore[union-attr]
+    axes = list(figure.subplots(rows, columns, squeeze=False, **layout).flat)
+    for unused in axes[num_panels:]:
+        unused.set_visible(False)
+        unused.set_in_layout(False)
+    return figure, axes[:num_panels]
 
 
-def new_figure(height_inches: float, num_columns: int, **layout: Any) -> tuple[Figure, list[Axes]]:
-    """Return a figure of the common width with one row of axes; call it inside `rc_context(RC)`."""
-    figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
-    axes = figure.subplots(1, num_columns, squeeze=False, **layout)[0]
-    return figure, list(axes)
+def style_of(mark: Mark, theme: Theme, *, size: float = 6.0) -> dict[str, Any]:
+    """Return the marker part of a line's style; a hollow part shows the paper."""
+    edge = 1.4 if mark.fill != "full" else 0.6
+    return {
+        "color": mark.colour, "marker": mark.marker, "markersize": size, "fillstyle": mark.fill,
+        "markerfacecolor": mark.colour if mark.fill != "none" else theme.paper,
+        "markerfacecoloralt": theme.paper, "markeredgecolor": mark.colour, "markeredgewidth": edge,
+    }  # fmt: skip
 
 
-def legend_above(figure: Figure, handles: list[Line2D]) -> None:
+def legend_above(figure: Figure, handles: list[Line2D], look: Look) -> None:
     """Put one legend for all axes above them, in as few rows as fit."""
     longest = max((len(str(handle.get_label())) for handle in handles), default=1)
-    num_columns = max(1, min(len(handles), int(WIDTH_INCHES * 11.5) // (longest + 6)))
+    letters = int(look.width_inches * 72 / (0.6 * look.font_points))
+    num_columns = max(1, min(len(handles), letters // (longest + 6)))
     figure.legend(handles=handles, loc="outside upper left", ncols=num_columns, handlelength=2.4, columnspacing=1.6)
 
 
-def key_line(label: str, mark: Mark, *, line: Any = None) -> Line2D:
+def key_line(label: str, mark: Mark, theme: Theme, *, joined: bool = True) -> Line2D:
     """Return a legend entry that looks like the series."""
-    return Line2D([], [], color=mark.colour, marker=mark.marker, linestyle=line or mark.line, label=label, markersize=6)
+    return Line2D([], [], linestyle=mark.line if joined else "none", label=label, **style_of(mark, theme))
 
 
-def failed_key() -> Line2D:
-    """Return the legend entry of failed cells."""
-    return Line2D([], [], color=MUTED, marker="x", linestyle="none", label="failed (status beside it)", markersize=6)
+def hollow_frame(axes: Axes) -> None:
+    """Take away everything around empty axes."""
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(visible=False)
 
 
-def svg_text(figure: Figure) -> str:
-    """Return the figure as SVG: no date, text as paths, the same bytes every time."""
-    buffer = io.StringIO()
-    FigureCanvasSVG(figure)
-    with rc_context(RC):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": "kvbench"})
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+def shortened(text: str, most: int = 30) -> str:
+    """Cut a long name in its middle, where two names of one family differ least."""
+    return text if len(text) <= most else f"{text[: most // 2 - 1]}...{text[-(most // 2 - 2) :]}"
+
+
+def listed(texts: Iterable[str], most: int = 4) -> str:
+    """Join texts, the first few of many."""
+    found = list(texts)
+    return "; ".join(found if len(found) <= most else [*found[:most], f"and {len(found) - most} more"])

@@ -1,0 +1,114 @@
+"""Every figure by name: what it shows, how it is read, what it needs, and the function that draws it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from kvbench.report.load import Group
+from kvbench.report.plots_capacity import capacity_figure
+from kvbench.report.plots_differences import differences_figure
+from kvbench.report.plots_entries import entries_figure
+from kvbench.report.plots_latency import latency_figure
+from kvbench.report.plots_memory import memory_figure
+from kvbench.report.plots_pareto import pareto_figure
+from kvbench.report.plots_quality import quality_figure
+from kvbench.report.plots_style import Look
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FigureKind:
+    """One kind of figure; `draw` returns None where the group has nothing of what it `needs`."""
+
+    name: str
+    title: str
+    summary: str
+    caption: str
+    needs: str
+    takes_measures: bool
+    draw: Callable[[Group, Look], Figure | None]
+
+
+_KINDS = (
+    FigureKind(
+        name="quality",
+        title="Quality against budget",
+        summary="each quality measure over the budget, a line with its 95 % band per policy, full as reference",
+        caption="Quality against budget. Bands are 95 % intervals over samples; the dashed line is the full cache with "
+        "its own. Ticks are budget settings, points stand at the budget really kept where that is near its setting. "
+        "Crosses are failed cells.",
+        needs="a quality measure and a cell with a budget",
+        takes_measures=True,
+        draw=quality_figure,
+    ),
+    FigureKind(
+        name="pareto",
+        title="Quality against cost",
+        summary="quality over KV bytes and over TPOT with both intervals, the front drawn",
+        caption="Quality against the KV bytes stored and against the time per output token. Bars are 95 % intervals in "
+        "both directions. The grey line is the front: no other cell has both lower cost and better quality; its points "
+        "are larger, ringed and carry their budget. Thin lines join the budgets of one policy. Cells whose timing was "
+        "noisy are pale and never on the front over time.",
+        needs="a quality measure, and KV bytes or TPOT",
+        takes_measures=True,
+        draw=pareto_figure,
+    ),
+    FigureKind(
+        name="latency",
+        title="Where the time goes",
+        summary="TTFT, TPOT (p50, p90) with the policy's own time and the memory roof, share of the roof, ratios to full",
+        caption="Time to first token and per output token; lines through the points are 95 % intervals over launches. "
+        "Bars are the policy's own part. The upright tick is the memory roof: no step can be faster. Hollow points are "
+        "the 90th percentile of TPOT and, in the last panel, TTFT. Ratios compare with the full cache in the same "
+        "process. Pale cells were noisy.",
+        needs="the speed task",
+        takes_measures=False,
+        draw=latency_figure,
+    ),
+    FigureKind(
+        name="memory",
+        title="Where the bytes are",
+        summary="the peak in its parts (weights, activations, KV, the rest), the peak of each phase, KV nominal and stored",
+        caption="Left: weights, activations of the model without a cache (vision inside), KV stored at the end, and what "
+        "of the measured peak (tick) is none of these: attention statistics, inputs, bookkeeping. The parts need not be "
+        "alive at once, so the tick may lie inside the bar. Middle: peak of each phase above the weights. Right: KV "
+        "stored (bar) and what the budget implies (tick).",
+        needs="the memory task",
+        takes_measures=False,
+        draw=memory_figure,
+    ),
+    FigureKind(
+        name="entries",
+        title="Entries held while decoding",
+        summary="cache entries at every decode step, a panel per budget",
+        caption="Entries per layer and KV head at every decode step, mean over layers, heads and the rows still "
+        "answering; the shade reaches up to the fullest. The dashed line is the full cache.",
+        needs="the generation task",
+        takes_measures=False,
+        draw=entries_figure,
+    ),
+    FigureKind(
+        name="differences",
+        title="Which samples collapse",
+        summary="every sample's difference to the full cache, and the share of samples at or below each value",
+        caption="Left: each column is one sample, its dots the policies' differences to the full cache on it; the "
+        "samples that lose most, over all cells, stand on the left. Right: share of samples at or below each "
+        "difference. The dashed line is no difference.",
+        needs="per-sample scores of the full cache and of a cell with a budget",
+        takes_measures=True,
+        draw=differences_figure,
+    ),
+    FigureKind(
+        name="capacity",
+        title="Throughput and the largest batch",
+        summary="throughput over the batch, and the largest batch that fits, per policy",
+        caption="Left: tokens per second of a whole launch over the prompts that run together, with 95 % intervals. "
+        "Right: the largest batch that fits, full as reference.",
+        needs="the capacity task, or the speed task at several batch sizes",
+        takes_measures=False,
+        draw=capacity_figure,
+    ),
+)
+FIGURES = {kind.name: kind for kind in _KINDS}
