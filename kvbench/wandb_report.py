@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvbench.report.best import best_policies
 from kvbench.report.comparisons import Comparison, group_comparisons
-from kvbench.report.plots import FIGURES, figure_name
+from kvbench.report.plots_png import png_names
 from kvbench.sinks.console import say
 from kvbench.sinks.wandb_fields import measure_group
 from kvbench.sinks.wandb_report import Chapter, Outline, check_workspaces, report_spec
@@ -65,16 +65,12 @@ def _outline(results: Results) -> Outline:
     sweeps = sorted({cell.sweep for cell in results.records})
     compared = [(group, group_comparisons(group)) for group in results.groups]
     return Outline(
-        title=f"KV-cache policies: {', '.join(sweeps)}",
+        title=f"KV-cache policies, {', '.join(sweeps)}",
         description=f"{len(results.records)} cells of kvbench, from their records; intervals are 95 %.",
         sweeps=sweeps,
         headline="\n\n".join(line for group, some in compared for line in _headline(group, some)),
         chapters=[_chapter(group, some) for group, some in compared],
-        figures=[
-            f"figures/{figure_name(index, group, kind)}"
-            for index, group in enumerate(results.groups)
-            for kind in FIGURES
-        ],
+        figures=[f"figures/{name}" for name in png_names(results)],
         definitions=_definitions(results),
     )
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kvbench.records import read_record
 from kvbench.sinks.store import RecordStore
 from kvbench.sinks.wandb_fields import measure_group
-from kvbench.sinks.wandb_summary import SweepSummary, Table, summary_run
+from kvbench.sinks.wandb_summary import Figure, SweepSummary, Table, summary_run
 from kvbench.units import MEASURES, measure
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def summary_of(folder: Path, sweep: str, keys: Collection[str]) -> RunSpec:
             "verdicts": _verdicts(compared),
             "best": _best(compared),
         },
-        figures={f"figures/{name}": png for name, png in draw_pngs(results).items()},
+        figures={f"figures/{png.name}": Figure(png=png.data, caption=png.caption) for png in draw_pngs(results)},
         numbers=dict(_numbers(compared)),
     )
     return summary_run(summary, version("kvbench"))

@@ -54,7 +54,9 @@ def budget_axis(cells: Sequence[CellResult]) -> BudgetAxis:
     if cells and len(by_fraction) == len(cells):
         places = {cell.key: _realised(cell, by_fraction[cell.key]) for cell in cells}
         kinds = {cell.budget.partition("% of ")[2] for cell in cells}
-        what = {"seen": "% of tokens seen", "prompt": "% of the prompt"}.get(kinds.pop() if len(kinds) == 1 else "", "%")
+        what = {"seen": "% of tokens seen", "prompt": "% of the prompt"}.get(
+            kinds.pop() if len(kinds) == 1 else "", "%"
+        )
         return _numeric(f"budget ({what})", places, sorted(set(by_fraction.values())), 100.0)
     if cells and len(by_tokens) == len(cells):
         title = "budget (entries per layer and KV head)"

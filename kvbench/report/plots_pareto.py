@@ -121,9 +121,7 @@ def _point(
     axes.plot([x], [y], linestyle="none", alpha=pale, zorder=5 if on_front else 4, label=title, **style | ring)
 
 
-def _texts(
-    group: Group, points: Sequence[Point], front: Sequence[Point], legend: bool
-) -> dict[str, str]:
+def _texts(group: Group, points: Sequence[Point], front: Sequence[Point], legend: bool) -> dict[str, str]:
     """Return what to write beside which cell: budgets on the front, and each policy once, at its largest budget."""
     called = series_names(group)
     texts: dict[str, str] = {}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from matplotlib import rc_context
+
 from kvbench.report.load import Results
 from kvbench.report.plots import draw_one, group_slugs
 from kvbench.report.plots_catalog import FIGURES
@@ -19,6 +21,18 @@ class Png:
     name: str
     caption: str
     data: bytes
+
+
+def png_names(results: Results) -> list[str]:
+    """Return the names of what `draw_pngs` would yield."""
+    look = Look(palette=Palette(results.policies))
+    with rc_context(look.rc):
+        return [
+            f"{slug}-{kind.name}"
+            for group, slug in zip(results.groups, group_slugs(results.groups), strict=True)
+            for kind in FIGURES.values()
+            if kind.draw(group, look) is not None
+        ]
 
 
 def draw_pngs(results: Results) -> Iterator[Png]:

@@ -53,9 +53,7 @@ BUNDLED = {
 # 3 colours x 6 markers x 2 lines; neighbours in this order differ in as much as they can.
 _COLOURS = ("vermilion", "sky", "brown")
 _MARKERS: tuple[Any, ...] = (">", "*", (4, 1, 0), (3, 1, 0), (8, 1, 0), "H")
-OTHERS = tuple(
-    Shape(_COLOURS[i % 3], _MARKERS[i // 3 % 6], (_SOLID, _DASHED)[(i + i // 18) % 2]) for i in range(36)
-)
+OTHERS = tuple(Shape(_COLOURS[i % 3], _MARKERS[i // 3 % 6], (_SOLID, _DASHED)[(i + i // 18) % 2]) for i in range(36))
 _FILLS = {"original": "full", "in_cache": "none", "released": "left"}
 _VARIANT_FILLS = ("full", "none", "left", "top", "right", "bottom")
 

@@ -59,9 +59,7 @@ def _build(group: Group, look: Look, names: list[str], legend: bool) -> DirectLa
     return labels
 
 
-def _panel(
-    axes: Axes, group: Group, name: str, marks: Mapping[str, Mark], axis: BudgetAxis, look: Look
-) -> list[Named]:
+def _panel(axes: Axes, group: Group, name: str, marks: Mapping[str, Mark], axis: BudgetAxis, look: Look) -> list[Named]:
     """Draw one measure and return the right ends of its lines."""
     scale = axis_scale(name, group.cells)
     axis.apply(axes)
@@ -105,9 +103,7 @@ def _full_line(axes: Axes, label: str, cell: CellResult, name: str, scale: Scale
     return [Named(text=label, x=axes.get_xlim()[1], y=value, colour=mark.colour)]
 
 
-def _series(
-    axes: Axes, points: list[tuple[float, float, float, float]], title: str, mark: Mark, look: Look
-) -> None:
+def _series(axes: Axes, points: list[tuple[float, float, float, float]], title: str, mark: Mark, look: Look) -> None:
     places, values, lows, highs = (list(column) for column in zip(*points, strict=True))
     axes.plot(places, values, linestyle=mark.line, linewidth=1.6, label=title, **style_of(mark, look.theme))
     # A band needs two places; a single one gets a bar, or its interval would be invisible.
@@ -148,7 +144,9 @@ def _failed(axes: Axes, group: Group, marks: Mapping[str, Mark], axis: BudgetAxi
     for cell in (cell for cell in group.cells if cell.failed):
         place = axis.places.get(cell.key)
         if place is None:  # the full cache has no place on a budget axis
-            axes.text(0.98, 0.97, f"full: {cell.status}", transform=axes.transAxes, ha="right", va="top", fontsize=small)
+            axes.text(
+                0.98, 0.97, f"full: {cell.status}", transform=axes.transAxes, ha="right", va="top", fontsize=small
+            )
             continue
         height = 0.04 + 0.065 * stacked.get(place, 0)
         stacked[place] = stacked.get(place, 0) + 1

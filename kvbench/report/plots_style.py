@@ -17,7 +17,16 @@ from kvbench.report.plots_theme import Theme
 
 # Inches and points. `page` is drawn for a screen; the others are the columns of a two-column paper.
 WIDTHS = {"page": (10.0, 9.0), "double": (7.0, 8.0), "single": (3.4, 7.0)}
-_PROCESS_WIDE = ("backend", "interactive", "toolbar", "timezone", "datapath", "webagg", "docstring", "savefig.directory")
+_PROCESS_WIDE = (
+    "backend",
+    "interactive",
+    "toolbar",
+    "timezone",
+    "datapath",
+    "webagg",
+    "docstring",
+    "savefig.directory",
+)
 # A user's matplotlibrc must not change a figure, so what ours does not set comes from matplotlib's own defaults.
 _DEFAULTS = {name: value for name, value in rcParamsDefault.items() if not name.startswith(_PROCESS_WIDE)}
 

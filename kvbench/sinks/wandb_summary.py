@@ -35,8 +35,16 @@ class Table:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A picture as the bytes of a PNG file, and how it is read."""
+
+    png: bytes
+    caption: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class SweepSummary:
-    """A sweep as plain data. `bodies`: its records; `tables`, `figures` (PNG) and `numbers` by their W&B key.
+    """A sweep as plain data. `bodies`: its records; `tables`, `figures` and `numbers` by their W&B key.
 
     A table's key has no slash: W&B would give its artifact a new name, and so a new one, at each upload.
     """
@@ -45,7 +53,7 @@ class SweepSummary:
     bodies: Sequence[Mapping[str, Any]]
     folder: Path
     tables: Mapping[str, Table]
-    figures: Mapping[str, bytes]
+    figures: Mapping[str, Figure]
     numbers: Mapping[str, float | str]
 
 
@@ -83,8 +91,8 @@ def _fill(run: wandb.Run, summary: SweepSummary, bodies: Sequence[dict[str, Any]
     media: dict[str, Any] = {
         name: table(list(one.columns), shown[name]) for name, one in summary.tables.items() if one.rows
     }
-    for name, png in summary.figures.items():
-        media[name] = wandb.Image(Image.open(io.BytesIO(png)))
+    for name, figure in summary.figures.items():
+        media[name] = wandb.Image(Image.open(io.BytesIO(figure.png)), caption=figure.caption)
     run.log(media)
     run.log_artifact(_records(summary, bodies))
     statuses = [body["status"] for body in bodies]
