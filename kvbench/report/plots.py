@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from matplotlib import rc_context
+from matplotlib.figure import Figure
 
+from kvbench.report.figures import FIGURES, FigureKind
 from kvbench.report.load import Group, Results
-from kvbench.report.plots_catalog import FIGURES, FigureKind
+from kvbench.report.plots_capacity import capacity_figure
+from kvbench.report.plots_differences import differences_figure
+from kvbench.report.plots_entries import entries_figure
+from kvbench.report.plots_latency import latency_figure
+from kvbench.report.plots_memory import memory_figure
+from kvbench.report.plots_pareto import pareto_figure
 from kvbench.report.plots_policies import Palette
+from kvbench.report.plots_quality import quality_figure
 from kvbench.report.plots_save import figure_bytes
 from kvbench.report.plots_style import Look
+
+DRAW: Mapping[str, Callable[[Group, Look], Figure | None]] = {
+    "quality": quality_figure,
+    "pareto": pareto_figure,
+    "latency": latency_figure,
+    "memory": memory_figure,
+    "entries": entries_figure,
+    "differences": differences_figure,
+    "capacity": capacity_figure,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plot:
-    """One figure; `name` is a file name without suffix, `kind` its name in the catalog."""
+    """One figure; `name` is a file name without suffix, `kind` its name in FIGURES."""
 
     name: str
     kind: str
@@ -43,7 +62,7 @@ def draw_plots(results: Results) -> tuple[Plot, ...]:
 def draw_one(kind: FigureKind, group: Group, look: Look, file_format: str) -> bytes | None:
     """Return one figure as a file's bytes, or None if the group has no data for it."""
     with rc_context(look.rc):
-        figure = kind.draw(group, look)
+        figure = DRAW[kind.name](group, look)
     return None if figure is None else figure_bytes(figure, file_format, look.rc)
 
 

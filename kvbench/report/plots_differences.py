@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -75,7 +74,7 @@ def differences_figure(group: Group, look: Look) -> Figure | None:
     for (dots, shares), (budget, cells) in zip(pairs, budgets.items(), strict=True):
         _dots(dots, group, cells, found, order[:MOST_SAMPLES], look)
         _shares(shares, group, cells, found, look)
-        dots.set_title(f"Budget {budget}: {measure(found.name).label}, difference to full (n = {len(order)})")
+        dots.set_title(f"{budget}: {measure(found.name).label} (n = {len(order)})")
     _sample_names(pairs[-1][0], order, look)
     pairs[-1][1].set_xlabel(_unit(found.name))
     shown = {group.series_label(cell) for cells in budgets.values() for cell in cells}
@@ -88,7 +87,7 @@ def differences_figure(group: Group, look: Look) -> Figure | None:
 
 
 def _unit(name: str) -> str:
-    return f"difference to full{', nats per token' if measure(name).unit == 'ppl' else ''}"
+    return f"difference{', nats/token' if measure(name).unit == 'ppl' else ' to full'} or below"
 
 
 def _dots(
@@ -106,14 +105,15 @@ def _dots(
     axes.xaxis.set_major_locator(FixedLocator(list(range(len(order)))))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels([])
-    axes.set_ylabel("nats per token" if measure(found.name).unit == "ppl" else "difference")
+    axes.set_ylabel("to full, nats/token" if measure(found.name).unit == "ppl" else "difference to full")
 
 
 def _sample_names(axes: Axes, order: Sequence[str], look: Look) -> None:
     """Name the samples below the last row, without what all of them begin with."""
     shown = order[:MOST_SAMPLES]
-    shared = os.path.commonprefix(list(shown)) if len(shown) > 1 else ""
-    shared = shared[: shared.rfind("/") + 1]
+    folders = {sample.rpartition("/")[0] for sample in shown}
+    shared = f"{folders.pop()}/" if len(folders) == 1 else ""
+    shared = "" if shared == "/" else shared
     axes.set_xticklabels([sample.removeprefix(shared)[:14] for sample in shown], rotation=90,
                          fontsize=look.small_points - 1.5)  # fmt: skip
     what = f"the {len(shown)} of {len(order)} samples that lose most" if len(shown) < len(order) else "samples"
@@ -131,4 +131,4 @@ def _shares(axes: Axes, group: Group, cells: Sequence[CellResult], found: Differ
         axes.plot([values[0], *values], [0.0, *shares], drawstyle="steps-post", color=mark.colour, linewidth=1.4,
                   linestyle=mark.line, label=artist_name(found.name, group.cell_label(cell)))  # fmt: skip
     axes.set_ylim(0, 102)
-    axes.set_title("% of samples at or below", fontweight="normal")
+    axes.set_ylabel("% of samples")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -82,7 +82,7 @@ def _peak_parts(axes: Axes, group: Group, marks: Mapping[str, Mark], look: Look)
             left += width
         axes.vlines([peak.value / scale.factor], [row - 0.42], [row + 0.42], color=look.theme.ink, linewidth=1.8,
                     zorder=5, label=artist_name("peak_memory_bytes", group.cell_label(cell)))  # fmt: skip
-    axes.set_title("What the peak is made of")
+    axes.set_title("Parts of the peak")
     axes.set_xlabel(scale.label)
     axes.set_xlim(left=0)
 
@@ -130,7 +130,7 @@ def _kv(axes: Axes, group: Group, marks: Mapping[str, Mark], look: Look) -> None
     axes.set_xlabel(scale.label)
 
 
-def _keys(figure: Figure, shown: list[object], look: Look) -> None:
+def _keys(figure: Figure, shown: Collection[object], look: Look) -> None:
     theme = look.theme
     keys: list[Line2D | Patch] = []
     if _peak_parts in shown:

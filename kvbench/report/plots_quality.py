@@ -83,11 +83,14 @@ def _points(
     cells: list[CellResult], name: str, scale: Scale, axis: BudgetAxis
 ) -> list[tuple[float, float, float, float]]:
     """Return (place, value, low, high) by growing budget."""
-    return sorted(
-        (axis.places[cell.key], found.value / scale.factor, *(bound / scale.factor for bound in found.bounds))
-        for cell in cells
-        if (found := cell.estimate(name)) and cell.key in axis.places
-    )
+    points = []
+    for cell in cells:
+        found = cell.estimate(name)
+        if found and cell.key in axis.places:
+            low, high = found.bounds
+            numbers = (found.value / scale.factor, low / scale.factor, high / scale.factor)
+            points.append((axis.places[cell.key], *numbers))
+    return sorted(points)
 
 
 def _full_line(axes: Axes, label: str, cell: CellResult, name: str, scale: Scale, mark: Mark) -> list[Named]:

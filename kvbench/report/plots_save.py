@@ -13,7 +13,6 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-FORMATS = ("svg", "pdf", "png")
 _NO_DATE: dict[str, dict[str, Any]] = {
     "svg": {"Date": None, "Creator": "kvbench"},
     "pdf": {"CreationDate": None, "ModDate": None, "Creator": "kvbench", "Producer": "kvbench"},
@@ -22,8 +21,8 @@ _NO_DATE: dict[str, dict[str, Any]] = {
 _PNG_DPI = 200
 
 
-def figure_bytes(figure: Figure, kind: str, rc: dict[str, Any]) -> bytes:
-    """Return the figure in one of FORMATS, drawn under the settings `rc`."""
+def figure_bytes(figure: Figure, kind: str, rc: Any) -> bytes:
+    """Return the figure as svg, pdf or png, drawn under the settings `rc`."""
     buffer = io.BytesIO()
     with rc_context(rc):
         figure.savefig(buffer, format=kind, metadata=_NO_DATE[kind], dpi=_PNG_DPI if kind == "png" else "figure")

@@ -10,13 +10,13 @@ from typing import Any
 from matplotlib import rcParamsDefault
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
+from kvbench.report.figures import WIDTHS
 from kvbench.report.plots_policies import Mark, Palette
 from kvbench.report.plots_theme import Theme
 
-# Inches and points. `page` is drawn for a screen; the others are the columns of a two-column paper.
-WIDTHS = {"page": (10.0, 9.0), "double": (7.0, 8.0), "single": (3.4, 7.0)}
 _PROCESS_WIDE = (
     "backend",
     "interactive",
@@ -60,7 +60,7 @@ class Look:
         return self.font_points - 1.0
 
     @property
-    def rc(self) -> dict[str, Any]:
+    def rc(self) -> Any:
         """Return every setting of matplotlib that a figure may depend on."""
         theme, size = self.theme, self.font_points
         return _DEFAULTS | {
@@ -69,7 +69,7 @@ class Look:
             "pdf.fonttype": 42,
             "font.family": ["DejaVu Sans"],
             "font.size": size,
-            "axes.titlesize": size + 1,
+            "axes.titlesize": size + (1.0 if self.width == "page" else 0.0),
             "axes.titleweight": "bold",
             "axes.titlelocation": "left",
             "axes.labelsize": size,
@@ -101,8 +101,9 @@ def new_figure(look: Look, num_panels: int, panel_inches: float, *, columns: int
     """Return a figure with rows of at most `columns` panels (one a row in a single column), and its axes in order."""
     columns = 1 if look.width == "single" else min(columns, num_panels)
     rows = math.ceil(num_panels / columns)
-    figure = Figure(figsize=(look.width_inches, rows * panel_inches), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.05, w_pad=0.05)  # type: ignore[union-attr]
+    figure = Figure(
+        figsize=(look.width_inches, rows * panel_inches), layout=ConstrainedLayoutEngine(h_pad=0.05, w_pad=0.05)
+    )
     axes = list(figure.subplots(rows, columns, squeeze=False, **layout).flat)
     for unused in axes[num_panels:]:
         unused.set_visible(False)

@@ -8,6 +8,7 @@ the same seed, held as counts so that a comparison is one matrix product; a test
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import numpy as np
 from scipy import special
 
 from kvbench.stats.paired import Floats, PairedSums, differences
-from kvbench.stats.student import quantile
+from kvbench.stats.student import quantile, tail
 
 NUM_DRAWS = 10_000
 SEED = 20_260_101
@@ -37,10 +38,25 @@ class Bootstrap:
         half = (
             quantile(0.5 + confidence / 2, self.num_clusters) if widened else float(special.ndtri(0.5 + confidence / 2))
         )
-        stretch = np.sqrt(self.num_clusters / (self.num_clusters - 1)) if widened else 1.0
+        stretch = math.sqrt(self.num_clusters / (self.num_clusters - 1)) if widened else 1.0
         levels = [float(special.ndtr(self._moved(side * half * stretch))) for side in (-1, 1)]
         low, high = np.quantile(self.draws, levels)
         return float(low), float(high)
+
+    def p_value(self) -> float:
+        """Return the two-sided p value of a difference of 0: the level at which the widened interval just holds it.
+
+        0 where no draw lies beyond 0, which 10,000 draws can not resolve.
+        """
+        share = float(np.searchsorted(self.draws, 0.0, "left") + np.searchsorted(self.draws, 0.0, "right"))
+        share /= 2 * len(self.draws)
+        if not 0 < share < 1:
+            return 0.0
+        shifted = (float(special.ndtri(share)) - self.bias) / (
+            1 + self.acceleration * (float(special.ndtri(share)) - self.bias)
+        )
+        z = (shifted - self.bias) / math.sqrt(self.num_clusters / (self.num_clusters - 1))
+        return 2 * min(tail(z, self.num_clusters), tail(-z, self.num_clusters))
 
     def _moved(self, z: float) -> float:
         shifted = self.bias + z

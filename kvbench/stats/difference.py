@@ -1,21 +1,26 @@
-"""What is inferred about a paired difference: interval, p values, and what the samples could have shown."""
+"""What is inferred about a paired difference: interval, p value, and what the samples could have shown.
+
+The interval reaches, on each side, as far as the wider of BCa and Student's t: simulated over 8 kinds of
+differences, BCa alone covers 91 % where tails are heavy and t alone 87 % where losses are rare, the wider of the two
+93 to 97 % from 20 clusters on (docs/statistics.md). Under 10 clusters there is no bootstrap.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from kvbench.stats.bootstrap import NUM_DRAWS, bootstrap
+from kvbench.stats.few_differences import few_differences, sign_test
 from kvbench.stats.paired import PairedSums
 from kvbench.stats.power import minimum_detectable
 from kvbench.stats.student import quantile, standard_error, tail
 
 CONFIDENCE = 0.95
-MIN_BOOTSTRAP_CLUSTERS = 20
+MIN_BOOTSTRAP_CLUSTERS = 10
 MAX_T_CLUSTERS = 100
 _ROUNDING = 1e-12
 
@@ -24,19 +29,21 @@ _ROUNDING = 1e-12
 class Inference:
     """A difference with its 95 % interval; `t_low` and `t_high` stand beside a bootstrap of under 100 clusters.
 
-    `low` is None where one cluster shows no spread. `p_value` is against a difference of 0.
+    `low` is None where one cluster shows no spread. `p_value` is against a difference of 0, two-sided. `is_sparse`
+    where so few clusters differ that only their number counts.
     """
 
     value: float
-    low: float | None
-    high: float | None
+    low: float | None = None
+    high: float | None = None
     method: str
-    t_low: float | None
-    t_high: float | None
-    p_value: float | None
-    standard_error: float
+    t_low: float | None = None
+    t_high: float | None = None
+    p_value: float | None = None
+    standard_error: float = 0.0
     num_samples: int
     num_clusters: int
+    is_sparse: bool = False
 
     @property
     def minimum_detectable(self) -> float | None:
@@ -44,39 +51,53 @@ class Inference:
         return None if self.low is None else minimum_detectable(self.standard_error)
 
 
-def infer(pairs: PairedSums) -> Inference:
-    """Return what `pairs` show: BCa by cluster, Student's t under 20 clusters."""
-    return _infer(pairs.columns.tobytes(), pairs.num_samples)
+def infer(pairs: PairedSums, *, bounded: bool = False, confidence: float = CONFIDENCE) -> Inference:
+    """Return what `pairs` show; `bounded` where both arms' scores lie between 0 and 1."""
+    return _infer(pairs.columns.tobytes(), pairs.num_samples, bounded, confidence)
 
 
-@functools.lru_cache(maxsize=4096)
-def _infer(data: bytes, num_samples: int) -> Inference:
+@functools.lru_cache(maxsize=8192)
+def _infer(data: bytes, num_samples: int, bounded: bool, confidence: float) -> Inference:
     columns = np.frombuffer(data, dtype=np.float64).reshape(-1, 4)
     pairs = PairedSums(columns=columns, num_samples=num_samples)
-    build: Callable[..., Inference] = functools.partial(
-        Inference, value=pairs.value, num_samples=num_samples, num_clusters=pairs.num_clusters
-    )
-    none = {"t_low": None, "t_high": None}
+    plain = Inference(value=pairs.value, method="", num_samples=num_samples, num_clusters=pairs.num_clusters)
     if pairs.num_clusters == 1:
-        return build(low=None, high=None, method="one cluster: no interval", p_value=None, standard_error=0.0, **none)
-    influences = pairs.influences()
-    error = standard_error(influences)
-    scale = float(np.abs(columns[:, ::2] / columns[:, 1::2]).max())
+        return replace(plain, method="one cluster: no interval")
+    found = _with_spread(plain, pairs, confidence)
+    sparse = few_differences(pairs, confidence) if bounded else None
+    if sparse is None:
+        return found
+    assert found.low is not None
+    assert found.high is not None
+    low, high = min(found.low, sparse[0]), max(found.high, sparse[1])
+    error = max(high - found.value, found.value - low) / quantile(0.5 + confidence / 2, pairs.num_clusters)
+    p_value = max(found.p_value or 0.0, sparse[2])
+    method = "share of differing clusters by Clopper-Pearson, times the most that one may lose"
+    return replace(found, low=low, high=high, standard_error=error, p_value=p_value, method=method, is_sparse=True)
+
+
+def _with_spread(plain: Inference, pairs: PairedSums, confidence: float) -> Inference:
+    error = standard_error(pairs.influences())
+    scale = float(np.abs(pairs.columns[:, ::2] / pairs.columns[:, 1::2]).max())
+    num = pairs.num_clusters
     if error <= _ROUNDING * scale:
-        same = float(pairs.value) if abs(pairs.value) > _ROUNDING * scale else 0.0
-        p_value = 1.0 if same == 0 else 0.0
-        method = "every cluster differs by the same"
-        return build(low=same, high=same, method=method, p_value=p_value, standard_error=0.0, **none)
-    half = quantile(0.5 + CONFIDENCE / 2, pairs.num_clusters) * error
-    t_low, t_high = pairs.value - half, pairs.value + half
-    p_value = 2 * tail(-abs(pairs.value) / error, pairs.num_clusters)
-    found = bootstrap(pairs) if pairs.num_clusters >= MIN_BOOTSTRAP_CLUSTERS else None
-    if found is None:
-        method = f"t interval over {pairs.num_clusters} clusters"
-        return build(low=t_low, high=t_high, method=method, p_value=p_value, standard_error=error, **none)
-    low, high = found.bounds(CONFIDENCE)
-    if not (math.isfinite(low) and math.isfinite(high)):
-        low, high = t_low, t_high
-    beside = {"t_low": t_low, "t_high": t_high} if pairs.num_clusters < MAX_T_CLUSTERS else none
-    method = f"BCa bootstrap, {NUM_DRAWS:,} draws, by cluster"
-    return build(low=low, high=high, method=method, p_value=p_value, standard_error=error, **beside)
+        same = plain.value if abs(plain.value) > _ROUNDING * scale else 0.0
+        p_value = sign_test(num, 0) if same else 1.0
+        return replace(
+            plain, value=same, low=same, high=same, p_value=p_value, method="every cluster differs by the same"
+        )
+    half = quantile(0.5 + confidence / 2, num) * error
+    t_low, t_high = plain.value - half, plain.value + half
+    found = replace(
+        plain, low=t_low, high=t_high, method=f"t interval over {num} clusters", standard_error=error,
+        p_value=2 * tail(-abs(plain.value) / error, num),
+    )  # fmt: skip
+    draws = bootstrap(pairs) if num >= MIN_BOOTSTRAP_CLUSTERS else None
+    bounds = draws.bounds(confidence) if draws else (math.nan, math.nan)
+    if draws is None or not all(map(math.isfinite, bounds)):
+        return found
+    beside = (t_low, t_high) if num < MAX_T_CLUSTERS else (None, None)
+    return replace(
+        found, low=min(bounds[0], t_low), high=max(bounds[1], t_high), t_low=beside[0], t_high=beside[1],
+        p_value=max(found.p_value or 0.0, draws.p_value()), method=f"BCa bootstrap, {NUM_DRAWS:,} draws, by cluster",
+    )  # fmt: skip
