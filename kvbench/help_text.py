@@ -14,6 +14,7 @@ kvbench compares KV-cache policies under one definition of everything.
                                               run every combination
   kvbench +experiment=NAME                    run a named sweep
   kvbench report [FOLDER] [--sweep NAME]      build table, figures and page again from the records
+  kvbench plot NAME [FOLDER]                  draw one figure as SVG, PDF or PNG; kvbench plot --list
   kvbench results COMMAND [FOLDER]            list, show, table, csv, parquet, verify, gc; results --help
   kvbench wandb sync [FOLDER]                 send records to Weights & Biases; wandb sync --help
 

@@ -25,6 +25,7 @@ COMPOSITION = {
     "gate",
     "policy_source",
     "parser",
+    "plot_cli",
     "report_cli",
     "results_cli",
     "wandb_cli",

@@ -58,7 +58,7 @@ def body(
         "environment": {"torch": "2.13.0", "python": "3.12.3", "device": "cpu", "num_threads": 2, "git_commit": None},
         "measurements": {} if failed else _measurements(samples, skill, budget, rng),
         "samples": samples,
-        "curves": {"entries": [[200, 40.0, 41]]},
+        "curves": {} if failed else {"entries": _entries(budget)},
     }
 
 
@@ -125,6 +125,10 @@ def _measurements(
         "tpot_p90_ms": _entry(decode * 1.2, None, 20, "ms"),
         "tpot_ratio_to_full": _entry(decode / 9.5, 0.04, 20, ""),
         "ttft_ratio_to_full": _entry(1.0 + 0.08 * (1 - share), 0.03, 20, ""),
+        "settle_ms": _entry(9.0, 0.5, 20, "ms"),
+        "policy_ms": _entry(0.3 if budget else 0.0, None, 1, "ms"),
+        "roof_ms": _entry(0.9 * (0.5 + share / 2), None, 1, "ms"),
+        "roof_share_fraction": _entry(0.9 * (0.5 + share / 2) / decode, 0.004, 20, ""),
         "length_ratio": _entry(0.97, 0.02, num, ""),
         "kl_to_full": _entry(0.8 * (1 - skill), 0.05 * (1 - skill), num, "nats/token"),
         "top1_agreement_fraction": _entry(0.5 + 0.5 * skill, 0.02, num, ""),
@@ -134,11 +138,18 @@ def _measurements(
         "peak_load_bytes": _entry(90 * MIB, None, 1, "bytes"),
         "peak_vision_bytes": _entry(104 * MIB, None, 1, "bytes"),
         "peak_prefill_bytes": _entry(112 * MIB + stored, None, 1, "bytes"),
+        "peak_settle_bytes": _entry(103 * MIB + stored, None, 1, "bytes"),
+        "plain_activation_bytes": _entry(15 * MIB, None, 1, "bytes"),
         "peak_decode_bytes": _entry(95 * MIB + stored, None, 1, "bytes"),
         "peak_memory_bytes": _entry(112 * MIB + stored, None, 1, "bytes"),
         "peak_rss_bytes": _entry(900 * MIB, None, 1, "bytes"),
     }
     return found
+
+
+def _entries(budget: float | None) -> list[list[float]]:
+    """Return the curve of a cell: tokens seen, mean entries, most entries."""
+    return [[seen, seen * (budget or 1.0), float(int(seen * (budget or 1.0)) + 1)] for seen in range(150, 170)]
 
 
 def _entry(value: float, half: float | None, n: int, unit: str, most: float = math.inf) -> dict[str, Any]:

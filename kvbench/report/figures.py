@@ -1,26 +1,17 @@
-"""Every figure by name: what it shows, how it is read, what it needs, and the function that draws it."""
+"""Every figure by name: what it shows, how it is read and what it needs. The drawing is in `plots*.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from matplotlib.figure import Figure
-
-from kvbench.report.load import Group
-from kvbench.report.plots_capacity import capacity_figure
-from kvbench.report.plots_differences import differences_figure
-from kvbench.report.plots_entries import entries_figure
-from kvbench.report.plots_latency import latency_figure
-from kvbench.report.plots_memory import memory_figure
-from kvbench.report.plots_pareto import pareto_figure
-from kvbench.report.plots_quality import quality_figure
-from kvbench.report.plots_style import Look
+FORMATS = ("svg", "pdf", "png")
+# Inches, and points of ordinary text. `page` is drawn for a screen, the others for the columns of a paper.
+WIDTHS = {"page": (10.0, 9.0), "double": (7.0, 8.0), "single": (3.4, 7.0)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FigureKind:
-    """One kind of figure; `draw` returns None where the group has nothing of what it `needs`."""
+    """One kind of figure; it is not drawn where a group has nothing of what it `needs`."""
 
     name: str
     title: str
@@ -28,7 +19,6 @@ class FigureKind:
     caption: str
     needs: str
     takes_measures: bool
-    draw: Callable[[Group, Look], Figure | None]
 
 
 _KINDS = (
@@ -41,7 +31,6 @@ _KINDS = (
         "Crosses are failed cells.",
         needs="a quality measure and a cell with a budget",
         takes_measures=True,
-        draw=quality_figure,
     ),
     FigureKind(
         name="pareto",
@@ -53,41 +42,37 @@ _KINDS = (
         "noisy are pale and never on the front over time.",
         needs="a quality measure, and KV bytes or TPOT",
         takes_measures=True,
-        draw=pareto_figure,
     ),
     FigureKind(
         name="latency",
         title="Where the time goes",
-        summary="TTFT, TPOT (p50, p90) with the policy's own time and the memory roof, share of the roof, ratios to full",
+        summary="TTFT, TPOT (p50, p90) with the policy's own time and the memory roof, share of it, ratios to full",
         caption="Time to first token and per output token; lines through the points are 95 % intervals over launches. "
-        "Bars are the policy's own part. The upright tick is the memory roof: no step can be faster. Hollow points are "
-        "the 90th percentile of TPOT and, in the last panel, TTFT. Ratios compare with the full cache in the same "
-        "process. Pale cells were noisy.",
+        "Bars are the policy's own part of it. The black tick is the memory roof: no step can be faster. The coloured "
+        "tick below a point is the 90th percentile of TPOT. Ratios compare with the full cache in the same process; "
+        "the dashed line at 1 is its speed. Pale cells were noisy. n counts launches.",
         needs="the speed task",
         takes_measures=False,
-        draw=latency_figure,
     ),
     FigureKind(
         name="memory",
         title="Where the bytes are",
-        summary="the peak in its parts (weights, activations, KV, the rest), the peak of each phase, KV nominal and stored",
-        caption="Left: weights, activations of the model without a cache (vision inside), KV stored at the end, and what "
-        "of the measured peak (tick) is none of these: attention statistics, inputs, bookkeeping. The parts need not be "
-        "alive at once, so the tick may lie inside the bar. Middle: peak of each phase above the weights. Right: KV "
-        "stored (bar) and what the budget implies (tick).",
+        summary="the peak in its parts (weights, activations, KV, the rest), peaks by phase, KV stored and nominal",
+        caption="Left: weights, activations of the model without a cache (vision inside), KV stored at the end, and "
+        "what of the measured peak (tick) is none of these: attention statistics, inputs, bookkeeping. The parts need "
+        "not be alive at once, so the tick may lie inside the bar. Middle: peak of each phase above the weights. "
+        "Right: KV stored (bar) and what the budget implies (tick).",
         needs="the memory task",
         takes_measures=False,
-        draw=memory_figure,
     ),
     FigureKind(
         name="entries",
         title="Entries held while decoding",
-        summary="cache entries at every decode step, a panel per budget",
-        caption="Entries per layer and KV head at every decode step, mean over layers, heads and the rows still "
-        "answering; the shade reaches up to the fullest. The dashed line is the full cache.",
+        summary="cache entries at every decode step, a panel per policy",
+        caption="Entries per layer and KV head over the tokens seen, mean over layers and the rows still answering; "
+        "the shade reaches up to the fullest. A line ends (mark) where the last answer ended. Black is the full cache.",
         needs="the generation task",
         takes_measures=False,
-        draw=entries_figure,
     ),
     FigureKind(
         name="differences",
@@ -98,7 +83,6 @@ _KINDS = (
         "difference. The dashed line is no difference.",
         needs="per-sample scores of the full cache and of a cell with a budget",
         takes_measures=True,
-        draw=differences_figure,
     ),
     FigureKind(
         name="capacity",
@@ -108,7 +92,6 @@ _KINDS = (
         "Right: the largest batch that fits, full as reference.",
         needs="the capacity task, or the speed task at several batch sizes",
         takes_measures=False,
-        draw=capacity_figure,
     ),
 )
 FIGURES = {kind.name: kind for kind in _KINDS}

@@ -1,0 +1,160 @@
+"""`kvbench plot`: one figure, or all, from records alone; names and flags are checked before matplotlib is imported.
+
+kvbench plot --list
+kvbench plot quality results --width single --out quality.pdf
+kvbench plot all results --out figures/ --format pdf
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvbench.errors import ConfigError, close_matches
+from kvbench.parser import Parser
+from kvbench.report.figures import FIGURES, FORMATS, WIDTHS
+from kvbench.report.plots_theme import THEMES
+from kvbench.units import MEASURES
+
+if TYPE_CHECKING:
+    from kvbench.report.figures import FigureKind
+    from kvbench.report.load import Group, Results
+
+_ALL = "all"
+
+
+def plot_command(arguments: Sequence[str]) -> int:
+    """Draw what `arguments` ask for; return 0, or 1 if there was nothing to draw. Raises: ConfigError."""
+    args = _parser().parse_args(list(arguments))
+    if args.list:
+        for kind in FIGURES.values():
+            print(f"{kind.name:<12} {kind.summary}\n{'':<12} needs {kind.needs}")
+        return 0
+    _check(args)
+    return _draw(args)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="kvbench plot", description="Draw figures from records alone.")
+    parser.add_argument("name", nargs="?", metavar="NAME", help=f"{', '.join(FIGURES)}, or {_ALL}")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("results"), help="results folder")
+    parser.add_argument("--list", action="store_true", help="describe every figure and stop")
+    parser.add_argument("--model", help="only this model")
+    parser.add_argument("--dataset", help="only this data set")
+    parser.add_argument("--policies", help="only these policies, with commas between; full stays as the reference")
+    parser.add_argument("--measure", help="these measures, with commas between, instead of the figure's own choice")
+    parser.add_argument("--out", type=Path, help="file (.svg, .pdf, .png) or folder; default NAME.svg here")
+    parser.add_argument("--format", help=f"{', '.join(FORMATS)}, for files in a folder (default svg)")
+    parser.add_argument("--width", default="double", help=f"{', '.join(WIDTHS)}: a screen, or columns of a paper")
+    parser.add_argument("--style", default="light", help=f"{', '.join(THEMES)}")
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what can be refused without reading a record."""
+    if args.name is None:
+        raise ConfigError(f"which figure? {', '.join(FIGURES)}, or {_ALL}; kvbench plot --list describes them")
+    _known("figure", [args.name], [*FIGURES, _ALL])
+    _known("--width", [args.width], WIDTHS)
+    _known("--style", [args.style], THEMES)
+    _known("--measure", _words(args.measure), MEASURES)
+    _known("--format", [args.format] if args.format else [], FORMATS)
+    if args.measure and args.name != _ALL and not FIGURES[args.name].takes_measures:
+        takers = ", ".join(kind.name for kind in FIGURES.values() if kind.takes_measures)
+        raise ConfigError(f"--measure is {args.measure!r}, but {args.name} shows what it shows; it is for {takers}")
+    if _is_file(args.out):
+        suffix = args.out.suffix.removeprefix(".")
+        if suffix not in FORMATS:
+            raise ConfigError(f"--out is {args.out}; a file ends in .{', .'.join(FORMATS)}, a folder in /")
+        if args.format and args.format != suffix:
+            raise ConfigError(f"--out is {args.out}, but --format is {args.format!r}; give one of them")
+
+
+def _words(text: str | None) -> list[str]:
+    return [word.strip() for word in (text or "").split(",") if word.strip()]
+
+
+def _known(what: str, asked: Iterable[str], known: Collection[str]) -> None:
+    for name in asked:
+        if name not in known:
+            raise ConfigError(f"{what} is {name!r}; {close_matches(name, known)}")
+
+
+def _is_file(out: Path | None) -> bool:
+    return out is not None and bool(out.suffix) and not out.is_dir()
+
+
+def _draw(args: argparse.Namespace) -> int:
+    from kvbench.report.load import load_results
+
+    results = load_results(args.folder)
+    groups = _chosen(results, args)
+    kinds = list(FIGURES.values()) if args.name == _ALL else [FIGURES[args.name]]
+    if _is_file(args.out) and len(groups) * len(kinds) > 1:
+        found = "; ".join(group.title for group in groups)
+        raise ConfigError(f"--out is one file, but there are several figures ({found}); choose, or give a folder")
+    from kvbench.report.plots import draw_one
+    from kvbench.report.plots_policies import Palette
+    from kvbench.report.plots_style import Look
+
+    # Looks come from all records, so that a figure of some policies looks like one of all.
+    palette = Palette(results.policies, THEMES[args.style])
+    look = Look(palette=palette, width=args.width, measures=tuple(_words(args.measure)))
+    num_drawn = 0
+    for group, kind, path in _paths(results, groups, kinds, args):
+        drawn = draw_one(kind, group, look, path.suffix.removeprefix("."))
+        if drawn is None:
+            wanted = f" with {args.measure}" if args.measure and kind.takes_measures else ""
+            print(f"{kind.name}: not drawn for {group.title}{wanted}; it needs {kind.needs}")
+            continue
+        _write(path, drawn)
+        num_drawn += 1
+    return 0 if num_drawn else 1
+
+
+def _chosen(results: Results, args: argparse.Namespace) -> list[Group]:
+    """Return the groups and cells that were asked for. Raises: ConfigError with close matches."""
+    policies = _words(args.policies)
+    _known("--model", [args.model] if args.model else [], {cell.model for cell in results.records})
+    _known("--dataset", [args.dataset] if args.dataset else [], {cell.dataset for cell in results.records})
+    _known("--policies", policies, results.policies)
+    groups = [
+        replace(group, cells=tuple(cell for cell in group.cells if not policies or cell.policy in {*policies, "full"}))
+        for group in results.groups
+        if args.model in (None, group.model) and args.dataset in (None, group.dataset)
+    ]
+    groups = [group for group in groups if group.cells]
+    if not groups:
+        raise ConfigError(f"no record below {args.folder} is of that model, data set and policy; nothing to draw")
+    return groups
+
+
+def _paths(
+    results: Results, groups: list[Group], kinds: list[FigureKind], args: argparse.Namespace
+) -> list[tuple[Group, FigureKind, Path]]:
+    """Return what goes where; names of groups are in the file names where there are several."""
+    from kvbench.report.plots import group_slugs
+
+    if _is_file(args.out):
+        return [(groups[0], kinds[0], args.out)]
+    titles = [group.title for group in results.groups]
+    slugs = dict(zip(titles, group_slugs(results.groups), strict=True))
+    folder, suffix = args.out or Path(), args.format or FORMATS[0]
+    several = len(groups) > 1
+    return [
+        (group, kind, folder / f"{f'{slugs[group.title]}-' if several else ''}{kind.name}.{suffix}")
+        for group in groups
+        for kind in kinds
+    ]
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
+    print(path)
