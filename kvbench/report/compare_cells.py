@@ -95,7 +95,8 @@ def compare(first: CellResult, second: CellResult, name: str, choices: Choices =
             [scored[0][identity] for identity in shared],
             [scored[1][identity] for identity in shared],
             [clusters[identity] for identity in shared],
-        )
+        ),
+        bounded=measure(name).unit in ("score", "fraction"),
     )
     return judged(_filled(base, inference))
 
@@ -125,7 +126,7 @@ def _filled(base: Comparison, found: Inference) -> Comparison:
             for name in ("value", "low", "high", "method", "t_low", "t_high", "num_samples", "num_clusters", "p_value")
         },
         minimum_detectable=found.minimum_detectable,
-        more_samples=more_samples(found.value, error, found.num_samples, base.margin),
+        more_samples=more_samples(found.value, error, found.num_samples, base.margin, is_sparse=found.is_sparse),
     )
 
 
