@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from matplotlib import rc_context
 
 from kvbench.report.load import Results
-from kvbench.report.plots import draw_one, group_slugs
-from kvbench.report.plots_catalog import FIGURES
+from kvbench.report.plots import DRAW, draw_one, group_slugs
+from kvbench.report.figures import FIGURES
 from kvbench.report.plots_policies import Palette
 from kvbench.report.plots_style import Look
 
@@ -31,7 +31,7 @@ def png_names(results: Results) -> list[str]:
             f"{slug}-{kind.name}"
             for group, slug in zip(results.groups, group_slugs(results.groups), strict=True)
             for kind in FIGURES.values()
-            if kind.draw(group, look) is not None
+            if DRAW[kind.name](group, look) is not None
         ]
 
 
