@@ -55,6 +55,11 @@ def _about_reports(query: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def _begins_run(query: dict[str, Any]) -> bool:
+    # Later questions of this kind only add to the run.
+    return "upsertBucket" in query.get("query", "") and bool(query["variables"].get("jobType"))
+
+
 class FaultServer:
     """Serves on a free port; `fault` says what is wrong, `requests` and `received` tell what came.
 
@@ -64,6 +69,7 @@ class FaultServer:
 
     def __init__(self, fault: str) -> None:
         self.fault, self.requests, self.received = fault, 0, b""
+        self.refuse_after: int | None = None  # this many runs are taken, and no more
         self.runs: Counter[str] = Counter()
         self.artifacts: dict[str, list[str]] = {}
         self.reports: list[tuple[str | None, str]] = []
@@ -104,7 +110,10 @@ class FaultServer:
             self._stop.wait(120)
             return
         query = json.loads(question) if handler.path.endswith("graphql") else {}
-        self._note(query.get("query", ""), query.get("variables", {}))
+        if self.refuse_after is not None and _begins_run(query) and self.runs.total() >= self.refuse_after:
+            handler.send_error(403)
+            return
+        self._note(query)
         answer = json.dumps(_answer_to(query, crashing=self.fault == "crashes")).encode()
         content = b"not json" if self.fault == "nonsense" else answer
         handler.send_response(200)
@@ -116,8 +125,9 @@ class FaultServer:
             if self.fault == "slow" and not self._stop.is_set():
                 time.sleep(0.2)
 
-    def _note(self, text: str, told: dict[str, Any]) -> None:
-        if "upsertBucket" in text and told.get("jobType"):  # the later ones only add to the run
+    def _note(self, query: dict[str, Any]) -> None:
+        text, told = query.get("query", ""), query.get("variables", {})
+        if _begins_run(query):
             self.runs[told["name"]] += 1
         if "createArtifact(" in text:
             made = told["input"]
