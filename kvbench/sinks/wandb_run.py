@@ -48,8 +48,9 @@ class Place:
     timeout_s: float
 
     def target(self, mode: Online) -> str:
-        """Return what tells this destination from others; offline there is only the folder."""
-        return mode if mode == "offline" else "\n".join((mode, quiet_setup(), self.entity or "", self.project))
+        """Return what tells this destination from others below the same folder."""
+        server = quiet_setup() if mode == "online" else ""
+        return "\n".join((mode, server, self.entity or "", self.project))
 
     def has(self, run_id: str, digest: str, mode: Online) -> bool:
         """Tell whether this very content was sent before; of offline runs, whether it is still here."""

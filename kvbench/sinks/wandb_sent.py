@@ -13,7 +13,7 @@ import hashlib
 from pathlib import Path
 
 from kvbench.durable import write_new
-from kvbench.errors import RecordError
+from kvbench.errors import KvbenchError, RecordError
 from kvbench.sealed import seal, unseal
 
 _KIND, _VERSION = "kvbench_wandb_sent", 1
@@ -34,7 +34,7 @@ def note_sent(folder: Path, target: str, run_id: str, digest: str) -> None:
     with contextlib.suppress(OSError):
         if path.exists() and path.read_bytes() != data:
             path.unlink()
-    with contextlib.suppress(FileExistsError, OSError, RecordError):
+    with contextlib.suppress(OSError, KvbenchError):
         write_new(path, data)
 
 

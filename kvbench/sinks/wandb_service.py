@@ -107,7 +107,9 @@ def run_settings(timeout_s: float) -> wandb.Settings:
         x_disable_stats=True,
         x_disable_meta=True,
         x_disable_machine_info=True,
-        host="",  # the record says what a reader needs to know of the machine
+        # Not where it runs, nor from which folder: the record says what a reader needs to know.
+        host="",
+        program="kvbench",
         x_save_requirements=False,
         init_timeout=timeout_s,
         login_timeout=timeout_s,

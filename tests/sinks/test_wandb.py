@@ -56,6 +56,7 @@ def _check_run(run: dict[str, Any], body: dict[str, Any]) -> None:
     assert run["name"] == "h2o@20 % of seen"
     assert run["tags"] == ["h2o", "ok", "scenes", "tiny-llava"]
     assert run["config"]["policy"] == body["cell"]["policy"]
+    assert run["config"]["dataset"] == {"name": "scenes"}
     assert run["config"]["key"] == body["key"]
     summary = run["summary"]
     assert (summary["status"], summary["quality/ppl"], summary["quality/ppl_low"]) == ("ok", 1.25, 1.125)
