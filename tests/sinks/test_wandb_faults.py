@@ -145,8 +145,8 @@ def test_without_a_fault_every_number_arrives_and_no_secret(tmp_path: Path) -> N
         assert server.received.count(name) >= NUM_CELLS
     assert secret.encode() not in server.received
     assert b"0" * 40 not in server.received, "the key belongs into a header"
-    for private in (socket.gethostname(), str(tmp_path), str(REPO), sys.executable):
-        assert f'"{private}'.encode() not in server.received, "where it ran stays here"
+    for private in (f'"{socket.gethostname()}"', str(tmp_path), str(REPO), sys.executable):
+        assert private.encode() not in server.received, "where it ran stays here"
     assert b"***" in server.received, "the secret was in the record and was hidden"
 
 

@@ -216,11 +216,27 @@ def test_online_each_cell_is_sent_once_and_a_second_upload_lands_on_the_same_run
     for name, sent in server.artifacts.items():
         assert len(set(sent)) == 1, f"the same content made a new version of {name}"
     assert any(name.startswith("records-first-") for name in server.artifacts)
+    assert len(server.artifacts) == 5 + 3 + 1, "samples of five cells, three tables, the records"
+    _check_files(server.files, overall)
     assert digests_of(folder) == before, "records are only read"
     assert secret.encode() not in server.received
     assert read_record(folder / "cells" / hidden["key"][:16] / "record.json")["samples"][0]["text"] == secret
     clean = read_record(folder / "wandb" / "redacted" / f"{hidden['key'][:16]}.json")
     assert clean["samples"][0]["text"] == "***"
+
+
+def _check_files(files: dict[str, list[bytes]], summary: str) -> None:
+    """Figures and tables of the summary arrived whole, twice as it was sent twice, with the same bytes."""
+    sent = {name.rpartition("/")[2]: content for name, content in files.items() if name.startswith(f"{summary}/media/")}
+    figures = [content for name, content in sent.items() if name.endswith(".png")]
+    tables = {name.partition("_")[0]: content for name, content in sent.items() if name.endswith(".table.json")}
+    assert len(figures) >= 4
+    assert set(tables) == {"best", "cells", "verdicts"}
+    assert len(json.loads(tables["cells"][0])["data"]) == 4
+    for content in [*figures, *tables.values()]:
+        assert len(content) == 2
+        assert content[0] == content[1]
+    assert all(content[0].startswith(b"\x89PNG") for content in figures)
 
 
 @pytest.mark.timeout(200)
