@@ -28,7 +28,7 @@ CONFIG_MODULE = "kvbench.conf"
 CONFIG_NAME = "config"
 _OVERRIDDEN = re.compile(r"Could not override '([^']+)'")
 _EXTRA_LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
-_GROUPS = ("model", "dataset", "policy", "budget", "task", "weights", "workload", "sink")
+_GROUPS = ("model", "dataset", "policy", "budget", "task", "weights", "workload", "sink", "autopsy")
 _GROUP_CHOICE = re.compile(rf"({'|'.join(_GROUPS)})=[\w-]+")
 
 

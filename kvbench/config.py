@@ -23,6 +23,7 @@ from kvbench.errors import ConfigError, KvbenchError, close_matches
 from kvbench.gate import check_installed, check_model, check_settings
 from kvbench.models.spec import ModelSpec
 from kvbench.policy_source import policy_source
+from kvbench.runs.autopsy_settings import AutopsySettings
 from kvbench.runs.cell import Cell
 from kvbench.runs.dataset_fit import check_fit
 from kvbench.runs.device import resolve_device, resolve_engine
@@ -33,7 +34,7 @@ from kvbench.value_types import fits, truth, type_name
 _FULL = {"_target_": "kvbench.policies.full.Full"}
 _PATH_SETTINGS = ("path", "images", "answers", "ids", "templates", "filler")  # where a file lies changes nothing
 _NUMERIC_PACKAGES = ("kvbench", "torch", "transformers")
-_SHARED = ("results", "sweep", "force", "sink", "worker")
+_SHARED = ("results", "sweep", "force", "sink", "worker", "autopsy")
 
 
 def build_cell(composed: Composed) -> Cell:
@@ -79,6 +80,7 @@ def build_cell(composed: Composed) -> Cell:
         seed=seed,
         device=device,
         query_visible=query_visible,
+        autopsy=build(config.autopsy, "autopsy", is_a=AutopsySettings),
     )
 
 

@@ -1,7 +1,8 @@
 """Files that are whole and on the disk when a call returns, or not there at all.
 
 A file is written to a temporary name, synced, and hard-linked to its own name, so a name never shows
-half a file and nothing is ever overwritten, whatever is killed when.
+half a file and nothing is ever overwritten, whatever is killed when. What can be made again at any time is
+replaced in one step.
 
     write_new(Path("cells/attempt-1.json"), data)
 """
@@ -35,6 +36,24 @@ def write_new(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
     except FileExistsError:
         raise
+    except OSError as error:
+        raise storage_error(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write `data` in the place of `path`, whole and durable; for what is not a record and can be made again.
+
+    Raises: RecordError if the disk refuses; ConfigError if the folder cannot be written to.
+    """
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+    try:
+        write_synced(temporary, data)
+        temporary.replace(path)
+        sync_folder(path.parent)
     except OSError as error:
         raise storage_error(path, error) from error
     finally:

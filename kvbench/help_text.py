@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-_GROUPS = ("model", "weights", "dataset", "policy", "budget", "task", "workload", "sink", "experiment")
+_GROUPS = ("model", "weights", "dataset", "policy", "budget", "task", "workload", "sink", "autopsy", "experiment")
 _TEXT = """\
 kvbench compares KV-cache policies under one definition of everything.
 
@@ -13,7 +13,8 @@ kvbench compares KV-cache policies under one definition of everything.
   kvbench -m policy=h2o,elastic budget.fraction=0.1,0.3
                                               run every combination
   kvbench +experiment=NAME                    run a named sweep
-  kvbench report [FOLDER] [--sweep NAME]      build table, figures and page again from the records
+  kvbench report [FOLDER...] [--format F]     build page, figures and tables again from records; report --help
+  kvbench frontier policy=h2o,elastic         smallest budget as good as full; frontier --help
   kvbench plot NAME [FOLDER]                  draw one figure as SVG, PDF or PNG; kvbench plot --list
   kvbench results COMMAND [FOLDER]            list, show, table, csv, parquet, verify, gc; results --help
   kvbench wandb sync [FOLDER]                 send records to Weights & Biases; wandb sync --help

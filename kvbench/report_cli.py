@@ -1,28 +1,105 @@
-"""`kvbench report`: table, figures and page again, from records alone."""
+"""`kvbench report`: page, figures and tables again, from records alone.
+
+kvbench report results
+kvbench report laptop cluster/results --out both
+kvbench report results --format latex --out table.tex
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from kvbench.errors import ConfigError
 from kvbench.parser import Parser
+from kvbench.stats.margins import parse_margins
+
+if TYPE_CHECKING:
+    from kvbench.report.comparisons import Choices
+    from kvbench.report.load import Results
+
+_FORMATS = ("html", "md", "csv", "latex")
+_SHARED = Path("report")
 
 
-def report_command(arguments: list[str]) -> int:
-    """Build the report that `arguments` ask for, print the table, and return the exit code."""
-    from kvbench.report.load import load_results
-    from kvbench.report.tables import print_tables
+def report_command(arguments: Sequence[str]) -> int:
+    """Build what `arguments` ask for and return the exit code. Raises: ConfigError."""
+    args = _parser().parse_args(list(arguments))
+    margins = parse_margins(args.margin)
+    folders = args.folders or [Path("results")]
+    _check_out(args.out, args.format)
+    if args.wandb and args.format != "html":
+        raise ConfigError(f"--wandb builds a W&B Report and --format {args.format} a text; give one of them")
+    from kvbench.report.comparisons import Choices
+    from kvbench.report.folders import load_folders
 
-    parser = Parser(prog="kvbench report", description="Build table, figures and page from records.")
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("results"), help="results folder")
-    parser.add_argument("--sweep", help="only the cells of this sweep")
-    parser.add_argument("--wandb", action="store_true", help="build the W&B Report: save it, or write its spec")
-    parser.add_argument("--project", default="kvbench", help="W&B project of --wandb (default: kvbench)")
-    parser.add_argument("--entity", help="W&B team or user of --wandb (default: that of the account)")
-    args = parser.parse_args(arguments)
+    choices = Choices(margins=margins, intersect=args.intersect)
+    results = load_folders(folders, sweep=args.sweep)
     if args.wandb:
         from kvbench.wandb_report import wandb_report
 
-        wandb_report(load_results(args.folder, sweep=args.sweep), args.folder, project=args.project, entity=args.entity)
-        return 0
-    print_tables(load_results(args.folder, sweep=args.sweep))
+        wandb_report(results, _folder(results, folders, args.out), choices, project=args.project, entity=args.entity)
+    elif args.format == "html":
+        _page(results, folders, args.out, choices)
+    else:
+        _text(results, args.format, args.out, choices)
     return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="kvbench report", description="Build page, figures and tables from records.")
+    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="results folders (default: results)")
+    parser.add_argument("--sweep", help="only the cells of this sweep")
+    parser.add_argument("--format", choices=_FORMATS, default="html", help="html: page, figures and tables (default)")
+    parser.add_argument("--html", dest="format", action="store_const", const="html", help="the same as --format html")
+    parser.add_argument("--out", type=Path, help="html: folder (default FOLDER/report); else a file, not the terminal")
+    parser.add_argument(
+        "--margin", action="append", default=[], metavar="MEASURE=X", help="what is too small to matter"
+    )
+    parser.add_argument("--intersect", action="store_true", help="compare cells on the samples that both scored")
+    parser.add_argument("--wandb", action="store_true", help="build the W&B Report instead: save it, or write its spec")
+    parser.add_argument("--project", default="kvbench", help="W&B project of --wandb (default: kvbench)")
+    parser.add_argument("--entity", help="W&B team or user of --wandb (default: that of the account)")
+    return parser
+
+
+def _folder(results: Results, folders: Sequence[Path], out: Path | None) -> Path:
+    """Return where a report goes: FOLDER/report, or one place for several results folders."""
+    return out or (_SHARED if len(results.folders) > 1 else folders[0] / "report")
+
+
+def _check_out(out: Path | None, file_format: str) -> None:
+    if out is None:
+        return
+    if file_format == "html" and out.is_file():
+        raise ConfigError(f"--out is the file {out}; for --format html it must be a folder")
+    if file_format != "html" and out.is_dir():
+        raise ConfigError(f"--out is the folder {out}; for --format {file_format} it must be a file")
+
+
+def _page(results: Results, folders: Sequence[Path], out: Path | None, choices: Choices) -> None:
+    from kvbench.report.build import write_report
+    from kvbench.report.tables import print_tables
+
+    print_tables(results)
+    folder = _folder(results, folders, out)
+    written = write_report(results, folder, folder if out or len(results.folders) > 1 else folders[0], choices)
+    sys.stdout.write(f"report: {written.page}\n")
+
+
+def _text(results: Results, file_format: str, out: Path | None, choices: Choices) -> None:
+    from kvbench.report.judged import judge
+    from kvbench.report.verdict_formats import verdicts_csv, verdicts_latex, verdicts_markdown
+
+    make = {"md": verdicts_markdown, "csv": verdicts_csv, "latex": verdicts_latex}[file_format]
+    text = make([judge(group, choices) for group in results.groups])
+    if out is None:
+        sys.stdout.write(text)
+        return
+    try:
+        out.write_text(text, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise ConfigError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
+    sys.stdout.write(f"{out}\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvbench.report.best import best_policies
-from kvbench.report.comparisons import Comparison, group_comparisons
+from kvbench.report.comparisons import DECLARED, Choices, Comparison, group_comparisons
 from kvbench.report.plots_png import png_names
 from kvbench.sinks.console import say
 from kvbench.sinks.wandb_fields import measure_group
@@ -20,7 +20,7 @@ from kvbench.units import MEASURES, format_with_interval, measure
 if TYPE_CHECKING:
     from kvbench.report.load import Group, Results
 
-SPEC = Path("report") / "wandb_report.json"
+SPEC = "wandb_report.json"
 _QUALITY = (
     *("ppl", "rougeL_vs_full", "kl_to_full", "rougeL_vs_reference", "objects_recalled_fraction"),
     *("needles_recalled_fraction", "exact_fraction", "top1_agreement_fraction"),
@@ -30,14 +30,16 @@ _MEMORY = ("kv_stored_bytes", "peak_memory_bytes")
 _HEADLINES = 2  # measures of quality that the headline names
 
 
-def wandb_report(results: Results, folder: Path, *, project: str, entity: str | None) -> None:
-    """Save the W&B Report of `results` if an account is at hand, else write `folder`/report/wandb_report.json.
+def wandb_report(
+    results: Results, folder: Path, choices: Choices = DECLARED, *, project: str, entity: str | None
+) -> None:
+    """Save the W&B Report of `results` if an account is at hand, else write `folder`/wandb_report.json.
 
     Prints the one line that says which, and how to save it later. Raises: ConfigError if a package is missing.
     """
     check_installed("--wandb builds a W&B Report")
     check_workspaces()
-    outline = _outline(results)
+    outline = _outline(results, choices)
     mode, reason = resolve_mode("auto")
     if mode == "online":
         url, reason = save_within(outline, folder, project=project, entity=entity)
@@ -61,9 +63,9 @@ def _write_spec(outline: Outline, folder: Path, project: str, entity: str | None
     return path
 
 
-def _outline(results: Results) -> Outline:
+def _outline(results: Results, choices: Choices) -> Outline:
     sweeps = sorted({cell.sweep for cell in results.records})
-    compared = [(group, group_comparisons(group)) for group in results.groups]
+    compared = [(group, group_comparisons(group, choices)) for group in results.groups]
     return Outline(
         title=f"KV-cache policies, {', '.join(sweeps)}",
         description=f"{len(results.records)} cells of kvbench, from their records; intervals are 95 %.",

@@ -18,9 +18,11 @@ FILES = sorted(
     for path in (REPO / folder).rglob("*.py")
     if (REPO / folder / "policies") not in path.parents
 )
-FOUNDATION = {"errors", "units", "durable", "sealed", "redaction", "records"}
+FOUNDATION = {"errors", "units", "durable", "sealed", "redaction", "records", "packed", "autopsies"}
 COMPOSITION = {
     "cli",
+    "frontier_cli",
+    "frontier_search",
     "combinations",
     "gate",
     "policy_source",
@@ -47,6 +49,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "redaction": set(),
     "sealed": {"errors"},
     "records": {"errors", "durable", "sealed"},
+    "packed": {"errors"},
+    "autopsies": {"errors", "durable", "sealed"},
     "kernels": FOUNDATION,
     "cache": FOUNDATION | {"kernels"},
     "datasets": FOUNDATION | {"cache"},

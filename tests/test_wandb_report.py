@@ -18,12 +18,12 @@ from kvbench.cli import run
 from kvbench.records import read_record
 from kvbench.sinks.wandb_fields import summary_numbers
 from kvbench.sinks.wandb_report import Chapter, Outline, report_spec
-from kvbench.wandb_report import SPEC
 from tests.report.synthetic import body, write_cell
 from tests.sinks.fault_server import FaultServer
 from tests.sinks.test_wandb_faults import environment_of
 
 REPO = Path(__file__).parents[1]
+SPEC = Path("report") / "wandb_report.json"
 GOLDEN, GOLDEN_VERSION = Path(__file__).with_name("wandb_report.golden.json"), "0.4.13"
 _missing = [name for name in ("wandb", "wandb_workspaces") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(_missing), reason=f"not installed: {', '.join(_missing)}")
@@ -174,6 +174,13 @@ def test_with_an_account_it_is_saved_and_the_next_time_saved_over(records: Path,
     assert told[0].stdout.count(f"report saved: http://127.0.0.1:{server.port}/e/kvbench/reports/") == 2
     assert told[1].stdout.count("report written as its spec to") == 1
     assert (folder / SPEC).exists()
+
+
+def test_a_text_format_and_a_report_are_not_asked_for_together(
+    records: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["report", str(records), "--wandb", "--format", "md"]) == 2
+    assert "--wandb builds a W&B Report and --format md a text; give one of them" in capsys.readouterr().err
 
 
 def test_without_the_package_the_flag_says_how_to_install_it(

@@ -152,6 +152,8 @@ class PolicyLayer(CacheLayerMixin):
             if policy.bounded and When.PREFILL in policy.when and self.ledger.over():
                 plan = policy.plan(self._chunk_view(entries, statistics))
                 check_plan(plan, entries, self.ledger.allowed(), policy, self.setup.layer)
+                if plan is not None and self.setup.on_plan is not None:
+                    self.setup.on_plan(self.setup.layer, entries, plan)
             self._settle(entries, plan)
 
     def _chunk_view(self, entries: Entries, statistics: Statistics) -> View:

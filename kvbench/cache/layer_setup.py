@@ -16,7 +16,9 @@ from kvbench.cache.pool import Pool
 from kvbench.cache.positions import Places
 from kvbench.cache.rotation import Rotation
 from kvbench.cache.slots import Entries
-from kvbench.cache.view import View
+from kvbench.cache.view import Plan, View
+
+OnPlan = Callable[[int, Entries, Plan], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,8 @@ class LayerSetup:
     that pool layers; both are shared by the layers of a cache. reserve_tokens: how many tokens will be
     generated; more than that makes the buffers grow by copying. prompt_kind (B, T) int8 or None for text.
     row_seeds: one number per sequence for policies that draw, None for zeros. on_settle: entered around
-    what a policy adds to a prompt (plan, check, move into slots), so that it can be measured apart.
+    what a policy adds to a prompt (plan, check, move into slots), so that it can be measured apart. on_plan:
+    told the layer, its entries and the policy's plan before it is carried out; for looking only.
     """
 
     layer: int
@@ -41,6 +44,7 @@ class LayerSetup:
     places: Places | None = None
     pool: Pool | None = None
     on_settle: Callable[[], AbstractContextManager[None]] = nullcontext
+    on_plan: OnPlan | None = None
 
     @property
     def most_tokens(self) -> int | None:

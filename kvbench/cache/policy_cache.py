@@ -18,7 +18,7 @@ from transformers import Cache
 from kvbench.cache.attention import is_attached
 from kvbench.cache.budget import UNLIMITED, Budget
 from kvbench.cache.layer import PolicyLayer
-from kvbench.cache.layer_setup import LayerSetup
+from kvbench.cache.layer_setup import LayerSetup, OnPlan
 from kvbench.cache.ledger import Ledger
 from kvbench.cache.policy import Policy
 from kvbench.cache.pool import Pool
@@ -59,8 +59,8 @@ class PolicyCache(Cache):
     positions: `original`, `in_cache` or `released`. reserve_tokens: tokens that will be generated, so that buffers
     are allocated once; more than that still works, by copying. prompt_kind (B, T): kind of each prompt
     token. row_seeds: one number per sequence, for policies that draw. on_settle: entered in every layer
-    around what the policy adds to a prompt. Raises: ModelSupportError if
-    `attach(model)` was not called.
+    around what the policy adds to a prompt. on_plan: told every plan before it is carried out. Raises:
+    ModelSupportError if `attach(model)` was not called.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class PolicyCache(Cache):
         prompt_kind: Tensor | None = None,
         row_seeds: Sequence[int] | None = None,
         on_settle: Callable[[], AbstractContextManager[None]] = nullcontext,
+        on_plan: OnPlan | None = None,
     ) -> None:
         if not is_attached(model.config):
             raise ModelSupportError("the model does not use kvbench's attention; call kvbench.attach(model) first")
@@ -96,6 +97,7 @@ class PolicyCache(Cache):
                 prompt_kind=prompt_kind,
                 row_seeds=None if row_seeds is None else tuple(row_seeds),
                 on_settle=on_settle,
+                on_plan=on_plan,
             )
             for index in range(num_layers)
         )

@@ -25,7 +25,7 @@ from transformers import Cache
 from kvbench.cache.budget import UNLIMITED, Budget
 from kvbench.cache.chunks import columns_of
 from kvbench.cache.layer import PolicyLayer
-from kvbench.cache.layer_setup import LayerSetup
+from kvbench.cache.layer_setup import LayerSetup, OnPlan
 from kvbench.cache.policy import Policy
 from kvbench.cache.policy_cache import PolicyCache
 from kvbench.cache.positions import PositionMode
@@ -160,6 +160,7 @@ def cache_after(
     reserve_tokens: int,
     prompt_kind: Tensor | None = None,
     row_seeds: Sequence[int] | None = None,
+    on_plan: OnPlan | None = None,
 ) -> PolicyCache:
     """Return the cache that `policy` leaves after `prompt`; arguments as for `PolicyCache`.
 
@@ -174,6 +175,7 @@ def cache_after(
         reserve_tokens=reserve_tokens,
         prompt_kind=None if prompt_kind is None else prompt_kind.clone(),
         row_seeds=row_seeds,
+        on_plan=on_plan,
     )
     for layer, recorded in zip(cache.policy_layers, prompt.layers, strict=True):
         _take(layer, recorded)

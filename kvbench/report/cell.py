@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kvbench.errors import RecordError
@@ -35,7 +36,11 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CellResult:
-    """The accepted record of one cell. `variant` tells cells apart whose labels are equal."""
+    """The accepted record of one cell.
+
+    `variant` tells cells apart whose labels are equal; `folder` names the results folder where several are read;
+    `cell_folder` is where the record lies, for what lies beside it.
+    """
 
     key: str
     sweep: str
@@ -57,6 +62,8 @@ class CellResult:
     started_utc: str
     duration_s: float
     variant: str = ""
+    folder: str = ""
+    cell_folder: Path | None = None
 
     @property
     def failed(self) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from kvbench.report.cell import CellResult
 from kvbench.report.paired import sample_score
-from kvbench.stats.difference import Inference, infer
+from kvbench.stats.difference import CONFIDENCE, Inference, infer
 from kvbench.stats.margins import smallest_margin
 from kvbench.stats.paired import paired_sums
 from kvbench.stats.power import more_samples
@@ -54,10 +54,11 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choices:
-    """What the reader chose: margins by measure, and whether unequal sample sets are cut to the common ones."""
+    """What the reader chose: margins by measure, whether unequal sample sets are cut to the common ones, confidence."""
 
     margins: Mapping[str, float] = field(default_factory=dict)
     intersect: bool = False
+    confidence: float = CONFIDENCE
 
 
 DECLARED = Choices()
@@ -97,6 +98,7 @@ def compare(first: CellResult, second: CellResult, name: str, choices: Choices =
             [clusters[identity] for identity in shared],
         ),
         bounded=measure(name).unit in ("score", "fraction"),
+        confidence=choices.confidence,
     )
     return judged(_filled(base, inference))
 

@@ -10,6 +10,7 @@ import hashlib
 from importlib.metadata import version
 from pathlib import Path
 
+from kvbench.autopsies import AUTOPSY_FILE
 from kvbench.errors import ConfigError
 
 _STAMP = "report/.built-from"
@@ -36,7 +37,8 @@ def write_stamp(results_folder: Path, digest: str) -> None:
 def inputs_digest(results_folder: Path) -> str:
     """Return the hash of what a report would be built from now; take it before building."""
     digest = hashlib.sha256(version("kvbench").encode())
-    for path in sorted((results_folder / "cells").glob("*/record.json")):
+    cells, frontiers = results_folder / "cells", results_folder / "frontier"
+    for path in sorted([*cells.glob("*/record.json"), *cells.glob(f"*/{AUTOPSY_FILE}"), *frontiers.glob("*.json")]):
         stat = path.stat()
-        digest.update(f"{path.parent.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}\n".encode())
+        digest.update(f"{path.parent.name} {path.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}\n".encode())
     return digest.hexdigest()

@@ -7,9 +7,8 @@ A damaged or foreign file costs its own cell only; it is listed as a problem and
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from typing import Any
 from kvbench.errors import ConfigError, RecordError, close_matches
 from kvbench.records import read_record
 from kvbench.report.cell import CellResult, parse_cell
-from kvbench.sealed import canonical_json
+from kvbench.report.frontier import Frontier
+from kvbench.report.naming import ordered
 from kvbench.units import MEASURES
 
 
@@ -72,11 +72,26 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """A cell that several folders hold: where it was taken from, and (folder, status, start) of the others."""
+
+    key: str
+    folder: str
+    others: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Results:
-    """All usable cells in table order, and the problems met while reading."""
+    """All usable cells in table order, and the problems met while reading.
+
+    Of several folders also what was chosen; `frontiers` are the searches for a smallest safe budget beside them.
+    """
 
     records: tuple[CellResult, ...]
     problems: tuple[Problem, ...]
+    folders: tuple[str, ...] = ("",)
+    choices: tuple[Choice, ...] = ()
+    frontiers: tuple[Frontier, ...] = ()
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -95,6 +110,12 @@ def load_results(folder: Path, *, sweep: str | None = None, keys: Collection[str
 
     Raises: ConfigError if the folder is missing or no record belongs to `sweep`.
     """
+    cells, problems = read_cells(folder, keys=keys)
+    return results_of(cells, problems, sweep)
+
+
+def read_cells(folder: Path, *, keys: Collection[str] | None = None) -> tuple[list[CellResult], list[Problem]]:
+    """Return the cells of one folder as they lie there, and its problems. Raises: ConfigError if it is missing."""
     if not folder.is_dir():
         raise ConfigError(f"the results folder {folder} does not exist; run a sweep first or give the right folder.")
     cells: list[CellResult] = []
@@ -104,12 +125,17 @@ def load_results(folder: Path, *, sweep: str | None = None, keys: Collection[str
         try:
             body = read_record(path)
             if keys is None or body["key"] in keys:
-                cells.append(parse_cell(body))
+                cells.append(replace(parse_cell(body), cell_folder=path.parent))
         except RecordError as error:
             problems.append(Problem(path=name, message=str(error).removeprefix(f"{path} ")))
         else:
             problems.extend(Problem(path=name, message=text) for text in _doubts(body, path))
-    return Results(records=_ordered(_only(cells, sweep)), problems=tuple(problems))
+    return cells, problems
+
+
+def results_of(cells: list[CellResult], problems: list[Problem], sweep: str | None) -> Results:
+    """Return cells of `sweep` in table order. Raises: ConfigError if no record belongs to it."""
+    return Results(records=ordered(_only(cells, sweep)), problems=tuple(problems))
 
 
 def _only(cells: list[CellResult], sweep: str | None) -> list[CellResult]:
@@ -128,52 +154,3 @@ def _doubts(body: Mapping[str, Any], path: Path) -> Iterator[str]:
         yield f"unknown measurement {name!r} is not shown; {close_matches(name, MEASURES)}"
     if not body["key"].startswith(path.parent.name):
         yield f"the record's key starts with {body['key'][:16]}, not with its folder's name; was it moved?"
-
-
-def _ordered(cells: list[CellResult]) -> tuple[CellResult, ...]:
-    """Sort, after telling apart cells whose labels are the same."""
-    named: list[CellResult] = []
-    cells = _with_distinct_names(_with_distinct_names(cells, "model"), "dataset")
-    for twins in _by(cells, lambda cell: (cell.model, cell.dataset, *cell.series)).values():
-        repeated = any(len(same) > 1 for same in _by(twins, lambda cell: (cell.budget,)).values())
-        named.extend(_with_variants(twins) if repeated else twins)
-    return tuple(sorted(named, key=lambda cell: cell.sort_key))
-
-
-def _with_distinct_names(cells: list[CellResult], part: str) -> list[CellResult]:
-    """Tell apart models, or data sets, that share a name but not their settings: they are not comparable."""
-    named: list[CellResult] = []
-    for same in _by(cells, lambda cell: (getattr(cell, part),)).values():
-        settings = {canonical_json(cell.settings.get(part)) for cell in same}
-        for cell in same:
-            digest = hashlib.sha256(canonical_json(cell.settings.get(part)).encode()).hexdigest()[:6]
-            name: dict[str, Any] = {part: f"{getattr(cell, part)} #{digest}"}
-            named.append(replace(cell, **name) if len(settings) > 1 else cell)
-    return named
-
-
-def _by(cells: Iterable[CellResult], key: Any) -> dict[tuple[object, ...], list[CellResult]]:
-    found: dict[tuple[object, ...], list[CellResult]] = {}
-    for cell in cells:
-        found.setdefault(key(cell), []).append(cell)
-    return found
-
-
-def _with_variants(cells: list[CellResult]) -> list[CellResult]:
-    """Name the settings in which cells with the same labels differ; the key if there is no such setting."""
-    flat = {cell.key: dict(_flat(cell.settings)) for cell in cells}
-    differing: set[str] = set()
-    for same in _by(cells, lambda cell: (cell.budget,)).values():
-        names = set().union(*(flat[cell.key] for cell in same))
-        differing |= {name for name in names if len({repr(flat[cell.key].get(name)) for cell in same}) > 1}
-    shown = sorted(differing)[:2]
-    texts = {cell.key: " ".join(f"{name}={flat[cell.key].get(name)}" for name in shown) for cell in cells}
-    return [replace(cell, variant=texts[cell.key] or f"key {cell.key[:8]}") for cell in cells]
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

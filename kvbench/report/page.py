@@ -1,65 +1,111 @@
 """One HTML file that explains a results folder to a stranger; nothing is loaded from anywhere.
 
-Order: what was found, what to be careful about, numbers, figures, samples, how it was measured.
+Order: the answer, the verdicts behind it, what to be careful about, figures and tables, samples, how it was measured.
 """
 
 from __future__ import annotations
 
-import html
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from kvbench.report.findings import headlines
-from kvbench.report.load import Group, Results
+from kvbench.report.comparisons import DECLARED, Choices
+from kvbench.report.judged import Judged, judge
+from kvbench.report.load import Results
 from kvbench.report.notes import Note, notes_of
-from kvbench.report.page_samples import sample_browser, worst_samples
-from kvbench.report.page_script import SCRIPT
+from kvbench.report.page_again import again_html
+from kvbench.report.page_answer import answer_html
+from kvbench.report.page_autopsy import autopsy_section
+from kvbench.report.page_failures import failures_html
+from kvbench.report.page_figures import chosen_plots, figures_html
+from kvbench.report.page_frontier import frontier_html
+from kvbench.report.page_latency import latency_html
+from kvbench.report.page_markup import escaped, prose
+from kvbench.report.page_memory import memory_html
+from kvbench.report.page_methods import methods_html
+from kvbench.report.page_samples import sample_browser
+from kvbench.report.page_script import SCRIPT, content_policy
 from kvbench.report.page_style import STYLE
-from kvbench.report.page_tables import (
-    environment_html,
-    measures_html,
-    methods_text,
-    problems_html,
-    results_html,
-    scroll_box,
-)
+from kvbench.report.page_tables import environment_html, problems_html, results_html
+from kvbench.report.page_verdicts import verdicts_html
 from kvbench.report.plots import Plot
-from kvbench.report.plots_theme import PLOT_STYLE, THEME_COLOURS
+from kvbench.report.plots_theme import PLOT_STYLE
 from kvbench.report.table_rows import INTERVAL_NOTE, counts_text, results_table
+from kvbench.report.verdict_rows import all_rows
 
-_SECTIONS = (
-    ("samples", "Samples"),
-    ("worst", "Worst samples"),
-    ("measures", "How it is measured"),
-    ("environment", "Environment"),
-    ("problems", "Problems"),
-)
+_MOST_OPEN_GROUPS = 4
 
 
-def render_page(results: Results, plots: Sequence[Plot]) -> str:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Section:
+    """A part of the page; it is left out, with its `link`, where `content` is empty."""
+
+    name: str
+    link: str
+    title: str
+    content: str
+
+
+def render_page(results: Results, plots: Sequence[Plot], choices: Choices = DECLARED) -> str:
     """Return the whole page; the same records give the same text."""
-    groups = results.groups
-    sections = [_group_section(index, group, plots) for index, group in enumerate(groups)]
-    empty = "" if groups else "<p>No usable record was found; see Problems below.</p>"
+    judged = [judge(group, choices) for group in results.groups]
+    sections = [section for section in _sections(results, judged, plots) if section.content]
+    links = "".join(f'<a href="#{section.name}">{section.link}</a>' for section in sections)
+    body = "".join(
+        f'<section id="{section.name}"><h2>{section.title}</h2>{section.content}</section>' for section in sections
+    )
     return f"""<!doctype html>
 <html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">
+<meta http-equiv=Content-Security-Policy content="{content_policy(SCRIPT)}">
 <title>KV-cache policies compared</title><style>{STYLE}{PLOT_STYLE}</style></head><body>
-<header><h1>KV-cache policies compared</h1><p class=quiet>{_summary(results)}</p>{_navigation(groups)}</header>
-<main>{empty}{"".join(sections)}
-{sample_browser(results)}
-{worst_samples(results)}
-<section id="measures"><h2>How each number is measured</h2>
-<p>Intervals: {html.escape(methods_text(results))}. Paired differences in the notes subtract two cells sample by sample;
-their 95 % interval is a BCa bootstrap by cluster of samples, Student's t under 20 clusters. Intervals are not corrected
-for the number of comparisons. "Undecided" means that the interval holds zero, not that two policies are equal.</p>
-{measures_html(_shown_measures(results))}</section>
-<section id="environment"><h2>Environment</h2>{environment_html(results)}</section>
-<section id="problems"><h2>Problems found while reading the records</h2>{problems_html(results.problems)}</section>
-</main>
-<footer class=quiet>Made by kvbench from the records alone. The same numbers are in table.csv and table.parquet, every
-sample in samples.csv and samples.parquet.</footer>
+<a class=skip href="#main">Skip to the answer</a>
+<header><div class=top><h1>KV-cache policies compared</h1>
+<button type=button id="theme" class=plain hidden>Dark colours</button></div>
+<p class=quiet>{_summary(results)}</p><nav aria-label=Sections>{links}</nav></header>
+<main id="main" tabindex=-1>{body}</main>
+<footer class=quiet>Made by kvbench from records alone.</footer>
 <script>{SCRIPT}</script></body></html>
 """
+
+
+def _sections(results: Results, judged: Sequence[Judged], plots: Sequence[Plot]) -> list[_Section]:
+    shown = chosen_plots(plots)
+    parts = (
+        ("answer", "Answer", "Answer", _answers(judged)),
+        ("verdicts", "Verdicts", "Verdicts", verdicts_html(all_rows(judged)) if judged else ""),
+        ("care", "Care", "Read with care", _per_group(judged, _care)),
+        ("frontier", "Safe budgets", "Smallest safe budget", frontier_html(results.frontiers) if judged else ""),
+        (
+            "figures",
+            "Figures",
+            "Figures",
+            _per_group(judged, lambda one: figures_html(shown, one.group.title)) + _cut(plots, shown),
+        ),
+        ("failures", "Failures", "Where policies fail", _per_group(judged, failures_html)),
+        ("samples", "Samples", "Samples", sample_browser(results)),
+        ("autopsy", "Kept", "What the cache kept", autopsy_section(results)),
+        ("memory", "Memory", "Memory", _per_group(judged, lambda one: memory_html(one.group))),
+        ("latency", "Latency", "Latency", _per_group(judged, lambda one: latency_html(one.group))),
+        ("numbers", "Numbers", "All numbers", _per_group(judged, _numbers)),
+        ("measures", "Methods", "How each number is measured", methods_html(results, judged)),
+        ("environment", "Environment", "Environment", environment_html(results)),
+        ("problems", "Problems", "Problems while reading", problems_html(results.problems)),
+        ("again", "This page", "This page again", again_html(results)),
+    )
+    return [_Section(name=name, link=link, title=title, content=content) for name, link, title, content in parts]
+
+
+def _per_group(judged: Sequence[Judged], render: Callable[[Judged], str]) -> str:
+    """Return one part per model and data set, under its name where there are several; folded where there are many."""
+    drawn = [(one.group.title, content) for one in judged if (content := render(one))]
+    if len(judged) == 1:
+        return "".join(content for _, content in drawn)
+    if len(judged) <= _MOST_OPEN_GROUPS:
+        return "".join(f"<h3>{escaped(title)}</h3>{content}" for title, content in drawn)
+    return "".join(f"<details><summary>{escaped(title)}</summary>{content}</details>" for title, content in drawn)
+
+
+def _answers(judged: Sequence[Judged]) -> str:
+    return _per_group(judged, answer_html) or "<p>No usable record was found; see Problems while reading.</p>"
 
 
 def _summary(results: Results) -> str:
@@ -69,64 +115,33 @@ def _summary(results: Results) -> str:
     days = sorted({cell.started_utc[:10] for cell in results.records})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     devices = ", ".join(sorted({str(cell.environment.get("device", "unknown device")) for cell in results.records}))
-    return html.escape(f"Sweep {sweeps}. {counts_text(results.records)}. Measured {when} (UTC) on {devices}.")
+    titles = [group.title for group in results.groups]
+    what = ", ".join(titles) if len(titles) <= _MOST_OPEN_GROUPS else f"{len(titles)} pairs of model and data set"
+    return escaped(f"{what}. Sweep {sweeps}. {counts_text(results.records)}. Measured {when} (UTC) on {devices}.")
 
 
-def _navigation(groups: Sequence[Group]) -> str:
-    links = [(f"group-{index}", group.title) for index, group in enumerate(groups)]
-    anchors = "".join(f'<a href="#{place}">{html.escape(name)}</a>' for place, name in (*links, *_SECTIONS))
-    return f"<nav aria-label=Sections>{anchors}</nav>"
-
-
-def _shown_measures(results: Results) -> set[str]:
-    return {name for group in results.groups for name in _columns(group)}
-
-
-def _columns(group: Group) -> tuple[str, ...]:
-    main = results_table(group).columns
-    return (*main, *results_table(group, every_measure=True).columns)
-
-
-def _group_section(index: int, group: Group, plots: Sequence[Plot]) -> str:
-    table, every = results_table(group), results_table(group, every_measure=True)
-    figures = "".join(_figure(plot) for plot in plots if plot.group_title == group.title)
-    short = "".join(f"<li>{_prose(sentence)}</li>" for sentence in headlines(group))
-    care = "".join(_note(note) for note in notes_of(group))
-    return f"""<section id="group-{index}"><h2>{html.escape(group.title)}</h2>
-<div class=cards><div class=card><h3>In short</h3><ul>{short}</ul></div>
-<div class=card><h3>Read with care</h3><ul>{care or "<li>Nothing odd was found.</li>"}</ul></div></div>
-<h3>Results</h3><p class=quiet>{html.escape(table.counts)}. {html.escape(INTERVAL_NOTE)} "-" means not measured.
-Choose a column head to sort.</p>{results_html(table)}
-<details><summary>Every measurement ({len(every.columns)} columns)</summary>{results_html(every)}</details>
-<h3>Figures</h3>{figures}</section>"""
+def _care(judged: Judged) -> str:
+    notes = "".join(_note(note) for note in notes_of(judged.group))
+    return f"<ul>{notes or '<li>Nothing odd was found.</li>'}</ul>"
 
 
 def _note(note: Note) -> str:
-    lines = "".join(f"<li>{_prose(line)}</li>" for line in note.details)
+    lines = "".join(f"<li>{prose(line)}</li>" for line in note.details)
     numbers = f"<details><summary>Details ({len(note.details)})</summary><ul>{lines}</ul></details>" if lines else ""
-    return f"<li>{_prose(note.text)}{numbers}</li>"
+    return f"<li>{prose(note.text)}{numbers}</li>"
 
 
-def _prose(text: str) -> str:
-    """Return text as HTML: `names` as code, and no line break between a number and its per cent sign."""
-    joined = html.escape(text).replace(" %", "&nbsp;%").replace("n = ", "n&nbsp;=&nbsp;")
-    return re.sub(r"`([^`]*)`", r"<code>\1</code>", joined)
+def _cut(plots: Sequence[Plot], shown: Sequence[Plot]) -> str:
+    left = len(plots) - len(shown)
+    return f"<p>{left} more figures are in the folder plots beside this page.</p>" if left else ""
 
 
-def _figure(plot: Plot) -> str:
-    label = html.escape(f"{plot.title}, {plot.group_title}")
-    caption = html.escape(plot.caption)
-    drawing = f'<div class=plot role=img aria-label="{label}: {caption}">{inline_svg(plot)}</div>'
-    return f"<figure>{scroll_box(drawing, label)}<figcaption>{caption}</figcaption></figure>"
-
-
-def inline_svg(plot: Plot) -> str:
-    """Return the drawing for use inside the page: own ids, the page's colours, no XML prologue."""
-    svg = plot.svg[plot.svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    prefix = f"{plot.name}-"
-    svg = re.sub(r'\bid="', f'id="{prefix}', svg)
-    svg = svg.replace('href="#', f'href="#{prefix}').replace("url(#", f"url(#{prefix}")
-    for colour, variable in THEME_COLOURS.items():
-        svg = svg.replace(colour, variable)
-    return svg
+def _numbers(judged: Judged) -> str:
+    group = judged.group
+    table, every = results_table(group), results_table(group, every_measure=True)
+    note = f'{table.counts}. {INTERVAL_NOTE} "-" means not measured.'
+    return (
+        f"<p class=quiet>{prose(note)}</p>{results_html(table, f'Results, {group.title}')}"
+        f"<details><summary>Every measurement ({len(every.columns)} columns)</summary>"
+        f"{results_html(every, f'Every measurement, {group.title}')}</details>"
+    )

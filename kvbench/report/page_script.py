@@ -1,78 +1,42 @@
-"""The page's script: sort a table by click or key, and walk through samples. No library, no network.
+"""The page's script: one element without library or network, whose hash alone the page's policy allows to run."""
 
-Texts enter the document as text nodes only, so model output is never read as markup.
-"""
+from __future__ import annotations
 
-SCRIPT = """
-"use strict";
-for (const button of document.querySelectorAll("th button")) {
-  button.addEventListener("click", () => {
-    const head = button.closest("th"), body = head.closest("table").tBodies[0];
-    const column = [...head.parentNode.children].indexOf(head);
-    const up = head.getAttribute("aria-sort") !== "ascending";
-    for (const other of head.parentNode.children) if (other.hasAttribute("aria-sort")) other.ariaSort = "none";
-    head.ariaSort = up ? "ascending" : "descending";
-    const numeric = head.dataset.kind === "number", value = row => row.children[column].dataset.v;
-    const rows = [...body.rows].sort((a, b) => {
-      const x = value(a), y = value(b);
-      if (x === "" || y === "") return (x === "") - (y === "");
-      return (up ? 1 : -1) * (numeric ? x - y : x < y ? -1 : x > y ? 1 : 0);
-    });
-    body.append(...rows);
-  });
-}
-const store = document.getElementById("sample-data");
-if (store) {
-  const groups = JSON.parse(store.textContent), at = id => document.getElementById(id);
-  const group = at("pick-group"), cell = at("pick-cell"), sample = at("pick-sample");
-  const fill = (select, names, keep) => {
-    select.replaceChildren(...names.map((name, index) => new Option(name, index)));
-    select.selectedIndex = keep >= 0 && keep < names.length ? keep : 0;
-  };
-  const chosenGroup = () => groups[group.value], chosenCell = () => chosenGroup().cells[cell.value];
-  const words = text => (text || "").match(/\\s*\\S+/g) || [];
-  const firstDifference = (a, b) => {
-    for (let i = 0; i < Math.max(a.length, b.length); i++) if ((a[i] || "").trim() !== (b[i] || "").trim()) return i;
-    return -1;
-  };
-  const show = (place, list, marked) => {
-    place.replaceChildren();
-    if (marked < 0) { place.append(list.join("") || "(empty)"); return; }
-    place.append(list.slice(0, marked).join(""));
-    const mark = document.createElement("mark");
-    const word = marked < list.length ? list[marked] : " (ends here)";
-    mark.textContent = word.trim();
-    place.append(word.slice(0, word.indexOf(mark.textContent)), mark, list.slice(marked + 1).join(""));
-  };
-  const draw = () => {
-    const one = chosenCell().samples[sample.value];
-    if (!one) return;
-    const item = chosenGroup().items[one.id] || {};
-    const full = one.full === undefined ? item.full : one.full;
-    const a = words(full), b = words(one.text), marked = firstDifference(a, b);
-    at("text-reference").textContent = item.reference === undefined ? "(none recorded)" : item.reference;
-    show(at("text-full"), a, marked);
-    show(at("text-policy"), b, marked);
-    at("name-policy").textContent = chosenCell().label;
-    at("scores").textContent = (marked < 0 ? "Same words as full. " : "") + one.scores;
-  };
-  const pickCell = () => { fill(sample, chosenCell().samples.map(one => one.id), sample.selectedIndex); draw(); };
-  const pickGroup = () => {
-    const cells = chosenGroup().cells;
-    fill(cell, cells.map(one => one.label), Math.min(1, cells.length - 1));
-    pickCell();
-  };
-  const step = by => {
-    const count = sample.options.length;
-    sample.selectedIndex = (sample.selectedIndex + by + count) % count;
-    draw();
-  };
-  group.addEventListener("change", pickGroup);
-  cell.addEventListener("change", pickCell);
-  sample.addEventListener("change", draw);
-  at("previous").addEventListener("click", () => step(-1));
-  at("next").addEventListener("click", () => step(1));
-  fill(group, groups.map(one => one.title), 0);
-  pickGroup();
-}
+import base64
+import hashlib
+
+from kvbench.report.page_autopsy_script import AUTOPSY_SCRIPT
+from kvbench.report.page_samples_script import SAMPLES_SCRIPT
+from kvbench.report.page_script_tables import TABLES_SCRIPT
+
+_THEME_SCRIPT = """
+const root = document.documentElement, themes = document.getElementById("theme");
+const systemDark = matchMedia("(prefers-color-scheme: dark)");
+const isDark = () => root.dataset.theme ? root.dataset.theme === "dark" : systemDark.matches;
+const nameTheme = () => { themes.textContent = isDark() ? "Light colours" : "Dark colours"; };
+themes.addEventListener("click", () => {
+  root.dataset.theme = isDark() ? "light" : "dark";
+  try { localStorage.setItem("kvbench-theme", root.dataset.theme); } catch { /* a page may have no storage */ }
+  nameTheme();
+});
+systemDark.addEventListener("change", nameTheme);
+try {
+  const stored = localStorage.getItem("kvbench-theme");
+  if (stored === "dark" || stored === "light") root.dataset.theme = stored;
+} catch { /* a page may have no storage */ }
+nameTheme();
+themes.hidden = false;
 """
+SCRIPT = f'"use strict";{_THEME_SCRIPT}{TABLES_SCRIPT}{AUTOPSY_SCRIPT}{SAMPLES_SCRIPT}'
+
+
+def content_policy(*scripts: str) -> str:
+    """Return the content security policy: nothing is loaded, only these scripts run, pictures are inside the page.
+
+    Styles may be inline because figures carry style attributes.
+    """
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(one.encode()).digest()).decode()}'" for one in scripts)
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )

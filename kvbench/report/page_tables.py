@@ -7,25 +7,20 @@ from collections import Counter
 from collections.abc import Iterable
 
 from kvbench.report.load import Problem, Results
+from kvbench.report.page_markup import Head, number_cell, row_head, table, text_cell
+from kvbench.report.page_verdicts import budget_size
 from kvbench.report.table_rows import Entry, Row, Table, samples_text
 from kvbench.units import MEASURES, measure
 
 
-def scroll_box(content: str, label: str) -> str:
-    """Return `content` in a box that scrolls sideways by itself, by touch and by key."""
-    return f'<div class=scroll tabindex=0 role=region aria-label="{html.escape(label)}">{content}</div>'
-
-
-def results_html(table: Table) -> str:
+def results_html(numbers: Table, caption: str) -> str:
     """Return the table; each head is a button that sorts, numbers carry their base value."""
-    heads = [_head("policy", "", "text"), _head("budget", "", "number")]
-    for name in table.columns:
+    heads = [Head(label="policy", kind="text"), Head(label="budget", kind="amount")]
+    for name in numbers.columns:
         better = measure(name).better
-        notes = ("" if better == "none" else f"{better} is better", samples_text((r.cell for r in table.rows), name))
-        heads.append(_head(measure(name).label, "<br>".join(note for note in notes if note), "number"))
-    rows = "".join(_row(index, row) for index, row in enumerate(table.rows))
-    body = f"<table><thead><tr>{''.join(heads)}</tr></thead><tbody>{rows}</tbody></table>"
-    return scroll_box(body, f"Results, {table.title}")
+        notes = ("" if better == "none" else f"{better} is better", samples_text((r.cell for r in numbers.rows), name))
+        heads.append(Head(label=measure(name).label, note=", ".join(note for note in notes if note)))
+    return table(caption, heads, map(_row, numbers.rows))
 
 
 def measures_html(names: Iterable[str]) -> str:
@@ -37,8 +32,8 @@ def measures_html(names: Iterable[str]) -> str:
         for name, known in MEASURES.items()
         if name in shown
     )
-    head = "<thead><tr><th>name</th><th>what it is</th><th>unit</th><th>better</th></tr></thead>"
-    return scroll_box(f"<table class=text>{head}<tbody>{rows}</tbody></table>", "How each number is measured")
+    heads = [Head(label=label, kind=None) for label in ("name", "what it is", "unit", "better")]
+    return table("Definitions of the numbers on this page", heads, [rows], classes="text")
 
 
 def methods_text(results: Results) -> str:
@@ -58,7 +53,8 @@ def environment_html(results: Results) -> str:
             for value, count in sorted(counts.items())
         )
         rows.append(f"<tr><th scope=row>{html.escape(name)}</th><td>{values}</td></tr>")
-    return scroll_box(f"<table class=text><tbody>{''.join(rows)}</tbody></table>", "Environment")
+    heads = [Head(label=label, kind=None) for label in ("what", "value")]
+    return table("Software and machine, as the records state them", heads, rows, classes="text")
 
 
 def problems_html(problems: Iterable[Problem]) -> str:
@@ -75,28 +71,14 @@ def _unit_text(unit: str) -> str:
     return {"score": "0 to 1", "ppl": "perplexity", "fraction": "%", "ratio": "x full"}.get(unit, unit)
 
 
-def _head(label: str, note: str, kind: str) -> str:
-    name = " class=name" if label in ("policy", "budget") else ""
-    button = f"<button type=button>{html.escape(label)}</button>"
-    return f'<th{name} scope=col aria-sort="none" data-kind="{kind}">{button}<small>{note}</small></th>'
-
-
-def _row(index: int, row: Row) -> str:
+def _row(row: Row) -> str:
     cell = row.cell
-    size = cell.budget_fraction if cell.budget_fraction is not None else cell.budget_tokens
-    # The full cache keeps everything, so it sorts above every budget; without a number, order decides.
-    value = "1e18" if cell.is_full else str(index if size is None else size)
-    noisy = "<small class=failed>noisy</small>" if cell.status == "noisy" else ""
-    names = (
-        f'<td class=name data-v="{html.escape(row.policy)}">{html.escape(row.policy)}{noisy}</td>'
-        f'<td class=name data-v="{value}">{html.escape(row.budget)}</td>'
-    )
-    return f"<tr>{names}{''.join(_entry(entry) for entry in row.entries)}</tr>"
+    noisy = " class=noisy" if cell.status == "noisy" else ""
+    names = row_head(row.policy, "noisy" if noisy else "") + text_cell(row.budget, sort=budget_size(cell))
+    return f"<tr{noisy}>{names}{''.join(_entry(entry) for entry in row.entries)}</tr>"
 
 
 def _entry(entry: Entry) -> str:
-    value = "" if entry.value is None else repr(entry.value)
-    kind = " class=failed" if entry.kind == "failed" else ""
-    title = f' title="n = {entry.n}"' if entry.n is not None else ""
-    interval = f"<small>{html.escape(entry.interval)}</small>" if entry.interval else ""
-    return f'<td{kind}{title} data-v="{value}">{html.escape(entry.text)}{interval}</td>'
+    title = f"n = {entry.n}" if entry.n is not None else ""
+    kind = "failed" if entry.kind == "failed" else ""
+    return number_cell(entry.text, entry.interval, value=entry.value, kind=kind, title=title)

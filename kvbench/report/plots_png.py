@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from matplotlib import rc_context
 
+from kvbench.report.figures import FIGURES
 from kvbench.report.load import Results
 from kvbench.report.plots import DRAW, draw_one, group_slugs
-from kvbench.report.figures import FIGURES
 from kvbench.report.plots_policies import Palette
 from kvbench.report.plots_style import Look
 

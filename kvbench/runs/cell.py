@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvbench.errors import ConfigError, DataError, ModelSupportError, NonFiniteError
 from kvbench.records import cell_key
+from kvbench.runs.autopsy_settings import AutopsySettings
 from kvbench.runs.dataset_fit import skipped_measurement, skipped_names
 from kvbench.runs.out_of_memory import ran_out_of_memory
 
@@ -34,7 +35,7 @@ SHARED_SETTINGS = ("model", "dataset", "query_visible", "batch_size", "device", 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """Everything one record is about. `settings` decides the key; labels are for people."""
+    """Everything one record is about. `settings` decides the key; labels are for people, as is the autopsy."""
 
     settings: Mapping[str, Any]
     labels: Mapping[str, Any]
@@ -47,6 +48,7 @@ class Cell:
     seed: int
     device: str
     query_visible: bool = True
+    autopsy: AutopsySettings = field(default_factory=AutopsySettings)
 
     @property
     def key(self) -> str:

@@ -14,6 +14,7 @@ from kvbench.metrics.intervals import mean_interval
 from kvbench.metrics.rouge import first_divergence, length_ratio, rouge_scores
 from kvbench.models.inputs import answer_text, reference_text
 from kvbench.runs.batch_task import BatchTask, Payload
+from kvbench.runs.divergence import divergence_places
 from kvbench.runs.full_answers import Answers
 from kvbench.runs.loop import CacheSetting, greedy
 from kvbench.runs.prompts import Part
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from kvbench.cache import PolicyCache
 
 _UNITS = {"first_divergence_tokens": "tokens"}
-_DESCRIPTIVE = ("text", "full_text", "reference", "num_new_tokens")
+_PLACES = ("divergence_starts_at", "divergence_ends_at", "full_divergence_ends_at")
+_DESCRIPTIVE = ("text", "full_text", "reference", "num_new_tokens", *_PLACES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +130,7 @@ def _row(bench: Bench, example: Example, answer: list[int], full: list[int]) -> 
     row |= text_scores(text, full_text, reference)
     row["length_ratio"] = length_ratio(len(answer), len(full))
     row["first_divergence_tokens"] = first_divergence(answer, full)
+    row |= divergence_places(bench.loaded, answer, full, row["first_divergence_tokens"])
     row["num_new_tokens"] = len(answer)
     return row | _facts(bench.dataset, example, text)
 

@@ -1,8 +1,9 @@
 """A group of cells that share model and data set, run in this process.
 
 Tasks that are measured in batches run batch by batch: one prefill, then every cell of the group, so
-that only one prompt is ever held and each cell pays for its decoding only. Tasks of time and memory
-run after that, cell by cell, with nothing shared left alive. What one cell does wrong is its own.
+that only one prompt is ever held and each cell pays for its decoding only. Then a few samples are looked
+at once more for their autopsies. Tasks of time and memory run after that, cell by cell, with nothing
+shared left alive. What one cell does wrong is its own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
+from kvbench.runs.autopsy import take_autopsies
 from kvbench.runs.cell import Cell
 from kvbench.runs.cell_run import CellRun
 from kvbench.runs.free_memory import free_memory
@@ -45,6 +47,9 @@ def run_group(cells: Sequence[Cell], plan: GroupPlan, *, shelf: ModelShelf, watc
         if prompts is not None:
             prompts.forget()
         free_memory()
+        if prompts is not None:
+            alive = [run.attempt.cell for run in runs if not run.attempt.failed]
+            take_autopsies(alive, shelf.get(cells[0].model, cells[0].device), plan.results, watcher)
         for run in runs:
             run.finish()
 

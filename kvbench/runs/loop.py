@@ -22,6 +22,7 @@ from kvbench.models.loader import LoadedModel
 
 if TYPE_CHECKING:
     from kvbench.cache import PolicyCache
+    from kvbench.cache.layer_setup import OnPlan
 
 Engine = Literal["eager", "graph"]
 ENGINES: tuple[str, ...] = get_args(Engine)
@@ -38,10 +39,17 @@ class CacheSetting:
     engine: Engine = "eager"
 
     def decoding(
-        self, loaded: LoadedModel, batch: PromptBatch, reserve_tokens: int, *, on_settle: OnSettle = nullcontext
+        self,
+        loaded: LoadedModel,
+        batch: PromptBatch,
+        reserve_tokens: int,
+        *,
+        on_settle: OnSettle = nullcontext,
+        on_plan: OnPlan | None = None,
     ) -> Decoding:
         """Prefill `batch` into a fresh cache and return it ready for `reserve_tokens` decode steps."""
-        return self.decoding_with(loaded, batch, self.cache(loaded, batch, reserve_tokens, on_settle=on_settle))
+        cache = self.cache(loaded, batch, reserve_tokens, on_settle=on_settle, on_plan=on_plan)
+        return self.decoding_with(loaded, batch, cache)
 
     def decoding_with(
         self, loaded: LoadedModel, batch: PromptBatch, cache: PolicyCache, *, prompt_logits: Tensor | None = None
@@ -54,7 +62,13 @@ class CacheSetting:
         return Decoding(loaded, batch, cache, prompt_logits=prompt_logits)
 
     def cache(
-        self, loaded: LoadedModel, batch: PromptBatch, reserve_tokens: int, *, on_settle: OnSettle = nullcontext
+        self,
+        loaded: LoadedModel,
+        batch: PromptBatch,
+        reserve_tokens: int,
+        *,
+        on_settle: OnSettle = nullcontext,
+        on_plan: OnPlan | None = None,
     ) -> PolicyCache:
         """Return an empty cache for `batch`, with room for `reserve_tokens` more."""
         from kvbench.cache import PolicyCache  # needs transformers
@@ -68,6 +82,7 @@ class CacheSetting:
             prompt_kind=batch.kind,
             row_seeds=batch.row_seeds,
             on_settle=on_settle,
+            on_plan=on_plan,
         )
 
 

@@ -21,6 +21,7 @@ from kvbench.metrics.rouge import first_divergence, length_ratio
 from kvbench.models.inputs import PromptBatch, answer_text, prompt_batch
 from kvbench.models.next_turn import next_turn_tokens
 from kvbench.models.prompt_split import num_question_tokens
+from kvbench.runs.divergence import divergence_places
 from kvbench.runs.full_answers import Answers, FullAnswers
 from kvbench.runs.generation import text_scores
 from kvbench.runs.loop import CacheSetting, Decoding
@@ -145,6 +146,7 @@ def _row(bench: Bench, example: Example, said: list[Said], full: Mapping[str, li
         fields |= {"reference": turn.answer} | text_scores(text, full_text, turn.answer)
         fields["length_ratio"] = length_ratio(len(one.tokens), len(theirs))
         fields["first_divergence_tokens"] = first_divergence(one.tokens, theirs)
+        fields |= divergence_places(bench.loaded, one.tokens, theirs, fields["first_divergence_tokens"])
         fields["realised_budget_fraction"] = one.held_fraction
         if turn.answer:
             fields["exact_fraction"] = float(_plain(text) == _plain(turn.answer))

@@ -20,6 +20,7 @@ from kvbench.models.prompt_split import by_question_length
 from kvbench.runs.loop import CacheSetting, Decoding
 
 if TYPE_CHECKING:
+    from kvbench.cache.layer_setup import OnPlan
     from kvbench.cache.prompt_state import PromptRecorder
 
 
@@ -50,11 +51,11 @@ class Part:
         return self._policies is not None
 
     @torch.inference_mode()
-    def decoding(self, setting: CacheSetting, reserve_tokens: int) -> Decoding:
+    def decoding(self, setting: CacheSetting, reserve_tokens: int, *, on_plan: OnPlan | None = None) -> Decoding:
         """Return the batch after its prompt, under `setting`; the numbers are the same shared or not."""
         loaded, batch = self._loaded, self.batch
         if self._policies is None:
-            return setting.decoding(loaded, batch, reserve_tokens)
+            return setting.decoding(loaded, batch, reserve_tokens, on_plan=on_plan)
         from kvbench.cache.prompt_state import cache_after  # needs transformers
 
         recorder, logits = self.once("prompt", self._record)
@@ -67,6 +68,7 @@ class Part:
             reserve_tokens=reserve_tokens,
             prompt_kind=batch.kind,
             row_seeds=batch.row_seeds,
+            on_plan=on_plan,
         )
         return setting.decoding_with(loaded, batch, cache, prompt_logits=logits)
 

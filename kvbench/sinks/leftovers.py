@@ -1,6 +1,7 @@
 """What killed processes leave behind and nobody needs: found first, removed only on request.
 
-Half-written temporary files, leases of owners that are gone, batches of cells that have their record.
+Half-written temporary files, leases of owners that are gone, batches of cells that have their record, autopsies
+of cells that have none.
 Attempts are never leftovers: they are the history of a cell.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvbench.autopsies import AUTOPSY_FILE
 from kvbench.durable import TEMPORARY
 from kvbench.errors import ConfigError, RecordError
 from kvbench.records import read_record
@@ -35,7 +37,7 @@ def leftovers(results: Path) -> list[Leftover]:
     """Return what may be removed under `results`, sorted by path. Raises: ConfigError for a missing folder."""
     if not results.is_dir():
         raise ConfigError(f"the results folder {results} does not exist; run a sweep first or give the right folder.")
-    found = [*_temporary(results), *_claims(results), *_batches(results)]
+    found = [*_temporary(results), *_claims(results), *_batches(results), *_autopsies(results)]
     sized = [Leftover(path=path, reason=reason, size_bytes=_size_bytes(path)) for path, reason in found]
     return sorted(sized, key=lambda leftover: leftover.path)
 
@@ -78,6 +80,13 @@ def _batches(results: Path) -> Iterator[tuple[Path, str]]:
         with contextlib.suppress(RecordError):
             if read_record(folder.parent / "record.json")["status"] == "ok":
                 yield folder, "batches of a cell that has its record"
+
+
+def _autopsies(results: Path) -> Iterator[tuple[Path, str]]:
+    for path in results.glob(f"cells/*/{AUTOPSY_FILE}"):
+        measured = any(results.glob(f"claims/{path.parent.name}.*"))
+        if not measured and not (path.parent / "record.json").exists():
+            yield path, "the autopsy of a cell that was never finished"
 
 
 def _age_s(path: Path) -> float:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvbench.autopsies import AUTOPSY_FILE, read_autopsy
 from kvbench.durable import TEMPORARY
 from kvbench.errors import ConfigError, RecordError
 from kvbench.records import cell_key, read_record
@@ -39,7 +40,7 @@ class Verified:
 
 
 def verify(results: Path) -> Verified:
-    """Check length, checksum, version, key and place of every record, attempt and batch under `results`.
+    """Check length, checksum, version, key and place of every record, attempt, batch and autopsy under `results`.
 
     Raises: ConfigError if the folder does not exist.
     """
@@ -79,6 +80,8 @@ class _Cell:
             yield from self._of_record(path, None if named is None else named[1])
         elif path.name == "batches":
             yield from self._of_batches(path)
+        elif path.name == AUTOPSY_FILE:
+            yield from self._of_autopsy(path)
         elif path.name.startswith("damaged-"):
             yield "was in the place of a record and could not be used. Delete it when you know why."
         elif not path.name.endswith(TEMPORARY):
@@ -102,6 +105,15 @@ class _Cell:
             yield "is none of the attempts beside it. Was one of them deleted?"
         else:
             self.has_record = True
+
+    def _of_autopsy(self, path: Path) -> Iterator[str]:
+        try:
+            body = read_autopsy(path)
+        except RecordError as error:
+            yield str(error).removeprefix(f"{path} ")
+            return
+        if not body["key"].startswith(self.folder.name):
+            yield f"belongs to the cell {body['key'][:16]}. Move it there."
 
     def _of_batches(self, folder: Path) -> Iterator[str]:
         key = next((body["key"] for body in self.attempts.values()), None)

@@ -1,6 +1,6 @@
 """Save a W&B Report within a time limit, over the one that was saved from the same folder before.
 
-The id of a saved report is kept in <folder>/wandb/, sealed; without that file a second report is made.
+The id of a saved report is kept sealed in <folder>; without that file a second report is made.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def save_within(outline: Outline, folder: Path, *, project: str, entity: str | N
 
 
 def _path(folder: Path, target: str) -> Path:
-    return folder / "wandb" / f"report-{hashlib.sha256(target.encode()).hexdigest()[:16]}.json"
+    return folder / f".wandb-report-{hashlib.sha256(target.encode()).hexdigest()[:16]}.json"
 
 
 def _known(path: Path) -> str:

@@ -69,7 +69,7 @@ def _infer(data: bytes, num_samples: int, bounded: bool, confidence: float) -> I
         return found
     assert found.low is not None
     assert found.high is not None
-    low, high = min(found.low, sparse[0]), max(found.high, sparse[1])
+    low, high = max(-1.0, min(found.low, sparse[0])), min(1.0, max(found.high, sparse[1]))
     error = max(high - found.value, found.value - low) / quantile(0.5 + confidence / 2, pairs.num_clusters)
     p_value = max(found.p_value or 0.0, sparse[2])
     method = "share of differing clusters by Clopper-Pearson, times the most that one may lose"

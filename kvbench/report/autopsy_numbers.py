@@ -1,0 +1,158 @@
+"""What an autopsy shows, in numbers and in one sentence: shares kept, attention held, who goes first, overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvbench.autopsies import GENERATED, NEVER
+from kvbench.packed import Array
+from kvbench.report.autopsy_load import Sample
+
+_IMAGE = 1
+_FLAT = 0.005  # layers whose shares differ by less are not told apart
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kept:
+    """Shares in [0, 1] of a policy's samples after the prompt and at the end; by layer: lowest and highest.
+
+    image: of the image tokens, None for text; text: of the prompt's other tokens; attention: of what the full
+    cache gives to the prompt while it answers; merged: of the prompt's tokens, joined into another entry.
+    """
+
+    image: tuple[float, float] | None
+    image_by_layer: tuple[float, float] | None
+    text: tuple[float, float] | None
+    attention: tuple[float, float]
+    attention_by_layer: tuple[float, float]
+    mean_age_tokens: float
+    merged: float
+
+
+def kept(samples: Sequence[Sample]) -> Kept:
+    """Return the numbers of one cell, mean over its samples, layers and heads; stored layers for text and merging."""
+    by_layer = _mean_statistic(samples, "image_kept_permille")
+    attention = _mean_statistic(samples, "attention_permille")
+    assert attention is not None
+    ages = [float(one.statistics["mean_age_tokens"][-1].mean()) for one in samples]
+    return Kept(
+        image=None if by_layer is None else _ends(by_layer),
+        image_by_layer=None if by_layer is None else _range(by_layer[0]),
+        text=_pair([_text_shares(one) for one in samples if (one.kinds[: one.prompt_tokens] != _IMAGE).any()]),
+        attention=_ends(attention),
+        attention_by_layer=_range(attention[0]),
+        mean_age_tokens=float(np.mean(ages)),
+        merged=float(np.mean([0.0 if one.merged is None else (one.merged != NEVER).mean() for one in samples])),
+    )
+
+
+def sentence(samples: Sequence[Sample]) -> str:
+    """Return what is seen, in words for one cell; the numbers are those of `kept`."""
+    found = kept(samples)
+    if all((sample.freed == NEVER).all() for sample in samples):
+        return "Holds everything."
+    shares = [(found.image, "of the image patches"), (found.text, "of the text"), (found.attention, "of the attention")]
+    known = [(share, what) for share, what in shares if share is not None]
+    names = [f"{percent(share[0])} {what}" for share, what in known]
+    low, high = found.attention_by_layer
+    names[-1] += f" ({percent(low)} to {percent(high)} by layer)" if high - low > _FLAT else ""
+    parts = [
+        f"After the prompt it holds {listed(names)}; at the end {listed([percent(share[1]) for share, _ in known])}."
+    ]
+    if found.merged:
+        parts.append(f"{percent(found.merged)} of the prompt is merged into other entries.")
+    if len(samples) == 1:
+        parts.append(first_freed(samples[0]))
+    return " ".join(part for part in parts if part)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as a sentence lists them."""
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+
+
+def first_freed(sample: Sample) -> str:
+    """Return a sentence on the first entry that decoding frees, over all stored layers and heads; or nothing."""
+    later = np.where((sample.freed > 0) & (sample.freed < NEVER), sample.freed, NEVER)
+    if not (later < NEVER).any():
+        return "Nothing leaves while it answers." if sample.steps and (sample.freed == 0).any() else ""
+    step = int(later.min())
+    where = np.unique(np.nonzero(later == step)[2])
+    names = sorted({token_name(sample, int(position)) for position in where})
+    shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+    return f"First to go while it answers, at its {_ordinal(step)} token: {shown}."
+
+
+def token_name(sample: Sample, position: int) -> str:
+    """Return a token as a reader calls it: a patch by row and column from 1, a word in quotes."""
+    if sample.kinds[position] == _IMAGE and sample.picture is not None:
+        index = int((sample.kinds[:position] == _IMAGE).sum())
+        row, column = sample.picture.places[index]
+        return f"image token {index + 1}" if row == NEVER else f"patch row {row + 1}, column {column + 1}"
+    text = sample.tokens[position].strip() or "(white space)"
+    return f"\u201c{text}\u201d" + (" of the answer" if sample.kinds[position] == GENERATED else "")
+
+
+def overlap(one: Sequence[Sample], other: Sequence[Sample]) -> float | None:
+    """Return the Jaccard overlap of what two policies hold after the prompt, mean over layers, heads and samples.
+
+    None where they share no sample with the same stored layers.
+    """
+    theirs = {sample.id: sample for sample in other}
+    pairs = [(sample, theirs[sample.id]) for sample in one if sample.id in theirs]
+    values = [_jaccard(a.held(0), b.held(0)) for a, b in pairs if a.freed.shape[:2] == b.freed.shape[:2]]
+    return float(np.mean(values)) if values else None
+
+
+def chance_overlap(one: Sequence[Sample], other: Sequence[Sample]) -> float:
+    """Return the overlap that two blind choices of the same sizes would have: ab / (a + b - ab)."""
+    a, b = (float(np.mean([sample.held(0).mean() for sample in samples])) for samples in (one, other))
+    return a * b / max(1e-12, a + b - a * b)
+
+
+def percent(share: float) -> str:
+    """Return a share in words: whole per cent, but no "none" or "all" that is not exact."""
+    if share in (0.0, 1.0):
+        return "all" if share else "none"
+    if 0 < share < 0.005:
+        return "under 1 %"
+    return "over 99 %" if 0.995 <= share < 1 else f"{100 * share:.0f} %"
+
+
+def _jaccard(a: Array, b: Array) -> float:
+    both, either = (a & b).sum(axis=-1), (a | b).sum(axis=-1)
+    return float((both / np.maximum(either, 1)).mean())
+
+
+def _mean_statistic(samples: Sequence[Sample], name: str) -> Array | None:
+    """(2, L): after the prompt and at the end, mean over heads and samples, as shares."""
+    found = [sample.statistics[name][[0, -1]].mean(axis=-1) / 1000 for sample in samples if name in sample.statistics]
+    return np.mean(found, axis=0) if found else None
+
+
+def _text_shares(sample: Sample) -> tuple[float, float]:
+    words = sample.kinds[: sample.prompt_tokens] != _IMAGE
+    return float(sample.held(0)[..., words].mean()), float(sample.held(sample.steps)[..., words].mean())
+
+
+def _pair(shares: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    if not shares:
+        return None
+    mean: Callable[[int], float] = lambda at: float(np.mean([share[at] for share in shares]))  # noqa: E731
+    return mean(0), mean(1)
+
+
+def _ends(by_layer: Array) -> tuple[float, float]:
+    return float(by_layer[0].mean()), float(by_layer[1].mean())
+
+
+def _range(layer: Array) -> tuple[float, float]:
+    return float(layer.min()), float(layer.max())
+
+
+def _ordinal(number: int) -> str:
+    ends = {1: "st", 2: "nd", 3: "rd"}
+    return f"{number}{'th' if 10 <= number % 100 <= 20 else ends.get(number % 10, 'th')}"

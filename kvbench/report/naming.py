@@ -1,0 +1,60 @@
+"""Table order, and names that tell cells apart whose labels are equal."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from kvbench.report.cell import CellResult
+from kvbench.sealed import canonical_json
+
+
+def ordered(cells: list[CellResult]) -> tuple[CellResult, ...]:
+    """Sort, after telling apart cells whose labels are the same."""
+    named: list[CellResult] = []
+    cells = _with_distinct_names(_with_distinct_names(cells, "model"), "dataset")
+    for twins in _by(cells, lambda cell: (cell.model, cell.dataset, *cell.series)).values():
+        repeated = any(len(same) > 1 for same in _by(twins, lambda cell: (cell.budget,)).values())
+        named.extend(_with_variants(twins) if repeated else twins)
+    return tuple(sorted(named, key=lambda cell: cell.sort_key))
+
+
+def _with_distinct_names(cells: list[CellResult], part: str) -> list[CellResult]:
+    """Tell apart models, or data sets, that share a name but not their settings: they are not comparable."""
+    named: list[CellResult] = []
+    for same in _by(cells, lambda cell: (getattr(cell, part),)).values():
+        settings = {canonical_json(cell.settings.get(part)) for cell in same}
+        for cell in same:
+            digest = hashlib.sha256(canonical_json(cell.settings.get(part)).encode()).hexdigest()[:6]
+            name: dict[str, Any] = {part: f"{getattr(cell, part)} #{digest}"}
+            named.append(replace(cell, **name) if len(settings) > 1 else cell)
+    return named
+
+
+def _by(cells: Iterable[CellResult], key: Any) -> dict[tuple[object, ...], list[CellResult]]:
+    found: dict[tuple[object, ...], list[CellResult]] = {}
+    for cell in cells:
+        found.setdefault(key(cell), []).append(cell)
+    return found
+
+
+def _with_variants(cells: list[CellResult]) -> list[CellResult]:
+    """Name the settings in which cells with the same labels differ; the key if there is no such setting."""
+    flat = {cell.key: dict(_flat(cell.settings)) for cell in cells}
+    differing: set[str] = set()
+    for same in _by(cells, lambda cell: (cell.budget,)).values():
+        names = set().union(*(flat[cell.key] for cell in same))
+        differing |= {name for name in names if len({repr(flat[cell.key].get(name)) for cell in same}) > 1}
+    shown = sorted(differing)[:2]
+    texts = {cell.key: " ".join(f"{name}={flat[cell.key].get(name)}" for name in shown) for cell in cells}
+    return [replace(cell, variant=texts[cell.key] or f"key {cell.key[:8]}") for cell in cells]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

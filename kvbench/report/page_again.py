@@ -1,0 +1,47 @@
+"""The page's account of itself: which folders, what was chosen among them, and how to make it again."""
+
+from __future__ import annotations
+
+from kvbench.report.load import Choice, Results
+from kvbench.report.page_markup import escaped
+
+_MOST_CHOICES = 50
+
+
+def again_html(results: Results) -> str:
+    """Return commands and, where several folders were read, which one each shared cell was taken from."""
+    folders = " ".join(name or "FOLDER" for name in results.folders)
+    return f"""<p>The same records give the same page, byte for byte:</p>
+<pre>kvbench report {escaped(folders)}
+kvbench report {escaped(folders)} --format csv
+kvbench report {escaped(folders)} --format latex --out table.tex
+kvbench results show {escaped(results.folders[0] or "FOLDER")} KEY</pre>
+<p>The last line shows the settings and the software of one cell; running a sweep again measures only cells that are
+missing. All numbers lie in <code>table.csv</code> and <code>table.parquet</code>, every sample in
+<code>samples.csv</code> and <code>samples.parquet</code>.</p>{_choices(results)}"""
+
+
+def _choices(results: Results) -> str:
+    if len(results.folders) < 2:
+        return ""
+    counts = [(name, sum(cell.folder == name for cell in results.records)) for name in results.folders]
+    read = ", ".join(f"{count} cells from <code>{escaped(name)}</code>" for name, count in counts)
+    items = "".join(f"<li>{_choice(results, choice)}</li>" for choice in results.choices[:_MOST_CHOICES])
+    more = f"<p>And {len(results.choices) - _MOST_CHOICES} more.</p>" if len(results.choices) > _MOST_CHOICES else ""
+    shared = (
+        f"<p>Cells in more than one folder: the newest that did not fail counts.</p><ul>{items}</ul>" if items else ""
+    )
+    return f"<p>Shown: {read}.</p>{shared}{more}"
+
+
+def _choice(results: Results, choice: Choice) -> str:
+    labels = {cell.key: f"{cell.policy}, {cell.budget}" for cell in results.records}
+    others = ", ".join(
+        f"{_code(folder)} ({escaped(status)}, {escaped(start[:19])})" for folder, status, start in choice.others
+    )
+    name = escaped(labels.get(choice.key, choice.key[:16]))
+    return f"{name}: taken from {_code(choice.folder)}, not from {others}"
+
+
+def _code(text: str) -> str:
+    return f"<code>{escaped(text)}</code>"

@@ -1,0 +1,62 @@
+"""The page's smallest safe budgets: what `kvbench frontier` found, beside what the sweep's own budgets show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from kvbench.report.frontier import Frontier, Look, Search
+from kvbench.report.frontier_table import budget_text
+from kvbench.report.page_markup import Head, escaped, number_cell, prose, row_head, table, text_cell
+from kvbench.units import measure
+
+_NONE = (
+    "No search was made. `kvbench frontier` finds per policy the smallest budget shown to keep the full cache's "
+    "quality within the margin, with few cells."
+)
+
+
+def frontier_html(frontiers: Sequence[Frontier]) -> str:
+    """Return a table per search, or how to make one."""
+    return "".join(map(_one, frontiers)) if frontiers else f"<p>{prose(_NONE)}</p>"
+
+
+def _one(frontier: Frontier) -> str:
+    label = measure(frontier.measure).label
+    caption = f"Smallest budget at which {label} is at most {frontier.margin:g} worse than full ({frontier.name})"
+    heads = [
+        Head(label="policy", kind="text"),
+        Head(label="model and data set", kind="text"),
+        Head(label="smallest safe budget"),
+        Head(label="true one lies from", note="to the one before"),
+        Head(label=f"{label} minus full", note="at that budget"),
+        Head(label="samples"),
+        Head(label="budgets measured", kind=None),
+    ]
+    rows = (f"<tr>{''.join(_cells(frontier, search))}</tr>" for search in frontier.searches)
+    return (
+        f"{table(caption, heads, rows)}<p class=quiet>A budget called safe is unsafe in at most 5 % of searches. "
+        f"{frontier.num_cells} cells were measured instead of {frontier.num_cells_of_grid} of the dense grid, "
+        f"by {escaped(frontier.budget_setting)}.</p>"
+    )
+
+
+def _cells(frontier: Frontier, search: Search) -> Iterator[str]:
+    top = max(frontier.ladder)
+    positions = "" if search.positions == "original" else search.positions
+    yield row_head(search.policy, positions)
+    yield text_cell(f"{search.model} on {search.dataset}")
+    safe = search.smallest_safe
+    above = f"none up to {budget_text(top)}" if safe is None else budget_text(safe)
+    yield number_cell(above, "" if search.status == "found" else search.status, value=1e18 if safe is None else safe)
+    yield number_cell(budget_text(search.budget_low) if search.budget_low <= top else "-", value=search.budget_low)
+    look = search.look or (search.looks[-1] if search.looks else None)
+    yield number_cell("-" if look is None else _difference(look), value=None if look is None else look.value)
+    yield number_cell("-" if look is None else str(look.num_samples), value=None if look is None else look.num_samples)
+    seen = ", ".join(f"{budget_text(one.budget)} {one.outcome}" for one in search.looks)
+    yield text_cell(seen)
+
+
+def _difference(look: Look) -> str:
+    if look.value is None or look.low is None or look.high is None:
+        return look.reason or "-"
+    return f"{look.value:+.3f} [{look.low:+.3f}, {look.high:+.3f}]"

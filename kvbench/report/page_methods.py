@@ -1,0 +1,44 @@
+"""How each number on the page is measured, and what the words of a verdict mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvbench.report.collapses import rule_text
+from kvbench.report.judged import Judged
+from kvbench.report.load import Group, Results
+from kvbench.report.page_markup import prose
+from kvbench.report.page_tables import measures_html, methods_text
+from kvbench.report.table_rows import results_table
+
+_WORDS = (
+    (
+        "better, worse",
+        "the 95 % interval of the difference leaves zero out, and p is at most 5 % after Holm's correction",
+    ),
+    ("equivalent", "the whole interval lies inside the margin, which was declared before measuring"),
+    ("undecided", "neither is shown; about how many more samples would decide it is said where that can be estimated"),
+    ("noisy", "the launches of this cell differed too much; its numbers are grey and it is in no ranking"),
+    ("not comparable", "the two cells were not scored on the same samples"),
+    ("detectable", "the smallest true difference that this many samples find in 80 % of repetitions"),
+)
+_PASSES = (
+    "Quality, speed and memory are three passes. Quality: the same samples under every policy, greedy, differences "
+    "paired by sample and clustered by picture or document. Speed: launches in the order policy, full, full, policy in "
+    "one process, medians per launch. Memory: counted from the storages of tensors, once. The full cache answers twice "
+    "in every run and must give the same tokens. The comparisons of one measure within one model and data set are one "
+    "family for Holm's correction: against the full cache one, between policies at the same budget another."
+)
+
+
+def methods_html(results: Results, judged: Sequence[Judged]) -> str:
+    """Return passes, words, intervals and the definitions of every number shown."""
+    words = "".join(f"<li><b>{prose(word)}</b>: {prose(meaning)}.</li>" for word, meaning in _WORDS)
+    rules = "".join(dict.fromkeys(f"<p>{prose(rule_text(one.primary))}</p>" for one in judged if one.primary))
+    shown = {name for group in results.groups for name in _columns(group)}
+    intervals = prose(f"Intervals of single cells: {methods_text(results)}.")
+    return f"<p>{prose(_PASSES)}</p><ul>{words}</ul>{rules}<p>{intervals}</p>{measures_html(shown)}"
+
+
+def _columns(group: Group) -> tuple[str, ...]:
+    return (*results_table(group).columns, *results_table(group, every_measure=True).columns)

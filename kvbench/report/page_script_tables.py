@@ -1,0 +1,44 @@
+"""The tables' script: sort by click or key, choose rows of the verdict table."""
+
+TABLES_SCRIPT = """
+for (const button of document.querySelectorAll("th button")) {
+  button.addEventListener("click", () => {
+    const head = button.closest("th"), body = head.closest("table").tBodies[0];
+    const column = [...head.parentNode.children].indexOf(head);
+    const up = head.getAttribute("aria-sort") !== "ascending";
+    for (const other of head.parentNode.children) if (other.hasAttribute("aria-sort")) other.ariaSort = "none";
+    head.ariaSort = up ? "ascending" : "descending";
+    const numeric = head.dataset.kind === "number", value = row => row.children[column].dataset.v;
+    const rows = [...body.rows].sort((a, b) => {
+      const x = value(a), y = value(b);
+      if (x === "" || y === "") return (x === "") - (y === "");
+      return (up ? 1 : -1) * (numeric ? x - y : x < y ? -1 : x > y ? 1 : 0);
+    });
+    body.append(...rows);
+  });
+}
+const filters = document.getElementById("filters");
+if (filters) {
+  const rows = [...document.getElementById("verdict-table").tBodies[0].rows];
+  const texts = rows.map(row => row.textContent.toLowerCase());
+  const selects = [...filters.querySelectorAll("select")], typed = document.getElementById("filter-text");
+  const count = document.getElementById("filter-count");
+  const choose = () => {
+    const words = typed.value.toLowerCase().split(/\\s+/).filter(Boolean);
+    let shown = 0;
+    rows.forEach((row, index) => {
+      const fits = selects.every(one => !one.value || row.dataset[one.dataset.field] === one.value) &&
+        words.every(word => texts[index].includes(word));
+      row.hidden = !fits;
+      shown += fits;
+    });
+    count.textContent = `${shown} of ${rows.length} rows`;
+  };
+  filters.addEventListener("input", choose);
+  filters.addEventListener("submit", event => event.preventDefault());
+  filters.addEventListener("reset", () => setTimeout(choose));
+  filters.reset();
+  filters.hidden = false;
+  choose();
+}
+"""

@@ -1,0 +1,37 @@
+"""Of how many samples, and how far, it is written down what the cache kept: the settings below `autopsy`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from kvbench.errors import ConfigError
+
+_Item = TypeVar("_Item")
+_MOST_TOKENS = 60_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutopsySettings:
+    """num_samples: items per cell, spread evenly over the data set and the same for every policy; 0 for none.
+
+    max_new_tokens: steps of decode that are followed. max_prompt_tokens: items with longer prompts are left
+    out, and the file says so. No measured number and no key depends on any of this.
+    """
+
+    num_samples: int = 0
+    max_new_tokens: int = 160
+    max_prompt_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 0:
+            raise ConfigError(f"autopsy.num_samples is {self.num_samples}; it must be 0 (no autopsy) or more")
+        for name in ("max_new_tokens", "max_prompt_tokens"):
+            if not 1 <= getattr(self, name) <= _MOST_TOKENS // 2:
+                raise ConfigError(f"autopsy.{name} is {getattr(self, name)}; allowed: 1 to {_MOST_TOKENS // 2}")
+
+    def chosen(self, items: Sequence[_Item]) -> list[_Item]:
+        """Return the items to look at, by their place in the list alone."""
+        count = min(self.num_samples, len(items))
+        return [items[index * len(items) // count] for index in range(count)]
