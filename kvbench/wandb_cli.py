@@ -78,11 +78,12 @@ def _jobs(folder: Path, sweep: str | None) -> list[Job]:
     loaded = load_results(folder, sweep=sweep)
     for problem in loaded.problems:
         say(f"problem: {problem.path}: {problem.message}")
-    if not loaded.records:
-        raise ConfigError("no record is left to send; kvbench results list shows what there is")
     sweeps: dict[str, list[str]] = {}
     for cell in loaded.records:
-        sweeps.setdefault(cell.sweep, []).append(cell.key)
+        if _path(folder, cell.key).exists():  # one that was moved is among the problems
+            sweeps.setdefault(cell.sweep, []).append(cell.key)
+    if not sweeps:
+        raise ConfigError("no record is left to send; kvbench results list shows what there is")
     return [job for name, keys in sorted(sweeps.items()) for job in _sweep_jobs(folder, name, keys)]
 
 
@@ -106,7 +107,11 @@ def _cell(folder: Path, key: str) -> RunSpec:
 
 
 def _body(folder: Path, key: str) -> dict[str, Any]:
-    return redacted_body(read_record(RecordStore(folder).cell_folder(key) / "record.json"))
+    return redacted_body(read_record(_path(folder, key)))
+
+
+def _path(folder: Path, key: str) -> Path:
+    return RecordStore(folder).cell_folder(key) / "record.json"
 
 
 def _say(outcome: Outcome, place: Place, mode: Online, reason: str) -> None:

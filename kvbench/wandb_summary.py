@@ -25,6 +25,12 @@ _COMPARED = (
     *("more_samples", "primary", "method", "reason"),
 )
 _IN_NUMBERS = ("value", "low", "high", "verdict")
+# The measures that become keys of the summary; a key per measure and cell of a large sweep would be too many for W&B.
+_SUMMARISED = (
+    *("ppl", "rougeL_vs_full", "rougeL_vs_reference", "kl_to_full", "objects_recalled_fraction"),
+    *("needles_recalled_fraction", "exact_fraction"),
+    *("tpot_ratio_to_full", "ttft_ratio_to_full", "throughput_ratio_to_full"),
+)
 
 
 def summary_of(folder: Path, sweep: str, keys: Collection[str]) -> RunSpec:
@@ -116,7 +122,7 @@ def _numbers(compared: list[tuple[Group, tuple[Comparison, ...]]]) -> Iterator[t
     for group, some in compared:
         several = len(compared) > 1
         for one in some:
-            if not one.second.is_full:
+            if not one.second.is_full or one.measure not in _SUMMARISED:
                 continue
             cell = f"{group.series_label(one.first)}@{one.first.budget}"
             # W&B reads a dot in a key as a step into a group.

@@ -265,6 +265,20 @@ def test_a_sync_that_the_server_refuses_stops_and_goes_on_later(records: Path, t
     assert set(server.runs.values()) == {1}
 
 
+def test_a_damaged_and_a_moved_record_are_named_and_the_others_sent(
+    records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "results"
+    subprocess.run(["cp", "-a", str(records), str(folder)], check=True)
+    damaged, moved = (folder / "cells" / one["key"][:16] for one in BODIES[:2])
+    (damaged / "record.json").write_bytes(b"{}")
+    moved.rename(moved.with_name("0" * 16))
+    assert run(["wandb", "sync", str(folder), "--mode", "offline"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[1].strip().split("/")[1] for line in lines[:2]] == ["0" * 16, damaged.name]
+    assert lines[2].startswith("wandb: 2 cells kept offline"), "and no summary of a sweep of which one cell is left"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
