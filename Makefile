@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 STAMP := $(VENV)/.installed
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install run report check test test-long test-gpu gpu-bars wheel-smoke train-bundled clean
@@ -30,8 +31,8 @@ check: install ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: install ## the whole test suite
-	$(BIN)/python -m pytest
+test: install ## the whole test suite, in WORKERS processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-long: install ## only the tests that take minutes, such as a thousand kills
 	$(BIN)/python -m pytest -m long

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from kvbench.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError
 from kvbench.report.cell import CellResult
-from kvbench.report.compare_cells import Choices, Comparison, compare
+from kvbench.report.compare_cells import compare
+from kvbench.report.comparison import Choices, Comparison
 from kvbench.report.frontier import Frontier, Look, Outcome, Search, SearchStatus
 from kvbench.report.load import load_results
 from kvbench.sealed import canonical_json
@@ -179,9 +180,9 @@ def _look(budget: float, key: str, found: Comparison, plan: Plan) -> Look:
     return Look(budget=budget, outcome=outcome, key=key, **numbers)
 
 
-def _above(ladder: Sequence[float], rung: int) -> float:
-    """Return the rung above; above the largest there is none, which is said by a budget beyond all."""
-    return ladder[rung + 1] if rung + 1 < len(ladder) else ladder[-1] * 2
+def _above(ladder: Sequence[float], rung: int) -> float | None:
+    """Return the budget of the rung above, None where there is none."""
+    return ladder[rung + 1] if rung + 1 < len(ladder) else None
 
 
 def _frontier(plan: Plan, searches: Sequence[Search], num_fulls: int) -> Frontier:

@@ -14,6 +14,7 @@ kvbench compares KV-cache policies under one definition of everything.
                                               run every combination
   kvbench +experiment=NAME                    run a named sweep
   kvbench report [FOLDER...] [--format F]     build page, figures and tables again from records; report --help
+  kvbench audit [FOLDER] [--sweep NAME]       check that the records hold together; exit code 1 if one does not
   kvbench frontier policy=h2o,elastic         smallest budget as good as full; frontier --help
   kvbench plot NAME [FOLDER]                  draw one figure as SVG, PDF or PNG; kvbench plot --list
   kvbench results COMMAND [FOLDER]            list, show, table, csv, parquet, verify, gc; results --help

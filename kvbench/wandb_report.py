@@ -27,6 +27,7 @@ _QUALITY = (
 )
 _LATENCY = ("tpot_ms", "ttft_ms", "tpot_ratio_to_full", "throughput_tokens_per_s", "capacity_prompts")
 _MEMORY = ("kv_stored_bytes", "peak_memory_bytes")
+_COMPARED = (*_QUALITY, "tpot_ratio_to_full")
 _HEADLINES = 2  # measures of quality that the headline names
 
 
@@ -65,7 +66,7 @@ def _write_spec(outline: Outline, folder: Path, project: str, entity: str | None
 
 def _outline(results: Results, choices: Choices) -> Outline:
     sweeps = sorted({cell.sweep for cell in results.records})
-    compared = [(group, group_comparisons(group, choices)) for group in results.groups]
+    compared = [(group, group_comparisons(group, choices, _COMPARED)) for group in results.groups]
     return Outline(
         title=f"KV-cache policies, {', '.join(sweeps)}",
         description=f"{len(results.records)} cells of kvbench, from their records; intervals are 95 %.",
@@ -115,13 +116,12 @@ def _key(name: str) -> tuple[str, str]:
 
 def _verdict_table(group: Group, compared: Sequence[Comparison]) -> str:
     """Return markdown: each policy against the full cache in the main measures, with interval and verdict."""
-    wanted = [*_QUALITY, "tpot_ratio_to_full"]
-    rows = [one for one in compared if one.second.is_full and one.measure in wanted and one.low is not None]
+    rows = [one for one in compared if one.second.is_full and one.low is not None]
     if not rows:
         return "Nothing could be compared with the full cache."
     head = "| policy | budget | measure | difference from full | 95 % interval | verdict | declared before |"
     lines = [head, "|---|---|---|---|---|---|---|"]
-    for one in sorted(rows, key=lambda one: (not one.primary, wanted.index(one.measure))):
+    for one in sorted(rows, key=lambda one: (not one.primary, _COMPARED.index(one.measure))):
         interval = f"[{one.low:.3g}, {one.high:.3g}]"
         shown = measure(one.measure)
         label = f"log-loss of {shown.label}, nats per token" if shown.unit == "ppl" else shown.label

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -73,6 +74,7 @@ def allowed(policy: Policy, budget: Budget, prompt: int, seen: int, kept_of_prom
     return entries
 
 
+@cache
 def merges(policy: Policy) -> bool:
     """Whether the policy merges prompt entries, seen from the stored keys of a prompt over budget."""
     model, tokens = tiny_model("llama_gqa"), random_tokens(3, 1, PROMPT)

@@ -20,6 +20,7 @@ FILES = sorted(
 )
 FOUNDATION = {"errors", "units", "durable", "sealed", "redaction", "records", "packed", "autopsies"}
 COMPOSITION = {
+    "audit_cli",
     "cli",
     "frontier_cli",
     "frontier_search",
@@ -57,9 +58,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": FOUNDATION | {"kernels", "cache", "datasets"},
     "metrics": FOUNDATION | {"cache", "datasets", "models"},
     "sinks": FOUNDATION | {"cache", "datasets", "models"},
-    "runs": FOUNDATION | {"kernels", "cache", "datasets", "models", "metrics", "sinks"},
+    "runs": FOUNDATION | {"kernels", "cache", "datasets", "models", "metrics", "sinks", "stats"},
     "stats": {"errors", "units"},
     "report": FOUNDATION | {"stats"},
+    "audit": FOUNDATION | {"metrics"},
     "__init__": {"cache"},
 }
 ONLY_IN = {

@@ -13,7 +13,7 @@ from kvbench.kernels.decode_kernel import attend_part, join_parts
 from kvbench.kernels.dispatch import interpreted
 
 _BLOCK_SLOTS, _STAGES = 64, 3
-_TURN_SLOTS, _TURN_STAGES = 64, 2  # turning takes registers and shared memory
+_TURN_SLOTS, _TURN_STAGES = 32, 3  # turning takes registers and shared memory
 _JOIN_SLOTS = 1024
 _MAX_PARTS = 64
 _PROGRAMS_PER_PROCESSOR = 4

@@ -7,9 +7,9 @@ parts; where a policy wants the probabilities it makes them from the stored logi
 the mass in place, or writes them out, without another pass over the keys.
 
 For positions inside the cache, stored keys are turned on the way in: by how far each entry's rank lies
-before its position, looked up in a table of cosines and sines, so no turned copy is ever written. Only
-differences count, so an entry that no eviction moved meets the turned query as it is, and one that moved as
-far as the query meets the query as it is: no key of sinks and a window is turned.
+before its position, from a table of cosines and sines. Only differences count: an entry that no eviction
+moved meets the turned query, one that moved as far as the query meets it as it is, so of sinks and a
+window no key is turned.
 """
 
 # mypy: ignore-errors
@@ -82,8 +82,7 @@ def attend_part(
         in_half = h < half
         q1 = tl.load(q_at + h, mask=in_group & in_half, other=0.0)
         q2 = tl.load(q_at + half + h, mask=in_group & in_half, other=0.0)
-        cosines_h = cosines + h
-        sines_h = sines + h
+        cosines_h, sines_h = cosines + h, sines + h
         query_behind = tl.load(seen + row) - held
         turned_q1, turned_q2 = _turned(q1, q2, cosines_h, sines_h, query_behind * half, in_half, UPCAST)
         if UPCAST:
@@ -104,9 +103,8 @@ def attend_part(
             held_half = inside[:, None] & in_half
             k1 = tl.load(keys + at + h, mask=held_half, other=0.0)
             k2 = tl.load(keys + at + half + h, mask=held_half, other=0.0)
-            behind = tl.load(position + base + slot, mask=inside, other=0) - tl.load(
-                rank + base + slot, mask=inside, other=0
-            )
+            behind = tl.load(position + base + slot, mask=inside, other=0)
+            behind -= tl.load(rank + base + slot, mask=inside, other=0)
             between = inside & (behind != 0) & (behind != query_behind)
             if tl.max(between.to(tl.int32), 0) == 0:
                 if UPCAST:

@@ -6,12 +6,13 @@ for one in group_comparisons(group):
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from itertools import combinations
 
 from kvbench.report.cell import CellResult
-from kvbench.report.compare_cells import DECLARED, Choices, Comparison, compare, judged
+from kvbench.report.compare_cells import compare
+from kvbench.report.comparison import DECLARED, Choices, Comparison, judged
 from kvbench.report.load import Group
 from kvbench.stats.holm import holm
 from kvbench.stats.margins import smallest_margin
@@ -23,12 +24,18 @@ PRIMARY_LATENCY = "tpot_ratio_to_full"
 PRIMARY_BUDGET = 0.2
 
 
-def group_comparisons(group: Group, choices: Choices = DECLARED) -> tuple[Comparison, ...]:
-    """Return every budgeted cell against full, and every two policies at equal budget, in every measure.
+def group_comparisons(
+    group: Group, choices: Choices = DECLARED, only: Collection[str] | None = None
+) -> tuple[Comparison, ...]:
+    """Return every budgeted cell against full, and every two policies at equal budget, in every measure or `only` some.
 
     Verdicts are corrected by Holm within a measure: those against full are one family, those between policies another.
     """
-    names = [name for name in MEASURES if any(cell.estimate(name) for cell in group.budgeted)]
+    names = [
+        name
+        for name in MEASURES
+        if any(cell.estimate(name) for cell in group.budgeted) and (only is None or name in only)
+    ]
     found: list[Comparison] = []
     for name in names:
         for pairs in (_against_full(group), _between_policies(group)):

@@ -46,7 +46,7 @@ class Look:
 class Search:
     """One policy's search. `smallest_safe` is None where no budget was shown to be safe.
 
-    The true smallest safe rung lies from `budget_low` (the rung above the largest that was shown to be worse) to
+    The true smallest safe rung lies from `budget_low` (the rung above the largest that was shown to be worse; None above the ladder) to
     `smallest_safe`; `look` is the one at `smallest_safe`.
     """
 
@@ -58,7 +58,7 @@ class Search:
     full_key: str
     status: SearchStatus
     smallest_safe: float | None
-    budget_low: float
+    budget_low: float | None
     looks: tuple[Look, ...]
 
     @property

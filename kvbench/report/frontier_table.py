@@ -48,8 +48,8 @@ def budget_text(budget: float) -> str:
 def _row(frontier: Frontier, search: Search) -> tuple[Text, ...]:
     found, top = search.look, max(frontier.ladder)
     upper = budget_text(search.smallest_safe) if search.smallest_safe is not None else f"above {budget_text(top)}"
-    lower = budget_text(search.budget_low) if search.budget_low <= top else ""
-    seen = ", ".join(f"{budget_text(look.budget)} {look.outcome}" for look in search.looks)
+    lower = budget_text(search.budget_low) if search.budget_low is not None else ""
+    seen = "\n".join(f"{budget_text(look.budget)} {look.outcome}" for look in search.looks)
     shown = found or (search.looks[-1] if search.looks else None)
     difference = "-"
     if shown is not None and shown.value is not None and shown.low is not None and shown.high is not None:

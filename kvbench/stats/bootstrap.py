@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from kvbench.stats.student import quantile, tail
 NUM_DRAWS = 10_000
 SEED = 20_260_101
 _KEPT_UNITS = 400  # up to so many clusters the counts of all draws (32 MB) are kept for the next comparison
-_CHUNK = 4_000_000
+_BLOCK = 60_000  # products so small are made by one thread: the same bits on every machine, no waiting for others
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,23 +77,21 @@ def bootstrap(pairs: PairedSums) -> Bootstrap | None:
     return Bootstrap(draws=draws, bias=bias, acceleration=acceleration, num_clusters=pairs.num_clusters)
 
 
-def _counts(num_clusters: int) -> Iterator[Floats]:
-    """Yield how often each draw holds each cluster, (draws, C), in chunks."""
-    if num_clusters <= _KEPT_UNITS:
-        yield _kept_counts(num_clusters)
-        return
-    rng = np.random.default_rng(SEED)
-    rows = max(1, _CHUNK // num_clusters)
-    for start in range(0, NUM_DRAWS, rows):
-        yield _drawn(rng, min(rows, NUM_DRAWS - start), num_clusters)
+def _counts(num_clusters: int) -> Iterable[Floats]:
+    """Return how often each draw holds each cluster, (draws, C), in blocks."""
+    return _kept_counts(num_clusters) if num_clusters <= _KEPT_UNITS else _drawn_counts(num_clusters)
 
 
 @functools.lru_cache(maxsize=2)
-def _kept_counts(num_clusters: int) -> Floats:
-    return _drawn(np.random.default_rng(SEED), NUM_DRAWS, num_clusters)
+def _kept_counts(num_clusters: int) -> tuple[Floats, ...]:
+    return tuple(_drawn_counts(num_clusters))
 
 
-def _drawn(rng: np.random.Generator, num_draws: int, num_clusters: int) -> Floats:
-    chosen = rng.integers(0, num_clusters, (num_draws, num_clusters)) + num_clusters * np.arange(num_draws)[:, None]
-    counts = np.bincount(chosen.ravel(), minlength=num_draws * num_clusters)
-    return counts.reshape(num_draws, num_clusters).astype(np.float64)
+def _drawn_counts(num_clusters: int) -> Iterator[Floats]:
+    rng = np.random.default_rng(SEED)
+    rows = max(1, _BLOCK // num_clusters)
+    for start in range(0, NUM_DRAWS, rows):
+        num = min(rows, NUM_DRAWS - start)
+        chosen = rng.integers(0, num_clusters, (num, num_clusters)) + num_clusters * np.arange(num)[:, None]
+        counts = np.bincount(chosen.ravel(), minlength=num * num_clusters)
+        yield counts.reshape(num, num_clusters).astype(np.float64)

@@ -48,7 +48,7 @@ class Inference:
     @property
     def minimum_detectable(self) -> float | None:
         """Return the difference found with 80 % power; None where nothing is known about the spread."""
-        return None if self.low is None else minimum_detectable(self.standard_error)
+        return None if self.low is None else minimum_detectable(self.standard_error, self.num_clusters)
 
 
 def infer(pairs: PairedSums, *, bounded: bool = False, confidence: float = CONFIDENCE) -> Inference:

@@ -9,12 +9,12 @@ from scipy import special
 from kvbench.stats.paired import Floats
 
 
-def quantile(probability: float, num_units: int) -> float:
+def quantile(probability: float, num_units: float) -> float:
     """Return the quantile of t with one degree of freedom fewer than units."""
     return float(special.stdtrit(num_units - 1, probability))
 
 
-def tail(statistic: float, num_units: int) -> float:
+def tail(statistic: float, num_units: float) -> float:
     """Return P(T <= statistic)."""
     return float(special.stdtr(num_units - 1, statistic))
 

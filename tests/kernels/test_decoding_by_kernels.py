@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="on a GPU tests/runs/test_graph.py compares whole decodes")
 
-STEPS = 7
+STEPS = 5
 
 
 def decode(policy: Policy, positions: Any, by_kernels: bool, reserve_tokens: int) -> Trace:

@@ -22,7 +22,7 @@ from tests.runs.test_graph import greedy, loaded, padded_batch
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU captures the step for real")
 
-STEPS = 6
+STEPS = 4
 
 
 @pytest.fixture

@@ -52,8 +52,9 @@ class Sweep:
             ended=ended,
             tick=self.tick,
         )
+        before = psutil.Process().children()  # such as W&B's service of an earlier test
         Supervisor(self.plan, events).run(tickets)
-        assert not psutil.Process().children(), "no worker is left"
+        assert set(psutil.Process().children()) <= set(before), "no worker is left"
         return [(number, body["status"], body["phase"], final) for number, body, final in self.ended]
 
     def ticket(self, script: list[str]) -> Ticket:
@@ -157,9 +158,10 @@ def test_what_fails_in_the_parent_ends_the_workers_too(tmp_path: Path) -> None:
         return True
 
     sweep.tick = broken
+    before = psutil.Process().children()
     with pytest.raises(OSError, match="the disk is gone"):
         sweep.run([["sleep 300"]])
-    assert not psutil.Process().children()
+    assert set(psutil.Process().children()) <= set(before)
 
 
 def test_a_worker_dies_with_its_parent(tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""What a budget allows at a step, and which of the kinds of policies a curve of entries belongs to.
+
+A record names the budget; whether a policy cuts the prompt, the decode or both, and how it rounds, shows in
+its curve. A curve that fits none of the kinds from its first to its last step is over budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+from kvbench.audit.evidence import Cell
+
+Kind = Literal["everything", "both", "rounds up", "prompt only", "decode only", "none"]
+_DECIMALS = 9  # 0.29 * 100 is 28.999999999999996; the user meant 29
+_Rows = Sequence[Sequence[float]]
+
+
+@lru_cache(maxsize=65536)
+def entries_curve(cell: Cell) -> list[list[float]]:
+    """Return [seen, mean, peak] of every logged step."""
+    return cell.curve("entries", 3)
+
+
+def allowed_entries(budget: Mapping[str, Any], seen: float, *, up: bool = False) -> int:
+    """Return what the budget allows after `seen` tokens; of a prompt's share, the most any prompt before allows.
+
+    up: rounded up in floating point, as Elastic Cache's code does: of 160 tokens 1 - 0.7 are 49.
+    """
+    if budget.get("tokens") is not None:
+        return int(budget["tokens"])
+    base = seen if budget.get("of") == "seen" else seen - 1
+    fraction = float(budget["fraction"])
+    if up:
+        return max(1, math.ceil(base * (1 - round(1 - fraction, _DECIMALS))))
+    return max(1, math.floor(round(fraction * base, _DECIMALS)))
+
+
+@lru_cache(maxsize=65536)
+def kind_of(cell: Cell) -> Kind:
+    """Return the kind whose rule every step keeps; "none" if there is no such kind."""
+    rows, budget = entries_curve(cell), cell.setting("budget")
+    if not budget:
+        return "everything" if all(mean == peak == seen for seen, mean, peak in rows) else "none"
+    over = [row for row in rows if row[2] > allowed_entries(budget, row[0])]
+    if not over:
+        return "both"
+    if _rounds_up(budget, rows, over):
+        return "rounds up"
+    if _grows_from_the_prompt(budget, rows, over):
+        return "prompt only"
+    return "decode only" if _never_above_the_prompt(rows) else "none"
+
+
+def _rounds_up(budget: Mapping[str, Any], rows: _Rows, over: _Rows) -> bool:
+    """Tell whether it is always one more than rounded down, not now and then."""
+    differs = [row for row in rows if allowed_entries(budget, row[0]) != allowed_entries(budget, row[0], up=True)]
+    within = all(peak <= allowed_entries(budget, seen, up=True) for seen, _, peak in rows)
+    return within and 2 * len(over) > len(differs)
+
+
+def _grows_from_the_prompt(budget: Mapping[str, Any], rows: _Rows, over: _Rows) -> bool:
+    """Tell whether it is within the budget after the prompt, and then at most one more per token, at most steps."""
+    first_seen, _, first = rows[0]
+    within = first <= allowed_entries(budget, first_seen - 1, up=True) + 1
+    return within and 2 * len(over) > len(rows) and all(row[2] <= first + row[0] - first_seen for row in rows)
+
+
+def _never_above_the_prompt(rows: _Rows) -> bool:
+    return rows[0][2] == rows[0][0] - 1 and all(peak <= seen - 1 for seen, _, peak in rows)

@@ -1,0 +1,174 @@
+"""Everything that an audit looks at: the records of a folder, read and grouped, nothing recomputed yet."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kvbench.errors import ConfigError, RecordError, close_matches
+from kvbench.records import read_record
+from kvbench.sealed import canonical_json
+
+# Cells that agree in these ran the same prompts, and share the full cache's answers.
+_SHARED = ("model", "dataset", "query_visible", "batch_size", "device", "versions")
+_USABLE = ("ok", "noisy")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Cell:
+    """One cell: the body of its accepted record, the name of its folder, and the bodies of all its attempts.
+
+    Each is itself alone (`eq=False`), so that what is worked out about one can be kept.
+    """
+
+    body: Mapping[str, Any]
+    folder: str
+    attempts: tuple[Mapping[str, Any], ...]
+
+    @cached_property
+    def name(self) -> str:
+        """First digits of the key, policy and budget."""
+        labels = self.body["labels"]
+        parts = [labels.get(part) for part in ("policy", "budget", "positions")]
+        shown = [str(part) for part in parts if part not in (None, "-", "original")]
+        return f"{self.folder[:8]} {', '.join(shown)}"
+
+    @property
+    def usable(self) -> bool:
+        """Whether its numbers count."""
+        return self.body["status"] in _USABLE
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it calls itself the full cache."""
+        return bool(self.body["labels"].get("policy") == "full")
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What the key is made of."""
+        settings: Mapping[str, Any] = self.body["cell"]
+        return settings
+
+    @cached_property
+    def samples(self) -> Sequence[Mapping[str, Any]]:
+        """Rows by sample."""
+        return [row for row in self.body["samples"] if isinstance(row, dict)]
+
+    @cached_property
+    def rows(self) -> dict[str, Mapping[str, Any]]:
+        """Rows by id."""
+        return {str(row.get("id")): row for row in self.samples}
+
+    def setting(self, *names: str) -> Any:
+        """Return the setting at a path, None where there is none."""
+        found: Any = self.settings
+        for name in names:
+            found = found.get(name) if isinstance(found, Mapping) else None
+        return found
+
+    def task(self, kind: str) -> Mapping[str, Any] | None:
+        """Return the settings of the task whose class is `kind`, None if it was not asked for."""
+        tasks = self.setting("task")
+        for task in tasks.values() if isinstance(tasks, Mapping) else ():
+            if isinstance(task, Mapping) and str(task.get("_target_")).rpartition(".")[2] == kind:
+                return task
+        return None
+
+    def value(self, name: str) -> float | None:
+        """Return a measurement's value; None if it is missing or null, or the cell failed."""
+        return self.number(name, "value")
+
+    def number(self, name: str, part: str) -> float | None:
+        """Return value, low, high or n of a measurement."""
+        found = self.body["measurements"].get(name, {}).get(part) if self.usable else None
+        return found if isinstance(found, int | float) and not isinstance(found, bool) else None
+
+    def curve(self, name: str, width: int) -> list[list[float]]:
+        """Return the rows of a curve that hold `width` numbers."""
+        rows = self.body["curves"].get(name) if self.usable else None
+        return [row for row in rows or () if isinstance(row, list) and len(row) == width and all(map(_is_number, row))]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Peers:
+    """Cells that ran the same prompts on the same model."""
+
+    cells: tuple[Cell, ...]
+
+    @cached_property
+    def usable(self) -> tuple[Cell, ...]:
+        """Those whose numbers count, full caches first."""
+        return tuple(sorted((cell for cell in self.cells if cell.usable), key=lambda cell: not cell.is_full))
+
+    @cached_property
+    def full(self) -> Cell | None:
+        """The full cache at original positions, which everything is compared with."""
+        return next((c for c in self.usable if c.is_full and c.setting("positions") in (None, "original")), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """The cells of a folder in the order of their keys; `damaged` names files that cannot be read, and why."""
+
+    cells: tuple[Cell, ...]
+    damaged: tuple[tuple[str, str], ...]
+    digest: str
+
+    @cached_property
+    def _groups(self) -> dict[str, Peers]:
+        found: dict[str, list[Cell]] = {}
+        for cell in self.cells:
+            found.setdefault(_group(cell), []).append(cell)
+        return {name: Peers(cells=tuple(cells)) for name, cells in found.items()}
+
+    def peers(self, cell: Cell) -> Peers:
+        """Return the cells that may be compared with `cell`, itself included."""
+        return self._groups[_group(cell)]
+
+
+def read_evidence(folder: Path, *, sweep: str | None = None) -> Evidence:
+    """Read every record and attempt below `folder`, or those of one sweep.
+
+    Raises: ConfigError if there is no such folder, no record in it, or no record of the sweep.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"the results folder {folder} does not exist; run a sweep first or give the right folder.")
+    digest, damaged, cells = hashlib.sha256(), [], []
+    for place in sorted((folder / "cells").glob("*")):
+        bodies: dict[str, dict[str, Any]] = {}
+        for path in sorted([*place.glob("record.json"), *place.glob("attempt-*.json")]):
+            name = path.relative_to(folder).as_posix()
+            try:
+                bodies[path.name] = read_record(path)
+            except RecordError as error:
+                damaged.append((name, str(error).removeprefix(f"{path} ")))
+        accepted = bodies.pop("record.json", None)
+        if accepted is not None and sweep in (None, accepted["sweep"]):
+            attempts = tuple(bodies.values())
+            cells.append(Cell(body=accepted, folder=place.name, attempts=attempts))
+            for body in (accepted, *attempts):
+                digest.update(f"{place.name} {canonical_json(body)}\n".encode())
+    for name, why in damaged:
+        digest.update(f"{name} {why}\n".encode())
+    if not cells and not damaged:
+        raise ConfigError(_nothing_there(folder, sweep))
+    return Evidence(cells=tuple(cells), damaged=tuple(damaged), digest=digest.hexdigest())
+
+
+def _nothing_there(folder: Path, sweep: str | None) -> str:
+    if sweep is None:
+        return f"{folder} has no records below cells; run a sweep first or give the right folder."
+    names = {cell.body["sweep"] for cell in read_evidence(folder).cells}
+    return f"no record belongs to the sweep {sweep!r}; {close_matches(sweep, names)}"
+
+
+def _group(cell: Cell) -> str:
+    return canonical_json({name: cell.settings.get(name) for name in _SHARED})
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

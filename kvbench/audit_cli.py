@@ -1,0 +1,69 @@
+"""`kvbench audit`: does a results folder hold together? Reads records alone; no torch, no model.
+
+kvbench audit results --json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvbench.errors import ConfigError
+from kvbench.parser import Parser
+
+if TYPE_CHECKING:
+    from kvbench.audit.audit import Audit
+
+_DESCRIPTION = (
+    "Check that the records of a folder hold together: sealed, keyed, counted, recomputed, within the budget. "
+    "Writes audit.json (sealed) and audit.svg (a badge), and prints the table and a line for a README. "
+    "Exit code 0: every check that applies passed, 1: one failed, 2: wrong command line or no records."
+)
+
+
+def audit_command(arguments: Sequence[str]) -> int:
+    """Audit the folder that `arguments` name and return the exit code. Raises: ConfigError."""
+    parser = Parser(prog="kvbench audit", description=_DESCRIPTION)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("results"), help="results folder")
+    parser.add_argument("--sweep", help="only cells of this sweep")
+    parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
+    parser.add_argument("--out", type=Path, help="file to write, FOLDER/audit.json if not given")
+    args = parser.parse_args(list(arguments))
+    from kvbench.audit.audit import KIND, VERSION, audit, audit_body
+    from kvbench.sealed import seal
+
+    out: Path = args.out or args.folder / "audit.json"
+    if out.suffix != ".json":
+        raise ConfigError(f"--out is {str(out)!r}; its name must end in .json, the badge takes .svg beside it")
+    result = audit(args.folder, sweep=args.sweep)
+    body = audit_body(result, version=version("kvbench"), sweep=args.sweep)
+    _write(out, seal(KIND, VERSION, body))
+    _show(result, out, json.dumps(body, indent=2, sort_keys=True) if args.json else None)
+    return 1 if result.failed else 0
+
+
+def _show(result: Audit, out: Path, text: str | None) -> None:
+    from kvbench.audit.printed import badge_line, badge_svg, table_lines
+
+    badge = out.with_suffix(".svg")
+    _write(badge, badge_svg(result).encode())
+    if text is not None:
+        print(text)
+        return
+    for line in table_lines(result):
+        print(line)
+    print(f"written: {out}, {badge}")
+    print(f"for a README: {badge_line(result, badge.as_posix(), out.as_posix())}")
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Replace `path` in one step."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
