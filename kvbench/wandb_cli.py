@@ -23,7 +23,7 @@ from kvbench.sinks.console import say
 from kvbench.sinks.store import RecordStore
 from kvbench.sinks.wandb_cell import cell_digest, cell_run
 from kvbench.sinks.wandb_run import Online, Place, RunSpec
-from kvbench.sinks.wandb_service import MODES, check_installed, check_online, quiet_setup, resolve_mode
+from kvbench.sinks.wandb_service import MODES, check_installed, check_online, check_project, quiet_setup, resolve_mode
 from kvbench.sinks.wandb_summary import summary_digest, summary_id
 from kvbench.sinks.wandb_sync import Job, Outcome, send_runs
 
@@ -38,6 +38,7 @@ def wandb_command(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--mode is {args.mode!r}; {close_matches(args.mode, _MODES)}")
     if not 0 < args.timeout <= _LONGEST_S:
         raise ConfigError(f"--timeout is {args.timeout:g}; it must lie in (0, {_LONGEST_S:g}] seconds")
+    check_project(args.project)
     check_installed("records are to be sent to Weights & Biases")
     if args.mode == "online":
         check_online("--mode", "--mode auto")
@@ -60,8 +61,8 @@ def _parser() -> Parser:
 
 
 def _sync(args: argparse.Namespace) -> int:
-    jobs = _jobs(args.folder, args.sweep)
     place = Place(project=args.project, entity=args.entity, folder=args.to or args.folder, timeout_s=args.timeout)
+    jobs = _jobs(args.folder, args.sweep, place.folder)
     mode, reason = resolve_mode(args.mode)
     if mode == "disabled":
         raise ConfigError("WANDB_MODE is 'disabled', so nothing would be sent; unset it, or give --mode")
@@ -71,7 +72,7 @@ def _sync(args: argparse.Namespace) -> int:
     return 1 if outcome.failures else 0
 
 
-def _jobs(folder: Path, sweep: str | None) -> list[Job]:
+def _jobs(folder: Path, sweep: str | None, to: Path) -> list[Job]:
     """Return a job per cell, and one per sweep of more than one cell, each sweep's own after its cells."""
     from kvbench.report.load import load_results
 
@@ -84,10 +85,10 @@ def _jobs(folder: Path, sweep: str | None) -> list[Job]:
             sweeps.setdefault(cell.sweep, []).append(cell.key)
     if not sweeps:
         raise ConfigError("no record is left to send; kvbench results list shows what there is")
-    return [job for name, keys in sorted(sweeps.items()) for job in _sweep_jobs(folder, name, keys)]
+    return [job for name, keys in sorted(sweeps.items()) for job in _sweep_jobs(folder, name, keys, to)]
 
 
-def _sweep_jobs(folder: Path, sweep: str, keys: list[str]) -> Iterator[Job]:
+def _sweep_jobs(folder: Path, sweep: str, keys: list[str], to: Path) -> Iterator[Job]:
     digests = []
     for key in keys:
         digests.append(cell_digest(_body(folder, key)))
@@ -98,7 +99,7 @@ def _sweep_jobs(folder: Path, sweep: str, keys: list[str]) -> Iterator[Job]:
         from kvbench.wandb_summary import summary_of
 
         digest = summary_digest(digests, version("kvbench"))
-        make = partial(summary_of, folder, sweep, keys)
+        make = partial(summary_of, folder, sweep, keys, to=to)
         yield Job(id=summary_id(sweep, keys), digest=digest, what="summary", make=make)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvbench.redaction import hide_known
 from kvbench.report.best import best_policies
 from kvbench.report.comparisons import DECLARED, Choices, Comparison, group_comparisons
 from kvbench.report.plots_png import png_names
@@ -14,7 +17,7 @@ from kvbench.sinks.console import say
 from kvbench.sinks.wandb_fields import measure_group
 from kvbench.sinks.wandb_report import Chapter, Outline, check_workspaces, report_spec
 from kvbench.sinks.wandb_report_save import save_within
-from kvbench.sinks.wandb_service import check_installed, resolve_mode
+from kvbench.sinks.wandb_service import check_installed, check_project, resolve_mode
 from kvbench.units import MEASURES, format_with_interval, measure
 
 if TYPE_CHECKING:
@@ -28,6 +31,8 @@ _QUALITY = (
 _LATENCY = ("tpot_ms", "ttft_ms", "tpot_ratio_to_full", "throughput_tokens_per_s", "capacity_prompts")
 _MEMORY = ("kv_stored_bytes", "peak_memory_bytes")
 _COMPARED = (*_QUALITY, "tpot_ratio_to_full")
+_CURVES = {"entries": "entries", "launches_ms": "launches"}
+_TOLD_APART = re.compile(r" #[0-9a-f]{6}$")  # what the report adds to equal names of unequal settings
 _HEADLINES = 2  # measures of quality that the headline names
 
 
@@ -38,6 +43,7 @@ def wandb_report(
 
     Prints the one line that says which, and how to save it later. Raises: ConfigError if a package is missing.
     """
+    check_project(project)
     check_installed("--wandb builds a W&B Report")
     check_workspaces()
     outline = _outline(results, choices)
@@ -68,14 +74,24 @@ def _outline(results: Results, choices: Choices) -> Outline:
     sweeps = sorted({cell.sweep for cell in results.records})
     compared = [(group, group_comparisons(group, choices, _COMPARED)) for group in results.groups]
     return Outline(
-        title=f"KV-cache policies, {', '.join(sweeps)}",
+        title=hide_known(f"KV-cache policies, {', '.join(sweeps)}"),
         description=f"{len(results.records)} cells of kvbench, from their records; intervals are 95 %.",
         sweeps=sweeps,
-        headline="\n\n".join(line for group, some in compared for line in _headline(group, some)),
+        headline=hide_known("\n\n".join(line for group, some in compared for line in _headline(group, some))),
         chapters=[_chapter(group, some) for group, some in compared],
-        figures=[f"figures/{name}" for name in png_names(results)],
+        figures=_figures(results, sweeps),
         definitions=_definitions(results),
     )
+
+
+def _figures(results: Results, sweeps: Sequence[str]) -> list[str]:
+    """Return the keys of the figures that the sweeps' summary runs hold; a single cell has no summary."""
+    found: dict[str, None] = {}
+    for sweep in sweeps:
+        cells = tuple(cell for cell in results.records if cell.sweep == sweep)
+        names = png_names(replace(results, records=cells)) if len(cells) > 1 else []
+        found |= dict.fromkeys(f"figures/{name}" for name in names)
+    return list(found)
 
 
 def _headline(group: Group, compared: Sequence[Comparison]) -> Iterator[str]:
@@ -101,12 +117,13 @@ def _chapter(group: Group, compared: Sequence[Comparison]) -> Chapter:
     keys = [[_key(name) for name in names if name in measured] for names in (_QUALITY, _LATENCY, _MEMORY)]
     return Chapter(
         title=group.title,
-        model=group.cells[0].model,
-        dataset=group.cells[0].dataset,
-        text=_verdict_table(group, compared),
+        model=_TOLD_APART.sub("", group.cells[0].model),
+        dataset=_TOLD_APART.sub("", group.cells[0].dataset),
+        text=hide_known(_verdict_table(group, compared)),
         quality=keys[0],
         latency=keys[1],
         memory=keys[2],
+        curves=[shown for name, shown in _CURVES.items() if any(cell.curves.get(name) for cell in group.cells)],
     )
 
 

@@ -33,8 +33,11 @@ _SUMMARISED = (
 )
 
 
-def summary_of(folder: Path, sweep: str, keys: Collection[str]) -> RunSpec:
-    """Return the summary run of the records with a key in `keys` in the results folder `folder`."""
+def summary_of(folder: Path, sweep: str, keys: Collection[str], *, to: Path | None = None) -> RunSpec:
+    """Return the summary run of the records with a key in `keys` in the results folder `folder`.
+
+    to: the folder of wandb's files, by default the same.
+    """
     from kvbench.report.comparisons import group_comparisons
     from kvbench.report.load import load_results
     from kvbench.report.plots_png import draw_pngs
@@ -45,6 +48,7 @@ def summary_of(folder: Path, sweep: str, keys: Collection[str]) -> RunSpec:
         sweep=sweep,
         bodies=[_body(folder, cell.key) for cell in results.records],
         folder=folder,
+        to=to or folder,
         tables={
             "cells": _cells(results),
             "verdicts": _verdicts(compared),

@@ -46,6 +46,7 @@ def outline(**changes: Any) -> Outline:
         quality=[("quality/ppl", "Perplexity"), ("quality/kl_to_full", "KL to full")],
         latency=[("latency/tpot_ms", "Time per output token")],
         memory=[("memory/kv_stored_bytes", "KV cache stored")],
+        curves=["entries", "launches"],
     )
     settings: dict[str, Any] = {
         **{"title": "KV-cache policies, a", "description": "2 cells.", "sweeps": ["a"], "headline": "- h2o is best."},

@@ -24,7 +24,10 @@ _NO_ENTITY = "entity"  # without one, wandb-workspaces would ask the server
 
 @dataclass(frozen=True, kw_only=True)
 class Chapter:
-    """One model on one data set: its text, and the summary keys of the cells' runs, most telling first."""
+    """One model on one data set: its text, and the summary keys of the cells' runs, most telling first.
+
+    curves: which of the runs' curves there are, "entries" and "launches".
+    """
 
     title: str
     model: str
@@ -33,6 +36,7 @@ class Chapter:
     quality: Sequence[tuple[str, str]]
     latency: Sequence[tuple[str, str]]
     memory: Sequence[tuple[str, str]]
+    curves: Sequence[str]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,16 +41,19 @@ def _scatter(wr: Any, x: str, y: str, title: str) -> wr.ScatterPlot:
 
 
 def _times(wr: Any, chapter: Chapter) -> list[Any]:
-    bars = [wr.BarPlot(title=title, metrics=[wr.SummaryMetric(key)]) for key, title in chapter.latency]
-    of_both = ["launches/tpot_ms", "launches/full_tpot_ms"]
-    lines = wr.LinePlot(title="Time per token by launch, the full cache's beside it", x="launch", y=of_both)
-    return [*bars, lines] if bars else []
+    bars: list[Any] = [wr.BarPlot(title=title, metrics=[wr.SummaryMetric(key)]) for key, title in chapter.latency]
+    if "launches" in chapter.curves:
+        of_both = ["launches/tpot_ms", "launches/full_tpot_ms"]
+        bars.append(wr.LinePlot(title="Time per token by launch, the full cache's beside it", x="launch", y=of_both))
+    return bars
 
 
 def _memory(wr: Any, chapter: Chapter) -> list[Any]:
-    bars = [wr.BarPlot(title=title, metrics=[wr.SummaryMetric(key)]) for key, title in chapter.memory]
-    curve = wr.LinePlot(title="Entries kept over tokens seen", x="seen_tokens", y=["entries/mean", "entries/max"])
-    return [*bars, curve]
+    bars: list[Any] = [wr.BarPlot(title=title, metrics=[wr.SummaryMetric(key)]) for key, title in chapter.memory]
+    if "entries" in chapter.curves:
+        lines = ["entries/mean", "entries/max"]
+        bars.append(wr.LinePlot(title="Entries kept over tokens seen", x="seen_tokens", y=lines))
+    return bars
 
 
 def _parallel(wr: Any, chapter: Chapter) -> wr.ParallelCoordinatesPlot:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Mode = Literal["online", "offline", "disabled"]
 MODES = ("auto", "online", "offline", "disabled")
 RESTART_S = 5.0  # nothing is worth waiting for: the run is written again
+_NOT_IN_PROJECTS = "/\\#?%:"
 _FOLDERS = {"WANDB_DATA_DIR": "staged", "WANDB_CACHE_DIR": "cache"}
 
 
@@ -36,6 +37,14 @@ def check_installed(why: str, package: str = "wandb") -> None:
     """Raise ConfigError if the Python module of `package` is not there."""
     if importlib.util.find_spec(package.replace("-", "_")) is None:
         raise ConfigError(f"{why}, but {package} is not installed; python -m pip install {package}")
+
+
+def check_project(name: str) -> None:
+    """Raise ConfigError if W&B would refuse `name` as that of a project, at every run."""
+    if not name or len(name) > 128 or set(name) & set(_NOT_IN_PROJECTS):
+        raise ConfigError(
+            f"--project is {name[:60]!r}; it must have 1 to 128 letters and none of {' '.join(_NOT_IN_PROJECTS)}"
+        )
 
 
 def resolve_mode(wanted: str) -> tuple[Mode, str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvbench.durable import make_folder
 from kvbench.records import encode_record
-from kvbench.redaction import redacted_body
+from kvbench.redaction import hide_known, redacted_body
 from kvbench.sinks.wandb_cell import cell_digest, table
 from kvbench.sinks.wandb_run import RunSpec
 
@@ -46,12 +46,14 @@ class Figure:
 class SweepSummary:
     """A sweep as plain data. `bodies`: its records; `tables`, `figures` and `numbers` by their W&B key.
 
+    folder: the results folder. to: the folder of wandb's files, which is writable.
     A table's key has no slash: W&B would give its artifact a new name, and so a new one, at each upload.
     """
 
     sweep: str
     bodies: Sequence[Mapping[str, Any]]
     folder: Path
+    to: Path
     tables: Mapping[str, Table]
     figures: Mapping[str, Figure]
     numbers: Mapping[str, float | str]
@@ -69,16 +71,16 @@ def summary_digest(cell_digests: Iterable[str], version: str) -> str:
 
 def summary_run(summary: SweepSummary, version: str) -> RunSpec:
     """Return the run of `summary`, without secrets; its config lists what the cells have in common."""
-    clean = [redacted_body(body) for body in summary.bodies]
+    clean, sweep = [redacted_body(body) for body in summary.bodies], hide_known(summary.sweep)
     names = {many: sorted({str(body["labels"].get(one)) for body in clean}) for one, many in _NAMED.items()}
     return RunSpec(
         id=summary_id(summary.sweep, [body["key"] for body in clean]),
         digest=summary_digest(map(cell_digest, clean), version),
-        name=f"summary of {summary.sweep}",
-        group=summary.sweep,
+        name=f"summary of {sweep}",
+        group=sweep,
         job_type="summary",
         tags=["summary"],
-        config={"sweep": summary.sweep, "num_cells": len(clean), **names},
+        config={"sweep": sweep, "num_cells": len(clean), **names},
         fill=lambda run: _fill(run, summary, clean),
     )
 
@@ -108,15 +110,15 @@ def _records(summary: SweepSummary, bodies: Sequence[dict[str, Any]]) -> wandb.A
     artifact = wandb.Artifact(f"records-{_safe(summary.sweep)}-{named}", ARTIFACT_TYPE)
     for original, body in sorted(zip(summary.bodies, bodies, strict=True), key=lambda pair: pair[1]["key"]):
         name = f"cells/{body['key'][:16]}/record.json"
-        path = summary.folder / name if body == original else _clean_copy(summary.folder, body)
+        path = summary.folder / name if body == original else _clean_copy(summary.to, body)
         # Records never change, so they need no second copy in wandb's own folders.
         artifact.add_file(str(path.resolve()), name=name, policy="immutable", skip_cache=True)
     return artifact
 
 
-def _clean_copy(folder: Path, body: dict[str, Any]) -> Path:
+def _clean_copy(to: Path, body: dict[str, Any]) -> Path:
     """Write a record in which a secret was found, which became known only later, without it."""
-    path = folder / "wandb" / "redacted" / f"{body['key'][:16]}.json"
+    path = to / "wandb" / "redacted" / f"{body['key'][:16]}.json"
     make_folder(path.parent)
     path.write_bytes(encode_record(body))
     return path

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -131,15 +132,21 @@ def test_the_records_are_an_artifact_whose_digest_is_that_of_the_files(offline: 
 
 
 def test_a_second_offline_sync_sends_nothing_until_a_run_is_gone(
-    offline: Path, records: Path, capsys: pytest.CaptureFixture[str]
+    offline: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["wandb", "sync", str(records), "--mode", "offline", "--to", str(offline)]
-    before = sorted((offline / "wandb").glob("offline-run-*"))
+    to = tmp_path / "to"
+    subprocess.run(["cp", "-a", str(offline), str(to)], check=True)
+    command = ["wandb", "sync", str(records), "--mode", "offline", "--to", str(to)]
+    before = sorted((to / "wandb").glob("offline-run-*"))
     assert run(command) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "wandb: 5 there already"
-    assert f"wandb sync {offline}/wandb/offline-run-*" in printed[1]
-    assert sorted((offline / "wandb").glob("offline-run-*")) == before
+    assert f"wandb sync {to}/wandb/offline-run-*" in printed[1]
+    assert sorted((to / "wandb").glob("offline-run-*")) == before
+    shutil.rmtree(run_folder(to, BODIES[1]["key"][:16]))
+    assert run(command) == 0
+    assert capsys.readouterr().out.startswith("wandb: 1 cell kept offline (as asked) in ")
+    assert run_folder(to, BODIES[1]["key"][:16]).is_dir()
 
 
 def test_what_was_sent_is_noted_per_target_and_content_and_a_damaged_note_does_not_count(tmp_path: Path) -> None:
@@ -286,6 +293,7 @@ def test_a_damaged_and_a_moved_record_are_named_and_the_others_sent(
         (["sync", "FOLDER", "--mode", "ofline"], "--mode is 'ofline'; did you mean 'offline' or 'online'?"),
         (["sync", "FOLDER", "--mode", "disabled"], "--mode is 'disabled'; "),
         (["sync", "FOLDER", "--mode", "online"], "--mode is 'online', but no API key was found; run `wandb login`"),
+        (["sync", "FOLDER", "--project", "a/b"], "--project is 'a/b'; it must have 1 to 128 letters and none of / "),
         (["sync", "FOLDER", "--timeout", "0"], "--timeout is 0; it must lie in (0, 600] seconds"),
         (["sync", "FOLDER", "--sweep", "fist"], "no record belongs to the sweep 'fist'; did you mean 'first'?"),
         (["sync", "nowhere"], "the results folder nowhere does not exist"),
