@@ -22,7 +22,7 @@ from kvbench.units import MEASURES, measure
 
 if TYPE_CHECKING:
     from kvbench.compose import Composed
-    from kvbench.frontier_search import Plan
+    from kvbench.frontier_look import Plan
 
 LADDER = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 _OWN = ("measure", "margin", "ladder", "name")
@@ -142,7 +142,8 @@ def _grids(
 
 def _plan(own: dict[str, str], quality: str, margin: float, ladder: tuple[float, ...], first: Composed) -> Plan:
     from kvbench.config import results_folder
-    from kvbench.frontier_search import Plan, cell_of
+    from kvbench.frontier_look import Plan
+    from kvbench.frontier_search import cell_of
 
     name = own.get("name", f"{quality}-{margin:g}")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}", name):

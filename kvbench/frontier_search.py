@@ -8,42 +8,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvbench.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError
+from kvbench.frontier_look import Plan, above, look_at
 from kvbench.report.cell import CellResult
 from kvbench.report.compare_cells import compare
-from kvbench.report.comparison import Choices, Comparison
-from kvbench.report.frontier import Frontier, Look, Outcome, Search, SearchStatus
+from kvbench.report.frontier import Frontier, Look, Search, SearchStatus
 from kvbench.report.load import load_results
 from kvbench.sealed import canonical_json
 from kvbench.stats.sequential import look_confidence, next_rung
-from kvbench.stats.verdicts import is_non_inferior
-from kvbench.units import measure
 
 if TYPE_CHECKING:
     from kvbench.runs.cell import Cell
 
 Run = Callable[[Sequence[Composed]], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What is asked: `ladder` rises, `budget_setting` is "fraction" or "tokens"."""
-
-    name: str
-    measure: str
-    margin: float
-    ladder: tuple[float, ...]
-    budget_setting: str
-    results: Path
-
-    @property
-    def choices(self) -> Choices:
-        """Return how a look is compared."""
-        return Choices(margins={self.measure: self.margin}, confidence=look_confidence(len(self.ladder)))
 
 
 @dataclass(kw_only=True)
@@ -91,7 +71,7 @@ class PolicySearch:
         if found is None:
             raise ConfigError(f"measure={self.plan.measure} is not measured by this task; choose task=quality")
         self.cells[rung] = cell
-        self.looks[rung] = _look(budget, key, found, self.plan)
+        self.looks[rung] = look_at(budget, key, found, self.plan)
 
     def result(self) -> Search:
         """Return the finished search."""
@@ -108,7 +88,7 @@ class PolicySearch:
             full_key=self.full.key,
             status=self._status(safe),
             smallest_safe=ladder[min(safe)] if safe else None,
-            budget_low=_above(ladder, max(worse, default=-1)),
+            budget_low=above(ladder, max(worse, default=-1)),
             looks=tuple(self.looks[rung] for rung in sorted(self.looks)),
         )
 
@@ -123,7 +103,7 @@ class PolicySearch:
         """Whether some measured budget is clearly worse than a smaller one of the same policy."""
         rungs = sorted(self.cells)
         pairs = [(self.cells[b], self.cells[a]) for a in rungs for b in rungs if a < b]
-        found = [compare(larger, smaller, self.plan.measure, self.plan.choices) for larger, smaller in pairs]
+        found = (compare(larger, smaller, self.plan.measure, self.plan.choices) for larger, smaller in pairs)
         return any(one is not None and one.verdict == "worse" for one in found)
 
 
@@ -163,26 +143,6 @@ def cell_of(composed: Composed) -> Cell:
 
 def _shared(cell: Cell) -> str:
     return canonical_json(cell.shared_settings)
-
-
-def _look(budget: float, key: str, found: Comparison, plan: Plan) -> Look:
-    outcome: Outcome = "undecided"
-    if found.low is not None and found.high is not None:
-        higher = measure(plan.measure).better == "higher"
-        if is_non_inferior(found.low, found.high, higher_is_better=higher, margin=plan.margin):
-            outcome = "safe"
-        elif (found.high < -plan.margin) if higher else (found.low > plan.margin):
-            outcome = "worse"
-    numbers: dict[str, Any] = {
-        name: getattr(found, name)
-        for name in ("value", "low", "high", "num_samples", "num_clusters", "minimum_detectable", "reason")
-    }
-    return Look(budget=budget, outcome=outcome, key=key, **numbers)
-
-
-def _above(ladder: Sequence[float], rung: int) -> float | None:
-    """Return the budget of the rung above, None where there is none."""
-    return ladder[rung + 1] if rung + 1 < len(ladder) else None
 
 
 def _frontier(plan: Plan, searches: Sequence[Search], num_fulls: int) -> Frontier:

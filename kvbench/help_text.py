@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-_GROUPS = ("model", "weights", "dataset", "policy", "budget", "task", "workload", "sink", "autopsy", "experiment")
+_GROUPS = ("model", "weights", "dataset", "policy", "budget", "task", "workload", "sink", "experiment")
 _TEXT = """\
 kvbench compares KV-cache policies under one definition of everything.
 

@@ -88,21 +88,20 @@ def _is_file(out: Path | None) -> bool:
 
 
 def _draw(args: argparse.Namespace) -> int:
-    from kvbench.report.load import load_results
+    from kvbench.report.folders import load_folders
 
-    results = load_results(args.folder)
+    results = load_folders([args.folder])
     groups = _chosen(results, args)
     kinds = list(FIGURES.values()) if args.name == _ALL else [FIGURES[args.name]]
     if _is_file(args.out) and len(groups) * len(kinds) > 1:
         found = "; ".join(group.title for group in groups)
         raise ConfigError(f"--out is one file, but there are several figures ({found}); choose, or give a folder")
-    from kvbench.report.plots import draw_one
-    from kvbench.report.plots_policies import Palette
+    from kvbench.report.plots import draw_one, palette_of
     from kvbench.report.plots_style import Look
 
     # Looks come from all records, so that a figure of some policies looks like one of all.
-    palette = Palette(results.policies, THEMES[args.style])
-    look = Look(palette=palette, width=args.width, measures=tuple(_words(args.measure)))
+    palette, measures = palette_of(results, THEMES[args.style]), tuple(_words(args.measure))
+    look = Look(palette=palette, width=args.width, measures=measures, frontiers=results.frontiers)
     num_drawn = 0
     for group, kind, path in _paths(results, groups, kinds, args):
         drawn = draw_one(kind, group, look, path.suffix.removeprefix("."))

@@ -83,7 +83,7 @@ def _page(results: Results, folders: Sequence[Path], out: Path | None, choices: 
     from kvbench.report.build import write_report
     from kvbench.report.tables import print_tables
 
-    print_tables(results)
+    print_tables(results, choices=choices)
     folder = _folder(results, folders, out)
     written = write_report(results, folder, folder if out or len(results.folders) > 1 else folders[0], choices)
     sys.stdout.write(f"report: {written.page}\n")

@@ -27,6 +27,9 @@ WRONG = {
     "sink=consol": "sink is 'consol'; did you mean 'console'?",
     "+experiment=quik": "experiment is 'quik'; did you mean 'quick'?",
     "budget=0.2": "budget=0.2 chooses no budget; give a name",
+    "autopsy=of": "autopsy is 'of'; did you mean 'off'?",
+    "autopsy.num_samples=-1": "autopsy.num_samples is -1; it must be 0 (no autopsy) or more",
+    "autopsy.num_sample=1": "autopsy.num_sample is no setting; did you mean 'autopsy.num_samples'",
     "polcy=h2o": "polcy is no setting; did you mean 'policy'",
     # keys
     "bugdet.fraction=0.2": "bugdet.fraction is no setting; did you mean 'budget.fraction'",
@@ -238,6 +241,14 @@ def test_the_number_of_a_gpu_leaves_the_key_and_its_kind_does_not(monkeypatch: p
 
 def test_the_full_cache_has_one_key_for_every_budget() -> None:
     assert key("policy=full", "budget.fraction=0.1") == key("policy=full", "budget=tokens")
+
+
+def test_autopsies_are_on_and_change_no_key() -> None:
+    (composed,) = compose_grid([], multirun=False, config_dir=None)
+    assert build_cell(composed).autopsy.num_samples == 2
+    (without,) = compose_grid(["autopsy=off"], multirun=False, config_dir=None)
+    assert build_cell(without).autopsy.num_samples == 0
+    assert key() == key("autopsy=off") == key("autopsy.num_samples=7")
 
 
 def test_a_conversation_keeps_its_key_when_its_file_moves(tmp_path: Path) -> None:

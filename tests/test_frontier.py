@@ -14,8 +14,10 @@ from kvbench import frontier_cli
 from kvbench.cli import run
 from kvbench.compose import Composed, compose_grid
 from kvbench.errors import ConfigError, RecordError
-from kvbench.frontier_search import Plan, cell_of, search_all
+from kvbench.frontier_look import Plan
+from kvbench.frontier_search import cell_of, search_all
 from kvbench.report.frontier import Frontier, load_frontier, load_frontiers, save_frontier
+from kvbench.sinks.verify import verify
 from tests.report.synthetic import body, write_cell
 
 LADDER = tuple(number / 16 for number in range(1, 16))
@@ -113,7 +115,9 @@ def test_a_file_is_the_same_bytes_twice_and_reads_back(tmp_path: Path) -> None:
     assert save_frontier(tmp_path, again).read_bytes() == before
     assert load_frontiers(tmp_path) == (found,)
     assert [entry.name for entry in path.parent.iterdir()] == ["f.json"]
+    assert verify(tmp_path).problems == ()
     path.write_bytes(before.replace(b"h2o", b"h20"))
+    assert [problem.path for problem in verify(tmp_path).problems] == ["frontier/f.json"]
     with pytest.raises(RecordError, match="damaged"):
         load_frontier(path)
 

@@ -23,6 +23,7 @@ COMPOSITION = {
     "audit_cli",
     "cli",
     "frontier_cli",
+    "frontier_look",
     "frontier_search",
     "combinations",
     "gate",

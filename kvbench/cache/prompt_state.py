@@ -33,8 +33,7 @@ from kvbench.cache.slots import Entries
 from kvbench.cache.statistics import ChunkStatistics, Statistics
 from kvbench.cache.view import Needs
 
-_Rows = tuple[int, str, bool]
-"""How many queries, which reduction, and whether the policy needs MASS too."""
+_Rows = tuple[int, str, bool]  # how many queries, which reduction, and whether the policy needs MASS too
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,21 +6,28 @@ from collections.abc import Sequence
 
 from kvbench.models.loader import LoadedModel
 
-_CONTEXT_TOKENS = 4  # enough for the joints of every tokenizer: a space, a character of several bytes
+_HALF = "\ufffd"  # what decoders write for a character whose last bytes are missing
 
 
 def token_pieces(loaded: LoadedModel, tokens: Sequence[int]) -> list[str]:
-    """Return the text of each token in its context; image tokens are empty. Half characters show as U+FFFD."""
-    pieces = []
+    """Return the text of each token as it stands in the whole; image tokens are empty.
+
+    A character of several tokens is the last one's, those before it are empty.
+    """
+    pieces: list[str] = []
+    context = told = 0  # of tokens[told:] nothing was said yet; tokens[context:told] decide how they join on
     for index, token in enumerate(tokens):
-        before = list(tokens[max(0, index - _CONTEXT_TOKENS) : index])
-        pieces.append("" if token == loaded.image_token_id else _last_piece(loaded, before, token))
+        known = _decoded(loaded, tokens[context:told])
+        both = _decoded(loaded, tokens[context : index + 1])
+        if both.endswith(_HALF) and index + 1 < len(tokens):
+            pieces.append("")
+            continue
+        piece = both[len(known) :] if both.startswith(known) else _decoded(loaded, tokens[told : index + 1])
+        pieces.append("" if token == loaded.image_token_id else piece.encode(errors="replace").decode())
+        context, told = told, index + 1
     return pieces
 
 
-def _last_piece(loaded: LoadedModel, before: list[int], token: int) -> str:
-    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    known: str = loaded.tokenizer.decode(before, **options) if before else ""
-    both: str = loaded.tokenizer.decode([*before, token], **options)
-    piece = both[len(known) :] if both.startswith(known) else str(loaded.tokenizer.decode([token], **options))
-    return piece.encode(errors="replace").decode()  # half a surrogate pair is no text
+def _decoded(loaded: LoadedModel, tokens: Sequence[int]) -> str:
+    text: str = loaded.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text

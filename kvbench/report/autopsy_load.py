@@ -78,7 +78,7 @@ def load_autopsy(cell: CellResult) -> Autopsy | None:
     try:
         samples = tuple(_sample(sample, body["num_layers"], body["num_heads"]) for sample in body["samples"])
         left_out = tuple(f"{one['id']}: {one['reason']}" for one in body["left_out"])
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (RecordError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise RecordError(f"{path} does not hold what it should ({type(error).__name__}: {error!s:.60}).") from error
     return Autopsy(num_layers=body["num_layers"], num_heads=body["num_heads"], samples=samples, left_out=left_out)
 

@@ -48,7 +48,7 @@ def write_report(results: Results, folder: Path, tables_folder: Path, choices: C
         for stale in (folder / "plots").glob("*.svg"):
             stale.unlink()
         figures = tuple(_written(folder / "plots" / f"{plot.name}.svg", plot.svg) for plot in plots)
-        markdown = _written(folder / "table.md", markdown_tables(results))
+        markdown = _written(folder / "table.md", markdown_tables(results, choices))
         page = _written(folder / "index.html", render_page(results, plots, choices))
         tables = write_csv_and_parquet(results, tables_folder)
     except OSError as error:

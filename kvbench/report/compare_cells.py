@@ -84,7 +84,8 @@ def _unpaired(base: Comparison) -> Comparison:
     assert one is not None
     assert two is not None
     if one.low is None or two.low is None:
-        return replace(base, method="single observations: no interval")
+        reason = "observed once, so nothing says how far chance reaches"
+        return replace(base, method="single observations: no interval", verdict="not comparable", reason=reason)
     low, high = one.bounds[0] - two.bounds[1], one.bounds[1] - two.bounds[0]
     higher = measure(base.measure).better == "higher"
     verdict = verdict_of(low, high, higher_is_better=higher, margin=base.margin, p_value=0.0)

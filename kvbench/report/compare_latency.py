@@ -20,7 +20,8 @@ def compare_latency(first: CellResult, second: CellResult, name: str, choices: C
     n = first.measurements[name].n or 0
     base = Comparison(
         measure=name, first=first, second=second, value=value, method="single observations: no interval",
-        num_samples=n, num_clusters=n, verdict="undecided", margin=smallest_margin(name, choices.margins),
+        num_samples=n, num_clusters=n, verdict="not comparable",
+        reason="observed once, so nothing says how far chance reaches", margin=smallest_margin(name, choices.margins),
         noise=_noise(name, first, second),
     )  # fmt: skip
     mine, other = ratios
@@ -35,6 +36,8 @@ def _filled(base: Comparison, found: LogRatio) -> Comparison:
     return replace(
         base,
         value=math.expm1(found.mean),
+        verdict="undecided",
+        reason="",
         low=low,
         high=high,
         method="t of paired log ratios of launches" + ("" if base.second.is_full else ", each to its own full cache"),

@@ -66,7 +66,10 @@ def judged(one: Comparison, p_holm: float | None = None) -> Comparison:
     if one.noise:
         return replace(one, verdict="noisy", p_holm=p_holm, more_samples=None, reason=one.noise)
     if one.low is None or one.high is None or p_value is None:
-        return replace(one, verdict="undecided", p_holm=p_holm)
+        known = one.verdict == "not comparable"
+        return replace(
+            one, verdict=one.verdict if known else "undecided", p_holm=p_holm, reason=one.reason or one.method
+        )
     higher = measure(one.measure).better == "higher"
     verdict = verdict_of(one.low, one.high, higher_is_better=higher, margin=one.margin, p_value=p_value)
     more = one.more_samples if verdict == "undecided" else None

@@ -41,7 +41,7 @@ def group_comparisons(
         for pairs in (_against_full(group), _between_policies(group)):
             family = [one for pair in pairs if (one := compare(*pair, name, choices))]
             found.extend(_corrected(family))
-    return tuple(_marked(found))
+    return tuple(_marked(group, found))
 
 
 def _against_full(group: Group) -> Iterator[tuple[CellResult, CellResult]]:
@@ -64,13 +64,12 @@ def _corrected(family: list[Comparison]) -> list[Comparison]:
     return [judged(one, corrected[id(one)]) if id(one) in corrected else one for one in family]
 
 
-def _marked(found: Iterable[Comparison]) -> Iterator[Comparison]:
+def _marked(group: Group, found: Iterable[Comparison]) -> Iterator[Comparison]:
     """Mark the comparisons that were declared before: one quality and one latency measure, at 20 % of the tokens."""
-    found = list(found)
-    against = [one for one in found if one.second.is_full]
-    budgets = sorted({one.first.budget_fraction for one in against if one.first.budget_fraction is not None})
+    shares = {cell.budget_fraction for cell in group.budgeted if not cell.failed}
+    budgets = sorted(share for share in shares if share is not None)
     declared = PRIMARY_BUDGET if PRIMARY_BUDGET in budgets or not budgets else budgets[len(budgets) // 2]
-    quality = next((name for name in PRIMARY_QUALITIES if any(one.measure == name for one in against)), None)
+    quality = next((name for name in PRIMARY_QUALITIES if any(cell.estimate(name) for cell in group.budgeted)), None)
     for one in found:
         is_primary = (
             one.second.is_full

@@ -93,5 +93,16 @@ _KINDS = (
         needs="the capacity task, or the speed task at several batch sizes",
         takes_measures=False,
     ),
+    FigureKind(
+        name="frontier",
+        title="The smallest safe budget",
+        summary="per policy the smallest budget shown to be as good as full at a margin, and every budget looked at",
+        caption="Per policy the smallest budget at which quality was shown to be at most the margin worse than with "
+        "the full cache (mark and number). The thick line is where the true one may lie, from the budget above the "
+        "largest that was shown to be worse. Small marks below are the budgets that were looked at, and what they "
+        "showed.",
+        needs="a file that kvbench frontier wrote",
+        takes_measures=True,
+    ),
 )
 FIGURES = {kind.name: kind for kind in _KINDS}

@@ -28,6 +28,7 @@ class Look:
     """One measured budget: the difference to full with the interval of this search, and what it shows.
 
     safe: the interval stays inside the margin; worse: it lies beyond the margin; `reason` says why one failed.
+    `realised_budget` is the share of the tokens really held; a policy that never drops new tokens holds more.
     """
 
     budget: float
@@ -39,6 +40,7 @@ class Look:
     num_samples: int = 0
     num_clusters: int = 0
     minimum_detectable: float | None = None
+    realised_budget: float | None = None
     reason: str = ""
 
 
@@ -46,8 +48,8 @@ class Look:
 class Search:
     """One policy's search. `smallest_safe` is None where no budget was shown to be safe.
 
-    The true smallest safe rung lies from `budget_low` (the rung above the largest that was shown to be worse; None above the ladder) to
-    `smallest_safe`; `look` is the one at `smallest_safe`.
+    The true smallest safe rung lies from `budget_low` (the rung above the largest that was shown to be worse;
+    None above the ladder) to `smallest_safe`; `look` is the one at `smallest_safe`.
     """
 
     model: str

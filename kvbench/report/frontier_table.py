@@ -15,6 +15,7 @@ _WORDS = {
     "no budget shown safe": "not even the largest budget was shown to be safe",
     "not monotone": "a larger budget was worse than a smaller one",
 }
+_MORE = 0.01
 
 
 def print_frontier(frontier: Frontier, console: Console | None = None) -> None:
@@ -33,6 +34,8 @@ def print_frontier(frontier: Frontier, console: Console | None = None) -> None:
         table.add_row(*_row(frontier, search))
     console.print(table)
     for search in frontier.searches:
+        if (text := _realised(search)) and frontier.budget_setting == "fraction":
+            console.print(Text(text))
         if search.status in _WORDS:
             console.print(Text(f"{search.policy}: {_WORDS[search.status]}{_advice(search)}"))
     looks = f"each of at most {len(frontier.ladder).bit_length()} looks at {frontier.confidence:.4g}"
@@ -54,8 +57,19 @@ def _row(frontier: Frontier, search: Search) -> tuple[Text, ...]:
     difference = "-"
     if shown is not None and shown.value is not None and shown.low is not None and shown.high is not None:
         difference = f"{shown.value:+.3f} [{shown.low:+.3f}, {shown.high:+.3f}]"
-    texts = (search.policy, upper, f"{lower} - {upper}" if lower else upper, difference, seen)
+    where = f"{lower} - {upper}" if lower else upper
+    if search.status == "every budget is safe":
+        where = f"at most {upper}"
+    texts = (search.policy, upper, where, difference, seen)
     return tuple(Text(text) for text in texts)
+
+
+def _realised(search: Search) -> str:
+    """Say so where a policy holds more than its budget, as one that never drops new tokens does."""
+    look = search.look
+    if look is None or look.realised_budget is None or look.realised_budget < look.budget + _MORE:
+        return ""
+    return f"{search.policy}: at {budget_text(look.budget)} it held {look.realised_budget:.1%} of the tokens"
 
 
 def _advice(search: Search) -> str:

@@ -16,6 +16,7 @@ from kvbench.report.load import Group
 from kvbench.units import measure
 
 OTHER_QUALITIES = ("objects_recalled_fraction", "needles_recalled_fraction", "ppl", "rougeL_vs_reference", "kl_to_full")
+TIME_RATIOS = ("tpot_ratio_to_full", "ttft_ratio_to_full")
 _SWAPPED: Mapping[str, Literal["better", "worse"]] = {"better": "worse", "worse": "better"}
 
 
@@ -49,8 +50,8 @@ class Judged:
 
 
 def judge(group: Group, choices: Choices = DECLARED) -> Judged:
-    """Return the group with every comparison that can be made in it."""
-    found = group_comparisons(group, choices)
+    """Return the group with every comparison of quality and time that can be made in it."""
+    found = group_comparisons(group, choices, (*PRIMARY_QUALITIES, *OTHER_QUALITIES, *TIME_RATIOS))
     by_pair = {(one.measure, one.first.key, one.second.key): one for one in found}
     return Judged(group=group, primary=_primary(group), by_pair=by_pair)
 

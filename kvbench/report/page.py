@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from kvbench.report.cell_rows import all_rows
 from kvbench.report.comparisons import DECLARED, Choices
 from kvbench.report.judged import Judged, judge
 from kvbench.report.load import Results
@@ -30,7 +31,6 @@ from kvbench.report.page_verdicts import verdicts_html
 from kvbench.report.plots import Plot
 from kvbench.report.plots_theme import PLOT_STYLE
 from kvbench.report.table_rows import INTERVAL_NOTE, counts_text, results_table
-from kvbench.report.verdict_rows import all_rows
 
 _MOST_OPEN_GROUPS = 4
 

@@ -46,7 +46,7 @@ _HATCH = (
 
 
 def autopsy_section(results: Results) -> str:
-    """Return what the section holds, or a sentence where no record has an autopsy beside it; damaged files are named in it."""
+    """Return what stands below the heading; "" without records. Damaged files are named, missing ones cost nothing."""
     parts: list[str] = []
     data: list[dict[str, Any]] = []
     problems: list[str] = []
@@ -60,11 +60,13 @@ def autopsy_section(results: Results) -> str:
             title = f"<h3>{escaped(group.title)}</h3>" if len(results.groups) > 1 else ""
             parts.append(title + _numbers(group, pairs))
     notes = "".join(f"<p class=failed>{escaped(problem)}</p>" for problem in problems)
+    if not results.records:
+        return notes
     if not data:
         return f"{notes}<p>No record has an autopsy beside it (setting <code>autopsy=few</code>).</p>"
     return f"""<p>{prose(_INTRO)}</p><p class=quiet>{prose(_ATTENTION)}</p>{notes}
 <noscript><p>Choosing samples needs JavaScript; the numbers below do not.</p></noscript>
-<div class=card>{_HATCH}{_CONTROLS}</div>{"".join(parts)}
+<div class=ap-box>{_HATCH}{_CONTROLS}</div>{"".join(parts)}
 <script type="application/json" id="autopsy-data">{safe_json(data)}</script>"""
 
 

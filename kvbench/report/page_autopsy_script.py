@@ -50,7 +50,7 @@ const pickSample = () => {
 };
 const build = () => {
   const made = shown.map(({ cell, view, picture, heat, words, ended }) => {
-    const says = tag("p", "ap-says", view.says);
+    const says = tag("p", "ap-says", view.says.replaceAll(" %", "\u00a0%"));
     if (view.differs) says.append(tag("span", "failed", " This replay's answer is not the measured one."));
     const drawn = [...(picture ? [picture.box] : []), heat.box, words.box];
     return tag("div", "ap-panel", tag("h4", "", cell.label, ended), ...drawn, says);
@@ -98,7 +98,7 @@ const draw = () => {
     reference.box.setAttribute("aria-label", "Where the full cache looks while it answers");
   }
   const stored = shown.length ? shown[0].view.checkpoints[checkpointAt(shown[0].view, capped(shown[0], now))] : 0;
-  legend.textContent = `${SCALES[measure].name}: light is 0, dark is ${SCALES[measure].text(most)}; as stored ` +
+  legend.textContent = `${SCALES[measure].name}: left end 0, right end ${SCALES[measure].text(most)}; as stored ` +
     (stored ? `after about ${stored} answer tokens` : "after the prompt");
 };
 const bytes = text => Uint8Array.from(atob(text), letter => letter.charCodeAt(0));

@@ -1,8 +1,14 @@
 """The style sheet of the autopsy: veils over patches, heat maps, token texts; light, dark, phone and paper."""
 
-AUTOPSY_STYLE = """
-:root { --veil: #c3c9d1; --hatch: #7a3fa0; --cold: #eef2f7; --hot: #0b5394; }
-@media (prefers-color-scheme: dark) { :root { --veil: #59626e; --hatch: #d9a8ff; --cold: #232a33; --hot: #6db4f2; } }
+from __future__ import annotations
+
+_DARK = "--veil: #59626e; --hatch: #d9a8ff; --cold: #232a33; --hot: #6db4f2;"
+_THEMES = f"""
+:root {{ --veil: #c3c9d1; --hatch: #7a3fa0; --cold: #eef2f7; --hot: #0b5394; }}
+@media screen and (prefers-color-scheme: dark) {{ :root:not([data-theme=light]) {{ {_DARK} }} }}
+@media screen {{ :root[data-theme=dark] {{ {_DARK} }} }}
+"""
+_REST = """
 .ap-panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(190px, 100%), 1fr)); gap: 14px 18px;
   margin: 12px 0; }
 .ap-panel { min-width: 0; } #ap-group-label[hidden] { display: none; }
@@ -43,10 +49,10 @@ AUTOPSY_STYLE = """
 .ap-swatch.ap-ramp { width: 46px; background: linear-gradient(to right, var(--cold), var(--hot)); }
 @media (max-width: 520px) { .ap-panels { grid-template-columns: repeat(2, 1fr); gap: 12px; } }
 @media print {
-  :root { --veil: #d5d9de; --hatch: #7a3fa0; --cold: #f2f4f7; --hot: #0b5394; }
   #autopsy .controls, .ap-time button, #ap-step, #ap-readout { display: none; }
   .ap-panels { grid-template-columns: repeat(4, 1fr); } .ap-panel { break-inside: avoid; }
   .ap-words { max-height: none; overflow: visible; font-size: 6.5pt; } .ap-says { font-size: 7pt; }
   .ap-picture { max-width: 52mm; } .ap-picture, .ap-heat { print-color-adjust: exact; }
 }
 """
+AUTOPSY_STYLE = _THEMES + _REST

@@ -48,7 +48,8 @@ def _cells(frontier: Frontier, search: Search) -> Iterator[str]:
     safe = search.smallest_safe
     above = f"none up to {budget_text(top)}" if safe is None else budget_text(safe)
     yield number_cell(above, "" if search.status == "found" else search.status, value=1e18 if safe is None else safe)
-    yield number_cell(budget_text(search.budget_low) if search.budget_low <= top else "-", value=search.budget_low)
+    low = search.budget_low
+    yield number_cell("-" if low is None or low > top else budget_text(low), value=low)
     look = search.look or (search.looks[-1] if search.looks else None)
     yield number_cell("-" if look is None else _difference(look), value=None if look is None else look.value)
     yield number_cell("-" if look is None else str(look.num_samples), value=None if look is None else look.num_samples)

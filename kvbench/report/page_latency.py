@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kvbench.report.cell import CellResult
+from kvbench.report.compare_latency import timing_noise
 from kvbench.report.load import Group
+from kvbench.report.page_filters import budget_size
 from kvbench.report.page_markup import Head, not_measured, number_cell, row_head, table, text_cell
-from kvbench.report.page_verdicts import budget_size
 from kvbench.units import format_interval, format_value
 
 _FIRST, _STEP, _ROOF = "first token", "one decode step", "roof of the memory"
@@ -42,12 +43,13 @@ def latency_html(group: Group) -> str:
 
 
 def _row(group: Group, cell: CellResult, names: list[str]) -> str:
-    noisy = " class=noisy" if cell.status == "noisy" else ""
+    noisy = " class=noisy" if timing_noise(cell) else ""
     return f"<tr{noisy}>{''.join(_cells(group, cell, names))}</tr>"
 
 
 def _cells(group: Group, cell: CellResult, names: list[str]) -> Iterator[str]:
-    yield row_head(group.series_label(cell), "noisy" if cell.status == "noisy" else "")
+    noise = timing_noise(cell)
+    yield row_head(group.series_label(cell), f"noisy: {noise}" if noise else "")
     yield text_cell("everything" if cell.is_full and cell.budget == "-" else cell.budget, sort=budget_size(cell))
     for name in names:
         found = cell.estimate(name)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from kvbench.report.cell import CellResult
 from kvbench.report.load import Group
+from kvbench.report.page_filters import budget_size
 from kvbench.report.page_markup import Head, not_measured, number_cell, row_head, table, text_cell
-from kvbench.report.page_verdicts import budget_size
 from kvbench.units import format_value
 
 _PARTS, _KV, _PEAKS = "what is in memory", "KV cache", "peak of everything alive, by phase"

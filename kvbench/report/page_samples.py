@@ -36,7 +36,7 @@ def sample_browser(results: Results) -> str:
     most = max(8, _MOST_SAMPLES // max(1, sum(bool(cell.samples) for cell in results.records)))
     is_cut = any(len(list(answers_of(cell))) > most for cell in results.records)
     cut = f"<p class=quiet>The first {most} answers of each cell; all are in samples.csv.</p>" if is_cut else ""
-    return f"""<p>What each policy answered, beside the full cache. The first token that differs is marked in both texts.
+    return f"""<p>What each policy answered, beside the full cache. The first token that differs is marked in both.
 {COLLAPSE_RULE}</p>{cut}
 <noscript><p>Choosing samples needs JavaScript; samples.csv holds all of them.</p></noscript>
 {_BROWSER}

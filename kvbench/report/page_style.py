@@ -95,6 +95,7 @@ th button { font: inherit; font-weight: 600; color: inherit; background: none; b
 th button::after { content: "\\00a0\\2195"; color: var(--muted); font-weight: normal; font-size: 0.8em; }
 th[aria-sort=ascending] button::after { content: "\\00a0\\2191"; color: var(--link); }
 th[aria-sort=descending] button::after { content: "\\00a0\\2193"; color: var(--link); }
+#verdict-table th, #verdict-table td { padding-left: 6px; padding-right: 6px; }
 .missing { color: var(--muted); font-size: 0.76rem; white-space: normal; }
 .losses { width: auto; }
 .losses thead th { max-width: 118px; overflow-wrap: break-word; }
@@ -102,7 +103,7 @@ th[aria-sort=descending] button::after { content: "\\00a0\\2193"; color: var(--l
 .verdict { min-width: 104px; }
 .v-better { color: var(--good); }
 .v-worse { color: var(--warn); }
-.noisy > * { color: var(--muted); font-style: italic; }
+.noisy > *, td.noisy { color: var(--muted); font-style: italic; }
 .collapsed, .collapsed a { color: var(--warn); }
 """
 _PARTS = """

@@ -3,13 +3,16 @@
 PRINT_STYLE = """
 @media print {
   @page { size: A4 landscape; margin: 11mm; }
-  body { font-size: 9.5pt; }
+  body { font-size: 9pt; }
+  header { padding-top: 0; }
+  h1 { font-size: 14pt; } h2 { font-size: 12pt; margin: 18pt 0 4pt; padding-top: 4pt; } h3 { margin: 6pt 0 2pt; }
+  .answer { font-size: 10.5pt; margin: 3pt 0; }
   main, header, footer { max-width: none; padding-left: 0; padding-right: 0; }
   nav, .skip, .top button, .controls, #samples { display: none; }
   th button::after { content: none !important; }
   a { color: inherit; text-decoration: none; }
   h2, h3, h4, caption, summary { break-after: avoid; }
-  .scroll { overflow: visible; }
+  .scroll { overflow: visible; break-inside: avoid; }
   table { font-size: 6.6pt; width: 100%; }
   table.text { font-size: 8pt; }
   th, td { padding: 2px 3px; }
@@ -18,8 +21,10 @@ PRINT_STYLE = """
   thead { display: table-header-group; }
   tr, figure, .answers > div, li { break-inside: avoid; }
   tbody th.name, thead .name:first-child { position: static; }
-  .plot svg { min-width: 0; }
-  .answers { grid-template-columns: repeat(3, 1fr); gap: 10px 20px; }
-  dd, dt { font-size: 8pt; }
+  .missing { font-size: 5.4pt; }
+  .plot svg { min-width: 0; width: auto; max-width: 100%; max-height: 150mm; margin: 0 auto; }
+  .answers { grid-template-columns: repeat(3, 1fr); gap: 8px 20px; margin: 6pt 0; }
+  dl > div { padding: 2pt 0; grid-template-columns: 60px 1fr; }
+  dd, dt { font-size: 7.6pt; line-height: 1.35; }
 }
 """

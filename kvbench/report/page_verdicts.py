@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-from kvbench.report.cell import CellResult, Estimate
+from kvbench.report.cell import Estimate
+from kvbench.report.cell_rows import REFERENCE, CellRow, Time
+from kvbench.report.compare_latency import timing_noise
 from kvbench.report.comparisons import Comparison
 from kvbench.report.difference_text import (
     difference_interval,
@@ -13,8 +15,8 @@ from kvbench.report.difference_text import (
     size_text,
     verdict_remark,
 )
+from kvbench.report.page_filters import budget_size, filters_html
 from kvbench.report.page_markup import Head, escaped, number_cell, numbers, prose, row_head, table, text_cell
-from kvbench.report.verdict_rows import REFERENCE, Time, VerdictRow
 from kvbench.units import format_interval, format_value, measure
 
 _MARKS = {
@@ -26,14 +28,6 @@ _MARKS = {
     "not comparable": "\u2260",
     REFERENCE: "",
 }
-_FILTERS = (
-    ("model", "Model"),
-    ("dataset", "Data set"),
-    ("policy", "Policy"),
-    ("budget", "Budget"),
-    ("verdict", "Verdict"),
-    ("status", "Status"),
-)
 _NOTE = (
     "A difference is the policy minus the full cache, paired by sample; [low, high] is its 95 % interval. Detectable "
     "is the smallest true difference that this many samples show in four of five repetitions. Equivalent means that "
@@ -41,12 +35,12 @@ _NOTE = (
 )
 
 
-def verdicts_html(rows: Sequence[VerdictRow]) -> str:
+def verdicts_html(rows: Sequence[CellRow]) -> str:
     """Return filters, table and how to read it; `rows` of all groups."""
     several = len({(row.model, row.dataset) for row in rows}) > 1
     body = (_row(index, row, several) for index, row in enumerate(rows))
     drawn = table("Verdicts against the full cache", _heads(rows, several), body, name="verdict-table")
-    return f"<p class=quiet>{prose(_NOTE)}{_margin_text(rows)}</p>{_filters(rows)}{drawn}"
+    return f"<p class=quiet>{prose(_NOTE)}{_margin_text(rows)}</p>{filters_html(rows)}{drawn}"
 
 
 def verdict_cell(one: Comparison | None, word: str) -> str:
@@ -62,13 +56,7 @@ def verdict_cell(one: Comparison | None, word: str) -> str:
     )
 
 
-def budget_size(cell: CellResult) -> float:
-    """Return what budgets sort by; the full cache keeps everything, so it stands above every budget."""
-    size = cell.budget_fraction if cell.budget_fraction is not None else cell.budget_tokens
-    return 1e18 if cell.is_full or size is None else float(size)
-
-
-def _margin_text(rows: Sequence[VerdictRow]) -> str:
+def _margin_text(rows: Sequence[CellRow]) -> str:
     margins = dict.fromkeys(
         (measure(one.measure).label, size_text(one.measure, one.margin), difference_unit(one.measure)[0])
         for row in rows
@@ -80,7 +68,7 @@ def _margin_text(rows: Sequence[VerdictRow]) -> str:
     return prose(f" Margins: {joined}.") if joined else ""
 
 
-def _heads(rows: Sequence[VerdictRow], several: bool) -> list[Head]:
+def _heads(rows: Sequence[CellRow], several: bool) -> list[Head]:
     names = sorted({row.measure for row in rows if row.measure})
     label = measure(names[0]).label if len(names) == 1 else "quality"
     way = f"{measure(names[0]).better} is better" if len(names) == 1 else "measure below"
@@ -103,7 +91,7 @@ def _heads(rows: Sequence[VerdictRow], several: bool) -> list[Head]:
     ]
 
 
-def _row(index: int, row: VerdictRow, several: bool) -> str:
+def _row(index: int, row: CellRow, several: bool) -> str:
     cell = row.cell
     keys = {
         "model": row.model,
@@ -118,7 +106,7 @@ def _row(index: int, row: VerdictRow, several: bool) -> str:
     return f"<tr{noisy}{data}>{''.join(_cells(row, several))}</tr>"
 
 
-def _cells(row: VerdictRow, several: bool) -> Iterator[str]:
+def _cells(row: CellRow, several: bool) -> Iterator[str]:
     cell = row.cell
     yield row_head(row.policy, "noisy, not ranked" if cell.status == "noisy" else cell.folder)
     yield text_cell("everything" if cell.is_full and cell.budget == "-" else cell.budget, sort=budget_size(cell))
@@ -134,14 +122,14 @@ def _cells(row: VerdictRow, several: bool) -> Iterator[str]:
     collapsed = "" if row.num_collapsed is None else f"{row.num_collapsed} of {row.num_paired}"
     yield _number(collapsed, row.num_collapsed)
     for name, time in zip(("tpot", "ttft"), row.times, strict=True):
-        yield from _time(name, time)
+        yield from _time(name, time, timing_noise(cell))
     yield _number(
         "" if row.stored_bytes is None else format_value("kv_stored_bytes", row.stored_bytes), row.stored_bytes
     )
     yield _number("" if row.stored_share is None else f"{row.stored_share:.2f}x", row.stored_share)
 
 
-def _quality(row: VerdictRow, several: bool) -> str:
+def _quality(row: CellRow, several: bool) -> str:
     found = row.quality
     if found is None or row.measure is None:
         return _number("", None)
@@ -168,10 +156,9 @@ def _t_interval(one: Comparison) -> str:
     return f"[{one.t_low / factor:+.{places}f}, {one.t_high / factor:+.{places}f}]"
 
 
-def _time(name: str, time: Time) -> Iterator[str]:
-    own, ratio = time.own, time.ratio
-    yield _estimate(f"{name}_ms", own)
-    yield _estimate(f"{name}_ratio_to_full", ratio, _word(time.comparison))
+def _time(name: str, time: Time, noise: str) -> Iterator[str]:
+    yield _estimate(f"{name}_ms", time.own, noise=noise)
+    yield _estimate(f"{name}_ratio_to_full", time.ratio, _word(time.comparison), noise=noise)
 
 
 def _word(one: Comparison | None) -> str:
@@ -180,46 +167,14 @@ def _word(one: Comparison | None) -> str:
     return {"better": "faster", "worse": "slower"}.get(one.verdict, one.verdict)
 
 
-def _estimate(name: str, found: Estimate | None, word: str = "") -> str:
+def _estimate(name: str, found: Estimate | None, word: str = "", *, noise: str = "") -> str:
     if found is None:
         return _number("", None)
     interval = format_interval(name, found.value, found.low, found.high)
     below = "\n".join(part for part in (interval, word) if part)
-    return _number(format_value(name, found.value), found.value, below, n=found.n)
+    return _number(format_value(name, found.value), found.value, below, n=found.n, noise=noise)
 
 
-def _number(text: str, value: float | None, below: str = "", *, n: int | None = None) -> str:
-    title = f"n = {n}" if n is not None else ""
-    return number_cell(text or "-", below, value=value, title=title)
-
-
-def _filters(rows: Sequence[VerdictRow]) -> str:
-    selects = "".join(_select(name, label, _values(rows, name)) for name, label in _FILTERS)
-    return (
-        '<form id="filters" class=controls aria-label="Choose rows of the verdict table" hidden>'
-        f'{selects}<label>Text<input type=search id="filter-text" autocomplete=off></label>'
-        f'<button type=reset>Show all</button><output id="filter-count" aria-live=polite></output></form>'
-    )
-
-
-def _values(rows: Sequence[VerdictRow], name: str) -> list[str]:
-    if name == "budget":
-        ordered = sorted(rows, key=lambda row: (budget_size(row.cell), row.cell.budget))
-        return list(dict.fromkeys(row.cell.budget for row in ordered))
-    found: Iterable[str] = (
-        {"verdict": row.verdict or "no quality", "model": row.model, "dataset": row.dataset}.get(name)
-        or str(getattr(row.cell, name))
-        for row in rows
-    )
-    return sorted(set(found))
-
-
-def _select(name: str, label: str, values: list[str]) -> str:
-    if len(values) < 2:
-        return ""
-    options = "".join(f'<option value="{escaped(value)}">{escaped(_shown(name, value))}</option>' for value in values)
-    return f'<label>{label}<select data-field="{name}"><option value="" selected>all</option>{options}</select></label>'
-
-
-def _shown(name: str, value: str) -> str:
-    return "everything" if name == "budget" and value == "-" else value
+def _number(text: str, value: float | None, below: str = "", *, n: int | None = None, noise: str = "") -> str:
+    title = "; ".join(part for part in (noise, f"n = {n}" if n is not None else "") if part)
+    return number_cell(text or "-", below, value=value, title=title, kind="noisy" if noise else "")

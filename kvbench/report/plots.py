@@ -14,6 +14,7 @@ from kvbench.report.load import Group, Results
 from kvbench.report.plots_capacity import capacity_figure
 from kvbench.report.plots_differences import differences_figure
 from kvbench.report.plots_entries import entries_figure
+from kvbench.report.plots_frontier import frontier_figure
 from kvbench.report.plots_latency import latency_figure
 from kvbench.report.plots_memory import memory_figure
 from kvbench.report.plots_pareto import pareto_figure
@@ -21,6 +22,7 @@ from kvbench.report.plots_policies import Palette
 from kvbench.report.plots_quality import quality_figure
 from kvbench.report.plots_save import figure_bytes
 from kvbench.report.plots_style import Look
+from kvbench.report.plots_theme import LIGHT, Theme
 
 DRAW: Mapping[str, Callable[[Group, Look], Figure | None]] = {
     "quality": quality_figure,
@@ -30,6 +32,7 @@ DRAW: Mapping[str, Callable[[Group, Look], Figure | None]] = {
     "entries": entries_figure,
     "differences": differences_figure,
     "capacity": capacity_figure,
+    "frontier": frontier_figure,
 }
 
 
@@ -47,7 +50,7 @@ class Plot:
 
 def draw_plots(results: Results) -> tuple[Plot, ...]:
     """Return the figures of all groups, in table order; a figure without data is left out."""
-    look = Look(palette=Palette(results.policies))
+    look = Look(palette=palette_of(results), frontiers=results.frontiers)
     return tuple(
         Plot(
             name=f"{slug}-{kind.name}", kind=kind.name, group_title=group.title, title=kind.title,
@@ -57,6 +60,12 @@ def draw_plots(results: Results) -> tuple[Plot, ...]:
         for kind in FIGURES.values()
         if (svg := draw_one(kind, group, look, "svg")) is not None
     )  # fmt: skip
+
+
+def palette_of(results: Results, theme: Theme = LIGHT) -> Palette:
+    """Return looks for every policy of the records and searches, so that they are the same in all figures."""
+    searched = [search.policy for frontier in results.frontiers for search in frontier.searches]
+    return Palette([*results.policies, *searched], theme)
 
 
 def draw_one(kind: FigureKind, group: Group, look: Look, file_format: str) -> bytes | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class BudgetAxis:
         axes.set_xlim(*limits)
         axes.xaxis.set_major_locator(FixedLocator([place for place, _ in self.ticks]))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xticklabels([label for _, label in self.ticks])
+        axes.set_xticklabels(sparse(self.ticks, self.is_log, 0.11))
         axes.set_xlabel(self.title)
 
 
@@ -89,6 +90,17 @@ def marks_of(group: Group, palette: Palette) -> dict[str, Mark]:
         marks[label] = palette.mark(one.policy, one.positions, seen[one.policy, one.positions])
         seen[one.policy, one.positions] += 1
     return marks
+
+
+def sparse(ticks: Sequence[tuple[float, str]], is_log: bool, gap_share: float) -> list[str]:
+    """Return the labels of rising ticks, without those nearer to the last one shown than a share of the axis."""
+    places = [math.log(place) if is_log else place for place, _ in ticks]
+    shown, last = [], -math.inf
+    for place, (_, label) in zip(places, ticks, strict=True):
+        keep = place - last >= gap_share * (places[-1] - places[0])
+        shown.append(label if keep else "")
+        last = place if keep else last
+    return shown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

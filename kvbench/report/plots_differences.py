@@ -65,7 +65,7 @@ def differences_figure(group: Group, look: Look) -> Figure | None:
         if (kept := [cell for cell in cells if cell.key in found.by_cell])
     }  # fmt: skip
     alone = look.width == "single"
-    height = (2.1 if look.width == "page" else 1.8) * len(budgets) * (2 if alone else 1) + 0.9
+    height = (2.1 if look.width == "page" else 1.8) * len(budgets) * (2 if alone else 1) + 0.6
     figure = Figure(figsize=(look.width_inches, height), layout="constrained")
     rows = len(budgets) * (2 if alone else 1)
     grid = figure.subplots(rows, 1 if alone else 2, squeeze=False, width_ratios=[1] if alone else [3.2, 1])
@@ -75,6 +75,7 @@ def differences_figure(group: Group, look: Look) -> Figure | None:
         _dots(dots, group, cells, found, order[:MOST_SAMPLES], look)
         _shares(shares, group, cells, found, look)
         dots.set_title(f"{budget}: {measure(found.name).label} (n = {len(order)})")
+    _same_scale(pairs, found)
     _sample_names(pairs[-1][0], order, look)
     pairs[-1][1].set_xlabel(_unit(found.name))
     shown = {group.series_label(cell) for cells in budgets.values() for cell in cells}
@@ -84,6 +85,14 @@ def differences_figure(group: Group, look: Look) -> Figure | None:
     footnote(figure, group, look)
     legend_above(figure, keys, look)
     return figure
+
+
+def _same_scale(pairs: Sequence[tuple[Axes, Axes]], found: Differences) -> None:
+    values = [0.0, *(value for scores in found.by_cell.values() for value in scores.values())]
+    room = 0.06 * (max(values) - min(values)) or 0.05
+    for dots, shares in pairs:
+        dots.set_ylim(min(values) - room, max(values) + room)
+        shares.set_xlim(min(values) - room, max(values) + room)
 
 
 def _unit(name: str) -> str:

@@ -17,6 +17,7 @@ Segment = tuple[tuple[float, float], tuple[float, float]]
 _GAP_PIXELS = 16.0
 _POINT_PIXELS = 5.0
 _FAR_SHARE = 0.12
+_TITLE_SHARE = 0.96  # glyphs are a little wider at another resolution
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +67,7 @@ class DirectLabels:
         """Lay the figure out, then place every label. `unplaced` holds the texts that found no room."""
         self.figure.draw_without_rendering()
         self.figure.set_layout_engine("none")
+        _fit_titles(self.figure)
         for axes, column in self.columns:
             self._settle_column(axes, column)
         for axes, labels, spots, lines in self.around:
@@ -76,7 +78,7 @@ class DirectLabels:
         sizes = [text.get_window_extent() for _, text in column]
         wanted = [float(axes.transData.transform((end.x, end.y))[1]) for end, _ in column]
         room = 6.0 * self.figure.dpi / 72
-        centres = spread(wanted, [size.height * 1.04 for size in sizes], frame.y0 - room, frame.y1 + room)
+        centres = spread(wanted, [size.height * 1.04 for size in sizes], frame.y0 - room, frame.y1 + 1.0)
         if centres is None:
             self._drop(column)
             return
@@ -129,6 +131,26 @@ class DirectLabels:
         line.set_linestyle((0, (1, 2.5)) if dotted else "-")
         line.set_in_layout(False)
         self.figure.add_artist(line)
+
+
+def _fit_titles(figure: Figure) -> None:
+    """Make a title smaller that would run into the panel on its right, or out of the figure."""
+    for axes in (axes for axes in figure.axes if axes.get_visible()):
+        frame = axes.get_window_extent()
+        rights = [
+            other.get_tightbbox(for_layout_only=True)
+            for other in figure.axes
+            if other.get_visible() and other.get_window_extent().x0 > frame.x1 - 1 and _same_row(axes, other)
+        ]
+        room = min([figure.bbox.x1, *(box.x0 for box in rights if box is not None)]) - frame.x0
+        title = axes._left_title  # type: ignore[attr-defined]  # the only way to the text that set_title drew
+        width = title.get_window_extent().width
+        if width > _TITLE_SHARE * room:
+            title.set_fontsize(title.get_fontsize() * _TITLE_SHARE * room / width)
+
+
+def _same_row(one: Axes, two: Axes) -> bool:
+    return bool(abs(one.get_window_extent().y0 - two.get_window_extent().y0) < 1)
 
 
 def _pixels(axes: Axes, place: tuple[float, float]) -> tuple[float, float]:

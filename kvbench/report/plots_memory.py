@@ -22,7 +22,7 @@ PARTS = (
     ("plain_activation_bytes", "activations and vision", "sky", "////"),
     ("kv_stored_bytes", "KV stored", "blue", ""),
 )
-REST = ("rest", "statistics and all else", "orange", "....")
+REST = ("rest", "statistics and all else", "orange", "\\\\\\\\")
 PHASES = (
     ("peak_vision_bytes", "vision", "^", "sky"),
     ("peak_prefill_bytes", "prefill", "D", "green"),

@@ -141,24 +141,20 @@ def _scale_y(axes: Axes, group: Group, name: str, scale: Scale) -> None:
 
 
 def _failed(axes: Axes, group: Group, marks: Mapping[str, Mark], axis: BudgetAxis, look: Look) -> None:
-    """Stack crosses from the bottom edge, so that several failures at one budget stay readable."""
-    stacked: dict[float, int] = {}
-    small = look.small_points
+    """Stack crosses of failed cells from the bottom edge, and write upright above them what happened."""
+    at = axes.get_xaxis_transform()
+    stacks: dict[float, list[CellResult]] = {}
     for cell in (cell for cell in group.cells if cell.failed):
-        place = axis.places.get(cell.key)
-        if place is None:  # the full cache has no place on a budget axis
-            axes.text(
-                0.98, 0.97, f"full: {cell.status}", transform=axes.transAxes, ha="right", va="top", fontsize=small
-            )
-            continue
-        height = 0.04 + 0.065 * stacked.get(place, 0)
-        stacked[place] = stacked.get(place, 0) + 1
-        colour = marks[group.series_label(cell)].colour
-        across = axes.transAxes.inverted().transform(axes.transData.transform((place, axes.get_ylim()[0])))[0]
-        side = 1 if across < 0.5 else -1
-        at = axes.get_xaxis_transform()
-        axes.plot([place], [height], transform=at, color=colour, marker="x", markersize=6, markeredgewidth=2, zorder=6)
-        axes.annotate(
-            cell.status, (place, height), xycoords=at, xytext=(6 * side, 0), textcoords="offset points",
-            ha="left" if side > 0 else "right", va="center", fontsize=small, zorder=6,
-        )  # fmt: skip
+        if cell.key in axis.places:
+            stacks.setdefault(axis.places[cell.key], []).append(cell)
+        else:  # the full cache has no place on a budget axis
+            axes.text(0.98, 0.97, f"full: {cell.status}", transform=axes.transAxes, ha="right", va="top",
+                      fontsize=look.small_points)  # fmt: skip
+    for place, cells in stacks.items():
+        for step, cell in enumerate(cells):
+            axes.plot([place], [0.04 + 0.06 * step], transform=at, color=marks[group.series_label(cell)].colour,
+                      marker="x", markersize=6, markeredgewidth=2, zorder=6,
+                      label=artist_name("failed", group.cell_label(cell)))  # fmt: skip
+        said = ", ".join(dict.fromkeys(cell.status for cell in cells))
+        axes.text(place, 0.02 + 0.06 * len(cells), said, transform=at, ha="center", va="bottom", rotation=90,
+                  fontsize=look.small_points, zorder=6)  # fmt: skip

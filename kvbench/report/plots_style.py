@@ -14,6 +14,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from kvbench.report.figures import WIDTHS
+from kvbench.report.frontier import Frontier
 from kvbench.report.plots_policies import Mark, Palette
 from kvbench.report.plots_theme import Theme
 
@@ -33,11 +34,15 @@ _DEFAULTS = {name: value for name, value in rcParamsDefault.items() if not name.
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Look:
-    """How one figure is drawn; `measures` are those asked for, by default the figure's own choice."""
+    """How one figure is drawn; `measures` are those asked for, by default the figure's own choice.
+
+    `frontiers` are the searches for a smallest safe budget that lie beside the records.
+    """
 
     palette: Palette
     width: str = "page"
     measures: tuple[str, ...] = ()
+    frontiers: tuple[Frontier, ...] = ()
 
     @property
     def theme(self) -> Theme:
@@ -94,6 +99,7 @@ class Look:
             "axes.spines.right": False,
             "axes.grid": True,
             "axes.axisbelow": True,
+            "text.parse_math": False,  # a name with dollar signs is a name
         }
 
 
@@ -126,6 +132,8 @@ def legend_above(figure: Figure, handles: list[Line2D], look: Look) -> None:
     longest = max((len(str(handle.get_label())) for handle in handles), default=1)
     letters = int(look.width_inches * 72 / (0.6 * look.font_points))
     num_columns = max(1, min(len(handles), letters // (longest + 6)))
+    rows = math.ceil(len(handles) / num_columns)
+    figure.set_figheight(figure.get_figheight() + rows * look.font_points * 1.5 / 72)
     figure.legend(handles=handles, loc="outside upper left", ncols=num_columns, handlelength=2.4, columnspacing=1.6)
 
 

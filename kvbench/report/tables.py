@@ -15,9 +15,9 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from kvbench.report.comparison import DECLARED, Choices
-from kvbench.report.declared_rows import VerdictRow, declared_text, verdict_rows
 from kvbench.report.load import Group, Results
 from kvbench.report.table_rows import Entry, Row, Table, reading_note, results_table
+from kvbench.report.verdict_rows import VerdictRow, declared_text, verdict_rows
 from kvbench.units import measure
 
 NARROW_COLUMNS = 100

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvbench.report.cell import Estimate
+from kvbench.report.cell_rows import CellRow, cell_rows
 from kvbench.report.difference_text import difference_text, difference_unit, size_text, verdict_remark
 from kvbench.report.judged import Judged
-from kvbench.report.verdict_rows import VerdictRow, verdict_rows
 from kvbench.units import format_value, format_with_interval, measure
 
 NOTE = (
@@ -31,7 +31,7 @@ class VerdictTable:
 
 def verdict_table(judged: Judged) -> VerdictTable:
     """Return the table of one group by its primary measure."""
-    rows = verdict_rows(judged)
+    rows = cell_rows(judged)
     label = measure(judged.primary).label if judged.primary else "quality"
     heads = (
         *("policy", "budget", "verdict", label, "minus full", "detectable", "collapses"),
@@ -41,7 +41,7 @@ def verdict_table(judged: Judged) -> VerdictTable:
     return VerdictTable(title=judged.group.title, note=note, heads=heads, rows=tuple(map(_cells, rows)))
 
 
-def _cells(row: VerdictRow) -> tuple[str, ...]:
+def _cells(row: CellRow) -> tuple[str, ...]:
     one, cell = row.comparison, row.cell
     return (
         row.policy,
@@ -61,7 +61,7 @@ def _cells(row: VerdictRow) -> tuple[str, ...]:
     )
 
 
-def _verdict(row: VerdictRow) -> str:
+def _verdict(row: CellRow) -> str:
     remark = verdict_remark(row.comparison) if row.comparison else ""
     noisy = "timing noisy" if row.cell.status == "noisy" and row.verdict != "noisy" else ""
     remarks = "; ".join(part for part in (remark, noisy) if part)
@@ -72,7 +72,7 @@ def _estimate(name: str | None, found: Estimate | None) -> str:
     return "-" if name is None or found is None else format_with_interval(name, found.value, found.low, found.high)
 
 
-def _margins(rows: Sequence[VerdictRow]) -> str:
+def _margins(rows: Sequence[CellRow]) -> str:
     made = [row.comparison for row in rows if row.comparison is not None and row.comparison.margin is not None]
     found = {f"{size_text(one.measure, one.margin)} {difference_unit(one.measure)[0]}".strip() for one in made}
     return f" Margin: {', '.join(sorted(found))}." if found else ""

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import pandas as pd
 
 from kvbench.report.cell import Estimate
+from kvbench.report.cell_rows import CellRow, cell_rows
 from kvbench.report.comparisons import Comparison
 from kvbench.report.difference_text import verdict_remark
 from kvbench.report.frames import csv_text
 from kvbench.report.judged import Judged
 from kvbench.report.verdict_cells import VerdictTable, verdict_table
-from kvbench.report.verdict_rows import VerdictRow, verdict_rows
 
 _MARKS = {
     "better": r"$\uparrow$ ",
@@ -36,7 +36,7 @@ _TEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
+    '"': "''",
     "[": "{[}",
 }
 _TEXTS = (
@@ -56,7 +56,7 @@ def verdicts_markdown(groups: Sequence[Judged]) -> str:
 def verdicts_csv(groups: Sequence[Judged]) -> str:
     """Return one row per cell and quality measure, numbers in base units and full precision."""
     rows = [
-        _csv_row(row) for judged in groups for name in judged.qualities or (None,) for row in verdict_rows(judged, name)
+        _csv_row(row) for judged in groups for name in judged.qualities or (None,) for row in cell_rows(judged, name)
     ]
     frame = pd.DataFrame(rows, columns=list(_CSV_COLUMNS))
     kinds = {name: "Int64" if name in _COUNTS else "string" if name in _TEXTS else "float64" for name in frame.columns}
@@ -121,31 +121,31 @@ def _tex_cells(row: Sequence[str]) -> Iterator[str]:
         yield mark + tex(text)
 
 
-def _csv_row(row: VerdictRow) -> Mapping[str, object]:
+def _csv_row(row: CellRow) -> Mapping[str, object]:
     return {name: value(row) for name, value in _CSV_COLUMNS.items()}
 
 
-def _of(name: str) -> Callable[[VerdictRow], object]:
+def _of(name: str) -> Callable[[CellRow], object]:
     return lambda row: None if row.comparison is None else getattr(row.comparison, name)
 
 
-def _ratio(index: int, name: str) -> Callable[[VerdictRow], object]:
-    def value(row: VerdictRow) -> object:
+def _ratio(index: int, name: str) -> Callable[[CellRow], object]:
+    def value(row: CellRow) -> object:
         found: Estimate | None = row.times[index].ratio
         return None if found is None else getattr(found, name)
 
     return value
 
 
-def _time_verdict(index: int) -> Callable[[VerdictRow], object]:
-    def value(row: VerdictRow) -> object:
+def _time_verdict(index: int) -> Callable[[CellRow], object]:
+    def value(row: CellRow) -> object:
         found: Comparison | None = row.times[index].comparison
         return None if found is None else found.verdict
 
     return value
 
 
-_CSV_COLUMNS: Mapping[str, Callable[[VerdictRow], object]] = {
+_CSV_COLUMNS: Mapping[str, Callable[[CellRow], object]] = {
     "model": lambda row: row.model,
     "dataset": lambda row: row.dataset,
     "policy": lambda row: row.policy,

@@ -1,92 +1,86 @@
-"""The verdict table before it is drawn: a row per policy and budget, the same for page, markdown, CSV and LaTeX."""
+"""The verdict table before it is drawn: each cell against the full cache, in the measures declared for that."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kvbench.report.cell import CellResult, Estimate
-from kvbench.report.collapses import losses_of
-from kvbench.report.comparisons import Comparison
-from kvbench.report.judged import Judged
+from kvbench.report.comparison import DECLARED, Choices, Comparison
+from kvbench.report.comparisons import PRIMARY_LATENCY, PRIMARY_QUALITIES, group_comparisons
+from kvbench.report.load import Group
+from kvbench.units import MISSING, measure
 
-TIMES = ("tpot", "ttft")
-REFERENCE = "reference"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Time:
-    """A time, its ratio to the full cache's in the same launches, and what follows from it."""
-
-    own: Estimate | None
-    ratio: Estimate | None
-    comparison: Comparison | None
+_DECLARED = (*PRIMARY_QUALITIES, PRIMARY_LATENCY)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerdictRow:
-    """One cell: its quality against full, its times, its bytes, and the samples it loses.
+    """One cell against full in one measure, as text; `detectable` is what the samples would show in 80 %."""
 
-    `verdict` is the quality's, "reference" for the full cache, the status of a failed cell, "" where none exists.
-    """
-
-    model: str
-    dataset: str
     policy: str
-    cell: CellResult
-    measure: str | None
-    quality: Estimate | None
-    comparison: Comparison | None
+    budget: str
+    measure: str
+    difference: str
+    interval: str
+    detectable: str
     verdict: str
-    times: tuple[Time, ...]
-    stored_bytes: float | None
-    stored_share: float | None
-    num_collapsed: int | None
-    num_paired: int
 
 
-def verdict_rows(judged: Judged, name: str | None = None) -> tuple[VerdictRow, ...]:
-    """Return the rows of a group in table order, quality by the measure `name`, else the primary one."""
-    return tuple(_row(judged, cell, name or judged.primary) for cell in judged.group.cells)
+def verdict_rows(group: Group, choices: Choices = DECLARED) -> tuple[VerdictRow, ...]:
+    """Return the rows of the group's quality measure, then those of its latency measure; noisy cells stay last."""
+    against = [one for one in group_comparisons(group, choices, _DECLARED) if one.second.is_full]
+    quality = next((name for name in PRIMARY_QUALITIES if any(one.measure == name for one in against)), None)
+    chosen = [one for name in (quality, PRIMARY_LATENCY) for one in against if one.measure == name]
+    return tuple(_row(group, one) for one in chosen)
 
 
-def all_rows(groups: Iterable[Judged]) -> tuple[VerdictRow, ...]:
-    """Return the rows of several groups, each by its primary measure."""
-    return tuple(row for judged in groups for row in verdict_rows(judged))
+def verdict_text(one: Comparison) -> str:
+    """Return "undecided, about 184 more samples", "equivalent within 2.0 points", "noisy"."""
+    if one.verdict == "equivalent" and one.margin is not None:
+        return f"equivalent within {difference_text(one.measure, one.margin, signed=False)}"
+    if one.verdict == "undecided":
+        more = f"about {one.more_samples:,} more {_units(one)}" if one.more_samples else one.reason
+        return f"undecided, {more}" if more else "undecided"
+    return one.verdict
 
 
-def _row(judged: Judged, cell: CellResult, name: str | None) -> VerdictRow:
-    group = judged.group
-    comparison = judged.against_full(cell, name) if name else None
-    losses = losses_of(group, cell, name) if name and not cell.is_full else ()
-    stored, full = cell.estimate("kv_stored_bytes"), group.full and group.full.estimate("kv_stored_bytes")
+def difference_text(name: str, value: float | None, *, signed: bool = True) -> str:
+    """Return a difference in its unit: points of a share, per cent of a time, nats per token, scores."""
+    if value is None:
+        return MISSING
+    sign = "+" if signed else ""
+    unit = measure(name).unit
+    if unit == "ratio":
+        return f"{100 * value:{sign}.1f} %"
+    if unit == "fraction":
+        return f"{100 * value:{sign}.1f} points"
+    return f"{value:{sign}.3f}" + (" nats" if unit in ("ppl", "nats/token") else "")
+
+
+def declared_text(rows: tuple[VerdictRow, ...]) -> str:
+    """Return what the table says and how it was made."""
+    names = " and ".join(dict.fromkeys(measure(row.measure).label for row in rows))
+    return (
+        f"Declared before: {names}, each policy against full, Holm's correction within a measure. "
+        "[low, high] is the 95 % interval of the paired difference, uncorrected; detects: the difference that "
+        "these samples find in 80 % of repetitions. Noisy times are in no ranking."
+    )
+
+
+def _row(group: Group, one: Comparison) -> VerdictRow:
+    interval = ""
+    if one.low is not None and one.high is not None:
+        texts = (difference_text(one.measure, number).split(" ")[0] for number in (one.low, one.high))
+        interval = f"[{', '.join(texts)}]"
     return VerdictRow(
-        model=group.model,
-        dataset=group.dataset,
-        policy=group.series_label(cell),
-        cell=cell,
-        measure=name,
-        quality=cell.estimate(name) if name else None,
-        comparison=comparison,
-        verdict=_verdict(cell, comparison),
-        times=tuple(_time(judged, cell, kind) for kind in TIMES),
-        stored_bytes=stored.value if stored else None,
-        stored_share=stored.value / full.value if stored and full and full.value > 0 else None,
-        num_collapsed=sum(loss.collapsed for loss in losses) if losses else None,
-        num_paired=len(losses),
+        policy=group.series_label(one.first),
+        budget=one.first.budget,
+        measure=one.measure,
+        difference=difference_text(one.measure, one.value),
+        interval=interval,
+        detectable=difference_text(one.measure, one.minimum_detectable, signed=False),
+        verdict=verdict_text(one),
     )
 
 
-def _verdict(cell: CellResult, comparison: Comparison | None) -> str:
-    if cell.failed:
-        return cell.status
-    if cell.is_full:
-        return REFERENCE
-    return comparison.verdict if comparison else ""
-
-
-def _time(judged: Judged, cell: CellResult, kind: str) -> Time:
-    ratio = f"{kind}_ratio_to_full"
-    return Time(
-        own=cell.estimate(f"{kind}_ms"), ratio=cell.estimate(ratio), comparison=judged.against_full(cell, ratio)
-    )
+def _units(one: Comparison) -> str:
+    return "launches" if measure(one.measure).unit == "ratio" else "samples"

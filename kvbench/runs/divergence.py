@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvbench.metrics.rouge import first_divergence
 from kvbench.models.inputs import answer_text
 from kvbench.models.loader import LoadedModel
 
+PLACES = ("divergence_starts_at", "divergence_ends_at", "full_divergence_ends_at")
 
-def divergence_places(
-    loaded: LoadedModel, answer: Sequence[int], full: Sequence[int], at: int | None
-) -> dict[str, int]:
-    """Return where token `at`, the first in which the answers differ, stands in their texts, in characters.
 
-    divergence_starts_at is the same in both; it ends at divergence_ends_at in the answer and at
-    full_divergence_ends_at in the full cache's. A text that ends there has an empty place. Nothing for equal answers.
+def divergence(loaded: LoadedModel, answer: Sequence[int], full: Sequence[int]) -> dict[str, int | None]:
+    """Return first_divergence_tokens, the first token in which the answers differ, and where it stands in the texts.
+
+    divergence_starts_at, in characters, is the same in both; the token ends at divergence_ends_at in the answer and
+    at full_divergence_ends_at in the full cache's. In a text that ends there it has no length. Equal answers have
+    no place.
     """
+    at = first_divergence(answer, full)
     if at is None:
-        return {}
+        return {"first_divergence_tokens": None}
     start, end = _place(loaded, answer, at)
     full_start, full_end = _place(loaded, full, at)
-    return {
-        "divergence_starts_at": min(start, full_start),
-        "divergence_ends_at": end,
-        "full_divergence_ends_at": full_end,
-    }
+    places = (min(start, full_start), end, full_end)
+    return {"first_divergence_tokens": at, **dict(zip(PLACES, places, strict=True))}
 
 
 def _place(loaded: LoadedModel, tokens: Sequence[int], at: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from kvbench.metrics.intervals import mean_interval
 from kvbench.metrics.rouge import first_divergence, length_ratio, rouge_scores
 from kvbench.models.inputs import answer_text, reference_text
 from kvbench.runs.batch_task import BatchTask, Payload
-from kvbench.runs.divergence import divergence_places
+from kvbench.runs.divergence import PLACES, divergence
 from kvbench.runs.full_answers import Answers
 from kvbench.runs.loop import CacheSetting, greedy
 from kvbench.runs.prompts import Part
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from kvbench.cache import PolicyCache
 
 _UNITS = {"first_divergence_tokens": "tokens"}
-_PLACES = ("divergence_starts_at", "divergence_ends_at", "full_divergence_ends_at")
-_DESCRIPTIVE = ("text", "full_text", "reference", "num_new_tokens", *_PLACES)
+_DESCRIPTIVE = ("text", "full_text", "reference", "num_new_tokens", *PLACES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +128,8 @@ def _row(bench: Bench, example: Example, answer: list[int], full: list[int]) -> 
     row: dict[str, Any] = {"text": text, "full_text": full_text, "reference": reference}
     row |= text_scores(text, full_text, reference)
     row["length_ratio"] = length_ratio(len(answer), len(full))
-    row["first_divergence_tokens"] = first_divergence(answer, full)
-    row |= divergence_places(bench.loaded, answer, full, row["first_divergence_tokens"])
-    row["num_new_tokens"] = len(answer)
-    return row | _facts(bench.dataset, example, text)
+    row |= divergence(bench.loaded, answer, full)
+    return row | {"num_new_tokens": len(answer)} | _facts(bench.dataset, example, text)
 
 
 def text_scores(text: str, full_text: str, reference: str) -> dict[str, float]:

@@ -17,11 +17,11 @@ from kvbench.datasets.turn import Turn
 from kvbench.errors import ConfigError, MeasureError, NonFiniteError
 from kvbench.metrics.facts import fact_scores
 from kvbench.metrics.intervals import mean_interval
-from kvbench.metrics.rouge import first_divergence, length_ratio
+from kvbench.metrics.rouge import length_ratio
 from kvbench.models.inputs import PromptBatch, answer_text, prompt_batch
 from kvbench.models.next_turn import next_turn_tokens
 from kvbench.models.prompt_split import num_question_tokens
-from kvbench.runs.divergence import divergence_places
+from kvbench.runs.divergence import divergence
 from kvbench.runs.full_answers import Answers, FullAnswers
 from kvbench.runs.generation import text_scores
 from kvbench.runs.loop import CacheSetting, Decoding
@@ -145,8 +145,7 @@ def _row(bench: Bench, example: Example, said: list[Said], full: Mapping[str, li
         fields: dict[str, Any] = {"question": turn.question, "text": text, "full_text": full_text}
         fields |= {"reference": turn.answer} | text_scores(text, full_text, turn.answer)
         fields["length_ratio"] = length_ratio(len(one.tokens), len(theirs))
-        fields["first_divergence_tokens"] = first_divergence(one.tokens, theirs)
-        fields |= divergence_places(bench.loaded, one.tokens, theirs, fields["first_divergence_tokens"])
+        fields |= divergence(bench.loaded, one.tokens, theirs)
         fields["realised_budget_fraction"] = one.held_fraction
         if turn.answer:
             fields["exact_fraction"] = float(_plain(text) == _plain(turn.answer))

@@ -40,7 +40,7 @@ class Verified:
 
 
 def verify(results: Path) -> Verified:
-    """Check length, checksum, version, key and place of every record, attempt, batch and autopsy under `results`.
+    """Check length, checksum, version, key and place of every record, attempt, batch, autopsy and frontier.
 
     Raises: ConfigError if the folder does not exist.
     """

@@ -102,8 +102,9 @@ class Browser:
             self.events.append(self._next())
 
     def open(self, path: Path, **options: Any) -> Page:
-        """Return a new page that has loaded the file."""
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        """Return a new page that has loaded the file and shares no storage with others."""
+        context = self.call("Target.createBrowserContext")["browserContextId"]
+        target = self.call("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         page = Page(self, session, target)
         page.load(path, **options)
@@ -176,9 +177,10 @@ class Page:
         return [json.dumps(event["params"])[:2000] for event in self._events() if event["method"] in wanted]
 
     def requests(self) -> list[str]:
-        """Return every address that the page asked for, itself left out."""
-        sent = (event for event in self._events() if event["method"] == "Network.requestWillBeSent")
-        return [event["params"]["request"]["url"] for event in sent if event["params"]["type"] != "Document"]
+        """Return every address that the page asked for, itself and pictures inside it left out."""
+        sent = (event["params"] for event in self._events() if event["method"] == "Network.requestWillBeSent")
+        urls = [one["request"]["url"] for one in sent if one["type"] != "Document"]
+        return [url for url in urls if not url.startswith("data:")]
 
     def screenshot(self, path: Path, *, whole: bool = True) -> None:
         """Write a picture of the page."""

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import base64
+import hashlib
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -8,7 +11,6 @@ from pathlib import Path
 from kvbench.report.build import build_report
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
-from kvbench.report.page_samples import marked_pair
 from kvbench.report.plots import draw_plots
 from kvbench.units import MEASURES
 from tests.report.synthetic import body, write_cell, write_sweep
@@ -28,6 +30,11 @@ class Tags(HTMLParser):
 def page_of(folder: Path) -> str:
     results = load_results(folder)
     return render_page(results, draw_plots(results))
+
+
+def section(page: str, name: str) -> str:
+    start = page.index(f'<section id="{name}">')
+    return page[start : page.index("</section>", start)]
 
 
 def tags_of(page: str) -> list[tuple[str, dict[str, str | None]]]:
@@ -51,16 +58,85 @@ def test_model_output_and_names_never_become_markup(tmp_path: Path) -> None:
         sample |= {"text": EVIL, "full_text": "x " + EVIL, "reference": EVIL, "id": EVIL}
     record["environment"][EVIL] = EVIL
     write_cell(tmp_path, record)
+    full = body(policy="full", budget=None, model=EVIL, num_samples=4)
+    for sample in full["samples"]:
+        sample |= {"id": EVIL}
+    write_cell(tmp_path, full)
     failed = body(model=EVIL, status="crash")
     failed["error"]["message"] = EVIL
     write_cell(tmp_path, failed)
     page = page_of(tmp_path)
     tags = tags_of(page)
-    assert sum(tag == "script" for tag, _ in tags) == 2
+    scripts = [attrs for tag, attrs in tags if tag == "script"]
+    assert [attrs.get("type") for attrs in scripts].count(None) == 1
     assert not any(tag == "img" or "onerror" in attrs for tag, attrs in tags)
     data = re.search(r'id="sample-data">(.*?)</script>', page, re.DOTALL)
     assert data is not None
-    assert json.loads(data[1])[0]["cells"][0]["samples"][0]["text"] == EVIL
+    cells = json.loads(data[1])[0]["cells"]
+    assert EVIL in {answer.get("text") for cell in cells for answer in cell["samples"]}
+
+
+def test_the_policy_of_content_allows_this_script_and_nothing_from_elsewhere(sweep_folder: Path) -> None:
+    page = page_of(sweep_folder)
+    (policy,) = (str(attrs["content"]) for tag, attrs in tags_of(page) if attrs.get("http-equiv"))
+    script = page[page.rindex("<script>") + len("<script>") : page.rindex("</script>")]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}';" in policy
+    assert "default-src 'none'" in policy
+    assert "http" not in policy
+
+
+def test_headings_are_in_order_and_every_table_has_a_caption(sweep_folder: Path) -> None:
+    page = page_of(sweep_folder)
+    levels = [int(tag[1]) for tag, _ in tags_of(page) if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    tables = re.findall(r"<table\b.*?</table>", page, re.DOTALL)
+    assert len(tables) > 5
+    for table in tables:
+        assert "<caption>" in table or 'id="sb-scores"' in table  # filled by the script, named by its box
+
+
+def test_every_link_inside_the_page_leads_somewhere(sweep_folder: Path) -> None:
+    tags = tags_of(page_of(sweep_folder))
+    ids = {attrs["id"] for _, attrs in tags if "id" in attrs}
+    targets = {str(attrs["href"])[1:] for tag, attrs in tags if tag == "a" and attrs.get("href")}
+    assert {"answer", "verdicts", "failures", "memory", "latency", "measures", "samples"} <= targets <= ids
+
+
+def test_what_a_record_lacks_is_called_not_measured(tmp_path: Path) -> None:
+    counts = []
+    for name, lacking in (("whole", ()), ("less", ("peak_vision_bytes", "peak_decode_bytes"))):
+        record = body()
+        for one in lacking:
+            del record["measurements"][one]
+        write_cell(tmp_path / name, record)
+        memory = section(page_of(tmp_path / name), "memory")
+        counts.append(memory.count(">not measured<"))
+    assert counts[0] >= 1  # no record says what attention statistics take
+    assert counts[1] == counts[0] + 2
+
+
+def test_a_noisy_cell_is_grey_says_so_and_is_in_no_ranking(tmp_path: Path) -> None:
+    for policy, status in (("h2o", "noisy"), ("elastic", "ok"), ("random", "ok")):
+        write_cell(tmp_path, body(policy=policy, status=status))
+    write_cell(tmp_path, body(policy="full", budget=None))
+    page = page_of(tmp_path)
+    answer, verdicts = section(page, "answer"), section(page, "verdicts")
+    assert "take <code>h2o</code>" not in answer
+    assert "Not ranked: <code>h2o</code> (noisy)" in answer
+    row = next(line for line in verdicts.split("<tr") if "noisy, not ranked" in line)
+    assert 'class="noisy"' in row
+
+
+def test_rows_can_be_filtered_by_everything_that_differs(sweep_folder: Path) -> None:
+    tags = tags_of(section(page_of(sweep_folder), "verdicts"))
+    fields = [attrs["data-field"] for tag, attrs in tags if tag == "select"]
+    assert fields == ["policy", "budget", "verdict"]  # one model, one data set, one status
+    rows = [attrs for tag, attrs in tags if tag == "tr" and "data-policy" in attrs]
+    assert len(rows) == 13
+    assert {"data-model", "data-dataset", "data-status", "data-verdict", "data-budget"} <= set(rows[0])
 
 
 def test_every_shown_number_is_explained_and_carries_its_unit(sweep_folder: Path) -> None:
@@ -82,13 +158,6 @@ def test_problems_and_failures_are_on_the_page(tmp_path: Path) -> None:
 
 def test_an_empty_folder_still_gives_a_page(tmp_path: Path) -> None:
     assert "No usable record was found" in page_of(tmp_path)
-
-
-def test_the_first_differing_word_is_marked_in_both_texts() -> None:
-    assert marked_pair("a red cat", "a blue cat") == ("a <mark>red</mark> cat", "a <mark>blue</mark> cat")
-    assert marked_pair("a b", "a") == ("a <mark>b</mark>", "a <mark>(ends here)</mark>")
-    assert marked_pair("a  b", "a b") == ("a  b", "a b")
-    assert marked_pair("<b>", "") == ("<mark>&lt;b&gt;</mark>", " <mark>(ends here)</mark>")
 
 
 def test_a_report_is_the_same_bytes_when_built_again(tmp_path: Path) -> None:

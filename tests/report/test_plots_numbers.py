@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib import rc_context
 
 from kvbench.report.cell import CellResult
+from kvbench.report.frontier import Frontier, Search
+from kvbench.report.frontier import Look as BudgetLook
+from kvbench.report.load import load_results
+from kvbench.report.plots import draw_plots, palette_of
 from kvbench.report.plots_axes import axis_scale, budget_axis
+from kvbench.report.plots_frontier import frontier_figure
 from kvbench.report.plots_pareto import Point, pareto_front
+from kvbench.report.plots_style import Look
 from kvbench.units import measure
-from tests.report.figure_data import bars, corners, draw, lines
+from tests.report.figure_data import bars, corners, draw, lines, texts
 from tests.report.synthetic import body, write_cell
 
 LATENCIES = ("ttft_ms", "tpot_ms", "tpot_p90_ms", "roof_share_fraction", "tpot_ratio_to_full", "ttft_ratio_to_full")
@@ -181,3 +190,37 @@ def test_throughput_and_capacity_are_the_records(tmp_path: Path) -> None:
     assert {139.0, 141.0, 1199.0, 1201.0} == set(corners(figure, "throughput_tokens_per_s: h2o, 20 %")[:, 1])
     assert lines(figure, "capacity_prompts: h2o")[0].tolist() == [[0.0, 40.0]]
     assert set(lines(figure, "capacity_prompts: full")[0][:, 1]) == {12.0}
+
+
+def test_a_frontier_is_what_its_file_says(sweep_folder: Path) -> None:
+    found = search("h2o", 0.2, low=0.1, looks=((0.5, "safe"), (0.1, "worse"), (0.2, "safe")))
+    none = search("elastic", None, low=0.6, looks=((0.5, "undecided"),))
+    other = search("random", 0.5, low=0.5, looks=(), model="another")
+    frontier = Frontier(
+        name="f", measure="ppl", margin=0.05, ladder=(0.1, 0.2, 0.5), budget_setting="fraction", confidence=0.98,
+        num_cells=3, num_cells_of_grid=6, searches=(found, none, other),
+    )  # fmt: skip
+    results = replace(load_results(sweep_folder), frontiers=(frontier,))
+    look = Look(palette=palette_of(results), frontiers=(frontier,))
+    with rc_context(look.rc):
+        figure = frontier_figure(results.groups[0], look)
+        assert frontier_figure(results.groups[0], Look(palette=look.palette)) is None
+        assert frontier_figure(results.groups[0], replace(look, measures=("rougeL_vs_full",))) is None
+    assert figure is not None
+    assert "frontier" in [plot.kind for plot in draw_plots(results)]
+    assert lines(figure, "smallest_safe: h2o")[0][0, 0] == 20.0
+    assert corners(figure, "smallest_safe: h2o")[:, 0].tolist() == [10.0, 20.0]
+    assert lines(figure, "smallest_safe: elastic") == []
+    assert lines(figure, "safe: h2o")[0][:, 0].tolist() == [50.0, 20.0]
+    assert lines(figure, "worse: h2o")[0][:, 0].tolist() == [10.0]
+    assert {"20 %", "above 50 %"} == texts(figure)
+
+
+def search(
+    policy: str, smallest: float | None, *, low: float, looks: tuple[tuple[float, Any], ...], model: str = "tiny-llava"
+) -> Search:
+    return Search(
+        model=model, dataset="scenes", policy=policy, positions="original", policy_settings={}, full_key="k",
+        status="found" if smallest else "no budget shown safe", smallest_safe=smallest, budget_low=low,
+        looks=tuple(BudgetLook(budget=budget, outcome=outcome, num_samples=32) for budget, outcome in looks),
+    )  # fmt: skip

@@ -7,6 +7,8 @@ import pytest
 from rich.console import Console
 
 from kvbench.report.load import load_results
+from kvbench.report.notes import notes_of
+from kvbench.report.table_rows import results_table
 from kvbench.report.tables import markdown_tables, print_tables
 from tests.report.synthetic import body, write_cell, write_sweep
 
@@ -56,7 +58,33 @@ def test_markup_in_names_is_printed_as_it_is(tmp_path: Path) -> None:
 def test_groups_are_kept_apart(tmp_path: Path) -> None:
     write_sweep(tmp_path)
     write_cell(tmp_path, body(model="other"))
-    assert markdown_tables(load_results(tmp_path)).count("## ") == 2
+    lines = markdown_tables(load_results(tmp_path)).splitlines()
+    assert sum(line.startswith("## ") for line in lines) == 2
+
+
+def test_every_cell_is_compared_with_full_in_terminal_and_markdown(sweep_folder: Path) -> None:
+    markdown = markdown_tables(load_results(sweep_folder))
+    rows = [line for line in markdown.split("### Compared with full")[1].splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == 2 * 12, "ROUGE-L and TPOT of twelve cells"
+    assert any("| worse |" in row for row in rows)
+    assert "Holm" in markdown
+    for width in (60, 140):
+        text = printed(sweep_folder, width)
+        assert "Compared with full" in text
+        assert "80 %" in text
+
+
+def test_a_noisy_time_has_no_verdict_and_says_why(tmp_path: Path) -> None:
+    record = body()
+    record["measurements"]["tpot_spread_fraction"] = {"value": 0.08, "low": None, "high": None, "n": 1, "unit": ""}
+    write_cell(tmp_path, body(policy="full", budget=None))
+    write_cell(tmp_path, record)
+    results = load_results(tmp_path)
+    row = next(line for line in markdown_tables(results).splitlines() if "| TPOT / full |" in line)
+    assert row.endswith("| noisy |")
+    entries = {entry.kind for row in results_table(results.groups[0]).rows for entry in row.entries}
+    assert "noisy" in entries
+    assert any("spread by 8.0%" in line for note in notes_of(results.groups[0]) for line in note.details)
 
 
 def test_turns_and_needles_have_columns_where_they_were_measured(tmp_path: Path) -> None:

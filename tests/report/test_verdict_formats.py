@@ -1,0 +1,87 @@
+"""The verdict table as markdown, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kvbench.report.judged import Judged, judge
+from kvbench.report.load import load_results
+from kvbench.report.verdict_formats import tex, verdicts_csv, verdicts_latex, verdicts_markdown
+from tests.report.synthetic import body, write_cell, write_sweep
+
+HARD = r'a_b & 50 % of #1 {x} ~ ^ $y$ \input{z} <q> | "[r]" -3'
+
+
+def judged_of(folder: Path) -> list[Judged]:
+    return [judge(group) for group in load_results(folder).groups]
+
+
+def csv_rows(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(verdicts_csv(judged_of(folder)))))
+
+
+def test_every_format_has_every_cell_and_its_verdict_the_same_bytes_twice(sweep_folder: Path) -> None:
+    for make in (verdicts_markdown, verdicts_csv, verdicts_latex):
+        text = make(judged_of(sweep_folder))
+        assert text == make(judged_of(sweep_folder))
+        for word in ("h2o", "elastic", "random", "worse", "reference"):
+            assert word.replace("_", "\\_") in text
+    lines = verdicts_markdown(judged_of(sweep_folder)).splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert len(rows) == 2 + 13
+    assert len({line.count("|") for line in rows}) == 1
+
+
+def test_csv_holds_intervals_in_base_units_for_every_quality_measure(sweep_folder: Path) -> None:
+    rows = csv_rows(sweep_folder)
+    measures = {row["measure"] for row in rows}
+    assert {"rougeL_vs_full", "objects_recalled_fraction", "ppl"} <= measures
+    assert len(rows) == 13 * len(measures)
+    row = next(r for r in rows if r["policy"] == "h2o" and r["budget_fraction"] == "0.2" and r["measure"] == "ppl")
+    assert float(row["difference_low"]) < float(row["difference"]) < float(row["difference_high"])
+    assert row["num_samples"] == "32"
+    assert float(row["kv_stored_bytes"]) > 1000
+    assert row["verdict"] in ("better", "worse", "equivalent", "undecided")
+
+
+def test_csv_text_is_no_formula_and_a_failed_cell_has_a_status_and_no_number(tmp_path: Path) -> None:
+    write_cell(tmp_path, body(policy="=cmd()"))
+    write_cell(tmp_path, body(policy="h2o", status="oom"))
+    rows = csv_rows(tmp_path)
+    assert {row["policy"] for row in rows} == {"'=cmd()", "h2o"}
+    failed = next(row for row in rows if row["status"] == "oom")
+    assert failed["verdict"] == "oom"
+    assert failed["value"] == failed["tpot_ms"] == ""
+
+
+def test_no_special_character_of_latex_is_left_bare() -> None:
+    escaped = tex(HARD)
+    named = r"\\(textbackslash|textasciicircum|textasciitilde|textless|textgreater|textbar)\{\}"
+    without = re.sub(named, "", escaped)
+    without = re.sub(r"\\[{}$&#%_]|\{\[\}|\$-\$", "", without)
+    assert not set(without) & set('\\{}$&#%_^~<>|"[')
+    assert tex("a\nb\x00c") == "a b c"
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex on PATH")
+def test_the_table_compiles_with_names_of_every_kind(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "results", model=HARD)
+    write_cell(tmp_path / "results", body(policy=HARD, model=HARD, status="oom"))
+    (tmp_path / "table.tex").write_text(verdicts_latex(judged_of(tmp_path / "results")), encoding="utf-8")
+    (tmp_path / "paper.tex").write_text(
+        r"\documentclass{article}\usepackage{booktabs}\usepackage{graphicx}"
+        r"\begin{document}\input{table.tex}\end{document}"
+    )
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    if "not found" in done.stdout and "booktabs" in done.stdout:
+        pytest.skip("this TeX has no booktabs")
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Overfull \\hbox" not in done.stdout
