@@ -35,6 +35,7 @@ SUBCOMMANDS = {
     "plot": "kvbench.plot_cli:plot_command",
     "report": "kvbench.report_cli:report_command",
     "results": "kvbench.results_cli:results_command",
+    "wandb": "kvbench.wandb_cli:wandb_command",
 }
 _STOPPED = "stopped; finished cells and batches are kept, the same command goes on"
 DEFAULT_SWEEP = ["+experiment=default"]
@@ -139,10 +140,17 @@ def _show(sweep: Sweep) -> None:
         digest = inputs_digest(results)
         build_report(results)
         write_stamp(results, digest)
+    sweep.summarise(lambda: _wandb_summary(sweep))
     if sweep.num_failed:
         print(f"{sweep.num_failed} of {num_cells} cells failed; their records say why")
     print(f"report: {results / 'report' / 'index.html'}")
     print(f"tables: {results / 'table.csv'}, {results / 'samples.csv'} and both as .parquet")
+
+
+def _wandb_summary(sweep: Sweep) -> Any:
+    from kvbench.wandb_summary import summary_of
+
+    return summary_of(sweep.results, sweep.name, set(sweep.tickets))
 
 
 def _subcommand(name: str, arguments: list[str]) -> int:

@@ -18,6 +18,7 @@ kvbench compares KV-cache policies under one definition of everything.
   kvbench frontier policy=h2o,elastic         smallest budget as good as full; frontier --help
   kvbench plot NAME [FOLDER]                  draw one figure as SVG, PDF or PNG; kvbench plot --list
   kvbench results COMMAND [FOLDER]            list, show, table, csv, parquet, verify, gc; results --help
+  kvbench wandb sync [FOLDER]                 send records to Weights & Biases; wandb sync --help
 
 settings (KEY=VALUE):
 {groups}

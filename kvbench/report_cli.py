@@ -30,12 +30,18 @@ def report_command(arguments: Sequence[str]) -> int:
     margins = parse_margins(args.margin)
     folders = args.folders or [Path("results")]
     _check_out(args.out, args.format)
+    if args.wandb and args.format != "html":
+        raise ConfigError(f"--wandb builds a W&B Report and --format {args.format} a text; give one of them")
     from kvbench.report.comparisons import Choices
     from kvbench.report.folders import load_folders
 
     choices = Choices(margins=margins, intersect=args.intersect)
     results = load_folders(folders, sweep=args.sweep)
-    if args.format == "html":
+    if args.wandb:
+        from kvbench.wandb_report import wandb_report
+
+        wandb_report(results, _folder(results, folders, args.out), choices, project=args.project, entity=args.entity)
+    elif args.format == "html":
         _page(results, folders, args.out, choices)
     else:
         _text(results, args.format, args.out, choices)
@@ -53,7 +59,15 @@ def _parser() -> Parser:
         "--margin", action="append", default=[], metavar="MEASURE=X", help="what is too small to matter"
     )
     parser.add_argument("--intersect", action="store_true", help="compare cells on the samples that both scored")
+    parser.add_argument("--wandb", action="store_true", help="build the W&B Report instead: save it, or write its spec")
+    parser.add_argument("--project", default="kvbench", help="W&B project of --wandb (default: kvbench)")
+    parser.add_argument("--entity", help="W&B team or user of --wandb (default: that of the account)")
     return parser
+
+
+def _folder(results: Results, folders: Sequence[Path], out: Path | None) -> Path:
+    """Return where a report goes: FOLDER/report, or one place for several results folders."""
+    return out or (_SHARED if len(results.folders) > 1 else folders[0] / "report")
 
 
 def _check_out(out: Path | None, file_format: str) -> None:
@@ -70,9 +84,8 @@ def _page(results: Results, folders: Sequence[Path], out: Path | None, choices: 
     from kvbench.report.tables import print_tables
 
     print_tables(results, choices=choices)
-    shared = len(results.folders) > 1
-    folder = out or (_SHARED if shared else folders[0] / "report")
-    written = write_report(results, folder, folder if out or shared else folders[0], choices)
+    folder = _folder(results, folders, out)
+    written = write_report(results, folder, folder if out or len(results.folders) > 1 else folders[0], choices)
     sys.stdout.write(f"report: {written.page}\n")
 
 

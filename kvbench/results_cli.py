@@ -37,16 +37,15 @@ _COMMANDS = {
     "csv": "a row per cell, or per cell and sample, to the terminal or a file",
     "parquet": "the same as a Parquet file",
     "verify": "check every file; exit code 1 if one must not be believed",
-    "wandb": "send the records to Weights & Biases again",
     "gc": "list what killed processes left behind; --delete removes it",
 }
-_SELECTING = ("list", "table", "csv", "parquet", "wandb")
+_SELECTING = ("list", "table", "csv", "parquet")
 
 
 def results_command(arguments: Sequence[str]) -> int:
     """Run one subcommand and return its exit code. Raises: ConfigError."""
     args = _parser().parse_args(list(arguments))
-    commands = {"list": _list, "show": _show, "table": _table, "csv": _csv, "parquet": _parquet, "wandb": _wandb}
+    commands = {"list": _list, "show": _show, "table": _table, "csv": _csv, "parquet": _parquet}
     return (commands | {"verify": _verify, "gc": _gc})[args.command](args) or 0
 
 
@@ -64,11 +63,6 @@ def _parser() -> Parser:
             command.add_argument("--samples", action="store_true", help="a row per cell and sample")
             command.add_argument("--quality", action="store_true", help="only what a second run gives again")
             command.add_argument("--out", type=Path, help="file to write")
-        if name == "wandb":
-            command.add_argument("--mode", default="auto", help="auto, online, offline")
-            command.add_argument("--project", default="kvbench", help="W&B project")
-            command.add_argument("--entity", help="W&B entity")
-            command.add_argument("--to", type=Path, metavar="DIR", help="folder for runs that stay offline")
         if name == "show":
             command.add_argument("key", help="the cell's key, or the first digits of it")
             command.add_argument("--json", action="store_true", help="the whole record as JSON")
@@ -184,12 +178,6 @@ def _write(path: Path, write: Callable[[], object]) -> None:
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
     print(path)
-
-
-def _wandb(args: argparse.Namespace) -> None:
-    from kvbench.results_wandb import send_to_wandb
-
-    send_to_wandb(args, [cell.key for cell in _selected(args).records])
 
 
 def _verify(args: argparse.Namespace) -> int:

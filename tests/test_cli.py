@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kvbench.cli import run
+from kvbench.sinks.wandb_summary import summary_id
 
 REPO = Path(__file__).parents[1]
 SHORT = (
@@ -114,6 +115,23 @@ def test_one_cell_runs_and_its_wandb_run_is_kept_offline(tmp_path: Path, capsys:
     (folder,) = (tmp_path / "out" / "wandb").glob("offline-run-*")
     assert list(folder.glob("*.wandb"))
     assert printed.count(f"upload them with: wandb sync {tmp_path / 'out' / 'wandb'}/offline-run-*") == 1
+
+
+def test_a_sweep_has_a_summary_run_and_nothing_is_left_to_sync(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["-m", "policy=full,h2o", "task=perplexity", "dataset.num_samples=2", "results=out", "sweep=two"]
+    assert run(words) == 0
+    printed = capsys.readouterr().out
+    folders = list((tmp_path / "out" / "wandb").glob("offline-run-*"))
+    assert len(folders) == 3
+    keys = [body["key"] for body in bodies(tmp_path / "out").values()]
+    assert summary_id("two", keys) in {folder.name.rpartition("-")[2] for folder in folders}
+    assert printed.count("wandb: ") == 1, "the line about the cells covers the summary"
+    assert run(words) == 0
+    assert run(["wandb", "sync", "out", "--mode", "offline"]) == 0
+    assert "wandb: 3 there already" in capsys.readouterr().out
+    assert len(list((tmp_path / "out" / "wandb").glob("offline-run-*"))) == 3
 
 
 def test_a_failing_cell_ends_with_one_and_the_others_are_kept(

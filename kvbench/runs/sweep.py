@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Sweep:
         self._store = RecordStore(results)
         self._claims = HeldClaims(claims)
         self._ended: dict[str, str] = {}
+        self._measured = False
 
     def open(self) -> None:
         """Make the results folder and take every accepted record there is. Raises: ConfigError."""
@@ -51,6 +52,11 @@ class Sweep:
         if not self._force:
             self._take_finished()
         self.num_reused = len(self._ended)
+
+    @property
+    def name(self) -> str:
+        """What the sweep is called."""
+        return self._name
 
     @property
     def missing(self) -> list[str]:
@@ -78,6 +84,7 @@ class Sweep:
             )
             progress.set_finished(self.num_reused)
             self._sinks.open(self._name, len(self.tickets))
+            self._measured = True
             stack.enter_context(contextlib.closing(self._sinks))
             if self._force:
                 for key in self.missing:
@@ -120,8 +127,14 @@ class Sweep:
             if self._store.accepted(key) is not None:
                 self._end(key, "ok")
 
+    def summarise(self, summary: Callable[[], Any]) -> None:
+        """Offer what was measured now, as a whole, to the sinks; a single cell has its own run only."""
+        if self._measured and len(self.tickets) > 1:
+            self._sinks.summarise(summary)
+
     def gather(self, since_utc: str) -> None:
         """Take what jobs elsewhere have left since `since_utc`."""
         self._take_finished()
         left = {key: self.tickets[key] for key in self.missing}
+        self._measured = True
         self._ended |= statuses_elsewhere(left, self._store, self._claims, sweep=self._name, since_utc=since_utc)

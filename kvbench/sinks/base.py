@@ -31,6 +31,14 @@ class Sink(Protocol):
         """Finish: everything shown so far is kept, and nothing more follows."""
 
 
+@runtime_checkable
+class Summarising(Protocol):
+    """A sink that also shows a sweep as a whole; called after `close`."""
+
+    def summarise(self, summary: Callable[[], Any]) -> None:
+        """Show what `summary` makes of the sweep; a sink that sends nothing does not ask for it."""
+
+
 class SinkGroup:
     """A sink that passes each call to all of `sinks`; a failing one never stops the others.
 
@@ -49,6 +57,10 @@ class SinkGroup:
         """Pass one finished cell, without secrets, to every sink."""
         clean = redacted_body(body)
         self._each("record", lambda sink: sink.record(clean))
+
+    def summarise(self, summary: Callable[[], Any]) -> None:
+        """Offer the whole sweep, once everything is written, to the sinks that have a method `summarise`."""
+        self._each("summarise", lambda sink: sink.summarise(summary) if isinstance(sink, Summarising) else None)
 
     def close(self) -> None:
         """Close every sink."""

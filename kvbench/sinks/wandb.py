@@ -9,26 +9,19 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from kvbench.durable import make_folder
 from kvbench.errors import ConfigError, close_matches
 from kvbench.sinks.console import say
-from kvbench.sinks.wandb_fields import has_api_key, run_tags, summary_numbers
-from kvbench.sinks.wandb_service import check_online, quiet_setup, restart_service, run_settings
+from kvbench.sinks.wandb_cell import cell_run
+from kvbench.sinks.wandb_run import Online, Place, RunSpec, write_run
+from kvbench.sinks.wandb_service import MODES, RESTART_S, Mode, check_online, resolve_mode, restart_service
 
-if TYPE_CHECKING:
-    import wandb
-
-Mode = Literal["online", "offline", "disabled"]
-_MODES = ("auto", "online", "offline", "disabled")
 _LONGEST_TIMEOUT_S = 30.0
-_RESTART_S = 5.0  # nothing is worth waiting for: the run is written again
 _log = logging.getLogger(__name__)
 
 
@@ -37,7 +30,7 @@ class _Sweep:
     """What changes while a sweep runs; the sink itself stays frozen."""
 
     name: str = ""
-    mode: Mode = "disabled"
+    mode: Mode | None = None  # not decided before the first sweep
     reason: str = ""
     num_offline: int = 0
     started: bool = False
@@ -48,7 +41,7 @@ class _Sweep:
 
 @dataclass(frozen=True, kw_only=True)
 class WandbSink:
-    """Sends each finished cell to one run of `project`.
+    """Sends each finished cell to one run of `project`, and the whole sweep to one more.
 
     mode: "auto" is "online" if an API key is found, else "offline"; "disabled" does nothing.
     folder: the results folder; the runs' files go to its subfolder wandb/.
@@ -63,8 +56,8 @@ class WandbSink:
     _sweep: _Sweep = field(default_factory=_Sweep, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.mode not in _MODES:
-            raise ConfigError(f"sink.wandb.mode is {self.mode!r}; {close_matches(self.mode, _MODES)}")
+        if self.mode not in MODES:
+            raise ConfigError(f"sink.wandb.mode is {self.mode!r}; {close_matches(self.mode, MODES)}")
         if not 0 < self.timeout_s <= _LONGEST_TIMEOUT_S:
             raise ConfigError(f"sink.wandb.timeout_s is {self.timeout_s}; it must lie in (0, {_LONGEST_TIMEOUT_S:g}]")
         if self.mode == "online":
@@ -77,95 +70,70 @@ class WandbSink:
         if self.mode != "disabled" and importlib.util.find_spec("wandb") is None:
             _log.warning("wandb is not installed, so nothing is sent to it. Install it with: pip install wandb")
             return
-        self._sweep.restart(sweep, *self._resolve_mode())
+        self._sweep.restart(sweep, *resolve_mode(self.mode))
 
     def record(self, body: dict[str, Any]) -> None:
         """Send one cell; a failing online run is repeated offline, and so are all later ones."""
+        self._send(cell_run(body, group=self._sweep.name))
+
+    def summarise(self, summary: Callable[[], RunSpec]) -> None:
+        """Send what `summary` makes of the whole sweep, after `close`; it is not asked if nothing is sent.
+
+        Without a `close` of its own: the line about offline runs covers this one too.
+        """
+        if self._sweep.mode is None:  # the cells were measured and sent by other processes
+            self.open("", 0)
+        if self._sweep.mode == "disabled":
+            return
+        was_online = self._sweep.mode == "online"
+        self._send(summary())
+        num_runs, self._sweep.num_offline = self._sweep.num_offline, 0
+        self._end_service()
+        if num_runs and was_online:
+            self._say_offline(num_runs)
+
+    def close(self) -> None:
+        """Print, if runs were kept offline, the one line that says why, where and how to upload them."""
+        num_runs, self._sweep.num_offline = self._sweep.num_offline, 0
+        self._end_service()
+        if num_runs:
+            self._say_offline(num_runs)
+
+    def _send(self, spec: RunSpec) -> None:
         if self._sweep.mode == "online":
             try:
-                self._write_run(body, "online")
+                self._write(spec, "online")
                 return
             # wandb raises many kinds: no network, refused key, deleted run, time limit.
             except Exception as error:
                 reason = " ".join(str(error).split())[:160]
                 self._sweep.mode, self._sweep.reason = "offline", f"the online run failed: {reason}"
-                restart_service(min(self.timeout_s, _RESTART_S))
+                restart_service(min(self.timeout_s, RESTART_S))
         if self._sweep.mode == "offline":
-            self._write_offline(body)
+            self._write_offline(spec)
             self._sweep.num_offline += 1
 
-    def close(self) -> None:
-        """Print, if runs were kept offline, the one line that says why, where and how to upload them."""
-        num_runs, self._sweep.num_offline = self._sweep.num_offline, 0
-        if self._sweep.started:
-            # Every run is finished; what is left of wandb would else be waited for when the process ends.
-            restart_service(min(self.timeout_s, _RESTART_S))
-        if num_runs:
-            folder = (self.folder / "wandb").resolve()
-            command = f"wandb sync {shlex.quote(str(folder))}/offline-run-*"
-            say(f"wandb: {num_runs} runs kept offline ({self._sweep.reason}) in {folder}; upload them with: {command}")
-
-    def _write_offline(self, body: dict[str, Any]) -> None:
+    def _write_offline(self, spec: RunSpec) -> None:
         """Write the run; if wandb's own process was killed, once more with a new one."""
         try:
-            self._write_run(body, "offline")
+            self._write(spec, "offline")
         except Exception:
-            restart_service(min(self.timeout_s, _RESTART_S))
-            self._write_run(body, "offline")
+            restart_service(min(self.timeout_s, RESTART_S))
+            self._write(spec, "offline")
 
-    def _resolve_mode(self) -> tuple[Mode, str]:
-        asked = os.environ.get("WANDB_MODE", "")
-        wanted = asked if self.mode == "auto" and asked in _MODES else self.mode
-        if wanted == "disabled":
-            return "disabled", ""
-        if wanted == "offline":
-            return "offline", "as asked"
-        # Without this check wandb would stop and ask for a key at a terminal.
-        return ("online", "") if has_api_key(quiet_setup()) else ("offline", "no API key; see wandb login")
+    def _write(self, spec: RunSpec, mode: Online) -> None:
+        self._sweep.started = True
+        place = Place(project=self.project, entity=self.entity, folder=self.folder, timeout_s=self.timeout_s)
+        write_run(spec, place, mode)
 
-    def _write_run(self, body: dict[str, Any], mode: Mode) -> None:
-        run = self._start_run(body, mode)
-        try:
-            _log_entries(run, body["curves"].get("entries", []))
-            _log_samples(run, body["samples"])
-            run.summary.update({"status": body["status"], "duration_s": body["duration_s"], **summary_numbers(body)})
-        finally:
-            run.finish(exit_code=0 if body["status"] == "ok" else 1)
+    def _end_service(self) -> None:
+        """Every run is finished; what is left of wandb would else be waited for when the process ends."""
+        if self._sweep.started:
+            self._sweep.started = False
+            restart_service(min(self.timeout_s, RESTART_S))
 
-    def _start_run(self, body: dict[str, Any], mode: Mode) -> wandb.Run:
-        quiet_setup()
-        import wandb
-
-        labels, self._sweep.started = body["labels"], True
-        make_folder(self.folder)  # wandb would quietly write to /tmp instead
-        return wandb.init(
-            id=body["key"][:16],
-            project=self.project,
-            entity=self.entity,
-            group=self._sweep.name or body["sweep"],
-            name=f"{labels['policy']}@{labels['budget']}",
-            job_type="cell",
-            tags=run_tags(body),
-            config={**{name: body[name] for name in ("key", "labels", "environment")}, **body["cell"]},
-            dir=str(self.folder.resolve()),  # wandb writes from a process of its own, which may stand elsewhere
-            mode=mode,
-            reinit="finish_previous",
-            settings=run_settings(self.timeout_s),
-        )
-
-
-def _log_entries(run: wandb.Run, entries: list[list[float]]) -> None:
-    run.define_metric("seen_tokens", hidden=True)
-    run.define_metric("entries/*", step_metric="seen_tokens")
-    for seen, mean, most in entries:
-        run.log({"seen_tokens": seen, "entries/mean": mean, "entries/max": most})
-
-
-def _log_samples(run: wandb.Run, samples: list[dict[str, Any]]) -> None:
-    import wandb
-
-    if not samples:
-        return
-    columns = list(dict.fromkeys(name for sample in samples for name in sample))
-    rows: list[Iterable[Any]] = [[sample.get(name) for name in columns] for sample in samples]
-    run.log({"samples": wandb.Table(columns=[*columns], data=rows, allow_mixed_types=True)})
+    def _say_offline(self, num_runs: int) -> None:
+        folder = (self.folder / "wandb").resolve()
+        command = f"wandb sync {shlex.quote(str(folder))}/offline-run-*"
+        reason = self._sweep.reason
+        say(f"wandb: {num_runs} runs kept offline ({reason}) in {folder}; upload them with: {command}")

@@ -1,4 +1,4 @@
-"""wandb as a library and its own process: silent, and never without a time limit."""
+"""wandb as a library and its own process: silent, inside the results folder, and never without a time limit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import contextlib
 import importlib.util
 import os
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from kvbench.errors import ConfigError
 from kvbench.sinks.wandb_fields import has_api_key
@@ -14,16 +16,47 @@ from kvbench.sinks.wandb_fields import has_api_key
 if TYPE_CHECKING:
     import wandb
 
+Mode = Literal["online", "offline", "disabled"]
+MODES = ("auto", "online", "offline", "disabled")
+RESTART_S = 5.0  # nothing is worth waiting for: the run is written again
+_NOT_IN_PROJECTS = "/\\#?%:"
+_FOLDERS = {"WANDB_DATA_DIR": "staged", "WANDB_CACHE_DIR": "cache"}
 
-def check_online() -> None:
-    """Raise ConfigError if runs cannot go online, as was asked for; "auto" would keep them offline instead."""
-    if importlib.util.find_spec("wandb") is None:
-        raise ConfigError("sink.wandb.mode is 'online', but wandb is not installed; python -m pip install wandb")
+
+def check_online(setting: str = "sink.wandb.mode", offline: str = "sink.wandb.mode=auto") -> None:
+    """Raise ConfigError if runs cannot go online, as was asked for by `setting`; `offline` would keep them here."""
+    check_installed(f"{setting} is 'online'")
     if not has_api_key(quiet_setup()):
         raise ConfigError(
-            "sink.wandb.mode is 'online', but no API key was found; run `wandb login`, set WANDB_API_KEY, or use "
-            "sink.wandb.mode=auto, which keeps runs offline until there is one"
+            f"{setting} is 'online', but no API key was found; run `wandb login`, set WANDB_API_KEY, or use "
+            f"{offline}, which keeps runs offline until there is one"
         )
+
+
+def check_installed(why: str, package: str = "wandb") -> None:
+    """Raise ConfigError if the Python module of `package` is not there."""
+    if importlib.util.find_spec(package.replace("-", "_")) is None:
+        raise ConfigError(f"{why}, but {package} is not installed; python -m pip install {package}")
+
+
+def check_project(name: str) -> None:
+    """Raise ConfigError if W&B would refuse `name` as that of a project, at every run."""
+    if not name or len(name) > 128 or set(name) & set(_NOT_IN_PROJECTS):
+        raise ConfigError(
+            f"--project is {name[:60]!r}; it must have 1 to 128 letters and none of {' '.join(_NOT_IN_PROJECTS)}"
+        )
+
+
+def resolve_mode(wanted: str) -> tuple[Mode, str]:
+    """Return the mode that `wanted` (one of MODES) comes to here, and, if it is offline, why."""
+    asked = os.environ.get("WANDB_MODE", "")
+    wanted = asked if wanted == "auto" and asked in MODES else wanted
+    if wanted == "disabled":
+        return "disabled", ""
+    if wanted == "offline":
+        return "offline", "as asked"
+    # Without this check wandb would stop and ask for a key at a terminal.
+    return ("online", "") if has_api_key(quiet_setup()) else ("offline", "no API key; see wandb login")
 
 
 def quiet_setup() -> str:
@@ -35,6 +68,18 @@ def quiet_setup() -> str:
     return str(wandb.setup(settings=wandb.Settings(silent=True)).settings.base_url)
 
 
+@contextlib.contextmanager
+def own_folders(folder: Path) -> Iterator[None]:
+    """Let wandb stage and cache below `folder`; a run that is kept offline would else leave its tables in the home."""
+    unset = [name for name in _FOLDERS if name not in os.environ]
+    os.environ.update({name: str(folder.resolve() / "wandb" / _FOLDERS[name]) for name in unset})
+    try:
+        yield
+    finally:
+        for name in unset:
+            os.environ.pop(name, None)
+
+
 def restart_service(limit_s: float) -> None:
     """End wandb's own process, which holds the id of a failed run and refuses it to the next one."""
     import wandb
@@ -43,11 +88,17 @@ def restart_service(limit_s: float) -> None:
         with contextlib.suppress(Exception):
             wandb.teardown()
 
-    # It waits for uploads without a limit of its own, so it gets a thread that can be left behind.
-    thread = threading.Thread(target=end, daemon=True)
+    within(limit_s, end)
+    os.environ.pop("WANDB_SERVICE", None)  # a service shared with the parent process outlives teardown()
+
+
+def within(limit_s: float, work: Callable[[], None]) -> bool:
+    """Do `work`, but wait for it no longer than `limit_s`; return whether it ended."""
+    # wandb waits for its server without a limit of its own, so it gets a thread that can be left behind.
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(limit_s)
-    os.environ.pop("WANDB_SERVICE", None)  # a service shared with the parent process outlives teardown()
+    return not thread.is_alive()
 
 
 def run_settings(timeout_s: float) -> wandb.Settings:
@@ -65,6 +116,9 @@ def run_settings(timeout_s: float) -> wandb.Settings:
         x_disable_stats=True,
         x_disable_meta=True,
         x_disable_machine_info=True,
+        # Not where it runs, nor from which folder: the record says what a reader needs to know.
+        host="",
+        program="kvbench",
         x_save_requirements=False,
         init_timeout=timeout_s,
         login_timeout=timeout_s,

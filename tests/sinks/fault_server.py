@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+from collections import Counter, defaultdict
 from typing import Any
 
 # What a working server answers, all questions at once: a client reads the part that it asked for.
@@ -17,7 +18,6 @@ _DATA: dict[str, Any] = {
     "model": {"bucket": None},
     "project": None,
     "entity": {"name": "e"},
-    "createRunFiles": {"runID": "b", "uploadHeaders": [], "files": []},
 }
 _ARTIFACT = {
     **{"id": "a", "digest": "d", "state": "COMMITTED"},
@@ -29,15 +29,56 @@ def _answer_to(query: dict[str, Any], *, crashing: bool) -> dict[str, Any]:
     """Answer a question of W&B's API; one field that is missing crashes its client process."""
     name = str(query.get("variables", {}).get("name") or "r")
     bucket = {"id": "b", "name": name, "displayName": name, "project": _PROJECT, "historyLineCount": 0}
-    data = {**_DATA, "upsertBucket": {"bucket": bucket, "inserted": True}}
+    files = {"runID": "b", "uploadHeaders": [], "files": []}
+    data = {
+        **_DATA,
+        "createRunFiles": files,
+        "upsertBucket": {"bucket": bucket, "inserted": True},
+        **_about_reports(query),
+    }
     return {"data": data if crashing else {**data, "createArtifact": {"artifact": _ARTIFACT}}}
 
 
+def _about_reports(query: dict[str, Any]) -> dict[str, Any]:
+    """Answer what saving a report asks: there is the project `kvbench`, and a report gets the id `view`."""
+    text, told = query.get("query", ""), query.get("variables", {})
+    if "ProjectInternalId" in text:
+        return {"project": {"id": "p", "internalId": "UHJvamVjdDox"} if told["projectName"] == "kvbench" else None}
+    if "upsertView" in text:
+        return {"upsertView": {"inserted": True, "view": {"id": "view", "name": "n", "spec": told["spec"]}}}
+    if "models(" in text:
+        page = {"endCursor": None, "hasNextPage": False}
+        node = {
+            "id": "p",
+            "name": "kvbench",
+            "entityName": "e",
+            "createdAt": "2026-11-23T00:00:00",
+            "isBenchmark": False,
+            "user": None,
+        }
+        return {"models": {"edges": [{"node": node, "cursor": ""}], "pageInfo": page}}
+    return {}
+
+
+def _begins_run(query: dict[str, Any]) -> bool:
+    # Later questions of this kind only add to the run.
+    return "upsertBucket" in query.get("query", "") and bool(query["variables"].get("jobType"))
+
+
 class FaultServer:
-    """Serves on a free port; `fault` says what is wrong, `requests` and `received` tell what came."""
+    """Serves on a free port; `fault` says what is wrong, `requests` and `received` tell what came.
+
+    `runs` counts how often each run id was begun, `files` holds what was sent as "run/name", `artifacts` the
+    digests sent under each name, and `reports` the spec of each report that was saved, with the id it was saved over.
+    """
 
     def __init__(self, fault: str) -> None:
         self.fault, self.requests, self.received = fault, 0, b""
+        self.refuse_after: int | None = None  # this many runs are taken, and no more
+        self.runs: Counter[str] = Counter()
+        self.files: defaultdict[str, list[bytes]] = defaultdict(list)
+        self.artifacts: dict[str, list[str]] = {}
+        self.reports: list[tuple[str | None, str]] = []
         self._stop = threading.Event()
         if fault == "silent":
             self._socket = socket.create_server(("127.0.0.1", 0), backlog=64)
@@ -75,7 +116,15 @@ class FaultServer:
             self._stop.wait(120)
             return
         query = json.loads(question) if handler.path.endswith("graphql") else {}
-        answer = json.dumps(_answer_to(query, crashing=self.fault == "crashes")).encode()
+        if self.refuse_after is not None and _begins_run(query) and self.runs.total() >= self.refuse_after:
+            handler.send_error(403)
+            return
+        self._note(query)
+        if handler.command == "PUT":
+            self.files[handler.path.removeprefix("/upload/")].append(question)
+        told = _answer_to(query, crashing=self.fault == "crashes")
+        told["data"]["createRunFiles"]["files"] = self._places_of(query.get("variables", {}))
+        answer = json.dumps(told).encode()
         content = b"not json" if self.fault == "nonsense" else answer
         handler.send_response(200)
         handler.send_header("Content-Type", "application/json")
@@ -85,6 +134,22 @@ class FaultServer:
             handler.wfile.write(content[number : number + 1])
             if self.fault == "slow" and not self._stop.is_set():
                 time.sleep(0.2)
+
+    def _places_of(self, told: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return where the files of a run may be sent."""
+        start = f"http://127.0.0.1:{self.port}/upload/{told.get('run')}"
+        names = told.get("files") or []
+        return [{"name": name, "uploadUrl": f"{start}/{name}"} for name in names] if told.get("run") else []
+
+    def _note(self, query: dict[str, Any]) -> None:
+        text, told = query.get("query", ""), query.get("variables", {})
+        if _begins_run(query):
+            self.runs[told["name"]] += 1
+        if "createArtifact(" in text:
+            made = told["input"]
+            self.artifacts.setdefault(made["artifactCollectionName"], []).append(made["digest"])
+        if "upsertView" in text:
+            self.reports.append((told["id"], told["spec"]))
 
     def close(self) -> None:
         """Stop serving."""

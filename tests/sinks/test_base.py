@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -40,6 +41,25 @@ def test_a_failing_sink_does_not_stop_the_others(caplog: pytest.LogCaptureFixtur
     assert failing.calls == listing.calls
     assert len(caplog.records) == 1
     assert "_Failing failed in record (ValueError: two lines)" in caplog.text
+
+
+def test_a_summary_is_made_only_for_a_sink_that_shows_it_and_may_fail(caplog: pytest.LogCaptureFixture) -> None:
+    class Summary(_Listing):
+        def summarise(self, summary: Callable[[], Any]) -> None:
+            self.calls.append(summary())
+
+    plain, showing = _Listing(), Summary()
+    SinkGroup([plain]).summarise(lambda: pytest.fail("nobody asked"))
+    SinkGroup([plain, showing]).summarise(lambda: "all of it")
+    assert (plain.calls, showing.calls) == ([], ["all of it"])
+    SinkGroup([showing]).summarise(lambda: 1 / 0)
+    assert "Summary failed in summarise (ZeroDivisionError: division by zero)" in caplog.text
+
+
+def test_a_disabled_mirror_makes_no_summary() -> None:
+    sink = WandbSink(project="p", mode="disabled")
+    sink.open("demo", 2)
+    sink.summarise(lambda: pytest.fail("nothing is sent"))
 
 
 def test_stopping_the_program_is_not_swallowed() -> None:

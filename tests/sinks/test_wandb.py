@@ -33,7 +33,8 @@ def _no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_an_offline_run_holds_config_summary_curve_and_samples(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    body = make_body()
+    curves = {"launches_ms": [[30.0, 3.5, 28.0, 3.25]], "capacity_tries": [[0, 8, 1.0]]}
+    body = make_body(curves={**make_body()["curves"], **curves})
     sink = WandbSink(project="kvbench", folder=tmp_path / "my results", mode="auto")
     sink.open("demo", 2)
     sink.record(body)
@@ -49,6 +50,14 @@ def test_an_offline_run_holds_config_summary_curve_and_samples(
     records = _inspect(run_folder)
     assert sum("entries/mean" in json.dumps(record) for record in records if record["type"] == "history") == 2
     assert not [record for record in records if record["type"] == "stats"]
+    shown = [record["history"]["item"] for record in records if record["type"] == "history"]
+    (launch,) = (item for item in shown if "launch" in item)
+    assert (launch["launch"], launch["launches/tpot_ms"], launch["launches/full_tpot_ms"]) == (1, 3.5, 3.25)
+    (tried,) = (item for item in shown if "try" in item)
+    assert (tried["capacity/num_prompts"], tried["capacity/fits"]) == (8, 1)
+    axes = {record["metric"].get("glob_name"): record["metric"].get("step_metric") for record in records
+            if record["type"] == "metric"}  # fmt: skip
+    assert {"entries/*": "seen_tokens", "launches/*": "launch", "capacity/*": "try"}.items() <= axes.items()
 
 
 def _check_run(run: dict[str, Any], body: dict[str, Any]) -> None:
@@ -56,11 +65,12 @@ def _check_run(run: dict[str, Any], body: dict[str, Any]) -> None:
     assert run["name"] == "h2o@20 % of seen"
     assert run["tags"] == ["h2o", "ok", "scenes", "tiny-llava"]
     assert run["config"]["policy"] == body["cell"]["policy"]
+    assert run["config"]["dataset"] == {"name": "scenes"}
     assert run["config"]["key"] == body["key"]
     summary = run["summary"]
     assert (summary["status"], summary["quality/ppl"], summary["quality/ppl_low"]) == ("ok", 1.25, 1.125)
     assert (summary["latency/tpot_ms"], summary["memory/kv_stored_bytes"]) == (3.5, 2**20)
-    assert not {"quality/ppl_high", "quality/kl_to_full"} & summary.keys()
+    assert not {"quality/ppl_high", "quality/kl_to_full", "entries/mean", "launches/tpot_ms"} & summary.keys()
     assert summary["samples"]["nrows"] == 2
 
 
@@ -143,7 +153,17 @@ def test_a_key_is_found_in_the_environment_and_in_a_netrc_file(tmp_path: Path, m
 
 
 def test_measurements_are_grouped_by_what_they_measure() -> None:
-    names = ("rougeL_vs_full", "policy_ms", "throughput_tokens_per_s", "entries_peak", "realised_budget_fraction")
+    names = (
+        *("rougeL_vs_full", "policy_ms", "throughput_tokens_per_s", "entries_peak", "realised_budget_fraction"),
+        *(
+            "full_tpot_ms",
+            "roof_share_fraction",
+            "copy_bandwidth_bytes_per_s",
+            "capacity_prompts",
+            "tpot_ratio_to_full",
+        ),
+        *("peak_over_bound_ratio", "turn2_realised_budget_fraction", "num_skipped_items", "length_ratio", "unheard_of"),
+    )
     numbers = summary_numbers({"measurements": {name: {"value": 1.0} for name in names}})
     assert list(numbers) == [
         "quality/rougeL_vs_full",
@@ -151,4 +171,14 @@ def test_measurements_are_grouped_by_what_they_measure() -> None:
         "latency/throughput_tokens_per_s",
         "memory/entries_peak",
         "memory/realised_budget_fraction",
+        "latency/full_tpot_ms",
+        "latency/roof_share_fraction",
+        "latency/copy_bandwidth_bytes_per_s",
+        "latency/capacity_prompts",
+        "latency/tpot_ratio_to_full",
+        "memory/peak_over_bound_ratio",
+        "memory/turn2_realised_budget_fraction",
+        "quality/num_skipped_items",
+        "quality/length_ratio",
+        "quality/unheard_of",
     ]

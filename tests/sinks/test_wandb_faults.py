@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -36,6 +37,7 @@ import psutil
 from kvbench.sinks.base import SinkGroup
 from kvbench.sinks.store import RecordStore
 from kvbench.sinks.wandb import WandbSink
+from kvbench.wandb_summary import summary_of
 from tests.sinks.record_bodies import make_body
 results, fault = Path(sys.argv[1]), sys.argv[2]
 if fault == "not installed":
@@ -56,6 +58,8 @@ for seed in range(3):
         for child in psutil.Process().children(recursive=True):
             child.kill()
 timed(sinks.close)
+keys = [make_body(seed)["key"] for seed in range(3)]
+timed(lambda: sinks.summarise(lambda: summary_of(results, "demo", keys)))
 print(json.dumps({"steps_s": steps, "ended": time.time()}), flush=True)
 """
 
@@ -107,6 +111,8 @@ def test_a_fault_loses_no_metric_and_hangs_nothing(
         assert time.time() - seen["ended"] < LONGEST_S, "the end of the process hangs"
         if fault in SERVERS and fault != "silent":
             assert server.requests > 0, "the fault was never met"
+        if fault not in ("not installed", "killed service", "full disk"):
+            _check_sync_under_it(results, tmp_path / "now", environment)
     finally:
         server.close()
     if fault != "full disk":  # wandb's own log file cannot be written there, and Python says so
@@ -130,23 +136,42 @@ def test_without_a_fault_every_number_arrives_and_no_secret(tmp_path: Path) -> N
     finally:
         server.close()
     assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "mirror" / "wandb").glob("run-*"))) == NUM_CELLS
+    assert len(list((tmp_path / "mirror" / "wandb").glob("run-*"))) == NUM_CELLS + 1, "a run per cell, and the summary"
+    assert set(server.runs.values()) == {1}
+    assert b"num_cells/ok" in server.received
     for seed in range(NUM_CELLS):
         assert make_body(seed)["key"].encode() in server.received
     for name in (b"quality/ppl", b"latency/tpot_ms", b"memory/kv_stored_bytes", b"entries/mean"):
         assert server.received.count(name) >= NUM_CELLS
     assert secret.encode() not in server.received
     assert b"0" * 40 not in server.received, "the key belongs into a header"
+    for private in (f'"{socket.gethostname()}"', str(tmp_path), str(REPO), sys.executable):
+        assert private.encode() not in server.received, "where it ran stays here"
     assert b"***" in server.received, "the secret was in the record and was hidden"
+
+
+def _check_sync_under_it(results: Path, folder: Path, environment: dict[str, str]) -> None:
+    """A sync ends in time, says what failed, and leaves the records as they are."""
+    before = {path: path.read_bytes() for path in (results / "cells").rglob("*.json")}
+    words = ["wandb", "sync", str(results), "--to", str(folder), "--timeout", "5"]
+    command, started = [sys.executable, "-m", "kvbench", *words], time.monotonic()
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=200)
+    assert time.monotonic() - started < LONGEST_S * 3
+    assert "Traceback" not in done.stderr
+    if done.returncode == 0:
+        assert f"{NUM_CELLS} cells and 1 summary " in done.stdout
+    else:
+        assert "the same command goes on with them" in done.stdout
+    assert {path: path.read_bytes() for path in (results / "cells").rglob("*.json")} == before
 
 
 def _check_backfill(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Everything can be sent again from the records alone, and every number is in it."""
     folder = tmp_path / "later"
-    assert run(["results", "wandb", str(results), "--mode", "offline", "--to", str(folder)]) == 0
-    assert f"{NUM_CELLS} runs kept offline (as asked)" in capsys.readouterr().out
-    runs = sorted((folder / "wandb").glob("offline-run-*"))
-    assert len(runs) == NUM_CELLS
-    summary = _inspect(runs[0], "--summary")["summary"]
+    assert run(["wandb", "sync", str(results), "--mode", "offline", "--to", str(folder)]) == 0
+    assert f"{NUM_CELLS} cells and 1 summary kept offline (as asked)" in capsys.readouterr().out
+    assert len(list((folder / "wandb").glob("offline-run-*"))) == NUM_CELLS + 1
+    (first,) = (folder / "wandb").glob(f"offline-run-*-{make_body(0)['key'][:16]}")
+    summary = _inspect(first, "--summary")["summary"]
     expected = {"quality/ppl": 1.25, "latency/tpot_ms": 3.5, "memory/kv_stored_bytes": 2**20, "status": "ok"}
     assert expected.items() <= summary.items()

@@ -1,0 +1,63 @@
+"""The policy of the best value at each budget, and whether the runner-up is shown to be worse.
+
+for one in best_policies(group, group_comparisons(group)):
+    print(one.budget, one.measure, one.cell.policy, one.verdict)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from kvbench.report.cell import CellResult, Estimate
+from kvbench.report.comparisons import Comparison
+from kvbench.report.load import Group
+from kvbench.units import measure
+
+_TURNED = {"better": "worse", "worse": "better"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Best:
+    """`cell` has the best `estimate` of `measure` at `budget`; `verdict` is its verdict against `runner_up`."""
+
+    budget: str
+    measure: str
+    cell: CellResult
+    estimate: Estimate
+    runner_up: CellResult
+    verdict: str
+
+
+def best_policies(group: Group, compared: Iterable[Comparison]) -> tuple[Best, ...]:
+    """Return the best policy at each budget in every measure of `compared` (comparisons of `group`).
+
+    A budget at which fewer than two policies have the measure has no best one. A noisy cell is never the best.
+    """
+    compared = tuple(compared)
+    names = dict.fromkeys(one.measure for one in compared if measure(one.measure).better != "none")
+    budgets = dict.fromkeys(cell.budget for cell in group.budgeted if not cell.failed)
+    return tuple(best for budget in budgets for name in names for best in _best(group, budget, name, compared))
+
+
+def _best(group: Group, budget: str, name: str, compared: tuple[Comparison, ...]) -> Iterator[Best]:
+    usable = [
+        (found, cell)
+        for cell in group.budgeted
+        if cell.budget == budget and cell.status == "ok" and (found := cell.estimate(name))
+    ]
+    ranked = sorted(usable, key=lambda pair: pair[0].value, reverse=measure(name).better == "higher")
+    if len(ranked) > 1:
+        (found, first), (_, second) = ranked[:2]
+        verdict = _verdict(compared, name, first, second)
+        yield Best(budget=budget, measure=name, cell=first, estimate=found, runner_up=second, verdict=verdict)
+
+
+def _verdict(compared: tuple[Comparison, ...], name: str, first: CellResult, second: CellResult) -> str:
+    """Return what is known of the first cell against the second, whichever way round they were compared."""
+    for one in compared:
+        if one.measure == name and (one.first.key, one.second.key) == (first.key, second.key):
+            return one.verdict
+        if one.measure == name and (one.first.key, one.second.key) == (second.key, first.key):
+            return _TURNED.get(one.verdict, one.verdict)
+    return "not compared"
