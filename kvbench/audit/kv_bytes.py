@@ -85,6 +85,6 @@ CHECK = Check(
     id="A6",
     title="bytes of the cache follow from budget and full cache",
     meaning="the memory saved was not saved, or bytes were changed after the run",
-    applies=lambda cell, peers: cell.usable and cell.task("Memory") is not None,
+    applies=lambda cell, peers: any(cell.value(f"kv_{kind}_bytes") is not None for kind in ("stored", "valid")),
     problems=_problems,
 )

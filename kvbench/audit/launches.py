@@ -49,6 +49,6 @@ CHECK = Check(
     id="R10",
     title="latencies are medians of the stored launches",
     meaning="a latency was changed, or launches were left out",
-    applies=lambda cell, peers: cell.usable and cell.task("Speed") is not None,
+    applies=lambda cell, peers: cell.value("tpot_ms") is not None,
     problems=_problems,
 )
