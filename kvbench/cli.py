@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # Each takes the words after its name and returns the exit code; imported only when asked for.
 SUBCOMMANDS = {
     "audit": "kvbench.audit_cli:audit_command",
+    "frontier": "kvbench.frontier_cli:frontier_command",
     "report": "kvbench.report_cli:report_command",
     "results": "kvbench.results_cli:results_command",
 }

@@ -15,6 +15,7 @@ kvbench compares KV-cache policies under one definition of everything.
   kvbench +experiment=NAME                    run a named sweep
   kvbench report [FOLDER] [--sweep NAME]      build table, figures and page again from the records
   kvbench audit [FOLDER] [--sweep NAME]       check that the records hold together; exit code 1 if one does not
+  kvbench frontier policy=h2o,elastic         smallest budget as good as full; frontier --help
   kvbench results COMMAND [FOLDER]            list, show, table, csv, parquet, verify, gc; results --help
 
 settings (KEY=VALUE):

@@ -32,6 +32,7 @@ _SUFFIXES = {
     "fraction": " %",
     "ratio": "x",
 }
+_OBSERVED = ("roof_share_fraction", "full_roof_share_fraction", "foreign_gpu_processes", "timing_passes")
 _SIGNIFICANT = {"ppl": 4, "tokens": 3, "entries": 4}
 
 
@@ -49,7 +50,9 @@ class Measure:
     @property
     def reproduces(self) -> bool:
         """Whether the same cell gives the same number again; times, rates and bytes are observations."""
-        return self.unit not in ("ms", "tokens/s", "bytes") and not self.name.endswith("_ratio_to_full")
+        if self.unit in ("ms", "tokens/s", "bytes") or self.name in _OBSERVED:
+            return False
+        return not self.name.endswith(("_ratio_to_full", "_spread_fraction", "_drift_fraction"))
 
 
 def _rouge(kind: str, what: str, against: str, target: str) -> tuple[str, Unit, Better, str, str, str]:
@@ -142,6 +145,16 @@ _ROWS: tuple[tuple[str, Unit, Better, str, str, str], ...] = (
      "TTFT of the policy over TTFT of the full cache, interleaved in the same process; below 1 is faster."),
     ("tpot_ratio_to_full", "ratio", "lower", "TPOT / full", "Time per output token relative to full",
      "TPOT of the policy over TPOT of the full cache, interleaved in the same process; below 1 is faster."),
+    ("tpot_spread_fraction", "fraction", "none", "spread of TPOT", "Spread of TPOT between launches",
+     "Largest standard deviation over mean of one setting's launches, policy or full; above 3 % the cell is noisy."),
+    ("ttft_spread_fraction", "fraction", "none", "spread of TTFT", "Spread of TTFT between launches",
+     "The same for the time to first token."),
+    ("reference_drift_fraction", "fraction", "none", "reference drift", "Drift of a reference kernel",
+     "Change of the time of a fixed matrix product from start to end of the timing; above 2 % the cell is noisy."),
+    ("foreign_gpu_processes", "entries", "none", "other GPU processes", "Other processes on the GPU",
+     "Processes beside ours that computed on the GPU after the timing; with any the cell is noisy."),
+    ("timing_passes", "entries", "none", "timing passes", "Timing passes",
+     "1, or 2 where the first pass was noisy and was measured again; the last one counts."),
     ("peak_memory_bytes", "bytes", "lower", "peak memory", "Peak memory",
      "Largest total of live tensors in any phase, weights included; on a GPU what its allocator reports."),
     ("peak_load_bytes", "bytes", "lower", "peak load", "Memory of the loaded model",

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from kvbench.cache import Needs, Plan, Policy, View
-from kvbench.cache.selection import entry_of_rank, keep_top, nearest_anchor, protected_entries
+from kvbench.cache.selection import entry_before_newest, keep_top, nearest_anchor, protected_entries
 from kvbench.errors import ConfigError
 
 
@@ -47,6 +47,4 @@ class Elastic(Policy):
 
     def victim(self, view: View) -> Tensor:
         """Free the entry with `fixed_point` newer ones; the first token stays while there is another."""
-        newest = view.valid.sum(dim=-1) - 1
-        point = (newest - self.fixed_point).clamp(min=1).minimum((newest - 1).clamp(min=0))
-        return entry_of_rank(view.position, point)
+        return entry_before_newest(view.position, self.fixed_point, sinks=1)

@@ -22,6 +22,8 @@ FOUNDATION = {"errors", "units", "durable", "sealed", "redaction", "records"}
 COMPOSITION = {
     "audit_cli",
     "cli",
+    "frontier_cli",
+    "frontier_search",
     "combinations",
     "gate",
     "policy_source",
@@ -51,8 +53,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": FOUNDATION | {"kernels", "cache", "datasets"},
     "metrics": FOUNDATION | {"cache", "datasets", "models"},
     "sinks": FOUNDATION | {"cache", "datasets", "models"},
-    "runs": FOUNDATION | {"kernels", "cache", "datasets", "models", "metrics", "sinks"},
-    "report": FOUNDATION,
+    "runs": FOUNDATION | {"kernels", "cache", "datasets", "models", "metrics", "sinks", "stats"},
+    "stats": {"errors", "units"},
+    "report": FOUNDATION | {"stats"},
     "audit": FOUNDATION | {"metrics"},
     "__init__": {"cache"},
 }

@@ -81,6 +81,20 @@ def entry_of_rank(position: Tensor, rank: Tensor) -> Tensor:
     return (age_rank(position) == rank[..., None]).long().argmax(dim=-1)
 
 
+def entry_before_newest(position: Tensor, newer: int, *, sinks: int) -> Tensor:
+    """Return (B, H) int64, the slot of the held entry that has `newer` newer ones; position (B, H, T).
+
+    In a cache too small for that it is the entry after the first `sinks`, and never the newest where there
+    is another.
+    """
+    if use_triton(position, any_dtype=True):
+        from kvbench.kernels.rank import slot_before_newest
+
+        return slot_before_newest(position, newer, sinks)
+    newest = (position >= 0).sum(dim=-1) - 1
+    return entry_of_rank(position, (newest - newer).clamp(min=sinks).minimum((newest - 1).clamp(min=0)))
+
+
 def nearest_anchor(anchor: Tensor, member: Tensor, position: Tensor) -> Tensor:
     """Return (B, H, T) int64: for each member the index of the nearest anchor, else its own index.
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from kvbench.kernels.decode_kernel import attend_part, join_parts
 from kvbench.kernels.dispatch import interpreted
 
-_BLOCK_SLOTS = 64
+_BLOCK_SLOTS, _STAGES = 64, 3
+_TURN_SLOTS, _TURN_STAGES = 32, 3  # turning takes registers and shared memory
 _JOIN_SLOTS = 1024
 _MAX_PARTS = 64
 _PROGRAMS_PER_PROCESSOR = 4
@@ -49,7 +50,8 @@ def decode_attention(
     batch, heads, capacity, width = keys.shape
     group = query.shape[1] // heads
     pairs = batch * heads
-    parts = _num_parts(pairs, capacity, query.device)
+    block_slots, stages = (_TURN_SLOTS, _TURN_STAGES) if turn else (_BLOCK_SLOTS, _STAGES)
+    parts = _num_parts(pairs, triton.cdiv(capacity, block_slots), query.device)
     new = query.new_empty
     partial = new((pairs, parts, group, width), dtype=torch.float32)
     peaks, sums = new((2, pairs, parts, group), dtype=torch.float32)
@@ -81,13 +83,13 @@ def decode_attention(
         PARTS=parts,
         GROUP=group,
         BLOCK_G=max(16, triton.next_power_of_2(group)),
-        BLOCK_C=_BLOCK_SLOTS,
+        BLOCK_C=block_slots,
         BLOCK_D=block_d,
         WANT_LOGITS=want_rows,
         TURN=turn is not None,
         UPCAST=interpreted(),
         num_warps=4,
-        num_stages=3,
+        num_stages=stages,
     )
     join_parts[(pairs, triton.cdiv(capacity, _JOIN_SLOTS) if want_rows else 1)](
         partial,
@@ -113,10 +115,9 @@ def decode_attention(
     return output, probs
 
 
-def _num_parts(pairs: int, capacity: int, device: torch.device) -> int:
-    """Enough programs to fill the device, a power of two, and at least one block of slots for each."""
+def _num_parts(pairs: int, blocks: int, device: torch.device) -> int:
+    """Enough programs to fill the device, a power of two, and at least one of the `blocks` of slots for each."""
     wanted = _PROGRAMS_PER_PROCESSOR * _num_processors(device) / pairs
-    blocks = triton.cdiv(capacity, _BLOCK_SLOTS)
     parts = 1
     while parts < wanted and 2 * parts <= min(blocks, _MAX_PARTS):
         parts *= 2

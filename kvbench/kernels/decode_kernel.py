@@ -7,7 +7,9 @@ parts; where a policy wants the probabilities it makes them from the stored logi
 the mass in place, or writes them out, without another pass over the keys.
 
 For positions inside the cache, stored keys are turned on the way in: by how far each entry's rank lies
-before its position, looked up in a table of cosines and sines, so no turned copy is ever written.
+before its position, from a table of cosines and sines. Only differences count: an entry that no eviction
+moved meets the turned query, one that moved as far as the query meets it as it is, so of sinks and a
+window no key is turned.
 """
 
 # mypy: ignore-errors
@@ -15,6 +17,19 @@ before its position, looked up in a table of cosines and sines, so no turned cop
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _turned(first, second, cosines, sines, row, mask, UPCAST: tl.constexpr):
+    """Return both halves of states turned back by the distance whose angles begin at `row` of the tables."""
+    cos = tl.load(cosines + row, mask=mask, other=0.0)
+    sin = tl.load(sines + row, mask=mask, other=0.0)
+    back = (first * cos + second * sin).to(first.dtype)
+    ahead = (second * cos - first * sin).to(first.dtype)
+    if UPCAST:
+        back = back.to(tl.float32)
+        ahead = ahead.to(tl.float32)
+    return back, ahead
 
 
 @triton.jit
@@ -67,10 +82,9 @@ def attend_part(
         in_half = h < half
         q1 = tl.load(q_at + h, mask=in_group & in_half, other=0.0)
         q2 = tl.load(q_at + half + h, mask=in_group & in_half, other=0.0)
-        back = (tl.load(seen + row) - held) * half + h
-        cos = tl.load(cosines + back, mask=in_half, other=0.0)
-        sin = tl.load(sines + back, mask=in_half, other=0.0)
-        q1, q2 = (q1 * cos + q2 * sin).to(q1.dtype), (q2 * cos - q1 * sin).to(q1.dtype)
+        cosines_h, sines_h = cosines + h, sines + h
+        query_behind = tl.load(seen + row) - held
+        turned_q1, turned_q2 = _turned(q1, q2, cosines_h, sines_h, query_behind * half, in_half, UPCAST)
         if UPCAST:
             q1 = q1.to(tl.float32)
             q2 = q2.to(tl.float32)
@@ -89,18 +103,22 @@ def attend_part(
             held_half = inside[:, None] & in_half
             k1 = tl.load(keys + at + h, mask=held_half, other=0.0)
             k2 = tl.load(keys + at + half + h, mask=held_half, other=0.0)
-            behind = tl.load(position + base + slot, mask=inside, other=0) - tl.load(
-                rank + base + slot, mask=inside, other=0
-            )
-            key_cos = tl.load(cosines + behind[:, None] * half + h, mask=held_half, other=0.0)
-            key_sin = tl.load(sines + behind[:, None] * half + h, mask=held_half, other=0.0)
-            turned1 = (k1 * key_cos + k2 * key_sin).to(k1.dtype)
-            turned2 = (k2 * key_cos - k1 * key_sin).to(k1.dtype)
-            if UPCAST:
-                turned1 = turned1.to(tl.float32)
-                turned2 = turned2.to(tl.float32)
-            s = tl.dot(q1, tl.trans(turned1), input_precision="ieee")
-            s = tl.dot(q2, tl.trans(turned2), s, input_precision="ieee")
+            behind = tl.load(position + base + slot, mask=inside, other=0)
+            behind -= tl.load(rank + base + slot, mask=inside, other=0)
+            between = inside & (behind != 0) & (behind != query_behind)
+            if tl.max(between.to(tl.int32), 0) == 0:
+                if UPCAST:
+                    k1 = k1.to(tl.float32)
+                    k2 = k2.to(tl.float32)
+                s_as_far = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+                s_as_far = tl.dot(q2, tl.trans(k2), s_as_far, input_precision="ieee")
+                s_in_place = tl.dot(turned_q1, tl.trans(k1), input_precision="ieee")
+                s_in_place = tl.dot(turned_q2, tl.trans(k2), s_in_place, input_precision="ieee")
+                s = tl.where((behind == 0)[None, :], s_in_place, s_as_far)
+            else:
+                k1, k2 = _turned(k1, k2, cosines_h, sines_h, behind[:, None] * half, held_half, UPCAST)
+                s = tl.dot(turned_q1, tl.trans(k1), input_precision="ieee")
+                s = tl.dot(turned_q2, tl.trans(k2), s, input_precision="ieee")
         else:
             k = tl.load(keys + at + d, mask=inside[:, None] & (d < width), other=0.0)
             if UPCAST:

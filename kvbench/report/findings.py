@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kvbench.report.cell import CellResult
+from kvbench.report.comparisons import Comparison, compare
 from kvbench.report.load import Group
-from kvbench.report.paired import Difference, compare, is_worse
+from kvbench.report.paired import is_worse
 from kvbench.units import format_value, format_with_interval, measure
 
 QUALITIES = ("objects_recalled_fraction", "rougeL_vs_full", "ppl", "rougeL_vs_reference")
@@ -27,12 +28,12 @@ class Contrast:
     first: CellResult
     second: CellResult
     name: str
-    difference: Difference
+    difference: Comparison
 
     @property
     def is_clear(self) -> bool:
-        """True when the paired interval leaves zero out."""
-        return self.difference.verdict != "undecided"
+        """True when one of the two is shown to be better: the paired interval leaves zero out."""
+        return self.difference.is_clear
 
 
 def primary_quality(group: Group) -> str | None:
@@ -161,7 +162,7 @@ def _leader_sentence(group: Group, ranked: list[CellResult], name: str, budget: 
         only = f"{group.series_label(best)} alone was measured, {measure(name).label} {_with_interval(best, name)}"
         return f"At {budget}: {only}{_cost_clause(group, best)}."
     text = f"At {budget}: {group.series_label(best)} has the best {measure(name).label}, {_with_interval(best, name)}"
-    ties = [cell for cell in ranked[1:] if (found := compare(best, cell, name)) and found.verdict == "undecided"]
+    ties = [cell for cell in ranked[1:] if (found := compare(best, cell, name)) and not found.is_clear]
     if ties:
         names = [group.series_label(cell) for cell in ties]
         more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvbench.report.cell import CellResult
+from kvbench.report.compare_latency import timing_noise
 from kvbench.report.findings import QUALITIES, Contrast, below_random, budgets_of, contrast_text, not_monotone
 from kvbench.report.load import Group
 from kvbench.units import format_value, measure
@@ -37,7 +38,8 @@ def _failures(group: Group) -> Iterator[Note]:
     if failed:
         details = tuple(_failure_text(group, cell) for cell in failed)
         yield Note(text=f"{len(failed)} of {len(group.cells)} cells failed and have no numbers.", details=details)
-    noisy = tuple(group.cell_label(cell) for cell in group.cells if cell.status == "noisy")
+    reasons = ((group.cell_label(cell), timing_noise(cell)) for cell in group.cells if not cell.failed)
+    noisy = tuple(f"{label}: {reason}" for label, reason in reasons if reason)
     if noisy:
         yield Note(text="Timings of these cells were noisy; read their times as a rough guide.", details=noisy)
 

@@ -60,8 +60,8 @@ def render_page(results: Results, plots: Sequence[Plot]) -> str:
 {worst_samples(results)}
 <section id="measures"><h2>How each number is measured</h2>
 <p>Intervals: {html.escape(methods_text(results))}. Paired differences in the notes subtract two cells sample by sample;
-their 95 % interval is a percentile bootstrap over clusters of samples. Intervals are not corrected for the number of
-comparisons. "Undecided" means that the interval holds zero, not that two policies are equal.</p>
+their 95 % interval is a BCa bootstrap by cluster of samples, Student's t under 20 clusters. Intervals are not corrected
+for the number of comparisons. "Undecided" means that the interval holds zero, not that two policies are equal.</p>
 {measures_html(_shown_measures(results))}</section>
 <section id="environment"><h2>Environment</h2>{environment_html(results)}</section>
 <section id="problems"><h2>Problems found while reading the records</h2>{problems_html(results.problems)}</section>

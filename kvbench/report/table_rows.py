@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvbench.report.cell import CellResult
+from kvbench.report.compare_latency import timing_noise
 from kvbench.report.load import Group
 from kvbench.units import MEASURES, MISSING, format_interval, format_value, measure
 
@@ -50,7 +51,7 @@ class Entry:
     interval: str = ""
     value: float | None = None
     n: int | None = None
-    kind: Literal["number", "missing", "failed"] = "number"
+    kind: Literal["number", "missing", "failed", "noisy"] = "number"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,4 +165,10 @@ def _entry(cell: CellResult, name: str) -> Entry:
         interval=format_interval(name, found.value, found.low, found.high),
         value=found.value,
         n=found.n,
+        kind="noisy" if is_time(name) and timing_noise(cell, name) else "number",
     )
+
+
+def is_time(name: str) -> bool:
+    """Whether the measure is a time or a rate, which a noisy machine spoils."""
+    return measure(name).unit in ("ms", "tokens/s") or name.endswith("_ratio_to_full")

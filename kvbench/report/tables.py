@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from rich import box
 from rich.console import Console
@@ -13,16 +14,20 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from kvbench.report.load import Results
+from kvbench.report.comparison import DECLARED, Choices
+from kvbench.report.load import Group, Results
 from kvbench.report.table_rows import Entry, Row, Table, reading_note, results_table
+from kvbench.report.verdict_rows import VerdictRow, declared_text, verdict_rows
 from kvbench.units import measure
 
 NARROW_COLUMNS = 100
 _LAYOUTS = ((False, 1), (True, 1), (True, 0))  # from roomy to tight: budget below the policy, blanks between columns
-_STYLES = {"number": "", "missing": "dim", "failed": "bold red"}
+_STYLES = {"number": "", "missing": "dim", "failed": "bold red", "noisy": "dim"}
+_VERDICT_HEADS = ("policy", "budget", "measure", "policy minus full", "detects", "verdict")
+_VERDICT_SIDES: tuple[Literal["left", "right"], ...] = ("left", "left", "left", "right", "right", "left")
 
 
-def print_tables(results: Results, console: Console | None = None) -> None:
+def print_tables(results: Results, console: Console | None = None, choices: Choices = DECLARED) -> None:
     """Print one table per model and data set; plain stacked lines where no table fits the terminal."""
     console = console or Console()
     for group in results.groups:
@@ -34,15 +39,18 @@ def print_tables(results: Results, console: Console | None = None) -> None:
         else:
             console.print(Text("\n".join(_stacked(table))))
         console.print()
+        _print_verdicts(verdict_rows(group, choices), console)
     if not results.records:
         console.print(Text("No usable record was found."))
     for problem in results.problems:
         console.print(Text(f"problem: {problem.path}: {problem.message}", style="yellow"))
 
 
-def markdown_tables(results: Results) -> str:
+def markdown_tables(results: Results, choices: Choices = DECLARED) -> str:
     """Return the same tables in markdown, one heading per model and data set."""
-    parts = [_markdown(results_table(group)) for group in results.groups] or ["No usable record was found.\n"]
+    parts = [_markdown(results_table(group)) + _markdown_verdicts(group, choices) for group in results.groups] or [
+        "No usable record was found.\n"
+    ]
     if results.problems:
         lines = [f"- `{problem.path}`: {_escaped(problem.message)}" for problem in results.problems]
         parts.append("\n".join(["## Problems found while reading", "", *lines]) + "\n")
@@ -70,6 +78,46 @@ def _rich(table: Table, *, joined: bool, padding: int) -> RichTable:
         ends = following is None or following.policy != row.policy
         drawn.add_row(*heads, *(_two_lines(entry) for entry in row.entries), end_section=ends)
     return drawn
+
+
+def _print_verdicts(rows: tuple[VerdictRow, ...], console: Console) -> None:
+    """Print the comparisons with full, as a table or as lines where that does not fit."""
+    if not rows:
+        return
+    drawn = RichTable(
+        title=Text("Compared with full"), caption=Text(declared_text(rows)), title_justify="left",
+        caption_justify="left", box=box.HORIZONTALS, padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    for head, justify in zip(_VERDICT_HEADS, _VERDICT_SIDES, strict=True):
+        drawn.add_column(head, justify=justify, no_wrap=True)
+    for row, following in zip(rows, (*rows[1:], None), strict=True):
+        ends = following is None or (following.policy, following.measure) != (row.policy, row.measure)
+        drawn.add_row(*map(Text, _verdict_texts(row)), end_section=ends)
+    if _width(drawn, console) <= console.width and console.width >= NARROW_COLUMNS:
+        console.print(drawn)
+    else:
+        lines = (f"{texts[0]}, {texts[1]}: {' '.join(texts[2:4])} {row.verdict}" for row, texts in _with_texts(rows))
+        console.print(Text("\n".join(("Compared with full", *lines, declared_text(rows)))))
+    console.print()
+
+
+def _with_texts(rows: tuple[VerdictRow, ...]) -> Iterator[tuple[VerdictRow, tuple[str, ...]]]:
+    yield from ((row, _verdict_texts(row)) for row in rows)
+
+
+def _verdict_texts(row: VerdictRow) -> tuple[str, ...]:
+    difference = f"{row.difference} {row.interval}".strip()
+    return row.policy, row.budget, measure(row.measure).label, difference, row.detectable, row.verdict
+
+
+def _markdown_verdicts(group: Group, choices: Choices) -> str:
+    rows = verdict_rows(group, choices)
+    if not rows:
+        return ""
+    lines = ["", f"### Compared with full: {_escaped(group.title)}", "", declared_text(rows), ""]
+    lines += [f"| {' | '.join(_VERDICT_HEADS)} |", "| --- | --- | --- | ---: | ---: | --- |"]
+    lines += [f"| {' | '.join(map(_escaped, _verdict_texts(row)))} |" for row in rows]
+    return "\n".join(lines) + "\n"
 
 
 def _width(drawn: RichTable, console: Console) -> int:

@@ -74,7 +74,10 @@ def main() -> None:
         block = {"BLOCK_M": rows, "BLOCK_N": size, "BLOCK_K": depth, "STAGES": stages, "EVEN_K": True, "UPCAST": False}
         compile_kernel(linear_kernels.project, {**block, "MATRICES": 3, "HAS_BIAS": True}, num_warps=warps)
         compile_kernel(linear_kernels.gate_up, block, num_warps=warps)
-    compile_kernel(rank_kernel.find_rank, {"BLOCK_C": 1024}, {"rank": "*i64", "slot": "*i64"}, num_warps=4)
+    for one in (False, True):
+        search = {"BLOCK_C": 512 if one else 2048, "IN_ONE": one, "FROM_NEWEST": one}
+        types = {"rank": "*i64", "slot": "*i64", "newer": "i32", "sinks": "i32"}
+        compile_kernel(rank_kernel.find_rank, search, types, num_warps=1 if one else 4)
     _compile_prefill()
 
 

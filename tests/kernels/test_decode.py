@@ -67,18 +67,35 @@ def test_without_statistics_the_output_is_the_same(shape: tuple[int, ...]) -> No
     plain, nothing = decode_attention(query, keys, values, length, 0.3)
     with_probs, _ = decode_attention(query, keys, values, length, 0.3, want_probs=True)
     assert nothing is None
-    assert torch.equal(plain, with_probs)
+    # On a GPU the two are compiled apart and may round apart; the interpreter does the same operations.
+    torch.testing.assert_close(plain, with_probs, rtol=0 if ON == "cpu" else 1e-6, atol=0 if ON == "cpu" else 1e-6)
 
 
+def scattered(held: Tensor, length: Tensor, seen: int) -> Tensor:
+    """Positions (B, H, C) of held slots as a score leaves them, the newest in the last slot."""
+    random = torch.Generator().manual_seed(12)
+    order = torch.rand((*held.shape[:2], seen - 1), generator=random).argsort(-1)[..., : held.shape[-1]].to(ON)
+    return torch.where(held, order, -1).scatter(2, (length - 1)[..., None], seen - 1)
+
+
+def sinks_and_window(held: Tensor, length: Tensor, seen: int) -> Tensor:
+    """Positions (B, H, C) of two sinks and a window that came round in its slots."""
+    position = torch.full(held.shape, -1, device=ON)
+    for row, count in zip(position.flatten(0, 1), length.flatten().tolist(), strict=True):
+        sinks = min(2, count - 1)
+        row[:sinks] = torch.arange(sinks)
+        row[sinks:count] = torch.arange(seen - count + sinks, seen).roll(count // 3)
+    return position
+
+
+@pytest.mark.parametrize("left", [scattered, sinks_and_window])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_keys_are_turned_to_their_ranks_on_the_way_in(shape: tuple[int, ...]) -> None:
+def test_keys_are_turned_to_their_ranks_on_the_way_in(shape: tuple[int, ...], left: Any) -> None:
     query, keys, values, length, held = slots(shape, torch.float32, seed=11)
     batch, heads, capacity = held.shape
     width = keys.shape[-1]
     seen = torch.full((batch,), 3 * capacity, device=ON)
-    random = torch.Generator().manual_seed(12)
-    order = torch.rand((batch, heads, 3 * capacity - 1), generator=random).argsort(-1)[..., :capacity].to(ON)
-    position = torch.where(held, order, -1).scatter(2, (length - 1)[..., None], 3 * capacity - 1)
+    position = left(held, length, 3 * capacity)
     rotation = Rotation(frequencies=1.0 / 100.0 ** torch.linspace(0, 1, width // 2, device=ON))
     rank = age_rank(position)
     tables = rotation.tables(3 * capacity + 1)

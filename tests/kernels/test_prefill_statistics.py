@@ -12,6 +12,7 @@ from kvbench.cache.attend import Chunk, chunk_attention, column_mass, last_rows,
 from kvbench.kernels.dispatch import kernels_forced
 
 pytest.importorskip("triton", reason="triton is not installed")
+ON = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 REDUCTIONS = ["mean", "sum", "max"]
 # KV heads, group, head size, queries, stored, pads of row 1
@@ -24,12 +25,12 @@ SHAPES = [
 ]
 
 
-def chunk_of(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> Chunk:
+def chunk_of(shape: tuple[int, ...], dtype: torch.dtype) -> Chunk:
     """Two rows; states lie as models make them, (B, Q, H, D) transposed; a third of stored slots are empty."""
     heads, group, width, queries, stored, pads = shape
     torch.manual_seed(sum(shape))
     query, keys, values = (
-        torch.randn(2, length, count, width).to(dtype).transpose(1, 2).to(device)
+        torch.randn(2, length, count, width).to(dtype).transpose(1, 2).to(ON)
         for length, count in ((queries, heads * group), (stored + queries, heads), (stored + queries, heads))
     )
     new = stored * 2 + torch.arange(queries) - torch.tensor([[0], [pads]])
@@ -40,8 +41,8 @@ def chunk_of(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") ->
         query=query,
         keys=keys,
         values=values,
-        query_position=new.to(device),
-        key_position=torch.cat((held, new[:, None].expand(2, heads, queries)), dim=-1).to(device),
+        query_position=new.to(ON),
+        key_position=torch.cat((held, new[:, None].expand(2, heads, queries)), dim=-1).to(ON),
         scaling=width**-0.5,
         plain=stored == 0 and pads == 0,
     )
@@ -93,7 +94,7 @@ def test_mass_is_the_same_every_time() -> None:
     "shape", [(8, 1, 128, 900, 0, 0), (2, 4, 128, 1500, 0, 300), (2, 7, 64, 700, 0, 0), (2, 4, 128, 256, 500, 0)]
 )
 def test_statistics_at_real_sizes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    chunk = chunk_of(shape, dtype, "cuda")
+    chunk = chunk_of(shape, dtype)
     for reduction in REDUCTIONS:
         assert_exact(chunk, reduction)
     if dtype != torch.float32:

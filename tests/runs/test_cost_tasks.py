@@ -26,7 +26,9 @@ PER_LAUNCH = {
     *("throughput_tokens_per_s", "ttft_ratio_to_full", "tpot_ratio_to_full", "throughput_ratio_to_full"),
     *("roof_share_fraction", "full_roof_share_fraction"),
 }
-ONCE = {"roof_ms", "full_roof_ms", "copy_bandwidth_bytes_per_s", "policy_ms"}
+ONCE = {"roof_ms", "full_roof_ms", "copy_bandwidth_bytes_per_s", "policy_ms"} | {
+    *("tpot_spread_fraction", "ttft_spread_fraction", "reference_drift_fraction", "timing_passes")
+}
 
 
 def memory(loaded: LoadedModel, folder: Path, setting: CacheSetting, **options: int) -> dict[str, int]:

@@ -1,0 +1,197 @@
+"""`kvbench frontier`: per policy the smallest budget that is as good as full at a margin, by bisection.
+
+kvbench frontier policy=h2o,elastic
+kvbench frontier policy=h2o,snapkv measure=ppl margin=0.05 dataset=mm_vet dataset.path=FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kvbench.errors import ConfigError, close_matches
+from kvbench.parser import Parser
+from kvbench.quiet import quiet_libraries
+from kvbench.stats.margins import is_latency_ratio, smallest_margin
+from kvbench.stats.sequential import look_confidence, most_looks, smallest_sample
+from kvbench.units import MEASURES, measure
+
+if TYPE_CHECKING:
+    from kvbench.compose import Composed
+    from kvbench.frontier_search import Plan
+
+LADDER = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+_OWN = ("measure", "margin", "ladder", "name")
+_TASKS = {"ppl": "perplexity", "kl_to_full": "fidelity", "top1_agreement_fraction": "fidelity"}
+_TEXT = """\
+Per policy the smallest budget at which a quality is at most MARGIN worse than with the full cache, by bisection.
+
+words:
+  measure=rougeL_vs_full   the quality; margin=0.02: how much worse is still safe (its declared margin by default)
+  ladder=0.1,0.2,0.4,0.8   budgets to choose from; by default {ladder}
+  name=NAME                of the file results/frontier/NAME.json
+
+Every other KEY=VALUE is a setting of the sweep: policy=h2o,elastic model=... dataset=... budget=tokens results=FOLDER.
+"""
+
+
+class _Stopped(Exception):  # noqa: N818
+    """A signal ended the sweep; the same command goes on."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+
+def frontier_command(arguments: Sequence[str]) -> int:
+    """Run the search, print its table, write its file, and return the exit code. Raises: ConfigError."""
+    if any(word in ("--help", "-h") for word in arguments):
+        print("usage: kvbench frontier [policy=A,B] [measure=NAME] [margin=X] [ladder=A,B,C] [KEY=VALUE ...]\n")
+        print(_TEXT.format(ladder=",".join(f"{rung:g}" for rung in LADDER)))
+        return 0
+    flags, words = _flags(arguments)
+    own = {name: value for name, value in (word.split("=", 1) for word in words if "=" in word) if name in _OWN}
+    overrides = [word for word in words if word.split("=", 1)[0] not in _OWN]
+    quality, margin = _asked(own)
+    ladder = _ladder(own.get("ladder"), overrides)
+    policies, fulls = _grids(overrides, quality, ladder, flags.config_dir)
+    plan = _plan(own, quality, margin, ladder, policies[0])
+    return _search(plan, policies, fulls, flags.config_dir)
+
+
+def _flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = Parser(prog="kvbench frontier", add_help=False, allow_abbrev=False)
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--config-dir", "-cd", type=os.path.abspath)
+    flags, words = parser.parse_known_args(list(arguments))
+    wrong = next(
+        (word for word in words if word.startswith("-") or ("=" not in word and not word.startswith("~"))), None
+    )
+    if wrong is not None:
+        raise ConfigError(f"{wrong} is neither a flag nor KEY=VALUE; kvbench frontier --help lists what there is")
+    return flags, words
+
+
+def _asked(own: dict[str, str]) -> tuple[str, float]:
+    """Return measure and margin. Raises: ConfigError."""
+    name = own.get("measure", "rougeL_vs_full")
+    known = [one for one in MEASURES if smallest_margin(one) is not None and not is_latency_ratio(MEASURES[one])]
+    if name not in known:
+        raise ConfigError(f"measure is {name!r}; {close_matches(name, known)}")
+    margin = _number("margin", own["margin"]) if "margin" in own else smallest_margin(name)
+    assert margin is not None
+    if not 0 < margin < 10:
+        raise ConfigError(f"margin is {own['margin']}; it must be above 0 and below 10, in the unit of {name}")
+    return name, margin
+
+
+def _ladder(text: str | None, overrides: Sequence[str]) -> tuple[float, ...]:
+    """Return the rungs, rising. Raises: ConfigError."""
+    tokens = "budget=tokens" in overrides
+    if text is None and tokens:
+        raise ConfigError("budget=tokens has no ladder of its own; add ladder=16,32,64,128")
+    rungs = LADDER if text is None else tuple(_number("ladder", word) for word in text.strip("[]").split(","))
+    if len(rungs) < 2 or list(rungs) != sorted(set(rungs)):
+        raise ConfigError(f"ladder is {text}; it must hold at least two budgets, rising, each once")
+    if any(not 0 < rung <= 1 for rung in rungs) if not tokens else any(rung < 1 or rung != int(rung) for rung in rungs):
+        raise ConfigError(
+            f"ladder is {text}; " + ("whole numbers of tokens" if tokens else "shares above 0, at most 1")
+        )
+    return rungs
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ConfigError(f"{name} is {text!r}; it must be a number") from error
+
+
+def _grids(
+    overrides: list[str], quality: str, ladder: tuple[float, ...], config_dir: str | None
+) -> tuple[list[Composed], list[Composed]]:
+    """Return each policy's cell at the largest budget and the full cache's, all checked. Raises: ConfigError."""
+    from kvbench.compose import compose_grid
+    from kvbench.frontier_search import cell_of
+    from kvbench.launch import SUPERVISED, make_importable
+
+    make_importable([config_dir] if config_dir else [])
+    setting = "tokens" if "budget=tokens" in overrides else "fraction"
+    if any(word.startswith(("budget.fraction", "budget.tokens", "+experiment", "experiment")) for word in overrides):
+        raise ConfigError("the search chooses the budget; give ladder=A,B,C instead of budgets or an experiment")
+    if not any(word.startswith("policy=") for word in overrides):
+        raise ConfigError("no policy is given; add policy=h2o,elastic")
+    named = {word.split("=", 1)[0].lstrip("+~") for word in overrides}
+    extra = [] if "task" in named else [f"task={_TASKS.get(quality, 'generation')}"]
+    extra += [] if "sweep" in named else ["sweep=frontier"]
+    top = int(ladder[-1]) if setting == "tokens" else ladder[-1]
+    policies = compose_grid([*overrides, *extra, f"budget.{setting}={top}"], multirun=True, config_dir=config_dir)
+    others = [word for word in overrides if not re.match(r"[+~]*policy[.=@]", word)]
+    fulls = compose_grid([*others, *extra, "policy=full"], multirun=True, config_dir=config_dir)
+    for composed in [*policies, *fulls]:
+        if str(composed.choices["hydra/launcher"]) != SUPERVISED:
+            raise ConfigError("hydra/launcher must be supervised here: a search decides after every look")
+        cell_of(composed)
+    if any(composed.choices["policy"] == "full" for composed in policies):
+        raise ConfigError("policy=full has no budget to search; it is measured by itself")
+    return policies, fulls
+
+
+def _plan(own: dict[str, str], quality: str, margin: float, ladder: tuple[float, ...], first: Composed) -> Plan:
+    from kvbench.config import results_folder
+    from kvbench.frontier_search import Plan, cell_of
+
+    name = own.get("name", f"{quality}-{margin:g}")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}", name):
+        raise ConfigError(f"name is {name!r}; it must be a file name of letters, digits, '.', '_' and '-'")
+    setting = "tokens" if cell_of(first).settings["budget"]["fraction"] is None else "fraction"
+    return Plan(
+        name=name, measure=quality, margin=margin, ladder=ladder, budget_setting=setting,
+        results=results_folder(first.config),
+    )  # fmt: skip
+
+
+def _search(plan: Plan, policies: list[Composed], fulls: list[Composed], config_dir: str | None) -> int:
+    from kvbench.frontier_search import search_all
+    from kvbench.report.frontier import save_frontier
+    from kvbench.report.frontier_table import print_frontier
+
+    quiet_libraries()
+    _warn_of_few(plan, fulls[0])
+    try:
+        frontier = search_all(plan, policies, fulls, _run)
+    except _Stopped as stopped:
+        print("kvbench: stopped; finished cells are kept, the same command goes on", file=sys.stderr)
+        return stopped.code
+    print_frontier(frontier)
+    print(f"frontier: {save_frontier(plan.results, frontier)}")
+    return 0
+
+
+def _run(grid: Sequence[Composed]) -> None:
+    """Run the cells that have no record yet, as a sweep does."""
+    from kvbench.launch import open_sweep
+    from kvbench.runs.stop import StopRequest
+
+    sweep = open_sweep(grid)
+    with StopRequest().watching() as stop:
+        sweep.run(stop)
+    if stop.number is not None:
+        raise _Stopped(stop.exit_code)
+
+
+def _warn_of_few(plan: Plan, full: Composed) -> None:
+    """Say before anything runs that a score of so few samples will hardly be shown to stay inside the margin."""
+    from kvbench.frontier_search import cell_of
+
+    if measure(plan.measure).unit not in ("score", "fraction"):
+        return
+    num = len({example.cluster for example in cell_of(full).dataset.examples()})
+    needed = smallest_sample(plan.margin, look_confidence(len(plan.ladder)))
+    if num < needed:
+        looks = most_looks(len(plan.ladder))
+        shown = f"note: {num} samples hardly show a margin of {plan.margin:g} in {looks} looks"
+        print(f"{shown}, even where nothing differs; {needed} do (dataset.num_samples={needed})")

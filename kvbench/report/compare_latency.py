@@ -1,0 +1,69 @@
+"""Compare times: a policy with the full cache it was interleaved with, or two policies by their ratios to full."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from kvbench.report.cell import CellResult
+from kvbench.report.comparison import Choices, Comparison
+from kvbench.stats.latency import LogRatio, between, from_interval
+from kvbench.stats.margins import smallest_margin
+from kvbench.stats.noise import noise_reason
+from kvbench.stats.power import more_samples
+
+
+def compare_latency(first: CellResult, second: CellResult, name: str, choices: Choices) -> Comparison:
+    """Return the ratio of `first` to `second` minus 1, before any verdict but noisy; `first` has the measure."""
+    ratios = [_ratio(first, name), None if second.is_full else _ratio(second, name)]
+    value = (first.measurements[name].value / (1.0 if second.is_full else second.measurements[name].value)) - 1
+    n = first.measurements[name].n or 0
+    base = Comparison(
+        measure=name, first=first, second=second, value=value, method="single observations: no interval",
+        num_samples=n, num_clusters=n, verdict="undecided", margin=smallest_margin(name, choices.margins),
+        noise=_noise(name, first, second),
+    )  # fmt: skip
+    mine, other = ratios
+    if mine is None or (other is None and not second.is_full):
+        return base
+    return _filled(base, mine if other is None else between(mine, other))
+
+
+def _filled(base: Comparison, found: LogRatio) -> Comparison:
+    low, high = found.bounds()
+    detectable = found.minimum_detectable()
+    return replace(
+        base,
+        value=math.expm1(found.mean),
+        low=low,
+        high=high,
+        method="t of paired log ratios of launches" + ("" if base.second.is_full else ", each to its own full cache"),
+        p_value=found.p_value(),
+        minimum_detectable=detectable,
+        more_samples=more_samples(math.expm1(found.mean), detectable, base.num_samples, base.margin),
+    )
+
+
+def _ratio(cell: CellResult, name: str) -> LogRatio | None:
+    found = cell.measurements[name]
+    if found.low is None or found.high is None:
+        return None
+    return from_interval(found.value, found.low, found.high, found.n or 0)
+
+
+def _noise(name: str, *cells: CellResult) -> str:
+    """Return why the times of one of the cells are noisy; empty where they are not, or nothing was recorded."""
+    for cell in cells:
+        if (reason := timing_noise(cell, name)) and not cell.is_full:
+            return reason
+    return ""
+
+
+def timing_noise(cell: CellResult, name: str = "tpot_ratio_to_full") -> str:
+    """Return why the cell's times are noisy, empty where they are not."""
+    if cell.status == "noisy":
+        return "the cell is noisy"
+    spread = "ttft_spread_fraction" if name.startswith("ttft") else "tpot_spread_fraction"
+    found = {one: cell.estimate(one) for one in (spread, "reference_drift_fraction", "foreign_gpu_processes")}
+    values = [None if one is None else one.value for one in found.values()]
+    return noise_reason(values[0], values[1], None if values[2] is None else int(values[2]))

@@ -1,0 +1,78 @@
+"""What a comparison of two cells says, and how its numbers become a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from kvbench.report.cell import CellResult
+from kvbench.stats.difference import CONFIDENCE
+from kvbench.stats.verdicts import LEVEL, Verdict, verdict_of
+from kvbench.units import measure
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """First cell minus second: in the measure's unit, ppl in nats per token, times relative to full minus 1.
+
+    `low` and `high` are the 95 % interval, None where there is none; `p_holm` is corrected for the comparisons of
+    its family, `minimum_detectable` is what the samples would show in 80 % of repetitions, and `more_samples`
+    says about how many more would decide. `reason` says why something is not comparable or not decided, `noise` why its
+    times are noisy.
+    """
+
+    measure: str
+    first: CellResult
+    second: CellResult
+    value: float
+    low: float | None = None
+    high: float | None = None
+    method: str
+    t_low: float | None = None
+    t_high: float | None = None
+    num_samples: int = 0
+    num_clusters: int = 0
+    p_value: float | None = None
+    p_holm: float | None = None
+    minimum_detectable: float | None = None
+    margin: float | None = None
+    verdict: Verdict
+    more_samples: int | None = None
+    primary: bool = False
+    reason: str = ""
+    noise: str = ""
+
+    @property
+    def is_clear(self) -> bool:
+        """True when one of the two is shown to be better."""
+        return self.verdict in ("better", "worse")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choices:
+    """What the reader chose: margins by measure, whether unequal sample sets are cut to the common ones, confidence."""
+
+    margins: Mapping[str, float] = field(default_factory=dict)
+    intersect: bool = False
+    confidence: float = CONFIDENCE
+
+
+DECLARED = Choices()
+
+
+def judged(one: Comparison, p_holm: float | None = None) -> Comparison:
+    """Return the comparison with its verdict under the corrected p value, its own where there is no family."""
+    p_value = one.p_value if p_holm is None else p_holm
+    if one.noise:
+        return replace(one, verdict="noisy", p_holm=p_holm, more_samples=None, reason=one.noise)
+    if one.low is None or one.high is None or p_value is None:
+        return replace(one, verdict="undecided", p_holm=p_holm)
+    higher = measure(one.measure).better == "higher"
+    verdict = verdict_of(one.low, one.high, higher_is_better=higher, margin=one.margin, p_value=p_value)
+    more = one.more_samples if verdict == "undecided" else None
+    reason = ""
+    if verdict == "undecided" and p_value > LEVEL and (one.low > 0 or one.high < 0):
+        reason = f"not clear after Holm's correction (p = {p_value:.2g})"
+    elif verdict == "undecided" and more is None:
+        reason = "no number of samples within reach would decide"
+    return replace(one, verdict=verdict, p_holm=p_holm, more_samples=more, reason=reason)

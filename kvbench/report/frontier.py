@@ -1,0 +1,125 @@
+"""Results of `kvbench frontier`: per policy the smallest budget shown to be as good as full, as files and as a table.
+
+for frontier in load_frontiers(Path("results")):
+    for search in frontier.searches:
+        print(search.policy, search.status, search.smallest_safe, search.budget_low)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from kvbench.durable import make_folder, storage_error, sync_folder, write_synced
+from kvbench.errors import RecordError
+from kvbench.sealed import seal, unseal
+
+_KIND, _VERSION = "kvbench_frontier", 1
+Outcome = Literal["safe", "worse", "undecided", "failed"]
+SearchStatus = Literal["found", "every budget is safe", "no budget shown safe", "not monotone"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Look:
+    """One measured budget: the difference to full with the interval of this search, and what it shows.
+
+    safe: the interval stays inside the margin; worse: it lies beyond the margin; `reason` says why one failed.
+    """
+
+    budget: float
+    outcome: Outcome
+    key: str | None = None
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    num_samples: int = 0
+    num_clusters: int = 0
+    minimum_detectable: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Search:
+    """One policy's search. `smallest_safe` is None where no budget was shown to be safe.
+
+    The true smallest safe rung lies from `budget_low` (the rung above the largest that was shown to be worse; None above the ladder) to
+    `smallest_safe`; `look` is the one at `smallest_safe`.
+    """
+
+    model: str
+    dataset: str
+    policy: str
+    positions: str
+    policy_settings: Mapping[str, Any]
+    full_key: str
+    status: SearchStatus
+    smallest_safe: float | None
+    budget_low: float | None
+    looks: tuple[Look, ...]
+
+    @property
+    def look(self) -> Look | None:
+        """Return what was seen at the smallest safe budget."""
+        return next((look for look in self.looks if look.budget == self.smallest_safe), None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Frontier:
+    """All searches of one command. `confidence` is the two-sided one of a look; the answers' together is 95 % each."""
+
+    name: str
+    measure: str
+    margin: float
+    ladder: tuple[float, ...]
+    budget_setting: str
+    confidence: float
+    num_cells: int
+    num_cells_of_grid: int
+    searches: tuple[Search, ...]
+
+
+def save_frontier(results: Path, frontier: Frontier) -> Path:
+    """Write results/frontier/NAME.json, whole or not at all; the same searches give the same bytes."""
+    path = results / "frontier" / f"{frontier.name}.json"
+    data = seal(_KIND, _VERSION, asdict(frontier))
+    if path.is_file() and path.read_bytes() == data:
+        return path
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        write_synced(temporary, data)
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise storage_error(path, error) from error
+    return path
+
+
+def load_frontiers(folder: Path) -> tuple[Frontier, ...]:
+    """Return every frontier below the results `folder`, by name. Raises: RecordError for a damaged file."""
+    return tuple(load_frontier(path) for path in sorted((folder / "frontier").glob("*.json")))
+
+
+def load_frontier(path: Path) -> Frontier:
+    """Return the frontier at `path`. Raises: RecordError naming the path if it is damaged, foreign or too new."""
+    body = unseal(path, _KIND, _VERSION, "Delete it and run the same command again; its cells are not measured again.")
+    try:
+        searches = tuple(
+            _made(Search, one | {"looks": tuple(_made(Look, look) for look in one["looks"])})
+            for one in body["searches"]
+        )
+        made = _made(Frontier, body | {"searches": searches, "ladder": tuple(body["ladder"])})
+    except (KeyError, TypeError) as error:
+        raise RecordError(f"{path} lacks a part of a frontier ({error!s:.80}); run the same command again.") from error
+    frontier: Frontier = made
+    return frontier
+
+
+def _made(kind: type[Any], values: Mapping[str, Any]) -> Any:
+    return kind(**{field.name: values[field.name] for field in fields(kind)})

@@ -1,0 +1,67 @@
+"""The table of a frontier in the terminal."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kvbench.report.frontier import Frontier, Search
+from kvbench.units import measure
+
+_WORDS = {
+    "every budget is safe": "the smallest budget of the ladder is safe already",
+    "no budget shown safe": "not even the largest budget was shown to be safe",
+    "not monotone": "a larger budget was worse than a smaller one",
+}
+
+
+def print_frontier(frontier: Frontier, console: Console | None = None) -> None:
+    """Print one line per policy: smallest safe budget, where it may lie, the difference there, budgets measured."""
+    console = console or Console()
+    label = measure(frontier.measure).label
+    table = Table(
+        title=Text(f"Smallest budget at which {label} is at most {frontier.margin:g} worse than full"),
+        title_justify="left",
+        box=box.HORIZONTALS,
+        padding=(0, 1, 0, 0),
+    )
+    for head in ("policy", "smallest safe\nbudget", "true one\nfrom - to", f"{label}\nminus full", "budgets measured"):
+        table.add_column(head, justify="left" if head in ("policy", "budgets measured") else "right")
+    for search in frontier.searches:
+        table.add_row(*_row(frontier, search))
+    console.print(table)
+    for search in frontier.searches:
+        if search.status in _WORDS:
+            console.print(Text(f"{search.policy}: {_WORDS[search.status]}{_advice(search)}"))
+    looks = f"each of at most {len(frontier.ladder).bit_length()} looks at {frontier.confidence:.4g}"
+    console.print(Text(f"A budget called safe is unsafe in at most 5 % of searches ({looks} two-sided)."))
+    console.print(Text(f"{frontier.num_cells} cells instead of {frontier.num_cells_of_grid} of the dense grid."))
+
+
+def budget_text(budget: float) -> str:
+    """Return "20 %" for a share and "64" for a number of tokens."""
+    return f"{100 * budget:g} %" if budget <= 1 else f"{budget:g}"
+
+
+def _row(frontier: Frontier, search: Search) -> tuple[Text, ...]:
+    found, top = search.look, max(frontier.ladder)
+    upper = budget_text(search.smallest_safe) if search.smallest_safe is not None else f"above {budget_text(top)}"
+    lower = budget_text(search.budget_low) if search.budget_low is not None else ""
+    seen = "\n".join(f"{budget_text(look.budget)} {look.outcome}" for look in search.looks)
+    shown = found or (search.looks[-1] if search.looks else None)
+    difference = "-"
+    if shown is not None and shown.value is not None and shown.low is not None and shown.high is not None:
+        difference = f"{shown.value:+.3f} [{shown.low:+.3f}, {shown.high:+.3f}]"
+    texts = (search.policy, upper, f"{lower} - {upper}" if lower else upper, difference, seen)
+    return tuple(Text(text) for text in texts)
+
+
+def _advice(search: Search) -> str:
+    """Say what would decide where the samples, not the policy, are the reason."""
+    last = search.looks[-1] if search.looks else None
+    if search.status != "no budget shown safe" or last is None or last.outcome != "undecided":
+        return ""
+    smallest = last.minimum_detectable or 0.0
+    return f"; with {last.num_samples} samples a difference under {smallest:.3f} is not seen, take more"

@@ -1,0 +1,55 @@
+"""Times relative to the full cache: log ratios of launches that stood beside each other, and between two policies.
+
+A launch, not a step, is the unit (Kalibera and Jones 2013, "Rigorous benchmarking in reasonable time"): steps of one
+launch share its memory layout and its moment. Launches come as policy, full, full, policy; the k-th launch of each
+arm is a pair, so in half of the pairs the policy comes first and in half the full cache, and what drifts linearly
+cancels in their mean. We keep to one process, so what differs between processes is not in the interval.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from kvbench.stats.power import minimum_detectable
+from kvbench.stats.student import quantile, tail
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogRatio:
+    """The mean log of a ratio, its standard error, and the degrees of freedom of that, as units minus 1."""
+
+    mean: float
+    standard_error: float
+    num_units: float
+
+    def bounds(self) -> tuple[float, float]:
+        """Return the 95 % interval of the ratio minus 1."""
+        half = quantile(0.975, self.num_units) * self.standard_error
+        return math.expm1(self.mean - half), math.expm1(self.mean + half)
+
+    def p_value(self) -> float:
+        """Return the two-sided p value of a ratio of 1."""
+        if self.standard_error == 0:
+            return 1.0 if self.mean == 0 else 0.0
+        return 2 * tail(-abs(self.mean) / self.standard_error, self.num_units)
+
+    def minimum_detectable(self) -> float:
+        """Return the change of the ratio that is found in 80 % of repetitions."""
+        return math.expm1(minimum_detectable(self.standard_error, self.num_units))
+
+
+def from_interval(value: float, low: float, high: float, num_pairs: int) -> LogRatio | None:
+    """Return the log ratio behind a recorded ratio with its t interval of logs; None for under two pairs."""
+    if num_pairs < 2 or min(value, low, high) <= 0:
+        return None
+    error = math.log(high / low) / (2 * quantile(0.975, num_pairs))
+    return LogRatio(mean=math.log(value), standard_error=error, num_units=num_pairs)
+
+
+def between(first: LogRatio, second: LogRatio) -> LogRatio:
+    """Return first over second, measured apart: Welch's degrees of freedom."""
+    parts = [(one.standard_error**2, one.num_units - 1) for one in (first, second)]
+    total = sum(part for part, _ in parts)
+    freedom = total**2 / sum(part**2 / free for part, free in parts) if total > 0 else parts[0][1]
+    return LogRatio(mean=first.mean - second.mean, standard_error=math.sqrt(total), num_units=freedom + 1)

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from kvbench.errors import ConfigError, MeasureError
+from kvbench.stats.bootstrap import NUM_DRAWS, SEED, bootstrap
+from kvbench.stats.difference import infer
+from kvbench.stats.few_differences import sign_test
+from kvbench.stats.holm import holm
+from kvbench.stats.margins import parse_margins, smallest_margin
+from kvbench.stats.paired import PairedSums, differences, paired_sums
+from kvbench.stats.power import minimum_detectable, more_samples
+from kvbench.stats.verdicts import is_non_inferior, verdict_of
+from kvbench.units import MEASURES
+from tests.stats.worlds import by_cluster, passages, scores
+
+
+@pytest.mark.parametrize("num_clusters", [12, 40, 500])
+def test_the_bootstrap_is_scipys_bca_on_the_same_draws(num_clusters: int) -> None:
+    pairs = by_cluster(*passages(np.random.default_rng(0), num_clusters, 0.05))
+    draws = bootstrap(pairs)
+    assert draws is not None
+    theirs = stats.bootstrap(
+        tuple(pairs.columns.T),
+        lambda a, b, c, d, axis: a.sum(axis) / b.sum(axis) - c.sum(axis) / d.sum(axis),
+        n_resamples=NUM_DRAWS, paired=True, vectorized=True, method="BCa", rng=np.random.default_rng(SEED),
+    ).confidence_interval  # fmt: skip
+    assert draws.bounds(0.95, widened=False) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+
+
+def test_the_t_interval_of_scores_is_the_paired_t_test() -> None:
+    found = np.random.default_rng(1).normal(0.03, 0.1, 30)
+    theirs = stats.ttest_1samp(found, 0.0)
+    ours = infer(scores(found))
+    assert (ours.t_low, ours.t_high) == pytest.approx(theirs.confidence_interval())
+    assert (ours.p_value or 0) >= theirs.pvalue - 1e-12
+    few = infer(scores(found[:9]))
+    assert (few.low, few.high) == pytest.approx(stats.ttest_1samp(found[:9], 0.0).confidence_interval())
+    assert few.p_value == pytest.approx(stats.ttest_1samp(found[:9], 0.0).pvalue)
+    assert few.method.startswith("t interval")
+
+
+def test_the_p_value_is_where_the_bootstrap_interval_just_holds_zero() -> None:
+    draws = bootstrap(scores(0.06 - np.random.default_rng(2).exponential(0.1, 40)))
+    assert draws is not None
+    p_value = draws.p_value()
+    assert 0 < p_value < 1
+    low, high = draws.bounds(1 - p_value)
+    assert min(abs(low), abs(high)) < 2e-3
+
+
+def test_perplexity_is_a_ratio_of_sums_over_documents() -> None:
+    rows, cluster = passages(np.random.default_rng(3), 12, 0.05)
+    found = infer(by_cluster(rows, cluster))
+    assert found.value == pytest.approx(rows[:, 0].sum() / rows[:, 1].sum() - rows[:, 2].sum() / rows[:, 3].sum())
+    assert (found.num_samples, found.num_clusters) == (len(rows), 12)
+    # the jackknife and the linear influences are two ways to one standard error
+    pairs = by_cluster(rows, cluster)
+    jackknife = pairs.leave_one_out()
+    error = np.sqrt((11 / 12) * np.square(jackknife - jackknife.mean()).sum())
+    assert found.standard_error == pytest.approx(error, rel=0.15)
+
+
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=30), st.floats(0.1, 10))
+def test_a_difference_turns_round_with_its_arms(values: list[float], scale: float) -> None:
+    pairs = scores(np.asarray(values) * scale)
+    turned = PairedSums(columns=pairs.columns[:, [2, 3, 0, 1]], num_samples=pairs.num_samples)
+    assert differences(turned.columns.sum(axis=0)) == pytest.approx(-pairs.value)
+    assert turned.influences() == pytest.approx(-pairs.influences())
+    assert turned.leave_one_out() == pytest.approx(-pairs.leave_one_out())
+
+
+def test_the_order_of_samples_changes_only_the_draws() -> None:
+    found = np.random.default_rng(4).normal(0, 0.1, 50)
+    one, two = infer(scores(found)), infer(scores(found[::-1].copy()))
+    assert one.value == pytest.approx(two.value)
+    assert (one.low or 0) == pytest.approx(two.low or 0, abs=3e-3)
+    assert infer(scores(found)) == one, "the same records give the same numbers"
+
+
+def test_degenerate_samples_say_what_they_are() -> None:
+    alone = infer(scores(np.array([0.3])))
+    assert (alone.low, alone.p_value, alone.minimum_detectable) == (None, None, None)
+    same = infer(scores(np.full(8, 0.1)))
+    assert (same.low, same.high) == pytest.approx((0.1, 0.1))
+    assert same.p_value == pytest.approx(2 * 0.5**8)
+    equal = infer(scores(np.zeros(8)))
+    assert (equal.value, equal.low, equal.high, equal.p_value) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_scores_that_hardly_differ_are_bounded_by_how_few_differ() -> None:
+    rows = scores(np.zeros(32))
+    rows.columns[:, [0, 2]] += 0.5
+    equal = infer(rows, bounded=True)
+    assert equal.low == pytest.approx(-(1 - 0.025 ** (1 / 32))), "3.7 over n, the rule of three at 97.5 %"
+    assert equal.high == pytest.approx(0.0), "nothing is above the full score"
+    rows.columns[0, 0] -= 0.4
+    one = infer(rows, bounded=True)
+    assert (one.low or 0) < (equal.low or 0)
+    assert one.p_value == 1.0
+    assert one.is_sparse
+    assert sign_test(0, 10) == pytest.approx(2 * 0.5**10)
+
+
+def test_samples_that_cannot_be_paired_are_refused() -> None:
+    with pytest.raises(MeasureError, match="cannot be paired"):
+        paired_sums([(1.0, 1.0)], [], ["a"])
+    with pytest.raises(MeasureError, match="not finite"):
+        paired_sums([(float("nan"), 1.0)], [(1.0, 1.0)], ["a"])
+    with pytest.raises(MeasureError, match="above 0"):
+        paired_sums([(1.0, 0.0)], [(1.0, 1.0)], ["a"])
+    assert paired_sums([(1.0, 1.0)] * 3, [(0.5, 1.0)] * 3, ["a", "b", "a"]).num_clusters == 2
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
+def test_holm_keeps_order_and_is_between_plain_and_bonferroni(p_values: list[float]) -> None:
+    found = holm(p_values)
+    for plain, corrected in zip(p_values, found, strict=True):
+        assert plain <= corrected <= min(1.0, len(p_values) * plain) + 1e-12
+    order = np.argsort(p_values, kind="stable")
+    assert list(np.array(found)[order]) == sorted(found)
+
+
+def test_holm_as_in_its_paper() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (0.03, 0.05, "better"),
+        (-0.05, -0.03, "worse"),
+        (0.001, 0.01, "equivalent"),
+        (-0.01, 0.01, "equivalent"),
+        (-0.03, 0.01, "undecided"),
+        (0.01, 0.05, "better"),
+    ],
+)
+def test_verdicts(low: float, high: float, verdict: str) -> None:
+    assert verdict_of(low, high, higher_is_better=True, margin=0.02, p_value=0.01) == verdict
+    turned = {"better": "worse", "worse": "better"}.get(verdict, verdict)
+    assert verdict_of(low, high, higher_is_better=False, margin=0.02, p_value=0.01) == turned
+
+
+def test_a_correction_can_take_a_verdict_back() -> None:
+    assert verdict_of(0.03, 0.05, higher_is_better=True, margin=None, p_value=0.2) == "undecided"
+    assert is_non_inferior(-0.019, 0.1, higher_is_better=True, margin=0.02)
+    assert not is_non_inferior(-0.021, 0.1, higher_is_better=True, margin=0.02)
+    assert is_non_inferior(-1.0, 0.019, higher_is_better=False, margin=0.02)
+
+
+def test_more_samples_are_asked_for_by_what_they_would_show() -> None:
+    assert minimum_detectable(0.01, 10_000) == pytest.approx(0.028, abs=1e-4)
+    assert more_samples(0.02, 0.04, 50, None) == 150, "half the detectable difference needs four times the samples"
+    assert more_samples(0.0, 0.04, 50, 0.02) == 150
+    assert more_samples(0.0, 0.04, 50, 0.02, is_sparse=True) == 50
+    assert more_samples(0.0, 0.04, 50, None) is None
+    assert more_samples(1e-6, 0.04, 50, None) is None
+
+
+def test_margins_are_declared_and_can_be_changed() -> None:
+    assert smallest_margin("rougeL_vs_full") == 0.02
+    assert smallest_margin("tpot_ratio_to_full") == 0.03
+    assert smallest_margin("kv_stored_bytes") is None
+    assert smallest_margin("length_ratio") is None
+    assert parse_margins(["ppl=0.05"]) == {"ppl": 0.05}
+    for wrong in ("ppl", "ppl=x", "ppl=-1", "ppl=nan"):
+        with pytest.raises(ConfigError, match="number above 0"):
+            parse_margins([wrong])
+    with pytest.raises(ConfigError, match="rougeL_vs_full"):
+        parse_margins(["rougeLvsfull=0.1"])
+    assert all(smallest_margin(name) is None for name, one in MEASURES.items() if one.better == "none")
