@@ -75,10 +75,9 @@ def allowed_share(cell: Cell, peers: Peers) -> tuple[float, float]:
     fraction = float(budget["fraction"])
     if shortest is None:
         return fraction / 2, 1.0  # rounded down from at least one entry, a share is more than half of itself
-    if kind_of(cell) in ("prompt only", "decode only"):
-        return fraction - 1 / shortest, 1.0
     of_prompt = 1.0 if budget.get("of") == "seen" else (shortest - 1) / (shortest - 1 + steps)
-    return fraction * of_prompt - 1 / shortest, fraction + 1 / shortest
+    most = 1.0 if kind_of(cell) in ("prompt only", "decode only") else fraction + 1 / shortest
+    return fraction * of_prompt - 1 / shortest, most
 
 
 CHECK = Check(

@@ -106,6 +106,10 @@ def slowest_launch_dropped(bodies: Bodies) -> None:
     summarise_launches(body)
 
 
+def noise_hidden(bodies: Bodies) -> None:
+    scale(bodies["h2o 0.2"], "tpot_spread_fraction", 0.1)
+
+
 def throughput_inflated(bodies: Bodies) -> None:
     scale(bodies["h2o 0.2"], "throughput_tokens_per_s", 3.0)
 
@@ -175,6 +179,7 @@ DOCTORED: list[tuple[Change, str, set[str]]] = [
     (labelled_otherwise, "A5", set()),
     (faster_than_its_launches, "R10", {"R7"}),
     (slowest_launch_dropped, "R10", {"R7", "R11"}),
+    (noise_hidden, "R10", set()),
     (throughput_inflated, "R11", set()),
     (full_row_replaced, "R5", {"A3"}),
     (environment_removed, "A8", set()),

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 from kvbench.audit.audit import CHECKS, Audit, audit
-from kvbench.records import write_record
+from kvbench.metrics.intervals import launch_interval
+from kvbench.records import read_record, write_record
 from tests.audit.doctored import DOCTORED, Change
 from tests.audit.folders import honest, write_folder
+
+GPU = Path(__file__).parents[2] / "results" / "published" / "speed_h100"
 
 
 def failed(result: Audit) -> set[str]:
@@ -35,6 +38,18 @@ def test_a_doctored_result_is_caught_by_the_check_meant_for_it(
 def test_there_is_a_doctored_result_for_every_check() -> None:
     by_seal = {"R1"}
     assert {check.id for check in CHECKS} == {meant for _, meant, _ in DOCTORED} | by_seal
+
+
+def test_a_gpu_that_reads_faster_than_a_copy_is_caught(tmp_path: Path) -> None:
+    bodies = [read_record(path) for path in sorted(GPU.glob("cells/*/record.json"))]
+    body = next(body for body in bodies if body["labels"]["policy"] == "h2o")
+    for row in body["curves"]["launches_ms"]:
+        row[1] /= 4
+    share = launch_interval([body["measurements"]["roof_ms"]["value"] / r[1] for r in body["curves"]["launches_ms"]])
+    body["measurements"]["roof_share_fraction"] |= share.as_measurement()
+    result = audit(write_folder(tmp_path, bodies))
+    texts = [one.text for outcome in result.failed if outcome.id == "R11" for one in outcome.findings]
+    assert any("faster than reading its bytes once" in text for text in texts)
 
 
 def test_a_record_that_is_no_attempt_is_caught(tmp_path: Path) -> None:

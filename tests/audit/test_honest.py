@@ -15,6 +15,7 @@ from kvbench.records import STATUSES
 from tests.audit.folders import honest, write_folder
 from tests.audit.simulated import Machine, failed
 
+PUBLISHED = sorted(path.parent for path in (Path(__file__).parents[2] / "results" / "published").glob("*/cells"))
 FRACTIONS = st.sampled_from([0.05, 0.1, 0.2, 0.3, 0.5, 0.77, 1.0])
 BUDGETS = st.one_of(
     st.builds(lambda f: {"fraction": f, "tokens": None, "of": "seen"}, FRACTIONS),
@@ -77,6 +78,13 @@ def test_one_failed_cell_alone_leaves_little_to_check(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["full", "h2o 0.5"])
 def test_one_cell_alone_passes(tmp_path: Path, name: str) -> None:
     assert alarms(audit(write_folder(tmp_path, [honest()[name]]))) == []
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
+def test_what_is_published_passes(folder: Path) -> None:
+    result = audit(folder)
+    assert alarms(result) == []
+    assert result.num_cells > 0
 
 
 def test_two_models_are_not_compared_with_each_other(tmp_path: Path) -> None:
