@@ -83,5 +83,5 @@ def _on_cell(check: Check, cell: Cell, peers: Peers) -> tuple[bool, list[str], l
             return False, [], []
         return True, list(check.problems(cell, peers)), list(check.notes(cell, peers))
     except _WRONG_TYPES as error:
-        text = " ".join(str(error).split())
-        return True, [f"it, or a cell it is compared with, holds what no run writes ({type(error).__name__}: {text:.80})"], []
+        why = f"{type(error).__name__}: {' '.join(str(error).split()):.80}"
+        return True, [f"it, or a cell it is compared with, holds what no run writes ({why})"], []

@@ -22,7 +22,7 @@ def _problems(cell: Cell, peers: Peers) -> Iterator[str]:
     if _simulated(cell) and (told := [name for name in _COST if cell.value(name) is not None]):
         yield f"its eviction is simulated, and yet {told[0]} is told"
         return
-    full, shortest = full_bytes(cell, peers), shortest_tokens(cell, peers)
+    full, shortest = full_bytes(cell, peers), shortest_tokens(peers)
     stored, theory = cell.value("kv_stored_bytes"), cell.value("kv_theoretical_bytes")
     if full is None or shortest is None or stored is None or theory is None:
         return
