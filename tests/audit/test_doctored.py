@@ -10,7 +10,7 @@ from kvbench.audit.audit import CHECKS, Audit, audit
 from kvbench.metrics.intervals import launch_interval
 from kvbench.records import read_record, write_record
 from tests.audit.doctored import DOCTORED, Change
-from tests.audit.folders import honest, write_folder
+from tests.audit.folders import honest, rekey, write_folder
 
 GPU = Path(__file__).parents[2] / "results" / "published" / "speed_h100"
 
@@ -87,3 +87,19 @@ def test_a_worse_attempt_in_the_place_of_a_good_one_is_caught(tmp_path: Path) ->
     (folder / "record.json").unlink()
     (folder / "record.json").hardlink_to(folder / f"attempt-{body['attempt']}.json")
     assert failed(audit(tmp_path)) == {"R1"}
+
+
+def test_a_mask_is_caught_where_costs_alone_were_measured(tmp_path: Path) -> None:
+    bodies = list(honest().values())
+    for body in bodies:
+        body["curves"].pop("entries")
+        body["samples"] = []
+        costs = ("kv_", "peak_", "plain_")
+        body["measurements"] = {n: e for n, e in body["measurements"].items() if n.startswith(costs)}
+        body["cell"]["task"] = {"memory": body["cell"]["task"]["memory"]}
+        rekey(body)
+    assert failed(audit(write_folder(tmp_path / "honest", bodies))) == set()
+    masked = next(body for body in bodies if body["labels"]["budget_fraction"] == 0.2)
+    full = next(body for body in bodies if body["labels"]["policy"] == "full")
+    masked["measurements"]["kv_stored_bytes"] = full["measurements"]["kv_stored_bytes"]
+    assert "R9" in failed(audit(write_folder(tmp_path / "masked", bodies)))
