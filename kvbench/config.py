@@ -15,7 +15,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from kvbench.cache import Budget, Policy
+from kvbench.cache import Budget, Policy, When
 from kvbench.cache.positions import POSITION_MODES, PositionMode
 from kvbench.combinations import check_budget_fits, check_text
 from kvbench.compose import Composed
@@ -34,6 +34,7 @@ from kvbench.value_types import fits, truth, type_name
 _FULL = {"_target_": "kvbench.policies.full.Full"}
 _PATH_SETTINGS = ("path", "images", "answers", "ids", "templates", "filler")  # where a file lies changes nothing
 _NUMERIC_PACKAGES = ("kvbench", "torch", "transformers")
+_EVICTS_AT = {When.BOTH: "prompt and decode", When.PREFILL: "prompt", When.DECODE: "decode"}
 _SHARED = ("results", "sweep", "force", "sink", "worker", "autopsy")
 
 
@@ -181,7 +182,9 @@ def _labels(composed: Composed, model: ModelSpec, dataset: Any, setting: CacheSe
     names["model"] += " (random weights)" if model.is_random else ""
     names["dataset"] = getattr(dataset, "label", names["dataset"])
     limits = {"budget_fraction": budget.fraction, "budget_tokens": budget.tokens}
-    bounded = {"budget": budget.describe(), **limits}
+    rounds = "up" if policy.counts_as_released and budget.fraction is not None else "down"
+    rule = {"evicts_at": _EVICTS_AT[policy.when], "budget_rounds": rounds}
+    bounded = {"budget": budget.describe(), **limits, **rule}
     unbounded = {"budget": "-", **dict.fromkeys(limits)}
     return {**names, **(bounded if policy.bounded else unbounded), "positions": setting.positions}
 

@@ -270,4 +270,6 @@ def test_labels_say_what_was_chosen() -> None:
         "budget_fraction": None,
         "budget_tokens": 64,
         "positions": "in_cache",
+        "evicts_at": "prompt and decode",
+        "budget_rounds": "down",
     }

@@ -62,7 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runs": FOUNDATION | {"kernels", "cache", "datasets", "models", "metrics", "sinks", "stats"},
     "stats": {"errors", "units"},
     "report": FOUNDATION | {"stats"},
-    "audit": FOUNDATION | {"metrics"},
+    "audit": FOUNDATION | {"metrics", "stats"},
     "__init__": {"cache"},
 }
 ONLY_IN = {

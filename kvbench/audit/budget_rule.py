@@ -1,7 +1,7 @@
-"""What a budget allows at a step, and which of the kinds of policies a curve of entries belongs to.
+"""What a budget allows at a step, for each kind of policy: those that cut the prompt, the decode, or both.
 
-A record names the budget; whether a policy cuts the prompt, the decode or both, and how it rounds, shows in
-its curve. A curve that fits none of the kinds from its first to its last step is over budget.
+A record says the kind (labels evicts_at and budget_rounds). Where it does not, the kind is read from the
+curve of entries; a curve that fits none from its first to its last step is over budget.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from kvbench.audit.evidence import Cell
 
 Kind = Literal["everything", "both", "rounds up", "prompt only", "decode only", "none"]
 _DECIMALS = 9  # 0.29 * 100 is 28.999999999999996; the user meant 29
+_KINDS: dict[object, Kind] = {"prompt and decode": "both", "prompt": "prompt only", "decode": "decode only"}
 _Rows = Sequence[Sequence[float]]
 
 
@@ -24,14 +25,15 @@ def entries_curve(cell: Cell) -> list[list[float]]:
     return cell.curve("entries", 3)
 
 
-def allowed_entries(budget: Mapping[str, Any], seen: float, *, up: bool = False) -> int:
+def allowed_entries(budget: Mapping[str, Any], seen: float, *, up: bool = False, of_prompt: bool = False) -> int:
     """Return what the budget allows after `seen` tokens; of a prompt's share, the most any prompt before allows.
 
-    up: rounded up in floating point, as Elastic Cache's code does: of 160 tokens 1 - 0.7 are 49.
+    of_prompt: `seen` is the whole prompt. up: rounded up in floating point, as Elastic Cache's code does:
+    of 160 tokens 1 - 0.7 are 49.
     """
     if budget.get("tokens") is not None:
         return int(budget["tokens"])
-    base = seen if budget.get("of") == "seen" else seen - 1
+    base = seen if of_prompt or budget.get("of") == "seen" else seen - 1
     fraction = float(budget["fraction"])
     if up:
         return max(1, math.ceil(base * (1 - round(1 - fraction, _DECIMALS))))
@@ -44,6 +46,25 @@ def kind_of(cell: Cell) -> Kind:
     rows, budget = entries_curve(cell), cell.setting("budget")
     if not budget:
         return "everything" if all(mean == peak == seen for seen, mean, peak in rows) else "none"
+    said = cell.body["labels"].get("evicts_at")
+    if said in _KINDS:
+        up = cell.body["labels"].get("budget_rounds") == "up"
+        kind = "rounds up" if up and _KINDS[said] == "both" else _KINDS[said]
+        return kind if all(row[2] <= _most(kind, budget, rows, row[0], up) for row in rows) else "none"
+    return _shown_by(budget, rows)
+
+
+def _most(kind: Kind, budget: Mapping[str, Any], rows: _Rows, seen: float, up: bool) -> float:
+    """Return the most entries that a row may hold after `seen` tokens; the shortest prompt bounds the others."""
+    allowed = allowed_entries(budget, seen, up=up)
+    prompt = rows[0][0] - 1
+    if kind == "prompt only":
+        return min(prompt, allowed_entries(budget, prompt, up=up, of_prompt=True)) + seen - prompt
+    return max(allowed, seen - 1) if kind == "decode only" else allowed
+
+
+def _shown_by(budget: Mapping[str, Any], rows: _Rows) -> Kind:
+    """Return the kind that the curve shows, for records that do not say it."""
     over = [row for row in rows if row[2] > allowed_entries(budget, row[0])]
     if not over:
         return "both"

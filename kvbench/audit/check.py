@@ -8,6 +8,8 @@ from typing import Literal
 
 from kvbench.audit.evidence import Cell, Evidence, Peers
 
+# A sealed record may hold text where a number belongs, here or in a cell it is compared with.
+_WRONG_TYPES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
 Verdict = Literal["passed", "failed", "not applicable", "not run"]
 
 
@@ -59,12 +61,10 @@ def run_check(check: Check, evidence: Evidence) -> Outcome:
     notes: list[Finding] = []
     num_checked = 0
     for cell in evidence.cells:
-        peers = evidence.peers(cell)
-        if not check.applies(cell, peers):
-            continue
-        num_checked += 1
-        findings += [Finding(cell=cell.name, text=text) for text in check.problems(cell, peers)]
-        notes += [Finding(cell=cell.name, text=text) for text in check.notes(cell, peers)]
+        applies, problems, told = _on_cell(check, cell, evidence.peers(cell))
+        num_checked += applies
+        findings += [Finding(cell=cell.name, text=text) for text in problems]
+        notes += [Finding(cell=cell.name, text=text) for text in told]
     return Outcome(
         id=check.id,
         title=check.title,
@@ -74,3 +74,14 @@ def run_check(check: Check, evidence: Evidence) -> Outcome:
         findings=tuple(findings),
         notes=tuple(notes),
     )
+
+
+def _on_cell(check: Check, cell: Cell, peers: Peers) -> tuple[bool, list[str], list[str]]:
+    """Return whether `check` applies, its problems and its notes; what has the wrong type is a problem."""
+    try:
+        if not check.applies(cell, peers):
+            return False, [], []
+        return True, list(check.problems(cell, peers)), list(check.notes(cell, peers))
+    except _WRONG_TYPES as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split()):.80}"
+        return True, [f"it, or a cell it is compared with, holds what no run writes ({why})"], []

@@ -107,7 +107,8 @@ class Peers:
     @cached_property
     def full(self) -> Cell | None:
         """The full cache at original positions, which everything is compared with."""
-        return next((c for c in self.usable if c.is_full and c.setting("positions") in (None, "original")), None)
+        found = (cell for cell in self.usable if cell.is_full and not cell.setting("budget"))
+        return next((cell for cell in found if cell.setting("positions") in (None, "original")), None)
 
 
 @dataclass(frozen=True, kw_only=True)

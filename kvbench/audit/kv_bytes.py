@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 from kvbench.audit.budget_rule import entries_curve, kind_of
 from kvbench.audit.check import Check
@@ -56,35 +57,40 @@ def full_bytes(cell: Cell, peers: Peers) -> float | None:
     return full.value("kv_theoretical_bytes")
 
 
-def shortest_tokens(cell: Cell, peers: Peers) -> float | None:
+@lru_cache(maxsize=8)
+def shortest_tokens(peers: Peers) -> float | None:
     """Return the fewest tokens seen at a logged step of any cell, None if no step was logged."""
     firsts = [rows[0][0] for other in peers.usable if (rows := entries_curve(other))]
     return min(firsts) if firsts else None
 
 
+@lru_cache(maxsize=8)
+def _longest_tokens(peers: Peers) -> float:
+    return max((row[0] for other in peers.usable for row in entries_curve(other)), default=0)
+
+
 def allowed_share(cell: Cell, peers: Peers) -> tuple[float, float]:
     """Return the least and the largest share of the full cache's bytes that the budget can be."""
-    budget, shortest = cell.setting("budget"), shortest_tokens(cell, peers)
+    budget, shortest = cell.setting("budget"), shortest_tokens(peers)
     if not budget:
         return 1.0, 1.0
     steps = (cell.task("Memory") or {}).get("new_tokens", 1)
-    longest = max((row[0] for other in peers.usable for row in entries_curve(other)), default=0) + steps
+    longest = _longest_tokens(peers) + steps
     if budget.get("tokens") is not None:
         least = min(1.0, budget["tokens"] / longest) if shortest else 0.0  # a budget never reached is the full cache
         return least, max(1.0, budget["tokens"] / (shortest or 1))
     fraction = float(budget["fraction"])
     if shortest is None:
         return fraction / 2, 1.0  # rounded down from at least one entry, a share is more than half of itself
-    if kind_of(cell) in ("prompt only", "decode only"):
-        return fraction - 1 / shortest, 1.0
     of_prompt = 1.0 if budget.get("of") == "seen" else (shortest - 1) / (shortest - 1 + steps)
-    return fraction * of_prompt - 1 / shortest, fraction + 1 / shortest
+    most = 1.0 if kind_of(cell) in ("prompt only", "decode only") else fraction + 1 / shortest
+    return fraction * of_prompt - 1 / shortest, most
 
 
 CHECK = Check(
     id="A6",
     title="bytes of the cache follow from budget and full cache",
     meaning="the memory saved was not saved, or bytes were changed after the run",
-    applies=lambda cell, peers: cell.usable and cell.task("Memory") is not None,
+    applies=lambda cell, peers: any(cell.value(f"kv_{kind}_bytes") is not None for kind in ("stored", "valid")),
     problems=_problems,
 )

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kvbench.audit.audit import Audit
-from kvbench.audit.check import Finding, Outcome
+from kvbench.audit.check import Outcome
 from kvbench.redaction import redact
 
 _WIDTH = 118
 _SHOWN_NOTES = 5
-_REASON = {"not run": "needs the model", "not applicable": "nothing to check"}
 _BADGE = """\
 <svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="20" role="img" aria-label="kvbench audit: {text}">
 <title>kvbench audit: {text}</title>
@@ -40,14 +39,15 @@ def table_lines(result: Audit) -> Iterator[str]:
 
 
 def _counted(outcome: Outcome) -> str:
-    if outcome.verdict in _REASON:
-        return f" ({outcome.verdict}: {_REASON[outcome.verdict]})" if outcome.verdict == "not run" else ""
+    if outcome.verdict == "not run":
+        return " (not run: needs the model)"
+    if outcome.verdict == "not applicable":
+        return ""
     return f" ({outcome.num_checked} cell{'s' if outcome.num_checked != 1 else ''})"
 
 
 def _notes(result: Audit) -> Iterator[str]:
-    notes: list[tuple[str, Finding]] = [(o.id, note) for o in result.outcomes for note in o.notes]
-    if notes:
+    if any(outcome.notes for outcome in result.outcomes):
         yield ""
         yield "to know, and no fault:"
     for outcome in result.outcomes:

@@ -42,6 +42,6 @@ CHECK = Check(
     id="R11",
     title="throughput and roof share follow from the times",
     meaning="a rate was changed: the times measured beside it do not allow it",
-    applies=lambda cell, peers: cell.usable and cell.task("Speed") is not None,
+    applies=lambda cell, peers: cell.value("throughput_tokens_per_s") is not None,
     problems=_problems,
 )

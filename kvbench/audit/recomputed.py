@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from kvbench.audit.evidence import Cell
 from kvbench.metrics.intervals import (
@@ -24,6 +25,7 @@ _POOLED: dict[str, tuple[str, str, Callable[[float], float] | None]] = {
 _NUM_RESAMPLES = 2000
 
 
+@lru_cache(maxsize=65536)
 def from_samples(cell: Cell, name: str) -> Interval | None:
     """Return measurement `name` from the rows, None if it does not come from them.
 

@@ -25,7 +25,7 @@ def _problems(cell: Cell, peers: Peers) -> Iterator[str]:
             if problem := _of_row(row, most, _full_tokens(cell, peers, row)):
                 yield f"{row.get('id')}: {problem}"
                 break
-        yield from _steps(cell, peers, most)
+        yield from _steps(cell, peers)
     yield from _scored(cell, peers)
 
 
@@ -69,11 +69,16 @@ def _layers(cell: Cell) -> float | None:
     return counts / steps if counts is not None and steps > 0 else None
 
 
-def _steps(cell: Cell, peers: Peers, most: int) -> Iterator[str]:
+@lru_cache(maxsize=8)
+def _usual_layers(peers: Peers) -> float:
+    return Counter(found for cell in peers.usable if (found := _layers(cell)) is not None).most_common(1)[0][0]
+
+
+def _steps(cell: Cell, peers: Peers) -> Iterator[str]:
     layers = _layers(cell)
     if layers is None:
         return
-    usual = Counter(found for other in peers.usable if (found := _layers(other)) is not None).most_common(1)[0][0]
+    usual = _usual_layers(peers)
     if layers != int(layers) or layers != usual:
         yield (
             f"its answers have {layers:.4g} counts of entries per token, where each of the model's layers counts once"

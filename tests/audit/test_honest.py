@@ -1,0 +1,119 @@
+"""No false alarm: whatever an honest run may look like, every check passes or has nothing to check."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvbench.audit.audit import Audit, audit
+from kvbench.records import STATUSES
+from tests.audit.folders import honest, write_folder
+from tests.audit.simulated import Machine, failed
+
+PUBLISHED = sorted(path.parent for path in (Path(__file__).parents[2] / "results" / "published").glob("*/cells"))
+FRACTIONS = st.sampled_from([0.05, 0.1, 0.2, 0.3, 0.5, 0.77, 1.0])
+BUDGETS = st.one_of(
+    st.builds(lambda f: {"fraction": f, "tokens": None, "of": "seen"}, FRACTIONS),
+    st.builds(lambda f: {"fraction": f, "tokens": None, "of": "prompt"}, FRACTIONS),
+    st.builds(lambda n: {"fraction": None, "tokens": n, "of": "seen"}, st.integers(1, 100)),
+)
+
+
+def alarms(result: Audit) -> list[tuple[str, str, str]]:
+    return [(o.id, one.cell, one.text) for o in result.failed for one in o.findings]
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    num_samples=st.integers(1, 11),
+    budgets=st.lists(BUDGETS, min_size=1, max_size=2, unique_by=str),
+    when=st.sampled_from(["both", "prompt", "decode"]),
+    has_full=st.booleans(),
+)
+def test_an_honest_sweep_passes(
+    seed: int, num_samples: int, budgets: list[dict[str, Any]], when: str, has_full: bool
+) -> None:
+    machine = Machine(seed, num_samples)
+    cells = [machine.cell("h2o", budget, when=when) for budget in budgets]
+    cells += [machine.cell("full", None)] if has_full else []
+    with tempfile.TemporaryDirectory() as folder:
+        assert alarms(audit(write_folder(Path(folder), cells))) == []
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10**6), fraction=st.sampled_from([0.1, 0.2, 0.3, 0.5]))
+def test_a_budget_that_is_rounded_up_throughout_passes(seed: int, fraction: float) -> None:
+    machine = Machine(seed, 5)
+    budget = {"fraction": fraction, "tokens": None, "of": "seen"}
+    with tempfile.TemporaryDirectory() as folder:
+        cells = [machine.cell("full", None), machine.cell("elastic", budget, up=True)]
+        assert alarms(audit(write_folder(Path(folder), cells))) == []
+
+
+@pytest.mark.parametrize("status", [status for status in STATUSES if status not in ("ok", "noisy")])
+def test_a_failed_cell_is_no_fault(tmp_path: Path, status: str) -> None:
+    bodies = honest()
+    bodies["h2o 0.2"] = failed(bodies["h2o 0.2"], status)
+    assert alarms(audit(write_folder(tmp_path, list(bodies.values())))) == []
+
+
+def test_a_noisy_cell_is_no_fault(tmp_path: Path) -> None:
+    bodies = honest()
+    bodies["h2o 0.2"]["status"] = "noisy"
+    assert alarms(audit(write_folder(tmp_path, list(bodies.values())))) == []
+
+
+def test_one_failed_cell_alone_leaves_little_to_check(tmp_path: Path) -> None:
+    result = audit(write_folder(tmp_path, [failed(honest()["full"], "oom")]))
+    assert alarms(result) == []
+    assert {o.id for o in result.outcomes if o.verdict == "passed"} == {"A5", "R1", "R2", "R12"}
+
+
+@pytest.mark.parametrize("name", ["full", "h2o 0.5"])
+def test_one_cell_alone_passes(tmp_path: Path, name: str) -> None:
+    assert alarms(audit(write_folder(tmp_path, [honest()[name]]))) == []
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
+def test_what_is_published_passes(folder: Path) -> None:
+    result = audit(folder)
+    assert alarms(result) == []
+    assert result.num_cells > 0
+
+
+def test_two_models_are_not_compared_with_each_other(tmp_path: Path) -> None:
+    machines = [Machine(seed, 5) for seed in (1, 2)]
+    budget = {"fraction": 0.3, "tokens": None, "of": "seen"}
+    cells = [cell for m in machines for cell in (m.cell("full", None), m.cell("h2o", budget))]
+    assert alarms(audit(write_folder(tmp_path, cells))) == []
+
+
+def test_policies_that_cut_only_one_side_are_named(tmp_path: Path) -> None:
+    machine, budget = Machine(3, 6), {"fraction": 0.3, "tokens": None, "of": "seen"}
+    cells = [machine.cell("full", None), machine.cell("snapkv", budget, when="prompt")]
+    notes = {o.id: [note.text for note in o.notes] for o in audit(write_folder(tmp_path, cells)).outcomes}
+    assert "cuts the prompt only and keeps what it generates" in notes["A7"][0]
+
+
+@pytest.mark.parametrize(("when", "up"), [("both", False), ("both", True), ("prompt", False), ("decode", False)])
+def test_records_that_do_not_say_when_a_policy_evicts_pass(tmp_path: Path, when: str, up: bool) -> None:
+    machine, budget = Machine(5, 4), {"fraction": 0.3, "tokens": None, "of": "seen"}
+    machine.prompts = [40] * 4
+    cells = [machine.cell("full", None), machine.cell("h2o", budget, when=when, up=up)]
+    del cells[1]["labels"]["evicts_at"], cells[1]["labels"]["budget_rounds"]
+    assert alarms(audit(write_folder(tmp_path, cells))) == []
+
+
+def test_what_is_taken_out_as_a_secret_is_no_fault(tmp_path: Path) -> None:
+    bodies = honest()
+    for body in bodies.values():
+        for row in body["samples"]:
+            for name in ("text", "full_text", "reference"):
+                row[name] = row[name].replace("large", "***")
+    assert alarms(audit(write_folder(tmp_path, list(bodies.values())))) == []
