@@ -33,7 +33,8 @@ class Occupancy:
     """What a cache holds now, over all layers, rows and KV heads.
 
     entries_mean and entries_peak count entries per layer, row and KV head; stored bytes come from
-    storages (keys and values), valid bytes from the entries held, column bytes from bookkeeping.
+    storages (keys and values), valid bytes from the entries held, statistics bytes from the attention mass
+    and what a plan remembers, bookkeeping bytes from positions, kinds, ranks and lengths.
     """
 
     seen_tokens: float
@@ -41,7 +42,8 @@ class Occupancy:
     entries_peak: int
     stored_bytes: int
     valid_bytes: int
-    column_bytes: int
+    statistics_bytes: int
+    bookkeeping_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,5 +152,6 @@ class PolicyCache(Cache):
             entries_peak=max(int(length.max()) for length in lengths),
             stored_bytes=sum(s.stored_bytes() for s in slots),
             valid_bytes=sum(int(s.length.sum()) * size for s, size in zip(slots, entry_bytes, strict=True)),
-            column_bytes=sum(s.column_bytes() for s in slots),
+            statistics_bytes=sum(s.statistics_bytes() for s in slots),
+            bookkeeping_bytes=sum(s.bookkeeping_bytes() for s in slots),
         )

@@ -107,9 +107,13 @@ class Slots:
         """Return the bytes of keys and values, counted from their storages."""
         return sum(t.untyped_storage().nbytes() for t in (self.entries.keys, self.entries.values))
 
-    def column_bytes(self) -> int:
-        """Return the bytes of the bookkeeping columns, counted from their storages."""
-        return sum(t.untyped_storage().nbytes() for t in self.entries.columns())
+    def statistics_bytes(self) -> int:
+        """Return the bytes of what attention statistics leave beside the tokens: mass, and the memory of a plan."""
+        return sum(t.untyped_storage().nbytes() for t in (self.entries.mass, self.memory) if t is not None)
+
+    def bookkeeping_bytes(self) -> int:
+        """Return the bytes of positions, kinds, ranks, lengths and free slots, counted from their storages."""
+        return sum(t.untyped_storage().nbytes() for t in self.state() if t is not self.entries.mass)
 
 
 def settle(entries: Entries, plan: Plan | None, capacity: int, memory: Tensor | None = None) -> Slots:

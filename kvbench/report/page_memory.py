@@ -11,11 +11,12 @@ from kvbench.report.page_markup import Head, not_measured, number_cell, row_head
 from kvbench.units import format_value
 
 _PARTS, _KV, _PEAKS = "what is in memory", "KV cache", "peak of everything alive, by phase"
-# (column, remark, measurement, group); no record states what attention statistics take, and the table says so.
+# (column, remark, measurement, group)
 _COLUMNS = (
     ("weights", "and buffers", "peak_load_bytes", _PARTS),
     ("activations", "model without cache", "plain_activation_bytes", _PARTS),
-    ("statistics", "of attention", "statistics_bytes", _PARTS),
+    ("statistics", "of attention, held at the end", "statistics_bytes", _PARTS),
+    ("bookkeeping", "positions, ranks, lengths", "bookkeeping_bytes", _PARTS),
     ("nominal", "what the budget says", "kv_theoretical_bytes", _KV),
     ("in use", "valid entries", "kv_valid_bytes", _KV),
     ("stored", "from storages", "kv_stored_bytes", _KV),

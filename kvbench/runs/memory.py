@@ -28,11 +28,11 @@ class Memory:
     load = weights and buffers; vision, prefill, settle (the policy's share of the prompt) and decode =
     everything alive at the phase's peak, weights included. KV bytes at the end: stored from storages,
     theoretical what the budget implies, valid what is held, without the free slot and slots not yet
-    used. Before it, the prompt runs through the model without any cache: what comes on top of the weights
+    used; beside them what attention statistics left and the bookkeeping. Before it, the prompt runs through the model without any cache: what comes on top of the weights
     there is the plain model's own, and part of the bound that the peak is compared with.
     """
 
-    protocol: ClassVar[str] = "phases_v2"
+    protocol: ClassVar[str] = "phases_v3"
     reads_text: ClassVar[bool] = False
 
     new_tokens: int = 48
@@ -117,6 +117,8 @@ def _kv_bytes(cache: PolicyCache) -> dict[str, int]:
     return {
         "kv_stored_bytes": held.stored_bytes,
         "kv_valid_bytes": held.valid_bytes,
+        "statistics_bytes": held.statistics_bytes,
+        "bookkeeping_bytes": held.bookkeeping_bytes,
         "kv_theoretical_bytes": _entry_bytes(cache) * len(cache.policy_layers) * allowed,
     }
 

@@ -107,7 +107,14 @@ def test_occupancy_counts_entries_and_bytes(tiny_llama: Any) -> None:
     assert (occupancy.seen_tokens, occupancy.entries_mean, occupancy.entries_peak) == (PROMPT + STEPS, 7.0, 7)
     assert occupancy.valid_bytes == 2 * 2 * 2 * 7 * entry
     assert occupancy.stored_bytes == 2 * 2 * 2 * 8 * entry
-    assert occupancy.column_bytes == 2 * 2 * 2 * 8 * (8 + 1)
+    assert occupancy.bookkeeping_bytes == 2 * 2 * 2 * (8 * (8 + 1) + 2 * 8)
+    assert occupancy.statistics_bytes == 0
+
+
+def test_attention_mass_is_counted_as_statistics(tiny_llama: Any) -> None:
+    cache = PolicyCache(tiny_llama, H2O(), Budget(tokens=7))
+    drive(tiny_llama, cache, random_tokens(0, 2, PROMPT + STEPS), PROMPT)
+    assert cache.occupancy().statistics_bytes == 2 * 2 * 2 * 8 * 4
 
 
 @torch.no_grad()

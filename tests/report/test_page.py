@@ -117,7 +117,6 @@ def test_what_a_record_lacks_is_called_not_measured(tmp_path: Path) -> None:
         write_cell(tmp_path / name, record)
         memory = section(page_of(tmp_path / name), "memory")
         counts.append(memory.count(">not measured<"))
-    assert counts[0] >= 1  # no record says what attention statistics take
     assert counts[1] == counts[0] + 2
 
 

@@ -55,6 +55,8 @@ def test_a_fifth_of_the_budget_is_a_fifth_of_the_bytes(bundled: LoadedModel, tmp
     assert full["kv_valid_bytes"] == (prompt + 7) * ENTRY_BYTES
     assert fifth["kv_stored_bytes"] < 0.22 * full["kv_stored_bytes"]
     assert fifth["peak_decode_bytes"] < full["peak_decode_bytes"]
+    assert fifth["bookkeeping_bytes"] < 0.22 * full["bookkeeping_bytes"]
+    assert full["statistics_bytes"] == 0, "the full cache asks for none"
 
 
 def test_peaks_hold_the_weights_and_what_comes_on_top(bundled: LoadedModel, tmp_path: Path) -> None:
