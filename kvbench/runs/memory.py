@@ -28,8 +28,9 @@ class Memory:
     load = weights and buffers; vision, prefill, settle (the policy's share of the prompt) and decode =
     everything alive at the phase's peak, weights included. KV bytes at the end: stored from storages,
     theoretical what the budget implies, valid what is held, without the free slot and slots not yet
-    used; beside them what attention statistics left and the bookkeeping. Before it, the prompt runs through the model without any cache: what comes on top of the weights
-    there is the plain model's own, and part of the bound that the peak is compared with.
+    used; beside them what attention statistics left, and the bookkeeping. Before the launch the prompt runs
+    through the model without any cache: what comes on top of the weights there is the plain model's own, and
+    part of the bound that the peak is compared with.
     """
 
     protocol: ClassVar[str] = "phases_v3"
