@@ -22,12 +22,12 @@ def load_folders(folders: Sequence[Path], *, sweep: str | None = None) -> Result
     of its path that tells the folders apart, so that the page does not depend on where they lie.
     Raises: ConfigError if a folder is missing or no record belongs to `sweep`.
     """
-    unique = list({folder.resolve(): folder for folder in folders})
-    names = folder_names(unique) if len(unique) > 1 else [""]
+    unique = {folder.resolve(): folder for folder in folders}
+    names = folder_names(list(unique)) if len(unique) > 1 else [""]
     cells: list[CellResult] = []
     problems: list[Problem] = []
     frontiers: list[Frontier] = []
-    for folder, name in zip(unique, names, strict=True):
+    for folder, name in zip(unique.values(), names, strict=True):
         found, doubts = read_cells(folder)
         frontiers.extend(_frontiers(folder, doubts))
         cells.extend(replace(cell, folder=name) for cell in found)
