@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from kvbench.report.cell import CellResult
 from kvbench.sealed import canonical_json
+
+_MAX_NAME = 40  # longer texts of settings give way to a digest
 
 
 def ordered(cells: list[CellResult]) -> tuple[CellResult, ...]:
@@ -22,15 +24,27 @@ def ordered(cells: list[CellResult]) -> tuple[CellResult, ...]:
 
 
 def _with_distinct_names(cells: list[CellResult], part: str) -> list[CellResult]:
-    """Tell apart models, or data sets, that share a name but not their settings: they are not comparable."""
+    """Tell apart models, or data sets, that share a name but not their settings: they are not comparable.
+
+    The settings that differ are named; a digest of all of them where they are many, long or alike.
+    """
     named: list[CellResult] = []
     for same in _by(cells, lambda cell: (getattr(cell, part),)).values():
-        settings = {canonical_json(cell.settings.get(part)) for cell in same}
+        settings = {canonical_json(cell.settings.get(part)): cell.settings.get(part) or {} for cell in same}
+        texts = dict(zip(settings, _differing(list(settings.values())), strict=True))
+        if len(set(texts.values())) < len(texts) or max(map(len, texts.values())) > _MAX_NAME:
+            texts = {text: f"#{hashlib.sha256(text.encode()).hexdigest()[:6]}" for text in texts}
         for cell in same:
-            digest = hashlib.sha256(canonical_json(cell.settings.get(part)).encode()).hexdigest()[:6]
-            name: dict[str, Any] = {part: f"{getattr(cell, part)} #{digest}"}
+            name: dict[str, Any] = {part: f"{getattr(cell, part)} {texts[canonical_json(cell.settings.get(part))]}"}
             named.append(replace(cell, **name) if len(settings) > 1 else cell)
     return named
+
+
+def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return for each of `settings` the names and values in which they are not all the same."""
+    flat = [dict(_flat(one)) for one in settings]
+    names = sorted(name for name in set().union(*flat) if len({repr(one.get(name)) for one in flat}) > 1)
+    return [" ".join(f"{name}={one.get(name)}" for name in names) for one in flat]
 
 
 def _by(cells: Iterable[CellResult], key: Any) -> dict[tuple[object, ...], list[CellResult]]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,6 +63,28 @@ def test_cells_with_equal_labels_are_told_apart_by_the_setting_that_differs(tmp_
         write_cell(tmp_path, body(policy="random", seed=seed))
     group = load_results(tmp_path).groups[0]
     assert list(group.by_series()) == ["random (policy.seed=0)", "random (policy.seed=1)"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ([{"num_samples": 32}, {"num_samples": 256}], {"scenes num_samples=32", "scenes num_samples=256"}),
+        (
+            [{"ask": {"kind": "describe"}}, {"ask": {"kind": "count"}}],
+            {"scenes ask.kind=describe", "scenes ask.kind=count"},
+        ),
+        ([{"fingerprint": "a" * 64}, {"fingerprint": "b" * 64}], {"scenes #41b0a9", "scenes #fe106a"}),
+        ([{"num_samples": 32}, {"num_samples": 32}], {"scenes"}),
+    ],
+)
+def test_data_sets_of_one_name_are_told_apart_by_the_setting_that_differs(
+    tmp_path: Path, settings: list[dict[str, Any]], names: set[str]
+) -> None:
+    for policy, dataset in zip(("h2o", "elastic"), settings, strict=True):
+        record = body(policy=policy)
+        record["cell"]["dataset"] = dataset
+        write_cell(tmp_path, record)
+    assert {cell.dataset for cell in load_results(tmp_path).records} == names
 
 
 def test_positions_are_named_only_where_they_differ(tmp_path: Path) -> None:
