@@ -27,6 +27,7 @@ STATUSES = (
     *("ok", "oom", "nonfinite", "timeout", "crash", "killed"),
     *("data_error", "config_error", "incompatible", "preempted", "noisy"),
 )
+MEASURED = ("ok", "noisy")  # the cell was measured to its end; of a noisy one the times are in no ranking
 _FIELDS: dict[str, tuple[type, ...]] = {
     "schema": (int,),
     **dict.fromkeys(("key", "sweep", "attempt", "status", "started_utc"), (str,)),

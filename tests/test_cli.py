@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kvbench.cli import run
+from kvbench.records import MEASURED
 from kvbench.sinks.wandb_summary import summary_id
 
 REPO = Path(__file__).parents[1]
@@ -80,7 +81,7 @@ def test_the_command_line_imports_neither_torch_nor_hydra() -> None:
 def test_the_quick_experiment_leaves_records_tables_and_a_page(quick: Path) -> None:
     found = bodies(quick)
     assert set(found) == {"full", "h2o"}
-    assert {body["status"] for body in found.values()} == {"ok"}
+    assert {body["status"] for body in found.values()} <= set(MEASURED)
     assert {body["sweep"] for body in found.values()} == {"quick"}
     for name in ("ppl", "rougeL_vs_full", "kl_to_full", "tpot_ratio_to_full", "kv_stored_bytes", "objects_f1"):
         assert found["h2o"]["measurements"][name]["value"] is not None

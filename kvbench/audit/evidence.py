@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.errors import ConfigError, RecordError, close_matches
-from kvbench.records import read_record
+from kvbench.records import MEASURED, read_record
 from kvbench.sealed import canonical_json
 
 # Cells that agree in these ran the same prompts, and share the full cache's answers.
 _SHARED = ("model", "dataset", "query_visible", "batch_size", "device", "versions")
-_USABLE = ("ok", "noisy")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,7 +39,7 @@ class Cell:
     @property
     def usable(self) -> bool:
         """Whether its numbers count."""
-        return self.body["status"] in _USABLE
+        return self.body["status"] in MEASURED
 
     @property
     def is_full(self) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from kvbench.audit.check import Check
 from kvbench.audit.evidence import Cell, Peers
+from kvbench.records import MEASURED
 
 
 def _problems(cell: Cell, peers: Peers) -> Iterator[str]:
@@ -14,12 +15,12 @@ def _problems(cell: Cell, peers: Peers) -> Iterator[str]:
         yield "record.json is none of the attempts beside it"
     elif same[0] != cell.body:
         yield f"record.json differs from its attempt {cell.body['attempt'][:8]}"
-    elif cell.body["status"] != "ok" and any(attempt["status"] == "ok" for attempt in cell.attempts):
-        yield f"a record with status {cell.body['status']} stands where an ok attempt lies beside it"
+    elif cell.body["status"] not in MEASURED and any(attempt["status"] in MEASURED for attempt in cell.attempts):
+        yield f"a record with status {cell.body['status']} stands where a measured attempt lies beside it"
 
 
 def _notes(cell: Cell, peers: Peers) -> Iterator[str]:
-    good = sum(attempt["status"] == "ok" for attempt in cell.attempts)
+    good = sum(attempt["status"] in MEASURED for attempt in cell.attempts)
     if good > 1:
         yield f"measured {good} times; the record is one of them"
 

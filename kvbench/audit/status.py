@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from kvbench.audit.check import Check
 from kvbench.audit.evidence import Cell, Peers
+from kvbench.stats.noise import noise_reason
 
 # What each task gives in every cell that did not fail.
 GIVEN_BY = {
@@ -30,10 +31,21 @@ def _problems(cell: Cell, peers: Peers) -> Iterator[str]:
         yield f"status is {status}, but the record holds the error {error.get('type')}"
     if phase is not None:
         yield f"status is {status}, but the record says that it ended in {phase}"
+    yield from _noise(cell, status)
     for task, names in GIVEN_BY.items():
         missing = [name for name in names if name not in cell.body["measurements"]]
         if cell.task(task) is not None and missing:
             yield f"status is {status}, but {missing[0]} was asked for and is not there"
+
+
+def _noise(cell: Cell, status: str) -> Iterator[str]:
+    """Say where status and noise gate disagree; older records hold nothing of the gate, and none of them is noisy."""
+    values = [
+        cell.value(name) for name in ("tpot_spread_fraction", "reference_drift_fraction", "foreign_gpu_processes")
+    ]
+    reason = noise_reason(values[0], values[1], None if values[2] is None else int(values[2]))
+    if (status == "noisy") != bool(reason):
+        yield f"status is {status}, but {reason or 'the machine was quiet while the cell was timed'}"
 
 
 CHECK = Check(

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kvbench.report.cell import CellResult, Estimate
+from kvbench.report.compare_latency import timing_noise
 from kvbench.report.comparisons import Comparison
 from kvbench.report.load import Group
 from kvbench.units import measure
@@ -32,7 +33,7 @@ class Best:
 def best_policies(group: Group, compared: Iterable[Comparison]) -> tuple[Best, ...]:
     """Return the best policy at each budget in every measure of `compared` (comparisons of `group`).
 
-    A budget at which fewer than two policies have the measure has no best one. A noisy cell is never the best.
+    A budget at which fewer than two policies have the measure has no best one. Noisy times are never the best.
     """
     compared = tuple(compared)
     names = dict.fromkeys(one.measure for one in compared if measure(one.measure).better != "none")
@@ -44,7 +45,7 @@ def _best(group: Group, budget: str, name: str, compared: tuple[Comparison, ...]
     usable = [
         (found, cell)
         for cell in group.budgeted
-        if cell.budget == budget and cell.status == "ok" and (found := cell.estimate(name))
+        if cell.budget == budget and (found := cell.estimate(name)) and not timing_noise(cell, name)
     ]
     ranked = sorted(usable, key=lambda pair: pair[0].value, reverse=measure(name).better == "higher")
     if len(ranked) > 1:

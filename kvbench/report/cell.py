@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.errors import RecordError
+from kvbench.records import MEASURED
 from kvbench.units import MEASURES
 
 FULL = "full"
-_USABLE = ("ok", "noisy")
 _LARGEST = 1e300
 _TEXT_LABELS = ("model", "dataset", "policy", "budget", "positions")
 
@@ -67,8 +67,8 @@ class CellResult:
 
     @property
     def failed(self) -> bool:
-        """True when no number of this cell may be used; a noisy cell is shown with its status."""
-        return self.status not in _USABLE
+        """True when no number of this cell may be used; of a noisy one only the times are out."""
+        return self.status not in MEASURED
 
     @property
     def is_full(self) -> bool:

@@ -96,7 +96,7 @@ def _unpaired(base: Comparison) -> Comparison:
     margin = None if base.measure.startswith("ppl") else base.margin  # declared in nats, and these are perplexities
     verdict = verdict_of(low, high, higher_is_better=higher, margin=margin, p_value=0.0)
     found = replace(base, verdict=verdict, margin=margin, method="the two cells' own intervals, not paired")
-    noise = next(filter(None, (timing_noise(cell) for cell in (base.first, base.second))), "")
-    if noise and measure(base.measure).unit in ("ms", "tokens/s"):
+    noise = next(filter(None, (timing_noise(cell, base.measure) for cell in (base.first, base.second))), "")
+    if noise:
         return replace(found, verdict="noisy", noise=noise, reason=noise)
     return found

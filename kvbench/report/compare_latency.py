@@ -11,6 +11,7 @@ from kvbench.stats.latency import LogRatio, between, from_interval
 from kvbench.stats.margins import smallest_margin
 from kvbench.stats.noise import noise_reason
 from kvbench.stats.power import more_samples
+from kvbench.units import measure
 
 
 def compare_latency(first: CellResult, second: CellResult, name: str, choices: Choices) -> Comparison:
@@ -63,10 +64,17 @@ def _noise(name: str, *cells: CellResult) -> str:
 
 
 def timing_noise(cell: CellResult, name: str = "tpot_ratio_to_full") -> str:
-    """Return why the cell's times are noisy, empty where they are not."""
-    if cell.status == "noisy":
-        return "the cell is noisy"
+    """Return why a time or rate of the cell is noisy; empty where it is not, or the measure is neither."""
+    if not _is_time(name):
+        return ""
     spread = "ttft_spread_fraction" if name.startswith("ttft") else "tpot_spread_fraction"
     found = {one: cell.estimate(one) for one in (spread, "reference_drift_fraction", "foreign_gpu_processes")}
     values = [None if one is None else one.value for one in found.values()]
+    if cell.status == "noisy" and values == [None, None, None]:
+        return "the cell is noisy"
     return noise_reason(values[0], values[1], None if values[2] is None else int(values[2]))
+
+
+def _is_time(name: str) -> bool:
+    """Whether the measure is a time or a rate, which a noisy machine spoils."""
+    return measure(name).unit in ("ms", "tokens/s") or name.endswith("_ratio_to_full")

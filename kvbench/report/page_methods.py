@@ -18,7 +18,7 @@ _WORDS = (
     ),
     ("equivalent", "the whole interval lies inside the margin, which was declared before measuring"),
     ("undecided", "neither is shown; about how many more samples would decide it is said where that can be estimated"),
-    ("noisy", "the launches of this cell differed too much; its numbers are grey and it is in no ranking"),
+    ("noisy", "the machine was not quiet; times of this cell are grey and in no ranking, its quality counts"),
     ("not comparable", "the two cells were not scored on the same samples"),
     ("detectable", "the smallest true difference that this many samples find in 80 % of repetitions"),
 )

@@ -73,12 +73,12 @@ def _unit_text(unit: str) -> str:
 
 def _row(row: Row) -> str:
     cell = row.cell
-    noisy = " class=noisy" if cell.status == "noisy" else ""
-    names = row_head(row.policy, "noisy" if noisy else "") + text_cell(row.budget, sort=budget_size(cell))
-    return f"<tr{noisy}>{names}{''.join(_entry(entry) for entry in row.entries)}</tr>"
+    names = row_head(row.policy, "noisy times" if cell.status == "noisy" else "")
+    names += text_cell(row.budget, sort=budget_size(cell))
+    return f"<tr>{names}{''.join(_entry(entry) for entry in row.entries)}</tr>"
 
 
 def _entry(entry: Entry) -> str:
     title = f"n = {entry.n}" if entry.n is not None else ""
-    kind = "failed" if entry.kind == "failed" else ""
+    kind = entry.kind if entry.kind in ("failed", "noisy") else ""
     return number_cell(entry.text, entry.interval, value=entry.value, kind=kind, title=title)

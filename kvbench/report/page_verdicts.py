@@ -108,13 +108,12 @@ def _row(row: CellRow, differing: tuple[str, ...]) -> str:
         "status": cell.status,
     }
     data = "".join(f' data-{name}="{escaped(value)}"' for name, value in keys.items())
-    noisy = ' class="noisy"' if cell.status == "noisy" else ""
-    return f"<tr{noisy}{data}>{''.join(_cells(row, differing))}</tr>"
+    return f"<tr{data}>{''.join(_cells(row, differing))}</tr>"
 
 
 def _cells(row: CellRow, differing: tuple[str, ...]) -> Iterator[str]:
     cell = row.cell
-    yield row_head(row.policy, "noisy, not ranked" if cell.status == "noisy" else cell.folder)
+    yield row_head(row.policy, "noisy times" if cell.status == "noisy" else cell.folder)
     yield text_cell("everything" if cell.is_full and cell.budget == "-" else cell.budget, sort=budget_size(cell))
     yield from (text_cell(text) for name, text in (("model", row.model), ("dataset", row.dataset)) if name in differing)
     yield verdict_cell(row.comparison, row.verdict)
@@ -126,7 +125,7 @@ def _cells(row: CellRow, differing: tuple[str, ...]) -> Iterator[str]:
     collapsed = "" if row.num_collapsed is None else f"{row.num_collapsed} of {row.num_paired}"
     yield _number(collapsed, row.num_collapsed)
     for name, time in zip(("tpot", "ttft"), row.times, strict=True):
-        yield from _time(name, time, timing_noise(cell))
+        yield from _time(name, time, timing_noise(cell, f"{name}_ms"))
     yield _number(
         "" if row.stored_bytes is None else format_value("kv_stored_bytes", row.stored_bytes), row.stored_bytes
     )

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from kvbench.report.cell import CellResult, Estimate
+from kvbench.report.compare_latency import timing_noise
 from kvbench.report.load import Group
 from kvbench.report.paired import is_worse
 from kvbench.report.plots_axes import (
@@ -37,11 +38,12 @@ _LOG_RATIO = 3.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """One cell in a panel."""
+    """One cell in a panel; `noise` says why its cost is noisy, if it is a time."""
 
     cell: CellResult
     cost: Estimate
     quality: Estimate
+    noise: str = ""
 
 
 def pareto_figure(group: Group, look: Look) -> Figure | None:
@@ -67,7 +69,7 @@ def _build(group: Group, look: Look, pairs: list[tuple[str, str]], legend: bool)
 
 def _points(group: Group, name: str, cost: str) -> list[Point]:
     return [
-        Point(cell=cell, cost=paid, quality=quality)
+        Point(cell=cell, cost=paid, quality=quality, noise=timing_noise(cell, cost))
         for cell in group.cells
         if (paid := cell.estimate(cost)) and (quality := cell.estimate(name))
     ]
@@ -78,8 +80,7 @@ def _panel(
 ) -> None:
     points = _points(group, name, cost)
     across, up = axis_scale(cost, group.cells), axis_scale(name, group.cells)
-    timed = measure(cost).unit == "ms"
-    front = pareto_front([p for p in points if not (timed and p.cell.status == "noisy")], name)
+    front = pareto_front([point for point in points if not point.noise], name)
     theme = labels.look.theme
     for label in group.by_series():
         mine = [point for point in points if group.series_label(point.cell) == label]
@@ -111,7 +112,7 @@ def _point(
 ) -> None:  # fmt: skip
     """Draw one cell with both intervals; the front is larger and ringed, what was noisy is pale."""
     x, y = place
-    pale = 0.35 if point.cell.status == "noisy" else 1.0
+    pale = 0.35 if point.noise else 1.0
     left, right = (bound / factors[0] for bound in point.cost.bounds)
     low, high = (bound / factors[1] for bound in point.quality.bounds)
     axes.vlines([x], [low], [high], color=mark.colour, linewidth=1.3, alpha=0.7 * pale, zorder=3, label=title)
@@ -132,7 +133,7 @@ def _texts(group: Group, points: Sequence[Point], front: Sequence[Point], legend
         if not point.cell.is_full:
             budget = point.cell.budget.removesuffix(" of seen")
             texts[point.cell.key] = " ".join(part for part in (texts.get(point.cell.key, ""), budget) if part)
-    texts |= {p.cell.key: f"{texts.get(p.cell.key, '')} (noisy)".strip() for p in points if p.cell.status == "noisy"}
+    texts |= {p.cell.key: f"{texts.get(p.cell.key, '')} (noisy)".strip() for p in points if p.noise}
     return texts
 
 

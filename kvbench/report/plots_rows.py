@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from kvbench.report.cell import CellResult
+from kvbench.report.compare_latency import timing_noise
 from kvbench.report.load import Group
 from kvbench.report.plots_axes import artist_name, series_names
 from kvbench.report.plots_policies import Mark
@@ -59,13 +60,14 @@ def interval_dots(
     axes: Axes, group: Group, name: str, factor: float, marks: Mapping[str, Mark], look: Look, *, shift: float = 0.0,
     tick: bool = False,
 ) -> None:  # fmt: skip
-    """Draw a measure of every cell as its mark, or an upright tick, with its interval; noisy cells pale and named."""
+    """Draw a measure of every cell as its mark, or an upright tick, with its interval; noisy times pale and named."""
     for row, cell in enumerate(group.cells):
         found = cell.estimate(name)
         if found is None:
             continue
         mark = marks[group.series_label(cell)]
-        pale = 0.35 if cell.status == "noisy" else 1.0
+        noisy = timing_noise(cell, name)
+        pale = 0.35 if noisy else 1.0
         value, low, high = (number / factor for number in (found.value, *found.bounds))
         title, wide = artist_name(name, group.cell_label(cell)), 1.0 if tick else 1.8
         axes.hlines([row + shift], [low], [high], color=mark.colour, linewidth=wide, zorder=3, alpha=pale, label=title)
@@ -73,7 +75,7 @@ def interval_dots(
         if tick:
             style |= {"marker": "|", "markersize": 7.0, "markeredgewidth": 1.4}
         axes.plot([value], [row + shift], linestyle="none", zorder=4, alpha=pale, label=title, **style)
-        if cell.status == "noisy" and not tick:
+        if noisy and not tick:
             axes.annotate(
                 "noisy", (value, row), xytext=(0, 5), textcoords="offset points", ha="center",
                 fontsize=look.small_points - 1, style="italic", zorder=6,

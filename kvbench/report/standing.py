@@ -1,6 +1,6 @@
 """Who stands first at a budget, as far as the verdicts say so: the first, whom it beats, who may be as good.
 
-Failed and noisy cells are named and never ranked.
+Failed cells are named and never ranked. Noisy ones are: their quality does not depend on the clock.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def budgets_in(judged: Judged) -> dict[str, list[CellResult]]:
 
 def standing_at(judged: Judged, cells: list[CellResult], name: str) -> Standing | None:
     """Return how the cells of one budget stand in the measure; None where none can be ranked."""
-    ranked = _ranked([cell for cell in cells if cell.status == "ok"], name)
+    ranked = _ranked([cell for cell in cells if not cell.failed], name)
     if not ranked:
         return None
     first, *others = ranked
@@ -86,7 +86,7 @@ def safe_cells(judged: Judged) -> list[CellResult]:
         if judged.primary
         and (found := judged.against_full(cell, judged.primary)) is not None
         and found.verdict in FULL_KEPT
-        and cell.status == "ok"
+        and not cell.failed
     ]
 
 

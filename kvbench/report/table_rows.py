@@ -165,10 +165,5 @@ def _entry(cell: CellResult, name: str) -> Entry:
         interval=format_interval(name, found.value, found.low, found.high),
         value=found.value,
         n=found.n,
-        kind="noisy" if is_time(name) and timing_noise(cell, name) else "number",
+        kind="noisy" if timing_noise(cell, name) else "number",
     )
-
-
-def is_time(name: str) -> bool:
-    """Whether the measure is a time or a rate, which a noisy machine spoils."""
-    return measure(name).unit in ("ms", "tokens/s") or name.endswith("_ratio_to_full")

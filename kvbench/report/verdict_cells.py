@@ -63,7 +63,7 @@ def _cells(row: CellRow) -> tuple[str, ...]:
 
 def _verdict(row: CellRow) -> str:
     remark = verdict_remark(row.comparison) if row.comparison else ""
-    noisy = "timing noisy" if row.cell.status == "noisy" and row.verdict != "noisy" else ""
+    noisy = "times noisy" if row.cell.status == "noisy" and row.verdict != "noisy" else ""
     remarks = "; ".join(part for part in (remark, noisy) if part)
     return (row.verdict or "-") + (f" ({remarks})" if remarks else "")
 

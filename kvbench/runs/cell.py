@@ -110,7 +110,7 @@ class Attempt:
             "attempt": uuid.uuid4().hex,
             "labels": dict(self.cell.labels),
             "cell": dict(self.cell.settings),
-            "status": self.status,
+            "status": "noisy" if self.status == "ok" and result is not None and result.is_noisy else self.status,
             "phase": self.phase if self.failed else None,
             "error": self.error,
             "started_utc": self.started.isoformat(timespec="milliseconds"),

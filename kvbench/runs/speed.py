@@ -83,7 +83,7 @@ class Speed:
         if _is_noisy(policy, full, quiet):
             quiet = replace(self._blocks(bench, batch, policy, full), num_passes=2)
         bench.advance(1.0)
-        result = TaskResult()
+        result = TaskResult(is_noisy=_is_noisy(policy, full, quiet))
         self._latency(result, policy, full)
         _noise(result, policy, full, quiet)
         _roof(result, policy, full, step_weight_bytes(bench.loaded.model), bandwidth)

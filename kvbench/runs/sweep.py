@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.durable import make_folder
+from kvbench.records import MEASURED
 from kvbench.runs.elsewhere import statuses_elsewhere
 from kvbench.runs.held_claims import HeldClaims
 from kvbench.runs.progress import Progress
@@ -70,8 +71,8 @@ class Sweep:
 
     @property
     def num_failed(self) -> int:
-        """Cells that are not ok, those that did not end included."""
-        return sum(self._ended.get(key) != "ok" for key in self.tickets)
+        """Cells that were not measured to their end, those that did not end included."""
+        return sum(self._ended.get(key) not in MEASURED for key in self.tickets)
 
     def run(self, stop: StopRequest) -> None:
         """Run every missing cell; those that another process holds are waited for."""
@@ -124,8 +125,8 @@ class Sweep:
 
     def _take_finished(self) -> None:
         for key in self.missing:
-            if self._store.accepted(key) is not None:
-                self._end(key, "ok")
+            if (body := self._store.accepted(key)) is not None:
+                self._end(key, str(body["status"]))
 
     def summarise(self, summary: Callable[[], Any]) -> None:
         """Offer what was measured now, as a whole, to the sinks; a single cell has its own run only."""

@@ -65,11 +65,15 @@ class Bench:
 
 @dataclass(kw_only=True)
 class TaskResult:
-    """Measurements by name, rows by example id, curves by name; as the record stores them."""
+    """Measurements by name, rows by example id, curves by name; as the record stores them.
+
+    is_noisy: its times come from a machine that was not quiet, which gives the cell the status noisy.
+    """
 
     measurements: dict[str, dict[str, Any]] = field(default_factory=dict)
     samples: dict[str, dict[str, Any]] = field(default_factory=dict)
     curves: dict[str, list[list[float]]] = field(default_factory=dict)
+    is_noisy: bool = False
 
     def measure(self, name: str, interval: Interval, unit: str = "") -> None:
         """Add one measurement."""
@@ -79,6 +83,7 @@ class TaskResult:
         """Merge another task's result; rows of one example become one row."""
         self.measurements |= other.measurements
         self.curves |= other.curves
+        self.is_noisy |= other.is_noisy
         for example_id, row in other.samples.items():
             self.samples.setdefault(example_id, {}).update(row)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from kvbench.records import MEASURED
 from kvbench.redaction import redact
 from kvbench.units import format_value, measure
 
@@ -55,7 +56,7 @@ def cell_line(body: dict[str, Any]) -> str:
     status = body["status"] + ("*" if body.get("tries", 1) > 1 else "")  # it took a second try
     head = f"{status:<10} {labels.get('policy', '?'):<14} {labels.get('budget', '-'):<14}"
     parts = [_headline(name, body["measurements"][name]) for name in _HEADLINES if name in body["measurements"]]
-    if body["status"] not in ("ok", "noisy"):
+    if body["status"] not in MEASURED:
         parts = [_failure(body)]
     return "  ".join([head.rstrip() if not any(parts) else head, *filter(None, parts), f"{body['duration_s']:.1f} s"])
 

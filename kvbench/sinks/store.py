@@ -24,7 +24,7 @@ from typing import Any
 
 from kvbench.durable import link_new, storage_error, sync_folder
 from kvbench.errors import RecordError
-from kvbench.records import check_body, read_record, write_record
+from kvbench.records import MEASURED, check_body, read_record, write_record
 from kvbench.redaction import redacted_body
 from kvbench.sinks.partial import PartialStore
 
@@ -43,9 +43,9 @@ class RecordStore:
         return self.folder / "cells" / key[:16]
 
     def accepted(self, key: str) -> dict[str, Any] | None:
-        """Return the accepted record of `key` if it verifies and is ok; a damaged one is reported once."""
+        """Return the accepted record of `key` if it verifies and did not fail; a damaged one is reported once."""
         body = self._read(self.cell_folder(key) / "record.json", key)
-        return body if body is not None and body["status"] == "ok" else None
+        return body if body is not None and body["status"] in MEASURED else None
 
     def attempts(self, key: str) -> list[dict[str, Any]]:
         """Return all readable attempts of `key`, oldest first; a damaged one is reported once."""
@@ -54,11 +54,11 @@ class RecordStore:
         return sorted(bodies, key=lambda body: str(body["started_utc"]))
 
     def commit(self, body: Mapping[str, Any], *, replace: bool = False) -> Path:
-        """Store one attempt durably, without secrets, and return its file; it counts unless an ok one does.
+        """Store one attempt durably, without secrets, and return its file; it counts unless a measured one does.
 
-        An accepted record that is not ok, or is damaged, gives way to any newer attempt; an ok one only
-        if `replace`. When this returns, a crash of the machine no longer loses the attempt, and the batches
-        of an ok cell are gone.
+        An accepted record that failed, or is damaged, gives way to any newer attempt; one that is ok or noisy
+        only if `replace`. When this returns, a crash of the machine no longer loses the attempt, and the batches
+        of a measured cell are gone.
         Raises: RecordError (wrong body, disk), ConfigError (folder), FileExistsError (attempt id reused).
         """
         check_body(body)
@@ -70,7 +70,7 @@ class RecordStore:
             sync_folder(folder)
         except OSError as error:
             raise storage_error(folder / "record.json", error) from error
-        if body["status"] == "ok":
+        if body["status"] in MEASURED:
             PartialStore(self.folder, body["key"]).remove()
         return attempt
 
@@ -83,7 +83,7 @@ class RecordStore:
                 current = self._read(accepted, key)
                 if current is None:
                     _set_aside(accepted)
-                if current is None or current["status"] != "ok" or replace:
+                if current is None or current["status"] not in MEASURED or replace:
                     _link_over(attempt, accepted)
 
     def _read(self, path: Path, key: str) -> dict[str, Any] | None:
@@ -103,7 +103,7 @@ class RecordStore:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, so that "is it ok?" and "replace it" are one step among processes."""
+    """Hold the folder's lock, so that "is it measured?" and "replace it" are one step among processes."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         # Some network file systems have no such lock. There only a replacement can be lost to a

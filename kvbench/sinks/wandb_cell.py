@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from kvbench.records import MEASURED
 from kvbench.sealed import canonical_json
 from kvbench.sinks.wandb_fields import run_config, run_tags, summary_numbers
 from kvbench.sinks.wandb_run import RunSpec
@@ -38,7 +39,7 @@ def cell_run(body: dict[str, Any], *, group: str = "") -> RunSpec:
         tags=run_tags(body),
         config=run_config(body),
         fill=lambda run: _fill(run, body),
-        exit_code=0 if body["status"] == "ok" else 1,
+        exit_code=0 if body["status"] in MEASURED else 1,
     )
 
 

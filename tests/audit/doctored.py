@@ -110,6 +110,10 @@ def noise_hidden(bodies: Bodies) -> None:
     scale(bodies["h2o 0.2"], "tpot_spread_fraction", 0.1)
 
 
+def noisy_called_ok(bodies: Bodies) -> None:
+    bodies["h2o 0.2"]["measurements"]["reference_drift_fraction"]["value"] = 0.05
+
+
 def throughput_inflated(bodies: Bodies) -> None:
     scale(bodies["h2o 0.2"], "throughput_tokens_per_s", 3.0)
 
@@ -180,6 +184,7 @@ DOCTORED: list[tuple[Change, str, set[str]]] = [
     (faster_than_its_launches, "R10", {"R7"}),
     (slowest_launch_dropped, "R10", {"R7", "R11"}),
     (noise_hidden, "R10", set()),
+    (noisy_called_ok, "R2", set()),
     (throughput_inflated, "R11", set()),
     (full_row_replaced, "R5", {"A3"}),
     (environment_removed, "A8", set()),

@@ -120,16 +120,16 @@ def test_what_a_record_lacks_is_called_not_measured(tmp_path: Path) -> None:
     assert counts[1] == counts[0] + 2
 
 
-def test_a_noisy_cell_is_grey_says_so_and_is_in_no_ranking(tmp_path: Path) -> None:
-    for policy, status in (("h2o", "noisy"), ("elastic", "ok"), ("random", "ok")):
+def test_the_times_of_a_noisy_cell_are_grey_and_its_quality_is_ranked(tmp_path: Path) -> None:
+    for policy, status in (("elastic", "noisy"), ("h2o", "ok"), ("random", "ok")):
         write_cell(tmp_path, body(policy=policy, status=status))
     write_cell(tmp_path, body(policy="full", budget=None))
     page = page_of(tmp_path)
     answer, verdicts = section(page, "answer"), section(page, "verdicts")
-    assert "take <code>h2o</code>" not in answer
-    assert "Not ranked: <code>h2o</code> (noisy)" in answer
-    row = next(line for line in verdicts.split("<tr") if "noisy, not ranked" in line)
-    assert 'class="noisy"' in row
+    assert "take <code>elastic</code>" in answer
+    assert "the cell is noisy" in answer, "beside its time"
+    row = next(line for line in verdicts.split("<tr") if "noisy times" in line)
+    assert row.count('class="noisy"') == 4, "TPOT, TTFT and their ratios"
 
 
 def test_rows_can_be_filtered_by_everything_that_differs(sweep_folder: Path) -> None:

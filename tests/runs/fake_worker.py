@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from kvbench.records import MEASURED
 from kvbench.runs.worker_pipe import PipeWatcher, protect
 
 
@@ -35,7 +36,7 @@ def _do(word: str, watcher: PipeWatcher, mark: Path, body: dict[str, Any]) -> No
         mark.touch()
         name, _, value = value.partition(" ")
     if name == "done":
-        watcher.done({**body, "status": value or "ok", "error": None if value in ("", "ok") else error(value)})
+        watcher.done({**body, "status": value or "ok", "error": None if value in ("", *MEASURED) else error(value)})
     elif name == "signal":
         os.kill(os.getpid(), int(value))
     elif name == "exit":

@@ -24,8 +24,10 @@ from tests.runs.watching import run_cells
 class Counts:
     """A task that measures how many examples there are."""
 
+    is_noisy: bool = False
+
     def run(self, bench: Bench) -> TaskResult:
-        result = TaskResult()
+        result = TaskResult(is_noisy=self.is_noisy)
         result.measure("ppl", mean_interval([float(len(bench.examples))]))
         result.samples = {example.id: {"nll_sum": 1.0} for example in bench.examples}
         bench.advance(1.0)
@@ -63,6 +65,16 @@ def test_a_good_cell_has_measurements_samples_and_no_error(shelf: ModelShelf, tm
     names = [example.id for example in SCENES.examples()]
     assert body["samples"] == [{"id": name, "cluster": name, "nll_sum": 1.0} for name in names]
     assert body["environment"]["torch"] == torch.__version__  # type: ignore[index]
+
+
+def test_times_of_a_restless_machine_make_a_cell_noisy_and_a_failure_comes_first(
+    shelf: ModelShelf, tmp_path: Path
+) -> None:
+    restless = Counts(is_noisy=True)
+    body = body_of(cell_of({"counts": restless, "more": Counts()}), shelf, tmp_path)
+    assert (body["status"], body["phase"], body["error"]) == ("noisy", None, None)
+    failed = body_of(cell_of({"counts": restless, "raises": Raises(ValueError())}), shelf, tmp_path)
+    assert (failed["status"], failed["phase"]) == ("crash", "raises")
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,10 @@ LOUD = VirtualClock(launch_sd=0.3, spike_share=0.0)
 def test_a_quiet_machine_is_measured_once(
     bundled: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = values(timed(bundled, tmp_path, monkeypatch, lambda number: QUIET, [1.0, 1.001]))
+    result = timed(bundled, tmp_path, monkeypatch, lambda number: QUIET, [1.0, 1.001])
+    found = values(result)
     assert found["timing_passes"] == 1
+    assert not result.is_noisy
     assert found["tpot_spread_fraction"] < 0.03
     assert found["reference_drift_fraction"] == pytest.approx(0.001)
     assert found["ttft_spread_fraction"] == 0.0
@@ -76,13 +78,16 @@ def test_noise_that_passes_is_measured_again_and_forgotten_whole(
     assert found["tpot_spread_fraction"] < 0.03
     assert len(result.curves["launches_ms"]) == 6
     assert found["tpot_ratio_to_full"] == pytest.approx(1.0, abs=0.02)
+    assert not result.is_noisy
 
 
 def test_drift_of_the_reference_is_noise_too_and_stays_in_the_record(
     bundled: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = values(timed(bundled, tmp_path, monkeypatch, lambda number: QUIET, [1.0, 1.1, 1.0, 0.9]))
+    result = timed(bundled, tmp_path, monkeypatch, lambda number: QUIET, [1.0, 1.1, 1.0, 0.9])
+    found = values(result)
     assert found["timing_passes"] == 2
+    assert result.is_noisy
     assert found["reference_drift_fraction"] == pytest.approx(0.1)
 
 

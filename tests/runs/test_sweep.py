@@ -100,6 +100,13 @@ def test_what_failed_runs_again_and_what_is_done_is_left_alone(tmp_path: Path) -
     assert not list((tmp_path / "claims").glob("[!.]*")), "every claim is given back"
 
 
+def test_a_noisy_cell_is_measured_and_left_alone(tmp_path: Path) -> None:
+    first, shown = fresh((["done noisy"], OK), tmp_path)
+    assert (list(first.statuses.values()), first.num_failed) == (["noisy", "ok"], 0)
+    again, shown = fresh((["signal 9"], OK), tmp_path)
+    assert (list(again.statuses.values()), again.num_reused, shown.calls) == (["noisy", "ok"], 2, [])
+
+
 def test_force_measures_again_and_the_newer_record_counts(tmp_path: Path) -> None:
     before, _ = fresh((OK,), tmp_path)
     (key,) = before.tickets

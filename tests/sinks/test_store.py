@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvbench.records import read_record
+from kvbench.records import MEASURED, read_record
 from kvbench.sinks.store import RecordStore
 from tests.sinks.record_bodies import make_body
 
@@ -37,8 +37,14 @@ def test_a_committed_ok_record_is_accepted(tmp_path: Path) -> None:
     assert (path.parent / "record.json").samefile(path)
 
 
-def test_an_ok_record_stays_until_it_is_replaced_on_request(tmp_path: Path) -> None:
-    store, first, second, third = RecordStore(tmp_path), make_body(), make_body(), make_body(status="crash")
+@pytest.mark.parametrize("status", MEASURED)
+def test_a_measured_record_stays_until_it_is_replaced_on_request(tmp_path: Path, status: str) -> None:
+    store, first, second, third = (
+        RecordStore(tmp_path),
+        make_body(status=status),
+        make_body(),
+        make_body(status="crash"),
+    )
     for body in (first, second, third):
         store.commit(body)
     assert store.accepted(first["key"]) == first
