@@ -34,8 +34,8 @@ def print_frontier(frontier: Frontier, console: Console | None = None) -> None:
         table.add_row(*_row(frontier, search))
     console.print(table)
     for search in frontier.searches:
-        if (text := _realised(search)) and frontier.budget_setting == "fraction":
-            console.print(Text(text))
+        if held := held_text(frontier, search):
+            console.print(Text(f"{search.policy}: at {budget_text(search.smallest_safe or 0)} it {held}"))
         if search.status in _WORDS:
             console.print(Text(f"{search.policy}: {_WORDS[search.status]}{_advice(search)}"))
     looks = f"each of at most {len(frontier.ladder).bit_length()} looks at {frontier.confidence:.4g}"
@@ -49,27 +49,35 @@ def budget_text(budget: float) -> str:
 
 
 def _row(frontier: Frontier, search: Search) -> tuple[Text, ...]:
-    found, top = search.look, max(frontier.ladder)
-    upper = budget_text(search.smallest_safe) if search.smallest_safe is not None else f"above {budget_text(top)}"
-    lower = budget_text(search.budget_low) if search.budget_low is not None else ""
+    found, upper = search.look, _upper(frontier, search)
     seen = "\n".join(f"{budget_text(look.budget)} {look.outcome}" for look in search.looks)
     shown = found or (search.looks[-1] if search.looks else None)
     difference = "-"
     if shown is not None and shown.value is not None and shown.low is not None and shown.high is not None:
         difference = f"{shown.value:+.3f} [{shown.low:+.3f}, {shown.high:+.3f}]"
-    where = f"{lower} - {upper}" if lower else upper
-    if search.status == "every budget is safe":
-        where = f"at most {upper}"
-    texts = (search.policy, upper, where, difference, seen)
+    texts = (search.policy, upper, range_text(frontier, search), difference, seen)
     return tuple(Text(text) for text in texts)
 
 
-def _realised(search: Search) -> str:
+def range_text(frontier: Frontier, search: Search) -> str:
+    """Return where the smallest safe budget lies, as far as the looks say: "70 % - 80 %"."""
+    upper = _upper(frontier, search)
+    if search.status == "every budget is safe":
+        return f"at most {upper}"
+    return upper if search.budget_low is None else f"{budget_text(search.budget_low)} - {upper}"
+
+
+def held_text(frontier: Frontier, search: Search) -> str:
     """Say so where a policy holds more than its budget, as one that never drops new tokens does."""
     look = search.look
-    if look is None or look.realised_budget is None or look.realised_budget < look.budget + _MORE:
+    if frontier.budget_setting != "fraction" or look is None or look.realised_budget is None:
         return ""
-    return f"{search.policy}: at {budget_text(look.budget)} it held {look.realised_budget:.1%} of the tokens"
+    return f"held {look.realised_budget:.1%} of the tokens" if look.realised_budget >= look.budget + _MORE else ""
+
+
+def _upper(frontier: Frontier, search: Search) -> str:
+    safe = search.smallest_safe
+    return f"above {budget_text(max(frontier.ladder))}" if safe is None else budget_text(safe)
 
 
 def _advice(search: Search) -> str:

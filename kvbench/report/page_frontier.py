@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from kvbench.report.frontier import Frontier, Look, Search
-from kvbench.report.frontier_table import budget_text
+from kvbench.report.frontier_table import budget_text, held_text, range_text
 from kvbench.report.page_markup import Head, escaped, number_cell, prose, row_head, table, text_cell
 from kvbench.units import measure
 
@@ -27,7 +27,7 @@ def _one(frontier: Frontier) -> str:
         Head(label="policy", kind="text"),
         Head(label="model and data set", kind="text"),
         Head(label="smallest safe budget"),
-        Head(label="true one lies from", note="to the one before"),
+        Head(label="true one", note="from - to"),
         Head(label=f"{label} minus full", note="at that budget"),
         Head(label="samples"),
         Head(label="budgets measured", kind=None),
@@ -41,15 +41,14 @@ def _one(frontier: Frontier) -> str:
 
 
 def _cells(frontier: Frontier, search: Search) -> Iterator[str]:
-    top = max(frontier.ladder)
     positions = "" if search.positions == "original" else search.positions
     yield row_head(search.policy, positions)
     yield text_cell(f"{search.model} on {search.dataset}")
     safe = search.smallest_safe
-    above = f"none up to {budget_text(top)}" if safe is None else budget_text(safe)
-    yield number_cell(above, "" if search.status == "found" else search.status, value=1e18 if safe is None else safe)
-    low = search.budget_low
-    yield number_cell("-" if low is None or low > top else budget_text(low), value=low)
+    above = f"none up to {budget_text(max(frontier.ladder))}" if safe is None else budget_text(safe)
+    below = held_text(frontier, search) if search.status == "found" else search.status
+    yield number_cell(above, below, value=1e18 if safe is None else safe)
+    yield number_cell(range_text(frontier, search), value=search.budget_low)
     look = search.look or (search.looks[-1] if search.looks else None)
     yield number_cell("-" if look is None else _difference(look), value=None if look is None else look.value)
     yield number_cell("-" if look is None else str(look.num_samples), value=None if look is None else look.num_samples)
