@@ -1,7 +1,8 @@
 """What a budget allows at a step, for each kind of policy: those that cut the prompt, the decode, or both.
 
 A record says the kind (labels evicts_at and budget_rounds). Where it does not, the kind is read from the
-curve of entries; a curve that fits none from its first to its last step is over budget.
+curve of entries, as far as the policy, if it is one of kvbench's own, can be of that kind; a curve that fits
+none from its first to its last step is over budget. No kind that cuts only at decode holds less than a prompt.
 """
 
 from __future__ import annotations
@@ -11,11 +12,17 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
+from kvbench.audit.bundled import rule_of
 from kvbench.audit.evidence import Cell
 
 Kind = Literal["everything", "both", "rounds up", "prompt only", "decode only", "none"]
 _DECIMALS = 9  # 0.29 * 100 is 28.999999999999996; the user meant 29
 _KINDS: dict[object, Kind] = {"prompt and decode": "both", "prompt": "prompt only", "decode": "decode only"}
+_NOT_SHOWN_BY: dict[object, tuple[Kind, ...]] = {
+    "prompt and decode": ("prompt only", "decode only"),
+    "prompt": ("decode only",),
+}
+_ROUNDING = 1e-9
 _Rows = Sequence[Sequence[float]]
 
 
@@ -49,9 +56,20 @@ def kind_of(cell: Cell) -> Kind:
     said = cell.body["labels"].get("evicts_at")
     if said in _KINDS:
         up = cell.body["labels"].get("budget_rounds") == "up"
-        kind = "rounds up" if up and _KINDS[said] == "both" else _KINDS[said]
-        return kind if all(row[2] <= _most(kind, budget, rows, row[0], up) for row in rows) else "none"
-    return _shown_by(budget, rows)
+        return _if_kept(_said_kind(_KINDS[said], rows, up), budget, rows, up)
+    shown = _shown_by(budget, rows)
+    return "none" if shown in _NOT_SHOWN_BY.get(rule_of(cell).get("evicts_at"), ()) else shown
+
+
+def _said_kind(said: Kind, rows: _Rows, up: bool) -> Kind:
+    """Return the kind that a label says; what holds less than a prompt cut it, whatever the label says."""
+    if said == "decode only" and any(mean < rows[0][0] - 1 - _ROUNDING for _, mean, _ in rows):
+        said = "both"
+    return "rounds up" if up and said == "both" else said
+
+
+def _if_kept(kind: Kind, budget: Mapping[str, Any], rows: _Rows, up: bool) -> Kind:
+    return kind if all(row[2] <= _most(kind, budget, rows, row[0], up) for row in rows) else "none"
 
 
 def _most(kind: Kind, budget: Mapping[str, Any], rows: _Rows, seen: float, up: bool) -> float:

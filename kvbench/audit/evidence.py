@@ -91,6 +91,10 @@ class Cell:
         rows = self.body["curves"].get(name) if self.usable else None
         return [row for row in rows or () if isinstance(row, list) and len(row) == width and all(map(_is_number, row))]
 
+    def num_odd_rows(self, name: str, width: int) -> int:
+        """Return how many rows of a curve do not hold `width` numbers, as every row that a run writes does."""
+        return len(self.body["curves"].get(name) or ()) - len(self.curve(name, width))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Peers:

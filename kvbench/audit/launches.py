@@ -17,6 +17,8 @@ _LAUNCHES_OF_A_BLOCK = 2  # of each arm, in the order A B B A
 
 def _problems(cell: Cell, peers: Peers) -> Iterator[str]:
     rows, speed = cell.curve("launches_ms", 4), cell.task("Speed") or {}
+    if odd := cell.num_odd_rows("launches_ms", 4):
+        yield f"{odd} stored launches are not four numbers"
     expected = _LAUNCHES_OF_A_BLOCK * speed.get("num_blocks", 0)
     if len(rows) != expected:
         yield f"{len(rows)} launches are stored, {expected} were asked for"

@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from kvbench.audit.budget_rule import allowed_entries, entries_curve, kind_of
 from kvbench.audit.check import Check
 from kvbench.audit.evidence import Cell, Peers
+from kvbench.audit.steps import ENTRIES, steps_taken
 
 _SLACK = 1e-9
 
 
 def _problems(cell: Cell, peers: Peers) -> Iterator[str]:
     rows = entries_curve(cell)
+    if odd := cell.num_odd_rows("entries", 3):
+        yield f"{odd} logged steps are not three numbers"
     if not rows:
-        yield "a realised budget is told, and no step is logged"
+        yield "steps were taken, and none is logged"
         return
     yield from _over(cell, rows)
     yield from _summary(cell, rows)
@@ -62,11 +65,15 @@ def _notes(cell: Cell, peers: Peers) -> Iterator[str]:
         yield f"cuts nothing of the prompt: {share:.0f} % of the tokens seen are held"
 
 
+def _tells(cell: Cell) -> bool:
+    return any(cell.value(name) is not None for name in ENTRIES) or bool(cell.body["curves"].get("entries"))
+
+
 CHECK = Check(
     id="A7",
     title="the budget is kept at every logged step",
     meaning="the policy held more entries than it says",
-    applies=lambda cell, peers: cell.usable and cell.value("realised_budget_fraction") is not None,
+    applies=lambda cell, peers: cell.usable and (_tells(cell) or steps_taken(cell) > 0),
     problems=_problems,
     notes=_notes,
 )

@@ -6,15 +6,16 @@ from collections.abc import Iterator
 
 from kvbench.audit.check import Check
 from kvbench.audit.evidence import Cell, Peers
+from kvbench.audit.steps import ENTRIES, steps_taken
 from kvbench.stats.noise import noise_reason
 
-# What each task gives in every cell that did not fail.
+# What each task gives in every cell that did not fail; generation that takes a step gives its entries too.
 GIVEN_BY = {
     "Perplexity": ("ppl",),
     "PerplexityReleased": ("ppl_released",),
     "Generation": ("rougeL_vs_full", "length_ratio"),
     "Fidelity": ("kl_to_full", "top1_agreement_fraction"),
-    "MultiTurn": ("turn1_rougeL_vs_full",),
+    "MultiTurn": ("turn1_rougeL_vs_full", "turn1_length_ratio", "turn1_realised_budget_fraction"),
     "Speed": ("ttft_ms", "tpot_ms", "throughput_tokens_per_s"),
     "Memory": ("peak_memory_bytes", "kv_stored_bytes"),
     "Capacity": ("capacity_prompts",),
@@ -33,7 +34,8 @@ def _problems(cell: Cell, peers: Peers) -> Iterator[str]:
         yield f"status is {status}, but the record says that it ended in {phase}"
     yield from _noise(cell, status)
     for task, names in GIVEN_BY.items():
-        missing = [name for name in names if name not in cell.body["measurements"]]
+        counted = ENTRIES if task == "Generation" and steps_taken(cell) else ()
+        missing = [name for name in (*names, *counted) if name not in cell.body["measurements"]]
         if cell.task(task) is not None and missing:
             yield f"status is {status}, but {missing[0]} was asked for and is not there"
 

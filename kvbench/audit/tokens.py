@@ -15,6 +15,7 @@ from typing import Any
 
 from kvbench.audit.check import Check
 from kvbench.audit.evidence import Cell, Peers
+from kvbench.audit.steps import steps_taken
 
 
 def _problems(cell: Cell, peers: Peers) -> Iterator[str]:
@@ -63,8 +64,7 @@ def _of_row(row: Mapping[str, Any], most: int, full_tokens: int | None) -> str |
 @lru_cache(maxsize=65536)
 def _layers(cell: Cell) -> float | None:
     """Return counts of entries per step taken."""
-    most = (cell.task("Generation") or {}).get("max_new_tokens", 0)
-    steps = sum(min(row.get("num_new_tokens") or 0, most - 1) for row in cell.samples)
+    steps = steps_taken(cell)
     counts = cell.number("realised_budget_fraction", "n")
     return counts / steps if counts is not None and steps > 0 else None
 

@@ -7,12 +7,10 @@ checks that notice it too.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
-from tests.audit.folders import Body, rekey, scale, summarise, summarise_launches
-
-Bodies = dict[str, Body]
-Change = Callable[[Bodies], None]
+from tests.audit.doctored_labels import DOCTORED_LABELS
+from tests.audit.doctored_values import DOCTORED_VALUES
+from tests.audit.folders import Bodies, Doctored, rekey, scale, summarise, summarise_launches
 
 
 def better_perplexity(bodies: Bodies) -> None:
@@ -166,7 +164,7 @@ def launches_longer_than_the_run(bodies: Bodies) -> None:
     bodies["h2o 0.2"]["duration_s"] = 0.01
 
 
-DOCTORED: list[tuple[Change, str, set[str]]] = [
+DOCTORED: list[Doctored] = [
     (better_perplexity, "R6", set()),
     (narrower_interval, "R7", set()),
     (worst_sample_dropped, "R3", {"R4", "A3"}),
@@ -195,4 +193,6 @@ DOCTORED: list[tuple[Change, str, set[str]]] = [
     (scores_raised, "R8", set()),
     (lengths_kept_silent, "A4", {"R2"}),
     (launches_longer_than_the_run, "R12", set()),
+    *DOCTORED_LABELS,
+    *DOCTORED_VALUES,
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from kvbench.metrics.intervals import launch_interval, mean_interval, pooled_rat
 from kvbench.records import cell_key, write_record
 
 Body = dict[str, Any]
+Bodies = dict[str, Body]
+Change = Callable[[Bodies], None]
+Doctored = tuple[Change, str, set[str]]
 _POOLED = {
     "ppl": ("nll_sum", "num_scored_tokens", math.exp),
     "kl_to_full": ("kl_sum", "num_compared_tokens", None),

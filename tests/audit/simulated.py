@@ -24,6 +24,12 @@ from kvbench.records import cell_key
 LAYERS, ENTRY_BYTES, WEIGHTS_BYTES = 3, 128, 10_000
 NEW_TOKENS, TIMED_TOKENS, BLOCKS = 24, 9, 2
 WORDS = ("red", "blue", "ring", "star", "there", "is", "one", "two", "large", "small")
+CLASSES: dict[str, dict[str, Any]] = {
+    "full": {"_target_": "kvbench.policies.full.Full"},
+    "h2o": {"_target_": "kvbench.policies.h2o.H2O"},
+    "snapkv": {"_target_": "kvbench.policies.snapkv.SnapKV"},
+    "elastic_released": {"_target_": "kvbench.policies.elastic_released.ElasticReleased", "target_rounded_up": True},
+}
 Body = dict[str, Any]
 
 
@@ -42,7 +48,7 @@ class Machine:
         return [rng.choice(WORDS) for _ in range(rng.randint(1, NEW_TOKENS))]
 
     def cell(self, policy: str, budget: dict[str, Any] | None, *, when: str = "both", up: bool = False) -> Body:
-        """Return the record of one cell; budget as in the settings."""
+        """Return the record of one cell; budget as in the settings, unknown policies are somebody's own."""
         rng = random.Random(f"{self.seed} {policy} {budget} {when} {up}")
         answers = self.full_answers if budget is None else [self._changed(rng, a) for a in self.full_answers]
         rows = [self._row(rng, number, answer, full=budget is None) for number, answer in enumerate(answers)]
@@ -121,7 +127,6 @@ class Machine:
         body["measurements"]["peak_over_bound_ratio"] = _told((decode + 900) / bound, 1)
 
     def _settings(self, policy: str, budget: dict[str, Any] | None) -> dict[str, Any]:
-        kind = "full.Full" if policy == "full" else f"{policy}.{policy.title()}"
         tasks: dict[str, dict[str, Any]] = {
             "perplexity": {"_target_": "kvbench.runs.perplexity.Perplexity"},
             "generation": {"_target_": "kvbench.runs.generation.Generation", "max_new_tokens": NEW_TOKENS},
@@ -132,7 +137,7 @@ class Machine:
         return {
             "model": {"fingerprint": f"model {self.seed}", "dtype": "float32"},
             "dataset": {"fingerprint": f"data {self.seed}", "num_samples": len(self.prompts)},
-            "policy": {"_target_": f"kvbench.policies.{kind}"},
+            "policy": CLASSES.get(policy, {"_target_": f"mine.{policy}"}),
             "budget": budget,
             "positions": "original",
             "task": tasks,

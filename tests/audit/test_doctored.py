@@ -9,8 +9,8 @@ import pytest
 from kvbench.audit.audit import CHECKS, Audit, audit
 from kvbench.metrics.intervals import launch_interval
 from kvbench.records import read_record, write_record
-from tests.audit.doctored import DOCTORED, Change
-from tests.audit.folders import honest, rekey, write_folder
+from tests.audit.doctored import DOCTORED
+from tests.audit.folders import Change, honest, rekey, write_folder
 
 GPU = Path(__file__).parents[2] / "results" / "published" / "speed_h100"
 

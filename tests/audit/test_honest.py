@@ -40,7 +40,8 @@ def test_an_honest_sweep_passes(
     seed: int, num_samples: int, budgets: list[dict[str, Any]], when: str, has_full: bool
 ) -> None:
     machine = Machine(seed, num_samples)
-    cells = [machine.cell("h2o", budget, when=when) for budget in budgets]
+    policy = {"both": "h2o", "prompt": "snapkv", "decode": "own"}[when]
+    cells = [machine.cell(policy, budget, when=when) for budget in budgets]
     cells += [machine.cell("full", None)] if has_full else []
     with tempfile.TemporaryDirectory() as folder:
         assert alarms(audit(write_folder(Path(folder), cells))) == []
@@ -52,7 +53,7 @@ def test_a_budget_that_is_rounded_up_throughout_passes(seed: int, fraction: floa
     machine = Machine(seed, 5)
     budget = {"fraction": fraction, "tokens": None, "of": "seen"}
     with tempfile.TemporaryDirectory() as folder:
-        cells = [machine.cell("full", None), machine.cell("elastic", budget, up=True)]
+        cells = [machine.cell("full", None), machine.cell("elastic_released", budget, up=True)]
         assert alarms(audit(write_folder(Path(folder), cells))) == []
 
 
@@ -106,7 +107,7 @@ def test_policies_that_cut_only_one_side_are_named(tmp_path: Path) -> None:
 def test_records_that_do_not_say_when_a_policy_evicts_pass(tmp_path: Path, when: str, up: bool) -> None:
     machine, budget = Machine(5, 4), {"fraction": 0.3, "tokens": None, "of": "seen"}
     machine.prompts = [40] * 4
-    cells = [machine.cell("full", None), machine.cell("h2o", budget, when=when, up=up)]
+    cells = [machine.cell("full", None), machine.cell("own", budget, when=when, up=up)]
     del cells[1]["labels"]["evicts_at"], cells[1]["labels"]["budget_rounds"]
     assert alarms(audit(write_folder(tmp_path, cells))) == []
 
