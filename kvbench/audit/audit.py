@@ -22,6 +22,7 @@ from kvbench.audit import (
     kv_bytes,
     launches,
     lengths,
+    possible,
     rates,
     realised_budget,
     same_samples,
@@ -41,7 +42,7 @@ CHECKS: tuple[Check, ...] = tuple(
     for module in (
         *(tokens, lengths, key, kv_bytes, realised_budget, environment),
         *(seal, status, counts, same_samples, full_itself, aggregates, interval_bounds, text_scores),
-        *(freed, launches, rates, times, copies),
+        *(freed, launches, rates, times, copies, possible),
     )
 )
 _NEED_THE_MODEL = (

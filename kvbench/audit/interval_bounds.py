@@ -11,30 +11,46 @@ from kvbench.audit.check import Check
 from kvbench.audit.evidence import Cell, Peers
 from kvbench.audit.recomputed import from_launches, from_samples, tolerance
 from kvbench.errors import MeasureError
+from kvbench.metrics.intervals import Interval
 
 _SHARE_OF_WIDTH = 0.25
+# Told with bounds wherever there are two launches, and not to be computed from what is stored of them.
+_OVER_LAUNCHES = ("tpot_p90_ms", "settle_ms", "prepare_ms", "throughput_tokens_per_s", "throughput_ratio_to_full")
 
 
 def _problems(cell: Cell, peers: Peers) -> Iterator[str]:
     for name in sorted(cell.body["measurements"]):
-        value, low, high = (cell.number(name, part) for part in ("value", "low", "high"))
-        if (low is None) != (high is None):
-            yield f"{name} has one bound"
-        elif value is not None and low is not None and high is not None:
-            slack = tolerance(cell, name) * max(abs(value), 1.0)
-            if not low - slack <= value <= high + slack:
-                yield f"{name} is {value:.6g}, outside of its interval [{low:.6g}, {high:.6g}]"
-            elif problem := _width(cell, name, low, high):
-                yield problem
+        if cell.value(name) is not None and (problem := _wrong(cell, name)):
+            yield problem
 
 
-def _width(cell: Cell, name: str, low: float, high: float) -> str | None:
+def _wrong(cell: Cell, name: str) -> str | None:
+    value, low, high = (cell.number(name, part) for part in ("value", "low", "high"))
+    again = _again(cell, name)
+    if value is not None and low is not None and high is not None:
+        slack = tolerance(cell, name) * max(abs(value), 1.0)
+        if not low - slack <= value <= high + slack:
+            return f"{name} is {value:.6g}, outside of its interval [{low:.6g}, {high:.6g}]"
+        return None if again is None else _width(name, low, high, again)
+    if again is not None and (again.low is None, again.high is None) == (low is None, high is None):
+        return None  # one sample or launch, or a bound too large for a number
+    if low is not None or high is not None:
+        return f"{name} has one bound"
+    if again is not None or (name in _OVER_LAUNCHES and len(cell.curve("launches_ms", 4)) > 1):
+        return f"{name} has no interval, and its data give one"
+    return None
+
+
+def _again(cell: Cell, name: str) -> Interval | None:
     try:
-        again = from_samples(cell, name) or from_launches(cell, name)
+        return from_samples(cell, name) or from_launches(cell, name)
     except MeasureError:
         return None  # told by the check of values
-    if again is None or again.low is None or again.high is None:
-        return None
+
+
+def _width(name: str, low: float, high: float, again: Interval) -> str | None:
+    if again.low is None or again.high is None:
+        return f"{name} has the interval [{low:.4g}, {high:.4g}], its data give none"
     slack = _SHARE_OF_WIDTH * (again.high - again.low) + 1e-9 * max(abs(again.low), abs(again.high))
     if abs(low - again.low) > slack or abs(high - again.high) > slack:
         return f"{name} has the interval [{low:.4g}, {high:.4g}], its data give [{again.low:.4g}, {again.high:.4g}]"

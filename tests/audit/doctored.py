@@ -191,7 +191,7 @@ DOCTORED: list[Doctored] = [
     (samples_of_another_policy, "R13", set()),
     (ids_exchanged, "R4", set()),
     (scores_raised, "R8", set()),
-    (lengths_kept_silent, "A4", {"R2"}),
+    (lengths_kept_silent, "A4", {"R2", "R6"}),
     (launches_longer_than_the_run, "R12", set()),
     *DOCTORED_LABELS,
     *DOCTORED_VALUES,
