@@ -30,7 +30,7 @@ def audit_command(arguments: Sequence[str]) -> int:
     parser.add_argument("folder", nargs="?", type=Path, default=Path("results"), help="results folder")
     parser.add_argument("--sweep", help="only cells of this sweep")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
-    parser.add_argument("--out", type=Path, help="file to write, FOLDER/audit.json if not given")
+    parser.add_argument("--out", type=Path, help="file to write, its folder is made; FOLDER/audit.json if not given")
     args = parser.parse_args(list(arguments))
     from kvbench.audit.audit import KIND, VERSION, audit, audit_body
     from kvbench.sealed import seal
@@ -60,9 +60,10 @@ def _show(result: Audit, out: Path, text: str | None) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Replace `path` in one step."""
+    """Replace `path` in one step; its folder is made."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
         temporary.replace(path)
     except OSError as error:

@@ -38,10 +38,10 @@ def test_a_folder_that_holds_together_gives_zero_and_says_what_was_not_run(
     assert [line.split()[0] for line in lines[:4]] == ["A1", "A2", "A3", "A4"]
     assert "(not run: needs the model)" in lines[0]
     assert lines[2].startswith("A3  passed")
-    assert "19 of 19 checks passed; 5 cells" in printed
+    assert "20 of 20 checks passed; 5 cells" in printed
     key = honest()["h2o 0.2"]["key"][:8]
     assert f"A4 {key} h2o, 20 % of seen: answers of 59 % of the full cache's length: outside of 10 %" in printed
-    assert f"[![kvbench audit: 19 of 19 checks passed]({folder}/audit.svg)]({folder}/audit.json)" in printed
+    assert f"[![kvbench audit: 20 of 20 checks passed]({folder}/audit.svg)]({folder}/audit.json)" in printed
 
 
 def test_a_failed_check_gives_one_names_the_cell_and_what_it_means(
@@ -52,8 +52,8 @@ def test_a_failed_check_gives_one_names_the_cell_and_what_it_means(
     at = next(number for number, line in enumerate(lines) if line.startswith("A7  failed"))
     assert "h2o, 20 % of seen: after 163 tokens it holds 33 entries, the budget allows 32" in lines[at + 1]
     assert lines[at + 2].strip() == "means: the policy held more entries than it says"
-    assert "1 of 19 checks failed: A7; 5 cells" in "\n".join(lines)
-    assert "1 of 19 checks failed" in (doctored / "audit.svg").read_text()
+    assert "1 of 20 checks failed: A7; 5 cells" in "\n".join(lines)
+    assert "1 of 20 checks failed" in (doctored / "audit.svg").read_text()
 
 
 def test_the_json_is_sealed_and_the_same_bytes_each_time(folder: Path, tmp_path: Path) -> None:
@@ -66,6 +66,11 @@ def test_the_json_is_sealed_and_the_same_bytes_each_time(folder: Path, tmp_path:
     assert body["num_cells"] == 5
     assert {check["verdict"] for check in body["checks"]} == {"passed", "not run"}
     ElementTree.fromstring((folder / "audit.svg").read_text())
+
+
+def test_the_folder_to_write_to_is_made(folder: Path, tmp_path: Path) -> None:
+    assert run(["audit", str(folder), "--out", str(tmp_path / "a" / "b.json")]) == 0
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["b.json", "b.svg"]
 
 
 def test_the_digest_follows_the_records(folder: Path, doctored: Path) -> None:
@@ -86,7 +91,7 @@ def test_json_goes_to_the_terminal_when_asked_for(folder: Path, capsys: pytest.C
         (["nowhere"], "the results folder nowhere does not exist"),
         (["{folder}", "--sweep", "smal"], "no record belongs to the sweep 'smal'; did you mean 'small'?"),
         (["{folder}", "--out", "audit.txt"], "--out is 'audit.txt'; its name must end in .json"),
-        (["{folder}", "--out", "no/such/place/a.json"], "cannot write no/such/place/a.json"),
+        (["{folder}", "--out", "{folder}/a-file/a.json"], "a-file/a.json: File exists; choose another --out"),
         (["{folder}/cells"], "has no records below cells"),
         (["{folder}", "--strict"], "unrecognized arguments: --strict; kvbench audit --help lists flags"),
     ],
@@ -94,6 +99,7 @@ def test_json_goes_to_the_terminal_when_asked_for(folder: Path, capsys: pytest.C
 def test_a_wrong_command_line_is_told_in_one_line(
     folder: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (folder / "a-file").touch()
     assert run(["audit", *(word.format(folder=folder) for word in words)]) == 2
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1

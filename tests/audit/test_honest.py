@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbench.audit.audit import Audit, audit
+from kvbench.audit.steps import ENTRIES
+from kvbench.metrics.rouge import rouge_scores
 from kvbench.records import STATUSES
-from tests.audit.folders import honest, write_folder
+from tests.audit.folders import honest, scale, summarise, write_folder
 from tests.audit.simulated import Machine, failed
 
 PUBLISHED = sorted(path.parent for path in (Path(__file__).parents[2] / "results" / "published").glob("*/cells"))
@@ -68,6 +70,53 @@ def test_a_noisy_cell_is_no_fault(tmp_path: Path) -> None:
     bodies = honest()
     bodies["h2o 0.2"]["status"] = "noisy"
     bodies["h2o 0.2"]["measurements"]["reference_drift_fraction"]["value"] = 0.05
+    assert alarms(audit(write_folder(tmp_path, list(bodies.values())))) == []
+
+
+def test_answers_that_end_at_once_take_no_step_and_are_no_fault(tmp_path: Path) -> None:
+    machine = Machine(4, 5)
+    machine.full_answers = [[] for _ in machine.full_answers]
+    cells = [machine.cell("full", None), machine.cell("h2o", {"fraction": 0.3, "tokens": None, "of": "seen"})]
+    for body in cells:
+        for row in body["samples"]:
+            row |= {"text": "", "num_new_tokens": 0, "length_ratio": 1.0, "first_divergence_tokens": None}
+            row |= {"num_compared_tokens": 1, "num_agreeing_tokens": 1, "kl_sum": 0.0}
+            row |= {name: rouge_of(row, name) for name in row if name.startswith("rouge")}
+        for name in ENTRIES:
+            body["measurements"].pop(name, None)
+        body["curves"].pop("entries", None)
+        summarise(body)
+    assert alarms(audit(write_folder(tmp_path, cells))) == []
+
+
+def rouge_of(row: dict[str, Any], name: str) -> float:
+    kind, _, against = name.partition("_vs_")
+    other = row["full_text"] if against == "full" else row["reference"]
+    return rouge_scores(prediction=row["text"], reference=other)[kind]
+
+
+@pytest.mark.parametrize("status", ["ok", "noisy"])
+def test_a_ratio_of_throughputs_is_held_less_closely_to_noisy_launches(tmp_path: Path, status: str) -> None:
+    bodies = honest()
+    scale(bodies["h2o 0.2"], "throughput_ratio_to_full", 2.0)
+    bodies["h2o 0.2"]["status"] = status
+    bodies["h2o 0.2"]["measurements"]["reference_drift_fraction"]["value"] = 0.05 if status == "noisy" else 0.0
+    found = {outcome.id for outcome in audit(write_folder(tmp_path, list(bodies.values()))).failed}
+    assert found == ({"R11"} if status == "ok" else set())
+
+
+def test_one_sample_alone_has_no_interval_and_that_is_no_fault(tmp_path: Path) -> None:
+    machine = Machine(6, 1)
+    cells = [machine.cell("full", None), machine.cell("h2o", {"fraction": 0.3, "tokens": None, "of": "seen"})]
+    assert cells[0]["measurements"]["ppl"]["low"] is None
+    assert alarms(audit(write_folder(tmp_path, cells))) == []
+
+
+def test_rounding_below_nothing_is_no_fault(tmp_path: Path) -> None:
+    bodies = honest()
+    for row in bodies["h2o 0.2"]["samples"]:
+        row |= {"kl_sum": -1e-7 * row["num_compared_tokens"], "nll_sum": -1e-7}
+    summarise(bodies["h2o 0.2"])
     assert alarms(audit(write_folder(tmp_path, list(bodies.values())))) == []
 
 
