@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from kvbench.audit.check import Check
 from kvbench.audit.evidence import Cell, Peers
 from kvbench.audit.steps import ENTRIES, steps_taken
-from kvbench.stats.noise import noise_reason
+from kvbench.stats.noise import FEWEST_LAUNCHES, noise_reason
 
 # What each task gives in every cell that did not fail; generation that takes a step gives its entries too.
 GIVEN_BY = {
@@ -16,10 +16,17 @@ GIVEN_BY = {
     "Generation": ("rougeL_vs_full", "length_ratio"),
     "Fidelity": ("kl_to_full", "top1_agreement_fraction"),
     "MultiTurn": ("turn1_rougeL_vs_full", "turn1_length_ratio", "turn1_realised_budget_fraction"),
-    "Speed": ("ttft_ms", "tpot_ms", "throughput_tokens_per_s"),
+    "Speed": (
+        *("ttft_ms", "tpot_ms", "full_ttft_ms", "full_tpot_ms", "throughput_tokens_per_s"),
+        *("ttft_ratio_to_full", "tpot_ratio_to_full", "throughput_ratio_to_full"),
+    ),
     "Memory": ("peak_memory_bytes", "kv_stored_bytes"),
     "Capacity": ("capacity_prompts",),
 }
+_COSTS = ("Speed", "Memory", "Capacity")
+# What comes from samples is null where nothing was scored, and its own check looks at it.
+_OF_SAMPLES = tuple(name for task, names in GIVEN_BY.items() if task not in _COSTS for name in names)
+_WITHOUT_NOISE = (None, "abba_v1", "abba_v2")  # older protocols of speed, and none
 
 
 def _problems(cell: Cell, peers: Peers) -> Iterator[str]:
@@ -33,11 +40,22 @@ def _problems(cell: Cell, peers: Peers) -> Iterator[str]:
     if phase is not None:
         yield f"status is {status}, but the record says that it ended in {phase}"
     yield from _noise(cell, status)
+    for name in _asked_for(cell):
+        if name not in cell.body["measurements"] or (name not in _OF_SAMPLES and cell.value(name) is None):
+            yield f"status is {status}, but {name} was asked for and is not there"
+            return
+
+
+def _asked_for(cell: Cell) -> Iterator[str]:
     for task, names in GIVEN_BY.items():
-        counted = ENTRIES if task == "Generation" and steps_taken(cell) else ()
-        missing = [name for name in (*names, *counted) if name not in cell.body["measurements"]]
-        if cell.task(task) is not None and missing:
-            yield f"status is {status}, but {missing[0]} was asked for and is not there"
+        if cell.task(task) is not None:
+            yield from names
+    if steps_taken(cell):
+        yield from ENTRIES
+    if (cell.task("Speed") or {}).get("protocol") not in _WITHOUT_NOISE:
+        yield "reference_drift_fraction"
+        if len(cell.curve("launches_ms", 4)) >= FEWEST_LAUNCHES:
+            yield "tpot_spread_fraction"
 
 
 def _noise(cell: Cell, status: str) -> Iterator[str]:

@@ -13,12 +13,12 @@ import numpy as np
 
 MAX_SPREAD_FRACTION = 0.03
 MAX_DRIFT_FRACTION = 0.02
-_FEWEST_LAUNCHES = 3
+FEWEST_LAUNCHES = 3
 
 
 def spread_fraction(*arms: Sequence[float]) -> float | None:
     """Return the largest standard deviation over mean of any arm's launches; None for under three launches."""
-    if min(len(arm) for arm in arms) < _FEWEST_LAUNCHES:
+    if min(len(arm) for arm in arms) < FEWEST_LAUNCHES:
         return None
     return max(float(np.std(arm, ddof=1) / np.mean(arm)) for arm in arms)
 

@@ -57,6 +57,27 @@ def capacity_doubled(bodies: Bodies) -> None:
         bodies["h2o 0.2"]["measurements"][name] = {"value": value, "low": None, "high": None, "n": 1}
 
 
+def noise_kept_silent(bodies: Bodies) -> None:
+    del bodies["h2o 0.2"]["measurements"]["tpot_spread_fraction"]
+
+
+def drift_kept_silent(bodies: Bodies) -> None:
+    del bodies["h2o 0.2"]["measurements"]["reference_drift_fraction"]
+
+
+def latency_made_null(bodies: Bodies) -> None:
+    for name in ("tpot_ms", "tpot_ratio_to_full"):
+        bodies["h2o 0.2"]["measurements"][name] |= {"value": None, "low": None, "high": None}
+
+
+def realised_budget_made_null(bodies: Bodies) -> None:
+    bodies["h2o 0.2"]["measurements"]["realised_budget_fraction"]["value"] = None
+
+
+def ratio_kept_silent(bodies: Bodies) -> None:
+    del bodies["h2o 0.2"]["measurements"]["tpot_ratio_to_full"]
+
+
 def facts_kept_silent(bodies: Bodies) -> None:
     del bodies["h2o 0.2"]["measurements"]["objects_recalled_fraction"]
 
@@ -83,6 +104,11 @@ DOCTORED_VALUES: list[Doctored] = [
     (time_runs_back, "R14", set()),
     (ratio_of_throughputs_doubled, "R11", set()),
     (capacity_doubled, "R11", set()),
+    (noise_kept_silent, "R2", set()),
+    (drift_kept_silent, "R2", set()),
+    (latency_made_null, "R2", set()),
+    (realised_budget_made_null, "R2", set()),
+    (ratio_kept_silent, "R2", set()),
     (facts_kept_silent, "R6", set()),
     (reference_kept_silent, "R6", set()),
     (facts_removed_from_rows_too, "R6", set()),
