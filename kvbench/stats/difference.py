@@ -51,9 +51,7 @@ class Inference:
         return None if self.low is None else minimum_detectable(self.standard_error, self.num_clusters)
 
 
-def infer(
-    pairs: PairedSums, *, scale: tuple[float, float] | None = None, confidence: float = CONFIDENCE
-) -> Inference:
+def infer(pairs: PairedSums, *, scale: tuple[float, float] | None = None, confidence: float = CONFIDENCE) -> Inference:
     """Return what `pairs` show; `scale` is what the difference of any cluster must lie on, such as -1 to 1."""
     return _infer(pairs.columns.tobytes(), pairs.num_samples, scale, confidence)
 
@@ -75,7 +73,7 @@ def _infer(data: bytes, num_samples: int, scale: tuple[float, float] | None, con
     low, high = max(scale[0], min(found.low, sparse[0])), min(scale[1], max(found.high, sparse[1]))
     error = max(high - found.value, found.value - low) / quantile(0.5 + confidence / 2, pairs.num_clusters)
     p_value = max(found.p_value or 0.0, sparse[2])
-    method = "share of differing clusters by Clopper-Pearson, times the most that one may differ"
+    method = "share of differing clusters by Clopper-Pearson, times the most that one may lose"
     return replace(found, low=low, high=high, standard_error=error, p_value=p_value, method=method, is_sparse=True)
 
 

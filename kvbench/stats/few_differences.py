@@ -24,8 +24,9 @@ def few_differences(pairs: PairedSums, level: float, scale: tuple[float, float])
     The p value is the sign test's (against a difference of 0), the only one that holds for so few.
     """
     mine, weight, other, other_weight = pairs.columns.T
-    found = (mine / weight - other / other_weight).round(12)
-    values, counts = np.unique(found, return_counts=True)
+    found = mine / weight - other / other_weight
+    rounded = found.round(12)
+    values, counts = np.unique(rounded, return_counts=True)
     usual, num_usual = float(values[counts.argmax()]), int(counts.max())
     num_differing = len(found) - num_usual
     if num_differing >= MIN_DIFFERING or 2 * num_usual < len(found):
@@ -36,7 +37,7 @@ def few_differences(pairs: PairedSums, level: float, scale: tuple[float, float])
     if num_differing >= _MIN_TRUSTED:
         lowest, highest = max(lowest, float(found.min())), min(highest, float(found.max()))
     low, high = (usual + part * min(0.0, lowest - usual), usual + part * max(0.0, highest - usual))
-    return low, high, sign_test(int((found > 0).sum()), int((found < 0).sum()))
+    return low, high, sign_test(int((rounded > 0).sum()), int((rounded < 0).sum()))
 
 
 def _heaviest_part(weight: Floats, share: float) -> float:

@@ -81,7 +81,7 @@ def test_losses_that_hardly_any_sample_shows_are_not_called_harmless(share: floa
         rows = scores(differences)
         rows.columns[:, 0] += 0.5  # full scores 1, as against its own answer
         rows.columns[:, 2] += 0.5
-        guarded, bare = infer(rows, bounded=True), infer(rows)
+        guarded, bare = infer(rows, scale=(-1, 0)), infer(rows)
         assert guarded.low is not None
         assert bare.low is not None
         missed += guarded.low > truth

@@ -95,11 +95,11 @@ def test_degenerate_samples_say_what_they_are() -> None:
 def test_scores_that_hardly_differ_are_bounded_by_how_few_differ() -> None:
     rows = scores(np.zeros(32))
     rows.columns[:, [0, 2]] += 0.5
-    equal = infer(rows, bounded=True)
+    equal = infer(rows, scale=(-1, 0))
     assert equal.low == pytest.approx(-(1 - 0.025 ** (1 / 32))), "3.7 over n, the rule of three at 97.5 %"
     assert equal.high == pytest.approx(0.0), "nothing is above the full score"
     rows.columns[0, 0] -= 0.4
-    one = infer(rows, bounded=True)
+    one = infer(rows, scale=(-1, 0))
     assert (one.low or 0) < (equal.low or 0)
     assert one.p_value == 1.0
     assert one.is_sparse

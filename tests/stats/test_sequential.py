@@ -39,7 +39,7 @@ def search(rng: np.random.Generator, num: int, margin: float, share_of: np.ndarr
     while (rung := next_rung(len(LADDER), seen)) is not None:
         rows = scores(-severity * (luck < share_of[rung]))
         rows.columns[:, [0, 2]] += 0.5
-        found = infer(rows, bounded=True, confidence=look_confidence(len(LADDER)))
+        found = infer(rows, scale=(-1, 0), confidence=look_confidence(len(LADDER)))
         assert found.low is not None
         assert found.high is not None
         seen[rung] = is_non_inferior(found.low, found.high, higher_is_better=True, margin=margin)
