@@ -16,7 +16,7 @@ from kvbench.compose import Composed, compose_grid
 from kvbench.errors import ConfigError, RecordError
 from kvbench.frontier_look import Plan
 from kvbench.frontier_search import cell_of, search_all
-from kvbench.report.frontier import Frontier, load_frontier, load_frontiers, save_frontier
+from kvbench.report.frontier import Frontier, load_frontier, save_frontier
 from kvbench.sinks.verify import verify
 from tests.report.synthetic import body, write_cell
 
@@ -113,7 +113,7 @@ def test_a_file_is_the_same_bytes_twice_and_reads_back(tmp_path: Path) -> None:
     before = path.read_bytes()
     again, _ = searched(tmp_path, lambda policy, budget: 0.3 * (1 - budget))
     assert save_frontier(tmp_path, again).read_bytes() == before
-    assert load_frontiers(tmp_path) == (found,)
+    assert load_frontier(path) == found
     assert [entry.name for entry in path.parent.iterdir()] == ["f.json"]
     assert not [problem for problem in verify(tmp_path).problems if problem.path.startswith("frontier")]
     path.write_bytes(before.replace(b"h2o", b"h20"))
@@ -162,7 +162,7 @@ def test_a_real_search_goes_on_from_its_records(tmp_path: Path, capsys: pytest.C
     first = capsys.readouterr()
     assert "hardly show" in first.out
     assert "cells instead of 4 of the dense grid" in first.out
-    (found,) = load_frontiers(tmp_path)
+    found = load_frontier(tmp_path / "frontier" / "real.json")
     before = (tmp_path / "frontier" / "real.json").read_bytes()
     attempts = sorted(tmp_path.glob("cells/*/attempt-*"))
     assert len(attempts) == found.num_cells == 3
