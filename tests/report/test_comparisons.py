@@ -321,7 +321,7 @@ def test_numbers_measured_apart_have_a_p_value_that_holm_corrects(tmp_path: Path
     assert compare(found[0].first, found[0].second, "tpot_ms").verdict == "worse"  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("odd", [10**400, -(10**400), 1e308, 1e99, float("inf")])
+@pytest.mark.parametrize("odd", [10**400, -(10**400), 1e308, 1e99, float("inf")], ids=lambda odd: f"{odd!s:.5}")
 def test_a_score_that_no_run_writes_is_no_traceback(odd: float) -> None:
     one, two = body(), body(policy="elastic")
     for sample in one["samples"][:3]:
@@ -331,11 +331,17 @@ def test_a_score_that_no_run_writes_is_no_traceback(odd: float) -> None:
     assert found.num_samples == (32 if odd == 1e99 else 29)
 
 
-def test_the_terminal_says_differences_in_the_words_of_the_other_formats(sweep_folder: Path) -> None:
-    (group,) = load_results(sweep_folder).groups
+@pytest.mark.parametrize("quality", ["rougeL_vs_full", "ppl"])
+def test_the_terminal_says_differences_in_the_words_of_the_other_formats(tmp_path: Path, quality: str) -> None:
+    for policy, budget in (("full", None), ("h2o", 0.2), ("elastic", 0.2), ("elastic", 0.5)):
+        record = body(policy=policy, budget=budget)
+        if quality == "ppl":
+            del record["measurements"]["rougeL_vs_full"]
+        write_cell(tmp_path, record)
+    (group,) = load_results(tmp_path).groups
     judged = judge(group)
     rows = verdict_rows(group)
-    assert {row.measure for row in rows} == {"rougeL_vs_full", "tpot_ratio_to_full"}
+    assert {row.measure for row in rows} == {quality, "tpot_ratio_to_full"}
     for row in rows:
         (cell,) = (c for c in group.budgeted if (group.series_label(c), c.budget) == (row.policy, row.budget))
         one = judged.against_full(cell, row.measure)

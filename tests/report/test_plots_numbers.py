@@ -253,7 +253,8 @@ def search(
 ) -> Search:
     return Search(
         model="tiny-llava", dataset="scenes", policy=policy, positions="original", policy_settings={},
-        full_key=full_key, status="found" if smallest else "no budget shown safe", smallest_safe=smallest, budget_low=low,
+        full_key=full_key, status="found" if smallest else "no budget shown safe",
+        smallest_safe=smallest, budget_low=low,
         looks=tuple(
             BudgetLook(budget=budget, outcome=outcome, num_samples=32, realised_budget=2.3 * budget)
             for budget, outcome in looks

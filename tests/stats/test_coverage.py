@@ -101,15 +101,14 @@ def test_a_loss_is_bounded_by_what_one_answer_can_lose_not_by_the_other_arms_mea
     assert missed(lambda: right_or_wrong(rng, num, known, lost), -lost) <= 0.05
 
 
-@pytest.mark.parametrize("lost", [0.1, 0.3])
+@pytest.mark.parametrize("lost", [0.2, 0.3])
 def test_a_loss_in_the_largest_clusters_is_not_taken_for_one_in_any(lost: float) -> None:
     rng = np.random.default_rng(8)
     assert missed(lambda: unequal_clusters(rng, 30, 3, lost), -lost * 60 / 87) <= 0.05
 
 
-def missed(draw: Callable[[], Floats], truth: float) -> float:
+def missed(draw: Callable[[], Floats], truth: float, num: int = 400) -> float:
     """Return how often the lower bound lies above the truth."""
-    found = [
-        infer(PairedSums(columns=rows, num_samples=len(rows)), scale=(-1, 1)) for rows in (draw() for _ in range(400))
-    ]
+    pairs = (PairedSums(columns=rows, num_samples=len(rows)) for rows in (draw() for _ in range(num)))
+    found = [infer(one, scale=(-1, 1)) for one in pairs]
     return float(np.mean([one.low is not None and one.low > truth + 1e-9 for one in found]))

@@ -38,6 +38,13 @@ def right_or_wrong(rng: np.random.Generator, num: int, known: float, lost: float
     return np.stack([full * (rng.random(num) >= lost / known), ones, full, ones], axis=1)
 
 
+def two_sizes_of_loss(rng: np.random.Generator, num: int, lost: float) -> Floats:
+    """A perfect score of which `lost` lose 0.01, or, one in ten of these, all, (num, 4); the mean loss is 0.109 of it."""
+    loss = (rng.random(num) < lost) * np.where(rng.random(num) < 0.1, 1.0, 0.01)
+    ones = np.ones(num)
+    return np.stack([1 - loss, ones, ones, ones], axis=1)
+
+
 def unequal_clusters(rng: np.random.Generator, num: int, num_large: int, lost: float) -> Floats:
     """Pictures with one question, and `num_large` with 20: only of these the policy loses all with chance `lost`."""
     weight = np.where(np.arange(num) < num_large, 20.0, 1.0)
