@@ -39,7 +39,7 @@ def right_or_wrong(rng: np.random.Generator, num: int, known: float, lost: float
 
 
 def two_sizes_of_loss(rng: np.random.Generator, num: int, lost: float) -> Floats:
-    """A perfect score of which `lost` lose 0.01, or, one in ten of these, all, (num, 4); the mean loss is 0.109 of it."""
+    """A perfect score of which `lost` lose 0.01, or, one in ten of these, all, (num, 4); 0.109 on average."""
     loss = (rng.random(num) < lost) * np.where(rng.random(num) < 0.1, 1.0, 0.01)
     ones = np.ones(num)
     return np.stack([1 - loss, ones, ones, ones], axis=1)
