@@ -70,7 +70,8 @@ def _infer(data: bytes, num_samples: int, scale: tuple[float, float] | None, con
     assert scale is not None
     assert found.low is not None
     assert found.high is not None
-    low, high = max(scale[0], min(found.low, sparse[0])), min(scale[1], max(found.high, sparse[1]))
+    low = max(min(scale[0], found.value), min(found.low, sparse[0]))  # the value too where no run could write it
+    high = min(max(scale[1], found.value), max(found.high, sparse[1]))
     error = max(high - found.value, found.value - low) / quantile(0.5 + confidence / 2, pairs.num_clusters)
     p_value = max(found.p_value or 0.0, sparse[2])
     method = "share of differing clusters by Clopper-Pearson, times the most that one may lose"

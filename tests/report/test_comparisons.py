@@ -329,6 +329,10 @@ def test_a_score_that_no_run_writes_is_no_traceback(odd: float) -> None:
     assert sample_score({"rougeL_vs_full": 10**400}, "rougeL_vs_full") is None
     found = verdict(one, two, "rougeL_vs_full", Choices(intersect=True))
     assert found.num_samples == (32 if odd == 1e99 else 29)
+    for sample in one["samples"]:
+        sample["rougeL_vs_full"] = 5.0
+    found = verdict(one, body(policy="full", budget=None), "rougeL_vs_full")
+    assert (found.low or 0) <= found.value <= (found.high or 0)
 
 
 @pytest.mark.parametrize("quality", ["rougeL_vs_full", "ppl"])
