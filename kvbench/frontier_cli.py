@@ -13,27 +13,26 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kvbench.errors import ConfigError, close_matches
+from kvbench.errors import ConfigError
+from kvbench.frontier_question import LADDER, asked, asked_ladder, task_words
 from kvbench.parser import Parser
 from kvbench.quiet import quiet_libraries
-from kvbench.stats.margins import is_latency_ratio, smallest_margin
 from kvbench.stats.sequential import look_confidence, most_looks, smallest_sample
-from kvbench.units import MEASURES, measure
+from kvbench.units import measure
 
 if TYPE_CHECKING:
     from kvbench.compose import Composed
     from kvbench.frontier_look import Plan
 
-LADDER = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 _OWN = ("measure", "margin", "ladder", "name")
-_TASKS = {"ppl": "perplexity", "kl_to_full": "fidelity", "top1_agreement_fraction": "fidelity"}
 _TEXT = """\
 Per policy the smallest budget at which a quality is at most MARGIN worse than with the full cache, by bisection.
 
 words:
   measure=rougeL_vs_full   the quality; margin=0.02: how much worse is still safe (its declared margin by default)
   ladder=0.1,0.2,0.4,0.8   budgets to choose from; by default {ladder}
-  name=NAME                of the file results/frontier/NAME.json
+  name=NAME                of the file results/frontier/NAME.json; by default measure, margin and a digest of the
+                           settings, so that the same command replaces its own file and no other one
 
 Every other KEY=VALUE is a setting of the sweep: policy=h2o,elastic model=... dataset=... budget=tokens results=FOLDER.
 """
@@ -55,10 +54,10 @@ def frontier_command(arguments: Sequence[str]) -> int:
     flags, words = _flags(arguments)
     own = {name: value for name, value in (word.split("=", 1) for word in words if "=" in word) if name in _OWN}
     overrides = [word for word in words if word.split("=", 1)[0] not in _OWN]
-    quality, margin = _asked(own)
-    ladder = _ladder(own.get("ladder"), overrides)
+    quality, margin = asked(own)
+    ladder = asked_ladder(own.get("ladder"), tokens="budget=tokens" in overrides)
     policies, fulls = _grids(overrides, quality, ladder, flags.config_dir)
-    plan = _plan(own, quality, margin, ladder, policies[0])
+    plan = _plan(own, quality, margin, ladder, policies)
     return _search(plan, policies, fulls, flags.config_dir)
 
 
@@ -73,41 +72,6 @@ def _flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if wrong is not None:
         raise ConfigError(f"{wrong} is neither a flag nor KEY=VALUE; kvbench frontier --help lists what there is")
     return flags, words
-
-
-def _asked(own: dict[str, str]) -> tuple[str, float]:
-    """Return measure and margin. Raises: ConfigError."""
-    name = own.get("measure", "rougeL_vs_full")
-    known = [one for one in MEASURES if smallest_margin(one) is not None and not is_latency_ratio(MEASURES[one])]
-    if name not in known:
-        raise ConfigError(f"measure is {name!r}; {close_matches(name, known)}")
-    margin = _number("margin", own["margin"]) if "margin" in own else smallest_margin(name)
-    assert margin is not None
-    if not 0 < margin < 10:
-        raise ConfigError(f"margin is {own['margin']}; it must be above 0 and below 10, in the unit of {name}")
-    return name, margin
-
-
-def _ladder(text: str | None, overrides: Sequence[str]) -> tuple[float, ...]:
-    """Return the rungs, rising. Raises: ConfigError."""
-    tokens = "budget=tokens" in overrides
-    if text is None and tokens:
-        raise ConfigError("budget=tokens has no ladder of its own; add ladder=16,32,64,128")
-    rungs = LADDER if text is None else tuple(_number("ladder", word) for word in text.strip("[]").split(","))
-    if len(rungs) < 2 or list(rungs) != sorted(set(rungs)):
-        raise ConfigError(f"ladder is {text}; it must hold at least two budgets, rising, each once")
-    if any(not 0 < rung <= 1 for rung in rungs) if not tokens else any(rung < 1 or rung != int(rung) for rung in rungs):
-        raise ConfigError(
-            f"ladder is {text}; " + ("whole numbers of tokens" if tokens else "shares above 0, at most 1")
-        )
-    return rungs
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise ConfigError(f"{name} is {text!r}; it must be a number") from error
 
 
 def _grids(
@@ -125,7 +89,7 @@ def _grids(
     if not any(word.startswith("policy=") for word in overrides):
         raise ConfigError("no policy is given; add policy=h2o,elastic")
     named = {word.split("=", 1)[0].lstrip("+~") for word in overrides}
-    extra = [] if "task" in named else [f"task={_TASKS.get(quality, 'generation')}"]
+    extra = [] if "task" in named else task_words(quality)
     extra += [] if "sweep" in named else ["sweep=frontier"]
     top = int(ladder[-1]) if setting == "tokens" else ladder[-1]
     policies = compose_grid([*overrides, *extra, f"budget.{setting}={top}"], multirun=True, config_dir=config_dir)
@@ -140,18 +104,21 @@ def _grids(
     return policies, fulls
 
 
-def _plan(own: dict[str, str], quality: str, margin: float, ladder: tuple[float, ...], first: Composed) -> Plan:
+def _plan(
+    own: dict[str, str], quality: str, margin: float, ladder: tuple[float, ...], policies: list[Composed]
+) -> Plan:
     from kvbench.config import results_folder
-    from kvbench.frontier_look import Plan
+    from kvbench.frontier_look import Plan, default_name
     from kvbench.frontier_search import cell_of
 
-    name = own.get("name", f"{quality}-{margin:g}")
+    cells = [cell_of(composed) for composed in policies]
+    setting = "tokens" if cells[0].settings["budget"]["fraction"] is None else "fraction"
+    name = own.get("name", default_name(quality, margin, ladder, [cell.settings for cell in cells]))
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}", name):
         raise ConfigError(f"name is {name!r}; it must be a file name of letters, digits, '.', '_' and '-'")
-    setting = "tokens" if cell_of(first).settings["budget"]["fraction"] is None else "fraction"
     return Plan(
         name=name, measure=quality, margin=margin, ladder=ladder, budget_setting=setting,
-        results=results_folder(first.config),
+        results=results_folder(policies[0].config),
     )  # fmt: skip
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvbench.report.comparison import Choices, Comparison
 from kvbench.report.frontier import Look, Outcome
+from kvbench.sealed import canonical_json
 from kvbench.stats.sequential import look_confidence
 from kvbench.stats.verdicts import is_non_inferior
 from kvbench.units import measure
@@ -29,6 +31,13 @@ class Plan:
     def choices(self) -> Choices:
         """Return how a look is compared."""
         return Choices(margins={self.measure: self.margin}, confidence=look_confidence(len(self.ladder)))
+
+
+def default_name(name: str, margin: float, ladder: Sequence[float], settings: Sequence[Mapping[str, Any]]) -> str:
+    """Return the name of a search's file: the same question has the same one, whatever versions answer it."""
+    asked = {canonical_json({part: one[part] for part in one if part != "versions"}) for one in settings}
+    text = canonical_json({"margin": margin, "ladder": list(ladder), "cells": sorted(asked)})
+    return f"{name}-{margin:g}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def look_at(budget: float, key: str, found: Comparison, plan: Plan) -> Look:

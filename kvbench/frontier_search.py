@@ -69,7 +69,7 @@ class PolicySearch:
             return
         found = compare(cell, full, self.plan.measure, self.plan.choices)
         if found is None:
-            raise ConfigError(f"measure={self.plan.measure} is not measured by this task; choose task=quality")
+            raise ConfigError(f"measure={self.plan.measure} is not measured by this task on this data set")
         self.cells[rung] = cell
         self.looks[rung] = look_at(budget, key, found, self.plan)
 
@@ -110,7 +110,8 @@ class PolicySearch:
 def search_all(plan: Plan, policies: Sequence[Composed], fulls: Sequence[Composed], run: Run) -> Frontier:
     """Run all searches side by side, one look of each at a time, and return what was found."""
     by_settings = {_shared(cell): (composed, cell) for composed in fulls for cell in (cell_of(composed),)}
-    searches = [PolicySearch(plan=plan, composed=one, full=by_settings[_shared(cell_of(one))][1]) for one in policies]
+    distinct = {cell_of(one).key: one for one in policies}.values()
+    searches = [PolicySearch(plan=plan, composed=one, full=by_settings[_shared(cell_of(one))][1]) for one in distinct]
     needed = [composed for composed, _ in by_settings.values()]
     while True:
         for search in searches:

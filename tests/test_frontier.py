@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from kvbench import frontier_cli
 from kvbench.cli import run
 from kvbench.compose import Composed, compose_grid
 from kvbench.errors import ConfigError, RecordError
-from kvbench.frontier_look import Plan
+from kvbench.frontier_look import Plan, default_name
+from kvbench.frontier_question import asked, task_words
 from kvbench.frontier_search import cell_of, search_all
-from kvbench.report.frontier import Frontier, load_frontier, load_frontiers, save_frontier
+from kvbench.report.frontier import Frontier, load_frontier, save_frontier
+from kvbench.report.frontier_table import budget_text
 from kvbench.sinks.verify import verify
 from tests.report.synthetic import body, write_cell
 
@@ -113,7 +117,7 @@ def test_a_file_is_the_same_bytes_twice_and_reads_back(tmp_path: Path) -> None:
     before = path.read_bytes()
     again, _ = searched(tmp_path, lambda policy, budget: 0.3 * (1 - budget))
     assert save_frontier(tmp_path, again).read_bytes() == before
-    assert load_frontiers(tmp_path) == (found,)
+    assert load_frontier(path) == found
     assert [entry.name for entry in path.parent.iterdir()] == ["f.json"]
     assert not [problem for problem in verify(tmp_path).problems if problem.path.startswith("frontier")]
     path.write_bytes(before.replace(b"h2o", b"h20"))
@@ -129,7 +133,11 @@ def test_a_file_is_the_same_bytes_twice_and_reads_back(tmp_path: Path) -> None:
         (["policy=h2o", "measure=rougL"], "rougeL"),
         (["policy=h2o", "measure=tpot_ms"], "measure is 'tpot_ms'"),
         (["policy=h2o", "margin=x"], "must be a number"),
-        (["policy=h2o", "margin=-1"], "above 0"),
+        (["policy=h2o", "margin=-1"], "at least 1e-06"),
+        (["policy=h2o", "margin=1e-7"], "at least 1e-06"),
+        (["policy=h2o", "measure=roof_share_fraction"], "measure is 'roof_share_fraction'"),
+        (["policy=h2o", "measure=tpot_ratio_to_full"], "measure is 'tpot_ratio_to_full'"),
+        (["policy=h2o", "budget=tokens", "ladder=1,inf"], "whole numbers"),
         (["policy=h2o", "ladder=0.5,0.2"], "rising"),
         (["policy=h2o", "ladder=0.5,2"], "at most 1"),
         (["policy=h2o", "budget=tokens"], "ladder=16"),
@@ -149,6 +157,54 @@ def test_a_wrong_word_is_one_line(words: list[str], said: str, capsys: pytest.Ca
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["ppl", "ppl_released", "kl_to_full", "rougeL_released_vs_full", "exact_fraction"])
+def test_a_measure_chooses_the_task_that_gives_it(name: str) -> None:
+    assert asked({"measure": name})[0] == name
+    composed = compose_grid(["policy=h2o", *task_words(name)], multirun=False, config_dir=None)
+    tasks = cell_of(composed[0]).settings["task"]
+    given = {"ppl": "perplexity", "ppl_released": "perplexity_released", "kl_to_full": "fidelity"}
+    assert list(tasks) == [given.get(name, "generation")]
+    assert tasks.get("generation", {}).get("released_rouge", False) == (name == "rougeL_released_vs_full")
+    assert task_words("turn2_rougeL_vs_full") == ["task=conversation"]
+
+
+def test_a_policy_named_twice_is_searched_and_counted_once(tmp_path: Path) -> None:
+    run_cells, ran = recorder(tmp_path, lambda policy, budget: 0.3 * (1 - budget))
+    policies, fulls = grids(tmp_path, "h2o,h2o")
+    assert len(policies) == 2
+    found = search_all(plan(tmp_path), policies, fulls, run_cells)
+    assert len(found.searches) == 1
+    assert found.num_cells == len(set(ran)) == len(ran)
+    assert found.num_cells_of_grid == 1 + len(LADDER)
+
+
+def test_a_number_of_tokens_is_no_share_of_them(tmp_path: Path) -> None:
+    found, _ = searched(tmp_path, lambda policy, budget: 0.3 * (1 - budget))
+    tokens = replace(found, budget_setting="tokens", ladder=(1.0, 16.0))
+    assert [budget_text(tokens, budget) for budget in tokens.ladder] == ["1", "16"]
+    assert [budget_text(found, budget) for budget in (0.2, 1.0)] == ["20 %", "100 %"]
+
+
+def test_another_question_has_a_file_of_its_own_and_the_same_one_has_not() -> None:
+    def name(*words: str, ladder: tuple[float, ...] = LADDER, versions: str = "1") -> str:
+        grid = compose_grid(["task=generation", *words], multirun=True, config_dir=None)
+        cells = [{**cell_of(composed).settings, "versions": versions} for composed in grid]
+        return default_name("rougeL_vs_full", 0.1, ladder, cells)
+
+    names = [
+        name("policy=h2o"),
+        name("policy=elastic"),
+        name("policy=h2o,elastic"),
+        name("policy=h2o", "dataset.num_samples=64"),
+        name("policy=h2o", "budget=tokens", "budget.tokens=32"),
+        name("policy=h2o", ladder=(0.1, 0.2)),
+    ]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"rougeL_vs_full-0\.1-[0-9a-f]{8}", one) for one in names)
+    assert name("policy=h2o,h2o") == name("policy=h2o", versions="2") == names[0]
+    assert name("policy=elastic,h2o") == names[2]
+
+
 def test_help_names_every_word(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["frontier", "--help"]) == 0
     text = capsys.readouterr().out
@@ -162,7 +218,7 @@ def test_a_real_search_goes_on_from_its_records(tmp_path: Path, capsys: pytest.C
     first = capsys.readouterr()
     assert "hardly show" in first.out
     assert "cells instead of 4 of the dense grid" in first.out
-    (found,) = load_frontiers(tmp_path)
+    found = load_frontier(tmp_path / "frontier" / "real.json")
     before = (tmp_path / "frontier" / "real.json").read_bytes()
     attempts = sorted(tmp_path.glob("cells/*/attempt-*"))
     assert len(attempts) == found.num_cells == 3

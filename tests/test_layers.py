@@ -24,6 +24,7 @@ COMPOSITION = {
     "cli",
     "frontier_cli",
     "frontier_look",
+    "frontier_question",
     "frontier_search",
     "combinations",
     "gate",

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from kvbench.audit.check import Check
 from kvbench.audit.evidence import Cell, Peers
+from kvbench.units import MAX_TURNS
 
 _FIELDS = {
     "Perplexity": ("nll_sum", "num_scored_tokens"),
     "PerplexityReleased": ("released_nll_sum", "released_num_scored_tokens"),
     "Generation": ("text", "full_text", "num_new_tokens"),
     "Fidelity": ("kl_sum", "num_agreeing_tokens", "num_compared_tokens"),
-    "MultiTurn": ("turn1_text", "turn1_full_text"),
+    "MultiTurn": (),  # as many as the conversation has turns
 }
 
 
@@ -26,7 +28,8 @@ def _problems(cell: Cell, peers: Peers) -> Iterator[str]:
         if cell.task(task) is None:
             continue
         for row in cell.samples:
-            if lacking := [name for name in fields if row.get(name) is None]:
+            turns = _turn_fields(cell, peers, row) if task == "MultiTurn" else ()
+            if lacking := [name for name in (*fields, *turns) if row.get(name) is None]:
                 yield f"{row.get('id')} lacks {lacking[0]}, which {task} gives for every sample"
                 break
     left_out, most = len(cell.body.get("skipped_items") or ()), _most(peers)
@@ -35,6 +38,15 @@ def _problems(cell: Cell, peers: Peers) -> Iterator[str]:
     counted, items = cell.number("num_skipped_items", "value"), cell.number("num_skipped_items", "n")
     if counted is not None and items is not None and items != counted + scored:
         yield f"{items:g} items in the data set, but {scored} scored and {counted:g} left out"
+
+
+def _turn_fields(cell: Cell, peers: Peers, row: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the texts of every turn that some cell of the same task answered in this conversation, one at least."""
+    asked, identity = cell.task("MultiTurn"), str(row.get("id"))
+    rows = [other.rows.get(identity, {}) for other in peers.usable if other.task("MultiTurn") == asked]
+    said = (turn for turn in range(2, MAX_TURNS + 1) if any(f"turn{turn}_text" in one for one in rows))
+    for turn in (1, *said):
+        yield from (f"turn{turn}_text", f"turn{turn}_full_text")
 
 
 def _most(peers: Peers) -> int:

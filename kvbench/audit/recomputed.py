@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 from kvbench.audit.evidence import Cell
@@ -14,14 +14,9 @@ from kvbench.metrics.intervals import (
     pooled_ratio_interval,
     ratio_interval,
 )
+from kvbench.stats.pooled import POOLED
+from kvbench.units import measure
 
-# measurement: fields of a sample whose sums are divided, and what is done to the quotient
-_POOLED: dict[str, tuple[str, str, Callable[[float], float] | None]] = {
-    "ppl": ("nll_sum", "num_scored_tokens", math.exp),
-    "ppl_released": ("released_nll_sum", "released_num_scored_tokens", math.exp),
-    "kl_to_full": ("kl_sum", "num_compared_tokens", None),
-    "top1_agreement_fraction": ("num_agreeing_tokens", "num_compared_tokens", None),
-}
 _NUM_RESAMPLES = 2000
 
 
@@ -31,8 +26,9 @@ def from_samples(cell: Cell, name: str) -> Interval | None:
 
     Raises: MeasureError if the rows cannot give it.
     """
-    if name in _POOLED:
-        top, bottom, transform = _POOLED[name]
+    if name in POOLED:
+        top, bottom = POOLED[name]
+        transform = math.exp if measure(name).unit == "ppl" else None
         rows = [r for r in cell.samples if _number(r.get(top)) is not None and (_number(r.get(bottom)) or 0) > 0]
         clusters = [str(row.get("cluster")) for row in rows]
         if not rows:

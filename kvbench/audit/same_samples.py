@@ -8,8 +8,13 @@ from functools import lru_cache
 
 from kvbench.audit.check import Check
 from kvbench.audit.evidence import Cell, Peers
+from kvbench.units import MAX_TURNS
 
-_SAME = ("cluster", "reference", "full_text", "num_compared_tokens")
+_SAME = (
+    *("cluster", "reference", "full_text", "num_compared_tokens"),
+    *(f"turn{turn}_{part}" for turn in range(1, MAX_TURNS + 1) for part in ("question", "reference", "full_text")),
+)
+_LENGTHS = ("max_new_tokens", "max_turns")
 
 
 def _problems(cell: Cell, peers: Peers) -> Iterator[str]:
@@ -49,7 +54,8 @@ def _usual_rows(peers: Peers, limits: tuple[object, ...]) -> dict[str, dict[str,
 
 
 def _limits(cell: Cell) -> tuple[object, ...]:
-    return tuple((cell.task(task) or {}).get("max_new_tokens") for task in ("Generation", "Fidelity"))
+    tasks = [cell.task(task) or {} for task in ("Generation", "Fidelity", "MultiTurn")]
+    return tuple(task.get(name) for task in tasks for name in _LENGTHS)
 
 
 CHECK = Check(

@@ -71,14 +71,6 @@ def mean_interval(
     return pooled_ratio_interval(numerators, np.ones_like(numerators), clusters, num_resamples=num_resamples)
 
 
-def paired_difference_interval(
-    a: _Values, b: _Values, clusters: _Clusters | None = None, *, num_resamples: int = NUM_RESAMPLES
-) -> Interval:
-    """Return the mean of a - b, where a[i] and b[i] are two policies on the same sample."""
-    left, right = _pair(a, b, "a", "b")
-    return mean_interval(left - right, clusters, num_resamples=num_resamples)
-
-
 def pooled_ratio_interval(
     numerators: _Values,
     denominators: _Values,

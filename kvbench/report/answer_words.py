@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 
 from kvbench.report.cell import CellResult
 from kvbench.report.difference_text import difference_text, verdict_remark
-from kvbench.report.judged import Judged, is_better
+from kvbench.report.judged import Judged
+from kvbench.report.paired import is_better
 from kvbench.report.standing import Standing, asked_budget, budgets_in, safe_cells, standing_at, telling_quality
 from kvbench.units import format_value, format_with_interval, measure
 

@@ -13,9 +13,8 @@ from kvbench.report.cell import CellResult, Estimate
 from kvbench.report.compare_latency import timing_noise
 from kvbench.report.comparisons import Comparison
 from kvbench.report.load import Group
+from kvbench.stats.verdicts import turned
 from kvbench.units import measure
-
-_TURNED = {"better": "worse", "worse": "better"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,5 +59,5 @@ def _verdict(compared: tuple[Comparison, ...], name: str, first: CellResult, sec
         if one.measure == name and (one.first.key, one.second.key) == (first.key, second.key):
             return one.verdict
         if one.measure == name and (one.first.key, one.second.key) == (second.key, first.key):
-            return _TURNED.get(one.verdict, one.verdict)
+            return turned(one.verdict)
     return "not compared"

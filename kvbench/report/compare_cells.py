@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from kvbench.report.cell import CellResult
-from kvbench.report.compare_latency import compare_latency, timing_noise
+from kvbench.report.cell import CellResult, Estimate
+from kvbench.report.compare_latency import compare_latency
+from kvbench.report.compare_unpaired import compare_unpaired, has_interval, observed_once
 from kvbench.report.comparison import DECLARED, Choices, Comparison, judged
 from kvbench.report.paired import sample_score
 from kvbench.stats.difference import Inference, infer
 from kvbench.stats.margins import is_latency_ratio, smallest_margin
 from kvbench.stats.paired import paired_sums
 from kvbench.stats.power import more_samples
-from kvbench.stats.verdicts import verdict_of
 from kvbench.units import measure
 
 _NOT_OF_THE_POLICY = ("full_", "copy_bandwidth_")
+_AGAINST_FULL = ("_vs_full", "top1_agreement_fraction")
+Scores = Mapping[str, tuple[float, float]]
 
 
 def compare(first: CellResult, second: CellResult, name: str, choices: Choices = DECLARED) -> Comparison | None:
@@ -30,34 +34,49 @@ def compare(first: CellResult, second: CellResult, name: str, choices: Choices =
         return judged(compare_latency(first, second, name, choices)) if second.is_full or two else None
     if two is None:
         return None
-    margin = smallest_margin(name, choices.margins)
-    scored = [_scores(cell, name) for cell in (first, second)]
-    shared = [identity for identity in scored[0] if identity in scored[1]]
+    values = [_subtracted(name, found.value) for found in (one, two)]
+    if -math.inf in values:
+        return None
+    scored = (_scores(first, name), _scores(second, name))
     base = Comparison(
         measure=name,
         first=first,
         second=second,
-        value=one.value - two.value,
-        method="",
-        verdict="undecided",
-        margin=margin,
+        value=values[0] - values[1],
+        method="none",
+        verdict="not comparable",
+        margin=smallest_margin(name, choices.margins),
     )
-    if not shared:
-        return _unpaired(base)
-    if len(shared) < max(len(scored[0]), len(scored[1])) and not choices.intersect:
+    if not any(scored):
+        return _without_samples(base, one, two)
+    shared = [identity for identity in scored[0] if identity in scored[1]]
+    if not shared or (len(shared) < max(map(len, scored)) and not choices.intersect):
         counts = f"{len(shared)} samples have a number in both, of {len(scored[0])} and {len(scored[1])}"
-        return replace(base, verdict="not comparable", method="none", reason=f"{counts}; --intersect compares those")
-    clusters = _clusters(first)
-    inference = infer(
-        paired_sums(
-            [scored[0][identity] for identity in shared],
-            [scored[1][identity] for identity in shared],
-            [clusters[identity] for identity in shared],
-        ),
-        bounded=measure(name).unit in ("score", "fraction"),
-        confidence=choices.confidence,
-    )
-    return judged(_filled(base, inference))
+        return replace(base, reason=f"{counts}; --intersect compares those" if shared else counts)
+    return _paired(base, scored, shared, choices)
+
+
+def _paired(base: Comparison, scored: tuple[Scores, Scores], shared: Sequence[str], choices: Choices) -> Comparison:
+    clusters = _clusters(base.first)
+    mine, theirs = ([scores[identity] for identity in shared] for scores in scored)
+    pairs = paired_sums(mine, theirs, [clusters[identity] for identity in shared])
+    found = infer(pairs, scale=_scale(base.measure, theirs), confidence=choices.confidence)
+    return judged(_filled(replace(base, verdict="undecided"), found))
+
+
+def _scale(name: str, theirs: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    """Return what differences of the measure lie between: no answer is closer to the full cache's than that itself."""
+    if measure(name).unit not in ("score", "fraction"):
+        return None
+    is_full = name.endswith(_AGAINST_FULL) and all(total == weight for total, weight in theirs)
+    return -1.0, 0.0 if is_full else 1.0
+
+
+def _subtracted(name: str, number: float) -> float:
+    """Return a number of the measure as it is subtracted: a perplexity in nats per token."""
+    if measure(name).unit != "ppl":
+        return number
+    return math.log(number) if number > 0 else -math.inf
 
 
 def _filled(base: Comparison, found: Inference) -> Comparison:
@@ -83,20 +102,13 @@ def _clusters(cell: CellResult) -> dict[str, str]:
     return {identity: str(cluster or identity) for identity, cluster in identities}
 
 
-def _unpaired(base: Comparison) -> Comparison:
-    """Without samples ask whether the two cells' own intervals are apart, which is stricter than pairing."""
-    one, two = base.first.estimate(base.measure), base.second.estimate(base.measure)
-    assert one is not None
-    assert two is not None
-    if one.low is None or two.low is None:
-        reason = "observed once, so nothing says how far chance reaches"
-        return replace(base, method="single observations: no interval", verdict="not comparable", reason=reason)
-    low, high = one.bounds[0] - two.bounds[1], one.bounds[1] - two.bounds[0]
-    higher = measure(base.measure).better == "higher"
-    margin = None if base.measure.startswith("ppl") else base.margin  # declared in nats, and these are perplexities
-    verdict = verdict_of(low, high, higher_is_better=higher, margin=margin, p_value=0.0)
-    found = replace(base, verdict=verdict, margin=margin, method="the two cells' own intervals, not paired")
-    noise = next(filter(None, (timing_noise(cell, base.measure) for cell in (base.first, base.second))), "")
-    if noise:
-        return replace(found, verdict="noisy", noise=noise, reason=noise)
-    return found
+def _without_samples(base: Comparison, one: Estimate, two: Estimate) -> Comparison:
+    """Without samples ask whether the two cells' own intervals are apart."""
+    if not has_interval(one) or not has_interval(two):
+        return observed_once(base)
+    mine, theirs = (
+        (_subtracted(base.measure, found.bounds[0]), _subtracted(base.measure, found.bounds[1])) for found in (one, two)
+    )
+    if not all(map(math.isfinite, (*mine, *theirs))):
+        return observed_once(base)
+    return compare_unpaired(base, (mine, theirs), (one.n or 0, two.n or 0))

@@ -67,14 +67,28 @@ def timing_noise(cell: CellResult, name: str = "tpot_ratio_to_full") -> str:
     """Return why a time or rate of the cell is noisy; empty where it is not, or the measure is neither."""
     if not _is_time(name):
         return ""
-    spread = "ttft_spread_fraction" if name.startswith("ttft") else "tpot_spread_fraction"
-    found = {one: cell.estimate(one) for one in (spread, "reference_drift_fraction", "foreign_gpu_processes")}
-    values = [None if one is None else one.value for one in found.values()]
-    if cell.status == "noisy" and values == [None, None, None]:
+    spread = max((found for one in _spreads(name) if (found := _value(cell, one)) is not None), default=None)
+    drift, foreign = _value(cell, "reference_drift_fraction"), _value(cell, "foreign_gpu_processes")
+    if cell.status == "noisy" and spread is drift is foreign is None:
         return "the cell is noisy"
-    return noise_reason(values[0], values[1], None if values[2] is None else int(values[2]))
+    return noise_reason(spread, drift, None if foreign is None else int(foreign))
+
+
+def _value(cell: CellResult, name: str) -> float | None:
+    found = cell.estimate(name)
+    return None if found is None else found.value
+
+
+def _spreads(name: str) -> tuple[str, ...]:
+    """Return the spreads that say how far the measure can be trusted; a whole launch has both parts."""
+    if "throughput" in name:
+        return "tpot_spread_fraction", "ttft_spread_fraction"
+    return ("ttft_spread_fraction",) if "ttft" in name else ("tpot_spread_fraction",)
 
 
 def _is_time(name: str) -> bool:
-    """Whether the measure is a time or a rate, which a noisy machine spoils."""
-    return measure(name).unit in ("ms", "tokens/s") or name.endswith("_ratio_to_full")
+    """Whether the measure is a time or a rate, or made of one, which a noisy machine spoils."""
+    if name == "capacity_ratio_to_full":
+        return False  # how many prompts fit, on any clock
+    of_times = ("_ratio_to_full", "roof_share_fraction")
+    return measure(name).unit in ("ms", "tokens/s") or name.endswith(of_times)

@@ -73,9 +73,16 @@ def judged(one: Comparison, p_holm: float | None = None) -> Comparison:
     higher = measure(one.measure).better == "higher"
     verdict = verdict_of(one.low, one.high, higher_is_better=higher, margin=one.margin, p_value=p_value)
     more = one.more_samples if verdict == "undecided" else None
-    reason = ""
-    if verdict == "undecided" and p_value > LEVEL and (one.low > 0 or one.high < 0):
-        reason = f"not clear after Holm's correction (p = {p_value:.2g})"
-    elif verdict == "undecided" and more is None:
-        reason = "no number of samples within reach would decide"
+    reason = _reason(one, p_value) if verdict == "undecided" else ""
     return replace(one, verdict=verdict, p_holm=p_holm, more_samples=more, reason=reason)
+
+
+def _reason(one: Comparison, p_value: float) -> str:
+    """Return why the samples do not decide; empty where more of them would."""
+    if one.low is not None and one.high is not None and (one.low > 0 or one.high < 0):
+        if one.p_value is not None and one.p_value <= LEVEL:
+            return f"not clear after Holm's correction (p = {p_value:.2g})"
+        return f"too few clusters differ (p = {one.p_value:.2g})"
+    if one.minimum_detectable is None:
+        return "the two cells' own intervals overlap"
+    return "no number of samples within reach would decide" if one.more_samples is None else ""

@@ -19,7 +19,7 @@ from kvbench.stats.margins import smallest_margin
 from kvbench.units import MEASURES
 
 __all__ = ["DECLARED", "Choices", "Comparison", "compare", "group_comparisons", "smallest_margin"]
-PRIMARY_QUALITIES = ("rougeL_vs_full", "ppl", "rougeL_vs_reference")
+PRIMARY_QUALITIES = ("rougeL_vs_full", "ppl", "rougeL_vs_reference", "turn1_rougeL_vs_full")
 PRIMARY_LATENCY = "tpot_ratio_to_full"
 PRIMARY_BUDGET = 0.2
 
@@ -66,16 +66,21 @@ def _corrected(family: list[Comparison]) -> list[Comparison]:
     return [judged(one, corrected[id(one)]) if id(one) in corrected else one for one in family]
 
 
+def declared_budget(group: Group) -> str | None:
+    """Return the budget of the primary comparisons: 20 % of the tokens, else the middle one; failed cells count too.
+
+    It is settled by what was asked for, so that a cell that fails does not move it.
+    """
+    cells = sorted(group.budgeted, key=lambda cell: cell.sort_key[6:])
+    budgets = list(dict.fromkeys(cell.budget for cell in cells))
+    known = next((cell.budget for cell in cells if cell.budget_fraction == PRIMARY_BUDGET), None)
+    return known or (budgets[len(budgets) // 2] if budgets else None)
+
+
 def _marked(group: Group, found: Iterable[Comparison]) -> Iterator[Comparison]:
-    """Mark the comparisons that were declared before: one quality and one latency measure, at 20 % of the tokens."""
-    shares = {cell.budget_fraction for cell in group.budgeted if not cell.failed}
-    budgets = sorted(share for share in shares if share is not None)
-    declared = PRIMARY_BUDGET if PRIMARY_BUDGET in budgets or not budgets else budgets[len(budgets) // 2]
+    """Mark the comparisons that were declared before: one quality and one latency measure, at one budget."""
     quality = next((name for name in PRIMARY_QUALITIES if any(cell.estimate(name) for cell in group.budgeted)), None)
+    budget = declared_budget(group)
     for one in found:
-        is_primary = (
-            one.second.is_full
-            and one.measure in (quality, PRIMARY_LATENCY)
-            and one.first.budget_fraction in (declared, None)
-        )
+        is_primary = one.second.is_full and one.measure in (quality, PRIMARY_LATENCY) and one.first.budget == budget
         yield replace(one, primary=True) if is_primary else one

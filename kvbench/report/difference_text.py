@@ -1,4 +1,4 @@
-"""Differences and verdicts in words: one wording for page, markdown, CSV and LaTeX."""
+"""Differences and verdicts in words: one wording for terminal, page, markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 

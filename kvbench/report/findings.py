@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from kvbench.report.cell import CellResult
 from kvbench.report.comparisons import Comparison, compare
 from kvbench.report.load import Group
-from kvbench.report.paired import is_worse
+from kvbench.report.paired import is_better
 from kvbench.units import format_value, measure
 
 QUALITIES = ("objects_recalled_fraction", "rougeL_vs_full", "ppl", "rougeL_vs_reference")
@@ -75,7 +75,7 @@ def contrast_text(contrast: Contrast) -> str:
     name, found = contrast.name, contrast.difference
     one, two = contrast.first.estimate(name), contrast.second.estimate(name)
     values = " against ".join(format_value(name, est.value if est else None) for est in (one, two))
-    if found.low is None or found.high is None:
+    if found.low is None or found.high is None or not found.num_samples:
         return f"{values} (no paired samples; " + ("intervals apart)" if contrast.is_clear else "undecided)")
     unit, factor, places = _difference_unit(name)
     numbers = [f"{number / factor:+.{places}f}" for number in (found.value, found.low, found.high)]
@@ -92,7 +92,7 @@ def _difference_unit(name: str) -> tuple[str, float, int]:
 def _worse(first: CellResult, second: CellResult, names: Iterable[str]) -> Iterator[Contrast]:
     for name in names:
         one, two = first.estimate(name), second.estimate(name)
-        if one and two and is_worse(name, one.value, two.value):
+        if one and two and is_better(name, two.value, one.value):
             difference = compare(first, second, name)
             if difference is not None:
                 yield Contrast(first=first, second=second, name=name, difference=difference)

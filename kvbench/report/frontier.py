@@ -1,8 +1,7 @@
 """Results of `kvbench frontier`: per policy the smallest budget shown to be as good as full, as files and as a table.
 
-for frontier in load_frontiers(Path("results")):
-    for search in frontier.searches:
-        print(search.policy, search.status, search.smallest_safe, search.budget_low)
+for search in load_frontier(Path("results/frontier/mine.json")).searches:
+    print(search.policy, search.status, search.smallest_safe, search.budget_low)
 """
 
 from __future__ import annotations
@@ -101,11 +100,6 @@ def save_frontier(results: Path, frontier: Frontier) -> Path:
     except OSError as error:
         raise storage_error(path, error) from error
     return path
-
-
-def load_frontiers(folder: Path) -> tuple[Frontier, ...]:
-    """Return every frontier below the results `folder`, by name. Raises: RecordError for a damaged file."""
-    return tuple(load_frontier(path) for path in sorted((folder / "frontier").glob("*.json")))
 
 
 def load_frontier(path: Path) -> Frontier:

@@ -35,7 +35,7 @@ def print_frontier(frontier: Frontier, console: Console | None = None) -> None:
     console.print(table)
     for search in frontier.searches:
         if held := held_text(frontier, search):
-            console.print(Text(f"{search.policy}: at {budget_text(search.smallest_safe or 0)} it {held}"))
+            console.print(Text(f"{search.policy}: at {budget_text(frontier, search.smallest_safe or 0)} it {held}"))
         if search.status in _WORDS:
             console.print(Text(f"{search.policy}: {_WORDS[search.status]}{_advice(search)}"))
     looks = f"each of at most {len(frontier.ladder).bit_length()} looks at {frontier.confidence:.4g}"
@@ -43,14 +43,14 @@ def print_frontier(frontier: Frontier, console: Console | None = None) -> None:
     console.print(Text(f"{frontier.num_cells} cells instead of {frontier.num_cells_of_grid} of the dense grid."))
 
 
-def budget_text(budget: float) -> str:
+def budget_text(frontier: Frontier, budget: float) -> str:
     """Return "20 %" for a share and "64" for a number of tokens."""
-    return f"{100 * budget:g} %" if budget <= 1 else f"{budget:g}"
+    return f"{100 * budget:g} %" if frontier.budget_setting == "fraction" else f"{budget:g}"
 
 
 def _row(frontier: Frontier, search: Search) -> tuple[Text, ...]:
     found, upper = search.look, _upper(frontier, search)
-    seen = "\n".join(f"{budget_text(look.budget)} {look.outcome}" for look in search.looks)
+    seen = "\n".join(f"{budget_text(frontier, look.budget)} {look.outcome}" for look in search.looks)
     shown = found or (search.looks[-1] if search.looks else None)
     difference = "-"
     if shown is not None and shown.value is not None and shown.low is not None and shown.high is not None:
@@ -64,7 +64,7 @@ def range_text(frontier: Frontier, search: Search) -> str:
     upper = _upper(frontier, search)
     if search.status == "every budget is safe":
         return f"at most {upper}"
-    return upper if search.budget_low is None else f"{budget_text(search.budget_low)} - {upper}"
+    return upper if search.budget_low is None else f"{budget_text(frontier, search.budget_low)} - {upper}"
 
 
 def held_text(frontier: Frontier, search: Search) -> str:
@@ -77,7 +77,7 @@ def held_text(frontier: Frontier, search: Search) -> str:
 
 def _upper(frontier: Frontier, search: Search) -> str:
     safe = search.smallest_safe
-    return f"above {budget_text(max(frontier.ladder))}" if safe is None else budget_text(safe)
+    return f"above {budget_text(frontier, max(frontier.ladder))}" if safe is None else budget_text(frontier, safe)
 
 
 def _advice(search: Search) -> str:

@@ -6,9 +6,9 @@ judged.against_full(cell, judged.primary).verdict
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from kvbench.report.cell import CellResult
 from kvbench.report.comparison import judged as corrected
@@ -22,12 +22,17 @@ from kvbench.report.comparisons import (
     group_comparisons,
 )
 from kvbench.report.load import Group
-from kvbench.units import measure
+from kvbench.stats.margins import is_latency_ratio
+from kvbench.stats.verdicts import turned
+from kvbench.units import MAX_TURNS, measure
 
-OTHER_QUALITIES = ("objects_recalled_fraction", "needles_recalled_fraction", "ppl", "rougeL_vs_reference", "kl_to_full")
+OTHER_QUALITIES = (
+    *("objects_recalled_fraction", "needles_recalled_fraction", "ppl", "rougeL_vs_reference", "kl_to_full"),
+    "ppl_released",
+    *(f"turn{turn}_rougeL_vs_full" for turn in range(2, MAX_TURNS + 1)),
+)
 MOST_PAIRS = 500
 TIME_RATIOS = ("tpot_ratio_to_full", "ttft_ratio_to_full")
-_SWAPPED: Mapping[str, Literal["better", "worse"]] = {"better": "worse", "worse": "better"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,22 +86,20 @@ def judge(group: Group, choices: Choices = DECLARED) -> Judged:
 
 def swapped(one: Comparison) -> Comparison:
     """Return the same comparison as seen from the second cell."""
-    verdict = _SWAPPED.get(one.verdict, one.verdict)
-    low, high = _negated(one.high), _negated(one.low)
-    t_low, t_high = _negated(one.t_high), _negated(one.t_low)
+    value, low, high, t_low, t_high = (
+        _turned(one.measure, number) for number in (one.value, one.high, one.low, one.t_high, one.t_low)
+    )
     return replace(
-        one, first=one.second, second=one.first, value=-one.value, low=low, high=high,
-        t_low=t_low, t_high=t_high, verdict=verdict,
+        one, first=one.second, second=one.first, value=value or 0.0, low=low, high=high,
+        t_low=t_low, t_high=t_high, verdict=turned(one.verdict),
     )  # fmt: skip
 
 
-def is_better(name: str, one: float, two: float) -> bool:
-    """Tell whether `one` is a better value of `name` than `two`."""
-    return one > two if measure(name).better == "higher" else one < two
-
-
-def _negated(value: float | None) -> float | None:
-    return None if value is None else -value
+def _turned(name: str, value: float | None) -> float | None:
+    """Return the difference the other way round: its negative, of a ratio minus 1 that of the inverse ratio."""
+    if value is None or not is_latency_ratio(measure(name)):
+        return None if value is None else -value
+    return math.inf if value <= -1 else -value / (1 + value)
 
 
 def _primary(group: Group) -> str | None:

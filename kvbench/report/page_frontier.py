@@ -45,14 +45,14 @@ def _cells(frontier: Frontier, search: Search) -> Iterator[str]:
     yield row_head(search.policy, positions)
     yield text_cell(f"{search.model} on {search.dataset}")
     safe = search.smallest_safe
-    above = f"none up to {budget_text(max(frontier.ladder))}" if safe is None else budget_text(safe)
+    above = f"none up to {budget_text(frontier, max(frontier.ladder))}" if safe is None else budget_text(frontier, safe)
     below = held_text(frontier, search) if search.status == "found" else search.status
     yield number_cell(above, below, value=1e18 if safe is None else safe)
     yield number_cell(range_text(frontier, search), value=search.budget_low)
     look = search.look or (search.looks[-1] if search.looks else None)
     yield number_cell("-" if look is None else _difference(look), value=None if look is None else look.value)
     yield number_cell("-" if look is None else str(look.num_samples), value=None if look is None else look.num_samples)
-    seen = ", ".join(f"{budget_text(one.budget)} {one.outcome}" for one in search.looks)
+    seen = ", ".join(f"{budget_text(frontier, one.budget)} {one.outcome}" for one in search.looks)
     yield text_cell(seen)
 
 

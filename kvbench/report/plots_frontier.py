@@ -45,8 +45,9 @@ def frontier_figure(group: Group, look: Look) -> Figure | None:
 
 
 def _is_of(search: Search, group: Group) -> bool:
-    """Tell whether a search is of the group; records add " #..." where two models or data sets share a name."""
-    return group.model.partition(" #")[0] == search.model and group.dataset.partition(" #")[0] == search.dataset
+    """Tell whether a search is of the group, by its cells: groups add settings to names that several of them share."""
+    keys = {search.full_key, *(one.key for one in search.looks)}
+    return any(cell.key in keys for cell in group.cells)
 
 
 def _panel(axes: Axes, frontier: Frontier, searches: list[Search], look: Look) -> None:

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter
 from kvbench.report.cell import CellResult, Estimate
 from kvbench.report.compare_latency import timing_noise
 from kvbench.report.load import Group
-from kvbench.report.paired import is_worse
+from kvbench.report.paired import is_better
 from kvbench.report.plots_axes import (
     artist_name,
     axis_scale,
@@ -149,7 +149,7 @@ def pareto_front(points: Sequence[Point], name: str) -> list[Point]:
     front: list[Point] = []
     sign = -1.0 if measure(name).better == "higher" else 1.0
     for point in sorted(points, key=lambda p: (p.cost.value, sign * p.quality.value)):
-        if not front or is_worse(name, front[-1].quality.value, point.quality.value):
+        if not front or is_better(name, point.quality.value, front[-1].quality.value):
             front.append(point)
     return front
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from matplotlib import rcParamsDefault
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
@@ -140,15 +139,6 @@ def legend_above(figure: Figure, handles: list[Line2D], look: Look) -> None:
 def key_line(label: str, mark: Mark, theme: Theme, *, joined: bool = True) -> Line2D:
     """Return a legend entry that looks like the series."""
     return Line2D([], [], linestyle=mark.line if joined else "none", label=label, **style_of(mark, theme))
-
-
-def hollow_frame(axes: Axes) -> None:
-    """Take away everything around empty axes."""
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.grid(visible=False)
 
 
 def shortened(text: str, most: int = 30) -> str:

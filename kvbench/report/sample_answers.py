@@ -11,7 +11,7 @@ from kvbench.report.cell import CellResult
 from kvbench.report.collapses import is_collapsed
 from kvbench.report.comparisons import PRIMARY_QUALITIES
 from kvbench.report.judged import OTHER_QUALITIES
-from kvbench.report.paired import is_worse, sample_score
+from kvbench.report.paired import is_better, sample_score
 from kvbench.units import MEASURES, measure
 
 _TURN = re.compile(r"turn(\d+)_(.+)")
@@ -64,7 +64,7 @@ def better_or_worse(name: str, score: float, full: float) -> str:
     """Return "worse", "better" or nothing for measures without a good direction and for equal scores."""
     if measure(name).better == "none" or score == full:
         return ""
-    return "worse" if is_worse(name, score, full) else "better"
+    return "better" if is_better(name, score, full) else "worse"
 
 
 def first_different_word(full: str, text: str) -> tuple[Mark, Mark] | None:

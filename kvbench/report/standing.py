@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvbench.report.cell import CellResult
-from kvbench.report.comparisons import PRIMARY_BUDGET, Comparison
+from kvbench.report.comparisons import Comparison, declared_budget
 from kvbench.report.judged import Judged
 from kvbench.units import measure
 
@@ -69,12 +69,8 @@ def telling_quality(judged: Judged, cells: list[CellResult]) -> str | None:
 
 
 def asked_budget(judged: Judged) -> str | None:
-    """Return the budget that the headline speaks of: 20 % of the tokens, else the middle one."""
-    budgets = budgets_in(judged)
-    for budget, cells in budgets.items():
-        if any(cell.budget_fraction == PRIMARY_BUDGET for cell in cells):
-            return budget
-    return list(budgets)[len(budgets) // 2] if budgets else None
+    """Return the budget that the headline speaks of: that of the primary comparisons."""
+    return declared_budget(judged.group)
 
 
 def safe_cells(judged: Judged) -> list[CellResult]:

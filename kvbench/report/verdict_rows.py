@@ -6,10 +6,18 @@ from dataclasses import dataclass
 
 from kvbench.report.comparison import DECLARED, Choices, Comparison
 from kvbench.report.comparisons import PRIMARY_LATENCY, PRIMARY_QUALITIES, group_comparisons
+from kvbench.report.difference_text import (
+    difference_interval,
+    difference_unit,
+    difference_value,
+    size_text,
+    verdict_remark,
+)
 from kvbench.report.load import Group
 from kvbench.units import MISSING, measure
 
 _DECLARED = (*PRIMARY_QUALITIES, PRIMARY_LATENCY)
+_REMARKED = {"equivalent": " ", "undecided": ", "}  # in a terminal only these words need more
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,26 +42,9 @@ def verdict_rows(group: Group, choices: Choices = DECLARED) -> tuple[VerdictRow,
 
 
 def verdict_text(one: Comparison) -> str:
-    """Return "undecided, about 184 more samples", "equivalent within 2.0 points", "noisy"."""
-    if one.verdict == "equivalent" and one.margin is not None:
-        return f"equivalent within {difference_text(one.measure, one.margin, signed=False)}"
-    if one.verdict == "undecided":
-        more = f"about {one.more_samples:,} more {_units(one)}" if one.more_samples else one.reason
-        return f"undecided, {more}" if more else "undecided"
-    return one.verdict
-
-
-def difference_text(name: str, value: float | None, *, signed: bool = True) -> str:
-    """Return a difference in its unit: points of a share, per cent of a time, nats per token, scores."""
-    if value is None:
-        return MISSING
-    sign = "+" if signed else ""
-    unit = measure(name).unit
-    if unit == "ratio":
-        return f"{100 * value:{sign}.1f} %"
-    if unit == "fraction":
-        return f"{100 * value:{sign}.1f} points"
-    return f"{value:{sign}.3f}" + (" nats" if unit in ("ppl", "nats/token") else "")
+    """Return "undecided, needs about 184 more samples", "equivalent within 2.0 points", "noisy"."""
+    remark = verdict_remark(one) if one.verdict in _REMARKED else ""
+    return f"{one.verdict}{_REMARKED[one.verdict]}{remark}" if remark else one.verdict
 
 
 def declared_text(rows: tuple[VerdictRow, ...]) -> str:
@@ -67,20 +58,14 @@ def declared_text(rows: tuple[VerdictRow, ...]) -> str:
 
 
 def _row(group: Group, one: Comparison) -> VerdictRow:
-    interval = ""
-    if one.low is not None and one.high is not None:
-        texts = (difference_text(one.measure, number).split(" ")[0] for number in (one.low, one.high))
-        interval = f"[{', '.join(texts)}]"
+    unit = difference_unit(one.measure)[0]
+    detectable = size_text(one.measure, one.minimum_detectable)
     return VerdictRow(
         policy=group.series_label(one.first),
         budget=one.first.budget,
         measure=one.measure,
-        difference=difference_text(one.measure, one.value),
-        interval=interval,
-        detectable=difference_text(one.measure, one.minimum_detectable, signed=False),
+        difference=f"{difference_value(one)} {unit}".strip(),
+        interval=difference_interval(one),
+        detectable=f"{detectable} {unit}".strip() if detectable else MISSING,
         verdict=verdict_text(one),
     )
-
-
-def _units(one: Comparison) -> str:
-    return "launches" if measure(one.measure).unit == "ratio" else "samples"

@@ -51,25 +51,27 @@ class Inference:
         return None if self.low is None else minimum_detectable(self.standard_error, self.num_clusters)
 
 
-def infer(pairs: PairedSums, *, bounded: bool = False, confidence: float = CONFIDENCE) -> Inference:
-    """Return what `pairs` show; `bounded` where both arms' scores lie between 0 and 1."""
-    return _infer(pairs.columns.tobytes(), pairs.num_samples, bounded, confidence)
+def infer(pairs: PairedSums, *, scale: tuple[float, float] | None = None, confidence: float = CONFIDENCE) -> Inference:
+    """Return what `pairs` show; `scale` is what the difference of any cluster must lie on, such as -1 to 1."""
+    return _infer(pairs.columns.tobytes(), pairs.num_samples, scale, confidence)
 
 
 @functools.lru_cache(maxsize=8192)
-def _infer(data: bytes, num_samples: int, bounded: bool, confidence: float) -> Inference:
+def _infer(data: bytes, num_samples: int, scale: tuple[float, float] | None, confidence: float) -> Inference:
     columns = np.frombuffer(data, dtype=np.float64).reshape(-1, 4)
     pairs = PairedSums(columns=columns, num_samples=num_samples)
     plain = Inference(value=pairs.value, method="", num_samples=num_samples, num_clusters=pairs.num_clusters)
     if pairs.num_clusters == 1:
         return replace(plain, method="one cluster: no interval")
     found = _with_spread(plain, pairs, confidence)
-    sparse = few_differences(pairs, confidence) if bounded else None
+    sparse = few_differences(pairs, confidence, scale) if scale else None
     if sparse is None:
         return found
+    assert scale is not None
     assert found.low is not None
     assert found.high is not None
-    low, high = max(-1.0, min(found.low, sparse[0])), min(1.0, max(found.high, sparse[1]))
+    low = max(min(scale[0], found.value), min(found.low, sparse[0]))  # the value too where no run could write it
+    high = min(max(scale[1], found.value), max(found.high, sparse[1]))
     error = max(high - found.value, found.value - low) / quantile(0.5 + confidence / 2, pairs.num_clusters)
     p_value = max(found.p_value or 0.0, sparse[2])
     method = "share of differing clusters by Clopper-Pearson, times the most that one may lose"

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from kvbench.stats.power import minimum_detectable
-from kvbench.stats.student import quantile, tail
+from kvbench.stats.student import quantile, tail, welch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +49,5 @@ def from_interval(value: float, low: float, high: float, num_pairs: int) -> LogR
 
 def between(first: LogRatio, second: LogRatio) -> LogRatio:
     """Return first over second, measured apart: Welch's degrees of freedom."""
-    parts = [(one.standard_error**2, one.num_units - 1) for one in (first, second)]
-    total = sum(part for part, _ in parts)
-    freedom = total**2 / sum(part**2 / free for part, free in parts) if total > 0 else parts[0][1]
-    return LogRatio(mean=first.mean - second.mean, standard_error=math.sqrt(total), num_units=freedom + 1)
+    error, units = welch((first.standard_error, first.num_units), (second.standard_error, second.num_units))
+    return LogRatio(mean=first.mean - second.mean, standard_error=error, num_units=units)

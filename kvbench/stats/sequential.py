@@ -8,6 +8,7 @@ shown to be safe only leads away from them. Simulated in the tests.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 ERROR = 0.05
@@ -35,7 +36,4 @@ def smallest_sample(margin: float, confidence: float) -> int:
 
     Clopper and Pearson's bound of a share that was never seen, times the whole scale.
     """
-    number = 1
-    while 1 - ((1 - confidence) / 2) ** (1 / number) >= margin:
-        number += 1
-    return number
+    return 1 if margin >= 1 else math.floor(math.log((1 - confidence) / 2) / math.log1p(-margin)) + 1

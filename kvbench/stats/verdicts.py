@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 Verdict = Literal["better", "worse", "equivalent", "undecided", "noisy", "not comparable"]
 LEVEL = 0.05
+_TURNED: Mapping[Verdict, Verdict] = {"better": "worse", "worse": "better"}
 
 
 def verdict_of(low: float, high: float, *, higher_is_better: bool, margin: float | None, p_value: float) -> Verdict:
@@ -19,6 +21,11 @@ def verdict_of(low: float, high: float, *, higher_is_better: bool, margin: float
     if p_value <= LEVEL and (low > 0 or high < 0):
         return "better" if (low > 0) == higher_is_better else "worse"
     return "undecided"
+
+
+def turned(verdict: Verdict) -> Verdict:
+    """Return the verdict as seen from the second of the two."""
+    return _TURNED.get(verdict, verdict)
 
 
 def is_non_inferior(low: float, high: float, *, higher_is_better: bool, margin: float) -> bool:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,16 @@ import numpy as np
 import pytest
 
 from kvbench.report.cell import parse_cell
-from kvbench.report.comparisons import Choices, compare, group_comparisons
+from kvbench.report.compare_latency import timing_noise
+from kvbench.report.comparison import Comparison
+from kvbench.report.comparisons import DECLARED, Choices, compare, declared_budget, group_comparisons
+from kvbench.report.difference_text import difference_interval, difference_text, verdict_remark
+from kvbench.report.judged import judge, swapped
 from kvbench.report.load import Group, load_results
 from kvbench.report.paired import sample_score
-from tests.report.synthetic import body
+from kvbench.report.standing import asked_budget
+from kvbench.report.verdict_rows import verdict_rows
+from tests.report.synthetic import body, write_cell
 
 
 def shifted(by: float, **labels: Any) -> Any:
@@ -22,11 +29,11 @@ def shifted(by: float, **labels: Any) -> Any:
 
 
 def test_a_constant_shift_is_found_exactly() -> None:
-    found = compare(shifted(0.1), shifted(0.0), "rougeL_vs_full")
+    found = compare(shifted(0.1, num_samples=64), shifted(0.0, num_samples=64), "rougeL_vs_full")
     assert found is not None
     assert (found.value, found.low) == pytest.approx((0.1, 0.1), abs=0.1)
     assert found.value == pytest.approx(0.1)
-    assert (found.verdict, found.num_samples) == ("better", 32)
+    assert (found.verdict, found.num_samples) == ("better", 64)
 
 
 def test_equal_answers_are_equivalent_once_there_are_enough() -> None:
@@ -153,6 +160,199 @@ def test_times_of_a_noisy_cell_and_of_the_machine_get_no_verdict() -> None:
     once = compare(parse_cell(quiet), parse_cell(loud), "kv_stored_bytes")
     assert once is not None
     assert once.verdict == "not comparable"
+
+
+def with_measure(record: Any, name: str, value: float, half: float | None = 0.1, n: int = 6) -> Any:
+    low, high = (None, None) if half is None else (value - half, value + half)
+    record["measurements"][name] = {"value": value, "low": low, "high": high, "n": n, "unit": "", "method": "t"}
+    return record
+
+
+def verdict(one: Any, two: Any, name: str, choices: Choices = DECLARED) -> Comparison:
+    found = compare(parse_cell(one), parse_cell(two), name, choices)
+    assert found is not None
+    return found
+
+
+def test_samples_without_a_common_id_get_no_verdict() -> None:
+    one, two = body(), body(policy="streaming_llm")
+    for sample in one["samples"]:
+        sample["id"] += "/other"
+    for choices in (Choices(), Choices(intersect=True)):
+        found = verdict(one, two, "rougeL_vs_full", choices)
+        assert (found.verdict, found.low) == ("not comparable", None)
+        assert found.reason == "0 samples have a number in both, of 32 and 32"
+    one["samples"] = []
+    assert verdict(one, two, "rougeL_vs_full").verdict == "not comparable"
+
+
+def test_perplexities_that_cannot_be_paired_differ_in_nats_too() -> None:
+    one, two = body(), body(policy="streaming_llm")
+    ratio = one["measurements"]["ppl"]["value"] / two["measurements"]["ppl"]["value"]
+    one["samples"] = one["samples"][:10]
+    found = verdict(one, two, "ppl")
+    assert found.verdict == "not comparable"
+    assert found.value == pytest.approx(math.log(ratio))
+    one["samples"] = two["samples"] = []
+    for record, value in ((one, 2.0), (two, 2.01)):
+        with_measure(record, "ppl", value, 0.005, 32)
+    found = verdict(one, two, "ppl")
+    assert (found.low, found.high) == pytest.approx((math.log(1.995 / 2.015), math.log(2.005 / 2.005)))
+    assert (found.verdict, found.margin) == ("equivalent", 0.02), "the margin is declared in nats"
+    assert compare(parse_cell(with_measure(one, "ppl", 0.0)), parse_cell(two), "ppl") is None
+
+
+def test_perplexity_of_the_released_loop_is_paired() -> None:
+    one, two = body(policy="elastic"), body(policy="streaming_llm")
+    for record in (one, two):
+        with_measure(record, "ppl_released", record["measurements"]["ppl"]["value"], None)
+        for sample in record["samples"]:
+            sample["released_nll_sum"] = sample["nll_sum"]
+            sample["released_num_scored_tokens"] = sample["num_scored_tokens"]
+    found, plain = verdict(one, two, "ppl_released"), verdict(one, two, "ppl")
+    assert (found.value, found.low, found.num_samples) == (plain.value, plain.low, 32)
+    assert found.verdict == "better"
+
+
+def conversation(policy: str, budget: float | None) -> Any:
+    record = body(policy=policy, budget=budget)
+    record["measurements"] = {}
+    for turn in (1, 2):
+        for sample in record["samples"]:
+            sample[f"turn{turn}_rougeL_vs_full"] = sample["rougeL_vs_full"]
+        with_measure(record, f"turn{turn}_rougeL_vs_full", 1.0 if budget is None else 0.6)
+    for sample in record["samples"]:
+        for name in ("rougeL_vs_full", "rougeL_vs_reference", "objects_recalled_fraction", "nll_sum"):
+            del sample[name]
+    return record
+
+
+def test_a_conversation_is_judged_by_its_turns(tmp_path: Path) -> None:
+    for policy, budget in (("full", None), ("streaming_llm", 0.2)):
+        write_cell(tmp_path, conversation(policy, budget))
+    (group,) = load_results(tmp_path).groups
+    found = judge(group)
+    assert found.qualities == ("turn1_rougeL_vs_full", "turn2_rougeL_vs_full")
+    for name in found.qualities:
+        against = found.against_full(group.budgeted[0], name)
+        assert against is not None
+        assert against.verdict == "worse"
+    assert [row.measure for row in verdict_rows(group)] == ["turn1_rougeL_vs_full"]
+    assert [one.measure for one in group_comparisons(group) if one.primary] == ["turn1_rougeL_vs_full"]
+
+
+def test_one_budget_is_primary_as_declared_even_where_cells_fail(tmp_path: Path) -> None:
+    write_cell(tmp_path, body(policy="full", budget=None))
+    for share in (0.1, 0.3, 0.5):
+        for policy in ("h2o", "elastic"):
+            write_cell(tmp_path, body(policy=policy, budget=share, status="oom" if share == 0.1 else "ok"))
+    (group,) = load_results(tmp_path).groups
+    budgets = {one.first.budget for one in group_comparisons(group) if one.primary}
+    assert budgets == {"30 % of seen"} == {declared_budget(group)} == {asked_budget(judge(group))}
+
+
+def test_the_middle_one_of_absolute_budgets_is_primary(tmp_path: Path) -> None:
+    write_cell(tmp_path, body(policy="full", budget=None))
+    for tokens in (16, 32, 64):
+        record = body(seed=tokens)
+        record["labels"] |= {"budget": f"{tokens} tokens", "budget_fraction": None, "budget_tokens": tokens}
+        write_cell(tmp_path, record)
+    (group,) = load_results(tmp_path).groups
+    assert {one.first.budget for one in group_comparisons(group) if one.primary} == {"32 tokens"}
+
+
+def test_a_ratio_of_times_turns_round_to_its_inverse() -> None:
+    slow, fast = (with_measure(body(policy=name), "tpot_ratio_to_full", value, value / 50) for name, value in
+                  (("h2o", 1.225), ("elastic", 1.0)))  # fmt: skip
+    found = verdict(slow, fast, "tpot_ratio_to_full")
+    turned, direct = swapped(found), verdict(fast, slow, "tpot_ratio_to_full")
+    assert (turned.value, turned.low, turned.high) == pytest.approx((direct.value, direct.low, direct.high))
+    assert turned.value == pytest.approx(1 / 1.225 - 1)
+    assert (turned.verdict, direct.verdict) == ("better", "better")
+    score = verdict(body(policy="elastic"), body(), "ppl")
+    assert (swapped(score).value, swapped(score).low) == (-score.value, -(score.high or 0))
+
+
+def test_holm_is_blamed_only_for_what_it_took_back() -> None:
+    one, full = body(num_samples=2), body(policy="full", budget=None, num_samples=2)
+    for sample in one["samples"]:
+        sample["rougeL_vs_full"] = 0.5
+    found = verdict(one, full, "rougeL_vs_full")
+    assert (found.verdict, found.p_value, (found.high or 0) < 0) == ("undecided", 0.5, True)
+    assert found.reason == "too few clusters differ (p = 0.5)"
+
+
+@pytest.mark.parametrize(
+    ("name", "spread", "noisy"),
+    [
+        ("roof_share_fraction", "tpot", True),
+        ("tpot_ratio_to_full", "tpot", True),
+        ("tpot_ms", "ttft", False),
+        ("full_ttft_ms", "ttft", True),
+        ("throughput_tokens_per_s", "ttft", True),
+        ("throughput_ratio_to_full", "tpot", True),
+        ("capacity_throughput_ratio_to_full", "ttft", True),
+        ("capacity_ratio_to_full", "tpot", False),
+        ("ppl", "tpot", False),
+    ],
+)
+def test_a_time_or_rate_is_noisy_by_the_launches_it_is_made_of(name: str, spread: str, noisy: bool) -> None:
+    cell = parse_cell(with_measure(body(), f"{spread}_spread_fraction", 0.2, None, 1))
+    assert bool(timing_noise(cell, name)) == noisy
+
+
+def test_a_share_of_the_roof_gets_no_verdict_from_a_restless_machine() -> None:
+    loud, quiet = body(policy="elastic"), body()
+    with_measure(loud, "tpot_spread_fraction", 0.2, None, 1)
+    found = verdict(with_measure(loud, "roof_share_fraction", 0.5, 0.01), quiet, "roof_share_fraction")
+    assert found.verdict == "noisy"
+
+
+def test_numbers_measured_apart_have_a_p_value_that_holm_corrects(tmp_path: Path) -> None:
+    write_cell(tmp_path, with_measure(body(policy="full", budget=None), "tpot_ms", 10.0, 0.4))
+    for number in range(30):
+        write_cell(tmp_path, with_measure(body(policy=f"p{number}"), "tpot_ms", 10.85, 0.4))
+    (group,) = load_results(tmp_path).groups
+    found = list(group_comparisons(group, only=["tpot_ms"], between=False))
+    assert len(found) == 30
+    assert all((one.low or 0) > 0 and 0 < (one.p_value or 0) < 0.05 for one in found), "intervals are apart"
+    assert all(one.p_holm == pytest.approx(30 * (one.p_value or 0)) for one in found)
+    assert {one.verdict for one in found} == {"undecided"}
+    assert compare(found[0].first, found[0].second, "tpot_ms").verdict == "worse"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("odd", [10**400, -(10**400), 1e308, 1e99, float("inf")], ids=lambda odd: f"{odd!s:.5}")
+def test_a_score_that_no_run_writes_is_no_traceback(odd: float) -> None:
+    one, two = body(), body(policy="elastic")
+    for sample in one["samples"][:3]:
+        sample["rougeL_vs_full"] = odd
+    assert sample_score({"rougeL_vs_full": 10**400}, "rougeL_vs_full") is None
+    found = verdict(one, two, "rougeL_vs_full", Choices(intersect=True))
+    assert found.num_samples == (32 if odd == 1e99 else 29)
+    for sample in one["samples"]:
+        sample["rougeL_vs_full"] = 5.0
+    found = verdict(one, body(policy="full", budget=None), "rougeL_vs_full")
+    assert (found.low or 0) <= found.value <= (found.high or 0)
+
+
+@pytest.mark.parametrize("quality", ["rougeL_vs_full", "ppl"])
+def test_the_terminal_says_differences_in_the_words_of_the_other_formats(tmp_path: Path, quality: str) -> None:
+    for policy, budget in (("full", None), ("h2o", 0.2), ("elastic", 0.2), ("elastic", 0.5)):
+        record = body(policy=policy, budget=budget)
+        if quality == "ppl":
+            del record["measurements"]["rougeL_vs_full"]
+        write_cell(tmp_path, record)
+    (group,) = load_results(tmp_path).groups
+    judged = judge(group)
+    rows = verdict_rows(group)
+    assert {row.measure for row in rows} == {quality, "tpot_ratio_to_full"}
+    for row in rows:
+        (cell,) = (c for c in group.budgeted if (group.series_label(c), c.budget) == (row.policy, row.budget))
+        one = judged.against_full(cell, row.measure)
+        assert one is not None
+        assert row.interval == difference_interval(one)
+        assert sorted(f"{row.difference} {row.interval}".split()) == sorted(difference_text(one).split())
+        assert verdict_remark(one) in row.verdict or one.verdict not in ("equivalent", "undecided")
 
 
 def test_a_sample_without_scored_tokens_has_no_score() -> None:

@@ -193,10 +193,14 @@ def test_throughput_and_capacity_are_the_records(tmp_path: Path) -> None:
 
 
 def test_a_frontier_is_what_its_file_says(sweep_folder: Path) -> None:
-    found = search("h2o", 0.2, low=0.1, looks=((0.5, "safe"), (0.1, "worse"), (0.2, "safe")))
-    none = search("elastic", None, low=0.4, looks=((0.5, "undecided"),))
-    beyond = replace(search("snapkv", None, low=None, looks=((0.5, "worse"),)), status="not monotone")
-    other = search("random", 0.5, low=0.5, looks=(), model="another")
+    full = load_results(sweep_folder).groups[0].full
+    assert full is not None
+    key = full.key
+    found = search("h2o", 0.2, low=0.1, looks=((0.5, "safe"), (0.1, "worse"), (0.2, "safe")), full_key=key)
+    none = search("elastic", None, low=0.4, looks=((0.5, "undecided"),), full_key=key)
+    beyond = search("snapkv", None, low=None, looks=((0.5, "worse"),), full_key=key)
+    beyond = replace(beyond, status="not monotone")
+    other = search("random", 0.5, low=0.5, looks=(), full_key="another")
     frontier = Frontier(
         name="f", measure="ppl", margin=0.05, ladder=(0.1, 0.2, 0.5), budget_setting="fraction", confidence=0.98,
         num_cells=3, num_cells_of_grid=6, searches=(found, none, beyond, other),
@@ -219,17 +223,38 @@ def test_a_frontier_is_what_its_file_says(sweep_folder: Path) -> None:
     assert texts(figure) == {"20 % (holds 46 %)", "above 50 %", "above 50 %, not monotone"}
 
 
+def test_a_frontier_belongs_to_the_group_of_its_cells_whatever_that_is_called(tmp_path: Path) -> None:
+    for num in (32, 64):
+        for policy, budget in (("full", None), ("h2o", 0.2)):
+            record = body(policy=policy, budget=budget, seed=num)
+            record["cell"]["dataset"] = {"num_samples": num}
+            write_cell(tmp_path, record)
+    results = load_results(tmp_path)
+    assert [group.dataset for group in results.groups] == ["scenes num_samples=32", "scenes num_samples=64"]
+    full = results.groups[1].full
+    assert full is not None
+    found = replace(search("h2o", 0.2, low=0.1, looks=((0.2, "safe"),)), full_key=full.key)
+    frontier = Frontier(
+        name="f", measure="ppl", margin=0.05, ladder=(0.1, 0.2), budget_setting="fraction", confidence=0.98,
+        num_cells=2, num_cells_of_grid=3, searches=(found,),
+    )  # fmt: skip
+    look = Look(palette=palette_of(results), frontiers=(frontier,))
+    with rc_context(look.rc):
+        assert [frontier_figure(group, look) is not None for group in results.groups] == [False, True]
+
+
 def search(
     policy: str,
     smallest: float | None,
     *,
     low: float | None,
     looks: tuple[tuple[float, Any], ...],
-    model: str = "tiny-llava",
+    full_key: str = "k",
 ) -> Search:
     return Search(
-        model=model, dataset="scenes", policy=policy, positions="original", policy_settings={}, full_key="k",
-        status="found" if smallest else "no budget shown safe", smallest_safe=smallest, budget_low=low,
+        model="tiny-llava", dataset="scenes", policy=policy, positions="original", policy_settings={},
+        full_key=full_key, status="found" if smallest else "no budget shown safe",
+        smallest_safe=smallest, budget_low=low,
         looks=tuple(
             BudgetLook(budget=budget, outcome=outcome, num_samples=32, realised_budget=2.3 * budget)
             for budget, outcome in looks

@@ -7,9 +7,18 @@ import numpy as np
 from kvbench.metrics.intervals import ratio_interval
 from kvbench.stats.difference import infer
 from kvbench.stats.noise import noise_reason, spread_fraction
-from tests.stats.test_coverage import coverage, holds
+from tests.stats.test_coverage import coverage, holds, missed
 from tests.stats.test_sequential import LADDER, search
-from tests.stats.worlds import SHAPES, VirtualClock, by_cluster, passages, scores
+from tests.stats.worlds import (
+    SHAPES,
+    VirtualClock,
+    by_cluster,
+    passages,
+    right_or_wrong,
+    scores,
+    two_sizes_of_loss,
+    unequal_clusters,
+)
 
 SIZES = (20, 32, 50, 100, 200)
 
@@ -27,6 +36,17 @@ def intervals() -> None:
     print(f"log-loss, 30 passages: by passage {np.mean(found):.1%}, by question {np.mean(naive):.1%}")
     alarms = [(infer(scores(rng.normal(0, 0.1, 32))).p_value or 0) <= 0.05 for _ in range(4000)]
     print(f"A/A false alarms, 32 samples: {np.mean(alarms):.1%}")
+
+
+def rare_losses() -> None:
+    rng = np.random.default_rng(16)
+    for known, lost, num in ((0.5, 0.03, 64), (0.2, 0.04, 32), (0.03, 0.03, 64)):
+        wrong = missed(lambda k=known, one=lost, n=num: right_or_wrong(rng, n, k, one), -lost, 2000)
+        print(f"bound wrong, full right in {known:.0%}, n = {num}, {lost:.0%} lost: {wrong:.1%}", flush=True)
+    wrong = missed(lambda: unequal_clusters(rng, 30, 3, 0.3), -0.3 * 60 / 87, 2000)
+    print(f"bound wrong, the 3 clusters with 20 questions lose: {wrong:.1%}")
+    wrong = missed(lambda: two_sizes_of_loss(rng, 64, 0.05), -0.05 * 0.109, 2000)
+    print(f"bound wrong, one loss in ten whole, n = 64: {wrong:.1%}")
 
 
 def times() -> None:
@@ -65,5 +85,6 @@ def searches() -> None:
 
 if __name__ == "__main__":
     intervals()
+    rare_losses()
     times()
     searches()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
 from kvbench.stats.difference import Inference, infer
+from kvbench.stats.paired import PairedSums
 from kvbench.stats.verdicts import verdict_of
-from tests.stats.worlds import SHAPES, by_cluster, passages, scores
+from tests.stats.worlds import SHAPES, Floats, by_cluster, passages, right_or_wrong, scores, unequal_clusters
 
 
 def holds(found: Inference, truth: float) -> bool:
@@ -81,10 +84,31 @@ def test_losses_that_hardly_any_sample_shows_are_not_called_harmless(share: floa
         rows = scores(differences)
         rows.columns[:, 0] += 0.5  # full scores 1, as against its own answer
         rows.columns[:, 2] += 0.5
-        guarded, bare = infer(rows, bounded=True), infer(rows)
+        guarded, bare = infer(rows, scale=(-1, 0)), infer(rows)
         assert guarded.low is not None
         assert bare.low is not None
         missed += guarded.low > truth
         plain += bare.low > truth
     assert missed <= 0.05 * 400
     assert share > 0.05 or plain > 0.08 * 400, "the guard is needed"
+
+
+@pytest.mark.parametrize(("known", "lost", "num"), [(0.5, 0.03, 64), (0.2, 0.04, 32), (0.03, 0.03, 64)])
+def test_a_loss_is_bounded_by_what_one_answer_can_lose_not_by_the_other_arms_mean(
+    known: float, lost: float, num: int
+) -> None:
+    rng = np.random.default_rng(7)
+    assert missed(lambda: right_or_wrong(rng, num, known, lost), -lost) <= 0.05
+
+
+@pytest.mark.parametrize("lost", [0.2, 0.3])
+def test_a_loss_in_the_largest_clusters_is_not_taken_for_one_in_any(lost: float) -> None:
+    rng = np.random.default_rng(8)
+    assert missed(lambda: unequal_clusters(rng, 30, 3, lost), -lost * 60 / 87) <= 0.05
+
+
+def missed(draw: Callable[[], Floats], truth: float, num: int = 400) -> float:
+    """Return how often the lower bound lies above the truth."""
+    pairs = (PairedSums(columns=rows, num_samples=len(rows)) for rows in (draw() for _ in range(num)))
+    found = [infer(one, scale=(-1, 1)) for one in pairs]
+    return float(np.mean([one.low is not None and one.low > truth + 1e-9 for one in found]))

@@ -14,6 +14,7 @@ from kvbench.stats.holm import holm
 from kvbench.stats.margins import parse_margins, smallest_margin
 from kvbench.stats.paired import PairedSums, differences, paired_sums
 from kvbench.stats.power import minimum_detectable, more_samples
+from kvbench.stats.unpaired import unpaired_p_value
 from kvbench.stats.verdicts import is_non_inferior, verdict_of
 from kvbench.units import MEASURES
 from tests.stats.worlds import by_cluster, passages, scores
@@ -95,15 +96,33 @@ def test_degenerate_samples_say_what_they_are() -> None:
 def test_scores_that_hardly_differ_are_bounded_by_how_few_differ() -> None:
     rows = scores(np.zeros(32))
     rows.columns[:, [0, 2]] += 0.5
-    equal = infer(rows, bounded=True)
+    equal = infer(rows, scale=(-1, 0))
     assert equal.low == pytest.approx(-(1 - 0.025 ** (1 / 32))), "3.7 over n, the rule of three at 97.5 %"
     assert equal.high == pytest.approx(0.0), "nothing is above the full score"
     rows.columns[0, 0] -= 0.4
-    one = infer(rows, bounded=True)
+    one = infer(rows, scale=(-1, 0))
     assert (one.low or 0) < (equal.low or 0)
     assert one.p_value == 1.0
     assert one.is_sparse
     assert sign_test(0, 10) == pytest.approx(2 * 0.5**10)
+
+
+def test_the_few_that_differ_may_be_the_heaviest_clusters() -> None:
+    weight = np.where(np.arange(32) == 0, 31.0, 1.0)
+    rows = np.stack([weight, weight, weight, weight], axis=1)
+    found = infer(PairedSums(columns=rows, num_samples=62), scale=(-1, 0))
+    share = 32 * (1 - 0.025 ** (1 / 32))
+    assert found.low == pytest.approx(-(31 + share - 1) / 62), "one of half the weight, and the rest of that share"
+    assert found.high == 0.0
+
+
+def test_p_values_of_two_numbers_measured_apart_are_welchs() -> None:
+    rng = np.random.default_rng(9)
+    one, two = rng.normal(10, 1, 8), rng.normal(11, 3, 12)
+    widths = [np.ptp(stats.ttest_1samp(values, 0.0).confidence_interval()) for values in (one, two)]
+    found = unpaired_p_value(one.mean() - two.mean(), (widths[0], widths[1]), (8, 12))
+    assert found == pytest.approx(stats.ttest_ind(one, two, equal_var=False).pvalue)
+    assert (unpaired_p_value(0.0, (0, 0), (3, 3)), unpaired_p_value(1.0, (0, 0), (3, 3))) == (1.0, 0.0)
 
 
 def test_samples_that_cannot_be_paired_are_refused() -> None:

@@ -32,6 +32,23 @@ def test_every_look_gets_its_part_of_five_per_cent() -> None:
     assert smallest_sample(0.02, look_confidence(15)) == 217
 
 
+@given(st.floats(0.001, 0.999), st.integers(1, 40))
+def test_the_smallest_sample_just_shows_the_margin(margin: float, num_rungs: int) -> None:
+    confidence = look_confidence(num_rungs)
+
+    def bound(num: int) -> float:
+        return float(1 - ((1 - confidence) / 2) ** (1 / num))
+
+    num = smallest_sample(margin, confidence)
+    assert bound(num) < margin * (1 + 1e-9)
+    assert num == 1 or bound(num - 1) >= margin * (1 - 1e-9)
+
+
+def test_the_smallest_sample_of_any_margin_is_known_at_once() -> None:
+    assert smallest_sample(1e-9, look_confidence(15)) == 4_382_026_633
+    assert smallest_sample(1.0, look_confidence(15)) == smallest_sample(9.0, look_confidence(15)) == 1
+
+
 def search(rng: np.random.Generator, num: int, margin: float, share_of: np.ndarray) -> int:
     """One search over answers that are the same at every budget they survive; returns the claimed rung."""
     luck, severity = rng.random(num), rng.beta(2, 5, num)
@@ -39,7 +56,7 @@ def search(rng: np.random.Generator, num: int, margin: float, share_of: np.ndarr
     while (rung := next_rung(len(LADDER), seen)) is not None:
         rows = scores(-severity * (luck < share_of[rung]))
         rows.columns[:, [0, 2]] += 0.5
-        found = infer(rows, bounded=True, confidence=look_confidence(len(LADDER)))
+        found = infer(rows, scale=(-1, 0), confidence=look_confidence(len(LADDER)))
         assert found.low is not None
         assert found.high is not None
         seen[rung] = is_non_inferior(found.low, found.high, higher_is_better=True, margin=margin)

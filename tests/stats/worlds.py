@@ -32,6 +32,26 @@ def scores(differences: Floats) -> PairedSums:
     return PairedSums(columns=np.stack([0.5 + differences, ones, np.full(n, 0.5), ones], axis=1), num_samples=n)
 
 
+def right_or_wrong(rng: np.random.Generator, num: int, known: float, lost: float) -> Floats:
+    """Answers that are right or wrong, (num, 4): full knows `known` of them, and the policy loses `lost`."""
+    full, ones = (rng.random(num) < known).astype(np.float64), np.ones(num)
+    return np.stack([full * (rng.random(num) >= lost / known), ones, full, ones], axis=1)
+
+
+def two_sizes_of_loss(rng: np.random.Generator, num: int, lost: float) -> Floats:
+    """A perfect score of which `lost` lose 0.01, or, one in ten of these, all, (num, 4); 0.109 on average."""
+    loss = (rng.random(num) < lost) * np.where(rng.random(num) < 0.1, 1.0, 0.01)
+    ones = np.ones(num)
+    return np.stack([1 - loss, ones, ones, ones], axis=1)
+
+
+def unequal_clusters(rng: np.random.Generator, num: int, num_large: int, lost: float) -> Floats:
+    """Pictures with one question, and `num_large` with 20: only of these the policy loses all with chance `lost`."""
+    weight = np.where(np.arange(num) < num_large, 20.0, 1.0)
+    kept = (weight == 1) | (rng.random(num) >= lost)
+    return np.stack([weight * kept, weight, weight, weight], axis=1)
+
+
 def passages(rng: np.random.Generator, num_clusters: int, delta: float) -> tuple[Floats, npt.NDArray[np.intp]]:
     """Log-losses (samples, 4) of questions on shared passages and the passage of each; the true difference is delta.
 
