@@ -10,6 +10,7 @@ import numpy as np
 from kvbench.autopsies import GENERATED, NEVER
 from kvbench.packed import Array
 from kvbench.report.autopsy_load import Sample
+from kvbench.report.listing import listed
 
 _IMAGE = 1
 _FLAT = 0.005  # layers whose shares differ by less are not told apart
@@ -69,11 +70,6 @@ def sentence(samples: Sequence[Sample]) -> str:
     elif len(samples) == 1:
         parts.append(first_freed(samples[0]))
     return " ".join(part for part in parts if part)
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return names as a sentence lists them."""
-    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
 
 
 def first_freed(sample: Sample) -> str:

@@ -12,7 +12,8 @@ from kvbench.report.cell_rows import all_rows
 from kvbench.report.comparisons import DECLARED, Choices
 from kvbench.report.judged import Judged, judge
 from kvbench.report.load import Results
-from kvbench.report.notes import Note, notes_of
+from kvbench.report.note import Note
+from kvbench.report.notes import notes_of
 from kvbench.report.page_again import again_html
 from kvbench.report.page_answer import answer_html
 from kvbench.report.page_autopsy import autopsy_section
