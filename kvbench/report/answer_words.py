@@ -112,7 +112,8 @@ def _safety(judged: Judged) -> str:
             if (found := judged.against_full(cell, judged.primary)) and found.verdict == "undecided"
         ]
         undecided = f"; undecided: {names(judged, open_cells, with_budget=True)}" if open_cells else ""
-        return f"No policy is shown to keep the full cache's {label} at any budget measured{undecided}."
+        what = f"{label}{_margin_text(judged)}"
+        return f"No policy is shown to keep the full cache's {what} at any budget measured{undecided}."
     smallest = [cell for cell in safe if cell.budget == safe[0].budget]
     return (
         f"Smallest budget measured at which the full cache's {label} is shown to be kept{_margin_text(judged)}: "

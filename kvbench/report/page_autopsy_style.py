@@ -53,7 +53,9 @@ _REST = """
   #autopsy .controls, .ap-time button, #ap-step, #ap-readout { display: none; }
   .ap-panels { grid-template-columns: repeat(5, 1fr); gap: 4mm; } .ap-panel { break-inside: avoid; }
   .ap-legend, #ap-moment { font-size: 8pt; } .ap-panel h4 { font-size: 8.5pt; }
-  .ap-words { max-height: none; overflow: visible; font-size: 6.5pt; } .ap-says { font-size: 7pt; }
+  .ap-words { max-height: none; overflow: visible; font-size: 6.2pt; line-height: 1.35; margin: 3pt 0; }
+  .ap-says { font-size: 6.8pt; line-height: 1.35; margin: 3pt 0 0; } .ap-heat { max-height: 24mm; margin: 4pt 0; }
+  .ap-panels { margin: 4pt 0; } .ap-picture { max-width: 44mm; } .ap-legend { margin: 2pt 0; }
   .ap-picture, .ap-heat, .ap-swatch { print-color-adjust: exact; }
 }
 """

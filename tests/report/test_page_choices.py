@@ -16,9 +16,11 @@ from kvbench.report.load import load_results
 from kvbench.report.page import render_page
 from kvbench.report.page_again import again_html
 from kvbench.report.page_answer import answer_html
+from kvbench.report.page_figures import figures_html
 from kvbench.report.page_frontier import frontier_html
 from kvbench.report.page_latency import latency_html
 from kvbench.report.page_methods import methods_html
+from kvbench.report.plots import Plot
 from kvbench.units import measure
 from tests.report.synthetic import body, write_cell
 
@@ -105,3 +107,19 @@ def test_figures_and_definitions_hold_on_a_dark_page_and_on_a_cpu() -> None:
     assert not any("black" in kind.caption.lower() for kind in FIGURES.values())
     for text in (FIGURES["latency"].caption, measure("roof_ms").definition):
         assert "on a GPU no step" in text
+
+
+def test_a_figure_of_many_rows_gets_a_sheet_of_its_own() -> None:
+    wide, tall = (
+        Plot(
+            name="f",
+            kind="quality",
+            title="F",
+            group_title="g",
+            caption="c",
+            svg=f'<svg viewBox="0 0 720 {height}"></svg>',
+        )
+        for height in (400, 1400.5)
+    )
+    assert "class=tall" in figures_html([tall], "g")
+    assert "class=tall" not in figures_html([wide], "g")
