@@ -17,8 +17,7 @@ from kvbench.sealed import seal, unseal
 
 AUTOPSY_FILE = "autopsy.json"
 AUTOPSY_SCHEMA = 1
-NEVER = 65_535  # of `freed`: still held at the end. Of `merged`: joined no other entry
-AT_PROMPT = 0  # of `freed`: dropped when the prompt was compressed; n: freed in decode step n
+NEVER = 65_535  # of `freed`: still held at the end; 0: dropped with the prompt. Of `merged`: joined no other entry
 GENERATED = 3  # of `kinds`, after those of kvbench.cache.Kind
 _KIND, _VERSION = "kvbench_autopsy", 1
 _REMEDY = "Nothing but the eviction figures needs it; force=true takes it again."

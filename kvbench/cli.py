@@ -148,9 +148,13 @@ def _show(sweep: Sweep) -> None:
 
 
 def _wandb_summary(sweep: Sweep) -> Any:
+    from kvbench.sinks.wandb_summary import summary_id
+    from kvbench.sinks.wandb_sweeps import note_sweep
     from kvbench.wandb_summary import summary_of
 
-    return summary_of(sweep.results, sweep.name, set(sweep.tickets))
+    keys = sorted(sweep.tickets)
+    note_sweep(sweep.results, summary_id(sweep.name, keys), sweep.name, keys)
+    return summary_of(sweep.results, sweep.name, keys)
 
 
 def _subcommand(name: str, arguments: list[str]) -> int:

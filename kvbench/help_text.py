@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-_GROUPS = ("model", "weights", "dataset", "policy", "budget", "task", "workload", "sink", "experiment")
+_GROUPS = ("model", "weights", "dataset", "policy", "budget", "task", "workload", "sink", "autopsy", "experiment")
 _TEXT = """\
 kvbench compares KV-cache policies under one definition of everything.
 
@@ -24,6 +24,7 @@ settings (KEY=VALUE):
 {groups}
   positions    native, original, in_cache, released
   query_visible  true, false (picture or context is compressed before the question comes)
+  engine       auto, eager, graph (the decode step as one CUDA graph); worker.* (processes, time limits)
   batch_size, seed, device (auto, cpu, cuda:N), results (folder), sweep (name), force (true: measure again)
 
   Any value of a group can be set: budget.fraction=0.3, policy.num_sinks=8, dataset.num_samples=100,

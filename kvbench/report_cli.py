@@ -37,6 +37,9 @@ def report_command(arguments: Sequence[str]) -> int:
 
     choices = Choices(margins=margins, intersect=args.intersect)
     results = load_folders(folders, sweep=args.sweep)
+    if not results.records and not results.problems:
+        named = ", ".join(map(str, folders))
+        raise ConfigError(f"there is no cells/*/record.json in {named}; run a sweep first or give the right folder")
     if args.wandb:
         from kvbench.wandb_report import wandb_report
 
@@ -99,6 +102,7 @@ def _text(results: Results, file_format: str, out: Path | None, choices: Choices
         sys.stdout.write(text)
         return
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
         raise ConfigError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error

@@ -25,10 +25,12 @@ from kvbench.sinks.wandb_cell import cell_digest, cell_run
 from kvbench.sinks.wandb_run import Online, Place, RunSpec
 from kvbench.sinks.wandb_service import MODES, check_installed, check_online, check_project, quiet_setup, resolve_mode
 from kvbench.sinks.wandb_summary import summary_digest, summary_id
+from kvbench.sinks.wandb_sweeps import cells_of_sweep
 from kvbench.sinks.wandb_sync import Job, Outcome, send_runs
 
 _MODES = tuple(mode for mode in MODES if mode != "disabled")
 _LONGEST_S = 600.0
+_SHOWN = 5  # failures, which are mostly all of one kind
 
 
 def wandb_command(arguments: Sequence[str]) -> int:
@@ -89,15 +91,14 @@ def _jobs(folder: Path, sweep: str | None, to: Path) -> list[Job]:
 
 
 def _sweep_jobs(folder: Path, sweep: str, keys: list[str], to: Path) -> Iterator[Job]:
-    digests = []
-    for key in keys:
-        digests.append(cell_digest(_body(folder, key)))
-        # Read again when its turn comes: the bodies of a large sweep need not be held together.
-        make = partial(_cell, folder, key)
-        yield Job(id=key[:16], digest=digests[-1], what="cell", make=make)
+    # Read again when its turn comes: the bodies of a large sweep need not be held together.
+    known = {key: cell_digest(_body(folder, key)) for key in keys}
+    yield from (Job(id=key[:16], digest=known[key], what="cell", make=partial(_cell, folder, key)) for key in keys)
+    keys = cells_of_sweep(folder, sweep, keys, lambda key: _path(folder, key).exists())
     if len(keys) > 1:
         from kvbench.wandb_summary import summary_of
 
+        digests = [known.get(key) or cell_digest(_body(folder, key)) for key in keys]
         digest = summary_digest(digests, version("kvbench"))
         make = partial(summary_of, folder, sweep, keys, to=to)
         yield Job(id=summary_id(sweep, keys), digest=digest, what="summary", make=make)
@@ -125,7 +126,7 @@ def _say(outcome: Outcome, place: Place, mode: Online, reason: str) -> None:
     say(f"wandb: {'; '.join(part for part in (sent, there) if part)}")
     if mode == "offline":
         say(f"wandb: upload them with: wandb sync {shlex.quote(str(folder))}/offline-run-*")
-    for failure in outcome.failures:
+    for failure in outcome.failures[:_SHOWN]:
         say(f"wandb: failed: {redact(failure)}")
     if outcome.failures:
         say(f"wandb: {len(outcome.failures)} failed, {outcome.num_left} not tried; the same command goes on with them")

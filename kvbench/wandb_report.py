@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvbench.redaction import hide_known
 from kvbench.report.best import best_policies
 from kvbench.report.comparisons import DECLARED, Choices, Comparison, group_comparisons
+from kvbench.report.naming import flat_settings
 from kvbench.report.plots_png import png_names
 from kvbench.sinks.console import say
 from kvbench.sinks.wandb_fields import measure_group
@@ -32,7 +32,6 @@ _LATENCY = ("tpot_ms", "ttft_ms", "tpot_ratio_to_full", "throughput_tokens_per_s
 _MEMORY = ("kv_stored_bytes", "peak_memory_bytes")
 _COMPARED = (*_QUALITY, "tpot_ratio_to_full")
 _CURVES = {"entries": "entries", "launches_ms": "launches"}
-_TOLD_APART = re.compile(r" #[0-9a-f]{6}$")  # what the report adds to equal names of unequal settings
 _HEADLINES = 2  # measures of quality that the headline names
 
 
@@ -78,7 +77,7 @@ def _outline(results: Results, choices: Choices) -> Outline:
         description=f"{len(results.records)} cells of kvbench, from their records; intervals are 95 %.",
         sweeps=sweeps,
         headline=hide_known("\n\n".join(line for group, some in compared for line in _headline(group, some))),
-        chapters=[_chapter(group, some) for group, some in compared],
+        chapters=[_chapter(group, some, results.groups) for group, some in compared],
         figures=_figures(results, sweeps),
         definitions=_definitions(results),
     )
@@ -112,19 +111,36 @@ def _headline(group: Group, compared: Sequence[Comparison]) -> Iterator[str]:
         yield "Fewer than two policies were measured at one budget, so there is no best one."
 
 
-def _chapter(group: Group, compared: Sequence[Comparison]) -> Chapter:
+def _chapter(group: Group, compared: Sequence[Comparison], groups: Sequence[Group]) -> Chapter:
     measured = {name for cell in group.cells for name in MEASURES if cell.estimate(name)}
     keys = [[_key(name) for name in names if name in measured] for names in (_QUALITY, _LATENCY, _MEMORY)]
     return Chapter(
         title=group.title,
-        model=_TOLD_APART.sub("", group.cells[0].model),
-        dataset=_TOLD_APART.sub("", group.cells[0].dataset),
+        chosen=_chosen(group, groups),
         text=hide_known(_verdict_table(group, compared)),
         quality=keys[0],
         latency=keys[1],
         memory=keys[2],
         curves=[shown for name, shown in _CURVES.items() if any(cell.curves.get(name) for cell in group.cells)],
     )
+
+
+def _chosen(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
+    """Return the settings, as W&B calls them, that single out the runs of `group` among those of `groups`."""
+    found: dict[str, Any] = {}
+    for part in ("model", "dataset"):
+        name = group.cells[0].labels[part]
+        found[f"{part}.value.name"] = name
+        same = [
+            dict(flat_settings(one.cells[0].settings.get(part) or {}))
+            for one in groups
+            if one.cells[0].labels[part] == name
+        ]
+        mine = dict(flat_settings(group.cells[0].settings.get(part) or {}))
+        for setting, value in sorted(mine.items()):
+            if isinstance(value, str | int | float) and any(other.get(setting) != value for other in same):
+                found[f"{part}.value.{setting}"] = value
+    return found
 
 
 def _key(name: str) -> tuple[str, str]:

@@ -42,10 +42,20 @@ def test_other_formats_go_to_the_terminal_or_a_file(
     assert run(["report", str(folder), "--format", name]) == 0
     text = capsys.readouterr().out
     assert text.startswith(start)
-    out = tmp_path / "table.txt"
+    out = tmp_path / "new" / "table.txt"
     assert run(["report", str(folder), "--format", name, "--out", str(out)]) == 0
     assert out.read_text(encoding="utf-8") == text
     assert not (folder / "report").exists()
+
+
+def test_a_folder_without_records_is_a_mistake_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["report", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+    assert "there is no cells/*/record.json" in printed.err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_margin_changes_the_verdict_and_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

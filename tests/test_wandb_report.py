@@ -40,8 +40,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outline(**changes: Any) -> Outline:
     chapter = Chapter(
         title="tiny-llava on scenes",
-        model="tiny-llava",
-        dataset="scenes",
+        chosen={"model.value.name": "tiny-llava", "dataset.value.name": "scenes"},
         text="| policy | verdict |\n|---|---|\n| h2o | worse |",
         quality=[("quality/ppl", "Perplexity"), ("quality/kl_to_full", "KL to full")],
         latency=[("latency/tpot_ms", "Time per output token")],
@@ -143,10 +142,11 @@ def test_runs_are_chosen_by_sweep_and_grouped_by_policy_whatever_the_sweep_is_ca
 
 
 def test_several_models_and_sweeps_are_told_apart() -> None:
-    chapters = [outline().chapters[0], Chapter(**{**vars(outline().chapters[0]), "model": "m'2"})]
+    chosen = {"model.value.name": "m'2", "dataset.value.num_samples": 256}
+    chapters = [outline().chapters[0], Chapter(**{**vars(outline().chapters[0]), "chosen": chosen})]
     spec = report_spec(outline(sweeps=["a", "b"], chapters=chapters), project="p", entity="e")
     found = text_of([run_set["filters"] for grid in grids(spec) for run_set in grid["runSets"]])
-    for part in ('"a"', '"b"', '"m\'2"', '"model.value.name"', '"dataset.value.name"', '"OR"'):
+    for part in ('"a"', '"b"', '"m\'2"', '"model.value.name"', '"dataset.value.num_samples"', "256", '"OR"'):
         assert part in found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ class Estimate:
 class CellResult:
     """The accepted record of one cell.
 
-    `variant` tells cells apart whose labels are equal; `folder` names the results folder where several are read;
+    `variant` tells cells apart whose labels are equal, and `model` and `dataset` may have got an end that does;
+    `labels` holds them as they were recorded. `folder` names the results folder where several are read;
     `cell_folder` is where the record lies, for what lies beside it.
     """
 
@@ -65,6 +66,7 @@ class CellResult:
     variant: str = ""
     folder: str = ""
     cell_folder: Path | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def failed(self) -> bool:
@@ -109,6 +111,7 @@ def parse_cell(body: Mapping[str, Any]) -> CellResult:
     fraction, tokens = _number(labels.get("budget_fraction")), _number(labels.get("budget_tokens"))
     return CellResult(
         **{name: labels[name] for name in _TEXT_LABELS},
+        labels={name: labels[name] for name in _TEXT_LABELS},
         **{name: body[name] for name in ("key", "sweep", "status", "phase", "environment", "started_utc")},
         error=_error_text(body["error"]),
         budget_fraction=fraction,

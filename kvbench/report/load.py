@@ -44,8 +44,9 @@ class Group:
 
     @property
     def full(self) -> CellResult | None:
-        """The full cache's cell, if it was run and did not fail."""
-        return next((cell for cell in self.cells if cell.is_full and not cell.failed), None)
+        """The full cache's cell, if it was run and did not fail; of several the one with most measurements."""
+        found = [cell for cell in self.cells if cell.is_full and not cell.failed]
+        return max(found, key=lambda cell: len(cell.measurements), default=None)
 
     @property
     def budgeted(self) -> tuple[CellResult, ...]:

@@ -42,8 +42,8 @@ def _with_distinct_names(cells: list[CellResult], part: str) -> list[CellResult]
 
 def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return for each of `settings` the names and values in which they are not all the same."""
-    flat = [dict(_flat(one)) for one in settings]
-    names = sorted(name for name in set().union(*flat) if len({repr(one.get(name)) for one in flat}) > 1)
+    flat = [dict(flat_settings(one)) for one in settings]
+    names = sorted(_differing_names(flat))
     return [" ".join(f"{name}={one.get(name)}" for name in names) for one in flat]
 
 
@@ -55,20 +55,42 @@ def _by(cells: Iterable[CellResult], key: Any) -> dict[tuple[object, ...], list[
 
 
 def _with_variants(cells: list[CellResult]) -> list[CellResult]:
-    """Name the settings in which cells with the same labels differ; the key if there is no such setting."""
-    flat = {cell.key: dict(_flat(cell.settings)) for cell in cells}
-    differing: set[str] = set()
-    for same in _by(cells, lambda cell: (cell.budget,)).values():
-        names = set().union(*(flat[cell.key] for cell in same))
-        differing |= {name for name in names if len({repr(flat[cell.key].get(name)) for cell in same}) > 1}
+    """Name the settings in which cells with the same labels differ; the key if there is no such setting.
+
+    Where only the tasks differ, the cell with most of them needs no name.
+    """
+    flat = {cell.key: dict(_told(cell.settings)) for cell in cells}
+    by_budget = _by(cells, lambda cell: (cell.budget,)).values()
+    differing = set().union(*(_differing_names([flat[cell.key] for cell in same]) for same in by_budget))
     shown = sorted(differing)[:2]
     texts = {cell.key: " ".join(f"{name}={flat[cell.key].get(name)}" for name in shown) for cell in cells}
-    return [replace(cell, variant=texts[cell.key] or f"key {cell.key[:8]}") for cell in cells]
+    if shown == ["tasks"]:
+        texts |= {max(same, key=_num_tasks).key: "" for same in by_budget}
+    return [replace(cell, variant=texts[cell.key] if shown else f"key {cell.key[:8]}") for cell in cells]
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+def _differing_names(flat: Sequence[Mapping[str, object]]) -> set[str]:
+    """Return the settings that are not the same in all; of a task that one lacks only that it lacks it."""
+    names = set().union(*flat)
+    lacking = {name for name in names if name.startswith("task.") and any(name not in one for one in flat)}
+    return {name for name in names - lacking if len({repr(one.get(name)) for one in flat}) > 1}
+
+
+def _num_tasks(cell: CellResult) -> int:
+    return len(cell.settings.get("task") or ())
+
+
+def _told(settings: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    yield from flat_settings(settings)
+    if isinstance(tasks := settings.get("task"), dict):
+        names = "+".join(sorted(tasks))
+        yield "tasks", names if len(names) <= _MAX_NAME // 2 else len(tasks)
+
+
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield nested settings under names like "ask.kind"."""
     for name, value in settings.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat_settings(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

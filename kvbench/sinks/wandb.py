@@ -19,7 +19,15 @@ from kvbench.errors import ConfigError, close_matches
 from kvbench.sinks.console import say
 from kvbench.sinks.wandb_cell import cell_run
 from kvbench.sinks.wandb_run import Online, Place, RunSpec, write_run
-from kvbench.sinks.wandb_service import MODES, RESTART_S, Mode, check_online, resolve_mode, restart_service
+from kvbench.sinks.wandb_service import (
+    MODES,
+    RESTART_S,
+    Mode,
+    check_online,
+    check_project,
+    resolve_mode,
+    restart_service,
+)
 
 _LONGEST_TIMEOUT_S = 30.0
 _log = logging.getLogger(__name__)
@@ -60,6 +68,7 @@ class WandbSink:
             raise ConfigError(f"sink.wandb.mode is {self.mode!r}; {close_matches(self.mode, MODES)}")
         if not 0 < self.timeout_s <= _LONGEST_TIMEOUT_S:
             raise ConfigError(f"sink.wandb.timeout_s is {self.timeout_s}; it must lie in (0, {_LONGEST_TIMEOUT_S:g}]")
+        check_project(self.project, "sink.wandb.project")
         if self.mode == "online":
             check_online()
         object.__setattr__(self, "folder", Path(self.folder))  # yaml gives text

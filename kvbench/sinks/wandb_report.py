@@ -7,7 +7,7 @@ url = save_report(outline, project="kvbench", entity="team", report_id="")
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +26,12 @@ _NO_ENTITY = "entity"  # without one, wandb-workspaces would ask the server
 class Chapter:
     """One model on one data set: its text, and the summary keys of the cells' runs, most telling first.
 
-    curves: which of the runs' curves there are, "entries" and "launches".
+    chosen: the settings of its runs, as W&B names them. curves: which of the runs' curves there are, "entries" and
+    "launches".
     """
 
     title: str
-    model: str
-    dataset: str
+    chosen: Mapping[str, str | int | float]
     text: str
     quality: Sequence[tuple[str, str]]
     latency: Sequence[tuple[str, str]]
@@ -131,9 +131,7 @@ def _chapter(wr: Any, outline: Outline, chapter: Chapter, place: dict[str, str])
 def _cells(wr: Any, outline: Outline, chapter: Chapter, place: dict[str, str]) -> wr.Runset:
     filters = f'{_of(outline.sweeps)} and Metric("JobType") == "cell"'
     if len(outline.chapters) > 1:
-        # Nested settings stand under "value" on the server.
-        filters += f' and Config("model.value.name") == {chapter.model!r}'
-        filters += f' and Config("dataset.value.name") == {chapter.dataset!r}'
+        filters += "".join(f" and Config({name!r}) == {value!r}" for name, value in chapter.chosen.items())
     shown = [f"config:{part}.value.name" for part in ("policy", "budget")]
     shown += [f"summary:{key}" for key, _ in (*chapter.quality[:3], *chapter.latency[:2], *chapter.memory[:1])]
     return wr.Runset(**place, name="cells", filters=filters, groupby=["config.policy.name"], visible_columns=shown)

@@ -39,11 +39,11 @@ def check_installed(why: str, package: str = "wandb") -> None:
         raise ConfigError(f"{why}, but {package} is not installed; python -m pip install {package}")
 
 
-def check_project(name: str) -> None:
+def check_project(name: str, setting: str = "--project") -> None:
     """Raise ConfigError if W&B would refuse `name` as that of a project, at every run."""
     if not name or len(name) > 128 or set(name) & set(_NOT_IN_PROJECTS):
         raise ConfigError(
-            f"--project is {name[:60]!r}; it must have 1 to 128 letters and none of {' '.join(_NOT_IN_PROJECTS)}"
+            f"{setting} is {name[:60]!r}; it must have 1 to 128 letters and none of {' '.join(_NOT_IN_PROJECTS)}"
         )
 
 

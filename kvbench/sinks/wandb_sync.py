@@ -5,13 +5,14 @@ outcome = send_runs([Job(id=..., digest=..., make=...)], place, "online", reache
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kvbench.sinks.wandb_run import Online, Place, RunSpec, write_run
 from kvbench.sinks.wandb_service import RESTART_S, restart_service
 
-_HOPELESS = 2  # runs that fail one after the other: the server is gone, not one run odd
+_HOPELESS = 2  # runs that fail slowly one after the other: the server is gone; a run that it refuses fails at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class Outcome:
 
 
 def send_runs(jobs: Sequence[Job], place: Place, mode: Online, reached: Callable[[], object]) -> Outcome:
-    """Send each of `jobs` that is not there, calling `reached` after each; stop when two in a row fail.
+    """Send each of `jobs` that is not there, calling `reached` after each; stop when the server seems to be gone.
 
     Each run takes `place.timeout_s` to start and again to end, at most. Nothing is raised for a run that fails.
     """
@@ -43,11 +44,13 @@ def send_runs(jobs: Sequence[Job], place: Place, mode: Online, reached: Callable
     for number, job in enumerate(jobs):
         if place.has(job.id, job.digest, mode):
             outcome.num_there += 1
-        elif _sent(job, place, mode, outcome):
-            outcome.sent[job.what] = outcome.sent.get(job.what, 0) + 1
-            in_a_row = 0
         else:
-            in_a_row += 1
+            start_s = time.monotonic()
+            if _sent(job, place, mode, outcome):
+                outcome.sent[job.what] = outcome.sent.get(job.what, 0) + 1
+                in_a_row = 0
+            elif time.monotonic() - start_s > 0.5 * place.timeout_s:
+                in_a_row += 1
         reached()
         if in_a_row == _HOPELESS:
             outcome.num_left = len(jobs) - number - 1

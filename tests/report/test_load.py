@@ -87,6 +87,27 @@ def test_data_sets_of_one_name_are_told_apart_by_the_setting_that_differs(
     assert {cell.dataset for cell in load_results(tmp_path).records} == names
 
 
+def test_a_cell_measured_again_with_fewer_tasks_is_named_by_them_and_full_is_the_one_with_most(tmp_path: Path) -> None:
+    for policy, budget in (("full", None), ("h2o", 0.2), ("h2o", 0.5)):
+        whole = body(policy=policy, budget=budget)
+        whole["cell"]["task"] = {"generation": {"tokens": 8}, "perplexity": {"window": 3}}
+        write_cell(tmp_path, whole)
+    for policy, budget in (("full", None), ("h2o", 0.2), ("h2o", 0.8)):
+        part = body(policy=policy, budget=budget, sweep="second")
+        part["cell"]["task"] = {"generation": {"tokens": 8}}
+        del part["measurements"]["ppl"]
+        write_cell(tmp_path, part)
+    (group,) = load_results(tmp_path).groups
+    assert [(cell.budget, cell.variant) for cell in group.cells if cell.is_full] == [
+        ("-", ""),
+        ("-", "tasks=generation"),
+    ]
+    called = [(cell.budget.removesuffix(" of seen"), cell.variant) for cell in group.budgeted]
+    assert called == [("20 %", ""), ("50 %", ""), ("80 %", ""), ("20 %", "tasks=generation")]
+    assert group.full is not None
+    assert group.full.estimate("ppl") is not None
+
+
 def test_positions_are_named_only_where_they_differ(tmp_path: Path) -> None:
     write_cell(tmp_path, body())
     assert load_results(tmp_path).groups[0].series_label(load_results(tmp_path).records[0]) == "h2o"

@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ import pytest
 
 from kvbench.cli import run
 from kvbench.records import read_record
+from kvbench.sinks import wandb_sync
 from kvbench.sinks.wandb_cell import cell_digest
+from kvbench.sinks.wandb_run import Place
 from kvbench.sinks.wandb_sent import is_sent, note_sent
 from kvbench.sinks.wandb_summary import summary_digest, summary_id
+from kvbench.sinks.wandb_sweeps import note_sweep
+from kvbench.sinks.wandb_sync import Job, send_runs
 from tests.report.synthetic import body, write_cell
 from tests.sinks.fault_server import FaultServer
 from tests.sinks.test_wandb import _inspect
@@ -189,6 +194,53 @@ sync("--sweep", "first")
 """
 
 
+def test_a_sweep_that_used_cells_of_another_keeps_the_summary_it_had_live(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    folder = tmp_path / "results"
+    reused, own, more = (body(policy=policy, num_samples=4, sweep=sweep, budget=budget) for policy, sweep, budget in
+                         (("full", "before", None), ("h2o", "mine", 0.2), ("random", "mine", 0.2)))  # fmt: skip
+    for one in (reused, own, more):
+        write_cell(folder, one)
+    keys = [one["key"] for one in (reused, own, more)]
+    note_sweep(folder, summary_id("mine", keys), "mine", keys)
+    note_sweep(folder, "f" * 16, "mine", [*keys, "e" * 64])  # one of its cells is gone
+    (folder / "wandb" / "sweeps" / "torn.json").write_text("{")
+    assert run(["wandb", "sync", str(folder), "--mode", "offline", "--sweep", "mine"]) == 0
+    sent = {path.name.rpartition("-")[2] for path in (folder / "wandb").glob("offline-run-*")}
+    assert sent == {own["key"][:16], more["key"][:16], summary_id("mine", keys)}
+
+
+def test_runs_that_the_server_refuses_at_once_do_not_hold_up_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def write(spec: str, place: Place, mode: str) -> None:
+        tried.append(spec)
+        if spec in "abc":
+            raise RuntimeError("this run was deleted")
+
+    monkeypatch.setattr(wandb_sync, "write_run", write)
+    monkeypatch.setattr(wandb_sync, "restart_service", lambda timeout_s: None)
+    monkeypatch.setattr(Place, "has", lambda *words: False)
+    jobs = [Job(id=name, digest="", what="cell", make=lambda name=name: name) for name in "abcde"]  # type: ignore[misc]
+    outcome = send_runs(jobs, Place(project="p", entity=None, folder=Path(), timeout_s=5.0), "online", lambda: None)
+    assert (tried, outcome.sent, len(outcome.failures), outcome.num_left) == (list("abcde"), {"cell": 2}, 3, 0)
+
+
+def test_two_runs_that_end_by_their_time_limit_stop_a_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(spec: str, place: Place, mode: str) -> None:
+        time.sleep(place.timeout_s)
+        raise TimeoutError("nobody answers")
+
+    monkeypatch.setattr(wandb_sync, "write_run", write)
+    monkeypatch.setattr(wandb_sync, "restart_service", lambda timeout_s: None)
+    monkeypatch.setattr(Place, "has", lambda *words: False)
+    jobs = [Job(id=name, digest="", what="cell", make=lambda: None) for name in "abcde"]  # type: ignore[arg-type, return-value]
+    outcome = send_runs(jobs, Place(project="p", entity=None, folder=Path(), timeout_s=0.05), "online", lambda: None)
+    assert (len(outcome.failures), outcome.num_left) == (2, 3)
+
+
 def test_online_each_cell_is_sent_once_and_a_second_upload_lands_on_the_same_runs(
     records: Path, tmp_path: Path
 ) -> None:
@@ -247,7 +299,7 @@ def _check_files(files: dict[str, list[bytes]], summary: str) -> None:
 
 
 @pytest.mark.timeout(200)
-def test_a_sync_that_the_server_refuses_stops_and_goes_on_later(tmp_path: Path) -> None:
+def test_a_sync_that_the_server_refuses_says_so_and_goes_on_later(tmp_path: Path) -> None:
     folder, server = tmp_path / "results", FaultServer("none")
     server.refuse_after = 2
     for name in "abcde":
@@ -260,8 +312,8 @@ def test_a_sync_that_the_server_refuses_stops_and_goes_on_later(tmp_path: Path) 
         assert "Traceback" not in told.stderr
         lines = told.stdout.splitlines()
         assert lines[0].startswith("wandb: 2 cells sent to")
-        assert [line.split(":")[1] for line in lines[1:3]] == [" failed", " failed"]
-        assert lines[3:] == ["wandb: 2 failed, 1 not tried; the same command goes on with them"]
+        assert [line.split(":")[1] for line in lines[1:4]] == [" failed"] * 3
+        assert lines[4:] == ["wandb: 3 failed, 0 not tried; the same command goes on with them"]
         server.refuse_after = None
         told = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=120)
     finally:
