@@ -114,7 +114,7 @@ _ROWS: tuple[tuple[str, Unit, Better, str, str, str], ...] = (
     ("prepare_ms", "ms", "lower", "prepare", "Preparation of the engine",
      "What the engine does once before the first decode step (capturing a CUDA graph); in no other number."),
     ("roof_ms", "ms", "lower", "roof", "Memory roof of a decode step",
-     "Bytes of the decoder's weights and of the valid entries over the copy bandwidth of this run: no step is faster."),
+     "Bytes of the decoder's weights and of the valid entries over the copy bandwidth: on a GPU no step is faster."),
     ("roof_share_fraction", "fraction", "higher", "of roof", "Share of the memory roof reached",
      "Memory roof over TPOT; below 50 % the step is overhead-bound: most of it is not reading weights and entries."),
     ("copy_bandwidth_bytes_per_s", "bytes/s", "higher", "copy bandwidth", "Copy bandwidth",

@@ -6,9 +6,11 @@ Every word comes from a verdict; where samples do not decide, all that may be th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from kvbench.report.cell import CellResult
-from kvbench.report.difference_text import difference_text, verdict_remark
+from kvbench.report.comparisons import Comparison, smallest_margin
+from kvbench.report.difference_text import difference_text, difference_unit, size_text, verdict_remark
 from kvbench.report.judged import Judged
 from kvbench.report.paired import is_better
 from kvbench.report.standing import Standing, asked_budget, budgets_in, safe_cells, standing_at, telling_quality
@@ -43,15 +45,48 @@ def _choice(judged: Judged, standing: Standing) -> str:
     if len(standing.ranked) == 1:
         return f"At {standing.budget} only `{name}` can be judged: {label} {value}."
     if not standing.rivals:
-        count = len(standing.beaten)
-        others = f"each of the {count} other policies" if count > 1 else "the other policy"
+        others = _others(judged, standing)
         return f"At {standing.budget} take `{name}`: {label} {value}, better than {others}."
+    if apart := [pair for pair in standing.rivals if is_apart(pair[1])]:
+        return _without_those_apart(judged, standing, apart)
     rivals = names(judged, [cell for cell, _ in standing.rivals])
     if all(found is not None and found.verdict == "equivalent" for _, found in standing.rivals):
         return f"At {standing.budget} take `{name}` ({label} {value}) or {rivals}: equivalent within the margin."
     return (
         f"At {standing.budget} the samples do not decide between `{name}` (best {label} so far, {value}) and {rivals}."
     )
+
+
+def _others(judged: Judged, standing: Standing) -> str:
+    """Return the beaten in words; by name where they are not all that there are."""
+    count = len(standing.beaten)
+    if sum(not cell.failed for cell in budgets_in(judged)[standing.budget]) > count + 1:
+        return names(judged, standing.beaten)
+    return f"each of the {count} other policies" if count > 1 else "the other policy"
+
+
+def is_apart(found: Comparison | None) -> bool:
+    """Tell whether two policies can not be compared, however many samples there are."""
+    return found is None or found.verdict == "not comparable"
+
+
+def _without_those_apart(
+    judged: Judged, standing: Standing, apart: Sequence[tuple[CellResult, Comparison | None]]
+) -> str:
+    """Say who can not be compared with the first; what the samples decide is said of the others."""
+    left = {cell.key for cell, _ in apart}
+    others = replace(
+        standing,
+        ranked=tuple(cell for cell in standing.ranked if cell.key not in left),
+        rivals=tuple((cell, found) for cell, found in standing.rivals if cell.key not in left),
+    )
+    reasons = ", ".join(dict.fromkeys(found.reason if found else "not scored alike" for _, found in apart))
+    label, first = measure(standing.measure).label, standing.first
+    name, value = judged.group.series_label(first), value_text(first, standing.measure)
+    who = f"{names(judged, [cell for cell, _ in apart])} ({reasons})"
+    if len(others.ranked) == 1:
+        return f"At {standing.budget} `{name}` has the best {label} so far, {value}, but is not comparable with {who}."
+    return f"{_choice(judged, others)} `{name}` is not comparable with {who}."
 
 
 def _distance(judged: Judged, standing: Standing) -> str:
@@ -78,12 +113,26 @@ def _safety(judged: Judged) -> str:
             if (found := judged.against_full(cell, judged.primary)) and found.verdict == "undecided"
         ]
         undecided = f"; undecided: {names(judged, open_cells, with_budget=True)}" if open_cells else ""
-        return f"No policy is shown to keep the full cache's {label} at any budget measured{undecided}."
+        what = f"{label}{_margin_text(judged)}"
+        return f"No policy is shown to keep the full cache's {what} at any budget measured{undecided}."
     smallest = [cell for cell in safe if cell.budget == safe[0].budget]
     return (
-        f"Smallest budget measured at which the full cache's {label} is shown to be kept: {safe[0].budget}, with "
-        + (f"{names(judged, smallest)}.")
+        f"Smallest budget measured at which the full cache's {label} is shown to be kept{_margin_text(judged)}: "
+        f"{safe[0].budget}, with {names(judged, smallest)}."
     )
+
+
+def _margin_text(judged: Judged) -> str:
+    """Return " (margin 0.020)", and that it was chosen where it is not the declared one."""
+    assert judged.primary is not None
+    margin = smallest_margin(judged.primary, judged.choices.margins)
+    if margin is None:
+        return ""
+    unit = difference_unit(judged.primary)[0]
+    size = f"margin {size_text(judged.primary, margin)}{f' {unit}' if unit else ''}"
+    declared = smallest_margin(judged.primary)
+    other = "" if margin == declared else f", chosen for this page; declared: {size_text(judged.primary, declared)}"
+    return f" ({size}{other})"
 
 
 def names(judged: Judged, cells: Sequence[CellResult], *, with_budget: bool = False) -> str:

@@ -94,6 +94,7 @@ def _sample(sample: Mapping[str, Any], num_layers: int, num_heads: int) -> Sampl
     tokens = tuple(map(str, sample["tokens"]))
     _require(len(tokens) == prompt + steps, "tokens")
     merged = None if sample["merged"] is None else _rows(sample["merged"], (len(layers), num_heads, prompt))
+    _require(merged is None or bool(((merged < prompt) | (merged == NEVER)).all()), "merged")
     every = (len(checkpoints), num_layers, num_heads)
     return Sample(
         id=str(sample["id"]),

@@ -10,6 +10,8 @@ import numpy as np
 from kvbench.autopsies import GENERATED, NEVER
 from kvbench.packed import Array
 from kvbench.report.autopsy_load import Sample
+from kvbench.report.autopsy_merged import living_on
+from kvbench.report.listing import listed
 
 _IMAGE = 1
 _FLAT = 0.005  # layers whose shares differ by less are not told apart
@@ -20,7 +22,8 @@ class Kept:
     """Shares in [0, 1] of a policy's samples after the prompt and at the end; by layer: lowest and highest.
 
     image: of the image tokens, None for text; text: of the prompt's other tokens; attention: of what the full
-    cache gives to the prompt while it answers; merged: of the prompt's tokens, joined into another entry.
+    cache gives to the prompt while it answers; merged: of the prompt's tokens, gone but part of an entry that is held.
+    steps: answer tokens, the fewest and the most of any sample.
     """
 
     image: tuple[float, float] | None
@@ -29,7 +32,8 @@ class Kept:
     attention: tuple[float, float]
     attention_by_layer: tuple[float, float]
     mean_age_tokens: float
-    merged: float
+    merged: tuple[float, float]
+    steps: tuple[int, int]
 
 
 def kept(samples: Sequence[Sample]) -> Kept:
@@ -45,7 +49,8 @@ def kept(samples: Sequence[Sample]) -> Kept:
         attention=_ends(attention),
         attention_by_layer=_range(attention[0]),
         mean_age_tokens=float(np.mean(ages)),
-        merged=float(np.mean([0.0 if one.merged is None else (one.merged != NEVER).mean() for one in samples])),
+        merged=_pair([(_merged_share(one, 0), _merged_share(one, one.steps)) for one in samples]) or (0.0, 0.0),
+        steps=(min(one.steps for one in samples), max(one.steps for one in samples)),
     )
 
 
@@ -62,18 +67,15 @@ def sentence(samples: Sequence[Sample]) -> str:
     parts = [
         f"After the prompt it holds {listed(names)}; at the end {listed([percent(share[1]) for share, _ in known])}."
     ]
-    if found.merged:
-        parts.append(f"{percent(found.merged)} of the prompt is merged into other entries.")
+    if found.merged[0]:
+        before, after = map(percent, found.merged)
+        rest = f"; at the end {after} of it lives on in an entry that is held" if after != before else ""
+        parts.append(f"{before} of the prompt is merged into other entries{rest}.")
     if any(sample.coarse for sample in samples):
         parts.append("Departures are shown at the stored moments only.")
     elif len(samples) == 1:
         parts.append(first_freed(samples[0]))
     return " ".join(part for part in parts if part)
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return names as a sentence lists them."""
-    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
 
 
 def first_freed(sample: Sample) -> str:
@@ -138,6 +140,10 @@ def _mean_statistic(samples: Sequence[Sample], name: str) -> Array | None:
 def _text_shares(sample: Sample) -> tuple[float, float]:
     words = sample.kinds[: sample.prompt_tokens] != _IMAGE
     return float(sample.held(0)[..., words].mean()), float(sample.held(sample.steps)[..., words].mean())
+
+
+def _merged_share(sample: Sample, step: int) -> float:
+    return float(living_on(sample, step).mean())
 
 
 def _pair(shares: Sequence[tuple[float, float]]) -> tuple[float, float] | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from kvbench.errors import RecordError
 from kvbench.records import MEASURED
+from kvbench.report.natural import natural_key
 from kvbench.units import MEASURES
 
 FULL = "full"
@@ -88,10 +89,15 @@ class CellResult:
 
     @property
     def sort_key(self) -> tuple[object, ...]:
-        """Order: model, dataset, full first, policy, positions, variant, budget."""
+        """Order: model, dataset, full first, policy, positions, variant (numbers in names by size), budget."""
+        series = (not self.is_full, *map(natural_key, (self.policy, self.positions, self.variant)))
+        return natural_key(self.model), natural_key(self.dataset), *series, *self.budget_order, self.key
+
+    @property
+    def budget_order(self) -> tuple[object, ...]:
+        """Order of budgets whatever the policy: shares before numbers of tokens, the smallest first."""
         budget = self.budget_fraction if self.budget_fraction is not None else self.budget_tokens or 0
-        series = (not self.is_full, self.policy, self.positions, self.variant)
-        return self.model, self.dataset, *series, self.budget_fraction is None, budget, self.budget, self.key
+        return self.budget_fraction is None, budget, self.budget
 
 
 def parse_cell(body: Mapping[str, Any]) -> CellResult:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from kvbench.report.cell import CellResult
 from kvbench.report.load import Group
+from kvbench.report.natural import natural_key
 from kvbench.report.paired import sample_score
 from kvbench.units import measure
 
@@ -47,7 +48,7 @@ def losses_of(group: Group, cell: CellResult, name: str) -> tuple[Loss, ...]:
         for identity, score in scores_of(cell, name).items()
         if identity in others
     ]
-    return tuple(sorted(found, key=lambda one: (-one.loss, one.sample)))
+    return tuple(sorted(found, key=lambda one: (-one.loss, natural_key(one.sample))))
 
 
 def scores_of(cell: CellResult, name: str) -> Mapping[str, float]:

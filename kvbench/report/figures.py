@@ -48,9 +48,9 @@ _KINDS = (
         title="Where the time goes",
         summary="TTFT, TPOT (p50, p90) with the policy's own time and the memory roof, share of it, ratios to full",
         caption="Time to first token and per output token; lines through the points are 95 % intervals over launches. "
-        "Bars are the policy's own part of it. The black tick is the memory roof: no step can be faster. The coloured "
-        "tick below a point is the 90th percentile of TPOT. Ratios compare with the full cache in the same process; "
-        "the dashed line at 1 is its speed. Pale cells were noisy. n counts launches.",
+        "Bars are the policy's own part of it. The thick tick is the memory roof: on a GPU no step can be faster. The "
+        "thin tick below a point is the 90th percentile of TPOT. Ratios compare with the full cache in the same "
+        "process; the dashed line at 1 is its speed. Pale cells were noisy. n counts launches.",
         needs="the speed task",
         takes_measures=False,
     ),
@@ -70,7 +70,8 @@ _KINDS = (
         title="Entries held while decoding",
         summary="cache entries at every decode step, a panel per policy",
         caption="Entries per layer and KV head over the tokens seen, mean over layers and the rows still answering; "
-        "the shade reaches up to the fullest. A line ends (mark) where the last answer ended. Black is the full cache.",
+        "the shade reaches up to the fullest. A line ends (mark) where the last answer ended. "
+        "The square marks the full cache.",
         needs="the generation task",
         takes_measures=False,
     ),

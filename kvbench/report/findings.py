@@ -1,5 +1,6 @@
 """What looks odd in the numbers: policies below `random`, quality that falls where the budget grows.
 
+Each finding also knows what it was looked for in, so that nothing is said about what was never compared.
 Every difference is paired by sample and carries its interval; where that interval holds zero the
 words say "undecided" instead of naming a winner.
 """
@@ -7,17 +8,19 @@ words say "undecided" instead of naming a winner.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvbench.report.cell import CellResult
-from kvbench.report.comparisons import Comparison, compare
+from kvbench.report.comparisons import PRIMARY_QUALITIES, Comparison, compare
 from kvbench.report.load import Group
 from kvbench.report.paired import is_better
 from kvbench.units import format_value, measure
 
-QUALITIES = ("objects_recalled_fraction", "rougeL_vs_full", "ppl", "rougeL_vs_reference")
-_ODD_QUALITIES = QUALITIES[:3]
+_REFERENCE = "rougeL_vs_reference"  # a model's answers may be nearer to it by chance, so it shows nothing odd
+_RECALLED = ("objects_recalled_fraction", "needles_recalled_fraction")
+_ODD_QUALITIES = (*_RECALLED, *(name for name in PRIMARY_QUALITIES if name != _REFERENCE))
+QUALITIES = (*_ODD_QUALITIES, _REFERENCE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,10 +38,31 @@ class Contrast:
         return self.difference.is_clear
 
 
+Pair = tuple[CellResult, CellResult, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Looked:
+    """Where an odd order was looked for: pairs that should be in order (worse first), with the measure."""
+
+    pairs: tuple[Pair, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the measures compared."""
+        return tuple(name for name in _ODD_QUALITIES if any(pair[2] == name for pair in self.pairs))
+
+    @property
+    def num_clear(self) -> int:
+        """Return how many pairs are shown to be in order."""
+        found = (compare(better, worse, name) for worse, better, name in self.pairs)
+        return sum(one is not None and one.verdict == "better" for one in found)
+
+
 def budgets_of(group: Group) -> dict[str, list[CellResult]]:
     """Return the usable budgeted cells by budget, whatever position mode each policy is run in."""
     found: dict[str, list[CellResult]] = {}
-    for cell in sorted(group.budgeted, key=lambda cell: cell.sort_key[6:]):
+    for cell in sorted(group.budgeted, key=lambda cell: cell.budget_order):
         if not cell.failed:
             found.setdefault(cell.budget, []).append(cell)
     return found
@@ -47,27 +71,39 @@ def budgets_of(group: Group) -> dict[str, list[CellResult]]:
 def below_random(group: Group) -> dict[str, list[Contrast]]:
     """Return, by series label, every budget and measure in which a policy scores worse than `random`."""
     found: dict[str, list[Contrast]] = {}
+    for contrast in _out_of_order(above_random(group)):
+        found.setdefault(group.series_label(contrast.first), []).append(contrast)
+    return found
+
+
+def above_random(group: Group) -> Looked:
+    """Return every pair of `random` and another policy at one budget, in every measure that both have."""
+    pairs: list[Pair] = []
     for cells in budgets_of(group).values():
         for baseline in (cell for cell in cells if cell.policy == "random"):
             for cell in (cell for cell in cells if cell.policy != "random"):
-                worse = list(_worse(cell, baseline, _ODD_QUALITIES))
-                found.setdefault(group.series_label(cell), []).extend(worse)
-    return {label: contrasts for label, contrasts in found.items() if contrasts}
+                pairs.extend(_pairs(baseline, cell))
+    return Looked(pairs=tuple(pairs))
 
 
 def not_monotone(group: Group) -> list[Contrast]:
     """Return every step to a larger budget (full last) at which a measure gets worse instead of better."""
+    return list(_out_of_order(budget_steps(group)))
+
+
+def budget_steps(group: Group) -> Looked:
+    """Return every step of a policy to the next larger budget, full last, in every measure that both cells have."""
     by_series: dict[tuple[str, str, str], list[CellResult]] = {}
     for cell in group.budgeted:
         by_series.setdefault(cell.series, []).append(cell)
-    found: list[Contrast] = []
+    pairs: list[Pair] = []
     for cells in by_series.values():
         usable = [cell for cell in cells if not cell.failed]
         ladder = [*usable, group.full] if group.full else usable
         for smaller, larger in itertools.pairwise(ladder):
             if _comparable_budgets(smaller, larger):
-                found.extend(_worse(larger, smaller, _ODD_QUALITIES))
-    return found
+                pairs.extend(_pairs(smaller, larger))
+    return Looked(pairs=tuple(pairs))
 
 
 def contrast_text(contrast: Contrast) -> str:
@@ -89,8 +125,15 @@ def _difference_unit(name: str) -> tuple[str, float, int]:
     return (" points", 0.01, 1) if measure(name).unit == "fraction" else ("", 1.0, 3)
 
 
-def _worse(first: CellResult, second: CellResult, names: Iterable[str]) -> Iterator[Contrast]:
-    for name in names:
+def _pairs(worse: CellResult, better: CellResult) -> Iterator[Pair]:
+    for name in _ODD_QUALITIES:
+        if worse.estimate(name) and better.estimate(name):
+            yield worse, better, name
+
+
+def _out_of_order(looked: Looked) -> Iterator[Contrast]:
+    """Yield the pairs whose values stand the wrong way round; `first` should have been the better one."""
+    for second, first, name in looked.pairs:
         one, two = first.estimate(name), second.estimate(name)
         if one and two and is_better(name, two.value, one.value):
             difference = compare(first, second, name)

@@ -85,7 +85,8 @@ class Choice:
 class Results:
     """All usable cells in table order, and the problems met while reading.
 
-    Of several folders also what was chosen; `frontiers` are the searches for a smallest safe budget beside them.
+    Of several folders also what was chosen; `frontiers` are the searches for a smallest safe budget beside them;
+    `sweep` is the one that was asked for, None for all.
     """
 
     records: tuple[CellResult, ...]
@@ -93,6 +94,7 @@ class Results:
     folders: tuple[str, ...] = ("",)
     choices: tuple[Choice, ...] = ()
     frontiers: tuple[Frontier, ...] = ()
+    sweep: str | None = None
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -136,7 +138,7 @@ def read_cells(folder: Path, *, keys: Collection[str] | None = None) -> tuple[li
 
 def results_of(cells: list[CellResult], problems: list[Problem], sweep: str | None) -> Results:
     """Return cells of `sweep` in table order. Raises: ConfigError if no record belongs to it."""
-    return Results(records=ordered(_only(cells, sweep)), problems=tuple(problems))
+    return Results(records=ordered(_only(cells, sweep)), problems=tuple(problems), sweep=sweep)
 
 
 def _only(cells: list[CellResult], sweep: str | None) -> list[CellResult]:

@@ -12,7 +12,8 @@ from kvbench.report.cell_rows import all_rows
 from kvbench.report.comparisons import DECLARED, Choices
 from kvbench.report.judged import Judged, judge
 from kvbench.report.load import Results
-from kvbench.report.notes import Note, notes_of
+from kvbench.report.note import Note
+from kvbench.report.notes import notes_of
 from kvbench.report.page_again import again_html
 from kvbench.report.page_answer import answer_html
 from kvbench.report.page_autopsy import autopsy_section
@@ -23,6 +24,7 @@ from kvbench.report.page_latency import latency_html
 from kvbench.report.page_markup import escaped, prose
 from kvbench.report.page_memory import memory_html
 from kvbench.report.page_methods import methods_html
+from kvbench.report.page_sample_links import linked_samples
 from kvbench.report.page_samples import sample_browser
 from kvbench.report.page_script import SCRIPT, content_policy
 from kvbench.report.page_style import STYLE
@@ -49,7 +51,7 @@ class _Section:
 def render_page(results: Results, plots: Sequence[Plot], choices: Choices = DECLARED) -> str:
     """Return the whole page; the same records give the same text."""
     judged = [judge(group, choices) for group in results.groups]
-    sections = [section for section in _sections(results, judged, plots) if section.content]
+    sections = [section for section in _sections(results, judged, plots, choices) if section.content]
     links = "".join(f'<a href="#{section.name}">{section.link}</a>' for section in sections)
     body = "".join(
         f'<section id="{section.name}"><h2>{section.title}</h2>{section.content}</section>' for section in sections
@@ -68,29 +70,35 @@ def render_page(results: Results, plots: Sequence[Plot], choices: Choices = DECL
 """
 
 
-def _sections(results: Results, judged: Sequence[Judged], plots: Sequence[Plot]) -> list[_Section]:
+def _sections(results: Results, judged: Sequence[Judged], plots: Sequence[Plot], choices: Choices) -> list[_Section]:
     shown = chosen_plots(plots)
+    answers, failures = _answers(judged), _per_group(judged, failures_html)
     parts = (
-        ("answer", "Answer", "Answer", _answers(judged)),
+        ("answer", "Answer", "Answer", answers),
         ("verdicts", "Verdicts", "Verdicts", verdicts_html(all_rows(judged)) if judged else ""),
         ("care", "Care", "Read with care", _per_group(judged, _care)),
-        ("frontier", "Safe budgets", "Smallest safe budget", frontier_html(results.frontiers) if judged else ""),
+        (
+            "frontier",
+            "Safe budgets",
+            "Smallest safe budget",
+            frontier_html(results.frontiers, choices) if judged else "",
+        ),
         (
             "figures",
             "Figures",
             "Figures",
             _per_group(judged, lambda one: figures_html(shown, one.group.title)) + _cut(judged, plots, shown),
         ),
-        ("failures", "Failures", "Where policies fail", _per_group(judged, failures_html)),
-        ("samples", "Samples", "Samples", sample_browser(results)),
+        ("failures", "Failures", "Where policies fail", failures),
+        ("samples", "Samples", "Samples", sample_browser(results, linked_samples(answers + failures))),
         ("autopsy", "Kept", "What the cache kept", autopsy_section(results)),
         ("memory", "Memory", "Memory", _per_group(judged, lambda one: memory_html(one.group))),
         ("latency", "Latency", "Latency", _per_group(judged, lambda one: latency_html(one.group))),
         ("numbers", "Numbers", "All numbers", _per_group(judged, _numbers)),
-        ("measures", "Methods", "How each number is measured", methods_html(results, judged)),
+        ("measures", "Methods", "How each number is measured", methods_html(results, judged, choices)),
         ("environment", "Environment", "Environment", environment_html(results)),
         ("problems", "Problems", "Problems while reading", problems_html(results.problems)),
-        ("again", "This page", "This page again", again_html(results)),
+        ("again", "This page", "This page again", again_html(results, choices)),
     )
     return [_Section(name=name, link=link, title=title, content=content) for name, link, title, content in parts]
 

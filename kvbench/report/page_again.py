@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import shlex
+
+from kvbench.report.comparisons import DECLARED, Choices
 from kvbench.report.load import Choice, Results
 from kvbench.report.page_markup import escaped
 
 _MOST_CHOICES = 50
 
 
-def again_html(results: Results) -> str:
+def again_html(results: Results, choices: Choices = DECLARED) -> str:
     """Return commands and, where several folders were read, which one each shared cell was taken from."""
-    folders = " ".join(name or "FOLDER" for name in results.folders)
+    folders = " ".join(shlex.quote(name or "FOLDER") for name in results.folders)
+    folders += _options(results, choices)
     return f"""<p>The same records give the same page, byte for byte:</p>
 <pre>kvbench report {escaped(folders)}
 kvbench report {escaped(folders)} --format csv
 kvbench report {escaped(folders)} --format latex --out table.tex
-kvbench results show {escaped(results.folders[0] or "FOLDER")} KEY</pre>
+kvbench results show {escaped(shlex.quote(results.folders[0] or "FOLDER"))} KEY</pre>
 <p>The last line shows the settings and the software of one cell; running a sweep again measures only cells that are
 missing. All numbers lie in <code>table.csv</code> and <code>table.parquet</code>, every sample in
 <code>samples.csv</code> and <code>samples.parquet</code>.</p>{_choices(results)}"""
+
+
+def _options(results: Results, choices: Choices) -> str:
+    """Return the options without which the page would be another one."""
+    words = [] if results.sweep is None else [f"--sweep={results.sweep}"]
+    words += [f"--margin={name}={value!r}" for name, value in sorted(choices.margins.items())]
+    words += ["--intersect"] if choices.intersect else []
+    return "".join(f" {shlex.quote(word)}" for word in words)
 
 
 def _choices(results: Results) -> str:

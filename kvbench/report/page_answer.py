@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kvbench.report.answer_words import MOST_NAMES, answer_sentences, names, other_measures, value_text
+from kvbench.report.answer_words import MOST_NAMES, answer_sentences, is_apart, names, other_measures, value_text
 from kvbench.report.cell import CellResult
 from kvbench.report.collapses import losses_of
 from kvbench.report.comparisons import Comparison
@@ -67,9 +67,11 @@ def _block(judged: Judged, cells: list[CellResult]) -> str:
 
 
 def _take(judged: Judged, standing: Standing) -> str:
-    ahead = [standing.first, *(cell for cell, _ in standing.rivals)]
+    rivals = [cell for cell, found in standing.rivals if not is_apart(found)]
     first = prose(f"`{judged.group.series_label(standing.first)}`")
-    return f"take {first}" if len(ahead) == 1 else f"{first} or {prose(names(judged, ahead[1:]))}"
+    if rivals:
+        return f"{first} or {prose(names(judged, rivals))}"
+    return f"take {first}" if standing.beaten or not standing.rivals else f"{first}, compared with none"
 
 
 def _answers(judged: Judged, standing: Standing) -> Iterator[tuple[str, list[str]]]:
@@ -88,7 +90,7 @@ def _sure(judged: Judged, standing: Standing) -> Iterator[str]:
     for cell, found in standing.rivals[:MOST_NAMES]:
         yield f"Against `{judged.group.series_label(cell)}`: {_rival_text(found)}."
     if len(standing.rivals) > MOST_NAMES:
-        yield f"The same holds against {len(standing.rivals) - MOST_NAMES} more; see Verdicts."
+        yield f"{len(standing.rivals) - MOST_NAMES} more are not beaten either."
     if len(standing.ranked) == 1:
         yield "Nothing to compare it with at this budget."
     if standing.left_out:

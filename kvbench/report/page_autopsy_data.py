@@ -14,6 +14,7 @@ from kvbench.report.autopsy_load import Autopsy, Sample
 from kvbench.report.autopsy_numbers import sentence
 from kvbench.report.cell import CellResult
 from kvbench.report.load import Group
+from kvbench.report.natural import natural_key
 
 _NARROW, _NARROW_NEVER = 250, 255  # steps that one byte can tell, and what stands for NEVER in it
 MOST_BYTES = 8_000_000  # of eviction patterns on one page
@@ -22,31 +23,53 @@ Pairs = Sequence[tuple[CellResult, Autopsy]]
 
 
 def group_data(group: Group, pairs: Pairs, room_bytes: int) -> tuple[dict[str, Any], int]:
-    """Return one group for the script and the bytes of its patterns; samples that do not fit are left out."""
-    most = _with_most_layers(pairs)
+    """Return one group for the script and the bytes of its patterns.
+
+    A sample that does not fit is left out under every policy, so that what is shown can be compared.
+    """
+    cells = [_cell(group, cell, autopsy) for cell, autopsy in pairs]
     items: dict[str, dict[str, Any]] = {}
-    cells = []
     spent = 0
-    for cell, autopsy in pairs:
-        views = {}
-        for sample in autopsy.samples:
-            view = _view(cell, sample)
-            size = sum(map(len, view["freed"]["patterns"]))
-            if spent + size <= room_bytes:
-                spent += size
-                items.setdefault(sample.id, _item(most[sample.id]))
-                views[sample.id] = view
-        cells.append(
-            {
-                "label": group.series_label(cell),
-                "budget": "" if cell.is_full else cell.budget,
-                "layers": autopsy.num_layers,
-                "heads": autopsy.num_heads,
-                "views": views,
-            }
-        )
-    budgets = list(dict.fromkeys(cell["budget"] for cell in cells if cell["budget"])) or [""]
-    return {"title": group.title, "budgets": budgets, "items": items, "cells": cells}, spent
+    for name, sample in sorted(_with_most_layers(pairs).items(), key=lambda pair: natural_key(pair[0])):
+        views = _views(pairs, name)
+        size = sum(map(_size, views.values()))
+        if spent + size <= room_bytes:
+            spent += size
+            items[name] = _item(sample)
+            for index, view in views.items():
+                cells[index]["views"][name] = view
+    data = {"title": group.title, "budgets": _budgets(pairs, cells), "ids": list(items)}
+    return data | {"items": items, "cells": cells}, spent
+
+
+def _cell(group: Group, cell: CellResult, autopsy: Autopsy) -> dict[str, Any]:
+    return {
+        "label": group.series_label(cell),
+        "budget": "" if cell.is_full else cell.budget,
+        "layers": autopsy.num_layers,
+        "heads": autopsy.num_heads,
+        "views": {},
+    }
+
+
+def _views(pairs: Pairs, name: str) -> dict[int, dict[str, Any]]:
+    """Return one sample under every policy that has it, by the policy's place."""
+    return {
+        index: _view(cell, sample)
+        for index, (cell, autopsy) in enumerate(pairs)
+        for sample in autopsy.samples
+        if sample.id == name
+    }
+
+
+def _size(view: Mapping[str, Any]) -> int:
+    return sum(len(text) for part in ("freed", "merged") if part in view for text in view[part]["patterns"])
+
+
+def _budgets(pairs: Pairs, cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the budgets at which there is something to see, smallest first; "" is the full cache's."""
+    seen = [cell for (cell, _), shown in zip(pairs, cells, strict=True) if shown["budget"] and shown["views"]]
+    return list(dict.fromkeys(cell.budget for cell in sorted(seen, key=lambda cell: cell.budget_order))) or [""]
 
 
 def _with_most_layers(pairs: Pairs) -> dict[str, Sample]:

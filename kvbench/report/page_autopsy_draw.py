@@ -34,7 +34,8 @@ const rowsOf = (view, stored, chosen) => {
   }));
   return rows;
 };
-// For every token: how many of the chosen layers and heads hold it after `step`, and how many merged it.
+// For every token: how many of the chosen layers and heads hold it after `step`, and in how many it lives on in an
+// entry that is held; an entry may have joined another one in its turn.
 const state = (item, view, chosen, step) => {
   const freed = rowsOf(view, view.freed, chosen), merged = view.merged ? rowsOf(view, view.merged, chosen) : [];
   const prompt = item.tokens.length, count = prompt + view.steps, pairs = freed.length;
@@ -43,10 +44,14 @@ const state = (item, view, chosen, step) => {
   freed.forEach((row, r) => {
     for (let p = 0; p < arrived; p++) {
       if (row[p] > step) held[p]++;
-      else if (merged.length && p < prompt && merged[r][p] !== NEVER) joined[p]++;
+      else if (merged.length && p < prompt && row[lastOf(merged[r], row, p, step)] > step) joined[p]++;
     }
   });
   return { held, joined, pairs, arrived, prompt };
+};
+const lastOf = (merged, row, p, step) => {
+  for (let turns = merged.length; turns && row[p] <= step && merged[p] !== NEVER; turns--) p = merged[p];
+  return p;
 };
 const imageTokens = item => [...item.kinds].flatMap((kind, p) => kind === "1" ? [p] : []);
 

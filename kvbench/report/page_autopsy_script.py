@@ -1,6 +1,7 @@
 """The choosing half of the autopsy's script: model, sample, budget, layer, head, moment; by click or key."""
 
 from kvbench.report.page_autopsy_draw import DRAW
+from kvbench.report.page_autopsy_read import READ
 
 _CHOOSE = r"""
 const at = id => document.getElementById(id);
@@ -20,16 +21,17 @@ const group = () => data[pick.group.value];
 const chosen = () => ({ layer: Number(pick.layer.value), head: Number(pick.head.value) });
 const step = () => Number(slider.value);
 const capped = (panel, moment) => Math.min(moment, panel.view.steps);
-const say = text => { readout.textContent = text; };
-
 const pickGroup = () => {
-  fill(pick.sample, Object.keys(group().items).map(id => [id, id]));
   fill(pick.budget, group().budgets.map(budget => [budget, budget || "everything"]));
+  pickBudget();
+};
+const pickBudget = () => {
+  const cells = group().cells.filter(cell => cell.budget === pick.budget.value);
+  fill(pick.sample, group().ids.filter(id => cells.some(cell => cell.views[id])).map(id => [id, id]));
   pickSample();
 };
 const pickSample = () => {
   item = group().items[pick.sample.value];
-  if (!item) { panels.replaceChildren("No sample was looked at."); return; }
   const cells = group().cells.filter(cell => cell.budget === pick.budget.value && cell.views[pick.sample.value]);
   const heads = Math.max(1, ...cells.map(cell => cell.heads)), total = Math.max(1, ...cells.map(cell => cell.layers));
   const all = item.layers.length < total ? `all ${item.layers.length} stored of ${total}` : `all ${total}`;
@@ -68,7 +70,8 @@ const build = () => {
     followWords(panel);
   });
   if (reference) follow(reference.box, item.picture.columns, item.picture.rows, showPatch);
-  showPatch(-1);
+  reading = null;
+  say("");
 };
 const draw = () => {
   const now = step(), total = Number(slider.max), measure = pick.measure.value;
@@ -102,81 +105,16 @@ const draw = () => {
   const stored = Math.max(0, ...shown.map(({ view }) => view.checkpoints[checkpointAt(view, now)]));
   legend.textContent = `${SCALES[measure].name}: left end 0, right end ${SCALES[measure].text(most)}; as stored ` +
     (stored ? `after about ${stored} answer tokens` : "after the prompt");
+  if (reading) reading.again();
 };
 const bytes = text => Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
 
-const showPatch = place => {
-  [reference, ...shown.map(panel => panel.picture)].forEach(picture => picture && picture.point(place));
-  if (place < 0) { say(""); return; }
-  const token = imageTokens(item)[item.picture.places.indexOf(place)];
-  const name = `Patch row ${Math.floor(place / item.picture.columns) + 1}, column ${place % item.picture.columns + 1}`;
-  if (token === undefined) { say(`${name}: no token`); return; }
-  const parts = shown.map(({ cell, now }) => `${cell.label} ${now.held[token]} of ${now.pairs}` +
-    (now.joined[token] ? ` (${now.joined[token]} merged)` : ""));
-  say(`${name}, held in layers x heads: ${parts.join(", ")}`);
-};
-const showHeat = (panel, index) => {
-  shown.forEach(other => other.heat.point(index < other.heat.count ? index : -1));
-  if (index < 0) { say(""); return; }
-  const heads = panel.heat.columns, measure = pick.measure.value;
-  const parts = shown.map(other => `${other.cell.label} ` + (other.heat.count > index ?
-    SCALES[measure].text(other.heat.value(other.view, measure, capped(other, step()), index) ?? "-") : "-"));
-  const place = `Layer ${Math.floor(index / heads) + 1}, head ${index % heads + 1}`;
-  say(`${place}, ${SCALES[measure].name}: ${parts.join(", ")}`);
-};
-const showWord = (panel, index) => {
-  panel.words.spans.forEach(({ span }, other) => span.classList.toggle("ap-here", other === index));
-  if (index < 0) { say(""); return; }
-  const { span, start, end } = panel.words.spans[index];
-  if (end - start > 1) { say(`${panel.cell.label}: ${span.textContent}`); return; }
-  const now = panel.now, own = start - now.prompt;
-  const place = own < 0 ? `prompt token ${start + 1}` : `answer token ${own + 1}`;
-  const left = rowsOf(panel.view, panel.view.freed, chosen()).map(row => row[start]).filter(value => value !== NEVER);
-  const first = Math.min(...left), cut = first ? `at answer token ${first}` : "with the prompt's cut";
-  const when = left.length ? `; first leaves ${cut}` : "";
-  const here = start >= now.arrived ? "not written yet" : `held by ${now.held[start]} of ${now.pairs} (layers x heads)`;
-  say(`${panel.cell.label}: "${span.textContent.trim()}" (${place}) ${here}${when}`);
-};
-// Pointer and arrow keys walk over a grid; `inset` where the drawing has room for labels at the left and top.
-const follow = (box, columns, rows, show, inset) => {
-  let place = -1;
-  box.addEventListener("pointermove", event => {
-    const frame = box.getBoundingClientRect(), view = box.viewBox.baseVal;
-    const left = inset ? 24 : 0, top = inset ? 14 : 0;
-    const x = Math.floor(((event.clientX - frame.x) / frame.width * view.width - left) / (view.width - left) * columns);
-    const y = Math.floor(((event.clientY - frame.y) / frame.height * view.height - top) / (view.height - top) * rows);
-    place = x >= 0 && y >= 0 && x < columns && y < rows ? y * columns + x : -1;
-    show(place);
-  });
-  box.addEventListener("pointerleave", () => show(place = -1));
-  box.addEventListener("blur", () => show(place = -1));
-  box.addEventListener("keydown", event => {
-    const by = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns }[event.key];
-    if (by === undefined) return;
-    event.preventDefault();
-    place = place < 0 ? 0 : Math.max(0, Math.min(columns * rows - 1, place + by));
-    show(place);
-  });
-};
-const followWords = panel => {
-  const { box, spans } = panel.words;
-  let index = -1;
-  const go = next => showWord(panel, index = next);
-  box.addEventListener("pointerover", event => go(spans.findIndex(({ span }) => span === event.target)));
-  box.addEventListener("pointerleave", () => go(-1));
-  box.addEventListener("blur", () => go(-1));
-  box.addEventListener("keydown", event => {
-    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (by === undefined) return;
-    event.preventDefault();
-    go(Math.max(0, Math.min(spans.length - 1, index + by)));
-  });
-};
-const stop = () => { clearInterval(timer); timer = null; play.textContent = "Play"; };
+const stop = () => { clearInterval(timer); timer = null; play.textContent = "Play"; readout.ariaLive = "polite"; };
 play.addEventListener("click", () => {
   if (timer) { stop(); return; }
   if (step() >= Number(slider.max)) slider.value = 0;
   play.textContent = "Pause";
+  readout.ariaLive = "off";  // nobody can listen that fast
   const stride = Math.max(1, Math.round(Number(slider.max) / 60));
   timer = setInterval(() => {
     slider.value = step() + stride;
@@ -186,7 +124,8 @@ play.addEventListener("click", () => {
 });
 slider.addEventListener("input", () => { stop(); draw(); });
 pick.group.addEventListener("change", pickGroup);
-for (const select of [pick.sample, pick.budget]) select.addEventListener("change", pickSample);
+pick.budget.addEventListener("change", pickBudget);
+pick.sample.addEventListener("change", pickSample);
 for (const select of [pick.layer, pick.head, pick.measure]) select.addEventListener("change", draw);
 let before = null;  // paper shows the end
 addEventListener("beforeprint", () => { stop(); before = slider.value; slider.value = slider.max; draw(); });
@@ -196,4 +135,4 @@ at("ap-group-label").hidden = data.length < 2;
 pickGroup();
 """
 
-AUTOPSY_SCRIPT = f'if (document.getElementById("autopsy-data")) (() => {{{DRAW}{_CHOOSE}}})();\n'
+AUTOPSY_SCRIPT = f'if (document.getElementById("autopsy-data")) (() => {{{DRAW}{READ}{_CHOOSE}}})();\n'

@@ -40,7 +40,8 @@ _REST = """
   background: var(--card); border: 1px solid var(--muted); border-radius: 6px; }
 #ap-step { flex: 1 1 200px; min-width: 140px; accent-color: var(--link); }
 #ap-moment { min-width: 15em; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
-#ap-readout { min-height: 1.5em; margin: 6px 0; font-size: 0.9rem; max-width: none; }
+#ap-readout { min-height: 1.5em; margin: 6px 0; padding: 3px 0; font-size: 0.9rem; max-width: none; }
+#ap-readout:not(:empty) { position: sticky; top: 0; z-index: 2; background: var(--paper); }
 .ap-legend { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 0.82rem; color: var(--muted); margin: 6px 0; }
 .ap-swatch { display: inline-block; width: 14px; height: 14px; vertical-align: -2px; border: 1px solid var(--grid);
   border-radius: 2px; margin-right: 4px; }
@@ -52,7 +53,9 @@ _REST = """
   #autopsy .controls, .ap-time button, #ap-step, #ap-readout { display: none; }
   .ap-panels { grid-template-columns: repeat(5, 1fr); gap: 4mm; } .ap-panel { break-inside: avoid; }
   .ap-legend, #ap-moment { font-size: 8pt; } .ap-panel h4 { font-size: 8.5pt; }
-  .ap-words { max-height: none; overflow: visible; font-size: 6.5pt; } .ap-says { font-size: 7pt; }
+  .ap-words { max-height: none; overflow: visible; font-size: 6.2pt; line-height: 1.35; margin: 3pt 0; }
+  .ap-says { font-size: 6.8pt; line-height: 1.35; margin: 3pt 0 0; } .ap-heat { max-height: 24mm; margin: 4pt 0; }
+  .ap-panels { margin: 4pt 0; } .ap-picture { max-width: 44mm; } .ap-legend { margin: 2pt 0; }
   .ap-picture, .ap-heat, .ap-swatch { print-color-adjust: exact; }
 }
 """

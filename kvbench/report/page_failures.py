@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from kvbench.report.cell import CellResult
 from kvbench.report.collapses import Loss, losses_of, rule_text
 from kvbench.report.judged import Judged
+from kvbench.report.natural import natural_key
 from kvbench.report.page_markup import Head, escaped, number_cell, prose, row_head, table, text_cell
 from kvbench.report.page_sample_links import sample_link, short_name
 from kvbench.report.standing import asked_budget, budgets_in
@@ -40,7 +41,9 @@ def failures_html(judged: Judged) -> str:
     if judged.primary is None:
         return ""
     parts = [
-        _budget(judged, [cell for cell in cells if not cell.failed], judged.primary)
+        _budget(
+            judged, sorted((cell for cell in cells if not cell.failed), key=lambda cell: cell.sort_key), judged.primary
+        )
         for cells in budgets_in(judged).values()
     ]
     drawn = "".join(part for part in parts if part)
@@ -75,36 +78,50 @@ def _items(judged: Judged, cells: Sequence[CellResult], name: str) -> list[_Item
         for loss in losses_of(judged.group, cell, name):
             by_sample.setdefault(loss.sample, {})[cell.key] = loss
     items = [_Item(sample=sample, losses=losses) for sample, losses in by_sample.items()]
-    return sorted(items, key=lambda item: (-item.num_collapsed, -item.mean_loss, item.sample))
+    return sorted(items, key=lambda item: (-item.num_collapsed, -item.mean_loss, natural_key(item.sample)))
 
 
 def _counts(judged: Judged, items: Sequence[_Item], cells: Sequence[CellResult]) -> str:
-    counted = (
-        (sum(cell.key in item.losses and item.losses[cell.key].collapsed for item in items), cell) for cell in cells
-    )
-    parts = [f"`{judged.group.series_label(cell)}` collapses on {count}" for count, cell in counted]
-    return prose(f"{', '.join(parts)} of {len(items)} samples")
+    """Say how many samples each policy loses, of those that it has; the number once where it is the same for all."""
+    losses = {cell.key: [item.losses[cell.key] for item in items if cell.key in item.losses] for cell in cells}
+    nums = {len(found) for found in losses.values()}
+    parts = []
+    for cell in cells:
+        found, name = losses[cell.key], f"`{judged.group.series_label(cell)}`"
+        of = "" if len(nums) == 1 else f" of {len(found)}"
+        count = sum(loss.collapsed for loss in found)
+        parts.append(f"{name} collapses on {count}{of}" if found else f"{name} has no scores")
+    return prose(", ".join(parts) + (f" of {len(items)} samples" if len(nums) == 1 else ""))
 
 
 def _everywhere(judged: Judged, items: Sequence[_Item], cells: Sequence[CellResult]) -> str:
-    every = [item for item in items if item.num_collapsed == len(cells)]
+    """Say which samples collapse under every policy that has them, two at least."""
+    shared = [item for item in items if len(item.losses) > 1]
+    every = [item for item in shared if item.num_collapsed == len(item.losses)]
     none = sum(item.num_collapsed == 0 for item in items)
-    if len(cells) < 2:
+    if not shared:
         return ""
-    links = ", ".join(sample_link(judged.group, cells[0], item.sample) for item in every[:_MOST_LINKS])
+    nums = {len(item.losses) for item in items}
+    policies = f"all {len(cells)} policies" if nums == {len(cells)} else "every policy that has them"
+    links = ", ".join(sample_link(judged.group, _first_with(item, cells), item.sample) for item in every[:_MOST_LINKS])
     more = f" and {len(every) - _MOST_LINKS} more" if len(every) > _MOST_LINKS else ""
     under_all = (
-        f"{len(every)} collapse under all {len(cells)} policies ({links}{more})"
+        f"{len(every)} collapse under {policies} ({links}{more})"
         if every
-        else (f"no sample collapses under all {len(cells)} policies")
+        else f"no sample collapses under {policies.replace('them', 'it')}"
     )
     rest = f"{none} of {len(items)} under none" if none else "every sample collapses under at least one"
     return f"<p>{under_all[0].upper()}{under_all[1:]}; {rest}.</p>"
 
 
+def _first_with(item: _Item, cells: Sequence[CellResult]) -> CellResult:
+    return next(cell for cell in cells if cell.key in item.losses)
+
+
 def _row(judged: Judged, item: _Item, cells: Sequence[CellResult], name: str) -> Iterator[str]:
     yield row_head(short_name(judged.group, item.sample))
-    yield number_cell(str(item.num_collapsed), value=item.num_collapsed)
+    of = "" if len(item.losses) == len(cells) else f" of {len(item.losses)}"
+    yield number_cell(f"{item.num_collapsed}{of}", value=item.num_collapsed)
     full = next(iter(item.losses.values())).full
     yield number_cell(_score(name, full), value=full)
     for cell in cells:

@@ -10,7 +10,9 @@ from kvbench.report.plots import Plot
 from kvbench.report.plots_theme import THEME_COLOURS
 
 _MOST_CHARACTERS = 6_000_000
+_TALL = 0.9  # height over width
 _STYLE = re.compile(r"<style\b.*?</style>", re.DOTALL)
+_SIZE = re.compile(r'viewBox="0 0 ([0-9.]+) ([0-9.]+)"')
 _METADATA = re.compile(r"<metadata>.*?</metadata>", re.DOTALL)
 
 
@@ -46,5 +48,12 @@ def inline_svg(plot: Plot) -> str:
 
 def _figure(plot: Plot) -> str:
     label = f"{plot.title}, {plot.group_title}"
+    kind = " class=tall" if _is_tall(plot.svg) else ""
     drawing = f'<div class=plot role=img aria-label="{escaped(label)}">{inline_svg(plot)}</div>'
-    return f"<figure>{scroll_box(drawing, label)}<figcaption>{prose(plot.caption)}</figcaption></figure>"
+    return f"<figure{kind}>{scroll_box(drawing, label)}<figcaption>{prose(plot.caption)}</figcaption></figure>"
+
+
+def _is_tall(svg: str) -> bool:
+    """Tell whether the drawing takes a sheet of its own on paper, which lies across."""
+    size = _SIZE.search(svg)
+    return size is not None and float(size[2]) > _TALL * float(size[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from kvbench.report.comparisons import DECLARED, Choices, smallest_margin
 from kvbench.report.frontier import Frontier, Look, Search
 from kvbench.report.frontier_table import budget_text, held_text, range_text
 from kvbench.report.page_markup import Head, escaped, number_cell, prose, row_head, table, text_cell
@@ -15,12 +16,12 @@ _NONE = (
 )
 
 
-def frontier_html(frontiers: Sequence[Frontier]) -> str:
-    """Return a table per search, or how to make one."""
-    return "".join(map(_one, frontiers)) if frontiers else f"<p>{prose(_NONE)}</p>"
+def frontier_html(frontiers: Sequence[Frontier], choices: Choices = DECLARED) -> str:
+    """Return a table per search, or how to make one; `choices` hold the margins of the rest of the page."""
+    return "".join(_one(one, choices) for one in frontiers) if frontiers else f"<p>{prose(_NONE)}</p>"
 
 
-def _one(frontier: Frontier) -> str:
+def _one(frontier: Frontier, choices: Choices) -> str:
     label = measure(frontier.measure).label
     caption = f"Smallest budget at which {label} is at most {frontier.margin:g} worse than full ({frontier.name})"
     heads = [
@@ -28,7 +29,7 @@ def _one(frontier: Frontier) -> str:
         Head(label="model and data set", kind="text"),
         Head(label="smallest safe budget"),
         Head(label="true one", note="from - to"),
-        Head(label=f"{label} minus full", note="at that budget"),
+        Head(label=f"{label} minus full", note=f"at that budget, {100 * frontier.confidence:.4g} % interval"),
         Head(label="samples"),
         Head(label="budgets measured", kind=None),
     ]
@@ -36,7 +37,18 @@ def _one(frontier: Frontier) -> str:
     return (
         f"{table(caption, heads, rows)}<p class=quiet>A budget called safe is unsafe in at most 5 % of searches. "
         f"{frontier.num_cells} cells were measured instead of {frontier.num_cells_of_grid} of the dense grid, "
-        f"by {escaped(frontier.budget_setting)}.</p>"
+        f"by {escaped(frontier.budget_setting)}.{_other_margin(frontier, choices)}</p>"
+    )
+
+
+def _other_margin(frontier: Frontier, choices: Choices) -> str:
+    """Say why the answer on top may name another budget."""
+    elsewhere = smallest_margin(frontier.measure, choices.margins)
+    if elsewhere is None or elsewhere == frontier.margin:
+        return ""
+    return (
+        f" The margin here is {frontier.margin:g} and in the answer and the verdicts {elsewhere:g}, "
+        "so they may name another budget."
     )
 
 

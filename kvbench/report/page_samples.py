@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 from kvbench.report.load import Results
 from kvbench.report.page_autopsy import safe_json
-from kvbench.report.page_samples_data import group_data
+from kvbench.report.page_samples_data import NO_LINKS, group_data
 from kvbench.report.sample_answers import COLLAPSE_RULE, answers_of
 
 _MOST_SAMPLES = 4000
+_CUT = (
+    "<p class=quiet>About {most} answers of each cell: those that this page links to and those that collapse first, "
+    "then from the beginning. All are in samples.csv.</p>"
+)
 _BROWSER = """<div class=card id="sb-card"><div class=controls>
 <label id="sb-group-label">Model and data set<select id="sb-group"></select></label>
 <label>Policy<select id="sb-policy"></select></label>
@@ -28,16 +34,17 @@ _BROWSER = """<div class=card id="sb-card"><div class=controls>
 <table><tbody id="sb-scores"></tbody></table></div></div></div>"""
 
 
-def sample_browser(results: Results) -> str:
-    """Return filters and panes, and the data they show."""
+def sample_browser(results: Results, linked: Mapping[tuple[str, str], Collection[str]] = NO_LINKS) -> str:
+    """Return filters and panes, and the data they show; `linked` samples are among them whatever else is."""
     groups = [group for group in results.groups if any(cell.samples for cell in group.cells)]
     if not groups:
         return "<p>No record carries samples.</p>"
     most = max(2, _MOST_SAMPLES // max(1, sum(bool(cell.samples) for cell in results.records)))
     is_cut = any(len(list(answers_of(cell))) > most for cell in results.records)
-    cut = f"<p class=quiet>The first {most} answers of each cell; all are in samples.csv.</p>" if is_cut else ""
+    cut = _CUT.format(most=most) if is_cut else ""
+    data = safe_json([group_data(group, most, linked) for group in groups])
     return f"""<p>What each policy answered, beside the full cache. The first token that differs is marked in both.
 {COLLAPSE_RULE}</p>{cut}
 <noscript><p>Choosing samples needs JavaScript; samples.csv holds all of them.</p></noscript>
 {_BROWSER}
-<script type="application/json" id="sample-data">{safe_json([group_data(group, most) for group in groups])}</script>"""
+<script type="application/json" id="sample-data">{data}</script>"""

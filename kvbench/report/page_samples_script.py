@@ -43,8 +43,9 @@ const list = (key, id) => {
   const named = ({ cell, answer }) => answer.id + (pick.budget.value === "*" ? ` at ${cell.budget}` : "") +
     (answer.collapsed ? " (collapsed)" : "");
   fill(pick.sample, listed.map((one, place) => [place, named(one)]), Math.max(0, index));
-  const total = cells.reduce((sum, cell) => sum + cell.samples.length, 0);
-  at("sb-count").textContent = `${listed.length} of ${total} samples`;
+  const sum = name => cells.reduce((total, cell) => total + cell[name], 0), lost = sum("num_collapsed");
+  const cut = pick.which.value === "collapsed" && listed.length < lost;
+  at("sb-count").textContent = `${listed.length} of ` + (cut ? `${lost} collapsed samples` : `${sum("num")} samples`);
   draw();
 };
 const marked = (place, text, mark) => {
@@ -107,34 +108,37 @@ const step = by => {
   draw();
   remember();
 };
-const open = (matches, id) => {
+// A conversation is linked to as a whole and opens at its first turn.
+const open = (matches, wanted) => {
   for (const [index, one] of groups.entries()) for (const cell of one.cells) {
-    if (!matches(one, cell) || !cell.samples.some(answer => answer.id === id)) continue;
+    const found = matches(one, cell) && [wanted, `${wanted}, turn 1`].find(id => cell.samples.some(a => a.id === id));
+    if (!found) continue;
     pick.group.value = index;
     pick.which.value = "all";
     pickGroup();
     pick.policy.value = cell.policy;
     pickPolicy();
     pick.budget.value = cell.budget;
-    list(cell.key, id);
+    list(cell.key, found);
     at("samples").scrollIntoView();
     return true;
   }
   return false;
 };
+const missing = () => { at("sb-count").textContent = "The linked sample is not on this page."; };
 const openLink = () => {
   const part = /^#sample=([0-9a-f]{16})\/(.*)$/.exec(location.hash);
   if (!part) return;
   let id = part[2];
   try { id = decodeURIComponent(id); } catch { return; }
-  const found = open((_, cell) => cell.key === part[1], id);
-  if (!found) at("sb-count").textContent = "The linked sample is not on this page.";
+  if (!open((_, cell) => cell.key === part[1], id)) missing();
 };
 document.addEventListener("click", event => {
   const link = event.target.closest("a[data-sample]");
   if (!link) return;
   const { group: title, cell: label, sample } = link.dataset;
   if (open((one, cell) => one.title === title && cell.label === label, sample)) { event.preventDefault(); remember(); }
+  else missing();
 });
 pick.group.addEventListener("change", pickGroup);
 pick.policy.addEventListener("change", () => { pickPolicy(); remember(); });

@@ -1,6 +1,7 @@
 """The tables' script: sort by click or key, choose rows of the verdict table."""
 
 TABLES_SCRIPT = """
+const names = new Intl.Collator("en", { numeric: true });  // item 2 before item 10
 for (const button of document.querySelectorAll("th button")) {
   button.addEventListener("click", () => {
     const head = button.closest("th"), body = head.closest("table").tBodies[0];
@@ -12,7 +13,7 @@ for (const button of document.querySelectorAll("th button")) {
     const rows = [...body.rows].sort((a, b) => {
       const x = value(a), y = value(b);
       if (x === "" || y === "") return (x === "") - (y === "");
-      return (up ? 1 : -1) * (numeric ? x - y : x < y ? -1 : x > y ? 1 : 0);
+      return (up ? 1 : -1) * (numeric ? x - y : names.compare(x, y));
     });
     body.append(...rows);
   });

@@ -17,6 +17,7 @@ from kvbench.units import MEASURES, measure
 _TURN = re.compile(r"turn(\d+)_(.+)")
 _WORD = re.compile(r"\s*\S+")
 _JUDGED_BY = (*PRIMARY_QUALITIES[:1], *OTHER_QUALITIES)
+FIRST_TURN = ", turn 1"  # the end of its answer's id
 COLLAPSE_RULE = (
     "Collapsed: under half of the full cache's score in ROUGE-L vs full, or in the next quality that was measured; "
     "in perplexity, more than one nat per token worse."

@@ -30,6 +30,16 @@ def freed_array(seed: int, *, kept: float = 0.4) -> Any:
     return freed
 
 
+def merged_array(seed: int) -> Any:
+    """(L, H, P): what a third of the prompt joined, any other token of it."""
+    draw = np.random.default_rng(seed)
+    merged = np.full((LAYERS, HEADS, PROMPT), NEVER, dtype=np.uint16)
+    other = (np.arange(PROMPT) + draw.integers(1, PROMPT, merged.shape)) % PROMPT
+    chosen = draw.random(merged.shape) < 0.33
+    merged[chosen] = other[chosen]
+    return merged
+
+
 def autopsy_body(
     key: str, *, seed: int = 0, ids: tuple[str, ...] = ("scenes/test/0",), **fields: Any
 ) -> dict[str, Any]:

@@ -162,13 +162,16 @@ class Page:
 
     def click(self, selector: str) -> None:
         """Press the mouse in the middle of the first element that matches."""
-        x, y = self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
-            " e.scrollIntoView({block: 'center'});"
-            " const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; })()"
-        )
+        x, y = self._middle(selector)
         for kind in ("mousePressed", "mouseReleased"):
             self._call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def tap(self, selector: str) -> None:
+        """Touch the middle of the first element that matches with a finger, and lift it."""
+        self._call("Emulation.setTouchEmulationEnabled", enabled=True)
+        x, y = self._middle(selector)
+        self._call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        self._call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
     def complaints(self) -> list[str]:
         """Return errors and warnings of console, scripts and log, policy violations among them."""
@@ -197,6 +200,15 @@ class Page:
         self._call("Emulation.setEmulatedMedia", media="print")
         yield
         self._call("Emulation.setEmulatedMedia", media="")
+
+    def _middle(self, selector: str) -> tuple[float, float]:
+        """Scroll to the first element that matches and return where its middle is."""
+        x, y = self.run(
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+            " e.scrollIntoView({block: 'center'});"
+            " const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; })()"
+        )
+        return x, y
 
     def _call(self, method: str, **parameters: Any) -> dict[str, Any]:
         return self._browser.call(method, self._session, **parameters)

@@ -80,7 +80,7 @@ def test_a_policy_inside_the_margin_is_called_equivalent_and_its_budget_the_smal
     text = text_of(judged_of(tmp_path))
     assert "equivalent to the full cache" in text
     assert "within 0.020" in text
-    assert text.endswith("shown to be kept: 20 % of seen, with `h2o`.")
+    assert text.endswith("shown to be kept (margin 0.020): 20 % of seen, with `h2o`.")
 
 
 def test_another_measure_that_clearly_prefers_another_policy_is_said_in_the_headline(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from kvbench.report.findings import below_random, not_monotone
 from kvbench.report.load import Group, load_results
 from kvbench.report.notes import notes_of
+from tests.report.autopsies import add_autopsies
 from tests.report.synthetic import body, write_cell, write_sweep
 
 
@@ -44,8 +45,59 @@ def test_scores_below_random_that_may_be_chance_are_called_so(tmp_path: Path) ->
     assert "may be chance" in text
 
 
-def test_random_at_the_bottom_is_said_too(tmp_path: Path) -> None:
-    assert "as it should be" in text_of(group_of(tmp_path, body(policy="random"), body(policy="elastic")))
+def scored(score: float, *, spread: float = 0.0, **labels: Any) -> dict[str, Any]:
+    """Return a cell whose only quality is a ROUGE-L around `score`, differently on every sample."""
+    record = body(**labels)
+    for index, sample in enumerate(record["samples"]):
+        sample["rougeL_vs_full"] = score + spread * (1 if index % 2 else -1)
+    measured = record["measurements"]["rougeL_vs_full"] | {"value": score}
+    return record | {"measurements": {"rougeL_vs_full": measured}}
+
+
+def test_random_at_the_bottom_is_said_of_what_was_compared_and_how_clearly(tmp_path: Path) -> None:
+    records = [scored(0.2, policy="random"), scored(0.5, policy="elastic"), scored(0.9, policy="elastic", budget=0.5)]
+    text = text_of(group_of(tmp_path, *records, scored(0.201, spread=0.1, policy="h2o")))
+    assert (
+        "No policy scores below `random` in ROUGE-L vs full at 20 % of seen, as it should be; "
+        "1 of 2 differences are clear, the others may be chance."
+    ) in text
+    assert "Quality (ROUGE-L vs full) never rises where the budget shrinks, as it should be; 1 of 1 steps" in text
+
+
+def test_nothing_is_praised_where_no_quality_was_compared(tmp_path: Path) -> None:
+    records = [body(policy=policy, budget=budget) for policy in ("random", "h2o") for budget in (0.1, 0.2)]
+    for record in (*records, full := body(policy="full", budget=None)):
+        times = {name: one for name, one in record["measurements"].items() if name.endswith("_ms")}
+        record |= {"measurements": times, "samples": []}
+    group = group_of(tmp_path, *records, full)
+    assert notes_of(group) == []
+    one = group_of(tmp_path / "one", scored(0.5, policy="h2o"), scored(0.2, policy="random", budget=0.1))
+    assert "below `random`" not in text_of(one), "at no budget are there two"
+
+
+def test_policies_are_named_below_random_only_where_that_is_clear(tmp_path: Path) -> None:
+    records = [scored(0.5, policy="random", budget=budget) for budget in (0.1, 0.2)]
+    records += [scored(0.2, policy="h2o", budget=0.1), scored(0.499, spread=0.1, policy="h2o", budget=0.2)]
+    text = text_of(group_of(tmp_path, *records))
+    assert "`h2o` scores below it at 10 % of seen. " in text
+    assert "20 % of seen, ROUGE-L vs full: 0.499" in text, "the other one stays in the details"
+    assert "undecided" in text
+    assert "which tokens were kept was not recorded" in text
+    add_autopsies(tmp_path)
+    assert '"What the cache kept" shows' in text_of(load_results(tmp_path).groups[0])
+
+
+def test_noise_of_the_first_token_is_named_as_that_of_the_steps_is(tmp_path: Path) -> None:
+    record, drifting = body(policy="h2o"), body(policy="random")
+    record["measurements"]["ttft_spread_fraction"] = {"value": 0.05}
+    drifting["measurements"]["reference_drift_fraction"] = {"value": 0.04}
+    details = [note.details for note in notes_of(group_of(tmp_path, record, drifting)) if "noisy" in note.text]
+    assert details == [
+        (
+            "h2o, 20 % of seen: TTFT: launches of one setting spread by 5.0%, over 3%",
+            "random, 20 % of seen: a reference kernel drifted by 4.0%, over 2%",
+        )
+    ]
 
 
 def test_quality_that_rises_as_the_budget_falls_is_flagged(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_numbers_are_those_of_the_stored_story(folder: Path) -> None:
     )
     assert found.image is not None
     assert found.image[1] == pytest.approx(sample.statistics["image_kept_permille"][-1].mean() / 1000)
-    assert found.merged == 0
+    assert found.merged == (0.0, 0.0)
     assert "of the image patches" in sentence([sample])
 
 

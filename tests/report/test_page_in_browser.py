@@ -156,7 +156,7 @@ def test_small_and_coloured_words_can_be_read_in_both_themes(page: Page) -> None
     for scheme in ("light", "dark"):
         page.prefer(scheme)
         paper = page.run("getComputedStyle(document.body).backgroundColor")
-        for selector in (".quiet", "td small", ".v-worse", ".failed", "main a", ".noisy td", "tr .missing"):
+        for selector in (".quiet", "td small", ".v-worse", ".failed", "main a", "td.noisy", "tr .missing"):
             colour = page.run(f"getComputedStyle(document.querySelector({selector!r})).color")
             assert contrast(paper, colour) >= 4.5, (scheme, selector)
 
@@ -170,6 +170,26 @@ def test_print_shows_whole_tables_in_light_and_no_controls(browser: Browser, rep
         over = "[...document.querySelectorAll('table')].filter(t => t.offsetWidth > document.body.clientWidth + 1)"
         assert page.run(f"{over}.filter(t => !t.closest('details')).length") == 0
     assert page.pdf().startswith(b"%PDF")
+
+
+def test_on_paper_tables_break_between_rows_and_small_figures_share_a_sheet(browser: Browser, report: Path) -> None:
+    page = browser.open(report)
+    with page.printing():
+        style = "(selector, name) => getComputedStyle(document.querySelector(selector))[name]"
+        for selector, name, expected in (
+            (".scroll", "breakInside", "auto"),
+            ("#verdict-table tbody tr:nth-child(2)", "breakBefore", "avoid"),
+            ("#verdict-table tbody tr:nth-child(9)", "breakInside", "avoid"),
+            ("figure", "breakInside", "avoid"),
+        ):
+            assert page.run(f"({style})({selector!r}, {name!r})") == expected, selector
+    sheets = page.pdf().count(b"/Type /Page\n")
+    assert sheets > 5
+    page.run(
+        "document.head.append(Object.assign(document.createElement('style'), {textContent:"
+        " '@media print { .scroll { break-inside: avoid; } .plot svg { max-height: 150mm; } }'}))"
+    )
+    assert page.pdf().count(b"/Type /Page\n") > sheets
 
 
 def contrast(first: str, second: str) -> float:
