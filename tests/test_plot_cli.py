@@ -110,7 +110,7 @@ def test_groups_and_policies_are_chosen_by_name(tmp_path: Path, capsys: pytest.C
         (["quality", "--out", "a.svg", "--format", "pdf"], "give one of them"),
         (["quality", "--format", "jpg"], "--format is 'jpg'"),
         (["quality", "--colour", "red"], "kvbench plot --help lists flags"),
-        (["quality", "nowhere"], "/nowhere does not exist; run a sweep first"),
+        (["quality", "nowhere"], "folder nowhere does not exist; run a sweep first"),
         (["quality", "{results}", "--model", "tiny-lava"], "did you mean 'tiny-llava'?"),
         (["quality", "{results}", "--dataset", "scene"], "did you mean 'scenes'?"),
         (["quality", "{results}", "--policies", "h2o,elastik"], "--policies is 'elastik'; did you mean 'elastic'?"),
