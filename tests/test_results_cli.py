@@ -220,6 +220,16 @@ def age(path: Path) -> None:
     os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 2 * 86_400))
 
 
+def test_batches_go_although_the_writer_that_was_killed_after_its_record_left_its_lease(folder: Path) -> None:
+    key = next(iter(cells()))
+    PartialStore(folder, key).commit(0, {})
+    claim = folder / "claims" / f"{key[:16]}.1"
+    claim.write_bytes(b"damaged")
+    assert leftovers(folder) == [], "someone may be measuring the cell afresh"
+    age(claim)
+    assert [leftover.path for leftover in leftovers(folder)] == [first_cell(folder) / "batches", claim]
+
+
 def test_leftovers_are_listed_first_and_removed_on_request(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     key = next(iter(cells()))
     cell = first_cell(folder)

@@ -37,7 +37,9 @@ def leftovers(results: Path) -> list[Leftover]:
     """Return what may be removed under `results`, sorted by path. Raises: ConfigError for a missing folder."""
     if not results.is_dir():
         raise ConfigError(f"the results folder {results} does not exist; run a sweep first or give the right folder.")
-    found = [*_temporary(results), *_claims(results), *_batches(results), *_autopsies(results)]
+    abandoned = list(_claims(results))
+    dead = {path for path, _ in abandoned}
+    found = [*_temporary(results), *abandoned, *_batches(results, dead), *_autopsies(results, dead)]
     sized = [Leftover(path=path, reason=reason, size_bytes=_size_bytes(path)) for path, reason in found]
     return sorted(sized, key=lambda leftover: leftover.path)
 
@@ -73,21 +75,24 @@ def _claims(results: Path) -> Iterator[tuple[Path, str]]:
                 yield path, f"the lease of {found.owner}, which stood still for a day"
 
 
-def _batches(results: Path) -> Iterator[tuple[Path, str]]:
+def _batches(results: Path, dead: set[Path]) -> Iterator[tuple[Path, str]]:
     for folder in results.glob("cells/*/batches"):
-        # Whoever measures a finished cell afresh holds its lease.
-        if any(results.glob(f"claims/{folder.parent.name}.*")):
+        # Whoever measures a finished cell afresh holds its lease; who was killed after the record left one too.
+        if _held(results, folder.parent.name, dead):
             continue
         with contextlib.suppress(RecordError):
             if read_record(folder.parent / "record.json")["status"] in MEASURED:
                 yield folder, "batches of a cell that has its record"
 
 
-def _autopsies(results: Path) -> Iterator[tuple[Path, str]]:
+def _autopsies(results: Path, dead: set[Path]) -> Iterator[tuple[Path, str]]:
     for path in results.glob(f"cells/*/{AUTOPSY_FILE}"):
-        measured = any(results.glob(f"claims/{path.parent.name}.*"))
-        if not measured and not (path.parent / "record.json").exists():
+        if not _held(results, path.parent.name, dead) and not (path.parent / "record.json").exists():
             yield path, "the autopsy of a cell that was never finished"
+
+
+def _held(results: Path, cell: str, dead: set[Path]) -> bool:
+    return bool(set(results.glob(f"claims/{cell}.*")) - dead)
 
 
 def _age_s(path: Path) -> float:
