@@ -53,6 +53,6 @@ def verdict_remark(one: Comparison) -> str:
         unit = difference_unit(one.measure)[0]
         return f"within {size_text(one.measure, one.margin)}{f' {unit}' if unit else ''}"
     if one.verdict == "undecided" and one.more_samples is not None:
-        unit = "launches" if is_latency_ratio(measure(one.measure)) else "samples"
-        return f"needs about {one.more_samples:,} more {unit}"
+        many, single = ("launches", "launch") if is_latency_ratio(measure(one.measure)) else ("samples", "sample")
+        return f"needs about {one.more_samples:,} more {single if one.more_samples == 1 else many}"
     return one.reason

@@ -23,14 +23,12 @@ from tests.report.autopsies import (
     freed_array,
     patterns,
 )
-from tests.report.chromium import Browser, Page, find_chromium
+from tests.report.chromium import Browser, Page
 from tests.report.synthetic import body, write_cell
 
 VEILS = (
     "[...document.querySelectorAll('.ap-panel:nth-child(2) .ap-veil')].map(veil => veil.getAttribute('opacity')).join()"
 )
-CHROMIUM = find_chromium()
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; KVBENCH_CHROMIUM may name one")
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +51,6 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     page = folder / "index.html"
     page.write_text(render_page(load_results(folder), []), encoding="utf-8")
     return page
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    assert CHROMIUM is not None
-    with Browser(CHROMIUM) as started:
-        yield started
 
 
 @pytest.fixture

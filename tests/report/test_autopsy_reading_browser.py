@@ -14,11 +14,9 @@ from kvbench.report.autopsy_merged import living_on
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
 from tests.report.autopsies import GRID, HEADS, LAYERS, STEPS, WORDS, autopsy_body, merged_array, patterns
-from tests.report.chromium import Browser, Page, find_chromium
+from tests.report.chromium import Browser, Page
 from tests.report.synthetic import body, write_cell
 
-CHROMIUM = find_chromium()
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; KVBENCH_CHROMIUM may name one")
 SAID = "document.getElementById('ap-readout').textContent"
 SAMPLES = "[...document.getElementById('ap-sample').options].map(one => one.value)"
 HATCHES = "[...document.querySelectorAll('.ap-panel:nth-child(2) [fill^=url]')].map(one => one.getAttribute('opacity'))"
@@ -35,13 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_autopsy(write_cell(folder, record).with_name("autopsy.json"), written)
     (folder / "index.html").write_text(render_page(load_results(folder), []), encoding="utf-8")
     return folder
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    assert CHROMIUM is not None
-    with Browser(CHROMIUM) as started:
-        yield started
 
 
 @pytest.fixture

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvbench.report.build import build_report
-from tests.report.chromium import Browser, Page, find_chromium
+from tests.report.chromium import Browser, Page
 from tests.report.synthetic import body, write_cell, write_sweep
 
-CHROMIUM = find_chromium()
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium: none of its usual names is on PATH, and KVBENCH_CHROMIUM is not set"
-)
 VISIBLE = "[...document.querySelectorAll('#verdict-table tbody tr')].filter(row => !row.hidden)"
 POLICIES = f"{VISIBLE}.map(row => row.dataset.policy)"
 
@@ -29,13 +24,6 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_cell(folder, body(policy="snapkv", status="oom"))
     write_cell(folder, body(policy="oracle", status="noisy"))
     return build_report(folder).page
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    assert CHROMIUM is not None
-    with Browser(CHROMIUM) as started:
-        yield started
 
 
 @pytest.fixture

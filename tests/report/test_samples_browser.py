@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
-from tests.report.chromium import Browser, find_chromium
+from tests.report.chromium import Browser
 from tests.report.synthetic import body, write_cell
 
-CHROMIUM = find_chromium()
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; KVBENCH_CHROMIUM may name one")
 NAME, COUNT = (f"document.getElementById('sb-{part}').textContent" for part in ("name", "count"))
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    assert CHROMIUM is not None
-    with Browser(CHROMIUM) as started:
-        yield started
 
 
 def write_page(folder: Path, *, turns: bool = False, num_samples: int = 12) -> Path:
