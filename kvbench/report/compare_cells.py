@@ -14,7 +14,6 @@ from kvbench.report.paired import sample_score
 from kvbench.stats.difference import Inference, infer
 from kvbench.stats.margins import is_latency_ratio, smallest_margin
 from kvbench.stats.paired import paired_sums
-from kvbench.stats.power import more_samples
 from kvbench.units import measure
 
 _NOT_OF_THE_POLICY = ("full_", "copy_bandwidth_")
@@ -80,15 +79,15 @@ def _subtracted(name: str, number: float) -> float:
 
 
 def _filled(base: Comparison, found: Inference) -> Comparison:
-    detectable = found.minimum_detectable or 0.0
     return replace(
         base,
         **{
             name: getattr(found, name)
-            for name in ("value", "low", "high", "method", "t_low", "t_high", "num_samples", "num_clusters", "p_value")
+            for name in (
+                *("value", "low", "high", "method", "t_low", "t_high", "num_samples", "num_clusters", "p_value"),
+                *("minimum_detectable", "is_sparse"),
+            )
         },
-        minimum_detectable=found.minimum_detectable,
-        more_samples=more_samples(found.value, detectable, found.num_samples, base.margin, is_sparse=found.is_sparse),
     )
 
 

@@ -10,7 +10,6 @@ from kvbench.report.comparison import Choices, Comparison
 from kvbench.stats.latency import LogRatio, between, from_interval
 from kvbench.stats.margins import smallest_margin
 from kvbench.stats.noise import noise_reason
-from kvbench.stats.power import more_samples
 from kvbench.units import measure
 
 
@@ -33,7 +32,6 @@ def compare_latency(first: CellResult, second: CellResult, name: str, choices: C
 
 def _filled(base: Comparison, found: LogRatio) -> Comparison:
     low, high = found.bounds()
-    detectable = found.minimum_detectable()
     return replace(
         base,
         value=math.expm1(found.mean),
@@ -43,8 +41,7 @@ def _filled(base: Comparison, found: LogRatio) -> Comparison:
         high=high,
         method="t of paired log ratios of launches" + ("" if base.second.is_full else ", each to its own full cache"),
         p_value=found.p_value(),
-        minimum_detectable=detectable,
-        more_samples=more_samples(math.expm1(found.mean), detectable, base.num_samples, base.margin),
+        minimum_detectable=found.minimum_detectable(),
     )
 
 

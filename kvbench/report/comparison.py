@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from kvbench.report.cell import CellResult
 from kvbench.stats.difference import CONFIDENCE
+from kvbench.stats.power import more_samples
 from kvbench.stats.verdicts import LEVEL, Verdict, verdict_of
 from kvbench.units import measure
 
@@ -16,9 +17,9 @@ class Comparison:
     """First cell minus second: in the measure's unit, ppl in nats per token, times relative to full minus 1.
 
     `low` and `high` are the 95 % interval, None where there is none; `p_holm` is corrected for the comparisons of
-    its family, `minimum_detectable` is what the samples would show in 80 % of repetitions, and `more_samples`
-    says about how many more would decide. `reason` says why something is not comparable or not decided, `noise` why its
-    times are noisy.
+    its family, `minimum_detectable` is what the samples would show in 80 % of repetitions (from the few that differ
+    where `is_sparse`), and `more_samples` says about how many more would decide. `reason` says why something is not
+    comparable or not decided, `noise` why its times are noisy.
     """
 
     measure: str
@@ -37,6 +38,7 @@ class Comparison:
     minimum_detectable: float | None = None
     margin: float | None = None
     verdict: Verdict
+    is_sparse: bool = False
     more_samples: int | None = None
     primary: bool = False
     reason: str = ""
@@ -60,11 +62,14 @@ class Choices:
 DECLARED = Choices()
 
 
-def judged(one: Comparison, p_holm: float | None = None) -> Comparison:
-    """Return the comparison with its verdict under the corrected p value, its own where there is no family."""
+def judged(one: Comparison, p_holm: float | None = None, num_compared: int = 1) -> Comparison:
+    """Return the comparison with its verdict under the corrected p value, its own where there is no family.
+
+    `num_compared` is how many differences share the level with it at Holm's step.
+    """
     p_value = one.p_value if p_holm is None else p_holm
     if one.noise:
-        return replace(one, verdict="noisy", p_holm=p_holm, more_samples=None, reason=one.noise)
+        return replace(one, verdict="noisy", p_holm=p_holm, reason=one.noise)
     if one.low is None or one.high is None or p_value is None:
         known = one.verdict == "not comparable"
         return replace(
@@ -72,12 +77,18 @@ def judged(one: Comparison, p_holm: float | None = None) -> Comparison:
         )
     higher = measure(one.measure).better == "higher"
     verdict = verdict_of(one.low, one.high, higher_is_better=higher, margin=one.margin, p_value=p_value)
-    more = one.more_samples if verdict == "undecided" else None
-    reason = _reason(one, p_value) if verdict == "undecided" else ""
-    return replace(one, verdict=verdict, p_holm=p_holm, more_samples=more, reason=reason)
+    decided = replace(one, verdict=verdict, p_holm=p_holm, more_samples=None, reason="")
+    if verdict != "undecided":
+        return decided
+    more = more_samples(
+        *(one.value, one.minimum_detectable or 0.0, one.num_samples, one.margin),
+        is_sparse=one.is_sparse,
+        num_compared=num_compared,
+    )
+    return replace(decided, more_samples=more, reason=_reason(one, p_value, more))
 
 
-def _reason(one: Comparison, p_value: float) -> str:
+def _reason(one: Comparison, p_value: float, more: int | None) -> str:
     """Return why the samples do not decide; empty where more of them would."""
     if one.low is not None and one.high is not None and (one.low > 0 or one.high < 0):
         if one.p_value is not None and one.p_value <= LEVEL:
@@ -85,4 +96,4 @@ def _reason(one: Comparison, p_value: float) -> str:
         return f"too few clusters differ (p = {one.p_value:.2g})"
     if one.minimum_detectable is None:
         return "the two cells' own intervals overlap"
-    return "no number of samples within reach would decide" if one.more_samples is None else ""
+    return "no number of samples within reach would decide" if more is None else ""

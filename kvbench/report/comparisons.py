@@ -61,9 +61,10 @@ def between_policies(group: Group) -> Iterator[tuple[CellResult, CellResult]]:
 
 
 def _corrected(family: list[Comparison]) -> list[Comparison]:
-    tested = [one for one in family if one.p_value is not None]
-    corrected = dict(zip(map(id, tested), holm([one.p_value or 0.0 for one in tested]), strict=True))
-    return [judged(one, corrected[id(one)]) if id(one) in corrected else one for one in family]
+    tested = sorted((one for one in family if one.p_value is not None), key=lambda one: one.p_value or 0.0)
+    p_values = holm([one.p_value or 0.0 for one in tested])
+    found = {id(one): judged(one, p_values[k], len(tested) - k) for k, one in enumerate(tested)}
+    return [found.get(id(one), one) for one in family]
 
 
 def declared_budget(group: Group) -> str | None:

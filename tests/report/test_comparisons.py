@@ -9,7 +9,7 @@ import pytest
 
 from kvbench.report.cell import parse_cell
 from kvbench.report.compare_latency import timing_noise
-from kvbench.report.comparison import Comparison
+from kvbench.report.comparison import Comparison, judged
 from kvbench.report.comparisons import DECLARED, Choices, compare, declared_budget, group_comparisons
 from kvbench.report.difference_text import difference_interval, difference_text, verdict_remark
 from kvbench.report.judged import judge, swapped
@@ -17,6 +17,8 @@ from kvbench.report.load import Group, load_results
 from kvbench.report.paired import sample_score
 from kvbench.report.standing import asked_budget
 from kvbench.report.verdict_rows import verdict_rows
+from kvbench.stats.holm import holm
+from kvbench.stats.power import more_samples
 from tests.report.synthetic import body, write_cell
 
 
@@ -45,6 +47,29 @@ def test_equal_answers_are_equivalent_once_there_are_enough() -> None:
     found = compare(many, many, "rougeL_vs_full")
     assert found is not None
     assert found.verdict == "equivalent"
+
+
+def test_what_only_holm_leaves_undecided_asks_for_as_many_samples_as_its_family_needs() -> None:
+    """0.02 at a standard error of 0.009: 2.2 standard errors, clear alone and not among twelve."""
+    cell = parse_cell(body())
+    one = Comparison(
+        measure="objects_recalled_fraction", first=cell, second=cell, verdict="undecided", method="", value=0.02,
+        low=0.0024, high=0.0376, p_value=0.027, num_samples=500, minimum_detectable=0.0252,
+    )  # fmt: skip
+    assert judged(one).verdict == "better"
+    found = judged(one, 0.32, 12)
+    assert (found.verdict, found.more_samples) == ("undecided", more_samples(0.02, 0.0252, 500, None, num_compared=12))
+    assert (found.more_samples or 0) > 2 * (more_samples(0.02, 0.0252, 500, None) or 0)
+    assert judged(one, 0.054, 2).more_samples == more_samples(0.02, 0.0252, 500, None, num_compared=2)
+
+
+def test_a_family_is_corrected_by_rank_whatever_its_order(tmp_path: Path) -> None:
+    for policy, budget in (("full", None), ("h2o", 0.2), ("elastic", 0.2), ("random", 0.2)):
+        write_cell(tmp_path, body(policy=policy, budget=budget))
+    found = group_comparisons(load_results(tmp_path).groups[0], only=["rougeL_vs_full"], between=False)
+    p_values = [one.p_value or 0.0 for one in found]
+    assert len(p_values) == 3
+    assert [one.p_holm for one in found] == holm(p_values)
 
 
 def test_unequal_sample_sets_are_compared_only_on_request() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -180,6 +182,32 @@ def test_more_samples_are_asked_for_by_what_they_would_show() -> None:
     assert more_samples(0.0, 0.04, 50, 0.02, is_sparse=True) == 50
     assert more_samples(0.0, 0.04, 50, None) is None
     assert more_samples(1e-6, 0.04, 50, None) is None
+    assert more_samples(5e-324, 0.04, 50, None) is None
+
+
+def test_differences_that_share_a_level_ask_for_more_samples_and_a_margin_does_not() -> None:
+    alone, of_twelve = (more_samples(0.02, 0.04, 50, None, num_compared=count) for count in (1, 12))
+    level = 0.025 / 12
+    standard_errors = NormalDist().inv_cdf(1 - level) + NormalDist().inv_cdf(0.8)
+    assert of_twelve == pytest.approx(50 * ((standard_errors / 2.8016) ** 2 * 4 - 1), abs=1)
+    assert alone == 150
+    assert more_samples(0.0, 0.04, 50, 0.02, num_compared=12) == 150
+    assert more_samples(0.02, 0.04, 50, None, num_compared=12, is_sparse=True) == 118
+
+
+@pytest.mark.parametrize("num_compared", [1, 4, 12, 48])
+def test_as_many_samples_as_are_asked_for_decide_in_four_of_five_repetitions(num_compared: int) -> None:
+    difference, spread, num_samples = 0.02, 0.2, 200
+    detectable = minimum_detectable(spread / num_samples**0.5, num_samples)
+    more = more_samples(difference, detectable, num_samples, None, num_compared=num_compared)
+    total = num_samples + (more or 0)
+    found = stats.ttest_1samp(np.random.default_rng(num_compared).normal(difference, spread, (2000, total)), 0, axis=1)
+    assert np.mean(found.pvalue <= 0.05 / num_compared) == pytest.approx(0.8, abs=0.035)
+
+
+def test_what_holm_leaves_undecided_is_never_one_sample_short() -> None:
+    """A difference of 2 standard errors among 12: its own p value is under 5 %, the corrected one is not."""
+    assert (more_samples(0.02, 0.028, 50, None, num_compared=12) or 0) > 100
 
 
 def test_margins_are_declared_and_can_be_changed() -> None:
