@@ -13,7 +13,7 @@ from kvbench.report.comparisons import Comparison, smallest_margin
 from kvbench.report.difference_text import difference_text, difference_unit, size_text, verdict_remark
 from kvbench.report.judged import Judged
 from kvbench.report.paired import is_better
-from kvbench.report.standing import Standing, asked_budget, budgets_in, safe_cells, standing_at, telling_quality
+from kvbench.report.standing import Standing, asked_budget, safe_cells, standing_at, telling_quality
 from kvbench.units import format_value, format_with_interval, measure
 
 MOST_NAMES = 3
@@ -30,7 +30,7 @@ def answer_sentences(judged: Judged) -> list[str]:
     budget = asked_budget(judged)
     if judged.primary is None or budget is None:
         return ["No cell with a budget has a quality measurement yet, so no policy can be recommended."]
-    cells = budgets_in(judged)[budget]
+    cells = judged.group.by_budget[budget]
     standing = standing_at(judged, cells, telling_quality(judged, cells) or judged.primary)
     if standing is None:
         return [f"At {budget} no cell ended well enough to be ranked, so no policy can be recommended there."]
@@ -60,7 +60,7 @@ def _choice(judged: Judged, standing: Standing) -> str:
 def _others(judged: Judged, standing: Standing) -> str:
     """Return the beaten in words; by name where they are not all that there are."""
     count = len(standing.beaten)
-    if sum(not cell.failed for cell in budgets_in(judged)[standing.budget]) > count + 1:
+    if sum(not cell.failed for cell in judged.group.by_budget[standing.budget]) > count + 1:
         return names(judged, standing.beaten)
     return f"each of the {count} other policies" if count > 1 else "the other policy"
 

@@ -52,12 +52,8 @@ def _against_full(group: Group) -> Iterator[tuple[CellResult, CellResult]]:
 
 def between_policies(group: Group) -> Iterator[tuple[CellResult, CellResult]]:
     """Yield every two policies at equal budget."""
-    by_budget: dict[str, list[CellResult]] = {}
-    for cell in group.budgeted:
-        if not cell.failed:
-            by_budget.setdefault(cell.budget, []).append(cell)
-    for cells in by_budget.values():
-        yield from combinations(cells, 2)
+    for cells in group.by_budget.values():
+        yield from combinations((cell for cell in cells if not cell.failed), 2)
 
 
 def _corrected(family: list[Comparison]) -> list[Comparison]:
@@ -72,9 +68,8 @@ def declared_budget(group: Group) -> str | None:
 
     It is settled by what was asked for, so that a cell that fails does not move it.
     """
-    cells = sorted(group.budgeted, key=lambda cell: cell.sort_key[6:])
-    budgets = list(dict.fromkeys(cell.budget for cell in cells))
-    known = next((cell.budget for cell in cells if cell.budget_fraction == PRIMARY_BUDGET), None)
+    budgets = list(group.by_budget)
+    known = next((cell.budget for cell in group.budgeted if cell.budget_fraction == PRIMARY_BUDGET), None)
     return known or (budgets[len(budgets) // 2] if budgets else None)
 
 

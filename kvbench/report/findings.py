@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from kvbench.report.cell import CellResult
 from kvbench.report.comparisons import PRIMARY_QUALITIES, Comparison, compare
+from kvbench.report.difference_text import difference_text
 from kvbench.report.load import Group
 from kvbench.report.paired import is_better
-from kvbench.units import format_value, measure
+from kvbench.units import format_value
 
 _REFERENCE = "rougeL_vs_reference"  # a model's answers may be nearer to it by chance, so it shows nothing odd
 _RECALLED = ("objects_recalled_fraction", "needles_recalled_fraction")
@@ -61,11 +62,8 @@ class Looked:
 
 def budgets_of(group: Group) -> dict[str, list[CellResult]]:
     """Return the usable budgeted cells by budget, whatever position mode each policy is run in."""
-    found: dict[str, list[CellResult]] = {}
-    for cell in sorted(group.budgeted, key=lambda cell: cell.budget_order):
-        if not cell.failed:
-            found.setdefault(cell.budget, []).append(cell)
-    return found
+    found = {budget: [cell for cell in cells if not cell.failed] for budget, cells in group.by_budget.items()}
+    return {budget: cells for budget, cells in found.items() if cells}
 
 
 def below_random(group: Group) -> dict[str, list[Contrast]]:
@@ -113,16 +111,8 @@ def contrast_text(contrast: Contrast) -> str:
     values = " against ".join(format_value(name, est.value if est else None) for est in (one, two))
     if found.low is None or found.high is None or not found.num_samples:
         return f"{values} (no paired samples; " + ("intervals apart)" if contrast.is_clear else "undecided)")
-    unit, factor, places = _difference_unit(name)
-    numbers = [f"{number / factor:+.{places}f}" for number in (found.value, found.low, found.high)]
     noise = "" if contrast.is_clear else ", undecided"
-    return f"{values}, paired difference {numbers[0]} [{numbers[1]}, {numbers[2]}]{unit}{noise}"
-
-
-def _difference_unit(name: str) -> tuple[str, float, int]:
-    if name == "ppl":
-        return " nats per token", 1.0, 3
-    return (" points", 0.01, 1) if measure(name).unit == "fraction" else ("", 1.0, 3)
+    return f"{values}, paired difference {difference_text(found).replace('/', ' per ')}{noise}"
 
 
 def _pairs(worse: CellResult, better: CellResult) -> Iterator[Pair]:

@@ -53,6 +53,14 @@ class Group:
         """Every cell but those of the full cache."""
         return tuple(cell for cell in self.cells if not cell.is_full)
 
+    @property
+    def by_budget(self) -> dict[str, list[CellResult]]:
+        """Return the budgeted cells by budget, the smallest first, each in table order; failed ones too."""
+        found: dict[str, list[CellResult]] = {}
+        for cell in sorted(self.budgeted, key=lambda cell: cell.budget_order):
+            found.setdefault(cell.budget, []).append(cell)
+        return found
+
     def series_label(self, cell: CellResult) -> str:
         """Return the policy, with positions where they are not the original ones or its cells differ in them."""
         several = len({other.positions for other in self.cells if other.policy == cell.policy}) > 1

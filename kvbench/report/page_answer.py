@@ -17,7 +17,6 @@ from kvbench.report.page_markup import escaped, prose
 from kvbench.report.page_sample_links import sample_link
 from kvbench.report.standing import (
     Standing,
-    budgets_in,
     standing_at,
     telling_quality,
 )
@@ -35,7 +34,7 @@ _RATIOS = (("tpot_ms", "tpot_ratio_to_full", "per output token"), ("ttft_ms", "t
 def answer_html(judged: Judged) -> str:
     """Return the sentences and a block per budget."""
     lines = "".join(f"<p class=answer>{prose(line)}</p>" for line in answer_sentences(judged))
-    blocks = [_block(judged, cells) for cells in budgets_in(judged).values()]
+    blocks = [_block(judged, cells) for cells in judged.group.by_budget.values()]
     drawn = f"<div class=answers>{''.join(blocks)}</div>"
     if len(blocks) > _MOST_OPEN:
         drawn = f"<details><summary>All {len(blocks)} budgets</summary>{drawn}</details>"

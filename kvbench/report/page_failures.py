@@ -11,7 +11,7 @@ from kvbench.report.judged import Judged
 from kvbench.report.natural import natural_key
 from kvbench.report.page_markup import Head, escaped, number_cell, prose, row_head, table, text_cell
 from kvbench.report.page_sample_links import sample_link, short_name
-from kvbench.report.standing import asked_budget, budgets_in
+from kvbench.report.standing import asked_budget
 from kvbench.units import format_value, measure
 
 _MOST_ROWS = 32
@@ -41,10 +41,8 @@ def failures_html(judged: Judged) -> str:
     if judged.primary is None:
         return ""
     parts = [
-        _budget(
-            judged, sorted((cell for cell in cells if not cell.failed), key=lambda cell: cell.sort_key), judged.primary
-        )
-        for cells in budgets_in(judged).values()
+        _budget(judged, [cell for cell in cells if not cell.failed], judged.primary)
+        for cells in judged.group.by_budget.values()
     ]
     drawn = "".join(part for part in parts if part)
     return f"<p>{prose(rule_text(judged.primary))} Every sample links to the answers.</p>{drawn}" if drawn else ""

@@ -62,7 +62,7 @@ def budget_axis(cells: Sequence[CellResult]) -> BudgetAxis:
     if cells and len(by_tokens) == len(cells):
         title = "budget (entries per layer and KV head)"
         return _numeric(title, by_tokens, sorted(set(by_tokens.values())), 1.0)
-    names = list(dict.fromkeys(cell.budget for cell in sorted(cells, key=lambda cell: cell.sort_key[6:])))
+    names = list(dict.fromkeys(cell.budget for cell in sorted(cells, key=lambda cell: cell.budget_order)))
     places = {cell.key: float(names.index(cell.budget)) for cell in cells}
     return BudgetAxis(
         title="budget setting", places=places, ticks=tuple((float(i), n) for i, n in enumerate(names)), is_log=False

@@ -101,7 +101,7 @@ def _throughput(
 
 def _largest(axes: Axes, group: Group, marks: Mapping[str, Mark], look: Look) -> list[Named]:
     """Draw the largest batch of every cell over its budget setting; full as a reference line."""
-    budgets = list(dict.fromkeys(cell.budget for cell in sorted(group.budgeted, key=lambda cell: cell.sort_key[6:])))
+    budgets = list(group.by_budget)
     axes.set_xlim(-0.5, max(len(budgets), 1) - 0.5)
     ends = []
     for label, cells in group.by_series().items():

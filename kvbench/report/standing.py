@@ -35,14 +35,6 @@ class Standing:
         return self.ranked[0]
 
 
-def budgets_in(judged: Judged) -> dict[str, list[CellResult]]:
-    """Return the budgeted cells by budget, failed ones too, smallest budget first."""
-    found: dict[str, list[CellResult]] = {}
-    for cell in sorted(judged.group.budgeted, key=lambda cell: cell.sort_key[6:]):
-        found.setdefault(cell.budget, []).append(cell)
-    return found
-
-
 def standing_at(judged: Judged, cells: list[CellResult], name: str) -> Standing | None:
     """Return how the cells of one budget stand in the measure; None where none can be ranked."""
     ranked = _ranked([cell for cell in cells if not cell.failed], name)
@@ -77,7 +69,7 @@ def safe_cells(judged: Judged) -> list[CellResult]:
     """Return, smallest budget first, the cells shown to be no worse than full: better, or equivalent."""
     return [
         cell
-        for cells in budgets_in(judged).values()
+        for cells in judged.group.by_budget.values()
         for cell in cells
         if judged.primary
         and (found := judged.against_full(cell, judged.primary)) is not None

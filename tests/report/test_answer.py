@@ -11,7 +11,7 @@ from kvbench.report.comparisons import Choices
 from kvbench.report.judged import Judged, judge
 from kvbench.report.load import load_results
 from kvbench.report.page_answer import answer_html
-from kvbench.report.standing import budgets_in, standing_at
+from kvbench.report.standing import standing_at
 from tests.report.synthetic import body, write_cell, write_sweep
 
 
@@ -66,7 +66,7 @@ def test_rivals_that_are_not_beaten_are_named_and_nothing_is_recommended(tmp_pat
     assert "`h2o`" in text
     assert "`elastic`" in text
     assert "more samples" in answer_html(judged)
-    standing = standing_at(judged, budgets_in(judged)["20 % of seen"], "rougeL_vs_full")
+    standing = standing_at(judged, judged.group.by_budget["20 % of seen"], "rougeL_vs_full")
     assert standing is not None
     assert [one.policy for one in standing.beaten] == ["random"]
     assert len(standing.rivals) == 1
@@ -110,7 +110,7 @@ def test_failed_cells_are_named_and_left_out(tmp_path: Path) -> None:
     cell(tmp_path, "h2o", 0.8)
     write_cell(tmp_path, body(policy="elastic", status="oom"))
     judged = judged_of(tmp_path)
-    standing = standing_at(judged, budgets_in(judged)["20 % of seen"], "rougeL_vs_full")
+    standing = standing_at(judged, judged.group.by_budget["20 % of seen"], "rougeL_vs_full")
     assert standing is not None
     assert [one.policy for one in standing.ranked] == ["h2o"]
     assert [one.status for one in standing.left_out] == ["oom"]
