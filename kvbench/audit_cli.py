@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvbench.errors import ConfigError
+from kvbench.out_file import written_to
 from kvbench.parser import Parser
 
 if TYPE_CHECKING:
@@ -62,9 +63,7 @@ def _show(result: Audit, out: Path, text: str | None) -> None:
 def _write(path: Path, data: bytes) -> None:
     """Replace `path` in one step; its folder is made."""
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with written_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
         temporary.replace(path)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvbench.errors import ConfigError, close_matches
+from kvbench.out_file import written_to
 from kvbench.parser import Parser
 from kvbench.report.figures import FIGURES, FORMATS, WIDTHS
 from kvbench.report.plots_theme import THEMES
@@ -160,9 +161,7 @@ def _paths(
 
 
 def _write(path: Path, content: bytes) -> None:
-    try:
+    with written_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
     print(path)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvbench.errors import ConfigError
+from kvbench.out_file import written_to
 from kvbench.parser import Parser
 from kvbench.stats.margins import parse_margins
 
@@ -101,9 +102,7 @@ def _text(results: Results, file_format: str, out: Path | None, choices: Choices
     if out is None:
         sys.stdout.write(text)
         return
-    try:
+    with written_to(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise ConfigError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
     sys.stdout.write(f"{out}\n")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvbench.errors import ConfigError, close_matches
+from kvbench.out_file import written_to
 from kvbench.parser import Parser
 from kvbench.records import STATUSES
 from kvbench.redaction import redact
@@ -138,7 +139,7 @@ def _one_record(folder: Path, start: str) -> dict[str, Any]:
     if len(found) != 1:
         what = "begin with it; give more digits" if found else f"has it; {close_matches(start, [k[:16] for k in keys])}"
         raise ConfigError(f"key is {start!r}; {len(found) or 'no'} cell{'s' if found else ''} {what}")
-    return read_record(RecordStore(folder).cell_folder(found[0]) / "record.json")
+    return read_record(RecordStore(folder).record_file(found[0]))
 
 
 def _table(args: argparse.Namespace) -> None:
@@ -173,10 +174,8 @@ def _parquet(args: argparse.Namespace) -> None:
 
 
 def _write(path: Path, write: Callable[[], object]) -> None:
-    try:
+    with written_to(path):
         write()
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
     print(path)
 
 

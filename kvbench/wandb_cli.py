@@ -113,7 +113,7 @@ def _body(folder: Path, key: str) -> dict[str, Any]:
 
 
 def _path(folder: Path, key: str) -> Path:
-    return RecordStore(folder).cell_folder(key) / "record.json"
+    return RecordStore(folder).record_file(key)
 
 
 def _say(outcome: Outcome, place: Place, mode: Online, reason: str) -> None:

@@ -66,7 +66,7 @@ def _with_interval(compared: tuple[Comparison, ...]) -> tuple[Comparison, ...]:
 
 
 def _body(folder: Path, key: str) -> dict[str, Any]:
-    return read_record(RecordStore(folder).cell_folder(key) / "record.json")
+    return read_record(RecordStore(folder).record_file(key))
 
 
 def _cells(results: Results) -> Table:

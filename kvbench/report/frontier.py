@@ -6,18 +6,16 @@ for search in load_frontier(Path("results/frontier/mine.json")).searches:
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from kvbench.durable import make_folder, storage_error, sync_folder, write_synced
+from kvbench.durable import replace_file
 from kvbench.errors import RecordError
+from kvbench.frontier_file import KIND, VERSION
 from kvbench.sealed import seal, unseal
 
-_KIND, _VERSION = "kvbench_frontier", 1
 Outcome = Literal["safe", "worse", "undecided", "failed"]
 SearchStatus = Literal["found", "every budget is safe", "no budget shown safe", "not monotone"]
 
@@ -86,25 +84,16 @@ class Frontier:
 def save_frontier(results: Path, frontier: Frontier) -> Path:
     """Write results/frontier/NAME.json, whole or not at all; the same searches give the same bytes."""
     path = results / "frontier" / f"{frontier.name}.json"
-    data = seal(_KIND, _VERSION, asdict(frontier))
+    data = seal(KIND, VERSION, asdict(frontier))
     if path.is_file() and path.read_bytes() == data:
         return path
-    make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        write_synced(temporary, data)
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise storage_error(path, error) from error
+    replace_file(path, data)
     return path
 
 
 def load_frontier(path: Path) -> Frontier:
     """Return the frontier at `path`. Raises: RecordError naming the path if it is damaged, foreign or too new."""
-    body = unseal(path, _KIND, _VERSION, "Delete it and run the same command again; its cells are not measured again.")
+    body = unseal(path, KIND, VERSION, "Delete it and run the same command again; its cells are not measured again.")
     try:
         searches = tuple(
             _made(Search, one | {"looks": tuple(_made(Look, look) for look in one["looks"])})

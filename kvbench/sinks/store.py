@@ -42,9 +42,13 @@ class RecordStore:
         """Return the folder that holds the attempts of the cell `key`."""
         return self.folder / "cells" / key[:16]
 
+    def record_file(self, key: str) -> Path:
+        """Return where the accepted record of `key` lies, if it has one."""
+        return self.cell_folder(key) / "record.json"
+
     def accepted(self, key: str) -> dict[str, Any] | None:
         """Return the accepted record of `key` if it verifies and did not fail; a damaged one is reported once."""
-        body = self._read(self.cell_folder(key) / "record.json", key)
+        body = self._read(self.record_file(key), key)
         return body if body is not None and body["status"] in MEASURED else None
 
     def attempts(self, key: str) -> list[dict[str, Any]]:

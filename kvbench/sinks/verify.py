@@ -15,12 +15,12 @@ from typing import Any
 from kvbench.autopsies import AUTOPSY_FILE, read_autopsy
 from kvbench.durable import TEMPORARY
 from kvbench.errors import ConfigError, RecordError
+from kvbench.frontier_file import KIND, VERSION
 from kvbench.records import cell_key, read_record
 from kvbench.sealed import unseal
 from kvbench.sinks.partial import PartialStore
 
 _CELL = re.compile(r"[0-9a-f]{16}")
-_FRONTIER = ("kvbench_frontier", 1)  # kind and version of what `kvbench frontier` writes
 _ATTEMPT = re.compile(r"attempt-([0-9a-f]{32})\.json")
 
 
@@ -65,7 +65,7 @@ def verify(results: Path) -> Verified:
 def _frontier_problems(results: Path) -> Iterator[Problem]:
     for path in sorted((results / "frontier").glob("*.json")):
         try:
-            unseal(path, *_FRONTIER, "Run the same command again.")
+            unseal(path, KIND, VERSION, "Run the same command again.")
         except RecordError as error:
             yield Problem(path=path.relative_to(results).as_posix(), message=str(error).removeprefix(f"{path} "))
 
