@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvbench.durable import make_folder
 from kvbench.redaction import hide_known
 from kvbench.report.best import best_policies
 from kvbench.report.comparisons import DECLARED, Choices, Comparison, group_comparisons
@@ -15,7 +16,7 @@ from kvbench.report.naming import flat_settings
 from kvbench.report.plots_png import png_names
 from kvbench.sinks.console import say
 from kvbench.sinks.wandb_fields import measure_group
-from kvbench.sinks.wandb_report import Chapter, Outline, check_workspaces, report_spec
+from kvbench.sinks.wandb_report import Chapter, Outline, report_spec
 from kvbench.sinks.wandb_report_save import save_within
 from kvbench.sinks.wandb_service import check_installed, check_project, resolve_mode
 from kvbench.units import MEASURES, format_with_interval, measure
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from kvbench.report.load import Group, Results
 
 SPEC = "wandb_report.json"
+_PACKAGES = {"wandb": "wandb", "wandb-workspaces": "'kvbench[wandb-report]'"}
 _QUALITY = (
     *("ppl", "rougeL_vs_full", "kl_to_full", "rougeL_vs_reference", "objects_recalled_fraction"),
     *("needles_recalled_fraction", "exact_fraction", "top1_agreement_fraction"),
@@ -43,8 +45,8 @@ def wandb_report(
     Prints the one line that says which, and how to save it later. Raises: ConfigError if a package is missing.
     """
     check_project(project)
-    check_installed("--wandb builds a W&B Report")
-    check_workspaces()
+    for package, install in _PACKAGES.items():
+        check_installed("--wandb builds a W&B Report", package, install)
     outline = _outline(results, choices)
     mode, reason = resolve_mode("auto")
     if mode == "online":
@@ -60,8 +62,6 @@ def wandb_report(
 
 
 def _write_spec(outline: Outline, folder: Path, project: str, entity: str | None) -> Path:
-    from kvbench.durable import make_folder
-
     path = folder / SPEC
     make_folder(path.parent)
     text = json.dumps(report_spec(outline, project=project, entity=entity), indent=1, ensure_ascii=False)

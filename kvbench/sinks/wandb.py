@@ -21,10 +21,10 @@ from kvbench.sinks.wandb_cell import cell_run
 from kvbench.sinks.wandb_run import Online, Place, RunSpec, write_run
 from kvbench.sinks.wandb_service import (
     MODES,
-    RESTART_S,
     Mode,
     check_online,
     check_project,
+    reason_of,
     resolve_mode,
     restart_service,
 )
@@ -115,9 +115,8 @@ class WandbSink:
                 return
             # wandb raises many kinds: no network, refused key, deleted run, time limit.
             except Exception as error:
-                reason = " ".join(str(error).split())[:160]
-                self._sweep.mode, self._sweep.reason = "offline", f"the online run failed: {reason}"
-                restart_service(min(self.timeout_s, RESTART_S))
+                self._sweep.mode, self._sweep.reason = "offline", f"the online run failed: {reason_of(error)}"
+                restart_service(self.timeout_s)
         if self._sweep.mode == "offline":
             self._write_offline(spec)
             self._sweep.num_offline += 1
@@ -127,7 +126,7 @@ class WandbSink:
         try:
             self._write(spec, "offline")
         except Exception:
-            restart_service(min(self.timeout_s, RESTART_S))
+            restart_service(self.timeout_s)
             self._write(spec, "offline")
 
     def _write(self, spec: RunSpec, mode: Online) -> None:
@@ -139,7 +138,7 @@ class WandbSink:
         """Every run is finished; what is left of wandb would else be waited for when the process ends."""
         if self._sweep.started:
             self._sweep.started = False
-            restart_service(min(self.timeout_s, RESTART_S))
+            restart_service(self.timeout_s)
 
     def _say_offline(self, num_runs: int) -> None:
         folder = (self.folder / "wandb").resolve()

@@ -11,14 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvbench.errors import ConfigError
 from kvbench.sinks.wandb_report_panels import HEIGHT, PER_ROW, WIDTH, chapter_panels
-from kvbench.sinks.wandb_service import check_installed, quiet_setup
+from kvbench.sinks.wandb_service import quiet_setup
 
 if TYPE_CHECKING:
     import wandb_workspaces.reports.v2 as wr
 
-EXTRA = "python -m pip install 'kvbench[wandb-report]'"
 _NO_ENTITY = "entity"  # without one, wandb-workspaces would ask the server
 
 
@@ -50,14 +48,6 @@ class Outline:
     chapters: Sequence[Chapter]
     figures: Sequence[str]
     definitions: str
-
-
-def check_workspaces() -> None:
-    """Raise ConfigError if the package that builds reports is not installed."""
-    try:
-        check_installed("--wandb builds a W&B Report", "wandb-workspaces")
-    except ConfigError as error:
-        raise ConfigError(f"{str(error).partition('; ')[0]}; {EXTRA}") from error
 
 
 def report_spec(outline: Outline, *, project: str, entity: str | None) -> dict[str, Any]:

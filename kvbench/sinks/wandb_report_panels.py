@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,19 +42,20 @@ def _scatter(wr: Any, x: str, y: str, title: str) -> wr.ScatterPlot:
 
 
 def _times(wr: Any, chapter: Chapter) -> list[Any]:
-    bars: list[Any] = [wr.BarPlot(title=title, metrics=[wr.SummaryMetric(key)]) for key, title in chapter.latency]
-    if "launches" in chapter.curves:
-        of_both = ["launches/tpot_ms", "launches/full_tpot_ms"]
-        bars.append(wr.LinePlot(title="Time per token by launch, the full cache's beside it", x="launch", y=of_both))
-    return bars
+    title = "Time per token by launch, the full cache's beside it"
+    of_both = ["launches/tpot_ms", "launches/full_tpot_ms"]
+    lines = [wr.LinePlot(title=title, x="launch", y=of_both)] if "launches" in chapter.curves else []
+    return [*_bars(wr, chapter.latency), *lines]
 
 
 def _memory(wr: Any, chapter: Chapter) -> list[Any]:
-    bars: list[Any] = [wr.BarPlot(title=title, metrics=[wr.SummaryMetric(key)]) for key, title in chapter.memory]
-    if "entries" in chapter.curves:
-        lines = ["entries/mean", "entries/max"]
-        bars.append(wr.LinePlot(title="Entries kept over tokens seen", x="seen_tokens", y=lines))
-    return bars
+    title, of_both = "Entries kept over tokens seen", ["entries/mean", "entries/max"]
+    lines = [wr.LinePlot(title=title, x="seen_tokens", y=of_both)] if "entries" in chapter.curves else []
+    return [*_bars(wr, chapter.memory), *lines]
+
+
+def _bars(wr: Any, keys: Sequence[tuple[str, str]]) -> list[Any]:
+    return [wr.BarPlot(title=title, metrics=[wr.SummaryMetric(key)]) for key, title in keys]
 
 
 def _parallel(wr: Any, chapter: Chapter) -> wr.ParallelCoordinatesPlot:

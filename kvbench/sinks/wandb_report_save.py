@@ -14,7 +14,7 @@ from kvbench.durable import make_folder
 from kvbench.errors import KvbenchError, RecordError
 from kvbench.sealed import seal, unseal
 from kvbench.sinks.wandb_report import Outline, save_report
-from kvbench.sinks.wandb_service import quiet_setup, within
+from kvbench.sinks.wandb_service import quiet_setup, reason_of, within
 
 SAVE_LIMIT_S = 60.0
 _KIND, _VERSION = "kvbench_wandb_report", 1
@@ -34,7 +34,7 @@ def save_within(outline: Outline, folder: Path, *, project: str, entity: str | N
             _keep(path, report_id)
         # wandb raises many kinds: no network, refused key, unknown project.
         except Exception as error:
-            found.setdefault("reason", " ".join(str(error).split())[:160] or type(error).__name__)
+            found.setdefault("reason", reason_of(error))
 
     if not within(SAVE_LIMIT_S, save):
         return "", f"the server did not answer within {SAVE_LIMIT_S:g} s"

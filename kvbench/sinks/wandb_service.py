@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Mode = Literal["online", "offline", "disabled"]
 MODES = ("auto", "online", "offline", "disabled")
-RESTART_S = 5.0  # nothing is worth waiting for: the run is written again
+_RESTART_S = 5.0  # nothing is worth waiting for: the run is written again
 _NOT_IN_PROJECTS = "/\\#?%:"
 _FOLDERS = {"WANDB_DATA_DIR": "staged", "WANDB_CACHE_DIR": "cache"}
 
@@ -33,10 +33,10 @@ def check_online(setting: str = "sink.wandb.mode", offline: str = "sink.wandb.mo
         )
 
 
-def check_installed(why: str, package: str = "wandb") -> None:
-    """Raise ConfigError if the Python module of `package` is not there."""
+def check_installed(why: str, package: str = "wandb", install: str = "") -> None:
+    """Raise ConfigError if the Python module of `package` is not there; `install` if another name brings it."""
     if importlib.util.find_spec(package.replace("-", "_")) is None:
-        raise ConfigError(f"{why}, but {package} is not installed; python -m pip install {package}")
+        raise ConfigError(f"{why}, but {package} is not installed; python -m pip install {install or package}")
 
 
 def check_project(name: str, setting: str = "--project") -> None:
@@ -80,16 +80,24 @@ def own_folders(folder: Path) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def restart_service(limit_s: float) -> None:
-    """End wandb's own process, which holds the id of a failed run and refuses it to the next one."""
+def restart_service(timeout_s: float) -> None:
+    """End wandb's own process, which holds the id of a failed run and refuses it to the next one.
+
+    It is waited for as long as for a run, and never longer than a few seconds.
+    """
     import wandb
 
     def end() -> None:
         with contextlib.suppress(Exception):
             wandb.teardown()
 
-    within(limit_s, end)
+    within(min(timeout_s, _RESTART_S), end)
     os.environ.pop("WANDB_SERVICE", None)  # a service shared with the parent process outlives teardown()
+
+
+def reason_of(error: Exception) -> str:
+    """Return what went wrong as one short line; wandb's errors span many, and some say nothing."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def within(limit_s: float, work: Callable[[], None]) -> bool:

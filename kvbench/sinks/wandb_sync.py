@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kvbench.sinks.wandb_run import Online, Place, RunSpec, write_run
-from kvbench.sinks.wandb_service import RESTART_S, restart_service
+from kvbench.sinks.wandb_service import reason_of, restart_service
 
 _HOPELESS = 2  # runs that fail slowly one after the other: the server is gone; a run that it refuses fails at once
 
@@ -56,7 +56,7 @@ def send_runs(jobs: Sequence[Job], place: Place, mode: Online, reached: Callable
             outcome.num_left = len(jobs) - number - 1
             break
     if outcome.sent or outcome.failures:
-        restart_service(min(place.timeout_s, RESTART_S))
+        restart_service(place.timeout_s)
     return outcome
 
 
@@ -65,7 +65,7 @@ def _sent(job: Job, place: Place, mode: Online, outcome: Outcome) -> bool:
         write_run(job.make(), place, mode)
     # wandb raises many kinds: no network, refused key, deleted run, time limit.
     except Exception as error:
-        outcome.failures.append(f"{job.id}: {' '.join(str(error).split())[:160] or type(error).__name__}")
-        restart_service(min(place.timeout_s, RESTART_S))
+        outcome.failures.append(f"{job.id}: {reason_of(error)}")
+        restart_service(place.timeout_s)
         return False
     return True
