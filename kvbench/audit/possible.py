@@ -9,15 +9,13 @@ from typing import Any
 
 from kvbench.audit.check import Check
 from kvbench.audit.evidence import Cell, Peers
+from kvbench.stats.pooled import POOLED
 from kvbench.units import MEASURES
 
 _SLACK = 1e-9
 _NATS_SLACK = 1e-5  # of a token: what is summed over a whole vocabulary in float32 may end below 0
-_SUMS = {  # in nats, and over how many tokens
-    "nll_sum": "num_scored_tokens",
-    "released_nll_sum": "released_num_scored_tokens",
-    "kl_sum": "num_compared_tokens",
-}
+# In nats, and over how many tokens.
+_SUMS = {total: count for total, count in POOLED.values() if total.endswith("_sum")}
 _COUNTS = (*_SUMS.values(), "num_agreeing_tokens", "num_new_tokens")
 _LEAST = {"nats/token": 0.0, "ppl": 1.0}
 _ONE_AND_MORE = ("roof_share_fraction", "spread_fraction", "drift_fraction")  # shares of what may be less than they

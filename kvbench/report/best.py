@@ -6,15 +6,17 @@ for one in best_policies(group, group_comparisons(group)):
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from kvbench.report.cell import CellResult, Estimate
 from kvbench.report.compare_latency import timing_noise
 from kvbench.report.comparisons import Comparison
 from kvbench.report.load import Group
-from kvbench.stats.verdicts import turned
+from kvbench.stats.verdicts import Verdict, turned
 from kvbench.units import measure
+
+_Verdicts = Mapping[tuple[str, str, str], Verdict]  # by measure and the keys of both cells
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,13 +36,13 @@ def best_policies(group: Group, compared: Iterable[Comparison]) -> tuple[Best, .
 
     A budget at which fewer than two policies have the measure has no best one. Noisy times are never the best.
     """
-    compared = tuple(compared)
-    names = dict.fromkeys(one.measure for one in compared if measure(one.measure).better != "none")
+    verdicts = {(one.measure, one.first.key, one.second.key): one.verdict for one in compared}
+    names = dict.fromkeys(name for name, _, _ in verdicts if measure(name).better != "none")
     budgets = dict.fromkeys(cell.budget for cell in group.budgeted if not cell.failed)
-    return tuple(best for budget in budgets for name in names for best in _best(group, budget, name, compared))
+    return tuple(best for budget in budgets for name in names for best in _best(group, budget, name, verdicts))
 
 
-def _best(group: Group, budget: str, name: str, compared: tuple[Comparison, ...]) -> Iterator[Best]:
+def _best(group: Group, budget: str, name: str, verdicts: _Verdicts) -> Iterator[Best]:
     usable = [
         (found, cell)
         for cell in group.budgeted
@@ -49,15 +51,14 @@ def _best(group: Group, budget: str, name: str, compared: tuple[Comparison, ...]
     ranked = sorted(usable, key=lambda pair: pair[0].value, reverse=measure(name).better == "higher")
     if len(ranked) > 1:
         (found, first), (_, second) = ranked[:2]
-        verdict = _verdict(compared, name, first, second)
+        verdict = _verdict(verdicts, name, first, second)
         yield Best(budget=budget, measure=name, cell=first, estimate=found, runner_up=second, verdict=verdict)
 
 
-def _verdict(compared: tuple[Comparison, ...], name: str, first: CellResult, second: CellResult) -> str:
+def _verdict(verdicts: _Verdicts, name: str, first: CellResult, second: CellResult) -> str:
     """Return what is known of the first cell against the second, whichever way round they were compared."""
-    for one in compared:
-        if one.measure == name and (one.first.key, one.second.key) == (first.key, second.key):
-            return one.verdict
-        if one.measure == name and (one.first.key, one.second.key) == (second.key, first.key):
-            return turned(one.verdict)
-    return "not compared"
+    found = verdicts.get((name, first.key, second.key))
+    if found is not None:
+        return found
+    found = verdicts.get((name, second.key, first.key))
+    return "not compared" if found is None else turned(found)

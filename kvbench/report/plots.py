@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from matplotlib import rc_context
@@ -53,13 +53,19 @@ def draw_plots(results: Results) -> tuple[Plot, ...]:
     look = Look(palette=palette_of(results), frontiers=results.frontiers)
     return tuple(
         Plot(
-            name=f"{slug}-{kind.name}", kind=kind.name, group_title=group.title, title=kind.title,
-            caption=kind.caption, svg=svg.decode(),
+            name=name, kind=kind.name, group_title=group.title, title=kind.title, caption=kind.caption,
+            svg=svg.decode(),
         )
-        for group, slug in zip(results.groups, group_slugs(results.groups), strict=True)
-        for kind in FIGURES.values()
+        for name, kind, group in every_figure(results)
         if (svg := draw_one(kind, group, look, "svg")) is not None
     )  # fmt: skip
+
+
+def every_figure(results: Results) -> Iterator[tuple[str, FigureKind, Group]]:
+    """Yield (file name without suffix, kind, group) of every figure that there could be, in table order."""
+    for group, slug in zip(results.groups, group_slugs(results.groups), strict=True):
+        for kind in FIGURES.values():
+            yield f"{slug}-{kind.name}", kind, group
 
 
 def palette_of(results: Results, theme: Theme = LIGHT) -> Palette:

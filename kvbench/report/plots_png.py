@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 from matplotlib import rc_context
 
-from kvbench.report.figures import FIGURES
 from kvbench.report.load import Results
-from kvbench.report.plots import DRAW, draw_one, group_slugs
-from kvbench.report.plots_policies import Palette
+from kvbench.report.plots import DRAW, draw_one, every_figure, palette_of
 from kvbench.report.plots_style import Look
 
 
@@ -25,21 +23,15 @@ class Png:
 
 def png_names(results: Results) -> list[str]:
     """Return the names of what `draw_pngs` would yield."""
-    look = Look(palette=Palette(results.policies))
+    look = Look(palette=palette_of(results))
     with rc_context(look.rc):
-        return [
-            f"{slug}-{kind.name}"
-            for group, slug in zip(results.groups, group_slugs(results.groups), strict=True)
-            for kind in FIGURES.values()
-            if DRAW[kind.name](group, look) is not None
-        ]
+        return [name for name, kind, group in every_figure(results) if DRAW[kind.name](group, look) is not None]
 
 
 def draw_pngs(results: Results) -> Iterator[Png]:
-    """Yield every figure that has data, in the order of the page."""
-    look = Look(palette=Palette(results.policies))
-    for group, slug in zip(results.groups, group_slugs(results.groups), strict=True):
-        for kind in FIGURES.values():
-            data = draw_one(kind, group, look, "png")
-            if data is not None:
-                yield Png(name=f"{slug}-{kind.name}", caption=f"{group.title}: {kind.caption}", data=data)
+    """Yield every figure of the cells that has data, in the order of the page."""
+    look = Look(palette=palette_of(results))
+    for name, kind, group in every_figure(results):
+        data = draw_one(kind, group, look, "png")
+        if data is not None:
+            yield Png(name=name, caption=f"{group.title}: {kind.caption}", data=data)
