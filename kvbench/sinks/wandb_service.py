@@ -60,12 +60,22 @@ def resolve_mode(wanted: str) -> tuple[Mode, str]:
 
 
 def quiet_setup() -> str:
-    """Silence wandb in this process and return its server's address; no network."""
+    """Silence wandb in this process and return its server's address; no network.
+
+    Raises: ConfigError if a WANDB_... variable holds what wandb does not know.
+    """
     # Its telemetry would hold up the end of the process for 30 s if the server does not answer.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
+    from pydantic import ValidationError
 
-    return str(wandb.setup(settings=wandb.Settings(silent=True)).settings.base_url)
+    try:
+        return str(wandb.setup(settings=wandb.Settings(silent=True)).settings.base_url)
+    except ValidationError as error:
+        found = error.errors()[0]
+        name = f"WANDB_{'_'.join(map(str, found['loc'])).upper()}"
+        allowed = found["msg"].replace("Input should", "it must")
+        raise ConfigError(f"{name} is {found['input']!r} in the environment; {allowed}; correct or unset it") from error
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -378,3 +379,13 @@ def test_without_the_package_the_command_says_how_to_install_it(
     monkeypatch.setattr("kvbench.sinks.wandb_service.importlib.util.find_spec", lambda name: None)
     assert run(["wandb", "sync", str(records)]) == 2
     assert "wandb is not installed; python -m pip install wandb" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "value"), [("WANDB_MODE", "onlin"), ("WANDB_MODE", ""), ("WANDB_BASE_URL", "here")])
+def test_a_variable_that_wandb_does_not_know_is_one_line(name: str, value: str, records: Path) -> None:
+    """In a process of its own: wandb reads the environment once."""
+    command = [sys.executable, "-m", "kvbench", "wandb", "sync", str(records)]
+    told = subprocess.run(command, env={**os.environ, name: value}, capture_output=True, text=True, timeout=120)
+    assert (told.returncode, told.stdout, told.stderr.count("\n")) == (2, "", 1)
+    assert f"{name} is {value!r} in the environment; it must be " in told.stderr
+    assert sorted(path.name for path in records.iterdir()) == ["cells"]
