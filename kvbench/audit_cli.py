@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvbench.errors import ConfigError
+from kvbench.installed import installed_version
 from kvbench.out_file import written_to
 from kvbench.parser import Parser
 
@@ -40,7 +40,7 @@ def audit_command(arguments: Sequence[str]) -> int:
     if out.suffix != ".json":
         raise ConfigError(f"--out is {str(out)!r}; its name must end in .json, the badge takes .svg beside it")
     result = audit(args.folder, sweep=args.sweep)
-    body = audit_body(result, version=version("kvbench"), sweep=args.sweep)
+    body = audit_body(result, version=installed_version(), sweep=args.sweep)
     _write(out, seal(KIND, VERSION, body))
     _show(result, out, json.dumps(body, indent=2, sort_keys=True) if args.json else None)
     return 1 if result.failed else 0

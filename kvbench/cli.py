@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvbench.errors import ConfigError, KvbenchError
 from kvbench.help_text import help_text
+from kvbench.installed import installed_version
 from kvbench.parser import Parser
 from kvbench.quiet import quiet_libraries
 from kvbench.redaction import redact
@@ -39,10 +41,17 @@ SUBCOMMANDS = {
 }
 _STOPPED = "stopped; finished cells and batches are kept, the same command goes on"
 DEFAULT_SWEEP = ["+experiment=default"]
-_HYDRA_ONLY = (
-    *("--cfg", "-c", "--info", "-i", "--hydra-help", "--package", "-p"),
-    *("--shell-completion", "-sc", "--resolve"),
+_INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+_SHELLS = ("bash", "fish", "zsh")
+_OWN_CONFIG = (
+    "is not supported, every cell is made from kvbench's own configuration; put your settings into "
+    "DIR/experiment/NAME.yaml and give --config-dir DIR +experiment=NAME"
 )
+_REFUSED = {  # flags of Hydra's, and why they are none of ours
+    ("--config-name", "-cn"): _OWN_CONFIG,
+    ("--config-path", "-cp"): _OWN_CONFIG,
+    ("--experimental-rerun",): "is not supported; the same command again measures what has no record yet",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,24 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Return the exit code of one invocation."""
-    if arguments[:1] not in [[name] for name in SUBCOMMANDS] and any(word in ("--help", "-h") for word in arguments):
-        print(help_text())
-        return 0
-    if "--version" in arguments:
-        print(_version())
-        return 0
     try:
-        if arguments and arguments[0] in SUBCOMMANDS:
-            return _subcommand(arguments[0], arguments[1:])
-        if any(word.split("=")[0] in _HYDRA_ONLY for word in arguments):
-            from kvbench.compose import check_overrides
-
-            swept = check_overrides(arguments)
-            _hand_to_hydra(arguments, _nothing)
-            for name, values in swept.items():  # what Hydra shows is one cell of these
-                print(f"# swept: {name}={values}")
-            return 0
-        return _sweep(arguments or DEFAULT_SWEEP)
+        installed_version()
+        return _answer(arguments)
     except KvbenchError as error:
         print(f"kvbench: {redact(str(error))}", file=sys.stderr)
         return 2
@@ -78,10 +72,24 @@ def run(arguments: list[str]) -> int:
         return 130
 
 
-def _sweep(arguments: list[str]) -> int:
+def _answer(arguments: list[str]) -> int:
+    if arguments[:1] not in [[name] for name in SUBCOMMANDS] and any(word in ("--help", "-h") for word in arguments):
+        print(help_text())
+        return 0
+    if "--version" in arguments:
+        print(f"kvbench {installed_version()}")
+        return 0
+    if arguments and arguments[0] in SUBCOMMANDS:
+        return _subcommand(arguments[0], arguments[1:])
+    words, overrides = _split(arguments or DEFAULT_SWEEP)
+    if words.cfg or words.info or words.hydra_help or words.shell_completion:
+        return _printed_by_hydra(words, overrides)
+    return _sweep(words, overrides)
+
+
+def _sweep(words: argparse.Namespace, overrides: list[str]) -> int:
     from kvbench.compose import compose_grid
 
-    words, overrides = _split(arguments)
     quiet_libraries()
     grid = compose_grid(overrides, multirun=words.multirun, config_dir=words.config_dir)
     from kvbench.launch import SUPERVISED, make_importable, open_sweep
@@ -97,8 +105,7 @@ def _sweep(arguments: list[str]) -> int:
             print(f"kvbench: {_STOPPED}", file=sys.stderr)
             return code
     elif sweep.missing:
-        flags = [word for word in arguments if word not in overrides]  # Hydra wants them first
-        _hand_to_launcher(sweep, [*flags, *overrides])
+        _hand_to_launcher(sweep, [*_flags(words), *overrides])
     _show(sweep)
     return 1 if sweep.num_failed else 0
 
@@ -164,15 +171,78 @@ def _subcommand(name: str, arguments: list[str]) -> int:
 
 
 def _split(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Take Hydra's own flags apart from the overrides."""
+    """Take Hydra's own flags apart from the overrides. Raises: ConfigError for what does not go together."""
     parser = Parser(prog="kvbench", add_help=False, allow_abbrev=False)
+    parser.add_argument("--run", "-r", action="store_true")
     parser.add_argument("--multirun", "-m", action="store_true")
     parser.add_argument("--config-dir", "-cd", type=os.path.abspath)
+    parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
+    parser.add_argument("--package", "-p")
+    parser.add_argument("--resolve", action="store_true")
+    parser.add_argument("--info", "-i", nargs="?", const="all", choices=_INFO)
+    parser.add_argument("--hydra-help", action="store_true")
+    parser.add_argument("--shell-completion", "-sc", action="store_true")
+    for flags in _REFUSED:
+        parser.add_argument(*flags)
     words, overrides = parser.parse_known_args(arguments)
+    for flags, why in _REFUSED.items():
+        if getattr(words, flags[0][2:].replace("-", "_")) is not None:
+            raise ConfigError(f"{flags[0]} {why}")
     for word in overrides:
         if word.startswith("-"):
             raise ConfigError(f"{word} is no flag; kvbench --help lists flags and settings")
+    _check_together(words)
     return words, overrides
+
+
+def _check_together(words: argparse.Namespace) -> None:
+    """Raise ConfigError as Hydra would, in one line; it leaves a `--package` without `--cfg` out in silence."""
+    modes = {
+        "--run": words.run,
+        "--multirun": words.multirun,
+        "--cfg": words.cfg,
+        "--info": words.info,
+        "--shell-completion": words.shell_completion,
+    }
+    given = [name for name, value in modes.items() if value]
+    if len(given) > 1 and not words.hydra_help:
+        raise ConfigError(f"{' and '.join(given)} exclude each other; give only one of {', '.join(modes)}")
+    for name, value in (("--resolve", words.resolve), ("--package", words.package)):
+        if value and not words.cfg:
+            raise ConfigError(f"{name} says how --cfg prints the configuration; add --cfg job, or leave {name} out")
+
+
+def _flags(words: argparse.Namespace) -> list[str]:
+    """Return the flags that were given, as Hydra wants them: before the overrides."""
+    given: list[str] = []
+    for name, value in vars(words).items():
+        flag = f"--{name.replace('_', '-')}"
+        given += [flag] if value is True else [flag, value] if value else []
+    return given
+
+
+def _printed_by_hydra(words: argparse.Namespace, overrides: list[str]) -> int:
+    """Let Hydra print what the flags ask for, and run nothing. Raises: ConfigError, one line."""
+    from kvbench.compose import check_overrides
+
+    swept: dict[str, str] = {}
+    if words.shell_completion:
+        commands = [f"{command}={shell}" for command in ("install", "uninstall", "query") for shell in _SHELLS]
+        if len(overrides) != 1 or overrides[0] not in commands:
+            raise ConfigError(f"--shell-completion needs one of {', '.join(commands)}; it got {' '.join(overrides)!r}")
+    elif not words.hydra_help:
+        swept = check_overrides(overrides, config_dir=words.config_dir)
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            _hand_to_hydra([*_flags(words), *overrides], _nothing)
+        except SystemExit as end:
+            if end.code:
+                reason = str(end.__context__ or said.getvalue())  # Hydra prints a traceback of what it handles
+                raise ConfigError(" ".join(reason.split())) from end
+    sys.stderr.write(said.getvalue())
+    for name, values in swept.items() if words.cfg else ():  # what Hydra shows is one cell of these
+        print(f"# swept: {name}={values}")
+    return 0
 
 
 def _hand_to_hydra(arguments: list[str], job: Callable[[Any], Any]) -> None:
@@ -184,9 +254,3 @@ def _hand_to_hydra(arguments: list[str], job: Callable[[Any], Any]) -> None:
 
 def _nothing(config: Any) -> None:
     """Run nothing: Hydra prints and ends."""
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return f"kvbench {version('kvbench')}"

@@ -6,6 +6,7 @@ the sweep at once, with the reason and close matches.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_module
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
+from hydra._internal.hydra import Hydra
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, QuotedString
+from hydra.core.override_parser.types import Glob, Override, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -56,63 +61,78 @@ class Composed:
 def compose_grid(overrides: Sequence[str], *, multirun: bool, config_dir: str | None) -> list[Composed]:
     """Return every cell that `overrides` ask for, in Hydra's order. Raises: ConfigError, one line."""
     check_no_secret_override(overrides)
-    extra = [_search_path(config_dir)] if config_dir else []
     try:
-        with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-            return [_compose([*cell, *extra], multirun) for cell in _cells(overrides, multirun, extra)]
+        with _searching(config_dir):
+            return [_compose(cell, multirun) for cell in _cells(overrides, multirun)]
     except MissingConfigException as error:
         raise ConfigError(_unknown_choice(error)) from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises plain ValueErrors too
         raise ConfigError(_one_line(error, overrides)) from error
 
 
-def check_overrides(arguments: Sequence[str]) -> dict[str, str]:
-    """Compose the overrides among `arguments`, Hydra's own flags left out; return what an experiment sweeps over.
-
-    Raises: ConfigError, one line.
-    """
-    words = list(arguments)
-    folder = next((words[at + 1] for at in range(len(words) - 1) if words[at] in ("--config-dir", "-cd")), None)
-    overrides = [word for word in words if not word.startswith("-") and ("=" in word or word.startswith("~"))]
-    compose_grid(overrides, multirun=not {"-m", "--multirun"}.isdisjoint(words), config_dir=folder)
-    return _swept(overrides, folder)
+def check_overrides(overrides: Sequence[str], *, config_dir: str | None) -> dict[str, str]:
+    """Compose the overrides and return what an experiment sweeps over. Raises: ConfigError, one line."""
+    compose_grid(overrides, multirun=False, config_dir=config_dir)
+    with _searching(config_dir):
+        return _sweep_params(_hydra(_parsed(overrides)))
 
 
-def _swept(overrides: Sequence[str], config_dir: str | None) -> dict[str, str]:
-    extra = [_search_path(config_dir)] if config_dir else []
-    with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-        return _sweep_params(_hydra(_parsed(overrides), extra))
-
-
-def _search_path(config_dir: str) -> str:
-    if not Path(config_dir).is_dir():
+@contextlib.contextmanager
+def _searching(config_dir: str | None) -> Iterator[None]:
+    """Look for configurations in kvbench's package, then in `config_dir`, as Hydra's own command line does."""
+    if config_dir and not Path(config_dir).is_dir():
         raise ConfigError(f"--config-dir {config_dir} is no folder; give the one that holds policy/mine.yaml")
-    quoted = config_dir.replace("'", "\\'")
-    return f"hydra.searchpath=['file://{quoted}']"
+    with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+        if config_dir:
+            path = _loader().get_search_path()
+            path.prepend("command-line", f"file://{Path(config_dir).absolute()}", SearchPathQuery(provider="schema"))
+            GlobalHydra.instance().clear()
+            Hydra.create_main_hydra2("app", path)
+        yield
 
 
-def _cells(overrides: Sequence[str], multirun: bool, extra: list[str]) -> Iterator[list[str]]:
+def _loader() -> ConfigLoader:
+    return GlobalHydra.instance().config_loader()
+
+
+def _cells(overrides: Sequence[str], multirun: bool) -> Iterator[list[str]]:
     parsed = _parsed(overrides)
     for o in parsed:
         if o.key_or_group in _GROUPS and (o.is_delete() or not _is_choice(o.value())):
             raise ConfigError(f"{o.input_line} chooses no {o.key_or_group}; give a name, kvbench --help lists them")
-    hydra = _hydra(parsed, extra)
+    hydra = _hydra(parsed)
     if not multirun and hydra.mode != RunMode.MULTIRUN:
         yield list(overrides)
         return
+    if hydra.sweeper.get("_target_") != BasicSweeperConf._target_:
+        raise ConfigError(
+            f"hydra/sweeper is {hydra.runtime.choices.get('hydra/sweeper')!r}, which chooses cells while it runs; "
+            "kvbench checks all cells before the first one runs, so leave it out (basic: every combination)"
+        )
     params = [f"{name}={values}" for name, values in _sweep_params(hydra).items()]
-    yield from BasicSweeper.split_arguments(_parsed([*params, *overrides]), None)[0]
+    swept = _parsed([*params, *overrides])
+    for o in swept:
+        _check_not_empty(o)
+    yield from BasicSweeper.split_arguments(swept, None)[0]
+
+
+def _check_not_empty(override: Override) -> None:
+    """Raise ConfigError for a sweep over nothing, with which the whole grid would be empty."""
+    if not override.is_discrete_sweep() or any(True for _ in override.sweep_iterator()):
+        return
+    known = _loader().get_group_options(override.key_or_group) if isinstance(override.value(), Glob) else []
+    names = f"; {override.key_or_group} has {', '.join(known)}" if known else ""
+    raise ConfigError(f"{override.input_line} stands for no value at all, so there is no cell to run{names}")
 
 
 def _parsed(overrides: Sequence[str]) -> list[Override]:
-    parsed: list[Override] = OverridesParser.create().parse_overrides(list(overrides))
+    parsed: list[Override] = OverridesParser.create(config_loader=_loader()).parse_overrides(list(overrides))
     return parsed
 
 
-def _hydra(parsed: Sequence[Override], extra: list[str]) -> Any:
+def _hydra(parsed: Sequence[Override]) -> Any:
     """Return Hydra's own settings under the overrides that have one value."""
-    fixed = [o.input_line for o in parsed if o.input_line is not None and not o.is_sweep_override()]
-    return _composed([*fixed, *extra]).hydra
+    return _composed([o.input_line for o in parsed if o.input_line is not None and not o.is_sweep_override()]).hydra
 
 
 def _sweep_params(hydra: Any) -> dict[str, str]:

@@ -21,6 +21,7 @@ from kvbench.combinations import check_budget_fits, check_text
 from kvbench.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError, close_matches
 from kvbench.gate import check_installed, check_model, check_settings
+from kvbench.installed import installed_version
 from kvbench.models.spec import ModelSpec
 from kvbench.policy_source import policy_source
 from kvbench.runs.autopsy_settings import AutopsySettings
@@ -33,7 +34,7 @@ from kvbench.value_types import fits, truth, type_name
 
 _FULL = {"_target_": "kvbench.policies.full.Full"}
 _PATH_SETTINGS = ("path", "images", "answers", "ids", "templates", "filler")  # where a file lies changes nothing
-_NUMERIC_PACKAGES = ("kvbench", "torch", "transformers")
+_NUMERIC_PACKAGES = ("torch", "transformers")
 _EVICTS_AT = {When.BOTH: "prompt and decode", When.PREFILL: "prompt", When.DECODE: "decode"}
 _SHARED = ("results", "sweep", "force", "sink", "worker", "autopsy")
 
@@ -67,7 +68,7 @@ def build_cell(composed: Composed) -> Cell:
         "batch_size": batch_size,
         "seed": seed,
         "device": device.split(":")[0],
-        "versions": {name: version(name) for name in _NUMERIC_PACKAGES},
+        "versions": {"kvbench": installed_version(), **{name: version(name) for name in _NUMERIC_PACKAGES}},
     }
     return Cell(
         settings=settings,

@@ -9,13 +9,13 @@ import argparse
 import shlex
 from collections.abc import Iterator, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from kvbench.errors import ConfigError, close_matches
+from kvbench.installed import installed_version
 from kvbench.parser import Parser
 from kvbench.records import read_record
 from kvbench.redaction import redact, redacted_body
@@ -99,7 +99,7 @@ def _sweep_jobs(folder: Path, sweep: str, keys: list[str], to: Path) -> Iterator
         from kvbench.wandb_summary import summary_of
 
         digests = [known.get(key) or cell_digest(_body(folder, key)) for key in keys]
-        digest = summary_digest(digests, version("kvbench"))
+        digest = summary_digest(digests, installed_version())
         make = partial(summary_of, folder, sweep, keys, to=to)
         yield Job(id=summary_id(sweep, keys), digest=digest, what="summary", make=make)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvbench.installed import installed_version
 from kvbench.records import read_record
 from kvbench.sinks.store import RecordStore
 from kvbench.sinks.wandb_fields import measure_group
@@ -57,7 +57,7 @@ def summary_of(folder: Path, sweep: str, keys: Collection[str], *, to: Path | No
         figures={f"figures/{png.name}": Figure(png=png.data, caption=png.caption) for png in draw_pngs(results)},
         numbers=dict(_numbers(compared)),
     )
-    return summary_run(summary, version("kvbench"))
+    return summary_run(summary, installed_version())
 
 
 def _with_interval(compared: tuple[Comparison, ...]) -> tuple[Comparison, ...]:

@@ -4,13 +4,16 @@ import json
 import resource
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvbench.cli import run
+from kvbench.errors import ConfigError
 from kvbench.records import MEASURED
+from kvbench.report.freshness import inputs_digest
 from kvbench.sinks.wandb_summary import summary_id
 
 REPO = Path(__file__).parents[1]
@@ -173,6 +176,95 @@ def test_the_printed_configuration_of_an_experiment_says_what_is_swept(capfd: py
     printed = capfd.readouterr().out
     assert "_target_: kvbench.runs.perplexity_released.PerplexityReleased" in printed
     assert "# swept: budget.fraction=1.0,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2" in printed
+
+
+@pytest.mark.parametrize("flag", [["--config-dir", "conf"], ["--config-dir=conf"], ["-cd", "conf"], ["-cd=conf"]])
+def test_the_configuration_is_printed_with_a_folder_of_ones_own(
+    flag: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "conf" / "policy").mkdir(parents=True)
+    (tmp_path / "conf" / "policy" / "mine.yaml").write_text("_target_: mine.Mine\n")
+    assert run([*flag, "--cfg", "job", "policy=mine", "--package", "policy"]) == 0
+    assert capfd.readouterr().out == "# @package policy\n_target_: mine.Mine\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["-m", "policy=full,h2o", "--cfg", "job"], "--multirun and --cfg exclude each other"),
+        (["--run", "--info"], "--run and --info exclude each other"),
+        (["--resolve"], "--resolve says how --cfg prints"),
+        (["-p", "policy"], "--package says how --cfg prints"),
+        (["--cfg", "nonsense"], "invalid choice: 'nonsense'"),
+        (["--info", "nonsense"], "invalid choice: 'nonsense'"),
+        (["--cfg", "job", "--package", "nosuch"], "package 'nosuch' not found in config"),
+        (["--cfg", "job", "--resolve", "+x=${nosuch}"], "Interpolation key 'nosuch' not found"),
+        (["--cfg", "job", "policy=full,h2o"], "Ambiguous value"),
+        (["--config-dir=nosuch", "--cfg", "job"], "nosuch is no folder"),
+        (["--config-name=mine", "--cfg", "job"], "--config-name is not supported"),
+        (["-cp", "conf", "policy=h2o"], "--config-path is not supported"),
+        (["--experimental-rerun", "x.pickle"], "--experimental-rerun is not supported"),
+        (["--shell-completion"], "--shell-completion needs one of install=bash"),
+        (["-sc", "install=tcsh"], "it got 'install=tcsh'"),
+    ],
+)
+def test_a_flag_of_hydras_that_can_not_be_followed_is_refused_in_one_line(
+    words: list[str], reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(words) == 2
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("kvbench: ")
+    assert printed.err.count("\n") == 1
+    assert reason in printed.err
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["--info", "defaults", "policy=h2o"], "policy/h2o"),
+        (["-i", "searchpath"], "pkg://kvbench.conf"),
+        (["--cfg", "hydra", "-p", "hydra.run"], "dir: ${results}"),
+        (["--cfg=job", "--resolve", "results=there", "-p", "results"], "there"),
+        (["--hydra-help"], "== Flags =="),
+        (["-sc", "install=bash"], "hydra_bash_completion()"),
+    ],
+)
+def test_what_hydra_prints_is_printed_and_nothing_runs(
+    words: list[str], shown: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(words) == 0
+    assert shown in capfd.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_shell_completes_names_of_ones_own_group(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COMP_LINE", "kvbench policy=streaming")
+    monkeypatch.setattr(sys, "argv", ["kvbench"])
+    assert run(["-sc", "query=bash"]) == 0
+    assert capfd.readouterr().out.split() == ["policy=streaming_llm", "policy=streaming_llm_released"]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["policy=h2o"], ["report"]])
+def test_a_checkout_that_is_not_installed_says_so_in_one_line(words: list[str]) -> None:
+    """Python without its site-packages sees the files of the checkout and nothing that was installed."""
+    command = [sys.executable, "-S", "-m", "kvbench", *words]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("kvbench: kvbench is not installed in this Python")
+    assert "python -m pip install -e ." in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_version_that_records_name_needs_an_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("kvbench.installed.version", nothing)
+    with pytest.raises(ConfigError, match="is not installed in this Python"):
+        inputs_digest(Path("results"))
 
 
 def test_flags_may_come_after_settings(tmp_path: Path) -> None:

@@ -130,3 +130,50 @@ def test_random_weights_choose_the_data_set_without_text_unless_another_is_asked
     for words, expected in ((["weights=random"], "synthetic"), (["weights=random", "dataset=scenes"], "scenes")):
         (one,) = compose_grid(words, multirun=False, config_dir=None)
         assert (one.choices["dataset"], one.config.model.weights) == (expected, "random")
+
+
+def test_a_glob_sweeps_over_the_names_of_its_group_and_over_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "h2o_mine.yaml").write_text("_target_: mine.Mine\n")
+    swept = "policy=glob([h2o*,f*],exclude=*release*)"
+    assert cells(swept, multirun=True) == [("full", 0.2), ("h2o", 0.2)]
+    found = cells(swept, multirun=True, config_dir=tmp_path)
+    assert found == [("full", 0.2), ("h2o", 0.2), ("h2o_mine", 0.2)]
+
+
+def test_a_glob_of_an_experiment_is_swept_too(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    lines = [
+        "# @package _global_",
+        "hydra:",
+        "  mode: MULTIRUN",
+        "  sweeper:",
+        "    params:",
+        "      policy: glob(h2o*)",
+    ]
+    (tmp_path / "experiment" / "mine.yaml").write_text("\n".join(lines))
+    found = cells("+experiment=mine", config_dir=tmp_path)
+    assert [name for name, _ in found] == ["h2o", "h2o_elastic_release", "h2o_released"]
+
+
+@pytest.mark.parametrize("word", ["policy=glob(zzz*)", "batch_size=range(3,1)", "batch_size=glob(*)"])
+def test_a_sweep_over_nothing_is_refused(word: str) -> None:
+    with pytest.raises(ConfigError, match="stands for no value at all"):
+        cells(word, multirun=True)
+
+
+def test_a_sweeper_that_is_not_ours_is_refused_where_it_would_sweep(tmp_path: Path) -> None:
+    (tmp_path / "hydra" / "sweeper").mkdir(parents=True)
+    (tmp_path / "hydra" / "sweeper" / "odd.yaml").write_text("_target_: odd.Sweeper\n")
+    words = ["policy=h2o,full", "hydra/sweeper=odd"]
+    with pytest.raises(ConfigError, match="hydra/sweeper is 'odd'"):
+        cells(*words, multirun=True, config_dir=tmp_path)
+    assert cells("policy=h2o", "hydra/sweeper=odd", config_dir=tmp_path) == [("h2o", 0.2)]
+
+
+def test_a_folder_of_ones_own_stands_beside_a_search_path_that_was_given(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name / "policy").mkdir(parents=True)
+        (tmp_path / name / "policy" / f"{name}.yaml").write_text("_target_: mine.Mine\n")
+    words = ["policy=one,two", f"hydra.searchpath=[file://{tmp_path / 'two'}]"]
+    assert cells(*words, multirun=True, config_dir=tmp_path / "one") == [("one", 0.2), ("two", 0.2)]

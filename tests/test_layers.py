@@ -18,7 +18,18 @@ FILES = sorted(
     for path in (REPO / folder).rglob("*.py")
     if (REPO / folder / "policies") not in path.parents
 )
-FOUNDATION = {"errors", "units", "durable", "sealed", "redaction", "records", "packed", "autopsies", "frontier_file"}
+FOUNDATION = {
+    "errors",
+    "units",
+    "durable",
+    "sealed",
+    "redaction",
+    "records",
+    "packed",
+    "autopsies",
+    "frontier_file",
+    "installed",
+}
 COMPOSITION = {
     "audit_cli",
     "cli",
@@ -56,6 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "packed": {"errors"},
     "autopsies": {"errors", "durable", "sealed"},
     "frontier_file": set(),
+    "installed": {"errors"},
     "kernels": FOUNDATION,
     "cache": FOUNDATION | {"kernels"},
     "datasets": FOUNDATION | {"cache"},

@@ -7,11 +7,11 @@ the version that built it; records are immutable and only ever replaced, so an e
 from __future__ import annotations
 
 import hashlib
-from importlib.metadata import version
 from pathlib import Path
 
 from kvbench.autopsies import AUTOPSY_FILE
 from kvbench.errors import ConfigError
+from kvbench.installed import installed_version
 
 _STAMP = "report/.built-from"
 _MADE = ("report/index.html", "report/table.md", "table.csv", "table.parquet", "samples.csv", "samples.parquet")
@@ -36,7 +36,7 @@ def write_stamp(results_folder: Path, digest: str) -> None:
 
 def inputs_digest(results_folder: Path) -> str:
     """Return the hash of what a report would be built from now; take it before building."""
-    digest = hashlib.sha256(version("kvbench").encode())
+    digest = hashlib.sha256(installed_version().encode())
     cells, frontiers = results_folder / "cells", results_folder / "frontier"
     for path in sorted([*cells.glob("*/record.json"), *cells.glob(f"*/{AUTOPSY_FILE}"), *frontiers.glob("*.json")]):
         stat = path.stat()
