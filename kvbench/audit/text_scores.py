@@ -8,16 +8,18 @@ from typing import Any
 
 from kvbench.audit.check import Check
 from kvbench.audit.evidence import Cell, Peers
-from kvbench.metrics.rouge import rouge_scores
+from kvbench.metrics.rouge import has_words, rouge_scores
 
 _TOLERANCE = 1e-6
+_OLD = {"Generation": "greedy_v1", "MultiTurn": "one_cache_v1"}  # dropped combining marks, and texts without a word
 _HIDDEN = "***"  # stands where a secret was taken out
 
 
 def _problems(cell: Cell, peers: Peers) -> Iterator[str]:
+    is_old = any((cell.task(name) or {}).get("protocol") == old for name, old in _OLD.items())
     for row in cell.samples:
         for prefix in sorted({name.removesuffix("text") for name in row if name in ("text", *_TURN_TEXTS)}):
-            if problem := _wrong(row, prefix):
+            if problem := _wrong(row, prefix, is_old):
                 yield f"{row.get('id')}: {problem}"
                 return
 
@@ -25,19 +27,24 @@ def _problems(cell: Cell, peers: Peers) -> Iterator[str]:
 _TURN_TEXTS = tuple(f"turn{number}_text" for number in range(1, 33))
 
 
-def _wrong(row: Mapping[str, Any], prefix: str) -> str | None:
+def _wrong(row: Mapping[str, Any], prefix: str, is_old: bool) -> str | None:
     text = row[f"{prefix}text"]
     for against, field in (("full", "full_text"), ("reference", "reference")):
         other = row.get(f"{prefix}{field}")
         if not isinstance(text, str) or not isinstance(other, str) or _HIDDEN in text + other:
             continue
-        if against == "reference" and not other:
+        if (against == "reference" and not other) or (is_old and not _is_scored_alike(text + other)):
             continue
         for name, score in _scores(text, other).items():
             stored = row.get(f"{prefix}{name}_vs_{against}")
             if stored is not None and abs(stored - score) > _TOLERANCE:
                 return f"{prefix}{name}_vs_{against} is {stored:.4g}, its texts give {score:.4g}"
     return None
+
+
+def _is_scored_alike(texts: str) -> bool:
+    """Whether the older protocols surely gave these texts the same scores."""
+    return texts.isascii() and (has_words(texts) or not texts.strip())
 
 
 @lru_cache(maxsize=65536)

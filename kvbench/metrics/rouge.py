@@ -1,9 +1,11 @@
 """Text similarity between two answers, and where two token sequences part.
 
-ROUGE is the F1 of rouge-score 0.1.2 with Porter stemming, on a 0 to 1 scale. Two rules are ours:
+ROUGE is the F1 of rouge-score 0.1.2 with Porter stemming, on a 0 to 1 scale. Three rules are ours:
 texts that are the same up to outer white space score 1.0 (rouge-score gives 0 for two empty texts and,
-in rouge2, for two equal words), and a text with letters outside a-z is split by Unicode rules, because
-rouge-score drops such letters and scores a Chinese text 0 against itself.
+in rouge2, for two equal words); a text with letters or marks outside ASCII is split by Unicode rules, because
+rouge-score drops them and scores a Chinese text 0 against itself; and two texts without any word, such as
+"?!" or emoji alone, are compared sign by sign. A combining mark belongs to the letter before it, so that words
+that differ in a vowel sign are different words.
 
     rouge_scores(prediction="a red square", reference="one red square")["rougeL"]
 """
@@ -13,34 +15,66 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 _TYPES = ("rouge1", "rouge2", "rougeL")
-# Han, Hiragana and Katakana have no spaces between words, so each character is a token.
-_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_WORD = re.compile(f"[{_UNSPACED}]|(?:(?![{_UNSPACED}])[^\\W_])+")
+# No spaces between words, so each character is a token: Han, Hiragana and Katakana, whose marks are one with it
+# once composed ...
+_IDEOGRAPH = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+# ... and Thai, Lao, Myanmar, Khmer, New Tai Lue, Tai Tham, Balinese, Javanese and Tai Viet, a letter with its marks.
+_UNSPACED_LETTER = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1980-\u19df\u1a20-\u1aaf\u1b00-\u1b7f\ua980-\ua9ff\uaa60-\uaadf]"
+)
+_HALF_WIDTH_KATAKANA = re.compile("[\uff66-\uff9f]+")
+_JOINERS = "\u200c\u200d"  # after a mark they shape a letter of the word, elsewhere they part words
+# How something is drawn, not what it is: variation selectors, for text or emoji, and what encloses a sign.
+_LOOKS = re.compile("[\u180b-\u180d\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+_SIGN = re.compile(
+    "[\U0001f1e6-\U0001f1ff]{2}"  # a flag is two letters
+    "|\\S(?:[\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f\u20dd-\u20e4]|\u200d\\S)*"  # skin, region, keycap; a family
+)
 
 
 def rouge_scores(*, prediction: str, reference: str) -> dict[str, float]:
     """Return rouge1, rouge2 and rougeL as F1 in [0, 1]; an empty text against another scores 0."""
     if prediction.strip() == reference.strip():
         return dict.fromkeys(_TYPES, 1.0)
-    scores = _scorer(_needs_unicode(prediction + reference)).score(reference, prediction)
+    scores = _scorer(_splitter(prediction + reference)).score(reference, prediction)
     return {name: float(scores[name].fmeasure) for name in _TYPES}
 
 
-def _needs_unicode(text: str) -> bool:
-    return not text.isascii() and any(letter.isalnum() and not letter.isascii() for letter in text)
+def has_words(text: str) -> bool:
+    """Tell whether the text holds a letter or digit of any script."""
+    return any(letter.isalnum() for letter in text)
+
+
+def _splitter(texts: str) -> str:
+    """Return how both texts are split: into signs, by Unicode rules, or as rouge-score does."""
+    if not has_words(texts):
+        return "signs"
+    return "unicode" if not texts.isascii() and any(map(_is_told, texts)) else "ascii"
+
+
+def _is_told(letter: str) -> bool:
+    return not letter.isascii() and (letter.isalnum() or _is_mark(letter))
+
+
+def _is_mark(letter: str) -> bool:
+    return unicodedata.category(letter) in ("Mn", "Mc") and not _LOOKS.match(letter)
 
 
 @functools.cache
-def _scorer(unicode: bool) -> Any:
+def _scorer(splitter: str) -> Any:
     # Imported here: it brings nltk, which only a run that scores text should wait for.
     from rouge_score import rouge_scorer, tokenizers
 
-    tokenizer = _UnicodeTokenizer() if unicode else tokenizers.DefaultTokenizer(use_stemmer=True)
-    return rouge_scorer.RougeScorer(list(_TYPES), tokenizer=_Remembering(tokenizer))
+    makers: dict[str, Callable[[], Any]] = {
+        "signs": _SignTokenizer,
+        "unicode": _UnicodeTokenizer,
+        "ascii": lambda: tokenizers.DefaultTokenizer(use_stemmer=True),
+    }
+    return rouge_scorer.RougeScorer(list(_TYPES), tokenizer=_Remembering(makers[splitter]()))
 
 
 class _Remembering:
@@ -50,8 +84,16 @@ class _Remembering:
         self.tokenize = functools.lru_cache(maxsize=4096)(tokenizer.tokenize)
 
 
+class _SignTokenizer:
+    """Splits a text that has no word into its signs; an emoji of several code points is one."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """Return everything that is drawn, white space left out."""
+        return _SIGN.findall(_LOOKS.sub("", unicodedata.normalize("NFC", text)))
+
+
 class _UnicodeTokenizer:
-    """Splits like rouge-score's own tokenizer, but keeps the letters and digits of every script."""
+    """Splits like rouge-score's own tokenizer, but keeps letters, digits and combining marks of every script."""
 
     def __init__(self) -> None:
         from nltk.stem import porter  # type: ignore[import-untyped]
@@ -60,8 +102,35 @@ class _UnicodeTokenizer:
 
     def tokenize(self, text: str) -> list[str]:
         """Return the lower-case tokens of `text`; ASCII words over three letters are stemmed."""
-        words = _WORD.findall(unicodedata.normalize("NFC", text).lower())
-        return [self._stem(word) if len(word) > 3 and word.isascii() else word for word in words]
+        return [self._stem(word) if len(word) > 3 and word.isascii() else word for word in _words(_composed(text))]
+
+
+def _composed(text: str) -> str:
+    """Return the text in lower case and composed form; half-width katakana as what it is half of."""
+    wide = _HALF_WIDTH_KATAKANA.sub(lambda run: unicodedata.normalize("NFKC", run[0]), text)
+    return unicodedata.normalize("NFC", wide).lower()
+
+
+def _words(text: str) -> Iterator[str]:
+    """Yield words of spaced scripts and single letters of the others, each with the marks that follow it."""
+    word, takes_letters = "", False
+    for letter in text:
+        if _IDEOGRAPH.match(letter):
+            yield from (word, letter) if word else (letter,)
+            word = ""
+        elif letter.isalnum():
+            alone = _UNSPACED_LETTER.match(letter) is not None
+            if word and (alone or not takes_letters):
+                yield word
+                word = ""
+            word, takes_letters = word + letter, not alone
+        elif word and _is_mark(letter):
+            word += letter
+        elif word and not (letter in _JOINERS and _is_mark(word[-1])):
+            yield word
+            word = ""
+    if word:
+        yield word
 
 
 def length_ratio(prediction_tokens: int, full_tokens: int) -> float | None:
