@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 
 from kvbench.errors import ConfigError, close_matches
-from kvbench.stats.margins import is_latency_ratio, smallest_margin
-from kvbench.units import MEASURES, measure
+from kvbench.stats.margins import is_quality, smallest_margin
+from kvbench.units import MEASURES
 
 LADDER = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 _SMALLEST_MARGIN = 1e-6
@@ -18,12 +18,6 @@ _TASKS = {
     "top1_agreement_fraction": ["task=fidelity"],
     "rougeL_released_vs_full": ["task=generation", "task.generation.released_rouge=true"],
 }
-
-
-def is_quality(name: str) -> bool:
-    """Whether the measure has a margin and comes from samples; no clock is in it."""
-    known = measure(name)
-    return smallest_margin(name) is not None and known.reproduces and not is_latency_ratio(known)
 
 
 def task_words(name: str) -> list[str]:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 from kvbench.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError
 from kvbench.frontier_look import Plan, above, look_at
+from kvbench.report.ability import Ability
 from kvbench.report.cell import CellResult
 from kvbench.report.compare_cells import compare
 from kvbench.report.frontier import Frontier, Look, Search, SearchStatus
-from kvbench.report.load import load_results
+from kvbench.report.load import Group, load_results
 from kvbench.sealed import canonical_json
 from kvbench.stats.sequential import look_confidence, next_rung
 
@@ -53,7 +54,10 @@ class PolicySearch:
                 self.looks[rung] = Look(budget=self.plan.ladder[rung], outcome="failed", reason=f"{error!s:.300}")
 
     def read(self, records: dict[str, CellResult]) -> None:
-        """Judge the cell that was run. Raises: ConfigError if its task does not give the measure."""
+        """Judge the cell that was run.
+
+        Raises: ConfigError if its task does not give the measure, or the full cache itself can not do it.
+        """
         assert self.pending is not None
         rung = self.rung
         assert rung is not None
@@ -62,6 +66,11 @@ class PolicySearch:
         if full is None or full.failed:
             raise ConfigError(
                 f"the full cache's cell {self.full.key[:16]} is not ok, so nothing can be compared with it"
+            )
+        group = Group(model=full.model, dataset=full.dataset, cells=(full,))
+        if cause := Ability(group).cause(self.plan.measure):
+            raise ConfigError(
+                f"no budget of {group.title} can be called safe: {cause}; ask for another data set or model"
             )
         if cell is None or cell.failed:
             status = "not measured" if cell is None else f"{cell.status}: {cell.error:.200}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvbench.durable import make_folder
 from kvbench.redaction import hide_known
+from kvbench.report.ability import Ability
 from kvbench.report.best import best_policies
 from kvbench.report.comparisons import DECLARED, Choices, Comparison, group_comparisons
 from kvbench.report.naming import flat_settings
@@ -97,6 +98,9 @@ def _headline(group: Group, compared: Sequence[Comparison]) -> Iterator[str]:
     """Yield a sentence per budget and measure: which policy is best, how good it is, and how sure that is."""
     names = [name for name in _QUALITY if any(cell.estimate(name) for cell in group.budgeted)][:_HEADLINES]
     yield f"**{group.title}**"
+    if sentence := Ability(group).sentence:
+        yield sentence
+        return
     found = [one for one in best_policies(group, compared) if one.measure in names]
     for one in found:
         value = format_with_interval(one.measure, one.estimate.value, one.estimate.low, one.estimate.high)
@@ -152,8 +156,9 @@ def _verdict_table(group: Group, compared: Sequence[Comparison]) -> str:
     rows = [one for one in compared if one.second.is_full and one.low is not None]
     if not rows:
         return "Nothing could be compared with the full cache."
+    sentence = Ability(group).sentence
     head = "| policy | budget | measure | difference from full | 95 % interval | verdict | declared before |"
-    lines = [head, "|---|---|---|---|---|---|---|"]
+    lines = [*([sentence, ""] if sentence else []), head, "|---|---|---|---|---|---|---|"]
     for one in sorted(rows, key=lambda one: (not one.primary, _COMPARED.index(one.measure))):
         interval = f"[{one.low:.3g}, {one.high:.3g}]"
         shown = measure(one.measure)

@@ -28,6 +28,8 @@ _WORDS = {
 def answer_sentences(judged: Judged) -> list[str]:
     """Return one or two sentences: what to take at the budget asked for, and what is shown to keep full's quality."""
     budget = asked_budget(judged)
+    if judged.ability.sentence:
+        return [judged.ability.sentence]
     if judged.primary is None or budget is None:
         return ["No cell with a budget has a quality measurement yet, so no policy can be recommended."]
     cells = judged.group.by_budget[budget]

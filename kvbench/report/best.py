@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from kvbench.report.ability import Ability
 from kvbench.report.cell import CellResult, Estimate
 from kvbench.report.compare_latency import timing_noise
 from kvbench.report.comparisons import Comparison
@@ -34,10 +35,14 @@ class Best:
 def best_policies(group: Group, compared: Iterable[Comparison]) -> tuple[Best, ...]:
     """Return the best policy at each budget in every measure of `compared` (comparisons of `group`).
 
-    A budget at which fewer than two policies have the measure has no best one. Noisy times are never the best.
+    A budget at which fewer than two policies have the measure has no best one. Noisy times are never the best, and
+    no quality is where the full cache can not do the task.
     """
     verdicts = {(one.measure, one.first.key, one.second.key): one.verdict for one in compared}
-    names = dict.fromkeys(name for name, _, _ in verdicts if measure(name).better != "none")
+    ability = Ability(group)
+    names = dict.fromkeys(
+        name for name, _, _ in verdicts if measure(name).better != "none" and not ability.reason(name)
+    )
     budgets = dict.fromkeys(cell.budget for cell in group.budgeted if not cell.failed)
     return tuple(best for budget in budgets for name in names for best in _best(group, budget, name, verdicts))
 

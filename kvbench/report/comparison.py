@@ -19,7 +19,7 @@ class Comparison:
     `low` and `high` are the 95 % interval, None where there is none; `p_holm` is corrected for the comparisons of
     its family, `minimum_detectable` is what the samples would show in 80 % of repetitions (from the few that differ
     where `is_sparse`), and `more_samples` says about how many more would decide. `reason` says why something is not
-    comparable or not decided, `noise` why its times are noisy.
+    comparable, decided or ranked at all, `noise` why its times are noisy.
     """
 
     measure: str
@@ -60,6 +60,11 @@ class Choices:
 
 
 DECLARED = Choices()
+
+
+def withheld(one: Comparison, reason: str) -> Comparison:
+    """Return the comparison without a verdict where there is a `reason` for it (kvbench.report.ability)."""
+    return replace(one, verdict="not ranked", reason=reason, more_samples=None) if reason else one
 
 
 def judged(one: Comparison, p_holm: float | None = None, num_compared: int = 1) -> Comparison:

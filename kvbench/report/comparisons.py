@@ -10,9 +10,10 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from itertools import combinations
 
+from kvbench.report.ability import Ability
 from kvbench.report.cell import CellResult
 from kvbench.report.compare_cells import compare
-from kvbench.report.comparison import DECLARED, Choices, Comparison, judged
+from kvbench.report.comparison import DECLARED, Choices, Comparison, judged, withheld
 from kvbench.report.load import Group
 from kvbench.stats.holm import holm
 from kvbench.stats.margins import smallest_margin
@@ -30,7 +31,7 @@ def group_comparisons(
     """Return every budgeted cell against full, and every two policies at equal budget, in every measure or `only` some.
 
     Verdicts are corrected by Holm within a measure: those against full are one family, those between policies another,
-    which is left out without `between`.
+    which is left out without `between`. Where the full cache can not do the task nobody is ranked.
     """
     names = [
         name
@@ -42,7 +43,8 @@ def group_comparisons(
         for pairs in (_against_full(group), between_policies(group) if between else ()):
             family = [one for pair in pairs if (one := compare(*pair, name, choices))]
             found.extend(_corrected(family))
-    return tuple(_marked(group, found))
+    ability = Ability(group)
+    return tuple(withheld(one, ability.reason(one.measure)) for one in _marked(group, found))
 
 
 def _against_full(group: Group) -> Iterator[tuple[CellResult, CellResult]]:

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from kvbench.report.ability import Ability
 from kvbench.report.cell import CellResult
 from kvbench.report.comparisons import PRIMARY_QUALITIES, Comparison, compare
 from kvbench.report.difference_text import difference_text
@@ -75,12 +76,16 @@ def below_random(group: Group) -> dict[str, list[Contrast]]:
 
 
 def above_random(group: Group) -> Looked:
-    """Return every pair of `random` and another policy at one budget, in every measure that both have."""
+    """Return every pair of `random` and another policy at one budget, in every measure that both have.
+
+    Nothing is looked for in a measure that ranks nobody.
+    """
     pairs: list[Pair] = []
+    names = _ranking(group)
     for cells in budgets_of(group).values():
         for baseline in (cell for cell in cells if cell.policy == "random"):
             for cell in (cell for cell in cells if cell.policy != "random"):
-                pairs.extend(_pairs(baseline, cell))
+                pairs.extend(_pairs(baseline, cell, names))
     return Looked(pairs=tuple(pairs))
 
 
@@ -95,12 +100,13 @@ def budget_steps(group: Group) -> Looked:
     for cell in group.budgeted:
         by_series.setdefault(cell.series, []).append(cell)
     pairs: list[Pair] = []
+    names = _ranking(group)
     for cells in by_series.values():
         usable = [cell for cell in cells if not cell.failed]
         ladder = [*usable, group.full] if group.full else usable
         for smaller, larger in itertools.pairwise(ladder):
             if _comparable_budgets(smaller, larger):
-                pairs.extend(_pairs(smaller, larger))
+                pairs.extend(_pairs(smaller, larger, names))
     return Looked(pairs=tuple(pairs))
 
 
@@ -115,8 +121,13 @@ def contrast_text(contrast: Contrast) -> str:
     return f"{values}, paired difference {difference_text(found).replace('/', ' per ')}{noise}"
 
 
-def _pairs(worse: CellResult, better: CellResult) -> Iterator[Pair]:
-    for name in _ODD_QUALITIES:
+def _ranking(group: Group) -> list[str]:
+    ability = Ability(group)
+    return [name for name in _ODD_QUALITIES if not ability.reason(name)]
+
+
+def _pairs(worse: CellResult, better: CellResult, names: list[str]) -> Iterator[Pair]:
+    for name in names:
         if worse.estimate(name) and better.estimate(name):
             yield worse, better, name
 

@@ -10,8 +10,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from kvbench.report.ability import Ability
 from kvbench.report.cell import CellResult
 from kvbench.report.comparison import judged as corrected
+from kvbench.report.comparison import withheld
 from kvbench.report.comparisons import (
     DECLARED,
     PRIMARY_QUALITIES,
@@ -44,6 +46,7 @@ class Judged:
     by_pair: Mapping[tuple[str, str, str], Comparison]
     choices: Choices
     num_pairs: int
+    ability: Ability
 
     def against_full(self, cell: CellResult, name: str) -> Comparison | None:
         """Return the comparison of the cell with the full cache."""
@@ -58,9 +61,11 @@ class Judged:
         if found is not None or self.num_pairs <= MOST_PAIRS:
             return None if found is None else swapped(found)
         found = compare(first, second, name, self.choices)
-        if found is None or found.p_value is None:
-            return found
-        return corrected(found, min(1.0, found.p_value * self.num_pairs))
+        if found is None:
+            return None
+        if found.p_value is not None:
+            found = corrected(found, min(1.0, found.p_value * self.num_pairs))
+        return withheld(found, self.ability.reason(name))
 
     @property
     def qualities(self) -> tuple[str, ...]:
@@ -81,7 +86,10 @@ def judge(group: Group, choices: Choices = DECLARED) -> Judged:
     names = (*PRIMARY_QUALITIES, *OTHER_QUALITIES, *TIME_RATIOS)
     found = group_comparisons(group, choices, names, between=num_pairs <= MOST_PAIRS)
     by_pair = {(one.measure, one.first.key, one.second.key): one for one in found}
-    return Judged(group=group, primary=_primary(group), by_pair=by_pair, choices=choices, num_pairs=num_pairs)
+    return Judged(
+        group=group, primary=_primary(group), by_pair=by_pair, choices=choices, num_pairs=num_pairs,
+        ability=Ability(group),
+    )  # fmt: skip
 
 
 def swapped(one: Comparison) -> Comparison:

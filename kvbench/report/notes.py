@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from kvbench.report.ability import Ability, num_empty_answers
 from kvbench.report.cell import CellResult
 from kvbench.report.compare_latency import timing_noise
 from kvbench.report.findings import QUALITIES, Contrast, Looked, budget_steps, contrast_text, not_monotone
@@ -11,7 +12,7 @@ from kvbench.report.listing import listed
 from kvbench.report.load import Group
 from kvbench.report.note import Note
 from kvbench.report.notes_random import random_notes
-from kvbench.units import measure
+from kvbench.units import MAX_TURNS, measure
 
 FEW_SAMPLES = 20
 _MACHINE_KEYS = ("device", "device_name", "gpu_name", "cpu_model", "num_threads", "torch", "transformers", "hostname")
@@ -20,7 +21,25 @@ _TIMES = ("tpot_ms", "ttft_ms")
 
 def notes_of(group: Group) -> list[Note]:
     """Return every note on `group`, the gravest first."""
-    return [*_failures(group), *random_notes(group), *_monotone_notes(group), *_doubts(group)]
+    return [*_ability_notes(group), *_failures(group), *random_notes(group), *_monotone_notes(group), *_doubts(group)]
+
+
+def _ability_notes(group: Group) -> Iterator[Note]:
+    yield from (Note(text=sentence) for sentence in Ability(group).sentences)
+    counts = {group.cell_label(cell): found for cell in group.cells if (found := _empty_answers(cell))}
+    if counts:
+        details = tuple(f"{label}: {found}" for label, found in counts.items())
+        yield Note(
+            text="Some answers are empty. Against another empty answer they score ROUGE 1.0, against any text 0.",
+            details=details,
+        )
+
+
+def _empty_answers(cell: CellResult) -> str:
+    """Return "2 of 32 answers", for each turn of a conversation; "" where none is empty."""
+    turns = {"": "", **{f"turn{turn}_": f" of turn {turn}" for turn in range(1, MAX_TURNS + 1)}}
+    found = ((words, *num_empty_answers(cell, prefix)) for prefix, words in turns.items())
+    return ", ".join(f"{empty} of {num} answers{words}" for words, empty, num in found if empty)
 
 
 def _failures(group: Group) -> Iterator[Note]:

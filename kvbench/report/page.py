@@ -81,7 +81,7 @@ def _sections(results: Results, judged: Sequence[Judged], plots: Sequence[Plot],
             "frontier",
             "Safe budgets",
             "Smallest safe budget",
-            frontier_html(results.frontiers, choices) if judged else "",
+            frontier_html(results.frontiers, choices, results.groups) if judged else "",
         ),
         (
             "figures",

@@ -34,6 +34,8 @@ _RATIOS = (("tpot_ms", "tpot_ratio_to_full", "per output token"), ("ttft_ms", "t
 def answer_html(judged: Judged) -> str:
     """Return the sentences and a block per budget."""
     lines = "".join(f"<p class=answer>{prose(line)}</p>" for line in answer_sentences(judged))
+    if judged.ability.sentence:
+        return lines + _explained(judged)
     blocks = [_block(judged, cells) for cells in judged.group.by_budget.values()]
     drawn = f"<div class=answers>{''.join(blocks)}</div>"
     if len(blocks) > _MOST_OPEN:
@@ -55,7 +57,8 @@ def _block(judged: Judged, cells: list[CellResult]) -> str:
     standing = standing_at(judged, cells, telling_quality(judged, cells) or "ppl") if judged.primary else None
     budget = escaped(cells[0].budget)
     if standing is None:
-        statuses = ", ".join(sorted({cell.status for cell in cells}))
+        withheld = judged.ability.reason(judged.primary) if judged.primary else ""
+        statuses = withheld or ", ".join(sorted({cell.status for cell in cells}))
         return f"<div><h3>{budget}</h3><p>Nothing can be ranked here ({escaped(statuses)}).</p></div>"
     rows = "".join(
         f"<div><dt>{prose(name)}</dt><dd>{'<br>'.join(lines)}</dd></div>"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from kvbench.report.ability import Ability
 from kvbench.report.comparisons import DECLARED, Choices, smallest_margin
 from kvbench.report.frontier import Frontier, Look, Search
 from kvbench.report.frontier_table import budget_text, held_text, range_text
+from kvbench.report.load import Group
 from kvbench.report.page_markup import Head, escaped, number_cell, prose, row_head, table, text_cell
 from kvbench.units import measure
 
@@ -16,12 +18,19 @@ _NONE = (
 )
 
 
-def frontier_html(frontiers: Sequence[Frontier], choices: Choices = DECLARED) -> str:
-    """Return a table per search, or how to make one; `choices` hold the margins of the rest of the page."""
-    return "".join(_one(one, choices) for one in frontiers) if frontiers else f"<p>{prose(_NONE)}</p>"
+def frontier_html(frontiers: Sequence[Frontier], choices: Choices = DECLARED, groups: Iterable[Group] = ()) -> str:
+    """Return a table per search, or how to make one.
+
+    `choices` hold the margins of the rest of the page, `groups` the cells on it: where the full cache can not do the
+    task, a search that was made before that was asked names no budget.
+    """
+    abilities = {cell.key: ability for group in groups for ability in (Ability(group),) for cell in group.cells}
+    if not frontiers:
+        return f"<p>{prose(_NONE)}</p>"
+    return "".join(_one(one, choices, abilities) for one in frontiers)
 
 
-def _one(frontier: Frontier, choices: Choices) -> str:
+def _one(frontier: Frontier, choices: Choices, abilities: Mapping[str, Ability]) -> str:
     label = measure(frontier.measure).label
     caption = f"Smallest budget at which {label} is at most {frontier.margin:g} worse than full ({frontier.name})"
     heads = [
@@ -33,7 +42,14 @@ def _one(frontier: Frontier, choices: Choices) -> str:
         Head(label="samples"),
         Head(label="budgets measured", kind=None),
     ]
-    rows = (f"<tr>{''.join(_cells(frontier, search))}</tr>" for search in frontier.searches)
+    reasons = [
+        ability.reason(frontier.measure) if (ability := abilities.get(search.full_key)) else ""
+        for search in frontier.searches
+    ]
+    rows = (
+        f"<tr>{''.join(_cells(frontier, search, reason))}</tr>"
+        for search, reason in zip(frontier.searches, reasons, strict=True)
+    )
     return (
         f"{table(caption, heads, rows)}<p class=quiet>A budget called safe is unsafe in at most 5 % of searches. "
         f"{frontier.num_cells} cells were measured instead of {frontier.num_cells_of_grid} of the dense grid, "
@@ -52,10 +68,15 @@ def _other_margin(frontier: Frontier, choices: Choices) -> str:
     )
 
 
-def _cells(frontier: Frontier, search: Search) -> Iterator[str]:
+def _cells(frontier: Frontier, search: Search, withheld: str) -> Iterator[str]:
     positions = "" if search.positions == "original" else search.positions
     yield row_head(search.policy, positions)
     yield text_cell(f"{search.model} on {search.dataset}")
+    if withheld:
+        yield number_cell("not ranked", withheld, value=1e18)
+        yield from (number_cell("-", value=None) for _ in range(3))
+        yield text_cell(", ".join(budget_text(frontier, one.budget) for one in search.looks))
+        return
     safe = search.smallest_safe
     above = f"none up to {budget_text(frontier, max(frontier.ladder))}" if safe is None else budget_text(frontier, safe)
     below = held_text(frontier, search) if search.status == "found" else search.status

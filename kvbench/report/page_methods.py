@@ -24,6 +24,7 @@ _WORDS = (
     ("undecided", "neither is shown; about how many more samples would decide it is said where that can be estimated"),
     ("noisy", "the machine was not quiet; times of this cell are grey and in no ranking, its quality counts"),
     ("not comparable", "the two cells were not scored on the same samples"),
+    ("not ranked", "the full cache itself does not do the task, so no policy can be shown to lose or keep it"),
     ("detectable", "the smallest true difference that this many samples find in 80 % of repetitions"),
 )
 _PASSES = (

@@ -26,6 +26,7 @@ _MARKS = {
     "undecided": "?",
     "noisy": "~",
     "not comparable": "\u2260",
+    "not ranked": "\u2205",
     REFERENCE: "",
 }
 _NOTE = (

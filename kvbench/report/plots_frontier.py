@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from kvbench.report.ability import Ability
 from kvbench.report.frontier import Frontier, Search
 from kvbench.report.load import Group
 from kvbench.report.plots_axes import artist_name, sparse
@@ -28,11 +29,13 @@ _LOOKS: dict[str, tuple[str, Any]] = {
 
 def frontier_figure(group: Group, look: Look) -> Figure | None:
     """Draw a panel per search file that has this model and data set."""
+    ability = Ability(group)
     found = [
         (frontier, searches)
         for frontier in look.frontiers
         if (searches := [search for search in frontier.searches if _is_of(search, group)])
         and (not look.measures or frontier.measure in look.measures)
+        and not ability.reason(frontier.measure)
     ]
     if not found:
         return None

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from kvbench.report.ability import Ability
 from kvbench.report.cell import CellResult, Estimate
 from kvbench.report.compare_latency import timing_noise
 from kvbench.report.load import Group
@@ -80,7 +81,8 @@ def _panel(
 ) -> None:
     points = _points(group, name, cost)
     across, up = axis_scale(cost, group.cells), axis_scale(name, group.cells)
-    front = pareto_front([point for point in points if not point.noise], name)
+    ranks = not Ability(group).reason(name)
+    front = pareto_front([point for point in points if ranks and not point.noise], name)
     theme = labels.look.theme
     for label in group.by_series():
         mine = [point for point in points if group.series_label(point.cell) == label]

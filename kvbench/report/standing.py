@@ -37,6 +37,8 @@ class Standing:
 
 def standing_at(judged: Judged, cells: list[CellResult], name: str) -> Standing | None:
     """Return how the cells of one budget stand in the measure; None where none can be ranked."""
+    if judged.ability.reason(name):
+        return None
     ranked = _ranked([cell for cell in cells if not cell.failed], name)
     if not ranked:
         return None
@@ -55,6 +57,8 @@ def standing_at(judged: Judged, cells: list[CellResult], name: str) -> Standing 
 def telling_quality(judged: Judged, cells: list[CellResult]) -> str | None:
     """Return the primary measure, or the next one where the primary is the same for every cell and so ranks none."""
     for name in judged.qualities:
+        if judged.ability.reason(name):
+            continue
         if len({found.value for cell in cells if (found := cell.estimate(name))}) > 1 or len(cells) == 1:
             return name
     return judged.primary

@@ -14,6 +14,7 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from kvbench.report.ability import Ability
 from kvbench.report.comparison import DECLARED, Choices
 from kvbench.report.load import Group, Results
 from kvbench.report.table_rows import Entry, Row, Table, reading_note, results_table
@@ -39,6 +40,8 @@ def print_tables(results: Results, console: Console | None = None, choices: Choi
         else:
             console.print(Text("\n".join(_stacked(table))))
         console.print()
+        if sentence := Ability(group).sentence:
+            console.print(Text(sentence), end="\n\n")
         _print_verdicts(verdict_rows(group, choices), console)
     if not results.records:
         console.print(Text("No usable record was found."))
@@ -114,7 +117,9 @@ def _markdown_verdicts(group: Group, choices: Choices) -> str:
     rows = verdict_rows(group, choices)
     if not rows:
         return ""
-    lines = ["", f"### Compared with full: {_escaped(group.title)}", "", declared_text(rows), ""]
+    sentence = Ability(group).sentence
+    lines = ["", f"### Compared with full: {_escaped(group.title)}", ""]
+    lines += [*([_escaped(sentence), ""] if sentence else []), declared_text(rows), ""]
     lines += [f"| {' | '.join(_VERDICT_HEADS)} |", "| --- | --- | --- | ---: | ---: | --- |"]
     lines += [f"| {' | '.join(map(_escaped, _verdict_texts(row)))} |" for row in rows]
     return "\n".join(lines) + "\n"

@@ -37,7 +37,8 @@ def verdict_table(judged: Judged) -> VerdictTable:
         *("policy", "budget", "verdict", label, "minus full", "detectable", "collapses"),
         *("TPOT", "TPOT / full", "TTFT", "TTFT / full", "KV stored", "of full"),
     )
-    note = f"{NOTE}{_margins(rows)}"
+    withheld = judged.ability.sentence
+    note = f"{withheld}{' ' if withheld else ''}{NOTE}{_margins(rows)}"
     return VerdictTable(title=judged.group.title, note=note, heads=heads, rows=tuple(map(_cells, rows)))
 
 

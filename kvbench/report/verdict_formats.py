@@ -21,6 +21,7 @@ _MARKS = {
     "equivalent": r"$\approx$ ",
     "undecided": "? ",
     "noisy": r"$\sim$ ",
+    "not ranked": r"$\varnothing$ ",
 }
 _TEX = {
     "\\": r"\textbackslash{}",

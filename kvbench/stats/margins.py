@@ -35,6 +35,12 @@ def is_latency_ratio(measure: Measure) -> bool:
     return measure.name.endswith("_ratio_to_full") and measure.unit == "ratio"
 
 
+def is_quality(name: str) -> bool:
+    """Whether the measure has a margin and comes from samples; no clock is in it."""
+    known = MEASURES.get(name)
+    return known is not None and smallest_margin(name) is not None and known.reproduces and not is_latency_ratio(known)
+
+
 def parse_margins(words: list[str]) -> dict[str, float]:
     """Return margins given as "rougeL_vs_full=0.01". Raises: ConfigError."""
     found: dict[str, float] = {}

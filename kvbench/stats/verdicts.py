@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-Verdict = Literal["better", "worse", "equivalent", "undecided", "noisy", "not comparable"]
+Verdict = Literal["better", "worse", "equivalent", "undecided", "noisy", "not comparable", "not ranked"]
 LEVEL = 0.05
 _TURNED: Mapping[Verdict, Verdict] = {"better": "worse", "worse": "better"}
 
