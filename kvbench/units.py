@@ -33,6 +33,7 @@ _SUFFIXES = {
     "ratio": "x",
 }
 _OBSERVED = ("roof_share_fraction", "full_roof_share_fraction", "foreign_gpu_processes", "timing_passes")
+_ONE_AND_MORE = ("roof_share_fraction", "spread_fraction", "drift_fraction")  # shares of what may be less than they
 _SIGNIFICANT = {"ppl": 4, "tokens": 3, "entries": 4}
 
 
@@ -212,6 +213,22 @@ def measure(name: str) -> Measure:
     if name not in MEASURES:
         raise ConfigError(f"there is no measurement {name!r}; {close_matches(name, MEASURES)}")
     return MEASURES[name]
+
+
+def scale_of(name: str) -> tuple[float, float]:
+    """Return the least and the most that the measure can be; no bounds for a name that is not known."""
+    known = MEASURES.get(name)
+    if known is None:
+        return -math.inf, math.inf
+    if known.unit in ("score", "fraction") and not name.endswith(_ONE_AND_MORE):
+        return 0.0, 1.0
+    return (1.0 if known.unit == "ppl" else 0.0), math.inf
+
+
+def bounds_on_scale(name: str, value: float, low: float, high: float) -> tuple[float, float]:
+    """Return the interval cut to what can be: a t interval of two samples knows no bounds. It keeps its value."""
+    least, most = scale_of(name)
+    return min(max(low, least), value), max(min(high, most), value)
 
 
 def format_value(name: str, value: float | None) -> str:

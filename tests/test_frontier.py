@@ -19,6 +19,7 @@ from kvbench.errors import ConfigError, RecordError
 from kvbench.frontier_look import Plan, default_name
 from kvbench.frontier_question import asked, task_words
 from kvbench.frontier_search import cell_of, search_all
+from kvbench.records import read_record
 from kvbench.report.frontier import Frontier, load_frontier, save_frontier
 from kvbench.report.frontier_table import budget_text
 from kvbench.sinks.verify import verify
@@ -109,6 +110,21 @@ def test_a_measure_that_the_task_does_not_give_is_refused(tmp_path: Path) -> Non
     run_cells, _ = recorder(tmp_path, lambda policy, budget: 0.1)
     with pytest.raises(ConfigError, match="not measured by this task"):
         search_all(plan(tmp_path, measure="exact_fraction"), *grids(tmp_path), run_cells)
+
+
+def test_a_full_cache_that_can_not_do_the_task_makes_no_budget_safe(tmp_path: Path) -> None:
+    run_cells, _ = recorder(tmp_path, lambda policy, budget: 0.1)
+
+    def run_badly(grid: Sequence[Composed]) -> None:
+        run_cells(grid)
+        for path in tmp_path.glob("cells/*/record.json"):
+            record = read_record(path)
+            record["measurements"]["objects_recalled_fraction"] |= {"value": 0.1, "low": 0.02, "high": 0.2}
+            path.unlink()
+            write_cell(tmp_path, record)
+
+    with pytest.raises(ConfigError, match=r"no budget of tiny-llava on scenes can be called safe: .* 10\.0 % \[2\.0"):
+        search_all(plan(tmp_path), *grids(tmp_path), run_badly)
 
 
 def test_a_file_is_the_same_bytes_twice_and_reads_back(tmp_path: Path) -> None:

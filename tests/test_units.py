@@ -5,6 +5,7 @@ import pytest
 from kvbench.errors import ConfigError
 from kvbench.units import (
     MEASURES,
+    bounds_on_scale,
     format_bytes,
     format_interval,
     format_value,
@@ -80,3 +81,25 @@ def test_a_bandwidth_is_printed_in_powers_of_ten() -> None:
     assert format_value("copy_bandwidth_bytes_per_s", 3.05e12) == "3.05 TB/s"
     assert format_value("copy_bandwidth_bytes_per_s", 12.34e9) == "12.3 GB/s"
     assert format_value("capacity_prompts", 48.0) == "48 prompts"
+
+
+@pytest.mark.parametrize(
+    ("name", "interval", "cut"),
+    [
+        ("rougeL_vs_full", (-2.93, 3.43), (0.0, 1.0)),
+        ("turn2_needles_recalled_fraction", (-0.1, 0.4), (0.0, 0.4)),
+        ("ppl", (0.2, 9.0), (1.0, 9.0)),
+        ("kl_to_full", (-0.5, 2.0), (0.0, 2.0)),
+        ("length_ratio", (-0.45, 1.1), (0.0, 1.1)),
+        ("roof_share_fraction", (-0.1, 1.2), (0.0, 1.2)),
+        ("a_measure_of_ones_own", (-3.0, 3.0), (-3.0, 3.0)),
+    ],
+)
+def test_no_interval_goes_beyond_what_the_measure_can_be(
+    name: str, interval: tuple[float, float], cut: tuple[float, float]
+) -> None:
+    assert bounds_on_scale(name, 1.0 if name == "ppl" else 0.25, *interval) == cut
+
+
+def test_a_value_that_rounding_put_off_the_scale_stays_in_its_interval() -> None:
+    assert bounds_on_scale("kl_to_full", -1e-9, -2e-9, 0.1) == (-1e-9, 0.1)

@@ -12,6 +12,7 @@ from kvbench.audit.evidence import Cell, Peers
 from kvbench.audit.recomputed import from_launches, from_samples, tolerance
 from kvbench.errors import MeasureError
 from kvbench.metrics.intervals import Interval
+from kvbench.units import bounds_on_scale
 
 _SHARE_OF_WIDTH = 0.25
 # Told with bounds wherever there are two launches, and not to be computed from what is stored of them.
@@ -31,7 +32,7 @@ def _wrong(cell: Cell, name: str) -> str | None:
         slack = tolerance(cell, name) * max(abs(value), 1.0)
         if not low - slack <= value <= high + slack:
             return f"{name} is {value:.6g}, outside of its interval [{low:.6g}, {high:.6g}]"
-        return None if again is None else _width(name, low, high, again)
+        return None if again is None else _width(name, value, low, high, again)
     if again is not None and (again.low is None, again.high is None) == (low is None, high is None):
         return None  # one sample or launch, or a bound too large for a number
     if low is not None or high is not None:
@@ -48,12 +49,15 @@ def _again(cell: Cell, name: str) -> Interval | None:
         return None  # told by the check of values
 
 
-def _width(name: str, low: float, high: float, again: Interval) -> str | None:
+def _width(name: str, value: float, low: float, high: float, again: Interval) -> str | None:
     if again.low is None or again.high is None:
         return f"{name} has the interval [{low:.4g}, {high:.4g}], its data give none"
-    slack = _SHARE_OF_WIDTH * (again.high - again.low) + 1e-9 * max(abs(again.low), abs(again.high))
-    if abs(low - again.low) > slack or abs(high - again.high) > slack:
-        return f"{name} has the interval [{low:.4g}, {high:.4g}], its data give [{again.low:.4g}, {again.high:.4g}]"
+    # Older records hold bounds outside of what a measure can be, later ones are cut: both are compared as cut.
+    told = bounds_on_scale(name, value, low, high)
+    made = bounds_on_scale(name, value if again.value is None else again.value, again.low, again.high)
+    slack = _SHARE_OF_WIDTH * (made[1] - made[0]) + 1e-9 * max(map(abs, made))
+    if any(abs(one - other) > slack for one, other in zip(told, made, strict=True)):
+        return f"{name} has the interval [{low:.4g}, {high:.4g}], its data give [{made[0]:.4g}, {made[1]:.4g}]"
     return None
 
 

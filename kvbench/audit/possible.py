@@ -10,15 +10,13 @@ from typing import Any
 from kvbench.audit.check import Check
 from kvbench.audit.evidence import Cell, Peers
 from kvbench.stats.pooled import POOLED
-from kvbench.units import MEASURES
+from kvbench.units import MEASURES, scale_of
 
 _SLACK = 1e-9
 _NATS_SLACK = 1e-5  # of a token: what is summed over a whole vocabulary in float32 may end below 0
 # In nats, and over how many tokens.
 _SUMS = {total: count for total, count in POOLED.values() if total.endswith("_sum")}
 _COUNTS = (*_SUMS.values(), "num_agreeing_tokens", "num_new_tokens")
-_LEAST = {"nats/token": 0.0, "ppl": 1.0}
-_ONE_AND_MORE = ("roof_share_fraction", "spread_fraction", "drift_fraction")  # shares of what may be less than they
 
 
 def _problems(cell: Cell, peers: Peers) -> Iterator[str]:
@@ -56,14 +54,9 @@ def _range(name: str) -> tuple[float, float]:
     """Return what a field of a sample or a measurement may be; anything for names that are not known."""
     if name in _COUNTS:
         return 0.0, math.inf
-    if name not in MEASURES:
-        return -math.inf, math.inf
-    unit = MEASURES[name].unit
-    if unit in _LEAST:
-        return _LEAST[unit] - _NATS_SLACK, math.inf
-    if unit in ("score", "fraction") and not name.endswith(_ONE_AND_MORE):
-        return 0.0, 1.0
-    return 0.0, math.inf
+    low, high = scale_of(name)
+    in_nats = name in MEASURES and MEASURES[name].unit in ("nats/token", "ppl")
+    return low - (_NATS_SLACK if in_nats else 0.0), high
 
 
 CHECK = Check(

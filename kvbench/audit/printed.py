@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from urllib.parse import quote
 
 from kvbench.audit.audit import Audit
 from kvbench.audit.check import Outcome
@@ -80,4 +81,4 @@ def badge_svg(result: Audit) -> str:
 
 def badge_line(result: Audit, badge: str, report: str) -> str:
     """Return the Markdown for a README; paths as they are seen from there."""
-    return f"[![kvbench audit: {summary(result).split(':')[0]}]({badge})]({report})"
+    return f"[![kvbench audit: {summary(result).split(':')[0]}]({quote(badge)})]({quote(report)})"

@@ -10,7 +10,7 @@ from typing import Any
 from kvbench.errors import RecordError
 from kvbench.records import MEASURED
 from kvbench.report.natural import natural_key
-from kvbench.units import MEASURES
+from kvbench.units import MEASURES, bounds_on_scale
 
 FULL = "full"
 _LARGEST = 1e300
@@ -132,10 +132,13 @@ def _estimates(measurements: Mapping[str, Mapping[str, Any]]) -> dict[str, Estim
         value, n = _number(entry.get("value")), _number(entry.get("n"))
         if value is None:
             continue
+        low, high = _number(entry.get("low")), _number(entry.get("high"))
+        if low is not None and high is not None:  # older records hold bounds outside of what the measure can be
+            low, high = bounds_on_scale(name, value, low, high)
         found[name] = Estimate(
             value=value,
-            low=_number(entry.get("low")),
-            high=_number(entry.get("high")),
+            low=low,
+            high=high,
             n=None if n is None else int(n),
             method=str(entry.get("method") or ""),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
@@ -14,6 +14,7 @@ from kvbench.models.loader import LoadedModel
 from kvbench.runs.full_answers import FullAnswers
 from kvbench.runs.loop import CacheSetting
 from kvbench.runs.prompts import Prompts
+from kvbench.units import bounds_on_scale
 
 
 def _nothing() -> None:
@@ -76,7 +77,10 @@ class TaskResult:
     is_noisy: bool = False
 
     def measure(self, name: str, interval: Interval, unit: str = "") -> None:
-        """Add one measurement."""
+        """Add one measurement, its interval cut to what the measure can be."""
+        if interval.value is not None and interval.low is not None and interval.high is not None:
+            low, high = bounds_on_scale(name, interval.value, interval.low, interval.high)
+            interval = replace(interval, low=low, high=high)
         self.measurements[name] = interval.as_measurement(unit)
 
     def add(self, other: TaskResult) -> None:

@@ -66,7 +66,7 @@ def _infer(data: bytes, num_samples: int, scale: tuple[float, float] | None, con
     found = _with_spread(plain, pairs, confidence)
     sparse = few_differences(pairs, confidence, scale) if scale else None
     if sparse is None:
-        return found
+        return _cut(found) if scale else found
     assert scale is not None
     assert found.low is not None
     assert found.high is not None
@@ -76,6 +76,15 @@ def _infer(data: bytes, num_samples: int, scale: tuple[float, float] | None, con
     p_value = max(found.p_value or 0.0, sparse[2])
     method = "share of differing clusters by Clopper-Pearson, times the most that one may lose"
     return replace(found, low=low, high=high, standard_error=error, p_value=p_value, method=method, is_sparse=True)
+
+
+def _cut(found: Inference) -> Inference:
+    """Return the inference with no bound beyond what two scores between 0 and 1 can differ by."""
+    least, most = min(-1.0, found.value), max(1.0, found.value)  # the value too where no run could write it
+    low, high, t_low, t_high = (
+        None if at is None else min(max(at, least), most) for at in (found.low, found.high, found.t_low, found.t_high)
+    )
+    return replace(found, low=low, high=high, t_low=t_low, t_high=t_high)
 
 
 def _with_spread(plain: Inference, pairs: PairedSums, confidence: float) -> Inference:

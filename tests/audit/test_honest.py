@@ -14,7 +14,8 @@ from kvbench.audit.audit import Audit, audit
 from kvbench.audit.steps import ENTRIES
 from kvbench.metrics.rouge import rouge_scores
 from kvbench.records import STATUSES
-from tests.audit.folders import honest, scale, summarise, write_folder
+from kvbench.units import bounds_on_scale
+from tests.audit.folders import honest, rekey, scale, summarise, write_folder
 from tests.audit.simulated import Machine, failed
 
 PUBLISHED = sorted(path.parent for path in (Path(__file__).parents[2] / "results" / "published").glob("*/cells"))
@@ -168,3 +169,31 @@ def test_what_is_taken_out_as_a_secret_is_no_fault(tmp_path: Path) -> None:
             for name in ("text", "full_text", "reference"):
                 row[name] = row[name].replace("large", "***")
     assert alarms(audit(write_folder(tmp_path, list(bodies.values())))) == []
+
+
+@pytest.mark.parametrize("is_cut", [True, False])
+def test_intervals_cut_to_the_scale_and_those_of_older_records_pass(tmp_path: Path, is_cut: bool) -> None:
+    body = honest()["random 0.2"]
+    found = body["measurements"]["rougeL_vs_full"]
+    assert found["low"] < 0, "what was written before intervals were cut"
+    if is_cut:
+        for name, entry in body["measurements"].items():
+            if entry["low"] is not None:
+                entry["low"], entry["high"] = bounds_on_scale(name, entry["value"], entry["low"], entry["high"])
+    assert alarms(audit(write_folder(tmp_path, [body]))) == []
+
+
+@pytest.mark.parametrize(("protocol", "told"), [("greedy_v1", False), ("greedy_v2", True)])
+def test_rouge_of_an_older_definition_is_not_held_against_its_records(
+    tmp_path: Path, protocol: str, told: bool
+) -> None:
+    """Scores of a Hindi text as greedy_v1 gave them, which dropped the vowel signs in which the two words differ."""
+    body = honest()["full"]
+    body["cell"]["task"]["generation"]["protocol"] = protocol
+    for row in body["samples"]:
+        row["reference"] = row["text"] + " \u0915\u0940"
+        row["text"] = row["full_text"] = row["text"] + " \u0915\u093f"
+        row |= {name: 1.0 for name in row if name.startswith("rouge")}
+    rekey(body)
+    summarise(body)
+    assert ("R8" in {alarm[0] for alarm in alarms(audit(write_folder(tmp_path, [body])))}) == told

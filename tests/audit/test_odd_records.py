@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbench.audit.audit import audit, audit_body
-from kvbench.audit.printed import badge_svg, table_lines
+from kvbench.audit.printed import badge_line, badge_svg, table_lines
 from kvbench.errors import RecordError
 from kvbench.records import check_body
 from kvbench.sealed import canonical_json
@@ -61,3 +61,9 @@ def test_text_in_the_place_of_a_number_is_a_finding(tmp_path: Path) -> None:
     bodies["h2o 0.2"]["samples"][0]["num_new_tokens"] = "many"
     result = audit(write_folder(tmp_path, list(bodies.values())))
     assert "A3" in {outcome.id for outcome in result.failed}
+
+
+def test_the_badges_link_holds_no_blank_or_bracket(tmp_path: Path) -> None:
+    result = audit(write_folder(tmp_path, list(honest().values())))
+    line = badge_line(result, "my results (old)/audit.svg", "my results (old)/audit.json")
+    assert "(my%20results%20%28old%29/audit.svg)](my%20results%20%28old%29/audit.json)" in line

@@ -18,6 +18,7 @@ from kvbench.metrics.intervals import (
 )
 
 _NUM_EXPERIMENTS = 400
+from kvbench.runs.task import TaskResult
 
 
 def _coverage(experiment: Callable[[np.random.Generator], Interval], truth: float, seed: int = 1) -> float:
@@ -170,3 +171,10 @@ def test_forty_eight_samples_take_under_a_tenth_of_a_second() -> None:
 def test_an_interval_becomes_a_measurement_of_a_record() -> None:
     entry = Interval(value=1.0, low=None, high=None, n=1, method="m").as_measurement("ms")
     assert entry == {"value": 1.0, "low": None, "high": None, "n": 1, "unit": "ms", "method": "m"}
+
+
+def test_two_samples_give_no_interval_beyond_the_scale() -> None:
+    result = TaskResult()
+    result.measure("rougeL_vs_full", mean_interval([0.0, 0.5]))
+    found = result.measurements["rougeL_vs_full"]
+    assert (found["value"], found["low"], found["high"]) == (0.25, 0.0, 1.0)

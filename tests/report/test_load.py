@@ -133,3 +133,13 @@ def test_odd_values_in_a_record_cost_that_value_only(tmp_path: Path) -> None:
     assert cell.estimate("ppl") is None
     assert ttft is not None
     assert (ttft.low, ttft.n) == (None, None)
+
+
+def test_intervals_of_older_records_are_cut_to_the_scale(tmp_path: Path) -> None:
+    record = body()
+    record["measurements"]["rougeL_vs_full"] |= {"value": 0.25, "low": -2.93, "high": 3.43}
+    write_cell(tmp_path, record)
+    (cell,) = load_results(tmp_path).records
+    found = cell.estimate("rougeL_vs_full")
+    assert found is not None
+    assert found.bounds == (0.0, 1.0)

@@ -222,3 +222,10 @@ def test_margins_are_declared_and_can_be_changed() -> None:
     with pytest.raises(ConfigError, match="rougeL_vs_full"):
         parse_margins(["rougeLvsfull=0.1"])
     assert all(smallest_margin(name) is None for name, one in MEASURES.items() if one.better == "none")
+
+
+def test_two_scores_differ_by_at_most_the_scale() -> None:
+    pairs = paired_sums([(0.1, 1), (0.9, 1)], [(0.9, 1), (0.2, 1)], ["a", "b"])
+    assert infer(pairs).low == pytest.approx(-9.58, abs=0.01)
+    found = infer(pairs, scale=(-1.0, 1.0))
+    assert (found.low, found.high) == (-1.0, 1.0)
