@@ -70,7 +70,8 @@ class PolicySearch:
         group = Group(model=full.model, dataset=full.dataset, cells=(full,))
         if cause := Ability(group).cause(self.plan.measure):
             raise ConfigError(
-                f"no budget of {group.title} can be called safe: {cause}; ask for another data set or model"
+                f"no budget of {group.title} can be called safe: {cause}; take another data set or model, or longer "
+                "answers"
             )
         if cell is None or cell.failed:
             status = "not measured" if cell is None else f"{cell.status}: {cell.error:.200}"

@@ -106,7 +106,7 @@ def _wrong(full: CellResult, prefix: str) -> str | None:
     return (
         f"the full cache itself reaches {measure(name).label} {_shown(name, found)}, which is not clear of "
         f"{format_value(name, floor)}, {HEADROOM_FRACTION:.0%} of the way from chance ({format_value(name, chance)}) "
-        "to a perfect score"
+        "to a perfect score (were answers cut by max_new_tokens?)"
     )
 
 

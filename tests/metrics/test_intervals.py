@@ -16,9 +16,9 @@ from kvbench.metrics.intervals import (
     pooled_ratio_interval,
     ratio_interval,
 )
+from kvbench.runs.task import TaskResult
 
 _NUM_EXPERIMENTS = 400
-from kvbench.runs.task import TaskResult
 
 
 def _coverage(experiment: Callable[[np.random.Generator], Interval], truth: float, seed: int = 1) -> float:
