@@ -134,6 +134,56 @@ def test_a_worker_that_cannot_start_is_tried_again_and_then_ends_its_group_only(
     assert len(list((tmp_path / "logs").iterdir())) == 2
 
 
+NO_MESSAGES = (
+    *("5", "null", '"done"', "[1, 2]", "{}", '{"event": "beat"}', '{"event": 3, "at_s": 0}', "{", "[" * 100_000),
+    *('{"event": "beat", "at_s": "now"}', '{"event": "beat", "at_s": NaN}', '{"event": "beat", "at_s": 1e999}'),
+    *('{"event": "active", "key": "k", "phase": "p", "timed": false, "at_s": 1}', '{"event": "active", "at_s": 1}'),
+    *('{"event": "done", "at_s": 1}', '{"event": "done", "body": 1, "at_s": 1}', '{"event": "bye", "at_s": true}'),
+    *('{"event": "done", "body": {"key": ["k"]}, "at_s": 1}', '{"event": "hello", "environment": [], "at_s": 1}'),
+    *('{"event": "advance", "key": "k", "tasks": "many", "at_s": 1}', '{"event": "beat", "at_s": 1' + "0" * 400 + "}"),
+)
+
+
+def test_what_is_no_message_costs_nothing(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path)
+    scripts = [[f"raw {line}\n" for line in NO_MESSAGES], ["raw \xff\n", 'raw {"event": "no end'], []]
+    told = sweep.run([[*script, *GOOD] for script in scripts])
+    assert told == [(0, "ok", None, True), (1, "ok", None, True), (2, "ok", None, True)]
+
+
+def test_what_is_no_record_is_the_failure_of_its_cell(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path)
+    assert sweep.run([["badly"], GOOD]) == [(0, "crash", "report", True), (1, "ok", None, True)]
+    assert sweep.body(0)["error"]["type"] == "RecordError"
+    assert "the body lacks" in sweep.body(0)["error"]["message"]
+
+
+def test_a_worker_that_leaves_without_a_record_is_not_started_for_ever(tmp_path: Path) -> None:
+    told = Sweep(tmp_path).run([["bye"], GOOD])
+    assert told == [(0, "crash", "phase 0", True), (1, "ok", None, True)]
+
+
+def test_a_death_after_a_cells_record_costs_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    told = Sweep(tmp_path).run([["done ok", "signal 11"], GOOD, ["done ok", "signal 9"]])
+    assert told == [(0, "ok", None, True), (1, "ok", None, True), (2, "ok", None, True)]
+    assert "phase 1 of p at -: the worker process was ended by SIGSEGV; its record is safe" in caplog.text
+
+
+def test_being_stopped_after_a_cells_record_leaves_it_alone(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path)
+    sweep.tick = lambda: len(sweep.active) < 2
+    assert sweep.run([["done ok", "sleep 300"], GOOD]) == [(0, "ok", None, True)]
+
+
+def test_the_last_words_are_those_of_the_attempt_and_not_of_an_earlier_one(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path)
+    sweep.run([["once say the first word", "signal 9"]])
+    first, second = (body["error"]["traceback"] for _, body, _ in sweep.ended)
+    assert first == "the first word\n"
+    assert second == ""
+    assert "the first word" in next((tmp_path / "logs").iterdir()).read_text()
+
+
 def test_every_slot_gets_a_worker_with_its_own_environment(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path, slots=[{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "5"}])
     sweep.run([["beat 1", "signal 11"]], [["beat 1", "signal 11"]])
