@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from kvbench.datasets.scene_examples import Scenes
+from kvbench.models.inputs import prompt_batch
 from kvbench.models.loader import LoadedModel
+from kvbench.runs import graph, speed
 from kvbench.runs.graph import GraphDecoding
 from kvbench.runs.loop import CacheSetting, Decoding
 from kvbench.runs.task import Task, is_timed
-from tests.runs.benches import bench_of, cut
+from tests.runs.benches import SCENES, bench_of, cut
 
 YAMLS = sorted((Path(__file__).parents[2] / "conf" / "task").glob("*.yaml"))
 TASKS = {path.stem: OmegaConf.load(path)._target_ for path in YAMLS if "_target_" in OmegaConf.load(path)}
 SMALL = {"max_new_tokens": 4, "new_tokens": 4, "check_tokens": 2, "num_blocks": 1, "num_launches": 1}
 SMALL |= {"max_batch_size": 2, "max_turns": 2}
-SCENES = Scenes(num_samples=1, ask="follow_up", num_follow_ups=2)
+EXAMPLES = SCENES.examples()[:1]  # of two turns and more
 
 
 def small(target: str) -> Task:
@@ -52,13 +53,18 @@ class Counting:
 
 
 @pytest.fixture
-def counting(bundled: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
-    return Counting(bundled, monkeypatch)  # type: ignore[return-value]
+def counting(bundled: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Counting:
+    """The bundled model, its passes counted."""
+    return Counting(bundled, monkeypatch)
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_no_two_passes_of_the_model_are_without_a_beat(name: str, counting: Counting, tmp_path: Path) -> None:
-    bench = replace(bench_of(counting.loaded, tmp_path, cut()), dataset=SCENES, examples=SCENES.examples())
+def test_no_two_passes_of_the_model_are_without_a_beat(
+    name: str, counting: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = replace(bench_of(counting.loaded, tmp_path, cut()), examples=EXAMPLES)
+    monkeypatch.setattr(speed, "reference_ms", lambda device: 1.0)
+    monkeypatch.setattr(speed, "copy_bandwidth", lambda device: 1e9)
     task: Any = small(TASKS[name])
     task.run(bench)
     assert counting.num_beats > 4
@@ -68,11 +74,6 @@ def test_no_two_passes_of_the_model_are_without_a_beat(name: str, counting: Coun
 def test_an_engine_that_replays_beats_at_every_step_and_around_what_it_prepares(
     counting: Counting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import torch
-
-    from kvbench.models.inputs import prompt_batch
-    from kvbench.runs import graph
-
     class Replayed:
         def replay(self) -> None:
             counting.since += 1
@@ -91,7 +92,7 @@ def test_an_engine_that_replays_beats_at_every_step_and_around_what_it_prepares(
     monkeypatch.setattr(graph, "captured", captured)
     setting: CacheSetting = replace(cut(), engine="graph")
     with torch.inference_mode():
-        decoding: Decoding = setting.decoding(counting.loaded, prompt_batch(counting.loaded, SCENES.examples()[:1]), 3)
+        decoding: Decoding = setting.decoding(counting.loaded, prompt_batch(counting.loaded, EXAMPLES), 3)
         assert isinstance(decoding, GraphDecoding)
         for _ in range(3):
             decoding.step(decoding.logits.argmax(dim=-1))
