@@ -54,19 +54,23 @@ class Simulated(WorkerProcess):
 
     def next_s(self) -> float | None:
         """When something becomes readable by itself."""
-        if self._gone or self.waits or not self._script:
+        if self._gone:
+            return None if self.ended else self.clock.now_s
+        if self.waits or not self._script:
             return None
         return self._from_s + self._script[0][0]
 
     def _poll(self) -> int | None:
         next_s = self.next_s()
-        if next_s is not None and next_s <= self.clock.now_s and self._script[0][1] is None:
+        if next_s is not None and next_s <= self.clock.now_s and self._script[:1] and self._script[0][1] is None:
             self._gone = True
         return 0 if self._gone else None
 
     def _available(self) -> bytes:
         lines = []
-        while (next_s := self.next_s()) is not None and next_s <= self.clock.now_s and self._script[0][1] is not None:
+        while not self._gone and (next_s := self.next_s()) is not None and next_s <= self.clock.now_s:
+            if self._script[0][1] is None:
+                break
             message = self._script.pop(0)[1]
             self._from_s = next_s
             lines.append(json.dumps({**(message or {}), "at_s": next_s}).encode() + b"\n")
