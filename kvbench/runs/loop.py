@@ -87,7 +87,7 @@ class CacheSetting:
 
 
 class Decoding:
-    """One batch being decoded: `logits` (B, V) float32 are those of the next token.
+    """One batch being decoded: `logits` (B, V) float32 are those of the next token. Every pass beats.
 
     prompt_logits: those after the prompt, where `cache` has taken the prompt already.
     """
@@ -97,7 +97,7 @@ class Decoding:
     ) -> None:
         from kvbench.cache.attention import cache_argument  # needs transformers
 
-        self._model = loaded.model
+        self._model, self._beat = loaded.model, loaded.beat
         self.cache: PolicyCache = cache
         self._cache_argument = cache_argument(loaded.model, cache)
         self._tokens = torch.zeros_like(batch.tensors["input_ids"][:, -1:])
@@ -115,6 +115,7 @@ class Decoding:
             logits_to_keep=1,
         )
         logits: Tensor = output.logits[:, -1].float()
+        self._beat()
         return logits
 
     def extend(self, tokens: Tensor) -> Tensor:
@@ -133,6 +134,7 @@ class Decoding:
         )
         self._position += tokens.shape[1]
         self.logits = output.logits[:, -1].float()
+        self._beat()
         return self.logits
 
     def prepare(self) -> None:
@@ -142,6 +144,7 @@ class Decoding:
         """Feed one token per row, (B,), at its true position; return the next logits (B, V) float32."""
         self._tokens.copy_(tokens[:, None])
         self.logits = self._forward()
+        self._beat()
         return self.logits
 
     def _forward(self) -> Tensor:
