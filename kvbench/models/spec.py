@@ -13,6 +13,7 @@ from typing import Any, Literal
 from kvbench.errors import ConfigError, close_matches
 from kvbench.models.families import RANDOM_FAMILIES, VISION_FAMILIES
 from kvbench.models.prompts import PROMPTS
+from kvbench.models.weight_files import SUFFIXES, check_no_adapter, check_no_pointer
 from kvbench.sealed import canonical_json
 
 BUNDLED = "bundled"
@@ -124,7 +125,7 @@ class ModelSpec:
             return f"{self.checkpoint}@{self.revision}"
         digest = hashlib.sha256()
         for path in sorted(self.folder.iterdir()):
-            if path.suffix in (".json", ".safetensors", ".jinja", ".model", ".tiktoken", ".txt", ".py"):
+            if path.suffix in SUFFIXES:
                 digest.update(path.name.encode() + _content_sample(path))
         return digest.hexdigest()
 
@@ -167,7 +168,9 @@ def _check_folder(folder: Path) -> None:
 
 def _check_config_file(folder: Path) -> None:
     config = folder / "config.json"
+    check_no_pointer(config)
     if not config.is_file():
+        check_no_adapter(folder)
         raise ConfigError(f"model.checkpoint {folder} has no config.json; give a folder in Hugging Face format")
     try:
         json.loads(config.read_text(encoding="utf-8"))
