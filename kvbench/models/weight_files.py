@@ -58,7 +58,7 @@ def check_no_pointer(path: Path) -> None:
 
 
 def check_no_adapter(folder: Path) -> None:
-    """Raise ConfigError for the adapter (LoRA) of another checkpoint: alone it is no model, and beside one it is lost."""
+    """Raise ConfigError for the adapter (LoRA) of another checkpoint: alone no model, beside one it would be lost."""
     path = folder / ADAPTER
     if not path.is_file():
         return
