@@ -15,6 +15,7 @@ from kvbench.models.spec import ModelSpec
 from kvbench.runs.autopsy import take_autopsies
 from kvbench.runs.cell import Cell
 from kvbench.runs.cell_run import CellRun
+from kvbench.runs.dataset_fit import rejected_items
 from kvbench.runs.free_memory import free_memory
 from kvbench.runs.group_plan import GroupPlan, Watcher
 from kvbench.runs.prompts import Prompts
@@ -40,7 +41,7 @@ def run_group(cells: Sequence[Cell], plan: GroupPlan, *, shelf: ModelShelf, watc
     together = [cells] if plan.share_prompts else [[cell] for cell in cells]
     for some in together:
         runs = [CellRun(cell, plan, watcher) for cell in some]
-        prompts = _load(runs, plan, shelf)
+        prompts = _load(runs, plan, shelf, watcher)
         for number in range(len(prompts) if prompts else 0):
             for run in runs:
                 run.measure_batch(number)
@@ -54,7 +55,7 @@ def run_group(cells: Sequence[Cell], plan: GroupPlan, *, shelf: ModelShelf, watc
             run.finish()
 
 
-def _load(runs: Sequence[CellRun], plan: GroupPlan, shelf: ModelShelf) -> Prompts | None:
+def _load(runs: Sequence[CellRun], plan: GroupPlan, shelf: ModelShelf, watcher: Watcher) -> Prompts | None:
     """Load the model and the examples for all; a failure is the failure of each, told once per cell."""
     first = runs[0]
     with first.during("load"):
@@ -62,9 +63,11 @@ def _load(runs: Sequence[CellRun], plan: GroupPlan, shelf: ModelShelf) -> Prompt
         loaded = shelf.get(cell.model, cell.device)
         policies = [run.attempt.cell.setting.policy for run in runs] + [cell.full_policy]
         shared = policies if plan.share_prompts else None
-        prompts = Prompts(
-            loaded, cell.dataset.examples(), cell.batch_size, share=shared, query_visible=cell.query_visible
-        )
+        rejected = rejected_items(loaded, cell.dataset, watcher.beat)
+        for run in runs:
+            run.leave_out(rejected)
+        examples = first.attempt.cell.dataset.examples()
+        prompts = Prompts(loaded, examples, cell.batch_size, share=shared, query_visible=cell.query_visible)
         for run in runs:
             run.begin(loaded, prompts)
         return prompts
