@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from kvbench.datasets.fields import is_unicode
-from kvbench.errors import DataError
+from kvbench.errors import ConfigError, DataError, missing_path
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 64 * 10**6
@@ -41,7 +41,12 @@ class _Inspected:
 
 
 def picture_at(name: Any, folder: Path, where: str) -> partial[Image.Image]:
-    """Return the loader of the picture `name` inside `folder`. Raises: DataError, unless it is whole."""
+    """Return the loader of the picture `name` inside `folder`.
+
+    Raises: DataError unless the picture is whole, ConfigError if there is no such folder, whose items are not to blame.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"dataset.images {folder} cannot be read ({missing_path(folder)}); give a folder")
     path = confined(name, folder, where)
     problem = _inspected(path).problem
     if problem is not None:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kvbench.datasets.hub import HUB_PREFIX, hub_rows
-from kvbench.errors import ConfigError, DataError
+from kvbench.errors import ConfigError, DataError, missing_path
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 _TWICE = "an object has the name {0!r} twice"
@@ -54,7 +54,7 @@ def existing(source: str, setting: str = "path") -> Path:
     """Return the path of a file that exists. Raises: ConfigError."""
     path = Path(source).expanduser()
     if not path.is_file():
-        reason = "it is a folder" if path.is_dir() else "there is no such file"
+        reason = "it is a folder" if path.is_dir() else missing_path(path)
         raise ConfigError(f"dataset.{setting} {source} cannot be read ({reason}); give a file")
     return path
 
@@ -63,6 +63,8 @@ def read_bytes(path: Path, setting: str = "path") -> bytes:
     """Return the content of a file. Raises: ConfigError."""
     try:
         return path.read_bytes()
+    except FileNotFoundError as error:
+        raise ConfigError(f"dataset.{setting} {path} cannot be read ({missing_path(path)}); give a file") from error
     except OSError as error:
         raise ConfigError(f"dataset.{setting} {path} cannot be read ({error.strerror}); give a file") from error
 
