@@ -68,7 +68,7 @@ def test_a_name_in_a_folder_that_exists_is_taken_for_a_path(here: Path) -> None:
 def test_a_hub_name_is_told_to_pin_and_that_no_folder_is_there(here: Path) -> None:
     message = refusal(lambda: ModelSpec(checkpoint="llava-hf/llava-1.5-7b-hf"))
     assert message.startswith("model.revision is None; a hub checkpoint must be pinned")
-    assert "no folder of that name is here" in message
+    assert "model.checkpoint is 'llava-hf/llava-1.5-7b-hf': no folder of that name is here" in message
 
 
 def test_a_name_near_the_bundled_one_and_a_file_are_told(here: Path) -> None:

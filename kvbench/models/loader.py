@@ -116,7 +116,10 @@ def _checkpoint(spec: ModelSpec, device: str) -> LoadedModel:
         check_weight_files(spec.folder)
     auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
     model = _whole_model(auto, source, getattr(torch, spec.dtype), options)
-    processor = _processor(source, model, spec.prompt, options)
+    try:
+        processor = _processor(source, model, spec.prompt, options)
+    except (OSError, ValueError) as error:  # a file of tokenizer or processor that is missing or of another form
+        raise _not_loaded(source, error) from error
     _attach(model)
     _fuse_on_gpu(model, spec, torch.device(device))
     return LoadedModel(

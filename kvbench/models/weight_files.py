@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ def check_weight_files(folder: Path) -> None:
 
     A file as long as it should be whose bytes are wrong is not found.
     """
-    for path in sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES):
+    for path in sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file()):
         check_no_pointer(path)
+        if path.suffix == ".json":
+            _check_json(path, path.stat().st_size, path.stat().st_mtime_ns)
     check_no_adapter(folder)
     if (folder / WEIGHTS).is_file():
         _tensor_names(folder / WEIGHTS)
@@ -97,6 +100,11 @@ def check_loaded(source: str, info: Mapping[str, Any]) -> None:
             f"model.checkpoint {source} {', and '.join(problems)}, so a part of the model would be random numbers; "
             f"give the config.json that belongs to the weights, or {_DOWNLOAD}"
         )
+
+
+@lru_cache(maxsize=2**10)  # a tokenizer has megabytes, and a sweep asks once per cell
+def _check_json(path: Path, size_bytes: int, changed_ns: int) -> None:
+    _object(path)
 
 
 def _check_shards(folder: Path) -> None:

@@ -255,3 +255,28 @@ def test_an_index_that_names_what_its_shard_does_not_hold_is_refused(llama: Path
     name = min(places)
     write_index(llama, places | {name: next(file for file in places.values() if file != places[name])})
     assert f"does not hold {name}" in refused_before_loading(llama)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "fragment"),
+    [
+        ("llama", "tokenizer.json", "cannot be loaded (Couldn't instantiate the backend tokenizer"),
+        ("llava", "processor_config.json", "cannot be loaded (Can't load image processor"),
+        ("qwen2_5_vl", "preprocessor_config.json", "cannot be loaded (Can't load image processor"),
+        ("qwen", "qwen.tiktoken", "has no qwen.tiktoken"),
+    ],
+)
+def test_a_missing_file_of_tokenizer_or_processor_is_told_in_one_line(
+    copied: Callable[[str], Path], family: str, name: str, fragment: str
+) -> None:
+    folder = copied(family)
+    (folder / name).unlink()
+    assert fragment in refused_by_loading(str(folder))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_settings_file_that_broke_off_is_refused(llama: Path, name: str) -> None:
+    (llama / name).write_bytes((llama / name).read_bytes()[:30])
+    assert f"{name} is not JSON (" in refused_before_loading(llama)
+    (llama / name).write_text("{}")
+    check_model(ModelSpec(checkpoint=str(llama)), NoPictures(), "original", "eager")
