@@ -118,8 +118,8 @@ class ModelSpec:
         if self.revision is None or not _COMMIT.fullmatch(self.revision):
             raise ConfigError(
                 f"model.revision is {self.revision!r}; a hub checkpoint must be pinned to a commit of 40 hex digits "
-                f"(its page lists them), or downloaded and given as a folder (model.checkpoint is {self.checkpoint!r}: no "
-                "folder of that name is here)"
+                "(its page lists them), or downloaded and given as a folder (model.checkpoint is "
+                f"{self.checkpoint!r}: no folder of that name is here)"
             )
 
     def key(self) -> dict[str, Any]:
