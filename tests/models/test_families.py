@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from kvbench.cache import UNLIMITED, Budget, Kind, Policy
-from kvbench.datasets.base import Example
+from kvbench.datasets.base import Example, Window
 from kvbench.datasets.fields import PICTURE_MARKS, without_marks
 from kvbench.datasets.pictures import MAX_SIDES
 from kvbench.errors import DataError, ModelSupportError
@@ -195,8 +195,12 @@ def test_a_question_that_holds_the_image_token_is_that_items_fault(
     good = examples(True)[0]
     for load in (good.load_image, None):
         bad = Example(id="bad one", cluster="x", question=f"{token}?", reference="-", load_image=load)
-        with pytest.raises(DataError, match=r"processor does not take bad one \(ValueError: .*; leave the item out"):
+        with pytest.raises(DataError, match=r"(processor does not take|the prompt of) bad one .*leave "):
             prompt_batch(ours, [good, bad, good])
+    window = Window(prompt_tokens=2, scored_tokens=1)
+    without = Example(id="bad one", cluster="x", question=f"{token} {token} a b", reference="", window=window)
+    with pytest.raises(DataError, match="the prompt of bad one holds an image token, but the item no picture"):
+        prompt_batch(ours, [without])
     escaped = without_marks("What is " + " ".join(PICTURE_MARKS))
     plain = Example(id="x", cluster="x", question=escaped, reference="-", load_image=good.load_image)
     as_many = [int((prompt_batch(ours, [e]).kind == int(Kind.IMAGE)).sum()) for e in (good, plain)]
