@@ -19,6 +19,8 @@ from kvbench.models.synthetic_inputs import synthetic_tensors
 from kvbench.models.windows import window_prompts, window_tokens
 
 _PICTURE_INPUTS = ("pixel_values", "image_sizes", "batch_num_images", "image_grid_thw", "mm_token_type_ids")
+# What processors raise for one picture or text; StopIteration: more image tokens than pictures, transformers 5.17.
+_REJECTIONS = (ValueError, TypeError, LookupError, ArithmeticError, StopIteration)
 # What templates that ask for it are told: answers come without reasoning first, as the references do, and a
 # prompt is the same on every day (the date is the one that Llama 3's template falls back to).
 _TEMPLATE_SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
@@ -69,7 +71,7 @@ def prompt_batch(loaded: LoadedModel, examples: Sequence[Example], *, num_questi
     Raises: DataError, ModelSupportError.
     """
     drawn = [example.token_prompt for example in examples if example.token_prompt is not None]
-    tensors = synthetic_tensors(loaded, drawn) if drawn else _written_tensors(loaded, examples)
+    tensors = synthetic_tensors(loaded, drawn) if drawn else _taken_tensors(loaded, examples)
     seeds = tuple(_row_seed(example) for example in examples)
     batch = PromptBatch(
         tensors=tensors,
@@ -78,6 +80,21 @@ def prompt_batch(loaded: LoadedModel, examples: Sequence[Example], *, num_questi
         grid=grid_positions(loaded.model, tensors),
     )
     return without_question(batch, num_question_tokens)
+
+
+def _taken_tensors(loaded: LoadedModel, examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Return the prompts' tensors. Raises: DataError naming the one item that the processor does not take."""
+    try:
+        return _written_tensors(loaded, examples)
+    except _REJECTIONS as error:
+        if len(examples) == 1:
+            raise DataError(
+                f"the model's processor does not take {examples[0].id} ({type(error).__name__}: "
+                f"{' '.join(str(error).split())}); leave the item out"
+            ) from error
+        for example in examples:
+            _taken_tensors(loaded, [example])
+        raise
 
 
 def _written_tensors(loaded: LoadedModel, examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -96,6 +113,9 @@ def _on_device(loaded: LoadedModel, examples: Sequence[Example], encoded: Mappin
     empty = torch.nonzero(encoded["attention_mask"].sum(dim=-1) == 0)
     if len(empty):
         raise DataError(f"the prompt of {examples[int(empty[0])].id} has no token; leave the item out")
+    for example, row in zip(examples, encoded["input_ids"], strict=True):
+        if example.load_image is None and loaded.takes_images and bool((row == loaded.image_token_id).any()):
+            raise DataError(f"the prompt of {example.id} holds an image token, but the item no picture; leave it out")
     names = ("input_ids", "attention_mask", *_PICTURE_INPUTS)
     tensors = {name: encoded[name].to(loaded.device) for name in names if name in encoded}
     if "pixel_values" in tensors:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from kvbench.errors import ModelSupportError
 from kvbench.models.families import FAMILIES, VISION_FAMILIES
@@ -16,6 +17,7 @@ from kvbench.models.own_code import check_hub_code
 from kvbench.models.prompts import LLAVA_V1, PROMPTS
 from kvbench.models.random_weights import architecture, random_model
 from kvbench.models.spec import ModelSpec
+from kvbench.models.weight_files import check_loaded, check_weight_files
 
 
 def nobody_watches() -> None:
@@ -110,13 +112,20 @@ def _checkpoint(spec: ModelSpec, device: str) -> LoadedModel:
             f"{source} is of a family that transformers does not know; supported: {', '.join(FAMILIES)}, others "
             "only with model.trust_remote_code=true, which runs code of the checkpoint"
         ) from error
+    except OSError as error:  # no such checkpoint on the hub, no network, or no config.json in it
+        raise _not_loaded(source, error) from error
     family = config.model_type
     if family not in FAMILIES and not spec.trust_remote_code:
         raise ModelSupportError(f"{source} is of family {family!r}; supported: {', '.join(FAMILIES)}")
     vision = family in VISION_FAMILIES
+    if spec.folder is not None:
+        check_weight_files(spec.folder)
     auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
-    model = auto.from_pretrained(source, dtype=getattr(torch, spec.dtype), use_safetensors=True, **options)
-    processor = _processor(source, model, spec.prompt, options)
+    model = _whole_model(auto, source, getattr(torch, spec.dtype), options)
+    try:
+        processor = _processor(source, model, spec.prompt, options)
+    except (OSError, ValueError) as error:  # a file of tokenizer or processor that is missing or of another form
+        raise _not_loaded(source, error) from error
     _attach(model)
     _fuse_on_gpu(model, spec, torch.device(device))
     return LoadedModel(
@@ -126,6 +135,35 @@ def _checkpoint(spec: ModelSpec, device: str) -> LoadedModel:
         device=torch.device(device),
         image_token_id=config.image_token_id if vision else None,
     )
+
+
+def _whole_model(auto: Any, source: str, dtype: torch.dtype, options: Mapping[str, Any]) -> Any:
+    """Return the model of `source`, every tensor of it from the checkpoint.
+
+    Shapes that differ are let through, so that they are told by name and in one line with all the rest.
+    """
+    log = importlib.import_module("transformers").utils.logging
+    level = log.get_verbosity()
+    log.set_verbosity_error()  # its table of the same names
+    try:
+        model, info = auto.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    except (OSError, SafetensorError) as error:  # a file of a hub's checkpoint that is missing or broken
+        raise _not_loaded(source, error) from error
+    finally:
+        log.set_verbosity(level)
+    check_loaded(source, info)
+    return model
+
+
+def _not_loaded(source: str, error: Exception) -> ModelSupportError:
+    return ModelSupportError(f"model.checkpoint {source} cannot be loaded ({' '.join(str(error).split())})")
 
 
 def _processor(source: str, model: Any, prompt: str | None, options: dict[str, Any]) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from kvbench.errors import KvbenchError
 from kvbench.models.loader import LoadedModel
 from kvbench.runs.batch_task import BatchTask, Payload
 from kvbench.runs.cell import Attempt, Cell
+from kvbench.runs.dataset_fit import WithoutItems
 from kvbench.runs.environment import environment
 from kvbench.runs.free_memory import free_memory
 from kvbench.runs.full_answers import FullAnswers
@@ -39,6 +42,12 @@ class CellRun:
         """Tell the watcher, and make what is raised the cell's own failure; timed: wait until nothing works beside."""
         self._watcher.active(self.attempt.cell.key, phase, timed=timed)
         return self.attempt.during(phase)
+
+    def leave_out(self, rejected: Mapping[str, str]) -> None:
+        """Go on without the items of these ids, which the record names as skipped for these reasons."""
+        if rejected:
+            cell = self.attempt.cell
+            self.attempt.cell = replace(cell, dataset=WithoutItems(whole=cell.dataset, reasons=rejected))
 
     def begin(self, loaded: LoadedModel, prompts: Prompts) -> None:
         """Set the bench, and take up what was committed before."""

@@ -16,8 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from kvbench.cache import UNLIMITED, Budget, Kind, Policy
-from kvbench.datasets.base import Example
-from kvbench.errors import ModelSupportError
+from kvbench.datasets.base import Example, Window
+from kvbench.datasets.fields import PICTURE_MARKS, without_marks
+from kvbench.datasets.pictures import MAX_SIDES
+from kvbench.errors import DataError, ModelSupportError
 from kvbench.models.families import FAMILIES as SUPPORTED
 from kvbench.models.families import TEXT_FAMILIES, VISION_FAMILIES
 from kvbench.models.inputs import PromptBatch, prompt_batch
@@ -183,11 +185,50 @@ def test_the_vision_tower_keeps_its_own_attention(loaded: Callable[[str], Loaded
     assert vision is None or vision._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "qwen"])
-def test_a_question_that_contains_the_image_token_is_refused(loaded: Callable[[str], LoadedModel], family: str) -> None:
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_a_question_that_holds_the_image_token_is_that_items_fault(
+    loaded: Callable[[str], LoadedModel], family: str
+) -> None:
     ours = loaded(family)
     token = ours.tokenizer.convert_ids_to_tokens(ours.image_token_id)
-    first = examples(True)[0]
-    twice = Example(id="x", cluster="x", question=f"{token}?", reference="-", load_image=first.load_image)
-    with pytest.raises(ModelSupportError, match=r"more .* than pictures"):
-        prompt_batch(ours, [twice])
+    assert token in PICTURE_MARKS, "readers escape it"
+    good = examples(True)[0]
+    for load in (good.load_image, None):
+        bad = Example(id="bad one", cluster="x", question=f"{token}?", reference="-", load_image=load)
+        with pytest.raises(DataError, match=r"(processor does not take|the prompt of) bad one .*leave "):
+            prompt_batch(ours, [good, bad, good])
+    window = Window(prompt_tokens=2, scored_tokens=1)
+    without = Example(id="bad one", cluster="x", question=f"{token} {token} a b", reference="", window=window)
+    with pytest.raises(DataError, match="the prompt of bad one holds an image token, but the item no picture"):
+        prompt_batch(ours, [without])
+    escaped = without_marks("What is " + " ".join(PICTURE_MARKS))
+    plain = Example(id="x", cluster="x", question=escaped, reference="-", load_image=good.load_image)
+    as_many = [int((prompt_batch(ours, [e]).kind == int(Kind.IMAGE)).sum()) for e in (good, plain)]
+    assert as_many[0] == as_many[1] > 0
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+@pytest.mark.parametrize("size", [(1, 1), (1, MAX_SIDES), (2 * MAX_SIDES, 2), (3, 3)])
+def test_every_processor_takes_what_the_readers_let_through(
+    loaded: Callable[[str], LoadedModel], family: str, size: tuple[int, int]
+) -> None:
+    batch = prompt_batch(loaded(family), examples(True, (size,)))
+    assert bool(batch.tensors["pixel_values"].isfinite().all())
+
+
+def test_a_picture_that_only_the_processor_rejects_is_named(loaded: Callable[[str], LoadedModel]) -> None:
+    with pytest.raises(DataError, match=r"does not take 1 \(ValueError: absolute aspect ratio must be smaller"):
+        prompt_batch(loaded("qwen2_5_vl"), examples(True, ((30, 30), (2, 500))))
+
+
+def test_a_package_that_a_processor_lacks_is_no_items_fault(
+    loaded: Callable[[str], LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = loaded("qwen2_5_vl")
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        raise ImportError("no torchvision")
+
+    monkeypatch.setattr(ours.processor, "image_processor", broken)
+    with pytest.raises(ImportError, match="no torchvision"):
+        prompt_batch(ours, examples(True))
