@@ -89,7 +89,7 @@ class _Replays:
 
     def _of_part(self, cell: Cell, part: Part) -> Iterator[dict[str, Any]]:
         limits: dict[str, Any] = {
-            "eos_token_id": self._loaded.eos_token_id,
+            "end_token_ids": self._loaded.end_token_ids,
             "max_new_tokens": max_new_tokens(cell),
             "beat": self._watcher.beat,
         }

@@ -85,7 +85,7 @@ def _greedy(
 ) -> list[list[int]]:
     return greedy(
         part.decoding(setting, max_new_tokens),
-        eos_token_id=bench.loaded.eos_token_id,
+        end_token_ids=bench.loaded.end_token_ids,
         max_new_tokens=max_new_tokens,
         on_step=on_step,
     )

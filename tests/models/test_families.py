@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from kvbench.datasets.base import Example
 from kvbench.errors import ModelSupportError
 from kvbench.models.families import FAMILIES as SUPPORTED
 from kvbench.models.families import TEXT_FAMILIES, VISION_FAMILIES
-from kvbench.models.inputs import PromptBatch, prompt_batch
+from kvbench.models.inputs import PromptBatch, adds_special_tokens, prompt_batch, prompt_text
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
 from kvbench.runs.loop import CacheSetting, Decoding
@@ -183,11 +184,32 @@ def test_the_vision_tower_keeps_its_own_attention(loaded: Callable[[str], Loaded
     assert vision is None or vision._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "qwen"])
-def test_a_question_that_contains_the_image_token_is_refused(loaded: Callable[[str], LoadedModel], family: str) -> None:
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_a_pictures_mark_in_a_question_is_plain_text_and_no_further_picture(
+    loaded: Callable[[str], LoadedModel], family: str
+) -> None:
     ours = loaded(family)
-    token = ours.tokenizer.convert_ids_to_tokens(ours.image_token_id)
+    mark = ours.tokenizer.convert_ids_to_tokens(ours.image_token_id)
     first = examples(True)[0]
-    twice = Example(id="x", cluster="x", question=f"{token}?", reference="-", load_image=first.load_image)
-    with pytest.raises(ModelSupportError, match=r"more .* than pictures"):
-        prompt_batch(ours, [twice])
+    odd = replace(first, id="x", question=f"Is {mark} in it?{mark}")
+    ids, usual = (prompt_batch(ours, [one]).tensors["input_ids"][0].tolist() for one in (odd, first))
+    assert ids.count(ours.image_token_id) == usual.count(ours.image_token_id) >= 1
+    assert ours.tokenizer.decode(ids).count(odd.question) == 1
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_prompts_are_what_the_familys_own_processor_makes(loaded: Callable[[str], LoadedModel], family: str) -> None:
+    """Text and pictures are put together by kvbench, so that data stays plain text; the tensors are the processor's."""
+    ours, some = loaded(family), examples(True)
+    texts = [prompt_text(ours, example) for example in some]
+    theirs = ours.processor(
+        text=texts,
+        images=[example.load_image() for example in some if example.load_image],
+        return_tensors="pt",
+        padding=True,
+        add_special_tokens=adds_special_tokens(ours, texts[0]),
+    )
+    batch = prompt_batch(ours, some)
+    assert set(batch.tensors) == set(theirs)
+    for name, tensor in batch.tensors.items():
+        assert torch.equal(tensor, theirs[name]), name
