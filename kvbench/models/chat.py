@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 # The day on which every template believes to be: the one that Llama 3's falls back to.
 CLOCK = datetime(2024, 7, 26)
-PROMPT_RULES = 2  # raise it when the same checkpoint and data would give other tokens; a cell's key holds it
 ANSWER_MARK = "\ue000answer\ue000"  # private use: no data set writes it
 
 

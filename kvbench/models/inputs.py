@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from kvbench.cache import Kind
 from kvbench.datasets.base import Example
 from kvbench.errors import DataError, ModelSupportError
 from kvbench.models.chat import message, render_chat
+from kvbench.models.families import FIXED_PICTURE_FAMILIES
 from kvbench.models.grid_positions import GridPositions, grid_positions
 from kvbench.models.loader import LoadedModel
 from kvbench.models.synthetic_inputs import synthetic_tensors
@@ -128,6 +129,51 @@ def _pictures(loaded: LoadedModel, images: Sequence[Any]) -> tuple[list[int], di
     )
     widths: list[int] = (encoded["input_ids"] == loaded.image_token_id).sum(dim=-1).tolist()
     return widths, {name: encoded[name] for name in _PICTURE_INPUTS if name in encoded}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenPrompts:
+    """What a model is given of a data set: tokens of each prompt by example id, and a SHA-256 over all of them.
+
+    num_tokens counts all tokens of pictures; the digest tells one picture from another by the data set's fingerprint
+    alone.
+    """
+
+    num_tokens: Mapping[str, int]
+    digest: str
+
+
+def given_prompts(loaded: LoadedModel, examples: Sequence[Example]) -> GivenPrompts:
+    """Return lengths and digest of all prompts. Raises: DataError, ModelSupportError."""
+    digest, lengths = hashlib.sha256(), {}
+    widths: dict[Any, int] = {}
+    for example in examples:
+        drawn = example.token_prompt
+        row = [drawn.num_tokens, drawn.seed] if drawn is not None else _narrow_row(loaded, example)
+        digest.update(f"{example.id!r} {row}\n".encode(errors="replace"))
+        lengths[example.id] = len(row) if drawn is None else drawn.num_tokens
+        if drawn is None and example.load_image is not None:
+            lengths[example.id] += _picture_width(loaded, example.load_image, widths) - 1
+    first = next((example for example in examples if example.token_prompt is None), None)
+    if first is not None and _narrow_row(loaded, first) != _narrow_row(loaded, first):
+        raise ModelSupportError(
+            "the chat template writes another prompt each time it is asked, so nothing could be measured twice; choose "
+            "a format with model.prompt"
+        )
+    return GivenPrompts(num_tokens=lengths, digest=digest.hexdigest())
+
+
+def _narrow_row(loaded: LoadedModel, example: Example) -> list[int]:
+    return prompt_ids(loaded, example) if example.window is None else window_tokens(loaded, example)[0]
+
+
+def _picture_width(loaded: LoadedModel, load_image: Callable[[], Any], known: dict[Any, int]) -> int:
+    """Return the tokens of a picture: of one size all have as many, in some families whatever the size."""
+    picture = None if loaded.model.config.model_type in FIXED_PICTURE_FAMILIES and known else load_image()
+    size = next(iter(known)) if picture is None else picture.size
+    if size not in known:
+        (known[size],), _ = _pictures(loaded, [picture])
+    return known[size]
 
 
 def without_question(batch: PromptBatch, num_tokens: int) -> PromptBatch:

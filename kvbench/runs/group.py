@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvbench.models.inputs import given_prompts
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
 from kvbench.runs.autopsy import take_autopsies
@@ -65,8 +66,9 @@ def _load(runs: Sequence[CellRun], plan: GroupPlan, shelf: ModelShelf) -> Prompt
         prompts = Prompts(
             loaded, cell.dataset.examples(), cell.batch_size, share=shared, query_visible=cell.query_visible
         )
+        given = given_prompts(loaded, cell.dataset.examples())
         for run in runs:
-            run.begin(loaded, prompts)
+            run.begin(loaded, prompts, given)
         return prompts
     for run in runs[1:]:
         run.attempt.status, run.attempt.error = first.attempt.status, first.attempt.error
