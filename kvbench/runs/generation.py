@@ -36,7 +36,7 @@ class Generation(BatchTask):
     `released_rouge` adds the ROUGE-L of Elastic Cache's code (kvbench.runs.released_score).
     """
 
-    protocol: ClassVar[str] = "greedy_v1"
+    protocol: ClassVar[str] = "greedy_v2"
     hides_question: ClassVar[bool] = True
 
     max_new_tokens: int = 160

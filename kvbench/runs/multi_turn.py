@@ -46,7 +46,7 @@ class MultiTurn:
     every run the full cache holds the first conversation once more and must say the same.
     """
 
-    protocol: ClassVar[str] = "one_cache_v1"
+    protocol: ClassVar[str] = "one_cache_v2"
     needs_follow_ups: ClassVar[bool] = True
     hides_question: ClassVar[bool] = True
 

@@ -40,7 +40,7 @@ class PerplexityReleased(BatchTask):
     Left out: the attention mask of the Qwen script, which is 0 for the token of id 0.
     """
 
-    protocol: ClassVar[str] = "elastic_release_v1"
+    protocol: ClassVar[str] = "elastic_release_v2"
     needs_reference: ClassVar[bool] = True
     hides_question: ClassVar[bool] = True
 
