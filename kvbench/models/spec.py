@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from kvbench.errors import ConfigError, close_matches, missing_path, near_paths
 from kvbench.models.families import RANDOM_FAMILIES, VISION_FAMILIES
-from kvbench.models.prompts import PROMPTS
+from kvbench.models.prompts import PROMPT_RULES, PROMPTS
 from kvbench.models.weight_files import SUFFIXES, check_no_adapter, check_no_pointer
 from kvbench.sealed import canonical_json
 
@@ -125,7 +125,8 @@ class ModelSpec:
     def key(self) -> dict[str, Any]:
         """Return what of a model changes answers or cost; the checkpoint's own prompt format is part of its files."""
         prompt = {} if self.prompt is None else {"prompt": self.prompt}
-        return {"fingerprint": self.fingerprint(), "dtype": self.dtype, "fused": self.fused, **prompt}
+        rules = {} if self.is_random else {"prompt_rules": PROMPT_RULES}  # without a tokenizer there is no text
+        return {"fingerprint": self.fingerprint(), "dtype": self.dtype, "fused": self.fused, **prompt, **rules}
 
     def fingerprint(self) -> str:
         """Return what the weights are: hub commit, hash of the folder's files, or of config and seed of random ones.

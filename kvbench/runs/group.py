@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from kvbench.models.inputs import given_prompts
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
 from kvbench.runs.autopsy import Autopsies
@@ -77,8 +78,9 @@ def _load(
             run.leave_out(rejected)
         examples = first.attempt.cell.dataset.examples()
         prompts = Prompts(loaded, examples, cell.batch_size, share=shared, query_visible=cell.query_visible)
+        given = given_prompts(loaded, examples)
         for run in runs:
-            run.begin(loaded, prompts)
+            run.begin(loaded, prompts, given)
         return loaded, prompts
     for run in runs[1:]:
         run.attempt.status, run.attempt.error = first.attempt.status, first.attempt.error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from kvbench.cache import UNLIMITED, Budget, Kind, Policy
-from kvbench.datasets.base import Example, Window
+from kvbench.datasets.base import Example
 from kvbench.datasets.fields import PICTURE_MARKS, without_marks
 from kvbench.datasets.pictures import MAX_SIDES
 from kvbench.errors import DataError, ModelSupportError
 from kvbench.models.families import FAMILIES as SUPPORTED
 from kvbench.models.families import TEXT_FAMILIES, VISION_FAMILIES
-from kvbench.models.inputs import PromptBatch, prompt_batch
+from kvbench.models.inputs import PromptBatch, adds_special_tokens, prompt_batch, prompt_text
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
 from kvbench.runs.loop import CacheSetting, Decoding
@@ -186,25 +187,36 @@ def test_the_vision_tower_keeps_its_own_attention(loaded: Callable[[str], Loaded
 
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)
-def test_a_question_that_holds_the_image_token_is_that_items_fault(
+def test_a_pictures_mark_in_a_question_is_plain_text_and_no_further_picture(
     loaded: Callable[[str], LoadedModel], family: str
 ) -> None:
     ours = loaded(family)
-    token = ours.tokenizer.convert_ids_to_tokens(ours.image_token_id)
-    assert token in PICTURE_MARKS, "readers escape it"
-    good = examples(True)[0]
-    for load in (good.load_image, None):
-        bad = Example(id="bad one", cluster="x", question=f"{token}?", reference="-", load_image=load)
-        with pytest.raises(DataError, match=r"(processor does not take|the prompt of) bad one .*leave "):
-            prompt_batch(ours, [good, bad, good])
-    window = Window(prompt_tokens=2, scored_tokens=1)
-    without = Example(id="bad one", cluster="x", question=f"{token} {token} a b", reference="", window=window)
-    with pytest.raises(DataError, match="the prompt of bad one holds an image token, but the item no picture"):
-        prompt_batch(ours, [without])
-    escaped = without_marks("What is " + " ".join(PICTURE_MARKS))
-    plain = Example(id="x", cluster="x", question=escaped, reference="-", load_image=good.load_image)
-    as_many = [int((prompt_batch(ours, [e]).kind == int(Kind.IMAGE)).sum()) for e in (good, plain)]
-    assert as_many[0] == as_many[1] > 0
+    mark = ours.tokenizer.convert_ids_to_tokens(ours.image_token_id)
+    first = examples(True)[0]
+    odd = replace(first, id="x", question=f"Is {mark} in it?{mark}")
+    ids, usual = (prompt_batch(ours, [one]).tensors["input_ids"][0].tolist() for one in (odd, first))
+    assert ids.count(ours.image_token_id) == usual.count(ours.image_token_id) >= 1
+    assert ours.tokenizer.decode(ids).count(odd.question) == 1
+    assert mark in PICTURE_MARKS, "readers write it otherwise"
+    assert mark not in without_marks(odd.question)
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_prompts_are_what_the_familys_own_processor_makes(loaded: Callable[[str], LoadedModel], family: str) -> None:
+    """Text and pictures are put together by kvbench, so that data stays plain text; the tensors are the processor's."""
+    ours, some = loaded(family), examples(True)
+    texts = [prompt_text(ours, example) for example in some]
+    theirs = ours.processor(
+        text=texts,
+        images=[example.load_image() for example in some if example.load_image],
+        return_tensors="pt",
+        padding=True,
+        add_special_tokens=adds_special_tokens(ours, texts[0]),
+    )
+    batch = prompt_batch(ours, some)
+    assert set(batch.tensors) == set(theirs)
+    for name, tensor in batch.tensors.items():
+        assert torch.equal(tensor, theirs[name]), name
 
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)
