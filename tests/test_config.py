@@ -141,7 +141,7 @@ WRONG = {
     "--cfg job policy=h20": "policy is 'h20'; did you mean 'h2o'?",
     "--cfg job bugdet.fraction=0.2": "bugdet.fraction is no setting; did you mean 'budget.fraction'",
     "-c job --config-dir nowhere": "is no folder",
-    "--cfg job policy=h2o -m budget.fraction=[": "cannot be read as KEY=VALUE",
+    "--cfg job policy=h2o budget.fraction=[": "cannot be read as KEY=VALUE",
     # one wrong cell in a sweep
     "-m policy=full,h20": "policy is 'h20'; did you mean 'h2o'?",
     "-m policy=h2o budget.fraction=0.2,0.5,7": "budget.fraction is 7; it must lie in (0, 1]",

@@ -1,4 +1,4 @@
-"""Who may import whom, read from the syntax trees."""
+"""Who may import whom, and how long a file may be, read from the syntax trees."""
 
 from __future__ import annotations
 
@@ -89,6 +89,7 @@ ONLY_IN = {
     "triton": ["kvbench/kernels/*.py"],
     "transformers": ["kvbench/cache/*.py", "kvbench/models/*.py", "kvbench/runs/*.py"],
 }
+MAX_LINES = 500
 
 
 def tree_of(file: str) -> ast.Module:
@@ -148,6 +149,13 @@ def test_the_report_reads_only_files() -> None:
 def test_the_command_line_answers_without_torch() -> None:
     code = "import sys, kvbench.cli; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_is_short_or_says_why_not(file: str) -> None:
+    lines = len((REPO / file).read_text(encoding="utf-8").splitlines())
+    reason = ast.get_docstring(tree_of(file)) or ""
+    assert lines <= MAX_LINES or "long" in reason, f"{lines} lines, and the docstring gives no reason"
 
 
 def test_the_import_reader_sees_every_form() -> None:
