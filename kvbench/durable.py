@@ -81,9 +81,7 @@ def write_out(path: Path, data: bytes) -> None:
         if path.exists() and not path.is_file() and not path.is_dir():
             path.write_bytes(data)
             return
-        target = path.resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(target, data)
+        replace_file(path.resolve(), data)
     except (OSError, RuntimeError) as error:  # a RuntimeError is a circle of links
         raise _refused_out(path, error) from error
     except KvbenchError as error:

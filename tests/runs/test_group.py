@@ -27,7 +27,7 @@ from kvbench.runs.loop import CacheSetting, Decoding
 from kvbench.runs.perplexity import Perplexity
 from kvbench.runs.prompts import Part
 from kvbench.runs.task import Bench, TaskResult
-from tests.runs.benches import FULL, NotANumber, cell_of, cut
+from tests.runs.benches import FULL, KeepAll, NotANumber, cell_of, cut
 from tests.runs.watching import KeptInMemory, run_cells
 
 SHORT_ANSWERS = Scenes(num_samples=1, ask="follow_up", num_follow_ups=3)
@@ -96,6 +96,25 @@ def test_shared_prompts_give_the_same_records_with_one_prefill_for_all(
     assert len(prefills) - num_shared > 5 * 2 * 4
     assert shared.tasks == {cell.key: pytest.approx(3.0) for cell in cells}
     assert shared.num_beats > 5 * 4
+
+
+def test_the_full_cache_is_built_once_per_batch_for_the_fidelity_of_all_cells(
+    shelf: ModelShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[bool] = []
+    decoding = Part.decoding
+
+    def counted(self: Part, setting: CacheSetting, *arguments: Any, **options: Any) -> Decoding:
+        built.append(isinstance(setting.policy, KeepAll))
+        return decoding(self, setting, *arguments, **options)
+
+    tasks = {"fidelity": Fidelity(max_new_tokens=4, check_tokens=2)}
+    cells = [cell_of(tasks, dataset=SHORT_ANSWERS, setting=cut(), number=n) for n in range(3)]
+    monkeypatch.setattr(Part, "decoding", counted)
+    run_cells(cells, tmp_path, shelf=shelf)
+    num_answers, num_check, num_batches = 2, 2, 2
+    assert built.count(True) == num_answers + num_check + num_batches
+    assert built.count(False) == len(cells) * num_batches
 
 
 def test_cells_run_batch_by_batch_and_commit_each(shelf: ModelShelf, tmp_path: Path) -> None:
