@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,16 @@ from kvbench.models.random_weights import architecture, random_model
 from kvbench.models.spec import ModelSpec
 
 
+def nobody_watches() -> None:
+    """Do nothing."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
     """A model ready to run: `processor` is the full processor or the tokenizer alone.
 
-    Random weights come without either: both are None.
+    Random weights come without either: both are None. beat: called after every pass of the model by what runs it,
+    for a watchdog; it costs next to nothing.
     """
 
     model: Any
@@ -29,6 +35,7 @@ class LoadedModel:
     tokenizer: Any
     device: torch.device
     image_token_id: int | None
+    beat: Callable[[], None] = nobody_watches
 
     @property
     def takes_images(self) -> bool:

@@ -51,4 +51,5 @@ def by_question_length(loaded: LoadedModel, examples: Sequence[Example]) -> dict
     groups: dict[int, list[Example]] = {}
     for example in examples:
         groups.setdefault(num_question_tokens(loaded, example), []).append(example)
+        loaded.beat()
     return groups

@@ -16,7 +16,7 @@ from kvbench.runs.free_memory import free_memory
 from kvbench.runs.full_answers import FullAnswers
 from kvbench.runs.group_plan import GroupPlan, Watcher
 from kvbench.runs.prompts import Prompts
-from kvbench.runs.task import Bench, TaskResult
+from kvbench.runs.task import Bench, TaskResult, is_timed
 
 _log = logging.getLogger(__name__)
 
@@ -35,9 +35,9 @@ class CellRun:
         self._batched = {name: task for name, task in cell.tasks.items() if isinstance(task, BatchTask)}
         self._reported = False
 
-    def during(self, phase: str) -> Any:
-        """Tell the watcher, and make what is raised the cell's own failure."""
-        self._watcher.active(self.attempt.cell.key, phase)
+    def during(self, phase: str, *, timed: bool = False) -> Any:
+        """Tell the watcher, and make what is raised the cell's own failure; timed: wait until nothing works beside."""
+        self._watcher.active(self.attempt.cell.key, phase, timed=timed)
         return self.attempt.during(phase)
 
     def begin(self, loaded: LoadedModel, prompts: Prompts) -> None:
@@ -53,7 +53,6 @@ class CellRun:
             batch_size=cell.batch_size,
             advance=lambda tasks: self._watcher.advance(cell.key, tasks),
             shared_prompts=prompts,
-            beat=self._watcher.beat,
             query_visible=cell.query_visible,
         )
         if self._batched:
@@ -90,12 +89,19 @@ class CellRun:
         except KvbenchError as error:  # it only costs time after a kill; the record itself says more
             _log.warning("%s", error)
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether nothing is left but to sum up and report."""
+        return len(self._batched) == len(self.attempt.cell.tasks)
+
     def finish(self) -> None:
-        """Sum up the batches, run the other tasks in order, and report."""
+        """Sum up the batches, run the other tasks in order, and report; nothing if that was done."""
+        if self._reported:
+            return
         for name, task in self.attempt.cell.tasks.items():
             if self.attempt.failed or self._bench is None:
                 break
-            with self.during(name):
+            with self.during(name, timed=is_timed(task)):
                 self._result.add(self._task_result(name, task))
         self._report()
 

@@ -87,7 +87,7 @@ class CacheSetting:
 
 
 class Decoding:
-    """One batch being decoded: `logits` (B, V) float32 are those of the next token.
+    """One batch being decoded: `logits` (B, V) float32 are those of the next token. Every pass beats.
 
     prompt_logits: those after the prompt, where `cache` has taken the prompt already.
     """
@@ -95,7 +95,7 @@ class Decoding:
     def __init__(
         self, loaded: LoadedModel, batch: PromptBatch, cache: Any, *, prompt_logits: Tensor | None = None
     ) -> None:
-        self._model = loaded.model
+        self._model, self._beat = loaded.model, loaded.beat
         self.cache: PolicyCache = cache
         self._tokens = torch.zeros_like(batch.tensors["input_ids"][:, -1:])
         self._position = batch.last_position_ids.clone()
@@ -112,6 +112,7 @@ class Decoding:
             logits_to_keep=1,
         )
         logits: Tensor = output.logits[:, -1].float()
+        self._beat()
         return logits
 
     def extend(self, tokens: Tensor) -> Tensor:
@@ -130,6 +131,7 @@ class Decoding:
         )
         self._position += tokens.shape[1]
         self.logits = output.logits[:, -1].float()
+        self._beat()
         return self.logits
 
     def prepare(self) -> None:
@@ -139,6 +141,7 @@ class Decoding:
         """Feed one token per row, (B,), at its true position; return the next logits (B, V) float32."""
         self._tokens.copy_(tokens[:, None])
         self.logits = self._forward()
+        self._beat()
         return self.logits
 
     def _forward(self) -> Tensor:

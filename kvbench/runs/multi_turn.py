@@ -49,6 +49,7 @@ class MultiTurn:
     protocol: ClassVar[str] = "one_cache_v1"
     needs_follow_ups: ClassVar[bool] = True
     hides_question: ClassVar[bool] = True
+    is_timed: ClassVar[bool] = False
 
     max_new_tokens: int = 160
     max_turns: int = 4

@@ -60,7 +60,6 @@ class PerplexityReleased(BatchTask):
         for number in range(1, targets.shape[1]):
             decoding.step(targets[:, number - 1])
             nlls.append(self._nll(bench, decoding.logits, targets[:, number]))
-            bench.beat()
         return _rows(torch.stack(nlls, dim=1), real, part.examples)
 
     def summarise(self, bench: Bench, payloads: Sequence[Payload]) -> TaskResult:
