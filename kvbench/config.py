@@ -97,10 +97,7 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
     fingerprint = shared.once(id(dataset), lambda: dataset.fingerprint)
     settings = {
         "model": _model_key(model),
-        "dataset": {
-            "fingerprint": fingerprint,
-            **_plain(config.dataset, without=_PATH_SETTINGS),
-        },
+        "dataset": {"fingerprint": fingerprint, **_plain(config.dataset, without=_PATH_SETTINGS)},
         "policy": {**_plain(config.policy), **dataclasses.asdict(policy), "source": policy_source(policy)},
         "budget": _plain(config.budget) if policy.bounded else None,
         "positions": setting.positions,
