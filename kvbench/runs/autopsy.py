@@ -87,12 +87,12 @@ class _Chosen:
         return [row for number in range(len(prompts)) for row in self._of_part(cell, prompts.part(number))]
 
     def _of_part(self, cell: Cell, part: Part) -> Iterator[dict[str, Any]]:
-        steps, eos = max_new_tokens(cell), self._loaded.eos_token_id
+        limits: dict[str, Any] = {"end_token_ids": self._loaded.end_token_ids, "max_new_tokens": max_new_tokens(cell)}
+        steps = limits["max_new_tokens"]
         attention = self._attention.get((part.number, steps))
         if attention is None:
-            attention = full_attention(part, eos_token_id=eos, max_new_tokens=steps)
-            self._attention[part.number, steps] = attention
-        rows = replay(part, cell.setting, eos_token_id=eos, max_new_tokens=steps)
+            attention = self._attention[part.number, steps] = full_attention(part, **limits)
+        rows = replay(part, cell.setting, **limits)
         for example, row, given in zip(part.examples, rows, attention, strict=True):
             yield without_secrets(sample_body(self._loaded, self._subjects[example.id], row, given))
 

@@ -36,7 +36,7 @@ class Generation(BatchTask):
     `released_rouge` adds the ROUGE-L of Elastic Cache's code (kvbench.runs.released_score).
     """
 
-    protocol: ClassVar[str] = "greedy_v1"
+    protocol: ClassVar[str] = "greedy_v2"
     hides_question: ClassVar[bool] = True
 
     max_new_tokens: int = 160
@@ -80,7 +80,7 @@ def _greedy(
 ) -> list[list[int]]:
     return greedy(
         part.decoding(setting, max_new_tokens),
-        eos_token_id=bench.loaded.eos_token_id,
+        end_token_ids=bench.loaded.end_token_ids,
         max_new_tokens=max_new_tokens,
         on_step=on_step,
     )

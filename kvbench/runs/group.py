@@ -12,11 +12,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from kvbench.models.inputs import given_prompts
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
 from kvbench.runs.autopsy import Autopsies
 from kvbench.runs.cell import Cell
 from kvbench.runs.cell_run import CellRun
+from kvbench.runs.dataset_fit import rejected_items
 from kvbench.runs.free_memory import free_memory
 from kvbench.runs.group_plan import GroupPlan, Watcher
 from kvbench.runs.prompts import Prompts
@@ -71,11 +73,14 @@ def _load(
         loaded = dataclasses.replace(shelf.get(cell.model, cell.device), beat=watcher.beat)
         policies = [run.attempt.cell.setting.policy for run in runs] + [cell.full_policy]
         shared = policies if plan.share_prompts else None
-        prompts = Prompts(
-            loaded, cell.dataset.examples(), cell.batch_size, share=shared, query_visible=cell.query_visible
-        )
+        rejected = rejected_items(loaded, cell.dataset, watcher.beat)
         for run in runs:
-            run.begin(loaded, prompts)
+            run.leave_out(rejected)
+        examples = first.attempt.cell.dataset.examples()
+        prompts = Prompts(loaded, examples, cell.batch_size, share=shared, query_visible=cell.query_visible)
+        given = given_prompts(loaded, examples)
+        for run in runs:
+            run.begin(loaded, prompts, given)
         return loaded, prompts
     for run in runs[1:]:
         run.attempt.status, run.attempt.error = first.attempt.status, first.attempt.error

@@ -6,7 +6,7 @@ gives the same tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -165,11 +165,11 @@ class Decoding:
 def greedy(
     decoding: Decoding,
     *,
-    eos_token_id: int,
+    end_token_ids: Collection[int],
     max_new_tokens: int,
     on_step: Callable[[PolicyCache, list[bool]], None] | None = None,
 ) -> list[list[int]]:
-    """Return the greedy answer of each row from where `decoding` stands, without its end token.
+    """Return the greedy answer of each row from where `decoding` stands, without its end token, any of `end_token_ids`.
 
     on_step gets the cache and which rows are still being answered, after each step. Raises:
     NonFiniteError for logits whose largest is NaN or infinite, in a row that is still being answered.
@@ -181,7 +181,7 @@ def greedy(
         if not bool((largest.isfinite() | ~torch.tensor(going, device=largest.device)).all()):
             raise NonFiniteError(f"the logits of new token {number} are not finite")
         for row, token in enumerate(tokens.tolist()):
-            going[row] = going[row] and token != eos_token_id
+            going[row] = going[row] and token not in end_token_ids
             if going[row]:
                 answers[row].append(token)
         if not any(going) or number == max_new_tokens - 1:

@@ -28,7 +28,7 @@ class Perplexity(BatchTask):
     token's distribution is the prompt's, before any cut, and counts. Per-sample sums are stored.
     """
 
-    protocol: ClassVar[str] = "teacher_forced_v1"
+    protocol: ClassVar[str] = "teacher_forced_v2"
     needs_reference: ClassVar[bool] = True
     hides_question: ClassVar[bool] = True
 

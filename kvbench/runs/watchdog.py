@@ -44,12 +44,12 @@ class Watchdog:
     def start(self, key: str, phase: str, at_s: float) -> None:
         """Note that `phase` of the cell `key` begins."""
         self.hear(at_s)
-        self.active = (key, phase)
+        self.active, self.waits = (key, phase), False
 
     def end(self, at_s: float) -> None:
         """Note that no cell is active."""
         self.hear(at_s)
-        self.active = None
+        self.active, self.waits = None, False
 
     def wait(self) -> None:
         """Note that the worker waits for its parent: until `resume` no time is its own."""

@@ -43,6 +43,14 @@ class Summarising(Protocol):
         """Show what `summary` makes of the sweep; a sink that sends nothing does not ask for it."""
 
 
+@runtime_checkable
+class Pausing(Protocol):
+    """A sink that keeps something running between records; called after the last one before something is timed."""
+
+    def pause(self) -> None:
+        """End it; the next record may start it again."""
+
+
 class SinkGroup:
     """A sink that passes each call to all of `sinks`; a failing one never stops the others.
 
@@ -68,11 +76,14 @@ class SinkGroup:
     def flush(self, between: Callable[[], None] = lambda: None) -> None:
         """Pass what was kept to the sinks that take their time, `between` before each; call it while nothing is timed.
 
-        A cell that is on its way when a sink ends the program is not passed again.
+        When this returns no sink has anything running.
         """
+        if not self._waiting:
+            return
         while self._waiting:
             between()
             self._show_slow(self._waiting.pop(0))
+        self._each("pause", lambda sink: sink.pause() if isinstance(sink, Pausing) else None)
 
     def _show_slow(self, body: dict[str, Any]) -> None:
         self._each("record", lambda sink: None if _is_instant(sink) else sink.record(body))

@@ -196,7 +196,7 @@ def stock_attention(loaded: LoadedModel, tokens: Tensor, tensors: dict[str, Tens
 
 def test_a_row_that_ends_early_is_looked_at_as_if_it_were_alone(bundled: LoadedModel) -> None:
     examples = Scenes(num_samples=1, ask="follow_up", num_follow_ups=3).examples()
-    limits: dict[str, Any] = {"eos_token_id": bundled.eos_token_id, "max_new_tokens": 24}
+    limits: dict[str, Any] = {"end_token_ids": bundled.end_token_ids, "max_new_tokens": 24}
     setting, policies = settings_of()["h2o"], [MostAttended(), Watching()]
     together = Prompts(bundled, examples, 3, share=[setting.policy, *policies]).part(0)
     masses, rows = full_attention(together, **limits), replay(together, setting, **limits)

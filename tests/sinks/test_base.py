@@ -91,6 +91,21 @@ def test_an_instant_sink_is_shown_a_cell_at_once_and_the_others_when_nothing_is_
     assert not getattr(WandbSink, "is_instant", False), "it starts processes and waits for a network"
 
 
+def test_what_a_sink_keeps_running_ends_before_something_is_timed() -> None:
+    class Running(_Listing):
+        def pause(self) -> None:
+            self.calls.append("pause")
+
+    running = Running()
+    group = SinkGroup([running])
+    group.flush()
+    assert running.calls == [], "nothing was started"
+    group.record({"n": 1})
+    group.record({"n": 2})
+    group.flush()
+    assert running.calls == [{"n": 1}, {"n": 2}, "pause"]
+
+
 def test_every_sink_follows_the_protocol() -> None:
     for sink in (ConsoleSink(), WandbSink(project="p"), SinkGroup([])):
         assert isinstance(sink, Sink)
