@@ -40,7 +40,6 @@ COMPOSITION = {
     "combinations",
     "gate",
     "policy_source",
-    "out_file",
     "parser",
     "plot_cli",
     "report_cli",

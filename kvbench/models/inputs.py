@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,15 +86,22 @@ def _taken_tensors(loaded: LoadedModel, examples: Sequence[Example]) -> dict[str
     """Return the prompts' tensors. Raises: DataError naming the one item that the processor does not take."""
     try:
         return _written_tensors(loaded, examples)
-    except _REJECTIONS as error:
-        if len(examples) == 1:
-            raise DataError(
-                f"the model's processor does not take {examples[0].id} ({type(error).__name__}: "
-                f"{' '.join(str(error).split())}); leave the item out"
-            ) from error
+    except _REJECTIONS:
         for example in examples:
-            _taken_tensors(loaded, [example])
+            with _named_when_rejected(example):
+                _written_tensors(loaded, [example])
         raise
+
+
+@contextmanager
+def _named_when_rejected(example: Example) -> Iterator[None]:
+    try:
+        yield
+    except _REJECTIONS as error:
+        raise DataError(
+            f"the model's processor does not take {example.id} ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}); leave the item out"
+        ) from error
 
 
 def _written_tensors(loaded: LoadedModel, examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -170,7 +178,8 @@ def given_prompts(loaded: LoadedModel, examples: Sequence[Example]) -> GivenProm
         digest.update(f"{example.id!r} {row}\n".encode(errors="replace"))
         lengths[example.id] = len(row) if drawn is None else drawn.num_tokens
         if drawn is None and example.load_image is not None:
-            lengths[example.id] += _picture_width(loaded, example.load_image, widths) - 1
+            with _named_when_rejected(example):
+                lengths[example.id] += _picture_width(loaded, example.load_image, widths) - 1
     first = next((example for example in examples if example.token_prompt is None), None)
     if first is not None and _narrow_row(loaded, first) != _narrow_row(loaded, first):
         raise ModelSupportError(
