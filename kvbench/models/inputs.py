@@ -139,6 +139,11 @@ def prompt_text(loaded: LoadedModel, example: Example, *, before_question: str =
     if loaded.takes_images:
         content = [{"type": "image"}] * with_image + [{"type": "text", "text": message}]
     chat = [{"role": "user", "content": content}]
+    return written(loaded, chat)
+
+
+def written(loaded: LoadedModel, chat: Sequence[Mapping[str, Any]]) -> str:
+    """Return `chat`, of any turns, as the model's chat template writes it, up to where the next answer begins."""
     settings = {name: value for name, value in _TEMPLATE_SETTINGS.items() if name in loaded.processor.chat_template}
     text: str = loaded.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **settings)
     return text

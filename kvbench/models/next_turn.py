@@ -6,6 +6,7 @@ from typing import Any
 
 from kvbench.datasets.base import Example
 from kvbench.errors import ModelSupportError
+from kvbench.models.inputs import written
 from kvbench.models.loader import LoadedModel
 
 _MARK = "\ue000answer\ue000"  # private use: no data set writes it
@@ -22,7 +23,7 @@ def next_turn_tokens(loaded: LoadedModel, example: Example, number: int) -> list
     chat = [_message(loaded, "user", example.context + example.question, with_image=example.load_image is not None)]
     for turn in example.follow_ups[: number - 1]:
         chat += [_message(loaded, "assistant", _MARK), _message(loaded, "user", turn.question)]
-    rendered = loaded.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    rendered = written(loaded, chat)
     if rendered.count(_MARK) != number - 1:
         raise ModelSupportError("the chat template does not repeat earlier answers as they are; leave the task out")
     tokens: list[int] = loaded.tokenizer(rendered.rpartition(_MARK)[2], add_special_tokens=False)["input_ids"]

@@ -61,7 +61,9 @@ class PerplexityReleased(BatchTask):
             decoding.step(targets[:, number - 1])
             nlls.append(self._nll(bench, decoding.logits, targets[:, number]))
             bench.beat()
-        return _rows(torch.stack(nlls, dim=1), real, part.examples)
+        rows = _rows(torch.stack(nlls, dim=1), real, part.examples)
+        decoding.cache.check()
+        return rows
 
     def summarise(self, bench: Bench, payloads: Sequence[Payload]) -> TaskResult:
         """Pool the tokens of all answers. Raises: DataError if nothing is scored."""

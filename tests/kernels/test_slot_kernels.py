@@ -34,10 +34,16 @@ def random_slots(seed: int, batch: int, heads: int, capacity: int) -> tuple[Slot
         kind=torch.ones(position.shape, dtype=torch.int8),
         mass=torch.randint(0, 4, position.shape, generator=random).float() / 4,  # few values, so many ties
     )
-    slots = Slots(entries=entries, length=length, free=length.clone(), rank=age_rank(position).int())
+    slots = Slots(
+        entries=entries,
+        length=length,
+        free=length.clone(),
+        rank=age_rank(position).int(),
+        faults=torch.zeros(batch, heads, dtype=torch.int32),
+    )
     moved = {name: getattr(entries, name).to(ON) for name in ("keys", "values", "position", "kind", "mass")}
     slots.entries = Entries(**moved)
-    slots.length, slots.free = slots.length.to(ON), slots.free.to(ON)
+    slots.length, slots.free, slots.faults = slots.length.to(ON), slots.free.to(ON), slots.faults.to(ON)
     slots.rank = slots.rank.to(ON) if slots.rank is not None else None
     seen = torch.full((batch,), 2 * capacity + 1, device=ON)
     return slots, seen
