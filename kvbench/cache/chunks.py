@@ -93,8 +93,8 @@ def check_plan(plan: Plan | None, entries: Entries, allowed: list[int], policy: 
         )
     if bool((plan.keep & (entries.position < 0)).any()):
         raise PolicyError(f"{name} keeps slots that hold no token; combine keep with view.valid")
-    kept = plan.keep.sum(dim=-1)
-    if bool((kept > torch.tensor(allowed, device=kept.device)[:, None]).any()) or int(kept.min()) < 1:
+    kept, held = plan.keep.sum(dim=-1), (entries.position >= 0).any(dim=-1)  # a row may have had pads only
+    if bool(((kept > torch.tensor(allowed, device=kept.device)[:, None]) | (held & (kept < 1))).any()):
         raise PolicyError(
             f"{name} keeps {kept.tolist()} entries (rows x heads); allowed per row: 1 to {allowed}. "
             "keep_top keeps none where a score is NaN"

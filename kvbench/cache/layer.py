@@ -50,6 +50,7 @@ class PolicyLayer(CacheLayerMixin):
         self.ledger = Ledger(
             policy=self.setup.policy,
             budget=self.setup.budget,
+            prompt_tokens=self.setup.prompt_tokens,
             prompt_until_tokens=self.setup.prompt_tokens,
             most_tokens=self.setup.most_tokens,
         )

@@ -20,9 +20,9 @@ class Ledger:
     """One layer's counts; every list has one number per row of the batch.
 
     `held` is the largest count over the heads of the row. `settled_*` are the counts when the last
-    chunk of several tokens was settled. `padded_tokens` counts pads too, the same for all rows, and those before
-    `prompt_until_tokens` are the prompt, even where they come one by one. most_tokens: how many a row may see,
-    where a position mode holds no further.
+    chunk of several tokens was settled. `padded_tokens` counts pads too, the same for all rows. `prompt` is what
+    came first, or the first `prompt_tokens` with pads if that is more; tokens before `prompt_until_tokens` are
+    planned as a prompt, even one by one. most_tokens: how many a row may see, where a position mode holds no further.
     """
 
     policy: Policy
@@ -33,6 +33,7 @@ class Ledger:
     settled_seen: list[int] = field(default_factory=list)
     settled_held: list[int] = field(default_factory=list)
     padded_tokens: int = 0
+    prompt_tokens: int = 0
     prompt_until_tokens: int = 0
     most_tokens: int | None = None
 
@@ -58,7 +59,8 @@ class Ledger:
         empty = [0] * len(added)
         self.seen = [old + plus for old, plus in zip(self.seen or empty, added, strict=True)]
         self.held = [old + plus for old, plus in zip(self.held or empty, added, strict=True)]
-        self.prompt = [old or seen for old, seen in zip(self.prompt or empty, self.seen, strict=True)]
+        before = empty if self.padded_tokens <= self.prompt_tokens else self.prompt or empty
+        self.prompt = [old or seen for old, seen in zip(before, self.seen, strict=True)]
         if self.most_tokens is not None and max(self.seen) > self.most_tokens:
             raise ModelSupportError(
                 f"a row has seen {max(self.seen)} tokens, but away from positions=original this model's rotation holds "
