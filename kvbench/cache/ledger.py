@@ -59,7 +59,8 @@ class Ledger:
         empty = [0] * len(added)
         self.seen = [old + plus for old, plus in zip(self.seen or empty, added, strict=True)]
         self.held = [old + plus for old, plus in zip(self.held or empty, added, strict=True)]
-        before = empty if self.padded_tokens <= self.prompt_tokens else self.prompt or empty
+        in_pieces = 0 < self.padded_tokens <= self.prompt_tokens
+        before = empty if in_pieces else self.prompt or empty
         self.prompt = [old or seen for old, seen in zip(before, self.seen, strict=True)]
         if self.most_tokens is not None and max(self.seen) > self.most_tokens:
             raise ModelSupportError(
