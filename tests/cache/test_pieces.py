@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvbench.cache import Budget, Needs, Plan, Policy, PolicyCache, ScorePolicy, View, When
+from kvbench.cache import Budget, Needs, Plan, Policy, PolicyCache, ScorePolicy, View, When, cache_argument
 from kvbench.errors import ModelSupportError
 from kvbench.kernels.dispatch import kernels_forced
 from kvbench.policies.elastic import Elastic
@@ -31,7 +31,7 @@ def fed(model: Any, cache: PolicyCache, tokens: Tensor, mask: Tensor | None, pie
     place = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
     for length in pieces:
         given = {} if mask is None or place is None else _given(mask, place, start, start + length)
-        logits.append(model(tokens[:, start : start + length], past_key_values=cache, **given).logits)
+        logits.append(model(tokens[:, start : start + length], **cache_argument(model, cache), **given).logits)
         start += length
     return logits
 
@@ -119,10 +119,10 @@ def test_generate_in_pieces_says_what_one_piece_says_where_nothing_is_dropped(ti
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "attention_mask": mask}
     whole = tiny_llama.generate(tokens, past_key_values=PolicyCache(tiny_llama, H2O()), **options)
     cache = PolicyCache(tiny_llama, H2O(), prompt_tokens=22)
-    pieces = tiny_llama.generate(tokens, past_key_values=cache, prefill_chunk_size=7, **options)
+    pieces = tiny_llama.generate(tokens, **cache_argument(tiny_llama, cache), prefill_chunk_size=7, **options)
     assert torch.equal(pieces, whole)
     cut = PolicyCache(tiny_llama, SNAP, Budget(tokens=10), prompt_tokens=22)
-    tiny_llama.generate(tokens, past_key_values=cut, prefill_chunk_size=7, **options)
+    tiny_llama.generate(tokens, **cache_argument(tiny_llama, cut), prefill_chunk_size=7, **options)
     assert cut.occupancy().entries_peak == 10 + 4
 
 
@@ -160,13 +160,13 @@ def test_another_number_of_seeds_than_rows_is_refused(tiny_llama: Any) -> None:
     cache = PolicyCache(tiny_llama, Random(), Budget(tokens=4), row_seeds=(5,))
     options: dict[str, Any] = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 2}
     with pytest.raises(ModelSupportError, match="num_return_sequences"):
-        tiny_llama.generate(random_tokens(5, 1, 9), past_key_values=cache, **options)
+        tiny_llama.generate(random_tokens(5, 1, 9), **cache_argument(tiny_llama, cache), **options)
 
 
 def test_three_answers_to_one_prompt_have_a_row_each(tiny_llama: Any) -> None:
     cache = PolicyCache(tiny_llama, Random(), Budget(tokens=4), row_seeds=(5, 6, 7))
     options: dict[str, Any] = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 4}
-    answers = tiny_llama.generate(random_tokens(5, 1, 9), past_key_values=cache, **options)
+    answers = tiny_llama.generate(random_tokens(5, 1, 9), **cache_argument(tiny_llama, cache), **options)
     assert answers.shape == (3, 13)
     rows = held_positions(cache)[0]
     assert len({tuple(row) for row in rows}) > 1, "each row draws for itself"
@@ -205,4 +205,4 @@ def test_assisted_decoding_is_refused_and_not_wrong_in_silence(tiny_llama: Any) 
     prompt = random_tokens(6, 1, 4).repeat(1, 5)
     cache = PolicyCache(tiny_llama, Newest(), Budget(tokens=6))
     with pytest.raises((ModelSupportError, ValueError), match="crop"):
-        tiny_llama.generate(prompt, past_key_values=cache, prompt_lookup_num_tokens=3, max_new_tokens=8)
+        tiny_llama.generate(prompt, **cache_argument(tiny_llama, cache), prompt_lookup_num_tokens=3, max_new_tokens=8)

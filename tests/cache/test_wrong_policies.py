@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvbench.cache import Budget, Needs, Plan, Policy, PolicyCache, ScorePolicy, View
+from kvbench.cache import Budget, Needs, Plan, Policy, PolicyCache, ScorePolicy, View, cache_argument
 from kvbench.cache.selection import keep_top, lowest
 from kvbench.errors import ConfigError, NonFiniteChoiceError, NonFiniteError, PolicyError
 from kvbench.kernels.dispatch import kernels_forced
@@ -171,7 +171,7 @@ def test_nan_that_decides_in_kernels_is_noted_and_told_when_asked(tiny_llama: An
     cache = PolicyCache(tiny_llama, NAN_AT_DECODE[name], Budget(tokens=5))
     with kernels_forced(True):
         drive(tiny_llama, cache, random_tokens(0, 2, 11), 10)
-        tiny_llama(random_tokens(1, 2, 3), past_key_values=cache)
+        tiny_llama(random_tokens(1, 2, 3), **cache_argument(tiny_llama, cache))
     with pytest.raises(NonFiniteChoiceError, match="NaN at decode in layer 0"):
         cache.check()
 
