@@ -117,7 +117,7 @@ def test_generate_in_pieces_says_what_one_piece_says_where_nothing_is_dropped(ti
     """22 tokens in pieces of 7: the last one is a single token; the first holds pads of one row only."""
     tokens, mask = left_padded([random_tokens(1, 14), random_tokens(2, 22)])
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "attention_mask": mask}
-    whole = tiny_llama.generate(tokens, past_key_values=PolicyCache(tiny_llama, H2O()), **options)
+    whole = tiny_llama.generate(tokens, **cache_argument(tiny_llama, PolicyCache(tiny_llama, H2O())), **options)
     cache = PolicyCache(tiny_llama, H2O(), prompt_tokens=22)
     pieces = tiny_llama.generate(tokens, **cache_argument(tiny_llama, cache), prefill_chunk_size=7, **options)
     assert torch.equal(pieces, whole)
