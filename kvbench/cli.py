@@ -15,7 +15,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -116,10 +115,10 @@ def _hand_to_launcher(sweep: Sweep, arguments: list[str]) -> None:
     """Let Hydra start one job per cell; what became of them is read from the store, not from Hydra."""
     from kvbench.launch import run_job
 
-    since_utc = datetime.now(UTC).isoformat(timespec="milliseconds")
+    known = sweep.attempt_ids
     with contextlib.suppress(SystemExit):
         _hand_to_hydra(arguments, run_job)
-    sweep.gather(since_utc)
+    sweep.gather(known)
 
 
 def _show(sweep: Sweep) -> None:

@@ -20,11 +20,12 @@ from kvbench.cache.positions import POSITION_MODES, PositionMode
 from kvbench.combinations import check_budget_fits, check_text
 from kvbench.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError, close_matches
-from kvbench.gate import check_installed, check_model, check_settings
+from kvbench.gate import check_installed, check_model, check_settings, known_config
 from kvbench.models.spec import ModelSpec
 from kvbench.policy_source import policy_source
 from kvbench.runs.autopsy_settings import AutopsySettings
 from kvbench.runs.cell import Cell
+from kvbench.runs.context import BEYOND_CONTEXT, BeyondContext, check_windows
 from kvbench.runs.dataset_fit import check_fit
 from kvbench.runs.device import resolve_device, resolve_engine
 from kvbench.runs.loop import CacheSetting
@@ -47,6 +48,7 @@ def build_cell(composed: Composed) -> Cell:
     if not tasks:
         raise ConfigError("no task is left, so nothing would be measured; choose task=all or another one")
     query_visible = truth(config.query_visible, "query_visible")
+    beyond_context = _beyond_context(config)
     batch_size, seed = _whole(config, "batch_size", at_least=1), _whole(config, "seed", at_least=None)
     device = resolve_device(str(config.device))
     engine = resolve_engine(str(config.engine), device)
@@ -55,6 +57,8 @@ def build_cell(composed: Composed) -> Cell:
     check_text(model, dataset, tasks)
     check_model(model, dataset, setting.positions, setting.engine)
     check_fit(dataset, model, tasks, query_visible=query_visible)
+    if beyond_context == "refuse":
+        check_windows(known_config(model), dataset.examples(), tasks)
     settings = {
         "model": _model_key(model),
         "dataset": {"fingerprint": dataset.fingerprint, **_plain(config.dataset, without=_PATH_SETTINGS)},
@@ -81,6 +85,7 @@ def build_cell(composed: Composed) -> Cell:
         seed=seed,
         device=device,
         query_visible=query_visible,
+        beyond_context=beyond_context,
         autopsy=build(config.autopsy, "autopsy", is_a=AutopsySettings),
     )
 
@@ -162,6 +167,13 @@ def _whole(config: DictConfig, name: str, *, at_least: int | None) -> int:
     if not -(2**63) <= value < 2**63:
         raise ConfigError(f"{name} is {value}; it must fit into 64 bits")
     return value
+
+
+def _beyond_context(config: DictConfig) -> BeyondContext:
+    asked = config.beyond_context
+    if asked not in BEYOND_CONTEXT:
+        raise ConfigError(f"beyond_context is {asked!r:.60}; {close_matches(str(asked), BEYOND_CONTEXT)}")
+    return typing.cast(BeyondContext, asked)
 
 
 def _positions(config: DictConfig, policy: Policy) -> PositionMode:

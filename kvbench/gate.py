@@ -18,6 +18,7 @@ from kvbench.errors import ConfigError, close_matches
 from kvbench.models.families import FAMILIES, MOVING_ROTATIONS, TEXT_FAMILIES
 from kvbench.models.own_code import check_folder_code
 from kvbench.models.spec import ModelSpec
+from kvbench.models.weight_files import check_weight_files
 from kvbench.redaction import is_secret_name, secret_in
 
 _LONGEST_NAME = 200
@@ -36,6 +37,8 @@ def check_model(spec: ModelSpec, dataset: Dataset, positions: str, engine: str) 
     if spec.trust_remote_code and spec.folder is not None:
         check_folder_code(spec.folder)
     _check_family(spec, config)
+    if spec.folder is not None and not spec.is_random:
+        check_weight_files(spec.folder)
     family = config.get("model_type")
     if family in TEXT_FAMILIES and any(example.load_image is not None for example in dataset.examples()):
         raise ConfigError(

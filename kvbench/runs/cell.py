@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kvbench.cache import Policy
     from kvbench.datasets.base import Dataset
     from kvbench.models.spec import ModelSpec
+    from kvbench.runs.context import BeyondContext, ContextUse
     from kvbench.runs.loop import CacheSetting
     from kvbench.runs.task import Task, TaskResult
 
@@ -48,6 +49,7 @@ class Cell:
     seed: int
     device: str
     query_visible: bool = True
+    beyond_context: BeyondContext = "refuse"
     autopsy: AutopsySettings = field(default_factory=AutopsySettings)
 
     @property
@@ -76,6 +78,7 @@ class Attempt:
     status: str = "ok"
     error: dict[str, str] | None = None
     duration_s: float = 0.0
+    context: ContextUse | None = None
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     @property
@@ -116,11 +119,16 @@ class Attempt:
             "started_utc": self.started.isoformat(timespec="milliseconds"),
             "duration_s": self.duration_s,
             "environment": dict(environment),
-            "measurements": {} if result is None else result.measurements | skipped_measurement(self.cell.dataset),
+            "measurements": {} if result is None else result.measurements | self._counts(),
             "samples": [] if result is None else _sample_rows(self.cell, result),
             "curves": {} if result is None else result.curves,
             "skipped_items": skipped_names(self.cell.dataset),
+            "prompts": None if self.context is None else self.context.as_record(),
         }
+
+    def _counts(self) -> dict[str, dict[str, Any]]:
+        """Items that were left out, and prompts that were measured although they are too long."""
+        return skipped_measurement(self.cell.dataset) | ({} if self.context is None else self.context.measurement())
 
 
 def _sample_rows(cell: Cell, result: TaskResult) -> list[dict[str, Any]]:

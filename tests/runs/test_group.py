@@ -59,6 +59,23 @@ class Scores(BatchTask):
         return result
 
 
+@dataclass(frozen=True)
+class Timed:
+    """A task that says nothing of what may run beside it."""
+
+    protocol: ClassVar[str] = "timed_v1"
+
+    def run(self, bench: Bench) -> TaskResult:
+        return TaskResult()
+
+
+@dataclass(frozen=True)
+class Talk(Timed):
+    """A task of its own pass that is not timed."""
+
+    is_timed: ClassVar[bool] = False
+
+
 @pytest.fixture(autouse=True)
 def _nothing_asked() -> None:
     Scores.asked.clear()
@@ -104,6 +121,13 @@ def test_cells_run_batch_by_batch_and_commit_each(shelf: ModelShelf, tmp_path: P
     run_cells(cells, tmp_path, shelf=shelf, batches=kept)
     assert Scores.asked == [0, 0, 1, 1]
     assert [kept[cell.key].kept for cell in cells] == [{n: {"scores": {"number": n}} for n in (0, 1)}] * 2
+
+
+def test_only_what_is_timed_waits_until_nothing_works_beside_it(shelf: ModelShelf, tmp_path: Path) -> None:
+    tasks = {"scores": Scores(), "conversation": Talk(), "memory": Timed(), "speed": Timed()}
+    cells = [cell_of(tasks, number=n) for n in range(2)]
+    notes = run_cells(cells, tmp_path, shelf=shelf)
+    assert notes.timed == ["memory", "speed"] * 2
 
 
 def test_committed_batches_are_not_measured_again(shelf: ModelShelf, tmp_path: Path) -> None:

@@ -17,10 +17,12 @@ class Notes:
         self.phases: list[tuple[str, str]] = []
         self.tasks: dict[str, float] = {}
         self.bodies: dict[str, dict[str, Any]] = {}
+        self.timed: list[str] = []
         self.num_beats = 0
 
-    def active(self, key: str, phase: str) -> None:
+    def active(self, key: str, phase: str, *, timed: bool = False) -> None:
         self.phases.append((key, phase))
+        self.timed += [phase] if timed else []
 
     def advance(self, key: str, tasks: float) -> None:
         self.tasks[key] = self.tasks.get(key, 0.0) + tasks
