@@ -61,7 +61,7 @@ def test_a_captured_step_notes_victims_chosen_by_nan_without_a_wait() -> None:
         decoding.prepare()
         decoding.cache.check()  # the steps of a warm-up are undone
         with pytest.raises(NonFiniteChoiceError, match="layer 0"):
-            answers(decoding, eos_token_id=-1, max_new_tokens=2)
+            answers(decoding, end_token_ids=(-1,), max_new_tokens=2)
 
 
 @pytest.mark.long
