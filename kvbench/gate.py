@@ -109,8 +109,9 @@ def check_settings(*cells: Mapping[str, Any]) -> None:
     """
     _check_results_folder(cells[0]["results"])
     _check_sweep_name(cells[0]["sweep"])
+    seen: set[str] = set()
     for settings in cells:
-        _check_no_secret(settings)
+        _check_no_secret(settings, seen)
 
 
 def check_installed(error: Exception, target: str, name: str) -> None:
@@ -145,9 +146,12 @@ def _check_sweep_name(name: object) -> None:
         raise ConfigError(f"sweep is {str(name)[:60]!r}; it must be a name of 1 to {_LONGEST_NAME} printable letters")
 
 
-def _check_no_secret(settings: Mapping[str, Any]) -> None:
+def _check_no_secret(settings: Mapping[str, Any], seen: set[str]) -> None:
+    """Look at every value that is not among `seen`, and add it: the cells of a sweep differ in few."""
     for key, value in _leaves(settings, ""):
-        source = secret_in(str(value))
+        text = str(value)
+        source = secret_in(text) if text not in seen else None
+        seen.add(text)
         if source is not None:
             raise ConfigError(
                 f"{key} holds the secret of {source}, and settings are stored and sent; leave it out, libraries "

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from kvbench.compose import Composed
-from kvbench.config import build_cell
+from kvbench.config import build_cells
 from kvbench.errors import ConfigError
 from kvbench.quiet import quiet_libraries
 from kvbench.runs.group_plan import GroupPlan
@@ -26,7 +26,7 @@ def main(job: dict[str, Any]) -> None:
     protect(job["parent"])
     watcher = watcher_of(job)
     quiet_libraries()
-    cells = [build_cell(_composed(spec)) for spec in job["cells"]]
+    cells = build_cells([_composed(spec) for spec in job["cells"]])
     if [cell.key for cell in cells] != job["keys"]:
         raise ConfigError("the cells changed while the sweep ran (code, checkpoint or data); start it again")
     results = Path(job["results"])

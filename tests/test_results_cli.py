@@ -75,8 +75,8 @@ def test_list_shows_a_line_per_cell_and_selects(finished: Path, capsys: pytest.C
         ("gc nowhere", "the results folder nowhere does not exist"),
         ("show FOLDER zzzz", "key is 'zzzz'; no cell has it"),
         ("csv FOLDER --samples --quality", "two different tables"),
-        ("csv FOLDER --out /no/such/folder/x.csv", "cannot write /no/such/folder/x.csv: No such file"),
-        ("parquet FOLDER --out /no/such/folder/x", "cannot write /no/such/folder/x: "),
+        ("csv FOLDER --out /dev/null/x.csv", "cannot write /dev/null/x.csv: File exists; choose another --out"),
+        ("parquet FOLDER --out /dev/null/x", "cannot write /dev/null/x: "),
         ("list FOLDER --all", "unrecognized arguments: --all"),
     ],
 )

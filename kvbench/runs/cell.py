@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from kvbench.errors import ConfigError, DataError, ModelSupportError, NonFiniteError
@@ -52,7 +53,7 @@ class Cell:
     beyond_context: BeyondContext = "refuse"
     autopsy: AutopsySettings = field(default_factory=AutopsySettings)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """64 hex digits; the same settings give the same key everywhere."""
         return cell_key(self.settings)

@@ -75,22 +75,27 @@ class CellRun:
             query_visible=cell.query_visible,
         )
         if self._batched:
-            self._payloads = {n: p for n, p in self._kept.batches().items() if set(p) == set(self._batched)}
+            kept = self._kept.batches().items()
+            self._payloads = {n: p for n, p in kept if n < len(prompts) and set(p) == set(self._batched)}
+            if self._payloads:
+                self._watcher.advance(cell.key, len(self._batched) * len(self._payloads) / len(prompts))
+            self._watcher.batches(cell.key, len(self._payloads), len(prompts))
 
     def measure_batch(self, number: int) -> None:
-        """Run every batched task on one batch, and commit what they gave."""
-        if self.attempt.failed or not self._batched or self._bench is None:
+        """Run every batched task on one batch unless that was done, and commit what they gave."""
+        if self.attempt.failed or not self._batched or self._bench is None or number in self._payloads:
             return
-        if number not in self._payloads:
-            payload: Payload = {}
-            for name, task in self._batched.items():
-                self._measure(name, task, number, payload)
-            self._commit(number, payload)
+        payload: Payload = {}
+        for name, task in self._batched.items():
+            self._measure(name, task, number, payload)
+        self._commit(number, payload)
         if self.attempt.failed:
             self._report()
             free_memory()
         else:
-            self._watcher.advance(self.attempt.cell.key, len(self._batched) / len(self._bench.prompts))
+            key, total = self.attempt.cell.key, len(self._bench.prompts)
+            self._watcher.advance(key, len(self._batched) / total)
+            self._watcher.batches(key, len(self._payloads), total)
 
     def _measure(self, name: str, task: BatchTask, number: int, payload: Payload) -> None:
         if self.attempt.failed or self._bench is None:
@@ -111,7 +116,9 @@ class CellRun:
     @property
     def is_measured(self) -> bool:
         """Whether nothing is left but to sum up and report."""
-        return len(self._batched) == len(self.attempt.cell.tasks)
+        if self._bench is None or len(self._batched) < len(self.attempt.cell.tasks):
+            return False
+        return len(self._payloads) == len(self._bench.prompts)
 
     def finish(self) -> None:
         """Sum up the batches, run the other tasks in order, and report; nothing if that was done."""

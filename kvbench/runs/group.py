@@ -1,9 +1,10 @@
 """A group of cells that share model and data set, run in this process.
 
 Tasks that are measured in batches run batch by batch: one prefill, then every cell of the group, so
-that only one prompt is ever held and each cell pays for its decoding only. Tasks of time and memory run after
-that, cell by cell, with nothing shared left alive. Once a cell's record is told, a few of its samples are looked
-at once more for its autopsy. What one cell does wrong is its own.
+that only one prompt is ever held and each cell pays for its decoding only. So cells come forward together: every
+batch is kept at once, and a cell that measures nothing else is told of as soon as its last batch is done. Tasks of
+time and memory run after that, cell by cell, with nothing shared left alive. Once a cell's record is told, a few of
+its samples are looked at once more for its autopsy. What one cell does wrong is its own.
 """
 
 from __future__ import annotations
@@ -51,12 +52,11 @@ def run_group(cells: Sequence[Cell], plan: GroupPlan, *, shelf: ModelShelf, watc
         for number in range(len(prompts) if prompts else 0):
             for run in runs:
                 run.measure_batch(number)
+                if run.is_measured:
+                    run.finish()
         if prompts is not None:
             prompts.forget()
         free_memory()
-        for run in runs:
-            if run.is_measured:
-                run.finish()
         for run in runs:
             run.finish()
             if loaded is not None and not run.attempt.failed and not autopsies.take(run.attempt.cell, loaded):

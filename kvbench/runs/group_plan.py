@@ -22,6 +22,9 @@ class Watcher(Protocol):
     def advance(self, key: str, tasks: float) -> None:
         """Note that the cell came further by a share of a task."""
 
+    def batches(self, key: str, done: int, total: int) -> None:
+        """Note that of the planned batches of a cell so many are done, those from before a kill included."""
+
     def beat(self) -> None:
         """Note that a step was made."""
 

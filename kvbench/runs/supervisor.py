@@ -49,12 +49,14 @@ class Ticket:
 class Events:
     """What the sweep is told: a phase begins, a cell comes further, an attempt ended (for good or not).
 
-    tick: this process woke up; False to stop. due_s: time until it has to wake up for what `tick` does, None for
-    never. quiet: no worker is timing, so what takes time can be done now; a worker that wants to time waits.
+    batches: so many of a cell's batches are done, of so many. tick: this process woke up; False to stop. due_s: time
+    until it has to wake up for what `tick` does, None for never. quiet: no worker is timing, so what takes time can be
+    done now; a worker that wants to time waits.
     """
 
     active: Callable[[str], None]
     advance: Callable[[str, float], None]
+    batches: Callable[[str, int, int], None]
     ended: Callable[[dict[str, Any], bool], None]
     tick: Callable[[], bool]
     due_s: Callable[[], float | None] = lambda: None
@@ -175,6 +177,8 @@ class Supervisor:
             self._events.active(message["key"])
         elif message["event"] == "advance":
             self._events.advance(message["key"], message["tasks"])
+        elif message["event"] == "batches":
+            self._events.batches(message["key"], message["done"], message["total"])
         elif message["event"] == "done":
             self._end(self._sound(message["body"], worker))
 

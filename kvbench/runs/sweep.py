@@ -120,6 +120,7 @@ class Sweep:
         return Events(
             active=progress.show,
             advance=progress.advance,
+            batches=progress.batches,
             ended=ended,
             tick=tick,
             due_s=self._claims.due_s,

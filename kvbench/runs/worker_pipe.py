@@ -30,6 +30,7 @@ _CONTENT: dict[str, dict[str, type]] = {
     "hello": {"environment": dict},
     "active": {"key": str, "phase": str, "timed": bool},
     "advance": {"key": str, "tasks": float},
+    "batches": {"key": str, "done": int, "total": int},
     "beat": {},
     "done": {"body": dict},
     "bye": {},
@@ -75,6 +76,10 @@ class PipeWatcher:
     def advance(self, key: str, tasks: float) -> None:
         """Tell that a cell came further."""
         self._tell("advance", key=key, tasks=tasks)
+
+    def batches(self, key: str, done: int, total: int) -> None:
+        """Tell how many batches of a cell are done."""
+        self._tell("batches", key=key, done=done, total=total)
 
     def beat(self) -> None:
         """Tell of a step, unless something was told within `beat_every_s`."""

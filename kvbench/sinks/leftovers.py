@@ -60,8 +60,8 @@ def remove(leftover: Leftover) -> bool:
 
 
 def _temporary(results: Path, now_s: float) -> Iterator[tuple[Path, str]]:
-    folders = ("cells/*", "cells/*/batches", "claims", "frontier")
-    patterns = (*(f"{folder}/.*{TEMPORARY}" for folder in folders), "full_answers/.*")
+    folders = ("", "cells/*/", "cells/*/batches/", "claims/", "frontier/", "report/", "report/plots/", "wandb/s*/")
+    patterns = (*(f"{folder}.*{TEMPORARY}" for folder in folders), "full_answers/.*")
     for pattern in patterns:
         for path in results.glob(pattern):
             if _age_s(path, now_s) > _TEMPORARY_AFTER_S:

@@ -52,6 +52,7 @@ class Sweep:
         events = Events(
             active=lambda key: self.active.append(self.number[key]),
             advance=lambda key, tasks: None,
+            batches=lambda key, done, total: None,
             ended=ended,
             tick=self.tick,
         )
@@ -273,6 +274,7 @@ class Quiet:
         events = Events(
             active=lambda key: None,
             advance=lambda key, tasks: None,
+            batches=lambda key, done, total: None,
             ended=self._ended,
             tick=self._tick,
             due_s=self.claims.due_s,

@@ -19,6 +19,7 @@ class Notes:
         self.bodies: dict[str, dict[str, Any]] = {}
         self.timed: list[str] = []
         self.num_beats = 0
+        self.batches_told: list[tuple[str, int, int]] = []
 
     def active(self, key: str, phase: str, *, timed: bool = False) -> None:
         self.phases.append((key, phase))
@@ -26,6 +27,9 @@ class Notes:
 
     def advance(self, key: str, tasks: float) -> None:
         self.tasks[key] = self.tasks.get(key, 0.0) + tasks
+
+    def batches(self, key: str, done: int, total: int) -> None:
+        self.batches_told.append((key, done, total))
 
     def beat(self) -> None:
         self.num_beats += 1
