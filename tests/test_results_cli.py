@@ -16,11 +16,15 @@ import pytest
 
 from kvbench.cli import run
 from kvbench.records import read_record
+from kvbench.report.load import load_results
+from kvbench.report.page import render_page
 from kvbench.sinks.claims import Claims
 from kvbench.sinks.leftovers import leftovers
 from kvbench.sinks.partial import PartialStore
 from kvbench.sinks.store import RecordStore
 from kvbench.sinks.verify import verify
+from kvbench.sinks.wandb_cell import cell_digest
+from kvbench.wandb_cli import _jobs
 from tests.sinks.record_bodies import make_body
 from tests.trust.fake_sweep import body_of, cells, write
 
@@ -97,6 +101,32 @@ def test_show_prints_one_cell_by_the_first_digits_of_its_key(
     for part in (key, "ppl: ", "policy: ", "attempts", body["attempt"], "pid: "):
         assert part in text
     assert json.loads(printed(capsys, "show", finished, key, "--json")) == body
+
+
+@pytest.mark.parametrize("took_the_place", [False, True])
+def test_a_later_failure_is_shown_and_every_table_keeps_the_measured_numbers(
+    folder: Path, took_the_place: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, (key, settings) = RecordStore(folder), next(iter(cells().items()))
+    good = store.accepted(key)
+    assert good is not None
+    before = [printed(capsys, "csv", folder, *options) for options in ([], ["--samples"], ["--quality"])]
+    error = {"type": "KeyboardInterrupt", "message": "Ctrl-C", "traceback": ""}
+    failed = body_of(key, settings, {0: {"nll": [1.0]}}, "s")
+    failed |= {"status": "killed", "error": error, "measurements": {}, "samples": []}
+    failed |= {"started_utc": "2999-01-01T00:00:00.000+00:00"}
+    attempt = store.commit(failed, replace=True)
+    if took_the_place:  # as kvbench 0.1 left it
+        store.record_file(key).unlink()
+        os.link(attempt, store.record_file(key))
+    assert [printed(capsys, "csv", folder, *options) for options in ([], ["--samples"], ["--quality"])] == before
+    listed = printed(capsys, "list", folder)
+    assert "24 cells, 1 problems" in listed
+    assert f"{attempt.name}: this later attempt of 2999-01-01T00:00:00 failed (killed: KeyboardInterrupt" in listed
+    assert "killed" in printed(capsys, "show", folder, key).split("attempts")[1]
+    assert json.loads(printed(capsys, "show", folder, key, "--json")) == good
+    assert [job.digest for job in _jobs(folder, "s", folder)].count(cell_digest(good)) == 1
+    assert "this later attempt" in render_page(load_results(folder), [])
 
 
 def test_csv_and_parquet_hold_the_same_and_have_the_same_bytes_each_time(

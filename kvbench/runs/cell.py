@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from kvbench.errors import ConfigError, DataError, ModelSupportError, NonFiniteError
-from kvbench.records import cell_key
+from kvbench.records import BODY_SCHEMA, cell_key
 from kvbench.runs.autopsy_settings import AutopsySettings
 from kvbench.runs.dataset_fit import skipped_measurement, skipped_names
 from kvbench.runs.out_of_memory import ran_out_of_memory
@@ -104,7 +104,7 @@ class Attempt:
     def body(self, environment: Mapping[str, Any], result: TaskResult | None = None) -> dict[str, Any]:
         """Return the body of the record."""
         return {
-            "schema": 1,
+            "schema": BODY_SCHEMA,
             "key": self.cell.key,
             "sweep": self.sweep,
             "attempt": uuid.uuid4().hex,

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.errors import ConfigError, close_matches
+from kvbench.records import MEASURED
 from kvbench.sinks.console import say
+from kvbench.sinks.store import RecordStore
 from kvbench.sinks.wandb_cell import cell_run
 from kvbench.sinks.wandb_run import Online, Place, RunSpec, write_run
 from kvbench.sinks.wandb_service import (
@@ -82,7 +84,12 @@ class WandbSink:
         self._sweep.restart(sweep, *resolve_mode(self.mode))
 
     def record(self, body: dict[str, Any]) -> None:
-        """Send one cell; a failing online run is repeated offline, and so are all later ones."""
+        """Send one cell; a failing online run is repeated offline, and so are all later ones.
+
+        A failed attempt of a cell that was measured before is not sent: its run shows the measurement.
+        """
+        if body["status"] not in MEASURED and RecordStore(self.folder).accepted(body["key"]) is not None:
+            return
         self._send(cell_run(body, group=self._sweep.name))
 
     def summarise(self, summary: Callable[[], RunSpec]) -> None:
