@@ -17,6 +17,11 @@ from kvbench.cache.selection import keep_top, lowest, protected_entries, protect
 from kvbench.cache.view import Needs, Plan, View, When
 from kvbench.errors import ConfigError, PolicyError
 
+# What the cache does with a policy's decision, a part of every cell's key. Raise it with a change of kvbench.cache or
+# kvbench.kernels after which some policy, its code unchanged, keeps other entries or attends to other ones: `Policy`
+# and `ScorePolicy`, `selection`, budgets, positions, statistics. Not for speed, memory, messages or rounding error.
+CACHE_SEMANTICS = 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:

@@ -30,7 +30,7 @@ _STATUS_OF: tuple[tuple[type[BaseException], str], ...] = (
     (ConfigError, "config_error"),
     (ModelSupportError, "incompatible"),
 )
-SHARED_SETTINGS = ("model", "dataset", "query_visible", "batch_size", "device", "versions")
+SHARED_SETTINGS = ("model", "dataset", "query_visible", "batch_size", "device", "versions", "cache_semantics")
 
 
 @dataclass(frozen=True, kw_only=True)
