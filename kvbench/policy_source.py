@@ -18,12 +18,14 @@ from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from kvbench.errors import ConfigError
 
 _OWN = "kvbench"
 _POLICIES = "kvbench.policies"  # of kvbench's own modules only these are hashed
 _DIGITS = 16
+_known: WeakKeyDictionary[type[object], str] = WeakKeyDictionary()  # a sweep asks once per cell
 
 
 def class_name(kind: type[object]) -> str:
@@ -39,13 +41,18 @@ def is_kvbench(module: str) -> bool:
     return module.partition(".")[0] == _OWN
 
 
-@cache
-def source_of(kind: Any) -> str:
+def source_of(kind: type[object]) -> str:
     """Return the hash of the code that makes a class: its module, those of its bases, and what they import.
 
     Followed are the user's own modules, wherever they lie, and kvbench's policies; not other packages. Where a
     module lies and what it is called does not count. Raises: ConfigError if there is no source to be read.
     """
+    if kind not in _known:
+        _known[kind] = _source(kind)
+    return _known[kind]
+
+
+def _source(kind: type[object]) -> str:
     found = _Modules(kind.__module__.partition(".")[0])
     names = dict.fromkeys(base.__module__ for base in kind.__mro__)
     is_own = not is_kvbench(kind.__module__)  # then it counts even where it cannot be found, which is refused
@@ -62,12 +69,11 @@ class _Modules:
 
     def counts(self, name: str) -> bool:
         """Whether the module is hashed: the user's own, or one of kvbench's policies."""
-        top = name.partition(".")[0]
-        if top == _OWN:
-            return f"{name}.".startswith(f"{_POLICIES}.")
-        file = _file_of(name)
+        top, file = name.partition(".")[0], _file_of(name)
         if file is None or top in sys.stdlib_module_names or top == "__main__":
             return False
+        if top == _OWN:
+            return f"{name}.".startswith(f"{_POLICIES}.")
         place = file.parent if file.name == "__init__.py" else file
         return top == self._package or not _holds_installed(place.parents[name.count(".")])
 

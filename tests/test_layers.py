@@ -77,7 +77,7 @@ ONLY_IN = {
     "triton": ["kvbench/kernels/*.py"],
     "transformers": ["kvbench/cache/*.py", "kvbench/models/*.py", "kvbench/runs/*.py"],
 }
-MAX_LINES = 200
+MAX_LINES = 500
 
 
 def tree_of(file: str) -> ast.Module:

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from kvbench.cli import run
-from kvbench.records import read_record
+from kvbench.records import cell_key, read_record
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
 from kvbench.sinks.claims import Claims
@@ -156,6 +156,31 @@ def test_the_table_is_printed(finished: Path, capsys: pytest.CaptureFixture[str]
 
 def test_a_sound_folder_verifies(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(capsys, "verify", finished) == "24 records and 24 attempts hold; 0 problems\n"
+
+
+PUBLISHED = sorted(path.parent for path in (REPO / "results" / "published").glob("*/cells"))
+
+
+@pytest.mark.parametrize("published", PUBLISHED, ids=lambda path: path.name)
+def test_what_is_published_holds_by_the_schema_that_it_states(published: Path) -> None:
+    seen = verify(published)
+    assert seen.num_records == len(list(published.glob("cells/*/record.json"))) > 0
+    assert not seen.problems
+
+
+def test_a_record_whose_classes_have_moved_since_holds_and_nothing_of_it_is_imported(tmp_path: Path) -> None:
+    settings = {"policy": {"_target_": "gone_since.mine.H2O", "source": "0"}, "seed": 0}
+    old = make_body(schema=1, cell=settings, key=cell_key(settings, schema=1))
+    new = make_body(cell=settings, key=cell_key(settings))
+    for body in (old, new, make_body(2, schema=1)):
+        RecordStore(tmp_path).commit(body)
+    seen = verify(tmp_path)
+    assert old["key"] != new["key"]
+    assert (seen.num_records, [problem.path[:22] for problem in seen.problems]) == (
+        2,
+        [f"cells/{make_body(2)['key'][:16]}"] * 2,
+    ), "a key of one schema is none of another"
+    assert "gone_since" not in sys.modules
 
 
 def _other_key(cell: Path) -> None:

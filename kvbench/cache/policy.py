@@ -87,7 +87,7 @@ class ScorePolicy(Policy):
             if getattr(self, name) < 0:
                 raise ConfigError(f"policy.{name} is {getattr(self, name)}; it must be 0 or more tokens")
         if not 0.0 <= self.recent_fraction <= 1.0:
-            raise ConfigError(f"policy.recent_fraction is {self.recent_fraction}; it must lie in [0, 1]")
+            raise ConfigError(f"policy.recent_fraction is {self.recent_fraction:g}; it must lie in [0, 1]")
 
     @property
     def smallest_budget_tokens(self) -> int:

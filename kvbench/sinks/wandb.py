@@ -69,7 +69,7 @@ class WandbSink:
         if self.mode not in MODES:
             raise ConfigError(f"sink.wandb.mode is {self.mode!r}; {close_matches(self.mode, MODES)}")
         if not 0 < self.timeout_s <= _LONGEST_TIMEOUT_S:
-            raise ConfigError(f"sink.wandb.timeout_s is {self.timeout_s}; it must lie in (0, {_LONGEST_TIMEOUT_S:g}]")
+            raise ConfigError(f"sink.wandb.timeout_s is {self.timeout_s:g}; it must lie in (0, {_LONGEST_TIMEOUT_S:g}]")
         check_project(self.project, "sink.wandb.project")
         if self.mode == "online":
             check_online()
