@@ -33,6 +33,7 @@ from kvbench.value_types import fits, hints_of, truth, type_name, typed, typed_s
 
 _FULL = {"_target_": "kvbench.policies.full.Full"}
 _PATH_SETTINGS = ("path", "images", "answers", "ids", "templates", "filler")  # where a file lies changes nothing
+_OF_THE_CLASS = {"class", "source", "protocol", "fingerprint"}
 _NUMERIC_PACKAGES = ("kvbench", "torch", "transformers")
 _EVICTS_AT = {When.BOTH: "prompt and decode", When.PREFILL: "prompt", When.DECODE: "decode"}
 _SHARED = ("results", "sweep", "force", "sink", "worker", "autopsy")
@@ -181,6 +182,10 @@ def plugin_key(plugin: Any, node: DictConfig, without: tuple[str, ...] = ()) -> 
     given = typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
     settings = typed_settings(plugin, {name: value for name, value in given.items() if name != "_target_"})
     key: dict[str, Any] = {name: value for name, value in settings.items() if name not in without}
+    if taken := sorted(_OF_THE_CLASS & key.keys()):
+        raise ConfigError(
+            f"{type(plugin).__name__} has a setting {taken[0]!r}, which a key says of the class; rename it"
+        )
     if (protocol := getattr(plugin, "protocol", None)) is not None:
         key["protocol"] = protocol
     return key | _class_key(type(plugin))

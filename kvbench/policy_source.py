@@ -74,8 +74,9 @@ class _Modules:
             return False
         if top == _OWN:
             return f"{name}.".startswith(f"{_POLICIES}.")
-        place = file.parent if file.name == "__init__.py" else file
-        return top == self._package or not _holds_installed(place.parents[name.count(".")])
+        above = (file.parent if file.name == "__init__.py" else file).parents
+        root = above[min(name.count("."), len(above) - 1)]  # the folder on the path that the module was found by
+        return top == self._package or not _holds_installed(root)
 
     def digest(self, name: str) -> str:
         """Return the digest of a module that counts. Raises: ConfigError if it cannot be read."""

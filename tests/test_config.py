@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 import kvbench.config
 from kvbench.cli import run
 from kvbench.compose import compose_grid
 from kvbench.config import build, build_cell, plugin_key
+from kvbench.errors import ConfigError
 from kvbench.models.spec import BUNDLED_FOLDER
+from kvbench.policy_source import class_name
 
 SECRET = "canary-d41d8cd98f"
 WRONG = {
@@ -283,6 +287,35 @@ def test_a_class_of_ones_own_is_not_the_one_of_that_name_and_its_code_is_in_the_
         keys.append(plugin_key(build(node, "part"), node))
     assert [key["class"] for key in keys] == [f"kvbench:{name}", name, name]
     assert len({json.dumps(key, sort_keys=True) for key in keys}) == 3
+
+
+def test_a_setting_that_would_hide_in_the_key_what_the_class_is_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    code = "from dataclasses import dataclass\n\n\n@dataclass(frozen=True)\nclass Own:\n    source: str = ''\n"
+    (tmp_path / "own_source.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    node = OmegaConf.create({"_target_": "own_source.Own"})
+    with pytest.raises(ConfigError, match="Own has a setting 'source', which a key says of the class; rename it"):
+        plugin_key(build(node, "part"), node)
+
+
+def test_the_registered_names_stay_as_they_are_in_the_keys_of_records() -> None:
+    """A class may move; one that is renamed orphans the records of its name, so rename with a reason, and here."""
+    names = {
+        "policy": "Elastic ElasticReleased Full H2O H2OElasticRelease H2OReleased LocalElasticRelease Random SnapKV "
+        "StreamingLLM StreamingLLMReleased",
+        "dataset": "Conversation LlavaBench LongBench MMVet MTBench Needles Retrieval Scenes Summaries Synthetic "
+        "TextWindows",
+        "task": "Capacity Fidelity Generation Memory MultiTurn Perplexity PerplexityReleased Speed",
+        "budget": "Budget",
+    }
+    conf = Path(kvbench.config.__file__).parents[1] / "conf"
+    for group, expected in names.items():
+        text = "".join(path.read_text(encoding="utf-8") for path in (conf / group).glob("*.yaml"))
+        targets = set(re.findall(r"^_target_: (\S+)", text, re.MULTILINE))
+        assert {class_name(get_class(target)) for target in targets} == {f"kvbench:{name}" for name in expected.split()}
+        assert len(targets) == len(expected.split()), "and no two classes share one"
 
 
 def test_the_semantics_of_the_cache_are_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,8 @@ class RecordStore:
                 elif current["status"] not in MEASURED:
                     # The newest measured one, should an earlier kvbench have let a failure take its place.
                     counts = counting(dict(body), self.attempts(body["key"])).body
-                    attempt = attempt.with_name(f"attempt-{counts['attempt']}.json")
+                    measured = attempt.with_name(f"attempt-{counts['attempt']}.json")
+                    attempt = measured if measured.is_file() else attempt
                 _link_over(attempt, accepted)
 
     def _read(self, path: Path, key: str) -> dict[str, Any] | None:
