@@ -59,7 +59,9 @@ class GraphDecoding(Decoding):
             return
         self._replays_left = self.cache.steps_announced
         counts = self._warmed_up()
+        self._beat()
         self._graph = captured(self._keep_logits, self._tokens.device)
+        self._beat()
         self.cache.restore(counts)
 
     def _warmed_up(self) -> CacheState:
@@ -71,6 +73,7 @@ class GraphDecoding(Decoding):
             self.cache.restore(before)
             for tensor, old in zip((self._tokens, self._position), state, strict=True):
                 tensor.copy_(old)
+            self._beat()
 
         warm_up(self._forward, self._tokens.device, undo=undo)
         return replace(before, tensors=[], values=[])
@@ -89,4 +92,5 @@ class GraphDecoding(Decoding):
         self._graph.replay()
         self.cache.count_replayed_step()
         self.logits = self._captured
+        self._beat()
         return self.logits

@@ -94,6 +94,7 @@ def _plain_activation_bytes(loaded: LoadedModel, batch: PromptBatch, base_bytes:
     peaks = PhasePeaks(device=loaded.device, base_bytes=base_bytes)
     with peaks.phase("plain"):
         loaded.model(**batch.tensors, position_ids=batch.position_ids, use_cache=False, logits_to_keep=1)
+    loaded.beat()
     return peaks.peak_bytes["plain"] - alive
 
 

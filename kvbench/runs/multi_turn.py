@@ -6,7 +6,7 @@ so on. Each conversation runs alone: its turns end at its own times, and a cache
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -46,9 +46,10 @@ class MultiTurn:
     every run the full cache holds the first conversation once more and must say the same.
     """
 
-    protocol: ClassVar[str] = "one_cache_v1"
+    protocol: ClassVar[str] = "one_cache_v2"
     needs_follow_ups: ClassVar[bool] = True
     hides_question: ClassVar[bool] = True
+    is_timed: ClassVar[bool] = False
 
     max_new_tokens: int = 160
     max_turns: int = 4
@@ -105,20 +106,20 @@ class MultiTurn:
             if number > 1:
                 chunk = [*unfed, *next_turn_tokens(loaded, example, number)]
                 decoding.extend(torch.tensor([chunk], device=loaded.device))
-            answer, unfed = self._answer(decoding, loaded.eos_token_id, f"turn {number} of {example.id}")
+            answer, unfed = self._answer(decoding, loaded.end_token_ids, f"turn {number} of {example.id}")
             held = decoding.cache.occupancy()
             share = held.entries_mean / held.seen_tokens
             said.append(Said(tokens=answer, seen_tokens=int(held.seen_tokens), held_fraction=share))
         return said
 
-    def _answer(self, decoding: Decoding, eos: int, name: str) -> tuple[list[int], list[int]]:
+    def _answer(self, decoding: Decoding, ends: Collection[int], name: str) -> tuple[list[int], list[int]]:
         """Return the answer, and its tokens that the cache has not seen (the last one, if it was cut off)."""
         answer: list[int] = []
         while True:
             largest, token = decoding.logits[0].max(dim=-1)
             if not bool(largest.isfinite()):
                 raise NonFiniteError(f"the logits of token {len(answer)} in {name} are not finite")
-            if int(token) == eos:
+            if int(token) in ends:
                 return answer, []
             answer.append(int(token))
             if len(answer) == self.max_new_tokens:

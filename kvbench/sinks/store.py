@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvbench.durable import link_new, storage_error, sync_folder
+from kvbench.durable import link_new, link_over, storage_error, sync_folder
 from kvbench.errors import RecordError
 from kvbench.records import MEASURED, RECORD_FILE, check_body, counting, read_record, write_record
 from kvbench.redaction import redacted_body
@@ -99,7 +99,7 @@ class RecordStore:
                     counts = counting(dict(body), self.attempts(body["key"])).body
                     measured = attempt.with_name(f"attempt-{counts['attempt']}.json")
                     attempt = measured if measured.is_file() else attempt
-                _link_over(attempt, accepted)
+                link_over(attempt, accepted)
 
     def _read(self, path: Path, key: str) -> dict[str, Any] | None:
         if not os.path.lexists(path):
@@ -134,11 +134,3 @@ def _set_aside(damaged: Path) -> None:
     """Rename what is in the place of a record, which may be someone's file or folder, and keep it."""
     with contextlib.suppress(FileNotFoundError):
         damaged.rename(damaged.with_name(f"damaged-{uuid.uuid4().hex}"))
-
-
-def _link_over(attempt: Path, accepted: Path) -> None:
-    temporary = accepted.with_name(f".record.{uuid.uuid4().hex}.tmp")
-    os.link(attempt, temporary)
-    temporary.replace(accepted)
-    # rename() does nothing when both names are already one file, and leaves the temporary name.
-    temporary.unlink(missing_ok=True)

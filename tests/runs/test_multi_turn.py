@@ -55,7 +55,7 @@ def test_the_full_cache_says_what_prefilling_everything_again_says(
         if number > 1:
             batch = longer(batch, [*said[number - 2].tokens, *next_turn_tokens(bundled, EXAMPLE, number)])
         decoding = FULL.decoding(bundled, batch, max_new_tokens)
-        answer = greedy(decoding, eos_token_id=bundled.eos_token_id, max_new_tokens=max_new_tokens)
+        answer = greedy(decoding, end_token_ids=bundled.end_token_ids, max_new_tokens=max_new_tokens)
         assert answer == [turn.tokens]
         assert turn.held_fraction == 1.0
         was_cut_off = len(turn.tokens) == max_new_tokens  # then the last token is fed with the next turn
