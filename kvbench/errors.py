@@ -44,6 +44,10 @@ class NonFiniteError(MeasureError):
     """A likelihood or logit is NaN or infinite; the cell has no quality number."""
 
 
+class NonFiniteChoiceError(PolicyError, NonFiniteError):
+    """What a policy decides by is NaN, so what it would evict is nobody's choice; the cell has no number."""
+
+
 class RecordError(KvbenchError):
     """A stored record is torn, foreign, or from a version that this one cannot read."""
 

@@ -63,7 +63,12 @@ def refused(line: str, capfd: pytest.CaptureFixture[str]) -> str:
 
 
 MODELS: dict[str, tuple[Any, tuple[str, ...], str, str]] = {
-    "a text model and pictures": (LLAMA, ("model.safetensors",), "", "the data set shows pictures, but model.checkpoint"),
+    "a text model and pictures": (
+        LLAMA,
+        ("model.safetensors",),
+        "",
+        "the data set shows pictures, but model.checkpoint",
+    ),
     "unknown family": ({"model_type": "lama"}, ("model.safetensors",), "", "of family 'lama'; did you mean 'llama'"),
     "no family": ({}, ("model.safetensors",), "", "is of family 'None'; known: llama"),
     "not an object": ("[]", ("model.safetensors",), "", "config.json holds a list; it must be the JSON object"),

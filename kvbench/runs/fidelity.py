@@ -84,6 +84,7 @@ def _compare(
     if not bool(kl.isfinite().all()):
         row, token = torch.nonzero(~kl.isfinite())[0].tolist()
         raise NonFiniteError(f"the KL after token {token} of {part.examples[row].id} is not finite")
+    policy.cache.check()
     agrees = torch.stack(agreements, dim=1) & real
     sums = (kl.double().sum(-1).tolist(), agrees.sum(-1).tolist(), real.sum(-1).tolist())
     return [

@@ -38,8 +38,8 @@ def check_rotary(model: Any) -> None:
 class GraphDecoding(Decoding):
     """A `Decoding` that replays its step. `logits` are overwritten by the next step.
 
-    The graph is captured by `prepare`, or by the first step. After the steps that were announced
-    (`reserve_tokens`) buffers would have to grow, so further steps run one by one.
+    The graph is captured by `prepare`, or by the first step, and once more after each `extend`. After the steps
+    that were announced (`reserve_tokens`) buffers would have to grow, so further steps run one by one.
     """
 
     _graph: torch.cuda.CUDAGraph | None = None
@@ -49,6 +49,11 @@ class GraphDecoding(Decoding):
         """Take the prompt as `Decoding` does. Raises: ModelSupportError for a model whose step cannot be captured."""
         check_rotary(loaded.model)
         super().__init__(loaded, *arguments, **options)
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        """Feed a chunk as `Decoding` does; the next step is captured anew, over the buffers that the cut laid out."""
+        self._graph = None
+        return super().extend(tokens)
 
     def prepare(self) -> None:
         """Capture the step. Steps are run for warm-up and undone, so nothing is seen of them afterwards.

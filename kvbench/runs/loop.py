@@ -121,9 +121,10 @@ class Decoding:
     def extend(self, tokens: Tensor) -> Tensor:
         """Feed a chunk of tokens, (B, N), after everything so far; return the next logits (B, V) float32.
 
-        The cache holds what its policy left; the chunk attends to that and to itself, and is cut with it.
-        Before the first step only where the step is captured, because the cut lays out new buffers.
+        The cache holds what its policy left; the chunk attends to that and to itself, and is cut with it, as
+        part of the prompt even if it is a single token.
         """
+        self.cache.expect_prompt(tokens.shape[1])
         steps = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
         output = self._model(
             input_ids=tokens,
@@ -172,7 +173,8 @@ def greedy(
     """Return the greedy answer of each row from where `decoding` stands, without its end token, any of `end_token_ids`.
 
     on_step gets the cache and which rows are still being answered, after each step. Raises:
-    NonFiniteError for logits whose largest is NaN or infinite, in a row that is still being answered.
+    NonFiniteError for logits whose largest is NaN or infinite, in a row that is still being answered, and for
+    victims that were chosen by NaN, in any row.
     """
     answers: list[list[int]] = [[] for _ in range(decoding.logits.shape[0])]
     going = [True] * len(answers)
@@ -189,6 +191,7 @@ def greedy(
         decoding.step(tokens)
         if on_step is not None:
             on_step(decoding.cache, going)
+    decoding.cache.check()
     return answers
 
 

@@ -83,6 +83,7 @@ class Memory:
             decoding.prepare()
             for _ in range(self.new_tokens - 1):
                 token = decoding.step(token).argmax(dim=-1)
+        decoding.cache.check()
         return decoding.cache
 
 

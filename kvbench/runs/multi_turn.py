@@ -43,10 +43,11 @@ class MultiTurn:
     """Greedy answers to at most `max_turns` questions of an example, each up to `max_new_tokens`.
 
     The history of a turn is what was really answered before, by policy and full cache each its own. In
-    every run the full cache holds the first conversation once more and must say the same.
+    every run the full cache holds the first conversation once more and must say the same. `engine=graph`
+    captures the step anew for every turn, because a turn's question lays out new buffers.
     """
 
-    protocol: ClassVar[str] = "one_cache_v2"
+    protocol: ClassVar[str] = "one_cache_v2"  # v1 rendered later turns without the settings of the first
     needs_follow_ups: ClassVar[bool] = True
     hides_question: ClassVar[bool] = True
     is_timed: ClassVar[bool] = False
@@ -99,7 +100,7 @@ class MultiTurn:
     def talk(self, bench: Bench, example: Example, setting: CacheSetting) -> list[Said]:
         """Return the turns of one conversation, all in one cache."""
         loaded, batch = bench.loaded, _batch(bench, example)
-        decoding = Decoding(loaded, batch, setting.cache(loaded, batch, self.max_new_tokens))
+        decoding = setting.decoding(loaded, batch, self.max_new_tokens)
         said: list[Said] = []
         unfed: list[int] = []
         for number in range(1, 2 + len(example.follow_ups[: self.max_turns - 1])):
@@ -107,6 +108,7 @@ class MultiTurn:
                 chunk = [*unfed, *next_turn_tokens(loaded, example, number)]
                 decoding.extend(torch.tensor([chunk], device=loaded.device))
             answer, unfed = self._answer(decoding, loaded.end_token_ids, f"turn {number} of {example.id}")
+            decoding.cache.check()
             held = decoding.cache.occupancy()
             share = held.entries_mean / held.seen_tokens
             said.append(Said(tokens=answer, seen_tokens=int(held.seen_tokens), held_fraction=share))

@@ -43,6 +43,7 @@ class Perplexity(BatchTask):
             decoding.step(targets[:, number - 1])
             nlls.append(_nll(decoding.logits, targets[:, number]))
         rows = _rows(torch.stack(nlls, dim=1), real, part.examples)
+        decoding.cache.check()
         return {example.id: row for example, row in zip(part.examples, rows, strict=True)}
 
     def summarise(self, bench: Bench, payloads: Sequence[Payload]) -> TaskResult:

@@ -60,7 +60,9 @@ class PerplexityReleased(BatchTask):
         for number in range(1, targets.shape[1]):
             decoding.step(targets[:, number - 1])
             nlls.append(self._nll(bench, decoding.logits, targets[:, number]))
-        return _rows(torch.stack(nlls, dim=1), real, part.examples)
+        rows = _rows(torch.stack(nlls, dim=1), real, part.examples)
+        decoding.cache.check()
+        return rows
 
     def summarise(self, bench: Bench, payloads: Sequence[Payload]) -> TaskResult:
         """Pool the tokens of all answers. Raises: DataError if nothing is scored."""

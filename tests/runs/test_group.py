@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +28,7 @@ from kvbench.runs.loop import CacheSetting, Decoding
 from kvbench.runs.perplexity import Perplexity
 from kvbench.runs.prompts import Part
 from kvbench.runs.task import Bench, TaskResult
-from tests.runs.benches import FULL, KeepAll, NotANumber, cell_of, cut
+from tests.runs.benches import FULL, KeepAll, NanAtDecode, NotANumber, cell_of, cut
 from tests.runs.watching import KeptInMemory, Notes, run_cells
 
 SHORT_ANSWERS = Scenes(num_samples=1, ask="follow_up", num_follow_ups=3)
@@ -246,9 +246,13 @@ def test_a_failing_cell_is_left_out_and_the_others_go_on(
 
 def test_nan_in_one_cell_does_not_reach_the_others(shelf: ModelShelf, tmp_path: Path) -> None:
     poison = CacheSetting(policy=NotANumber(), budget=Budget(fraction=0.2), positions="original")
-    cells = [cell_of(QUALITY, dataset=SHORT_ANSWERS, setting=s, number=n) for n, s in enumerate([cut(), poison, FULL])]
+    undecided = replace(poison, policy=NanAtDecode())
+    cells = [
+        cell_of(QUALITY, dataset=SHORT_ANSWERS, setting=s, number=n)
+        for n, s in enumerate([cut(), poison, undecided, FULL])
+    ]
     notes = run_cells(cells, tmp_path / "together", shelf=shelf)
-    assert [notes.bodies[cell.key]["status"] for cell in cells] == ["ok", "nonfinite", "ok"]
+    assert [notes.bodies[cell.key]["status"] for cell in cells] == ["ok", "nonfinite", "nonfinite", "ok"]
     alone = run_cells([cells[0]], tmp_path / "alone", shelf=shelf, share=False)
     assert told(alone.bodies[cells[0].key]) == told(notes.bodies[cells[0].key])
 
