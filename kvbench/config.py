@@ -15,7 +15,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from kvbench.cache import Budget, Policy, When
+from kvbench.cache import CACHE_SEMANTICS, Budget, Policy, When
 from kvbench.cache.positions import POSITION_MODES, PositionMode
 from kvbench.combinations import check_budget_fits, check_text
 from kvbench.compose import Composed
@@ -23,7 +23,7 @@ from kvbench.errors import ConfigError, KvbenchError, close_matches
 from kvbench.gate import check_installed, check_model, check_settings, known_config
 from kvbench.installed import installed_version
 from kvbench.models.spec import ModelSpec
-from kvbench.policy_source import policy_source
+from kvbench.policy_source import class_name, is_kvbench, source_of
 from kvbench.runs.autopsy_settings import AutopsySettings
 from kvbench.runs.cell import Cell
 from kvbench.runs.context import BEYOND_CONTEXT, BeyondContext, check_windows
@@ -31,10 +31,11 @@ from kvbench.runs.dataset_fit import check_fit
 from kvbench.runs.device import resolve_device, resolve_engine
 from kvbench.runs.loop import CacheSetting
 from kvbench.sinks.base import SinkGroup
-from kvbench.value_types import fits, truth, type_name
+from kvbench.value_types import fits, hints_of, truth, type_name, typed, typed_settings
 
 _FULL = {"_target_": "kvbench.policies.full.Full"}
 _PATH_SETTINGS = ("path", "images", "answers", "ids", "templates", "filler")  # where a file lies changes nothing
+_OF_THE_CLASS = {"class", "source", "protocol", "fingerprint"}
 _NUMERIC_PACKAGES = ("torch", "transformers")
 _EVICTS_AT = {When.BOTH: "prompt and decode", When.PREFILL: "prompt", When.DECODE: "decode"}
 _SHARED = ("results", "sweep", "force", "sink", "worker", "autopsy")
@@ -76,7 +77,8 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
     shared: what other cells of the same sweep have made already.
     """
     config, shared = composed.config, shared or Shared()
-    policy, budget = build(config.policy, "policy", is_a=Policy), build(config.budget, "budget", is_a=Budget)
+    policy: Policy = build(config.policy, "policy", is_a=Policy)
+    budget: Budget = build(config.budget, "budget", is_a=Budget)
     model = shared.build(config.model, "model", is_a=ModelSpec)
     dataset = shared.build(config.dataset, "dataset", has=("facts_in",))
     tasks = {str(name): build(node, f"task.{name}", has=("run", "protocol")) for name, node in config.task.items()}
@@ -103,13 +105,14 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
     fingerprint = shared.once(id(dataset), lambda: dataset.fingerprint)
     settings = {
         "model": _model_key(model),
-        "dataset": {"fingerprint": fingerprint, **_plain(config.dataset, without=_PATH_SETTINGS)},
-        "policy": {**_plain(config.policy), **dataclasses.asdict(policy), "source": policy_source(policy)},
-        "budget": _plain(config.budget) if policy.bounded else None,
+        "dataset": {**plugin_key(dataset, config.dataset, without=_PATH_SETTINGS), "fingerprint": fingerprint},
+        "policy": {**plugin_key(policy, config.policy), "source": source_of(type(policy))},
+        "budget": plugin_key(budget, config.budget) if policy.bounded else None,
         "positions": setting.positions,
         "query_visible": query_visible,
         "engine": setting.engine,
-        "task": {name: {**_plain(node), "protocol": tasks[str(name)].protocol} for name, node in config.task.items()},
+        "task": {name: plugin_key(task, config.task[name]) for name, task in tasks.items()},
+        "cache_semantics": CACHE_SEMANTICS,
         "batch_size": batch_size,
         "seed": seed,
         "device": device.split(":")[0],
@@ -189,17 +192,17 @@ def build(node: DictConfig | None, name: str, *, is_a: type[Any] = object, has: 
 
 
 def _checked(plugin: type[Any], arguments: dict[str, Any], name: str) -> dict[str, Any]:
+    hints = hints_of(plugin)
     if not dataclasses.is_dataclass(plugin):
-        return arguments
+        return {key: typed(value, hints.get(key, Any)) for key, value in arguments.items()}
     known = {field.name for field in dataclasses.fields(plugin) if field.init}
-    hints = typing.get_type_hints(plugin)
     for key, value in arguments.items():
         if key not in known:
             raise ConfigError(f"{name}.{key} is no setting of {plugin.__name__}; {close_matches(key, known)}")
         if not fits(value, hints[key]):
             finite = " and finite" if isinstance(value, float) and not math.isfinite(value) else ""
             raise ConfigError(f"{name}.{key} is {value!r:.80}; it must be {type_name(hints[key])}{finite}")
-    return arguments
+    return {key: typed(value, hints[key]) for key, value in arguments.items()}
 
 
 def _whole(config: DictConfig, name: str, *, at_least: int | None) -> int:
@@ -226,9 +229,25 @@ def _positions(config: DictConfig, policy: Policy) -> PositionMode:
     return policy.native_positions if asked == "native" else typing.cast(PositionMode, asked)
 
 
-def _plain(node: DictConfig, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    content = typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
-    return {key: value for key, value in content.items() if key not in without}
+def plugin_key(plugin: Any, node: DictConfig, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return a plug-in as it stands in a key: its class by name, what that means, and its settings by value.
+
+    What it means is a `protocol` where the class has one, and the source of a class that is not kvbench's.
+    """
+    given = typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
+    settings = typed_settings(plugin, {name: value for name, value in given.items() if name != "_target_"})
+    key: dict[str, Any] = {name: value for name, value in settings.items() if name not in without}
+    if taken := sorted(_OF_THE_CLASS & key.keys()):
+        raise ConfigError(
+            f"{type(plugin).__name__} has a setting {taken[0]!r}, which a key says of the class; rename it"
+        )
+    if (protocol := getattr(plugin, "protocol", None)) is not None:
+        key["protocol"] = protocol
+    return key | _class_key(type(plugin))
+
+
+def _class_key(kind: type[object]) -> dict[str, str]:
+    return {"class": class_name(kind)} | ({} if is_kvbench(kind.__module__) else {"source": source_of(kind)})
 
 
 def _labels(composed: Composed, model: ModelSpec, dataset: Any, setting: CacheSetting) -> dict[str, Any]:
@@ -251,4 +270,4 @@ def _versions() -> dict[str, str]:
 
 @cache
 def _model_key(model: ModelSpec) -> dict[str, Any]:
-    return model.key()
+    return model.key() if type(model) is ModelSpec else model.key() | _class_key(type(model))

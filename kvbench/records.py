@@ -5,13 +5,16 @@ is ever overwritten, and a reader notices every torn or altered record instead o
 
     write_record(Path("cells/attempt-1.json"), body)
     body = read_record(Path("cells/attempt-1.json"))
+    kept = read_cell(Path("results/cells/0123456789abcdef"))  # the attempt that counts
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,11 @@ from kvbench.sealed import canonical_json, seal, unseal
 
 ENVELOPE_VERSION = 1
 _KIND = "kvbench_record"
-BODY_SCHEMA = 1
-KEY_SCHEMA = 1  # raise it when the meaning of a setting changes, so that old results stop counting
+RECORD_FILE = "record.json"
+# What a body holds and how its key is made; each record states its own, and its key is recomputed by that one.
+# Raise it when the meaning of a setting changes: old records stay valid, and no longer count for new cells.
+# 1: plug-ins by the path of their class, settings as they were spelled. 2: by class and source, settings by value.
+BODY_SCHEMA = 2
 STATUSES = (
     *("ok", "oom", "nonfinite", "timeout", "crash", "killed"),
     *("data_error", "config_error", "incompatible", "preempted", "noisy"),
@@ -39,9 +45,12 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def cell_key(settings: Mapping[str, Any]) -> str:
-    """Return the 64 hex digits that name a cell: the same settings always give the same key."""
-    text = canonical_json({"key_schema": KEY_SCHEMA, "settings": dict(settings)})
+def cell_key(settings: Mapping[str, Any], schema: int = BODY_SCHEMA) -> str:
+    """Return the 64 hex digits that name a cell: the same settings always give the same key.
+
+    schema: that of the record which holds the settings; nothing that they name is imported.
+    """
+    text = canonical_json({"key_schema": schema, "settings": dict(settings)})
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -50,15 +59,15 @@ def check_body(body: Mapping[str, Any]) -> None:
     schema = body.get("schema")
     if isinstance(schema, int) and schema > BODY_SCHEMA:
         raise RecordError(
-            f"body schema {schema} is from a newer kvbench (this one reads {BODY_SCHEMA}); update kvbench."
+            f"body schema {schema} is from a newer kvbench (this one reads up to {BODY_SCHEMA}); update kvbench."
         )
     for name, kind in _FIELDS.items():
         if name not in body:
             raise RecordError(f"the body lacks {name!r}; it must have {', '.join(_FIELDS)}.")
         if not isinstance(body[name], kind):
             raise RecordError(f"the body's {name} is {body[name]!r:.60}, which has the wrong type.")
-    if schema != BODY_SCHEMA:
-        raise RecordError(f"body schema {schema!r} is unknown; this kvbench reads {BODY_SCHEMA}.")
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
+        raise RecordError(f"body schema {schema!r} is unknown; this kvbench reads 1 to {BODY_SCHEMA}.")
     if body["status"] not in STATUSES:
         raise RecordError(f"status is {body['status']!r:.60}; it must be one of {', '.join(STATUSES)}.")
     if not re.fullmatch("[0-9a-f]{64}", body["key"]):
@@ -96,3 +105,37 @@ def read_record(path: Path) -> dict[str, Any]:
     except RecordError as error:
         raise RecordError(f"{path} cannot be used: {error}") from error
     return body
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CellRecord:
+    """The attempt of a cell that counts, and those that failed after it: a failure never replaces a measurement."""
+
+    body: dict[str, Any]
+    later_failures: tuple[dict[str, Any], ...] = ()
+
+
+def read_cell(folder: Path) -> CellRecord:
+    """Return what counts of the cell in `folder` (results/cells/<key[:16]>); every reader of records asks here.
+
+    An attempt that cannot be read is left out. Raises: RecordError if record.json cannot be used.
+    """
+    accepted = read_record(folder / RECORD_FILE)
+    others = []
+    for path in sorted(folder.glob("attempt-*.json")):
+        if path.name != f"attempt-{accepted['attempt']}.json":
+            with contextlib.suppress(RecordError):
+                others.append(read_record(path))
+    return counting(accepted, others)
+
+
+def counting(accepted: dict[str, Any], others: Iterable[dict[str, Any]]) -> CellRecord:
+    """Return `accepted` (record.json), or if that failed the newest of the `others` that was measured."""
+    own = [body for body in others if body["key"] == accepted["key"]]
+    measured = [body for body in own if body["status"] in MEASURED]
+    body = accepted
+    if accepted["status"] not in MEASURED and measured:
+        body = max(measured, key=lambda one: str(one["started_utc"]))
+    failures = [one for one in (accepted, *own) if one["status"] not in MEASURED] if body["status"] in MEASURED else []
+    later = [one for one in failures if str(one["started_utc"]) > str(body["started_utc"])]
+    return CellRecord(body=body, later_failures=tuple(sorted(later, key=lambda one: str(one["started_utc"]))))

@@ -131,7 +131,7 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _one_record(folder: Path, start: str) -> dict[str, Any]:
-    from kvbench.records import read_record
+    from kvbench.records import read_cell
     from kvbench.report.load import load_results
 
     keys = [cell.key for cell in load_results(folder).records]
@@ -139,7 +139,7 @@ def _one_record(folder: Path, start: str) -> dict[str, Any]:
     if len(found) != 1:
         what = "begin with it; give more digits" if found else f"has it; {close_matches(start, [k[:16] for k in keys])}"
         raise ConfigError(f"key is {start!r}; {len(found) or 'no'} cell{'s' if found else ''} {what}")
-    return read_record(RecordStore(folder).record_file(found[0]))
+    return read_cell(RecordStore(folder).cell_folder(found[0])).body
 
 
 def _table(args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from kvbench.errors import ConfigError, close_matches
 from kvbench.installed import installed_version
 from kvbench.parser import Parser
-from kvbench.records import read_record
+from kvbench.records import read_cell
 from kvbench.redaction import redact, redacted_body
 from kvbench.sinks.console import say
 from kvbench.sinks.store import RecordStore
@@ -109,7 +109,7 @@ def _cell(folder: Path, key: str) -> RunSpec:
 
 
 def _body(folder: Path, key: str) -> dict[str, Any]:
-    return redacted_body(read_record(_path(folder, key)))
+    return redacted_body(read_cell(_path(folder, key).parent).body)
 
 
 def _path(folder: Path, key: str) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvbench.installed import installed_version
-from kvbench.records import read_record
+from kvbench.records import read_cell
 from kvbench.sinks.store import RecordStore
 from kvbench.sinks.wandb_fields import measure_group
 from kvbench.sinks.wandb_summary import Figure, SweepSummary, Table, summary_run
@@ -66,7 +66,7 @@ def _with_interval(compared: tuple[Comparison, ...]) -> tuple[Comparison, ...]:
 
 
 def _body(folder: Path, key: str) -> dict[str, Any]:
-    return read_record(RecordStore(folder).record_file(key))
+    return read_cell(RecordStore(folder).cell_folder(key)).body
 
 
 def _cells(results: Results) -> Table:

@@ -61,4 +61,4 @@ def test_it_runs_from_a_folder_of_ones_own(folder: Path) -> None:
     (record,) = (folder / "out" / "cells").glob("*/record.json")
     body = json.loads(record.read_text())["body"]
     assert (body["status"], body["labels"]["policy"], body["labels"]["budget"]) == ("ok", "mine", "20 % of seen")
-    assert body["cell"]["policy"]["_target_"] == "mine.Mine"
+    assert body["cell"]["policy"]["class"] == "Mine", "by name, wherever its file lies"

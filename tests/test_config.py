@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.utils import get_class
+from omegaconf import OmegaConf
 
 import kvbench.config
 from kvbench.cli import run
 from kvbench.compose import Composed, compose_grid
-from kvbench.config import build_cell, build_cells, check_shared
+from kvbench.config import build, build_cell, build_cells, check_shared, plugin_key
 from kvbench.datasets import file_dataset
 from kvbench.errors import ConfigError
 from kvbench.models.spec import BUNDLED_FOLDER
+from kvbench.policy_source import class_name
 
 SECRET = "canary-d41d8cd98f"
 WRONG = {
@@ -231,6 +235,94 @@ def test_what_changes_the_answer_changes_the_key(override: str) -> None:
 def test_what_does_not_change_the_answer_leaves_the_key(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kvbench.config, "resolve_device", lambda asked: "cpu")
     assert key("policy=h2o", *overrides) == key("policy=h2o")
+
+
+ELSEWHERE = """
+from kvbench.cache import Budget
+from kvbench.datasets.scene_examples import Scenes
+from kvbench.policies.h2o import H2O
+from kvbench.runs.memory import Memory
+from kvbench.runs.perplexity import Perplexity
+"""
+
+
+def test_a_class_that_is_found_at_another_place_leaves_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """So that a module can be moved: no path of a module is in a key, of whatever plug-in."""
+    (tmp_path / "found_elsewhere.py").write_text(ELSEWHERE, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    moved = {"policy": "H2O", "dataset": "Scenes", "budget": "Budget", "task.memory": "Memory"}
+    moved["task.perplexity"] = "Perplexity"
+    (composed,) = compose_grid(["policy=h2o"], multirun=False, config_dir=None)
+    (again,) = compose_grid(
+        ["policy=h2o", *(f"{part}._target_=found_elsewhere.{name}" for part, name in moved.items())],
+        multirun=False,
+        config_dir=None,
+    )
+    assert build_cell(again).key == build_cell(composed).key
+    settings = json.dumps(build_cell(composed).settings)
+    assert "_target_" not in settings
+    assert "kvbench." not in settings
+    assert settings.count("kvbench:") == 3 + 5, "policy, data set, budget and five tasks"
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("kvbench.policies.h2o", "H2O"),
+        ("kvbench.datasets.scene_examples", "Scenes"),
+        ("kvbench.runs.memory", "Memory"),
+        ("kvbench.cache", "Budget"),
+    ],
+)
+def test_a_class_of_ones_own_is_not_the_one_of_that_name_and_its_code_is_in_the_key(
+    place: str, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    settings = {"fraction": 0.2} if name == "Budget" else {}
+    keys = []
+    for number in range(3):
+        module = f"own_{name.lower()}_{number}"
+        code = f"from {place} import {name} as Base\n\n\nclass {name}(Base):\n    number = {number}\n"
+        (tmp_path / f"{module}.py").write_text(code, encoding="utf-8")
+        node = OmegaConf.create({"_target_": f"{module if number else place}.{name}", **settings})
+        keys.append(plugin_key(build(node, "part"), node))
+    assert [key["class"] for key in keys] == [f"kvbench:{name}", name, name]
+    assert len({json.dumps(key, sort_keys=True) for key in keys}) == 3
+
+
+def test_a_setting_that_would_hide_in_the_key_what_the_class_is_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    code = "from dataclasses import dataclass\n\n\n@dataclass(frozen=True)\nclass Own:\n    source: str = ''\n"
+    (tmp_path / "own_source.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    node = OmegaConf.create({"_target_": "own_source.Own"})
+    with pytest.raises(ConfigError, match="Own has a setting 'source', which a key says of the class; rename it"):
+        plugin_key(build(node, "part"), node)
+
+
+def test_the_registered_names_stay_as_they_are_in_the_keys_of_records() -> None:
+    """A class may move; one that is renamed orphans the records of its name, so rename with a reason, and here."""
+    names = {
+        "policy": "Elastic ElasticReleased Full H2O H2OElasticRelease H2OReleased LocalElasticRelease Random SnapKV "
+        "StreamingLLM StreamingLLMReleased",
+        "dataset": "Conversation LlavaBench LongBench MMVet MTBench Needles Retrieval Scenes Summaries Synthetic "
+        "TextWindows",
+        "task": "Capacity Fidelity Generation Memory MultiTurn Perplexity PerplexityReleased Speed",
+        "budget": "Budget",
+    }
+    conf = Path(kvbench.config.__file__).parents[1] / "conf"
+    for group, expected in names.items():
+        text = "".join(path.read_text(encoding="utf-8") for path in (conf / group).glob("*.yaml"))
+        targets = set(re.findall(r"^_target_: (\S+)", text, re.MULTILINE))
+        assert {class_name(get_class(target)) for target in targets} == {f"kvbench:{name}" for name in expected.split()}
+        assert len(targets) == len(expected.split()), "and no two classes share one"
+
+
+def test_the_semantics_of_the_cache_are_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key("policy=h2o"), key("policy=full")
+    monkeypatch.setattr(kvbench.config, "CACHE_SEMANTICS", 999)
+    assert not {key("policy=h2o"), key("policy=full")} & set(before)
 
 
 def test_the_number_of_a_gpu_leaves_the_key_and_its_kind_does_not(monkeypatch: pytest.MonkeyPatch) -> None:

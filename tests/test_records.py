@@ -85,7 +85,7 @@ def test_a_foreign_file_is_refused_with_its_name(tmp_path: Path, content: bytes,
 def test_a_newer_body_schema_asks_for_an_update(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     text = encode_record(make_body()).decode()
-    body = json.loads(text)["body"] | {"schema": 2}
+    body = json.loads(text)["body"] | {"schema": 99}
     path.write_text(json.dumps(_envelope(body)), encoding="utf-8")
     with pytest.raises(RecordError, match="newer kvbench"):
         read_record(path)
@@ -137,7 +137,8 @@ def test_the_cell_key_follows_every_setting() -> None:
     settings = {"policy": {"name": "h2o", "budget_fraction": 0.2}, "seed": 0}
     assert cell_key(settings) == cell_key({"seed": 0, "policy": {"budget_fraction": 0.2, "name": "h2o"}})
     assert cell_key(settings) != cell_key({**settings, "seed": 1})
-    assert cell_key({"seed": 0}) == "cae0110ff43709808251d2c8169ec5881740a4cc7359c0a49629e3e3d2555acd"
+    assert cell_key({"seed": 0}, schema=1) == "cae0110ff43709808251d2c8169ec5881740a4cc7359c0a49629e3e3d2555acd"
+    assert cell_key({"seed": 0}) == "e05ca3d91a7ee48a210917ad02ba359fa408a5dc33874e99801bcf00c47ffdd7"
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS])

@@ -16,12 +16,16 @@ import pandas as pd
 import pytest
 
 from kvbench.cli import run
-from kvbench.records import read_record
+from kvbench.records import cell_key, read_record
+from kvbench.report.load import load_results
+from kvbench.report.page import render_page
 from kvbench.sinks.claims import Claims
 from kvbench.sinks.leftovers import leftovers
 from kvbench.sinks.partial import PartialStore
 from kvbench.sinks.store import RecordStore
 from kvbench.sinks.verify import verify
+from kvbench.sinks.wandb_cell import cell_digest
+from kvbench.wandb_cli import _jobs
 from tests.sinks.record_bodies import make_body
 from tests.trust.fake_sweep import body_of, cells, write
 
@@ -100,6 +104,32 @@ def test_show_prints_one_cell_by_the_first_digits_of_its_key(
     assert json.loads(printed(capsys, "show", finished, key, "--json")) == body
 
 
+@pytest.mark.parametrize("took_the_place", [False, True])
+def test_a_later_failure_is_shown_and_every_table_keeps_the_measured_numbers(
+    folder: Path, took_the_place: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, (key, settings) = RecordStore(folder), next(iter(cells().items()))
+    good = store.accepted(key)
+    assert good is not None
+    before = [printed(capsys, "csv", folder, *options) for options in ([], ["--samples"], ["--quality"])]
+    error = {"type": "KeyboardInterrupt", "message": "Ctrl-C", "traceback": ""}
+    failed = body_of(key, settings, {0: {"nll": [1.0]}}, "s")
+    failed |= {"status": "killed", "error": error, "measurements": {}, "samples": []}
+    failed |= {"started_utc": "2999-01-01T00:00:00.000+00:00"}
+    attempt = store.commit(failed, replace=True)
+    if took_the_place:  # as kvbench 0.1 left it
+        store.record_file(key).unlink()
+        os.link(attempt, store.record_file(key))
+    assert [printed(capsys, "csv", folder, *options) for options in ([], ["--samples"], ["--quality"])] == before
+    listed = printed(capsys, "list", folder)
+    assert "24 cells, 1 problems" in listed
+    assert f"{attempt.name}: this later attempt of 2999-01-01T00:00:00 failed (killed: KeyboardInterrupt" in listed
+    assert "killed" in printed(capsys, "show", folder, key).split("attempts")[1]
+    assert json.loads(printed(capsys, "show", folder, key, "--json")) == good
+    assert [job.digest for job in _jobs(folder, "s", folder)].count(cell_digest(good)) == 1
+    assert "this later attempt" in render_page(load_results(folder), [])
+
+
 def test_csv_and_parquet_hold_the_same_and_have_the_same_bytes_each_time(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,6 +157,31 @@ def test_the_table_is_printed(finished: Path, capsys: pytest.CaptureFixture[str]
 
 def test_a_sound_folder_verifies(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(capsys, "verify", finished) == "24 records and 24 attempts hold; 0 problems\n"
+
+
+PUBLISHED = sorted(path.parent for path in (REPO / "results" / "published").glob("*/cells"))
+
+
+@pytest.mark.parametrize("published", PUBLISHED, ids=lambda path: path.name)
+def test_what_is_published_holds_by_the_schema_that_it_states(published: Path) -> None:
+    seen = verify(published)
+    assert seen.num_records == len(list(published.glob("cells/*/record.json"))) > 0
+    assert not seen.problems
+
+
+def test_a_record_whose_classes_have_moved_since_holds_and_nothing_of_it_is_imported(tmp_path: Path) -> None:
+    settings = {"policy": {"_target_": "gone_since.mine.H2O", "source": "0"}, "seed": 0}
+    old = make_body(schema=1, cell=settings, key=cell_key(settings, schema=1))
+    new = make_body(cell=settings, key=cell_key(settings))
+    for body in (old, new, make_body(2, schema=1)):
+        RecordStore(tmp_path).commit(body)
+    seen = verify(tmp_path)
+    assert old["key"] != new["key"]
+    assert (seen.num_records, [problem.path[:22] for problem in seen.problems]) == (
+        2,
+        [f"cells/{make_body(2)['key'][:16]}"] * 2,
+    ), "a key of one schema is none of another"
+    assert "gone_since" not in sys.modules
 
 
 def _other_key(cell: Path) -> None:

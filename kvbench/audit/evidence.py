@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ from kvbench.records import MEASURED, read_record
 from kvbench.sealed import canonical_json
 
 # Cells that agree in these ran the same prompts, and share the full cache's answers.
-_SHARED = ("model", "dataset", "query_visible", "batch_size", "device", "versions")
+_SHARED = ("model", "dataset", "query_visible", "batch_size", "device", "versions", "cache_semantics")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,7 +74,7 @@ class Cell:
         """Return the settings of the task whose class is `kind`, None if it was not asked for."""
         tasks = self.setting("task")
         for task in tasks.values() if isinstance(tasks, Mapping) else ():
-            if isinstance(task, Mapping) and str(task.get("_target_")).rpartition(".")[2] == kind:
+            if isinstance(task, Mapping) and re.split("[.:]", class_of(task))[-1] == kind:
                 return task
         return None
 
@@ -161,6 +162,21 @@ def read_evidence(folder: Path, *, sweep: str | None = None) -> Evidence:
     if not cells and not damaged:
         raise ConfigError(_nothing_there(folder, sweep))
     return Evidence(cells=tuple(cells), damaged=tuple(damaged), digest=digest.hexdigest())
+
+
+def class_of(settings: object) -> str:
+    """Return the class of a plug-in from its settings, "kvbench:H2O" for kvbench's own; empty where none is said.
+
+    A record of schema 1 says where the class lay. Nothing is imported: kvbench's own may have moved since.
+    """
+    if not isinstance(settings, Mapping):
+        return ""
+    return str(settings["class"]) if "class" in settings else class_at(str(settings.get("_target_", "")))
+
+
+def class_at(path: str) -> str:
+    """Return the class that was at a path, by name if it is kvbench's own."""
+    return f"kvbench:{path.rpartition('.')[2]}" if path.startswith("kvbench.") else path
 
 
 def _nothing_there(folder: Path, sweep: str | None) -> str:

@@ -11,7 +11,7 @@ from kvbench.records import cell_key
 
 
 def _problems(cell: Cell, peers: Peers) -> Iterator[str]:
-    computed = cell_key(cell.settings)
+    computed = cell_key(cell.settings, cell.body["schema"])
     if computed != cell.body["key"]:
         yield f"the settings give the key {computed[:8]}, the record says {cell.body['key'][:8]}"
     if cell.folder != cell.body["key"][:16]:

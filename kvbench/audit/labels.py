@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kvbench.audit.bundled import Group, rule_of, targets
-from kvbench.audit.evidence import Cell, Peers
+from kvbench.audit.evidence import Cell, Peers, class_of
 
 _GROUPS: tuple[Group, ...] = ("policy", "dataset")
 _RULE = ("evicts_at", "budget_rounds")
@@ -47,16 +47,16 @@ def _budget(budget: Mapping[str, Any]) -> str:
 
 def _bundled(cell: Cell) -> Iterator[str]:
     for group in _GROUPS:
-        label, target = cell.body["labels"].get(group), cell.setting(group, "_target_")
+        label, target = cell.body["labels"].get(group), class_of(cell.setting(group))
         meant = targets(group).get(str(label))
         if meant is not None and target != meant:
             yield f"is labelled {group} {label}, which is {meant}, but its settings say {target}"
 
 
 def _policy(cell: Cell, peers: Peers) -> Iterator[str]:
-    label, target = cell.body["labels"].get("policy"), cell.setting("policy", "_target_")
+    label, target = cell.body["labels"].get("policy"), class_of(cell.setting("policy"))
     found = Counter(
-        other.setting("policy", "_target_") for other in peers.cells if label == other.body["labels"].get("policy")
+        class_of(other.setting("policy")) for other in peers.cells if label == other.body["labels"].get("policy")
     )
     if found[target] < max(found.values()):
         yield f"is labelled {label}, its settings say {target}, and most cells of that label another class"
@@ -79,4 +79,4 @@ def _differs(cell: Cell, name: str, others: list[Cell] | tuple[Cell, ...]) -> It
 
 
 def _code(cell: Cell) -> tuple[Any, Any]:
-    return cell.setting("policy", "_target_"), cell.setting("policy", "source")
+    return class_of(cell.setting("policy")), cell.setting("policy", "source")

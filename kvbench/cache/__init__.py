@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from kvbench.cache.budget import UNLIMITED, Budget
-from kvbench.cache.policy import Policy, ScorePolicy
+from kvbench.cache.policy import CACHE_SEMANTICS, Policy, ScorePolicy
 from kvbench.cache.view import Kind, Needs, Plan, View, When
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvbench.cache.policy_cache import Occupancy, PolicyCache
 
 __all__ = [
+    "CACHE_SEMANTICS",
     "UNLIMITED",
     "Budget",
     "Kind",

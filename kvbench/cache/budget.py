@@ -34,7 +34,7 @@ class Budget:
             )
         if self.fraction is not None and not 0.0 < self.fraction <= 1.0:
             raise ConfigError(
-                f"budget.fraction is {self.fraction}; it must lie in (0, 1]. "
+                f"budget.fraction is {self.fraction:g}; it must lie in (0, 1]. "
                 "Use budget=tokens budget.tokens=128 to give an absolute size"
             )
         if self.tokens is not None and self.tokens < 1:

@@ -17,6 +17,11 @@ from kvbench.cache.selection import keep_top, lowest, outside, protected_range
 from kvbench.cache.view import Needs, Plan, View, When
 from kvbench.errors import ConfigError, NonFiniteChoiceError, PolicyError
 
+# What the cache does with a policy's decision, a part of every cell's key. Raise it with a change of kvbench.cache or
+# kvbench.kernels after which some policy, its code unchanged, keeps other entries or attends to other ones: `Policy`
+# and `ScorePolicy`, `selection`, budgets, positions, statistics. Not for speed, memory, messages or rounding error.
+CACHE_SEMANTICS = 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
@@ -85,7 +90,7 @@ class ScorePolicy(Policy):
             if getattr(self, name) < 0:
                 raise ConfigError(f"policy.{name} is {getattr(self, name)}; it must be 0 or more tokens")
         if not 0.0 <= self.recent_fraction <= 1.0:
-            raise ConfigError(f"policy.recent_fraction is {self.recent_fraction}; it must lie in [0, 1]")
+            raise ConfigError(f"policy.recent_fraction is {self.recent_fraction:g}; it must lie in [0, 1]")
 
     @property
     def smallest_budget_tokens(self) -> int:

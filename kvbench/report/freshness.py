@@ -36,7 +36,8 @@ def inputs_digest(results_folder: Path) -> str:
     """Return the hash of what a report would be built from now; take it before building."""
     digest = hashlib.sha256(installed_version().encode())
     cells, frontiers = results_folder / "cells", results_folder / "frontier"
-    for path in sorted([*cells.glob("*/record.json"), *cells.glob(f"*/{AUTOPSY_FILE}"), *frontiers.glob("*.json")]):
+    patterns = ("*/record.json", "*/attempt-*.json", f"*/{AUTOPSY_FILE}")
+    for path in sorted([*(path for pattern in patterns for path in cells.glob(pattern)), *frontiers.glob("*.json")]):
         with contextlib.suppress(FileNotFoundError):  # another job has set it aside since
             stat = path.stat()
             digest.update(f"{path.parent.name} {path.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}\n".encode())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.errors import ConfigError, RecordError, close_matches
-from kvbench.records import read_record
+from kvbench.records import CellRecord, read_cell
 from kvbench.report.cell import CellResult, parse_cell
 from kvbench.report.frontier import Frontier
 from kvbench.report.naming import ordered
@@ -117,7 +117,7 @@ class Results:
 
 
 def load_results(folder: Path, *, sweep: str | None = None, keys: Collection[str] | None = None) -> Results:
-    """Read `folder`/cells/*/record.json, only those of `sweep` or with a key in `keys` where given.
+    """Read what counts of every cell below `folder`/cells, only of `sweep` or with a key in `keys` where given.
 
     Raises: ConfigError if the folder is missing or no record belongs to `sweep`.
     """
@@ -134,13 +134,15 @@ def read_cells(folder: Path, *, keys: Collection[str] | None = None) -> tuple[li
     for path in sorted((folder / "cells").glob("*/record.json")):
         name = path.relative_to(folder).as_posix()
         try:
-            body = read_record(path)
-            if keys is None or body["key"] in keys:
-                cells.append(replace(parse_cell(body), cell_folder=path.parent))
+            found = read_cell(path.parent)
+            if keys is None or found.body["key"] in keys:
+                cells.append(replace(parse_cell(found.body), cell_folder=path.parent))
         except RecordError as error:
             problems.append(Problem(path=name, message=str(error).removeprefix(f"{path} ")))
         else:
-            problems.extend(Problem(path=name, message=text) for text in _doubts(body, path))
+            problems.extend(Problem(path=name, message=text) for text in _doubts(found.body, path))
+            if keys is None or found.body["key"] in keys:
+                problems.extend(_later_failures(found, path.parent.relative_to(folder).as_posix()))
     return cells, problems
 
 
@@ -157,6 +159,18 @@ def _only(cells: list[CellResult], sweep: str | None) -> list[CellResult]:
         known = close_matches(sweep, {cell.sweep for cell in cells})
         raise ConfigError(f"no record belongs to the sweep {sweep!r}; {known}")
     return chosen
+
+
+def _later_failures(found: CellRecord, folder: str) -> Iterator[Problem]:
+    """Yield that the cell was tried again in vain; its numbers stay those that were measured."""
+    for body in found.later_failures:
+        error = body["error"] or {}
+        why = " ".join(f"{error.get('type', '')} {error.get('message', '')}".split())[:160]
+        message = (
+            f"this later attempt of {body['started_utc'][:19]} failed ({body['status']}{': ' if why else ''}{why}); "
+            f"the cell's numbers are those measured at {found.body['started_utc'][:19]}"
+        )
+        yield Problem(path=f"{folder}/attempt-{body['attempt']}.json", message=message)
 
 
 def _doubts(body: Mapping[str, Any], path: Path) -> Iterator[str]:

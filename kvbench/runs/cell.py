@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from kvbench.errors import ConfigError, DataError, ModelSupportError, NonFiniteError
-from kvbench.records import cell_key
+from kvbench.records import BODY_SCHEMA, cell_key
 from kvbench.runs.autopsy_settings import AutopsySettings
 from kvbench.runs.dataset_fit import skipped_measurement, skipped_names
 from kvbench.runs.out_of_memory import ran_out_of_memory
@@ -32,7 +32,7 @@ _STATUS_OF: tuple[tuple[type[BaseException], str], ...] = (
     (ConfigError, "config_error"),
     (ModelSupportError, "incompatible"),
 )
-SHARED_SETTINGS = ("model", "dataset", "query_visible", "batch_size", "device", "versions")
+SHARED_SETTINGS = ("model", "dataset", "query_visible", "batch_size", "device", "versions", "cache_semantics")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class Attempt:
     def body(self, environment: Mapping[str, Any], result: TaskResult | None = None) -> dict[str, Any]:
         """Return the body of the record."""
         return {
-            "schema": 1,
+            "schema": BODY_SCHEMA,
             "key": self.cell.key,
             "sweep": self.sweep,
             "attempt": uuid.uuid4().hex,

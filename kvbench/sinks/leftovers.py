@@ -19,7 +19,7 @@ from pathlib import Path
 from kvbench.autopsies import AUTOPSY_FILE
 from kvbench.durable import TEMPORARY
 from kvbench.errors import ConfigError, RecordError
-from kvbench.records import MEASURED, read_record
+from kvbench.records import MEASURED, read_cell
 from kvbench.sinks.claim_file import owner_is_dead, parse_claim
 
 _TEMPORARY_AFTER_S = 3600.0  # a writer needs seconds
@@ -84,7 +84,7 @@ def _batches(results: Path, dead: set[Path]) -> Iterator[tuple[Path, str]]:
         if _held(results, folder.parent.name, dead):
             continue
         with contextlib.suppress(RecordError):
-            if read_record(folder.parent / "record.json")["status"] in MEASURED:
+            if read_cell(folder.parent).body["status"] in MEASURED:
                 yield folder, "batches of a cell that has its record"
 
 

@@ -3,6 +3,8 @@
     results/cells/<key[:16]>/attempt-<uuid>.json    one immutable file per attempt
     results/cells/<key[:16]>/record.json            hard link to the accepted attempt
 
+A failed attempt is never put in the place of a measured one, whether or not it was asked for.
+
 Safe with many writers on one folder and with a kill at any instant: linking to a name that exists
 fails, so of two processes that finish the same cell exactly one is accepted.
 
@@ -24,7 +26,7 @@ from typing import Any
 
 from kvbench.durable import link_new, link_over, storage_error, sync_folder
 from kvbench.errors import RecordError
-from kvbench.records import MEASURED, check_body, read_record, write_record
+from kvbench.records import MEASURED, RECORD_FILE, check_body, counting, read_record, write_record
 from kvbench.redaction import redacted_body
 from kvbench.sinks.partial import PartialStore
 
@@ -44,12 +46,15 @@ class RecordStore:
 
     def record_file(self, key: str) -> Path:
         """Return where the accepted record of `key` lies, if it has one."""
-        return self.cell_folder(key) / "record.json"
+        return self.cell_folder(key) / RECORD_FILE
 
     def accepted(self, key: str) -> dict[str, Any] | None:
-        """Return the accepted record of `key` if it verifies and did not fail; a damaged one is reported once."""
-        body = self._read(self.record_file(key), key)
-        return body if body is not None and body["status"] in MEASURED else None
+        """Return the record of `key` that counts if it verifies and did not fail; a damaged one is reported once."""
+        accepted = self._read(self.record_file(key), key)
+        if accepted is None:
+            return None
+        body = accepted if accepted["status"] in MEASURED else counting(accepted, self.attempts(key)).body
+        return body if body["status"] in MEASURED else None
 
     def attempts(self, key: str) -> list[dict[str, Any]]:
         """Return all readable attempts of `key`, oldest first; a damaged one is reported once."""
@@ -61,8 +66,8 @@ class RecordStore:
         """Store one attempt durably, without secrets, and return its file; it counts unless a measured one does.
 
         An accepted record that failed, or is damaged, gives way to any newer attempt; one that is ok or noisy
-        only if `replace`. When this returns, a crash of the machine no longer loses the attempt, and the batches
-        of a measured cell are gone.
+        only if `replace`, and to a measured one alone. When this returns, a crash of the machine no longer
+        loses the attempt, and the batches of a measured cell are gone.
         Raises: RecordError (wrong body, disk), ConfigError (folder), FileExistsError (attempt id reused).
         """
         check_body(body)
@@ -70,25 +75,31 @@ class RecordStore:
         attempt = folder / f"attempt-{body['attempt']}.json"
         write_record(attempt, redacted_body(body))
         try:
-            self._accept(attempt, body["key"], replace)
+            self._accept(attempt, body, replace)
             sync_folder(folder)
         except OSError as error:
-            raise storage_error(folder / "record.json", error) from error
+            raise storage_error(folder / RECORD_FILE, error) from error
         if body["status"] in MEASURED:
             PartialStore(self.folder, body["key"]).remove()
         return attempt
 
-    def _accept(self, attempt: Path, key: str, replace: bool) -> None:
-        accepted = attempt.with_name("record.json")
+    def _accept(self, attempt: Path, body: Mapping[str, Any], replace: bool) -> None:
+        accepted = attempt.with_name(RECORD_FILE)
         with _locked(attempt.parent):
             try:
                 link_new(attempt, accepted)
             except FileExistsError:
-                current = self._read(accepted, key)
+                current = self._read(accepted, body["key"])
                 if current is None:
                     _set_aside(accepted)
-                if current is None or current["status"] not in MEASURED or replace:
-                    link_over(attempt, accepted)
+                elif current["status"] in MEASURED and not (replace and body["status"] in MEASURED):
+                    return
+                elif current["status"] not in MEASURED:
+                    # The newest measured one, should an earlier kvbench have let a failure take its place.
+                    counts = counting(dict(body), self.attempts(body["key"])).body
+                    measured = attempt.with_name(f"attempt-{counts['attempt']}.json")
+                    attempt = measured if measured.is_file() else attempt
+                link_over(attempt, accepted)
 
     def _read(self, path: Path, key: str) -> dict[str, Any] | None:
         if not os.path.lexists(path):

@@ -106,7 +106,7 @@ class _Cell:
             return
         if not body["key"].startswith(self.folder.name):
             yield f"belongs to the cell {body['key'][:16]}. Move it there."
-        elif body["key"] != cell_key(body["cell"]):
+        elif body["key"] != cell_key(body["cell"], body["schema"]):
             yield "has settings that do not give its key: key or settings were changed. Run its cell again."
         elif attempt is not None and body["attempt"] != attempt:
             yield f"is the attempt {body['attempt']}. Rename it back."

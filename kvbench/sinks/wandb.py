@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.errors import ConfigError, close_matches
+from kvbench.records import MEASURED
 from kvbench.sinks.console import say
+from kvbench.sinks.store import RecordStore
 from kvbench.sinks.wandb_cell import cell_run
 from kvbench.sinks.wandb_run import Online, Place, RunSpec, write_run
 from kvbench.sinks.wandb_service import (
@@ -68,7 +70,7 @@ class WandbSink:
         if self.mode not in MODES:
             raise ConfigError(f"sink.wandb.mode is {self.mode!r}; {close_matches(self.mode, MODES)}")
         if not 0 < self.timeout_s <= _LONGEST_TIMEOUT_S:
-            raise ConfigError(f"sink.wandb.timeout_s is {self.timeout_s}; it must lie in (0, {_LONGEST_TIMEOUT_S:g}]")
+            raise ConfigError(f"sink.wandb.timeout_s is {self.timeout_s:g}; it must lie in (0, {_LONGEST_TIMEOUT_S:g}]")
         check_project(self.project, "sink.wandb.project")
         if self.mode == "online":
             check_online()
@@ -85,7 +87,12 @@ class WandbSink:
         self._end_service()
 
     def record(self, body: dict[str, Any]) -> None:
-        """Send one cell; a failing online run is repeated offline, and so are all later ones."""
+        """Send one cell; a failing online run is repeated offline, and so are all later ones.
+
+        A failed attempt of a cell that was measured before is not sent: its run shows the measurement.
+        """
+        if body["status"] not in MEASURED and RecordStore(self.folder).accepted(body["key"]) is not None:
+            return
         self._send(cell_run(body, group=self._sweep.name))
 
     def pause(self) -> None:

@@ -110,7 +110,9 @@ def _records(summary: SweepSummary, bodies: Sequence[dict[str, Any]]) -> wandb.A
     artifact = wandb.Artifact(f"records-{_safe(summary.sweep)}-{named}", ARTIFACT_TYPE)
     for original, body in sorted(zip(summary.bodies, bodies, strict=True), key=lambda pair: pair[1]["key"]):
         name = f"cells/{body['key'][:16]}/record.json"
-        path = summary.folder / name if body == original else _clean_copy(summary.to, body)
+        attempt = summary.folder / f"cells/{body['key'][:16]}/attempt-{body['attempt']}.json"
+        kept = attempt if attempt.is_file() else summary.folder / name
+        path = kept if body == original else _clean_copy(summary.to, body)
         # Records never change, so they need no second copy in wandb's own folders.
         artifact.add_file(str(path.resolve()), name=name, policy="immutable", skip_cache=True)
     return artifact

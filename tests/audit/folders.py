@@ -50,7 +50,7 @@ def write_folder(folder: Path, bodies: list[Body]) -> Path:
 
 def rekey(body: Body) -> None:
     """Give the body the key of its settings."""
-    body["key"] = cell_key(body["cell"])
+    body["key"] = cell_key(body["cell"], body["schema"])
 
 
 def summarise(body: Body) -> None:

@@ -19,7 +19,7 @@ from kvbench.metrics.intervals import (
     ratio_interval,
 )
 from kvbench.metrics.rouge import first_divergence, length_ratio, rouge_scores
-from kvbench.records import cell_key
+from kvbench.records import BODY_SCHEMA, cell_key
 
 LAYERS, ENTRY_BYTES, WEIGHTS_BYTES = 3, 128, 10_000
 NEW_TOKENS, TIMED_TOKENS, BLOCKS = 24, 9, 2
@@ -52,7 +52,7 @@ class Machine:
         rng = random.Random(f"{self.seed} {policy} {budget} {when} {up}")
         answers = self.full_answers if budget is None else [self._changed(rng, a) for a in self.full_answers]
         rows = [self._row(rng, number, answer, full=budget is None) for number, answer in enumerate(answers)]
-        body: Body = {"schema": 1, "attempt": f"{rng.getrandbits(128):032x}", "sweep": "s", "status": "ok"}
+        body: Body = {"schema": BODY_SCHEMA, "attempt": f"{rng.getrandbits(128):032x}", "sweep": "s", "status": "ok"}
         body |= {"phase": None, "error": None, "started_utc": "2026-11-23T13:00:00+00:00", "duration_s": 30.0}
         body |= {"labels": _labels(policy, budget, when, up), "cell": self._settings(policy, budget)}
         body |= {"environment": _environment(), "samples": rows, "measurements": {}, "curves": {}}

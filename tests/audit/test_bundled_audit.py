@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from kvbench.audit.bundled import rule_of, targets
-from kvbench.audit.evidence import Cell
+from kvbench.audit.evidence import Cell, class_of
 from kvbench.cache import Policy, When
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -47,5 +47,19 @@ def test_without_a_budget_and_for_somebody_elses_policy_there_is_no_rule() -> No
 
 
 def test_the_names_are_those_of_the_configuration() -> None:
-    assert targets("policy") == {name: settings_of(name)["_target_"] for name in NAMES}
-    assert targets("dataset")["scenes"] == "kvbench.datasets.scene_examples.Scenes"
+    assert targets("policy") == {name: class_of(settings_of(name)) for name in NAMES}
+    assert targets("policy")["h2o"] == "kvbench:H2O"
+    assert targets("dataset")["scenes"] == "kvbench:Scenes"
+
+
+@pytest.mark.parametrize("place", ["kvbench.policies.snapkv", "kvbench.gone.since"])
+def test_a_record_that_says_where_its_class_lay_is_read_by_the_name_of_the_class(place: str) -> None:
+    budget = {"fraction": 0.2, "tokens": None, "of": "seen"}
+    for policy in ({"_target_": f"{place}.SnapKV"}, {"class": "kvbench:SnapKV"}):
+        assert rule_of(cell_of(policy, budget))["evicts_at"] == "prompt"
+    for policy in ({"_target_": "mine.SnapKV"}, {"class": "SnapKV"}):
+        assert rule_of(cell_of(policy, budget)) == {}
+    assert cell_of({}, None).task("Speed") is None
+    for task in ({"_target_": f"{place}.Speed", "n": 1}, {"class": "kvbench:Speed", "n": 1}):
+        cell = Cell(body={"cell": {"task": {"timing": task}}}, folder="", attempts=())
+        assert cell.task("Speed") == task

@@ -83,6 +83,7 @@ def cell_of(
     **settings: Any,
 ) -> Cell:
     shared = {"model": "m", "dataset": "d", "query_visible": True, "batch_size": 2, "device": "cpu", "versions": {}}
+    shared["cache_semantics"] = 1
     return Cell(
         settings={**shared, "tasks": sorted(tasks), **settings},
         labels={"model": "m", "dataset": "d", "policy": "p", "budget": "-", "positions": "original"},

@@ -121,6 +121,18 @@ def test_force_measures_again_and_the_newer_record_counts(tmp_path: Path) -> Non
     assert (len(attempts), accepted["attempt"]) == (2, attempts[-1]["attempt"])
 
 
+@pytest.mark.parametrize("script", [["done crash"], ["exit 3"], ["done timeout"]])
+def test_a_forced_cell_that_fails_is_told_and_keeps_the_measurement_it_had(tmp_path: Path, script: list[str]) -> None:
+    before, _ = fresh((OK,), tmp_path)
+    (key,) = before.tickets
+    kept = RecordStore(tmp_path).accepted(key)
+    forced, shown = fresh((script,), tmp_path, force=True)
+    assert forced.num_failed == 1, "the sweep says that it failed"
+    assert RecordStore(tmp_path).accepted(key) == kept
+    again, shown = fresh((["signal 9"],), tmp_path)
+    assert (again.num_reused, shown.calls) == (1, []), "and nothing has to be measured again"
+
+
 def test_both_tries_of_a_killed_cell_are_kept(tmp_path: Path) -> None:
     sweep, shown = fresh((["once signal 9", "done ok"],), tmp_path)
     (key,) = sweep.tickets

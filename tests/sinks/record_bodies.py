@@ -5,14 +5,14 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-from kvbench.records import cell_key
+from kvbench.records import BODY_SCHEMA, cell_key
 
 
 def make_body(seed: int = 0, **changes: Any) -> dict[str, Any]:
     """Return a valid body; `seed` decides the cell and thus the key, `changes` replaces fields."""
     cell = {"policy": {"name": "h2o", "recent_tokens": 4}, "seed": seed}
     body: dict[str, Any] = {
-        "schema": 1,
+        "schema": BODY_SCHEMA,
         "key": cell_key(cell),
         "sweep": "demo",
         "attempt": uuid.uuid4().hex,

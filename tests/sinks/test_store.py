@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvbench.records import MEASURED, read_record
+from kvbench.records import MEASURED, STATUSES, CellRecord, read_cell, read_record
 from kvbench.sinks.store import RecordStore
 from tests.sinks.record_bodies import make_body
 
@@ -53,6 +53,47 @@ def test_a_measured_record_stays_until_it_is_replaced_on_request(tmp_path: Path,
     assert store.accepted(first["key"]) == fourth
     assert len(store.attempts(first["key"])) == 4
     assert store.attempts(first["key"])[-1] == fourth
+
+
+@pytest.mark.parametrize("status", [status for status in STATUSES if status not in MEASURED])
+def test_a_failure_never_replaces_a_measurement_even_on_request(tmp_path: Path, status: str) -> None:
+    store, good, failed = RecordStore(tmp_path), make_body(), make_body(status=status)
+    store.commit(good)
+    store.commit(failed, replace=True)
+    assert store.accepted(good["key"]) == good
+    assert read_record(store.record_file(good["key"])) == good
+    assert [body["status"] for body in store.attempts(good["key"])].count(status) == 1, "the failure is kept"
+
+
+def failure_in_place_of(folder: Path, *measured: dict[str, Any], failed: dict[str, Any]) -> RecordStore:
+    """Leave what kvbench 0.1 left after force=true and a failure: record.json is the failed attempt."""
+    store = RecordStore(folder)
+    for body in (*measured, failed):
+        store.commit(body)
+    record = store.record_file(failed["key"])
+    record.unlink()
+    os.link(record.with_name(f"attempt-{failed['attempt']}.json"), record)
+    return store
+
+
+def test_where_a_failure_took_the_place_the_newest_measured_attempt_counts_and_gets_it_back(tmp_path: Path) -> None:
+    old, new = make_body(), make_body(started_utc="2026-11-24T00:00:00+00:00", status="noisy")
+    failed = make_body(status="oom", started_utc="2026-11-25T00:00:00+00:00")
+    store = failure_in_place_of(tmp_path, new, old, failed=failed)
+    folder = store.cell_folder(old["key"])
+    assert store.accepted(old["key"]) == new
+    assert read_cell(folder) == CellRecord(body=new, later_failures=(failed,))
+    crash = make_body(status="crash", started_utc="2026-11-26T00:00:00+00:00")
+    store.commit(crash)
+    assert read_record(folder / "record.json") == new
+    assert read_cell(folder).later_failures == (failed, crash)
+
+
+def test_a_failure_before_the_measurement_is_none_after_it(tmp_path: Path) -> None:
+    store, good = RecordStore(tmp_path), make_body(started_utc="2026-11-24T00:00:00+00:00")
+    store.commit(make_body(status="killed"))
+    store.commit(good)
+    assert read_cell(store.cell_folder(good["key"])) == CellRecord(body=good)
 
 
 def test_a_failed_record_gives_way_to_any_newer_attempt(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from kvbench.errors import ConfigError
 from kvbench.sinks.base import SinkGroup
+from kvbench.sinks.store import RecordStore
 from kvbench.sinks.wandb import WandbSink
 from kvbench.sinks.wandb_fields import has_api_key, summary_numbers
 from tests.sinks.record_bodies import make_body
@@ -121,6 +122,7 @@ def _run_in_own_process(folder: Path) -> None:
     code = """
 import sys
 from pathlib import Path
+from kvbench.sinks.store import RecordStore
 from kvbench.sinks.wandb import WandbSink
 from tests.sinks.record_bodies import make_body
 sink = WandbSink(project="p", folder=Path(sys.argv[1]), timeout_s=1.0)
@@ -202,3 +204,16 @@ def test_measurements_are_grouped_by_what_they_measure() -> None:
         "quality/length_ratio",
         "quality/unheard_of",
     ]
+
+
+def test_a_failed_attempt_is_not_sent_over_the_run_of_a_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[str] = []
+    monkeypatch.setattr(WandbSink, "_send", lambda self, spec: sent.append(spec.id))
+    sink, good, failed = WandbSink(project="kvbench", folder=tmp_path), make_body(), make_body(status="oom")
+    other = make_body(1, status="oom")
+    for body in (good, failed, other):
+        RecordStore(tmp_path).commit(body, replace=True)
+        sink.record(body)
+    assert sent == [good["key"][:16], other["key"][:16]]

@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from kvbench.records import cell_key
+from kvbench.records import BODY_SCHEMA, cell_key
 from kvbench.sinks import claim_file
 from kvbench.sinks.claims import Claims
 from kvbench.sinks.partial import PartialStore
@@ -44,7 +44,7 @@ def body_of(key: str, settings: dict[str, Any], batches: dict[int, dict[str, Any
     nll = [value for number in sorted(batches) for value in batches[number]["nll"]]
     empty = {"low": None, "high": None, "n": len(nll), "method": ""}
     return {
-        "schema": 1,
+        "schema": BODY_SCHEMA,
         "key": key,
         "sweep": sweep,
         "attempt": uuid.uuid4().hex,
