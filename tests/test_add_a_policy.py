@@ -49,6 +49,7 @@ def test_the_class_is_short() -> None:
     assert len(block("mine.py").splitlines()) <= MAX_LINES
 
 
+@pytest.mark.long
 def test_it_runs_from_a_folder_of_ones_own(folder: Path) -> None:
     scripts = Path(sys.executable).parent
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -109,6 +109,7 @@ def test_the_report_is_made_again_from_records(quick: Path, capsys: pytest.Captu
     assert run(["report", str(quick), "--sweep", "slow"]) == 2
 
 
+@pytest.mark.long
 def test_one_cell_runs_and_its_wandb_run_is_kept_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["policy=h2o", "task=perplexity", "dataset.num_samples=1", "results=out"]) == 0
     printed = capsys.readouterr().out
@@ -118,6 +119,7 @@ def test_one_cell_runs_and_its_wandb_run_is_kept_offline(tmp_path: Path, capsys:
     assert printed.count(f"upload them with: wandb sync {tmp_path / 'out' / 'wandb'}/offline-run-*") == 1
 
 
+@pytest.mark.long
 def test_a_sweep_has_a_summary_run_and_nothing_is_left_to_sync(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +137,7 @@ def test_a_sweep_has_a_summary_run_and_nothing_is_left_to_sync(
     assert len(list((tmp_path / "out" / "wandb").glob("offline-run-*"))) == 3
 
 
+@pytest.mark.long
 def test_a_failing_cell_ends_with_one_and_the_others_are_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,6 +178,7 @@ def test_the_printed_configuration_of_an_experiment_says_what_is_swept(capfd: py
     assert "# swept: budget.fraction=1.0,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2" in printed
 
 
+@pytest.mark.long
 def test_flags_may_come_after_settings(tmp_path: Path) -> None:
     words = ["task=perplexity", "dataset.num_samples=1", "sink=console", "results=out"]
     assert run(["policy=full,random", "-m", *words]) == 0

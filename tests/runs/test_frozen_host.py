@@ -40,7 +40,17 @@ def decoded(policy: Policy, positions: Any, engine: Any, by_kernels: bool) -> tu
 
 
 @pytest.mark.usefixtures("frozen")
-def test_replays_with_a_frozen_host_give_the_tokens_of_the_eager_engine(policy: Policy) -> None:
+def test_replays_with_a_frozen_host_give_the_tokens_of_the_eager_engine() -> None:
+    same_replays(H2O())
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("frozen")
+def test_replays_of_every_policy_with_a_frozen_host_give_the_tokens_of_the_eager_engine(policy: Policy) -> None:
+    same_replays(policy)
+
+
+def same_replays(policy: Policy) -> None:
     positions = policy.native_positions
     tokens, held, logits, occupancy = decoded(policy, positions, "eager", by_kernels=True)
     again, held_again, logits_again, occupancy_again = decoded(policy, positions, "graph", by_kernels=True)
