@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def share_of(count: int) -> int:
     return count if exhaustive else max(1, count // 4)
 
 
-def cover(product: Mapping[str, Mapping[str, Hashable]], strength: int) -> set[str]:
+def cover(product: Mapping[str, Mapping[str, str]], strength: int) -> set[str]:
     """Names from `product` (name -> parameter -> value) in which each `strength`-tuple of values occurs that it has."""
     parts = {
         name: set(itertools.combinations(sorted(values.items()), min(strength, len(values))))
@@ -60,7 +60,7 @@ def _strength_of(item: pytest.Item) -> int | None:
     mark = item.get_closest_marker("cover")
     if mark is not None:
         return _STRENGTH[mark.args]
-    return 1 if "policy" in item.callspec.indices and len(item.callspec.indices) > 1 else None
+    return 1 if "policy" in item.callspec.params and len(item.callspec.params) > 1 else None
 
 
 def outside_the_cover(items: Iterable[pytest.Item]) -> list[pytest.Item]:
@@ -72,6 +72,10 @@ def outside_the_cover(items: Iterable[pytest.Item]) -> list[pytest.Item]:
             functions[item.nodeid.partition("[")[0], strength][item.nodeid] = item
     left: list[pytest.Item] = []
     for (_, strength), tests in functions.items():
-        chosen = cover({name: item.callspec.indices for name, item in tests.items()}, strength)
+        product = {
+            name: {parameter: repr(value) for parameter, value in item.callspec.params.items()}
+            for name, item in tests.items()
+        }
+        chosen = cover(product, strength)
         left.extend(item for name, item in tests.items() if name not in chosen)
     return left
