@@ -3,6 +3,7 @@
     @pytest.mark.cover("one")     # one of them
     @pytest.mark.cover            # each value of each parameter at least once
     @pytest.mark.cover("pairs")   # each pair of values of two parameters at least once
+    @pytest.mark.parametrize("line", one_in(3, LINES))    # about one in three of many alike
 
 A test of the fixture `policy` and of another parameter needs no mark to be covered by values; `cover("all")` says that
 its whole product runs by default. The choice is greedy, and ties are broken by a checksum of the test's name: the same
@@ -36,6 +37,14 @@ exhaustive = False
 def share_of(count: int) -> int:
     """Return how many of `count` random examples a test tries: all in `make test-all`, a quarter by default."""
     return count if exhaustive else max(1, count // 4)
+
+
+def one_in(number: int, values: Iterable[Any]) -> list[Any]:
+    """Return parameters of which a default run takes about one in `number`, by a checksum of what they say."""
+    return [
+        pytest.param(value, marks=pytest.mark.long if zlib.crc32(repr(value).encode()) % number else ())
+        for value in values
+    ]
 
 
 def cover(product: Mapping[str, Mapping[str, str]], strength: int) -> set[str]:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+import itertools
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kvbench.cli import run
+from kvbench.errors import ConfigError
 from kvbench.records import MEASURED
 from kvbench.sinks.wandb_summary import summary_id
 
@@ -52,16 +53,14 @@ def bodies(results: Path) -> dict[str, dict[str, Any]]:
     return {body["labels"]["policy"]: body for body in read}
 
 
-def test_help_answers_in_less_than_a_second() -> None:
-    times_s = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-m", "kvbench", "--help"]
-        printed = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True, timeout=60).stdout
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        # Processor time, not wall time: what else the machine does is not what is tested.
-        times_s.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(times_s) < 1.0
+def test_help_needs_no_more_than_a_few_imports_of_the_standard_library() -> None:
+    """Modules are counted, not seconds: importing torch alone brings more than a thousand."""
+    code = "import sys; sys.argv = ['kvbench', '--help']\nfrom kvbench.cli import main\n" + (
+        "try:\n    main()\nfinally:\n    print(len(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    printed = done.stdout
+    assert int(done.stderr) < 250
     for word in ("streaming_llm", "tiny-llava", "conversation", "--config-dir", "exit codes", "in_cache"):
         assert word in printed
 
@@ -98,13 +97,16 @@ def test_a_second_run_measures_nothing(quick: Path, capsys: pytest.CaptureFixtur
     assert "2 of 2 cells were done already" in capsys.readouterr().out
 
 
-def test_the_report_is_made_again_from_records(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_is_made_again_from_records(
+    quick: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     page = quick / "report" / "index.html"
     text = page.read_bytes()
     page.unlink()
     assert run(["report", str(quick)]) == 0
     assert page.read_bytes() == text
     assert str(page) in capsys.readouterr().out
+    monkeypatch.setattr("kvbench.report.build.draw_plots", lambda results: ())
     assert run(["report", str(quick), "--sweep", "quick"]) == 0
     assert run(["report", str(quick), "--sweep", "slow"]) == 2
 
@@ -172,10 +174,25 @@ def test_the_composed_configuration_can_be_printed(capfd: pytest.CaptureFixture[
 
 
 def test_the_printed_configuration_of_an_experiment_says_what_is_swept(capfd: pytest.CaptureFixture[str]) -> None:
-    assert run(["+experiment=paper_ppl", "--cfg", "job"]) == 0
+    assert run(["+experiment=paper_ppl", "policy=full", "--cfg", "job"]) == 0
     printed = capfd.readouterr().out
     assert "_target_: kvbench.runs.perplexity_released.PerplexityReleased" in printed
     assert "# swept: budget.fraction=1.0,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2" in printed
+
+
+def test_flags_are_read_wherever_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def noting(overrides: list[str], *, multirun: bool, config_dir: str | None) -> Any:
+        asked.append((overrides, multirun, config_dir))
+        raise ConfigError("seen")
+
+    monkeypatch.setattr("kvbench.compose.compose_grid", noting)
+    for words in itertools.permutations(["policy=full,random", "-m", "sink=console"]):
+        assert run(list(words)) == 2
+    assert {(*sorted(overrides), multirun) for overrides, multirun, _ in asked} == {
+        ("policy=full,random", "sink=console", True)
+    }
 
 
 @pytest.mark.long
