@@ -95,6 +95,7 @@ def test_one_cell_is_enough(tmp_path: Path, policy: str, status: str) -> None:
         assert found == (["pareto", "latency", "memory"] if policy == "full" else IN_A_SWEEP[:-1])
 
 
+@pytest.mark.long
 def test_every_measurement_may_be_missing(tmp_path: Path) -> None:
     full = body(policy="full", budget=None)
     for name in list(full["measurements"]):
@@ -154,6 +155,7 @@ def test_a_noisy_cell_is_never_on_the_front_over_time(tmp_path: Path) -> None:
     assert (by_bytes, by_time) == ([2], [1])
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", ["quality", "pareto", "entries"])
 def test_labels_cover_neither_each_other_nor_leave_the_figure(sweep_folder: Path, name: str, width: str) -> None:
