@@ -138,7 +138,7 @@ def test_the_report_reads_only_files() -> None:
 
 def test_the_command_line_answers_without_torch() -> None:
     code = "import sys, kvbench.cli; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 0
 
 
 def test_the_import_reader_sees_every_form() -> None:
@@ -154,4 +154,4 @@ def test_the_cells_of_a_sweep_are_checked_without_transformers() -> None:
         "heavy = {'transformers', 'scipy', 'wandb', 'matplotlib', 'pandas'} & set(sys.modules); "
         "sys.exit(len(keys) < 10 or bool(heavy))"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 0

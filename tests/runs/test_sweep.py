@@ -170,6 +170,7 @@ def test_few_cells_are_claimed_at_once_where_machines_share_a_folder(tmp_path: P
     assert list(sweep.statuses.values()) == ["ok"] * 3
 
 
+@pytest.mark.cover("one")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR2, 140)])
 def test_a_signal_ends_the_sweep_cleanly_and_the_next_one_goes_on(tmp_path: Path, number: int, code: int) -> None:
     sweep, shown = sweep_of(tmp_path, OK, ["beat 0", "sleep 300"], OK)

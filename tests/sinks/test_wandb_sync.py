@@ -242,6 +242,7 @@ def test_two_runs_that_end_by_their_time_limit_stop_a_sync(monkeypatch: pytest.M
     assert (len(outcome.failures), outcome.num_left) == (2, 3)
 
 
+@pytest.mark.long
 def test_online_each_cell_is_sent_once_and_a_second_upload_lands_on_the_same_runs(
     records: Path, tmp_path: Path
 ) -> None:
@@ -299,6 +300,7 @@ def _check_files(files: dict[str, list[bytes]], summary: str) -> None:
     assert all(content[0].startswith(b"\x89PNG") for content in figures)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(200)
 def test_a_sync_that_the_server_refuses_says_so_and_goes_on_later(tmp_path: Path) -> None:
     folder, server = tmp_path / "results", FaultServer("none")
@@ -381,6 +383,7 @@ def test_without_the_package_the_command_says_how_to_install_it(
     assert "wandb is not installed; python -m pip install wandb" in capsys.readouterr().err
 
 
+@pytest.mark.cover("one")
 @pytest.mark.parametrize(("name", "value"), [("WANDB_MODE", "onlin"), ("WANDB_MODE", ""), ("WANDB_BASE_URL", "here")])
 def test_a_variable_that_wandb_does_not_know_is_one_line(name: str, value: str, records: Path) -> None:
     """In a process of its own: wandb reads the environment once."""
