@@ -10,9 +10,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvbench.cache import Budget, Kind, Needs, Plan, Policy, PolicyCache, ScorePolicy, View, When, attach
+    from kvbench.cache import (
+        Budget,
+        Kind,
+        Needs,
+        Plan,
+        Policy,
+        PolicyCache,
+        ScorePolicy,
+        View,
+        When,
+        attach,
+        cache_argument,
+    )
 
-__all__ = ["Budget", "Kind", "Needs", "Plan", "Policy", "PolicyCache", "ScorePolicy", "View", "When", "attach"]
+__all__ = [
+    "Budget",
+    "Kind",
+    "Needs",
+    "Plan",
+    "Policy",
+    "PolicyCache",
+    "ScorePolicy",
+    "View",
+    "When",
+    "attach",
+    "cache_argument",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvbench.cache import Policy, PolicyCache
+from kvbench.cache import Policy, PolicyCache, cache_argument
 
 Held = list[list[list[tuple[int, ...]]]]
 """Positions held, ascending: [layer][row][head]."""
@@ -46,7 +46,7 @@ def drive(model: Any, cache: Any, tokens: Tensor, prompt_tokens: int, mask: Tens
             tokens[:, start:end],
             attention_mask=None if mask is None else mask[:, :end],
             position_ids=None if positions is None else positions[:, start:end],
-            past_key_values=cache,
+            **cache_argument(model, cache),
         )
         logits.append(out.logits)
         if isinstance(cache, PolicyCache):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvbench.cache import UNLIMITED, Budget, Policy, PolicyCache, When
+from kvbench.cache import UNLIMITED, Budget, Policy, PolicyCache, When, cache_argument
 from tests.contract import (
     BUDGETS,
     CLOSE,
@@ -62,7 +62,7 @@ def test_generate_with_an_unlimited_budget_gives_the_tokens_of_the_stock_cache(
     model = tiny_model(name)
     prompt, mask = left_padded([random_tokens(2, 11), random_tokens(3, 17)])
     options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": STEPS, "do_sample": False}
-    ours = model.generate(prompt, past_key_values=PolicyCache(model, policy, positions=positions), **options)
+    ours = model.generate(prompt, **cache_argument(model, PolicyCache(model, policy, positions=positions)), **options)
     assert ours.tolist() == stock_answer(name)
 
 
@@ -73,11 +73,11 @@ def test_interleaved_sequences_do_not_touch_each_other(policy: Policy, positions
     with torch.no_grad():
         for start, end in [(0, 14), (14, 15), (15, 16), (16, 20)]:
             for logits, tokens, cache in zip(steps, prompts, caches, strict=True):
-                logits.append(model(tokens[:, start:end], past_key_values=cache).logits)
+                logits.append(model(tokens[:, start:end], **cache_argument(model, cache)).logits)
         for logits, tokens in zip(steps, prompts, strict=True):
             cache = PolicyCache(model, policy, Budget(fraction=0.3), positions=positions)
             for start, end, interleaved in [(0, 14, 0), (14, 15, 1), (15, 16, 2), (16, 20, 3)]:
-                alone = model(tokens[:, start:end], past_key_values=cache).logits
+                alone = model(tokens[:, start:end], **cache_argument(model, cache)).logits
                 assert torch.equal(alone, logits[interleaved])
 
 
@@ -146,7 +146,7 @@ def test_a_second_turn_keeps_the_budget_and_sees_what_was_held(
     for turn in turns:
         before = [layer[0] for layer in held_positions(cache)] if start else [[()] * 2] * 2
         with torch.no_grad():
-            logits.append(model(tokens[:, start : start + turn], past_key_values=cache).logits[0])
+            logits.append(model(tokens[:, start : start + turn], **cache_argument(model, cache)).logits[0])
         for at in range(start, start + turn):
             sees.append([[(*head, *range(start, at + 1)) for head in layer] for layer in before])
         start += turn
@@ -172,10 +172,12 @@ def test_a_second_turn_in_a_left_padded_batch_is_that_of_the_row_alone(
     for start, end in passes:
         given = {"attention_mask": mask[:, :end], "position_ids": place[:, start:end]}
         with torch.no_grad():
-            together = model(tokens[:, start:end], past_key_values=caches[2], **given).logits
+            together = model(tokens[:, start:end], **cache_argument(model, caches[2]), **given).logits
             for index, length in enumerate(lengths):
                 first = max(0, start - PROMPT + length)
-                alone = model(rows[index][None, first : end - PROMPT + length], past_key_values=caches[index]).logits
+                alone = model(
+                    rows[index][None, first : end - PROMPT + length], **cache_argument(model, caches[index])
+                ).logits
                 torch.testing.assert_close(together[index, -alone.shape[1] :], alone[0], **CLOSE)
                 assert [layer[index] for layer in held_positions(caches[2])] == [
                     layer[0] for layer in held_positions(caches[index])

@@ -13,7 +13,7 @@ from kvbench.cache.policy import Policy, ScorePolicy
 from kvbench.cache.view import Kind, Needs, Plan, View, When
 
 if TYPE_CHECKING:
-    from kvbench.cache.attention import attach
+    from kvbench.cache.attention import attach, cache_argument
     from kvbench.cache.policy_cache import Occupancy, PolicyCache
 
 __all__ = [
@@ -29,9 +29,11 @@ __all__ = [
     "View",
     "When",
     "attach",
+    "cache_argument",
 ]
 _MODULE_OF = {
     "attach": "kvbench.cache.attention",
+    "cache_argument": "kvbench.cache.attention",
     "Occupancy": "kvbench.cache.policy_cache",
     "PolicyCache": "kvbench.cache.policy_cache",
 }

@@ -8,18 +8,22 @@ layer, here. What is not implemented is refused.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import causal_mask_function
+from transformers.masking_utils import causal_mask_function, create_causal_mask
 
 from kvbench.cache.attend import Chunk, chunk_attention
 from kvbench.cache.layer import LAYER_TAG
 from kvbench.errors import ModelSupportError
 
 ATTENTION_NAME = "kvbench"
+CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
+CACHE_NAME = next(name for name in CACHE_NAMES if name in inspect.signature(create_causal_mask).parameters)
+"""What the installed transformers calls a cache, in arguments and in outputs."""
 _REFUSED = ("softcap", "sliding_window", "s_aux", "position_bias", "head_mask")
 
 
@@ -76,6 +80,28 @@ def attach(model: Any) -> None:
     model.set_attn_implementation({"text_config": ATTENTION_NAME} if nested else ATTENTION_NAME)
 
 
+def cache_name(model: Any) -> str:
+    """Return the name under which the forward of `model` takes a cache; transformers' own name where it takes both.
+
+    Raises: ModelSupportError for a forward that takes none.
+    """
+    parameters = inspect.signature(type(model).forward).parameters
+    for name in (CACHE_NAME, *CACHE_NAMES):
+        if name in parameters:
+            return name
+    raise ModelSupportError(
+        f"{type(model).__name__}.forward takes no cache under {' or '.join(CACHE_NAMES)}; kvbench cannot hand it one"
+    )
+
+
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """Return `cache` as the keyword argument that `model` and its `generate` take it by.
+
+    Raises: ModelSupportError as `cache_name` does.
+    """
+    return {cache_name(model): cache}
+
+
 def is_attached(config: Any) -> bool:
     """Return whether `attach` was called on the model of this config."""
     return bool(config.get_text_config()._attn_implementation == ATTENTION_NAME)
@@ -98,7 +124,7 @@ def _without_cache(query: Tensor, key: Tensor, value: Tensor, scale: float, mask
     if key.shape[2] != new:
         raise ModelSupportError(
             f"attention got {key.shape[2]} keys for {new} queries from a cache that is not kvbench's; "
-            "pass past_key_values=PolicyCache(model, policy, budget), or use_cache=False"
+            "pass **cache_argument(model, PolicyCache(model, policy, budget)), or use_cache=False"
         )
     real = mask.bool() if mask is not None else torch.ones((batch, new), dtype=torch.bool, device=query.device)
     position = torch.where(real, real.long().cumsum(-1) - 1, -1)

@@ -1,7 +1,7 @@
 """`PolicyCache`: a transformers cache that really holds only what a policy keeps.
 
-Call `attach(model)` once, then pass `past_key_values=PolicyCache(model, policy, Budget(fraction=0.2))`
-to `model.generate` or to a forward of your own.
+Call `attach(model)` once, then `cache = PolicyCache(model, policy, Budget(fraction=0.2))`, and pass
+`**cache_argument(model, cache)` to `model.generate` or to a forward of your own.
 """
 
 from __future__ import annotations

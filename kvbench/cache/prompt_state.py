@@ -6,7 +6,7 @@ values, positions and the statistics that the given policies declare; `cache_aft
 `PolicyCache` that is bit for bit the one a prefill of its own would have left.
 
     recorder = PromptRecorder(model, policies)
-    model(**inputs, past_key_values=recorder, use_cache=True)
+    model(**inputs, **cache_argument(model, recorder), use_cache=True)
     cache = cache_after(recorder.prompt, model, policy, budget, positions="original", reserve_tokens=64)
 
 The recording holds the whole prompt uncompressed, in all layers: drop it before the next batch.

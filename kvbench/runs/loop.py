@@ -95,8 +95,11 @@ class Decoding:
     def __init__(
         self, loaded: LoadedModel, batch: PromptBatch, cache: Any, *, prompt_logits: Tensor | None = None
     ) -> None:
+        from kvbench.cache.attention import cache_argument  # needs transformers
+
         self._model = loaded.model
         self.cache: PolicyCache = cache
+        self._cache_argument = cache_argument(loaded.model, cache)
         self._tokens = torch.zeros_like(batch.tensors["input_ids"][:, -1:])
         self._position = batch.last_position_ids.clone()
         self.logits: Tensor = self._prefill(batch) if prompt_logits is None else prompt_logits
@@ -107,7 +110,7 @@ class Decoding:
         output = self._model(
             **batch.tensors,
             position_ids=batch.position_ids,
-            past_key_values=self.cache,
+            **self._cache_argument,
             use_cache=True,
             logits_to_keep=1,
         )
@@ -124,7 +127,7 @@ class Decoding:
         output = self._model(
             input_ids=tokens,
             position_ids=self._position + steps,
-            past_key_values=self.cache,
+            **self._cache_argument,
             use_cache=True,
             logits_to_keep=1,
         )
@@ -147,7 +150,7 @@ class Decoding:
         output = self._model(
             input_ids=self._tokens,
             position_ids=self._position,
-            past_key_values=self.cache,
+            **self._cache_argument,
             use_cache=True,
             logits_to_keep=1,
         )

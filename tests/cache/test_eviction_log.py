@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvbench.cache import Budget, Policy, PolicyCache
+from kvbench.cache import Budget, Policy, PolicyCache, cache_argument
 from kvbench.cache.eviction_log import EvictionLog
 from kvbench.cache.layer import PolicyLayer
 from kvbench.cache.layer_setup import LayerSetup
@@ -49,7 +49,7 @@ def logged(
             tokens[:, start:end],
             attention_mask=mask[:, :end],
             position_ids=place[:, start:end],
-            past_key_values=cache,
+            **cache_argument(model, cache),
         )
         if start:
             log.after_step(cache, [start - prompt < steps for steps in ends])
@@ -158,6 +158,6 @@ def test_looking_changes_nothing(policy: Policy) -> None:
     alone = []
     with torch.no_grad():
         for start, end in [(0, PROMPT), *((at, at + 1) for at in range(PROMPT, PROMPT + STEPS))]:
-            model(tokens[:, start:end], past_key_values=cache)
+            model(tokens[:, start:end], **cache_argument(model, cache))
             alone.append(held_positions(cache))
     assert seen == alone

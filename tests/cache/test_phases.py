@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvbench.cache import Budget, Kind, Needs, PolicyCache, ScorePolicy, View, When
+from kvbench.cache import Budget, Kind, Needs, PolicyCache, ScorePolicy, View, When, cache_argument
 from kvbench.policies.full import Full
 from kvbench.policies.h2o import H2O
 from kvbench.policies.streaming_llm import StreamingLLM
@@ -93,7 +93,7 @@ def test_announced_tokens_cost_one_allocation_and_others_a_copy(tiny_llama: Any,
     assert slots.capacity == PROMPT + reserve_tokens + 1
     before = slots.entries.keys.data_ptr()
     for at in range(PROMPT, PROMPT + STEPS):
-        tiny_llama(tokens[:, at : at + 1], past_key_values=cache)
+        tiny_llama(tokens[:, at : at + 1], **cache_argument(tiny_llama, cache))
     assert (slots.entries.keys.data_ptr() == before) == (reserve_tokens == STEPS)
     assert held_positions(cache)[1][0][1] == tuple(range(PROMPT + STEPS))
 
@@ -126,16 +126,16 @@ def test_a_llava_with_everything_kept_says_what_the_stock_one_says(tiny_llava: A
     tokens[:, 2 : 2 + IMAGE_TOKENS] = IMAGE_TOKEN
     prompt = {"input_ids": tokens, "pixel_values": torch.randn(1, 3, 16, 16), "attention_mask": torch.ones_like(tokens)}
     torch.testing.assert_close(
-        tiny_llava(**prompt, past_key_values=PolicyCache(tiny_llava, H2O())).logits,
+        tiny_llava(**prompt, **cache_argument(tiny_llava, PolicyCache(tiny_llava, H2O()))).logits,
         stock(**prompt).logits,
         rtol=1e-5,
         atol=1e-5,
     )
     options: dict[str, Any] = {"max_new_tokens": STEPS, "do_sample": False}
-    ours = tiny_llava.generate(**prompt, past_key_values=PolicyCache(tiny_llava, H2O()), **options)
+    ours = tiny_llava.generate(**prompt, **cache_argument(tiny_llava, PolicyCache(tiny_llava, H2O())), **options)
     assert ours.tolist() == stock.generate(**prompt, **options).tolist()
     cache = PolicyCache(tiny_llava, H2O(), Budget(fraction=0.5))
-    tiny_llava.generate(**prompt, past_key_values=cache, **options)
+    tiny_llava.generate(**prompt, **cache_argument(tiny_llava, cache), **options)
     assert cache.occupancy().entries_peak == (PROMPT + STEPS - 1) // 2
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvbench.cache import Budget, Kind, Needs, Policy, PolicyCache, ScorePolicy, View
+from kvbench.cache import Budget, Kind, Needs, Policy, PolicyCache, ScorePolicy, View, cache_argument
 from kvbench.cache.positions import PositionMode
 from kvbench.cache.prompt_state import PromptRecorder, Recording, cache_after
 from kvbench.policies.full import Full
@@ -54,7 +54,9 @@ def kinds(tokens: Tensor) -> Tensor:
 
 def forward(model: Any, cache: Any, tokens: Tensor, mask: Tensor) -> Tensor:
     position = (mask.cumsum(-1) - 1).clamp(min=0)
-    logits: Tensor = model(tokens, attention_mask=mask, position_ids=position, past_key_values=cache).logits[:, -1]
+    logits: Tensor = model(tokens, attention_mask=mask, position_ids=position, **cache_argument(model, cache)).logits[
+        :, -1
+    ]
     return logits
 
 
@@ -62,7 +64,8 @@ def decoded(model: Any, cache: PolicyCache, mask: Tensor) -> list[Tensor]:
     forced = random_tokens(99, mask.shape[0], STEPS)
     start = mask.sum(dim=-1, keepdim=True)
     return [
-        model(forced[:, n : n + 1], position_ids=start + n, past_key_values=cache).logits[:, -1] for n in range(STEPS)
+        model(forced[:, n : n + 1], position_ids=start + n, **cache_argument(model, cache)).logits[:, -1]
+        for n in range(STEPS)
     ]
 
 

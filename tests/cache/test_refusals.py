@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from kvbench.cache import PolicyCache, attach
+from kvbench.cache import PolicyCache, attach, cache_argument
 from kvbench.errors import ConfigError, ModelSupportError
 from kvbench.policies.h2o import H2O
 from kvbench.policies.streaming_llm import StreamingLLM
@@ -45,14 +45,16 @@ def test_a_model_that_slides_in_every_layer_is_refused() -> None:
 
 def attach_and_run(model: Any) -> None:
     attach(model)
-    model(random_tokens(0, 1, 8), past_key_values=PolicyCache(model, H2O()))
+    model(random_tokens(0, 1, 8), **cache_argument(model, PolicyCache(model, H2O())))
 
 
 @pytest.mark.parametrize("mask", [[1, 1, 1, 1, 1, 0], [0, 1, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0]])
 def test_pads_that_do_not_stand_left_are_refused(tiny_llama: Any, mask: list[int]) -> None:
     with pytest.raises(ModelSupportError, match="left"):
         tiny_llama(
-            random_tokens(0, 1, 6), attention_mask=torch.tensor([mask]), past_key_values=PolicyCache(tiny_llama, H2O())
+            random_tokens(0, 1, 6),
+            attention_mask=torch.tensor([mask]),
+            **cache_argument(tiny_llama, PolicyCache(tiny_llama, H2O())),
         )
 
 
@@ -60,16 +62,18 @@ def test_pads_that_do_not_stand_left_are_refused(tiny_llama: Any, mask: list[int
 def test_pads_inside_a_second_turn_are_refused(tiny_llama: Any, told: int) -> None:
     """Whether the mask covers everything seen or, wrongly, the new tokens only."""
     cache = PolicyCache(tiny_llama, H2O())
-    tiny_llama(random_tokens(0, 1, 6), past_key_values=cache)
+    tiny_llama(random_tokens(0, 1, 6), **cache_argument(tiny_llama, cache))
     mask = torch.tensor([[1] * told + [0, 1, 1]])
     with pytest.raises(ModelSupportError, match="left"):
-        tiny_llama(random_tokens(1, 1, 3), attention_mask=mask, past_key_values=cache)
+        tiny_llama(random_tokens(1, 1, 3), attention_mask=mask, **cache_argument(tiny_llama, cache))
 
 
 def test_a_mask_of_four_dimensions_is_refused(tiny_llama: Any) -> None:
     mask = torch.zeros(1, 1, 6, 6)
     with pytest.raises(ModelSupportError, match="4-dimensional"):
-        tiny_llama(random_tokens(0, 1, 6), attention_mask=mask, past_key_values=PolicyCache(tiny_llama, H2O()))
+        tiny_llama(
+            random_tokens(0, 1, 6), attention_mask=mask, **cache_argument(tiny_llama, PolicyCache(tiny_llama, H2O()))
+        )
 
 
 def test_packed_sequences_are_refused(tiny_llama: Any) -> None:
@@ -86,7 +90,10 @@ def test_a_foreign_cache_is_refused(tiny_llama: Any) -> None:
 def test_beam_search_is_refused(tiny_llama: Any) -> None:
     with pytest.raises(ModelSupportError, match="beam"):
         tiny_llama.generate(
-            random_tokens(0, 1, 6), past_key_values=PolicyCache(tiny_llama, H2O()), num_beams=2, max_new_tokens=4
+            random_tokens(0, 1, 6),
+            **cache_argument(tiny_llama, PolicyCache(tiny_llama, H2O())),
+            num_beams=2,
+            max_new_tokens=4,
         )
 
 
@@ -116,4 +123,4 @@ def test_an_unknown_position_mode_names_the_close_one(tiny_llama: Any) -> None:
 def test_a_kind_per_prompt_token_is_needed(tiny_llama: Any) -> None:
     cache = PolicyCache(tiny_llama, H2O(), prompt_kind=torch.zeros(1, 5, dtype=torch.int8))
     with pytest.raises(ModelSupportError, match="prompt_kind"):
-        tiny_llama(random_tokens(0, 1, 6), past_key_values=cache)
+        tiny_llama(random_tokens(0, 1, 6), **cache_argument(tiny_llama, cache))

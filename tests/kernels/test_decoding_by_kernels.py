@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvbench.cache import Budget, Policy, PolicyCache
+from kvbench.cache import Budget, Policy, PolicyCache, cache_argument
 from kvbench.cache.eviction_log import EvictionLog
 from kvbench.cache.slots import Slots
 from kvbench.kernels.dispatch import interpreted, kernels_forced
@@ -78,10 +78,10 @@ def test_the_eviction_log_reads_the_same_story_from_the_kernels_slots(name: str)
         log = EvictionLog(num_tokens=13 + STEPS)
         cache = PolicyCache(model, policy, Budget(fraction=0.5), reserve_tokens=STEPS, on_plan=log.note_plan)
         with kernels_forced(by_kernels), torch.no_grad():
-            model(tokens[:, :13], past_key_values=cache)
+            model(tokens[:, :13], **cache_argument(model, cache))
             log.after_prompt(cache)
             for at in range(13, 13 + STEPS):
-                model(tokens[:, at : at + 1], past_key_values=cache)
+                model(tokens[:, at : at + 1], **cache_argument(model, cache))
                 log.after_step(cache, [True])
         stories.append(log.freed(0).tolist())
     assert stories[0] == stories[1]

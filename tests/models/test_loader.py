@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kvbench.cache import UNLIMITED, Budget, Policy, PolicyCache, ScorePolicy, View
+from kvbench.cache import UNLIMITED, Budget, Policy, PolicyCache, ScorePolicy, View, cache_argument
 from kvbench.datasets.base import Example
 from kvbench.errors import ModelSupportError
 from kvbench.models.inputs import PromptBatch, answer_tokens, prompt_batch, prompt_text
@@ -71,9 +71,9 @@ def test_our_loop_and_generate_give_the_same_tokens(
     batch = prompt_batch(ours, examples(ours.takes_images))
     answers = answers_to(ours, batch, chosen, max_new_tokens=NEW_TOKENS)
     cache = PolicyCache(ours.model, chosen.policy, chosen.budget, positions=chosen.positions, prompt_kind=batch.kind)
-    output = ours.model.generate(**batch.tensors, past_key_values=cache, max_new_tokens=NEW_TOKENS, do_sample=False)[
-        :, batch.kind.shape[1] :
-    ]
+    output = ours.model.generate(
+        **batch.tensors, **cache_argument(ours.model, cache), max_new_tokens=NEW_TOKENS, do_sample=False
+    )[:, batch.kind.shape[1] :]
     expected = [until_end(row, ours.eos_token_id) for row in output.tolist()]
     assert answers == expected
     assert max(map(len, answers)) == NEW_TOKENS

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from kvbench.cache import Budget, PolicyCache
+from kvbench.cache import Budget, PolicyCache, cache_argument
 from tests.contract import YAMLS
 from tests.tiny_models import random_tokens, tiny_model
 
@@ -14,7 +14,7 @@ def held(seeds: list[int], tokens: torch.Tensor) -> list[set[int]]:
     policy = instantiate(OmegaConf.load(next(path for path in YAMLS if path.stem == "random")))
     model = tiny_model("llama_gqa")
     cache = PolicyCache(model, policy, Budget(tokens=10), row_seeds=seeds)
-    model(tokens, past_key_values=cache)
+    model(tokens, **cache_argument(model, cache))
     slots = cache.policy_layers[0].slots
     assert slots is not None
     return [set(row[row >= 0].tolist()) for row in slots.entries.position[:, 0]]

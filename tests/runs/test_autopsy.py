@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from kvbench.autopsies import NEVER, autopsy_path, read_autopsy
-from kvbench.cache import Budget, Plan, PolicyCache, View
+from kvbench.cache import Budget, Plan, PolicyCache, View, cache_argument
 from kvbench.datasets.scene_examples import Scenes
 from kvbench.errors import ConfigError
 from kvbench.models.inputs import prompt_batch
@@ -104,13 +104,17 @@ def replayed(loaded: LoadedModel, setting: CacheSetting, index: int, pieces: lis
     batch = prompt_batch(loaded, [SCENES.examples()[index]])
     cache = PolicyCache(loaded.model, setting.policy, setting.budget, positions=setting.positions,
                         prompt_kind=batch.kind, row_seeds=batch.row_seeds)  # fmt: skip
-    out = loaded.model(**batch.tensors, position_ids=batch.position_ids, past_key_values=cache, use_cache=True)
+    out = loaded.model(
+        **batch.tensors, position_ids=batch.position_ids, **cache_argument(loaded.model, cache), use_cache=True
+    )
     held = [held_positions(cache)]
     position = batch.last_position_ids.clone()
     for _ in pieces:
         position += 1
         token = out.logits[:, -1:].argmax(dim=-1)
-        out = loaded.model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
+        out = loaded.model(
+            input_ids=token, position_ids=position, **cache_argument(loaded.model, cache), use_cache=True
+        )
         held.append(held_positions(cache))
     return [[[tuple(head) for head in layer[0]] for layer in step] for step in held]
 

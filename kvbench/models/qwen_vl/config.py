@@ -29,7 +29,7 @@ class QwenVLConfig(PretrainedConfig):
     """
 
     model_type = "qwen"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
 
     def __init__(
         self,

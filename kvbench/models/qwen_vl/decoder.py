@@ -48,7 +48,7 @@ class QwenAttention(nn.Module):
         positions: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
-        past_key_values: Any,
+        cache: Any,
     ) -> Tensor:
         """Attend from `states` (B, Q, hidden) at `positions` (B, Q)."""
         fused = self.c_attn(states).chunk(3, dim=-1)
@@ -56,8 +56,8 @@ class QwenAttention(nn.Module):
         query, key = turned(query, *rotary), turned(key, *rotary)
         if self.config.use_logn_attn and not self.training:
             query = query * query_scale(positions, self.config.seq_length).to(query.dtype)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, plain_attention)
         mixed, _ = attend(self, query, key, value, mask, dropout=0.0, scaling=self.scaling)
         output: Tensor = self.c_proj(mixed.flatten(2))

@@ -10,6 +10,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel, initial
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from kvbench.cache.attention import CACHE_NAME
 from kvbench.errors import ModelSupportError
 from kvbench.models.qwen_vl.config import QwenVLConfig
 from kvbench.models.qwen_vl.decoder import QwenBlock, RootMeanSquareNorm
@@ -67,6 +68,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cache: Any = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
@@ -75,30 +77,31 @@ class QwenVLModel(QwenVLPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Run the decoder on (B, Q) tokens; pixel_values (N, 3, S, S) fill their image tokens in order.
 
-        position_ids (B, Q) are true indices within a row; without them they follow from
-        attention_mask (B, seen) and the cache. Raises: ModelSupportError if pictures and image
-        tokens do not match.
+        The cache comes as `cache`, or under its name before transformers 5.24. position_ids (B, Q) are true
+        indices within a row; without them they follow from attention_mask (B, seen) and the cache. Raises:
+        ModelSupportError if pictures and image tokens do not match.
         """
         states = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if pixel_values is not None:
             states = self._with_pictures(states, input_ids, pixel_values)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = cache if past_key_values is None else past_key_values
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         positions = position_ids
         if positions is None:
-            positions = _positions(states, attention_mask, past_key_values)
+            positions = _positions(states, attention_mask, cache)
         positions = positions.expand(states.shape[0], -1)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=states,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=positions,
+            **{CACHE_NAME: cache},
         )
-        rotary = self.rotary_emb(positions, self._stretch(positions, past_key_values))
+        rotary = self.rotary_emb(positions, self._stretch(positions, cache))
         for block in self.h:
-            states = block(states, positions=positions, rotary=rotary, mask=mask, past_key_values=past_key_values)
-        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(states), past_key_values=past_key_values)
+            states = block(states, positions=positions, rotary=rotary, mask=mask, cache=cache)
+        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(states), **{CACHE_NAME: cache})
 
     def _with_pictures(self, states: Tensor, input_ids: Tensor | None, pixel_values: Tensor) -> Tensor:
         vectors = self.visual(pixel_values).to(states.dtype)
@@ -143,7 +146,7 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return a step's inputs; pictures go in with the prompt only."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
-        cache = inputs.get("past_key_values")
+        cache = inputs.get(CACHE_NAME)
         if cache is not None and cache.get_seq_length() > 0:
             inputs.pop("pixel_values", None)
         return inputs
@@ -153,6 +156,7 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cache: Any = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
@@ -165,13 +169,14 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
+            cache=cache,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
             use_cache=use_cache,
         )
         logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:])
-        return CausalLMOutputWithPast(logits=logits, past_key_values=output.past_key_values)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: getattr(output, CACHE_NAME)})
 
 
 def _positions(states: Tensor, attention_mask: Tensor | None, cache: Any) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kvbench.cache import PolicyCache, attach
+from kvbench.cache import PolicyCache, attach, cache_argument
+from kvbench.cache.attention import CACHE_NAME
 from kvbench.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
 from kvbench.policies.full import Full
 from tests.models.qwen_vl.golden_model import CONFIG, golden_pixels, golden_weights
@@ -78,8 +79,8 @@ def test_decoding_goes_on_with_the_frequencies_of_the_prompt(model: Any, name: s
     ours = model.config._attn_implementation == "kvbench"
     cache = PolicyCache(model, Full()) if ours else None
     with torch.inference_mode():
-        output = model(ids[:, :prompt], past_key_values=cache, use_cache=True)
+        output = model(ids[:, :prompt], **cache_argument(model, cache), use_cache=True)
         logits = [output.logits[:, -1:]]
         for at in range(prompt, ids.shape[1]):
-            logits.append(model(ids[:, at : at + 1], past_key_values=output.past_key_values).logits)
+            logits.append(model(ids[:, at : at + 1], **cache_argument(model, output[CACHE_NAME])).logits)
     torch.testing.assert_close(torch.cat(logits, dim=1), GOLDEN[f"{name}.logits"], **CLOSE)

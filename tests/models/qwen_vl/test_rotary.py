@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbench.cache import Budget, PolicyCache, ScorePolicy, View, attach
+from kvbench.cache import Budget, PolicyCache, ScorePolicy, View, attach, cache_argument
 from kvbench.cache.prompt_state import PromptRecorder, cache_after
 from kvbench.cache.rotation import Rotation
 from kvbench.errors import ModelSupportError
@@ -101,7 +101,7 @@ def test_eviction_moves_neither_positions_nor_scales_nor_frequencies() -> None:
         for layer, held in zip(full.policy_layers, cut.held[step], strict=True):
             hide(layer, held[0])
         with torch.no_grad():
-            output = model(tokens[:, prompt + step : prompt + step + 1], past_key_values=full)
+            output = model(tokens[:, prompt + step : prompt + step + 1], **cache_argument(model, full))
         torch.testing.assert_close(output.logits[:, -1], logits, rtol=1e-4, atol=1e-4)
     assert max(len(head) for layer in held_positions(cut.cache) for head in layer[0]) == 20
 
@@ -114,11 +114,11 @@ def test_after_a_shared_prompt_an_answer_goes_on_with_the_frequencies_of_the_pro
     tokens = torch.randint(0, 290, (1, prompt + 6), generator=torch.Generator().manual_seed(4))
     own = drive(model, PolicyCache(model, Early(), Budget(tokens=20)), tokens, prompt)
     recorder = PromptRecorder(model, [Early()])
-    model(tokens[:, :prompt], past_key_values=recorder)
+    model(tokens[:, :prompt], **cache_argument(model, recorder))
     shared = cache_after(recorder.prompt, model, Early(), Budget(tokens=20), positions="original", reserve_tokens=0)
     for step, logits in enumerate(own.logits):
         new = tokens[:, prompt + step : prompt + step + 1]
-        assert torch.equal(model(new, past_key_values=shared).logits[:, -1], logits), step
+        assert torch.equal(model(new, **cache_argument(model, shared)).logits[:, -1], logits), step
 
 
 def hide(layer: Any, kept: list[tuple[int, ...]]) -> None:
