@@ -12,6 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from kvbench.cache import Budget, PolicyCache
+from kvbench.compose import compose_grid
+from kvbench.config import build_cell
+from tests.driving import drive
+from tests.tiny_models import random_tokens, tiny_model
+
 REPO = Path(__file__).parents[1]
 MAX_LINES = 15
 WORDS = (
@@ -47,6 +53,17 @@ def test_the_class_is_short() -> None:
     assert name.end_lineno is not None
     assert name.end_lineno - name.lineno + 1 + len(name.decorator_list) <= MAX_LINES
     assert len(block("mine.py").splitlines()) <= MAX_LINES
+
+
+def test_it_is_chosen_by_its_yaml_and_keeps_its_budget(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, str(folder)])
+    (composed,) = compose_grid(list(WORDS[2:]), multirun=False, config_dir=str(folder / "conf"))
+    cell = build_cell(composed)
+    assert (cell.labels["policy"], cell.labels["budget"]) == ("mine", "20 % of seen")
+    model = tiny_model("llama_gqa")
+    cache = PolicyCache(model, cell.setting.policy, Budget(tokens=8))
+    held = drive(model, cache, random_tokens(1, 1, 30), 20).held
+    assert {len(head) for step in held for layer in step for row in layer for head in row} == {8}
 
 
 @pytest.mark.long
