@@ -38,6 +38,7 @@ def decode(policy: Policy, positions: Any, by_kernels: bool, reserve_tokens: int
         return drive(model, cache, tokens, prompt.shape[1], mask)
 
 
+@pytest.mark.cover("one")
 @pytest.mark.parametrize(
     ("policy", "positions"), [(H2O(), "in_cache"), (Elastic(), "released"), (StreamingLLM(), "original")]
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvbench.report.build import build_report
+from kvbench.report.figures import FIGURES
 from kvbench.report.judged import judge
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
@@ -167,6 +168,13 @@ def test_an_empty_folder_still_gives_a_page(tmp_path: Path) -> None:
     assert "No usable record was found" in page_of(tmp_path)
 
 
+@pytest.fixture
+def _two_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no more of them."""
+    monkeypatch.setattr("kvbench.report.plots.FIGURES", {kind: FIGURES[kind] for kind in ("quality", "memory")})
+
+
+@pytest.mark.usefixtures("_two_figures")
 def test_a_report_is_the_same_bytes_when_built_again(tmp_path: Path) -> None:
     for policy, budget in (("full", None), ("h2o", 0.2), ("random", 0.2)):
         write_cell(tmp_path, body(policy=policy, budget=budget, num_samples=8))
@@ -190,6 +198,7 @@ def test_samples_with_missing_fields_are_shown(tmp_path: Path) -> None:
     assert '"None"' not in page
 
 
+@pytest.mark.usefixtures("_two_figures")
 def test_figures_of_very_many_cells_are_left_to_the_plot_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
