@@ -31,11 +31,14 @@ check: install ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# One thread, because the tensors are tiny; bytecode is kept, so that no worker of a sweep compiles the package anew.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
+
 test: install ## what every change must pass: under three minutes with 2 WORKERS on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(PYTEST) -n $(WORKERS) --dist worksteal
 
 test-all: install ## everything: whole products, every shape of every kernel, a thousand kills, SLURM where there is one
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m ''
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m ''
 
 gpu-bars: install ## measure every bar of the GPU engine (one GPU of 80 GB, under 9 minutes)
 	$(BIN)/python -m tests.gpu.bars

@@ -18,6 +18,7 @@ from kvbench.models.spec import ModelSpec
 from kvbench.sinks.claims import Claims
 from kvbench.sinks.partial import PartialStore
 from kvbench.sinks.store import RecordStore
+from tests.covering import one_in
 from tests.models.checkpoints import save_checkpoint
 from tests.sinks.record_bodies import make_body
 
@@ -147,21 +148,24 @@ def test_pickles_in_a_results_folder_are_reported_and_not_run(
 
 @pytest.mark.parametrize(
     "words",
-    [
-        "policy._target_=os.system",
-        "policy._target_=builtins.exec",
-        "policy._target_=builtins.open",
-        "policy._target_=subprocess.Popen",
-        "policy._target_=pickle.loads",
-        "dataset._target_=os.makedirs",
-        "sink.wandb._target_=shutil.rmtree",
-        "sink.wandb._target_=code.InteractiveInterpreter",
-        "task.memory._target_=subprocess.run",
-        "model._target_=subprocess.Popen",
-        "budget._target_=asyncio.create_subprocess_shell",
-        "+policy.recent_fraction._target_=os.system",
-        "+policy.x={_target_:os.makedirs,name:trace}",
-    ],
+    one_in(
+        3,
+        [
+            "policy._target_=os.system",
+            "policy._target_=builtins.exec",
+            "policy._target_=builtins.open",
+            "policy._target_=subprocess.Popen",
+            "policy._target_=pickle.loads",
+            "dataset._target_=os.makedirs",
+            "sink.wandb._target_=shutil.rmtree",
+            "sink.wandb._target_=code.InteractiveInterpreter",
+            "task.memory._target_=subprocess.run",
+            "model._target_=subprocess.Popen",
+            "budget._target_=asyncio.create_subprocess_shell",
+            "+policy.recent_fraction._target_=os.system",
+            "+policy.x={_target_:os.makedirs,name:trace}",
+        ],
+    ),
 )
 def test_a_setting_cannot_call_anything(
     words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
