@@ -13,12 +13,15 @@ from tests.covering import POSITIONS, YAMLS, outside_the_cover
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Set torch and triton up where tests run; the process that only hands tests to workers imports neither."""
+    """Set up torch, triton and hypothesis where tests run; the process that only hands them out imports none."""
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         return
     covering.exhaustive = "not long" not in config.option.markexpr
     import torch
+    from hypothesis import HealthCheck, settings
 
+    settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("any machine")
     torch.set_num_threads(1)
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, so before anything else is

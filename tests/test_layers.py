@@ -150,8 +150,8 @@ def test_the_cells_of_a_sweep_are_checked_without_transformers() -> None:
     code = (
         "import sys; from kvbench.compose import compose_grid; from kvbench.config import build_cell; "
         "import kvbench.launch, kvbench.runs.sweep; "
-        "keys = {build_cell(c).key for c in compose_grid(['+experiment=default'], multirun=False, config_dir=None)}; "
+        "keys = {build_cell(c).key for c in compose_grid(['+experiment=quick'], multirun=False, config_dir=None)}; "
         "heavy = {'transformers', 'scipy', 'wandb', 'matplotlib', 'pandas'} & set(sys.modules); "
-        "sys.exit(len(keys) < 10 or bool(heavy))"
+        "sys.exit(len(keys) < 2 or bool(heavy))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 0

@@ -26,7 +26,10 @@ def test_the_page_of_one_folder_lies_in_it(folder: Path, capsys: pytest.CaptureF
     assert (folder / "table.csv").is_file()
 
 
-def test_several_folders_give_one_page_where_out_says(folder: Path, tmp_path: Path) -> None:
+def test_several_folders_give_one_page_where_out_says(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvbench.report.build.draw_plots", lambda results: ())
     write_cell(tmp_path / "other", body(policy="elastic"))
     assert run(["report", str(folder), str(tmp_path / "other"), "--out", str(tmp_path / "both")]) == 0
     page = (tmp_path / "both" / "index.html").read_text(encoding="utf-8")

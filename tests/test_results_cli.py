@@ -21,6 +21,7 @@ from kvbench.sinks.leftovers import leftovers
 from kvbench.sinks.partial import PartialStore
 from kvbench.sinks.store import RecordStore
 from kvbench.sinks.verify import verify
+from tests.covering import one_in
 from tests.sinks.record_bodies import make_body
 from tests.trust.fake_sweep import body_of, cells, write
 
@@ -184,7 +185,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", one_in(3, DAMAGES))
 def test_a_damaged_folder_is_told_apart_and_the_rest_is_used(
     folder: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

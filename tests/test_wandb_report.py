@@ -100,6 +100,7 @@ def test_the_spec_is_the_golden_one() -> None:
     assert text == GOLDEN.read_text()
 
 
+@pytest.mark.long
 def test_the_same_records_give_the_same_bytes(
     records: Path, built: tuple[str, Path], spec: dict[str, Any], tmp_path: Path
 ) -> None:

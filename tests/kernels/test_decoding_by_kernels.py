@@ -60,7 +60,7 @@ def same_decode(policy: Policy, positions: Any, reserve_tokens: int) -> None:
     torch.testing.assert_close(torch.stack(ours.logits), torch.stack(reference.logits), atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.cover("one")
+@pytest.mark.long
 def test_the_kernel_that_writes_takes_the_fresh_slot_of_a_policy_that_frees_none(
     positions: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
