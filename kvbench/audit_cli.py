@@ -11,8 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvbench.durable import write_out
 from kvbench.errors import ConfigError
-from kvbench.out_file import written_to
 from kvbench.parser import Parser
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def audit_command(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--out is {str(out)!r}; its name must end in .json, the badge takes .svg beside it")
     result = audit(args.folder, sweep=args.sweep)
     body = audit_body(result, version=version("kvbench"), sweep=args.sweep)
-    _write(out, seal(KIND, VERSION, body))
+    write_out(out, seal(KIND, VERSION, body))
     _show(result, out, json.dumps(body, indent=2, sort_keys=True) if args.json else None)
     return 1 if result.failed else 0
 
@@ -50,7 +50,7 @@ def _show(result: Audit, out: Path, text: str | None) -> None:
     from kvbench.audit.printed import badge_line, badge_svg, table_lines
 
     badge = out.with_suffix(".svg")
-    _write(badge, badge_svg(result).encode())
+    write_out(badge, badge_svg(result).encode())
     if text is not None:
         print(text)
         return
@@ -58,12 +58,3 @@ def _show(result: Audit, out: Path, text: str | None) -> None:
         print(line)
     print(f"written: {out}, {badge}")
     print(f"for a README: {badge_line(result, badge.as_posix(), out.as_posix())}")
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Replace `path` in one step; its folder is made."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with written_to(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        temporary.replace(path)

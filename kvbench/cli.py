@@ -15,7 +15,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -116,14 +115,14 @@ def _hand_to_launcher(sweep: Sweep, arguments: list[str]) -> None:
     """Let Hydra start one job per cell; what became of them is read from the store, not from Hydra."""
     from kvbench.launch import run_job
 
-    since_utc = datetime.now(UTC).isoformat(timespec="milliseconds")
+    known = sweep.attempt_ids
     with contextlib.suppress(SystemExit):
         _hand_to_hydra(arguments, run_job)
-    sweep.gather(since_utc)
+    sweep.gather(known)
 
 
 def _show(sweep: Sweep) -> None:
-    from kvbench.report.freshness import inputs_digest, is_current, write_stamp
+    from kvbench.report.build import refresh_report
     from kvbench.report.load import load_results
     from kvbench.report.tables import print_tables
 
@@ -134,12 +133,7 @@ def _show(sweep: Sweep) -> None:
             "force=true measures again"
         )
     print_tables(load_results(results, keys=set(sweep.tickets)))
-    if not is_current(results):
-        from kvbench.report.build import build_report
-
-        digest = inputs_digest(results)
-        build_report(results)
-        write_stamp(results, digest)
+    refresh_report(results)
     sweep.summarise(lambda: _wandb_summary(sweep))
     if sweep.num_failed:
         print(f"{sweep.num_failed} of {num_cells} cells failed; their records say why")

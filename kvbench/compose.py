@@ -6,6 +6,7 @@ the sweep at once, with the reason and close matches.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_module
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, QuotedString
+from hydra.core.override_parser.types import Override, OverrideType, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -59,7 +61,8 @@ def compose_grid(overrides: Sequence[str], *, multirun: bool, config_dir: str | 
     extra = [_search_path(config_dir)] if config_dir else []
     try:
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-            return [_compose([*cell, *extra], multirun) for cell in _cells(overrides, multirun, extra)]
+            composed: dict[tuple[str, ...], Composed] = {}
+            return [_compose_cell(cell, extra, multirun, composed) for cell in _cells(overrides, multirun, extra)]
     except MissingConfigException as error:
         raise ConfigError(_unknown_choice(error)) from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises plain ValueErrors too
@@ -138,6 +141,46 @@ def _compose(overrides: list[str], multirun: bool = False) -> Composed:
     OmegaConf.set_struct(config, False)
     config.pop("hydra")
     return Composed(config=config, choices=choices, multirun=multirun)
+
+
+def _compose_cell(
+    overrides: Sequence[str], extra: list[str], multirun: bool, composed: dict[tuple[str, ...], Composed]
+) -> Composed:
+    """Return one cell; what cells choose alike is composed once for all, and single values are set in a copy.
+
+    Hydra reads every yaml again for each cell, which takes longer than all the rest of a large sweep's start.
+    """
+    values, rest = _split_values(_parsed(overrides))
+    lines = tuple(str(override.input_line) for override in rest)
+    if lines not in composed:
+        composed[lines] = _compose([*lines, *extra], multirun)
+    base = composed[lines]
+    config = copy.deepcopy(base.config)
+    OmegaConf.set_struct(config, True)
+    ConfigLoaderImpl._apply_overrides_to_config(values, config)
+    OmegaConf.set_struct(config, False)
+    return Composed(config=config, choices=dict(base.choices), multirun=base.multirun)
+
+
+def _split_values(overrides: Sequence[Override]) -> tuple[list[Override], list[Override]]:
+    """Return the overrides that change one value, as `budget.fraction=0.1` does, and the others.
+
+    The others choose, add or delete, or are Hydra's own. Where one of them concerns the same key as a value, the
+    order counts, and all are left together.
+    """
+    values = [o for o in overrides if _changes_a_value(o)]
+    rest = [o for o in overrides if not _changes_a_value(o)]
+    for other in (o.key_or_group for o in rest):
+        for key in (o.key_or_group for o in values):
+            if f"{other}.".startswith(f"{key}.") or ("." in other and f"{key}.".startswith(f"{other}.")):
+                return [], list(overrides)
+    return values, rest
+
+
+def _changes_a_value(override: Override) -> bool:
+    key = override.key_or_group
+    plain = override.type == OverrideType.CHANGE and override.package is None and "/" not in key and "@" not in key
+    return plain and "." in key and not override.is_hydra_override()
 
 
 def _unknown_choice(error: MissingConfigException) -> str:

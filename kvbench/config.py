@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -20,11 +20,12 @@ from kvbench.cache.positions import POSITION_MODES, PositionMode
 from kvbench.combinations import check_budget_fits, check_text
 from kvbench.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError, close_matches
-from kvbench.gate import check_installed, check_model, check_settings
+from kvbench.gate import check_installed, check_model, check_settings, known_config
 from kvbench.models.spec import ModelSpec
 from kvbench.policy_source import policy_source
 from kvbench.runs.autopsy_settings import AutopsySettings
 from kvbench.runs.cell import Cell
+from kvbench.runs.context import BEYOND_CONTEXT, BeyondContext, check_windows
 from kvbench.runs.dataset_fit import check_fit
 from kvbench.runs.device import resolve_device, resolve_engine
 from kvbench.runs.loop import CacheSetting
@@ -38,26 +39,70 @@ _EVICTS_AT = {When.BOTH: "prompt and decode", When.PREFILL: "prompt", When.DECOD
 _SHARED = ("results", "sweep", "force", "sink", "worker", "autopsy")
 
 
-def build_cell(composed: Composed) -> Cell:
-    """Return the cell. Raises: ConfigError or DataError in one line, before any model is loaded."""
-    config = composed.config
+class Shared:
+    """What the cells of one sweep have in common, made once: a data set is read and fingerprinted for all of them.
+
+    It lives as long as the sweep is being built, so that no file can change behind what is kept.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, Any] = {}
+
+    def once(self, what: Hashable, make: Callable[[], Any]) -> Any:
+        """Return what `make` gave when it was first asked for; what it raises is not kept."""
+        if what not in self._made:
+            self._made[what] = make()
+        return self._made[what]
+
+    def build(self, node: Any, name: str, **demands: Any) -> Any:
+        """Return what `build` makes of `node`, the same object for equal settings."""
+        try:
+            settings = repr(OmegaConf.to_container(node, resolve=True))
+        except (OmegaConfBaseException, ValueError):  # `build` says what is wrong with it
+            return build(node, name, **demands)
+        return self.once((name, settings), lambda: build(node, name, **demands))
+
+
+def build_cells(grid: Sequence[Composed]) -> list[Cell]:
+    """Return the cells of one sweep. Raises: as `build_cell`."""
+    shared = Shared()
+    return [build_cell(composed, shared) for composed in grid]
+
+
+def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
+    """Return the cell. Raises: ConfigError or DataError in one line, before any model is loaded.
+
+    shared: what other cells of the same sweep have made already.
+    """
+    config, shared = composed.config, shared or Shared()
     policy, budget = build(config.policy, "policy", is_a=Policy), build(config.budget, "budget", is_a=Budget)
-    model, dataset = build(config.model, "model", is_a=ModelSpec), build(config.dataset, "dataset", has=("facts_in",))
+    model = shared.build(config.model, "model", is_a=ModelSpec)
+    dataset = shared.build(config.dataset, "dataset", has=("facts_in",))
     tasks = {str(name): build(node, f"task.{name}", has=("run", "protocol")) for name, node in config.task.items()}
     if not tasks:
         raise ConfigError("no task is left, so nothing would be measured; choose task=all or another one")
     query_visible = truth(config.query_visible, "query_visible")
+    beyond_context = _beyond_context(config)
     batch_size, seed = _whole(config, "batch_size", at_least=1), _whole(config, "seed", at_least=None)
     device = resolve_device(str(config.device))
     engine = resolve_engine(str(config.engine), device)
     setting = CacheSetting(policy=policy, budget=budget, positions=_positions(config, policy), engine=engine)
     check_budget_fits(policy, budget)
-    check_text(model, dataset, tasks)
-    check_model(model, dataset, setting.positions, setting.engine)
-    check_fit(dataset, model, tasks, query_visible=query_visible)
+
+    def check_combination() -> bool:
+        check_text(model, dataset, tasks)
+        check_model(model, dataset, setting.positions, setting.engine)
+        check_fit(dataset, model, tasks, query_visible=query_visible)
+        if beyond_context == "refuse":
+            check_windows(known_config(model), dataset.examples(), tasks)
+        return True
+
+    combination = (id(model), id(dataset), repr(tasks), setting.positions, engine, query_visible, beyond_context)
+    shared.once(combination, check_combination)
+    fingerprint = shared.once(id(dataset), lambda: dataset.fingerprint)
     settings = {
         "model": _model_key(model),
-        "dataset": {"fingerprint": dataset.fingerprint, **_plain(config.dataset, without=_PATH_SETTINGS)},
+        "dataset": {"fingerprint": fingerprint, **_plain(config.dataset, without=_PATH_SETTINGS)},
         "policy": {**_plain(config.policy), **dataclasses.asdict(policy), "source": policy_source(policy)},
         "budget": _plain(config.budget) if policy.bounded else None,
         "positions": setting.positions,
@@ -67,7 +112,7 @@ def build_cell(composed: Composed) -> Cell:
         "batch_size": batch_size,
         "seed": seed,
         "device": device.split(":")[0],
-        "versions": {name: version(name) for name in _NUMERIC_PACKAGES},
+        "versions": dict(_versions()),
     }
     return Cell(
         settings=settings,
@@ -75,12 +120,13 @@ def build_cell(composed: Composed) -> Cell:
         model=model,
         dataset=dataset,
         setting=setting,
-        full_policy=instantiate(_FULL),
+        full_policy=shared.once("full", lambda: instantiate(_FULL)),
         tasks=tasks,
         batch_size=batch_size,
         seed=seed,
         device=device,
         query_visible=query_visible,
+        beyond_context=beyond_context,
         autopsy=build(config.autopsy, "autopsy", is_a=AutopsySettings),
     )
 
@@ -92,11 +138,12 @@ def build_sinks(config: DictConfig) -> SinkGroup:
 
 def check_shared(grid: Sequence[Composed]) -> None:
     """Raise ConfigError if the cells differ in what holds for all of them, or it cannot be used."""
+    resolved = [composed.resolved() for composed in grid]
     for name in _SHARED:
-        values = {str(composed.resolved()[name]) for composed in grid}
+        values = {str(settings[name]) for settings in resolved}
         if len(values) > 1:
             raise ConfigError(f"{name} has {len(values)} values in one sweep; it holds for all cells, give one")
-    check_settings(grid[0].resolved(), *(composed.resolved() for composed in grid[1:]))
+    check_settings(*resolved)
 
 
 def results_folder(config: DictConfig) -> Path:
@@ -164,6 +211,13 @@ def _whole(config: DictConfig, name: str, *, at_least: int | None) -> int:
     return value
 
 
+def _beyond_context(config: DictConfig) -> BeyondContext:
+    asked = config.beyond_context
+    if asked not in BEYOND_CONTEXT:
+        raise ConfigError(f"beyond_context is {asked!r:.60}; {close_matches(str(asked), BEYOND_CONTEXT)}")
+    return typing.cast(BeyondContext, asked)
+
+
 def _positions(config: DictConfig, policy: Policy) -> PositionMode:
     asked = str(config.positions)
     if asked != "native" and asked not in POSITION_MODES:
@@ -187,6 +241,11 @@ def _labels(composed: Composed, model: ModelSpec, dataset: Any, setting: CacheSe
     bounded = {"budget": budget.describe(), **limits, **rule}
     unbounded = {"budget": "-", **dict.fromkeys(limits)}
     return {**names, **(bounded if policy.bounded else unbounded), "positions": setting.positions}
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in _NUMERIC_PACKAGES}
 
 
 @cache

@@ -1,18 +1,24 @@
-"""Files that are whole and on the disk when a call returns, or not there at all.
+"""Files that are whole and on the disk when a call returns, or not there at all: every file is written here.
 
-A file is written to a temporary name, synced, and hard-linked to its own name, so a name never shows
-half a file and nothing is ever overwritten, whatever is killed when. What can be made again at any time is
-replaced in one step.
+A file is written to a temporary name that no other process has, synced, and then given its own name in one
+step, so that a name never shows half a file, whatever is killed when, and two writers of one name leave
+the whole file of one of them. A record is hard-linked to its name, so that nothing is ever overwritten; what
+can be made again at any time is replaced.
 
     write_new(Path("cells/attempt-1.json"), data)
+    replace_file(Path("report/index.html"), page)
+    with locked(Path("report/.lock")):
+        ...
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from kvbench.errors import ConfigError, KvbenchError, RecordError
@@ -28,11 +34,92 @@ def write_new(path: Path, data: bytes) -> None:
     Raises: FileExistsError if `path` exists; RecordError if the disk refuses; ConfigError if the folder
     cannot be written to.
     """
-    make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
-    try:
+    with _temporary(path) as temporary:
         write_synced(temporary, data)
         link_new(temporary, path)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write `data` in the place of `path`, whole and durable; for what is not a record and can be made again.
+
+    Raises: RecordError if the disk refuses; ConfigError if the folder cannot be written to.
+    """
+    with replacing(path) as temporary:
+        write_synced(temporary, data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a new name for a library to write to, which takes the place of `path` when the block ends well.
+
+    Raises: RecordError if the disk refuses; ConfigError if the folder cannot be written to.
+    """
+    with _temporary(path) as temporary:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+
+
+def link_over(source: Path, target: Path) -> None:
+    """Give `source` the name `target` too, in the place of what has that name. Raises: OSError."""
+    temporary = _new_name(target)
+    try:
+        os.link(source, temporary)
+        temporary.replace(target)
+    finally:
+        # rename() does nothing when both names are already one file, and leaves the temporary name.
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_out(path: Path, data: bytes) -> None:
+    """Write the file that `--out` names on a command line, its folder too. Raises: ConfigError naming a way out.
+
+    A device or a pipe is written to as it is, and of a link what it leads to is replaced, not the link.
+    """
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            path.write_bytes(data)
+            return
+        replace_file(path.resolve(), data)
+    except (OSError, RuntimeError) as error:  # a RuntimeError is a circle of links
+        raise _refused_out(path, error) from error
+    except KvbenchError as error:
+        raise _refused_out(path, error.__cause__ or error) from error
+
+
+def _refused_out(path: Path, error: BaseException) -> ConfigError:
+    return ConfigError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; choose another --out")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, which is made and stays, while the block runs; other processes and threads wait.
+
+    Raises: RecordError if the disk refuses; ConfigError if the folder cannot be written to.
+    """
+    make_folder(path.parent)
+    try:
+        # Open for writing: network file systems give an exclusive lock on nothing else.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise storage_error(path, error) from error
+    try:
+        # A file system without locks leaves every file whole, and only their order to chance.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path` that is gone afterwards; then the folder is synced."""
+    make_folder(path.parent)
+    temporary = _new_name(path)
+    try:
+        yield temporary
         sync_folder(path.parent)
     except FileExistsError:
         raise
@@ -43,22 +130,9 @@ def write_new(path: Path, data: bytes) -> None:
             temporary.unlink()
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write `data` in the place of `path`, whole and durable; for what is not a record and can be made again.
-
-    Raises: RecordError if the disk refuses; ConfigError if the folder cannot be written to.
-    """
-    make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
-    try:
-        write_synced(temporary, data)
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise storage_error(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+def _new_name(path: Path) -> Path:
+    # The whole name and the rest together may be longer than a file system allows.
+    return path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}{TEMPORARY}")
 
 
 def link_new(source: Path, target: Path) -> None:
@@ -88,7 +162,11 @@ def make_folder(folder: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` durable; raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

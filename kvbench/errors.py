@@ -6,8 +6,14 @@ our own invariants only; everything a user can cause is one of these.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import os
 from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+_MOST_NAMES = 10_000  # looked at in one folder; a folder of pictures may hold millions
 
 
 class KvbenchError(Exception):
@@ -38,6 +44,10 @@ class NonFiniteError(MeasureError):
     """A likelihood or logit is NaN or infinite; the cell has no quality number."""
 
 
+class NonFiniteChoiceError(PolicyError, NonFiniteError):
+    """What a policy decides by is NaN, so what it would evict is nobody's choice; the cell has no number."""
+
+
 class RecordError(KvbenchError):
     """A stored record is torn, foreign, or from a version that this one cannot read."""
 
@@ -49,3 +59,30 @@ def close_matches(name: str, known: Iterable[str]) -> str:
     if near:
         return f"did you mean {' or '.join(repr(match) for match in near)}?"
     return f"known: {', '.join(names)}"
+
+
+def missing_path(path: Path) -> str:
+    """Return the tail of a message about a path that does not exist: close matches if any, else where it ends."""
+    near = near_paths(path)
+    if near:
+        return f"there is no such file or folder; did you mean {' or '.join(repr(str(found)) for found in near)}?"
+    whole = path.absolute()
+    last = next((parent for parent in whole.parents if parent.is_dir()), Path(whole.anchor))
+    return f"there is no such file or folder: {last} holds no {whole.relative_to(last).parts[0]!r}"
+
+
+def near_paths(path: Path) -> list[Path]:
+    """Return up to three paths that exist and whose names are those of `path`, or close to them, at every level."""
+    found = [Path(path.anchor)]
+    for part in path.parts[bool(path.anchor) :]:
+        found = [near for folder in found for near in _near_names(folder, part)][:3]
+    return found
+
+
+def _near_names(folder: Path, name: str) -> list[Path]:
+    if os.path.lexists(folder / name):
+        return [folder / name]
+    names: list[str] = []
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in islice(entries, _MOST_NAMES))
+    return [folder / near for near in difflib.get_close_matches(name, names, n=3, cutoff=0.6)]

@@ -18,6 +18,7 @@ from kvbench.errors import ConfigError, close_matches
 from kvbench.models.families import FAMILIES, MOVING_ROTATIONS, TEXT_FAMILIES
 from kvbench.models.own_code import check_folder_code
 from kvbench.models.spec import ModelSpec
+from kvbench.models.weight_files import check_weight_files
 from kvbench.redaction import is_secret_name, secret_in
 
 _LONGEST_NAME = 200
@@ -36,6 +37,8 @@ def check_model(spec: ModelSpec, dataset: Dataset, positions: str, engine: str) 
     if spec.trust_remote_code and spec.folder is not None:
         check_folder_code(spec.folder)
     _check_family(spec, config)
+    if spec.folder is not None and not spec.is_random:
+        check_weight_files(spec.folder)
     family = config.get("model_type")
     if family in TEXT_FAMILIES and any(example.load_image is not None for example in dataset.examples()):
         raise ConfigError(
@@ -106,8 +109,9 @@ def check_settings(*cells: Mapping[str, Any]) -> None:
     """
     _check_results_folder(cells[0]["results"])
     _check_sweep_name(cells[0]["sweep"])
+    seen: set[str] = set()
     for settings in cells:
-        _check_no_secret(settings)
+        _check_no_secret(settings, seen)
 
 
 def check_installed(error: Exception, target: str, name: str) -> None:
@@ -142,9 +146,12 @@ def _check_sweep_name(name: object) -> None:
         raise ConfigError(f"sweep is {str(name)[:60]!r}; it must be a name of 1 to {_LONGEST_NAME} printable letters")
 
 
-def _check_no_secret(settings: Mapping[str, Any]) -> None:
+def _check_no_secret(settings: Mapping[str, Any], seen: set[str]) -> None:
+    """Look at every value that is not among `seen`, and add it: the cells of a sweep differ in few."""
     for key, value in _leaves(settings, ""):
-        source = secret_in(str(value))
+        text = str(value)
+        source = secret_in(text) if text not in seen else None
+        seen.add(text)
         if source is not None:
             raise ConfigError(
                 f"{key} holds the secret of {source}, and settings are stored and sent; leave it out, libraries "

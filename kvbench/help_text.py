@@ -24,6 +24,7 @@ settings (KEY=VALUE):
 {groups}
   positions    native, original, in_cache, released
   query_visible  true, false (picture or context is compressed before the question comes)
+  beyond_context  refuse, allow (prompts that with their answer are longer than the model's context)
   engine       auto, eager, graph (the decode step as one CUDA graph); worker.* (processes, time limits)
   batch_size, seed, device (auto, cpu, cuda:N), results (folder), sweep (name), force (true: measure again)
 

@@ -44,14 +44,15 @@ def run_job(config: Any) -> str:
 
 def open_sweep(grid: Sequence[Composed]) -> Sweep:
     """Return the sweep over `grid`, everything checked and finished cells taken. Raises: ConfigError, DataError."""
-    from kvbench.config import build, build_cell, build_sinks, check_shared, is_forced, results_folder
+    from kvbench.config import build, build_cells, build_sinks, check_shared, is_forced, results_folder
     from kvbench.runs.supervisor import Ticket
     from kvbench.runs.sweep import Sweep
     from kvbench.runs.workers import WorkerSettings
     from kvbench.sinks.claims import Claims
 
     check_shared(grid)
-    tickets = [Ticket(cell=build_cell(composed), spec=composed.as_spec()) for composed in grid]
+    cells = build_cells(grid)
+    tickets = [Ticket(cell=cell, spec=composed.as_spec()) for cell, composed in zip(cells, grid, strict=True)]
     config = grid[0].config
     sweep = Sweep(
         name=str(config.sweep),

@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvbench.durable import write_out
 from kvbench.errors import ConfigError, close_matches
-from kvbench.out_file import written_to
 from kvbench.parser import Parser
 from kvbench.report.figures import FIGURES, FORMATS, WIDTHS
 from kvbench.report.plots_theme import THEMES
@@ -161,7 +161,5 @@ def _paths(
 
 
 def _write(path: Path, content: bytes) -> None:
-    with written_to(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+    write_out(path, content)
     print(path)

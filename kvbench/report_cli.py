@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvbench.durable import write_out
 from kvbench.errors import ConfigError
-from kvbench.out_file import written_to
 from kvbench.parser import Parser
 from kvbench.stats.margins import parse_margins
 
@@ -102,7 +102,5 @@ def _text(results: Results, file_format: str, out: Path | None, choices: Choices
     if out is None:
         sys.stdout.write(text)
         return
-    with written_to(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8", newline="\n")
+    write_out(out, text.encode())
     sys.stdout.write(f"{out}\n")

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvbench.durable import write_out
 from kvbench.errors import ConfigError, close_matches
-from kvbench.out_file import written_to
 from kvbench.parser import Parser
 from kvbench.records import STATUSES
 from kvbench.redaction import redact
@@ -164,18 +164,18 @@ def _csv(args: argparse.Namespace) -> None:
     if args.out is None:
         print(text, end="")
     else:
-        _write(args.out, lambda: args.out.write_text(text, encoding="utf-8", newline="\n"))
+        _write(args.out, text.encode())
 
 
 def _parquet(args: argparse.Namespace) -> None:
+    from kvbench.report.frames import parquet_bytes
+
     path = args.out or args.folder / ("samples.parquet" if args.samples else "table.parquet")
-    frame = _frame(args)
-    _write(path, lambda: frame.to_parquet(path, engine="pyarrow", index=False))
+    _write(path, parquet_bytes(_frame(args)))
 
 
-def _write(path: Path, write: Callable[[], object]) -> None:
-    with written_to(path):
-        write()
+def _write(path: Path, data: bytes) -> None:
+    write_out(path, data)
     print(path)
 
 

@@ -189,6 +189,8 @@ _ROWS: tuple[tuple[str, Unit, Better, str, str, str], ...] = (
      "Largest number of cache entries per layer and KV head at any decode step."),
     ("num_skipped_items", "entries", "none", "items skipped", "Items skipped",
      "Items of the data set that were left out because they are bad (on_bad_item: skip)."),
+    ("num_beyond_context", "prompts", "none", "beyond context", "Prompts beyond the context",
+     "Prompts that with their answer exceed the model's context, measured all the same (beyond_context: allow)."),
 )  # fmt: skip
 
 MEASURES: dict[str, Measure] = {

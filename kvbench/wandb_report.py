@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvbench.durable import make_folder
+from kvbench.durable import replace_file
 from kvbench.redaction import hide_known
 from kvbench.report.best import best_policies
 from kvbench.report.comparisons import DECLARED, Choices, Comparison, group_comparisons
@@ -63,9 +63,8 @@ def wandb_report(
 
 def _write_spec(outline: Outline, folder: Path, project: str, entity: str | None) -> Path:
     path = folder / SPEC
-    make_folder(path.parent)
     text = json.dumps(report_spec(outline, project=project, entity=entity), indent=1, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8", newline="\n")
+    replace_file(path, f"{text}\n".encode())
     return path
 
 

@@ -12,20 +12,21 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from kvbench.compose import Composed
-from kvbench.config import build_cell
+from kvbench.config import build_cells
 from kvbench.errors import ConfigError
 from kvbench.quiet import quiet_libraries
 from kvbench.runs.group_plan import GroupPlan
 from kvbench.runs.worker import serve
-from kvbench.runs.worker_pipe import protect
+from kvbench.runs.worker_pipe import protect, watcher_of
 from kvbench.sinks.partial import PartialStore
 
 
 def main(job: dict[str, Any]) -> None:
     """Run the job and end the process without waiting for anything that a library left running."""
     protect(job["parent"])
+    watcher = watcher_of(job)
     quiet_libraries()
-    cells = [build_cell(_composed(spec)) for spec in job["cells"]]
+    cells = build_cells([_composed(spec) for spec in job["cells"]])
     if [cell.key for cell in cells] != job["keys"]:
         raise ConfigError("the cells changed while the sweep ran (code, checkpoint or data); start it again")
     results = Path(job["results"])
@@ -35,7 +36,7 @@ def main(job: dict[str, Any]) -> None:
         share_prompts=job["share_prompts"],
         batches_of=lambda key: PartialStore(results, key),
     )
-    serve(cells, plan, job["messages"])
+    serve(cells, plan, watcher)
     os._exit(0)
 
 

@@ -58,25 +58,27 @@ class H2OElasticRelease(Policy):
     def plan(self, view: View) -> Plan:
         """Choose what the prompt leaves; a row one entry over loses the decode's victim."""
         over = (view.valid.sum(dim=-1) - view.budget[:, None])[..., None]
-        victim = self._lowest(view, view.mass.float())[..., None]
+        score = self._score(view)
+        victim = self._lowest(view, score)[..., None]
         one_less = view.valid.scatter(-1, victim, False)
-        keep = self._chosen(view)
+        keep = self._chosen(view, score)
         if self.order_taken_for_rank or self.one_too_few:
             keep = torch.where(over == 1, one_less, keep)
         keep = torch.where(over <= 0, view.valid, keep)
         if not self.scores_left_behind:
             return Plan(keep=keep)
-        mass, memory = _left_behind(view, keep)
         aligned = over <= 1
-        return Plan(keep=keep, mass=torch.where(aligned, view.mass, mass), memory=torch.where(aligned, 0.0, memory))
+        mass, memory = _left_behind(view, score, keep)
+        before = 0.0 if view.memory_or_none is None else _as_long(view.memory_or_none, memory.shape[-1])
+        return Plan(keep=keep, mass=torch.where(aligned, view.mass, mass), memory=torch.where(aligned, before, memory))
 
-    def _chosen(self, view: View) -> Tensor:
+    def _chosen(self, view: View, score: Tensor) -> Tensor:
         target = (view.budget - int(self.one_too_few)).clamp(min=1)
         protected = self._protected(view, target)
         if self.order_taken_for_rank and self.no_recent_window:
             count = (target - 1)[:, None].expand(view.position.shape[:2])
-            return protected | sorted_order_as_rank(view.mass.float(), view.position, first=0, count=count)
-        return keep_top(view.mass.float().masked_fill(protected, torch.inf), view.position, target)
+            return protected | sorted_order_as_rank(score, view.position, first=0, count=count)
+        return keep_top(score.masked_fill(protected, torch.inf), view.position, target)
 
     def _protected(self, view: View, target: Tensor) -> Tensor:
         return protected_entries(
@@ -97,19 +99,34 @@ class H2OElasticRelease(Policy):
 
     def victim(self, view: View) -> Tensor:
         """Free the entry of lowest score."""
+        return self._lowest(view, self._score(view))
+
+    def _score(self, view: View) -> Tensor:
+        """(B, H, T) float32: the mass, and for tokens after the first prompt what they began with."""
         score = view.mass.float()
-        if self.scores_left_behind and view.memory_or_none is not None:
-            came = (view.position - view.prompt[:, None, None]).clamp(max=view.memory_or_none.shape[-1] - 1)
-            inherited = view.memory_or_none.gather(-1, came.clamp(min=0))
-            score = score + inherited.masked_fill(came < 0, 0.0)
-        return self._lowest(view, score)
+        if not self.scores_left_behind or view.memory_or_none is None:
+            return score
+        came = (view.position - view.prompt[:, None, None]).clamp(max=view.memory_or_none.shape[-1] - 1)
+        inherited = view.memory_or_none.gather(-1, came.clamp(min=0))
+        return score + inherited.masked_fill(came < 0, 0.0)
 
 
-def _left_behind(view: View, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mass that stays in its old place, for entries, and (B, H, T + 1) for tokens to come."""
-    by_age = view.mass.masked_fill(~view.valid, 0.0).gather(-1, slots_by_age(view.position))
-    left = torch.where(keep, view.position, -1)
-    place = age_rank(left)
-    rest = torch.arange(by_age.shape[-1] + 1, device=keep.device) + keep.sum(dim=-1, keepdim=True)
+def _left_behind(view: View, score: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scores that stay in their old place, for entries, and (B, H, M) what later tokens begin with.
+
+    Number m of the latter is for the token m places after the first prompt; the last one, 0, is for all further.
+    """
+    by_age = score.masked_fill(~view.valid, 0.0).gather(-1, slots_by_age(view.position))
+    place = age_rank(torch.where(keep, view.position, -1))
+    came = (view.seen - view.prompt)[:, None, None]  # tokens of later prompts: what they began with is in their score
+    earlier = 0 if view.memory_or_none is None else view.memory_or_none.shape[-1]
+    length = max(by_age.shape[-1] + 1 + int(came.max()), earlier)
+    to_come = torch.arange(length, device=keep.device) - came
+    rest = (to_come + keep.sum(dim=-1, keepdim=True)).clamp(min=0, max=by_age.shape[-1])
     padded = torch.nn.functional.pad(by_age, (0, 1))
-    return by_age.gather(-1, place), padded.gather(-1, rest.clamp(max=by_age.shape[-1]))
+    return by_age.gather(-1, place), padded.gather(-1, rest).masked_fill(to_come < 0, 0.0)
+
+
+def _as_long(memory: Tensor, length: int) -> Tensor:
+    """Return `memory` (B, H, M), whose last number is 0, with zeros up to `length`."""
+    return torch.nn.functional.pad(memory, (0, length - memory.shape[-1]))

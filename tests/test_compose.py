@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hydra
 import pytest
+from hydra import initialize_config_module
 from omegaconf import OmegaConf
 
+import kvbench.compose as compose_module
 from kvbench.compose import Composed, compose_grid
 from kvbench.errors import ConfigError
 
@@ -92,6 +95,62 @@ def test_an_unknown_policy_is_compared_with_ones_own_too(tmp_path: Path) -> None
     (tmp_path / "policy" / "mine.yaml").write_text("_target_: mine.Mine\n")
     with pytest.raises(ConfigError, match="did you mean 'mine'"):
         cells("policy=mien", config_dir=tmp_path)
+
+
+def by_hydra(overrides: list[str]) -> tuple[object, dict[str, str | None]]:
+    with initialize_config_module("kvbench.conf", version_base="1.3"):
+        config = hydra.compose("config", overrides=overrides, return_hydra_config=True)
+    choices = {str(name): value for name, value in config.hydra.runtime.choices.items()}
+    OmegaConf.set_struct(config, False)
+    config.pop("hydra")
+    return OmegaConf.to_container(config, resolve=False), choices
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["policy=h2o", "budget.fraction=0.3", "seed=3"],
+        ["budget=tokens", "policy=elastic", "budget.tokens=77", "dataset.num_samples=null", "task=quality"],
+        ["task=quality", "task.generation.max_new_tokens=5", "~task.fidelity", "++task.generation.released_rouge=true"],
+        ["~task.fidelity", "task.perplexity={_target_:a.B}", "sweep='a b'", "results=${oc.env:HOME}/r"],
+        ["+mine.a=1", "mine.a=2"],
+        ["weights=random", "model=llava-1.5-7b", "model.config.text_config.num_hidden_layers=1"],
+        ["+experiment=default", "dataset.num_samples=2", "hydra.mode=RUN", "hydra/launcher=supervised"],
+    ],
+)
+def test_a_cell_is_what_hydra_composes(words: list[str]) -> None:
+    swept = ["budget.fraction=0.4,0.25" if word == "budget.fraction=0.3" else word for word in words]
+    grid = compose_grid(swept, multirun=swept != words, config_dir=None)
+    assert len(grid) == 1 + (swept != words)
+    for one, fraction in zip(grid, (0.4, 0.25), strict=False):
+        alone = [f"budget.fraction={fraction}" if word == "budget.fraction=0.3" else word for word in words]
+        assert (OmegaConf.to_container(one.config, resolve=False), one.choices) == by_hydra(alone)
+
+
+def test_what_cells_choose_alike_is_composed_once_and_no_cell_changes_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    composed: list[list[str]] = []
+    real = compose_module._composed
+
+    def counted(overrides: list[str]) -> object:
+        composed.append(overrides)
+        return real(overrides)
+
+    monkeypatch.setattr(compose_module, "_composed", counted)
+    budgets = [round(0.01 * number, 2) for number in range(1, 51)]
+    words = ["policy=h2o,elastic", f"budget.fraction={','.join(map(str, budgets))}", "task.speed.new_tokens=4"]
+    grid = compose_grid(words, multirun=True, config_dir=None)
+    assert [(one.choices["policy"], one.config.budget.fraction) for one in grid] == [
+        (policy, budget) for policy in ("h2o", "elastic") for budget in budgets
+    ]
+    assert len(composed) == 1 + 2, "Hydra's own settings, and each policy once"
+    grid[0].config.task.speed.new_tokens = 5
+    grid[0].choices["policy"] = "mine"
+    assert (grid[1].config.task.speed.new_tokens, grid[1].choices["policy"]) == (4, "h2o")
+
+
+def test_an_unknown_key_that_is_set_in_every_cell_is_still_told_with_close_matches() -> None:
+    with pytest.raises(ConfigError, match=r"budget\.fracton is no setting; did you mean 'budget\.fraction'"):
+        compose_grid(["policy=h2o", "budget.fracton=0.1,0.2"], multirun=True, config_dir=None)
 
 
 def test_composing_a_grid_imports_no_torch() -> None:

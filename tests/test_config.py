@@ -13,8 +13,10 @@ import pytest
 
 import kvbench.config
 from kvbench.cli import run
-from kvbench.compose import compose_grid
-from kvbench.config import build_cell
+from kvbench.compose import Composed, compose_grid
+from kvbench.config import build_cell, build_cells, check_shared
+from kvbench.datasets import file_dataset
+from kvbench.errors import ConfigError
 from kvbench.models.spec import BUNDLED_FOLDER
 from tests.covering import one_in
 
@@ -259,6 +261,54 @@ def test_autopsies_are_on_and_change_no_key() -> None:
     (without,) = compose_grid(["autopsy=off"], multirun=False, config_dir=None)
     assert build_cell(without).autopsy.num_samples == 0
     assert key() == key("autopsy=off") == key("autopsy.num_samples=7")
+
+
+def test_a_sweep_reads_fingerprints_and_checks_its_data_set_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def count(where: Any, name: str) -> None:
+        real = getattr(where, name)
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            done.append(name)
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(where, name, counted)
+
+    for where, name in ((file_dataset, "read_rows"), (file_dataset, "picture_digest"), (kvbench.config, "check_fit")):
+        count(where, name)
+    for name in "ab":
+        (tmp_path / f"{name}.json").write_text(json.dumps([{"question": "What is it?", "answer": f"{name}."}]))
+    paths = ",".join(str(tmp_path / f"{name}.json") for name in "ab")
+    words = ["policy=h2o,random,full", "budget.fraction=0.1,0.2,0.3", "dataset=conversation", f"dataset.path={paths}"]
+    grid = compose_grid(words, multirun=True, config_dir=None)
+    cells = build_cells(grid)
+    assert len(cells) == 18
+    assert sorted(done) == sorted(2 * ["read_rows", "picture_digest", "check_fit"]), "each file once"
+    assert [cell.key for cell in cells] == [build_cell(composed).key for composed in grid]
+    assert len({id(cell.dataset) for cell in cells}) == 2
+    (tmp_path / "a.json").write_text(json.dumps([{"question": "What is it?", "answer": "Changed."}]))
+    assert build_cells(grid)[0].key != cells[0].key, "the next sweep reads the files again"
+
+
+def test_every_configuration_of_a_sweep_is_resolved_once_and_each_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolved: list[Composed] = []
+    real = Composed.resolved
+
+    def counted(self: Composed) -> dict[str, Any]:
+        resolved.append(self)
+        return real(self)
+
+    monkeypatch.setattr(Composed, "resolved", counted)
+    grid = compose_grid(["policy=h2o,random", "budget.fraction=0.1,0.2"], multirun=True, config_dir=None)
+    check_shared(grid)
+    assert len(resolved) == 4
+    monkeypatch.setenv("MY_API_KEY", SECRET)
+    grid[3].config.dataset.path = SECRET
+    with pytest.raises(ConfigError, match=r"dataset\.path holds the secret of MY_API_KEY"):
+        check_shared(grid)
 
 
 def test_a_conversation_keeps_its_key_when_its_file_moves(tmp_path: Path) -> None:

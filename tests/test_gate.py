@@ -44,7 +44,7 @@ def folder_of(config: Any, *files: str, name: str = "model") -> None:
     folder.mkdir()
     (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
     for file in files:
-        (folder / file).write_bytes(b"")
+        (folder / file).write_bytes(b"\x02" + bytes(7) + b"{}")  # a whole safetensors file without a tensor
 
 
 def text_data() -> None:
@@ -63,34 +63,39 @@ def refused(line: str, capfd: pytest.CaptureFixture[str]) -> str:
 
 
 MODELS: dict[str, tuple[Any, tuple[str, ...], str, str]] = {
-    "a text model and pictures": (LLAMA, ("a.safetensors",), "", "the data set shows pictures, but model.checkpoint"),
-    "unknown family": ({"model_type": "lama"}, ("a.safetensors",), "", "of family 'lama'; did you mean 'llama'"),
-    "no family": ({}, ("a.safetensors",), "", "is of family 'None'; known: llama"),
-    "not an object": ("[]", ("a.safetensors",), "", "config.json holds a list; it must be the JSON object"),
-    "broken config": ("{", ("a.safetensors",), "", "config.json is not JSON"),
+    "a text model and pictures": (
+        LLAMA,
+        ("model.safetensors",),
+        "",
+        "the data set shows pictures, but model.checkpoint",
+    ),
+    "unknown family": ({"model_type": "lama"}, ("model.safetensors",), "", "of family 'lama'; did you mean 'llama'"),
+    "no family": ({}, ("model.safetensors",), "", "is of family 'None'; known: llama"),
+    "not an object": ("[]", ("model.safetensors",), "", "config.json holds a list; it must be the JSON object"),
+    "broken config": ("{", ("model.safetensors",), "", "config.json is not JSON"),
     "only pickle": (LLAMA, ("pytorch_model.bin",), "", "has no .safetensors file; kvbench reads no pickle"),
-    "own code": (CODE, ("a.safetensors",), "", "needs Python code of its own, which is not run unasked"),
+    "own code": (CODE, ("model.safetensors",), "", "needs Python code of its own, which is not run unasked"),
     "own code elsewhere": (
         {**CODE, "auto_map": {"AutoConfig": "someone/repo--code.MyConfig"}},
-        ("a.safetensors",),
+        ("model.safetensors",),
         "model.trust_remote_code=true",
         "takes code from another repository (someone/repo--code.MyConfig)",
     ),
     "positions on a grid": (
         GRID,
-        ("a.safetensors",),
+        ("model.safetensors",),
         "dataset=conversation dataset.path=data.json positions=in_cache",
         "rotary positions of kind several axes (M-RoPE), which have no rank in the cache; use positions=original",
     ),
     "native positions on a grid": (
         GRID,
-        ("a.safetensors",),
+        ("model.safetensors",),
         "dataset=conversation dataset.path=data.json policy=streaming_llm",
         "positions is 'in_cache', but",
     ),
     "moving rotation": (
         {**LLAMA, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
-        ("a.safetensors",),
+        ("model.safetensors",),
         "dataset=conversation dataset.path=data.json positions=in_cache",
         "rotary positions of kind dynamic",
     ),
@@ -108,7 +113,7 @@ def test_a_model_that_cannot_do_it_is_refused_before_it_is_loaded(case: str, cap
 
 @pytest.mark.parametrize("positions", ["original", "native"])
 def test_the_same_models_pass_where_they_can_do_it(positions: str) -> None:
-    folder_of(GRID, "a.safetensors")
+    folder_of(GRID, "model.safetensors")
     text_data()
     words = ["model=local", "model.checkpoint=model", "dataset=conversation", "dataset.path=data.json"]
     (composed,) = compose_grid([*words, "policy=h2o", f"positions={positions}"], multirun=False, config_dir=None)
@@ -117,7 +122,7 @@ def test_the_same_models_pass_where_they_can_do_it(positions: str) -> None:
 
 @pytest.mark.parametrize(("kind", "allowed"), [("dynamic", False), ("longrope", False), ("linear", True)])
 def test_a_moving_rotation_is_not_captured(kind: str, allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder_of({**LLAMA, "rope_scaling": {"type": kind, "factor": 2.0}}, "a.safetensors")
+    folder_of({**LLAMA, "rope_scaling": {"type": kind, "factor": 2.0}}, "model.safetensors")
     text_data()
     words = ["model=local", "model.checkpoint=model", "dataset=conversation", "dataset.path=data.json"]
     (composed,) = compose_grid([*words, "policy=h2o", "positions=original"], multirun=False, config_dir=None)
@@ -142,7 +147,7 @@ FILES = {
     "dataset=conversation dataset.path=.": ("", "cannot be read (it is a folder); give a file"),
     "dataset=conversation dataset.path=data.json dataset.images=nowhere": (
         '[{"question": "a", "answer": "b", "image": "x.png"}]',
-        "which is not a file in nowhere; set dataset.images",
+        "dataset.images nowhere cannot be read (there is no such file or folder",
     ),
     "results=data.json": ("x", "results is 'data.json', but data.json is not a folder"),
     "results=data.json/below/it": ("x", "is not a folder; choose a folder that can be written to"),

@@ -30,7 +30,6 @@ COMPOSITION = {
     "combinations",
     "gate",
     "policy_source",
-    "out_file",
     "parser",
     "plot_cli",
     "report_cli",

@@ -71,7 +71,8 @@ def _build(name: str) -> PreTrainedModel:
 @cache
 def tiny_model(name: str, *, attached: bool = True, double: bool = False) -> Any:
     """Return the model `name` in eval mode; the same weights whether attached to kvbench's attention or not."""
-    with torch.random.fork_rng():
+    # Whoever asks first may be in inference mode, whose tensors others could not use.
+    with torch.random.fork_rng(), torch.inference_mode(False):
         torch.manual_seed(7)
         model = _build(name).eval()
     if double:

@@ -18,6 +18,8 @@ _LENGTHS = ("max_new_tokens", "max_turns")
 
 
 def _problems(cell: Cell, peers: Peers) -> Iterator[str]:
+    if _digest(cell) is not None and _digest(cell) != _usual_digest(peers):
+        yield "its prompts are not those of the other cells (prompts.digest)"
     usual = _usual_ids(peers)
     missing, added = sorted(usual - set(cell.rows)), sorted(set(cell.rows) - usual)
     if missing:
@@ -30,6 +32,17 @@ def _problems(cell: Cell, peers: Peers) -> Iterator[str]:
         if different:
             yield f"{identity}: {different[0]} is not that of the other cells"
             break
+
+
+def _digest(cell: Cell) -> str | None:
+    prompts = cell.body.get("prompts")
+    return str(prompts.get("digest")) if isinstance(prompts, dict) else None
+
+
+@lru_cache(maxsize=8)
+def _usual_digest(peers: Peers) -> str | None:
+    found = Counter(digest for cell in peers.usable if cell.samples and (digest := _digest(cell)) is not None)
+    return found.most_common(1)[0][0] if found else None
 
 
 @lru_cache(maxsize=8)

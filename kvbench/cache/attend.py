@@ -59,8 +59,20 @@ def chunk_attention(chunk: Chunk, *, wants_lse: bool) -> tuple[Tensor, Tensor | 
         states = (chunk.query, chunk.keys, chunk.values, chunk.scaling)
         if chunk.plain:
             return flash_forward.causal_forward(*states)
-        return flash_forward.padded_forward(*states, (chunk.query_position < 0).sum(dim=-1).tolist())
+        pads = _left_pads(chunk.query_position)
+        if pads is not None:
+            return flash_forward.padded_forward(*states, pads)
     return chunk_output(chunk), _row_lse(chunk) if wants_lse and _in_kernels(chunk) else None
+
+
+def _left_pads(position: Tensor) -> list[int] | None:
+    """Return the pads of each row of `position` (B, Q), None if some stand elsewhere than left of all tokens."""
+    pads = position < 0
+    counts = pads.sum(dim=-1)
+    leading = pads.long().cumprod(dim=-1).sum(dim=-1)
+    left: list[int]
+    left, all_of_them = torch.stack((leading, counts)).tolist()
+    return left if left == all_of_them else None
 
 
 def chunk_output(chunk: Chunk) -> Tensor:

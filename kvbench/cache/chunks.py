@@ -7,25 +7,28 @@ from torch import Tensor
 
 from kvbench.cache.policy import Policy
 from kvbench.cache.slots import EMPTY, Entries, Slots
-from kvbench.cache.view import Needs, Plan
-from kvbench.errors import ModelSupportError, PolicyError
+from kvbench.cache.view import Needs, Plan, View
+from kvbench.errors import ModelSupportError, NonFiniteChoiceError, NonFiniteError, PolicyError
 
 
-def real_tokens(query: Tensor, padding: Tensor | None, *, first: bool) -> Tensor:
+def real_tokens(query: Tensor, padding: Tensor | None, *, seen: list[int]) -> Tensor:
     """Return (B, Q) bool, False at pads.
 
-    `padding` (B, seen) covers everything seen; `first` says that nothing was seen before. Raises:
-    ModelSupportError unless pads stand left of the first prompt only, and every row has a real token.
+    `padding` (B, N) covers everything that came, pads included; `seen` are the real tokens of each row before
+    these, empty if there are none. Raises: ModelSupportError unless pads stand left of a row's first real token
+    only, and some row has one.
     """
     batch, _, new, _ = query.shape
     if padding is None:
         return torch.ones((batch, new), dtype=torch.bool, device=query.device)
     real = padding[:, -new:].bool()
-    left_padded = bool((real.long().diff(dim=-1) >= 0).all()) and bool(real[:, -1].all())
-    if not left_padded or (not first and not bool(real.all())):
+    counts = real.sum(dim=-1).tolist()
+    left_padded = bool((real.long().diff(dim=-1) >= 0).all())  # within these; across pieces by what was seen
+    begun = any(had and count < new for had, count in zip(seen or [0] * batch, counts, strict=True))
+    if not left_padded or begun or not any(counts):
         raise ModelSupportError(
             f"the attention mask has pads that do not stand left of the first prompt (real tokens per row of this "
-            f"chunk: {real.sum(dim=-1).tolist()} of {new}); set padding_side='left'"
+            f"chunk: {counts} of {new}); set padding_side='left'"
         )
     return real
 
@@ -66,6 +69,18 @@ def _checked_kind(kind: Tensor, position: Tensor) -> Tensor:
     return kind
 
 
+def check_statistics(view: View) -> None:
+    """Raise NonFiniteError if attention that a policy is about to decide by is NaN: the model's numbers are."""
+    valid = view.valid
+    statistics = {"mass": view.mass_or_none, "window": view.window_or_none, "probs": view.probs_or_none}
+    for name, numbers in statistics.items():
+        if numbers is not None and bool((numbers.isnan() & (valid if numbers.ndim == 3 else valid[:, :, None])).any()):
+            raise NonFiniteError(
+                f"the attention that a prompt's tokens receive is NaN in layer {view.layer} (view.{name}): the model's "
+                "keys or queries overflow; use a wider model.dtype"
+            )
+
+
 def check_plan(plan: Plan | None, entries: Entries, allowed: list[int], policy: Policy, layer: int) -> None:
     """Raise PolicyError if a plan breaks the contract; `allowed` has one number per row."""
     name = f"{type(policy).__name__}.plan in layer {layer}"
@@ -78,9 +93,12 @@ def check_plan(plan: Plan | None, entries: Entries, allowed: list[int], policy: 
         )
     if bool((plan.keep & (entries.position < 0)).any()):
         raise PolicyError(f"{name} keeps slots that hold no token; combine keep with view.valid")
-    kept = plan.keep.sum(dim=-1)
-    if bool((kept > torch.tensor(allowed, device=kept.device)[:, None]).any()) or int(kept.min()) < 1:
-        raise PolicyError(f"{name} keeps {kept.tolist()} entries (rows x heads); allowed per row: 1 to {allowed}")
+    kept, held = plan.keep.sum(dim=-1), (entries.position >= 0).any(dim=-1)  # a row may have had pads only
+    if bool(((kept > torch.tensor(allowed, device=kept.device)[:, None]) | (held & (kept < 1))).any()):
+        raise PolicyError(
+            f"{name} keeps {kept.tolist()} entries (rows x heads); allowed per row: 1 to {allowed}. "
+            "keep_top keeps none where a score is NaN"
+        )
     if plan.merge_into is not None:
         _check_merge(plan.merge_into, plan.keep, name)
     if plan.mass is not None and (plan.mass.shape != plan.keep.shape or entries.mass is None):
@@ -88,6 +106,8 @@ def check_plan(plan: Plan | None, entries: Entries, allowed: list[int], policy: 
             f"{name} returned mass of shape {tuple(plan.mass.shape)}; it must be (B, H, T) = "
             f"{tuple(plan.keep.shape)}, and the policy must declare Needs.MASS"
         )
+    if plan.mass is not None and bool((plan.mass.isnan() & plan.keep).any()):
+        raise NonFiniteChoiceError(f"{name} returned a mass that is NaN for entries that it keeps; it must be numbers")
     source = plan.merge_source
     if source is not None and (plan.merge_into is None or source.shape != plan.keep.shape):
         raise PolicyError(f"{name} returned merge_source without a merge_into of the same shape {tuple(source.shape)}")

@@ -16,10 +16,10 @@ from kvbench.cache.layer_setup import LayerSetup
 from kvbench.cache.ledger import Ledger
 from kvbench.cache.policy import Policy, ScorePolicy
 from kvbench.cache.positions import shifted_step
-from kvbench.cache.slots import Slots
+from kvbench.cache.slots import NAN_SCORE, Slots
 from kvbench.cache.step_counts import StepCounts
 from kvbench.cache.view import Needs, When
-from kvbench.errors import PolicyError
+from kvbench.errors import NonFiniteChoiceError, PolicyError
 from kvbench.kernels.dispatch import use_triton
 
 
@@ -99,15 +99,17 @@ def evict(slots: Slots, probs: Tensor | None, setup: LayerSetup, counts: StepCou
     policy = setup.policy
     view = counts.view(setup, slots, probs)
     if not use_triton(slots.entries.keys):
-        victim = checked_victim(policy, policy.victim(view), slots, view.budget)
-        slots.release(victim, slots.length > view.budget[:, None])
+        victim, over = checked_victim(policy, policy.victim(view), slots), slots.length > view.budget[:, None]
+        slots.release(victim, over)
+        if victim.device.type == "cpu":  # elsewhere looking would wait for the device at every step
+            check_faults(slots.faults, policy, setup.layer)
         return
     from kvbench.kernels.slots import free_given, free_lowest
 
     if _is_plain_score(policy):
         free_lowest(slots.columns(), policy.checked_score(view), view.budget, counts.sinks, counts.recent_from)
     else:
-        free_given(slots.columns(), checked_victim(policy, policy.victim(view), slots, view.budget), view.budget)
+        free_given(slots.columns(), checked_victim(policy, policy.victim(view), slots), view.budget)
 
 
 def decide(slots: Slots, setup: LayerSetup, counts: StepCounts) -> Tensor:
@@ -125,18 +127,30 @@ def _is_plain_score(policy: Policy) -> TypeGuard[ScorePolicy]:
     return isinstance(policy, ScorePolicy) and type(policy).victim is ScorePolicy.victim
 
 
-def checked_victim(policy: Policy, victim: Tensor, slots: Slots, budget: Tensor) -> Tensor:
-    """Return `victim` as it is. Raises: PolicyError for a wrong shape or type, and on the CPU for an empty slot."""
+def checked_victim(policy: Policy, victim: Tensor, slots: Slots) -> Tensor:
+    """Return `victim` as it is. Raises: PolicyError for a wrong shape or type."""
     shape, name = slots.length.shape, type(policy).__name__
     if victim.shape != shape or victim.dtype != slots.length.dtype:
         raise PolicyError(
             f"{name}.victim returned {victim.dtype} of shape {tuple(victim.shape)}; "
             f"it must be int64 of shape (B, H) = {tuple(shape)}"
         )
-    # On a GPU looking would wait for the device at every step; the contract test covers policies there.
-    if victim.device.type == "cpu":
-        over = slots.length > budget[:, None]
-        empty = slots.entries.position.gather(2, victim[..., None])[..., 0] < 0
-        if bool((over & empty).any()):
-            raise PolicyError(f"{name}.victim chose a slot that holds no token")
     return victim
+
+
+def check_faults(faults: Tensor, policy: Policy, layer: int) -> None:
+    """Look at a layer's `Slots.faults` (B, H), which waits for the device.
+
+    Raises: NonFiniteChoiceError if a victim was chosen by NaN, PolicyError if it was no slot with a token.
+    """
+    if not bool(faults.any()):
+        return
+    where = f"in layer {layer}, row and KV head {faults.nonzero()[0].tolist()}"
+    if bool((faults & NAN_SCORE).any()):
+        raise NonFiniteChoiceError(
+            f"{type(policy).__name__} chose a victim by NaN at decode {where}; scores must be numbers (an infinite one "
+            "is larger or smaller than all others)"
+        )
+    raise PolicyError(
+        f"{type(policy).__name__}.victim chose a slot that holds no token {where}; choose among those of view.valid"
+    )

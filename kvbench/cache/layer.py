@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvbench.cache.attend import Chunk, chunk_attention
-from kvbench.cache.chunks import check_plan, columns_of, new_positions, real_tokens
+from kvbench.cache.chunks import check_plan, check_statistics, columns_of, new_positions, real_tokens
 from kvbench.cache.decode_step import attend_slots, decide, end_step, evicts_at_decode, write_token
 from kvbench.cache.layer_setup import LayerSetup, view_of
 from kvbench.cache.ledger import Ledger
@@ -46,7 +46,14 @@ class PolicyLayer(CacheLayerMixin):
         self.slots: Slots | None = None
         self.counts: StepCounts | None = None
         self._leads = False
-        self.ledger = Ledger(policy=self.setup.policy, budget=self.setup.budget, most_tokens=self.setup.most_tokens)
+        self._decodes = False
+        self.ledger = Ledger(
+            policy=self.setup.policy,
+            budget=self.setup.budget,
+            prompt_tokens=self.setup.prompt_tokens,
+            prompt_until_tokens=self.setup.prompt_tokens,
+            most_tokens=self.setup.most_tokens,
+        )
         self.is_initialized = False
         if self.setup.pool is not None:
             self.setup.pool.clear()
@@ -81,7 +88,28 @@ class PolicyLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Refuse: rows are counted on the host, and beams would need their own counts."""
-        raise ModelSupportError("kvbench caches do not support beam search; use num_beams=1")
+        raise ModelSupportError("kvbench caches do not support beam search (reorder_cache); use num_beams=1")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse: what a policy evicted for tokens that are taken back is gone."""
+        raise ModelSupportError(
+            f"kvbench caches do not support crop({tokens_to_remove}): what was evicted for tokens that are taken back "
+            "is gone; generate without assisted decoding (assistant_model, prompt_lookup_num_tokens)"
+        )
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refuse: rows are counted on the host."""
+        raise ModelSupportError(
+            f"kvbench caches do not support batch_repeat_interleave({repeats}); repeat the rows of the prompt instead, "
+            "as generate does for num_return_sequences"
+        )
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Refuse: rows are counted on the host."""
+        raise ModelSupportError(
+            "kvbench caches do not support batch_select_indices; run all rows of the prompt to the end, or start a "
+            "new PolicyCache with the rows that go on"
+        )
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -92,12 +120,13 @@ class PolicyLayer(CacheLayerMixin):
         layer by the tag; so no hook, no patch and no global state is needed.
         """
         self.is_initialized = True
+        self._decodes = self.slots is not None and self.ledger.is_decode_step(key_states.shape[2])
         self.ledger.padded_tokens += key_states.shape[2]
         if self.setup.places is not None and self.slots is not None and self.counts is not None:
             key_states = self.setup.places.arrive(key_states, self.setup.layer, self.slots.length, self.counts.seen)
         if self.slots is None:
             keys, values = key_states, value_states
-        elif key_states.shape[2] == 1:
+        elif self._decodes:
             keys, values = self._write(self.slots, key_states, value_states)
         else:
             keys = torch.cat((self.slots.entries.keys, key_states), dim=2)
@@ -120,9 +149,9 @@ class PolicyLayer(CacheLayerMixin):
         """Return the output (B, Hq, Q, D) and settle. `padding` (B, seen) bool is False at pads."""
         if self.slots is not None and self.setup.places is not None:
             query = self.setup.places.turned(query)
-        if self.slots is not None and query.shape[2] == 1:
+        if self.slots is not None and self._decodes:
             return self._decode(self.slots, query, scaling)
-        real = real_tokens(query, padding, first=self.slots is None)
+        real = real_tokens(query, padding, seen=self.ledger.seen)
         position = new_positions(real, self.ledger.seen)
         entries = columns_of(keys, values, position, self.slots, self.setup.policy, self.setup.prompt_kind)
         self.ledger.begin_chunk(real.sum(dim=-1).tolist())
@@ -150,7 +179,9 @@ class PolicyLayer(CacheLayerMixin):
         policy, plan = self.setup.policy, None
         with self.setup.on_settle():
             if policy.bounded and When.PREFILL in policy.when and self.ledger.over():
-                plan = policy.plan(self._chunk_view(entries, statistics))
+                view = self._chunk_view(entries, statistics)
+                check_statistics(view)
+                plan = policy.plan(view)
                 check_plan(plan, entries, self.ledger.allowed(), policy, self.setup.layer)
                 if plan is not None and self.setup.on_plan is not None:
                     self.setup.on_plan(self.setup.layer, entries, plan)
@@ -163,17 +194,25 @@ class PolicyLayer(CacheLayerMixin):
             window = statistics.last_rows(policy.window_tokens, policy.reduction)
         if Needs.PROBS in policy.needs:
             probs = statistics.last_rows(1, policy.reduction)[:, :, 0]
-        return view_of(self.setup, self.ledger, entries, new_tokens=statistics.new_tokens, window=window, probs=probs)
+        return view_of(
+            self.setup,
+            self.ledger,
+            entries,
+            new_tokens=statistics.new_tokens,
+            window=window,
+            probs=probs,
+            memory=None if self.slots is None else self.slots.memory,
+        )
 
     def _settle(self, entries: Entries, plan: Plan | None) -> None:
-        memory = None if self.slots is None else self.slots.memory
+        memory, faults = (None, None) if self.slots is None else (self.slots.memory, self.slots.faults)
         self.slots = None
         held = self.ledger.held
         if plan is not None:
             held = plan.keep.sum(dim=-1).amax(dim=1).tolist()
         self.ledger.settle(held)
         final = self.ledger.allowed(ahead_tokens=self.setup.reserve_tokens)
-        self.slots = settle(entries, plan, max(*held, *final) + 1, memory)
+        self.slots = settle(entries, plan, max(*held, *final) + 1, memory, faults)
         if self.setup.rotation is not None and use_triton(self.slots.entries.keys):
             self.slots.rank = age_rank(self.slots.entries.position).int()
         self.counts, self._leads = self._shelf.take(self.setup, self.ledger, self.slots.length.device)

@@ -20,8 +20,9 @@ class Ledger:
     """One layer's counts; every list has one number per row of the batch.
 
     `held` is the largest count over the heads of the row. `settled_*` are the counts when the last
-    chunk of several tokens was settled. `padded_tokens` counts pads too, the same for all rows.
-    most_tokens: how many a row may see, where a position mode holds no further.
+    chunk of several tokens was settled. `padded_tokens` counts pads too, the same for all rows. `prompt` is what
+    came first, or the first `prompt_tokens` with pads if that is more; tokens before `prompt_until_tokens` are
+    planned as a prompt, even one by one. most_tokens: how many a row may see, where a position mode holds no further.
     """
 
     policy: Policy
@@ -32,6 +33,8 @@ class Ledger:
     settled_seen: list[int] = field(default_factory=list)
     settled_held: list[int] = field(default_factory=list)
     padded_tokens: int = 0
+    prompt_tokens: int = 0
+    prompt_until_tokens: int = 0
     most_tokens: int | None = None
 
     @property
@@ -39,12 +42,26 @@ class Ledger:
         """Tokens that came one by one after the last chunk."""
         return self.seen[0] - self.settled_seen[0] if self.settled_seen else 0
 
+    def is_decode_step(self, num_tokens: int) -> bool:
+        """Return whether `num_tokens` more are a generated token: one, after the prompt, where every row has begun.
+
+        Until then a single token may be a pad, or the last piece of a prompt.
+        """
+        return (
+            num_tokens == 1
+            and bool(self.seen)
+            and min(self.seen) > 0
+            and self.padded_tokens >= self.prompt_until_tokens
+        )
+
     def arrive(self, added: list[int]) -> None:
         """Count `added` new tokens per row, pads left out. Raises: ModelSupportError for more than `most_tokens`."""
         empty = [0] * len(added)
         self.seen = [old + plus for old, plus in zip(self.seen or empty, added, strict=True)]
         self.held = [old + plus for old, plus in zip(self.held or empty, added, strict=True)]
-        self.prompt = self.prompt or list(self.seen)
+        in_pieces = 0 < self.padded_tokens <= self.prompt_tokens
+        before = empty if in_pieces else self.prompt or empty
+        self.prompt = [old or seen for old, seen in zip(before, self.seen, strict=True)]
         if self.most_tokens is not None and max(self.seen) > self.most_tokens:
             raise ModelSupportError(
                 f"a row has seen {max(self.seen)} tokens, but away from positions=original this model's rotation holds "

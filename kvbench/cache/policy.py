@@ -13,9 +13,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvbench.cache.selection import keep_top, lowest, protected_entries, protected_range
+from kvbench.cache.selection import keep_top, lowest, outside, protected_range
 from kvbench.cache.view import Needs, Plan, View, When
-from kvbench.errors import ConfigError, PolicyError
+from kvbench.errors import ConfigError, NonFiniteChoiceError, PolicyError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,10 @@ class Policy:
         raise NotImplementedError(f"{type(self).__name__} must define plan(view)")
 
     def victim(self, view: View) -> Tensor:
-        """Return (B, H) int64, the slot to free in this decode step. Called when over budget."""
+        """Return (B, H) int64, the slot to free in this decode step. Called when over budget.
+
+        -1 says that there is no choice, because a number that decides is NaN: the cell ends as `nonfinite`.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define victim(view)")
 
 
@@ -90,18 +93,24 @@ class ScorePolicy(Policy):
         return max(1, self.num_sinks + self.num_recent)
 
     def score(self, view: View) -> Tensor:
-        """Return (B, H, T), or (B, 1, T) for one score per layer; larger = keep."""
+        """Return (B, H, T), or (B, 1, T) for one score per layer; larger = keep.
+
+        An infinite score is a large or a small one; what is protected counts for more. NaN is no score and
+        ends the cell, unless the entry is protected.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define score(view)")
 
     def plan(self, view: View) -> Plan | None:
-        """Keep the top entries under the budget. Raises: PolicyError if a score is not finite."""
+        """Keep the top entries under the budget. Raises: NonFiniteChoiceError if a score is NaN."""
         score = self._protected_score(view)
         if bool(torch.isnan(score[view.valid]).any()):
-            raise PolicyError(f"{type(self).__name__}.score returned NaN in layer {view.layer}; scores must be numbers")
+            raise NonFiniteChoiceError(
+                f"{type(self).__name__}.score returned NaN in layer {view.layer}; scores must be numbers"
+            )
         return Plan(keep=keep_top(score, view.position, view.budget))
 
     def victim(self, view: View) -> Tensor:
-        """Free the entry of lowest score, the oldest of equals."""
+        """Free the entry of lowest score, the oldest of equals; -1 where a score is NaN."""
         return lowest(self._protected_score(view), view.position)
 
     def checked_score(self, view: View) -> Tensor:
@@ -116,7 +125,7 @@ class ScorePolicy(Policy):
         return score
 
     def protected_range(self, seen: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (B,) each: positions below the first and from the second on are never evicted."""
+        """Return (B,) int64 each: positions below the first and from the second on are never evicted."""
         return protected_range(
             seen,
             budget,
@@ -125,15 +134,19 @@ class ScorePolicy(Policy):
             recent_fraction=self.recent_fraction,
         )
 
+    def checked_range(self, seen: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `protected_range`. Raises: PolicyError for anything but two int64 tensors of shape (B,)."""
+        sinks, recent_from = self.protected_range(seen, budget)
+        for bound in (sinks, recent_from):
+            if bound.shape != seen.shape or bound.dtype != torch.int64:
+                raise PolicyError(
+                    f"{type(self).__name__}.protected_range returned {bound.dtype} of shape {tuple(bound.shape)}; "
+                    f"both bounds must be int64 of shape (B,) = {tuple(seen.shape)}"
+                )
+        return sinks, recent_from
+
     def _protected_score(self, view: View) -> Tensor:
         score = self.checked_score(view)
-        protected = protected_entries(
-            view.position,
-            view.seen,
-            view.budget,
-            num_sinks=self.num_sinks,
-            num_recent=self.num_recent,
-            recent_fraction=self.recent_fraction,
-        )
+        protected = outside(view.position, *self.checked_range(view.seen, view.budget))
         finite = score.float().clamp(max=torch.finfo(torch.float32).max)  # only what is protected is infinite
         return finite.expand(view.position.shape).masked_fill(protected, torch.inf)

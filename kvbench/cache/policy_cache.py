@@ -12,11 +12,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache
 
 from kvbench.cache.attention import is_attached
 from kvbench.cache.budget import UNLIMITED, Budget
+from kvbench.cache.decode_step import check_faults
 from kvbench.cache.layer import PolicyLayer
 from kvbench.cache.layer_setup import LayerSetup, OnPlan
 from kvbench.cache.ledger import Ledger
@@ -59,10 +61,11 @@ class PolicyCache(Cache):
     """A cache of slots under `policy` and `budget` for one batch of sequences.
 
     positions: `original`, `in_cache` or `released`. reserve_tokens: tokens that will be generated, so that buffers
-    are allocated once; more than that still works, by copying. prompt_kind (B, T): kind of each prompt
-    token. row_seeds: one number per sequence, for policies that draw. on_settle: entered in every layer
-    around what the policy adds to a prompt. on_plan: told every plan before it is carried out. Raises:
-    ModelSupportError if `attach(model)` was not called.
+    are allocated once; more than that still works, by copying. prompt_tokens: length of the prompt, pads included;
+    needed where it comes in pieces (generate's prefill_chunk_size), because a last piece of one token is taken for
+    a generated token otherwise. prompt_kind (B, T): kind of each prompt token. row_seeds: one number per sequence,
+    for policies that draw. on_settle: entered in every layer around what the policy adds to a prompt. on_plan: told
+    every plan before it is carried out. Raises: ModelSupportError if `attach(model)` was not called.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class PolicyCache(Cache):
         *,
         positions: PositionMode = "original",
         reserve_tokens: int = 0,
+        prompt_tokens: int = 0,
         prompt_kind: Tensor | None = None,
         row_seeds: Sequence[int] | None = None,
         on_settle: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -96,6 +100,7 @@ class PolicyCache(Cache):
                 places=places,
                 pool=pool,
                 reserve_tokens=reserve_tokens,
+                prompt_tokens=prompt_tokens,
                 prompt_kind=prompt_kind,
                 row_seeds=None if row_seeds is None else tuple(row_seeds),
                 on_settle=on_settle,
@@ -111,6 +116,11 @@ class PolicyCache(Cache):
     def steps_announced(self) -> int:
         """Decode steps that the buffers have room for without growing."""
         return min(layer.setup.reserve_tokens - layer.ledger.steps_since_settled for layer in self.policy_layers)
+
+    def expect_prompt(self, num_tokens: int) -> None:
+        """Take the next `num_tokens` tokens as part of the prompt, even a single one."""
+        for layer in self.policy_layers:
+            layer.ledger.prompt_until_tokens = layer.ledger.padded_tokens + num_tokens
 
     def snapshot(self) -> CacheState:
         """Return what a decode step changes, on the device and on the host; keys and values of tokens held stay."""
@@ -137,6 +147,17 @@ class PolicyCache(Cache):
         """Let the policy name its victim in every layer and apply nothing: what deciding costs, alone."""
         for layer in self.policy_layers:
             layer.decide()
+
+    def check(self) -> None:
+        """Look whether every victim so far was a choice; waits for the device.
+
+        Captured steps, and those on a GPU, only note what goes wrong; tasks call this where they read results.
+        Raises: NonFiniteChoiceError if one was chosen by NaN, PolicyError if one was a slot without a token.
+        """
+        held = [(layer.slots.faults, layer.setup) for layer in self.policy_layers if layer.slots is not None]
+        if held and bool(torch.stack([faults.to(held[0][0].device) for faults, _ in held]).any()):
+            for faults, setup in held:
+                check_faults(faults, setup.policy, setup.layer)
 
     def occupancy(self) -> Occupancy:
         """Return what is held now; waits for the device. Raises: ValueError before the first token."""

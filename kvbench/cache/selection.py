@@ -16,22 +16,29 @@ _NO_POSITION = torch.iinfo(torch.int64).max
 def keep_top(score: Tensor, position: Tensor, budget: Tensor) -> Tensor:
     """Return (B, H, T) bool, True for the `budget[b]` entries of highest score in each (b, h).
 
-    score (B, H, T); position (B, H, T), -1 = empty slot, never kept; budget (B,).
+    score (B, H, T); position (B, H, T), -1 = empty slot, never kept; budget (B,). Of a (b, h) where the score
+    of a held entry is NaN nothing is kept, which no plan may do.
     """
+    unknown = (score.isnan() & (position >= 0)).any(dim=-1, keepdim=True)
     score = score.masked_fill(position < 0, -torch.inf)
     newest_first = position.argsort(dim=-1, descending=True)
     best_first = score.gather(-1, newest_first).argsort(dim=-1, descending=True, stable=True)
     order = newest_first.gather(-1, best_first)
     ranks = torch.arange(score.shape[-1], device=score.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(-1, order, ranks)
-    return (rank < budget[:, None, None]) & (position >= 0)
+    return (rank < budget[:, None, None]) & (position >= 0) & ~unknown
 
 
 def lowest(score: Tensor, position: Tensor) -> Tensor:
-    """Return (B, H) int64, the slot of lowest score among held entries, the oldest of equals."""
+    """Return (B, H) int64, the slot of lowest score among held entries, the oldest of equals.
+
+    -1, which is no slot, where the score of a held entry is NaN: then none is the lowest.
+    """
     score = score.masked_fill(position < 0, torch.inf)
-    tied = (score == score.amin(dim=-1, keepdim=True)) & (position >= 0)
-    return torch.where(tied, position, _NO_POSITION).argmin(dim=-1)
+    least = score.amin(dim=-1, keepdim=True)  # NaN if any is
+    tied = (score == least) & (position >= 0)
+    oldest = torch.where(tied, position, _NO_POSITION).argmin(dim=-1)
+    return oldest.masked_fill(least[..., 0].isnan(), -1)
 
 
 def protected_entries(
@@ -45,9 +52,13 @@ def protected_entries(
     sinks, recent_from = protected_range(
         seen, budget, num_sinks=num_sinks, num_recent=num_recent, recent_fraction=recent_fraction
     )
-    is_sink = position < sinks[:, None, None]
-    is_recent = position >= recent_from[:, None, None]
-    return (is_sink | is_recent) & (position >= 0)
+    return outside(position, sinks, recent_from)
+
+
+def outside(position: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    """Return (B, H, T) bool: entries held at positions below `first` (B,) or from `last` (B,) on."""
+    below, above = position < first[:, None, None], position >= last[:, None, None]
+    return (below | above) & (position >= 0)
 
 
 def protected_range(

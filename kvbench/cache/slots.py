@@ -18,6 +18,8 @@ from kvbench.kernels.dispatch import use_triton
 from kvbench.kernels.slot_columns import SlotColumns
 
 EMPTY = -1
+NO_CHOICE = -1  # a victim that is no slot: what it should be chosen by is NaN
+NAN_SCORE, NO_TOKEN = 1, 2  # bits of `Slots.faults`
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,12 +43,14 @@ class Slots:
 
     rank (B, H, C) int32 or None: how many entries are older, kept up to date by the kernels where
     positions count inside the cache. memory (B, H, M) or None: what the policy's last plan left, which
-    does not follow the tokens. Everything changes in place, so that a step can be captured.
+    does not follow the tokens. faults (B, H) int32: what went wrong in any step so far, NAN_SCORE and NO_TOKEN,
+    to be looked at when the host waits anyway. Everything changes in place, so that a step can be captured.
     """
 
     entries: Entries
     length: Tensor
     free: Tensor
+    faults: Tensor
     rank: Tensor | None = None
     memory: Tensor | None = None
 
@@ -67,6 +71,7 @@ class Slots:
             rank=self.rank,
             length=self.length,
             free=self.free,
+            faults=self.faults,
         )
 
     def write(self, keys: Tensor, values: Tensor, position: Tensor) -> None:
@@ -82,7 +87,13 @@ class Slots:
         self.length += 1
 
     def release(self, victim: Tensor, over: Tensor) -> None:
-        """Free `victim` (B, H) where `over` (B, H) holds; the others take a fresh slot next."""
+        """Free `victim` (B, H) where `over` (B, H) holds; the others take a fresh slot next.
+
+        One that is no slot with a token is noted in `faults`, and slot 0 goes, so that nothing is written elsewhere.
+        """
+        wrong = (victim < 0) | (victim >= self.length)  # slots have no hole when a step ends
+        self.faults |= torch.where(victim == NO_CHOICE, NAN_SCORE, NO_TOKEN).int() * (wrong & over)
+        victim = victim.masked_fill(wrong, 0)
         at = victim[..., None]
         kept = self.entries.position.gather(2, at)
         self.entries.position.scatter_(2, at, torch.where(over[..., None], EMPTY, kept))
@@ -101,7 +112,8 @@ class Slots:
 
     def state(self) -> list[Tensor]:
         """Return what a step changes in place, keys and values excepted: they change in free slots only."""
-        return [*self.entries.columns(), self.length, self.free, *([] if self.rank is None else [self.rank])]
+        counts = [self.length, self.free, self.faults]
+        return [*self.entries.columns(), *counts, *([] if self.rank is None else [self.rank])]
 
     def stored_bytes(self) -> int:
         """Return the bytes of keys and values, counted from their storages."""
@@ -112,16 +124,18 @@ class Slots:
         return sum(t.untyped_storage().nbytes() for t in (self.entries.mass, self.memory) if t is not None)
 
     def bookkeeping_bytes(self) -> int:
-        """Return the bytes of positions, kinds, ranks, lengths and free slots, counted from their storages."""
+        """Return the bytes of positions, kinds, ranks, lengths, free slots and faults, counted from their storages."""
         return sum(t.untyped_storage().nbytes() for t in self.state() if t is not self.entries.mass)
 
 
-def settle(entries: Entries, plan: Plan | None, capacity: int, memory: Tensor | None = None) -> Slots:
+def settle(
+    entries: Entries, plan: Plan | None, capacity: int, memory: Tensor | None = None, faults: Tensor | None = None
+) -> Slots:
     """Move what `plan` keeps into fresh slots in token order; the old storage is let go.
 
     Merging averages keys and values of a bucket in float32 and adds up its mass; the entry keeps its
     anchor's position and kind. What lies in a slot that holds no token is not defined. `memory` is what an
-    earlier plan left.
+    earlier plan left, `faults` what went wrong in earlier steps.
     """
     if plan is not None:
         memory = memory if plan.memory is None else plan.memory
@@ -139,7 +153,8 @@ def settle(entries: Entries, plan: Plan | None, capacity: int, memory: Tensor | 
         kind=entries.kind.gather(2, order).masked_fill_(~filled, 0),
         mass=None if mass is None else mass.masked_fill_(~filled, 0.0),
     )
-    return Slots(entries=kept, length=length, free=length.clone(), memory=memory)
+    faults = torch.zeros_like(length, dtype=torch.int32) if faults is None else faults
+    return Slots(entries=kept, length=length, free=length.clone(), faults=faults, memory=memory)
 
 
 def _moved(entries: Entries, plan: Plan | None, order: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -28,7 +28,7 @@ class StepCounts:
         self.prompt = torch.tensor(ledger.prompt, dtype=torch.int64, device=device)
         self.prompt_budget = torch.tensor(ledger.allowed_after_prompt(), dtype=torch.int64, device=device)
         self.seen = torch.tensor(ledger.seen, dtype=torch.int64, device=device)
-        self.row_seed = torch.tensor(setup.row_seeds or [0] * len(ledger.seen), dtype=torch.int64, device=device)
+        self.row_seed = torch.tensor(setup.seeds_of(len(ledger.seen)), dtype=torch.int64, device=device)
         self._announce(ledger, setup.reserve_tokens)
         self.budget = self._table[0].clone()
         self.sinks, self.recent_from = self._protected()
@@ -87,7 +87,7 @@ class StepCounts:
     def _protected(self) -> tuple[Tensor, Tensor]:
         """(B,) each: positions below the first and from the second on are not to be evicted."""
         if isinstance(self._policy, ScorePolicy):
-            return self._policy.protected_range(self.seen, self.budget)
+            return self._policy.checked_range(self.seen, self.budget)
         return torch.zeros_like(self.seen), self.seen
 
 

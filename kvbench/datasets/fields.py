@@ -1,11 +1,26 @@
-"""Texts of a row: there, of the right type, not empty, and whole Unicode."""
+"""Texts of a row: there, of the right type, not empty, whole Unicode, and text alone, no mark of a picture."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kvbench.errors import DataError
+
+# What the prompts of every supported family hold in the place of a picture, and around it. A text that has one
+# of them asks for a picture that is not there, whichever model reads it.
+PICTURE_MARKS = (
+    *("<image>", "<video>"),  # LLaVA, LLaVA-NeXT, LLaVA-OneVision, the bundled model
+    *("<|image_pad|>", "<|video_pad|>", "<|vision_pad|>", "<|vision_start|>", "<|vision_end|>"),  # Qwen2.5-VL, Qwen3-VL
+    *("<img>", "</img>", "<imgpad>"),  # the original Qwen-VL
+)
+_MARK = re.compile("|".join(map(re.escape, PICTURE_MARKS)))
+
+
+def without_marks(text: str) -> str:
+    """Return `text` with a space after the first letter of every picture mark, so that it is read as text."""
+    return _MARK.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
 
 def is_unicode(text: str) -> bool:

@@ -6,14 +6,16 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import get_args
 
 from kvbench.datasets.base import Example, OnBadItem, SkippedItem
+from kvbench.datasets.fields import without_marks
 from kvbench.datasets.pictures import picture_digest
 from kvbench.datasets.rows import Row, read_rows
+from kvbench.datasets.turn import Turn
 from kvbench.errors import ConfigError, DataError, close_matches
 
 
@@ -70,7 +72,7 @@ class FileDataset(ABC):
     def _new_example(self, row: Row, kept: dict[str, Example]) -> Example:
         if row.problem is not None:
             raise DataError(row.problem)
-        example = self._example(row)
+        example = _as_text(self._example(row))
         if example.id in kept:
             raise DataError(f"{row.where} has the id {example.id!r}, which an earlier item has; ids must differ")
         return example
@@ -98,6 +100,24 @@ class FileDataset(ABC):
     def facts_in(self, text: str) -> frozenset[Hashable]:
         """Return nothing: most formats state no facts."""
         return frozenset()
+
+
+def _as_text(example: Example) -> Example:
+    """Return the example with the picture marks in its texts escaped, whichever reader made it."""
+    turns = (
+        Turn(question=without_marks(turn.question), answer=without_marks(turn.answer)) for turn in example.follow_ups
+    )
+    facts = example.facts
+    if facts is not None:
+        facts = frozenset(without_marks(fact) if isinstance(fact, str) else fact for fact in facts)
+    return replace(
+        example,
+        context=without_marks(example.context),
+        question=without_marks(example.question),
+        reference=without_marks(example.reference),
+        follow_ups=tuple(turns),
+        facts=facts,
+    )
 
 
 def _nothing_left(path: str, skipped: Sequence[SkippedItem]) -> str:

@@ -16,7 +16,7 @@ from kvbench.datasets.base import Example
 from kvbench.datasets.fields import checked_text, object_of, text_of
 from kvbench.datasets.file_dataset import FileDataset
 from kvbench.datasets.pictures import picture_at
-from kvbench.datasets.rows import Row, existing, read_json
+from kvbench.datasets.rows import Row, existing, item_row, read_items, read_json
 from kvbench.errors import DataError
 
 _NEEDS = ("imagename", "question", "answer")
@@ -41,10 +41,10 @@ class MMVet(FileDataset):
 
     def _rows(self) -> Iterator[Row]:
         path = existing(self.path)
-        items = object_of(read_json(path), path.name, ("an item for each question id",))
+        items = object_of(read_items(path), path.name, ("an item for each question id",))
         names = _wanted(self.ids, items) if self.ids else list(items)
         for number, name in enumerate(names):
-            yield Row(where=f"{path.name}, item {name!r}", number=number, content=(name, items[name]))
+            yield item_row(f"{path.name}, item {name!r}", number, (name, items[name]))
 
     def _example(self, row: Row) -> Example:
         name, content = row.content

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from kvbench.datasets.base import Example
+from kvbench.datasets.fields import without_marks
 from kvbench.datasets.rows import read_bytes
 from kvbench.errors import ConfigError, DataError, close_matches
 
@@ -66,7 +67,8 @@ class Needles:
             texts = [read_bytes(file, "filler").decode("utf-8-sig") for file in files]
         except UnicodeDecodeError as error:
             raise DataError(f"dataset.filler {self.filler} is not text in UTF-8 ({error})") from error
-        return [" ".join(part.split()) for text in texts for part in _SENTENCE_END.split(text) if part.strip()]
+        parts = (part for text in texts for part in _SENTENCE_END.split(without_marks(text)))
+        return [" ".join(part.split()) for part in parts if part.strip()]
 
     @cached_property
     def fingerprint(self) -> str:

@@ -5,20 +5,23 @@ A row that cannot be read carries its problem instead of content, so that a data
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kvbench.datasets.hub import HUB_PREFIX, hub_rows
-from kvbench.errors import ConfigError, DataError
+from kvbench.errors import ConfigError, DataError, missing_path
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+_TWICE = "an object has the name {0!r} twice"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +54,7 @@ def existing(source: str, setting: str = "path") -> Path:
     """Return the path of a file that exists. Raises: ConfigError."""
     path = Path(source).expanduser()
     if not path.is_file():
-        reason = "it is a folder" if path.is_dir() else "there is no such file"
+        reason = "it is a folder" if path.is_dir() else missing_path(path)
         raise ConfigError(f"dataset.{setting} {source} cannot be read ({reason}); give a file")
     return path
 
@@ -60,33 +63,83 @@ def read_bytes(path: Path, setting: str = "path") -> bytes:
     """Return the content of a file. Raises: ConfigError."""
     try:
         return path.read_bytes()
+    except FileNotFoundError as error:
+        raise ConfigError(f"dataset.{setting} {path} cannot be read ({missing_path(path)}); give a file") from error
     except OSError as error:
         raise ConfigError(f"dataset.{setting} {path} cannot be read ({error.strerror}); give a file") from error
 
 
 def read_json(path: Path, setting: str = "path") -> Any:
     """Return what a JSON file holds. Raises: ConfigError, DataError; a name that stands twice is one."""
+    content = read_items(path, setting)
+    name = _repeated_name(content)
+    if name is not None:
+        raise DataError(f"{path} is not JSON in UTF-8 ({_TWICE.format(name)})")
+    return content
+
+
+def read_items(path: Path, setting: str = "path") -> Any:
+    """Return the same, but a name that stands twice inside an item is left to `item_row`. Raises the same."""
     try:
-        return json.loads(read_bytes(path, setting).decode("utf-8-sig"), object_pairs_hook=_distinct)
+        content = json.loads(read_bytes(path, setting).decode("utf-8-sig"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON in UTF-8 ({error})") from error
+    if isinstance(content, _Repeated):
+        raise DataError(f"{path} is not JSON in UTF-8 ({_TWICE.format(content.twice)})")
+    return content
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def item_row(where: str, number: int, content: Any) -> Row:
+    """Return the row of an item of JSON, with a problem if an object in it has a name twice."""
+    name = _repeated_name(content)
+    problem = None if name is None else f"{where}: {_TWICE.format(name)}"
+    return Row(where=where, number=number, content=content if name is None else None, problem=problem)
+
+
+class _Repeated(dict[str, Any]):
+    """An object in which the name `twice` stands twice."""
+
+    twice: str
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object has the name {twice!r} twice")
-    return found
+    if len(found) == len(pairs):
+        return found
+    repeated = _Repeated(found)
+    repeated.twice = _first_twice(name for name, _ in pairs) or ""
+    return repeated
+
+
+def _first_twice(names: Iterable[str]) -> str | None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def _repeated_name(content: Any) -> str | None:
+    """Look into everything, without recursion: what is nested deeper than Python calls can be is data too."""
+    left = [content]
+    while left:
+        found = left.pop()
+        if isinstance(found, _Repeated):
+            return found.twice
+        if isinstance(found, dict):
+            left.extend(found.values())
+        elif isinstance(found, list | tuple):
+            left.extend(found)
+    return None
 
 
 def _json(path: Path) -> Iterator[Row]:
-    items = read_json(path)
+    items = read_items(path)
     if not isinstance(items, list):
         raise DataError(f"{path} holds a {type(items).__name__}; it must be a list of objects")
     for number, item in enumerate(items):
-        yield Row(where=f"{path.name}, item {number}", number=number, content=item)
+        yield item_row(f"{path.name}, item {number}", number, item)
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
@@ -99,27 +152,62 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 def _json_line(raw: bytes, where: str, number: int) -> Row:
     try:
-        content = json.loads(raw.decode(), object_pairs_hook=_distinct)
-        return Row(where=where, number=number, content=content)
+        return item_row(where, number, json.loads(raw.decode(), object_pairs_hook=_object))
     except (ValueError, RecursionError) as error:
         return Row(where=where, number=number, problem=f"{where} is not JSON in UTF-8 ({error})")
 
 
 def _csv(path: Path) -> Iterator[Row]:
+    header, *rows = _cells(path)
+    twice = _first_twice(name for name in header if name)
+    if twice is not None:
+        raise DataError(f"{path}: the header has the column {twice!r} twice; every column needs a name of its own")
+    for number, cells in enumerate(rows):
+        yield _csv_row(f"{path.name}, row {number}", number, header, cells)
+
+
+def _csv_row(where: str, number: int, header: Sequence[str], cells: Sequence[str]) -> Row:
+    # A first column without a name is an index, as pandas writes one; any other such column may hold nothing.
+    if len(cells) != len(header):
+        problem = (
+            f"{where} has {len(cells)} cells, and the header names {len(header)} columns; put cells that hold a comma "
+            'or a line end into double quotes (")'
+        )
+        return Row(where=where, number=number, problem=problem)
+    stray = next((at for at, name in enumerate(header) if at and not name and cells[at]), None)
+    if stray is not None:
+        problem = f"{where} has the cell {cells[stray][:40]!r} in column {stray + 1}, which the header does not name"
+        return Row(where=where, number=number, problem=problem)
+    named = {name: cell for at, (name, cell) in enumerate(zip(header, cells, strict=True)) if name or not at}
+    return Row(where=where, number=number, content=named)
+
+
+def _cells(path: Path) -> list[list[str]]:
+    """Return header and rows without blank lines; a cell may have any length. Raises: ConfigError, DataError."""
+    limit = csv.field_size_limit(sys.maxsize)
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"dataset.path {path} cannot be read ({error.strerror}); give a CSV file") from error
-    except ValueError as error:  # pandas' own errors and wrong UTF-8
-        raise DataError(f"{path} is not CSV in UTF-8 ({' '.join(str(error).split())})") from error
-    for number, content in enumerate(table.to_dict("records")):
-        yield Row(where=f"{path.name}, row {number}", number=number, content=content)
+        reader = csv.reader(io.StringIO(read_bytes(path).decode("utf-8-sig"), newline=""), strict=True)
+        rows = []
+        try:
+            rows = [cells for cells in reader if cells]
+        except csv.Error as error:
+            raise DataError(f"{path} is not CSV in UTF-8 (line {reader.line_num}: {error})") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not CSV in UTF-8 ({error})") from error
+    finally:
+        csv.field_size_limit(limit)
+    if not rows:
+        raise DataError(f"{path} is not CSV in UTF-8 (it has no header)")
+    return rows
 
 
 def _parquet(path: Path) -> Iterator[Row]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
+            twice = _first_twice(file.schema_arrow.names)
+            if twice is not None:
+                raise DataError(f"{path} has the column {twice!r} twice; every column needs a name of its own")
             for batch in file.iter_batches(batch_size=64):
                 for content in batch.to_pylist():
                     yield Row(where=f"{path.name}, row {number}", number=number, content=content)

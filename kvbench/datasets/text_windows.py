@@ -85,9 +85,11 @@ class TextWindows(FileDataset):
     def _joined(self) -> str:
         texts = []
         for row in read_rows(self.path):
+            if row.problem is not None:
+                raise DataError(row.problem)
             text = object_of(row.content, row.where, (self.column,)).get(self.column)
-            if row.problem is not None or not isinstance(text, str):
-                raise DataError(row.problem or f"{row.where} has no text {self.column!r}; set dataset.column")
+            if not isinstance(text, str):
+                raise DataError(f"{row.where} has no text {self.column!r}; set dataset.column")
             texts.append(text)
         return self.joiner.join(texts)
 

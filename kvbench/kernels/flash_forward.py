@@ -42,6 +42,8 @@ def padded_forward(
     output = torch.zeros_like(query)
     lse = torch.full(query.shape[:3], torch.inf, dtype=torch.float32, device=query.device)
     for row, start in enumerate(pads):
+        if start == query.shape[2]:
+            continue
         real = (slice(row, row + 1), slice(None), slice(start, None))
         output[real], lse[real] = causal_forward(query[real], keys[real], values[real], scaling)
     return output, lse

@@ -12,7 +12,7 @@ class SlotColumns:
     """A layer's slots as the kernels see them, all contiguous and changed in place.
 
     keys, values (B, H, C, D); position (B, H, C) int64, kind int8, mass float32 or None, rank int32 or
-    None; length and free (B, H) int64.
+    None; length and free (B, H) int64; faults (B, H) int32.
     """
 
     keys: Tensor
@@ -23,3 +23,4 @@ class SlotColumns:
     rank: Tensor | None
     length: Tensor
     free: Tensor
+    faults: Tensor

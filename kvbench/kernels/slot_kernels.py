@@ -66,6 +66,7 @@ def free_victim(
     rank,
     length,
     free,
+    faults,
     budget,
     sinks,
     recent_from,
@@ -82,7 +83,9 @@ def free_victim(
 
     Without APPLY every pair's choice is written to `victim` and nothing else changes.
 
-    Sinks (position < sinks) and the recent window (position >= recent_from) count as infinite scores.
+    Sinks (position < sinks) and the recent window (position >= recent_from) count as infinite scores. What is no
+    choice is noted in `faults` (pair,), as kvbench.cache.slots names it: 1 for NaN among the other scores, which
+    -1 says of a given victim, 2 for a given victim that is no slot with a token.
     """
     pair = tl.program_id(0)
     row, head = pair // heads, pair % heads
@@ -92,20 +95,27 @@ def free_victim(
     c = tl.arange(0, BLOCK_C)
     chosen = held * 0
     if over:
+        fault = (held * 0).to(tl.int32)
         if GIVEN:
             chosen = tl.load(victim + pair)
+            wrong = (chosen < 0) | (chosen >= held)
+            fault = tl.where(wrong, tl.where(chosen == -1, 1, 2), fault)
+            chosen = tl.where(wrong, 0, chosen)
         else:
             first_sinks = tl.load(sinks + row)
             recent = tl.load(recent_from + row)
             lowest = tl.full((BLOCK_C,), float("inf"), tl.float32)
             oldest = tl.full((BLOCK_C,), 9223372036854775807, tl.int64)
             place = tl.zeros((BLOCK_C,), tl.int64)
+            unknown = tl.zeros((BLOCK_C,), tl.int32)
             for start in range(0, held, BLOCK_C):
                 slot = start + c
                 p = tl.load(position + base + slot, mask=slot < held, other=-1)
                 s = tl.load(score + row * score_row + head * score_head + slot, mask=slot < held, other=0.0)
-                s = tl.minimum(s.to(tl.float32), 3.4028234663852886e38)
-                s = tl.where((p < first_sinks) | (p >= recent), float("inf"), s)
+                s = s.to(tl.float32)
+                kept = (p < first_sinks) | (p >= recent)
+                unknown |= ((s != s) & (kept == 0)).to(tl.int32)
+                s = tl.where(kept, float("inf"), tl.minimum(s, 3.4028234663852886e38))
                 better = (p >= 0) & ((s < lowest) | ((s == lowest) & (p < oldest)))
                 lowest = tl.where(better, s, lowest)
                 oldest = tl.where(better, p, oldest)
@@ -114,6 +124,7 @@ def free_victim(
             oldest = tl.where(lowest == least, oldest, 9223372036854775807)
             age = tl.min(oldest, 0)
             chosen = tl.min(tl.where(oldest == age, place, 9223372036854775807), 0)
+            fault = tl.max(unknown, 0)
         if not APPLY:
             tl.store(victim + pair, chosen)
         elif HAS_RANK:
@@ -123,6 +134,8 @@ def free_victim(
                 r = tl.load(rank + base + slot, mask=slot < held, other=0)
                 tl.store(rank + base + slot, r - (r > gone).to(r.dtype), mask=slot < held)
         if APPLY:
+            if fault > 0:
+                tl.store(faults + pair, tl.load(faults + pair) | fault)
             tl.store(position + base + chosen, -1)
             tl.store(length + pair, held - 1)
             tl.store(free + pair, chosen)

@@ -45,7 +45,8 @@ def write_slot(columns: SlotColumns, keys: Tensor, values: Tensor, seen: Tensor,
 def free_lowest(columns: SlotColumns, score: Tensor, budget: Tensor, sinks: Tensor, recent_from: Tensor) -> None:
     """Free the entry of lowest `score` (B, 1 or H, C) of each head over its `budget` (B,), the oldest of equals.
 
-    Entries at positions below `sinks` (B,) or from `recent_from` (B,) on are protected.
+    Entries at positions below `sinks` (B,) or from `recent_from` (B,) on are protected. NaN of another entry
+    is noted in the faults and counts as a large score.
     """
     _free(columns, score, columns.free, budget, sinks, recent_from, given=False)
 
@@ -58,7 +59,10 @@ def lowest_slot(columns: SlotColumns, score: Tensor, budget: Tensor, sinks: Tens
 
 
 def free_given(columns: SlotColumns, victim: Tensor, budget: Tensor) -> None:
-    """Free slot `victim` (B, H) int64 of each head over its `budget` (B,)."""
+    """Free slot `victim` (B, H) int64 of each head over its `budget` (B,).
+
+    One that is no slot with a token is noted in the faults, and slot 0 is freed.
+    """
     _free(columns, columns.position, victim, budget, budget, budget, given=True)
 
 
@@ -82,6 +86,7 @@ def _free(
         columns.position if columns.rank is None else columns.rank,
         columns.length,
         columns.free,
+        columns.faults,
         budget,
         sinks,
         recent_from,

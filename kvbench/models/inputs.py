@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,15 +14,16 @@ from torch import Tensor
 from kvbench.cache import Kind
 from kvbench.datasets.base import Example
 from kvbench.errors import DataError, ModelSupportError
+from kvbench.models.chat import message, render_chat
+from kvbench.models.families import FIXED_PICTURE_FAMILIES
 from kvbench.models.grid_positions import GridPositions, grid_positions
 from kvbench.models.loader import LoadedModel
 from kvbench.models.synthetic_inputs import synthetic_tensors
-from kvbench.models.windows import window_prompts, window_tokens
+from kvbench.models.windows import window_tokens
 
-_PICTURE_INPUTS = ("pixel_values", "image_sizes", "batch_num_images", "image_grid_thw", "mm_token_type_ids")
-# What templates that ask for it are told: answers come without reasoning first, as the references do, and a
-# prompt is the same on every day (the date is the one that Llama 3's template falls back to).
-_TEMPLATE_SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+_PICTURE_INPUTS = ("pixel_values", "image_sizes", "batch_num_images", "image_grid_thw")
+# What processors raise for one picture or text; StopIteration: more image tokens than pictures, transformers 5.17.
+_REJECTIONS = (ValueError, TypeError, LookupError, ArithmeticError, StopIteration)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +71,7 @@ def prompt_batch(loaded: LoadedModel, examples: Sequence[Example], *, num_questi
     Raises: DataError, ModelSupportError.
     """
     drawn = [example.token_prompt for example in examples if example.token_prompt is not None]
-    tensors = synthetic_tensors(loaded, drawn) if drawn else _written_tensors(loaded, examples)
+    tensors = synthetic_tensors(loaded, drawn) if drawn else _taken_tensors(loaded, examples)
     seeds = tuple(_row_seed(example) for example in examples)
     batch = PromptBatch(
         tensors=tensors,
@@ -80,27 +82,124 @@ def prompt_batch(loaded: LoadedModel, examples: Sequence[Example], *, num_questi
     return without_question(batch, num_question_tokens)
 
 
+def _taken_tensors(loaded: LoadedModel, examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Return the prompts' tensors. Raises: DataError naming the one item that the processor does not take."""
+    try:
+        return _written_tensors(loaded, examples)
+    except _REJECTIONS:
+        for example in examples:
+            with _named_when_rejected(example):
+                _written_tensors(loaded, [example])
+        raise
+
+
+@contextmanager
+def _named_when_rejected(example: Example) -> Iterator[None]:
+    try:
+        yield
+    except _REJECTIONS as error:
+        raise DataError(
+            f"the model's processor does not take {example.id} ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}); leave the item out"
+        ) from error
+
+
 def _written_tensors(loaded: LoadedModel, examples: Sequence[Example]) -> dict[str, Tensor]:
     if any(example.window is not None for example in examples):
-        return _on_device(loaded, examples, window_prompts(loaded, examples))
-    texts = [prompt_text(loaded, example) for example in examples]
-    images = [example.load_image() for example in examples if example.load_image is not None]
-    arguments: dict[str, Any] = {"text": texts, "return_tensors": "pt", "padding": True}
-    if images:
-        arguments["images"] = images
-    encoded = loaded.processor(**arguments, add_special_tokens=adds_special_tokens(loaded, texts[0]))
-    return _on_device(loaded, examples, encoded)
-
-
-def _on_device(loaded: LoadedModel, examples: Sequence[Example], encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    empty = torch.nonzero(encoded["attention_mask"].sum(dim=-1) == 0)
-    if len(empty):
-        raise DataError(f"the prompt of {examples[int(empty[0])].id} has no token; leave the item out")
-    names = ("input_ids", "attention_mask", *_PICTURE_INPUTS)
-    tensors = {name: encoded[name].to(loaded.device) for name in names if name in encoded}
+        rows = [window_tokens(loaded, example)[0] for example in examples]
+        pictures: dict[str, Tensor] = {}
+    else:
+        rows, pictures = _prompt_rows(loaded, examples)
+    empty = next((example for example, row in zip(examples, rows, strict=True) if not row), None)
+    if empty is not None:
+        raise DataError(f"the prompt of {empty.id} has no token; leave the item out")
+    longest = max(map(len, rows))
+    pad = loaded.tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    tensors = {"input_ids": ids, "attention_mask": mask, **pictures}
+    if loaded.image_token_id is not None and getattr(loaded.processor, "marks_images", False):
+        tensors["mm_token_type_ids"] = torch.eq(ids, loaded.image_token_id).int()
+    tensors = {name: tensor.to(loaded.device) for name, tensor in tensors.items()}
     if "pixel_values" in tensors:
         tensors["pixel_values"] = tensors["pixel_values"].to(loaded.model.dtype)
     return tensors
+
+
+def _prompt_rows(loaded: LoadedModel, examples: Sequence[Example]) -> tuple[list[list[int]], dict[str, Tensor]]:
+    """Return the tokens of each prompt, with all tokens of its picture, and what the model is told of pictures."""
+    narrow = [prompt_ids(loaded, example) for example in examples]
+    images = [example.load_image() for example in examples if example.load_image is not None]
+    widths, pictures = _pictures(loaded, images) if images else ([], {})
+    left = iter(widths)
+    return [_widened(row, loaded.image_token_id, left) for row in narrow], pictures
+
+
+def _widened(row: Sequence[int], image_token_id: int | None, widths: Iterator[int]) -> list[int]:
+    wide: list[int] = []
+    for token in row:
+        wide += [token] * (next(widths) if token == image_token_id else 1)
+    return wide
+
+
+def _pictures(loaded: LoadedModel, images: Sequence[Any]) -> tuple[list[int], dict[str, Tensor]]:
+    """Return how many image tokens each picture is, and what the model is given of the pictures.
+
+    The processor sees pictures and their marks alone, no text: it would take a picture's mark in a question for one
+    more picture.
+    """
+    mark = loaded.tokenizer.convert_ids_to_tokens(loaded.image_token_id)
+    encoded = loaded.processor(
+        text=[mark] * len(images), images=list(images), return_tensors="pt", padding=True, add_special_tokens=False
+    )
+    widths: list[int] = (encoded["input_ids"] == loaded.image_token_id).sum(dim=-1).tolist()
+    return widths, {name: encoded[name] for name in _PICTURE_INPUTS if name in encoded}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenPrompts:
+    """What a model is given of a data set: tokens of each prompt by example id, and a SHA-256 over all of them.
+
+    num_tokens counts all tokens of pictures; the digest tells one picture from another by the data set's fingerprint
+    alone.
+    """
+
+    num_tokens: Mapping[str, int]
+    digest: str
+
+
+def given_prompts(loaded: LoadedModel, examples: Sequence[Example]) -> GivenPrompts:
+    """Return lengths and digest of all prompts. Raises: DataError, ModelSupportError."""
+    digest, lengths = hashlib.sha256(), {}
+    widths: dict[Any, int] = {}
+    for example in examples:
+        drawn = example.token_prompt
+        row = [drawn.num_tokens, drawn.seed] if drawn is not None else _narrow_row(loaded, example)
+        digest.update(f"{example.id!r} {row}\n".encode(errors="replace"))
+        lengths[example.id] = len(row) if drawn is None else drawn.num_tokens
+        if drawn is None and example.load_image is not None:
+            with _named_when_rejected(example):
+                lengths[example.id] += _picture_width(loaded, example.load_image, widths) - 1
+    first = next((example for example in examples if example.token_prompt is None), None)
+    if first is not None and _narrow_row(loaded, first) != _narrow_row(loaded, first):
+        raise ModelSupportError(
+            "the chat template writes another prompt each time it is asked, so nothing could be measured twice; choose "
+            "a format with model.prompt"
+        )
+    return GivenPrompts(num_tokens=lengths, digest=digest.hexdigest())
+
+
+def _narrow_row(loaded: LoadedModel, example: Example) -> list[int]:
+    return prompt_ids(loaded, example) if example.window is None else window_tokens(loaded, example)[0]
+
+
+def _picture_width(loaded: LoadedModel, load_image: Callable[[], Any], known: dict[Any, int]) -> int:
+    """Return the tokens of a picture: of one size all have as many, in some families whatever the size."""
+    picture = None if loaded.model.config.model_type in FIXED_PICTURE_FAMILIES and known else load_image()
+    size = next(iter(known)) if picture is None else picture.size
+    if size not in known:
+        (known[size],), _ = _pictures(loaded, [picture])
+    return known[size]
 
 
 def without_question(batch: PromptBatch, num_tokens: int) -> PromptBatch:
@@ -125,27 +224,43 @@ def _row_seed(example: Example) -> int:
 def prompt_text(loaded: LoadedModel, example: Example, *, before_question: str = "") -> str:
     """Return the prompt as the model's own chat template writes it; plain text without a template.
 
-    before_question is put between context and question, to find the place. Raises: ModelSupportError.
+    What looks like a control token in the data is shielded (`TextTokens`). before_question is put between context and
+    question, to find the place. Raises: ModelSupportError.
     """
     with_image = example.load_image is not None
     if with_image and not loaded.takes_images:
         raise ModelSupportError(f"{example.id} has a picture, but the model takes text only; choose another dataset")
-    message = example.context + before_question + example.question
-    if not getattr(loaded.processor, "chat_template", None):
+    asked = _shielded_message(loaded, example, before_question)
+    if loaded.chat_template is None:
         if with_image:
             raise ModelSupportError("the checkpoint has no chat template, so a picture has no place in the prompt")
-        return message
-    content: Any = message
-    if loaded.takes_images:
-        content = [{"type": "image"}] * with_image + [{"type": "text", "text": message}]
-    chat = [{"role": "user", "content": content}]
-    settings = {name: value for name, value in _TEMPLATE_SETTINGS.items() if name in loaded.processor.chat_template}
-    text: str = loaded.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **settings)
-    return text
+        return asked
+    return render_chat(loaded, [message(loaded, "user", asked, with_image=with_image)])
+
+
+def _shielded_message(loaded: LoadedModel, example: Example, before_question: str) -> str:
+    whole, shield = example.context + example.question, loaded.text.shield
+    if not before_question:
+        return shield(whole)
+    at = loaded.text.boundary(whole, len(example.context))
+    return shield(whole[:at]) + before_question + shield(whole[at:])
+
+
+def prompt_ids(loaded: LoadedModel, example: Example) -> list[int]:
+    """Return the prompt's tokens, a picture being one image token. Raises: ModelSupportError."""
+    text = prompt_text(loaded, example)
+    ids = loaded.text.ids(text, add_special_tokens=adds_special_tokens(loaded, text))
+    places, pictures = sum(token == loaded.image_token_id for token in ids), int(example.load_image is not None)
+    if loaded.takes_images and places != pictures:
+        raise ModelSupportError(
+            f"the prompt of {example.id} has {places} places for {pictures} pictures; the chat template must write one "
+            "for each picture, choose a format with model.prompt"
+        )
+    return ids
 
 
 def answer_tokens(loaded: LoadedModel, example: Example) -> list[int]:
-    """Return the reference as the model would write it after the prompt, end token included.
+    """Return the reference as the model would write it after the prompt, and one end token.
 
     Of a window it is the tokens after the given ones, without an end token.
 
@@ -157,15 +272,14 @@ def answer_tokens(loaded: LoadedModel, example: Example) -> list[int]:
         return window_tokens(loaded, example)[1]
     prompt = prompt_text(loaded, example)
     joint = "" if prompt[-1:].isspace() or not prompt else " "
-    adds = adds_special_tokens(loaded, prompt)
-    before: list[int] = loaded.tokenizer(prompt, add_special_tokens=adds)["input_ids"]
-    both: list[int] = loaded.tokenizer(prompt + joint + example.reference, add_special_tokens=adds)["input_ids"]
+    adds, answer = adds_special_tokens(loaded, prompt), loaded.text.shield(joint + example.reference)
+    before = loaded.text.ids(prompt, add_special_tokens=adds)
+    both = loaded.text.ids(prompt + answer, add_special_tokens=adds)
     if both[: len(before)] != before:
         raise ModelSupportError(f"the tokenizer merges prompt and answer of {example.id}; teacher forcing is undefined")
-    answer = both[len(before) :]
-    if not answer:
+    if len(both) == len(before):
         raise DataError(f"the answer of {example.id} has no token; leave the item out")
-    return answer if answer[-1] == loaded.eos_token_id else [*answer, loaded.eos_token_id]
+    return [*both[len(before) :], loaded.eos_token_id]
 
 
 def reference_text(loaded: LoadedModel, example: Example) -> str:

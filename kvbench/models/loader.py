@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from kvbench.errors import ModelSupportError
+from kvbench.models.chat import default_template, end_token_written
 from kvbench.models.families import FAMILIES, VISION_FAMILIES
 from kvbench.models.fused import fuse
 from kvbench.models.own_code import check_hub_code
 from kvbench.models.prompts import LLAVA_V1, PROMPTS
 from kvbench.models.random_weights import architecture, random_model
 from kvbench.models.spec import ModelSpec
+from kvbench.models.text_tokens import TextTokens
+from kvbench.models.weight_files import check_loaded, check_weight_files
+
+
+def nobody_watches() -> None:
+    """Do nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
     """A model ready to run: `processor` is the full processor or the tokenizer alone.
 
-    Random weights come without either: both are None.
+    Random weights come without either: both are None. declared_ends: the end tokens that generation_config.json and
+    config.json of the checkpoint name. beat: called after every pass of the model by what runs it, for a watchdog; it
+    costs next to nothing.
     """
 
     model: Any
@@ -29,6 +43,8 @@ class LoadedModel:
     tokenizer: Any
     device: torch.device
     image_token_id: int | None
+    beat: Callable[[], None] = nobody_watches
+    declared_ends: tuple[int, ...] = ()
 
     @property
     def takes_images(self) -> bool:
@@ -36,18 +52,38 @@ class LoadedModel:
         return self.image_token_id is not None
 
     @property
-    def eos_token_id(self) -> int:
-        """The token that ends an answer; of a model without tokenizer, what its config says.
+    def chat_template(self) -> str | None:
+        """The template of every chat; None where the checkpoint has none."""
+        return getattr(self.processor, "chat_template", None) or None
 
-        Raises: ModelSupportError if neither names one.
+    @cached_property
+    def text(self) -> TextTokens:
+        """How text becomes tokens."""
+        return TextTokens(self.tokenizer, self.chat_template)
+
+    @cached_property
+    def eos_token_id(self) -> int:
+        """The token that ends a reference answer: what the chat template writes there, else the tokenizer's end token.
+
+        Of a model without tokenizer, what its config says. Raises: ModelSupportError if neither names one.
         """
         if self.tokenizer is not None:
-            return int(self.tokenizer.eos_token_id)
+            written = end_token_written(self)
+            return int(self.tokenizer.eos_token_id) if written is None else written
         end = self.model.config.get_text_config().eos_token_id
         first = end[0] if isinstance(end, list) else end
         if first is None:
             raise ModelSupportError("neither a tokenizer nor the config names an end token")
         return int(first)
+
+    @cached_property
+    def end_token_ids(self) -> frozenset[int]:
+        """Every token that ends a generated answer: the declared ones, the tokenizer's, the template's.
+
+        Raises: ModelSupportError if there is none.
+        """
+        tokenizer_end = set() if self.tokenizer is None else {int(self.tokenizer.eos_token_id)}
+        return frozenset({*self.declared_ends, *tokenizer_end, self.eos_token_id})
 
 
 def load_model(spec: ModelSpec, device: str) -> LoadedModel:
@@ -103,13 +139,20 @@ def _checkpoint(spec: ModelSpec, device: str) -> LoadedModel:
             f"{source} is of a family that transformers does not know; supported: {', '.join(FAMILIES)}, others "
             "only with model.trust_remote_code=true, which runs code of the checkpoint"
         ) from error
+    except OSError as error:  # no such checkpoint on the hub, no network, or no config.json in it
+        raise _not_loaded(source, error) from error
     family = config.model_type
     if family not in FAMILIES and not spec.trust_remote_code:
         raise ModelSupportError(f"{source} is of family {family!r}; supported: {', '.join(FAMILIES)}")
     vision = family in VISION_FAMILIES
+    if spec.folder is not None:
+        check_weight_files(spec.folder)
     auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
-    model = auto.from_pretrained(source, dtype=getattr(torch, spec.dtype), use_safetensors=True, **options)
-    processor = _processor(source, model, spec.prompt, options)
+    model = _whole_model(auto, source, getattr(torch, spec.dtype), options)
+    try:
+        processor = _processor(source, model, spec.prompt, options)
+    except (OSError, ValueError) as error:  # a file of tokenizer or processor that is missing or of another form
+        raise _not_loaded(source, error) from error
     _attach(model)
     _fuse_on_gpu(model, spec, torch.device(device))
     return LoadedModel(
@@ -118,7 +161,63 @@ def _checkpoint(spec: ModelSpec, device: str) -> LoadedModel:
         tokenizer=processor.tokenizer if vision else processor,
         device=torch.device(device),
         image_token_id=config.image_token_id if vision else None,
+        declared_ends=tuple(sorted(set(_declared_ends(source, options)))),
     )
+
+
+def _whole_model(auto: Any, source: str, dtype: torch.dtype, options: Mapping[str, Any]) -> Any:
+    """Return the model of `source`, every tensor of it from the checkpoint.
+
+    Shapes that differ are let through, so that they are told by name and in one line with all the rest.
+    """
+    log = importlib.import_module("transformers").utils.logging
+    level = log.get_verbosity()
+    log.set_verbosity_error()  # its table of the same names
+    try:
+        model, info = auto.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    except (OSError, SafetensorError) as error:  # a file of a hub's checkpoint that is missing or broken
+        raise _not_loaded(source, error) from error
+    finally:
+        log.set_verbosity(level)
+    check_loaded(source, info)
+    return model
+
+
+def _not_loaded(source: str, error: Exception) -> ModelSupportError:
+    return ModelSupportError(f"model.checkpoint {source} cannot be loaded ({' '.join(str(error).split())})")
+
+
+def _declared_ends(source: str, options: Mapping[str, Any]) -> Iterator[int]:
+    """Yield the end tokens that the files of a checkpoint name.
+
+    From the files, not from what was loaded: a family's config class has an end token of its own (2 for Llama), which
+    means nothing in another vocabulary.
+    """
+    transformers = importlib.import_module("transformers")
+    config, _ = transformers.PretrainedConfig.get_config_dict(source, **options)
+    path = transformers.utils.cached_file(
+        source,
+        "generation_config.json",
+        revision=options["revision"],
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    generation = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    for part in (generation, config, *_text_parts(config)):
+        ends = part.get("eos_token_id")
+        yield from (int(end) for end in (ends if isinstance(ends, list) else [ends]) if end is not None and end >= 0)
+
+
+def _text_parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    if isinstance(config.get("text_config"), dict):
+        yield config["text_config"]
 
 
 def _processor(source: str, model: Any, prompt: str | None, options: dict[str, Any]) -> Any:
@@ -133,8 +232,8 @@ def _processor(source: str, model: Any, prompt: str | None, options: dict[str, A
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if prompt is not None:
-        processor.chat_template = PROMPTS[prompt]
-    elif model.config.model_type == "llava" and not processor.chat_template:
-        processor.chat_template = LLAVA_V1
+    template = PROMPTS[prompt] if prompt is not None else default_template(processor.chat_template)
+    if template is None and model.config.model_type == "llava":
+        template = LLAVA_V1
+    processor.chat_template = template
     return processor

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from kvbench.datasets.base import Example
 from kvbench.errors import ModelSupportError
+from kvbench.models.chat import ANSWER_MARK, message, render_chat
 from kvbench.models.loader import LoadedModel
-
-_MARK = "\ue000answer\ue000"  # private use: no data set writes it
 
 
 def next_turn_tokens(loaded: LoadedModel, example: Example, number: int) -> list[int]:
@@ -17,19 +14,12 @@ def next_turn_tokens(loaded: LoadedModel, example: Example, number: int) -> list
     They close the answer as the chat template does, ask the follow-up question and open the next
     answer. Raises: ModelSupportError without a chat template, or with one that drops earlier answers.
     """
-    if not getattr(loaded.processor, "chat_template", None):
-        raise ModelSupportError("the checkpoint has no chat template, so a second turn has no form; leave the task out")
-    chat = [_message(loaded, "user", example.context + example.question, with_image=example.load_image is not None)]
+    shield = loaded.text.shield
+    first = shield(example.context + example.question)
+    chat = [message(loaded, "user", first, with_image=example.load_image is not None)]
     for turn in example.follow_ups[: number - 1]:
-        chat += [_message(loaded, "assistant", _MARK), _message(loaded, "user", turn.question)]
-    rendered = loaded.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    if rendered.count(_MARK) != number - 1:
+        chat += [message(loaded, "assistant", ANSWER_MARK), message(loaded, "user", shield(turn.question))]
+    rendered = render_chat(loaded, chat)
+    if rendered.count(ANSWER_MARK) != number - 1:
         raise ModelSupportError("the chat template does not repeat earlier answers as they are; leave the task out")
-    tokens: list[int] = loaded.tokenizer(rendered.rpartition(_MARK)[2], add_special_tokens=False)["input_ids"]
-    return tokens
-
-
-def _message(loaded: LoadedModel, role: str, text: str, *, with_image: bool = False) -> dict[str, Any]:
-    if not loaded.takes_images:
-        return {"role": role, "content": text}
-    return {"role": role, "content": [{"type": "image"}] * with_image + [{"type": "text", "text": text}]}
+    return loaded.text.ids(rendered.rpartition(ANSWER_MARK)[2], add_special_tokens=False)

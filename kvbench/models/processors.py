@@ -12,6 +12,7 @@ import transformers
 from transformers.utils import cached_file
 
 from kvbench.errors import ModelSupportError
+from kvbench.models.chat import default_template
 from kvbench.models.families import GRID_FAMILIES, PORTED_FAMILIES
 from kvbench.models.prompts import QWEN_CHATML, QWEN_RAW
 from kvbench.models.qwen_vl.tokenizer import END_OF_TEXT, TURN_END, VOCABULARY_FILE, qwen_tokenizer
@@ -52,7 +53,7 @@ def _still(
         tokenizer=tokenizer,
         image_processor=images,
         image_token_id=config.image_token_id,
-        chat_template=stored.get("chat_template") or tokenizer.chat_template,
+        chat_template=default_template(stored.get("chat_template") or tokenizer.chat_template),
         count_tokens=count,
         marks_images=marks_images,
     )

@@ -33,8 +33,8 @@ def num_question_tokens(loaded: LoadedModel, example: Example) -> int:
             "the chat template changes the message, so the question's begin is unknown; set query_visible=true"
         )
     adds = adds_special_tokens(loaded, whole)
-    first: list[int] = loaded.tokenizer(before, add_special_tokens=adds)["input_ids"]
-    tokens: list[int] = loaded.tokenizer(whole, add_special_tokens=adds)["input_ids"]
+    first = loaded.text.ids(before, add_special_tokens=adds)
+    tokens = loaded.text.ids(whole, add_special_tokens=adds)
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, tokens, strict=False)))
     if shared == 0 or loaded.image_token_id in tokens[shared:]:
         raise ModelSupportError(
@@ -51,4 +51,5 @@ def by_question_length(loaded: LoadedModel, examples: Sequence[Example]) -> dict
     groups: dict[int, list[Example]] = {}
     for example in examples:
         groups.setdefault(num_question_tokens(loaded, example), []).append(example)
+        loaded.beat()
     return groups

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+# How checkpoint and data become tokens: raise it when they would give others. 2: data is plain text, templates have
+# one clock, an answer ends at every end token that the checkpoint names and is scored to the template's own.
+PROMPT_RULES = 2
+
 # LLaVA v1.5's training conversations ("v1"), which the Elastic Cache release evaluates with: a system
 # sentence, then turns separated by one space. The converted checkpoints' own template has no sentence.
 LLAVA_V1 = (

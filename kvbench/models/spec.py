@@ -7,12 +7,14 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from kvbench.errors import ConfigError, close_matches
+from kvbench.errors import ConfigError, close_matches, missing_path, near_paths
 from kvbench.models.families import RANDOM_FAMILIES, VISION_FAMILIES
-from kvbench.models.prompts import PROMPTS
+from kvbench.models.prompts import PROMPT_RULES, PROMPTS
+from kvbench.models.weight_files import SUFFIXES, check_no_adapter, check_no_pointer
 from kvbench.sealed import canonical_json
 
 BUNDLED = "bundled"
@@ -79,7 +81,8 @@ class ModelSpec:
         if known is None:
             raise ConfigError(
                 "model.weights is 'random', but model.config is not given, so the architecture is not known; "
-                "write it there, as conf/model/llava-1.5-7b.yaml does, or give a folder with a config.json"
+                "write it there, as conf/model/llava-1.5-7b.yaml does, or give a folder with a config.json "
+                f"(model.checkpoint is {self.checkpoint!r}, but {missing_path(Path(self.checkpoint).expanduser())})"
             )
         family = known.get("model_type")
         if family not in RANDOM_FAMILIES:
@@ -96,21 +99,34 @@ class ModelSpec:
         return path if path.is_dir() else None
 
     def _check_hub(self) -> None:
+        path = Path(self.checkpoint).expanduser()
+        if path.is_file():
+            raise ConfigError(
+                f"model.checkpoint is {self.checkpoint!r}, which is a file; give the folder that it is in"
+            )
         if not _HUB_NAME.fullmatch(self.checkpoint) or self.checkpoint.startswith("."):
+            near = "did you mean 'bundled'?" if get_close_matches(self.checkpoint, [BUNDLED]) else missing_path(path)
             raise ConfigError(
                 f"model.checkpoint is {self.checkpoint!r}; it must be 'bundled', a folder that exists, "
-                "or a hub name such as 'llava-hf/llava-1.5-7b-hf'"
+                f"or a hub name such as 'llava-hf/llava-1.5-7b-hf', but {near}"
+            )
+        if self.revision is None and (path.parent.is_dir() or near_paths(path)):
+            raise ConfigError(
+                f"model.checkpoint is {self.checkpoint!r}, but {missing_path(path)} (a checkpoint of that name on the "
+                "hub needs model.revision, a commit of 40 hex digits)"
             )
         if self.revision is None or not _COMMIT.fullmatch(self.revision):
             raise ConfigError(
                 f"model.revision is {self.revision!r}; a hub checkpoint must be pinned to a commit of 40 hex digits "
-                f"(its page lists them), or downloaded and given as a folder"
+                "(its page lists them), or downloaded and given as a folder (model.checkpoint is "
+                f"{self.checkpoint!r}: no folder of that name is here)"
             )
 
     def key(self) -> dict[str, Any]:
         """Return what of a model changes answers or cost; the checkpoint's own prompt format is part of its files."""
         prompt = {} if self.prompt is None else {"prompt": self.prompt}
-        return {"fingerprint": self.fingerprint(), "dtype": self.dtype, "fused": self.fused, **prompt}
+        rules = {} if self.is_random else {"prompt_rules": PROMPT_RULES}  # without a tokenizer there is no text
+        return {"fingerprint": self.fingerprint(), "dtype": self.dtype, "fused": self.fused, **prompt, **rules}
 
     def fingerprint(self) -> str:
         """Return what the weights are: hub commit, hash of the folder's files, or of config and seed of random ones.
@@ -124,7 +140,7 @@ class ModelSpec:
             return f"{self.checkpoint}@{self.revision}"
         digest = hashlib.sha256()
         for path in sorted(self.folder.iterdir()):
-            if path.suffix in (".json", ".safetensors", ".jinja", ".model", ".tiktoken", ".txt", ".py"):
+            if path.suffix in SUFFIXES:
                 digest.update(path.name.encode() + _content_sample(path))
         return digest.hexdigest()
 
@@ -167,7 +183,9 @@ def _check_folder(folder: Path) -> None:
 
 def _check_config_file(folder: Path) -> None:
     config = folder / "config.json"
+    check_no_pointer(config)
     if not config.is_file():
+        check_no_adapter(folder)
         raise ConfigError(f"model.checkpoint {folder} has no config.json; give a folder in Hugging Face format")
     try:
         json.loads(config.read_text(encoding="utf-8"))

@@ -50,8 +50,8 @@ class StillProcessor:
     ) -> dict[str, Tensor]:
         """Return input_ids and attention_mask (B, T), and what the image processor gives for `images`.
 
-        Pictures belong to the image tokens of `text` in order. Raises: ModelSupportError if their
-        numbers differ.
+        Pictures belong to the image tokens of `text` in order. Raises: ModelSupportError if the texts have too
+        few, ValueError if one has too many.
         """
         pixels = dict(self.image_processor(images=list(images), return_tensors=return_tensors)) if images else {}
         widths = iter(self.count_tokens(pixels) if images else ())
@@ -73,6 +73,6 @@ def _widened(text: str, token: str, widths: Iterator[int]) -> str:
     for part in others:
         width = next(widths, None)
         if width is None:
-            raise ModelSupportError(f"a prompt has more {token!r} than pictures; questions must not contain it")
+            raise ValueError(f"a prompt has more {token!r} than pictures")
         wide += token * width + part
     return wide

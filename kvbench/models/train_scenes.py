@@ -25,6 +25,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from kvbench.datasets.scene_text import DESCRIBE_PROMPTS, describe, follow_up_turns
 from kvbench.datasets.scenes import GRID_CELLS, scene_at
+from kvbench.durable import replace_file
 from kvbench.models.scene_batches import CELL_CLASSES, IGNORED_LABEL, SceneBatch, SceneBatches
 from kvbench.models.scene_score import score_model
 from kvbench.models.tiny_llava import tiny_llava, tiny_processor, train_tokenizer
@@ -57,7 +58,7 @@ def main() -> None:
     _train_talk(model, tokenizer, args, start)
     _save_model(args.out / "model", model, tokenizer)
     score = score_model(model, tiny_processor(tokenizer), num_scenes=200)
-    (args.out / "score.json").write_text(json.dumps(score, indent=2) + "\n")
+    replace_file(args.out / "score.json", f"{json.dumps(score, indent=2)}\n".encode())
     log.info("held-out score: %s", score)
 
 

@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
+from kvbench.durable import replacing
+
 log = logging.getLogger("kvbench.train_scenes")
 
 
@@ -21,10 +23,8 @@ def save_state(
     state = optimizer.state_dict()["state"] if optimizer else {}
     for index, moments in state.items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
-    out.mkdir(parents=True, exist_ok=True)
-    partial = out / "state.partial"
-    save_file(tensors, partial, metadata={"step": str(step)})
-    partial.replace(out / f"state-{step:06d}.safetensors")
+    with replacing(out / f"state-{step:06d}.safetensors") as partial:
+        save_file(tensors, partial, metadata={"step": str(step)})
     for old in sorted(out.glob("state-*.safetensors"))[:-2]:
         old.unlink()
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-import torch
-from torch import Tensor
-
 from kvbench.datasets.base import Example
 from kvbench.errors import DataError
 from kvbench.models.loader import LoadedModel
@@ -16,7 +11,7 @@ def window_tokens(loaded: LoadedModel, example: Example) -> tuple[list[int], lis
     """Return the tokens given and the tokens scored. Raises: DataError if the passage has too few."""
     window = example.window
     assert window is not None
-    tokens: list[int] = loaded.tokenizer(example.question)["input_ids"]
+    tokens = loaded.text.ids(loaded.text.shield(example.question), add_special_tokens=True)
     end = window.prompt_tokens + window.scored_tokens
     if len(tokens) < end:
         raise DataError(
@@ -24,9 +19,3 @@ def window_tokens(loaded: LoadedModel, example: Example) -> tuple[list[int], lis
             f"above {len(example.question) / max(1, len(tokens)):.2f}"
         )
     return tokens[: window.prompt_tokens], tokens[window.prompt_tokens : end]
-
-
-def window_prompts(loaded: LoadedModel, examples: Sequence[Example]) -> Mapping[str, Tensor]:
-    """Return input_ids and attention_mask (B, prompt_tokens); windows of one data set need no pads."""
-    rows = torch.tensor([window_tokens(loaded, example)[0] for example in examples])
-    return {"input_ids": rows, "attention_mask": torch.ones_like(rows)}

@@ -17,6 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from kvbench.durable import replace_file
 from kvbench.errors import KvbenchError
 from kvbench.report.cell import CellResult, Estimate
 from kvbench.report.load import load_results
@@ -30,11 +31,10 @@ def write_cards(results: Path, out: Path) -> list[Path]:
     """Write a card per method into `out`; records under `results` are used where there are any."""
     published = json.loads((files("kvbench.report") / "published.json").read_text(encoding="utf-8"))
     cells = [cell for group in load_results(results).groups for cell in group.cells] if results.is_dir() else []
-    out.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, card in published["cards"].items():
         path = out / f"{name}.md"
-        path.write_text(card_text(card, cells), encoding="utf-8")
+        replace_file(path, card_text(card, cells).encode())
         paths.append(path)
     return paths
 

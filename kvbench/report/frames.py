@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -58,16 +57,17 @@ def samples_frame(results: Results) -> pd.DataFrame:
     return _typed(frame, numbers=numbers | set(_NUMBERS))
 
 
-def write_csv_and_parquet(results: Results, folder: Path) -> tuple[Path, ...]:
-    """Write table.csv, table.parquet, samples.csv and samples.parquet into `folder`; return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths: list[Path] = []
+def parquet_bytes(frame: pd.DataFrame) -> bytes:
+    """Return `frame` as a Parquet file."""
+    return bytes(frame.to_parquet(None, engine="pyarrow", index=False))
+
+
+def csv_and_parquet(results: Results) -> dict[str, bytes]:
+    """Return what table.csv, table.parquet, samples.csv and samples.parquet hold, by these names."""
+    files: dict[str, bytes] = {}
     for name, frame in (("table", cells_frame(results)), ("samples", samples_frame(results))):
-        csv, parquet = folder / f"{name}.csv", folder / f"{name}.parquet"
-        csv.write_text(csv_text(frame), encoding="utf-8", newline="\n")
-        frame.to_parquet(parquet, engine="pyarrow", index=False)
-        paths += [csv, parquet]
-    return tuple(paths)
+        files |= {f"{name}.csv": csv_text(frame).encode(), f"{name}.parquet": parquet_bytes(frame)}
+    return files
 
 
 def _cell_row(cell: CellResult) -> dict[str, object]:

@@ -6,32 +6,30 @@ the version that built it; records are immutable and only ever replaced, so an e
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from importlib.metadata import version
 from pathlib import Path
 
 from kvbench.autopsies import AUTOPSY_FILE
-from kvbench.errors import ConfigError
+from kvbench.durable import replace_file
 
-_STAMP = "report/.built-from"
+STAMP = ".built-from"
 _MADE = ("report/index.html", "report/table.md", "table.csv", "table.parquet", "samples.csv", "samples.parquet")
 
 
 def is_current(results_folder: Path) -> bool:
     """Return whether every file of the report is there and was built from the records that are there now."""
     try:
-        stamp = (results_folder / _STAMP).read_text(encoding="ascii")
+        stamp = (results_folder / "report" / STAMP).read_text(encoding="ascii")
     except (OSError, ValueError):
         return False
     return stamp == inputs_digest(results_folder) and all((results_folder / name).is_file() for name in _MADE)
 
 
 def write_stamp(results_folder: Path, digest: str) -> None:
-    """Say that the report was built from what `digest` describes. Raises: ConfigError."""
-    try:
-        (results_folder / _STAMP).write_text(digest, encoding="ascii")
-    except OSError as error:
-        raise ConfigError(f"cannot write {results_folder / _STAMP}: {error.strerror or error}") from error
+    """Say that the report was built from what `digest` describes. Raises: ConfigError, RecordError."""
+    replace_file(results_folder / "report" / STAMP, digest.encode())
 
 
 def inputs_digest(results_folder: Path) -> str:
@@ -39,6 +37,7 @@ def inputs_digest(results_folder: Path) -> str:
     digest = hashlib.sha256(version("kvbench").encode())
     cells, frontiers = results_folder / "cells", results_folder / "frontier"
     for path in sorted([*cells.glob("*/record.json"), *cells.glob(f"*/{AUTOPSY_FILE}"), *frontiers.glob("*.json")]):
-        stat = path.stat()
-        digest.update(f"{path.parent.name} {path.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}\n".encode())
+        with contextlib.suppress(FileNotFoundError):  # another job has set it aside since
+            stat = path.stat()
+            digest.update(f"{path.parent.name} {path.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}\n".encode())
     return digest.hexdigest()

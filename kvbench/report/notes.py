@@ -81,9 +81,19 @@ def _doubts(group: Group) -> Iterator[Note]:
     )
     if differing:
         yield Note(text="Cells ran under different conditions; compare their times with care.", details=differing)
+    too_long = tuple(_beyond_text(group, cell) for cell in group.cells if cell.estimate("num_beyond_context"))
+    if too_long:
+        text = "Prompts go beyond the model's context; what is said there is no policy's doing."
+        yield Note(text=text, details=too_long)
     counts = [found.n for cell in group.cells for name in QUALITIES if (found := cell.estimate(name)) and found.n]
     if counts and min(counts) < FEW_SAMPLES:
         yield Note(text=f"Some numbers rest on only {min(counts)} samples; intervals from so few are too narrow.")
+
+
+def _beyond_text(group: Group, cell: CellResult) -> str:
+    found = cell.estimate("num_beyond_context")
+    assert found is not None
+    return f"{group.cell_label(cell)}: {found.value:.0f} of {found.n} prompts ({found.method})"
 
 
 def _environment_values(group: Group, name: str) -> list[str]:

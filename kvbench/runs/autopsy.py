@@ -1,27 +1,29 @@
-"""The autopsies of a group of cells: after the batched tasks, before anything is timed, and never a cell's failure.
+"""The autopsies of a group of cells: each after its cell's record, so that nothing here can cost a measurement.
 
-The same samples for every cell, one prefill for all of them. What goes wrong here costs the file and a line
-in the log.
+The same samples for every cell. What goes wrong costs the file and a line in the log.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from kvbench.autopsies import AUTOPSY_SCHEMA, autopsy_path, write_autopsy
 from kvbench.models.loader import LoadedModel
+from kvbench.packed import Array
 from kvbench.redaction import hide_known, redacted_body
 from kvbench.runs.autopsy_body import sample_body
 from kvbench.runs.autopsy_replay import Watching, full_attention, replay
+from kvbench.runs.autopsy_settings import AutopsySettings
 from kvbench.runs.autopsy_subject import subject_of
 from kvbench.runs.batch_task import BatchTask
 from kvbench.runs.cell import Cell
 from kvbench.runs.free_memory import free_memory
 from kvbench.runs.group_plan import Watcher
 from kvbench.runs.prompts import Part, Prompts
+from kvbench.runs.worker_pipe import is_poisoned
 
 _log = logging.getLogger(__name__)
 PHASE = "autopsy"
@@ -32,68 +34,64 @@ def wants_autopsy(cell: Cell) -> bool:
     return cell.autopsy.num_samples > 0 and any(isinstance(task, BatchTask) for task in cell.tasks.values())
 
 
-def take_autopsies(cells: Sequence[Cell], loaded: LoadedModel, results: Path, watcher: Watcher) -> None:
-    """Write the autopsy of each of `cells`, which share model, data set and prompts."""
-    cells = [cell for cell in cells if wants_autopsy(cell)]
-    if not cells or loaded.tokenizer is None:
-        return
-    watcher.active(cells[0].key, PHASE)
-    try:
-        replays = _Replays(cells, loaded, watcher)
-    except Exception as error:
-        _log.warning("no autopsy: %s: %s", type(error).__name__, error)
-        return
-    samples = replays.samples()
-    for cell in cells:
-        if cell.key in samples:
-            _write(cell, loaded, results, samples[cell.key], replays.left_out)
-    free_memory()
+class Autopsies:
+    """The autopsies of a group of cells, each taken after its cell's record is written, by a prefill of its own.
+
+    What is the same for all cells is found once: the samples, and the full cache's attention, both on the host.
+    """
+
+    def __init__(self, results: Path, watcher: Watcher) -> None:
+        self._results, self._watcher = results, watcher
+        self._chosen: dict[AutopsySettings, _Chosen] = {}
+
+    def take(self, cell: Cell, loaded: LoadedModel) -> bool:
+        """Write the autopsy of `cell`, if it wants one; return False if nothing works in this process any more."""
+        if not wants_autopsy(cell) or loaded.tokenizer is None:
+            return True
+        self._watcher.active(cell.key, PHASE)
+        try:
+            chosen = self._chosen.get(cell.autopsy)
+            if chosen is None:
+                chosen = self._chosen[cell.autopsy] = _Chosen(cell, loaded)
+            _write(cell, loaded, self._results, chosen.samples(cell), chosen.left_out)
+        except BaseException as error:  # a policy may do anything, once more
+            _log.warning("no autopsy of %s: %s: %s", cell.name, type(error).__name__, error)
+            return not is_poisoned(str(error))
+        finally:
+            free_memory()
+        return True
 
 
-class _Replays:
-    """The samples to look at, their prompts, and the cells that have not failed on one of them."""
+class _Chosen:
+    """The samples to look at, and what the full cache attends to in them."""
 
-    def __init__(self, cells: Sequence[Cell], loaded: LoadedModel, watcher: Watcher) -> None:
-        first, self._loaded, self._watcher = cells[0], loaded, watcher
-        chosen = [subject_of(loaded, example) for example in first.autopsy.chosen(first.dataset.examples())]
+    def __init__(self, first: Cell, loaded: LoadedModel) -> None:
+        self._loaded = loaded
+        subjects = [subject_of(loaded, example) for example in first.autopsy.chosen(first.dataset.examples())]
         most = first.autopsy.max_prompt_tokens
-        self._subjects = {one.example.id: one for one in chosen if len(one.pieces) <= most}
+        self._subjects = {one.example.id: one for one in subjects if len(one.pieces) <= most}
         self.left_out = [
             {"id": one.example.id, "reason": f"its prompt has {len(one.pieces)} tokens, more than {most}"}
-            for one in chosen
+            for one in subjects
             if len(one.pieces) > most
         ]
-        self._cells = list(cells)
-        self._prompts = Prompts(
-            loaded,
-            [one.example for one in self._subjects.values()],
-            max(1, len(self._subjects)),
-            share=[*(cell.setting.policy for cell in cells), Watching()],
-            query_visible=first.query_visible,
-        )
+        self._attention: dict[tuple[int, int], list[Array]] = {}
 
-    def samples(self) -> dict[str, list[dict[str, Any]]]:
-        """Return the samples of every cell that could be looked at, by key."""
-        found: dict[str, list[dict[str, Any]]] = {cell.key: [] for cell in self._cells}
-        for number in range(len(self._prompts)):
-            for cell in [cell for cell in self._cells if cell.key in found]:
-                self._watcher.active(cell.key, PHASE)
-                try:
-                    found[cell.key] += self._of_part(cell, self._prompts.part(number))
-                except (Exception, SystemExit) as error:  # a policy may do anything, once more
-                    _log.warning("no autopsy of %s: %s: %s", cell.name, type(error).__name__, error)
-                    del found[cell.key]
-                    free_memory()
-        self._prompts.forget()
-        return found
+    def samples(self, cell: Cell) -> list[dict[str, Any]]:
+        """Return the samples of `cell` as they are stored."""
+        examples = [one.example for one in self._subjects.values()]
+        policies = [cell.setting.policy, Watching()]
+        prompts = Prompts(
+            self._loaded, examples, max(1, len(examples)), share=policies, query_visible=cell.query_visible
+        )
+        return [row for number in range(len(prompts)) for row in self._of_part(cell, prompts.part(number))]
 
     def _of_part(self, cell: Cell, part: Part) -> Iterator[dict[str, Any]]:
-        limits: dict[str, Any] = {
-            "eos_token_id": self._loaded.eos_token_id,
-            "max_new_tokens": max_new_tokens(cell),
-            "beat": self._watcher.beat,
-        }
-        attention = part.once(("attention", limits["max_new_tokens"]), lambda: full_attention(part, **limits))
+        limits: dict[str, Any] = {"end_token_ids": self._loaded.end_token_ids, "max_new_tokens": max_new_tokens(cell)}
+        steps = limits["max_new_tokens"]
+        attention = self._attention.get((part.number, steps))
+        if attention is None:
+            attention = self._attention[part.number, steps] = full_attention(part, **limits)
         rows = replay(part, cell.setting, **limits)
         for example, row, given in zip(part.examples, rows, attention, strict=True):
             yield without_secrets(sample_body(self._loaded, self._subjects[example.id], row, given))
@@ -125,10 +123,7 @@ def _write(
         "samples": samples,
         "left_out": left_out,
     }
-    try:
-        write_autopsy(autopsy_path(results, cell.key), body)
-    except Exception as error:
-        _log.warning("no autopsy of %s: %s", cell.name, error)
+    write_autopsy(autopsy_path(results, cell.key), body)
 
 
 def _num_kv_heads(samples: list[dict[str, Any]]) -> int:

@@ -6,7 +6,7 @@ says what there was to lose.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -46,9 +46,7 @@ class Replayed:
 
 
 @torch.inference_mode()
-def replay(
-    part: Part, setting: CacheSetting, *, eos_token_id: int, max_new_tokens: int, beat: Callable[[], None]
-) -> list[Replayed]:
+def replay(part: Part, setting: CacheSetting, *, end_token_ids: Collection[int], max_new_tokens: int) -> list[Replayed]:
     """Return what `setting` does to each row of `part` while it answers greedily. Raises: NonFiniteError."""
     log = EvictionLog(num_tokens=longest_prompt(part) + max_new_tokens)
     decoding = part.decoding(replace(setting, engine="eager"), max_new_tokens, on_plan=log.note_plan)
@@ -58,9 +56,8 @@ def replay(
     def on_step(cache: PolicyCache, going: list[bool]) -> None:
         log.after_step(cache, going)
         steps[:] = [count + one for count, one in zip(steps, going, strict=True)]
-        beat()
 
-    answers = greedy(decoding, eos_token_id=eos_token_id, max_new_tokens=max_new_tokens, on_step=on_step)
+    answers = greedy(decoding, end_token_ids=end_token_ids, max_new_tokens=max_new_tokens, on_step=on_step)
     rows = []
     for row, answer in enumerate(answers):
         merged = log.merged_into(row)
@@ -76,7 +73,7 @@ def replay(
 
 
 @torch.inference_mode()
-def full_attention(part: Part, *, eos_token_id: int, max_new_tokens: int, beat: Callable[[], None]) -> list[Array]:
+def full_attention(part: Part, *, end_token_ids: Collection[int], max_new_tokens: int) -> list[Array]:
     """Return (L, H, N) float32 per row: attention that the full cache gives each token while it answers.
 
     Summed over the steps of its own greedy answer, mean over the query heads of a KV head. Where nothing was
@@ -91,9 +88,8 @@ def full_attention(part: Part, *, eos_token_id: int, max_new_tokens: int, beat: 
         rows = torch.tensor(going, device=latest[0].device)
         for known, mass in zip(latest, _masses(cache), strict=True):
             known[rows] = mass[rows]
-        beat()
 
-    greedy(decoding, eos_token_id=eos_token_id, max_new_tokens=max_new_tokens, on_step=on_step)
+    greedy(decoding, end_token_ids=end_token_ids, max_new_tokens=max_new_tokens, on_step=on_step)
     decoded = torch.stack([after - first for first, after in zip(before, latest, strict=True)], dim=1)
     nothing = (decoded.sum(dim=(1, 2, 3)) <= 0)[:, None, None, None]
     found = torch.where(nothing, torch.stack(before, dim=1), decoded).float().cpu()

@@ -20,6 +20,7 @@ class BatchTask(ABC):
     """
 
     protocol: ClassVar[str]
+    is_timed: ClassVar[bool] = False
 
     @abstractmethod
     def measure(self, bench: Bench, part: Part) -> Payload:

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from kvbench.errors import ConfigError, DataError, ModelSupportError, NonFiniteError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from kvbench.cache import Policy
     from kvbench.datasets.base import Dataset
     from kvbench.models.spec import ModelSpec
+    from kvbench.runs.context import BeyondContext, ContextUse
     from kvbench.runs.loop import CacheSetting
     from kvbench.runs.task import Task, TaskResult
 
@@ -48,9 +50,10 @@ class Cell:
     seed: int
     device: str
     query_visible: bool = True
+    beyond_context: BeyondContext = "refuse"
     autopsy: AutopsySettings = field(default_factory=AutopsySettings)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """64 hex digits; the same settings give the same key everywhere."""
         return cell_key(self.settings)
@@ -76,6 +79,7 @@ class Attempt:
     status: str = "ok"
     error: dict[str, str] | None = None
     duration_s: float = 0.0
+    context: ContextUse | None = None
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     @property
@@ -116,11 +120,16 @@ class Attempt:
             "started_utc": self.started.isoformat(timespec="milliseconds"),
             "duration_s": self.duration_s,
             "environment": dict(environment),
-            "measurements": {} if result is None else result.measurements | skipped_measurement(self.cell.dataset),
+            "measurements": {} if result is None else result.measurements | self._counts(),
             "samples": [] if result is None else _sample_rows(self.cell, result),
             "curves": {} if result is None else result.curves,
             "skipped_items": skipped_names(self.cell.dataset),
+            "prompts": None if self.context is None else self.context.as_record(),
         }
+
+    def _counts(self) -> dict[str, dict[str, Any]]:
+        """Items that were left out, and prompts that were measured although they are too long."""
+        return skipped_measurement(self.cell.dataset) | ({} if self.context is None else self.context.measurement())
 
 
 def _sample_rows(cell: Cell, result: TaskResult) -> list[dict[str, Any]]:

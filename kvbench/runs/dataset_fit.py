@@ -1,12 +1,18 @@
-"""Does a data set fit the model and the tasks: told before any model is loaded; and what it left out."""
+"""Does a data set fit the model and the tasks: told before any model is loaded; and what it left out.
+
+What only the model's own processor can tell is told when it is loaded, before anything is measured.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from kvbench.datasets.base import Dataset, Example, SkippedItem
+from kvbench.datasets.base import Dataset, Example, OnBadItem, SkippedItem
 from kvbench.errors import ConfigError, DataError
+from kvbench.models.inputs import prompt_batch
+from kvbench.models.loader import LoadedModel
 from kvbench.models.modality import takes_images
 from kvbench.models.spec import ModelSpec
 
@@ -69,6 +75,56 @@ def _check_hidden(examples: Sequence[Example], tasks: Mapping[str, Any]) -> None
             f"query_visible=false, but {bad.id} has neither a picture nor a context before its question; "
             "set query_visible=true or choose another dataset"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithoutItems:
+    """A data set without the items that a model's processor does not take; they are among its skipped ones.
+
+    Its fingerprint is the whole one's: what was asked for has not changed.
+    """
+
+    whole: Dataset
+    reasons: Mapping[str, str]
+    on_bad_item: ClassVar[OnBadItem] = "skip"
+
+    @property
+    def fingerprint(self) -> str:
+        """What the whole content depends on."""
+        return self.whole.fingerprint
+
+    @property
+    def skipped(self) -> Sequence[SkippedItem]:
+        """The items that the data set left out itself, then those that the processor does not take, by their id."""
+        return [*_skipped(self.whole), *(SkippedItem(item=name, reason=why) for name, why in self.reasons.items())]
+
+    def examples(self) -> Sequence[Example]:
+        """Return the others, in the same order."""
+        return [example for example in self.whole.examples() if example.id not in self.reasons]
+
+    def facts_in(self, text: str) -> frozenset[Hashable]:
+        """Return the facts that `text` states."""
+        return self.whole.facts_in(text)
+
+
+def rejected_items(loaded: LoadedModel, dataset: Dataset, beat: Callable[[], None]) -> dict[str, str]:
+    """Return id -> reason of the items whose prompt the model's processor does not take, where they may be skipped.
+
+    beat: called for every item. Raises: DataError if it takes none.
+    """
+    if getattr(dataset, "on_bad_item", "fail") != "skip":
+        return {}
+    reasons: dict[str, str] = {}
+    examples = dataset.examples()
+    for example in examples:
+        beat()
+        try:
+            prompt_batch(loaded, [example])
+        except DataError as error:
+            reasons[example.id] = str(error)
+    if len(reasons) == len(examples):
+        raise DataError(f"all {len(examples)} items are bad; the first: {next(iter(reasons.values()))}")
+    return reasons
 
 
 def skipped_measurement(dataset: Dataset) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ the same history.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -76,15 +76,15 @@ def _compare(
     fed, real = padded_targets(texts, bench.loaded.eos_token_id, bench.loaded.device)
     policy = part.decoding(setting, fed.shape[1])
     divergences, agreements = [], []
-    for number, expected in enumerate(_expected(bench, part, fed, max_tokens)):
+    for number, expected in enumerate(_expected(bench, part, fed, max_tokens, policy.logits.nbytes)):
         got = policy.step(fed[:, number])
         divergences.append(_kl(expected, got))
         agreements.append(expected.argmax(dim=-1) == got.argmax(dim=-1))
-        bench.beat()
     kl = torch.stack(divergences, dim=1).masked_fill(~real, 0.0)
     if not bool(kl.isfinite().all()):
         row, token = torch.nonzero(~kl.isfinite())[0].tolist()
         raise NonFiniteError(f"the KL after token {token} of {part.examples[row].id} is not finite")
+    policy.cache.check()
     agrees = torch.stack(agreements, dim=1) & real
     sums = (kl.double().sum(-1).tolist(), agrees.sum(-1).tolist(), real.sum(-1).tolist())
     return [
@@ -93,18 +93,21 @@ def _compare(
     ]
 
 
-def _expected(bench: Bench, part: Part, fed: Tensor, max_tokens: int) -> Iterable[Tensor]:
+def _expected(bench: Bench, part: Part, fed: Tensor, max_tokens: int, logits_bytes: int) -> Iterable[Tensor]:
     """Return the full cache's logits after each fed token: kept for the next cell if they are not too large.
 
     Otherwise they are computed in lock step with the policy's, and nothing of size tokens x vocabulary
-    is held.
+    is held. logits_bytes: what those of one step take. No full cache is built where they are kept already.
     """
-    full = part.decoding(bench.full, fed.shape[1])
-    steps = (full.step(fed[:, number]) for number in range(fed.shape[1]))
-    if not part.shares or full.logits.nbytes * fed.shape[1] > _KEPT_BYTES:
-        return steps
+
+    def steps() -> Iterator[Tensor]:
+        full = part.decoding(bench.full, fed.shape[1])
+        return (full.step(fed[:, number]) for number in range(fed.shape[1]))
+
+    if not part.shares or logits_bytes * fed.shape[1] > _KEPT_BYTES:
+        return steps()
     # A graph writes its next logits over these, so they are copied.
-    kept: list[Tensor] = part.once(("full logits", max_tokens), lambda: [logits.clone() for logits in steps])
+    kept: list[Tensor] = part.once(("full logits", max_tokens), lambda: [logits.clone() for logits in steps()])
     return kept
 
 

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvbench.durable import make_folder
+from kvbench.durable import replace_file
 from kvbench.records import cell_key
 from kvbench.sealed import canonical_json
 
@@ -36,7 +34,8 @@ class FullAnswers:
         stored = _read(path, settings)
         if stored is None:
             stored = compute()
-            _publish(path, canonical_json({"settings": settings, "answers": stored, "sha256": _digest(stored)}))
+            content = {"settings": settings, "answers": stored, "sha256": _digest(stored)}
+            replace_file(path, canonical_json(content).encode())
         return stored
 
 
@@ -53,13 +52,3 @@ def _read(path: Path, settings: Mapping[str, Any]) -> Answers | None:
 
 def _digest(answers: Answers) -> str:
     return hashlib.sha256(canonical_json(answers).encode()).hexdigest()
-
-
-def _publish(path: Path, text: str) -> None:
-    make_folder(path.parent)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

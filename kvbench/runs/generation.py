@@ -36,7 +36,7 @@ class Generation(BatchTask):
     `released_rouge` adds the ROUGE-L of Elastic Cache's code (kvbench.runs.released_score).
     """
 
-    protocol: ClassVar[str] = "greedy_v1"
+    protocol: ClassVar[str] = "greedy_v2"
     hides_question: ClassVar[bool] = True
 
     max_new_tokens: int = 160
@@ -53,12 +53,7 @@ class Generation(BatchTask):
             ("reproduces", self.max_new_tokens), lambda: _check_reproduces(bench, part, full, self.max_new_tokens)
         )
         held = HeldEntries()
-
-        def on_step(cache: PolicyCache, going: list[bool]) -> None:
-            held.note(cache, going)
-            bench.beat()
-
-        answers = _greedy(bench, part, bench.setting, self.max_new_tokens, on_step)
+        answers = _greedy(bench, part, bench.setting, self.max_new_tokens, held.note)
         pairs = zip(part.examples, answers, strict=True)
         rows = {example.id: _row(bench, example, answer, full[example.id]) for example, answer in pairs}
         if self.released_rouge:
@@ -81,11 +76,11 @@ def _greedy(
     part: Part,
     setting: CacheSetting,
     max_new_tokens: int,
-    on_step: Callable[[PolicyCache, list[bool]], None],
+    on_step: Callable[[PolicyCache, list[bool]], None] | None = None,
 ) -> list[list[int]]:
     return greedy(
         part.decoding(setting, max_new_tokens),
-        eos_token_id=bench.loaded.eos_token_id,
+        end_token_ids=bench.loaded.end_token_ids,
         max_new_tokens=max_new_tokens,
         on_step=on_step,
     )
@@ -98,7 +93,7 @@ def full_answers(bench: Bench, max_new_tokens: int) -> Answers:
         answers: Answers = {}
         prompts = bench.own_prompts()
         for part in map(prompts.part, range(len(prompts))):
-            texts = _greedy(bench, part, bench.full, max_new_tokens, lambda *_: bench.beat())
+            texts = _greedy(bench, part, bench.full, max_new_tokens)
             answers |= {example.id: text for example, text in zip(part.examples, texts, strict=True)}
         return answers
 
@@ -113,7 +108,7 @@ def full_answers(bench: Bench, max_new_tokens: int) -> Answers:
 
 def _check_reproduces(bench: Bench, part: Part, full: Answers, max_new_tokens: int) -> None:
     first = part if part.number == 0 else bench.own_prompts().part(0)
-    again = _greedy(bench, first, bench.full, max_new_tokens, lambda *_: bench.beat())
+    again = _greedy(bench, first, bench.full, max_new_tokens)
     for example, answer in zip(first.examples, again, strict=True):
         if answer != full[example.id]:
             raise MeasureError(

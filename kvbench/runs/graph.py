@@ -38,8 +38,8 @@ def check_rotary(model: Any) -> None:
 class GraphDecoding(Decoding):
     """A `Decoding` that replays its step. `logits` are overwritten by the next step.
 
-    The graph is captured by `prepare`, or by the first step. After the steps that were announced
-    (`reserve_tokens`) buffers would have to grow, so further steps run one by one.
+    The graph is captured by `prepare`, or by the first step, and once more after each `extend`. After the steps
+    that were announced (`reserve_tokens`) buffers would have to grow, so further steps run one by one.
     """
 
     _graph: torch.cuda.CUDAGraph | None = None
@@ -50,6 +50,11 @@ class GraphDecoding(Decoding):
         check_rotary(loaded.model)
         super().__init__(loaded, *arguments, **options)
 
+    def extend(self, tokens: Tensor) -> Tensor:
+        """Feed a chunk as `Decoding` does; the next step is captured anew, over the buffers that the cut laid out."""
+        self._graph = None
+        return super().extend(tokens)
+
     def prepare(self) -> None:
         """Capture the step. Steps are run for warm-up and undone, so nothing is seen of them afterwards.
 
@@ -59,7 +64,9 @@ class GraphDecoding(Decoding):
             return
         self._replays_left = self.cache.steps_announced
         counts = self._warmed_up()
+        self._beat()
         self._graph = captured(self._keep_logits, self._tokens.device)
+        self._beat()
         self.cache.restore(counts)
 
     def _warmed_up(self) -> CacheState:
@@ -71,6 +78,7 @@ class GraphDecoding(Decoding):
             self.cache.restore(before)
             for tensor, old in zip((self._tokens, self._position), state, strict=True):
                 tensor.copy_(old)
+            self._beat()
 
         warm_up(self._forward, self._tokens.device, undo=undo)
         return replace(before, tensors=[], values=[])
@@ -89,4 +97,5 @@ class GraphDecoding(Decoding):
         self._graph.replay()
         self.cache.count_replayed_step()
         self.logits = self._captured
+        self._beat()
         return self.logits

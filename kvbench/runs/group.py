@@ -1,20 +1,24 @@
 """A group of cells that share model and data set, run in this process.
 
 Tasks that are measured in batches run batch by batch: one prefill, then every cell of the group, so
-that only one prompt is ever held and each cell pays for its decoding only. Then a few samples are looked
-at once more for their autopsies. Tasks of time and memory run after that, cell by cell, with nothing
-shared left alive. What one cell does wrong is its own.
+that only one prompt is ever held and each cell pays for its decoding only. So cells come forward together: every
+batch is kept at once, and a cell that measures nothing else is told of as soon as its last batch is done. Tasks of
+time and memory run after that, cell by cell, with nothing shared left alive. Once a cell's record is told, a few of
+its samples are looked at once more for its autopsy. What one cell does wrong is its own.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
+from kvbench.models.inputs import given_prompts
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
-from kvbench.runs.autopsy import take_autopsies
+from kvbench.runs.autopsy import Autopsies
 from kvbench.runs.cell import Cell
 from kvbench.runs.cell_run import CellRun
+from kvbench.runs.dataset_fit import rejected_items
 from kvbench.runs.free_memory import free_memory
 from kvbench.runs.group_plan import GroupPlan, Watcher
 from kvbench.runs.prompts import Prompts
@@ -36,38 +40,48 @@ class ModelShelf:
 
 
 def run_group(cells: Sequence[Cell], plan: GroupPlan, *, shelf: ModelShelf, watcher: Watcher) -> None:
-    """Run `cells`, which agree in `shared_settings`; each ends with one `watcher.done`."""
+    """Run `cells`, which agree in `shared_settings`; each ends with one `watcher.done`.
+
+    Cells are left over where nothing works in this process any more: they need a fresh one.
+    """
+    autopsies = Autopsies(plan.results, watcher)
     together = [cells] if plan.share_prompts else [[cell] for cell in cells]
     for some in together:
         runs = [CellRun(cell, plan, watcher) for cell in some]
-        prompts = _load(runs, plan, shelf)
+        loaded, prompts = _load(runs, plan, shelf, watcher)
         for number in range(len(prompts) if prompts else 0):
             for run in runs:
                 run.measure_batch(number)
+                if run.is_measured:
+                    run.finish()
         if prompts is not None:
             prompts.forget()
         free_memory()
-        if prompts is not None:
-            alive = [run.attempt.cell for run in runs if not run.attempt.failed]
-            take_autopsies(alive, shelf.get(cells[0].model, cells[0].device), plan.results, watcher)
         for run in runs:
             run.finish()
+            if loaded is not None and not run.attempt.failed and not autopsies.take(run.attempt.cell, loaded):
+                return
 
 
-def _load(runs: Sequence[CellRun], plan: GroupPlan, shelf: ModelShelf) -> Prompts | None:
+def _load(
+    runs: Sequence[CellRun], plan: GroupPlan, shelf: ModelShelf, watcher: Watcher
+) -> tuple[LoadedModel, Prompts] | tuple[None, None]:
     """Load the model and the examples for all; a failure is the failure of each, told once per cell."""
     first = runs[0]
     with first.during("load"):
         cell = first.attempt.cell
-        loaded = shelf.get(cell.model, cell.device)
+        loaded = dataclasses.replace(shelf.get(cell.model, cell.device), beat=watcher.beat)
         policies = [run.attempt.cell.setting.policy for run in runs] + [cell.full_policy]
         shared = policies if plan.share_prompts else None
-        prompts = Prompts(
-            loaded, cell.dataset.examples(), cell.batch_size, share=shared, query_visible=cell.query_visible
-        )
+        rejected = rejected_items(loaded, cell.dataset, watcher.beat)
         for run in runs:
-            run.begin(loaded, prompts)
-        return prompts
+            run.leave_out(rejected)
+        examples = first.attempt.cell.dataset.examples()
+        prompts = Prompts(loaded, examples, cell.batch_size, share=shared, query_visible=cell.query_visible)
+        given = given_prompts(loaded, examples)
+        for run in runs:
+            run.begin(loaded, prompts, given)
+        return loaded, prompts
     for run in runs[1:]:
         run.attempt.status, run.attempt.error = first.attempt.status, first.attempt.error
-    return None
+    return None, None

@@ -13,11 +13,17 @@ from kvbench.runs.batch_task import Payload
 class Watcher(Protocol):
     """Is told what a group does; every call means that work goes on."""
 
-    def active(self, key: str, phase: str) -> None:
-        """From now on the time, and any sudden death, belong to the phase `phase` of the cell `key`."""
+    def active(self, key: str, phase: str, *, timed: bool = False) -> None:
+        """From now on the time, and any sudden death, belong to the phase `phase` of the cell `key`.
+
+        timed: returns only when nothing of the sweep works beside it, and until the next call nothing does.
+        """
 
     def advance(self, key: str, tasks: float) -> None:
         """Note that the cell came further by a share of a task."""
+
+    def batches(self, key: str, done: int, total: int) -> None:
+        """Note that of the planned batches of a cell so many are done, those from before a kill included."""
 
     def beat(self) -> None:
         """Note that a step was made."""

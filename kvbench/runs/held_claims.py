@@ -28,9 +28,15 @@ class HeldClaims:
                 self._held[key] = claim
         return list(self._held)
 
+    def due_s(self) -> float | None:
+        """Return the seconds until `beat` has something to do; None if nothing is held."""
+        if not self._held:
+            return None
+        return max(0.0, self._beaten_s + self._claims.lease_s / _BEATS_PER_LEASE - time.monotonic())
+
     def beat(self) -> None:
         """Show others that this process lives; cheap enough to be called all the time."""
-        if time.monotonic() - self._beaten_s > self._claims.lease_s / _BEATS_PER_LEASE:
+        if self.due_s() == 0.0:
             self._beaten_s = time.monotonic()
             for claim in self._held.values():
                 claim.beat()

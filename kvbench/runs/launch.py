@@ -58,7 +58,8 @@ def launch(
 ) -> Launch:
     """Run one launch; nothing waits for the device between two marks of one clock.
 
-    `observe` gets the cache after the prompt and after the last step, outside of every timed stretch.
+    `observe` gets the cache after the prompt and after the last step, outside of every timed stretch. Raises:
+    PolicyError if a victim was no choice (`PolicyCache.check`).
     """
     device = loaded.device
     prompt, settling, steps = Marks(device), Marks(device), Marks(device)
@@ -76,6 +77,7 @@ def launch(
         token = decoding.step(token).argmax(dim=-1)
         steps.mark()
     steps_ms = steps.between_ms()
+    decoding.cache.check()
     observe(decoding.cache)
     return Launch(ttft_ms=ttft_ms, steps_ms=steps_ms, settle_ms=settle_ms, prepare_ms=prepare_ms)
 

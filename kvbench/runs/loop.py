@@ -6,7 +6,7 @@ gives the same tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -87,7 +87,7 @@ class CacheSetting:
 
 
 class Decoding:
-    """One batch being decoded: `logits` (B, V) float32 are those of the next token.
+    """One batch being decoded: `logits` (B, V) float32 are those of the next token. Every pass beats.
 
     prompt_logits: those after the prompt, where `cache` has taken the prompt already.
     """
@@ -97,7 +97,7 @@ class Decoding:
     ) -> None:
         from kvbench.cache.attention import cache_argument  # needs transformers
 
-        self._model = loaded.model
+        self._model, self._beat = loaded.model, loaded.beat
         self.cache: PolicyCache = cache
         self._cache_argument = cache_argument(loaded.model, cache)
         self._tokens = torch.zeros_like(batch.tensors["input_ids"][:, -1:])
@@ -115,14 +115,16 @@ class Decoding:
             logits_to_keep=1,
         )
         logits: Tensor = output.logits[:, -1].float()
+        self._beat()
         return logits
 
     def extend(self, tokens: Tensor) -> Tensor:
         """Feed a chunk of tokens, (B, N), after everything so far; return the next logits (B, V) float32.
 
-        The cache holds what its policy left; the chunk attends to that and to itself, and is cut with it.
-        Before the first step only where the step is captured, because the cut lays out new buffers.
+        The cache holds what its policy left; the chunk attends to that and to itself, and is cut with it, as
+        part of the prompt even if it is a single token.
         """
+        self.cache.expect_prompt(tokens.shape[1])
         steps = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
         output = self._model(
             input_ids=tokens,
@@ -133,6 +135,7 @@ class Decoding:
         )
         self._position += tokens.shape[1]
         self.logits = output.logits[:, -1].float()
+        self._beat()
         return self.logits
 
     def prepare(self) -> None:
@@ -142,6 +145,7 @@ class Decoding:
         """Feed one token per row, (B,), at its true position; return the next logits (B, V) float32."""
         self._tokens.copy_(tokens[:, None])
         self.logits = self._forward()
+        self._beat()
         return self.logits
 
     def _forward(self) -> Tensor:
@@ -162,14 +166,15 @@ class Decoding:
 def greedy(
     decoding: Decoding,
     *,
-    eos_token_id: int,
+    end_token_ids: Collection[int],
     max_new_tokens: int,
     on_step: Callable[[PolicyCache, list[bool]], None] | None = None,
 ) -> list[list[int]]:
-    """Return the greedy answer of each row from where `decoding` stands, without its end token.
+    """Return the greedy answer of each row from where `decoding` stands, without its end token, any of `end_token_ids`.
 
     on_step gets the cache and which rows are still being answered, after each step. Raises:
-    NonFiniteError for logits whose largest is NaN or infinite, in a row that is still being answered.
+    NonFiniteError for logits whose largest is NaN or infinite, in a row that is still being answered, and for
+    victims that were chosen by NaN, in any row.
     """
     answers: list[list[int]] = [[] for _ in range(decoding.logits.shape[0])]
     going = [True] * len(answers)
@@ -178,7 +183,7 @@ def greedy(
         if not bool((largest.isfinite() | ~torch.tensor(going, device=largest.device)).all()):
             raise NonFiniteError(f"the logits of new token {number} are not finite")
         for row, token in enumerate(tokens.tolist()):
-            going[row] = going[row] and token != eos_token_id
+            going[row] = going[row] and token not in end_token_ids
             if going[row]:
                 answers[row].append(token)
         if not any(going) or number == max_new_tokens - 1:
@@ -186,6 +191,7 @@ def greedy(
         decoding.step(tokens)
         if on_step is not None:
             on_step(decoding.cache, going)
+    decoding.cache.check()
     return answers
 
 

@@ -83,6 +83,7 @@ class Memory:
             decoding.prepare()
             for _ in range(self.new_tokens - 1):
                 token = decoding.step(token).argmax(dim=-1)
+        decoding.cache.check()
         return decoding.cache
 
 
@@ -94,6 +95,7 @@ def _plain_activation_bytes(loaded: LoadedModel, batch: PromptBatch, base_bytes:
     peaks = PhasePeaks(device=loaded.device, base_bytes=base_bytes)
     with peaks.phase("plain"):
         loaded.model(**batch.tensors, position_ids=batch.position_ids, use_cache=False, logits_to_keep=1)
+    loaded.beat()
     return peaks.peak_bytes["plain"] - alive
 
 

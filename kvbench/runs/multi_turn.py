@@ -6,7 +6,7 @@ so on. Each conversation runs alone: its turns end at its own times, and a cache
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -43,12 +43,14 @@ class MultiTurn:
     """Greedy answers to at most `max_turns` questions of an example, each up to `max_new_tokens`.
 
     The history of a turn is what was really answered before, by policy and full cache each its own. In
-    every run the full cache holds the first conversation once more and must say the same.
+    every run the full cache holds the first conversation once more and must say the same. `engine=graph`
+    captures the step anew for every turn, because a turn's question lays out new buffers.
     """
 
-    protocol: ClassVar[str] = "one_cache_v1"
+    protocol: ClassVar[str] = "one_cache_v2"  # v1 rendered later turns without the settings of the first
     needs_follow_ups: ClassVar[bool] = True
     hides_question: ClassVar[bool] = True
+    is_timed: ClassVar[bool] = False
 
     max_new_tokens: int = 160
     max_turns: int = 4
@@ -98,27 +100,28 @@ class MultiTurn:
     def talk(self, bench: Bench, example: Example, setting: CacheSetting) -> list[Said]:
         """Return the turns of one conversation, all in one cache."""
         loaded, batch = bench.loaded, _batch(bench, example)
-        decoding = Decoding(loaded, batch, setting.cache(loaded, batch, self.max_new_tokens))
+        decoding = setting.decoding(loaded, batch, self.max_new_tokens)
         said: list[Said] = []
         unfed: list[int] = []
         for number in range(1, 2 + len(example.follow_ups[: self.max_turns - 1])):
             if number > 1:
                 chunk = [*unfed, *next_turn_tokens(loaded, example, number)]
                 decoding.extend(torch.tensor([chunk], device=loaded.device))
-            answer, unfed = self._answer(decoding, loaded.eos_token_id, f"turn {number} of {example.id}")
+            answer, unfed = self._answer(decoding, loaded.end_token_ids, f"turn {number} of {example.id}")
+            decoding.cache.check()
             held = decoding.cache.occupancy()
             share = held.entries_mean / held.seen_tokens
             said.append(Said(tokens=answer, seen_tokens=int(held.seen_tokens), held_fraction=share))
         return said
 
-    def _answer(self, decoding: Decoding, eos: int, name: str) -> tuple[list[int], list[int]]:
+    def _answer(self, decoding: Decoding, ends: Collection[int], name: str) -> tuple[list[int], list[int]]:
         """Return the answer, and its tokens that the cache has not seen (the last one, if it was cut off)."""
         answer: list[int] = []
         while True:
             largest, token = decoding.logits[0].max(dim=-1)
             if not bool(largest.isfinite()):
                 raise NonFiniteError(f"the logits of token {len(answer)} in {name} are not finite")
-            if int(token) == eos:
+            if int(token) in ends:
                 return answer, []
             answer.append(int(token))
             if len(answer) == self.max_new_tokens:

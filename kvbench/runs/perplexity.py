@@ -28,7 +28,7 @@ class Perplexity(BatchTask):
     token's distribution is the prompt's, before any cut, and counts. Per-sample sums are stored.
     """
 
-    protocol: ClassVar[str] = "teacher_forced_v1"
+    protocol: ClassVar[str] = "teacher_forced_v2"
     needs_reference: ClassVar[bool] = True
     hides_question: ClassVar[bool] = True
 
@@ -42,8 +42,8 @@ class Perplexity(BatchTask):
         for number in range(1, targets.shape[1]):
             decoding.step(targets[:, number - 1])
             nlls.append(_nll(decoding.logits, targets[:, number]))
-            bench.beat()
         rows = _rows(torch.stack(nlls, dim=1), real, part.examples)
+        decoding.cache.check()
         return {example.id: row for example, row in zip(part.examples, rows, strict=True)}
 
     def summarise(self, bench: Bench, payloads: Sequence[Payload]) -> TaskResult:

@@ -40,7 +40,7 @@ class PerplexityReleased(BatchTask):
     Left out: the attention mask of the Qwen script, which is 0 for the token of id 0.
     """
 
-    protocol: ClassVar[str] = "elastic_release_v1"
+    protocol: ClassVar[str] = "elastic_release_v2"
     needs_reference: ClassVar[bool] = True
     hides_question: ClassVar[bool] = True
 
@@ -60,8 +60,9 @@ class PerplexityReleased(BatchTask):
         for number in range(1, targets.shape[1]):
             decoding.step(targets[:, number - 1])
             nlls.append(self._nll(bench, decoding.logits, targets[:, number]))
-            bench.beat()
-        return _rows(torch.stack(nlls, dim=1), real, part.examples)
+        rows = _rows(torch.stack(nlls, dim=1), real, part.examples)
+        decoding.cache.check()
+        return rows
 
     def summarise(self, bench: Bench, payloads: Sequence[Payload]) -> TaskResult:
         """Pool the tokens of all answers. Raises: DataError if nothing is scored."""
@@ -84,8 +85,7 @@ class PerplexityReleased(BatchTask):
     def _scored_tokens(self, loaded: LoadedModel, example: Example) -> list[int]:
         tokens = answer_tokens(loaded, example)[:-1]
         if self.first_id_cut:
-            alone: list[int] = loaded.tokenizer(example.reference)["input_ids"]
-            tokens = alone[1:]
+            tokens = loaded.text.ids(loaded.text.shield(example.reference), add_special_tokens=True)[1:]
         return tokens[:-1] if self.ends_left_out else [*tokens, loaded.eos_token_id]
 
     def _nll(self, bench: Bench, logits: Tensor, target: Tensor) -> Tensor:

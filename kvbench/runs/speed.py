@@ -96,7 +96,6 @@ class Speed:
         for _ in range(self.num_blocks):
             for arm in (policy, full, full, policy):
                 arm.launches.append(launch(bench.loaded, batch, arm.setting, self.new_tokens))
-            bench.beat()
         drift = abs(reference_ms(bench.loaded.device) / before_ms - 1)
         return Quiet(drift_fraction=drift, num_foreign=foreign_gpu_processes(bench.loaded.device))
 

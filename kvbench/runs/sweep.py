@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 from kvbench.durable import make_folder
 from kvbench.records import MEASURED
-from kvbench.runs.elsewhere import statuses_elsewhere
+from kvbench.runs.elsewhere import attempt_ids, statuses_elsewhere
 from kvbench.runs.held_claims import HeldClaims
 from kvbench.runs.progress import Progress
 from kvbench.runs.stop import StopRequest
@@ -117,7 +117,15 @@ class Sweep:
             self._claims.beat()
             return stop.number is None
 
-        return Events(active=progress.show, advance=progress.advance, ended=ended, tick=tick)
+        return Events(
+            active=progress.show,
+            advance=progress.advance,
+            batches=progress.batches,
+            ended=ended,
+            tick=tick,
+            due_s=self._claims.due_s,
+            quiet=lambda: self._sinks.flush(self._claims.beat),
+        )
 
     def _end(self, key: str, status: str) -> None:
         self._ended[key] = status
@@ -133,9 +141,15 @@ class Sweep:
         if self._measured and len(self.tickets) > 1:
             self._sinks.summarise(summary)
 
-    def gather(self, since_utc: str) -> None:
-        """Take what jobs elsewhere have left since `since_utc`."""
-        self._take_finished()
+    @property
+    def attempt_ids(self) -> frozenset[str]:
+        """All attempts at the missing cells that are there now, by their ids."""
+        return attempt_ids(self.missing, self._store)
+
+    def gather(self, known: Set[str]) -> None:
+        """Take what jobs elsewhere have left; `known`: the attempts of before, which are not theirs."""
+        if not self._force:
+            self._take_finished()
         left = {key: self.tickets[key] for key in self.missing}
         self._measured = True
-        self._ended |= statuses_elsewhere(left, self._store, self._claims, sweep=self._name, since_utc=since_utc)
+        self._ended |= statuses_elsewhere(left, self._store, self._claims, sweep=self._name, known=known)

@@ -16,19 +16,14 @@ from kvbench.runs.loop import CacheSetting
 from kvbench.runs.prompts import Prompts
 
 
-def _nothing() -> None:
-    """Nobody watches."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Bench:
     """Everything a task may use. `advance(share)` moves the cell's progress bar, shares add up to 1.
 
     `full` is the full cache as a setting of its own; `answers` gives its greedy answers, computed once
     per model, data set and length. `shared_prompts`: those of the group of cells, None for a cell alone.
-    `beat()` tells a watchdog that work goes on; call it at every step. query_visible: whether the question is
-    part of what a policy sees when it compresses the prompt; if not, picture and context are compressed
-    first and the question follows.
+    query_visible: whether the question is part of what a policy sees when it compresses the prompt; if not,
+    picture and context are compressed first and the question follows.
     """
 
     loaded: LoadedModel
@@ -40,8 +35,11 @@ class Bench:
     batch_size: int
     advance: Callable[[float], None]
     shared_prompts: Prompts | None = None
-    beat: Callable[[], None] = _nothing
     query_visible: bool = True
+
+    def beat(self) -> None:
+        """Tell a watchdog that work goes on; `Decoding` does at every pass of the model, so other loops have to."""
+        self.loaded.beat()
 
     @property
     def full(self) -> CacheSetting:
@@ -94,10 +92,16 @@ class Task(Protocol):
     `protocol` names the definition of what it measures; a change of definition is a new name. A task
     that looks at no text, so that random weights and random prompts serve it, says `reads_text = False`.
     The class flags `needs_reference`, `needs_follow_ups` and `hides_question` (it honours query_visible=false)
-    are checked against the data set before the model is loaded.
+    are checked against the data set before the model is loaded. A task whose numbers do not depend on what else
+    runs on the machine says `is_timed = False`, and waits for nobody.
     """
 
     protocol: ClassVar[str]
 
     def run(self, bench: Bench) -> TaskResult:
         """Measure. Raises: MeasureError when a number contradicts itself."""
+
+
+def is_timed(task: object) -> bool:
+    """Whether nothing of the sweep may work beside `task`, which is so unless it says otherwise."""
+    return bool(getattr(task, "is_timed", True))

@@ -11,9 +11,8 @@ from kvbench.runs.group_plan import GroupPlan
 from kvbench.runs.worker_pipe import PipeWatcher
 
 
-def serve(cells: Sequence[Cell], plan: GroupPlan, descriptor: int) -> None:
+def serve(cells: Sequence[Cell], plan: GroupPlan, watcher: PipeWatcher) -> None:
     """Run one group and say goodbye."""
-    watcher = PipeWatcher(descriptor)
     watcher.hello(environment(cells[0].device))
     run_group(cells, plan, shelf=ModelShelf(), watcher=watcher)
     watcher.bye()

@@ -1,4 +1,4 @@
-"""The parent's side of one worker: start it, read what it says, stop it."""
+"""The parent's side of one worker: start it, read what it says, answer it, stop it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from kvbench.durable import make_folder
 from kvbench.runs.oom_kills import num_oom_kills
 from kvbench.runs.verdict import Verdict, verdict_on
 from kvbench.runs.watchdog import Limits, Watchdog
+from kvbench.runs.worker_pipe import GO, message_of
 
 _START = (
     "import importlib, json, sys; job = json.loads(sys.stdin.readline()); sys.path[:] = job['path']; "
@@ -24,10 +25,16 @@ _START = (
 )
 _DUMP_S = 1.0
 _TAIL_BYTES = 8192
+_ABOUT_A_CELL = ("active", "advance")
+_LOOK_AGAIN_S = 1.0  # where the kernel does not tell of a process's end
+_SOON_S = 0.05  # there, after the pipe's end
 
 
 class WorkerProcess:
-    """One spawned process with a group of cells; `keys` are those that have not ended yet."""
+    """One spawned process with a group of cells; `keys` are those that have not ended yet.
+
+    num_ended: cells that it brought to their end. is_timing: whether nothing else may work now.
+    """
 
     def __init__(
         self, job: Mapping[str, Any], *, keys: Sequence[str], limits: Limits, log: Path, environment: Mapping[str, str]
@@ -37,63 +44,121 @@ class WorkerProcess:
         self.complaint: str | None = None
         self.said_goodbye = False
         self.ended = False
+        self.num_ended = 0
+        self.is_timing = False
         self.environment: dict[str, Any] = {}
+        self._given = tuple(keys)
         self._log = log
+        self._log_start = 0
         self._oom_kills = num_oom_kills()
         self._rest = b""
+        self._is_silenced = False
         make_folder(log.parent)
-        self.messages, theirs = os.pipe()
-        os.set_blocking(self.messages, False)
+        self._messages, theirs = os.pipe()
+        answers, self._answers = os.pipe()
+        os.set_blocking(self._messages, False)
         try:
-            self._process = self._spawn(theirs, environment)
+            self._process = self._spawn((theirs, answers), environment)
         finally:
             os.close(theirs)
-        text = json.dumps({**job, "path": sys.path, "parent": os.getpid(), "messages": theirs})
+            os.close(answers)
+        self._exit = _exit_descriptor(self._process.pid)
+        ends = {"messages": theirs, "answers": answers, "beat_every_s": limits.beat_every_s}
+        text = json.dumps({**job, **ends, "path": sys.path, "parent": os.getpid()})
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:  # its end is noticed as any other
             pipe.write(text.encode() + b"\n")
 
-    def _spawn(self, theirs: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    def _spawn(self, theirs: Sequence[int], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         with self._log.open("ab") as log:
+            self._log_start = os.fstat(log.fileno()).st_size  # what stands there is of an earlier attempt
             return subprocess.Popen(
                 [sys.executable, "-c", _START],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                pass_fds=(theirs,),
+                pass_fds=theirs,
                 start_new_session=True,  # Ctrl-C reaches the parent, which decides
                 env={**os.environ, **environment},
             )
+
+    @property
+    def descriptors(self) -> set[int]:
+        """What becomes readable when the worker has said something, or has ended."""
+        found = set() if self._is_silenced else {self._messages}
+        return found if self._exit is None else found | {self._exit}
+
+    def deadline_s(self) -> float | None:
+        """Return when to look at the worker although nothing became readable; None for never."""
+        deadline_s = None if self.complaint is not None else self.watchdog.deadline_s()
+        if self._exit is not None:
+            return deadline_s
+        again_s = time.monotonic() + (_SOON_S if self._is_silenced else _LOOK_AGAIN_S)
+        return again_s if deadline_s is None else min(again_s, deadline_s)
 
     def read(self) -> Iterator[dict[str, Any]]:
         """Yield the messages that are there now, and see whether the process is gone."""
         gone = self._process.poll() is not None  # before reading, so that nothing said can be missed
         *lines, self._rest = (self._rest + self._available()).split(b"\n")
         for line in lines:
-            with contextlib.suppress(ValueError):  # a policy that writes to every open file
-                message: dict[str, Any] = json.loads(line)
+            message = message_of(line)
+            if message is not None and self._is_mine(message):
                 self._note(message)
                 yield message
+        if gone and not self.ended:
+            self.watchdog.hear(time.monotonic())  # the time up to its death belongs to the active cell
         self.ended = gone
 
     def _available(self) -> bytes:
         chunks = []
         with contextlib.suppress(BlockingIOError):
-            while chunk := os.read(self.messages, 2**20):
+            while chunk := os.read(self._messages, 2**20):
                 chunks.append(chunk)
+            self._is_silenced = True  # nobody holds the other end any more
         return b"".join(chunks)
 
+    def _is_mine(self, message: Mapping[str, Any]) -> bool:
+        """Whether the message is about cells of this worker, and not from the future."""
+        if message["at_s"] > time.monotonic():
+            return False
+        if message["event"] == "done":
+            return message["body"].get("key") in self.keys
+        return message["event"] not in _ABOUT_A_CELL or message["key"] in self._given
+
     def _note(self, message: Mapping[str, Any]) -> None:
-        at_s = message["at_s"]
-        if message["event"] == "active":
+        event, at_s = message["event"], message["at_s"]
+        if event == "active":
+            self.is_timing = False
             self.watchdog.start(message["key"], message["phase"], at_s)
-        elif message["event"] == "done":
+            if message["timed"]:
+                self.watchdog.wait()
+        elif event == "done":
+            self.is_timing = False
             self.watchdog.end(at_s)
+            self.num_ended += 1
             self.keys.remove(message["body"]["key"])
         else:
             self.watchdog.hear(at_s)
         self.environment = message.get("environment", self.environment)
-        self.said_goodbye = self.said_goodbye or message["event"] == "bye"
+        self.said_goodbye = self.said_goodbye or event == "bye"
+
+    @property
+    def active(self) -> tuple[str, str] | None:
+        """The cell that has not ended and its phase, to which time and a death belong; None between cells."""
+        active = self.watchdog.active
+        return active if active is not None and active[0] in self.keys else None
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is about to time something and waits until nothing else works."""
+        return self.watchdog.waits
+
+    def go(self) -> None:
+        """Let it begin to time."""
+        self.is_timing = True
+        self.watchdog.resume(time.monotonic())
+        with contextlib.suppress(BrokenPipeError):  # its end is noticed as any other
+            os.write(self._answers, GO)
 
     def stop_if_stuck(self) -> None:
         """Dump the stacks of a worker that is over a limit, and kill it."""
@@ -114,10 +179,12 @@ class WorkerProcess:
             os.killpg(self._process.pid, number)
 
     def close(self) -> None:
-        """Wait for the end and let the pipe go."""
+        """Wait for the end and let the pipes go."""
         self.kill()
         self._process.wait()
-        os.close(self.messages)
+        for descriptor in (self._messages, self._answers, self._exit):
+            if descriptor is not None:
+                os.close(descriptor)
 
     def verdict(self) -> Verdict:
         """Return what the end in the middle of a cell means."""
@@ -129,7 +196,19 @@ class WorkerProcess:
     def last_words(self) -> str:
         """Return the end of what it wrote to its log: warnings, a Python traceback, dumped stacks."""
         try:
-            raw = self._log.read_bytes()[-_TAIL_BYTES:]
+            with self._log.open("rb") as log:
+                size = log.seek(0, os.SEEK_END)
+                log.seek(max(min(self._log_start, size), size - _TAIL_BYTES))
+                return log.read().decode(errors="replace")
         except OSError:
             return ""
-        return raw.decode(errors="replace")
+
+
+def _exit_descriptor(process: int) -> int | None:
+    """Return what becomes readable when `process` ends; None where the kernel has no such thing."""
+    if not hasattr(os, "pidfd_open"):
+        return None
+    try:
+        return os.pidfd_open(process)
+    except OSError:  # an old kernel, or a container that forbids the call
+        return None

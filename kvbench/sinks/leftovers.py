@@ -8,7 +8,9 @@ Attempts are never leftovers: they are the history of a cell.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from kvbench.errors import ConfigError, RecordError
 from kvbench.records import MEASURED, read_record
 from kvbench.sinks.claim_file import owner_is_dead, parse_claim
 
-_TEMPORARY_AFTER_S = 3600.0  # a writer needs seconds; no two clocks of one place differ by an hour
+_TEMPORARY_AFTER_S = 3600.0  # a writer needs seconds
 _CLAIM_AFTER_S = 86_400.0  # the longest lease there is
 
 
@@ -37,9 +39,10 @@ def leftovers(results: Path) -> list[Leftover]:
     """Return what may be removed under `results`, sorted by path. Raises: ConfigError for a missing folder."""
     if not results.is_dir():
         raise ConfigError(f"the results folder {results} does not exist; run a sweep first or give the right folder.")
-    abandoned = list(_claims(results))
+    now_s = _now_s(results)
+    abandoned = list(_claims(results, now_s))
     dead = {path for path, _ in abandoned}
-    found = [*_temporary(results), *abandoned, *_batches(results, dead), *_autopsies(results, dead)]
+    found = [*_temporary(results, now_s), *abandoned, *_batches(results, dead), *_autopsies(results, dead)]
     sized = [Leftover(path=path, reason=reason, size_bytes=_size_bytes(path)) for path, reason in found]
     return sorted(sized, key=lambda leftover: leftover.path)
 
@@ -56,22 +59,22 @@ def remove(leftover: Leftover) -> bool:
     return True
 
 
-def _temporary(results: Path) -> Iterator[tuple[Path, str]]:
-    folders = ("cells/*", "cells/*/batches", "claims", "frontier")
-    patterns = (*(f"{folder}/.*{TEMPORARY}" for folder in folders), "full_answers/.*")
+def _temporary(results: Path, now_s: float) -> Iterator[tuple[Path, str]]:
+    folders = ("", "cells/*/", "cells/*/batches/", "claims/", "frontier/", "report/", "report/plots/", "wandb/s*/")
+    patterns = (*(f"{folder}.*{TEMPORARY}" for folder in folders), "full_answers/.*")
     for pattern in patterns:
         for path in results.glob(pattern):
-            if _age_s(path) > _TEMPORARY_AFTER_S:
+            if _age_s(path, now_s) > _TEMPORARY_AFTER_S:
                 yield path, "a write that was killed"
 
 
-def _claims(results: Path) -> Iterator[tuple[Path, str]]:
+def _claims(results: Path, now_s: float) -> Iterator[tuple[Path, str]]:
     for path in results.glob("claims/[!.]*"):
         with contextlib.suppress(OSError):
             found = parse_claim(path.read_bytes())
             if owner_is_dead(found):
                 yield path, f"the lease of {found.owner}, which is gone"
-            elif _age_s(path) > _CLAIM_AFTER_S:
+            elif _age_s(path, now_s) > _CLAIM_AFTER_S:
                 yield path, f"the lease of {found.owner}, which stood still for a day"
 
 
@@ -95,9 +98,18 @@ def _held(results: Path, cell: str, dead: set[Path]) -> bool:
     return bool(set(results.glob(f"claims/{cell}.*")) - dead)
 
 
-def _age_s(path: Path) -> float:
+def _now_s(folder: Path) -> float:
+    """Return the time by the clock that dates the files in `folder`, which may be a server's and not this machine's."""
     try:
-        return time.time() - path.stat().st_mtime
+        with tempfile.TemporaryFile(dir=folder) as dated:
+            return os.fstat(dated.fileno()).st_mtime
+    except OSError:  # nothing can be written there, nor removed
+        return time.time()
+
+
+def _age_s(path: Path, now_s: float) -> float:
+    try:
+        return now_s - path.stat().st_mtime
     except OSError:
         return 0.0
 

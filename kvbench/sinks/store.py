@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvbench.durable import link_new, storage_error, sync_folder
+from kvbench.durable import link_new, link_over, storage_error, sync_folder
 from kvbench.errors import RecordError
 from kvbench.records import MEASURED, check_body, read_record, write_record
 from kvbench.redaction import redacted_body
@@ -88,7 +88,7 @@ class RecordStore:
                 if current is None:
                     _set_aside(accepted)
                 if current is None or current["status"] not in MEASURED or replace:
-                    _link_over(attempt, accepted)
+                    link_over(attempt, accepted)
 
     def _read(self, path: Path, key: str) -> dict[str, Any] | None:
         if not os.path.lexists(path):
@@ -123,11 +123,3 @@ def _set_aside(damaged: Path) -> None:
     """Rename what is in the place of a record, which may be someone's file or folder, and keep it."""
     with contextlib.suppress(FileNotFoundError):
         damaged.rename(damaged.with_name(f"damaged-{uuid.uuid4().hex}"))
-
-
-def _link_over(attempt: Path, accepted: Path) -> None:
-    temporary = accepted.with_name(f".record.{uuid.uuid4().hex}.tmp")
-    os.link(attempt, temporary)
-    temporary.replace(accepted)
-    # rename() does nothing when both names are already one file, and leaves the temporary name.
-    temporary.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,10 +81,16 @@ class WandbSink:
             _log.warning("wandb is not installed, so nothing is sent to it. Install it with: pip install wandb")
             return
         self._sweep.restart(sweep, *resolve_mode(self.mode))
+        self._sweep.started = "wandb" in sys.modules  # to be asked for a key it starts its process
+        self._end_service()
 
     def record(self, body: dict[str, Any]) -> None:
         """Send one cell; a failing online run is repeated offline, and so are all later ones."""
         self._send(cell_run(body, group=self._sweep.name))
+
+    def pause(self) -> None:
+        """End wandb's own process, which wakes up fifty times a second also when it has nothing to do."""
+        self._end_service()
 
     def summarise(self, summary: Callable[[], RunSpec]) -> None:
         """Send what `summary` makes of the whole sweep, after `close`; it is not asked if nothing is sent.

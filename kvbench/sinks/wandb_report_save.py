@@ -10,7 +10,7 @@ import hashlib
 import io
 from pathlib import Path
 
-from kvbench.durable import make_folder
+from kvbench.durable import replace_file
 from kvbench.errors import KvbenchError, RecordError
 from kvbench.sealed import seal, unseal
 from kvbench.sinks.wandb_report import Outline, save_report
@@ -55,5 +55,4 @@ def _known(path: Path) -> str:
 def _keep(path: Path, report_id: str) -> None:
     """Note the id; a disk that refuses costs a second report the next time."""
     with contextlib.suppress(OSError, KvbenchError):
-        make_folder(path.parent)
-        path.write_bytes(seal(_KIND, _VERSION, {"id": report_id}))
+        replace_file(path, seal(_KIND, _VERSION, {"id": report_id}))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvbench.durable import make_folder
+from kvbench.durable import replace_file
 from kvbench.records import encode_record
 from kvbench.redaction import hide_known, redacted_body
 from kvbench.sinks.wandb_cell import cell_digest, table
@@ -119,8 +119,7 @@ def _records(summary: SweepSummary, bodies: Sequence[dict[str, Any]]) -> wandb.A
 def _clean_copy(to: Path, body: dict[str, Any]) -> Path:
     """Write a record in which a secret was found, which became known only later, without it."""
     path = to / "wandb" / "redacted" / f"{body['key'][:16]}.json"
-    make_folder(path.parent)
-    path.write_bytes(encode_record(body))
+    replace_file(path, encode_record(body))
     return path
 
 

@@ -112,6 +112,12 @@ def noisy_called_ok(bodies: Bodies) -> None:
     bodies["h2o 0.2"]["measurements"]["reference_drift_fraction"]["value"] = 0.05
 
 
+def prompts_of_another_day(bodies: Bodies) -> None:
+    """The same data set and model, but a template wrote a date into the prompts of one cell."""
+    for name, body in bodies.items():
+        body["prompts"] = {"digest": "b" * 64 if name == "h2o 0.2" else "a" * 64}
+
+
 def throughput_inflated(bodies: Bodies) -> None:
     scale(bodies["h2o 0.2"], "throughput_tokens_per_s", 3.0)
 
@@ -190,6 +196,7 @@ DOCTORED: list[Doctored] = [
     (nonfinite_called_ok_with_care, "R2", {"R3"}),
     (samples_of_another_policy, "R13", set()),
     (ids_exchanged, "R4", set()),
+    (prompts_of_another_day, "R4", set()),
     (scores_raised, "R8", set()),
     (lengths_kept_silent, "A4", {"R2", "R6"}),
     (launches_longer_than_the_run, "R12", set()),

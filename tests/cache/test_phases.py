@@ -107,7 +107,7 @@ def test_occupancy_counts_entries_and_bytes(tiny_llama: Any) -> None:
     assert (occupancy.seen_tokens, occupancy.entries_mean, occupancy.entries_peak) == (PROMPT + STEPS, 7.0, 7)
     assert occupancy.valid_bytes == 2 * 2 * 2 * 7 * entry
     assert occupancy.stored_bytes == 2 * 2 * 2 * 8 * entry
-    assert occupancy.bookkeeping_bytes == 2 * 2 * 2 * (8 * (8 + 1) + 2 * 8)
+    assert occupancy.bookkeeping_bytes == 2 * 2 * 2 * (8 * (8 + 1) + 2 * 8 + 4)
     assert occupancy.statistics_bytes == 0
 
 

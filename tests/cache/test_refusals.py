@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from kvbench.cache import PolicyCache, attach, cache_argument
+from kvbench.cache.attend import _left_pads
 from kvbench.errors import ConfigError, ModelSupportError
 from kvbench.policies.h2o import H2O
 from kvbench.policies.streaming_llm import StreamingLLM
@@ -74,6 +76,27 @@ def test_a_mask_of_four_dimensions_is_refused(tiny_llama: Any) -> None:
         tiny_llama(
             random_tokens(0, 1, 6), attention_mask=mask, **cache_argument(tiny_llama, PolicyCache(tiny_llama, H2O()))
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mask", [[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+def test_without_a_cache_pads_may_stand_anywhere_outside_the_text(mask: list[int]) -> None:
+    """Real tokens get what they get alone, also in half precision on a GPU, where left pads have their own kernel."""
+    on, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    model = copy.deepcopy(tiny_model("llama_gqa")).to(on, dtype)
+    real = torch.tensor(mask, device=on).bool()
+    tokens = random_tokens(0, 2, 6).to(on)
+    place = (real.long().cumsum(-1) - 1).clamp(min=0).expand(2, -1)
+    both = torch.stack((real, torch.ones_like(real))).long()
+    padded = model(tokens, attention_mask=both, position_ids=place, use_cache=False).logits[0, real]
+    alone = model(tokens[:1, real], use_cache=False).logits[0]
+    torch.testing.assert_close(padded, alone, rtol=0.02 if on == "cuda" else 1e-4, atol=0.05 if on == "cuda" else 1e-4)
+
+
+def test_which_pads_the_kernel_for_left_pads_takes() -> None:
+    rows = {(-1, -1, 0, 1): [2, 0], (0, 1, 2, 3): [0, 0], (-1,) * 4: [4, 0], (0, 1, -1, -1): None, (-1, 0, 1, -1): None}
+    for row, expected in rows.items():
+        assert _left_pads(torch.tensor([row, (0, 1, 2, 3)])) == expected
 
 
 def test_packed_sequences_are_refused(tiny_llama: Any) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
-from kvbench.cache import Budget, Needs, Plan, Policy, PolicyCache, ScorePolicy, View
-from kvbench.errors import ConfigError, PolicyError
+from kvbench.cache import Budget, Needs, Plan, Policy, PolicyCache, ScorePolicy, View, cache_argument
+from kvbench.cache.selection import keep_top, lowest
+from kvbench.errors import ConfigError, NonFiniteChoiceError, NonFiniteError, PolicyError
+from kvbench.kernels.dispatch import kernels_forced
 from kvbench.policies.h2o import H2O
+from kvbench.policies.h2o_elastic_release import H2OElasticRelease
 from tests.driving import drive
 from tests.tiny_models import random_tokens
 
@@ -104,9 +109,10 @@ class Windowed(ScorePolicy):
     """Reads at decode what only a prompt has."""
 
     needs: ClassVar[Needs] = Needs.WINDOW
+    function: Callable[[View], Tensor] = lambda view: view.window.sum(dim=2)
 
     def score(self, view: View) -> Tensor:
-        return view.window.sum(dim=2)
+        return self.function(view)
 
 
 def test_window_rows_read_at_decode_are_refused(tiny_llama: Any) -> None:
@@ -131,3 +137,128 @@ def test_a_victim_that_is_an_empty_slot_is_refused(tiny_llama: Any) -> None:
     cache = PolicyCache(tiny_llama, policy, Budget(fraction=0.5), reserve_tokens=20)
     with pytest.raises(PolicyError, match="holds no token"):
         drive(tiny_llama, cache, random_tokens(3, 1, 20), 12)
+
+
+def nan_at(where: Callable[[View], Tensor]) -> Scored:
+    """Scores by age, NaN where `where` says so, at decode only."""
+    return Scored(
+        num_sinks=1, function=lambda v: torch.where(where(v) & (not v.prefill), torch.nan, v.position.float())
+    )
+
+
+NAN_AT_DECODE: dict[str, Policy] = {
+    "everywhere": nan_at(lambda v: v.valid),
+    "one entry of one head of one row": nan_at(
+        lambda v: (v.position == v.seen.amax() - 2) & (torch.tensor([[[0], [1]], [[0], [0]]]) == 1)
+    ),
+    "by a victim of its own": Planned(
+        function=lambda v: Plan(keep=first(v, 5)), chosen=lambda v: lowest(v.position * torch.nan, v.position)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAN_AT_DECODE)
+def test_nan_that_decides_at_decode_is_found_at_once_on_a_cpu(tiny_llama: Any, name: str) -> None:
+    cache = PolicyCache(tiny_llama, NAN_AT_DECODE[name], Budget(tokens=5))
+    with pytest.raises(PolicyError, match="NaN at decode in layer 0") as raised:
+        drive(tiny_llama, cache, random_tokens(0, 2, 12), 10)
+    assert isinstance(raised.value, NonFiniteError), "so the cell ends as nonfinite"
+
+
+@pytest.mark.parametrize("name", list(NAN_AT_DECODE)[1:])
+def test_nan_that_decides_in_kernels_is_noted_and_told_when_asked(tiny_llama: Any, name: str) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    cache = PolicyCache(tiny_llama, NAN_AT_DECODE[name], Budget(tokens=5))
+    with kernels_forced(True):
+        drive(tiny_llama, cache, random_tokens(0, 2, 11), 10)
+        tiny_llama(random_tokens(1, 2, 3), **cache_argument(tiny_llama, cache))
+    with pytest.raises(NonFiniteChoiceError, match="NaN at decode in layer 0"):
+        cache.check()
+
+
+@pytest.mark.parametrize("by_kernels", [False, True])
+def test_nan_that_decides_nothing_and_infinite_scores_are_no_fault(tiny_llama: Any, by_kernels: bool) -> None:
+    """What is protected has no say; infinity is a number like others, below and above all of them."""
+
+    def score(view: View) -> Tensor:
+        wild = (
+            view.position.float().masked_fill(view.position == 3, -torch.inf).masked_fill(view.position == 4, torch.inf)
+        )
+        return wild.masked_fill(view.position == 0, torch.nan).masked_fill(~view.valid, torch.nan)
+
+    if by_kernels:
+        pytest.importorskip("triton", reason="triton is not installed")
+    cache = PolicyCache(tiny_llama, Scored(num_sinks=1, function=score), Budget(tokens=5), reserve_tokens=20)
+    with kernels_forced(by_kernels):
+        trace = drive(tiny_llama, cache, random_tokens(0, 1, 8), 5)
+    cache.check()
+    assert [held[0][0][0] for held in trace.held] == [
+        (0, 1, 2, 3, 4),
+        (0, 1, 2, 4, 5),
+        (0, 2, 4, 5, 6),
+        (0, 4, 5, 6, 7),
+    ]
+
+
+@pytest.mark.parametrize("slot", [-7, 5, 99])
+def test_a_victim_beyond_the_entries_is_told_by_both_paths_and_nothing_is_written_there(
+    tiny_llama: Any, slot: int
+) -> None:
+    policy = Planned(function=lambda v: Plan(keep=first(v, 4)), chosen=lambda v: v.position[..., 0] * 0 + slot)
+    for by_kernels in (False, True) if find_spec("triton") else (False,):
+        cache = PolicyCache(tiny_llama, policy, Budget(tokens=4), reserve_tokens=4)
+        with kernels_forced(by_kernels), pytest.raises(PolicyError, match="holds no token"):
+            _ = drive(tiny_llama, cache, random_tokens(0, 1, 9), 8), cache.check()
+
+
+def test_attention_that_is_nan_is_the_models_fault_and_no_plan_is_made(tiny_llama: Any) -> None:
+    model = copy.deepcopy(tiny_llama)
+    model.model.layers[1].self_attn.k_proj.weight.data[3] = torch.nan
+    planned = Windowed(function=lambda v: pytest.fail("a plan by NaN") if v.layer else v.window.sum(dim=2))
+    for policy in (H2O(), H2OElasticRelease(one_set_for_the_model=False), planned):
+        with pytest.raises(NonFiniteError, match="is NaN in layer 1"):
+            drive(model, PolicyCache(model, policy, Budget(tokens=5)), random_tokens(0, 1, 9), 9)
+
+
+def test_a_plan_of_nan_is_refused(tiny_llama: Any) -> None:
+    by_keep_top = Planned(function=lambda v: Plan(keep=keep_top(v.position * torch.nan, v.position, v.budget)))
+    with pytest.raises(PolicyError, match="keep_top keeps none where a score is NaN"):
+        drive(tiny_llama, PolicyCache(tiny_llama, by_keep_top, Budget(tokens=5)), random_tokens(0, 1, 9), 9)
+    with pytest.raises(NonFiniteChoiceError, match="mass that is NaN"):
+        drive(tiny_llama, PolicyCache(tiny_llama, MassOfNan(), Budget(tokens=5)), random_tokens(0, 1, 9), 9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MassOfNan(Policy):
+    """Leaves NaN to the entries that stay."""
+
+    needs: ClassVar[Needs] = Needs.MASS
+
+    def plan(self, view: View) -> Plan:
+        return Plan(keep=first(view, 5), mass=view.mass * torch.nan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OddOnes(ScorePolicy):
+    """Protects by a rule of its own: as many of the first tokens as `first_tokens`, and no others."""
+
+    first_tokens: int = 3
+    wrong: bool = False
+
+    def score(self, view: View) -> Tensor:
+        return view.position.float()
+
+    def protected_range(self, seen: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
+        first_tokens = torch.full_like(seen, self.first_tokens)
+        return (first_tokens[:1] if self.wrong else first_tokens), seen
+
+
+@pytest.mark.parametrize("by_kernels", [False, True])
+def test_a_protected_range_of_ones_own_counts_at_prompt_and_decode_alike(tiny_llama: Any, by_kernels: bool) -> None:
+    if by_kernels:
+        pytest.importorskip("triton", reason="triton is not installed")
+    with kernels_forced(by_kernels):
+        trace = drive(tiny_llama, PolicyCache(tiny_llama, OddOnes(), Budget(tokens=5)), random_tokens(0, 1, 10), 9)
+        assert [held[1][0][1] for held in trace.held] == [(0, 1, 2, last - 1, last) for last in (8, 9)]
+        with pytest.raises(PolicyError, match=r"protected_range returned .* \(1,\)"):
+            drive(tiny_llama, PolicyCache(tiny_llama, OddOnes(wrong=True), Budget(tokens=5)), random_tokens(0, 2, 9), 9)

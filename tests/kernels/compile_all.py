@@ -25,7 +25,7 @@ from kvbench.kernels import (
 
 HOPPER = GPUTarget("cuda", 90, 32)
 _TYPES = {"length": "*i64", "seen": "*i64", "position": "*i64", "free": "*i64", "budget": "*i64", "sinks": "*i64"}
-_TYPES |= {"recent_from": "*i64", "victim": "*i64", "rank": "*i32", "kind": "*i8", "scaling": "fp32"}
+_TYPES |= {"faults": "*i32", "recent_from": "*i64", "victim": "*i64", "rank": "*i32", "kind": "*i8", "scaling": "fp32"}
 _FLOATS = ("cosines", "sines", "partial", "peaks", "sums", "logits", "mass", "probs", "score")
 _TYPES |= dict.fromkeys(_FLOATS, "*fp32")
 _COUNTS = ("heads", "width", "query_row", "query_head", "key_row", "key_head", "value_row", "value_head", "size")

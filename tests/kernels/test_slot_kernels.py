@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvbench.cache.selection import age_rank, lowest, protected_entries, protected_range
-from kvbench.cache.slots import Entries, Slots
+from kvbench.cache.selection import age_rank, lowest, outside, protected_entries, protected_range
+from kvbench.cache.slots import NO_CHOICE, Entries, Slots
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -35,10 +35,16 @@ def random_slots(seed: int, batch: int, heads: int, capacity: int) -> tuple[Slot
         kind=torch.ones(position.shape, dtype=torch.int8),
         mass=torch.randint(0, 4, position.shape, generator=random).float() / 4,  # few values, so many ties
     )
-    slots = Slots(entries=entries, length=length, free=length.clone(), rank=age_rank(position).int())
+    slots = Slots(
+        entries=entries,
+        length=length,
+        free=length.clone(),
+        rank=age_rank(position).int(),
+        faults=torch.zeros(batch, heads, dtype=torch.int32),
+    )
     moved = {name: getattr(entries, name).to(ON) for name in ("keys", "values", "position", "kind", "mass")}
     slots.entries = Entries(**moved)
-    slots.length, slots.free = slots.length.to(ON), slots.free.to(ON)
+    slots.length, slots.free, slots.faults = slots.length.to(ON), slots.free.to(ON), slots.faults.to(ON)
     slots.rank = slots.rank.to(ON) if slots.rank is not None else None
     seen = torch.full((batch,), 2 * capacity + 1, device=ON)
     return slots, seen
@@ -98,6 +104,41 @@ def test_a_given_victim_is_freed_where_the_budget_is_exceeded(seed: int, capacit
     free_given(ours.columns(), victim, budgets)
     reference.release(victim, reference.length > budgets[:, None])
     assert_same(ours, reference)
+
+
+_WILD = torch.tensor([torch.nan, -torch.inf, torch.inf, 0.0, 1.0, 2.0])
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10**6), capacity=st.integers(2, 30), num_sinks=st.integers(0, 3), is_given=st.booleans())
+def test_what_is_no_choice_is_noted_as_plain_torch_notes_it(
+    seed: int, capacity: int, num_sinks: int, is_given: bool
+) -> None:
+    """NaN among scores that count, and given victims that are no slot; where there is none the victims are the same."""
+    ours, seen = random_slots(seed, 2, 3, capacity)
+    reference = copy.deepcopy(ours)
+    random = torch.Generator().manual_seed(seed)
+    budgets = torch.tensor([capacity // 2, 1], device=ON)
+    over = reference.length > budgets[:, None]
+    if is_given:
+        victim = torch.randint(-2, capacity + 2, (2, 3), generator=random).to(ON)
+        free_given(ours.columns(), victim, budgets)
+    else:
+        score = _WILD[torch.randint(0, 6 if seed % 3 else 36, (2, 3, capacity), generator=random).clamp(max=5)].to(ON)
+        bounds = protected_range(seen, budgets, num_sinks=num_sinks, num_recent=0, recent_fraction=0.5)
+        free_lowest(ours.columns(), score, budgets, *bounds)
+        finite = score.clamp(max=torch.finfo(torch.float32).max)
+        kept = outside(reference.entries.position, *bounds)
+        victim = lowest(finite.masked_fill(kept, torch.inf), reference.entries.position)
+        assert torch.equal(victim == NO_CHOICE, (score.isnan() & ~kept & (reference.entries.position >= 0)).any(-1))
+    reference.release(victim, over)
+    assert torch.equal(ours.faults, reference.faults)
+    assert bool((ours.faults[~over] == 0).all())
+    sound = ours.faults == 0
+    for name in ("position", "keys"):
+        assert torch.equal(getattr(ours.entries, name)[sound], getattr(reference.entries, name)[sound])
+    assert torch.equal(ours.length, reference.length)
+    assert torch.equal(ours.free[sound], reference.free[sound])
 
 
 def test_a_policy_that_frees_nothing_takes_a_fresh_slot_each_time() -> None:

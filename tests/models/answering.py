@@ -13,4 +13,4 @@ from kvbench.runs.loop import CacheSetting, greedy
 def answers_to(ours: LoadedModel, batch: PromptBatch, setting: CacheSetting, *, max_new_tokens: int) -> list[list[int]]:
     """The answer of each row, without its end token."""
     decoding = setting.decoding(ours, batch, max_new_tokens)
-    return greedy(decoding, eos_token_id=ours.eos_token_id, max_new_tokens=max_new_tokens)
+    return greedy(decoding, end_token_ids=ours.end_token_ids, max_new_tokens=max_new_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from torch import Tensor
 
 from kvbench.cache import UNLIMITED, Budget, Kind, Policy
 from kvbench.datasets.base import Example
-from kvbench.errors import ModelSupportError
+from kvbench.datasets.fields import PICTURE_MARKS, without_marks
+from kvbench.datasets.pictures import MAX_SIDES
+from kvbench.errors import DataError, ModelSupportError
 from kvbench.models.families import FAMILIES as SUPPORTED
 from kvbench.models.families import TEXT_FAMILIES, VISION_FAMILIES
-from kvbench.models.inputs import PromptBatch, prompt_batch
+from kvbench.models.inputs import PromptBatch, adds_special_tokens, prompt_batch, prompt_text
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
 from kvbench.runs.loop import CacheSetting, Decoding
@@ -186,11 +189,61 @@ def test_the_vision_tower_keeps_its_own_attention(loaded: Callable[[str], Loaded
     assert vision is None or vision._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "qwen"])
-def test_a_question_that_contains_the_image_token_is_refused(loaded: Callable[[str], LoadedModel], family: str) -> None:
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_a_pictures_mark_in_a_question_is_plain_text_and_no_further_picture(
+    loaded: Callable[[str], LoadedModel], family: str
+) -> None:
     ours = loaded(family)
-    token = ours.tokenizer.convert_ids_to_tokens(ours.image_token_id)
+    mark = ours.tokenizer.convert_ids_to_tokens(ours.image_token_id)
     first = examples(True)[0]
-    twice = Example(id="x", cluster="x", question=f"{token}?", reference="-", load_image=first.load_image)
-    with pytest.raises(ModelSupportError, match=r"more .* than pictures"):
-        prompt_batch(ours, [twice])
+    odd = replace(first, id="x", question=f"Is {mark} in it?{mark}")
+    ids, usual = (prompt_batch(ours, [one]).tensors["input_ids"][0].tolist() for one in (odd, first))
+    assert ids.count(ours.image_token_id) == usual.count(ours.image_token_id) >= 1
+    assert ours.tokenizer.decode(ids).count(odd.question) == 1
+    assert mark in PICTURE_MARKS, "readers write it otherwise"
+    assert mark not in without_marks(odd.question)
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_prompts_are_what_the_familys_own_processor_makes(loaded: Callable[[str], LoadedModel], family: str) -> None:
+    """Text and pictures are put together by kvbench, so that data stays plain text; the tensors are the processor's."""
+    ours, some = loaded(family), examples(True)
+    texts = [prompt_text(ours, example) for example in some]
+    theirs = ours.processor(
+        text=texts,
+        images=[example.load_image() for example in some if example.load_image],
+        return_tensors="pt",
+        padding=True,
+        add_special_tokens=adds_special_tokens(ours, texts[0]),
+    )
+    batch = prompt_batch(ours, some)
+    assert set(batch.tensors) == set(theirs)
+    for name, tensor in batch.tensors.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+@pytest.mark.parametrize("size", [(1, 1), (1, MAX_SIDES), (2 * MAX_SIDES, 2), (3, 3)])
+def test_every_processor_takes_what_the_readers_let_through(
+    loaded: Callable[[str], LoadedModel], family: str, size: tuple[int, int]
+) -> None:
+    batch = prompt_batch(loaded(family), examples(True, (size,)))
+    assert bool(batch.tensors["pixel_values"].isfinite().all())
+
+
+def test_a_picture_that_only_the_processor_rejects_is_named(loaded: Callable[[str], LoadedModel]) -> None:
+    with pytest.raises(DataError, match=r"does not take 1 \(ValueError: absolute aspect ratio must be smaller"):
+        prompt_batch(loaded("qwen2_5_vl"), examples(True, ((30, 30), (2, 500))))
+
+
+def test_a_package_that_a_processor_lacks_is_no_items_fault(
+    loaded: Callable[[str], LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = loaded("qwen2_5_vl")
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        raise ImportError("no torchvision")
+
+    monkeypatch.setattr(ours.processor, "image_processor", broken)
+    with pytest.raises(ImportError, match="no torchvision"):
+        prompt_batch(ours, examples(True))

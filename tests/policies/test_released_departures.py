@@ -236,3 +236,38 @@ def growth_of_a_heavy_score(policy: Policy) -> float:
 def test_elastic_released_refuses_what_its_code_has_no_meaning_for(settings: Any) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         ElasticReleased(**settings)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_second_prompt_goes_on_with_the_scores_left_behind(seed: int) -> None:
+    """By lists: scores stay in their places over both cuts, and each new token starts with the next one."""
+    random = torch.Generator().manual_seed(seed)
+    policy = H2OElasticRelease(order_taken_for_rank=False, one_too_few=False)
+    prompt, question, budget = 14, 4, 6
+    first = view_of_prompt(torch.rand(prompt, generator=random), budget=budget)
+    plan = policy.plan(first)
+    assert plan.mass is not None
+    assert plan.memory is not None
+    scores = first.mass[0, 0].tolist()  # that code's vector, which no cut touches
+    kept = plan.keep[0, 0]
+    new = torch.rand(question, generator=random)
+    position = torch.cat((first.position[0, 0][kept], torch.arange(prompt, prompt + question)))
+    received = torch.rand(budget, generator=random)
+    scores = [a + b for a, b in zip(scores, [*received.tolist(), *new.tolist(), *[0.0] * prompt], strict=False)]
+    mass = torch.cat((plan.mass[0, 0][kept] + received, new))
+    second = dataclasses.replace(
+        view_of_prompt(mass, budget=budget),
+        position=position[None, None],
+        prompt=torch.tensor([prompt]),
+        seen=torch.tensor([prompt + question]),
+        memory_or_none=plan.memory,
+    )
+    again = policy.plan(second)
+    assert again.mass is not None
+    assert again.memory is not None
+    best = sorted(range(budget + question - 1), key=lambda at: scores[at], reverse=True)[: budget - 1]
+    assert again.keep[0, 0].nonzero()[:, 0].tolist() == sorted([*best, budget + question - 1])
+    assert again.mass[0, 0][again.keep[0, 0]].tolist() == pytest.approx(scores[:budget])
+    rest = [0.0] * question + scores[budget : budget + question]
+    assert again.memory[0, 0].tolist()[: len(rest)] == pytest.approx(rest)
+    assert not again.memory[0, 0][len(rest) :].any()

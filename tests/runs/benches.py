@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvbench.cache import Budget, Needs, Policy, ScorePolicy, View
@@ -43,6 +44,14 @@ class NotANumber(ScorePolicy):
     def score(self, view: View) -> Tensor:
         view.keys.fill_(float("nan"))
         return view.position.float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class NanAtDecode(ScorePolicy):
+    """Plans the prompt by age, and has no number to decide by while tokens are generated; the cache stays as it is."""
+
+    def score(self, view: View) -> Tensor:
+        return view.position.float() if view.prefill else view.position * torch.nan
 
 
 FULL = CacheSetting(policy=KeepAll(), budget=Budget(fraction=1.0), positions="original")

@@ -10,20 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.records import MEASURED
-from kvbench.runs.worker_pipe import PipeWatcher, protect
+from kvbench.runs.worker_pipe import PipeWatcher, protect, watcher_of
 
 
 def main(job: dict[str, Any]) -> None:
     protect(job["parent"])
     if Path(job["results"], "dies-at-start").exists():
         os._exit(3)
-    watcher = PipeWatcher(job["messages"])
+    watcher = watcher_of(job)
     watcher.hello({"torch": "none", "gpu": os.environ.get("CUDA_VISIBLE_DEVICES", "")})
     for key, spec in zip(job["keys"], job["cells"], strict=True):
         for number, word in enumerate(spec["config"]["script"]):
             watcher.active(key, f"phase {number}")
             watcher.advance(key, 0.5)
-            _do(word, watcher, Path(job["results"]) / f"{key[:16]}.{number}", spec["config"]["body"])
+            if word.startswith("raw "):
+                os.write(job["messages"], word.removeprefix("raw ").encode("latin-1"))
+            elif word.startswith("timed "):
+                watcher.active(key, "timed", timed=True)
+                Path(job["results"], word.removeprefix("timed ")).touch()
+            else:
+                _do(word, watcher, Path(job["results"]) / f"{key[:16]}.{number}", spec["config"]["body"])
     watcher.bye()
     os._exit(0)
 
@@ -37,6 +43,11 @@ def _do(word: str, watcher: PipeWatcher, mark: Path, body: dict[str, Any]) -> No
         name, _, value = value.partition(" ")
     if name == "done":
         watcher.done({**body, "status": value or "ok", "error": None if value in ("", *MEASURED) else error(value)})
+    elif name == "badly":
+        watcher.done({"key": body["key"], "error": None, "status": "splendid"})
+    elif name == "bye":
+        watcher.bye()
+        os._exit(0)
     elif name == "signal":
         os.kill(os.getpid(), int(value))
     elif name == "exit":

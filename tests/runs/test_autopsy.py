@@ -27,6 +27,7 @@ from kvbench.models.loader import LoadedModel
 from kvbench.models.seen_picture import seen_picture
 from kvbench.models.token_pieces import token_pieces
 from kvbench.packed import unpack
+from kvbench.runs import autopsy
 from kvbench.runs.autopsy import without_secrets
 from kvbench.runs.autopsy_body import coarsened, held_at, stored_layers
 from kvbench.runs.autopsy_replay import Watching, full_attention, replay
@@ -36,14 +37,15 @@ from kvbench.runs.batch_task import BatchTask, Payload
 from kvbench.runs.cell import Cell
 from kvbench.runs.divergence import divergence
 from kvbench.runs.generation import Generation
-from kvbench.runs.group import ModelShelf
+from kvbench.runs.group import ModelShelf, run_group
+from kvbench.runs.group_plan import GroupPlan
 from kvbench.runs.loop import CacheSetting
 from kvbench.runs.prompts import Part, Prompts
 from kvbench.runs.task import Bench, TaskResult
 from tests.contract import YAMLS
 from tests.driving import held_positions
 from tests.runs.benches import FULL, MostAttended, cell_of
-from tests.runs.watching import run_cells
+from tests.runs.watching import KeptInMemory, Notes, run_cells
 
 SCENES = Scenes(num_samples=2)
 STEPS = 9
@@ -194,7 +196,7 @@ def stock_attention(loaded: LoadedModel, tokens: Tensor, tensors: dict[str, Tens
 
 def test_a_row_that_ends_early_is_looked_at_as_if_it_were_alone(bundled: LoadedModel) -> None:
     examples = Scenes(num_samples=1, ask="follow_up", num_follow_ups=3).examples()
-    limits: dict[str, Any] = {"eos_token_id": bundled.eos_token_id, "max_new_tokens": 24, "beat": lambda: None}
+    limits: dict[str, Any] = {"end_token_ids": bundled.end_token_ids, "max_new_tokens": 24}
     setting, policies = settings_of()["h2o"], [MostAttended(), Watching()]
     together = Prompts(bundled, examples, 3, share=[setting.policy, *policies]).part(0)
     masses, rows = full_attention(together, **limits), replay(together, setting, **limits)
@@ -276,6 +278,51 @@ def test_what_fails_while_looking_costs_the_file_only(
     assert not autopsy_path(tmp_path, bad.key).exists()
     assert autopsy_path(tmp_path, good.key).exists()
     assert "no autopsy of p at -: SystemExit: 3" in caplog.text
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A task of time that costs nothing."""
+
+    protocol: ClassVar[str] = "alone_v1"
+
+    def run(self, bench: Bench) -> TaskResult:
+        return TaskResult()
+
+
+def looked_at_with(
+    fault: BaseException, tasks: Any, folder: Path, shelf: ModelShelf, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[str], list[list[str]]]:
+    """Run two cells whose autopsies raise; return the cells that were told, and those told before each autopsy."""
+    notes, before = Notes(), list[list[str]]()
+    cells = [replace(looked_at(FULL, name, tasks), dataset=Scenes(num_samples=1)) for name in "ab"]
+    names = {cell.key: str(cell.settings["name"]) for cell in cells}
+
+    def raises(*arguments: Any, **options: Any) -> list[Any]:
+        before.append([names[key] for key in notes.bodies])
+        raise fault
+
+    monkeypatch.setattr(autopsy, "replay", raises)
+    plan = GroupPlan(results=folder, sweep="s", share_prompts=True, batches_of=lambda key: KeptInMemory())
+    run_group(cells, plan, shelf=shelf, watcher=notes)
+    assert {body["status"] for body in notes.bodies.values()} == {"ok"}
+    return [names[key] for key in notes.bodies], before
+
+
+def test_a_cell_is_looked_at_after_its_record_is_told(
+    tmp_path: Path, shelf: ModelShelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = (KeyboardInterrupt(), {"nothing": Nothing()}, tmp_path, shelf, monkeypatch)
+    assert looked_at_with(*given) == (["a", "b"], [["a", "b"]] * 2), "batches are measured for all before"
+    given = (ValueError("no"), {"nothing": Nothing(), "alone": Alone()}, tmp_path, shelf, monkeypatch)
+    assert looked_at_with(*given) == (["a", "b"], [["a"], ["a", "b"]])
+
+
+def test_a_device_that_breaks_while_a_cell_is_looked_at_leaves_the_others_to_a_fresh_process(
+    tmp_path: Path, shelf: ModelShelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken, tasks = RuntimeError("CUDA error: misaligned address"), {"nothing": Nothing(), "alone": Alone()}
+    assert looked_at_with(broken, tasks, tmp_path, shelf, monkeypatch) == (["a"], [["a"]])
 
 
 def test_a_long_prompt_is_left_out_and_the_file_says_so(tmp_path: Path, shelf: ModelShelf) -> None:

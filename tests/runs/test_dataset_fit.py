@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from kvbench.compose import compose_grid
 from kvbench.config import build_cell
@@ -23,7 +24,7 @@ from kvbench.runs.perplexity import Perplexity
 from kvbench.runs.speed import Speed
 from tests.datasets.files import write_json, write_lines, write_picture
 from tests.models.checkpoints import save_checkpoint
-from tests.runs.benches import cell_of
+from tests.runs.benches import FULL, cell_of, cut
 from tests.runs.watching import run_cells
 
 BUNDLED = ModelSpec(checkpoint="bundled")
@@ -34,6 +35,7 @@ class Few:
     """A data set of the examples it is given."""
 
     fingerprint = "few"
+    on_bad_item = "fail"
 
     def __init__(self, *examples: Example) -> None:
         self._examples = examples
@@ -163,3 +165,49 @@ def test_a_record_of_a_data_set_that_skips_nothing_says_nothing(tmp_path: Path, 
     body = run_cells([cell], tmp_path, shelf=shelf).bodies[cell.key]
     assert "num_skipped_items" not in body["measurements"]
     assert body["skipped_items"] == []
+
+
+@pytest.fixture(scope="module")
+def grid_model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    return ModelSpec(checkpoint=str(save_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("qwen"))))
+
+
+def shown(name: str, width: int, height: int) -> Example:
+    return example(name, question="What is it?", load_image=lambda: Image.new("RGB", (width, height), "red"))
+
+
+def test_what_only_the_processor_rejects_is_left_out_and_named(tmp_path: Path, grid_model: ModelSpec) -> None:
+    data = Few(shown("a", 30, 30), shown("strip", 2, 500), shown("b", 20, 40), example("c"))
+    data.on_bad_item = "skip"
+    cells = [
+        cell_of({"perplexity": Perplexity()}, dataset=data, model=grid_model, setting=setting, number=number)
+        for number, setting in enumerate((FULL, cut()))
+    ]
+    notes = run_cells(cells, tmp_path)
+    for cell in cells:
+        body = notes.bodies[cell.key]
+        assert body["status"] == "ok", body["error"]
+        assert [row["id"] for row in body["samples"]] == ["a", "b", "c"]
+        (left_out,) = body["skipped_items"]
+        assert left_out["item"] == "strip"
+        assert "processor does not take strip (ValueError: absolute aspect ratio" in left_out["reason"]
+        count = body["measurements"]["num_skipped_items"]
+        assert (count["value"], count["n"]) == (1, 4)
+    assert notes.num_beats >= 4, "looking at many pictures is no silence"
+
+
+def test_without_skipping_it_is_a_data_error_of_that_item(tmp_path: Path, grid_model: ModelSpec) -> None:
+    data = Few(shown("a", 30, 30), shown("strip", 2, 500))
+    cell = cell_of({"perplexity": Perplexity()}, dataset=data, model=grid_model)
+    body = run_cells([cell], tmp_path).bodies[cell.key]
+    assert (body["status"], body["error"]["type"]) == ("data_error", "DataError")
+    assert "does not take strip" in body["error"]["message"]
+
+
+def test_when_the_processor_rejects_every_item_the_first_reason_is_told(tmp_path: Path, grid_model: ModelSpec) -> None:
+    data = Few(shown("one", 2, 500), shown("two", 500, 2))
+    data.on_bad_item = "skip"
+    cell = cell_of({"perplexity": Perplexity()}, dataset=data, model=grid_model)
+    body = run_cells([cell], tmp_path).bodies[cell.key]
+    assert body["status"] == "data_error"
+    assert "all 2 items are bad; the first: the model's processor does not take one" in body["error"]["message"]

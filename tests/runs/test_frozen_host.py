@@ -12,10 +12,13 @@ import pytest
 import torch
 
 from kvbench.cache import Budget, Policy
+from kvbench.errors import NonFiniteChoiceError
 from kvbench.kernels.dispatch import kernels_forced
 from kvbench.policies.h2o import H2O
 from kvbench.runs.graph import GraphDecoding
 from kvbench.runs.loop import CacheSetting
+from kvbench.runs.loop import greedy as answers
+from tests.runs.benches import NanAtDecode
 from tests.runs.frozen import freeze_host
 from tests.runs.test_graph import greedy, loaded, padded_batch
 
@@ -58,6 +61,35 @@ def same_replays(policy: Policy, steps: int) -> None:
     assert held_again == held
     assert all(torch.equal(a, b) for a, b in zip(logits, logits_again, strict=True))
     assert occupancy_again == occupancy
+
+
+@pytest.mark.usefixtures("frozen")
+def test_a_captured_step_notes_victims_chosen_by_nan_without_a_wait() -> None:
+    setting = CacheSetting(policy=NanAtDecode(), budget=Budget(tokens=5), positions="original", engine="graph")
+    with torch.inference_mode(), kernels_forced(True):
+        decoding = setting.decoding(loaded("llama_gqa", torch.float32), padded_batch(), STEPS)
+        decoding.prepare()
+        decoding.cache.check()  # the steps of a warm-up are undone
+        with pytest.raises(NonFiniteChoiceError, match="layer 0"):
+            answers(decoding, end_token_ids=(-1,), max_new_tokens=2)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("frozen")
+def test_a_chunk_between_captured_steps_is_followed_by_a_new_capture() -> None:
+    told = []
+    for engine in ("eager", "graph"):
+        setting = CacheSetting(policy=H2O(), budget=Budget(tokens=6), positions="original", engine=engine)
+        with torch.inference_mode(), kernels_forced(True):
+            decoding = setting.decoding(loaded("llama_gqa", torch.float32), padded_batch(), 2)
+            first = greedy(decoding, 2)
+            decoding.extend(torch.tensor([[5, 9, 2], [4, 4, 8]]))
+            told.append((first, greedy(decoding, 2), decoding.cache.occupancy()))
+    for ours, theirs in zip(told[0][:2], told[1][:2], strict=True):
+        assert torch.equal(ours[0], theirs[0])
+        assert ours[1] == theirs[1]
+        assert all(torch.equal(a, b) for a, b in zip(ours[2], theirs[2], strict=True))
+    assert told[0][2] == told[1][2]
 
 
 @pytest.mark.usefixtures("frozen")

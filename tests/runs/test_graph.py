@@ -18,11 +18,12 @@ from kvbench.models.inputs import PromptBatch
 from kvbench.models.loader import LoadedModel
 from kvbench.policies.full import Full
 from kvbench.policies.h2o import H2O
-from kvbench.runs import graph
+from kvbench.runs import capture, graph
 from kvbench.runs.capture import captured
 from kvbench.runs.loop import CacheSetting, Decoding
 from tests.contract import left_padded
 from tests.driving import Held, held_positions
+from tests.runs.benches import NanAtDecode
 from tests.tiny_models import random_tokens, tiny_model
 
 STEPS = 9
@@ -92,6 +93,55 @@ def test_a_policy_that_waits_is_refused_and_the_next_is_captured() -> None:
                 decoding.prepare()
                 tokens.append(greedy(decoding, STEPS)[0])
     assert torch.equal(*tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beyond(H2O):
+    """Names a slot that does not exist."""
+
+    def victim(self, view: View) -> Tensor:
+        return view.position[..., 0] * 0 + 10**6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(ON == "cpu", reason="a CUDA graph needs a CUDA device")
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+def test_what_is_no_choice_is_found_without_a_wait_and_disturbs_nobody(engine: Any) -> None:
+    model, tokens = loaded("llama_gqa", torch.bfloat16), []
+    for policy, message in ((H2O(), ""), (NanAtDecode(), "NaN at decode"), (Beyond(), "no token"), (H2O(), "")):
+        setting = CacheSetting(policy=policy, budget=Budget(fraction=0.5), positions="original", engine=engine)
+        with torch.inference_mode():
+            decoding = setting.decoding(model, padded_batch(), STEPS)
+            decoding.prepare()
+            with capture._forbidden():
+                for _ in range(STEPS):
+                    decoding.step(decoding.logits.argmax(-1))
+            if message:
+                with pytest.raises(PolicyError, match=message):
+                    decoding.cache.check()
+            else:
+                decoding.cache.check()
+                tokens.append(decoding.logits.clone())
+    assert torch.equal(*tokens)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(ON == "cpu", reason="a CUDA graph needs a CUDA device")
+def test_a_conversation_in_graphs_is_that_of_the_eager_engine() -> None:
+    model, told = loaded("llama_gqa", torch.bfloat16), []
+    for engine in ("eager", "graph"):
+        setting = CacheSetting(policy=H2O(), budget=Budget(tokens=6), positions="original", engine=engine)
+        with torch.inference_mode():
+            decoding = setting.decoding(model, padded_batch(), STEPS)
+            turns = [greedy(decoding, STEPS)]
+            for _ in range(2):
+                decoding.extend(torch.tensor([[5, 9, 2], [4, 4, 8]], device=ON))
+                turns.append(greedy(decoding, STEPS))
+            told.append(turns)
+    for ours, theirs in zip(*told, strict=True):
+        assert torch.equal(ours[0], theirs[0])
+        assert ours[1] == theirs[1]
+        assert all(torch.equal(a, b) for a, b in zip(ours[2], theirs[2], strict=True))
 
 
 @pytest.mark.gpu

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,12 +23,13 @@ from kvbench.runs.batch_task import BatchTask, Payload
 from kvbench.runs.fidelity import Fidelity
 from kvbench.runs.generation import Generation
 from kvbench.runs.group import ModelShelf
+from kvbench.runs.group_plan import GroupPlan
 from kvbench.runs.loop import CacheSetting, Decoding
 from kvbench.runs.perplexity import Perplexity
 from kvbench.runs.prompts import Part
 from kvbench.runs.task import Bench, TaskResult
-from tests.runs.benches import FULL, NotANumber, cell_of, cut
-from tests.runs.watching import KeptInMemory, run_cells
+from tests.runs.benches import FULL, KeepAll, NanAtDecode, NotANumber, cell_of, cut
+from tests.runs.watching import KeptInMemory, Notes, run_cells
 
 SHORT_ANSWERS = Scenes(num_samples=1, ask="follow_up", num_follow_ups=3)
 QUALITY = {
@@ -57,6 +58,23 @@ class Scores(BatchTask):
         result = TaskResult()
         result.measure("ppl", mean_interval([float(payload["number"]) for payload in payloads]))
         return result
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A task that says nothing of what may run beside it."""
+
+    protocol: ClassVar[str] = "timed_v1"
+
+    def run(self, bench: Bench) -> TaskResult:
+        return TaskResult()
+
+
+@dataclass(frozen=True)
+class Talk(Timed):
+    """A task of its own pass that is not timed."""
+
+    is_timed: ClassVar[bool] = False
 
 
 @pytest.fixture(autouse=True)
@@ -98,12 +116,94 @@ def test_shared_prompts_give_the_same_records_with_one_prefill_for_all(
     assert shared.num_beats > 5 * 4
 
 
+def test_the_full_cache_is_built_once_per_batch_for_the_fidelity_of_all_cells(
+    shelf: ModelShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[bool] = []
+    decoding = Part.decoding
+
+    def counted(self: Part, setting: CacheSetting, *arguments: Any, **options: Any) -> Decoding:
+        built.append(isinstance(setting.policy, KeepAll))
+        return decoding(self, setting, *arguments, **options)
+
+    tasks = {"fidelity": Fidelity(max_new_tokens=4, check_tokens=2)}
+    cells = [cell_of(tasks, dataset=SHORT_ANSWERS, setting=cut(), number=n) for n in range(3)]
+    monkeypatch.setattr(Part, "decoding", counted)
+    run_cells(cells, tmp_path, shelf=shelf)
+    num_answers, num_check, num_batches = 2, 2, 2
+    assert built.count(True) == num_answers + num_check + num_batches
+    assert built.count(False) == len(cells) * num_batches
+
+
 def test_cells_run_batch_by_batch_and_commit_each(shelf: ModelShelf, tmp_path: Path) -> None:
     cells = [cell_of({"scores": Scores()}, number=n) for n in range(2)]
     kept: dict[str, KeptInMemory] = {}
     run_cells(cells, tmp_path, shelf=shelf, batches=kept)
     assert Scores.asked == [0, 0, 1, 1]
     assert [kept[cell.key].kept for cell in cells] == [{n: {"scores": {"number": n}} for n in (0, 1)}] * 2
+
+
+def test_a_cell_is_told_of_as_soon_as_its_last_batch_is_done(
+    shelf: ModelShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked_before: dict[str, list[int]] = {}
+    done = Notes.done
+
+    def noted(self: Notes, body: dict[str, Any]) -> None:
+        asked_before[body["key"]] = list(Scores.asked)
+        done(self, body)
+
+    monkeypatch.setattr(Notes, "done", noted)
+    kept, first, second, timed = (
+        cell_of({"scores": Scores(), **({"timed": Timed()} if n == 3 else {})}, number=n) for n in range(4)
+    )
+    batches = {kept.key: kept_of({n: {"scores": {"number": n}} for n in (0, 1)})}
+    notes = run_cells([timed, kept, first, second], tmp_path, shelf=shelf, batches=batches)
+    assert asked_before == {
+        kept.key: [0],  # all that it needs was there
+        first.key: [0, 0, 0, 1, 1],
+        second.key: [0, 0, 0, 1, 1, 1],
+        timed.key: [0, 0, 0, 1, 1, 1],
+    }
+    assert list(notes.bodies)[-1] == timed.key, "what is timed comes when nothing is shared any more"
+    assert [told for told in notes.batches_told if told[0] in (kept.key, first.key)] == [
+        (kept.key, 2, 2),
+        (first.key, 0, 2),
+        (first.key, 1, 2),
+        (first.key, 2, 2),
+    ]
+
+
+def test_a_kill_in_the_last_batch_leaves_the_cells_that_were_done(shelf: ModelShelf, tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    class Kills(KeptInMemory):
+        def commit(self, number: int, payload: Payload) -> None:
+            super().commit(number, payload)
+            if number == 1:
+                raise Killed
+
+    cells = [cell_of({"scores": Scores()}, number=n) for n in range(3)]
+    batches: dict[str, KeptInMemory] = {cells[1].key: Kills()}
+    plan = GroupPlan(
+        results=tmp_path, sweep="s", share_prompts=True, batches_of=lambda key: batches.setdefault(key, KeptInMemory())
+    )
+    notes = Notes()
+    with pytest.raises(Killed):
+        group.run_group(cells, plan, shelf=shelf, watcher=notes)
+    assert list(notes.bodies) == [cells[0].key]
+    Scores.asked.clear()
+    batches[cells[1].key] = kept_of(batches[cells[1].key].kept)
+    run_cells(cells[1:], tmp_path, shelf=shelf, batches=batches)
+    assert Scores.asked == [1], "one batch of the third cell is all that is left"
+
+
+def test_only_what_is_timed_waits_until_nothing_works_beside_it(shelf: ModelShelf, tmp_path: Path) -> None:
+    tasks = {"scores": Scores(), "conversation": Talk(), "memory": Timed(), "speed": Timed()}
+    cells = [cell_of(tasks, number=n) for n in range(2)]
+    notes = run_cells(cells, tmp_path, shelf=shelf)
+    assert notes.timed == ["memory", "speed"] * 2
 
 
 def test_committed_batches_are_not_measured_again(shelf: ModelShelf, tmp_path: Path) -> None:
@@ -146,9 +246,13 @@ def test_a_failing_cell_is_left_out_and_the_others_go_on(
 
 def test_nan_in_one_cell_does_not_reach_the_others(shelf: ModelShelf, tmp_path: Path) -> None:
     poison = CacheSetting(policy=NotANumber(), budget=Budget(fraction=0.2), positions="original")
-    cells = [cell_of(QUALITY, dataset=SHORT_ANSWERS, setting=s, number=n) for n, s in enumerate([cut(), poison, FULL])]
+    undecided = replace(poison, policy=NanAtDecode())
+    cells = [
+        cell_of(QUALITY, dataset=SHORT_ANSWERS, setting=s, number=n)
+        for n, s in enumerate([cut(), poison, undecided, FULL])
+    ]
     notes = run_cells(cells, tmp_path / "together", shelf=shelf)
-    assert [notes.bodies[cell.key]["status"] for cell in cells] == ["ok", "nonfinite", "ok"]
+    assert [notes.bodies[cell.key]["status"] for cell in cells] == ["ok", "nonfinite", "nonfinite", "ok"]
     alone = run_cells([cells[0]], tmp_path / "alone", shelf=shelf, share=False)
     assert told(alone.bodies[cells[0].key]) == told(notes.bodies[cells[0].key])
 

@@ -13,16 +13,19 @@ from kvbench.cache import Budget
 from kvbench.datasets.base import Example
 from kvbench.datasets.turn import Turn
 from kvbench.errors import ConfigError, MeasureError, ModelSupportError, NonFiniteError
-from kvbench.models.inputs import PromptBatch, prompt_batch
+from kvbench.models.inputs import PromptBatch, prompt_batch, prompt_text
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.next_turn import next_turn_tokens
 from kvbench.models.spec import ModelSpec
+from kvbench.policies.snapkv import SnapKV
+from kvbench.runs import graph
 from kvbench.runs.loop import Decoding, greedy
 from kvbench.runs.multi_turn import MultiTurn
 from kvbench.runs.task import Bench
 from kvbench.units import MEASURES
 from tests.models.checkpoints import save_checkpoint
 from tests.runs.benches import FULL, SCENES, NotANumber, bench_of, cut
+from tests.runs.frozen import freeze_host
 
 TASK = MultiTurn(max_new_tokens=14, max_turns=3)
 EXAMPLE = SCENES.examples()[0]
@@ -55,7 +58,7 @@ def test_the_full_cache_says_what_prefilling_everything_again_says(
         if number > 1:
             batch = longer(batch, [*said[number - 2].tokens, *next_turn_tokens(bundled, EXAMPLE, number)])
         decoding = FULL.decoding(bundled, batch, max_new_tokens)
-        answer = greedy(decoding, eos_token_id=bundled.eos_token_id, max_new_tokens=max_new_tokens)
+        answer = greedy(decoding, end_token_ids=bundled.end_token_ids, max_new_tokens=max_new_tokens)
         assert answer == [turn.tokens]
         assert turn.held_fraction == 1.0
         was_cut_off = len(turn.tokens) == max_new_tokens  # then the last token is fed with the next turn
@@ -70,6 +73,49 @@ def test_a_chunk_into_the_full_cache_gives_the_logits_of_one_prompt(bundled: Loa
     whole = Decoding(bundled, longer(batch, chunk), FULL.cache(bundled, longer(batch, chunk), 8))
     assert torch.allclose(extended, whole.logits, atol=1e-4)
     assert torch.allclose(decoding.step(torch.tensor([4])), whole.step(torch.tensor([4])), atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU captures the step for real")
+def test_a_conversation_runs_on_the_engine_that_its_key_says(
+    bundled: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freeze_host(monkeypatch)
+    captures: list[Any] = []
+    capture = graph.captured
+    monkeypatch.setattr(graph, "captured", lambda *given: captures.append(given) or capture(*given))
+    task, bench = MultiTurn(max_new_tokens=3, max_turns=3), bench_for(bundled, tmp_path, FULL)
+    assert task.talk(bench, EXAMPLE, replace(FULL, engine="graph")) == task.talk(bench, EXAMPLE, FULL)
+    assert len(captures) == 3, "one for each turn, whose question lays out new buffers"
+
+
+@torch.inference_mode()
+def test_a_question_of_one_token_is_cut_as_part_of_the_prompt(bundled: LoadedModel) -> None:
+    """Before, it was taken for a generated token, which a policy that cuts prompts only never drops."""
+    batch, setting = prompt_batch(bundled, [EXAMPLE]), cut(Budget(tokens=40), SnapKV())
+    decoding = Decoding(bundled, replace(batch, question_ids=torch.tensor([[7]])), setting.cache(bundled, batch, 8))
+    assert decoding.cache.occupancy().entries_peak == 40
+    decoding.step(torch.tensor([9]))
+    assert decoding.cache.occupancy().entries_peak == 41
+
+
+def test_later_turns_are_written_with_the_settings_of_the_first(tmp_path: Path) -> None:
+    """As Qwen3's template asks for them: without thinking, every answer begins after an empty thought."""
+    loaded = load_model(ModelSpec(checkpoint=str(save_checkpoint("qwen3", tmp_path))), "cpu")
+    loaded.processor.chat_template = (
+        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% if enable_thinking is defined and enable_thinking is false %}"
+        "<think> </think> {% endif %}{{ date_string }}{% endif %}"
+    )
+    turns = (Turn(question="And?", answer="Yes."), Turn(question="Why?", answer="So."))
+    example = Example(id="x", cluster="x", question="What is it?", reference="A dot.", follow_ups=turns)
+    first = prompt_text(loaded, example)
+    opening = first[first.index("assistant: ") :]
+    assert opening == "assistant: <think> </think> 26 Jul 2024"
+    for number, turn in enumerate(turns, start=2):
+        text = f" user: {turn.question} {opening}"
+        assert (
+            next_turn_tokens(loaded, example, number) == loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+        )
 
 
 def test_every_turn_is_scored_and_the_full_cache_equals_itself(bundled: LoadedModel, tmp_path: Path) -> None:

@@ -4,25 +4,31 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from kvbench.cache import Budget
+from kvbench.cache import Budget, decode_step
 from kvbench.datasets.scene_drawing import draw_scene
 from kvbench.datasets.scene_text import describe, describe_prompt
 from kvbench.datasets.scenes import scene_at
-from kvbench.errors import ConfigError, MeasureError, NonFiniteError
+from kvbench.errors import ConfigError, MeasureError, NonFiniteChoiceError, NonFiniteError
 from kvbench.models.loader import LoadedModel
 from kvbench.models.spec import BUNDLED_FOLDER
+from kvbench.runs.capacity import Capacity
 from kvbench.runs.fidelity import Fidelity
 from kvbench.runs.generation import Generation
+from kvbench.runs.memory import Memory
+from kvbench.runs.multi_turn import MultiTurn
 from kvbench.runs.perplexity import Perplexity
+from kvbench.runs.perplexity_released import PerplexityReleased
+from kvbench.runs.speed import Speed
 from kvbench.runs.task import Task, TaskResult
 from kvbench.sealed import canonical_json
-from tests.runs.benches import FULL, SCENES, NotANumber, bench_of, cut
+from tests.runs.benches import FULL, SCENES, NanAtDecode, NotANumber, bench_of, cut
 
 SHORT = Generation(max_new_tokens=24)
 SHORT_FIDELITY = Fidelity(max_new_tokens=24, check_tokens=4)
@@ -149,6 +155,29 @@ def test_a_corrupt_store_is_computed_again(tmp_path: Path, bundled: LoadedModel,
 def test_a_cache_of_nan_has_no_number(bundled: LoadedModel, tmp_path: Path, task: Task) -> None:
     with pytest.raises(NonFiniteError):
         task.run(bench_of(bundled, tmp_path, cut(policy=NotANumber())))
+
+
+EVERY_TASK: list[Task] = [
+    Perplexity(),
+    PerplexityReleased(),
+    Generation(max_new_tokens=3),
+    Fidelity(max_new_tokens=3, check_tokens=1),
+    MultiTurn(max_new_tokens=3, max_turns=2),
+    Speed(new_tokens=3, num_blocks=1),
+    Memory(new_tokens=3),
+    Capacity(new_tokens=3, num_launches=1, max_batch_size=1),
+]
+
+
+@pytest.mark.parametrize("task", EVERY_TASK, ids=lambda task: type(task).__name__)
+def test_every_task_asks_at_its_end_whether_victims_were_chosen_by_nan(
+    bundled: LoadedModel, tmp_path: Path, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where a step only notes it: logits are finite and nothing else would tell."""
+    monkeypatch.setattr(decode_step, "check_faults", lambda *arguments: None)
+    bench = replace(bench_of(bundled, tmp_path, cut(policy=NanAtDecode())), examples=SCENES.examples()[:1])
+    with pytest.raises(NonFiniteChoiceError, match="NanAtDecode chose a victim by NaN at decode"):
+        task.run(bench)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -203,15 +204,56 @@ def test_a_signal_ends_the_sweep_cleanly_and_the_next_one_goes_on(
 def test_jobs_elsewhere_are_judged_by_what_they_left(tmp_path: Path) -> None:
     sweep, _ = sweep_of(tmp_path, OK, OK, OK, OK)
     ok, failed, lost, alive = sweep.tickets
-    since = "2026-01-01T00:00:00.000+00:00"
+    known = sweep.attempt_ids
     store = RecordStore(tmp_path)
     store.commit(Attempt(cell=sweep.tickets[ok].cell, sweep="s", phase=None).body({}))
     store.commit(Attempt(cell=sweep.tickets[failed].cell, sweep="s", phase="load", status="oom").body({}))
     other = Claims(tmp_path, owner="other").take(alive)
-    sweep.gather(since)
+    sweep.gather(known)
     assert sweep.statuses == {ok: "ok", failed: "oom", lost: "killed"}
     assert sweep.num_failed == 3
     assert store.attempts(lost)[0]["error"]["type"] == "JobLost"
     assert not store.attempts(alive)
     assert other is not None
     other.release()
+
+
+def attempt(sweep: Sweep, key: str, status: str, year: int) -> dict[str, Any]:
+    """An attempt by a machine whose clock is in `year`."""
+    started = datetime(year, 1, 1, tzinfo=UTC)
+    return Attempt(cell=sweep.tickets[key].cell, sweep="s", phase="load", status=status, started=started).body({})
+
+
+@pytest.mark.parametrize("year", [2001, 2101])
+def test_what_a_job_left_is_told_by_its_name_whatever_the_clocks_say(tmp_path: Path, year: int) -> None:
+    sweep, _ = sweep_of(tmp_path, OK, OK, OK)
+    crashed, requeued, lost = sweep.tickets
+    store = RecordStore(tmp_path)
+    store.commit(attempt(sweep, lost, "oom", 2050))
+    known = sweep.attempt_ids
+    store.commit(attempt(sweep, crashed, "crash", year))
+    for status, when in (("preempted", 2050), ("crash", year)):  # one job, twice, on two machines
+        store.commit(attempt(sweep, requeued, status, when))
+    sweep.gather(known)
+    assert sweep.statuses == {crashed: "crash", requeued: "crash", lost: "killed"}
+
+
+def test_a_forced_cell_is_judged_by_its_new_attempt_only(tmp_path: Path) -> None:
+    sweep, _ = sweep_of(tmp_path, OK, OK, force=True)
+    failed, measured = sweep.tickets
+    store = RecordStore(tmp_path)
+    for key in sweep.tickets:
+        store.commit(attempt(sweep, key, "ok", 2020))
+    known = sweep.attempt_ids
+    store.commit(attempt(sweep, failed, "oom", 2010))
+    store.commit(attempt(sweep, measured, "ok", 2010))
+    sweep.gather(known)
+    assert sweep.statuses == {failed: "oom", measured: "ok"}
+
+
+def test_a_sink_is_shown_a_cell_before_the_next_one_is_timed(tmp_path: Path) -> None:
+    sweep, shown = sweep_of(tmp_path, OK, ["timed second", "done ok"])
+    timed: list[bool] = []
+    shown.record = lambda body: timed.append((tmp_path / "second").exists())  # type: ignore[method-assign]
+    sweep.run(StopRequest())
+    assert timed == [False, True]

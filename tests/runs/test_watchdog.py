@@ -51,6 +51,30 @@ def test_a_late_reader_does_not_blame_the_worker() -> None:
     assert watchdog.spent_s == {"a": 8.0}
 
 
+def test_what_waits_for_its_parent_is_neither_silent_nor_slow() -> None:
+    watchdog = dog(timeout_s=10.0, silence_s=5.0)
+    assert watchdog.deadline_s() == 105.0
+    watchdog.start("a", "speed", 102.0)
+    watchdog.wait()
+    assert (watchdog.deadline_s(), watchdog.complaint(1000.0)) == (None, None)
+    watchdog.resume(1000.0)
+    assert watchdog.deadline_s() == 1005.0
+    watchdog.hear(1004.0)
+    assert watchdog.deadline_s() == 1009.0
+    watchdog.hear(1008.0)
+    assert watchdog.deadline_s() == 1010.0, "then ten seconds are spent"
+    watchdog.wait()
+    watchdog.end(1009.0)
+    assert (watchdog.waits, watchdog.deadline_s()) == (False, 1014.0)
+    assert dog().deadline_s() is None
+
+
+def test_a_worker_beats_often_enough_to_be_believed_and_no_more() -> None:
+    assert Limits(timeout_s=None, silence_s=900.0).beat_every_s == 45.0
+    assert Limits(timeout_s=None, silence_s=5.0).beat_every_s == 0.25
+    assert Limits(timeout_s=None, silence_s=None).beat_every_s == 60.0
+
+
 @pytest.mark.parametrize(
     ("code", "oom_kills", "status", "kind"),
     [

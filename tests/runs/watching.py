@@ -17,13 +17,19 @@ class Notes:
         self.phases: list[tuple[str, str]] = []
         self.tasks: dict[str, float] = {}
         self.bodies: dict[str, dict[str, Any]] = {}
+        self.timed: list[str] = []
         self.num_beats = 0
+        self.batches_told: list[tuple[str, int, int]] = []
 
-    def active(self, key: str, phase: str) -> None:
+    def active(self, key: str, phase: str, *, timed: bool = False) -> None:
         self.phases.append((key, phase))
+        self.timed += [phase] if timed else []
 
     def advance(self, key: str, tasks: float) -> None:
         self.tasks[key] = self.tasks.get(key, 0.0) + tasks
+
+    def batches(self, key: str, done: int, total: int) -> None:
+        self.batches_told.append((key, done, total))
 
     def beat(self) -> None:
         self.num_beats += 1

@@ -36,6 +36,7 @@ def test_a_failing_sink_does_not_stop_the_others(caplog: pytest.LogCaptureFixtur
     group.open("demo", 2)
     group.record({"n": 1})
     group.record({"n": 2})
+    assert listing.calls == [("open", "demo", 2)], "they wait until nothing is timed"
     group.close()
     assert listing.calls == [("open", "demo", 2), {"n": 1}, {"n": 2}, "close"]
     assert failing.calls == listing.calls
@@ -67,8 +68,42 @@ def test_stopping_the_program_is_not_swallowed() -> None:
         def record(self, body: dict[str, Any]) -> None:
             raise KeyboardInterrupt
 
+    group = SinkGroup([Interrupted()])
+    group.record({})
     with pytest.raises(KeyboardInterrupt):
-        SinkGroup([Interrupted()]).record({})
+        group.flush()
+
+
+def test_an_instant_sink_is_shown_a_cell_at_once_and_the_others_when_nothing_is_timed() -> None:
+    class Instant(_Listing):
+        is_instant = True
+
+    instant, slow, order = Instant(), _Listing(), []
+    group = SinkGroup([slow, instant])
+    group.record({"n": 1})
+    group.record({"n": 2})
+    assert (instant.calls, slow.calls) == ([{"n": 1}, {"n": 2}], [])
+    group.flush(lambda: order.append(len(slow.calls)))
+    group.flush(lambda: pytest.fail("nothing waits"))
+    assert (instant.calls, slow.calls) == ([{"n": 1}, {"n": 2}],) * 2
+    assert order == [0, 1], "called before each cell, so that no lease runs out"
+    assert ConsoleSink.is_instant
+    assert not getattr(WandbSink, "is_instant", False), "it starts processes and waits for a network"
+
+
+def test_what_a_sink_keeps_running_ends_before_something_is_timed() -> None:
+    class Running(_Listing):
+        def pause(self) -> None:
+            self.calls.append("pause")
+
+    running = Running()
+    group = SinkGroup([running])
+    group.flush()
+    assert running.calls == [], "nothing was started"
+    group.record({"n": 1})
+    group.record({"n": 2})
+    group.flush()
+    assert running.calls == [{"n": 1}, {"n": 2}, "pause"]
 
 
 def test_every_sink_follows_the_protocol() -> None:

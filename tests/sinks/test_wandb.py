@@ -7,13 +7,16 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from kvbench.errors import ConfigError
+from kvbench.sinks.base import SinkGroup
 from kvbench.sinks.wandb import WandbSink
 from kvbench.sinks.wandb_fields import has_api_key, summary_numbers
 from tests.sinks.record_bodies import make_body
@@ -58,6 +61,23 @@ def test_an_offline_run_holds_config_summary_curve_and_samples(
     axes = {record["metric"].get("glob_name"): record["metric"].get("step_metric") for record in records
             if record["type"] == "metric"}  # fmt: skip
     assert {"entries/*": "seen_tokens", "launches/*": "launch", "capacity/*": "try"}.items() <= axes.items()
+
+
+@needs_wandb
+def test_nothing_of_wandb_runs_but_while_a_run_is_written(tmp_path: Path) -> None:
+    def running() -> list[str]:
+        threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("wandb")]
+        return [process.name() for process in psutil.Process().children() if "wandb" in process.name()] + threads
+
+    sink = WandbSink(project="kvbench", folder=tmp_path)
+    group = SinkGroup([sink])
+    group.open("demo", 2)
+    assert running() == [], "whether there is a key was asked"
+    group.record(make_body())
+    group.flush()
+    assert running() == []
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+    group.close()
 
 
 def _check_run(run: dict[str, Any], body: dict[str, Any]) -> None:
