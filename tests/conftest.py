@@ -7,26 +7,30 @@ import os
 from typing import Any
 
 import pytest
-import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, so before anything else is
+from tests import covering
+from tests.covering import POSITIONS, YAMLS, outside_the_cover
 
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
-from tests.contract import POSITIONS, YAMLS, MiddleFirst, takes_long
-from tests.tiny_models import tiny_model
+def pytest_configure(config: pytest.Config) -> None:
+    """Set up torch, triton and hypothesis where tests run; the process that only hands them out imports none."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    covering.exhaustive = "not long" not in config.option.markexpr
+    import torch
+    from hypothesis import HealthCheck, settings
 
-torch.set_num_threads(1)
+    settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("any machine")
+    torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, so before anything else is
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every policy is tested in every position mode, but not every pair in every run."""
-    for item in items:
-        chosen = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        if {"policy", "positions"} <= chosen.keys() and takes_long(chosen["policy"], chosen["positions"]):
-            item.add_marker(pytest.mark.long)
+    """Leave to `make test-all` what a cover of a product does without."""
+    for item in outside_the_cover(items):
+        item.add_marker(pytest.mark.long)
 
 
 def pytest_collection_finish() -> None:
@@ -43,18 +47,27 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture(scope="session")
 def tiny_llama() -> Any:
     """A Llama with 4 query and 2 KV heads, switched to kvbench's attention."""
+    from tests.tiny_models import tiny_model
+
     return tiny_model("llama_gqa")
 
 
 @pytest.fixture(scope="session")
 def tiny_llava() -> Any:
     """A LLaVA of a CLIP tower and the Llama, its text part switched to kvbench's attention."""
+    from tests.tiny_models import tiny_model
+
     return tiny_model("llava")
 
 
 @pytest.fixture(params=[*YAMLS, None], ids=lambda path: path.stem if path else "middle_first")
 def policy(request: pytest.FixtureRequest) -> Any:
     """Each yaml of conf/policy, and one policy made to be hard on the base class."""
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from tests.contract import MiddleFirst
+
     if request.param is None:
         return MiddleFirst()
     return instantiate(OmegaConf.load(request.param), _convert_="object")

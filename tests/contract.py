@@ -6,23 +6,16 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kvbench.cache import UNLIMITED, Budget, Policy, PolicyCache, ScorePolicy, View, When
+from tests.covering import POSITIONS as POSITIONS
+from tests.covering import YAMLS as YAMLS
 from tests.driving import Held, drive
 from tests.tiny_models import random_tokens, tiny_model
 
-YAMLS = sorted((Path(__file__).parents[1] / "conf" / "policy").glob("*.yaml"))
-POSITIONS = ("original", "in_cache", "released")
-# What `make test` takes of policies x position modes; the rest is `make test-long`.
-_USUAL = {
-    "original": {"full", "streaming_llm", "h2o", "elastic", "random", "middle_first", "h2o_released", "snapkv"},
-    "in_cache": {"full", "streaming_llm", "h2o", "elastic", "random", "middle_first", "streaming_llm_released"},
-    "released": {"h2o", "elastic", "elastic_released", "h2o_elastic_release", "local_elastic_release"},
-}
 BUDGETS = ("one", "smallest", "below_smallest", "tokens", "third_of_seen", "third_of_prompt")
 PROMPT, STEPS = 24, 14
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -38,12 +31,6 @@ class MiddleFirst(ScorePolicy):
 
     def score(self, view: View) -> Tensor:
         return -((view.position - view.seen[:, None, None] // 2).abs() // 2).float()
-
-
-def takes_long(policy: Path | None, positions: str) -> bool:
-    """Whether a pair is left to `make test-long`; a new yaml is tested in every mode until it is named above."""
-    name = policy.stem if policy else "middle_first"
-    return name in set().union(*_USUAL.values()) and name not in _USUAL[positions]
 
 
 def budget_named(name: str, policy: Policy) -> Budget:

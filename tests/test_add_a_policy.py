@@ -12,6 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from kvbench.cache import Budget, PolicyCache
+from kvbench.compose import compose_grid
+from kvbench.config import build_cell
+from tests.driving import drive
+from tests.tiny_models import random_tokens, tiny_model
+
 REPO = Path(__file__).parents[1]
 MAX_LINES = 15
 WORDS = (
@@ -49,6 +55,18 @@ def test_the_class_is_short() -> None:
     assert len(block("mine.py").splitlines()) <= MAX_LINES
 
 
+def test_it_is_chosen_by_its_yaml_and_keeps_its_budget(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, str(folder)])
+    (composed,) = compose_grid(list(WORDS[2:]), multirun=False, config_dir=str(folder / "conf"))
+    cell = build_cell(composed)
+    assert (cell.labels["policy"], cell.labels["budget"]) == ("mine", "20 % of seen")
+    model = tiny_model("llama_gqa")
+    cache = PolicyCache(model, cell.setting.policy, Budget(tokens=8))
+    held = drive(model, cache, random_tokens(1, 1, 30), 20).held
+    assert {len(head) for step in held for layer in step for row in layer for head in row} == {8}
+
+
+@pytest.mark.long
 def test_it_runs_from_a_folder_of_ones_own(folder: Path) -> None:
     scripts = Path(sys.executable).parent
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -123,4 +123,4 @@ def test_it_needs_neither_torch_nor_hydra(folder: Path) -> None:
         "sys.exit(code or bool({'torch', 'transformers', 'hydra', 'wandb', 'matplotlib', 'pandas'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code, str(folder)]
-    assert subprocess.run(command, capture_output=True, timeout=120, check=False).returncode == 0
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import json
 import logging
-import resource
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -56,16 +56,14 @@ def bodies(results: Path) -> dict[str, dict[str, Any]]:
     return {body["labels"]["policy"]: body for body in read}
 
 
-def test_help_answers_in_less_than_a_second() -> None:
-    times_s = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-m", "kvbench", "--help"]
-        printed = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True, timeout=60).stdout
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        # Processor time, not wall time: what else the machine does is not what is tested.
-        times_s.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(times_s) < 1.0
+def test_help_needs_no_more_than_a_few_imports_of_the_standard_library() -> None:
+    """Modules are counted, not seconds: importing torch alone brings more than a thousand."""
+    code = "import sys; sys.argv = ['kvbench', '--help']\nfrom kvbench.cli import main\n" + (
+        "try:\n    main()\nfinally:\n    print(len(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    printed = done.stdout
+    assert int(done.stderr) < 250
     for word in ("streaming_llm", "tiny-llava", "conversation", "--config-dir", "exit codes", "in_cache"):
         assert word in printed
 
@@ -102,17 +100,21 @@ def test_a_second_run_measures_nothing(quick: Path, capsys: pytest.CaptureFixtur
     assert "2 of 2 cells were done already" in capsys.readouterr().out
 
 
-def test_the_report_is_made_again_from_records(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_is_made_again_from_records(
+    quick: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     page = quick / "report" / "index.html"
     text = page.read_bytes()
     page.unlink()
     assert run(["report", str(quick)]) == 0
     assert page.read_bytes() == text
     assert str(page) in capsys.readouterr().out
+    monkeypatch.setattr("kvbench.report.build.draw_plots", lambda results: ())
     assert run(["report", str(quick), "--sweep", "quick"]) == 0
     assert run(["report", str(quick), "--sweep", "slow"]) == 2
 
 
+@pytest.mark.long
 def test_one_cell_runs_and_its_wandb_run_is_kept_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["policy=h2o", "task=perplexity", "dataset.num_samples=1", "results=out"]) == 0
     printed = capsys.readouterr().out
@@ -122,6 +124,7 @@ def test_one_cell_runs_and_its_wandb_run_is_kept_offline(tmp_path: Path, capsys:
     assert printed.count(f"upload them with: wandb sync {tmp_path / 'out' / 'wandb'}/offline-run-*") == 1
 
 
+@pytest.mark.long
 def test_a_sweep_has_a_summary_run_and_nothing_is_left_to_sync(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,6 +142,7 @@ def test_a_sweep_has_a_summary_run_and_nothing_is_left_to_sync(
     assert len(list((tmp_path / "out" / "wandb").glob("offline-run-*"))) == 3
 
 
+@pytest.mark.long
 def test_a_failing_cell_ends_with_one_and_the_others_are_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,7 +177,7 @@ def test_the_composed_configuration_can_be_printed(capfd: pytest.CaptureFixture[
 
 
 def test_the_printed_configuration_of_an_experiment_says_what_is_swept(capfd: pytest.CaptureFixture[str]) -> None:
-    assert run(["+experiment=paper_ppl", "--cfg", "job"]) == 0
+    assert run(["+experiment=paper_ppl", "policy=full", "--cfg", "job"]) == 0
     printed = capfd.readouterr().out
     assert "_target_: kvbench.runs.perplexity_released.PerplexityReleased" in printed
     assert "# swept: budget.fraction=1.0,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2" in printed
@@ -269,6 +273,22 @@ def test_the_version_that_records_name_needs_an_installation(monkeypatch: pytest
         inputs_digest(Path("results"))
 
 
+def test_flags_are_read_wherever_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def noting(overrides: list[str], *, multirun: bool, config_dir: str | None) -> Any:
+        asked.append((overrides, multirun, config_dir))
+        raise ConfigError("seen")
+
+    monkeypatch.setattr("kvbench.compose.compose_grid", noting)
+    for words in itertools.permutations(["policy=full,random", "-m", "sink=console"]):
+        assert run(list(words)) == 2
+    assert {(*sorted(overrides), multirun) for overrides, multirun, _ in asked} == {
+        ("policy=full,random", "sink=console", True)
+    }
+
+
+@pytest.mark.long
 def test_flags_may_come_after_settings(tmp_path: Path) -> None:
     words = ["task=perplexity", "dataset.num_samples=1", "sink=console", "results=out"]
     assert run(["policy=full,random", "-m", *words]) == 0

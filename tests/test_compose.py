@@ -159,9 +159,10 @@ def test_composing_a_grid_imports_no_torch() -> None:
         "n = len(compose_grid(['+experiment=default'], multirun=False, config_dir=None)); "
         "sys.exit(n != 15 or bool({'torch', 'transformers', 'wandb', 'matplotlib'} & set(sys.modules)))"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 0
 
 
+@pytest.mark.long
 def test_speed_h100_is_every_workload_with_every_policy_and_each_can_be_run_alone() -> None:
     grid = compose_grid(["+experiment=speed_h100"], multirun=False, config_dir=None)
     shapes = {

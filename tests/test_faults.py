@@ -60,6 +60,7 @@ def attempts(results: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+@pytest.mark.long
 def test_one_fault_of_each_kind_in_a_sweep_of_good_cells(tmp_path: Path) -> None:
     once = f"fault: sigkill\nonly_once: {tmp_path / 'mark'}"
     flags = faulty(tmp_path, once=once, leaves="fault: os_exit", raises="fault: raises")

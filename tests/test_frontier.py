@@ -227,6 +227,7 @@ def test_help_names_every_word(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"{word}=" in text for word in frontier_cli._OWN)
 
 
+@pytest.mark.long
 def test_a_real_search_goes_on_from_its_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["frontier", "policy=h2o", "ladder=0.2,0.5,0.9", "margin=0.6", "name=real", f"results={tmp_path}"]
     words += ["dataset.num_samples=3", "task.generation.max_new_tokens=64", "sink=console"]

@@ -228,7 +228,7 @@ def fuzz(num_lines: int, seed: int) -> int:
 
 
 def test_random_command_lines_pass_or_are_refused_in_one_line() -> None:
-    assert fuzz(60, seed=1) > 20
+    assert fuzz(20, seed=1) > 5
 
 
 @pytest.mark.long

@@ -20,7 +20,7 @@ def test_supervised_is_the_launcher_unless_another_is_asked_for() -> None:
     assert (single.choices["hydra/launcher"], single.multirun) == ("supervised", False)
     grid = compose_grid(["policy=h2o,full"], multirun=True, config_dir=None)
     assert [(one.choices["hydra/launcher"], one.multirun) for one in grid] == [("supervised", True)] * 2
-    assert compose_grid(["+experiment=default"], multirun=False, config_dir=None)[0].multirun
+    assert compose_grid(["+experiment=quick"], multirun=False, config_dir=None)[0].multirun
 
 
 def test_a_launcher_that_is_not_installed_is_told_with_its_command() -> None:

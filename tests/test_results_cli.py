@@ -26,6 +26,7 @@ from kvbench.sinks.store import RecordStore
 from kvbench.sinks.verify import verify
 from kvbench.sinks.wandb_cell import cell_digest
 from kvbench.wandb_cli import _jobs
+from tests.covering import one_in
 from tests.sinks.record_bodies import make_body
 from tests.trust.fake_sweep import body_of, cells, write
 
@@ -240,7 +241,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", one_in(3, DAMAGES))
 def test_a_damaged_folder_is_told_apart_and_the_rest_is_used(
     folder: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -352,7 +353,7 @@ def test_the_results_commands_import_no_torch(finished: Path) -> None:
         "print(sorted({'torch', 'transformers', 'hydra', 'wandb'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code, str(finished)]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
 

@@ -17,6 +17,7 @@ from kvbench.records import STATUSES
 from kvbench.units import bounds_on_scale
 from tests.audit.folders import honest, rekey, scale, summarise, write_folder
 from tests.audit.simulated import Machine, failed
+from tests.covering import share_of
 
 PUBLISHED = sorted(path.parent for path in (Path(__file__).parents[2] / "results" / "published").glob("*/cells"))
 FRACTIONS = st.sampled_from([0.05, 0.1, 0.2, 0.3, 0.5, 0.77, 1.0])
@@ -31,7 +32,7 @@ def alarms(result: Audit) -> list[tuple[str, str, str]]:
     return [(o.id, one.cell, one.text) for o in result.failed for one in o.findings]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=share_of(12), deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     num_samples=st.integers(1, 11),
@@ -50,7 +51,7 @@ def test_an_honest_sweep_passes(
         assert alarms(audit(write_folder(Path(folder), cells))) == []
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=share_of(10), deadline=None)
 @given(seed=st.integers(0, 10**6), fraction=st.sampled_from([0.1, 0.2, 0.3, 0.5]))
 def test_a_budget_that_is_rounded_up_throughout_passes(seed: int, fraction: float) -> None:
     machine = Machine(seed, 5)

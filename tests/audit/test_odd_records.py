@@ -17,6 +17,7 @@ from kvbench.errors import RecordError
 from kvbench.records import check_body
 from kvbench.sealed import canonical_json
 from tests.audit.folders import honest, write_folder
+from tests.covering import share_of
 
 BODIES = honest()
 ODD: list[Any] = [None, True, -1, 0, 1e300, 10**400, "", "text", [], [1], {}, {"a": None}, [[1, 2, 3]]]
@@ -41,7 +42,7 @@ def changed(path: tuple[Any, ...], odd: Any) -> dict[str, Any]:
     return body
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=share_of(60), deadline=None)
 @given(path=st.sampled_from(PLACES), odd=st.sampled_from(ODD))
 def test_anything_in_the_place_of_anything_ends_in_a_verdict(path: tuple[Any, ...], odd: Any) -> None:
     body = changed(path, odd)

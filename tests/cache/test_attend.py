@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvbench.cache import attend
 from kvbench.cache.attend import Chunk, chunk_output, column_mass, decode_step, last_rows, reduce_group
+from tests.covering import share_of
 
 REDUCE: dict[str, Any] = {"mean": lambda x: x.mean(0), "sum": lambda x: x.sum(0), "max": lambda x: x.amax(0)}
 
@@ -82,7 +83,7 @@ def grouped(chunk: Chunk, rows: Tensor, reduction: str) -> Tensor:
     return torch.stack([REDUCE[reduction](group.transpose(0, 1)) for group in groups], dim=1)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=share_of(80), deadline=None, derandomize=True)
 @given(shape=SHAPES, seed=st.integers(0, 2**32))
 def test_output_mass_and_window_equal_a_softmax_with_loops(shape: Shape, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:

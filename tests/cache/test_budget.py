@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from kvbench.cache import UNLIMITED, Budget
 from kvbench.errors import ConfigError
+from tests.covering import share_of
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=share_of(300), deadline=None, derandomize=True)
 @given(thousandths=st.integers(1, 1000), seen=st.integers(1, 100_000), prompt=st.integers(1, 100_000))
 def test_a_fraction_is_rounded_down_in_exact_decimals(thousandths: int, seen: int, prompt: int) -> None:
     fraction = thousandths / 1000

@@ -21,6 +21,7 @@ from kvbench.policies.h2o import H2O
 from kvbench.policies.random import Random
 from kvbench.policies.streaming_llm import StreamingLLM
 from tests.contract import PROMPT, STEPS, budget_named, left_padded
+from tests.covering import share_of
 from tests.driving import held_positions
 from tests.naive import NaiveLayer, Rule
 from tests.naive_rules import NaiveElastic, NaiveH2O, NaiveRandom, NaiveStreaming, buckets
@@ -82,7 +83,7 @@ def test_the_log_says_when_each_entry_left(policy: Policy, budget_name: str) -> 
     budget=st.one_of(st.builds(Budget, tokens=st.integers(1, 12)), st.builds(Budget, fraction=st.just(0.4))),
     seed=st.integers(0, 2**31 - 1),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=share_of(60), deadline=None)
 def test_the_log_is_the_naive_layers_story(
     pair: tuple[Policy, Callable[[], Rule]], prompt: int, budget: Budget, seed: int
 ) -> None:

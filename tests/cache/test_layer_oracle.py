@@ -21,6 +21,7 @@ from kvbench.policies.full import Full
 from kvbench.policies.h2o import H2O
 from kvbench.policies.random import Random
 from kvbench.policies.streaming_llm import StreamingLLM
+from tests.covering import share_of
 from tests.naive import Entry, NaiveLayer, Rule
 from tests.naive_rules import NaiveElastic, NaiveFull, NaiveH2O, NaiveRandom, NaiveStreaming
 
@@ -84,7 +85,7 @@ CASES = st.builds(
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_layer_evicts_attends_and_merges_as_the_naive_layer_does(name: str) -> None:
-    @settings(max_examples=60, deadline=None, derandomize=True)
+    @settings(max_examples=share_of(60), deadline=None, derandomize=True)
     @given(case=CASES, pair=st.sampled_from(PAIRS[name]))
     def compare(case: Case, pair: tuple[Policy, Callable[[], Rule]]) -> None:
         compare_drives(case, *pair)

@@ -4,6 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kvbench.cache import Budget
+from kvbench.cache.layer import PolicyLayer
+from kvbench.cache.layer_setup import LayerSetup
+from kvbench.policies.h2o import H2O
 
 PROMPT = 16_384
 LIMIT_MIB = 400
@@ -36,6 +47,35 @@ except RuntimeError:
 """
 
 
+class Largest(TorchDispatchMode):
+    """Notes the elements of the largest tensor that any operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = func(*args, **(kwargs or {}))
+        for one in tree_leaves(given):
+            if isinstance(one, torch.Tensor):
+                self.elements = max(self.elements, one.numel())
+        return given
+
+
+def test_no_operation_of_a_prompt_gives_a_square_of_its_length() -> None:
+    prompt = 4096
+    setup = {"layer": 0, "num_layers": 1, "rotation": None, "reserve_tokens": 1, "prompt_kind": None}
+    layer = PolicyLayer(LayerSetup(policy=H2O(), budget=Budget(fraction=0.1), **setup))
+    query, key, value = (torch.randn(1, heads, prompt, 8) for heads in (2, 1, 1))
+    padding = torch.ones(1, prompt, dtype=torch.bool)
+    padding[:, :100] = False
+    with Largest() as largest:
+        keys, values = layer.update(key, value)
+        layer.attend(query, keys, values, 8**-0.5, padding)
+    assert query.numel() <= largest.elements < prompt**2 / 4
+    assert layer.slots is not None
+    assert int(layer.slots.length) == (prompt - 100) // 10
+
+
+@pytest.mark.long
 def test_a_prompt_of_16k_tokens_needs_no_square_of_its_length() -> None:
     square_mib = 4 * 2 * PROMPT**2 / 2**20
     assert square_mib / 5 > LIMIT_MIB

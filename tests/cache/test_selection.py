@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbench.cache.selection import age_rank, keep_top, lowest, nearest_anchor, protected_entries
+from tests.covering import share_of
 from tests.naive_rules import buckets
 
-quick = settings(max_examples=150, deadline=None, derandomize=True)
+quick = settings(max_examples=share_of(150), deadline=None, derandomize=True)
 
 
 @st.composite

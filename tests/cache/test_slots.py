@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from kvbench.cache.slots import EMPTY, Entries, settle
 from kvbench.cache.view import Plan
+from tests.covering import share_of
 
-quick = settings(max_examples=100, deadline=None, derandomize=True)
+quick = settings(max_examples=share_of(100), deadline=None, derandomize=True)
 
 
 def random_entries(seed: int, length: int) -> Entries:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kvbench.datasets.base import Window
 from kvbench.datasets.needles import Needles
 from kvbench.datasets.text_windows import TextWindows
+from tests.covering import share_of
 from tests.datasets.files import refusal
 
 WORDS = " ".join(f"w{number}" for number in range(1000))  # 4,889 characters
@@ -36,7 +37,7 @@ def test_windows_begin_at_words_and_do_not_overlap(tmp_path: Path) -> None:
         place = begin + len(example.question)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=share_of(50), deadline=None)
 @given(text=st.text(min_size=60, max_size=400), size=st.integers(10, 60))
 def test_windows_are_parts_of_any_text_in_order(tmp_path_factory: pytest.TempPathFactory, text: str, size: int) -> None:
     path = tmp_path_factory.mktemp("text") / "a.txt"

@@ -12,9 +12,10 @@ from kvbench.datasets.scene_examples import Scenes
 from kvbench.datasets.scene_text import NUMBERS, describe, follow_up_turns, parse_objects
 from kvbench.datasets.scenes import COLOURS, SHAPES, SIZES, TEXTURES, Scene, scene_at
 from kvbench.errors import ConfigError
+from tests.covering import share_of
 
 SCENES = st.builds(scene_at, st.sampled_from(("train", "test")), st.integers(0, 10**9))
-few = settings(max_examples=60, deadline=None, derandomize=True)
+few = settings(max_examples=share_of(60), deadline=None, derandomize=True)
 
 
 @given(SCENES)

@@ -21,6 +21,7 @@ def small(name: str) -> ModelSpec:
     return small_spec(NAMES[name])
 
 
+@pytest.mark.long
 def test_every_bar_is_measured_by_one_call() -> None:
     paper = [("7b", 2, 40, 4), ("13b", 1, 40, 4)]
     scale = Scale(

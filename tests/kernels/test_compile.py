@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 SHARED_BYTES = 227 * 1024  # per block on compute capability 9.0
 
 
+@pytest.mark.long
 def test_every_kernel_compiles_for_an_h100(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "tests.kernels.compile_all"]

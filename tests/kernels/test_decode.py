@@ -43,6 +43,7 @@ def error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "max"])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -88,6 +89,7 @@ def sinks_and_window(held: Tensor, length: Tensor, seen: int) -> Tensor:
     return position
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("left", [scattered, sinks_and_window])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_keys_are_turned_to_their_ranks_on_the_way_in(shape: tuple[int, ...], left: Any) -> None:

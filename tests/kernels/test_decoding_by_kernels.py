@@ -38,15 +38,29 @@ def decode(policy: Policy, positions: Any, by_kernels: bool, reserve_tokens: int
         return drive(model, cache, tokens, prompt.shape[1], mask)
 
 
-@pytest.mark.parametrize("reserve_tokens", [STEPS, pytest.param(0, marks=pytest.mark.long)])
+@pytest.mark.cover("one")
+@pytest.mark.parametrize(
+    ("policy", "positions"), [(H2O(), "in_cache"), (Elastic(), "released"), (StreamingLLM(), "original")]
+)
+def test_kernels_decode_as_plain_torch_does(policy: Policy, positions: Any) -> None:
+    same_decode(policy, positions, STEPS)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("reserve_tokens", [STEPS, 0])
 def test_kernels_hold_the_entries_and_give_the_logits_of_plain_torch(
     policy: Policy, positions: Any, reserve_tokens: int
 ) -> None:
+    same_decode(policy, positions, reserve_tokens)
+
+
+def same_decode(policy: Policy, positions: Any, reserve_tokens: int) -> None:
     ours, reference = (decode(policy, positions, by_kernels, reserve_tokens) for by_kernels in (True, False))
     assert ours.held == reference.held
     torch.testing.assert_close(torch.stack(ours.logits), torch.stack(reference.logits), atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.long
 def test_the_kernel_that_writes_takes_the_fresh_slot_of_a_policy_that_frees_none(
     positions: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -55,6 +69,7 @@ def test_the_kernel_that_writes_takes_the_fresh_slot_of_a_policy_that_frees_none
     assert decode(Full(), positions, True, STEPS).held == reference.held
 
 
+@pytest.mark.cover("one")
 @pytest.mark.parametrize("name", ["h2o", "elastic", "streaming_llm"])
 def test_the_eviction_log_reads_the_same_story_from_the_kernels_slots(name: str) -> None:
     policy: Policy = {"h2o": H2O(), "elastic": Elastic(), "streaming_llm": StreamingLLM()}[name]

@@ -23,6 +23,7 @@ def error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).norm() / want.norm())
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("rows", "width", "size"), SIZES)
@@ -39,6 +40,7 @@ def test_products_of_matrices_with_one_input(
         assert error(output, want) < TOLERANCE[dtype]
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("rows", "width", "size"), SIZES)
 def test_gate_and_up_with_the_activation_between(rows: int, width: int, size: int, dtype: torch.dtype) -> None:

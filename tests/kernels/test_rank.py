@@ -32,6 +32,7 @@ def test_it_finds_the_entry_that_sorting_finds(capacity: int) -> None:
         assert torch.equal(found, entry_of_rank(position, rank))
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("newer", [1, 2, 25, 3000])
 @pytest.mark.parametrize("capacity", [1, 2, 3, 40, 2050])
 def test_it_counts_back_from_the_newest_entry(capacity: int, newer: int) -> None:

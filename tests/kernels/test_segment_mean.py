@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kvbench.cache.slots import EMPTY, Entries, settle
 from kvbench.cache.view import Plan
 from kvbench.kernels.dispatch import kernels_forced
+from tests.covering import share_of
 
 pytest.importorskip("triton", reason="triton is not installed")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -62,7 +63,7 @@ def assert_merges_alike(entries: Entries, plan: Plan, capacity: int) -> None:
     torch.testing.assert_close(ours.entries.mass, reference.entries.mass, rtol=1e-5, atol=1e-6)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=share_of(15), deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**32),
     length=st.integers(2, 40),

@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from kvbench.kernels import slots as slots_launch
 from kvbench.kernels.slots import free_given, free_lowest, lowest_slot, write_slot
+from tests.covering import share_of
 
 ON = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -59,7 +60,7 @@ def assert_same(ours: Slots, reference: Slots) -> None:
     assert torch.equal(ours.rank[held].long(), age_rank(ours.entries.position)[held])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=share_of(20), deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     capacity=st.integers(2, 40),
@@ -90,7 +91,7 @@ def test_a_step_by_kernels_is_the_step_in_plain_torch(
     assert_same(ours, reference)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=share_of(10), deadline=None)
 @given(seed=st.integers(0, 10**6), capacity=st.integers(2, 40), budget=st.integers(1, 30))
 def test_a_given_victim_is_freed_where_the_budget_is_exceeded(seed: int, capacity: int, budget: int) -> None:
     ours, seen = random_slots(seed, 2, 3, capacity)

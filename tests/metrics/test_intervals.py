@@ -21,9 +21,9 @@ from kvbench.runs.task import TaskResult
 _NUM_EXPERIMENTS = 400
 
 
-def _coverage(experiment: Callable[[np.random.Generator], Interval], truth: float, seed: int = 1) -> float:
-    draw = np.random.default_rng(seed)
-    intervals = [experiment(draw) for _ in range(_NUM_EXPERIMENTS)]
+def _coverage(experiment: Callable[[np.random.Generator], Interval], truth: float, number: int) -> float:
+    draw = np.random.default_rng(1)
+    intervals = [experiment(draw) for _ in range(number)]
     return sum(i.low is not None and i.high is not None and i.low <= truth <= i.high for i in intervals) / len(
         intervals
     )
@@ -66,10 +66,10 @@ def _few_samples(draw: np.random.Generator) -> Interval:
 @pytest.mark.parametrize(
     ("experiment", "truth"),
     [
-        (_normal, 0.0),
-        (_zero_inflated, 0.12),
-        (_clustered, 0.0),
-        (_perplexity, math.exp(0.5)),
+        pytest.param(_normal, 0.0, marks=pytest.mark.long),
+        pytest.param(_zero_inflated, 0.12, marks=pytest.mark.long),
+        pytest.param(_clustered, 0.0, marks=pytest.mark.long),
+        pytest.param(_perplexity, math.exp(0.5), marks=pytest.mark.long),
         (_launches, 10.0),
         (_ratios, 1.5),
         (_few_samples, 0.0),
@@ -78,14 +78,14 @@ def _few_samples(draw: np.random.Generator) -> Interval:
 def test_nominal_95_percent_covers_95_percent(
     experiment: Callable[[np.random.Generator], Interval], truth: float
 ) -> None:
-    assert 0.92 <= _coverage(experiment, truth) <= 0.98
+    assert 0.92 <= _coverage(experiment, truth, _NUM_EXPERIMENTS) <= 0.98
 
 
 def test_ignoring_clusters_would_be_far_too_narrow() -> None:
     def ignoring(draw: np.random.Generator) -> Interval:
         return mean_interval(np.repeat(draw.normal(size=40), 5), num_resamples=1_999)
 
-    assert _coverage(ignoring, 0.0) < 0.8
+    assert _coverage(ignoring, 0.0, 60) < 0.8
 
 
 def test_the_bootstrap_is_near_the_one_of_scipy_and_repeats_itself() -> None:
@@ -158,14 +158,21 @@ def test_numbers_that_cannot_be_averaged_are_refused() -> None:
         ratio_interval([0.0], [1.0])
 
 
-def test_forty_eight_samples_take_under_a_tenth_of_a_second() -> None:
+@pytest.mark.long
+def test_forty_eight_samples_take_no_longer_than_forty_means_of_their_resamples() -> None:
+    """By numpy's own mean of as many draws, 2 ms where this took 40: a slow machine is slow at both."""
     values = np.random.default_rng(0).normal(size=48)
-    times_s = []
-    for _ in range(3):
-        started = time.perf_counter()
-        mean_interval(values)
-        times_s.append(time.perf_counter() - started)
-    assert min(times_s) < 0.1
+    draws = np.random.default_rng(1).integers(0, 48, (9_999, 48))
+
+    def fastest_s(work: Callable[[], object]) -> float:
+        times_s = []
+        for _ in range(5):
+            started = time.process_time()
+            work()
+            times_s.append(time.process_time() - started)
+        return min(times_s)
+
+    assert fastest_s(lambda: mean_interval(values)) < 40 * fastest_s(lambda: values[draws].mean(axis=1))
 
 
 def test_an_interval_becomes_a_measurement_of_a_record() -> None:

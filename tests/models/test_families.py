@@ -81,6 +81,7 @@ def test_every_supported_family_has_a_checkpoint_here() -> None:
     assert set(FAMILIES) == set(SUPPORTED)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -140,6 +141,7 @@ def test_the_full_cache_equals_stock_transformers_on_a_padded_batch_of_different
     assert torch.equal(logits.argmax(dim=-1).T, tokens)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("name", ["full", "h2o", "streaming_llm"])
 @pytest.mark.parametrize("family", VISION_FAMILIES)
 def test_neighbours_and_pads_change_nothing(loaded: Callable[[str], LoadedModel], family: str, name: str) -> None:
@@ -150,6 +152,7 @@ def test_neighbours_and_pads_change_nothing(loaded: Callable[[str], LoadedModel]
         assert answers_to(ours, batch, setting_of(policy), max_new_tokens=NEW_TOKENS) == [answer]
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("size", [(7, 7), (64, 9), (9, 64), (33, 31), (17, 40), (16, 16)])
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "qwen"])
 def test_a_picture_of_any_shape_gets_as_many_tokens_as_vectors(

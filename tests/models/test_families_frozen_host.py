@@ -42,6 +42,7 @@ def decoded(loaded: LoadedModel, engine: Any) -> tuple[list[Tensor], Any]:
     return logits, held_positions(decoding.cache)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_engines_give_the_same_logits(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_model(ModelSpec(checkpoint=str(save_checkpoint(family, tmp_path))), "cpu")

@@ -59,6 +59,7 @@ def examples(with_picture: bool) -> list[Example]:
     ]
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_our_loop_and_generate_give_the_same_tokens(

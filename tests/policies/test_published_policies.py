@@ -31,6 +31,7 @@ RULES: dict[str, tuple[Policy, Callable[[], Rule]]] = {
 }
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("model_name", ["llama_gqa_8_2", "llama_mha"])
 @pytest.mark.parametrize("budget", [Budget(tokens=30), Budget(fraction=0.4), Budget(fraction=0.25, of="prompt")])

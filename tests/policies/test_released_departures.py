@@ -71,6 +71,7 @@ def kept(policy: Policy, mass: list[float], budget: int) -> list[int]:
     return plan.keep[0, 0].nonzero()[:, 0].tolist()
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("budget", [HALF, Budget(fraction=0.3), Budget(fraction=0.21, of="prompt"), Budget(tokens=7)])
 @pytest.mark.parametrize("prompt", [3, 40])

@@ -9,6 +9,7 @@ from torch import Tensor
 from kvbench.cache import Budget, PolicyCache, View
 from kvbench.errors import ConfigError
 from kvbench.policies.snapkv import SnapKV
+from tests.covering import share_of
 from tests.driving import drive
 from tests.tiny_models import random_tokens, tiny_model
 
@@ -50,7 +51,7 @@ def kept_by_the_paper(votes: list[float], budget: int, policy: SnapKV) -> set[in
     return newest | set(others[: budget - len(newest)])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=share_of(60), deadline=None)
 @given(data=st.data())
 def test_what_stays_is_what_the_paper_describes(data: st.DataObject) -> None:
     length = data.draw(st.integers(5, 40))

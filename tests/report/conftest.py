@@ -11,6 +11,13 @@ from tests.report.chromium import Browser, find_chromium
 from tests.report.synthetic import write_sweep
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of what needs a browser a default run takes the tests marked `cover("all")`, of one page."""
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()) and item.get_closest_marker("cover") is None:
+            item.add_marker(pytest.mark.long)
+
+
 @pytest.fixture(scope="session")
 def sweep_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The default sweep, 13 cells of 32 samples; tests must not write into it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from kvbench.report.figures import FIGURES
 from kvbench.report.load import Group, load_results
-from kvbench.report.plots import DRAW
+from kvbench.report.plots import DRAW, Plot, draw_one, draw_plots
 from kvbench.report.plots_policies import Palette
 from kvbench.report.plots_style import Look
 
@@ -23,6 +25,25 @@ def draw(folder: Path, name: str, **look: Any) -> tuple[Group, Figure]:
         figure = DRAW[name](results.groups[0], drawing)
     assert figure is not None
     return results.groups[0], figure
+
+
+@cache
+def plots_of(folder: Path) -> tuple[Plot, ...]:
+    """Return all figures of a folder that nobody writes into any more, drawn once."""
+    return draw_plots(load_results(folder))
+
+
+def svg_of(folder: Path, name: str) -> str | None:
+    """Return one figure of the first group as a file holds it, or None where there is no data for it."""
+    results = load_results(folder)
+    drawn = draw_one(FIGURES[name], results.groups[0], Look(palette=Palette(results.policies)), "svg")
+    return None if drawn is None else drawn.decode()
+
+
+@cache
+def drawn_once(folder: Path, name: str, **look: Any) -> tuple[Group, Figure]:
+    """Return what `draw` does of a folder that nobody writes into any more; to be looked at only."""
+    return draw(folder, name, **look)
 
 
 def lines(figure: Figure, label: str) -> list[np.ndarray]:

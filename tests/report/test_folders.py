@@ -62,7 +62,10 @@ def test_a_damaged_search_is_a_problem_and_costs_nothing_else(tmp_path: Path) ->
     assert [problem.path for problem in results.problems] == ["frontier/mine.json"]
 
 
-def test_a_page_of_two_folders_says_where_each_cell_is_from_and_not_where_they_lie(tmp_path: Path) -> None:
+def test_a_page_of_two_folders_says_where_each_cell_is_from_and_not_where_they_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvbench.report.build.draw_plots", lambda results: ())
     one, two = tmp_path / "one", tmp_path / "two"
     write_cell(one, body())
     write_cell(two, body() | {"started_utc": "2026-11-24T13:00:00+00:00"})

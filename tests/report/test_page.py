@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from kvbench.report.build import build_report
+from kvbench.report.figures import FIGURES
 from kvbench.report.judged import judge
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
 from kvbench.report.plots import draw_plots
 from kvbench.units import MEASURES
-from tests.report.synthetic import body, write_cell, write_sweep
+from tests.report.figure_data import plots_of
+from tests.report.synthetic import body, write_cell
 
 EVIL = '</script><script>alert("x")</script><img src=x onerror=alert(1)>&amp;'
 
@@ -31,8 +33,14 @@ class Tags(HTMLParser):
 
 
 def page_of(folder: Path) -> str:
-    results = load_results(folder)
-    return render_page(results, draw_plots(results))
+    """The page without its figures, which take longer to draw than all the rest."""
+    return render_page(load_results(folder), [])
+
+
+@pytest.fixture(scope="module")
+def sweep_page(sweep_folder: Path) -> str:
+    """The page of the default sweep, figures and all."""
+    return render_page(load_results(sweep_folder), plots_of(sweep_folder))
 
 
 def section(page: str, name: str) -> str:
@@ -46,8 +54,8 @@ def tags_of(page: str) -> list[tuple[str, dict[str, str | None]]]:
     return parser.found
 
 
-def test_the_page_loads_nothing_and_its_ids_are_unique(sweep_folder: Path) -> None:
-    tags = tags_of(page_of(sweep_folder))
+def test_the_page_loads_nothing_and_its_ids_are_unique(sweep_page: str) -> None:
+    tags = tags_of(sweep_page)
     ids = [attrs["id"] for _, attrs in tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     for _, attrs in tags:
@@ -68,7 +76,8 @@ def test_model_output_and_names_never_become_markup(tmp_path: Path) -> None:
     failed = body(model=EVIL, status="crash")
     failed["error"]["message"] = EVIL
     write_cell(tmp_path, failed)
-    page = page_of(tmp_path)
+    results = load_results(tmp_path)
+    page = render_page(results, draw_plots(results))
     tags = tags_of(page)
     scripts = [attrs for tag, attrs in tags if tag == "script"]
     assert [attrs.get("type") for attrs in scripts].count(None) == 1
@@ -79,30 +88,28 @@ def test_model_output_and_names_never_become_markup(tmp_path: Path) -> None:
     assert EVIL in {answer.get("text") for cell in cells for answer in cell["samples"]}
 
 
-def test_the_policy_of_content_allows_this_script_and_nothing_from_elsewhere(sweep_folder: Path) -> None:
-    page = page_of(sweep_folder)
-    (policy,) = (str(attrs["content"]) for tag, attrs in tags_of(page) if attrs.get("http-equiv"))
-    script = page[page.rindex("<script>") + len("<script>") : page.rindex("</script>")]
+def test_the_policy_of_content_allows_this_script_and_nothing_from_elsewhere(sweep_page: str) -> None:
+    (policy,) = (str(attrs["content"]) for tag, attrs in tags_of(sweep_page) if attrs.get("http-equiv"))
+    script = sweep_page[sweep_page.rindex("<script>") + len("<script>") : sweep_page.rindex("</script>")]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}';" in policy
     assert "default-src 'none'" in policy
     assert "http" not in policy
 
 
-def test_headings_are_in_order_and_every_table_has_a_caption(sweep_folder: Path) -> None:
-    page = page_of(sweep_folder)
-    levels = [int(tag[1]) for tag, _ in tags_of(page) if re.fullmatch("h[1-6]", tag)]
+def test_headings_are_in_order_and_every_table_has_a_caption(sweep_page: str) -> None:
+    levels = [int(tag[1]) for tag, _ in tags_of(sweep_page) if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
     assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
-    tables = re.findall(r"<table\b.*?</table>", page, re.DOTALL)
+    tables = re.findall(r"<table\b.*?</table>", sweep_page, re.DOTALL)
     assert len(tables) > 5
     for table in tables:
         assert "<caption>" in table or 'id="sb-scores"' in table  # filled by the script, named by its box
 
 
-def test_every_link_inside_the_page_leads_somewhere(sweep_folder: Path) -> None:
-    tags = tags_of(page_of(sweep_folder))
+def test_every_link_inside_the_page_leads_somewhere(sweep_page: str) -> None:
+    tags = tags_of(sweep_page)
     ids = {attrs["id"] for _, attrs in tags if "id" in attrs}
     targets = {str(attrs["href"])[1:] for tag, attrs in tags if tag == "a" and attrs.get("href")}
     assert {"answer", "verdicts", "failures", "memory", "latency", "measures", "samples"} <= targets <= ids
@@ -132,8 +139,8 @@ def test_the_times_of_a_noisy_cell_are_grey_and_its_quality_is_ranked(tmp_path: 
     assert row.count('class="noisy"') == 4, "TPOT, TTFT and their ratios"
 
 
-def test_rows_can_be_filtered_by_everything_that_differs(sweep_folder: Path) -> None:
-    tags = tags_of(section(page_of(sweep_folder), "verdicts"))
+def test_rows_can_be_filtered_by_everything_that_differs(sweep_page: str) -> None:
+    tags = tags_of(section(sweep_page, "verdicts"))
     fields = [attrs["data-field"] for tag, attrs in tags if tag == "select"]
     assert fields == ["policy", "budget", "verdict"]  # one model, one data set, one status
     rows = [attrs for tag, attrs in tags if tag == "tr" and "data-policy" in attrs]
@@ -141,12 +148,11 @@ def test_rows_can_be_filtered_by_everything_that_differs(sweep_folder: Path) -> 
     assert {"data-model", "data-dataset", "data-status", "data-verdict", "data-budget"} <= set(rows[0])
 
 
-def test_every_shown_number_is_explained_and_carries_its_unit(sweep_folder: Path) -> None:
-    page = page_of(sweep_folder)
+def test_every_shown_number_is_explained_and_carries_its_unit(sweep_page: str) -> None:
     for name in ("ppl", "objects_recalled_fraction", "ttft_ms", "kv_stored_bytes"):
-        assert MEASURES[name].definition.replace("'", "&#x27;") in page
-    assert "n = 32" in page
-    assert "95 % interval" in page
+        assert MEASURES[name].definition.replace("'", "&#x27;") in sweep_page
+    assert "n = 32" in sweep_page
+    assert "95 % interval" in sweep_page
 
 
 def test_problems_and_failures_are_on_the_page(tmp_path: Path) -> None:
@@ -162,8 +168,16 @@ def test_an_empty_folder_still_gives_a_page(tmp_path: Path) -> None:
     assert "No usable record was found" in page_of(tmp_path)
 
 
+@pytest.fixture
+def _two_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no more of them."""
+    monkeypatch.setattr("kvbench.report.plots.FIGURES", {kind: FIGURES[kind] for kind in ("quality", "memory")})
+
+
+@pytest.mark.usefixtures("_two_figures")
 def test_a_report_is_the_same_bytes_when_built_again(tmp_path: Path) -> None:
-    write_sweep(tmp_path)
+    for policy, budget in (("full", None), ("h2o", 0.2), ("random", 0.2)):
+        write_cell(tmp_path, body(policy=policy, budget=budget, num_samples=8))
     first = build_report(tmp_path)
     paths = (first.page, first.markdown, *first.plots, *first.tables)
     before = {path: path.read_bytes() for path in paths}
@@ -184,6 +198,7 @@ def test_samples_with_missing_fields_are_shown(tmp_path: Path) -> None:
     assert '"None"' not in page
 
 
+@pytest.mark.usefixtures("_two_figures")
 def test_figures_of_very_many_cells_are_left_to_the_plot_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

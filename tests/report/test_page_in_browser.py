@@ -42,6 +42,7 @@ def choose(page: Page, field: str, value: str) -> None:
     )
 
 
+@pytest.mark.cover("all")
 def test_nothing_complains_and_nothing_is_asked_from_the_network(page: Page) -> None:
     page.click("#theme")
     page.click("#verdict-table th button")
@@ -65,6 +66,7 @@ def test_a_click_on_a_head_sorts_and_a_second_one_turns_the_order(page: Page) ->
     assert page.run(f"document.querySelector({selector!r}).closest('th').ariaSort") == "descending"
 
 
+@pytest.mark.cover("all")
 def test_filters_hide_rows_together_and_say_how_many_are_left(page: Page) -> None:
     assert len(page.run(POLICIES)) == 18
     choose(page, "policy", "h2o")

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from kvbench.report.plots_labels import Box, place, spread
+from tests.covering import share_of
 
 PLACES = st.floats(-50, 250)
 COLUMN = st.lists(st.tuples(PLACES, st.floats(1, 12)), max_size=12)
@@ -31,7 +32,7 @@ def test_labels_of_a_column_stay_inside_and_apart_and_in_order(column: list[tupl
 
 
 @given(st.lists(st.floats(0, 100), min_size=2, max_size=5))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=share_of(40), deadline=None)
 def test_a_column_moves_its_labels_as_little_as_possible(wanted: list[float]) -> None:
     """Against a general solver on the same problem."""
     wanted = sorted(wanted)
@@ -77,7 +78,7 @@ CROWD = st.lists(
 
 
 @given(CROWD)
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=share_of(300))
 def test_labels_that_make_room_for_each_other_in_a_crowd_stay_apart(
     labels: list[tuple[tuple[float, float], tuple[float, float]]],
 ) -> None:

@@ -33,20 +33,30 @@ def frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     freeze_host(monkeypatch)
 
 
-def decoded(policy: Policy, positions: Any, engine: Any, by_kernels: bool) -> tuple[Any, ...]:
+def decoded(policy: Policy, positions: Any, engine: Any, by_kernels: bool, steps: int = STEPS) -> tuple[Any, ...]:
     setting = CacheSetting(policy=policy, budget=Budget(fraction=0.5), positions=positions, engine=engine)
     with torch.inference_mode(), kernels_forced(by_kernels):
-        decoding = setting.decoding(loaded("llama_gqa", torch.float32), padded_batch(), STEPS)
+        decoding = setting.decoding(loaded("llama_gqa", torch.float32), padded_batch(), steps)
         decoding.prepare()
         assert isinstance(decoding, GraphDecoding) == (engine == "graph")
-        return (*greedy(decoding, STEPS), decoding.cache.occupancy())
+        return (*greedy(decoding, steps), decoding.cache.occupancy())
 
 
 @pytest.mark.usefixtures("frozen")
-def test_replays_with_a_frozen_host_give_the_tokens_of_the_eager_engine(policy: Policy) -> None:
+def test_replays_with_a_frozen_host_give_the_tokens_of_the_eager_engine() -> None:
+    same_replays(H2O(), 2)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("frozen")
+def test_replays_of_every_policy_with_a_frozen_host_give_the_tokens_of_the_eager_engine(policy: Policy) -> None:
+    same_replays(policy, STEPS)
+
+
+def same_replays(policy: Policy, steps: int) -> None:
     positions = policy.native_positions
-    tokens, held, logits, occupancy = decoded(policy, positions, "eager", by_kernels=True)
-    again, held_again, logits_again, occupancy_again = decoded(policy, positions, "graph", by_kernels=True)
+    tokens, held, logits, occupancy = decoded(policy, positions, "eager", True, steps)
+    again, held_again, logits_again, occupancy_again = decoded(policy, positions, "graph", True, steps)
     assert torch.equal(again, tokens)
     assert held_again == held
     assert all(torch.equal(a, b) for a, b in zip(logits, logits_again, strict=True))

@@ -25,6 +25,7 @@ from kvbench.runs.generation import Generation
 from kvbench.runs.loop import CacheSetting
 from kvbench.runs.perplexity import Perplexity
 from kvbench.runs.task import Bench, Task
+from tests.covering import share_of
 from tests.models.checkpoints import save_checkpoint
 from tests.runs.benches import FULL, SCENES, bench_of, cut
 
@@ -116,7 +117,7 @@ def test_both_chunks_together_are_the_prompt(bundled: LoadedModel) -> None:
     assert whole.tensors["pixel_values"].equal(split.tensors["pixel_values"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=share_of(60), deadline=None)
 @given(context=st.text("abc .\n", min_size=1, max_size=30), question=st.text("abc .\n?", min_size=1, max_size=20))
 def test_nothing_of_the_question_is_in_the_first_part(text_model: LoadedModel, context: str, question: str) -> None:
     example = Example(id="x", cluster="x", context=context, question=question, reference="a")

@@ -22,6 +22,7 @@ from tests.runs.benches import FULL, SCENES, bench_of, cut
 AS_DESCRIBED = PerplexityReleased(first_id_cut=False, ends_left_out=False, model_precision=False)
 
 
+@pytest.mark.cover("one")
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_with_every_option_off_it_is_the_described_perplexity(
     bundled: LoadedModel, tmp_path: Path, batch_size: int
@@ -51,6 +52,7 @@ def test_the_first_id_is_cut_whether_or_not_it_is_a_begin_token(bundled: LoadedM
     assert dataclasses.replace(AS_DESCRIBED, ends_left_out=True)._scored_tokens(bundled, example) == whole[:-2]
 
 
+@pytest.mark.long
 def test_the_models_precision_moves_the_result_in_coarse_steps(bundled: LoadedModel, tmp_path: Path) -> None:
     """The bundled model stored in bfloat16: every likelihood and the result lie on its grid."""
     half = dataclasses.replace(bundled, model=_in_bfloat16(bundled.model))

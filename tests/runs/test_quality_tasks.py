@@ -123,6 +123,7 @@ def shortened(answers: dict[str, list[int]]) -> None:
     del answers["scenes-v1/test/2"]
 
 
+@pytest.mark.cover("one")
 @pytest.mark.parametrize("tamper", [changed, shortened])
 def test_tampered_full_answers_are_refused(
     bundled: LoadedModel, tmp_path: Path, tamper: Callable[[dict[str, list[int]]], None]

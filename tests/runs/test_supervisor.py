@@ -114,6 +114,7 @@ def test_a_cell_that_runs_out_of_memory_by_itself_is_tried_once_more_alone(tmp_p
     assert Sweep(tmp_path, num_retries=0).run([["done oom"]])[0][3] is True
 
 
+@pytest.mark.long
 def test_a_worker_that_does_nothing_is_stopped_and_its_stacks_are_kept(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path, silence_s=5.0)
     told = sweep.run([["say something", "deaf", "sleep 300"], GOOD])
@@ -197,10 +198,8 @@ def test_every_slot_gets_a_worker_with_its_own_environment(tmp_path: Path) -> No
 def test_being_told_to_stop_records_the_active_cell_and_leaves_the_others(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path)
     sweep.tick = lambda: 1 not in sweep.active
-    started_s = time.monotonic()
-    told = sweep.run([GOOD, ["sleep 300"], GOOD], [GOOD])
+    told = sweep.run([GOOD, ["sleep 3000"], GOOD], [GOOD])  # which pytest's own limit would end
     assert told == [(0, "ok", None, True), (1, "preempted", "phase 0", True)]
-    assert time.monotonic() - started_s < 120
 
 
 def test_what_fails_in_the_parent_ends_the_workers_too(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 
 from kvbench.runs.cell import Attempt
 from kvbench.runs.perplexity import Perplexity
+from kvbench.runs.progress import Progress
 from kvbench.runs.stop import StopRequest
 from kvbench.runs.supervisor import Ticket, WorkerPlan
 from kvbench.runs.sweep import Sweep
@@ -149,7 +150,7 @@ def test_a_cell_that_another_process_holds_is_waited_for_and_not_measured_twice(
     assert claim is not None
 
     def finish() -> None:
-        time.sleep(1.5)
+        time.sleep(0.5)
         RecordStore(tmp_path).commit(Attempt(cell=sweep.tickets[second].cell, sweep="other", phase=None).body({}))
         claim.release()
 
@@ -162,32 +163,45 @@ def test_a_cell_that_another_process_holds_is_waited_for_and_not_measured_twice(
     assert body["sweep"] == "other"
 
 
-def test_few_cells_are_claimed_at_once_where_machines_share_a_folder(tmp_path: Path) -> None:
-    sweep, _ = sweep_of(tmp_path, ["beat 3", "done ok"], OK, OK, group_cells=1)
+def when_active(monkeypatch: pytest.MonkeyPatch, wanted: str, work: Callable[[], object]) -> None:
+    """Do `work` once, as soon as the sweep hears that a worker is at this cell."""
+    show, todo = Progress.show, [work]
+
+    def noting(progress: Progress, key: str) -> None:
+        show(progress, key)
+        if key == wanted and todo:
+            todo.pop()()
+
+    monkeypatch.setattr(Progress, "show", noting)
+
+
+def test_few_cells_are_claimed_at_once_where_machines_share_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep, _ = sweep_of(tmp_path, ["beat 0", "done ok"], OK, OK, group_cells=1)
     keys = list(sweep.tickets)
     free: list[bool] = []
 
     def look() -> None:
-        time.sleep(1.5)
         for key in keys[1:]:
             claim = Claims(tmp_path, owner="other").take(key)
             free.append(claim is not None)
             if claim is not None:
                 claim.release()
 
-    thread = threading.Thread(target=look)
-    thread.start()
+    when_active(monkeypatch, keys[0], look)
     sweep.run(StopRequest())
-    thread.join()
     assert free == [True, True]
     assert list(sweep.statuses.values()) == ["ok"] * 3
 
 
+@pytest.mark.cover("one")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR2, 140)])
-def test_a_signal_ends_the_sweep_cleanly_and_the_next_one_goes_on(tmp_path: Path, number: int, code: int) -> None:
-    sweep, shown = sweep_of(tmp_path, OK, ["beat 0", "sleep 300"], OK)
-    timer = threading.Timer(2.0, os.kill, (os.getpid(), number))
-    timer.start()
+def test_a_signal_ends_the_sweep_cleanly_and_the_next_one_goes_on(
+    tmp_path: Path, number: int, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep, shown = sweep_of(tmp_path, OK, ["beat 0", "sleep 3000"], OK)
+    when_active(monkeypatch, list(sweep.tickets)[1], lambda: os.kill(os.getpid(), number))
     before = signal.getsignal(number)
     with StopRequest().watching() as stop:
         sweep.run(stop)

@@ -62,6 +62,7 @@ def content_of(path: Path) -> bytes:
     return path.read_bytes() + text.encode()
 
 
+@pytest.mark.long
 def test_a_sweep_with_a_leaky_failing_cell_writes_and_prints_no_secret(place: Path) -> None:
     code, printed = kvbench(place, *SWEEP)
     assert code == 1, printed

@@ -193,6 +193,7 @@ def _race(folder: Path, start: Any, won: Any) -> None:
     start.wait()  # a winner that ended early would look dead to the others
 
 
+@pytest.mark.cover("one")
 @pytest.mark.parametrize("stale", [False, True])
 def test_of_racing_takers_exactly_one_wins(tmp_path: Path, stale: bool) -> None:
     context = multiprocessing.get_context("spawn")
@@ -205,9 +206,9 @@ def test_of_racing_takers_exactly_one_wins(tmp_path: Path, stale: bool) -> None:
     takers = [context.Process(target=_race, args=(tmp_path, start, won)) for _ in range(4)]
     for taker in takers:
         taker.start()
-    wins = [won.get(timeout=60) for _ in range(40)]
+    wins = [won.get() for _ in range(40)]
     for taker in takers:
-        taker.join(60)
+        taker.join()
         assert taker.exitcode == 0
     assert won.empty()
     assert sorted(number for number, _ in wins) == list(range(40))
@@ -217,9 +218,7 @@ def test_beating_beats_while_the_block_runs(tmp_path: Path) -> None:
     claim = Claims(tmp_path, lease_s=0.1).take(KEY)
     assert claim is not None
     with claim.beating():
-        deadline_s = time.monotonic() + 30
         while claim.path.read_bytes().startswith(b"00000000000"):
-            assert time.monotonic() < deadline_s
             time.sleep(0.02)
     count = claim.path.read_bytes()
     time.sleep(0.1)

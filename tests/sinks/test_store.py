@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -161,7 +162,7 @@ def test_of_racing_processes_exactly_one_is_accepted(tmp_path: Path) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(30)
+        process.join()
         assert process.exitcode == 0
     store = RecordStore(tmp_path)
     for seed in range(25):
@@ -205,12 +206,16 @@ def _write_until_killed(folder: Path, wait_s: float) -> list[str]:
     return [line.strip() for line in [*first_lines, *rest] if line.endswith("\n")]
 
 
+@pytest.mark.long
 def test_a_thousand_finished_cells_are_checked_in_seconds(tmp_path: Path) -> None:
     store = RecordStore(tmp_path)
     samples = [{"id": f"scenes/test/{n}", "text": "word " * 60, "nll_sum": n / 7} for n in range(48)]
     body = make_body(samples=samples)
     store.commit(body)
-    started = time.perf_counter()
+    started_s = time.process_time()
     for _ in range(100):
         assert store.accepted(body["key"]) is not None
-    assert time.perf_counter() - started < 2.0
+    took_s, started_s = time.process_time() - started_s, time.process_time()
+    for _ in range(100):
+        json.loads(json.dumps(body))
+    assert took_s < 20 * (time.process_time() - started_s), "about as long as to read and write its JSON"

@@ -101,6 +101,7 @@ def _inspect(run_folder: Path, *options: str) -> Any:
     return json.loads(output) if options else [json.loads(line) for line in output.splitlines()]
 
 
+@pytest.mark.long
 @needs_wandb
 def test_a_server_that_never_answers_costs_the_time_limit_once(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

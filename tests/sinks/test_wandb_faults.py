@@ -24,11 +24,9 @@ REPO = Path(__file__).parents[2]
 NUM_CELLS, LONGEST_S = 3, 30.0
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 
-# Server faults, then faults of this machine. In short: the ones that a default run tests.
+# Server faults, then faults of this machine.
 SERVERS = ("silent", "slow", "500", "429", "401", "403", "nonsense", "dies", "never ends", "crashes")
 PLACES = ("refused", "no dns", "tls", "no key", "not installed", "killed service", "file for a folder", "full disk")
-SHORT = ("killed service", "full disk")
-FAULTS = [pytest.param(fault, marks=() if fault in SHORT else pytest.mark.long) for fault in (*SERVERS, *PLACES)]
 
 _SWEEP = """
 import json, os, sys, time
@@ -93,7 +91,8 @@ def environment_of(fault: str, port: int) -> dict[str, str]:
     return kept if fault == "no key" else {**kept, "WANDB_API_KEY": "0" * 40}
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.long
+@pytest.mark.parametrize("fault", [*SERVERS, *PLACES])
 @pytest.mark.timeout(300)
 def test_a_fault_loses_no_metric_and_hangs_nothing(
     fault: str, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

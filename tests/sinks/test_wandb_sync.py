@@ -199,6 +199,7 @@ def test_a_sweep_that_used_cells_of_another_keeps_the_summary_it_had_live(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr("kvbench.report.plots_png.draw_pngs", lambda results: [])
     folder = tmp_path / "results"
     reused, own, more = (body(policy=policy, num_samples=4, sweep=sweep, budget=budget) for policy, sweep, budget in
                          (("full", "before", None), ("h2o", "mine", 0.2), ("random", "mine", 0.2)))  # fmt: skip
@@ -242,6 +243,7 @@ def test_two_runs_that_end_by_their_time_limit_stop_a_sync(monkeypatch: pytest.M
     assert (len(outcome.failures), outcome.num_left) == (2, 3)
 
 
+@pytest.mark.long
 def test_online_each_cell_is_sent_once_and_a_second_upload_lands_on_the_same_runs(
     records: Path, tmp_path: Path
 ) -> None:
@@ -299,6 +301,7 @@ def _check_files(files: dict[str, list[bytes]], summary: str) -> None:
     assert all(content[0].startswith(b"\x89PNG") for content in figures)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(200)
 def test_a_sync_that_the_server_refuses_says_so_and_goes_on_later(tmp_path: Path) -> None:
     folder, server = tmp_path / "results", FaultServer("none")
@@ -381,6 +384,7 @@ def test_without_the_package_the_command_says_how_to_install_it(
     assert "wandb is not installed; python -m pip install wandb" in capsys.readouterr().err
 
 
+@pytest.mark.cover("one")
 @pytest.mark.parametrize(("name", "value"), [("WANDB_MODE", "onlin"), ("WANDB_MODE", ""), ("WANDB_BASE_URL", "here")])
 def test_a_variable_that_wandb_does_not_know_is_one_line(name: str, value: str, records: Path) -> None:
     """In a process of its own: wandb reads the environment once."""

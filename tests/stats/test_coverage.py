@@ -25,6 +25,7 @@ def coverage(shape: str, sizes: tuple[int, ...], num: int, seed: int) -> float:
     return float(np.mean([holds(infer(scores(draw(rng, n))), truth) for n in sizes for _ in range(num)]))
 
 
+@pytest.mark.cover("one")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_intervals_of_scores_cover(shape: str) -> None:
     assert 0.93 <= coverage(shape, (20, 40, 80), 500, seed=1) <= 0.97
@@ -38,6 +39,7 @@ def test_intervals_of_scores_cover_at_every_size(shape: str, num_clusters: int) 
     assert 0.93 - 0.01 <= coverage(shape, (num_clusters,), 4000, seed=2) <= 0.97 + 0.01
 
 
+@pytest.mark.long
 def test_perplexity_on_shared_passages_covers_only_by_passage() -> None:
     rng = np.random.default_rng(3)
     by_passage, by_question = [], []
@@ -50,6 +52,7 @@ def test_perplexity_on_shared_passages_covers_only_by_passage() -> None:
     assert np.mean(by_question) < 0.8, "questions on one passage are no independent evidence"
 
 
+@pytest.mark.cover("one")
 @pytest.mark.parametrize("shape", ["normal", "heavy tails", "two kinds"])
 def test_two_names_of_one_policy_are_rarely_called_different(shape: str) -> None:
     draw, truth = SHAPES[shape]
@@ -73,6 +76,7 @@ def test_the_minimum_detectable_difference_is_found_in_four_of_five() -> None:
     assert 0.72 <= np.mean([one.low is not None and one.low > 0 for one in found]) <= 0.86
 
 
+@pytest.mark.cover("one")
 @pytest.mark.parametrize("share", [0.01, 0.05, 0.1])
 @pytest.mark.parametrize("num_clusters", [20, 32, 64])
 def test_losses_that_hardly_any_sample_shows_are_not_called_harmless(share: float, num_clusters: int) -> None:
@@ -93,6 +97,7 @@ def test_losses_that_hardly_any_sample_shows_are_not_called_harmless(share: floa
     assert share > 0.05 or plain > 0.08 * 400, "the guard is needed"
 
 
+@pytest.mark.cover("one")
 @pytest.mark.parametrize(("known", "lost", "num"), [(0.5, 0.03, 64), (0.2, 0.04, 32), (0.03, 0.03, 64)])
 def test_a_loss_is_bounded_by_what_one_answer_can_lose_not_by_the_other_arms_mean(
     known: float, lost: float, num: int
@@ -101,6 +106,7 @@ def test_a_loss_is_bounded_by_what_one_answer_can_lose_not_by_the_other_arms_mea
     assert missed(lambda: right_or_wrong(rng, num, known, lost), -lost) <= 0.05
 
 
+@pytest.mark.cover("one")
 @pytest.mark.parametrize("lost", [0.2, 0.3])
 def test_a_loss_in_the_largest_clusters_is_not_taken_for_one_in_any(lost: float) -> None:
     rng = np.random.default_rng(8)

@@ -1,0 +1,90 @@
+"""What `make test` takes of a product of parameters: a small cover of it; `make test-all` takes the whole product.
+
+    @pytest.mark.cover("one")     # one of them
+    @pytest.mark.cover            # each value of each parameter at least once
+    @pytest.mark.cover("pairs")   # each pair of values of two parameters at least once
+    @pytest.mark.parametrize("line", one_in(3, LINES))    # about one in three of many alike
+
+A test of the fixture `policy` and of another parameter needs no mark to be covered by values; `cover("all")` says that
+its whole product runs by default. The choice is greedy, and ties are broken by a checksum of the test's name: the same
+in every process and on every machine, but another one for another test, so that over all tests each policy meets each
+position mode. A new yaml, family or dtype is a new value, so one of its tests runs by default with nothing to
+register. Of random examples a default run takes a quarter (`share_of`).
+
+This file imports nothing heavy: the process that only hands tests to workers reads it too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+YAMLS = sorted((Path(__file__).parents[1] / "conf" / "policy").glob("*.yaml"))
+POSITIONS = ("original", "in_cache", "released")
+_STRENGTH = {("one",): 0, (): 1, ("values",): 1, ("pairs",): 2, ("all",): None}
+
+
+exhaustive = False
+"""Whether this run takes everything; set before tests are imported."""
+
+
+def share_of(count: int) -> int:
+    """Return how many of `count` random examples a test tries: all in `make test-all`, a quarter by default."""
+    return count if exhaustive else max(1, count // 4)
+
+
+def one_in(number: int, values: Iterable[Any]) -> list[Any]:
+    """Return parameters of which a default run takes about one in `number`, by a checksum of what they say."""
+    return [
+        pytest.param(value, marks=pytest.mark.long if zlib.crc32(repr(value).encode()) % number else ())
+        for value in values
+    ]
+
+
+def cover(product: Mapping[str, Mapping[str, str]], strength: int) -> set[str]:
+    """Names from `product` (name -> parameter -> value) in which each `strength`-tuple of values occurs that it has."""
+    parts = {
+        name: set(itertools.combinations(sorted(values.items()), min(strength, len(values))))
+        for name, values in product.items()
+    }
+    missing = set().union(*parts.values())
+    chosen: set[str] = set()
+    while missing:
+        best = max(parts, key=lambda name: (len(parts[name] & missing), zlib.crc32(name.encode()), name))
+        missing -= parts.pop(best)
+        chosen.add(best)
+    return chosen
+
+
+def _strength_of(item: pytest.Item) -> int | None:
+    """Return the strength of the cover that `item` is chosen for; None where it runs by default in any case."""
+    if not hasattr(item, "callspec") or item.get_closest_marker("gpu") or item.get_closest_marker("long"):
+        return None
+    mark = item.get_closest_marker("cover")
+    if mark is not None:
+        return _STRENGTH[mark.args]
+    return 1 if "policy" in item.callspec.params and len(item.callspec.params) > 1 else None
+
+
+def outside_the_cover(items: Iterable[pytest.Item]) -> list[pytest.Item]:
+    """Return the tests that a cover of their function's product does without; never one that needs a GPU."""
+    functions: dict[tuple[str, int], dict[str, Any]] = defaultdict(dict)
+    for item in items:
+        strength = _strength_of(item)
+        if strength is not None:
+            functions[item.nodeid.partition("[")[0], strength][item.nodeid] = item
+    left: list[pytest.Item] = []
+    for (_, strength), tests in functions.items():
+        product = {
+            name: {parameter: repr(value) for parameter, value in item.callspec.params.items()}
+            for name, item in tests.items()
+        }
+        chosen = cover(product, strength)
+        left.extend(item for name, item in tests.items() if name not in chosen)
+    return left
