@@ -100,6 +100,7 @@ def test_a_second_run_measures_nothing(quick: Path, capsys: pytest.CaptureFixtur
     assert "2 of 2 cells were done already" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_the_report_is_made_again_from_records(
     quick: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

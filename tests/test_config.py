@@ -172,7 +172,7 @@ def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.parametrize("line", one_in(3, WRONG))
+@pytest.mark.parametrize("line", one_in(5, WRONG))
 def test_a_wrong_command_line_is_told_in_one_line(
     line: str, capfd: pytest.CaptureFixture[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -83,7 +83,7 @@ def test_names_that_differ_in_odd_characters_get_different_files(
     assert len(set(names)) == len(names) == 2 * len(FIGURES)
 
 
-@pytest.mark.cover
+@pytest.mark.cover("one")
 @pytest.mark.parametrize("status", ["ok", "oom", "noisy"])
 @pytest.mark.parametrize("policy", ["full", "h2o"])
 def test_one_cell_is_enough(tmp_path: Path, policy: str, status: str) -> None:
@@ -155,7 +155,7 @@ def test_a_noisy_cell_is_never_on_the_front_over_time(tmp_path: Path) -> None:
     assert (by_bytes, by_time) == ([2], [1])
 
 
-@pytest.mark.cover
+@pytest.mark.cover("one")
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", ["quality", "pareto", "entries"])
 def test_labels_cover_neither_each_other_nor_leave_the_figure(sweep_folder: Path, name: str, width: str) -> None:
