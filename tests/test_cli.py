@@ -184,6 +184,7 @@ def test_the_printed_configuration_of_an_experiment_says_what_is_swept(capfd: py
     assert "# swept: budget.fraction=1.0,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2" in printed
 
 
+@pytest.mark.cover("one")
 @pytest.mark.parametrize("flag", [["--config-dir", "conf"], ["--config-dir=conf"], ["-cd", "conf"], ["-cd=conf"]])
 def test_the_configuration_is_printed_with_a_folder_of_ones_own(
     flag: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -228,6 +228,7 @@ def test_what_changes_the_answer_changes_the_key(override: str) -> None:
     assert key("policy=h2o", override) != key_of_h2o("as found")
 
 
+@pytest.mark.cover("one")
 @pytest.mark.parametrize(
     "overrides",
     [
