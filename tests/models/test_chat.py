@@ -126,7 +126,7 @@ def forced(ours: LoadedModel, tokens: list[int]) -> Any:
     def step(_: Any) -> None:
         decoding.logits = next(steps)[None]
 
-    decoding = SimpleNamespace(logits=next(steps)[None], step=step, cache=None)
+    decoding = SimpleNamespace(logits=next(steps)[None], step=step, cache=SimpleNamespace(check=lambda: None))
     return decoding
 
 
