@@ -227,7 +227,7 @@ def test_a_worker_dies_with_its_parent(tmp_path: Path) -> None:
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    for _ in range(300):
+    for _ in range(5000):  # of a tenth of a second, within the limit of pytest
         if not [p for p in psutil.process_iter(["cmdline"]) if _is_worker(p, child)]:
             return
         time.sleep(0.1)
