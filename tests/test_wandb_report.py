@@ -16,8 +16,10 @@ import pytest
 
 from kvbench.cli import run
 from kvbench.records import read_record
+from kvbench.sinks import wandb_report_save
 from kvbench.sinks.wandb_fields import summary_numbers
 from kvbench.sinks.wandb_report import Chapter, Outline, report_spec
+from kvbench.sinks.wandb_report_save import save_within
 from tests.report.synthetic import body, write_cell
 from tests.sinks.fault_server import FaultServer
 from tests.sinks.test_wandb_faults import environment_of
@@ -152,6 +154,27 @@ def test_several_models_and_sweeps_are_told_apart() -> None:
     found = text_of([run_set["filters"] for grid in grids(spec) for run_set in grid["runSets"]])
     for part in ('"a"', '"b"', '"m\'2"', '"model.value.name"', '"dataset.value.num_samples"', "256", '"OR"'):
         assert part in found
+
+
+def test_a_report_is_saved_over_the_one_of_the_same_name_and_a_refusal_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def save(outline: Outline, *, project: str, entity: str | None, report_id: str) -> tuple[str, str]:
+        asked.append(report_id)
+        if project == "refused":
+            raise ValueError("no such project")
+        return f"https://host/{project}", "an-id"
+
+    monkeypatch.setattr(wandb_report_save, "save_report", save)
+    monkeypatch.setattr(wandb_report_save, "quiet_setup", lambda: "https://host")
+    for _ in range(2):
+        assert save_within(outline(), tmp_path, project="p", entity=None) == ("https://host/p", "")
+    assert save_within(outline(title="another"), tmp_path, project="p", entity=None)[0] == "https://host/p"
+    assert asked == ["", "an-id", ""]
+    url, reason = save_within(outline(), tmp_path, project="refused", entity=None)
+    assert (url, "no such project" in reason) == ("", True)
 
 
 @pytest.mark.long

@@ -11,10 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kvbench.models import train_scenes
+from kvbench.datasets.scene_text import describe
+from kvbench.datasets.scenes import scene_at
+from kvbench.models import scene_score, train_scenes
 from kvbench.models.loader import load_model
+from kvbench.models.scene_batches import SceneBatch
 from kvbench.models.spec import ModelSpec
 from kvbench.models.tiny_llava import tiny_llava, train_tokenizer
+from kvbench.models.token_dropout import MIN_WINDOW_TOKENS, attention_mask
 from kvbench.models.train_state import save_state
 
 
@@ -59,3 +63,40 @@ def test_a_run_killed_after_the_tower_does_not_train_it_again(monkeypatch: pytes
     train(monkeypatch, tmp_path, 0)
     saved = load_model(ModelSpec(checkpoint=str(tmp_path / "model")), "cpu").model
     assert torch.equal(saved.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_score_counts_objects_that_are_right_in_all_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [describe(scene_at("test", index)) for index in range(3)]
+    said = [texts[0], texts[1].replace("big", "small").replace("small", "big"), ""]
+    monkeypatch.setattr(scene_score, "_descriptions", lambda model, processor, scenes: said[: len(scenes)])
+    model, processor = torch.nn.Linear(1, 1), object()
+    one = scene_score.score_model(model, processor, num_scenes=1)  # type: ignore[arg-type]
+    assert one == {"object_f1": 1.0, "object_precision": 1.0, "object_recall": 1.0, "num_scenes": 1}
+    three = scene_score.score_model(model, processor, num_scenes=3)  # type: ignore[arg-type]
+    sizes = [len(scene_at("test", index).objects) for index in range(3)]
+    assert sizes[0] <= three["object_recall"] * sum(sizes) < sizes[0] + sizes[1]
+    assert model.training, "as it was"
+
+
+def test_dropout_hides_neither_the_past_of_everything_nor_centres_nor_what_is_near() -> None:
+    torch.manual_seed(3)
+    image_id, patches, length = 9, 144, 200
+    ids = torch.ones(8, length, dtype=torch.int64)
+    ids[:, 1 : 1 + patches] = image_id
+    centres = torch.zeros(8, patches, dtype=torch.bool)
+    centres[:, 5::29] = True
+    empty = torch.empty(0)
+    batch = SceneBatch(pixels=empty, ids=ids, labels=ids, cells=empty, centres=centres)
+    seen = attention_mask(batch, image_id)[:, 0]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    assert not bool((seen & ~causal).any())
+    assert bool(seen.diagonal(dim1=1, dim2=2).all())
+    assert bool((seen[:, :, 0] == causal[:, 0]).all()), "the first token is never hidden"
+    shown = torch.zeros(length, dtype=torch.bool)
+    shown[1 : 1 + patches] = centres[0]
+    assert bool((seen[:, :, shown] == causal[:, shown]).all()), "nor the centre of an object"
+    near = causal & ~causal.tril(-MIN_WINDOW_TOKENS - 1)
+    text = ids[0] != image_id
+    assert bool((seen | ~near)[:, :, text].all()), "nor a text token in the shortest window"
+    hidden = (causal & ~seen).flatten(1).sum(-1)
+    assert 0 < int((hidden == 0).sum()) < 8, "a quarter of the rows sees everything"
