@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from typing import Any
 
 import pytest
@@ -18,8 +19,12 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     covering.exhaustive = "not long" not in config.option.markexpr
     import torch
+    from absl.logging import get_absl_handler
     from hypothesis import HealthCheck, settings
 
+    # Hydra closes every handler there is, and that of absl, which rouge_score brings, closes the stream that it found
+    # as standard error: pytest's.
+    get_absl_handler().python_handler.stream = sys.__stderr__
     settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("any machine")
     torch.set_num_threads(1)

@@ -40,10 +40,10 @@ def share_of(count: int) -> int:
 
 
 def one_in(number: int, values: Iterable[Any]) -> list[Any]:
-    """Return parameters of which a default run takes about one in `number`, by a checksum of what they say."""
+    """Return parameters of which a default run takes the first and about one in `number`, by a checksum of the text."""
     return [
-        pytest.param(value, marks=pytest.mark.long if zlib.crc32(repr(value).encode()) % number else ())
-        for value in values
+        pytest.param(value, marks=pytest.mark.long if place and zlib.crc32(repr(value).encode()) % number else ())
+        for place, value in enumerate(values)
     ]
 
 

@@ -106,6 +106,7 @@ def test_a_second_run_measures_nothing(quick: Path, capsys: pytest.CaptureFixtur
     assert "2 of 2 cells were done already" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_the_report_is_made_again_from_records(
     quick: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +190,7 @@ def test_the_printed_configuration_of_an_experiment_says_what_is_swept(capfd: py
     assert "# swept: budget.fraction=1.0,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2" in printed
 
 
+@pytest.mark.cover("one")
 @pytest.mark.parametrize("flag", [["--config-dir", "conf"], ["--config-dir=conf"], ["-cd", "conf"], ["-cd=conf"]])
 def test_the_configuration_is_printed_with_a_folder_of_ones_own(
     flag: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -172,7 +172,7 @@ def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.parametrize("line", one_in(3, WRONG))
+@pytest.mark.parametrize("line", one_in(5, WRONG))
 def test_a_wrong_command_line_is_told_in_one_line(
     line: str, capfd: pytest.CaptureFixture[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -228,6 +228,7 @@ def test_what_changes_the_answer_changes_the_key(override: str) -> None:
     assert key("policy=h2o", override) != key_of_h2o("as found")
 
 
+@pytest.mark.cover("one")
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -127,6 +127,7 @@ def test_a_full_cache_that_can_not_do_the_task_makes_no_budget_safe(tmp_path: Pa
         search_all(plan(tmp_path), *grids(tmp_path), run_badly)
 
 
+@pytest.mark.long
 def test_a_file_is_the_same_bytes_twice_and_reads_back(tmp_path: Path) -> None:
     found, _ = searched(tmp_path, lambda policy, budget: 0.3 * (1 - budget))
     path = save_frontier(tmp_path, found)
@@ -184,6 +185,7 @@ def test_a_measure_chooses_the_task_that_gives_it(name: str) -> None:
     assert task_words("turn2_rougeL_vs_full") == ["task=conversation"]
 
 
+@pytest.mark.long
 def test_a_policy_named_twice_is_searched_and_counted_once(tmp_path: Path) -> None:
     run_cells, ran = recorder(tmp_path, lambda policy, budget: 0.3 * (1 - budget))
     policies, fulls = grids(tmp_path, "h2o,h2o")
@@ -201,6 +203,7 @@ def test_a_number_of_tokens_is_no_share_of_them(tmp_path: Path) -> None:
     assert [budget_text(found, budget) for budget in (0.2, 1.0)] == ["20 %", "100 %"]
 
 
+@pytest.mark.long
 def test_another_question_has_a_file_of_its_own_and_the_same_one_has_not() -> None:
     def name(*words: str, ladder: tuple[float, ...] = LADDER, versions: str = "1") -> str:
         grid = compose_grid(["task=generation", *words], multirun=True, config_dir=None)

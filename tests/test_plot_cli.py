@@ -32,6 +32,7 @@ def test_the_list_describes_every_figure(capsys: pytest.CaptureFixture[str]) -> 
         assert kind.needs in printed
 
 
+@pytest.mark.cover("one")
 @pytest.mark.parametrize(("suffix", "start"), [("svg", b"<?xml"), ("pdf", b"%PDF"), ("png", b"\x89PNG")])
 def test_a_figure_is_written_in_the_format_that_its_name_says(results: Path, suffix: str, start: bytes) -> None:
     assert run(["plot", "pareto", str(results), "--out", f"new/p.{suffix}", "--width", "single"]) == 0
@@ -78,9 +79,10 @@ def test_a_file_that_cannot_be_used_is_named_where_its_figure_is_missing(
 
 def test_groups_and_policies_are_chosen_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "two"
-    write_sweep(folder)
+    for policy, budget in (("full", None), ("h2o", 0.2), ("elastic", 0.2), ("streaming_llm", 0.2)):
+        write_cell(folder, body(policy=policy, budget=budget))
     write_cell(folder, body(model="other", policy="h2o"))
-    assert run(["plot", "quality", str(folder), "--out", "x/"]) == 0
+    assert run(["plot", "quality", str(folder), "--out", "x/", "--measure", "ppl"]) == 0
     assert {path.name for path in Path("x").iterdir()} == {
         "1-other-scenes-quality.svg",
         "2-tiny-llava-scenes-quality.svg",

@@ -19,7 +19,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "results"
 
 
-def test_the_page_of_one_folder_lies_in_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_of_one_folder_lies_in_it(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvbench.report.build.draw_plots", lambda results: ())
     assert run(["report", str(folder)]) == 0
     assert f"report: {folder / 'report' / 'index.html'}" in capsys.readouterr().out
     assert (folder / "report" / "index.html").is_file()

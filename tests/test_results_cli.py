@@ -105,6 +105,7 @@ def test_show_prints_one_cell_by_the_first_digits_of_its_key(
     assert json.loads(printed(capsys, "show", finished, key, "--json")) == body
 
 
+@pytest.mark.cover("one")
 @pytest.mark.parametrize("took_the_place", [False, True])
 def test_a_later_failure_is_shown_and_every_table_keeps_the_measured_numbers(
     folder: Path, took_the_place: bool, capsys: pytest.CaptureFixture[str]
@@ -131,10 +132,11 @@ def test_a_later_failure_is_shown_and_every_table_keeps_the_measured_numbers(
     assert "this later attempt" in render_page(load_results(folder), [])
 
 
+@pytest.mark.parametrize("kinds", [[[]], pytest.param([["--samples"], ["--quality"]], marks=pytest.mark.long)])
 def test_csv_and_parquet_hold_the_same_and_have_the_same_bytes_each_time(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kinds: list[list[str]]
 ) -> None:
-    for options in ([], ["--samples"], ["--quality"]):
+    for options in kinds:
         text = printed(capsys, "csv", finished, *options)
         assert printed(capsys, "csv", finished, *options) == text
         printed(capsys, "csv", finished, *options, "--out", tmp_path / "t.csv")

@@ -38,9 +38,13 @@ def decode(policy: Policy, positions: Any, by_kernels: bool, reserve_tokens: int
         return drive(model, cache, tokens, prompt.shape[1], mask)
 
 
-@pytest.mark.cover("one")
 @pytest.mark.parametrize(
-    ("policy", "positions"), [(H2O(), "in_cache"), (Elastic(), "released"), (StreamingLLM(), "original")]
+    ("policy", "positions"),
+    [
+        (H2O(), "in_cache"),
+        pytest.param(Elastic(), "released", marks=pytest.mark.long),
+        pytest.param(StreamingLLM(), "original", marks=pytest.mark.long),
+    ],
 )
 def test_kernels_decode_as_plain_torch_does(policy: Policy, positions: Any) -> None:
     same_decode(policy, positions, STEPS)

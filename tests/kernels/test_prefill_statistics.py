@@ -70,7 +70,7 @@ def assert_exact(chunk: Chunk, reduction: str, *, by_output: bool = True) -> Non
     torch.testing.assert_close(window.double(), rows[:, :, -7:], rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.cover
+@pytest.mark.cover("one")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_mass_and_window_are_those_of_a_float64_softmax(shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -31,10 +31,10 @@ def half(name: str) -> Any:
     return copy.deepcopy(tiny_model(name)).to(ON, torch.float16)
 
 
-def logits(model: Any, by_kernels: bool) -> Tensor:
-    cache = PolicyCache(model, H2O(), Budget(fraction=0.5), reserve_tokens=STEPS)
+def logits(model: Any, by_kernels: bool, steps: int = STEPS) -> Tensor:
+    cache = PolicyCache(model, H2O(), Budget(fraction=0.5), reserve_tokens=steps)
     with kernels_forced(by_kernels):
-        trace = drive(model, cache, random_tokens(1, 2, PROMPT + STEPS).to(ON), PROMPT)
+        trace = drive(model, cache, random_tokens(1, 2, PROMPT + steps).to(ON), PROMPT)
     return torch.stack(trace.logits).float()
 
 
@@ -102,7 +102,7 @@ def test_a_copy_of_a_fused_model_computes_with_its_own_weights() -> None:
 def test_a_fused_model_is_freed_as_soon_as_it_is_let_go() -> None:
     model = half("llama_gqa")
     fuse(model)
-    logits(model, by_kernels=True)
+    logits(model, by_kernels=True, steps=1)
     parts = [weakref.ref(module) for module in model.get_decoder().layers[0].modules()]
     gc.collect()
     gc.disable()

@@ -23,6 +23,12 @@ from tests.report.synthetic import body, write_cell
 EVIL = '</script><script>alert("x")</script><img src=x onerror=alert(1)>&amp;'
 
 
+@pytest.fixture
+def _two_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no more of them."""
+    monkeypatch.setattr("kvbench.report.plots.FIGURES", {kind: FIGURES[kind] for kind in ("quality", "memory")})
+
+
 class Tags(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
@@ -63,6 +69,7 @@ def test_the_page_loads_nothing_and_its_ids_are_unique(sweep_page: str) -> None:
             assert not attrs.get(name) or str(attrs[name]).startswith("#")
 
 
+@pytest.mark.usefixtures("_two_figures")
 def test_model_output_and_names_never_become_markup(tmp_path: Path) -> None:
     record = body(policy=EVIL, status="ok", model=EVIL, num_samples=4)
     for sample in record["samples"]:
@@ -166,12 +173,6 @@ def test_problems_and_failures_are_on_the_page(tmp_path: Path) -> None:
 
 def test_an_empty_folder_still_gives_a_page(tmp_path: Path) -> None:
     assert "No usable record was found" in page_of(tmp_path)
-
-
-@pytest.fixture
-def _two_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw no more of them."""
-    monkeypatch.setattr("kvbench.report.plots.FIGURES", {kind: FIGURES[kind] for kind in ("quality", "memory")})
 
 
 @pytest.mark.usefixtures("_two_figures")

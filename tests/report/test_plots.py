@@ -57,8 +57,13 @@ def test_every_figure_that_is_listed_can_be_drawn() -> None:
     assert list(FIGURES) == list(DRAW)
 
 
-def test_figures_with_data_are_drawn_in_order(sweep_folder: Path) -> None:
-    assert list(drawn(sweep_folder)) == IN_A_SWEEP
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_figures_with_data_are_drawn_in_order(sweep_folder: Path, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if whole:
+        assert list(drawn(sweep_folder)) == IN_A_SWEEP
+        return
+    monkeypatch.setattr("kvbench.report.plots.figure_bytes", lambda *words: b"<svg/>")  # saving takes longest
+    assert [plot.kind for plot in draw_plots(load_results(sweep_folder))] == IN_A_SWEEP
 
 
 @pytest.mark.long
@@ -83,7 +88,7 @@ def test_names_that_differ_in_odd_characters_get_different_files(
     assert len(set(names)) == len(names) == 2 * len(FIGURES)
 
 
-@pytest.mark.cover
+@pytest.mark.cover("one")
 @pytest.mark.parametrize("status", ["ok", "oom", "noisy"])
 @pytest.mark.parametrize("policy", ["full", "h2o"])
 def test_one_cell_is_enough(tmp_path: Path, policy: str, status: str) -> None:
@@ -116,7 +121,7 @@ def test_a_record_without_a_usable_curve_has_no_figure_of_it(tmp_path: Path, cur
 def test_budgets_in_tokens_and_mixed_budgets_are_drawn(tmp_path: Path) -> None:
     for tokens in (16, 64, 256):
         write_cell(tmp_path, body(budget=None, budget_tokens=tokens) | {"status": "ok"})
-    assert svg_of(tmp_path, "quality")
+    draw(tmp_path, "quality")
     write_cell(tmp_path, body(budget=0.2))
     assert svg_of(tmp_path, "quality")
 
@@ -155,7 +160,7 @@ def test_a_noisy_cell_is_never_on_the_front_over_time(tmp_path: Path) -> None:
     assert (by_bytes, by_time) == ([2], [1])
 
 
-@pytest.mark.cover
+@pytest.mark.cover("one")
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", ["quality", "pareto", "entries"])
 def test_labels_cover_neither_each_other_nor_leave_the_figure(sweep_folder: Path, name: str, width: str) -> None:
@@ -185,9 +190,12 @@ def test_a_policy_looks_the_same_in_a_figure_of_some_policies(sweep_folder: Path
     assert colours["ppl: elastic"] == LIGHT.green
 
 
-def test_only_colours_of_the_theme_are_used(sweep_folder: Path) -> None:
+@pytest.mark.parametrize(
+    "name", [IN_A_SWEEP[0], *(pytest.param(one, marks=pytest.mark.long) for one in IN_A_SWEEP[1:])]
+)
+def test_only_colours_of_the_theme_are_used(sweep_folder: Path, name: str) -> None:
     """So that a page can swap every one of them."""
-    for svg in drawn(sweep_folder).values():
+    for svg in (svg_of(sweep_folder, name) or "",):
         used = {svg[i : i + 7] for i in range(len(svg)) if svg[i] == "#" and svg[i + 1 : i + 7].isalnum()}
         used = {colour for colour in used if len(colour) == 7 and set(colour[1:]) <= set("0123456789abcdef")}
         assert used <= set(THEME_COLOURS)

@@ -43,6 +43,7 @@ from kvbench.runs.loop import CacheSetting
 from kvbench.runs.prompts import Part, Prompts
 from kvbench.runs.task import Bench, TaskResult
 from tests.contract import YAMLS
+from tests.covering import one_in
 from tests.driving import held_positions
 from tests.runs.benches import FULL, MostAttended, cell_of
 from tests.runs.watching import KeptInMemory, Notes, run_cells
@@ -121,7 +122,7 @@ def replayed(loaded: LoadedModel, setting: CacheSetting, index: int, pieces: lis
     return [[[tuple(head) for head in layer[0]] for layer in step] for step in held]
 
 
-@pytest.mark.parametrize("name", [path.stem for path in YAMLS])
+@pytest.mark.parametrize("name", one_in(3, [path.stem for path in YAMLS]))
 def test_what_is_stored_is_what_a_replay_of_the_sample_alone_holds(
     bundled: LoadedModel, bodies: dict[str, dict[str, Any]], name: str
 ) -> None:

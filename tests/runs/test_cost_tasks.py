@@ -94,6 +94,7 @@ def test_the_phases_of_a_text_model_leave_vision_out(tmp_path: Path) -> None:
     assert {"peak_prefill_bytes", "peak_settle_bytes", "peak_decode_bytes"} <= set(found)
 
 
+@pytest.mark.cover("one")
 @pytest.mark.parametrize("name", SMALL)
 def test_speed_and_memory_run_on_random_weights(name: str, tmp_path: Path) -> None:
     loaded = load_model(small_spec(name, dtype="bfloat16"), "cpu")

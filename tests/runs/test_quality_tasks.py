@@ -151,6 +151,7 @@ def test_a_corrupt_store_is_computed_again(tmp_path: Path, bundled: LoadedModel,
     assert answers.get(5, dict) == first, "and the file is whole again"
 
 
+@pytest.mark.cover("one")
 @pytest.mark.parametrize("task", [Perplexity(), SHORT, SHORT_FIDELITY])
 def test_a_cache_of_nan_has_no_number(bundled: LoadedModel, tmp_path: Path, task: Task) -> None:
     with pytest.raises(NonFiniteError):

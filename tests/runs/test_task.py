@@ -17,6 +17,7 @@ from kvbench.runs import graph, speed
 from kvbench.runs.graph import GraphDecoding
 from kvbench.runs.loop import CacheSetting, Decoding
 from kvbench.runs.task import Task, is_timed
+from tests.covering import one_in
 from tests.runs.benches import SCENES, bench_of, cut
 
 YAMLS = sorted((Path(__file__).parents[2] / "conf" / "task").glob("*.yaml"))
@@ -58,7 +59,7 @@ def counting(bundled: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Counting:
     return Counting(bundled, monkeypatch)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", one_in(3, TASKS))
 def test_no_two_passes_of_the_model_are_without_a_beat(
     name: str, counting: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

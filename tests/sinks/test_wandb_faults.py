@@ -124,6 +124,7 @@ def test_a_fault_loses_no_metric_and_hangs_nothing(
     _check_backfill(results, tmp_path, capsys)
 
 
+@pytest.mark.long
 def test_without_a_fault_every_number_arrives_and_no_secret(tmp_path: Path) -> None:
     """The server of the faults is a working one but for its fault, so that the faults above are what they say."""
     server, secret = FaultServer("none"), "canary-sent-5d41402abc"

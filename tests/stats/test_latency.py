@@ -25,6 +25,7 @@ def share(found: list[Interval], *, slower: bool) -> float:
     return float(np.mean([(one.low or 0) > 1 if slower else (one.high or 2) < 1 for one in found]))
 
 
+@pytest.mark.cover("one")
 @pytest.mark.parametrize("clock", [VirtualClock(), VirtualClock(drift=0.05), VirtualClock(spike_share=0.2)])
 def test_ratios_of_launches_cover(clock: VirtualClock) -> None:
     found = experiments(clock, 1.1, seed=1)
@@ -36,6 +37,7 @@ def test_one_policy_under_two_names_is_rarely_called_different() -> None:
     assert share(found, slower=True) + share(found, slower=False) <= 0.08
 
 
+@pytest.mark.cover("one")
 @pytest.mark.parametrize("slower", [1.03, 0.97])
 def test_three_per_cent_are_found_in_four_of_five(slower: float) -> None:
     assert share(experiments(VirtualClock(), slower, seed=3), slower=slower > 1) >= 0.8

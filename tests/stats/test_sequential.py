@@ -63,7 +63,7 @@ def search(rng: np.random.Generator, num: int, margin: float, share_of: np.ndarr
     return min((rung for rung, safe in seen.items() if safe), default=len(LADDER))
 
 
-@pytest.mark.cover("one")
+@pytest.mark.long
 @pytest.mark.parametrize("num", [48, 128])
 @pytest.mark.parametrize("steepness", [1.0, 4.0])
 def test_a_claimed_budget_is_truly_safe_in_95_per_cent(num: int, steepness: float) -> None:

@@ -81,8 +81,9 @@ def kill_until(scenario: str, folder: Path, num_kills: int, undisturbed: str) ->
         number += 1
 
 
-def test_fifty_kills_lose_double_and_tear_nothing(folder: Path, undisturbed: str) -> None:
-    kill_until("one sweep", folder, 50, undisturbed)
+@pytest.mark.parametrize("num_kills", [12, pytest.param(50, marks=pytest.mark.long)])
+def test_kills_lose_double_and_tear_nothing(folder: Path, undisturbed: str, num_kills: int) -> None:
+    kill_until("one sweep", folder, num_kills, undisturbed)
 
 
 @pytest.mark.long
@@ -91,6 +92,7 @@ def test_a_thousand_kills_lose_double_and_tear_nothing(folder: Path, undisturbed
     kill_until("one sweep", folder, 1000, undisturbed)
 
 
+@pytest.mark.long
 def test_two_sweeps_on_one_folder_do_not_disturb_each_other(folder: Path, undisturbed: str) -> None:
     kill_until("two sweeps", folder, 15, undisturbed)
     names = {body["sweep"] for key in cells() if (body := RecordStore(folder / "0").accepted(key)) is not None}
