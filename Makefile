@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install run report check test test-all test-gpu gpu-bars wheel-smoke train-bundled clean
+.PHONY: help install run report check test test-all test-newest test-gpu gpu-bars wheel-smoke train-bundled clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -40,6 +40,16 @@ test: install ## what every change must pass: under three minutes with 2 WORKERS
 test-all: install ## everything: whole products, every shape of every kernel, a thousand kills, SLURM where there is one
 	$(PYTEST) -n $(WORKERS) --dist worksteal -m ''
 
+NEWEST := .venv-newest
+
+test-newest: ## the same tests on the newest versions that pyproject.toml allows, in an environment of its own
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	grep '^torch==' constraints.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check -c $(NEWEST)/constraints.txt -e '.[dev]'
+	$(NEWEST)/bin/pip list --disable-pip-version-check | grep -iE '^(torch|transformers|hydra-core|wandb|wandb-workspaces|triton|numpy|pandas) '
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal
+
 gpu-bars: install ## measure every bar of the GPU engine (one GPU of 80 GB, under 9 minutes)
 	$(BIN)/python -m tests.gpu.bars
 
@@ -53,4 +63,4 @@ train-bundled: install ## train the bundled model again (100 minutes on 2 CPU co
 	$(BIN)/python -m kvbench.models.train_scenes --out runs/tiny-llava
 
 clean: ## remove what make made, results excepted
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -32,12 +32,6 @@ QUICK = ("+experiment=quick", "sink=console", *SHORT)
 
 
 @pytest.fixture(autouse=True)
-def handlers_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hydra closes every log handler of the process; absl's closes with it the file that pytest captures into."""
-    monkeypatch.setattr(logging, "_handlerList", [])
-
-
-@pytest.fixture(autouse=True)
 def _no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No W&B key is found, and neither modules nor files of one test reach another."""
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):

@@ -178,7 +178,10 @@ def test_a_results_folder_on_a_read_only_disk_is_refused(read_only: str, capfd: 
     assert "cannot be written to; choose a folder" in refused(f"results={read_only}/results", capfd)
 
 
-def test_a_package_that_a_plug_in_lacks_is_named_with_its_command(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_package_that_a_plug_in_lacks_is_named_with_its_command(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # Python's own file beside the plug-in
     Path("conf/policy").mkdir(parents=True)
     Path("conf/policy/mine.yaml").write_text("_target_: gate_policy.Mine\n")
     Path("gate_policy.py").write_text("import no_such_package.part\n")
