@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import regex
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from kvbench.errors import ModelSupportError
@@ -74,6 +74,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @given(text=TEXTS)
 @example(text="it's  isn't\n\n \n12 dogs")
 def test_text_is_encoded_as_the_ranks_say_and_comes_back(tokenizer: Any, text: str) -> None:
+    assume(not any(token in text for token in SPECIAL_TOKENS))  # Hypothesis tries texts that it finds in the source
     normal = tokenizer.backend_tokenizer.normalizer.normalize_str(text)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert ids == naive_ids(normal)
