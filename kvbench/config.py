@@ -146,7 +146,7 @@ def check_shared(grid: Sequence[Composed]) -> None:
     for settings in resolved:
         for name in (*_SHARED, "policy", "budget", "model", "dataset", "task"):
             if name not in settings:
-                raise ConfigError(f"{name} was taken out of the configuration, and nothing runs without it; leave it in")
+                raise ConfigError(f"{name} was taken out of the settings, but nothing runs without it; leave it in")
         for name in _missing(settings):
             raise ConfigError(f"{name} is not given and has no default; add {name}=...")
     for name in _SHARED:
