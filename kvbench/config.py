@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -143,26 +143,17 @@ def build_sinks(config: DictConfig) -> SinkGroup:
 def check_shared(grid: Sequence[Composed]) -> None:
     """Raise ConfigError if a value is missing, or the cells differ in what holds for all, or it cannot be used."""
     resolved = [composed.resolved() for composed in grid]
-    for settings in resolved:
+    for composed, settings in zip(grid, resolved, strict=True):
         for name in (*_SHARED, "policy", "budget", "model", "dataset", "task"):
             if name not in settings:
                 raise ConfigError(f"{name} was taken out of the settings, but nothing runs without it; leave it in")
-        for name in _missing(settings):
+        for name in sorted(OmegaConf.missing_keys(composed.config)):
             raise ConfigError(f"{name} is not given and has no default; add {name}=...")
     for name in _SHARED:
         values = {str(settings[name]) for settings in resolved}
         if len(values) > 1:
             raise ConfigError(f"{name} has {len(values)} values in one sweep; it holds for all cells, give one")
     check_settings(*resolved)
-
-
-def _missing(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the names of the values that are OmegaConf's `???`."""
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _missing(value, f"{prefix}{name}.")
-        elif value == "???":
-            yield f"{prefix}{name}"
 
 
 def results_folder(config: DictConfig) -> Path:

@@ -104,8 +104,17 @@ def locked(path: Path) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise storage_error(path, error) from error
+    with holding(descriptor):
+        yield
+
+
+@contextlib.contextmanager
+def holding(descriptor: int) -> Iterator[None]:
+    """Hold the exclusive lock of an open file or folder while the block runs, then close it.
+
+    A file system without locks leaves every file whole, and only their order to chance.
+    """
     try:
-        # A file system without locks leaves every file whole, and only their order to chance.
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

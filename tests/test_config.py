@@ -26,6 +26,11 @@ from tests.covering import one_in
 
 SECRET = "canary-d41d8cd98f"
 WRONG = {
+    # values that are missing, wherever they stand, and groups that were taken out
+    "worker=???": "worker is not given and has no default; add worker=...",
+    "task.memory=???": "task.memory is not given and has no default; add task.memory=...",
+    "sink.wandb=???": "sink.wandb is not given and has no default; add sink.wandb=...",
+    "sink=[]": "sink was taken out of the settings, but nothing runs without it; leave it in",
     # names, with close matches
     "policy=h20": "policy is 'h20'; did you mean 'h2o'?",
     "model=tiny-lava": "model is 'tiny-lava'; did you mean 'tiny-llava'?",

@@ -16,15 +16,14 @@ fails, so of two processes that finish the same cell exactly one is accepted.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kvbench.durable import link_new, link_over, storage_error, sync_folder
+from kvbench.durable import holding, link_new, link_over, storage_error, sync_folder
 from kvbench.errors import RecordError
 from kvbench.records import MEASURED, RECORD_FILE, check_body, counting, read_record, write_record
 from kvbench.redaction import redacted_body
@@ -85,7 +84,9 @@ class RecordStore:
 
     def _accept(self, attempt: Path, body: Mapping[str, Any], replace: bool) -> None:
         accepted = attempt.with_name(RECORD_FILE)
-        with _locked(attempt.parent):
+        # "Is it measured?" and "replace it" are one step among processes. Without locks only a replacement can be lost
+        # to a simultaneous one; the first acceptance needs none.
+        with holding(os.open(attempt.parent, os.O_RDONLY)):
             try:
                 link_new(attempt, accepted)
             except FileExistsError:
@@ -114,20 +115,6 @@ class RecordStore:
                 _log.warning("%s Until then it counts as missing.", error)
             return None
         return body
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, so that "is it measured?" and "replace it" are one step among processes."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        # Some network file systems have no such lock. There only a replacement can be lost to a
-        # simultaneous one; the first acceptance needs no lock.
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _set_aside(damaged: Path) -> None:
