@@ -18,7 +18,7 @@ from kvbench.parser import Parser
 from kvbench.stats.margins import parse_margins
 
 if TYPE_CHECKING:
-    from kvbench.report.comparisons import Choices
+    from kvbench.report.comparison import Choices
     from kvbench.report.load import Results
 
 _FORMATS = ("html", "md", "csv", "latex")
@@ -33,7 +33,7 @@ def report_command(arguments: Sequence[str]) -> int:
     _check_out(args.out, args.format)
     if args.wandb and args.format != "html":
         raise ConfigError(f"--wandb builds a W&B Report and --format {args.format} a text; give one of them")
-    from kvbench.report.comparisons import Choices
+    from kvbench.report.comparison import Choices
     from kvbench.report.folders import load_folders
 
     choices = Choices(margins=margins, intersect=args.intersect)

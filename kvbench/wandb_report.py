@@ -12,7 +12,8 @@ from kvbench.durable import replace_file
 from kvbench.redaction import hide_known
 from kvbench.report.ability import Ability
 from kvbench.report.best import best_policies
-from kvbench.report.comparisons import DECLARED, Choices, Comparison, group_comparisons
+from kvbench.report.comparison import DECLARED, Choices, Comparison
+from kvbench.report.comparisons import group_comparisons
 from kvbench.report.naming import flat_settings
 from kvbench.report.plots_png import png_names
 from kvbench.sinks.console import say

@@ -15,7 +15,7 @@ from kvbench.units import MEASURES, measure
 
 if TYPE_CHECKING:
     from kvbench.report.cell import CellResult
-    from kvbench.report.comparisons import Comparison
+    from kvbench.report.comparison import Comparison
     from kvbench.report.load import Group, Results
     from kvbench.sinks.wandb_run import RunSpec
 

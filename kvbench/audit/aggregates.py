@@ -57,7 +57,7 @@ def _usual(peers: Peers, task: str) -> frozenset[str]:
     return frozenset(name for name, count in counts.items() if 2 * count >= len(alike))
 
 
-CHECK = Check(
+AGGREGATES_CHECK = Check(
     id="R6",
     title="every number follows from its samples",
     meaning="a result was changed, or samples were changed after it was computed",

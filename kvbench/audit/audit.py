@@ -10,40 +10,52 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvbench.audit import (
-    aggregates,
-    copies,
-    counts,
-    environment,
-    freed,
-    full_itself,
-    interval_bounds,
-    key,
-    kv_bytes,
-    launches,
-    lengths,
-    possible,
-    rates,
-    realised_budget,
-    same_samples,
-    seal,
-    status,
-    text_scores,
-    times,
-    tokens,
-)
+from kvbench.audit.aggregates import AGGREGATES_CHECK
 from kvbench.audit.check import Check, Finding, Outcome, run_check
+from kvbench.audit.copies import COPIES_CHECK
+from kvbench.audit.counts import COUNTS_CHECK
+from kvbench.audit.environment import ENVIRONMENT_CHECK
 from kvbench.audit.evidence import Evidence, read_evidence
+from kvbench.audit.freed import FREED_CHECK
+from kvbench.audit.full_itself import FULL_ITSELF_CHECK
+from kvbench.audit.interval_bounds import BOUNDS_CHECK
+from kvbench.audit.key import KEY_CHECK
+from kvbench.audit.kv_bytes import BYTES_CHECK
+from kvbench.audit.launches import LAUNCHES_CHECK
+from kvbench.audit.lengths import LENGTHS_CHECK
+from kvbench.audit.possible import POSSIBLE_CHECK
+from kvbench.audit.rates import RATES_CHECK
+from kvbench.audit.realised_budget import BUDGET_CHECK
+from kvbench.audit.same_samples import SAMPLES_CHECK
+from kvbench.audit.seal import SEAL_CHECK
+from kvbench.audit.status import STATUS_CHECK
+from kvbench.audit.text_scores import SCORES_CHECK
+from kvbench.audit.times import TIMES_CHECK
+from kvbench.audit.tokens import TOKENS_CHECK
 
 KIND = "kvbench_audit"
 VERSION = 1
-CHECKS: tuple[Check, ...] = tuple(
-    module.CHECK
-    for module in (
-        *(tokens, lengths, key, kv_bytes, realised_budget, environment),
-        *(seal, status, counts, same_samples, full_itself, aggregates, interval_bounds, text_scores),
-        *(freed, launches, rates, times, copies, possible),
-    )
+CHECKS: tuple[Check, ...] = (
+    TOKENS_CHECK,
+    LENGTHS_CHECK,
+    KEY_CHECK,
+    BYTES_CHECK,
+    BUDGET_CHECK,
+    ENVIRONMENT_CHECK,
+    SEAL_CHECK,
+    STATUS_CHECK,
+    COUNTS_CHECK,
+    SAMPLES_CHECK,
+    FULL_ITSELF_CHECK,
+    AGGREGATES_CHECK,
+    BOUNDS_CHECK,
+    SCORES_CHECK,
+    FREED_CHECK,
+    LAUNCHES_CHECK,
+    RATES_CHECK,
+    TIMES_CHECK,
+    COPIES_CHECK,
+    POSSIBLE_CHECK,
 )
 _NEED_THE_MODEL = (
     Outcome(id="A1", title="5 % of the samples answered again, while timed", meaning="", verdict="not run"),
@@ -78,7 +90,7 @@ def audit(folder: Path, *, sweep: str | None = None) -> Audit:
 
 def _with_damage(outcome: Outcome, evidence: Evidence) -> Outcome:
     """Files that cannot be read belong to no cell, and to the check of seals."""
-    if outcome.id != seal.CHECK.id or not evidence.damaged:
+    if outcome.id != SEAL_CHECK.id or not evidence.damaged:
         return outcome
     damage = tuple(Finding(cell=name, text=why) for name, why in evidence.damaged)
     return Outcome(

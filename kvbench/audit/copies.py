@@ -42,7 +42,7 @@ def _evicts(cell: Cell) -> bool:
     return bool(cell.setting("budget")) and bool(cell.samples) and (share is None or share < 1)
 
 
-CHECK = Check(
+COPIES_CHECK = Check(
     id="R13",
     title="no cell's samples are another cell's",
     meaning="samples were copied from another policy or budget, or two settings do the same thing",

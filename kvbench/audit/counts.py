@@ -62,7 +62,7 @@ def _notes(cell: Cell, peers: Peers) -> Iterator[str]:
         yield f"{cell.value('num_skipped_items'):g} items were left out"
 
 
-CHECK = Check(
+COUNTS_CHECK = Check(
     id="R3",
     title="every sample asked for is scored or said to be left out",
     meaning="samples, for instance the worst ones, were dropped",

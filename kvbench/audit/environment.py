@@ -37,7 +37,7 @@ def _notes(cell: Cell, peers: Peers) -> Iterator[str]:
         yield "was measured by code with changes that no commit holds"
 
 
-CHECK = Check(
+ENVIRONMENT_CHECK = Check(
     id="A8",
     title="the environment is complete",
     meaning="nobody can tell what the numbers were measured on, or repeat them",

@@ -44,7 +44,7 @@ def _simulated(cell: Cell) -> bool:
     return any(cell.setting("policy", name) is True or cell.body["labels"].get(name) is True for name in names)
 
 
-CHECK = Check(
+FREED_CHECK = Check(
     id="R9",
     title="what is evicted is freed; no cost is told of a mask",
     meaning="entries were hidden and not freed, so memory and speed are not those of eviction",

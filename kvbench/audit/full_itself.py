@@ -30,7 +30,7 @@ def _problems(cell: Cell, peers: Peers) -> Iterator[str]:
             return
 
 
-CHECK = Check(
+FULL_ITSELF_CHECK = Check(
     id="R5",
     title="the full cache is equal to itself",
     meaning="the row that everything is compared with is not the full cache's, or the machine computes unreliably",

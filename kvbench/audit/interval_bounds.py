@@ -61,7 +61,7 @@ def _width(name: str, value: float, low: float, high: float, again: Interval) ->
     return None
 
 
-CHECK = Check(
+BOUNDS_CHECK = Check(
     id="R7",
     title="intervals hold their values and follow from the data",
     meaning="a value or an interval was changed: results look surer than they are",

@@ -19,7 +19,7 @@ def _problems(cell: Cell, peers: Peers) -> Iterator[str]:
     yield from label_problems(cell, peers)
 
 
-CHECK = Check(
+KEY_CHECK = Check(
     id="A5",
     title="the key follows from the settings, the labels too",
     meaning="settings, key or labels were changed: the numbers belong to another setting than the one shown",

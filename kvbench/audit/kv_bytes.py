@@ -87,7 +87,7 @@ def allowed_share(cell: Cell, peers: Peers) -> tuple[float, float]:
     return fraction * of_prompt - 1 / shortest, most
 
 
-CHECK = Check(
+BYTES_CHECK = Check(
     id="A6",
     title="bytes of the cache follow from budget and full cache",
     meaning="the memory saved was not saved, or bytes were changed after the run",

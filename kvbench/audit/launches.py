@@ -59,7 +59,7 @@ def _order(cell: Cell) -> Iterator[str]:
             yield f"{small} is {one:.4g}, more than {large}, {other:.4g}"
 
 
-CHECK = Check(
+LAUNCHES_CHECK = Check(
     id="R10",
     title="latencies are medians of the stored launches",
     meaning="a latency was changed, or launches were left out",

@@ -21,7 +21,7 @@ def _notes(cell: Cell, peers: Peers) -> Iterator[str]:
         yield f"answers of {100 * ratio:.0f} % of the full cache's length: outside of 10 %"
 
 
-CHECK = Check(
+LENGTHS_CHECK = Check(
     id="A4",
     title="the length of answers beside the full cache's is told",
     meaning="short or endless answers are compared with whole ones, and nobody is told",

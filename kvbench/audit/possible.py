@@ -59,7 +59,7 @@ def _range(name: str) -> tuple[float, float]:
     return low - (_NATS_SLACK if in_nats else 0.0), high
 
 
-CHECK = Check(
+POSSIBLE_CHECK = Check(
     id="R14",
     title="no number that cannot be",
     meaning="samples or results were made up: no run gives such a number",

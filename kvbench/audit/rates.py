@@ -74,7 +74,7 @@ def _capacity(cell: Cell, name: str) -> Iterator[str]:
         yield f"{ratio_name} is {ratio:.4g}, its parts give {ours / full:.4g}"
 
 
-CHECK = Check(
+RATES_CHECK = Check(
     id="R11",
     title="throughput, its ratios and roof share follow from the times",
     meaning="a rate was changed: the times measured beside it do not allow it",

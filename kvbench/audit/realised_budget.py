@@ -69,7 +69,7 @@ def _tells(cell: Cell) -> bool:
     return any(cell.value(name) is not None for name in ENTRIES) or bool(cell.body["curves"].get("entries"))
 
 
-CHECK = Check(
+BUDGET_CHECK = Check(
     id="A7",
     title="the budget is kept at every logged step",
     meaning="the policy held more entries than it says",

@@ -71,7 +71,7 @@ def _limits(cell: Cell) -> tuple[object, ...]:
     return tuple(task.get(name) for task in tasks for name in _LENGTHS)
 
 
-CHECK = Check(
+SAMPLES_CHECK = Check(
     id="R4",
     title="compared cells hold the same samples",
     meaning="numbers of different samples are compared, or samples were exchanged",

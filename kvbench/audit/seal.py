@@ -25,7 +25,7 @@ def _notes(cell: Cell, peers: Peers) -> Iterator[str]:
         yield f"measured {good} times; the record is one of them"
 
 
-CHECK = Check(
+SEAL_CHECK = Check(
     id="R1",
     title="every file is sealed; the record is the attempt that counts",
     meaning="a file was changed, damaged, put there or taken away after the run",

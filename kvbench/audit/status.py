@@ -68,7 +68,7 @@ def _noise(cell: Cell, status: str) -> Iterator[str]:
         yield f"status is {status}, but {reason or 'the machine was quiet while the cell was timed'}"
 
 
-CHECK = Check(
+STATUS_CHECK = Check(
     id="R2",
     title="the status agrees with the content",
     meaning="a cell that failed is shown as if it had not, or the other way round",

@@ -52,7 +52,7 @@ def _scores(prediction: str, reference: str) -> dict[str, float]:
     return rouge_scores(prediction=prediction, reference=reference)
 
 
-CHECK = Check(
+SCORES_CHECK = Check(
     id="R8",
     title="ROUGE follows from the stored texts",
     meaning="scores or texts were changed after the run",

@@ -39,7 +39,7 @@ def _least_timed_s(cell: Cell) -> float:
     return float(timed_ms) / 1e3
 
 
-CHECK = Check(
+TIMES_CHECK = Check(
     id="R12",
     title="dates and durations can have happened",
     meaning="dates or durations were changed, or the launches are not of this run",

@@ -114,7 +114,7 @@ def _usual_counts(peers: Peers) -> dict[str, int]:
     return {identity: counter.most_common(1)[0][0] for identity, counter in said.items()}
 
 
-CHECK = Check(
+TOKENS_CHECK = Check(
     id="A3",
     title="tokens reported are tokens produced, at most one end token",
     meaning="an answer was cut or made longer after the run, or likelihoods are spread over tokens never scored",

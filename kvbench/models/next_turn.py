@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from kvbench.datasets.base import Example
 from kvbench.errors import ModelSupportError
 from kvbench.models.chat import ANSWER_MARK, message, render_chat
-from kvbench.models.loader import LoadedModel
+
+if TYPE_CHECKING:
+    from kvbench.models.loader import LoadedModel
 
 
 def next_turn_tokens(loaded: LoadedModel, example: Example, number: int) -> list[int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from kvbench.report.ability import Ability
 from kvbench.report.cell import CellResult, Estimate
 from kvbench.report.compare_latency import timing_noise
-from kvbench.report.comparisons import Comparison
+from kvbench.report.comparison import Comparison
 from kvbench.report.load import Group
 from kvbench.stats.verdicts import Verdict, turned
 from kvbench.units import measure

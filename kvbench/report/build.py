@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kvbench.durable import locked, replace_file
 from kvbench.errors import ConfigError, KvbenchError
-from kvbench.report.comparisons import DECLARED, Choices
+from kvbench.report.comparison import DECLARED, Choices
 from kvbench.report.folders import load_folders
 from kvbench.report.frames import csv_and_parquet
 from kvbench.report.freshness import STAMP, inputs_digest, is_current, write_stamp

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kvbench.report.cell import CellResult, Estimate
 from kvbench.report.collapses import losses_of
-from kvbench.report.comparisons import Comparison
+from kvbench.report.comparison import Comparison
 from kvbench.report.judged import Judged
 
 TIMES = ("tpot", "ttft")

@@ -16,10 +16,8 @@ from kvbench.report.compare_cells import compare
 from kvbench.report.comparison import DECLARED, Choices, Comparison, judged, withheld
 from kvbench.report.load import Group
 from kvbench.stats.holm import holm
-from kvbench.stats.margins import smallest_margin
 from kvbench.units import MEASURES
 
-__all__ = ["DECLARED", "Choices", "Comparison", "compare", "group_comparisons", "smallest_margin"]
 PRIMARY_QUALITIES = ("rougeL_vs_full", "ppl", "rougeL_vs_reference", "turn1_rougeL_vs_full")
 PRIMARY_LATENCY = "tpot_ratio_to_full"
 PRIMARY_BUDGET = 0.2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvbench.report.comparisons import Comparison
+from kvbench.report.comparison import Comparison
 from kvbench.stats.margins import is_latency_ratio
 from kvbench.units import measure
 

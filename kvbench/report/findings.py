@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 from kvbench.report.ability import Ability
 from kvbench.report.cell import CellResult
-from kvbench.report.comparisons import PRIMARY_QUALITIES, Comparison, compare
+from kvbench.report.compare_cells import compare
+from kvbench.report.comparison import Comparison
+from kvbench.report.comparisons import PRIMARY_QUALITIES
 from kvbench.report.difference_text import difference_text
 from kvbench.report.load import Group
 from kvbench.report.paired import is_better

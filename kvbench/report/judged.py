@@ -12,17 +12,10 @@ from dataclasses import dataclass, replace
 
 from kvbench.report.ability import Ability
 from kvbench.report.cell import CellResult
+from kvbench.report.compare_cells import compare
+from kvbench.report.comparison import DECLARED, Choices, Comparison, withheld
 from kvbench.report.comparison import judged as corrected
-from kvbench.report.comparison import withheld
-from kvbench.report.comparisons import (
-    DECLARED,
-    PRIMARY_QUALITIES,
-    Choices,
-    Comparison,
-    between_policies,
-    compare,
-    group_comparisons,
-)
+from kvbench.report.comparisons import PRIMARY_QUALITIES, between_policies, group_comparisons
 from kvbench.report.load import Group
 from kvbench.stats.margins import is_latency_ratio
 from kvbench.stats.verdicts import turned

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvbench.report.cell_rows import all_rows
-from kvbench.report.comparisons import DECLARED, Choices
+from kvbench.report.comparison import DECLARED, Choices
 from kvbench.report.judged import Judged, judge
 from kvbench.report.load import Results
 from kvbench.report.note import Note

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from kvbench.report.comparisons import DECLARED, Choices
+from kvbench.report.comparison import DECLARED, Choices
 from kvbench.report.load import Choice, Results
 from kvbench.report.page_markup import escaped
 

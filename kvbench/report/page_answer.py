@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from kvbench.report.answer_words import MOST_NAMES, answer_sentences, is_apart, names, other_measures, value_text
 from kvbench.report.cell import CellResult
 from kvbench.report.collapses import losses_of
-from kvbench.report.comparisons import Comparison
+from kvbench.report.comparison import Comparison
 from kvbench.report.difference_text import difference_text, verdict_remark
 from kvbench.report.judged import MOST_PAIRS, Judged
 from kvbench.report.page_markup import escaped, prose

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from kvbench.report.ability import Ability
-from kvbench.report.comparisons import DECLARED, Choices, smallest_margin
+from kvbench.report.comparison import DECLARED, Choices
 from kvbench.report.frontier import Frontier, Look, Search
 from kvbench.report.frontier_table import budget_text, held_text, range_text
 from kvbench.report.load import Group
 from kvbench.report.page_markup import Head, escaped, number_cell, prose, row_head, table, text_cell
+from kvbench.stats.margins import smallest_margin
 from kvbench.units import measure
 
 _NONE = (

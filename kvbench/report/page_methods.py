@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvbench.report.collapses import rule_text
-from kvbench.report.comparisons import DECLARED, Choices, smallest_margin
+from kvbench.report.comparison import DECLARED, Choices
 from kvbench.report.difference_text import difference_unit, size_text
 from kvbench.report.judged import Judged
 from kvbench.report.listing import listed
@@ -13,6 +13,7 @@ from kvbench.report.load import Group, Results
 from kvbench.report.page_markup import prose
 from kvbench.report.page_tables import measures_html, methods_text
 from kvbench.report.table_rows import results_table
+from kvbench.stats.margins import smallest_margin
 from kvbench.units import measure
 
 _WORDS = (

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from kvbench.report.cell import Estimate
 from kvbench.report.cell_rows import REFERENCE, CellRow, Time
 from kvbench.report.compare_latency import timing_noise
-from kvbench.report.comparisons import Comparison
+from kvbench.report.comparison import Comparison
 from kvbench.report.difference_text import (
     difference_interval,
     difference_unit,

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvbench.report.cell import CellResult
-from kvbench.report.comparisons import Comparison, declared_budget
+from kvbench.report.comparison import Comparison
+from kvbench.report.comparisons import declared_budget
 from kvbench.report.judged import Judged
 from kvbench.units import measure
 

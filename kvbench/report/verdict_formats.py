@@ -9,7 +9,7 @@ import pandas as pd
 
 from kvbench.report.cell import Estimate
 from kvbench.report.cell_rows import CellRow, cell_rows
-from kvbench.report.comparisons import Comparison
+from kvbench.report.comparison import Comparison
 from kvbench.report.difference_text import verdict_remark
 from kvbench.report.frames import csv_text
 from kvbench.report.judged import Judged

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvbench.autopsies import AUTOPSY_SCHEMA, autopsy_path, write_autopsy
 from kvbench.models.loader import LoadedModel
@@ -21,9 +21,11 @@ from kvbench.runs.autopsy_subject import subject_of
 from kvbench.runs.batch_task import BatchTask
 from kvbench.runs.cell import Cell
 from kvbench.runs.free_memory import free_memory
-from kvbench.runs.group_plan import Watcher
+from kvbench.runs.out_of_memory import is_poisoned
 from kvbench.runs.prompts import Part, Prompts
-from kvbench.runs.worker_pipe import is_poisoned
+
+if TYPE_CHECKING:
+    from kvbench.runs.group_plan import Watcher
 
 _log = logging.getLogger(__name__)
 PHASE = "autopsy"

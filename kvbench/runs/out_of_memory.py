@@ -1,4 +1,4 @@
-"""Whether an exception says that memory ran out, in whichever words."""
+"""What an exception says of the process: that memory ran out, in whichever words, or that CUDA has given up."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ _TEXTS = (  # of a RuntimeError: torch on the CPU, the CUDA runtime, triton's la
     "Triton Error [CUDA]: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
+_POISONED = "CUDA error"  # after one of these every later call of the process fails too
 
 
 def ran_out_of_memory(exception: BaseException) -> bool:
@@ -19,3 +20,8 @@ def ran_out_of_memory(exception: BaseException) -> bool:
     if any(kind.__name__ in _CLASSES for kind in type(exception).__mro__):
         return True
     return isinstance(exception, RuntimeError) and any(text in str(exception) for text in _TEXTS)
+
+
+def is_poisoned(message: str) -> bool:
+    """Whether an error with this message leaves a process in which nothing works any more."""
+    return _POISONED in message

@@ -20,10 +20,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kvbench.runs.out_of_memory import is_poisoned
+
 GO = b"g"
 LOAD = "load"
 _PR_SET_PDEATHSIG = 1
-_POISONED = "CUDA error"  # after one of these every later call of the process fails too
 _BUSY_FRACTION = 0.01  # of one core, above which a worker that loads is at work
 _MOST = 1e300
 _CONTENT: dict[str, dict[str, type]] = {
@@ -129,11 +130,6 @@ class Loading(threading.Thread):
         if not self._stopped.is_set():
             self._stopped.set()
             self.join()
-
-
-def is_poisoned(message: str) -> bool:
-    """Whether an error with this message leaves a process in which nothing works any more."""
-    return _POISONED in message
 
 
 def message_of(line: bytes) -> dict[str, Any] | None:

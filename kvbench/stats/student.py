@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from scipy import special
 
-from kvbench.stats.paired import Floats
+if TYPE_CHECKING:
+    from kvbench.stats.paired import Floats
 
 
 def quantile(probability: float, num_units: float) -> float:

@@ -14,7 +14,8 @@ from rich.console import Console
 from kvbench.report.ability import Ability
 from kvbench.report.answer_words import answer_sentences
 from kvbench.report.best import best_policies
-from kvbench.report.comparisons import DECLARED, group_comparisons
+from kvbench.report.comparison import DECLARED
+from kvbench.report.comparisons import group_comparisons
 from kvbench.report.findings import above_random, budget_steps, not_monotone
 from kvbench.report.frontier import Frontier, Look, Search
 from kvbench.report.judged import judge

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.report.answer_words import answer_sentences
-from kvbench.report.comparisons import Choices
+from kvbench.report.comparison import Choices
 from kvbench.report.judged import Judged, judge
 from kvbench.report.load import load_results
 from kvbench.report.page_answer import answer_html

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from kvbench.report.cell import parse_cell
+from kvbench.report.compare_cells import compare
 from kvbench.report.compare_latency import timing_noise
-from kvbench.report.comparison import Comparison, judged
-from kvbench.report.comparisons import DECLARED, Choices, compare, declared_budget, group_comparisons
+from kvbench.report.comparison import DECLARED, Choices, Comparison, judged
+from kvbench.report.comparisons import declared_budget, group_comparisons
 from kvbench.report.difference_text import difference_interval, difference_text, verdict_remark
 from kvbench.report.judged import judge, swapped
 from kvbench.report.load import Group, load_results

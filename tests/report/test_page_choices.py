@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.report.answer_words import answer_sentences
-from kvbench.report.comparisons import Choices
+from kvbench.report.comparison import Choices
 from kvbench.report.figures import FIGURES
 from kvbench.report.frontier import Frontier
 from kvbench.report.judged import judge
