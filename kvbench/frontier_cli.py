@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 from kvbench.errors import ConfigError
 from kvbench.frontier_question import LADDER, asked, asked_ladder, task_words
+from kvbench.measures import measure
 from kvbench.parser import Parser
 from kvbench.quiet import quiet_libraries
 from kvbench.stats.sequential import look_confidence, most_looks, smallest_sample
-from kvbench.units import measure
 
 if TYPE_CHECKING:
     from kvbench.compose import Composed

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from kvbench.durable import write_out
 from kvbench.errors import ConfigError, close_matches
+from kvbench.measures import format_bytes
 from kvbench.parser import Parser
 from kvbench.records import STATUSES
 from kvbench.redaction import redact
 from kvbench.sinks.leftovers import leftovers, remove
 from kvbench.sinks.store import RecordStore
 from kvbench.sinks.verify import verify
-from kvbench.units import format_bytes
 
 if TYPE_CHECKING:
     import pandas as pd

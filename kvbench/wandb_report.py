@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvbench.durable import replace_file
+from kvbench.measures import MEASURES, format_with_interval, measure
 from kvbench.redaction import hide_known
 from kvbench.report.ability import Ability
 from kvbench.report.best import best_policies
@@ -21,7 +22,6 @@ from kvbench.sinks.wandb_fields import measure_group
 from kvbench.sinks.wandb_report import Chapter, Outline, report_spec
 from kvbench.sinks.wandb_report_save import save_within
 from kvbench.sinks.wandb_service import check_installed, check_project, resolve_mode
-from kvbench.units import MEASURES, format_with_interval, measure
 
 if TYPE_CHECKING:
     from kvbench.report.load import Group, Results

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from kvbench.errors import ConfigError
-from kvbench.units import (
+from kvbench.measures import (
     MEASURES,
     bounds_on_scale,
     format_bytes,

@@ -10,8 +10,8 @@ from kvbench.audit.check import Check
 from kvbench.audit.evidence import Cell, Peers
 from kvbench.audit.recomputed import from_samples, tolerance
 from kvbench.errors import MeasureError
+from kvbench.measures import MEASURES
 from kvbench.sealed import canonical_json
-from kvbench.units import MEASURES
 
 
 def _problems(cell: Cell, peers: Peers) -> Iterator[str]:

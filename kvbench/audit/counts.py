@@ -8,7 +8,7 @@ from typing import Any
 
 from kvbench.audit.check import Check
 from kvbench.audit.evidence import Cell, Peers
-from kvbench.units import MAX_TURNS
+from kvbench.measures import MAX_TURNS
 
 _FIELDS = {
     "Perplexity": ("nll_sum", "num_scored_tokens"),

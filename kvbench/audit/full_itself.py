@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from kvbench.audit.check import Check
 from kvbench.audit.evidence import Cell, Peers
-from kvbench.units import MAX_TURNS
+from kvbench.measures import MAX_TURNS
 
 _EXACT = {"kl_to_full": 0.0, "top1_agreement_fraction": 1.0, "length_ratio": 1.0, "realised_budget_fraction": 1.0} | {
     f"rouge{kind}_vs_full": 1.0 for kind in "12L"

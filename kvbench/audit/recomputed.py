@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from kvbench.audit.evidence import Cell
+from kvbench.measures import measure
 from kvbench.metrics.intervals import (
     Interval,
     launch_interval,
@@ -15,7 +16,6 @@ from kvbench.metrics.intervals import (
     ratio_interval,
 )
 from kvbench.stats.pooled import POOLED
-from kvbench.units import measure
 
 _NUM_RESAMPLES = 2000
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from kvbench.audit.check import Check
 from kvbench.audit.evidence import Cell, Peers
-from kvbench.units import MAX_TURNS
+from kvbench.measures import MAX_TURNS
 
 _SAME = (
     *("cluster", "reference", "full_text", "num_compared_tokens"),

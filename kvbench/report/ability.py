@@ -14,11 +14,11 @@ from __future__ import annotations
 import re
 from functools import cached_property
 
+from kvbench.measures import format_value, format_with_interval, measure
 from kvbench.report.cell import CellResult, Estimate
 from kvbench.report.load import Group
 from kvbench.stats.headroom import HEADROOM_FRACTION, MOST_EMPTY_FRACTION, constant_answer_score, floor_of
 from kvbench.stats.margins import is_quality
-from kvbench.units import format_value, format_with_interval, measure
 
 _FACTS = ("needles_recalled_fraction", "objects_recalled_fraction")  # decide alone where a data set knows facts
 _TEXTS = ("exact_fraction", "rougeL_vs_reference")  # else one of these is enough: long references are never met exactly

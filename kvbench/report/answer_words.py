@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from kvbench.measures import format_value, format_with_interval, measure
 from kvbench.report.cell import CellResult
 from kvbench.report.comparison import Comparison
 from kvbench.report.difference_text import difference_text, difference_unit, size_text, verdict_remark
@@ -15,7 +16,6 @@ from kvbench.report.judged import Judged
 from kvbench.report.paired import is_better
 from kvbench.report.standing import Standing, asked_budget, safe_cells, standing_at, telling_quality
 from kvbench.stats.margins import smallest_margin
-from kvbench.units import format_value, format_with_interval, measure
 
 MOST_NAMES = 3
 _WORDS = {

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from kvbench.measures import measure
 from kvbench.report.ability import Ability
 from kvbench.report.cell import CellResult, Estimate
 from kvbench.report.compare_latency import timing_noise
 from kvbench.report.comparison import Comparison
 from kvbench.report.load import Group
 from kvbench.stats.verdicts import Verdict, turned
-from kvbench.units import measure
 
 _Verdicts = Mapping[tuple[str, str, str], Verdict]  # by measure and the keys of both cells
 

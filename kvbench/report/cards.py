@@ -19,9 +19,9 @@ from typing import Any
 
 from kvbench.durable import replace_file
 from kvbench.errors import KvbenchError
+from kvbench.measures import format_with_interval, measure
 from kvbench.report.cell import CellResult, Estimate
 from kvbench.report.load import load_results
-from kvbench.units import format_with_interval, measure
 
 _NOT_RUN = "weights not available here"
 _HEAD = "Made by `python -m kvbench.report.cards` from published numbers and our records; do not edit."

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kvbench.measures import measure
 from kvbench.report.cell import CellResult
 from kvbench.report.load import Group
 from kvbench.report.natural import natural_key
 from kvbench.report.paired import sample_score
-from kvbench.units import measure
 
 KEPT_SHARE = 0.5
 LOST_NATS = 1.0

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from kvbench.measures import measure
 from kvbench.report.cell import CellResult, Estimate
 from kvbench.report.compare_latency import compare_latency
 from kvbench.report.compare_unpaired import compare_unpaired, has_interval, observed_once
@@ -14,7 +15,6 @@ from kvbench.report.paired import sample_score
 from kvbench.stats.difference import Inference, infer
 from kvbench.stats.margins import is_latency_ratio, smallest_margin
 from kvbench.stats.paired import paired_sums
-from kvbench.units import measure
 
 _NOT_OF_THE_POLICY = ("full_", "copy_bandwidth_")
 _AGAINST_FULL = ("_vs_full", "top1_agreement_fraction")

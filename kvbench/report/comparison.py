@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from kvbench.measures import measure
 from kvbench.report.cell import CellResult
 from kvbench.stats.difference import CONFIDENCE
 from kvbench.stats.power import more_samples
 from kvbench.stats.verdicts import LEVEL, Verdict, verdict_of
-from kvbench.units import measure
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

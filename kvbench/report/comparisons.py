@@ -10,13 +10,13 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from itertools import combinations
 
+from kvbench.measures import MEASURES
 from kvbench.report.ability import Ability
 from kvbench.report.cell import CellResult
 from kvbench.report.compare_cells import compare
 from kvbench.report.comparison import DECLARED, Choices, Comparison, judged, withheld
 from kvbench.report.load import Group
 from kvbench.stats.holm import holm
-from kvbench.units import MEASURES
 
 PRIMARY_QUALITIES = ("rougeL_vs_full", "ppl", "rougeL_vs_reference", "turn1_rougeL_vs_full")
 PRIMARY_LATENCY = "tpot_ratio_to_full"

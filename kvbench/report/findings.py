@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from kvbench.measures import format_value
 from kvbench.report.ability import Ability
 from kvbench.report.cell import CellResult
 from kvbench.report.compare_cells import compare
@@ -19,7 +20,6 @@ from kvbench.report.comparisons import PRIMARY_QUALITIES
 from kvbench.report.difference_text import difference_text
 from kvbench.report.load import Group
 from kvbench.report.paired import is_better
-from kvbench.units import format_value
 
 _REFERENCE = "rougeL_vs_reference"  # a model's answers may be nearer to it by chance, so it shows nothing odd
 _RECALLED = ("objects_recalled_fraction", "needles_recalled_fraction")

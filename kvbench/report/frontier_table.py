@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvbench.measures import measure
 from kvbench.report.frontier import Frontier, Search
-from kvbench.units import measure
 
 _WORDS = {
     "every budget is safe": "the smallest budget of the ladder is safe already",

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from kvbench.measures import MAX_TURNS, measure
 from kvbench.report.ability import Ability
 from kvbench.report.cell import CellResult
 from kvbench.report.compare_cells import compare
@@ -19,7 +20,6 @@ from kvbench.report.comparisons import PRIMARY_QUALITIES, between_policies, grou
 from kvbench.report.load import Group
 from kvbench.stats.margins import is_latency_ratio
 from kvbench.stats.verdicts import turned
-from kvbench.units import MAX_TURNS, measure
 
 OTHER_QUALITIES = (
     *("objects_recalled_fraction", "needles_recalled_fraction", "ppl", "rougeL_vs_reference", "kl_to_full"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from kvbench.measures import MAX_TURNS, measure
 from kvbench.report.ability import Ability, num_empty_answers
 from kvbench.report.cell import CellResult
 from kvbench.report.compare_latency import timing_noise
@@ -12,7 +13,6 @@ from kvbench.report.listing import listed
 from kvbench.report.load import Group
 from kvbench.report.note import Note
 from kvbench.report.notes_random import random_notes
-from kvbench.units import MAX_TURNS, measure
 
 FEW_SAMPLES = 20
 _MACHINE_KEYS = ("device", "device_name", "gpu_name", "cpu_model", "num_threads", "torch", "transformers", "hostname")

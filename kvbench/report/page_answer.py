@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from kvbench.measures import format_value, format_with_interval, measure
 from kvbench.report.answer_words import MOST_NAMES, answer_sentences, is_apart, names, other_measures, value_text
 from kvbench.report.cell import CellResult
 from kvbench.report.collapses import losses_of
@@ -20,7 +21,6 @@ from kvbench.report.standing import (
     standing_at,
     telling_quality,
 )
-from kvbench.units import format_value, format_with_interval, measure
 
 _BUDGET_KINDS = (
     ("of seen", "`of seen` is a share of all tokens seen so far"),

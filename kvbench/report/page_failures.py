@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from kvbench.measures import format_value, measure
 from kvbench.report.cell import CellResult
 from kvbench.report.collapses import Loss, losses_of, rule_text
 from kvbench.report.judged import Judged
@@ -12,7 +13,6 @@ from kvbench.report.natural import natural_key
 from kvbench.report.page_markup import Head, escaped, number_cell, prose, row_head, table, text_cell
 from kvbench.report.page_sample_links import sample_link, short_name
 from kvbench.report.standing import asked_budget
-from kvbench.units import format_value, measure
 
 _MOST_ROWS = 32
 _MOST_ROWS_OF_MANY, _MANY_CELLS = 8, 60

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from kvbench.measures import measure
 from kvbench.report.ability import Ability
 from kvbench.report.comparison import DECLARED, Choices
 from kvbench.report.frontier import Frontier, Look, Search
@@ -11,7 +12,6 @@ from kvbench.report.frontier_table import budget_text, held_text, range_text
 from kvbench.report.load import Group
 from kvbench.report.page_markup import Head, escaped, number_cell, prose, row_head, table, text_cell
 from kvbench.stats.margins import smallest_margin
-from kvbench.units import measure
 
 _NONE = (
     "No search was made. `kvbench frontier` finds per policy the smallest budget shown to keep the full cache's "

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from kvbench.measures import format_interval, format_value, measure
 from kvbench.report.cell import CellResult
 from kvbench.report.compare_latency import timing_noise
 from kvbench.report.load import Group
 from kvbench.report.page_filters import budget_size
 from kvbench.report.page_markup import Head, not_measured, number_cell, row_head, table, text_cell
-from kvbench.units import format_interval, format_value, measure
 
 _FIRST, _STEP, _ROOF = "first token", "one decode step", "roof of the memory"
 # (column, remark, measurement, group, measurement whose noise is in it)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from kvbench.measures import format_value
 from kvbench.report.cell import CellResult
 from kvbench.report.load import Group
 from kvbench.report.page_filters import budget_size
 from kvbench.report.page_markup import Head, not_measured, number_cell, row_head, table, text_cell
-from kvbench.units import format_value
 
 _PARTS, _KV, _PEAKS = "what is in memory", "KV cache", "peak of everything alive, by phase"
 # (column, remark, measurement, group)

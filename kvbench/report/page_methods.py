@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvbench.measures import measure
 from kvbench.report.collapses import rule_text
 from kvbench.report.comparison import DECLARED, Choices
 from kvbench.report.difference_text import difference_unit, size_text
@@ -14,7 +15,6 @@ from kvbench.report.page_markup import prose
 from kvbench.report.page_tables import measures_html, methods_text
 from kvbench.report.table_rows import results_table
 from kvbench.stats.margins import smallest_margin
-from kvbench.units import measure
 
 _WORDS = (
     (

@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from kvbench.measures import format_value, measure
 from kvbench.report.cell import CellResult
 from kvbench.report.load import Group
 from kvbench.report.page_markup import MINUS
 from kvbench.report.sample_answers import FIRST_TURN, Answer, answers_of, better_or_worse, collapsed
-from kvbench.units import format_value, measure
 
 _NATS = ("ppl", "kl_to_full")
 NO_LINKS: Mapping[tuple[str, str], Collection[str]] = MappingProxyType({})

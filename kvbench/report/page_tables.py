@@ -6,11 +6,11 @@ import html
 from collections import Counter
 from collections.abc import Iterable
 
+from kvbench.measures import MEASURES, measure
 from kvbench.report.load import Problem, Results
 from kvbench.report.page_filters import budget_size
 from kvbench.report.page_markup import Head, number_cell, row_head, table, text_cell
 from kvbench.report.table_rows import Entry, Row, Table, samples_text
-from kvbench.units import MEASURES, measure
 
 
 def results_html(numbers: Table, caption: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from kvbench.measures import format_interval, format_value, measure
 from kvbench.report.cell import Estimate
 from kvbench.report.cell_rows import REFERENCE, CellRow, Time
 from kvbench.report.compare_latency import timing_noise
@@ -17,7 +18,6 @@ from kvbench.report.difference_text import (
 )
 from kvbench.report.page_filters import budget_size, filters_html
 from kvbench.report.page_markup import Head, escaped, number_cell, numbers, prose, row_head, table, text_cell
-from kvbench.units import format_interval, format_value, measure
 
 _MARKS = {
     "better": "\u25b2",

@@ -11,12 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from kvbench.measures import measure, printed_scale
 from kvbench.report.cell import CellResult
 from kvbench.report.load import Group
 from kvbench.report.plots_policies import Mark, Palette
 from kvbench.report.plots_style import Look, listed, shortened
 from kvbench.report.table_rows import samples_text
-from kvbench.units import measure, printed_scale
 
 _LOG_FROM = 8.0
 

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from kvbench.measures import measure
 from kvbench.report.cell import CellResult
 from kvbench.report.findings import QUALITIES, budgets_of
 from kvbench.report.load import Group
@@ -16,7 +17,6 @@ from kvbench.report.paired import sample_score
 from kvbench.report.plots_axes import artist_name, footnote, marks_of, series_names
 from kvbench.report.plots_policies import Mark
 from kvbench.report.plots_style import Look, key_line, legend_above, style_of
-from kvbench.units import measure
 
 MOST_SAMPLES = 48
 

@@ -9,13 +9,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from kvbench.measures import measure
 from kvbench.report.ability import Ability
 from kvbench.report.frontier import Frontier, Search
 from kvbench.report.load import Group
 from kvbench.report.plots_axes import artist_name, sparse
 from kvbench.report.plots_policies import Mark
 from kvbench.report.plots_style import Look, listed, new_figure, shortened, style_of
-from kvbench.units import measure
 
 _LOG_FROM = 32.0
 _MORE_HELD = 0.01

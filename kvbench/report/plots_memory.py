@@ -9,13 +9,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from kvbench.measures import printed_scale
 from kvbench.report.cell import CellResult
 from kvbench.report.load import Group
 from kvbench.report.plots_axes import artist_name, axis_scale, footnote, marks_of, measured
 from kvbench.report.plots_policies import Mark
 from kvbench.report.plots_rows import row_figure, status_text
 from kvbench.report.plots_style import Look
-from kvbench.units import printed_scale
 
 PARTS = (
     ("peak_load_bytes", "weights", "grey", ""),

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from kvbench.measures import measure
 from kvbench.report.ability import Ability
 from kvbench.report.cell import CellResult, Estimate
 from kvbench.report.compare_latency import timing_noise
@@ -27,7 +28,6 @@ from kvbench.report.plots_axes import (
 from kvbench.report.plots_direct import DirectLabels, Named, Segment, labelled
 from kvbench.report.plots_policies import Mark
 from kvbench.report.plots_style import Look, key_line, legend_above, new_figure, style_of
-from kvbench.units import measure
 
 _QUALITIES = (
     "rougeL_vs_full", "objects_recalled_fraction", "needles_recalled_fraction", "ppl", "rougeL_released_vs_full",

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
+from kvbench.measures import measure
 from kvbench.report.cell import CellResult
 from kvbench.report.load import Group
 from kvbench.report.plots_axes import (
@@ -26,7 +27,6 @@ from kvbench.report.plots_axes import (
 from kvbench.report.plots_direct import DirectLabels, Named, labelled
 from kvbench.report.plots_policies import Mark
 from kvbench.report.plots_style import Look, key_line, legend_above, new_figure, style_of
-from kvbench.units import measure
 
 QUALITY_PANELS = (
     "rougeL_vs_full", "objects_recalled_fraction", "ppl", "needles_recalled_fraction", "exact_fraction",

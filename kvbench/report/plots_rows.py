@@ -8,13 +8,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
+from kvbench.measures import MISSING
 from kvbench.report.cell import CellResult
 from kvbench.report.compare_latency import timing_noise
 from kvbench.report.load import Group
 from kvbench.report.plots_axes import artist_name, series_names
 from kvbench.report.plots_policies import Mark
 from kvbench.report.plots_style import Look, new_figure, style_of
-from kvbench.units import MISSING
 
 
 def row_figure(group: Group, look: Look, num_panels: int) -> tuple[Figure, list[Axes]]:

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvbench.measures import MEASURES, measure
 from kvbench.report.cell import CellResult
 from kvbench.report.collapses import is_collapsed
 from kvbench.report.comparisons import PRIMARY_QUALITIES
 from kvbench.report.judged import OTHER_QUALITIES
 from kvbench.report.paired import is_better, sample_score
-from kvbench.units import MEASURES, measure
 
 _TURN = re.compile(r"turn(\d+)_(.+)")
 _WORD = re.compile(r"\s*\S+")

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvbench.measures import measure
 from kvbench.report.cell import CellResult
 from kvbench.report.comparison import Comparison
 from kvbench.report.comparisons import declared_budget
 from kvbench.report.judged import Judged
-from kvbench.units import measure
 
 FULL_KEPT = ("better", "equivalent")
 

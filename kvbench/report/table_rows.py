@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from kvbench.measures import MEASURES, MISSING, format_interval, format_value, measure
 from kvbench.report.cell import CellResult
 from kvbench.report.compare_latency import timing_noise
 from kvbench.report.load import Group
-from kvbench.units import MEASURES, MISSING, format_interval, format_value, measure
 
 MAIN_COLUMNS = (
     "ppl",

@@ -14,12 +14,12 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from kvbench.measures import measure
 from kvbench.report.ability import Ability
 from kvbench.report.comparison import DECLARED, Choices
 from kvbench.report.load import Group, Results
 from kvbench.report.table_rows import Entry, Row, Table, reading_note, results_table
 from kvbench.report.verdict_rows import VerdictRow, declared_text, verdict_rows
-from kvbench.units import measure
 
 NARROW_COLUMNS = 100
 _LAYOUTS = ((False, 1), (True, 1), (True, 0))  # from roomy to tight: budget below the policy, blanks between columns

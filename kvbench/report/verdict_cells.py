@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvbench.measures import format_value, format_with_interval, measure
 from kvbench.report.cell import Estimate
 from kvbench.report.cell_rows import CellRow, cell_rows
 from kvbench.report.difference_text import difference_text, difference_unit, size_text, verdict_remark
 from kvbench.report.judged import Judged
-from kvbench.units import format_value, format_with_interval, measure
 
 NOTE = (
     "Differences are the policy minus the full cache, paired by sample, with 95 % intervals; detectable is the "

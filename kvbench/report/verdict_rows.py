@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvbench.measures import MISSING, measure
 from kvbench.report.comparison import DECLARED, Choices, Comparison
 from kvbench.report.comparisons import PRIMARY_LATENCY, PRIMARY_QUALITIES, group_comparisons
 from kvbench.report.difference_text import (
@@ -14,7 +15,6 @@ from kvbench.report.difference_text import (
     verdict_remark,
 )
 from kvbench.report.load import Group
-from kvbench.units import MISSING, measure
 
 _DECLARED = (*PRIMARY_QUALITIES, PRIMARY_LATENCY)
 _REMARKED = {"equivalent": " ", "undecided": ", "}  # in a terminal only these words need more

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvbench.autopsies import AUTOPSY_SCHEMA, autopsy_path, write_autopsy
+from kvbench.errors import is_poisoned
 from kvbench.models.loader import LoadedModel
 from kvbench.packed import Array
 from kvbench.redaction import hide_known, redacted_body
@@ -21,7 +22,6 @@ from kvbench.runs.autopsy_subject import subject_of
 from kvbench.runs.batch_task import BatchTask
 from kvbench.runs.cell import Cell
 from kvbench.runs.free_memory import free_memory
-from kvbench.runs.out_of_memory import is_poisoned
 from kvbench.runs.prompts import Part, Prompts
 
 if TYPE_CHECKING:

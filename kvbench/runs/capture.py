@@ -15,8 +15,7 @@ from functools import cache
 
 import torch
 
-from kvbench.errors import PolicyError
-from kvbench.runs.out_of_memory import ran_out_of_memory
+from kvbench.errors import PolicyError, ran_out_of_memory
 
 _WAITS = "synchronizing CUDA operation"  # in the text of the error that torch's debug mode raises
 

@@ -12,11 +12,10 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from kvbench.errors import ConfigError, DataError, ModelSupportError, NonFiniteError
+from kvbench.errors import ConfigError, DataError, ModelSupportError, NonFiniteError, ran_out_of_memory
 from kvbench.records import BODY_SCHEMA, cell_key
 from kvbench.runs.autopsy_settings import AutopsySettings
 from kvbench.runs.dataset_fit import skipped_measurement, skipped_names
-from kvbench.runs.out_of_memory import ran_out_of_memory
 
 if TYPE_CHECKING:
     from kvbench.cache import Policy

@@ -15,6 +15,7 @@ import torch
 from kvbench.datasets.base import Example
 from kvbench.datasets.turn import Turn
 from kvbench.errors import ConfigError, MeasureError, NonFiniteError
+from kvbench.measures import MAX_TURNS, MEASURES
 from kvbench.metrics.facts import fact_scores
 from kvbench.metrics.intervals import mean_interval
 from kvbench.metrics.rouge import length_ratio
@@ -26,7 +27,6 @@ from kvbench.runs.full_answers import Answers, FullAnswers
 from kvbench.runs.generation import text_scores
 from kvbench.runs.loop import CacheSetting, Decoding
 from kvbench.runs.task import Bench, TaskResult
-from kvbench.units import MAX_TURNS, MEASURES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

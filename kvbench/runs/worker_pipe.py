@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kvbench.runs.out_of_memory import is_poisoned
+from kvbench.errors import is_poisoned
 
 GO = b"g"
 LOAD = "load"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from kvbench.units import MEASURES
+from kvbench.measures import MEASURES
 
 _LATENCY_UNITS = ("ms", "tokens/s", "bytes/s", "prompts")
 _LATENCY_ENDINGS = ("_ratio_to_full", "roof_share_fraction")

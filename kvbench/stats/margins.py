@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kvbench.errors import ConfigError, close_matches
-from kvbench.units import MEASURES, Measure
+from kvbench.measures import MEASURES, Measure
 
 _BY_UNIT = {
     "score": 0.02,  # two words in a hundred

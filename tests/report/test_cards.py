@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from kvbench.measures import MEASURES
 from kvbench.report.cards import card_text, main, verdict, write_cards
 from kvbench.report.cell import Estimate
 from kvbench.report.load import load_results
-from kvbench.units import MEASURES
 from tests.report.synthetic import body, write_cell
 
 REPO = Path(__file__).parents[2]

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from kvbench.measures import MEASURES
 from kvbench.report.build import build_report
 from kvbench.report.figures import FIGURES
 from kvbench.report.judged import judge
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
 from kvbench.report.plots import draw_plots
-from kvbench.units import MEASURES
 from tests.report.figure_data import plots_of
 from tests.report.synthetic import body, write_cell
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kvbench.measures import measure
 from kvbench.report.answer_words import answer_sentences
 from kvbench.report.comparison import Choices
 from kvbench.report.figures import FIGURES
@@ -21,7 +22,6 @@ from kvbench.report.page_frontier import frontier_html
 from kvbench.report.page_latency import latency_html
 from kvbench.report.page_methods import methods_html
 from kvbench.report.plots import Plot
-from kvbench.units import measure
 from tests.report.synthetic import body, write_cell
 
 WIDE = Choices(margins={"rougeL_vs_full": 0.5, "ppl": 0.02}, intersect=True)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from matplotlib import rc_context
 
+from kvbench.measures import measure
 from kvbench.report.cell import CellResult
 from kvbench.report.figures import FIGURES
 from kvbench.report.frontier import Frontier, Search
@@ -20,7 +21,6 @@ from kvbench.report.plots_axes import axis_scale, budget_axis
 from kvbench.report.plots_frontier import frontier_figure
 from kvbench.report.plots_pareto import Point, pareto_front
 from kvbench.report.plots_style import Look
-from kvbench.units import measure
 from tests.report.figure_data import bars, corners, draw, drawn_once, lines, texts
 from tests.report.synthetic import body, write_cell
 

@@ -8,6 +8,7 @@ import pytest
 from kvbench.cache import Budget
 from kvbench.datasets.synthetic import Synthetic
 from kvbench.errors import ConfigError
+from kvbench.measures import MEASURES
 from kvbench.metrics.allocation import parameter_bytes
 from kvbench.metrics.roof import step_weight_bytes
 from kvbench.models.inputs import prompt_batch
@@ -16,7 +17,6 @@ from kvbench.runs.launch import Launch
 from kvbench.runs.loop import CacheSetting
 from kvbench.runs.memory import Memory
 from kvbench.runs.speed import Speed
-from kvbench.units import MEASURES
 from tests.models.architectures import SMALL, small_spec
 from tests.runs.benches import FULL, SCENES, bench_of, cut
 

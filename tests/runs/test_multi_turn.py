@@ -13,6 +13,7 @@ from kvbench.cache import Budget
 from kvbench.datasets.base import Example
 from kvbench.datasets.turn import Turn
 from kvbench.errors import ConfigError, MeasureError, ModelSupportError, NonFiniteError
+from kvbench.measures import MEASURES
 from kvbench.models.inputs import PromptBatch, prompt_batch, prompt_text
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.next_turn import next_turn_tokens
@@ -22,7 +23,6 @@ from kvbench.runs import graph
 from kvbench.runs.loop import Decoding, greedy
 from kvbench.runs.multi_turn import MultiTurn
 from kvbench.runs.task import Bench
-from kvbench.units import MEASURES
 from tests.models.checkpoints import save_checkpoint
 from tests.runs.benches import FULL, SCENES, NotANumber, bench_of, cut
 from tests.runs.frozen import freeze_host

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from kvbench.errors import ConfigError, MeasureError
+from kvbench.measures import MEASURES
 from kvbench.stats.bootstrap import NUM_DRAWS, SEED, bootstrap
 from kvbench.stats.difference import infer
 from kvbench.stats.few_differences import sign_test
@@ -18,7 +19,6 @@ from kvbench.stats.paired import PairedSums, differences, paired_sums
 from kvbench.stats.power import minimum_detectable, more_samples
 from kvbench.stats.unpaired import unpaired_p_value
 from kvbench.stats.verdicts import is_non_inferior, verdict_of
-from kvbench.units import MEASURES
 from tests.stats.worlds import by_cluster, passages, scores
 
 
