@@ -18,7 +18,7 @@ from kvbench.frontier_question import LADDER, asked, asked_ladder, task_words
 from kvbench.measures import measure
 from kvbench.parser import Parser
 from kvbench.quiet import quiet_libraries
-from kvbench.stats.sequential import look_confidence, most_looks, smallest_sample
+from kvbench.stats.power import look_confidence, most_looks, smallest_sample
 
 if TYPE_CHECKING:
     from kvbench.compose import Composed

@@ -12,8 +12,8 @@ from kvbench.measures import measure
 from kvbench.report.comparison import Choices, Comparison
 from kvbench.report.frontier import Look, Outcome
 from kvbench.sealed import canonical_json
-from kvbench.stats.sequential import look_confidence
-from kvbench.stats.verdicts import is_non_inferior
+from kvbench.stats.power import look_confidence
+from kvbench.stats.tests import is_non_inferior
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from kvbench.errors import ConfigError, close_matches
 from kvbench.measures import MEASURES
-from kvbench.stats.margins import is_quality, smallest_margin
+from kvbench.stats.tests import is_quality, smallest_margin
 
 LADDER = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 _SMALLEST_MARGIN = 1e-6

@@ -19,7 +19,7 @@ from kvbench.report.compare_cells import compare
 from kvbench.report.frontier import Frontier, Look, Search, SearchStatus
 from kvbench.report.load import Group, load_results
 from kvbench.sealed import canonical_json
-from kvbench.stats.sequential import look_confidence, next_rung
+from kvbench.stats.power import look_confidence, next_rung
 
 if TYPE_CHECKING:
     from kvbench.runs.cell import Cell

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from kvbench.durable import write_out
 from kvbench.errors import ConfigError
 from kvbench.parser import Parser
-from kvbench.stats.margins import parse_margins
+from kvbench.stats.tests import parse_margins
 
 if TYPE_CHECKING:
     from kvbench.report.comparison import Choices

@@ -12,7 +12,7 @@ from kvbench.audit.evidence import Cell, Peers
 from kvbench.audit.recomputed import from_launches, from_samples, tolerance
 from kvbench.errors import MeasureError
 from kvbench.measures import bounds_on_scale
-from kvbench.metrics.intervals import Interval
+from kvbench.stats.intervals import Interval
 
 _SHARE_OF_WIDTH = 0.25
 # Told with bounds wherever there are two launches, and not to be computed from what is stored of them.

@@ -8,7 +8,7 @@ from kvbench.audit.check import Check
 from kvbench.audit.evidence import Cell, Peers
 from kvbench.audit.recomputed import from_launches
 from kvbench.errors import MeasureError
-from kvbench.stats.noise import spread_fraction
+from kvbench.stats.latency import spread_fraction
 
 _NAMES = ("ttft_ms", "tpot_ms", "full_ttft_ms", "full_tpot_ms", "ttft_ratio_to_full", "tpot_ratio_to_full")
 _SPREADS = {"ttft_spread_fraction": (0, 2), "tpot_spread_fraction": (1, 3)}

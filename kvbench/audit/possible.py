@@ -10,7 +10,7 @@ from typing import Any
 from kvbench.audit.check import Check
 from kvbench.audit.evidence import Cell, Peers
 from kvbench.measures import MEASURES, scale_of
-from kvbench.stats.pooled import POOLED
+from kvbench.stats.paired import POOLED
 
 _SLACK = 1e-9
 _NATS_SLACK = 1e-5  # of a token: what is summed over a whole vocabulary in float32 may end below 0

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from kvbench.audit.check import Check
 from kvbench.audit.evidence import Cell, Peers
 from kvbench.audit.recomputed import from_launches
-from kvbench.stats.noise import MAX_SPREAD_FRACTION, spread_fraction
+from kvbench.stats.latency import MAX_SPREAD_FRACTION, spread_fraction
 
 _MOST = 1.5
 _MOST_OF_NOISY = 3.0  # where launches differ by more than is ranked, or are too few to tell

@@ -8,14 +8,8 @@ from functools import lru_cache
 
 from kvbench.audit.evidence import Cell
 from kvbench.measures import measure
-from kvbench.metrics.intervals import (
-    Interval,
-    launch_interval,
-    mean_interval,
-    pooled_ratio_interval,
-    ratio_interval,
-)
-from kvbench.stats.pooled import POOLED
+from kvbench.stats.intervals import Interval, launch_interval, mean_interval, pooled_ratio_interval, ratio_interval
+from kvbench.stats.paired import POOLED
 
 _NUM_RESAMPLES = 2000
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from kvbench.audit.check import Check
 from kvbench.audit.evidence import Cell, Peers
 from kvbench.audit.steps import ENTRIES, steps_taken
-from kvbench.stats.noise import FEWEST_LAUNCHES, noise_reason
+from kvbench.stats.latency import FEWEST_LAUNCHES, noise_reason
 
 # What each task gives in every cell that did not fail; generation that takes a step gives its entries too.
 GIVEN_BY = {

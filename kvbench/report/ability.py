@@ -4,7 +4,7 @@
     ability.reason("ppl")   # "" where policies may be ranked by it
     ability.sentence        # what every report says then
 
-The rule is that of kvbench.stats.headroom and docs/statistics.md. It is asked of the measures that score answers
+The rule is that of kvbench.stats.power and docs/statistics.md. It is asked of the measures that score answers
 against what is right; all other measures of the same answers (distance to the full cache, perplexity, KL) stand or
 fall with them. Times and bytes are no matter of ability.
 """
@@ -17,8 +17,8 @@ from functools import cached_property
 from kvbench.measures import format_value, format_with_interval, measure
 from kvbench.report.cell import CellResult, Estimate
 from kvbench.report.load import Group
-from kvbench.stats.headroom import HEADROOM_FRACTION, MOST_EMPTY_FRACTION, constant_answer_score, floor_of
-from kvbench.stats.margins import is_quality
+from kvbench.stats.power import HEADROOM_FRACTION, MOST_EMPTY_FRACTION, constant_answer_score, floor_of
+from kvbench.stats.tests import is_quality
 
 _FACTS = ("needles_recalled_fraction", "objects_recalled_fraction")  # decide alone where a data set knows facts
 _TEXTS = ("exact_fraction", "rougeL_vs_reference")  # else one of these is enough: long references are never met exactly

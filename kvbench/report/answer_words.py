@@ -15,7 +15,7 @@ from kvbench.report.difference_text import difference_text, difference_unit, siz
 from kvbench.report.judged import Judged
 from kvbench.report.paired import is_better
 from kvbench.report.standing import Standing, asked_budget, safe_cells, standing_at, telling_quality
-from kvbench.stats.margins import smallest_margin
+from kvbench.stats.tests import smallest_margin
 
 MOST_NAMES = 3
 _WORDS = {

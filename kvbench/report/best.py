@@ -15,7 +15,7 @@ from kvbench.report.cell import CellResult, Estimate
 from kvbench.report.compare_latency import timing_noise
 from kvbench.report.comparison import Comparison
 from kvbench.report.load import Group
-from kvbench.stats.verdicts import Verdict, turned
+from kvbench.stats.tests import Verdict, turned
 
 _Verdicts = Mapping[tuple[str, str, str], Verdict]  # by measure and the keys of both cells
 

@@ -12,9 +12,8 @@ from kvbench.report.compare_latency import compare_latency
 from kvbench.report.compare_unpaired import compare_unpaired, has_interval, observed_once
 from kvbench.report.comparison import DECLARED, Choices, Comparison, judged
 from kvbench.report.paired import sample_score
-from kvbench.stats.difference import Inference, infer
-from kvbench.stats.margins import is_latency_ratio, smallest_margin
-from kvbench.stats.paired import paired_sums
+from kvbench.stats.paired import Inference, infer, paired_sums
+from kvbench.stats.tests import is_latency_ratio, smallest_margin
 
 _NOT_OF_THE_POLICY = ("full_", "copy_bandwidth_")
 _AGAINST_FULL = ("_vs_full", "top1_agreement_fraction")

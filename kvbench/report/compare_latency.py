@@ -8,9 +8,8 @@ from dataclasses import replace
 from kvbench.measures import measure
 from kvbench.report.cell import CellResult
 from kvbench.report.comparison import Choices, Comparison
-from kvbench.stats.latency import LogRatio, between, from_interval
-from kvbench.stats.margins import smallest_margin
-from kvbench.stats.noise import noise_reason
+from kvbench.stats.latency import LogRatio, between, from_interval, noise_reason
+from kvbench.stats.tests import smallest_margin
 
 
 def compare_latency(first: CellResult, second: CellResult, name: str, choices: Choices) -> Comparison:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from kvbench.report.cell import Estimate
 from kvbench.report.compare_latency import timing_noise
 from kvbench.report.comparison import Comparison, judged
-from kvbench.stats.unpaired import unpaired_p_value
+from kvbench.stats.tests import unpaired_p_value
 
 Bounds = tuple[float, float]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 
 from kvbench.measures import measure
 from kvbench.report.cell import CellResult
-from kvbench.stats.difference import CONFIDENCE
+from kvbench.stats.paired import CONFIDENCE
 from kvbench.stats.power import more_samples
-from kvbench.stats.verdicts import LEVEL, Verdict, verdict_of
+from kvbench.stats.tests import LEVEL, Verdict, verdict_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,7 @@ from kvbench.report.cell import CellResult
 from kvbench.report.compare_cells import compare
 from kvbench.report.comparison import DECLARED, Choices, Comparison, judged, withheld
 from kvbench.report.load import Group
-from kvbench.stats.holm import holm
+from kvbench.stats.tests import holm
 
 PRIMARY_QUALITIES = ("rougeL_vs_full", "ppl", "rougeL_vs_reference", "turn1_rougeL_vs_full")
 PRIMARY_LATENCY = "tpot_ratio_to_full"

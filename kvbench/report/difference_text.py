@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvbench.measures import measure
 from kvbench.report.comparison import Comparison
-from kvbench.stats.margins import is_latency_ratio
+from kvbench.stats.tests import is_latency_ratio
 
 
 def difference_unit(name: str) -> tuple[str, float, int]:

@@ -18,8 +18,7 @@ from kvbench.report.comparison import DECLARED, Choices, Comparison, withheld
 from kvbench.report.comparison import judged as corrected
 from kvbench.report.comparisons import PRIMARY_QUALITIES, between_policies, group_comparisons
 from kvbench.report.load import Group
-from kvbench.stats.margins import is_latency_ratio
-from kvbench.stats.verdicts import turned
+from kvbench.stats.tests import is_latency_ratio, turned
 
 OTHER_QUALITIES = (
     *("objects_recalled_fraction", "needles_recalled_fraction", "ppl", "rougeL_vs_reference", "kl_to_full"),

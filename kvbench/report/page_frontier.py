@@ -11,7 +11,7 @@ from kvbench.report.frontier import Frontier, Look, Search
 from kvbench.report.frontier_table import budget_text, held_text, range_text
 from kvbench.report.load import Group
 from kvbench.report.page_markup import Head, escaped, number_cell, prose, row_head, table, text_cell
-from kvbench.stats.margins import smallest_margin
+from kvbench.stats.tests import smallest_margin
 
 _NONE = (
     "No search was made. `kvbench frontier` finds per policy the smallest budget shown to keep the full cache's "

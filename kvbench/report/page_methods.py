@@ -14,7 +14,7 @@ from kvbench.report.load import Group, Results
 from kvbench.report.page_markup import prose
 from kvbench.report.page_tables import measures_html, methods_text
 from kvbench.report.table_rows import results_table
-from kvbench.stats.margins import smallest_margin
+from kvbench.stats.tests import smallest_margin
 
 _WORDS = (
     (

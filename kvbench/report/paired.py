@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from kvbench.measures import measure
-from kvbench.stats.pooled import POOLED
+from kvbench.stats.paired import POOLED
 
 _LARGEST = 1e100  # squares and sums of what is larger leave the floats; no score and no log-loss is
 

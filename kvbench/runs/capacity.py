@@ -15,11 +15,11 @@ from typing import ClassVar
 import torch
 
 from kvbench.errors import ConfigError, ran_out_of_memory
-from kvbench.metrics.intervals import Interval, launch_interval, ratio_interval
 from kvbench.models.inputs import prompt_batch
 from kvbench.runs.launch import Launch, launch, repeated
 from kvbench.runs.loop import CacheSetting
 from kvbench.runs.task import Bench, TaskResult
+from kvbench.stats.intervals import Interval, launch_interval, ratio_interval
 
 _ARMS = ("", "full_")
 

@@ -12,8 +12,8 @@ from kvbench.cache import Policy
 from kvbench.cache.decode_step import evicts_at_decode
 from kvbench.errors import PolicyError, ran_out_of_memory
 from kvbench.metrics.clock import Marks
-from kvbench.metrics.intervals import Interval
 from kvbench.runs.capture import captured, warm_up
+from kvbench.stats.intervals import Interval
 
 if TYPE_CHECKING:
     from kvbench.cache import PolicyCache

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from kvbench.errors import ConfigError, MeasureError, NonFiniteError
-from kvbench.metrics.intervals import pooled_ratio_interval
 from kvbench.runs.batch_task import BatchTask, Payload
 from kvbench.runs.full_answers import Answers
 from kvbench.runs.generation import full_answers
 from kvbench.runs.loop import CacheSetting, padded_targets
 from kvbench.runs.prompts import Part
 from kvbench.runs.task import Bench, TaskResult
+from kvbench.stats.intervals import pooled_ratio_interval
 
 _KEPT_BYTES = 2**30
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from kvbench.datasets.base import Dataset, Example
 from kvbench.errors import ConfigError, MeasureError
 from kvbench.metrics.facts import fact_scores
-from kvbench.metrics.intervals import mean_interval
 from kvbench.metrics.rouge import first_divergence, length_ratio, rouge_scores
 from kvbench.models.inputs import answer_text, reference_text
 from kvbench.runs.batch_task import BatchTask, Payload
@@ -20,6 +19,7 @@ from kvbench.runs.loop import CacheSetting, greedy
 from kvbench.runs.prompts import Part
 from kvbench.runs.released_score import add_released_scores
 from kvbench.runs.task import Bench, TaskResult
+from kvbench.stats.intervals import mean_interval
 
 if TYPE_CHECKING:
     from kvbench.cache import PolicyCache

@@ -17,7 +17,6 @@ from kvbench.datasets.turn import Turn
 from kvbench.errors import ConfigError, MeasureError, NonFiniteError
 from kvbench.measures import MAX_TURNS, MEASURES
 from kvbench.metrics.facts import fact_scores
-from kvbench.metrics.intervals import mean_interval
 from kvbench.metrics.rouge import length_ratio
 from kvbench.models.inputs import PromptBatch, answer_text, prompt_batch
 from kvbench.models.next_turn import next_turn_tokens
@@ -27,6 +26,7 @@ from kvbench.runs.full_answers import Answers, FullAnswers
 from kvbench.runs.generation import text_scores
 from kvbench.runs.loop import CacheSetting, Decoding
 from kvbench.runs.task import Bench, TaskResult
+from kvbench.stats.intervals import mean_interval
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,13 +13,13 @@ from torch.nn import functional
 
 from kvbench.datasets.base import Example
 from kvbench.errors import DataError, NonFiniteError
-from kvbench.metrics.intervals import pooled_ratio_interval
 from kvbench.models.inputs import answer_tokens
 from kvbench.models.loader import LoadedModel
 from kvbench.runs.batch_task import BatchTask, Payload
 from kvbench.runs.loop import padded_targets
 from kvbench.runs.prompts import Part
 from kvbench.runs.task import Bench, TaskResult
+from kvbench.stats.intervals import pooled_ratio_interval
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from kvbench.errors import ConfigError
-from kvbench.metrics.intervals import Interval, launch_interval, ratio_interval
 from kvbench.metrics.reference_kernel import foreign_gpu_processes, reference_ms
 from kvbench.metrics.roof import copy_bandwidth, step_weight_bytes
 from kvbench.models.inputs import PromptBatch, prompt_batch
@@ -20,7 +19,8 @@ from kvbench.runs.deciding import deciding_ms
 from kvbench.runs.launch import Launch, launch, repeated
 from kvbench.runs.loop import CacheSetting
 from kvbench.runs.task import Bench, TaskResult
-from kvbench.stats.noise import noise_reason, spread_fraction
+from kvbench.stats.intervals import Interval, launch_interval, ratio_interval
+from kvbench.stats.latency import noise_reason, spread_fraction
 
 if TYPE_CHECKING:
     from kvbench.cache import PolicyCache

@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Protocol
 from kvbench.cache import UNLIMITED, Policy
 from kvbench.datasets.base import Dataset, Example
 from kvbench.measures import bounds_on_scale
-from kvbench.metrics.intervals import Interval
 from kvbench.models.loader import LoadedModel
 from kvbench.runs.full_answers import FullAnswers
 from kvbench.runs.loop import CacheSetting
 from kvbench.runs.prompts import Prompts
+from kvbench.stats.intervals import Interval
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,15 +4,24 @@ A launch, not a step, is the unit (Kalibera and Jones 2013, "Rigorous benchmarki
 launch share its memory layout and its moment. Launches come as policy, full, full, policy; the k-th launch of each
 arm is a pair, so in half of the pairs the policy comes first and in half the full cache, and what drifts linearly
 cancels in their mean. We keep to one process, so what differs between processes is not in the interval.
+
+Whether a machine was quiet enough for its times to enter a comparison.
+
+Launches of one and the same setting may spread by 3 % and a reference kernel may change by 2 % from start to end;
+no other process may use the GPU. What is noisier is measured once more, and then called noisy: its numbers are
+shown, but no verdict is made of them. Nothing is ever dropped for being large.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from kvbench.stats.power import minimum_detectable
-from kvbench.stats.student import quantile, tail, welch
+from kvbench.stats.tests import quantile, tail, welch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,3 +60,27 @@ def between(first: LogRatio, second: LogRatio) -> LogRatio:
     """Return first over second, measured apart: Welch's degrees of freedom."""
     error, units = welch((first.standard_error, first.num_units), (second.standard_error, second.num_units))
     return LogRatio(mean=first.mean - second.mean, standard_error=error, num_units=units)
+
+
+MAX_SPREAD_FRACTION = 0.03
+MAX_DRIFT_FRACTION = 0.02
+FEWEST_LAUNCHES = 3
+
+
+def spread_fraction(*arms: Sequence[float]) -> float | None:
+    """Return the largest standard deviation over mean of any arm's launches; None for under three launches."""
+    if min(len(arm) for arm in arms) < FEWEST_LAUNCHES:
+        return None
+    return max(float(np.std(arm, ddof=1) / np.mean(arm)) for arm in arms)
+
+
+def noise_reason(spread: float | None, drift: float | None, num_foreign: int | None = None) -> str:
+    """Return why times are noisy, empty where they are not; None is what was not measured."""
+    reasons = []
+    if spread is not None and spread > MAX_SPREAD_FRACTION:
+        reasons.append(f"launches of one setting spread by {spread:.1%}, over {MAX_SPREAD_FRACTION:.0%}")
+    if drift is not None and drift > MAX_DRIFT_FRACTION:
+        reasons.append(f"a reference kernel drifted by {drift:.1%}, over {MAX_DRIFT_FRACTION:.0%}")
+    if num_foreign:
+        reasons.append(f"{num_foreign} other processes used the GPU")
+    return "; ".join(reasons)

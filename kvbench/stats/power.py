@@ -2,15 +2,29 @@
 
 Source: Miller 2024, arXiv 2411.00640, section 5. 80 % power at a two-sided level of 5 %: 1.960 + 0.842 = 2.80
 standard errors of a normal mean; we take the quantiles of t, which matter for few units.
+
+The smallest rung of a ladder that is shown to be safe, by bisection, with an honest error over all looks.
+
+Every look tests one rung at a one-sided level of 5 % over the number of looks there may be (Bonferroni). While
+truth is monotone the claim is false in at most 5 % of searches: rungs that are truly unsafe are met only on the
+one path that bisection takes towards the truth, until one of them is passed by mistake; a safe rung that is not
+shown to be safe only leads away from them. Simulated in the tests.
+
+Whether the full cache does a task well enough that policies can be told apart by what they lose of it.
+
+A policy can only be shown to lose what the full cache has. Where the full cache's own score is not clear of what
+chance gives, differences between policies are differences between failures: the rule below then ranks nobody.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 from scipy import special
 
-from kvbench.stats.student import quantile
+from kvbench.stats.tests import quantile
 
 _MOST_TIMES_MORE = 1000
 
@@ -55,3 +69,51 @@ def _stretch(num_compared: int, is_sparse: bool) -> float:
         return math.log(part) / math.log(0.025)
     at_80_percent = float(special.ndtri(0.8))
     return float((special.ndtri(1 - part) + at_80_percent) / (special.ndtri(0.975) + at_80_percent))
+
+
+ERROR = 0.05
+
+
+def most_looks(num_rungs: int) -> int:
+    """Return how many rungs a bisection of so many looks at, at most."""
+    return num_rungs.bit_length()
+
+
+def look_confidence(num_rungs: int) -> float:
+    """Return the two-sided confidence whose one bound errs in 5 % over the number of looks."""
+    return 1 - 2 * ERROR / most_looks(num_rungs)
+
+
+def next_rung(num_rungs: int, shown_safe: Mapping[int, bool]) -> int | None:
+    """Return the rung to look at next, None when the search is over; rung 0 is the smallest budget."""
+    low = max((rung for rung, safe in shown_safe.items() if not safe), default=-1)
+    high = min((rung for rung, safe in shown_safe.items() if safe), default=num_rungs)
+    return (low + high) // 2 if high - low > 1 else None
+
+
+def smallest_sample(margin: float, confidence: float) -> int:
+    """Return how many clusters show a margin of a score between 0 and 1 if none of them differs at all.
+
+    Clopper and Pearson's bound of a share that was never seen, times the whole scale.
+    """
+    return 1 if margin >= 1 else math.floor(math.log((1 - confidence) / 2) / math.log1p(-margin)) + 1
+
+
+# Five margins of 0.02: of less than that, "equivalent" would allow a policy to lose more than a fifth.
+HEADROOM_FRACTION = 0.1
+MOST_EMPTY_FRACTION = 0.5  # of the full cache's answers; with more, most scores compare with nothing
+
+
+def floor_of(chance: float) -> float:
+    """Return what the lower end of the full cache's interval must exceed: a tenth of the way from chance to 1."""
+    return chance + HEADROOM_FRACTION * (1.0 - chance)
+
+
+def constant_answer_score(references: Iterable[str]) -> float:
+    """Return what one and the same answer to every question would score: the share of the most common reference.
+
+    0 where no reference is there twice, since then a constant answer is right by knowing one sample.
+    """
+    counts = Counter(" ".join(text.casefold().split()) for text in references)
+    most = max(counts.values(), default=0)
+    return most / counts.total() if most > 1 else 0.0

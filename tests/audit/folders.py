@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvbench.metrics.intervals import launch_interval, mean_interval, pooled_ratio_interval
 from kvbench.records import cell_key, write_record
+from kvbench.stats.intervals import launch_interval, mean_interval, pooled_ratio_interval
 
 Body = dict[str, Any]
 Bodies = dict[str, Body]

@@ -18,8 +18,8 @@ from kvbench.report.load import Group, load_results
 from kvbench.report.paired import sample_score
 from kvbench.report.standing import asked_budget
 from kvbench.report.verdict_rows import verdict_rows
-from kvbench.stats.holm import holm
 from kvbench.stats.power import more_samples
+from kvbench.stats.tests import holm
 from tests.report.synthetic import body, write_cell
 
 

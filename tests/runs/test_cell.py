@@ -11,11 +11,11 @@ import torch
 from kvbench.datasets.base import Example
 from kvbench.datasets.scene_examples import Scenes
 from kvbench.errors import ConfigError, DataError, ModelSupportError, NonFiniteError, PolicyError
-from kvbench.metrics.intervals import mean_interval
 from kvbench.models.spec import ModelSpec
 from kvbench.runs.cell import Cell
 from kvbench.runs.group import ModelShelf
 from kvbench.runs.task import Bench, TaskResult
+from kvbench.stats.intervals import mean_interval
 from tests.runs.benches import SCENES, cell_of
 from tests.runs.watching import run_cells
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from kvbench.cache import Budget, Policy
 from kvbench.datasets.scene_examples import Scenes
 from kvbench.errors import RecordError
-from kvbench.metrics.intervals import mean_interval
 from kvbench.models.spec import ModelSpec
 from kvbench.policies.elastic import Elastic
 from kvbench.policies.h2o import H2O
@@ -28,6 +27,7 @@ from kvbench.runs.loop import CacheSetting, Decoding
 from kvbench.runs.perplexity import Perplexity
 from kvbench.runs.prompts import Part
 from kvbench.runs.task import Bench, TaskResult
+from kvbench.stats.intervals import mean_interval
 from tests.runs.benches import FULL, KeepAll, NanAtDecode, NotANumber, cell_of, cut
 from tests.runs.watching import KeptInMemory, Notes, run_cells
 

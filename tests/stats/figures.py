@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvbench.metrics.intervals import ratio_interval
-from kvbench.stats.difference import infer
-from kvbench.stats.noise import noise_reason, spread_fraction
+from kvbench.stats.intervals import ratio_interval
+from kvbench.stats.latency import noise_reason, spread_fraction
+from kvbench.stats.paired import infer
 from tests.stats.test_coverage import coverage, holds, missed
 from tests.stats.test_sequential import LADDER, search
 from tests.stats.worlds import (

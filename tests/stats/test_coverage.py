@@ -7,9 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from kvbench.stats.difference import Inference, infer
-from kvbench.stats.paired import PairedSums
-from kvbench.stats.verdicts import verdict_of
+from kvbench.stats.paired import Inference, PairedSums, infer
+from kvbench.stats.tests import verdict_of
 from tests.stats.worlds import SHAPES, Floats, by_cluster, passages, right_or_wrong, scores, unequal_clusters
 
 

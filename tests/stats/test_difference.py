@@ -10,15 +10,9 @@ from scipy import stats
 
 from kvbench.errors import ConfigError, MeasureError
 from kvbench.measures import MEASURES
-from kvbench.stats.bootstrap import NUM_DRAWS, SEED, bootstrap
-from kvbench.stats.difference import infer
-from kvbench.stats.few_differences import sign_test
-from kvbench.stats.holm import holm
-from kvbench.stats.margins import parse_margins, smallest_margin
-from kvbench.stats.paired import PairedSums, differences, paired_sums
+from kvbench.stats.paired import NUM_DRAWS, SEED, PairedSums, bootstrap, differences, infer, paired_sums, sign_test
 from kvbench.stats.power import minimum_detectable, more_samples
-from kvbench.stats.unpaired import unpaired_p_value
-from kvbench.stats.verdicts import is_non_inferior, verdict_of
+from kvbench.stats.tests import holm, is_non_inferior, parse_margins, smallest_margin, unpaired_p_value, verdict_of
 from tests.stats.worlds import by_cluster, passages, scores
 
 

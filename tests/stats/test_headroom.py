@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvbench.stats.headroom import constant_answer_score, floor_of
+from kvbench.stats.power import constant_answer_score, floor_of
 
 
 @pytest.mark.parametrize(("chance", "floor"), [(0.0, 0.1), (0.5, 0.55), (1.0, 1.0)])

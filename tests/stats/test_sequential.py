@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbench.stats.difference import infer
-from kvbench.stats.sequential import look_confidence, most_looks, next_rung, smallest_sample
-from kvbench.stats.verdicts import is_non_inferior
+from kvbench.stats.paired import infer
+from kvbench.stats.power import look_confidence, most_looks, next_rung, smallest_sample
+from kvbench.stats.tests import is_non_inferior
 from tests.stats.worlds import scores
 
 LADDER = np.linspace(1 / 16, 15 / 16, 15)

@@ -1,0 +1,150 @@
+"""Student's t for a mean of independent units: quantiles, p value, and two means by Welch.
+
+Holm's correction: p values of a family, such that any false claim among them is rarer than the level.
+
+Source: Holm 1979, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6.
+
+Two numbers measured apart, each known by its value and its 95 % interval alone.
+
+From an interval to one word; the margin decides what is too small to matter.
+
+How large a difference matters, per measure, declared before anything is measured.
+
+A difference whose whole interval lies inside the margin is called equivalent. The defaults are choices, and the
+report prints the one it used; `kvbench report --margin rougeL_vs_full=0.01` changes one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from scipy import special
+
+from kvbench.errors import ConfigError, close_matches
+from kvbench.measures import MEASURES, Measure
+
+if TYPE_CHECKING:
+    from kvbench.stats.paired import Floats
+
+
+def quantile(probability: float, num_units: float) -> float:
+    """Return the quantile of t with one degree of freedom fewer than units."""
+    return float(special.stdtrit(num_units - 1, probability))
+
+
+def tail(statistic: float, num_units: float) -> float:
+    """Return P(T <= statistic)."""
+    return float(special.stdtr(num_units - 1, statistic))
+
+
+def standard_error(influences: Floats) -> float:
+    """Return the standard error of an estimate from its units' influences; 0 where they are equal."""
+    return float(influences.std(ddof=1)) / math.sqrt(len(influences))
+
+
+def welch(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
+    """Return the standard error of a difference of two means of (standard error, units) each, and its units.
+
+    Source: Welch 1947, "The generalization of Student's problem"; units are degrees of freedom and one.
+    """
+    parts = [(error**2, units - 1) for error, units in (first, second)]
+    total = sum(part for part, _ in parts)
+    freedom = total**2 / sum(part**2 / free for part, free in parts) if total > 0 else parts[0][1]
+    return math.sqrt(total), freedom + 1
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return the corrected p values, in the order given: the k-th smallest of m times (m - k + 1), never falling."""
+    found = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        found[index] = largest
+    return found
+
+
+def unpaired_p_value(difference: float, widths: tuple[float, float], num_units: tuple[int, int]) -> float:
+    """Return the two-sided p value of a difference of 0, by Welch's t; each width gives a standard error back."""
+    errors = [width / (2 * quantile(0.975, num)) for width, num in zip(widths, num_units, strict=True)]
+    error, units = welch((errors[0], num_units[0]), (errors[1], num_units[1]))
+    if error == 0 or not math.isfinite(error):
+        return 1.0 if difference == 0 or error else 0.0
+    return 2 * tail(-abs(difference) / error, units)
+
+
+Verdict = Literal["better", "worse", "equivalent", "undecided", "noisy", "not comparable", "not ranked"]
+LEVEL = 0.05
+_TURNED: Mapping[Verdict, Verdict] = {"better": "worse", "worse": "better"}
+
+
+def verdict_of(low: float, high: float, *, higher_is_better: bool, margin: float | None, p_value: float) -> Verdict:
+    """Return the verdict on first minus second; `p_value` is corrected for the family where there is one.
+
+    Equivalent (the whole interval inside the margin) comes first: a difference may be certain and still too
+    small to matter. Better and worse need an interval without zero and a p value of at most 5 %.
+    """
+    if margin is not None and -margin < low and high < margin:
+        return "equivalent"
+    if p_value <= LEVEL and (low > 0 or high < 0):
+        return "better" if (low > 0) == higher_is_better else "worse"
+    return "undecided"
+
+
+def turned(verdict: Verdict) -> Verdict:
+    """Return the verdict as seen from the second of the two."""
+    return _TURNED.get(verdict, verdict)
+
+
+def is_non_inferior(low: float, high: float, *, higher_is_better: bool, margin: float) -> bool:
+    """Whether the first is shown to be at most `margin` worse than the second."""
+    return low > -margin if higher_is_better else high < margin
+
+
+_BY_UNIT = {
+    "score": 0.02,  # two words in a hundred
+    "fraction": 0.02,  # two objects, needles or tokens in a hundred
+    "ppl": 0.02,  # nats per token: two per cent of the perplexity
+    "nats/token": 0.02,  # the same log-loss, of the full cache's own answer
+}
+_LATENCY = 0.03  # what launches of one and the same setting may differ by before a cell is called noisy
+
+
+def smallest_margin(name: str, chosen: Mapping[str, float] | None = None) -> float | None:
+    """Return the margin of the measure: the chosen one, else the declared one, None where none is."""
+    if chosen and name in chosen:
+        return chosen[name]
+    measure = MEASURES.get(name)
+    if measure is None or measure.better == "none":
+        return None
+    return _LATENCY if is_latency_ratio(measure) else _BY_UNIT.get(measure.unit)
+
+
+def is_latency_ratio(measure: Measure) -> bool:
+    """Whether the measure is a time or rate relative to the full cache."""
+    return measure.name.endswith("_ratio_to_full") and measure.unit == "ratio"
+
+
+def is_quality(name: str) -> bool:
+    """Whether the measure has a margin and comes from samples; no clock is in it."""
+    known = MEASURES.get(name)
+    return known is not None and smallest_margin(name) is not None and known.reproduces and not is_latency_ratio(known)
+
+
+def parse_margins(words: list[str]) -> dict[str, float]:
+    """Return margins given as "rougeL_vs_full=0.01". Raises: ConfigError."""
+    found: dict[str, float] = {}
+    for word in words:
+        name, _, text = word.partition("=")
+        if smallest_margin(name) is None:
+            known = [one for one in MEASURES if smallest_margin(one) is not None]
+            raise ConfigError(f"--margin names {name!r}; {close_matches(name, known)}")
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 < value < 10:
+            raise ConfigError(f"--margin {word} must be MEASURE=NUMBER with a number above 0 and below 10")
+        found[name] = value
+    return found
