@@ -102,7 +102,7 @@ def column_mass(chunk: Chunk, reduction: str, lse: Tensor | None = None) -> Tens
     `lse` is what `chunk_attention` returned; kernels work it out where it is not given.
     """
     if _in_kernels(chunk):
-        from kvbench.kernels import column_mass as kernel
+        from kvbench.kernels import prefill as kernel
 
         return kernel.column_mass(
             lse=_row_lse(chunk) if lse is None else lse, reduction=reduction, **_kernel_inputs(chunk)
@@ -122,7 +122,7 @@ def last_rows(chunk: Chunk, num_queries: int, reduction: str, lse: Tensor | None
     end = chunk.query.shape[2]
     start = max(0, end - num_queries)
     if _in_kernels(chunk):
-        from kvbench.kernels import window_rows as kernel
+        from kvbench.kernels import prefill as kernel
 
         tail = replace(chunk, query=chunk.query[:, :, start:], query_position=chunk.query_position[:, start:])
         tail_lse = _row_lse(tail) if lse is None else lse[..., start:]
@@ -146,7 +146,7 @@ def _kernel_inputs(chunk: Chunk) -> dict[str, Any]:
 
 
 def _row_lse(chunk: Chunk) -> Tensor:
-    from kvbench.kernels.row_lse import row_lse
+    from kvbench.kernels.prefill import row_lse
 
     return row_lse(**_kernel_inputs(chunk))
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from kvbench.cache.selection import oldest_first
 from kvbench.cache.view import Plan
-from kvbench.kernels.dispatch import use_triton
-from kvbench.kernels.slot_columns import SlotColumns
+from kvbench.kernels.dispatch import SlotColumns, use_triton
 
 EMPTY = -1
 NO_CHOICE = -1  # a victim that is no slot: what it should be chosen by is NaN

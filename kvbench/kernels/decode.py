@@ -1,4 +1,18 @@
-"""Launch decode attention over slots: workspaces, block sizes, and how many parts the slots are cut into."""
+"""Launch decode attention over slots: workspaces, block sizes, and how many parts the slots are cut into.
+
+Decode attention over slots in Triton: split over the sequence, then joined, with the probabilities.
+
+One query token per row attends to the first `length[b, h]` slots of each KV head (slots have no hole
+when a step attends). A program takes one (row, KV head) and one part of the slots and serves the whole
+group of query heads, so keys and values are read once whatever the group. The second kernel joins the
+parts; where a policy wants the probabilities it makes them from the stored logits and adds them to
+the mass in place, or writes them out, without another pass over the keys.
+
+For positions inside the cache, stored keys are turned on the way in: by how far each entry's rank lies
+before its position, from a table of cosines and sines. Only differences count: an entry that no eviction
+moved meets the turned query, one that moved as far as the query meets it as it is, so of sinks and a
+window no key is turned.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +21,195 @@ from functools import cache
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from kvbench.kernels.decode_kernel import attend_part, join_parts
 from kvbench.kernels.dispatch import interpreted
+
+# mypy: ignore-errors
+# Kernels are written in Triton's language, not Python's.
+
+
+@triton.jit
+def _turned(first, second, cosines, sines, row, mask, UPCAST: tl.constexpr):
+    """Return both halves of states turned back by the distance whose angles begin at `row` of the tables."""
+    cos = tl.load(cosines + row, mask=mask, other=0.0)
+    sin = tl.load(sines + row, mask=mask, other=0.0)
+    back = (first * cos + second * sin).to(first.dtype)
+    ahead = (second * cos - first * sin).to(first.dtype)
+    if UPCAST:
+        back = back.to(tl.float32)
+        ahead = ahead.to(tl.float32)
+    return back, ahead
+
+
+@triton.jit
+def attend_part(
+    query,
+    keys,
+    values,
+    length,
+    seen,
+    position,
+    rank,
+    cosines,
+    sines,
+    partial,
+    peaks,
+    sums,
+    logits,
+    scaling,
+    heads,
+    capacity,
+    width,
+    query_row,
+    query_head,
+    PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WANT_LOGITS: tl.constexpr,
+    TURN: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Attend to one part of the slots; partial results are (pair, part, group), logits (pair, group, C)."""
+    pair, part = tl.program_id(0), tl.program_id(1)
+    row, head = pair // heads, pair % heads
+    held = tl.load(length + pair).to(tl.int32)
+    blocks = tl.cdiv(tl.cdiv(held, BLOCK_C), PARTS)
+    first = part * blocks * BLOCK_C
+    last = tl.minimum(first + blocks * BLOCK_C, held)
+
+    g = tl.arange(0, BLOCK_G)[:, None]
+    c = tl.arange(0, BLOCK_C)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    in_group = g < GROUP
+    q_at = query + row * query_row + (head * GROUP + g) * query_head
+    base = pair.to(tl.int64) * capacity
+    if TURN:
+        half = width // 2
+        h = tl.arange(0, BLOCK_D // 2)[None, :]
+        in_half = h < half
+        q1 = tl.load(q_at + h, mask=in_group & in_half, other=0.0)
+        q2 = tl.load(q_at + half + h, mask=in_group & in_half, other=0.0)
+        cosines_h, sines_h = cosines + h, sines + h
+        query_behind = tl.load(seen + row) - held
+        turned_q1, turned_q2 = _turned(q1, q2, cosines_h, sines_h, query_behind * half, in_half, UPCAST)
+        if UPCAST:
+            q1 = q1.to(tl.float32)
+            q2 = q2.to(tl.float32)
+    else:
+        q = tl.load(q_at + d, mask=in_group & (d < width), other=0.0)
+        if UPCAST:
+            q = q.to(tl.float32)
+    peak = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_G,), tl.float32)
+    acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+    for start in range(first, last, BLOCK_C):
+        slot = start + c
+        inside = slot < last
+        at = (base + slot)[:, None] * width
+        if TURN:
+            held_half = inside[:, None] & in_half
+            k1 = tl.load(keys + at + h, mask=held_half, other=0.0)
+            k2 = tl.load(keys + at + half + h, mask=held_half, other=0.0)
+            behind = tl.load(position + base + slot, mask=inside, other=0)
+            behind -= tl.load(rank + base + slot, mask=inside, other=0)
+            between = inside & (behind != 0) & (behind != query_behind)
+            if tl.max(between.to(tl.int32), 0) == 0:
+                if UPCAST:
+                    k1 = k1.to(tl.float32)
+                    k2 = k2.to(tl.float32)
+                s_as_far = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+                s_as_far = tl.dot(q2, tl.trans(k2), s_as_far, input_precision="ieee")
+                s_in_place = tl.dot(turned_q1, tl.trans(k1), input_precision="ieee")
+                s_in_place = tl.dot(turned_q2, tl.trans(k2), s_in_place, input_precision="ieee")
+                s = tl.where((behind == 0)[None, :], s_in_place, s_as_far)
+            else:
+                k1, k2 = _turned(k1, k2, cosines_h, sines_h, behind[:, None] * half, held_half, UPCAST)
+                s = tl.dot(turned_q1, tl.trans(k1), input_precision="ieee")
+                s = tl.dot(turned_q2, tl.trans(k2), s, input_precision="ieee")
+        else:
+            k = tl.load(keys + at + d, mask=inside[:, None] & (d < width), other=0.0)
+            if UPCAST:
+                k = k.to(tl.float32)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        v = tl.load(values + at + d, mask=inside[:, None] & (d < width), other=0.0)
+        if UPCAST:
+            v = v.to(tl.float32)
+        s = tl.where(inside[None, :], s * scaling, float("-inf"))
+        if WANT_LOGITS:
+            tl.store(logits + (base * GROUP + g * capacity) + slot[None, :], s, mask=in_group & inside[None, :])
+        new_peak = tl.maximum(peak, tl.max(s, 1))
+        shrink = tl.exp(peak - new_peak)
+        p = tl.exp(s - new_peak[:, None])
+        total = total * shrink + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        peak = new_peak
+    out = (pair * PARTS + part) * GROUP + tl.arange(0, BLOCK_G)
+    one = tl.arange(0, BLOCK_G) < GROUP
+    tl.store(peaks + out, peak, mask=one)
+    tl.store(sums + out, total, mask=one)
+    tl.store(partial + out[:, None].to(tl.int64) * width + d, acc, mask=in_group & (d < width))
+
+
+@triton.jit
+def join_parts(
+    partial,
+    peaks,
+    sums,
+    logits,
+    length,
+    output,
+    mass,
+    probs,
+    capacity,
+    width,
+    PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    ADD_MASS: tl.constexpr,
+    WANT_PROBS: tl.constexpr,
+):
+    """Join the parts of one (row, KV head); output (pair, group, D); mass and probs (pair, C) float32."""
+    pair, block = tl.program_id(0), tl.program_id(1)
+    p = tl.arange(0, BLOCK_P)
+    d = tl.arange(0, BLOCK_D)
+    slot = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = slot < tl.load(length + pair)
+    base = pair.to(tl.int64) * capacity
+    reduced = tl.zeros((BLOCK_C,), tl.float32)
+    for g in tl.static_range(GROUP):
+        at = (pair * PARTS + p) * GROUP + g
+        part_peak = tl.load(peaks + at, mask=p < PARTS, other=float("-inf"))
+        peak = tl.max(part_peak, 0)
+        weight = tl.exp(part_peak - peak)
+        total = tl.sum(weight * tl.load(sums + at, mask=p < PARTS, other=0.0), 0)
+        if block == 0:
+            whole = (p[:, None] < PARTS) & (d[None, :] < width)
+            parts = tl.load(partial + at[:, None].to(tl.int64) * width + d[None, :], mask=whole, other=0.0)
+            joined = tl.sum(parts * weight[:, None], 0) / total
+            tl.store(output + (pair * GROUP + g) * width + d, joined.to(output.dtype.element_ty), mask=d < width)
+        if ADD_MASS or WANT_PROBS:
+            s = tl.load(logits + base * GROUP + g * capacity + slot, mask=inside, other=float("-inf"))
+            row = tl.exp(s - peak) / total
+            if REDUCTION == "max":
+                reduced = tl.maximum(reduced, row)
+            else:
+                reduced += row
+    if ADD_MASS or WANT_PROBS:
+        if REDUCTION == "mean":
+            reduced = reduced / GROUP
+        if ADD_MASS:
+            old = tl.load(mass + base + slot, mask=inside, other=0.0)
+            tl.store(mass + base + slot, old + reduced, mask=inside)
+        if WANT_PROBS:
+            tl.store(probs + base + slot, reduced, mask=slot < capacity)
+
 
 _BLOCK_SLOTS, _STAGES = 64, 3
 _TURN_SLOTS, _TURN_STAGES = 32, 3  # turning takes registers and shared memory

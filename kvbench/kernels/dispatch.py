@@ -1,6 +1,8 @@
 """Say whether a tensor's work goes to a Triton kernel or to plain torch: one rule for every kernel.
 
 Modules that import triton are imported only after `use_triton` said yes, so kvbench runs without it.
+
+A layer's slots as the kernels see them.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 
@@ -60,3 +63,22 @@ def kernels_forced(to_triton: bool) -> Iterator[None]:
         yield
     finally:
         _forced.pop()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotColumns:
+    """A layer's slots as the kernels see them, all contiguous and changed in place.
+
+    keys, values (B, H, C, D); position (B, H, C) int64, kind int8, mass float32 or None, rank int32 or
+    None; length and free (B, H) int64; faults (B, H) int32.
+    """
+
+    keys: Tensor
+    values: Tensor
+    position: Tensor
+    kind: Tensor
+    mass: Tensor | None
+    rank: Tensor | None
+    length: Tensor
+    free: Tensor
+    faults: Tensor

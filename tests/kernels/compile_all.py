@@ -11,17 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvbench.kernels import (
-    column_mass,
-    decode_kernel,
-    linear_kernels,
-    rank_kernel,
-    row_lse,
-    segment_mean,
-    slot_kernels,
-    tiles,
-    window_rows,
-)
+from kvbench.kernels import decode, linear, prefill, rank, segment_mean, slots
 
 HOPPER = GPUTarget("cuda", 90, 32)
 _TYPES = {"length": "*i64", "seen": "*i64", "position": "*i64", "free": "*i64", "budget": "*i64", "sinks": "*i64"}
@@ -57,42 +47,42 @@ def main() -> None:
     part = {"PARTS": 4, "GROUP": 4, "BLOCK_G": 16, "BLOCK_C": 64, "BLOCK_D": 128, "UPCAST": False}
     for turn in (False, True):
         constants = {**part, "WANT_LOGITS": True, "TURN": turn}
-        compile_kernel(decode_kernel.attend_part, constants, num_warps=4, num_stages=3)
+        compile_kernel(decode.attend_part, constants, num_warps=4, num_stages=3)
     narrow = {**part, "BLOCK_D": 32, "WANT_LOGITS": True, "TURN": True}
-    compile_kernel(decode_kernel.attend_part, narrow, num_warps=4, num_stages=3)
+    compile_kernel(decode.attend_part, narrow, num_warps=4, num_stages=3)
     join = {"PARTS": 4, "GROUP": 4, "BLOCK_P": 4, "BLOCK_C": 1024, "BLOCK_D": 128, "REDUCTION": "mean"}
-    compile_kernel(decode_kernel.join_parts, {**join, "ADD_MASS": True, "WANT_PROBS": True}, num_warps=4)
+    compile_kernel(decode.join_parts, {**join, "ADD_MASS": True, "WANT_PROBS": True}, num_warps=4)
     write = {"BLOCK_D": 128, "HAS_MASS": True, "HAS_RANK": True, "ADVANCE": False}
-    compile_kernel(slot_kernels.write_token, write, num_warps=1)
+    compile_kernel(slots.write_token, write, num_warps=1)
     for given in (False, True):
         compile_kernel(
-            slot_kernels.free_victim,
+            slots.free_victim,
             {"BLOCK_C": 512, "GIVEN": given, "HAS_RANK": True, "APPLY": not given},
             num_warps=1 if given else 4,
         )
     for rows, (size, depth, stages, warps) in _ROWS.items():
         block = {"BLOCK_M": rows, "BLOCK_N": size, "BLOCK_K": depth, "STAGES": stages, "EVEN_K": True, "UPCAST": False}
-        compile_kernel(linear_kernels.project, {**block, "MATRICES": 3, "HAS_BIAS": True}, num_warps=warps)
-        compile_kernel(linear_kernels.gate_up, block, num_warps=warps)
+        compile_kernel(linear.project, {**block, "MATRICES": 3, "HAS_BIAS": True}, num_warps=warps)
+        compile_kernel(linear.gate_up, block, num_warps=warps)
     for one in (False, True):
         search = {"BLOCK_C": 512 if one else 2048, "IN_ONE": one, "FROM_NEWEST": one}
         types = {"rank": "*i64", "slot": "*i64", "newer": "i32", "sinks": "i32"}
-        compile_kernel(rank_kernel.find_rank, search, types, num_warps=1 if one else 4)
+        compile_kernel(rank.find_rank, search, types, num_warps=1 if one else 4)
     _compile_prefill()
 
 
 def _compile_prefill() -> None:
     """Compile the statistics of a prompt, with and without positions, and the merging."""
-    size = tiles._HALF[128]
+    size = prefill._HALF[128]
     block = {"GROUP": 4, "WIDTH": 128, "BLOCK_D": 128, "BLOCK_Q": size.block_q, "BLOCK_K": size.block_k}
     launch = {"num_warps": size.num_warps, "num_stages": size.num_stages}
     for plain in (False, True):
         constants = {**block, "PLAIN": plain, "UPCAST": False}
-        compile_kernel(row_lse._row_lse, constants, **launch)
+        compile_kernel(prefill._row_lse, constants, **launch)
         for reduction in ("mean", "max"):
             reduced = {**constants, "REDUCTION": reduction}
-            compile_kernel(column_mass._column_mass, reduced, **launch)
-        compile_kernel(window_rows._window_rows, reduced, {"rows": "*fp32"}, **launch)
+            compile_kernel(prefill._column_mass, reduced, **launch)
+        compile_kernel(prefill._window_rows, reduced, {"rows": "*fp32"}, **launch)
     bucket = dict.fromkeys(("members", "start", "end", "order"), "*i64")
     constants = {"ADD_UP": False, "WIDTH": 128, "BLOCK_D": 128, "MEMBERS": segment_mean._MEMBERS}
     compile_kernel(segment_mean._segment_mean, constants, bucket, num_warps=4)
