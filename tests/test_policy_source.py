@@ -187,10 +187,12 @@ def test_moving_modules_of_kvbench_changes_no_name_and_no_source(
     """The policy's module moves, and so do the modules of the cache that it imports from."""
     before = bundled()[target]
     source = Path(str(sys.modules[before.__module__].__file__)).read_text(encoding="utf-8")
-    for name in ("selection", "released_choice"):
-        source = source.replace(f"kvbench.cache.{name}", f"kvbench.cache.moved_{name}")
-        old = importlib.import_module(f"kvbench.cache.{name}")
-        monkeypatch.setitem(sys.modules, f"kvbench.cache.moved_{name}", old)
+    source = source.replace("kvbench.cache.selection", "kvbench.cache.moved_selection")
+    for new, old in (
+        ("kvbench.cache.moved_selection", "kvbench.cache.selection"),
+        ("kvbench.policies.published.choice", "kvbench.policies.released.choice"),
+    ):
+        monkeypatch.setitem(sys.modules, new, importlib.import_module(old))
     (tmp_path / "moved.py").write_text(source, encoding="utf-8")
     module = ModuleType("kvbench.policies.published.moved")
     module.__file__ = str(tmp_path / "moved.py")

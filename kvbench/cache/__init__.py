@@ -8,13 +8,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from kvbench.cache.budget import UNLIMITED, Budget
-from kvbench.cache.policy import CACHE_SEMANTICS, Policy, ScorePolicy
-from kvbench.cache.view import Kind, Needs, Plan, View, When
+from kvbench.cache.policy import CACHE_SEMANTICS, UNLIMITED, Budget, Kind, Needs, Plan, Policy, ScorePolicy, View, When
 
 if TYPE_CHECKING:
     from kvbench.cache.attention import attach, cache_argument
-    from kvbench.cache.policy_cache import Occupancy, PolicyCache
+    from kvbench.cache.cache import Occupancy, PolicyCache
 
 __all__ = [
     "CACHE_SEMANTICS",
@@ -35,8 +33,8 @@ __all__ = [
 _MODULE_OF = {
     "attach": "kvbench.cache.attention",
     "cache_argument": "kvbench.cache.attention",
-    "Occupancy": "kvbench.cache.policy_cache",
-    "PolicyCache": "kvbench.cache.policy_cache",
+    "Occupancy": "kvbench.cache.cache",
+    "PolicyCache": "kvbench.cache.cache",
 }
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, create_causal_mask
 
-from kvbench.cache.attend import Chunk, chunk_attention
 from kvbench.cache.layer import LAYER_TAG
+from kvbench.cache.statistics import Chunk, chunk_attention
 from kvbench.errors import ModelSupportError
 
 ATTENTION_NAME = "kvbench"

@@ -3,31 +3,225 @@
 A prompt (or any chunk of several tokens) attends in full, statistics are reduced, the policy plans,
 and what stays moves into slots before the next layer runs: only one layer's prompt is ever
 uncompressed. A decode step writes one token, attends with it, and frees one victim.
+
+One decode step over a layer's slots: write the token, attend, free a victim.
+
+On a GPU each part is one or two kernels that wait for nothing; elsewhere, and as the reference, plain
+torch does the same. Which one runs is decided in one place, `use_triton`.
+
+One cut for the whole model: layers wait until the attention mass of all of them is averaged.
+
+Some code scores a token by its mean over every head of every layer and evicts it everywhere. A layer
+of such a policy does not cut at once: it hands in its mass, and when the last layer of the pass has
+come, all get the mean and cut in turn. Until then the prompt of every layer lies uncompressed, as in
+that code.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvbench.cache.attend import Chunk, chunk_attention
-from kvbench.cache.chunks import check_plan, check_statistics, columns_of, new_positions, real_tokens
-from kvbench.cache.decode_step import attend_slots, decide, end_step, evicts_at_decode, write_token
-from kvbench.cache.layer_setup import LayerSetup, view_of
-from kvbench.cache.ledger import Ledger
-from kvbench.cache.pool import cut_when_pooled
-from kvbench.cache.positions import shifted_chunk
+from kvbench.cache.counts import GROW_TOKENS, CountsShelf, Ledger, StepCounts
+from kvbench.cache.policy import Needs, Plan, Policy, ScorePolicy, View, When
+from kvbench.cache.positions import shifted_chunk, shifted_step
 from kvbench.cache.selection import age_rank
-from kvbench.cache.slots import Entries, Slots, settle
-from kvbench.cache.statistics import ChunkStatistics, Statistics
-from kvbench.cache.step_counts import GROW_TOKENS, CountsShelf, StepCounts
-from kvbench.cache.view import Needs, Plan, View, When
-from kvbench.errors import ModelSupportError
+from kvbench.cache.setup import LayerSetup, view_of
+from kvbench.cache.slots import (
+    NAN_SCORE,
+    Entries,
+    Slots,
+    check_plan,
+    check_statistics,
+    columns_of,
+    new_positions,
+    real_tokens,
+    settle,
+)
+from kvbench.cache.statistics import Chunk, ChunkStatistics, Statistics, chunk_attention, decode_step, reduce_group
+from kvbench.errors import ModelSupportError, NonFiniteChoiceError, PolicyError
 from kvbench.kernels.dispatch import use_triton
+
+
+def evicts_at_decode(policy: Policy) -> bool:
+    """Return whether `policy` can free entries while tokens are generated."""
+    return policy.bounded and When.DECODE in policy.when
+
+
+def write_token(slots: Slots, keys: Tensor, values: Tensor, setup: LayerSetup, counts: StepCounts) -> None:
+    """Put the new token (B, H, 1, D), the newest of `counts.seen`, into the free slots."""
+    if use_triton(keys):
+        from kvbench.kernels.slots import write_slot
+
+        write_slot(slots.columns(), keys, values, counts.seen, advance=not evicts_at_decode(setup.policy))
+    else:
+        slots.write(keys, values, counts.seen - 1)
+
+
+def attend_slots(
+    slots: Slots, query: Tensor, scaling: float, setup: LayerSetup, counts: StepCounts
+) -> tuple[Tensor, Tensor | None]:
+    """Return output (B, Hq, 1, D) and the probabilities (B, H, C) a policy asks for; mass grows in place."""
+    if use_triton(query):
+        return _attend_by_kernel(slots, query, scaling, setup, counts)
+    policy, entries = setup.policy, slots.entries
+    query, keys = shifted_step(query, entries.keys, entries.position, setup.rotation)
+    output, rows = decode_step(query, keys, entries.values, entries.position >= 0, scaling)
+    probs = reduce_group(rows, policy.reduction) if policy.needs & (Needs.MASS | Needs.PROBS) else None
+    if entries.mass is not None and probs is not None:
+        entries.mass += probs
+    return output, probs
+
+
+def _attend_by_kernel(
+    slots: Slots, query: Tensor, scaling: float, setup: LayerSetup, counts: StepCounts
+) -> tuple[Tensor, Tensor | None]:
+    from kvbench.kernels.decode import Turn, decode_attention
+
+    turn = None
+    if setup.rotation is not None and slots.rank is not None:
+        cosines, sines = counts.turn_tables(setup.rotation)
+        turn = Turn(position=slots.entries.position, rank=slots.rank, seen=counts.seen, cosines=cosines, sines=sines)
+    mass = slots.entries.mass
+    coarse = mass is not None and setup.policy.mass_in_model_dtype  # the kernel sums float32 only
+    output, probs = decode_attention(
+        query,
+        slots.entries.keys,
+        slots.entries.values,
+        slots.length,
+        scaling,
+        reduction=setup.policy.reduction,
+        mass=None if coarse else mass,
+        want_probs=coarse or Needs.PROBS in setup.policy.needs,
+        turn=turn,
+    )
+    if coarse and mass is not None and probs is not None:
+        mass += probs
+    return output, probs
+
+
+def end_step(slots: Slots, probs: Tensor | None, setup: LayerSetup, counts: StepCounts, ledger: Ledger) -> None:
+    """Free what is over the budget, or take a fresh slot next; `ledger` counts it on the host."""
+    by_kernels = use_triton(slots.entries.keys)
+    may_ask_host = slots.length.device.type == "cpu" and not by_kernels
+    if not evicts_at_decode(setup.policy):
+        if not by_kernels:  # the kernel of `write_token` did it already
+            slots.advance()
+    elif may_ask_host and not ledger.over():
+        slots.advance()
+    else:
+        evict(slots, probs, setup, counts)
+    ledger.evicted()
+
+
+def evict(slots: Slots, probs: Tensor | None, setup: LayerSetup, counts: StepCounts) -> None:
+    """Free one victim of every row and head that is over its budget."""
+    policy = setup.policy
+    view = counts.view(setup, slots, probs)
+    if not use_triton(slots.entries.keys):
+        victim, over = checked_victim(policy, policy.victim(view), slots), slots.length > view.budget[:, None]
+        slots.release(victim, over)
+        if victim.device.type == "cpu":  # elsewhere looking would wait for the device at every step
+            check_faults(slots.faults, policy, setup.layer)
+        return
+    from kvbench.kernels.slots import free_given, free_lowest
+
+    if _is_plain_score(policy):
+        free_lowest(slots.columns(), policy.checked_score(view), view.budget, counts.sinks, counts.recent_from)
+    else:
+        free_given(slots.columns(), checked_victim(policy, policy.victim(view), slots), view.budget)
+
+
+def decide(slots: Slots, setup: LayerSetup, counts: StepCounts) -> Tensor:
+    """Return the victim (B, H) that `evict` would free now, found the way it does; nothing is freed."""
+    policy = setup.policy
+    view = counts.view(setup, slots, torch.zeros_like(slots.entries.position, dtype=torch.float32))
+    if not (use_triton(slots.entries.keys) and _is_plain_score(policy)):
+        return policy.victim(view)
+    from kvbench.kernels.slots import lowest_slot
+
+    return lowest_slot(slots.columns(), policy.checked_score(view), view.budget, counts.sinks, counts.recent_from)
+
+
+def _is_plain_score(policy: Policy) -> TypeGuard[ScorePolicy]:
+    return isinstance(policy, ScorePolicy) and type(policy).victim is ScorePolicy.victim
+
+
+def checked_victim(policy: Policy, victim: Tensor, slots: Slots) -> Tensor:
+    """Return `victim` as it is. Raises: PolicyError for a wrong shape or type."""
+    shape, name = slots.length.shape, type(policy).__name__
+    if victim.shape != shape or victim.dtype != slots.length.dtype:
+        raise PolicyError(
+            f"{name}.victim returned {victim.dtype} of shape {tuple(victim.shape)}; "
+            f"it must be int64 of shape (B, H) = {tuple(shape)}"
+        )
+    return victim
+
+
+def check_faults(faults: Tensor, policy: Policy, layer: int) -> None:
+    """Look at a layer's `Slots.faults` (B, H), which waits for the device.
+
+    Raises: NonFiniteChoiceError if a victim was chosen by NaN, PolicyError if it was no slot with a token.
+    """
+    if not bool(faults.any()):
+        return
+    where = f"in layer {layer}, row and KV head {faults.nonzero()[0].tolist()}"
+    if bool((faults & NAN_SCORE).any()):
+        raise NonFiniteChoiceError(
+            f"{type(policy).__name__} chose a victim by NaN at decode {where}; scores must be numbers (an infinite one "
+            "is larger or smaller than all others)"
+        )
+    raise PolicyError(
+        f"{type(policy).__name__}.victim chose a slot that holds no token {where}; choose among those of view.valid"
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class Pool:
+    """The layers of one cache that have come in this pass, with what each does next."""
+
+    waiting: list[tuple[Entries, Callable[[], None]]] = field(default_factory=list)
+
+    def arrive(self, entries: Entries, num_layers: int, cut: Callable[[], None]) -> None:
+        """Hand in the mass of a layer; the last one of `num_layers` sets the mean in all and lets them cut.
+
+        Slots of the layers agree, because all of them evict the same tokens.
+        """
+        self.waiting.append((entries, cut))
+        if len(self.waiting) < num_layers:
+            return
+        waiting, self.waiting = self.waiting, []
+        mean = _mean_mass([layer for layer, _ in waiting])
+        for layer, cut_layer in waiting:
+            assert layer.mass is not None
+            layer.mass.copy_(mean)  # in place: a captured step finds it at the same address
+            cut_layer()
+
+    def clear(self) -> None:
+        """Forget a pass that did not end."""
+        self.waiting = []
+
+
+def cut_when_pooled(pool: Pool | None, entries: Entries, num_layers: int, cut: Callable[[], None]) -> None:
+    """Cut at once where there is no pool, else when the last layer of the pass has come."""
+    if pool is None:
+        cut()
+    else:
+        pool.arrive(entries, num_layers, cut)
+
+
+def _mean_mass(layers: list[Entries]) -> Tensor:
+    """(B, H, T): the mean over layers and heads, the same for each head."""
+    masses = torch.stack([layer.mass for layer in layers if layer.mass is not None])
+    return masses.mean(dim=(0, 2)).unsqueeze(1).expand(masses.shape[1:])
+
 
 LAYER_TAG = "kvbench_layer"
 

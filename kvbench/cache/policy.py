@@ -3,19 +3,135 @@
 A policy never touches the cache and holds no state, so one instance serves every layer, sequence
 and run. `ScorePolicy` is the common case: give every entry a score, larger = keep; budget, sinks,
 recent window, ties and the decode victim are done here. `Policy` is full control.
+
+What a policy reads (`View`) and what it answers (`Plan`).
+
+Tensor letters: B rows of the batch, H KV heads, T entries in the order of storage, W window
+queries, D head size. After the first eviction the order of storage is not the order of tokens:
+read `position`.
+
+How many entries a layer may hold now: one definition for every policy.
+
+A budget counts entries per layer and KV head, with sinks, recent tokens and anchors included.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from enum import Flag, IntEnum, auto
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from kvbench.cache.selection import keep_top, lowest, outside, protected_range
-from kvbench.cache.view import Needs, Plan, View, When
 from kvbench.errors import ConfigError, NonFiniteChoiceError, PolicyError
+
+
+class Needs(Flag):
+    """Attention statistics that a policy declares; what is not declared is not computed."""
+
+    NOTHING = 0
+    MASS = auto()  # attention received so far, summed over all queries
+    WINDOW = auto()  # attention rows of the last queries of the prompt
+    PROBS = auto()  # attention row of the newest query
+
+
+class When(Flag):
+    """When a policy cuts: after a prompt, at every decode step, or both."""
+
+    PREFILL = auto()
+    DECODE = auto()
+    BOTH = PREFILL | DECODE
+
+
+class Kind(IntEnum):
+    """What a token is."""
+
+    TEXT = 0
+    IMAGE = 1
+    SPECIAL = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class View:
+    """One layer's cache, read-only, with the newest tokens included.
+
+    keys, values (B, H, T, D), keys rotated where their tokens stood when they came; position (B, H, T) int64,
+    the token's index in its own row (pads not counted), -1 where the slot holds nothing; kind
+    (B, H, T) int8, a `Kind`; prompt, seen, budget (B,) int64: tokens of the prompt, tokens seen so
+    far, entries allowed now; prompt_budget (B,) int64, entries allowed after the first prompt; row_seed
+    (B,) int64, a number of the sequence for policies that draw, the same alone and in a batch.
+    `new_tokens` is how many tokens came with this step (1 = decode). memory_or_none (B, H, M): what the
+    policy's last plan left beside the slots.
+    """
+
+    layer: int
+    num_layers: int
+    new_tokens: int
+    prefill: bool
+    prompt: Tensor
+    seen: Tensor
+    budget: Tensor
+    prompt_budget: Tensor
+    row_seed: Tensor
+    keys: Tensor
+    values: Tensor
+    position: Tensor
+    kind: Tensor
+    mass_or_none: Tensor | None = None
+    window_or_none: Tensor | None = None
+    probs_or_none: Tensor | None = None
+    memory_or_none: Tensor | None = None
+
+    @property
+    def valid(self) -> Tensor:
+        """(B, H, T) bool: the slot holds a token."""
+        return self.position >= 0
+
+    @property
+    def mass(self) -> Tensor:
+        """(B, H, T) float32: attention received from every query so far, reduced to KV heads."""
+        return _declared(self.mass_or_none, "MASS")
+
+    @property
+    def window(self) -> Tensor:
+        """(B, H, W, T) float32: attention rows of the prompt's last W queries; prefill only."""
+        return _declared(self.window_or_none, "WINDOW")
+
+    @property
+    def probs(self) -> Tensor:
+        """(B, H, T) float32: attention row of the newest query."""
+        return _declared(self.probs_or_none, "PROBS")
+
+
+def _declared(statistic: Tensor | None, name: str) -> Tensor:
+    if statistic is None:
+        raise PolicyError(
+            f"the policy reads Needs.{name}, which it did not declare or which this phase does not have. "
+            f"Add `needs: ClassVar[Needs] = Needs.{name}` to the class"
+        )
+    return statistic
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Which entries stay after a prompt, and where the others go.
+
+    keep (B, H, T) bool; merge_into (B, H, T) int64, the index of the survivor whose mean each entry
+    joins (its own index: none), or None when dropped entries are simply freed. Three more are for code
+    whose books do not follow its tokens: merge_source (B, H, T) int64, whose key and value each entry
+    brings into its bucket (None: its own); mass (B, H, T), the mass that entries go on with; memory
+    (B, H, M), kept beside the slots as it is until a later plan gives another one.
+    """
+
+    keep: Tensor
+    merge_into: Tensor | None = None
+    merge_source: Tensor | None = None
+    mass: Tensor | None = None
+    memory: Tensor | None = None
+
 
 # What the cache does with a policy's decision, a part of every cell's key. Raise it with a change of kvbench.cache or
 # kvbench.kernels after which some policy, its code unchanged, keeps other entries or attends to other ones: `Policy`
@@ -155,3 +271,66 @@ class ScorePolicy(Policy):
         protected = outside(view.position, *self.checked_range(view.seen, view.budget))
         finite = score.float().clamp(max=torch.finfo(torch.float32).max)  # only what is protected is infinite
         return finite.expand(view.position.shape).masked_fill(protected, torch.inf)
+
+
+_DECIMALS = 9  # 0.29 * 100 is 28.999999999999996; the user meant 29
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """Entries allowed: a `fraction` of the tokens seen so far or of the prompt, or absolute `tokens`.
+
+    `of="seen"` grows while tokens are generated, as in Elastic Cache (arXiv 2407.18121, Sec. 3.3);
+    `of="prompt"` is fixed after prefill. Raises: ConfigError for values out of range.
+    """
+
+    fraction: float | None = None
+    tokens: int | None = None
+    of: Literal["seen", "prompt"] = "seen"
+
+    def __post_init__(self) -> None:
+        if (self.fraction is None) == (self.tokens is None):
+            raise ConfigError(
+                f"budget.fraction is {self.fraction} and budget.tokens is {self.tokens}; exactly one must be given. "
+                "Use budget=tokens budget.tokens=128 for an absolute size, budget.fraction=0.2 for a share"
+            )
+        if self.fraction is not None and not 0.0 < self.fraction <= 1.0:
+            raise ConfigError(
+                f"budget.fraction is {self.fraction:g}; it must lie in (0, 1]. "
+                "Use budget=tokens budget.tokens=128 to give an absolute size"
+            )
+        if self.tokens is not None and self.tokens < 1:
+            raise ConfigError(f"budget.tokens is {self.tokens}; it must be at least 1")
+        if self.of not in ("seen", "prompt"):
+            raise ConfigError(f"budget.of is {self.of!r}; it must be 'seen' or 'prompt'")
+
+    def entries(self, *, seen_tokens: int, prompt_tokens: int) -> int:
+        """Return the entries allowed after `seen_tokens`, at least 1; fractions round down."""
+        if self.tokens is not None:
+            return self.tokens
+        assert self.fraction is not None
+        base = seen_tokens if self.of == "seen" else prompt_tokens
+        return max(1, math.floor(round(self.fraction * base, _DECIMALS)))
+
+    def entries_as_released(self, *, seen_tokens: int, prompt_tokens: int) -> int:
+        """Return the entries allowed as Elastic Cache's code counts them: rounded up, in its own arithmetic.
+
+        It takes the pruned share r, keeps 1 - r in floating point, and cuts the tokens to forget down to
+        a whole number; 1 - 0.7 is a little more than 0.3, which shows at multiples of ten.
+        """
+        if self.fraction is None:
+            return self.entries(seen_tokens=seen_tokens, prompt_tokens=prompt_tokens)
+        kept = 1 - round(1 - self.fraction, _DECIMALS)
+        if seen_tokens == prompt_tokens:
+            return max(1, seen_tokens - int(seen_tokens - seen_tokens * kept))
+        return max(1, math.ceil((seen_tokens if self.of == "seen" else prompt_tokens) * kept))
+
+    def describe(self) -> str:
+        """Return the budget in words, as tables print it."""
+        if self.tokens is not None:
+            return f"{self.tokens} tokens"
+        assert self.fraction is not None
+        return f"{100 * self.fraction:g} % of {self.of}"
+
+
+UNLIMITED = Budget(fraction=1.0)

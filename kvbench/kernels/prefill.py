@@ -7,7 +7,7 @@ Attention mass of each entry, summed over queries: one pass over QK^T from the r
 
 The pass H2O and Elastic need. One program owns a block of keys of one KV head and walks the queries
 that may see it, newest first so that neighbours read the same queries; nothing is added up by atomics,
-so the result is the same every time. The reference is `kvbench.cache.attend.column_mass` on the CPU.
+so the result is the same every time. The reference is `kvbench.cache.statistics.column_mass` on the CPU.
 
 Log-sum-exp of attention rows, where the fused forward does not hand it out: pads, stored entries, float32.
 

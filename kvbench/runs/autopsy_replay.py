@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import UNLIMITED, Needs, Policy
-from kvbench.cache.eviction_log import EvictionLog
+from kvbench.cache.recording import EvictionLog
 from kvbench.packed import Array
 from kvbench.runs.loop import CacheSetting, greedy
 from kvbench.runs.prompts import Part

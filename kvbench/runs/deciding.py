@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvbench.cache import Policy
-from kvbench.cache.decode_step import evicts_at_decode
+from kvbench.cache.layer import evicts_at_decode
 from kvbench.errors import PolicyError, ran_out_of_memory
 from kvbench.metrics.clock import Marks
 from kvbench.runs.capture import captured, warm_up

@@ -21,7 +21,7 @@ from kvbench.runs.capture import captured, warm_up
 from kvbench.runs.loop import Decoding
 
 if TYPE_CHECKING:
-    from kvbench.cache.policy_cache import CacheState
+    from kvbench.cache.cache import CacheState
 
 
 def check_rotary(model: Any) -> None:

@@ -22,7 +22,7 @@ from kvbench.models.loader import LoadedModel
 
 if TYPE_CHECKING:
     from kvbench.cache import PolicyCache
-    from kvbench.cache.layer_setup import OnPlan
+    from kvbench.cache.setup import OnPlan
 
 Engine = Literal["eager", "graph"]
 ENGINES: tuple[str, ...] = get_args(Engine)

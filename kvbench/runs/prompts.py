@@ -20,8 +20,8 @@ from kvbench.models.prompt_split import by_question_length
 from kvbench.runs.loop import CacheSetting, Decoding
 
 if TYPE_CHECKING:
-    from kvbench.cache.layer_setup import OnPlan
-    from kvbench.cache.prompt_state import PromptRecorder
+    from kvbench.cache.recording import PromptRecorder
+    from kvbench.cache.setup import OnPlan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +56,7 @@ class Part:
         loaded, batch = self._loaded, self.batch
         if self._policies is None:
             return setting.decoding(loaded, batch, reserve_tokens, on_plan=on_plan)
-        from kvbench.cache.prompt_state import cache_after  # needs transformers
+        from kvbench.cache.recording import cache_after  # needs transformers
 
         recorder, logits = self.once("prompt", self._record)
         cache = cache_after(
@@ -74,7 +74,7 @@ class Part:
 
     def _record(self) -> tuple[PromptRecorder, torch.Tensor]:
         assert self._policies is not None
-        from kvbench.cache.prompt_state import PromptRecorder
+        from kvbench.cache.recording import PromptRecorder
 
         recorder = PromptRecorder(self._loaded.model, self._policies)
         return recorder, Decoding(self._loaded, replace(self.batch, question_ids=None), recorder).logits

@@ -22,7 +22,7 @@ CLASSES: dict[str, dict[str, Any]] = {
     "full": {"_target_": "kvbench.policies.full.Full"},
     "h2o": {"_target_": "kvbench.policies.h2o.H2O"},
     "snapkv": {"_target_": "kvbench.policies.snapkv.SnapKV"},
-    "elastic_released": {"_target_": "kvbench.policies.elastic_released.ElasticReleased", "target_rounded_up": True},
+    "elastic_released": {"_target_": "kvbench.policies.released.elastic.ElasticReleased", "target_rounded_up": True},
 }
 Body = dict[str, Any]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from kvbench.cache import Budget, PolicyCache
-from kvbench.cache.pool import Pool
+from kvbench.cache.layer import Pool
 from kvbench.cache.slots import Entries
-from kvbench.policies.h2o_elastic_release import H2OElasticRelease
+from kvbench.policies.released.h2o_elastic import H2OElasticRelease
 from tests.driving import drive
 from tests.tiny_models import random_tokens, tiny_model
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvbench.cache import Budget, Kind, Needs, Policy, PolicyCache, ScorePolicy, View, cache_argument
 from kvbench.cache.positions import PositionMode
-from kvbench.cache.prompt_state import PromptRecorder, Recording, cache_after
+from kvbench.cache.recording import PromptRecorder, Recording, cache_after
 from kvbench.policies.full import Full
 from kvbench.policies.h2o import H2O
 from tests.contract import BUDGETS, budget_named, left_padded

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvbench.cache import CACHE_SEMANTICS, Budget
 from kvbench.cache import selection as choose
-from kvbench.cache.released_choice import merge_with_lost_offset, slots_by_age, sorted_order_as_rank
+from kvbench.policies.released.choice import merge_with_lost_offset, slots_by_age, sorted_order_as_rank
 
 # Raise CACHE_SEMANTICS together with the digest: records with unchanged policies are then measured again.
 GOLDEN = {1: "2e439ab364bdac8f"}

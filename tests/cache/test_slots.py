@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvbench.cache.policy import Plan
 from kvbench.cache.slots import EMPTY, Entries, settle
-from kvbench.cache.view import Plan
 from tests.covering import share_of
 
 quick = settings(max_examples=share_of(100), deadline=None, derandomize=True)

@@ -17,7 +17,7 @@ from kvbench.cache.selection import keep_top, lowest
 from kvbench.errors import ConfigError, NonFiniteChoiceError, NonFiniteError, PolicyError
 from kvbench.kernels.dispatch import kernels_forced
 from kvbench.policies.h2o import H2O
-from kvbench.policies.h2o_elastic_release import H2OElasticRelease
+from kvbench.policies.released.h2o_elastic import H2OElasticRelease
 from tests.driving import drive
 from tests.tiny_models import random_tokens
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvbench.cache import Budget, Policy, PolicyCache, cache_argument
-from kvbench.cache.eviction_log import EvictionLog
+from kvbench.cache.recording import EvictionLog
 from kvbench.cache.slots import Slots
 from kvbench.kernels.dispatch import interpreted, kernels_forced
 from kvbench.policies.elastic import Elastic

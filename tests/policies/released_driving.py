@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import Budget, Policy
-from kvbench.cache.layer import PolicyLayer
-from kvbench.cache.layer_setup import LayerSetup
-from kvbench.cache.pool import Pool
+from kvbench.cache.layer import PolicyLayer, Pool
+from kvbench.cache.setup import LayerSetup
 from tests.policies.released_code import Code, CodeStopsError, Layer, Token
 
 WIDTH = 4

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import Budget, Policy, View
-from kvbench.cache.released_choice import sorted_order_as_rank
 from kvbench.errors import ConfigError
 from kvbench.policies.elastic import Elastic
-from kvbench.policies.elastic_released import ElasticReleased
 from kvbench.policies.h2o import H2O
-from kvbench.policies.h2o_elastic_release import H2OElasticRelease
-from kvbench.policies.h2o_released import H2OReleased
-from kvbench.policies.local_elastic_release import LocalElasticRelease
+from kvbench.policies.released.choice import sorted_order_as_rank
+from kvbench.policies.released.elastic import ElasticReleased
+from kvbench.policies.released.h2o import H2OReleased
+from kvbench.policies.released.h2o_elastic import H2OElasticRelease
+from kvbench.policies.released.local_elastic import LocalElasticRelease
+from kvbench.policies.released.streaming_llm import StreamingLLMReleased
 from kvbench.policies.streaming_llm import StreamingLLM
-from kvbench.policies.streaming_llm_released import StreamingLLMReleased
 from tests.policies.released_driving import Drive, policy_layers, run
 
 

@@ -7,10 +7,10 @@ import random
 import pytest
 
 from kvbench.cache import Budget
-from kvbench.policies.elastic_released import ElasticReleased
-from kvbench.policies.h2o_elastic_release import H2OElasticRelease
-from kvbench.policies.local_elastic_release import LocalElasticRelease
-from kvbench.policies.streaming_llm_released import StreamingLLMReleased
+from kvbench.policies.released.elastic import ElasticReleased
+from kvbench.policies.released.h2o_elastic import H2OElasticRelease
+from kvbench.policies.released.local_elastic import LocalElasticRelease
+from kvbench.policies.released.streaming_llm import StreamingLLMReleased
 from tests.policies.released_code import ElasticCode, H2OCode, LocalCode, WindowCode
 from tests.policies.released_driving import Drive, compare
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from kvbench.cache import Budget, decode_step
+from kvbench.cache import Budget
+from kvbench.cache import layer as decode_step
 from kvbench.datasets.scene_drawing import draw_scene
 from kvbench.datasets.scene_text import describe, describe_prompt
 from kvbench.datasets.scenes import scene_at

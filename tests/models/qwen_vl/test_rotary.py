@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbench.cache import Budget, PolicyCache, ScorePolicy, View, attach, cache_argument
-from kvbench.cache.prompt_state import PromptRecorder, cache_after
-from kvbench.cache.rotation import Rotation
+from kvbench.cache.positions import Rotation
+from kvbench.cache.recording import PromptRecorder, cache_after
 from kvbench.errors import ModelSupportError
 from kvbench.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
 from kvbench.models.qwen_vl.rotary import DynamicRotary, query_scale, turned

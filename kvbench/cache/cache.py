@@ -17,16 +17,11 @@ from torch import Tensor
 from transformers import Cache
 
 from kvbench.cache.attention import is_attached
-from kvbench.cache.budget import UNLIMITED, Budget
-from kvbench.cache.decode_step import check_faults
-from kvbench.cache.layer import PolicyLayer
-from kvbench.cache.layer_setup import LayerSetup, OnPlan
-from kvbench.cache.ledger import Ledger
-from kvbench.cache.policy import Policy
-from kvbench.cache.pool import Pool
-from kvbench.cache.positions import POSITION_MODES, Places, PositionMode
-from kvbench.cache.rotation import rotation_of
-from kvbench.cache.step_counts import CountsShelf
+from kvbench.cache.counts import CountsShelf, Ledger
+from kvbench.cache.layer import PolicyLayer, Pool, check_faults
+from kvbench.cache.policy import UNLIMITED, Budget, Policy
+from kvbench.cache.positions import POSITION_MODES, Places, PositionMode, rotation_of
+from kvbench.cache.setup import LayerSetup, OnPlan
 from kvbench.errors import ConfigError, ModelSupportError, close_matches
 
 

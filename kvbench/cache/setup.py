@@ -10,17 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvbench.cache.budget import Budget
-from kvbench.cache.policy import Policy
-from kvbench.cache.positions import Places
-from kvbench.cache.rotation import Rotation
+from kvbench.cache.policy import Budget, Plan, Policy, View
+from kvbench.cache.positions import Places, Rotation
 from kvbench.cache.slots import Entries
-from kvbench.cache.view import Plan, View
 from kvbench.errors import ModelSupportError
 
 if TYPE_CHECKING:
-    from kvbench.cache.ledger import Ledger
-    from kvbench.cache.pool import Pool
+    from kvbench.cache.counts import Ledger
+    from kvbench.cache.layer import Pool
+
 
 OnPlan = Callable[[int, Entries, Plan], None]
 

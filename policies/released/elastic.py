@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import Needs, Plan, Policy, View
-from kvbench.cache.released_choice import merge_with_lost_offset, sorted_order_as_rank
 from kvbench.cache.selection import age_rank, entry_of_rank, keep_top, nearest_anchor, protected_entries
 from kvbench.errors import ConfigError
+
+from .choice import merge_with_lost_offset, sorted_order_as_rank
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import Needs, Plan, Policy, View
-from kvbench.cache.released_choice import slots_by_age, sorted_order_as_rank
 from kvbench.cache.selection import age_rank, keep_top, lowest, protected_entries
+
+from .choice import slots_by_age, sorted_order_as_rank
 
 
 @dataclass(frozen=True, kw_only=True)
