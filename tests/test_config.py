@@ -18,7 +18,7 @@ import kvbench.config
 from kvbench.cli import run
 from kvbench.compose import Composed, compose_grid
 from kvbench.config import build, build_cell, build_cells, check_shared, plugin_key
-from kvbench.datasets import file_dataset
+from kvbench.datasets import files as file_dataset
 from kvbench.errors import ConfigError
 from kvbench.models.spec import BUNDLED_FOLDER
 from kvbench.policy_source import class_name
@@ -255,7 +255,7 @@ def test_what_does_not_change_the_answer_leaves_the_key(overrides: list[str], mo
 
 ELSEWHERE = """
 from kvbench.cache import Budget
-from kvbench.datasets.scene_examples import Scenes
+from kvbench.datasets.scenes import Scenes
 from kvbench.policies.h2o import H2O
 from kvbench.runs.memory import Memory
 from kvbench.runs.perplexity import Perplexity
@@ -285,7 +285,7 @@ def test_a_class_that_is_found_at_another_place_leaves_the_key(monkeypatch: pyte
     ("place", "name"),
     [
         ("kvbench.policies.h2o", "H2O"),
-        ("kvbench.datasets.scene_examples", "Scenes"),
+        ("kvbench.datasets.scenes", "Scenes"),
         ("kvbench.runs.memory", "Memory"),
         ("kvbench.cache", "Budget"),
     ],

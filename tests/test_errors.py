@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from kvbench.datasets.conversation import Conversation
-from kvbench.datasets.mm_vet import MMVet
-from kvbench.datasets.needles import Needles
-from kvbench.datasets.text_windows import TextWindows
+from kvbench.datasets.retrieval import Needles
+from kvbench.datasets.text import TextWindows
+from kvbench.datasets.vision import MMVet
 from kvbench.errors import missing_path, near_paths
 from kvbench.models.spec import ModelSpec
 from tests.datasets.files import refusal, write_json, write_picture

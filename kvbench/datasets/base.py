@@ -1,15 +1,44 @@
-"""What a data set gives: examples with a question, perhaps a picture, a reference and known facts."""
+"""What a data set gives: examples with a question, perhaps a picture, a reference and known facts.
+
+One question and its right answer.
+
+A prompt without text: how many tokens, how many pictures, drawn from which seed.
+
+Texts of a row: there, of the right type, not empty, whole Unicode, and text alone, no mark of a picture.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import re
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from PIL import Image
 
-from kvbench.datasets.token_prompt import TokenPrompt
-from kvbench.datasets.turn import Turn
+from kvbench.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """One turn of a conversation; `answer` is empty where no right answer is known."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenPrompt:
+    """What a model's vocabulary and picture size turn into a prompt.
+
+    num_tokens counts everything, picture tokens included. num_images 0 or 1, None: 1 where the model
+    takes pictures.
+    """
+
+    num_tokens: int
+    num_images: int | None
+    seed: int
+
 
 OnBadItem = Literal["fail", "skip"]
 
@@ -79,3 +108,59 @@ class Dataset(Protocol):
 
     def facts_in(self, text: str) -> frozenset[Hashable]:
         """Return the facts that `text` states; empty where the data set knows no facts."""
+
+
+# What the prompts of every supported family hold in the place of a picture, and around it. A text that has one
+# of them asks for a picture that is not there, whichever model reads it.
+PICTURE_MARKS = (
+    *("<image>", "<video>"),  # LLaVA, LLaVA-NeXT, LLaVA-OneVision, the bundled model
+    *("<|image_pad|>", "<|video_pad|>", "<|vision_pad|>", "<|vision_start|>", "<|vision_end|>"),  # Qwen2.5-VL, Qwen3-VL
+    *("<img>", "</img>", "<imgpad>"),  # the original Qwen-VL
+)
+_MARK = re.compile("|".join(map(re.escape, PICTURE_MARKS)))
+
+
+def without_marks(text: str) -> str:
+    """Return `text` with a space after the first letter of every picture mark, so that it is read as text."""
+    return _MARK.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether `text` can be written as UTF-8, which half a surrogate pair can not."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def object_of(content: Any, where: str, needs: Iterable[str]) -> Mapping[str, Any]:
+    """Return `content` as a JSON object. Raises: DataError."""
+    if not isinstance(content, dict):
+        raise DataError(f"{where} is {str(content)[:80]!r}; it must be an object with {', '.join(needs)}")
+    return content
+
+
+def text_of(content: Mapping[str, Any], name: str, where: str) -> str:
+    """Return the text `name` without space around it. Raises: DataError unless it is there and not empty."""
+    if not isinstance(content.get(name), str):
+        found = f"the {name} {str(content[name])[:80]!r}" if name in content else f"no {name}"
+        raise DataError(f"{where} has {found}; it needs the text {name!r}, and has the fields {_names(content)}")
+    return checked_text(content[name], name, where)
+
+
+def checked_text(text: str, name: str, where: str) -> str:
+    """Return `text` without space around it. Raises: DataError if nothing is left or it is no whole Unicode."""
+    if not text.strip():
+        raise DataError(f"{where} has an empty {name}; every item needs one")
+    if not is_unicode(text):
+        raise DataError(f"{where} has half a surrogate pair in its {name}; it must be whole Unicode text")
+    return text.strip()
+
+
+def id_of(content: Mapping[str, Any], names: Iterable[str], default: str, where: str) -> str:
+    """Return the first of `names` that the row has, as text; numbers count. Raises: DataError."""
+    found = next((content[name] for name in names if content.get(name) is not None), default)
+    if isinstance(found, bool) or not isinstance(found, str | int):
+        raise DataError(f"{where} has the id {str(found)[:80]!r}; it must be text or a whole number")
+    return checked_text(str(found), "id", where)
+
+
+def _names(content: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(map(str, content)))[:200] or "none"

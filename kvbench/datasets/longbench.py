@@ -15,11 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kvbench.datasets.answers_file import texts_by_id
-from kvbench.datasets.base import Example
-from kvbench.datasets.fields import checked_text, id_of, object_of, text_of
-from kvbench.datasets.file_dataset import FileDataset
-from kvbench.datasets.rows import Row
+from kvbench.datasets.base import Example, checked_text, id_of, object_of, text_of
+from kvbench.datasets.files import FileDataset, Row, texts_by_id
 from kvbench.errors import ConfigError, DataError, close_matches
 
 _CONTEXT, _INPUT = "{context}", "{input}"

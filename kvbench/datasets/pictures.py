@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from kvbench.datasets.fields import is_unicode
+from kvbench.datasets.base import is_unicode
 from kvbench.errors import ConfigError, DataError, missing_path
 
 FORMATS = ("PNG", "JPEG", "WEBP")

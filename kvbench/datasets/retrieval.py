@@ -2,21 +2,28 @@
 
 A row has `input` and what is expected (`outputs`, `answers`, `answer` or `target`). Every expected text is
 a fact, so an answer is also scored by how many it names.
+
+Needles in a haystack, made from a seed: a passkey or a sentence hidden at a known depth.
+
+The haystack is a text file (or a folder of them), or synthetic filler sentences. Depths are spread evenly
+over the examples, so that a table by depth is one group-by away: the id holds it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import hashlib
+import random
+import re
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args
 
-from kvbench.datasets.base import Example
-from kvbench.datasets.fields import id_of, object_of, text_of
-from kvbench.datasets.file_dataset import FileDataset
+from kvbench.datasets.base import Example, id_of, object_of, text_of, without_marks
+from kvbench.datasets.files import FileDataset, Row, read_bytes
 from kvbench.datasets.longbench import answers_of
-from kvbench.datasets.rows import Row
-from kvbench.errors import DataError
+from kvbench.errors import ConfigError, DataError, close_matches
 
 _EXPECTED = ("outputs", "answers", "answer", "target")
 
@@ -68,3 +75,110 @@ def _expected_name(content: Mapping[str, Any], where: str) -> str:
     if found is None:
         raise DataError(f"{where} says not what is expected; it needs one of {', '.join(_EXPECTED)}")
     return found
+
+
+Kind = Literal["passkey", "needle"]
+_VERSION = 1
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+_NUMBER = re.compile(r"\d+")
+_WHO = ("gardener", "sailor", "baker", "teacher", "painter", "miller", "doctor", "pilot")
+_DOES = ("walks past", "looks at", "talks about", "waits beside", "remembers", "draws")
+_WHAT = ("the old bridge", "a quiet street", "the harbour", "a field of wheat", "the market", "a wooden door")
+_WHEN = ("in the morning", "after the rain", "on a Sunday", "before supper", "late in autumn", "every other day")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needles:
+    """`num_samples` haystacks of `context_words` words, the needle at one of `num_depths` depths from 0 to 1.
+
+    kind: `passkey` hides a number of `digits` digits, `needle` a sentence about a city. filler: a text file or
+    a folder of .txt files in the place of synthetic sentences. Raises: ConfigError, DataError.
+    """
+
+    num_samples: int = 20
+    kind: Kind = "passkey"
+    context_words: int = 400
+    num_depths: int = 5
+    digits: int = 5
+    filler: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ConfigError(f"dataset.kind is {self.kind!r}; {close_matches(self.kind, get_args(Kind))}")
+        if self.num_samples < 1 or self.context_words < 10 or self.num_depths < 1 or not 1 <= self.digits <= 18:
+            raise ConfigError(
+                f"dataset has num_samples={self.num_samples}, context_words={self.context_words}, "
+                f"num_depths={self.num_depths}, digits={self.digits}; allowed: >= 1, >= 10, >= 1, 1 to 18"
+            )
+        if self.filler is not None and len(self._sentences) < 2:
+            raise DataError(f"{self.filler} holds {len(self._sentences)} sentences; a haystack needs at least 2")
+
+    @cached_property
+    def _sentences(self) -> list[str]:
+        if self.filler is None:
+            return []
+        path = Path(self.filler).expanduser()
+        files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+        try:
+            texts = [read_bytes(file, "filler").decode("utf-8-sig") for file in files]
+        except UnicodeDecodeError as error:
+            raise DataError(f"dataset.filler {self.filler} is not text in UTF-8 ({error})") from error
+        parts = (part for text in texts for part in _SENTENCE_END.split(without_marks(text)))
+        return [" ".join(part.split()) for part in parts if part.strip()]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The version of the generator and the filler's content; everything else is in the settings."""
+        content = hashlib.sha256("\n".join(self._sentences).encode()).hexdigest() if self.filler else "synthetic"
+        return f"needles-v{_VERSION}-{content}"
+
+    def examples(self) -> Sequence[Example]:
+        """Return the examples; example k has depth k modulo num_depths."""
+        return self._examples
+
+    @cached_property
+    def _examples(self) -> list[Example]:
+        return [self._haystack(number) for number in range(self.num_samples)]
+
+    def _haystack(self, number: int) -> Example:
+        rng = random.Random(f"needles-v{_VERSION}/{self.seed}/{number}")
+        depth = (number % self.num_depths) / max(1, self.num_depths - 1)
+        secret = str(rng.randrange(10 ** (self.digits - 1), 10**self.digits))
+        hidden, asked = _needle(self.kind, secret)
+        hay = self._hay(rng)
+        hay.insert(round(depth * len(hay)), hidden)
+        name = f"{self.kind}/{number}/depth-{depth:.2f}"
+        return Example(
+            id=name,
+            cluster=name,
+            context=" ".join(hay) + "\n\n",
+            question=asked,
+            reference=secret,
+            facts=frozenset((secret,)),
+            fact_noun="needles",
+        )
+
+    def _hay(self, rng: random.Random) -> list[str]:
+        """Return sentences of `context_words` words or a few more, from a random place in the filler on."""
+        hay: list[str] = []
+        num_words, at = 0, rng.randrange(len(self._sentences)) if self._sentences else 0
+        while num_words < self.context_words:
+            hay.append(self._sentences[at % len(self._sentences)] if self._sentences else _filler(rng))
+            num_words, at = num_words + len(hay[-1].split()), at + 1
+        return hay
+
+    def facts_in(self, text: str) -> frozenset[Hashable]:
+        """Return every hidden number of the data set that `text` holds as a number of its own."""
+        numbers = set(_NUMBER.findall(text))
+        return frozenset(example.reference for example in self._examples if example.reference in numbers)
+
+
+def _filler(rng: random.Random) -> str:
+    return f"The {rng.choice(_WHO)} {rng.choice(_DOES)} {rng.choice(_WHAT)} {rng.choice(_WHEN)}."
+
+
+def _needle(kind: str, secret: str) -> tuple[str, str]:
+    if kind == "passkey":
+        return f"The pass key is {secret}. Remember it.", "What is the pass key mentioned in the text?"
+    return f"The magic number of the city of Aran is {secret}.", "What is the magic number of the city of Aran?"

@@ -6,8 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvbench.datasets.base import Example
-from kvbench.datasets.token_prompt import TokenPrompt
+from kvbench.datasets.base import Example, TokenPrompt
 from kvbench.errors import ConfigError
 
 SYNTHETIC_VERSION = 1

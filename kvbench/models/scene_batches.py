@@ -13,10 +13,22 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerFast
 
-from kvbench.datasets.scene_drawing import draw_scene, object_centres
-from kvbench.datasets.scene_text import describe, describe_prompt, follow_up_turns
-from kvbench.datasets.scenes import COLOURS, GRID_CELLS, IMAGE_PIXELS, SHAPES, SIZES, TEXTURES, Scene, scene_at
-from kvbench.datasets.turn import Turn
+from kvbench.datasets.base import Turn
+from kvbench.datasets.scenes import (
+    COLOURS,
+    GRID_CELLS,
+    IMAGE_PIXELS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Scene,
+    describe,
+    describe_prompt,
+    draw_scene,
+    follow_up_turns,
+    object_centres,
+    scene_at,
+)
 from kvbench.models.tiny_llava import PATCH_PIXELS
 
 IGNORED_LABEL = -100

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from kvbench.datasets.scene_drawing import draw_scene
-from kvbench.datasets.scene_text import describe_prompt, parse_objects
-from kvbench.datasets.scenes import Scene, scene_at
+from kvbench.datasets.scenes import Scene, describe_prompt, draw_scene, parse_objects, scene_at
 
 BATCH = 25
 MAX_NEW_TOKENS = 160

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvbench.datasets.token_prompt import TokenPrompt
+from kvbench.datasets.base import TokenPrompt
 from kvbench.errors import DataError
 from kvbench.models.loader import LoadedModel
 from kvbench.models.spec import image_tokens

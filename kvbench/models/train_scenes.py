@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from kvbench.datasets.scene_text import DESCRIBE_PROMPTS, describe, follow_up_turns
-from kvbench.datasets.scenes import GRID_CELLS, scene_at
+from kvbench.datasets.scenes import DESCRIBE_PROMPTS, GRID_CELLS, describe, follow_up_turns, scene_at
 from kvbench.durable import replace_file
 from kvbench.models.scene_batches import CELL_CLASSES, IGNORED_LABEL, SceneBatch, SceneBatches
 from kvbench.models.scene_score import score_model

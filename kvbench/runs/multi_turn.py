@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from kvbench.datasets.base import Example
-from kvbench.datasets.turn import Turn
+from kvbench.datasets.base import Example, Turn
 from kvbench.errors import ConfigError, MeasureError, NonFiniteError
 from kvbench.measures import MAX_TURNS, MEASURES
 from kvbench.metrics.facts import fact_scores

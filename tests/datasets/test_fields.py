@@ -7,18 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from kvbench.datasets.base import Example
-from kvbench.datasets.conversation import Conversation
-from kvbench.datasets.fields import PICTURE_MARKS, without_marks
-from kvbench.datasets.file_dataset import FileDataset
-from kvbench.datasets.llava_bench import LlavaBench
+from kvbench.datasets.base import PICTURE_MARKS, Example, without_marks
+from kvbench.datasets.conversation import Conversation, MTBench
+from kvbench.datasets.files import FileDataset
 from kvbench.datasets.longbench import LongBench
-from kvbench.datasets.mm_vet import MMVet
-from kvbench.datasets.mt_bench import MTBench
-from kvbench.datasets.needles import Needles
-from kvbench.datasets.retrieval import Retrieval
-from kvbench.datasets.summaries import Summaries
-from kvbench.datasets.text_windows import TextWindows
+from kvbench.datasets.retrieval import Needles, Retrieval
+from kvbench.datasets.text import Summaries, TextWindows
+from kvbench.datasets.vision import LlavaBench, MMVet
 from tests.datasets.files import write_json, write_lines, write_picture
 
 

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from kvbench.datasets.conversation import Conversation
-from kvbench.datasets.llava_bench import LlavaBench
-from kvbench.datasets.rows import read_rows
-from kvbench.datasets.summaries import Summaries
+from kvbench.datasets.files import read_rows
+from kvbench.datasets.text import Summaries
+from kvbench.datasets.vision import LlavaBench
 from tests.datasets.files import refusal, write_json, write_lines, write_picture
 
 GOOD = {"question": "What is it?", "answer": "A dot."}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvbench.datasets.summaries import Summaries
+from kvbench.datasets.text import Summaries
 from tests.datasets.files import refusal
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

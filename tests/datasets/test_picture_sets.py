@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 
+from kvbench.datasets.base import Turn
 from kvbench.datasets.conversation import Conversation
-from kvbench.datasets.llava_bench import LlavaBench
-from kvbench.datasets.mm_vet import MMVet
-from kvbench.datasets.turn import Turn
+from kvbench.datasets.vision import LlavaBench, MMVet
 from tests.datasets.files import refusal, write_json, write_lines, write_picture
 
 ITEMS: dict[str, Any] = {

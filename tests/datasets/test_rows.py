@@ -10,9 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kvbench.datasets.rows import read_rows
-from kvbench.datasets.summaries import Summaries
-from kvbench.datasets.text_windows import TextWindows
+from kvbench.datasets.files import read_rows
+from kvbench.datasets.text import Summaries, TextWindows
 from tests.datasets.files import refusal, write_json
 
 HEAD = "document,summary\n"

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbench.datasets.base import Window
-from kvbench.datasets.needles import Needles
-from kvbench.datasets.text_windows import TextWindows
+from kvbench.datasets.retrieval import Needles
+from kvbench.datasets.text import TextWindows
 from tests.covering import share_of
 from tests.datasets.files import refusal
 

@@ -7,10 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvbench.datasets.scene_drawing import draw_scene
-from kvbench.datasets.scene_examples import Scenes
-from kvbench.datasets.scene_text import NUMBERS, describe, follow_up_turns, parse_objects
-from kvbench.datasets.scenes import COLOURS, SHAPES, SIZES, TEXTURES, Scene, scene_at
+from kvbench.datasets.scenes import (
+    COLOURS,
+    NUMBERS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Scene,
+    Scenes,
+    describe,
+    draw_scene,
+    follow_up_turns,
+    parse_objects,
+    scene_at,
+)
 from kvbench.errors import ConfigError
 from tests.covering import share_of
 

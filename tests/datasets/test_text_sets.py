@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
+from kvbench.datasets.base import Turn
+from kvbench.datasets.conversation import MTBench
 from kvbench.datasets.longbench import LongBench
-from kvbench.datasets.mt_bench import MTBench
 from kvbench.datasets.retrieval import Retrieval
-from kvbench.datasets.summaries import Summaries
-from kvbench.datasets.turn import Turn
+from kvbench.datasets.text import Summaries
 from tests.datasets.files import refusal, write_json, write_lines
 
 QUESTIONS = [

@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from kvbench.cache import Kind
-from kvbench.datasets.scene_drawing import draw_scene
-from kvbench.datasets.scene_examples import Scenes
-from kvbench.datasets.scenes import scene_at
+from kvbench.datasets.scenes import Scenes, draw_scene, scene_at
 from kvbench.models.inputs import answer_text, answer_tokens, prompt_batch
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.scene_batches import IGNORED_LABEL, encode_conversation, to_pixels, training_turns

@@ -13,8 +13,7 @@ import pytest
 import torch
 from transformers.utils import chat_template_utils
 
-from kvbench.datasets.base import Example
-from kvbench.datasets.turn import Turn
+from kvbench.datasets.base import Example, Turn
 from kvbench.errors import ModelSupportError
 from kvbench.models.chat import default_template
 from kvbench.models.inputs import answer_tokens, prompt_batch, prompt_ids, prompt_text

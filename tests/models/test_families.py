@@ -17,8 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from kvbench.cache import UNLIMITED, Budget, Kind, Policy
-from kvbench.datasets.base import Example
-from kvbench.datasets.fields import PICTURE_MARKS, without_marks
+from kvbench.datasets.base import PICTURE_MARKS, Example, without_marks
 from kvbench.datasets.pictures import MAX_SIDES
 from kvbench.errors import DataError, ModelSupportError
 from kvbench.models.families import FAMILIES as SUPPORTED

@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kvbench.datasets.scene_text import describe
-from kvbench.datasets.scenes import scene_at
+from kvbench.datasets.scenes import describe, scene_at
 from kvbench.models import scene_score, train_scenes
 from kvbench.models.loader import load_model
 from kvbench.models.scene_batches import SceneBatch

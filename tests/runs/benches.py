@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvbench.cache import Budget, Needs, Policy, ScorePolicy, View
 from kvbench.datasets.base import Dataset
-from kvbench.datasets.scene_examples import Scenes
+from kvbench.datasets.scenes import Scenes
 from kvbench.models.loader import LoadedModel
 from kvbench.models.spec import ModelSpec
 from kvbench.runs.cell import Cell

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvbench.autopsies import NEVER, autopsy_path, read_autopsy
 from kvbench.cache import Budget, Plan, PolicyCache, View, cache_argument
-from kvbench.datasets.scene_examples import Scenes
+from kvbench.datasets.scenes import Scenes
 from kvbench.errors import ConfigError
 from kvbench.models.inputs import prompt_batch
 from kvbench.models.loader import LoadedModel

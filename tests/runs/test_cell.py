@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvbench.datasets.base import Example
-from kvbench.datasets.scene_examples import Scenes
+from kvbench.datasets.scenes import Scenes
 from kvbench.errors import ConfigError, DataError, ModelSupportError, NonFiniteError, PolicyError
 from kvbench.models.spec import ModelSpec
 from kvbench.runs.cell import Cell

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from kvbench.cache import Budget
-from kvbench.datasets.base import Example, Window
-from kvbench.datasets.turn import Turn
+from kvbench.datasets.base import Example, Turn, Window
 from kvbench.errors import ConfigError, ModelSupportError
 from kvbench.models.inputs import answer_tokens, given_prompts, prompt_batch
 from kvbench.models.loader import LoadedModel, load_model

@@ -12,8 +12,8 @@ from kvbench.compose import compose_grid
 from kvbench.config import build_cell
 from kvbench.datasets.base import Example
 from kvbench.datasets.conversation import Conversation
-from kvbench.datasets.needles import Needles
-from kvbench.datasets.scene_examples import Scenes
+from kvbench.datasets.retrieval import Needles
+from kvbench.datasets.scenes import Scenes
 from kvbench.errors import ConfigError, DataError
 from kvbench.models.modality import takes_images
 from kvbench.models.spec import ModelSpec

@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor
 
 from kvbench.cache import Budget, Policy
-from kvbench.datasets.scene_examples import Scenes
+from kvbench.datasets.scenes import Scenes
 from kvbench.errors import RecordError
 from kvbench.models.spec import ModelSpec
 from kvbench.policies.elastic import Elastic

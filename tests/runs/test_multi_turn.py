@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from kvbench.cache import Budget
-from kvbench.datasets.base import Example
-from kvbench.datasets.turn import Turn
+from kvbench.datasets.base import Example, Turn
 from kvbench.errors import ConfigError, MeasureError, ModelSupportError, NonFiniteError
 from kvbench.measures import MEASURES
 from kvbench.models.inputs import PromptBatch, prompt_batch, prompt_text

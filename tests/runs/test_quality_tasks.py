@@ -13,9 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from kvbench.cache import Budget
 from kvbench.cache import layer as decode_step
-from kvbench.datasets.scene_drawing import draw_scene
-from kvbench.datasets.scene_text import describe, describe_prompt
-from kvbench.datasets.scenes import scene_at
+from kvbench.datasets.scenes import describe, describe_prompt, draw_scene, scene_at
 from kvbench.errors import ConfigError, MeasureError, NonFiniteChoiceError, NonFiniteError
 from kvbench.models.loader import LoadedModel
 from kvbench.models.spec import BUNDLED_FOLDER

@@ -3,6 +3,11 @@
 Windows begin at places that follow from the text alone, every (prompt_tokens + scored_tokens) *
 chars_per_token characters at the next space, so that every model is scored on the same places whatever
 its tokenizer. What a window holds beyond its scored tokens is unused.
+
+Documents to summarise: multi_news, XSum, CNN/DailyMail and any table with a document and a summary.
+
+The document comes first and the instruction after it, so that the instruction can be hidden from a
+policy that compresses the document.
 """
 
 from __future__ import annotations
@@ -12,11 +17,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from kvbench.datasets.base import Example, Window
-from kvbench.datasets.fields import is_unicode, object_of
-from kvbench.datasets.file_dataset import FileDataset
+from kvbench.datasets.base import Example, Window, id_of, is_unicode, object_of, text_of
+from kvbench.datasets.files import FileDataset, Row, read_bytes, read_rows
 from kvbench.datasets.pictures import confined
-from kvbench.datasets.rows import Row, read_bytes, read_rows
 from kvbench.errors import ConfigError, DataError
 
 _SEARCH_CHARS = 200  # how far a window's begin may move to stand at a space
@@ -121,3 +124,29 @@ def _next_word(text: str, start: int) -> int:
     near = text[start - 1 : start + _SEARCH_CHARS]
     space = next((at for at, letter in enumerate(near) if letter.isspace()), None)
     return start if space is None else start + space
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summaries(FileDataset):
+    """Examples of a JSON, JSONL, CSV or Parquet file, or of the hub, each document a cluster.
+
+    document, summary: names of the fields. instruction: what stands after the document; empty where the
+    document is a whole prompt already. The id is the row's `id`, else its number.
+    """
+
+    document: str = "document"
+    summary: str = "summary"
+    instruction: str = "Summarize the text above in a few sentences."
+
+    def _example(self, row: Row) -> Example:
+        content = object_of(row.content, row.where, (self.document, self.summary))
+        name = id_of(content, ("id",), str(row.number), row.where)
+        document = text_of(content, self.document, row.where)
+        instruction = self.instruction.strip()
+        return Example(
+            id=name,
+            cluster=name,
+            context=f"{document}\n\n" if instruction else "",
+            question=instruction or document,
+            reference=text_of(content, self.summary, row.where),
+        )
