@@ -60,7 +60,7 @@ wheel-smoke: install ## build the wheel, install it into an empty venv, run it f
 	bash .ci/wheel-smoke
 
 train-bundled: install ## train the bundled model again (100 minutes on 2 CPU cores); resumable
-	$(BIN)/python -m kvbench.models.train_scenes --out runs/tiny-llava
+	$(BIN)/python -m kvbench.bundled.train --out runs/tiny-llava
 
 clean: ## remove what make made, results excepted
 	rm -rf $(VENV) $(NEWEST) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -15,9 +15,7 @@ from typing import Any
 
 from kvbench.datasets.base import Dataset
 from kvbench.errors import ConfigError, close_matches
-from kvbench.models.families import FAMILIES, MOVING_ROTATIONS, TEXT_FAMILIES
-from kvbench.models.own_code import check_folder_code
-from kvbench.models.spec import ModelSpec
+from kvbench.models.spec import FAMILIES, MOVING_ROTATIONS, TEXT_FAMILIES, ModelSpec, check_folder_code
 from kvbench.models.weight_files import check_weight_files
 from kvbench.redaction import is_secret_name, secret_in
 

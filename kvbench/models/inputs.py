@@ -1,4 +1,16 @@
-"""Turn examples into what a model takes: left-padded prompts, token kinds, answer tokens."""
+"""Turn examples into what a model takes: left-padded prompts, token kinds, answer tokens.
+
+Where the question begins in a prompt's tokens, for a policy that must not see it when it compresses.
+
+The picture and the context come first and are compressed alone; the question and whatever the chat
+template writes after it follow as a second chunk.
+
+Windows of running text as tokens: plain text, no chat template, the tokenizer's own begin token.
+
+Positions on three axes, where a family counts a picture's tokens by time, row and column.
+
+Prompts of random token ids and random pictures, for a model without tokenizer and processor.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +18,103 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvbench.cache import Kind
-from kvbench.datasets.base import Example
+from kvbench.datasets.base import Example, TokenPrompt
 from kvbench.errors import DataError, ModelSupportError
 from kvbench.models.chat import message, render_chat
-from kvbench.models.families import FIXED_PICTURE_FAMILIES
-from kvbench.models.grid_positions import GridPositions, grid_positions
 from kvbench.models.loader import LoadedModel
-from kvbench.models.synthetic_inputs import synthetic_tensors
-from kvbench.models.windows import window_tokens
+from kvbench.models.spec import FIXED_PICTURE_FAMILIES, image_tokens
+
+
+def window_tokens(loaded: LoadedModel, example: Example) -> tuple[list[int], list[int]]:
+    """Return the tokens given and the tokens scored. Raises: DataError if the passage has too few."""
+    window = example.window
+    assert window is not None
+    tokens = loaded.text.ids(loaded.text.shield(example.question), add_special_tokens=True)
+    end = window.prompt_tokens + window.scored_tokens
+    if len(tokens) < end:
+        raise DataError(
+            f"{example.id} has {len(tokens)} tokens, and a window takes {end}; raise dataset.chars_per_token "
+            f"above {len(example.question) / max(1, len(tokens)):.2f}"
+        )
+    return tokens[: window.prompt_tokens], tokens[window.prompt_tokens : end]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GridPositions:
+    """Positions of prompts as the model's own `get_rope_index` counts them.
+
+    prompt (3, B, T) int64. offset (B, 1) int64: from a text token's index to its position on every
+    axis once the prompt's pictures are behind it; a picture takes fewer positions than tokens.
+    """
+
+    prompt: Tensor
+    offset: Tensor
+
+    def without_last(self, num_tokens: int) -> GridPositions:
+        """Return the same without the prompt's last tokens, which are text."""
+        return replace(self, prompt=self.prompt[..., :-num_tokens])
+
+
+def grid_positions(model: Any, tensors: Mapping[str, Tensor]) -> GridPositions | None:
+    """Return the positions of the prompts in `tensors`, None for a family whose positions are the index."""
+    count = getattr(getattr(model, "model", None), "get_rope_index", None)
+    if count is None:
+        return None
+    names = ("input_ids", "attention_mask", "image_grid_thw", "mm_token_type_ids")
+    prompt, offset = count(**{name: tensors[name] for name in names if name in tensors})
+    return GridPositions(prompt=prompt, offset=offset)
+
+
+_BEFORE_IMAGE_TOKENS = 1  # as a begin token stands before the picture
+
+
+def synthetic_tensors(loaded: LoadedModel, prompts: Sequence[TokenPrompt]) -> dict[str, Tensor]:
+    """Return input_ids and attention_mask (B, T), and pixel_values (B, 3, S, S) where there are pictures.
+
+    Ids are uniform over the vocabulary without the image token, pictures standard normal; both are
+    drawn on the CPU, so every device gets the same. Raises: DataError for a prompt too short for its
+    picture, or prompts of different lengths or kinds in one batch.
+    """
+    config = loaded.model.config
+    if len({(prompt.num_tokens, prompt.num_images) for prompt in prompts}) > 1:
+        raise DataError("synthetic prompts of one batch must have one length and one number of pictures")
+    with_image = bool(loaded.takes_images if prompts[0].num_images is None else prompts[0].num_images)
+    num_image_tokens = image_tokens(config.to_dict()) if with_image else 0
+    if with_image and prompts[0].num_tokens < num_image_tokens + 2:
+        raise DataError(
+            f"a prompt of {prompts[0].num_tokens} tokens has no room for a picture of {num_image_tokens} and text"
+        )
+    generators = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
+    rows = [_ids(loaded, prompt, number, num_image_tokens) for prompt, number in zip(prompts, generators, strict=True)]
+    ids = torch.stack(rows).to(loaded.device)
+    tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if with_image:
+        pixels = torch.stack([_pixels(config.vision_config, generator) for generator in generators])
+        tensors["pixel_values"] = pixels.to(loaded.device, loaded.model.dtype)
+    return tensors
+
+
+def _ids(loaded: LoadedModel, prompt: TokenPrompt, generator: torch.Generator, num_image_tokens: int) -> Tensor:
+    size = loaded.model.config.get_text_config().vocab_size
+    image_id = loaded.image_token_id
+    if image_id is None or not 0 <= image_id < size:
+        return torch.randint(size, (prompt.num_tokens,), generator=generator)
+    ids = torch.randint(size - 1, (prompt.num_tokens,), generator=generator)
+    ids += ids >= image_id
+    ids[_BEFORE_IMAGE_TOKENS : _BEFORE_IMAGE_TOKENS + num_image_tokens] = image_id
+    return ids
+
+
+def _pixels(vision: Any, generator: torch.Generator) -> Tensor:
+    return torch.randn(vision.num_channels, vision.image_size, vision.image_size, generator=generator)
+
 
 _PICTURE_INPUTS = ("pixel_values", "image_sizes", "batch_num_images", "image_grid_thw")
 # What processors raise for one picture or text; StopIteration: more image tokens than pictures, transformers 5.17.
@@ -306,3 +401,44 @@ def _kinds(loaded: LoadedModel, ids: Tensor) -> Tensor:
     if loaded.image_token_id is not None:
         kind = torch.where(ids == loaded.image_token_id, int(Kind.IMAGE), kind)
     return kind.to(torch.int8)
+
+
+_MARK = "\ue000question\ue000"  # private use: no data set writes it
+
+
+def num_question_tokens(loaded: LoadedModel, example: Example) -> int:
+    """Return how many tokens at the prompt's end are the question and what follows it.
+
+    A token that holds letters of both counts as the question's, so nothing of the question is in the
+    first part. Raises: DataError if nothing stands before the question, ModelSupportError if the chat
+    template does not write message and picture in order.
+    """
+    if not example.can_hide_question:
+        raise DataError(f"{example.id} has neither a picture nor a context before its question; set query_visible=true")
+    whole = prompt_text(loaded, example)
+    before, mark, after = prompt_text(loaded, example, before_question=_MARK).partition(_MARK)
+    if not mark or before + after != whole:
+        raise ModelSupportError(
+            "the chat template changes the message, so the question's begin is unknown; set query_visible=true"
+        )
+    adds = adds_special_tokens(loaded, whole)
+    first = loaded.text.ids(before, add_special_tokens=adds)
+    tokens = loaded.text.ids(whole, add_special_tokens=adds)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, tokens, strict=False)))
+    if shared == 0 or loaded.image_token_id in tokens[shared:]:
+        raise ModelSupportError(
+            "the chat template writes the picture after the question, or nothing before it; set query_visible=true"
+        )
+    return len(tokens) - shared
+
+
+def by_question_length(loaded: LoadedModel, examples: Sequence[Example]) -> dict[int, list[Example]]:
+    """Return the examples by the number of their question's tokens, in order of appearance.
+
+    A second chunk has no pads, so only those of one number can be decoded together.
+    """
+    groups: dict[int, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(num_question_tokens(loaded, example), []).append(example)
+        loaded.beat()
+    return groups

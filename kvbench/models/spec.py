@@ -1,24 +1,118 @@
-"""Which checkpoint, or which architecture with random weights; checked before anything heavy is imported."""
+"""Which checkpoint, or which architecture with random weights; checked before anything heavy is imported.
+
+Which families of checkpoints are supported, by the `model_type` of their configuration.
+
+Whether a model takes pictures, from its configuration, before anything heavy is imported.
+
+Code that comes with a checkpoint: run only on request, and only from the place that is pinned.
+
+Prompt formats that checkpoints do not carry, or carry in another form than a paper used.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from kvbench.errors import ConfigError, close_matches, missing_path, near_paths
-from kvbench.models.families import RANDOM_FAMILIES, VISION_FAMILIES
-from kvbench.models.prompts import PROMPT_RULES, PROMPTS
 from kvbench.models.weight_files import SUFFIXES, check_no_adapter, check_no_pointer
 from kvbench.sealed import canonical_json
 
+GRID_FAMILIES = ("qwen2_5_vl", "qwen3_vl")  # a picture's tokens are counted by its grid of patches
+PORTED_FAMILIES = ("qwen",)  # the original Qwen-VL, a model class of our own
+FIXED_PICTURE_FAMILIES = ("llava", *PORTED_FAMILIES)  # every picture is as many tokens, whatever its size
+VISION_FAMILIES = ("llava", "llava_next", "llava_onevision", *GRID_FAMILIES, *PORTED_FAMILIES)
+TEXT_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = (*VISION_FAMILIES, *TEXT_FAMILIES)
+RANDOM_FAMILIES = ("llava", *TEXT_FAMILIES)  # those that random weights and random pictures are drawn for
+MOVING_ROTATIONS = ("dynamic", "longrope")  # rotary kinds whose angles follow the length so far
+
+
+_FILES = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+
+
+def check_folder_code(folder: Path) -> None:
+    """Raise ConfigError if a settings file in `folder` takes code from another repository, which nothing pins."""
+    for path in filter(Path.is_file, (folder / name for name in _FILES)):
+        check_code_place(json.loads(path.read_text(encoding="utf-8")), str(path))
+
+
+def check_hub_code(source: str, revision: str | None) -> None:
+    """Do the same for a checkpoint on the hub; fetches settings and runs nothing. Raises: ConfigError."""
+    from transformers import PretrainedConfig
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    config, _ = PretrainedConfig.get_config_dict(source, revision=revision)
+    check_code_place(config, f"config.json of {source}")
+    check_code_place(get_tokenizer_config(source, revision=revision), f"tokenizer_config.json of {source}")
+
+
+def check_code_place(settings: Any, where: str) -> None:
+    """Raise ConfigError if `auto_map` in `settings`, read from `where`, names code of another repository."""
+    auto_map = settings.get("auto_map", {}) if isinstance(settings, dict) else {}
+    for name in _texts(auto_map):
+        if "--" in name:
+            raise ConfigError(
+                f"{where} takes code from another repository ({name}), which model.trust_remote_code does not "
+                "cover, as nothing pins it; copy the checkpoint and that code into one folder and name the code there"
+            )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
+# How checkpoint and data become tokens: raise it when they would give others. 2: data is plain text, templates have
+# one clock, an answer ends at every end token that the checkpoint names and is scored to the template's own.
+PROMPT_RULES = 2
+
+# LLaVA v1.5's training conversations ("v1"), which the Elastic Cache release evaluates with: a system
+# sentence, then turns separated by one space. The converted checkpoints' own template has no sentence.
+LLAVA_V1 = (
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}"
+    "{% else %}A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the human's questions.{% endif %}"
+    "{% for message in messages if message['role'] != 'system' %}"
+    "{% if message['role'] == 'user' %} USER: {% else %} ASSISTANT: {% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}</s>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
+
+_QWEN_CONTENT = (
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{% set pictures.count = pictures.count + 1 %}"
+    "Picture {{ pictures.count }}:<img><imgpad></img>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+)
+
+# Qwen-VL-Chat: ChatML without a line end before the first turn, pictures numbered over the conversation.
+QWEN_CHATML = (
+    "{% set pictures = namespace(count=0) %}"
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n" + _QWEN_CONTENT + "<|im_end|>"
+    "{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n' }}<|im_start|>assistant\n{% endif %}"
+)
+
+# Qwen-VL before instruction tuning: pictures and text, nothing else.
+QWEN_RAW = "{% set pictures = namespace(count=0) %}{% for message in messages %}" + _QWEN_CONTENT + "{% endfor %}"
+
+PROMPTS = {"llava_v1": LLAVA_V1, "qwen_chatml": QWEN_CHATML, "qwen_raw": QWEN_RAW}
+
+
 BUNDLED = "bundled"
-BUNDLED_FOLDER = Path(__file__).parent / "tiny_llava_scenes"
+BUNDLED_FOLDER = Path(__file__).parents[1] / "bundled" / "tiny_llava_scenes"
 DTYPES = ("float32", "bfloat16", "float16")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -191,3 +285,14 @@ def _check_config_file(folder: Path) -> None:
         json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{config} is not JSON ({error})") from error
+
+
+_VISION_PARTS = ("vision_config", "visual")
+
+
+def takes_images(spec: ModelSpec) -> bool | None:
+    """Return whether the model has a vision part; None for one on the hub, which is not at hand."""
+    config = spec.known_config()
+    if config is None:
+        return None
+    return config.get("model_type") in VISION_FAMILIES or any(config.get(part) is not None for part in _VISION_PARTS)

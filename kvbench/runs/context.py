@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kvbench.datasets.base import Example
 from kvbench.errors import ConfigError, ModelSupportError
+from kvbench.models.chat import next_turn_tokens
 from kvbench.models.inputs import GivenPrompts, answer_tokens
 from kvbench.models.loader import LoadedModel
-from kvbench.models.next_turn import next_turn_tokens
 
 if TYPE_CHECKING:
     from kvbench.runs.loop import CacheSetting

@@ -13,8 +13,7 @@ from kvbench.datasets.base import Dataset, Example, OnBadItem, SkippedItem
 from kvbench.errors import ConfigError, DataError
 from kvbench.models.inputs import prompt_batch
 from kvbench.models.loader import LoadedModel
-from kvbench.models.modality import takes_images
-from kvbench.models.spec import ModelSpec
+from kvbench.models.spec import ModelSpec, takes_images
 
 _MOST_NAMES = 100
 

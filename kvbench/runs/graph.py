@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from kvbench.errors import ModelSupportError
-from kvbench.models.families import MOVING_ROTATIONS
 from kvbench.models.loader import LoadedModel
+from kvbench.models.spec import MOVING_ROTATIONS
 from kvbench.runs.capture import captured, warm_up
 from kvbench.runs.loop import Decoding
 

@@ -17,9 +17,8 @@ from kvbench.errors import ConfigError, MeasureError, NonFiniteError
 from kvbench.measures import MAX_TURNS, MEASURES
 from kvbench.metrics.facts import fact_scores
 from kvbench.metrics.rouge import length_ratio
-from kvbench.models.inputs import PromptBatch, answer_text, prompt_batch
-from kvbench.models.next_turn import next_turn_tokens
-from kvbench.models.prompt_split import num_question_tokens
+from kvbench.models.chat import next_turn_tokens
+from kvbench.models.inputs import PromptBatch, answer_text, num_question_tokens, prompt_batch
 from kvbench.runs.divergence import divergence
 from kvbench.runs.full_answers import Answers, FullAnswers
 from kvbench.runs.generation import text_scores

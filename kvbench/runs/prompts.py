@@ -14,9 +14,8 @@ import torch
 
 from kvbench.cache import Policy
 from kvbench.datasets.base import Example
-from kvbench.models.inputs import PromptBatch, prompt_batch
+from kvbench.models.inputs import PromptBatch, by_question_length, prompt_batch
 from kvbench.models.loader import LoadedModel
-from kvbench.models.prompt_split import by_question_length
 from kvbench.runs.loop import CacheSetting, Decoding
 
 if TYPE_CHECKING:

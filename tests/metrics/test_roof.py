@@ -34,7 +34,7 @@ def test_an_embedding_that_is_the_head_too_is_read_once() -> None:
 
 def test_a_7b_reads_13_gib_a_step() -> None:
     """6.74e9 parameters less an embedding table of 0.13e9, in two bytes: as published measurements reckon."""
-    from kvbench.models.random_weights import architecture, random_model
+    from kvbench.models.loader import architecture, random_model
     from tests.models.architectures import architecture_of
 
     config = architecture(architecture_of("llava-1.5-7b"))

@@ -24,7 +24,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from kvbench.models.tiny_llava import CHAT_TEMPLATE, train_tokenizer
+from kvbench.bundled.tiny_llava import CHAT_TEMPLATE, train_tokenizer
 from tests.models.vision_checkpoints import VISION_CHECKPOINTS
 
 WITH_BOS = (

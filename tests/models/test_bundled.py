@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvbench.bundled.train import IGNORED_LABEL, encode_conversation, to_pixels, training_turns
 from kvbench.cache import Kind
 from kvbench.datasets.scenes import Scenes, draw_scene, scene_at
 from kvbench.models.inputs import answer_text, answer_tokens, prompt_batch
 from kvbench.models.loader import LoadedModel, load_model
-from kvbench.models.scene_batches import IGNORED_LABEL, encode_conversation, to_pixels, training_turns
 from kvbench.models.spec import ModelSpec
 
 

@@ -15,10 +15,9 @@ from transformers.utils import chat_template_utils
 
 from kvbench.datasets.base import Example, Turn
 from kvbench.errors import ModelSupportError
-from kvbench.models.chat import default_template
+from kvbench.models.chat import default_template, next_turn_tokens
 from kvbench.models.inputs import answer_tokens, prompt_batch, prompt_ids, prompt_text
 from kvbench.models.loader import LoadedModel, load_model
-from kvbench.models.next_turn import next_turn_tokens
 from kvbench.models.spec import ModelSpec
 from kvbench.runs.generation import Generation
 from kvbench.runs.loop import greedy

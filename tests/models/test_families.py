@@ -20,11 +20,10 @@ from kvbench.cache import UNLIMITED, Budget, Kind, Policy
 from kvbench.datasets.base import PICTURE_MARKS, Example, without_marks
 from kvbench.datasets.pictures import MAX_SIDES
 from kvbench.errors import DataError, ModelSupportError
-from kvbench.models.families import FAMILIES as SUPPORTED
-from kvbench.models.families import TEXT_FAMILIES, VISION_FAMILIES
 from kvbench.models.inputs import PromptBatch, adds_special_tokens, prompt_batch, prompt_text
 from kvbench.models.loader import LoadedModel, load_model
-from kvbench.models.spec import ModelSpec
+from kvbench.models.spec import FAMILIES as SUPPORTED
+from kvbench.models.spec import TEXT_FAMILIES, VISION_FAMILIES, ModelSpec
 from kvbench.runs.loop import CacheSetting, Decoding
 from tests.contract import YAMLS, allowed
 from tests.driving import held_positions

@@ -15,8 +15,7 @@ from kvbench.datasets.base import Example
 from kvbench.errors import ConfigError
 from kvbench.models.inputs import answer_tokens, prompt_batch, prompt_text
 from kvbench.models.loader import LoadedModel, load_model
-from kvbench.models.prompts import PROMPTS
-from kvbench.models.spec import BUNDLED_FOLDER, ModelSpec, image_tokens
+from kvbench.models.spec import BUNDLED_FOLDER, PROMPTS, ModelSpec, image_tokens
 from tests.models.checkpoints import save_checkpoint
 
 SYSTEM = (

@@ -10,11 +10,9 @@ from kvbench.cache import Kind
 from kvbench.datasets.synthetic import Synthetic
 from kvbench.errors import ConfigError, DataError, ModelSupportError
 from kvbench.models import loader
-from kvbench.models.families import VISION_FAMILIES
 from kvbench.models.inputs import prompt_batch
-from kvbench.models.loader import LoadedModel, load_model
-from kvbench.models.random_weights import architecture, random_model
-from kvbench.models.spec import ModelSpec, image_tokens
+from kvbench.models.loader import LoadedModel, architecture, load_model, random_model
+from kvbench.models.spec import VISION_FAMILIES, ModelSpec, image_tokens
 from tests.models.architectures import SMALL, architecture_of, small_spec
 
 META = torch.device("meta")

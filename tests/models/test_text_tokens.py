@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from kvbench.bundled.tiny_llava import train_tokenizer
 from kvbench.datasets.base import Example
 from kvbench.errors import DataError
+from kvbench.models.chat import TextTokens
 from kvbench.models.inputs import answer_tokens, prompt_ids
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.qwen_vl.tokenizer import qwen_tokenizer
 from kvbench.models.spec import ModelSpec
-from kvbench.models.text_tokens import TextTokens
-from kvbench.models.tiny_llava import train_tokenizer
 from tests.models.checkpoints import save_checkpoint
 from tests.models.vision_checkpoints import VISION_CHECKPOINTS
 

@@ -11,14 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kvbench.bundled import train as scene_score
+from kvbench.bundled import train as train_scenes
+from kvbench.bundled.tiny_llava import tiny_llava, train_tokenizer
+from kvbench.bundled.train import MIN_WINDOW_TOKENS, SceneBatch, attention_mask, save_state
 from kvbench.datasets.scenes import describe, scene_at
-from kvbench.models import scene_score, train_scenes
 from kvbench.models.loader import load_model
-from kvbench.models.scene_batches import SceneBatch
 from kvbench.models.spec import ModelSpec
-from kvbench.models.tiny_llava import tiny_llava, train_tokenizer
-from kvbench.models.token_dropout import MIN_WINDOW_TOKENS, attention_mask
-from kvbench.models.train_state import save_state
 
 
 @pytest.fixture(autouse=True)

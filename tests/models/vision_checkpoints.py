@@ -29,8 +29,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from kvbench.bundled.tiny_llava import CHAT_TEMPLATE, train_tokenizer
 from kvbench.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
-from kvbench.models.tiny_llava import CHAT_TEMPLATE, train_tokenizer
 
 PINPOINTS = [[16, 16], [16, 32], [32, 16], [32, 32]]
 TOWER: dict[str, Any] = {

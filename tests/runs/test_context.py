@@ -13,9 +13,9 @@ import pytest
 from kvbench.cache import Budget
 from kvbench.datasets.base import Example, Turn, Window
 from kvbench.errors import ConfigError, ModelSupportError
+from kvbench.models.chat import next_turn_tokens
 from kvbench.models.inputs import answer_tokens, given_prompts, prompt_batch
 from kvbench.models.loader import LoadedModel, load_model
-from kvbench.models.next_turn import next_turn_tokens
 from kvbench.models.spec import ModelSpec
 from kvbench.report.cell import parse_cell
 from kvbench.report.notes import _beyond_text

@@ -15,8 +15,7 @@ from kvbench.datasets.conversation import Conversation
 from kvbench.datasets.retrieval import Needles
 from kvbench.datasets.scenes import Scenes
 from kvbench.errors import ConfigError, DataError
-from kvbench.models.modality import takes_images
-from kvbench.models.spec import ModelSpec
+from kvbench.models.spec import ModelSpec, takes_images
 from kvbench.runs.dataset_fit import check_fit
 from kvbench.runs.group import ModelShelf
 from kvbench.runs.multi_turn import MultiTurn

@@ -16,9 +16,8 @@ from torch import Tensor
 from kvbench.cache import Budget, Needs, Policy, ScorePolicy, View
 from kvbench.datasets.base import Example
 from kvbench.errors import DataError, ModelSupportError
-from kvbench.models.inputs import prompt_batch, prompt_text
+from kvbench.models.inputs import by_question_length, num_question_tokens, prompt_batch, prompt_text
 from kvbench.models.loader import LoadedModel, load_model
-from kvbench.models.prompt_split import by_question_length, num_question_tokens
 from kvbench.models.spec import ModelSpec
 from kvbench.runs.fidelity import Fidelity
 from kvbench.runs.generation import Generation

@@ -13,9 +13,9 @@ from kvbench.cache import Budget
 from kvbench.datasets.base import Example, Turn
 from kvbench.errors import ConfigError, MeasureError, ModelSupportError, NonFiniteError
 from kvbench.measures import MEASURES
+from kvbench.models.chat import next_turn_tokens
 from kvbench.models.inputs import PromptBatch, prompt_batch, prompt_text
 from kvbench.models.loader import LoadedModel, load_model
-from kvbench.models.next_turn import next_turn_tokens
 from kvbench.models.spec import ModelSpec
 from kvbench.policies.snapkv import SnapKV
 from kvbench.runs import graph

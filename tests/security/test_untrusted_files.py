@@ -13,8 +13,7 @@ import pytest
 from kvbench.cli import run
 from kvbench.errors import ConfigError, KvbenchError, ModelSupportError
 from kvbench.models.loader import load_model
-from kvbench.models.own_code import check_folder_code, check_hub_code
-from kvbench.models.spec import ModelSpec
+from kvbench.models.spec import ModelSpec, check_folder_code, check_hub_code
 from kvbench.sinks.claims import Claims
 from kvbench.sinks.partial import PartialStore
 from kvbench.sinks.store import RecordStore

@@ -1,21 +1,308 @@
-"""Qwen-VL as transformers model classes: pictures replace the image tokens between <img> and </img>."""
+"""Qwen-VL as transformers model classes: pictures replace the image tokens between <img> and </img>.
+
+The decoder of Qwen-VL, Qwen-7B: fused query-key-value with bias, a gated MLP in two halves, RMS norms.
+
+Positions of Qwen-VL beyond its training length: dynamic NTK and log-n scaling.
+
+Dynamic NTK: a prompt of n > L tokens (L the training length) is rotated with the base b x a^(D/(D-2)),
+a = 2^(ceil(log2(n / L)) + 1) - 1. The prompt decides; its answer goes on with the same frequencies,
+since keys that are cached already were rotated with them. Log-n: the query at position p is scaled by
+log_L(p + 1) from p = L on. Both follow the tokens a row has seen and a token's true index in its row,
+whatever a cache still holds and however far a batch was padded.
+
+The vision tower of Qwen-VL: an OpenCLIP ViT-bigG without class token, and a resampler to 256 vectors.
+
+Learned positions of the tower are laid out for a grid of 16 x 16 patches and are interpolated
+bicubically to the grid of the picture. The resampler is one cross attention of learned queries, with
+fixed 2D sine-cosine positions on queries and keys (arXiv 2308.12966, Sec. 2.1).
+"""
 
 from __future__ import annotations
 
+import math
+from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel, initialization
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvbench.cache.attention import CACHE_NAME
 from kvbench.errors import ModelSupportError
 from kvbench.models.qwen_vl.config import QwenVLConfig
-from kvbench.models.qwen_vl.decoder import QwenBlock, RootMeanSquareNorm
-from kvbench.models.qwen_vl.rotary import DynamicRotary
-from kvbench.models.qwen_vl.vision import Resampler, VisionTower, sine_positions
+
+
+class DynamicRotary(nn.Module):
+    """Angles of the rotary embedding, one base per row."""
+
+    rope_type = "dynamic NTK by prompt"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.width = int(config.kv_channels)
+        self.base = float(config.rotary_emb_base)
+        self.trained_tokens = int(config.seq_length)
+        self.dynamic = bool(config.use_dynamic_ntk)
+
+    def stretch(self, prompt_tokens: Tensor) -> Tensor:
+        """Return a (B,), float64, for prompts of `prompt_tokens` (B,) tokens; 1 up to the training length."""
+        if not self.dynamic:
+            return torch.ones_like(prompt_tokens, dtype=torch.float64)
+        doublings = torch.log2(prompt_tokens.double() / self.trained_tokens).ceil()
+        return (torch.exp2(doublings + 1) - 1).clamp(min=1)
+
+    def fixed_rotation(self) -> tuple[Tensor, int]:
+        """Return the frequencies (D / 2,) of rows within the training length, and that length in tokens."""
+        powers = torch.arange(0, self.width, 2).float() / self.width
+        return 1.0 / (self.base**powers), self.trained_tokens
+
+    def forward(self, positions: Tensor, stretch: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines (B, 1, Q, D / 2), float32, of `positions` (B, Q)."""
+        base = (self.base * stretch ** (self.width / (self.width - 2))).float()
+        powers = torch.arange(0, self.width, 2, device=positions.device).float() / self.width
+        frequencies = 1.0 / (base[:, None] ** powers)
+        angles = positions[:, None, :, None].float() * frequencies[:, None, None]
+        return angles.cos(), angles.sin()
+
+
+def turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return `states` (B, H, Q, D) turned in half-split pairs, computed in float32."""
+    first, second = states.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(states.dtype)
+
+
+def query_scale(positions: Tensor, trained_tokens: int) -> Tensor:
+    """Return the log-n factor (B, 1, Q, 1), float32, of queries at `positions` (B, Q)."""
+    factor = (positions + 1).float().clamp(min=1).log() / math.log(trained_tokens)
+    return torch.where(positions < trained_tokens, 1.0, factor)[:, None, :, None]
+
+
+class RootMeanSquareNorm(nn.Module):
+    """x / rms(x) in float32, times a learned weight."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.epsilon = epsilon
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        wide = states.float()
+        scaled = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.epsilon)
+        return scaled.to(states.dtype) * self.weight
+
+
+class QwenAttention(nn.Module):
+    """Causal attention, through whatever function transformers' AttentionInterface has under the model's name."""
+
+    is_causal = True
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_key_value_groups = 1
+        self.scaling = config.kv_channels**-0.5
+        self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.c_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=not config.no_bias)
+
+    def forward(
+        self,
+        states: Tensor,
+        *,
+        positions: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: Any,
+    ) -> Tensor:
+        """Attend from `states` (B, Q, hidden) at `positions` (B, Q)."""
+        fused = self.c_attn(states).chunk(3, dim=-1)
+        query, key, value = (part.unflatten(-1, (-1, self.config.kv_channels)).transpose(1, 2) for part in fused)
+        query, key = turned(query, *rotary), turned(key, *rotary)
+        if self.config.use_logn_attn and not self.training:
+            query = query * query_scale(positions, self.config.seq_length).to(query.dtype)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, plain_attention)
+        mixed, _ = attend(self, query, key, value, mask, dropout=0.0, scaling=self.scaling)
+        output: Tensor = self.c_proj(mixed.flatten(2))
+        return output
+
+
+def plain_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention in three steps, for `attn_implementation="eager"`; query (B, H, Q, D), additive mask."""
+    logits = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        logits = logits + attention_mask
+    weights = logits.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class GatedMLP(nn.Module):
+    """c_proj(w1(x) * silu(w2(x))); each half is half of the configured intermediate size."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        half, bias = config.intermediate_size // 2, not config.no_bias
+        self.w1 = nn.Linear(config.hidden_size, half, bias=bias)
+        self.w2 = nn.Linear(config.hidden_size, half, bias=bias)
+        self.c_proj = nn.Linear(half, config.hidden_size, bias=bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Map (B, Q, hidden) to the same shape."""
+        output: Tensor = self.c_proj(self.w1(states) * functional.silu(self.w2(states)))
+        return output
+
+
+class QwenBlock(nn.Module):
+    """One pre-norm decoder layer."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__()
+        self.ln_1 = RootMeanSquareNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.attn = QwenAttention(config, layer_idx)
+        self.ln_2 = RootMeanSquareNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mlp = GatedMLP(config)
+
+    def forward(self, states: Tensor, **attention: Any) -> Tensor:
+        """Map (B, Q, hidden) to the same shape; `attention` goes to the attention as it is."""
+        states = states + self.attn(self.ln_1(states), **attention)
+        return states + torch.as_tensor(self.mlp(self.ln_2(states)))
+
+
+_TRAINED_PATCHES = 256
+_NORM_EPSILON = 1e-6
+_RESAMPLER_HEAD_WIDTH = 128
+
+
+class TowerAttention(nn.Module):
+    """Full self-attention over patches; `in_proj` gives query, key and value of a head side by side."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Attend: (N, P, width) to the same shape."""
+        per_head = self.in_proj(patches).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        query, key, value = per_head.chunk(3, dim=-1)
+        mixed = functional.scaled_dot_product_attention(query, key, value)
+        joined: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        return joined
+
+
+class TowerBlock(nn.Module):
+    """One pre-norm layer of the tower."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        inner = int(width * mlp_ratio)
+        self.ln_1 = nn.LayerNorm(width, eps=_NORM_EPSILON)
+        self.ln_2 = nn.LayerNorm(width, eps=_NORM_EPSILON)
+        self.attn = TowerAttention(width, heads)
+        layers = (("c_fc", nn.Linear(width, inner)), ("gelu", nn.GELU()), ("c_proj", nn.Linear(inner, width)))
+        self.mlp = nn.Sequential(OrderedDict(layers))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Map (N, P, width) to the same shape."""
+        patches = patches + self.attn(self.ln_1(patches))
+        return patches + torch.as_tensor(self.mlp(self.ln_2(patches)))
+
+
+class Tower(nn.Module):
+    """The tower's layers."""
+
+    def __init__(self, width: int, layers: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(TowerBlock(width, heads, mlp_ratio) for _ in range(layers))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Map (N, P, width) to the same shape."""
+        for block in self.resblocks:
+            patches = block(patches)
+        return patches
+
+
+class Resampler(nn.Module):
+    """Cross attention of `num_queries` learned queries over the patches."""
+
+    def __init__(self, width: int, patch_width: int, num_queries: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(num_queries, width))
+        self.pos_embed = nn.Parameter(torch.zeros(num_queries, width), requires_grad=False)
+        same = patch_width == width
+        self.kv_proj = nn.Identity() if same else nn.Linear(patch_width, width, bias=False)
+        self.attn = nn.MultiheadAttention(width, width // _RESAMPLER_HEAD_WIDTH, batch_first=True)
+        self.ln_q = nn.LayerNorm(width, eps=_NORM_EPSILON)
+        self.ln_kv = nn.LayerNorm(width, eps=_NORM_EPSILON)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Map patches (N, P, patch_width) to (N, num_queries, width)."""
+        values = self.ln_kv(self.kv_proj(patches))
+        keys = values + on_grid(self.pos_embed, patches.shape[1])
+        queries = (self.ln_q(self.query) + self.pos_embed).expand(len(patches), -1, -1)
+        mixed: Tensor = self.attn(queries, keys, values, need_weights=False)[0]
+        return mixed
+
+
+class VisionTower(nn.Module):
+    """Pictures to vectors of the decoder's width; made from `config.visual`."""
+
+    def __init__(self, visual: dict[str, Any]) -> None:
+        super().__init__()
+        width, out = visual["width"], visual["output_dim"]
+        patch, num_queries = visual["patch_size"], visual.get("n_queries", 256)
+        self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
+        self.positional_embedding = nn.Parameter(torch.zeros(_TRAINED_PATCHES, width))
+        self.ln_pre = nn.LayerNorm(width, eps=_NORM_EPSILON)
+        self.transformer = Tower(width, visual["layers"], visual["heads"], visual["mlp_ratio"])
+        self.attn_pool = Resampler(out, width, num_queries)
+        self.ln_post = nn.LayerNorm(out, eps=_NORM_EPSILON)
+        self.proj = nn.Parameter(torch.zeros(out, out))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Map pixels (N, 3, S, S) to (N, num_queries, output_dim)."""
+        patches = self.conv1(pixel_values.to(self.proj.dtype)).flatten(2).transpose(1, 2)
+        patches = self.ln_pre(patches + on_grid(self.positional_embedding, patches.shape[1]))
+        vectors: Tensor = self.ln_post(self.attn_pool(self.transformer(patches))) @ self.proj
+        return vectors
+
+
+def on_grid(positions: Tensor, num_patches: int) -> Tensor:
+    """Return `positions` (S x S, width), laid out row by row, interpolated to `num_patches` = T x T rows."""
+    source, target = math.isqrt(len(positions)), math.isqrt(num_patches)
+    if source == target:
+        return positions
+    square = positions.float().reshape(1, source, source, -1).permute(0, 3, 1, 2)
+    resized = functional.interpolate(square, size=(target, target), mode="bicubic", align_corners=False)
+    return resized[0].flatten(1).transpose(0, 1).to(positions.dtype)
+
+
+def sine_positions(num_positions: int, width: int) -> Tensor:
+    """Return fixed 2D positions (G x G, width): column in the first half, row in the second, sines before cosines."""
+    edge = math.isqrt(num_positions)
+    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angles = torch.arange(edge, dtype=torch.float64)[:, None] * frequencies
+    coded = torch.cat((angles.sin(), angles.cos()), dim=-1)
+    columns, rows = coded[None].expand(edge, -1, -1), coded[:, None].expand(-1, edge, -1)
+    return torch.cat((columns, rows), dim=-1).flatten(0, 1).float()
+
 
 _STRETCH = "qwen_rotary_stretch"  # rides on the cache, whose keys were rotated with it
 

@@ -1,0 +1,1 @@
+"""What ships with kvbench: the picture model, its score, and how it was trained."""
