@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvbench.durable import write_out
 from kvbench.errors import ConfigError
 from kvbench.installed import installed_version
 from kvbench.parser import Parser
+from kvbench.results.files import write_out
 
 if TYPE_CHECKING:
     from kvbench.audit.audit import Audit
@@ -34,7 +34,7 @@ def audit_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="file to write, its folder is made; FOLDER/audit.json if not given")
     args = parser.parse_args(list(arguments))
     from kvbench.audit.audit import KIND, VERSION, audit, audit_body
-    from kvbench.sealed import seal
+    from kvbench.results.files import seal
 
     out: Path = args.out or args.folder / "audit.json"
     if out.suffix != ".json":

@@ -24,7 +24,7 @@ from kvbench.help_text import help_text
 from kvbench.installed import installed_version
 from kvbench.parser import Parser
 from kvbench.quiet import quiet_libraries
-from kvbench.redaction import redact
+from kvbench.results.redaction import redact
 
 if TYPE_CHECKING:
     from kvbench.runs.sweep import Sweep

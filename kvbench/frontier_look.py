@@ -11,7 +11,7 @@ from typing import Any
 from kvbench.measures import measure
 from kvbench.report.comparison import Choices, Comparison
 from kvbench.report.frontier import Look, Outcome
-from kvbench.sealed import canonical_json
+from kvbench.results.files import canonical_json
 from kvbench.stats.power import look_confidence
 from kvbench.stats.tests import is_non_inferior
 

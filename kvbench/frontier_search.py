@@ -18,7 +18,7 @@ from kvbench.report.cell import CellResult
 from kvbench.report.compare_cells import compare
 from kvbench.report.frontier import Frontier, Look, Search, SearchStatus
 from kvbench.report.load import Group, load_results
-from kvbench.sealed import canonical_json
+from kvbench.results.files import canonical_json
 from kvbench.stats.power import look_confidence, next_rung
 
 if TYPE_CHECKING:

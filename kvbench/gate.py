@@ -17,7 +17,7 @@ from kvbench.datasets.base import Dataset
 from kvbench.errors import ConfigError, close_matches
 from kvbench.models.spec import FAMILIES, MOVING_ROTATIONS, TEXT_FAMILIES, ModelSpec, check_folder_code
 from kvbench.models.weight_files import check_weight_files
-from kvbench.redaction import is_secret_name, secret_in
+from kvbench.results.redaction import is_secret_name, secret_in
 
 _LONGEST_NAME = 200
 

@@ -45,10 +45,10 @@ def run_job(config: Any) -> str:
 def open_sweep(grid: Sequence[Composed]) -> Sweep:
     """Return the sweep over `grid`, everything checked and finished cells taken. Raises: ConfigError, DataError."""
     from kvbench.config import build, build_cells, build_sinks, check_shared, is_forced, results_folder
+    from kvbench.results.claims import Claims
     from kvbench.runs.supervisor import Ticket
     from kvbench.runs.sweep import Sweep
     from kvbench.runs.workers import WorkerSettings
-    from kvbench.sinks.claims import Claims
 
     check_shared(grid)
     cells = build_cells(grid)

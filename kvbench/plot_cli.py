@@ -13,12 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvbench.durable import write_out
 from kvbench.errors import ConfigError, close_matches
 from kvbench.measures import MEASURES
 from kvbench.parser import Parser
 from kvbench.report.figures import FIGURES, FORMATS, WIDTHS
 from kvbench.report.plots_theme import THEMES
+from kvbench.results.files import write_out
 
 if TYPE_CHECKING:
     from kvbench.report.figures import FigureKind

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvbench.durable import write_out
 from kvbench.errors import ConfigError
 from kvbench.parser import Parser
+from kvbench.results.files import write_out
 from kvbench.stats.tests import parse_margins
 
 if TYPE_CHECKING:

@@ -15,15 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvbench.durable import write_out
 from kvbench.errors import ConfigError, close_matches
 from kvbench.measures import format_bytes
 from kvbench.parser import Parser
-from kvbench.records import STATUSES
-from kvbench.redaction import redact
-from kvbench.sinks.leftovers import leftovers, remove
-from kvbench.sinks.store import RecordStore
-from kvbench.sinks.verify import verify
+from kvbench.results.files import write_out
+from kvbench.results.maintenance import leftovers, remove, verify
+from kvbench.results.record import STATUSES
+from kvbench.results.redaction import redact
+from kvbench.results.store import RecordStore
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -131,8 +130,8 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _one_record(folder: Path, start: str) -> dict[str, Any]:
-    from kvbench.records import read_cell
     from kvbench.report.load import load_results
+    from kvbench.results.record import read_cell
 
     keys = [cell.key for cell in load_results(folder).records]
     found = [key for key in keys if start and key.startswith(start)]

@@ -17,10 +17,10 @@ from tqdm import tqdm
 from kvbench.errors import ConfigError, close_matches
 from kvbench.installed import installed_version
 from kvbench.parser import Parser
-from kvbench.records import read_cell
-from kvbench.redaction import redact, redacted_body
+from kvbench.results.record import read_cell
+from kvbench.results.redaction import redact, redacted_body
+from kvbench.results.store import RecordStore
 from kvbench.sinks.console import say
-from kvbench.sinks.store import RecordStore
 from kvbench.sinks.wandb_cell import cell_digest, cell_run
 from kvbench.sinks.wandb_run import Online, Place, RunSpec
 from kvbench.sinks.wandb_service import MODES, check_installed, check_online, check_project, quiet_setup, resolve_mode

@@ -8,15 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvbench.durable import replace_file
 from kvbench.measures import MEASURES, format_with_interval, measure
-from kvbench.redaction import hide_known
 from kvbench.report.ability import Ability
 from kvbench.report.best import best_policies
 from kvbench.report.comparison import DECLARED, Choices, Comparison
 from kvbench.report.comparisons import group_comparisons
 from kvbench.report.naming import flat_settings
 from kvbench.report.plots_png import png_names
+from kvbench.results.files import replace_file
+from kvbench.results.redaction import hide_known
 from kvbench.sinks.console import say
 from kvbench.sinks.wandb_fields import measure_group
 from kvbench.sinks.wandb_report import Chapter, Outline, report_spec

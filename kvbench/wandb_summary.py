@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvbench.installed import installed_version
 from kvbench.measures import MEASURES, measure
-from kvbench.records import read_cell
-from kvbench.sinks.store import RecordStore
+from kvbench.results.record import read_cell
+from kvbench.results.store import RecordStore
 from kvbench.sinks.wandb_fields import measure_group
 from kvbench.sinks.wandb_summary import Figure, SweepSummary, Table, summary_run
 

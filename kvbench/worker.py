@@ -15,10 +15,10 @@ from kvbench.compose import Composed
 from kvbench.config import build_cells
 from kvbench.errors import ConfigError
 from kvbench.quiet import quiet_libraries
+from kvbench.results.store import PartialStore
 from kvbench.runs.group_plan import GroupPlan
 from kvbench.runs.worker import serve
 from kvbench.runs.worker_pipe import protect, watcher_of
-from kvbench.sinks.partial import PartialStore
 
 
 def main(job: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from kvbench.audit.audit import KIND, VERSION
 from kvbench.cli import run
-from kvbench.sealed import unseal
+from kvbench.results.files import unseal
 from tests.audit.doctored import over_budget_at_one_step
 from tests.audit.folders import honest, write_folder
 

@@ -13,8 +13,8 @@ import pytest
 
 from kvbench.cli import run
 from kvbench.errors import ConfigError
-from kvbench.records import MEASURED
 from kvbench.report.freshness import inputs_digest
+from kvbench.results.record import MEASURED
 from kvbench.sinks.wandb_summary import summary_id
 
 REPO = Path(__file__).parents[1]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kvbench import durable
-from kvbench.durable import link_over, locked, replace_file, replacing, write_new, write_out
 from kvbench.errors import ConfigError, RecordError
+from kvbench.results import files as durable
+from kvbench.results.files import link_over, locked, replace_file, replacing, write_new, write_out
 
 REPO = Path(__file__).parents[1]
 WRITING_METHODS = {"write_text", "write_bytes", "replace", "rename", "hardlink_to"}
@@ -20,9 +20,8 @@ MAY_WRITE = re.compile(rf"{'|'.join((WRITING_METHODS | WRITING_CALLS) - {'replac
 WRITES_ELSEWHERE = {
     "kvbench/metrics/allocation.py",  # a switch of the kernel under /proc
     "kvbench/runs/worker_process.py",  # a log is appended to
-    "kvbench/sinks/leftovers.py",  # a file without a name, whose date is the clock of the disk
-    "kvbench/sinks/partial.py",  # sets damaged files aside
-    "kvbench/sinks/store.py",  # sets damaged files aside
+    "kvbench/results/maintenance.py",  # a file without a name, whose date is the clock of the disk
+    "kvbench/results/store.py",  # sets damaged files aside
 }
 
 
@@ -145,7 +144,7 @@ def test_every_file_is_written_by_the_one_writer() -> None:
             continue
         if lines := [node.lineno for node in ast.walk(ast.parse(text)) if _writes(node)]:
             found[name] = lines
-    assert found.keys() == WRITES_ELSEWHERE | {"kvbench/durable.py"}
+    assert found.keys() == WRITES_ELSEWHERE | {"kvbench/results/files.py"}
 
 
 def _writes(node: ast.AST) -> bool:

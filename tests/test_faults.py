@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kvbench.sinks.store import RecordStore
+from kvbench.results.store import RecordStore
 
 REPO = Path(__file__).parents[1]
 SHORT = ("task=perplexity", "dataset.num_samples=1", "dataset.ask=follow_up", "batch_size=1", "sink=console")

@@ -19,10 +19,10 @@ from kvbench.errors import ConfigError, RecordError
 from kvbench.frontier_look import Plan, default_name
 from kvbench.frontier_question import asked, task_words
 from kvbench.frontier_search import cell_of, search_all
-from kvbench.records import read_record
 from kvbench.report.frontier import Frontier, load_frontier, save_frontier
 from kvbench.report.frontier_table import budget_text
-from kvbench.sinks.verify import verify
+from kvbench.results.maintenance import verify
+from kvbench.results.record import read_record
 from tests.report.synthetic import body, write_cell
 
 LADDER = tuple(number / 16 for number in range(1, 16))

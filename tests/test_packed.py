@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from kvbench.errors import RecordError
-from kvbench.packed import pack, unpack
-from kvbench.sealed import canonical_json
+from kvbench.results.files import canonical_json, pack, unpack
 
 SHAPES = arrays.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=6)
 

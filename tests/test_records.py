@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from kvbench.errors import ConfigError, KvbenchError, RecordError
-from kvbench.records import cell_key, encode_record, read_record, write_record
-from kvbench.sealed import canonical_json
+from kvbench.results.files import canonical_json
+from kvbench.results.record import cell_key, encode_record, read_record, write_record
 from tests.sinks.record_bodies import make_body
 
 

@@ -16,14 +16,12 @@ import pandas as pd
 import pytest
 
 from kvbench.cli import run
-from kvbench.records import cell_key, read_record
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
-from kvbench.sinks.claims import Claims
-from kvbench.sinks.leftovers import leftovers
-from kvbench.sinks.partial import PartialStore
-from kvbench.sinks.store import RecordStore
-from kvbench.sinks.verify import verify
+from kvbench.results.claims import Claims
+from kvbench.results.maintenance import leftovers, verify
+from kvbench.results.record import cell_key, read_record
+from kvbench.results.store import PartialStore, RecordStore
 from kvbench.sinks.wandb_cell import cell_digest
 from kvbench.wandb_cli import _jobs
 from tests.covering import one_in

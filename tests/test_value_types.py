@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from kvbench.compose import compose_grid
 from kvbench.config import build_cell
-from kvbench.records import cell_key
-from kvbench.sealed import canonical_json
+from kvbench.results.files import canonical_json
+from kvbench.results.record import cell_key
 from kvbench.sinks.wandb_fields import run_config
 from kvbench.value_types import rounded, typed, typed_settings
 

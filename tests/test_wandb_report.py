@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from kvbench.cli import run
-from kvbench.records import read_record
+from kvbench.results.record import read_record
 from kvbench.sinks import wandb_report_save
 from kvbench.sinks.wandb_fields import summary_numbers
 from kvbench.sinks.wandb_report import Chapter, Outline, report_spec

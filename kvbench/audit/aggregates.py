@@ -11,7 +11,7 @@ from kvbench.audit.evidence import Cell, Peers
 from kvbench.audit.recomputed import from_samples, tolerance
 from kvbench.errors import MeasureError
 from kvbench.measures import MEASURES
-from kvbench.sealed import canonical_json
+from kvbench.results.files import canonical_json
 
 
 def _problems(cell: Cell, peers: Peers) -> Iterator[str]:

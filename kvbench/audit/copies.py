@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from kvbench.audit.check import Check
 from kvbench.audit.evidence import Cell, Peers
-from kvbench.sealed import canonical_json
+from kvbench.results.files import canonical_json
 
 _COMPARED = ("nll_sum", "kl_sum", "text", "turn1_text", "released_nll_sum")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.errors import ConfigError, RecordError, close_matches
-from kvbench.records import MEASURED, read_record
-from kvbench.sealed import canonical_json
+from kvbench.results.files import canonical_json
+from kvbench.results.record import MEASURED, read_record
 
 # Cells that agree in these ran the same prompts, and share the full cache's answers.
 _SHARED = ("model", "dataset", "query_visible", "batch_size", "device", "versions", "cache_semantics")

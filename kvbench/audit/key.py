@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from kvbench.audit.check import Check
 from kvbench.audit.evidence import Cell, Peers
 from kvbench.audit.labels import label_problems
-from kvbench.records import cell_key
+from kvbench.results.record import cell_key
 
 
 def _problems(cell: Cell, peers: Peers) -> Iterator[str]:

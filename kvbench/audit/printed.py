@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 from kvbench.audit.audit import Audit
 from kvbench.audit.check import Outcome
-from kvbench.redaction import redact
+from kvbench.results.redaction import redact
 
 _WIDTH = 118
 _SHOWN_NOTES = 5

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from kvbench.audit.check import Check
 from kvbench.audit.evidence import Cell, Peers
-from kvbench.records import MEASURED
+from kvbench.results.record import MEASURED
 
 
 def _problems(cell: Cell, peers: Peers) -> Iterator[str]:

@@ -62,7 +62,7 @@ from kvbench.datasets.scenes import (
     parse_objects,
     scene_at,
 )
-from kvbench.durable import replace_file, replacing
+from kvbench.results.files import replace_file, replacing
 
 state_log = logging.getLogger("kvbench.train_scenes")
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from kvbench.errors import ConfigError, close_matches, missing_path, near_paths
 from kvbench.models.weight_files import SUFFIXES, check_no_adapter, check_no_pointer
-from kvbench.sealed import canonical_json
+from kvbench.results.files import canonical_json
 
 GRID_FAMILIES = ("qwen2_5_vl", "qwen3_vl")  # a picture's tokens are counted by its grid of patches
 PORTED_FAMILIES = ("qwen",)  # the original Qwen-VL, a model class of our own

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from kvbench.autopsies import AUTOPSY_FILE, NEVER, read_autopsy
 from kvbench.errors import RecordError
-from kvbench.packed import Array, unpack
 from kvbench.report.cell import CellResult
+from kvbench.results.files import Array, unpack
+from kvbench.results.record import AUTOPSY_FILE, NEVER, read_autopsy
 
 STATISTICS = ("entries", "image_kept_permille", "mean_age_tokens", "attention_permille")
 _MEDIA = ("image/png", "image/webp")

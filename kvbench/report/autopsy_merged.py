@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvbench.autopsies import NEVER
-from kvbench.packed import Array
 from kvbench.report.autopsy_load import Sample
+from kvbench.results.files import Array
+from kvbench.results.record import NEVER
 
 
 def living_on(sample: Sample, step: int) -> Array:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvbench.autopsies import GENERATED, NEVER
-from kvbench.packed import Array
 from kvbench.report.autopsy_load import Sample
 from kvbench.report.autopsy_merged import living_on
 from kvbench.report.listing import listed
+from kvbench.results.files import Array
+from kvbench.results.record import GENERATED, NEVER
 
 _IMAGE = 1
 _FLAT = 0.005  # layers whose shares differ by less are not told apart

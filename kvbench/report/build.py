@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kvbench.durable import locked, replace_file
 from kvbench.errors import ConfigError, KvbenchError
 from kvbench.report.comparison import DECLARED, Choices
 from kvbench.report.folders import load_folders
@@ -20,6 +19,7 @@ from kvbench.report.load import Results
 from kvbench.report.page import render_page
 from kvbench.report.plots import draw_plots
 from kvbench.report.tables import markdown_tables
+from kvbench.results.files import locked, replace_file
 
 MOST_CELLS_DRAWN = 300
 _LOCK = ".lock"

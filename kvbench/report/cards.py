@@ -17,11 +17,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from kvbench.durable import replace_file
 from kvbench.errors import KvbenchError
 from kvbench.measures import format_with_interval, measure
 from kvbench.report.cell import CellResult, Estimate
 from kvbench.report.load import load_results
+from kvbench.results.files import replace_file
 
 _NOT_RUN = "weights not available here"
 _HEAD = "Made by `python -m kvbench.report.cards` from published numbers and our records; do not edit."

@@ -9,8 +9,8 @@ from typing import Any
 
 from kvbench.errors import RecordError
 from kvbench.measures import MEASURES, bounds_on_scale
-from kvbench.records import MEASURED
 from kvbench.report.natural import natural_key
+from kvbench.results.record import MEASURED
 
 FULL = "full"
 _LARGEST = 1e300

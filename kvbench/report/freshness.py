@@ -10,9 +10,9 @@ import contextlib
 import hashlib
 from pathlib import Path
 
-from kvbench.autopsies import AUTOPSY_FILE
-from kvbench.durable import replace_file
 from kvbench.installed import installed_version
+from kvbench.results.files import replace_file
+from kvbench.results.record import AUTOPSY_FILE
 
 STAMP = ".built-from"
 _MADE = ("report/index.html", "report/table.md", "table.csv", "table.parquet", "samples.csv", "samples.parquet")

@@ -11,10 +11,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from kvbench.durable import replace_file
 from kvbench.errors import RecordError
 from kvbench.frontier_file import KIND, VERSION
-from kvbench.sealed import seal, unseal
+from kvbench.results.files import replace_file, seal, unseal
 
 Outcome = Literal["safe", "worse", "undecided", "failed"]
 SearchStatus = Literal["found", "every budget is safe", "no budget shown safe", "not monotone"]

@@ -15,10 +15,10 @@ from typing import Any
 
 from kvbench.errors import ConfigError, RecordError, close_matches
 from kvbench.measures import MEASURES
-from kvbench.records import CellRecord, read_cell
 from kvbench.report.cell import CellResult, parse_cell
 from kvbench.report.frontier import Frontier
 from kvbench.report.naming import ordered
+from kvbench.results.record import CellRecord, read_cell
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from kvbench.report.cell import CellResult
-from kvbench.sealed import canonical_json
+from kvbench.results.files import canonical_json
 
 _MAX_NAME = 40  # longer texts of settings give way to a digest
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kvbench.autopsies import AUTOPSY_FILE
 from kvbench.measures import format_value, measure
 from kvbench.report.cell import CellResult
 from kvbench.report.findings import QUALITIES, Contrast, Looked, above_random, below_random, contrast_text
 from kvbench.report.listing import listed
 from kvbench.report.load import Group
 from kvbench.report.note import Note
+from kvbench.results.record import AUTOPSY_FILE
 
 _POSITION_ONLY = ("streaming", "local", "window", "recent")
 _RECALL = "objects_recalled_fraction"

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from kvbench.autopsies import NEVER
-from kvbench.packed import Array
 from kvbench.report.autopsy_load import Autopsy, Sample
 from kvbench.report.autopsy_numbers import sentence
 from kvbench.report.cell import CellResult
 from kvbench.report.load import Group
 from kvbench.report.natural import natural_key
+from kvbench.results.files import Array
+from kvbench.results.record import NEVER
 
 _NARROW, _NARROW_NEVER = 250, 255  # steps that one byte can tell, and what stands for NEVER in it
 MOST_BYTES = 8_000_000  # of eviction patterns on one page

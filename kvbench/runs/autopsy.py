@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvbench.autopsies import AUTOPSY_SCHEMA, autopsy_path, write_autopsy
 from kvbench.errors import is_poisoned
 from kvbench.models.loader import LoadedModel
-from kvbench.packed import Array
-from kvbench.redaction import hide_known, redacted_body
+from kvbench.results.files import Array
+from kvbench.results.record import AUTOPSY_SCHEMA, autopsy_path, write_autopsy
+from kvbench.results.redaction import hide_known, redacted_body
 from kvbench.runs.autopsy_body import sample_body
 from kvbench.runs.autopsy_replay import Watching, full_attention, replay
 from kvbench.runs.autopsy_settings import AutopsySettings

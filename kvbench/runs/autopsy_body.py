@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from kvbench.autopsies import GENERATED, NEVER
 from kvbench.models.inputs import answer_text
 from kvbench.models.loader import LoadedModel
 from kvbench.models.token_pieces import token_pieces
-from kvbench.packed import Array, pack
+from kvbench.results.files import Array, pack
+from kvbench.results.record import GENERATED, NEVER
 from kvbench.runs.autopsy_replay import Replayed
 from kvbench.runs.autopsy_subject import Subject
 

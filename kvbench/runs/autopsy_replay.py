@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvbench.cache import UNLIMITED, Needs, Policy
 from kvbench.cache.recording import EvictionLog
-from kvbench.packed import Array
+from kvbench.results.files import Array
 from kvbench.runs.loop import CacheSetting, greedy
 from kvbench.runs.prompts import Part
 

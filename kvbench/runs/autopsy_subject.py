@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from kvbench.autopsies import NEVER
 from kvbench.cache import Kind
 from kvbench.datasets.base import Example
 from kvbench.models.inputs import prompt_batch
 from kvbench.models.loader import LoadedModel
 from kvbench.models.seen_picture import SeenPicture, seen_picture
 from kvbench.models.token_pieces import token_pieces
-from kvbench.packed import Array, pack
+from kvbench.results.files import Array, pack
+from kvbench.results.record import NEVER
 
 THUMBNAIL_PIXELS = 336
 _MOST_BYTES = 16_000

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from kvbench.errors import ConfigError, DataError, ModelSupportError, NonFiniteError, ran_out_of_memory
-from kvbench.records import BODY_SCHEMA, cell_key
+from kvbench.results.record import BODY_SCHEMA, cell_key
 from kvbench.runs.autopsy_settings import AutopsySettings
 from kvbench.runs.dataset_fit import skipped_measurement, skipped_names
 

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from kvbench.errors import RecordError
-from kvbench.records import MEASURED, read_record
+from kvbench.results.record import MEASURED, read_record
+from kvbench.results.store import RecordStore
 from kvbench.runs.cell import Attempt
 from kvbench.runs.held_claims import HeldClaims
 from kvbench.runs.supervisor import Ticket
-from kvbench.sinks.store import RecordStore
 
 
 def attempt_ids(keys: Sequence[str], store: RecordStore) -> frozenset[str]:

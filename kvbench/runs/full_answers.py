@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvbench.durable import replace_file
-from kvbench.records import cell_key
-from kvbench.sealed import canonical_json
+from kvbench.results.files import canonical_json, replace_file
+from kvbench.results.record import cell_key
 
 Answers = dict[str, list[int]]
 

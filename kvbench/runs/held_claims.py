@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from kvbench.sinks.claims import Claim, Claims
+from kvbench.results.claims import Claim, Claims
 
 _BEATS_PER_LEASE = 5
 

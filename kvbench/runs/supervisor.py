@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.errors import RecordError
-from kvbench.records import check_body
+from kvbench.results.record import check_body
 from kvbench.runs.cell import Attempt, Cell
 from kvbench.runs.verdict import RETRIED, Verdict
 from kvbench.runs.watchdog import Limits

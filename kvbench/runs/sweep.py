@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from kvbench.durable import make_folder
-from kvbench.records import MEASURED
+from kvbench.results.claims import Claims
+from kvbench.results.files import make_folder
+from kvbench.results.record import MEASURED
+from kvbench.results.store import PartialStore, RecordStore
 from kvbench.runs.elsewhere import attempt_ids, statuses_elsewhere
 from kvbench.runs.held_claims import HeldClaims
 from kvbench.runs.progress import Progress
@@ -17,9 +19,6 @@ from kvbench.runs.stop import StopRequest
 from kvbench.runs.supervisor import Events, Supervisor, Ticket
 from kvbench.runs.workers import WorkerSettings
 from kvbench.sinks.base import SinkGroup
-from kvbench.sinks.claims import Claims
-from kvbench.sinks.partial import PartialStore
-from kvbench.sinks.store import RecordStore
 
 _ASK_AGAIN_S = 1.0
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvbench.durable import make_folder
+from kvbench.results.files import make_folder
 from kvbench.runs.oom_kills import num_oom_kills
 from kvbench.runs.verdict import Verdict, verdict_on
 from kvbench.runs.watchdog import Limits, Watchdog

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.errors import ConfigError, close_matches
+from kvbench.results.files import canonical_json
 from kvbench.runs.supervisor import Ticket, WorkerPlan
 from kvbench.runs.watchdog import Limits
-from kvbench.sealed import canonical_json
 
 _ISOLATIONS = ("group", "cell")
 

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
-from kvbench.redaction import redact, redacted_body
+from kvbench.results.redaction import redact, redacted_body
 
 _log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import sys
 from typing import Any, ClassVar
 
 from kvbench.measures import format_value, measure
-from kvbench.records import MEASURED
-from kvbench.redaction import redact
+from kvbench.results.record import MEASURED
+from kvbench.results.redaction import redact
 
 _HEADLINES = (
     *("ppl", "rougeL_vs_full", "turn1_rougeL_vs_full", "turn2_rougeL_vs_full", "objects_recalled_fraction"),

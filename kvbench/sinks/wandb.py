@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.errors import ConfigError, close_matches
-from kvbench.records import MEASURED
+from kvbench.results.record import MEASURED
+from kvbench.results.store import RecordStore
 from kvbench.sinks.console import say
-from kvbench.sinks.store import RecordStore
 from kvbench.sinks.wandb_cell import cell_run
 from kvbench.sinks.wandb_run import Online, Place, RunSpec, write_run
 from kvbench.sinks.wandb_service import (

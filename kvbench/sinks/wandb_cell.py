@@ -9,8 +9,8 @@ import hashlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from kvbench.records import MEASURED
-from kvbench.sealed import canonical_json
+from kvbench.results.files import canonical_json
+from kvbench.results.record import MEASURED
 from kvbench.sinks.wandb_fields import run_config, run_tags, summary_numbers
 from kvbench.sinks.wandb_run import RunSpec
 

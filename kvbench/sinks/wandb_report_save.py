@@ -10,9 +10,8 @@ import hashlib
 import io
 from pathlib import Path
 
-from kvbench.durable import replace_file
 from kvbench.errors import KvbenchError, RecordError
-from kvbench.sealed import seal, unseal
+from kvbench.results.files import replace_file, seal, unseal
 from kvbench.sinks.wandb_report import Outline, save_report
 from kvbench.sinks.wandb_service import quiet_setup, reason_of, within
 

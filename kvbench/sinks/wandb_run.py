@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from kvbench.durable import make_folder
+from kvbench.results.files import make_folder
 from kvbench.sinks.wandb_sent import is_sent, note_sent
 from kvbench.sinks.wandb_service import own_folders, quiet_setup, run_settings
 

@@ -12,9 +12,8 @@ import contextlib
 import hashlib
 from pathlib import Path
 
-from kvbench.durable import write_new
 from kvbench.errors import KvbenchError, RecordError
-from kvbench.sealed import seal, unseal
+from kvbench.results.files import seal, unseal, write_new
 
 _KIND, _VERSION = "kvbench_wandb_sent", 1
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvbench.durable import replace_file
-from kvbench.records import encode_record
-from kvbench.redaction import hide_known, redacted_body
+from kvbench.results.files import replace_file
+from kvbench.results.record import encode_record
+from kvbench.results.redaction import hide_known, redacted_body
 from kvbench.sinks.wandb_cell import cell_digest, table
 from kvbench.sinks.wandb_run import RunSpec
 

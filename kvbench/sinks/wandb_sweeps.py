@@ -11,9 +11,8 @@ import contextlib
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from kvbench.durable import replace_file
 from kvbench.errors import KvbenchError, RecordError
-from kvbench.sealed import seal, unseal
+from kvbench.results.files import replace_file, seal, unseal
 
 _KIND, _VERSION = "kvbench_wandb_sweep", 1
 

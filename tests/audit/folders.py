@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvbench.records import cell_key, write_record
+from kvbench.results.record import cell_key, write_record
 from kvbench.stats.intervals import launch_interval, mean_interval, pooled_ratio_interval
 
 Body = dict[str, Any]

@@ -12,7 +12,7 @@ import statistics
 from typing import Any
 
 from kvbench.metrics.rouge import first_divergence, length_ratio, rouge_scores
-from kvbench.records import BODY_SCHEMA, cell_key
+from kvbench.results.record import BODY_SCHEMA, cell_key
 from kvbench.stats.intervals import Interval, launch_interval, mean_interval, pooled_ratio_interval, ratio_interval
 
 LAYERS, ENTRY_BYTES, WEIGHTS_BYTES = 3, 128, 10_000

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvbench.audit.audit import CHECKS, Audit, audit
-from kvbench.records import read_record, write_record
+from kvbench.results.record import read_record, write_record
 from kvbench.stats.intervals import launch_interval
 from tests.audit.doctored import DOCTORED
 from tests.audit.folders import Change, honest, rekey, write_folder

@@ -14,7 +14,7 @@ from kvbench.audit.audit import Audit, audit
 from kvbench.audit.steps import ENTRIES
 from kvbench.measures import bounds_on_scale
 from kvbench.metrics.rouge import rouge_scores
-from kvbench.records import STATUSES
+from kvbench.results.record import STATUSES
 from tests.audit.folders import honest, rekey, scale, summarise, write_folder
 from tests.audit.simulated import Machine, failed
 from tests.covering import share_of

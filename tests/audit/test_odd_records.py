@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from kvbench.audit.audit import audit, audit_body
 from kvbench.audit.printed import badge_line, badge_svg, table_lines
 from kvbench.errors import RecordError
-from kvbench.records import check_body
-from kvbench.sealed import canonical_json
+from kvbench.results.files import canonical_json
+from kvbench.results.record import check_body
 from tests.audit.folders import honest, write_folder
 from tests.covering import share_of
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from kvbench.autopsies import AUTOPSY_FILE, AUTOPSY_SCHEMA, NEVER, write_autopsy
-from kvbench.packed import pack
+from kvbench.results.files import pack
+from kvbench.results.record import AUTOPSY_FILE, AUTOPSY_SCHEMA, NEVER, write_autopsy
 
 LAYERS, HEADS, GRID, STEPS = 3, 2, 4, 12
 WORDS = ["<s>", "USER", ":"], [" What", " is", " this", "?"]

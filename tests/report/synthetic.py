@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from kvbench.records import write_record
+from kvbench.results.record import write_record
 
 BUDGETS = (0.1, 0.2, 0.5)
 STRENGTH = {"full": 1.0, "elastic": 0.9, "h2o": 0.8, "random": 0.35, "streaming_llm": 0.12}

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvbench.autopsies import write_autopsy
-from kvbench.packed import pack
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
+from kvbench.results.files import pack
+from kvbench.results.record import write_autopsy
 from tests.report.autopsies import (
     GRID,
     HEADS,

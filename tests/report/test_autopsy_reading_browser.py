@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvbench.autopsies import write_autopsy
 from kvbench.report.autopsy_load import load_autopsy
 from kvbench.report.autopsy_merged import living_on
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
+from kvbench.results.record import write_autopsy
 from tests.report.autopsies import GRID, HEADS, LAYERS, STEPS, WORDS, autopsy_body, merged_array, patterns
 from tests.report.chromium import Browser, Page
 from tests.report.synthetic import body, write_cell

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from kvbench.autopsies import write_autopsy
 from kvbench.report.load import load_results
 from kvbench.report.page_autopsy import autopsy_section
+from kvbench.results.record import write_autopsy
 from tests.report.autopsies import PROMPT, STEPS, add_autopsies, autopsy_body, merged_array, patterns
 from tests.report.synthetic import body, write_cell
 

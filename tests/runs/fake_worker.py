@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kvbench.records import MEASURED
+from kvbench.results.record import MEASURED
 from kvbench.runs.worker_pipe import PipeWatcher, protect, watcher_of
 
 

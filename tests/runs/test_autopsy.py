@@ -18,7 +18,6 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from kvbench.autopsies import NEVER, autopsy_path, read_autopsy
 from kvbench.cache import Budget, Plan, PolicyCache, View, cache_argument
 from kvbench.datasets.scenes import Scenes
 from kvbench.errors import ConfigError
@@ -26,7 +25,8 @@ from kvbench.models.inputs import prompt_batch
 from kvbench.models.loader import LoadedModel
 from kvbench.models.seen_picture import seen_picture
 from kvbench.models.token_pieces import token_pieces
-from kvbench.packed import unpack
+from kvbench.results.files import unpack
+from kvbench.results.record import NEVER, autopsy_path, read_autopsy
 from kvbench.runs import autopsy
 from kvbench.runs.autopsy import without_secrets
 from kvbench.runs.autopsy_body import coarsened, held_at, stored_layers
@@ -242,7 +242,7 @@ def test_words_picture_and_places_are_those_of_the_prompt(
 
 
 def test_a_file_is_small(bodies: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    from kvbench.autopsies import write_autopsy
+    from kvbench.results.record import write_autopsy
 
     for body in bodies.values():
         write_autopsy(tmp_path / "autopsy.json", body)

@@ -17,6 +17,7 @@ from kvbench.datasets.scenes import describe, describe_prompt, draw_scene, scene
 from kvbench.errors import ConfigError, MeasureError, NonFiniteChoiceError, NonFiniteError
 from kvbench.models.loader import LoadedModel
 from kvbench.models.spec import BUNDLED_FOLDER
+from kvbench.results.files import canonical_json
 from kvbench.runs.capacity import Capacity
 from kvbench.runs.fidelity import Fidelity
 from kvbench.runs.generation import Generation
@@ -26,7 +27,6 @@ from kvbench.runs.perplexity import Perplexity
 from kvbench.runs.perplexity_released import PerplexityReleased
 from kvbench.runs.speed import Speed
 from kvbench.runs.task import Task, TaskResult
-from kvbench.sealed import canonical_json
 from tests.runs.benches import FULL, SCENES, NanAtDecode, NotANumber, bench_of, cut
 
 SHORT = Generation(max_new_tokens=24)

@@ -11,12 +11,12 @@ from typing import Any
 import psutil
 import pytest
 
-from kvbench.records import check_body
+from kvbench.results.claims import Claims
+from kvbench.results.record import check_body
 from kvbench.runs.cell import Attempt
 from kvbench.runs.held_claims import HeldClaims
 from kvbench.runs.supervisor import Events, Supervisor, Ticket, WorkerPlan
 from kvbench.runs.watchdog import Limits
-from kvbench.sinks.claims import Claims
 from tests.runs.benches import cell_of
 from tests.runs.simulated import Simulated, simulate
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from kvbench.results.claims import Claims
+from kvbench.results.store import PartialStore, RecordStore
 from kvbench.runs.cell import Attempt
 from kvbench.runs.perplexity import Perplexity
 from kvbench.runs.progress import Progress
@@ -21,9 +23,6 @@ from kvbench.runs.supervisor import Ticket, WorkerPlan
 from kvbench.runs.sweep import Sweep
 from kvbench.runs.workers import WorkerSettings
 from kvbench.sinks.base import SinkGroup
-from kvbench.sinks.claims import Claims
-from kvbench.sinks.partial import PartialStore
-from kvbench.sinks.store import RecordStore
 from tests.runs.benches import cell_of
 
 OK = ["done ok"]

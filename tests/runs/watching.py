@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvbench.records import check_body, encode_record
+from kvbench.results.record import check_body, encode_record
 from kvbench.runs.cell import Cell
 from kvbench.runs.group import ModelShelf, run_group
 from kvbench.runs.group_plan import GroupPlan

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from kvbench.cli import run
-from kvbench.redaction import is_secret_name
+from kvbench.results.redaction import is_secret_name
 from tests.security.canaries import CANARIES, LEAKY_POLICY, PUBLIC
 
 REPO = Path(__file__).parents[2]

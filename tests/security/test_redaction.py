@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbench import redaction
-from kvbench.redaction import hide_known, is_secret_name, redact, redacted_body, secret_in
+from kvbench.results import redaction
+from kvbench.results.redaction import hide_known, is_secret_name, redact, redacted_body, secret_in
 from tests.sinks.record_bodies import make_body
 
 CANARY = "canary/7Qz+pW 3x=Kd"

@@ -14,9 +14,8 @@ from kvbench.cli import run
 from kvbench.errors import ConfigError, KvbenchError, ModelSupportError
 from kvbench.models.loader import load_model
 from kvbench.models.spec import ModelSpec, check_folder_code, check_hub_code
-from kvbench.sinks.claims import Claims
-from kvbench.sinks.partial import PartialStore
-from kvbench.sinks.store import RecordStore
+from kvbench.results.claims import Claims
+from kvbench.results.store import PartialStore, RecordStore
 from tests.covering import one_in
 from tests.models.checkpoints import save_checkpoint
 from tests.sinks.record_bodies import make_body

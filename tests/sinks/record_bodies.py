@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-from kvbench.records import BODY_SCHEMA, cell_key
+from kvbench.results.record import BODY_SCHEMA, cell_key
 
 
 def make_body(seed: int = 0, **changes: Any) -> dict[str, Any]:

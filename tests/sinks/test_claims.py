@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 
 from kvbench.errors import ConfigError
-from kvbench.records import cell_key
-from kvbench.sinks import claim_file
-from kvbench.sinks.claim_file import ClaimFile, encode_claim, generations, owner_is_dead, parse_claim, read_claim
-from kvbench.sinks.claims import Claims
+from kvbench.results import claims as claim_file
+from kvbench.results.claims import ClaimFile, Claims, encode_claim, generations, owner_is_dead, parse_claim, read_claim
+from kvbench.results.record import cell_key
 
 KEY, OTHER = cell_key({"cell": 1}), cell_key({"cell": 2})
 REPO = Path(__file__).parents[2]
@@ -134,7 +133,7 @@ def test_a_lease_that_nobody_could_wait_for_is_not_believed(lease: str) -> None:
 
 def test_an_owner_killed_on_this_machine_is_known_at_once(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from kvbench.sinks.claims import Claims\n"
+        "import sys, time; from pathlib import Path; from kvbench.results.claims import Claims\n"
         "claim = Claims(Path(sys.argv[1]), lease_s=3600).take(sys.argv[2])\n"
         "print(claim is not None, flush=True); time.sleep(600)"
     )

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from kvbench.errors import ConfigError, RecordError
-from kvbench.records import cell_key
-from kvbench.sinks.partial import PartialStore
+from kvbench.results.record import cell_key
+from kvbench.results.store import PartialStore
 
 KEY, OTHER = cell_key({"cell": 1}), cell_key({"cell": 2})
 

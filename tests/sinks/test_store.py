@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from kvbench.records import MEASURED, STATUSES, CellRecord, read_cell, read_record
-from kvbench.sinks.store import RecordStore
+from kvbench.results.record import MEASURED, STATUSES, CellRecord, read_cell, read_record
+from kvbench.results.store import RecordStore
 from tests.sinks.record_bodies import make_body
 
 _WRITER = """
 import sys
 from pathlib import Path
-from kvbench.sinks.store import RecordStore
+from kvbench.results.store import RecordStore
 from tests.sinks.record_bodies import make_body
 store = RecordStore(Path(sys.argv[1]))
 for seed in range(10_000):

@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from kvbench.errors import ConfigError
+from kvbench.results.store import RecordStore
 from kvbench.sinks.base import SinkGroup
-from kvbench.sinks.store import RecordStore
 from kvbench.sinks.wandb import WandbSink
 from kvbench.sinks.wandb_fields import has_api_key, summary_numbers
 from tests.sinks.record_bodies import make_body
@@ -123,7 +123,7 @@ def _run_in_own_process(folder: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from kvbench.sinks.store import RecordStore
+from kvbench.results.store import RecordStore
 from kvbench.sinks.wandb import WandbSink
 from tests.sinks.record_bodies import make_body
 sink = WandbSink(project="p", folder=Path(sys.argv[1]), timeout_s=1.0)

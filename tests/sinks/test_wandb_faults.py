@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from kvbench.cli import run
-from kvbench.sinks.store import RecordStore
+from kvbench.results.store import RecordStore
 from tests.sinks.fault_server import FaultServer
 from tests.sinks.record_bodies import make_body
 from tests.sinks.test_wandb import _inspect
@@ -33,7 +33,7 @@ import json, os, sys, time
 from pathlib import Path
 import psutil
 from kvbench.sinks.base import SinkGroup
-from kvbench.sinks.store import RecordStore
+from kvbench.results.store import RecordStore
 from kvbench.sinks.wandb import WandbSink
 from kvbench.wandb_summary import summary_of
 from tests.sinks.record_bodies import make_body

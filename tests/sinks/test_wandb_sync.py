@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from kvbench.cli import run
-from kvbench.records import read_record
+from kvbench.results.record import read_record
 from kvbench.sinks import wandb_sync
 from kvbench.sinks.wandb_cell import cell_digest
 from kvbench.sinks.wandb_run import Place

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from kvbench.sinks.store import RecordStore
+from kvbench.results.store import RecordStore
 from tests.test_faults import SHORT, attempts, environment
 
 HERE = Path(__file__).parent

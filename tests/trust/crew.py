@@ -18,8 +18,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from kvbench.sinks.leftovers import leftovers
-from kvbench.sinks.store import RecordStore
+from kvbench.results.maintenance import leftovers
+from kvbench.results.store import RecordStore
 from tests.trust.fake_sweep import NUM_WRITERS, cells, pretend_elsewhere, write
 
 

@@ -16,11 +16,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from kvbench.records import BODY_SCHEMA, cell_key
-from kvbench.sinks import claim_file
-from kvbench.sinks.claims import Claims
-from kvbench.sinks.partial import PartialStore
-from kvbench.sinks.store import RecordStore
+from kvbench.results import claims as claim_file
+from kvbench.results.claims import Claims
+from kvbench.results.record import BODY_SCHEMA, cell_key
+from kvbench.results.store import PartialStore, RecordStore
 
 NUM_CELLS, NUM_BATCHES, NUM_WRITERS = 24, 4, 4
 POLICIES = ("full", "h2o", "elastic", "streaming_llm", "random", "snapkv")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.errors import KvbenchError
-from kvbench.sinks.store import RecordStore
+from kvbench.results.store import RecordStore
 from tests.trust.fake_sweep import cells, write
 
 CALLS = ("open", "write", "fsync", "link", "mkdir", "unlink", "close")

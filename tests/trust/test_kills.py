@@ -15,9 +15,8 @@ import pytest
 
 from kvbench.report.frames import csv_text, quality_frame
 from kvbench.report.load import load_results
-from kvbench.sinks.claims import Claims
-from kvbench.sinks.partial import PartialStore
-from kvbench.sinks.store import RecordStore
+from kvbench.results.claims import Claims
+from kvbench.results.store import PartialStore, RecordStore
 from tests.trust.fake_sweep import NUM_BATCHES, batch, cells, write
 
 REPO = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ import pytest
 from kvbench.cli import run
 from kvbench.report.frames import csv_text, quality_frame
 from kvbench.report.load import load_results
-from kvbench.sinks.verify import verify
+from kvbench.results.maintenance import verify
 from tests.trust.test_kills import REPO
 
 WORDS = (

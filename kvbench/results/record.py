@@ -6,6 +6,12 @@ is ever overwritten, and a reader notices every torn or altered record instead o
     write_record(Path("cells/attempt-1.json"), body)
     body = read_record(Path("cells/attempt-1.json"))
     kept = read_cell(Path("results/cells/0123456789abcdef"))  # the attempt that counts
+
+What a cell's cache kept of a few samples: one sealed file beside the record, which it never belongs to.
+
+    cells/<key[:16]>/autopsy.json
+
+It explains numbers and holds none that counts. A missing or damaged one costs its own figures only.
 """
 
 from __future__ import annotations
@@ -18,9 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvbench.durable import write_new
 from kvbench.errors import RecordError
-from kvbench.sealed import canonical_json, seal, unseal
+from kvbench.results.files import canonical_json, replace_file, seal, unseal, write_new
 
 ENVELOPE_VERSION = 1
 _KIND = "kvbench_record"
@@ -139,3 +144,42 @@ def counting(accepted: dict[str, Any], others: Iterable[dict[str, Any]]) -> Cell
     failures = [one for one in (accepted, *own) if one["status"] not in MEASURED] if body["status"] in MEASURED else []
     later = [one for one in failures if str(one["started_utc"]) > str(body["started_utc"])]
     return CellRecord(body=body, later_failures=tuple(sorted(later, key=lambda one: str(one["started_utc"]))))
+
+
+AUTOPSY_FILE = "autopsy.json"
+AUTOPSY_SCHEMA = 1
+NEVER = 65_535  # of `freed`: still held at the end; 0: dropped with the prompt. Of `merged`: joined no other entry
+GENERATED = 3  # of `kinds`, after those of kvbench.cache.Kind
+_AUTOPSIES_KIND, _VERSION = "kvbench_autopsy", 1
+_REMEDY = "Nothing but the eviction figures needs it; force=true takes it again."
+_AUTOPSIES_FIELDS: dict[str, type] = {
+    "key": str,
+    "num_layers": int,
+    "num_heads": int,
+    "samples": list,
+    "left_out": list,
+}
+
+
+def autopsy_path(results: Path, key: str) -> Path:
+    """Return where the autopsy of the cell `key` lies."""
+    return results / "cells" / key[:16] / AUTOPSY_FILE
+
+
+def write_autopsy(path: Path, body: Mapping[str, Any]) -> None:
+    """Write `body` in the place of an older autopsy, whole and durable. Raises: RecordError, ConfigError."""
+    replace_file(path, seal(_AUTOPSIES_KIND, _VERSION, body))
+
+
+def read_autopsy(path: Path, key: str | None = None) -> dict[str, Any]:
+    """Return the verified body of the file, of the cell `key` where given. Raises: RecordError naming the path."""
+    body = unseal(path, _AUTOPSIES_KIND, _VERSION, _REMEDY)
+    schema = body.get("schema")
+    if schema != AUTOPSY_SCHEMA:
+        raise RecordError(f"{path} has schema {schema!r:.40}; this kvbench reads {AUTOPSY_SCHEMA}. {_REMEDY}")
+    for name, kind in _AUTOPSIES_FIELDS.items():
+        if not isinstance(body.get(name), kind):
+            raise RecordError(f"{path} has no usable {name!r}. {_REMEDY}")
+    if key is not None and body["key"] != key:
+        raise RecordError(f"{path} belongs to another cell ({body['key'][:16]}). {_REMEDY}")
+    return body

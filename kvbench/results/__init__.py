@@ -1,0 +1,1 @@
+"""Records on the disk: written whole or not at all, claimed, sealed, redacted, kept in order."""
