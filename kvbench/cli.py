@@ -27,7 +27,7 @@ from kvbench.quiet import quiet_libraries
 from kvbench.results.redaction import redact
 
 if TYPE_CHECKING:
-    from kvbench.runs.sweep import Sweep
+    from kvbench.sweep.sweep import Sweep
 
 # Each takes the words after its name and returns the exit code; imported only when asked for.
 SUBCOMMANDS = {
@@ -111,7 +111,7 @@ def _sweep(words: argparse.Namespace, overrides: list[str]) -> int:
 
 def _supervise(sweep: Sweep) -> int:
     """Run what is missing; return 0, or the exit code of a process that was told to stop."""
-    from kvbench.runs.stop import StopRequest
+    from kvbench.sweep.sweep import StopRequest
 
     with StopRequest().watching() as stop:
         sweep.run(stop)

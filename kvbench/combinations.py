@@ -9,7 +9,7 @@ from kvbench.datasets.base import Dataset
 from kvbench.datasets.synthetic import Synthetic
 from kvbench.errors import ConfigError
 from kvbench.models.spec import ModelSpec, image_tokens
-from kvbench.runs.task import Task
+from kvbench.tasks.task import Task
 
 
 def check_budget_fits(policy: Policy, budget: Budget) -> None:

@@ -15,6 +15,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from kvbench.autopsy.settings import AutopsySettings
 from kvbench.cache import CACHE_SEMANTICS, Budget, Policy, When
 from kvbench.cache.positions import POSITION_MODES, PositionMode
 from kvbench.combinations import check_budget_fits, check_text
@@ -24,13 +25,17 @@ from kvbench.gate import check_installed, check_model, check_settings, known_con
 from kvbench.installed import installed_version
 from kvbench.models.spec import ModelSpec
 from kvbench.policy_source import class_name, is_kvbench, source_of
-from kvbench.runs.autopsy_settings import AutopsySettings
-from kvbench.runs.cell import Cell
-from kvbench.runs.context import BEYOND_CONTEXT, BeyondContext, check_windows
-from kvbench.runs.dataset_fit import check_fit
-from kvbench.runs.device import resolve_device, resolve_engine
-from kvbench.runs.loop import CacheSetting
 from kvbench.sinks.base import SinkGroup
+from kvbench.sweep.cell import (
+    BEYOND_CONTEXT,
+    BeyondContext,
+    Cell,
+    check_fit,
+    check_windows,
+    resolve_device,
+    resolve_engine,
+)
+from kvbench.tasks.decode import CacheSetting
 from kvbench.value_types import fits, hints_of, truth, type_name, typed, typed_settings
 
 _FULL = {"_target_": "kvbench.policies.full.Full"}

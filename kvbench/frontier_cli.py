@@ -142,7 +142,7 @@ def _search(plan: Plan, policies: list[Composed], fulls: list[Composed], config_
 def _run(grid: Sequence[Composed]) -> None:
     """Run the cells that have no record yet, as a sweep does."""
     from kvbench.launch import open_sweep
-    from kvbench.runs.stop import StopRequest
+    from kvbench.sweep.sweep import StopRequest
 
     sweep = open_sweep(grid)
     with StopRequest().watching() as stop:

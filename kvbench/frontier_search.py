@@ -22,7 +22,7 @@ from kvbench.results.files import canonical_json
 from kvbench.stats.power import look_confidence, next_rung
 
 if TYPE_CHECKING:
-    from kvbench.runs.cell import Cell
+    from kvbench.sweep.cell import Cell
 
 Run = Callable[[Sequence[Composed]], None]
 

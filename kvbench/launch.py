@@ -18,7 +18,7 @@ from kvbench.compose import Composed
 from kvbench.quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    from kvbench.runs.sweep import Sweep
+    from kvbench.sweep.sweep import Sweep
 
 SUPERVISED = "supervised"
 
@@ -31,7 +31,7 @@ def run_job(config: Any) -> str:
     quiet_libraries()
     runtime = HydraConfig.get().runtime
     make_importable([source.path for source in runtime.config_sources if source.schema == "file" and source.path])
-    from kvbench.runs.stop import StopRequest
+    from kvbench.sweep.sweep import StopRequest
 
     with StopRequest().watching() as stop:
         sweep = open_sweep([Composed(config=config, choices=dict(runtime.choices))])
@@ -46,9 +46,8 @@ def open_sweep(grid: Sequence[Composed]) -> Sweep:
     """Return the sweep over `grid`, everything checked and finished cells taken. Raises: ConfigError, DataError."""
     from kvbench.config import build, build_cells, build_sinks, check_shared, is_forced, results_folder
     from kvbench.results.claims import Claims
-    from kvbench.runs.supervisor import Ticket
-    from kvbench.runs.sweep import Sweep
-    from kvbench.runs.workers import WorkerSettings
+    from kvbench.sweep.supervisor import Ticket, WorkerSettings
+    from kvbench.sweep.sweep import Sweep
 
     check_shared(grid)
     cells = build_cells(grid)

@@ -180,7 +180,7 @@ def test_the_composed_configuration_can_be_printed(capfd: pytest.CaptureFixture[
 def test_the_printed_configuration_of_an_experiment_says_what_is_swept(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["+experiment=paper_ppl", "policy=full", "--cfg", "job"]) == 0
     printed = capfd.readouterr().out
-    assert "_target_: kvbench.runs.perplexity_released.PerplexityReleased" in printed
+    assert "_target_: kvbench.tasks.perplexity.PerplexityReleased" in printed
     assert "# swept: budget.fraction=1.0,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2" in printed
 
 

@@ -170,7 +170,7 @@ def never(*arguments: Any) -> None:
 @pytest.fixture(autouse=True)
 def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("kvbench.runs.group.load_model", never)
+    monkeypatch.setattr("kvbench.sweep.group.load_model", never)
     monkeypatch.setenv("MY_PASSWORD", SECRET)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
@@ -257,8 +257,8 @@ ELSEWHERE = """
 from kvbench.cache import Budget
 from kvbench.datasets.scenes import Scenes
 from kvbench.policies.h2o import H2O
-from kvbench.runs.memory import Memory
-from kvbench.runs.perplexity import Perplexity
+from kvbench.tasks.memory import Memory
+from kvbench.tasks.perplexity import Perplexity
 """
 
 
@@ -286,7 +286,7 @@ def test_a_class_that_is_found_at_another_place_leaves_the_key(monkeypatch: pyte
     [
         ("kvbench.policies.h2o", "H2O"),
         ("kvbench.datasets.scenes", "Scenes"),
-        ("kvbench.runs.memory", "Memory"),
+        ("kvbench.tasks.memory", "Memory"),
         ("kvbench.cache", "Budget"),
     ],
 )

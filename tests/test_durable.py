@@ -18,8 +18,8 @@ WRITING_METHODS = {"write_text", "write_bytes", "replace", "rename", "hardlink_t
 WRITING_CALLS = {"NamedTemporaryFile", "TemporaryFile", "mkstemp", "mkdtemp"}
 MAY_WRITE = re.compile(rf"{'|'.join((WRITING_METHODS | WRITING_CALLS) - {'replace'})}|\bopen\(|\.replace\([^,]*\)")
 WRITES_ELSEWHERE = {
-    "kvbench/metrics/allocation.py",  # a switch of the kernel under /proc
-    "kvbench/runs/worker_process.py",  # a log is appended to
+    "kvbench/tasks/memory.py",  # a switch of the kernel under /proc
+    "kvbench/sweep/process.py",  # a log is appended to
     "kvbench/results/maintenance.py",  # a file without a name, whose date is the clock of the disk
     "kvbench/results/store.py",  # sets damaged files aside
 }

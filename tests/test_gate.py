@@ -37,7 +37,7 @@ def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NETRC", "no-netrc")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr("kvbench.runs.group.load_model", never)
+    monkeypatch.setattr("kvbench.sweep.group.load_model", never)
 
 
 def folder_of(config: Any, *files: str, name: str = "model") -> None:

@@ -82,12 +82,12 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 ONLY_IN = {
     "hydra": ["kvbench/cli.py", "kvbench/config.py", "kvbench/compose.py", "kvbench/launch.py"],
-    "omegaconf": ["kvbench/cli.py", "kvbench/config.py", "kvbench/compose.py", "kvbench/worker.py"],
+    "omegaconf": ["kvbench/cli.py", "kvbench/config.py", "kvbench/compose.py", "kvbench/sweep/worker.py"],
     "wandb": ["kvbench/sinks/wandb*.py"],
     "wandb_workspaces": ["kvbench/sinks/wandb_report*.py"],
     "matplotlib": ["kvbench/report/plots*.py"],
     "triton": ["kvbench/kernels/*.py"],
-    "transformers": ["kvbench/cache/*.py", "kvbench/models/*.py", "kvbench/runs/*.py"],
+    "transformers": ["kvbench/cache/*.py", "kvbench/models/*.py", "kvbench/tasks/*.py", "kvbench/sweep/*.py", "kvbench/autopsy/*.py", "kvbench/bundled/*.py"],
 }
 
 
@@ -160,7 +160,7 @@ def test_the_import_reader_sees_every_form() -> None:
 def test_the_cells_of_a_sweep_are_checked_without_transformers() -> None:
     code = (
         "import sys; from kvbench.compose import compose_grid; from kvbench.config import build_cell; "
-        "import kvbench.launch, kvbench.runs.sweep; "
+        "import kvbench.launch, kvbench.sweep.sweep; "
         "keys = {build_cell(c).key for c in compose_grid(['+experiment=quick'], multirun=False, config_dir=None)}; "
         "heavy = {'transformers', 'scipy', 'wandb', 'matplotlib', 'pandas'} & set(sys.modules); "
         "sys.exit(len(keys) < 2 or bool(heavy))"

@@ -8,7 +8,7 @@ from typing import Any
 
 from kvbench.audit.check import Check
 from kvbench.audit.evidence import Cell, Peers
-from kvbench.metrics.rouge import has_words, rouge_scores
+from kvbench.tasks.rouge import has_words, rouge_scores
 
 _TOLERANCE = 1e-6
 _OLD = {"Generation": "greedy_v1", "MultiTurn": "one_cache_v1"}  # dropped combining marks, and texts without a word

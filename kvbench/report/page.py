@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from kvbench.autopsy.page import autopsy_section
 from kvbench.report.cell_rows import all_rows
 from kvbench.report.comparison import DECLARED, Choices
 from kvbench.report.judged import Judged, judge
@@ -16,7 +17,6 @@ from kvbench.report.note import Note
 from kvbench.report.notes import notes_of
 from kvbench.report.page_again import again_html
 from kvbench.report.page_answer import answer_html
-from kvbench.report.page_autopsy import autopsy_section
 from kvbench.report.page_failures import failures_html
 from kvbench.report.page_figures import chosen_plots, figures_html
 from kvbench.report.page_frontier import frontier_html

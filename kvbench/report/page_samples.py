@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from kvbench.autopsy.page import safe_json
 from kvbench.report.load import Results
-from kvbench.report.page_autopsy import safe_json
 from kvbench.report.page_samples_data import NO_LINKS, group_data
 from kvbench.report.sample_answers import COLLAPSE_RULE, answers_of
 

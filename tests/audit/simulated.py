@@ -11,9 +11,9 @@ import random
 import statistics
 from typing import Any
 
-from kvbench.metrics.rouge import first_divergence, length_ratio, rouge_scores
 from kvbench.results.record import BODY_SCHEMA, cell_key
 from kvbench.stats.intervals import Interval, launch_interval, mean_interval, pooled_ratio_interval, ratio_interval
+from kvbench.tasks.rouge import first_divergence, length_ratio, rouge_scores
 
 LAYERS, ENTRY_BYTES, WEIGHTS_BYTES = 3, 128, 10_000
 NEW_TOKENS, TIMED_TOKENS, BLOCKS = 24, 9, 2
@@ -122,9 +122,9 @@ class Machine:
 
     def _settings(self, policy: str, budget: dict[str, Any] | None) -> dict[str, Any]:
         tasks: dict[str, dict[str, Any]] = {
-            "perplexity": {"_target_": "kvbench.runs.perplexity.Perplexity"},
-            "generation": {"_target_": "kvbench.runs.generation.Generation", "max_new_tokens": NEW_TOKENS},
-            "fidelity": {"_target_": "kvbench.runs.fidelity.Fidelity", "max_new_tokens": NEW_TOKENS},
+            "perplexity": {"_target_": "kvbench.tasks.perplexity.Perplexity"},
+            "generation": {"_target_": "kvbench.tasks.generation.Generation", "max_new_tokens": NEW_TOKENS},
+            "fidelity": {"_target_": "kvbench.tasks.fidelity.Fidelity", "max_new_tokens": NEW_TOKENS},
             "speed": {"_target_": "a.Speed", "new_tokens": TIMED_TOKENS, "num_blocks": BLOCKS, "batch_size": 1},
             "memory": {"_target_": "a.Memory", "new_tokens": TIMED_TOKENS, "batch_size": 1},
         }

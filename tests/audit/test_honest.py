@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from kvbench.audit.audit import Audit, audit
 from kvbench.audit.steps import ENTRIES
 from kvbench.measures import bounds_on_scale
-from kvbench.metrics.rouge import rouge_scores
 from kvbench.results.record import STATUSES
+from kvbench.tasks.rouge import rouge_scores
 from tests.audit.folders import honest, rekey, scale, summarise, write_folder
 from tests.audit.simulated import Machine, failed
 from tests.covering import share_of

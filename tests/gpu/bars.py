@@ -30,14 +30,11 @@ from kvbench.policies.full import Full
 from kvbench.policies.h2o import H2O
 from kvbench.policies.snapkv import SnapKV
 from kvbench.policies.streaming_llm import StreamingLLM
-from kvbench.runs.environment import environment
-from kvbench.runs.free_memory import free_memory
-from kvbench.runs.full_answers import FullAnswers
-from kvbench.runs.launch import launch, repeated
-from kvbench.runs.loop import CacheSetting, Engine
-from kvbench.runs.memory import Memory
-from kvbench.runs.speed import Speed
-from kvbench.runs.task import Bench, TaskResult
+from kvbench.sweep.cell import environment
+from kvbench.tasks.decode import CacheSetting, Engine
+from kvbench.tasks.memory import Memory, free_memory
+from kvbench.tasks.speed import Speed, launch, repeated
+from kvbench.tasks.task import Bench, FullAnswers, TaskResult
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 WARM = "compiling kernels excluded: launches before it did that"

@@ -7,14 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from kvbench.metrics import allocation
-from kvbench.metrics.allocation import (
-    PhasePeaks,
-    StorageCounter,
-    parameter_bytes,
-    reset_resident_peak,
-    resident_peak_bytes,
-)
+from kvbench.tasks import memory as allocation
+from kvbench.tasks.memory import PhasePeaks, StorageCounter, parameter_bytes, reset_resident_peak, resident_peak_bytes
 
 KIB = torch.Size([256])  # float32
 

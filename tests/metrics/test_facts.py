@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvbench.metrics.facts import fact_scores
+from kvbench.tasks.rouge import fact_scores
 
 TRUE = frozenset("abcd")
 

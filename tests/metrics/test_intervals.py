@@ -9,8 +9,8 @@ import pytest
 from scipy import stats
 
 from kvbench.errors import MeasureError
-from kvbench.runs.task import TaskResult
 from kvbench.stats.intervals import Interval, launch_interval, mean_interval, pooled_ratio_interval, ratio_interval
+from kvbench.tasks.task import TaskResult
 
 _NUM_EXPERIMENTS = 400
 

@@ -8,7 +8,7 @@ import pytest
 from nltk.stem import porter
 from rouge_score import rouge_scorer, tokenizers
 
-from kvbench.metrics.rouge import first_divergence, length_ratio, rouge_scores
+from kvbench.tasks.rouge import first_divergence, length_ratio, rouge_scores
 
 
 class WithoutMarks:

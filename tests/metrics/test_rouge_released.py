@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvbench.metrics.rouge import rouge_scores
-from kvbench.metrics.rouge_released import rouge_l_released
+from kvbench.tasks.rouge import rouge_l_released, rouge_scores
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 
 from kvbench.models.inputs import PromptBatch
 from kvbench.models.loader import LoadedModel
-from kvbench.runs.loop import CacheSetting, greedy
+from kvbench.tasks.decode import CacheSetting, greedy
 
 
 @torch.inference_mode()

@@ -24,7 +24,7 @@ from kvbench.models.inputs import PromptBatch, adds_special_tokens, prompt_batch
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import FAMILIES as SUPPORTED
 from kvbench.models.spec import TEXT_FAMILIES, VISION_FAMILIES, ModelSpec
-from kvbench.runs.loop import CacheSetting, Decoding
+from kvbench.tasks.decode import CacheSetting, Decoding
 from tests.contract import YAMLS, allowed
 from tests.driving import held_positions
 from tests.models.answering import answers_to

@@ -15,8 +15,7 @@ from kvbench.models.inputs import prompt_batch
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
 from kvbench.policies.h2o import H2O
-from kvbench.runs.graph import GraphDecoding
-from kvbench.runs.loop import CacheSetting
+from kvbench.tasks.decode import CacheSetting, GraphDecoding
 from tests.driving import held_positions
 from tests.models.checkpoints import FAMILIES, save_checkpoint
 from tests.models.test_families import examples

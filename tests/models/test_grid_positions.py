@@ -9,7 +9,7 @@ from kvbench.cache import UNLIMITED
 from kvbench.models.inputs import PromptBatch, prompt_batch
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
-from kvbench.runs.loop import CacheSetting, Decoding
+from kvbench.tasks.decode import CacheSetting, Decoding
 from tests.contract import YAMLS
 from tests.models.checkpoints import save_checkpoint
 from tests.models.test_families import examples, policy_of

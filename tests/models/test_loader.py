@@ -16,7 +16,7 @@ from kvbench.errors import ModelSupportError
 from kvbench.models.inputs import PromptBatch, answer_tokens, prompt_batch, prompt_text
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
-from kvbench.runs.loop import CacheSetting
+from kvbench.tasks.decode import CacheSetting
 from tests.models.answering import answers_to
 from tests.models.checkpoints import FAMILIES, IN_CACHE_FAMILIES, save_checkpoint
 

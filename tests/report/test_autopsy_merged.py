@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvbench.autopsy.page import autopsy_section
+from kvbench.autopsy.read import Sample, kept, living_on, load_autopsy, sentence
 from kvbench.errors import RecordError
-from kvbench.report.autopsy_load import Sample, load_autopsy
-from kvbench.report.autopsy_merged import living_on
-from kvbench.report.autopsy_numbers import kept, sentence
 from kvbench.report.load import load_results
-from kvbench.report.page_autopsy import autopsy_section
 from kvbench.results.record import NEVER, write_autopsy
 from tests.report.autopsies import HEADS, LAYERS, PROMPT, STEPS, autopsy_body, merged_array, patterns
 from tests.report.synthetic import body, write_cell

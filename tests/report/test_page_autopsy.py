@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvbench.autopsy.page import autopsy_section
+from kvbench.autopsy.read import Sample, chance_overlap, first_freed, kept, load_autopsy, overlap, percent, sentence
 from kvbench.errors import RecordError
-from kvbench.report.autopsy_load import Sample, load_autopsy
-from kvbench.report.autopsy_numbers import chance_overlap, first_freed, kept, overlap, percent, sentence
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
-from kvbench.report.page_autopsy import autopsy_section
 from kvbench.results.files import pack, replace_file
 from kvbench.results.maintenance import leftovers, verify
 from kvbench.results.record import NEVER, read_autopsy, write_autopsy

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from kvbench.autopsy.page import autopsy_section
 from kvbench.report.load import load_results
-from kvbench.report.page_autopsy import autopsy_section
 from kvbench.results.record import write_autopsy
 from tests.report.autopsies import PROMPT, STEPS, add_autopsies, autopsy_body, merged_array, patterns
 from tests.report.synthetic import body, write_cell
@@ -53,12 +53,12 @@ def test_where_room_ends_a_sample_is_left_out_under_every_policy_and_that_is_sai
     whole = sum(
         len(text) for cell in data["cells"] for view in cell["views"].values() for text in view["freed"]["patterns"]
     )
-    monkeypatch.setattr("kvbench.report.page_autopsy.MOST_BYTES", whole // 2)
+    monkeypatch.setattr("kvbench.autopsy.page.MOST_BYTES", whole // 2)
     drawn = section_of(tmp_path)
     assert views_of(data_of(drawn)) == [["scenes/test/1"]] * 3
     assert "2 of 3 samples are in the numbers below but not in the drawings" in drawn
     assert "no room: scenes/test/2, scenes/test/10." in drawn
-    monkeypatch.setattr("kvbench.report.page_autopsy.MOST_BYTES", 0)
+    monkeypatch.setattr("kvbench.autopsy.page.MOST_BYTES", 0)
     drawn = section_of(tmp_path)
     assert "ap-step" not in drawn
     assert "3 of 3 samples are in the numbers below" in drawn
@@ -69,7 +69,7 @@ def test_patterns_of_merging_take_room_too(tmp_path: Path, monkeypatch: pytest.M
     write(tmp_path, ("elastic", 0.1), ids=IDS[:1], merged=patterns(merged_array(1)))
     (cell,) = data_of(section_of(tmp_path))["cells"]
     freed = sum(map(len, cell["views"][IDS[0]]["freed"]["patterns"]))
-    monkeypatch.setattr("kvbench.report.page_autopsy.MOST_BYTES", freed)
+    monkeypatch.setattr("kvbench.autopsy.page.MOST_BYTES", freed)
     assert "1 of 1 samples" in section_of(tmp_path)
 
 

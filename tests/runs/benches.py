@@ -15,10 +15,9 @@ from kvbench.datasets.base import Dataset
 from kvbench.datasets.scenes import Scenes
 from kvbench.models.loader import LoadedModel
 from kvbench.models.spec import ModelSpec
-from kvbench.runs.cell import Cell
-from kvbench.runs.full_answers import FullAnswers
-from kvbench.runs.loop import CacheSetting
-from kvbench.runs.task import Bench, Task
+from kvbench.sweep.cell import Cell
+from kvbench.tasks.decode import CacheSetting
+from kvbench.tasks.task import Bench, FullAnswers, Task
 
 SCENES = Scenes(num_samples=3)
 

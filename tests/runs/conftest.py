@@ -4,7 +4,7 @@ import pytest
 
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
-from kvbench.runs.group import ModelShelf
+from kvbench.sweep.group import ModelShelf
 
 
 @pytest.fixture(scope="session")

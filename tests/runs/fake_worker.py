@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.results.record import MEASURED
-from kvbench.runs.worker_pipe import PipeWatcher, protect, watcher_of
+from kvbench.sweep.worker import PipeWatcher, protect, watcher_of
 
 
 def main(job: dict[str, Any]) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from kvbench.runs import graph
-from kvbench.runs.loop import Decoding
+from kvbench.tasks import decode as graph
+from kvbench.tasks.decode import Decoding
 
 
 class FrozenReplay:

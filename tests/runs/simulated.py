@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from kvbench.runs import held_claims, supervisor, worker_process
-from kvbench.runs.verdict import Verdict
-from kvbench.runs.watchdog import Limits, Watchdog
-from kvbench.runs.worker_process import WorkerProcess
+from kvbench.sweep import process as worker_process
+from kvbench.sweep import supervisor
+from kvbench.sweep import supervisor as held_claims
+from kvbench.sweep.process import Limits, Verdict, Watchdog, WorkerProcess
 
 
 class Clock:

@@ -18,30 +18,23 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
+from kvbench.autopsy import body as autopsy
+from kvbench.autopsy.body import coarsened, held_at, stored_layers, without_secrets
+from kvbench.autopsy.replay import Watching, full_attention, replay, seen_picture, thumbnail_file, token_pieces
+from kvbench.autopsy.settings import AutopsySettings
 from kvbench.cache import Budget, Plan, PolicyCache, View, cache_argument
 from kvbench.datasets.scenes import Scenes
 from kvbench.errors import ConfigError
 from kvbench.models.inputs import prompt_batch
 from kvbench.models.loader import LoadedModel
-from kvbench.models.seen_picture import seen_picture
-from kvbench.models.token_pieces import token_pieces
 from kvbench.results.files import unpack
 from kvbench.results.record import NEVER, autopsy_path, read_autopsy
-from kvbench.runs import autopsy
-from kvbench.runs.autopsy import without_secrets
-from kvbench.runs.autopsy_body import coarsened, held_at, stored_layers
-from kvbench.runs.autopsy_replay import Watching, full_attention, replay
-from kvbench.runs.autopsy_settings import AutopsySettings
-from kvbench.runs.autopsy_subject import thumbnail_file
-from kvbench.runs.batch_task import BatchTask, Payload
-from kvbench.runs.cell import Cell
-from kvbench.runs.divergence import divergence
-from kvbench.runs.generation import Generation
-from kvbench.runs.group import ModelShelf, run_group
-from kvbench.runs.group_plan import GroupPlan
-from kvbench.runs.loop import CacheSetting
-from kvbench.runs.prompts import Part, Prompts
-from kvbench.runs.task import Bench, TaskResult
+from kvbench.sweep.cell import Cell
+from kvbench.sweep.group import GroupPlan, ModelShelf, run_group
+from kvbench.tasks.decode import CacheSetting
+from kvbench.tasks.generation import Generation, divergence
+from kvbench.tasks.prompts import Part, Prompts
+from kvbench.tasks.task import BatchTask, Bench, Payload, TaskResult
 from tests.contract import YAMLS
 from tests.covering import one_in
 from tests.driving import held_positions

@@ -13,9 +13,9 @@ from kvbench.cache import Budget
 from kvbench.datasets.synthetic import Synthetic
 from kvbench.errors import ConfigError
 from kvbench.models.loader import LoadedModel, load_model
-from kvbench.runs import capacity
-from kvbench.runs.capacity import Capacity, largest_that_fits
-from kvbench.runs.task import TaskResult
+from kvbench.tasks import capacity
+from kvbench.tasks.capacity import Capacity, largest_that_fits
+from kvbench.tasks.task import TaskResult
 from tests.models.architectures import small_spec
 from tests.runs.benches import FULL, bench_of, cut
 

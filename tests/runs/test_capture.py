@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from kvbench.errors import PolicyError
-from kvbench.runs import capture, deciding
-from kvbench.runs.capture import captured, warm_up
+from kvbench.tasks import decode as capture
+from kvbench.tasks import speed as deciding
+from kvbench.tasks.decode import captured, warm_up
 
 DEVICE = torch.device("cuda", 3)
 

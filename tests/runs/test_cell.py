@@ -12,10 +12,10 @@ from kvbench.datasets.base import Example
 from kvbench.datasets.scenes import Scenes
 from kvbench.errors import ConfigError, DataError, ModelSupportError, NonFiniteError, PolicyError
 from kvbench.models.spec import ModelSpec
-from kvbench.runs.cell import Cell
-from kvbench.runs.group import ModelShelf
-from kvbench.runs.task import Bench, TaskResult
 from kvbench.stats.intervals import mean_interval
+from kvbench.sweep.cell import Cell
+from kvbench.sweep.group import ModelShelf
+from kvbench.tasks.task import Bench, TaskResult
 from tests.runs.benches import SCENES, cell_of
 from tests.runs.watching import run_cells
 

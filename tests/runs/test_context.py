@@ -19,11 +19,11 @@ from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
 from kvbench.report.cell import parse_cell
 from kvbench.report.notes import _beyond_text
-from kvbench.runs.context import check_windows, context_tokens, context_use
-from kvbench.runs.generation import Generation
-from kvbench.runs.multi_turn import MultiTurn
-from kvbench.runs.perplexity import Perplexity
-from kvbench.runs.speed import Speed
+from kvbench.sweep.cell import check_windows, context_tokens, context_use
+from kvbench.tasks.conversation import MultiTurn
+from kvbench.tasks.generation import Generation
+from kvbench.tasks.perplexity import Perplexity
+from kvbench.tasks.speed import Speed
 from tests.models.checkpoints import save_checkpoint
 from tests.models.test_families import examples as pictured
 from tests.runs.benches import FULL, SCENES, cell_of, cut

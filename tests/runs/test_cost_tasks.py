@@ -9,14 +9,12 @@ from kvbench.cache import Budget
 from kvbench.datasets.synthetic import Synthetic
 from kvbench.errors import ConfigError
 from kvbench.measures import MEASURES
-from kvbench.metrics.allocation import parameter_bytes
-from kvbench.metrics.roof import step_weight_bytes
 from kvbench.models.inputs import prompt_batch
 from kvbench.models.loader import LoadedModel, load_model
-from kvbench.runs.launch import Launch
-from kvbench.runs.loop import CacheSetting
-from kvbench.runs.memory import Memory
-from kvbench.runs.speed import Speed
+from kvbench.tasks.clock import step_weight_bytes
+from kvbench.tasks.decode import CacheSetting
+from kvbench.tasks.memory import Memory, parameter_bytes
+from kvbench.tasks.speed import Launch, Speed
 from tests.models.architectures import SMALL, small_spec
 from tests.runs.benches import FULL, SCENES, bench_of, cut
 

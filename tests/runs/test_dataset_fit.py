@@ -16,11 +16,11 @@ from kvbench.datasets.retrieval import Needles
 from kvbench.datasets.scenes import Scenes
 from kvbench.errors import ConfigError, DataError
 from kvbench.models.spec import ModelSpec, takes_images
-from kvbench.runs.dataset_fit import check_fit
-from kvbench.runs.group import ModelShelf
-from kvbench.runs.multi_turn import MultiTurn
-from kvbench.runs.perplexity import Perplexity
-from kvbench.runs.speed import Speed
+from kvbench.sweep.cell import check_fit
+from kvbench.sweep.group import ModelShelf
+from kvbench.tasks.conversation import MultiTurn
+from kvbench.tasks.perplexity import Perplexity
+from kvbench.tasks.speed import Speed
 from tests.datasets.files import write_json, write_lines, write_picture
 from tests.models.checkpoints import save_checkpoint
 from tests.runs.benches import FULL, cell_of, cut

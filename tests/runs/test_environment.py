@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 import torch
 
-from kvbench.runs import environment
+from kvbench.sweep import cell as environment
 
 
 def test_code_that_runs_without_being_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,8 @@ from kvbench.cache import Budget, Policy
 from kvbench.errors import NonFiniteChoiceError
 from kvbench.kernels.dispatch import kernels_forced
 from kvbench.policies.h2o import H2O
-from kvbench.runs.graph import GraphDecoding
-from kvbench.runs.loop import CacheSetting
-from kvbench.runs.loop import greedy as answers
+from kvbench.tasks.decode import CacheSetting, GraphDecoding
+from kvbench.tasks.decode import greedy as answers
 from tests.runs.benches import NanAtDecode
 from tests.runs.frozen import freeze_host
 from tests.runs.test_graph import greedy, loaded, padded_batch

@@ -18,9 +18,9 @@ from kvbench.models.inputs import PromptBatch
 from kvbench.models.loader import LoadedModel
 from kvbench.policies.full import Full
 from kvbench.policies.h2o import H2O
-from kvbench.runs import capture, graph
-from kvbench.runs.capture import captured
-from kvbench.runs.loop import CacheSetting, Decoding
+from kvbench.tasks import decode as capture
+from kvbench.tasks import decode as graph
+from kvbench.tasks.decode import CacheSetting, Decoding, captured
 from tests.contract import left_padded
 from tests.driving import Held, held_positions
 from tests.runs.benches import NanAtDecode

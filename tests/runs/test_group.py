@@ -17,17 +17,15 @@ from kvbench.policies.elastic import Elastic
 from kvbench.policies.h2o import H2O
 from kvbench.policies.random import Random
 from kvbench.policies.streaming_llm import StreamingLLM
-from kvbench.runs import group
-from kvbench.runs.batch_task import BatchTask, Payload
-from kvbench.runs.fidelity import Fidelity
-from kvbench.runs.generation import Generation
-from kvbench.runs.group import ModelShelf
-from kvbench.runs.group_plan import GroupPlan
-from kvbench.runs.loop import CacheSetting, Decoding
-from kvbench.runs.perplexity import Perplexity
-from kvbench.runs.prompts import Part
-from kvbench.runs.task import Bench, TaskResult
 from kvbench.stats.intervals import mean_interval
+from kvbench.sweep import group
+from kvbench.sweep.group import GroupPlan, ModelShelf
+from kvbench.tasks.decode import CacheSetting, Decoding
+from kvbench.tasks.fidelity import Fidelity
+from kvbench.tasks.generation import Generation
+from kvbench.tasks.perplexity import Perplexity
+from kvbench.tasks.prompts import Part
+from kvbench.tasks.task import BatchTask, Bench, Payload, TaskResult
 from tests.runs.benches import FULL, KeepAll, NanAtDecode, NotANumber, cell_of, cut
 from tests.runs.watching import KeptInMemory, Notes, run_cells
 

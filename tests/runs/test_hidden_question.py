@@ -19,11 +19,11 @@ from kvbench.errors import DataError, ModelSupportError
 from kvbench.models.inputs import by_question_length, num_question_tokens, prompt_batch, prompt_text
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
-from kvbench.runs.fidelity import Fidelity
-from kvbench.runs.generation import Generation
-from kvbench.runs.loop import CacheSetting
-from kvbench.runs.perplexity import Perplexity
-from kvbench.runs.task import Bench, Task
+from kvbench.tasks.decode import CacheSetting
+from kvbench.tasks.fidelity import Fidelity
+from kvbench.tasks.generation import Generation
+from kvbench.tasks.perplexity import Perplexity
+from kvbench.tasks.task import Bench, Task
 from tests.covering import share_of
 from tests.models.checkpoints import save_checkpoint
 from tests.runs.benches import FULL, SCENES, bench_of, cut

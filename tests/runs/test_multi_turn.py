@@ -18,10 +18,10 @@ from kvbench.models.inputs import PromptBatch, prompt_batch, prompt_text
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
 from kvbench.policies.snapkv import SnapKV
-from kvbench.runs import graph
-from kvbench.runs.loop import Decoding, greedy
-from kvbench.runs.multi_turn import MultiTurn
-from kvbench.runs.task import Bench
+from kvbench.tasks import decode as graph
+from kvbench.tasks.conversation import MultiTurn
+from kvbench.tasks.decode import Decoding, greedy
+from kvbench.tasks.task import Bench
 from tests.models.checkpoints import save_checkpoint
 from tests.runs.benches import FULL, SCENES, NotANumber, bench_of, cut
 from tests.runs.frozen import freeze_host

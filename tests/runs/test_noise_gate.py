@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from kvbench.metrics import reference_kernel
-from kvbench.metrics.reference_kernel import foreign_gpu_processes, reference_ms
 from kvbench.models.loader import LoadedModel
-from kvbench.runs import speed
-from kvbench.runs.launch import Launch
-from kvbench.runs.speed import Speed
-from kvbench.runs.task import TaskResult
+from kvbench.tasks import clock as reference_kernel
+from kvbench.tasks import speed
+from kvbench.tasks.clock import foreign_gpu_processes, reference_ms
+from kvbench.tasks.speed import Launch, Speed
+from kvbench.tasks.task import TaskResult
 from tests.runs.benches import bench_of, cut
 from tests.stats.worlds import VirtualClock
 

@@ -13,10 +13,9 @@ import torch
 from kvbench.errors import DataError
 from kvbench.models.inputs import answer_tokens
 from kvbench.models.loader import LoadedModel
-from kvbench.runs import perplexity_released
-from kvbench.runs.generation import Generation
-from kvbench.runs.perplexity import Perplexity
-from kvbench.runs.perplexity_released import PerplexityReleased
+from kvbench.tasks import perplexity as perplexity_released
+from kvbench.tasks.generation import Generation
+from kvbench.tasks.perplexity import Perplexity, PerplexityReleased
 from tests.runs.benches import FULL, SCENES, bench_of, cut
 
 AS_DESCRIBED = PerplexityReleased(first_id_cut=False, ends_left_out=False, model_precision=False)

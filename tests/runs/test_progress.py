@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from kvbench.runs import progress
-from kvbench.runs.cell import Cell
-from kvbench.runs.perplexity import Perplexity
-from kvbench.runs.progress import Progress
+from kvbench.sweep import sweep as progress
+from kvbench.sweep.cell import Cell
+from kvbench.sweep.sweep import Progress
+from kvbench.tasks.perplexity import Perplexity
 from tests.runs.benches import cell_of
 
 

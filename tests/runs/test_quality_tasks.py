@@ -18,15 +18,14 @@ from kvbench.errors import ConfigError, MeasureError, NonFiniteChoiceError, NonF
 from kvbench.models.loader import LoadedModel
 from kvbench.models.spec import BUNDLED_FOLDER
 from kvbench.results.files import canonical_json
-from kvbench.runs.capacity import Capacity
-from kvbench.runs.fidelity import Fidelity
-from kvbench.runs.generation import Generation
-from kvbench.runs.memory import Memory
-from kvbench.runs.multi_turn import MultiTurn
-from kvbench.runs.perplexity import Perplexity
-from kvbench.runs.perplexity_released import PerplexityReleased
-from kvbench.runs.speed import Speed
-from kvbench.runs.task import Task, TaskResult
+from kvbench.tasks.capacity import Capacity
+from kvbench.tasks.conversation import MultiTurn
+from kvbench.tasks.fidelity import Fidelity
+from kvbench.tasks.generation import Generation
+from kvbench.tasks.memory import Memory
+from kvbench.tasks.perplexity import Perplexity, PerplexityReleased
+from kvbench.tasks.speed import Speed
+from kvbench.tasks.task import Task, TaskResult
 from tests.runs.benches import FULL, SCENES, NanAtDecode, NotANumber, bench_of, cut
 
 SHORT = Generation(max_new_tokens=24)

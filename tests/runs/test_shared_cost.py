@@ -9,8 +9,8 @@ import pytest
 
 from kvbench.compose import compose_grid
 from kvbench.config import build_cell
-from kvbench.runs.cell import Cell
-from kvbench.runs.group import ModelShelf
+from kvbench.sweep.cell import Cell
+from kvbench.sweep.group import ModelShelf
 from tests.runs.test_group import told
 from tests.runs.watching import Notes, run_cells
 

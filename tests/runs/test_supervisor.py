@@ -13,10 +13,9 @@ import pytest
 
 from kvbench.results.claims import Claims
 from kvbench.results.record import check_body
-from kvbench.runs.cell import Attempt
-from kvbench.runs.held_claims import HeldClaims
-from kvbench.runs.supervisor import Events, Supervisor, Ticket, WorkerPlan
-from kvbench.runs.watchdog import Limits
+from kvbench.sweep.cell import Attempt
+from kvbench.sweep.process import Limits
+from kvbench.sweep.supervisor import Events, HeldClaims, Supervisor, Ticket, WorkerPlan
 from tests.runs.benches import cell_of
 from tests.runs.simulated import Simulated, simulate
 

@@ -15,14 +15,11 @@ import pytest
 
 from kvbench.results.claims import Claims
 from kvbench.results.store import PartialStore, RecordStore
-from kvbench.runs.cell import Attempt
-from kvbench.runs.perplexity import Perplexity
-from kvbench.runs.progress import Progress
-from kvbench.runs.stop import StopRequest
-from kvbench.runs.supervisor import Ticket, WorkerPlan
-from kvbench.runs.sweep import Sweep
-from kvbench.runs.workers import WorkerSettings
 from kvbench.sinks.base import SinkGroup
+from kvbench.sweep.cell import Attempt
+from kvbench.sweep.supervisor import Ticket, WorkerPlan, WorkerSettings
+from kvbench.sweep.sweep import Progress, StopRequest, Sweep
+from kvbench.tasks.perplexity import Perplexity
 from tests.runs.benches import cell_of
 
 OK = ["done ok"]
@@ -47,7 +44,7 @@ class Shown:
 @pytest.fixture(autouse=True)
 def _fake_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def plan(self: WorkerSettings, tickets: Any, *, results: Path, sweep: str) -> WorkerPlan:
-        from kvbench.runs.watchdog import Limits
+        from kvbench.sweep.process import Limits
 
         return WorkerPlan(
             results=results,

@@ -13,10 +13,10 @@ from omegaconf import OmegaConf
 
 from kvbench.models.inputs import prompt_batch
 from kvbench.models.loader import LoadedModel
-from kvbench.runs import graph, speed
-from kvbench.runs.graph import GraphDecoding
-from kvbench.runs.loop import CacheSetting, Decoding
-from kvbench.runs.task import Task, is_timed
+from kvbench.tasks import decode as graph
+from kvbench.tasks import speed
+from kvbench.tasks.decode import CacheSetting, Decoding, GraphDecoding
+from kvbench.tasks.task import Task, is_timed
 from tests.covering import one_in
 from tests.runs.benches import SCENES, bench_of, cut
 

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kvbench.runs.oom_kills import num_oom_kills
-from kvbench.runs.verdict import verdict_on
-from kvbench.runs.watchdog import Limits, Watchdog
+from kvbench.sweep.process import Limits, Watchdog, num_oom_kills, verdict_on
 
 
 def dog(**limits: float) -> Watchdog:

@@ -13,8 +13,8 @@ from kvbench.errors import DataError
 from kvbench.models.inputs import answer_tokens, prompt_batch, reference_text
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
-from kvbench.runs.generation import Generation
-from kvbench.runs.perplexity import Perplexity
+from kvbench.tasks.generation import Generation
+from kvbench.tasks.perplexity import Perplexity
 from tests.models.checkpoints import save_checkpoint
 from tests.runs.benches import FULL, bench_of, cut
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kvbench.runs.worker_pipe import GO, Loading, PipeWatcher, message_of
+from kvbench.sweep.worker import GO, Loading, PipeWatcher, message_of
 
 
 class Pipes:

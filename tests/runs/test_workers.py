@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from kvbench.errors import ConfigError
-from kvbench.runs import workers
-from kvbench.runs.supervisor import Ticket
-from kvbench.runs.workers import WorkerSettings, gpu_slots, slots_of
+from kvbench.sweep import supervisor as workers
+from kvbench.sweep.supervisor import Ticket, WorkerSettings, gpu_slots, slots_of
 from tests.runs.benches import cell_of
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.results.record import check_body, encode_record
-from kvbench.runs.cell import Cell
-from kvbench.runs.group import ModelShelf, run_group
-from kvbench.runs.group_plan import GroupPlan
+from kvbench.sweep.cell import Cell
+from kvbench.sweep.group import GroupPlan, ModelShelf, run_group
 
 
 class Notes:

@@ -1,1 +1,0 @@
-"""What is measured on a cell, and how sure the numbers are."""

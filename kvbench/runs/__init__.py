@@ -1,1 +1,0 @@
-"""Running cells: the decode loop, the tasks, one cell, a sweep."""

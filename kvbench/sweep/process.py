@@ -1,0 +1,370 @@
+"""The parent's side of one worker: start it, read what it says, answer it, stop it.
+
+What the end of a worker in the middle of a cell means.
+
+Is a worker too slow with a cell, or silent? Decided from the times its own messages carry.
+
+How often the kernel killed a process of this control group for memory, to tell that from other kills.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvbench.results.files import make_folder
+from kvbench.sweep.worker import GO, message_of
+
+_FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS}
+RETRIED = ("killed", "oom")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """A status, and what to say about it."""
+
+    status: str
+    kind: str
+    message: str
+
+
+def verdict_on(returncode: int, *, complaint: str | None, oom_kills: int) -> Verdict:
+    """Judge by the exit code (negative: a signal), the watchdog's complaint and new kills for memory."""
+    if complaint is not None:
+        return Verdict(status="timeout", kind="Timeout", message=f"stopped by the watchdog: {complaint}")
+    if returncode >= 0:
+        text = f"the worker process ended with exit code {returncode} in the middle of the cell"
+        return Verdict(status="crash", kind="ProcessExit", message=text)
+    number = -returncode
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    if number == signal.SIGKILL and oom_kills > 0:
+        text = "the kernel killed the worker process for memory (oom_kill of its control group rose)"
+        return Verdict(status="oom", kind="HostOutOfMemory", message=text)
+    text = f"the worker process was ended by {name}"
+    return Verdict(status="crash" if number in _FAULTS else "killed", kind=name, message=text)
+
+
+_SELDOM_S = 60.0
+_BEATS_PER_SILENCE = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """timeout_s: time that one cell may take in all; silence_s: time without any step. None: no limit."""
+
+    timeout_s: float | None
+    silence_s: float | None
+
+    @property
+    def beat_every_s(self) -> float:
+        """How often a worker has to say that it works: often enough to be believed, and no more than once a minute."""
+        return _SELDOM_S if self.silence_s is None else min(_SELDOM_S, self.silence_s / _BEATS_PER_SILENCE)
+
+
+@dataclass(kw_only=True)
+class Watchdog:
+    """Follows one worker; times are those of the machine's steady clock, in seconds."""
+
+    limits: Limits
+    now_s: float
+    spent_s: dict[str, float] = field(default_factory=dict)
+    active: tuple[str, str] | None = None
+    waits: bool = False
+
+    def __post_init__(self) -> None:
+        self._heard_s = self._counted_s = self.now_s
+
+    def hear(self, at_s: float) -> None:
+        """Note a message: the time since the last one belongs to the active cell."""
+        if self.active is not None:
+            key = self.active[0]
+            self.spent_s[key] = self.spent_s.get(key, 0.0) + max(0.0, at_s - self._counted_s)
+        self._heard_s, self._counted_s = max(at_s, self._heard_s), at_s
+
+    def start(self, key: str, phase: str, at_s: float) -> None:
+        """Note that `phase` of the cell `key` begins."""
+        self.hear(at_s)
+        self.active, self.waits = (key, phase), False
+
+    def end(self, at_s: float) -> None:
+        """Note that no cell is active."""
+        self.hear(at_s)
+        self.active, self.waits = None, False
+
+    def wait(self) -> None:
+        """Note that the worker waits for its parent: until `resume` no time is its own."""
+        self.waits = True
+
+    def resume(self, now_s: float) -> None:
+        """Note that the parent has answered."""
+        self.waits = False
+        self._heard_s = self._counted_s = now_s
+
+    def deadline_s(self) -> float | None:
+        """Return the time after which `complaint` has something to say if nothing more is heard; None for never."""
+        if self.waits:
+            return None
+        times = [] if self.limits.silence_s is None else [self._heard_s + self.limits.silence_s]
+        if self.active is not None and self.limits.timeout_s is not None:
+            times.append(self._counted_s + self.limits.timeout_s - self.spent_s.get(self.active[0], 0.0))
+        return min(times, default=None)
+
+    def complaint(self, now_s: float) -> str | None:
+        """Return why the worker must go, or None."""
+        if self.waits:
+            return None
+        silent_s = now_s - self._heard_s
+        if self.limits.silence_s is not None and silent_s > self.limits.silence_s:
+            return (
+                f"no step for {silent_s:.0f} s; the limit is silence_s={self.limits.silence_s:g}; if it was at work, "
+                "raise worker.silence_s"
+            )
+        if self.active is None or self.limits.timeout_s is None:
+            return None
+        spent_s = self.spent_s.get(self.active[0], 0.0) + now_s - self._counted_s
+        if spent_s > self.limits.timeout_s:
+            return f"{spent_s:.0f} s in this cell; the limit is timeout_s={self.limits.timeout_s:g}"
+        return None
+
+
+_CGROUP = Path("/sys/fs/cgroup")
+_MEMBERSHIP = Path("/proc/self/cgroup")
+_WHOLE_MACHINE = Path("/proc/vmstat")
+_COUNT = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
+
+
+def num_oom_kills(
+    *, cgroup: Path = _CGROUP, membership: Path = _MEMBERSHIP, whole_machine: Path = _WHOLE_MACHINE
+) -> int | None:
+    """Return the counter of the nearest group that has one (cgroup v2, then v1), else the machine's, else None."""
+    for path in (*_counters(cgroup, membership), whole_machine):
+        found = _COUNT.search(_text(path))
+        if found is not None:
+            return int(found[1])
+    return None
+
+
+def _counters(cgroup: Path, membership: Path) -> list[Path]:
+    """Files to look at. In a container the path told may not exist; its own group is then the root."""
+    paths = []
+    for line in _text(membership).splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, own = rest.partition(":")
+        if controllers == "":
+            paths += [cgroup / own.strip("/") / "memory.events", cgroup / "memory.events"]
+        elif "memory" in controllers.split(","):
+            folder = cgroup / "memory"
+            paths += [folder / own.strip("/") / "memory.oom_control", folder / "memory.oom_control"]
+    return paths
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+_START = (
+    "import importlib, json, sys; job = json.loads(sys.stdin.readline()); sys.path[:] = job['path']; "
+    "importlib.import_module(job['entry']).main(job)"
+)
+_DUMP_S = 1.0
+_TAIL_BYTES = 8192
+_ABOUT_A_CELL = ("active", "advance")
+_LOOK_AGAIN_S = 1.0  # where the kernel does not tell of a process's end
+_SOON_S = 0.05  # there, after the pipe's end
+
+
+class WorkerProcess:
+    """One spawned process with a group of cells; `keys` are those that have not ended yet.
+
+    num_ended: cells that it brought to their end. is_timing: whether nothing else may work now.
+    """
+
+    def __init__(
+        self, job: Mapping[str, Any], *, keys: Sequence[str], limits: Limits, log: Path, environment: Mapping[str, str]
+    ) -> None:
+        self.keys = list(keys)
+        self.watchdog = Watchdog(limits=limits, now_s=time.monotonic())
+        self.complaint: str | None = None
+        self.said_goodbye = False
+        self.ended = False
+        self.num_ended = 0
+        self.is_timing = False
+        self.environment: dict[str, Any] = {}
+        self._given = tuple(keys)
+        self._log = log
+        self._log_start = 0
+        self._oom_kills = num_oom_kills()
+        self._rest = b""
+        self._is_silenced = False
+        make_folder(log.parent)
+        self._messages, theirs = os.pipe()
+        answers, self._answers = os.pipe()
+        os.set_blocking(self._messages, False)
+        try:
+            self._process = self._spawn((theirs, answers), environment)
+        finally:
+            os.close(theirs)
+            os.close(answers)
+        self._exit = _exit_descriptor(self._process.pid)
+        ends = {"messages": theirs, "answers": answers, "beat_every_s": limits.beat_every_s}
+        text = json.dumps({**job, **ends, "path": sys.path, "parent": os.getpid()})
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:  # its end is noticed as any other
+            pipe.write(text.encode() + b"\n")
+
+    def _spawn(self, theirs: Sequence[int], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        with self._log.open("ab") as log:
+            self._log_start = os.fstat(log.fileno()).st_size  # what stands there is of an earlier attempt
+            return subprocess.Popen(
+                [sys.executable, "-c", _START],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                pass_fds=theirs,
+                start_new_session=True,  # Ctrl-C reaches the parent, which decides
+                env={**os.environ, **environment},
+            )
+
+    @property
+    def descriptors(self) -> set[int]:
+        """What becomes readable when the worker has said something, or has ended."""
+        found = set() if self._is_silenced else {self._messages}
+        return found if self._exit is None else found | {self._exit}
+
+    def deadline_s(self) -> float | None:
+        """Return when to look at the worker although nothing became readable; None for never."""
+        deadline_s = None if self.complaint is not None else self.watchdog.deadline_s()
+        if self._exit is not None:
+            return deadline_s
+        again_s = time.monotonic() + (_SOON_S if self._is_silenced else _LOOK_AGAIN_S)
+        return again_s if deadline_s is None else min(again_s, deadline_s)
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Yield the messages that are there now, and see whether the process is gone."""
+        gone = self._process.poll() is not None  # before reading, so that nothing said can be missed
+        *lines, self._rest = (self._rest + self._available()).split(b"\n")
+        for line in lines:
+            message = message_of(line)
+            if message is not None and self._is_mine(message):
+                self._note(message)
+                yield message
+        if gone and not self.ended:
+            self.watchdog.hear(time.monotonic())  # the time up to its death belongs to the active cell
+        self.ended = gone
+
+    def _available(self) -> bytes:
+        chunks = []
+        with contextlib.suppress(BlockingIOError):
+            while chunk := os.read(self._messages, 2**20):
+                chunks.append(chunk)
+            self._is_silenced = True  # nobody holds the other end any more
+        return b"".join(chunks)
+
+    def _is_mine(self, message: Mapping[str, Any]) -> bool:
+        """Whether the message is about cells of this worker, and not from the future."""
+        if message["at_s"] > time.monotonic():
+            return False
+        if message["event"] == "done":
+            return message["body"].get("key") in self.keys
+        return message["event"] not in _ABOUT_A_CELL or message["key"] in self._given
+
+    def _note(self, message: Mapping[str, Any]) -> None:
+        event, at_s = message["event"], message["at_s"]
+        if event == "active":
+            self.is_timing = False
+            self.watchdog.start(message["key"], message["phase"], at_s)
+            if message["timed"]:
+                self.watchdog.wait()
+        elif event == "done":
+            self.is_timing = False
+            self.watchdog.end(at_s)
+            self.num_ended += 1
+            self.keys.remove(message["body"]["key"])
+        else:
+            self.watchdog.hear(at_s)
+        self.environment = message.get("environment", self.environment)
+        self.said_goodbye = self.said_goodbye or event == "bye"
+
+    @property
+    def active(self) -> tuple[str, str] | None:
+        """The cell that has not ended and its phase, to which time and a death belong; None between cells."""
+        active = self.watchdog.active
+        return active if active is not None and active[0] in self.keys else None
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is about to time something and waits until nothing else works."""
+        return self.watchdog.waits
+
+    def go(self) -> None:
+        """Let it begin to time."""
+        self.is_timing = True
+        self.watchdog.resume(time.monotonic())
+        with contextlib.suppress(BrokenPipeError):  # its end is noticed as any other
+            os.write(self._answers, GO)
+
+    def stop_if_stuck(self) -> None:
+        """Dump the stacks of a worker that is over a limit, and kill it."""
+        if self.complaint is None:
+            self.complaint = self.watchdog.complaint(time.monotonic())
+            if self.complaint is not None:
+                self._signal(signal.SIGUSR1)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(_DUMP_S)
+                self.kill()
+
+    def kill(self) -> None:
+        """Kill the worker and whatever it started."""
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    def close(self) -> None:
+        """Wait for the end and let the pipes go."""
+        self.kill()
+        self._process.wait()
+        for descriptor in (self._messages, self._answers, self._exit):
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def verdict(self) -> Verdict:
+        """Return what the end in the middle of a cell means."""
+        now = num_oom_kills()
+        new = now - self._oom_kills if now is not None and self._oom_kills is not None else 0
+        assert self._process.returncode is not None
+        return verdict_on(self._process.returncode, complaint=self.complaint, oom_kills=new)
+
+    def last_words(self) -> str:
+        """Return the end of what it wrote to its log: warnings, a Python traceback, dumped stacks."""
+        try:
+            with self._log.open("rb") as log:
+                size = log.seek(0, os.SEEK_END)
+                log.seek(max(min(self._log_start, size), size - _TAIL_BYTES))
+                return log.read().decode(errors="replace")
+        except OSError:
+            return ""
+
+
+def _exit_descriptor(process: int) -> int | None:
+    """Return what becomes readable when `process` ends; None where the kernel has no such thing."""
+    if not hasattr(os, "pidfd_open"):
+        return None
+    try:
+        return os.pidfd_open(process)
+    except OSError:  # an old kernel, or a container that forbids the call
+        return None

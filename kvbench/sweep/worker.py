@@ -1,0 +1,219 @@
+"""What a spawned worker runs: read a job, build its cells from their configurations, run them.
+
+A job is one JSON line on the standard input; nothing is pickled.
+
+The worker's side of a group: run its cells and tell the parent every step.
+
+How a worker and its parent talk, and how the worker is tied to it; imports nothing heavy.
+
+A worker says what it does, one JSON object a line. The parent says one thing only: a byte, when nothing of
+the sweep works beside the worker, so that it may begin to time. Whatever else shares the process, a policy that
+writes to every open file among it, can put anything on the pipe: `message_of` takes what a worker can mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from kvbench.compose import Composed
+from kvbench.config import build_cells
+from kvbench.errors import ConfigError, is_poisoned
+from kvbench.quiet import quiet_libraries
+from kvbench.results.store import PartialStore
+from kvbench.sweep.cell import Cell, environment
+from kvbench.sweep.group import GroupPlan, ModelShelf, run_group
+
+GO = b"g"
+LOAD = "load"
+_PR_SET_PDEATHSIG = 1
+_BUSY_FRACTION = 0.01  # of one core, above which a worker that loads is at work
+_MOST = 1e300
+_CONTENT: dict[str, dict[str, type]] = {
+    "hello": {"environment": dict},
+    "active": {"key": str, "phase": str, "timed": bool},
+    "advance": {"key": str, "tasks": float},
+    "batches": {"key": str, "done": int, "total": int},
+    "beat": {},
+    "done": {"body": dict},
+    "bye": {},
+}
+
+
+class PipeWatcher:
+    """Writes one line per event to `messages`; each carries the time of the steady clock.
+
+    answers: where the parent's byte is read. beat_every_s: how often a worker at work has to say so; more
+    would wake the parent for nothing. From the start to the first phase after `load` there are no steps to tell
+    of, so a thread tells of the CPU time that loading takes: what waits for ever uses none.
+    """
+
+    def __init__(
+        self, messages: int, *, answers: int, beat_every_s: float, cpu_s: Callable[[], float] = time.process_time
+    ) -> None:
+        self._messages, self._answers = messages, answers
+        self._beat_every_s = beat_every_s
+        self._told_s = 0.0
+        self._lock = threading.Lock()
+        self._loading = Loading(self.beat, every_s=beat_every_s, cpu_s=cpu_s)
+        self._loading.start()
+
+    def _tell(self, event: str, **content: Any) -> None:
+        with self._lock:
+            self._told_s = time.monotonic()
+            line = json.dumps({"event": event, "at_s": self._told_s, **content}, allow_nan=False)
+            # The first line end closes whatever somebody else has begun to write.
+            rest = memoryview(b"\n" + line.encode() + b"\n")
+            while rest:
+                rest = rest[os.write(self._messages, rest) :]
+
+    def active(self, key: str, phase: str, *, timed: bool = False) -> None:
+        """Tell that a phase of a cell begins; return from a timed one when nothing of the sweep works beside it."""
+        if phase != LOAD:
+            self._loading.stop()
+        self._tell("active", key=key, phase=phase, timed=timed)
+        if timed:
+            with contextlib.suppress(OSError):  # closed by what runs here: then nobody can be waited for
+                os.read(self._answers, 1)
+
+    def advance(self, key: str, tasks: float) -> None:
+        """Tell that a cell came further."""
+        self._tell("advance", key=key, tasks=tasks)
+
+    def batches(self, key: str, done: int, total: int) -> None:
+        """Tell how many batches of a cell are done."""
+        self._tell("batches", key=key, done=done, total=total)
+
+    def beat(self) -> None:
+        """Tell of a step, unless something was told within `beat_every_s`."""
+        if time.monotonic() - self._told_s >= self._beat_every_s:
+            self._tell("beat")
+
+    def done(self, body: dict[str, Any]) -> None:
+        """Tell that a cell ended; a process that CUDA has given up on ends too, and the others get a fresh one."""
+        self._tell("done", body=body)
+        if body["error"] is not None and is_poisoned(body["error"]["message"]):
+            self._tell("bye")
+            os._exit(0)
+
+    def hello(self, environment: dict[str, Any]) -> None:
+        """Say what the numbers are measured on, for records that the parent has to write."""
+        self._tell("hello", environment=environment)
+
+    def bye(self) -> None:
+        """Tell that all cells are done, or that the rest needs a fresh process."""
+        self._loading.stop()
+        self._tell("bye")
+
+
+class Loading(threading.Thread):
+    """Calls `beat` every `every_s` in which this process used CPU time, until it is stopped."""
+
+    def __init__(self, beat: Callable[[], None], *, every_s: float, cpu_s: Callable[[], float]) -> None:
+        super().__init__(name="loading", daemon=True)
+        self._beat, self._every_s, self._cpu_s = beat, every_s, cpu_s
+        self._used_s = cpu_s()
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        """Look from time to time."""
+        while not self._stopped.wait(self._every_s):
+            self.look()
+
+    def look(self) -> None:
+        """Call `beat` if CPU time was used since the last look."""
+        used_s = self._cpu_s()
+        if used_s - self._used_s > _BUSY_FRACTION * self._every_s:
+            self._beat()
+        self._used_s = used_s
+
+    def stop(self) -> None:
+        """End; when this returns nothing runs beside the caller any more."""
+        if not self._stopped.is_set():
+            self._stopped.set()
+            self.join()
+
+
+def message_of(line: bytes) -> dict[str, Any] | None:
+    """Return the message in a line of the pipe, None for what no worker says."""
+    try:
+        message = json.loads(line, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(message, dict):
+        return None
+    content = _CONTENT.get(str(message.get("event")))
+    if content is None or not _is(message.get("at_s"), float):
+        return None
+    return message if all(_is(message.get(name), kind) for name, kind in content.items()) else None
+
+
+def _is(value: object, kind: type) -> bool:
+    if kind is float:  # no NaN, and nothing that arithmetic with a float could not hold
+        return isinstance(value, int | float) and not isinstance(value, bool) and -_MOST < value < _MOST
+    return isinstance(value, kind)
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def watcher_of(job: Mapping[str, Any]) -> PipeWatcher:
+    """Return the worker's end of the talk about `job`."""
+    return PipeWatcher(job["messages"], answers=job["answers"], beat_every_s=job["beat_every_s"])
+
+
+def protect(parent: int) -> None:
+    """Die with the parent, leave stopping to it, and dump all stacks when something goes wrong."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the call
+            os._exit(1)
+
+
+def serve(cells: Sequence[Cell], plan: GroupPlan, watcher: PipeWatcher) -> None:
+    """Run one group and say goodbye."""
+    watcher.hello(environment(cells[0].device))
+    run_group(cells, plan, shelf=ModelShelf(), watcher=watcher)
+    watcher.bye()
+
+
+def main(job: dict[str, Any]) -> None:
+    """Run the job and end the process without waiting for anything that a library left running."""
+    protect(job["parent"])
+    watcher = watcher_of(job)
+    quiet_libraries()
+    cells = build_cells([_composed(spec) for spec in job["cells"]])
+    if [cell.key for cell in cells] != job["keys"]:
+        raise ConfigError("the cells changed while the sweep ran (code, checkpoint or data); start it again")
+    results = Path(job["results"])
+    plan = GroupPlan(
+        results=results,
+        sweep=job["sweep"],
+        share_prompts=job["share_prompts"],
+        batches_of=lambda key: PartialStore(results, key),
+    )
+    serve(cells, plan, watcher)
+    os._exit(0)
+
+
+def _composed(spec: dict[str, Any]) -> Composed:
+    return Composed(config=OmegaConf.create(spec["config"]), choices=spec["choices"])

@@ -1,0 +1,1 @@
+"""What is measured of a cell, one task a measurement, and the decoding they share."""

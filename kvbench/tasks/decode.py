@@ -1,0 +1,364 @@
+"""Prefill and decode: the two things every task does, with true positions.
+
+The same loop serves every policy, the full cache included; `model.generate` with a `PolicyCache`
+gives the same tokens.
+
+The decode step captured in a CUDA graph: one launch a token, whatever the policy.
+
+The graph holds the unmodified model's forward over the slot cache, the policy's choice of victim
+included; every number that changes from step to step lives on the device. What a step would do on the
+host, counting, is caught up with after each launch. `engine: eager` runs the very same operations one by one
+and is the reference.
+
+Capture work on a GPU in a CUDA graph, and leave nothing behind where that fails.
+
+All captures of a device use one side stream: each further one would hold another workspace of the matrix
+library for ever. An operation that waits for the device breaks a capture, and with it what the process
+does later, so work is first run with waiting forbidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from kvbench.cache import Budget, Policy
+from kvbench.cache.positions import PositionMode
+from kvbench.errors import ModelSupportError, NonFiniteError, PolicyError, ran_out_of_memory
+from kvbench.models.inputs import PromptBatch
+from kvbench.models.loader import LoadedModel
+from kvbench.models.spec import MOVING_ROTATIONS
+
+if TYPE_CHECKING:
+    from kvbench.cache import PolicyCache
+    from kvbench.cache.cache import CacheState
+    from kvbench.cache.setup import OnPlan
+
+
+Engine = Literal["eager", "graph"]
+ENGINES: tuple[str, ...] = get_args(Engine)
+OnSettle = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheSetting:
+    """What a cell puts in the cache's hands: policy, budget, resolved position mode and decode engine."""
+
+    policy: Policy
+    budget: Budget
+    positions: PositionMode
+    engine: Engine = "eager"
+
+    def decoding(
+        self,
+        loaded: LoadedModel,
+        batch: PromptBatch,
+        reserve_tokens: int,
+        *,
+        on_settle: OnSettle = nullcontext,
+        on_plan: OnPlan | None = None,
+    ) -> Decoding:
+        """Prefill `batch` into a fresh cache and return it ready for `reserve_tokens` decode steps."""
+        cache = self.cache(loaded, batch, reserve_tokens, on_settle=on_settle, on_plan=on_plan)
+        return self.decoding_with(loaded, batch, cache)
+
+    def decoding_with(
+        self, loaded: LoadedModel, batch: PromptBatch, cache: PolicyCache, *, prompt_logits: Tensor | None = None
+    ) -> Decoding:
+        """Return `batch` ready to be decoded with `cache`; prompt_logits where it has taken the prompt already."""
+        if self.engine == "graph":
+            return GraphDecoding(loaded, batch, cache, prompt_logits=prompt_logits)
+        return Decoding(loaded, batch, cache, prompt_logits=prompt_logits)
+
+    def cache(
+        self,
+        loaded: LoadedModel,
+        batch: PromptBatch,
+        reserve_tokens: int,
+        *,
+        on_settle: OnSettle = nullcontext,
+        on_plan: OnPlan | None = None,
+    ) -> PolicyCache:
+        """Return an empty cache for `batch`, with room for `reserve_tokens` more."""
+        from kvbench.cache import PolicyCache  # needs transformers
+
+        return PolicyCache(
+            loaded.model,
+            self.policy,
+            self.budget,
+            positions=self.positions,
+            reserve_tokens=reserve_tokens,
+            prompt_kind=batch.kind,
+            row_seeds=batch.row_seeds,
+            on_settle=on_settle,
+            on_plan=on_plan,
+        )
+
+
+class Decoding:
+    """One batch being decoded: `logits` (B, V) float32 are those of the next token. Every pass beats.
+
+    prompt_logits: those after the prompt, where `cache` has taken the prompt already.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, batch: PromptBatch, cache: Any, *, prompt_logits: Tensor | None = None
+    ) -> None:
+        from kvbench.cache.attention import cache_argument  # needs transformers
+
+        self._model, self._beat = loaded.model, loaded.beat
+        self.cache: PolicyCache = cache
+        self._cache_argument = cache_argument(loaded.model, cache)
+        self._tokens = torch.zeros_like(batch.tensors["input_ids"][:, -1:])
+        self._position = batch.last_position_ids.clone()
+        self.logits: Tensor = self._prefill(batch) if prompt_logits is None else prompt_logits
+        if batch.question_ids is not None:
+            self.extend(batch.question_ids)
+
+    def _prefill(self, batch: PromptBatch) -> Tensor:
+        output = self._model(
+            **batch.tensors,
+            position_ids=batch.position_ids,
+            **self._cache_argument,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = output.logits[:, -1].float()
+        self._beat()
+        return logits
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        """Feed a chunk of tokens, (B, N), after everything so far; return the next logits (B, V) float32.
+
+        The cache holds what its policy left; the chunk attends to that and to itself, and is cut with it, as
+        part of the prompt even if it is a single token.
+        """
+        self.cache.expect_prompt(tokens.shape[1])
+        steps = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        output = self._model(
+            input_ids=tokens,
+            position_ids=self._position + steps,
+            **self._cache_argument,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._position += tokens.shape[1]
+        self.logits = output.logits[:, -1].float()
+        self._beat()
+        return self.logits
+
+    def prepare(self) -> None:
+        """Do ahead of time what the first step would do once; nothing in the eager engine."""
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Feed one token per row, (B,), at its true position; return the next logits (B, V) float32."""
+        self._tokens.copy_(tokens[:, None])
+        self.logits = self._forward()
+        self._beat()
+        return self.logits
+
+    def _forward(self) -> Tensor:
+        """One decode step; it reads and changes tensors in place only, so that it can be captured."""
+        self._position += 1
+        output = self._model(
+            input_ids=self._tokens,
+            position_ids=self._position,
+            **self._cache_argument,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = output.logits[:, -1].float()
+        return logits
+
+
+@torch.inference_mode()
+def greedy(
+    decoding: Decoding,
+    *,
+    end_token_ids: Collection[int],
+    max_new_tokens: int,
+    on_step: Callable[[PolicyCache, list[bool]], None] | None = None,
+) -> list[list[int]]:
+    """Return the greedy answer of each row from where `decoding` stands, without its end token, any of `end_token_ids`.
+
+    on_step gets the cache and which rows are still being answered, after each step. Raises:
+    NonFiniteError for logits whose largest is NaN or infinite, in a row that is still being answered, and for
+    victims that were chosen by NaN, in any row.
+    """
+    answers: list[list[int]] = [[] for _ in range(decoding.logits.shape[0])]
+    going = [True] * len(answers)
+    for number in range(max_new_tokens):
+        tokens, largest = decoding.logits.argmax(dim=-1), decoding.logits.amax(dim=-1)
+        if not bool((largest.isfinite() | ~torch.tensor(going, device=largest.device)).all()):
+            raise NonFiniteError(f"the logits of new token {number} are not finite")
+        for row, token in enumerate(tokens.tolist()):
+            going[row] = going[row] and token not in end_token_ids
+            if going[row]:
+                answers[row].append(token)
+        if not any(going) or number == max_new_tokens - 1:
+            break
+        decoding.step(tokens)
+        if on_step is not None:
+            on_step(decoding.cache, going)
+    decoding.cache.check()
+    return answers
+
+
+def padded_targets(answers: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return answers as (B, N) int64 padded right, and (B, N) bool, True at real tokens."""
+    longest = max(len(answer) for answer in answers)
+    rows = [answer + [pad] * (longest - len(answer)) for answer in answers]
+    real = [[True] * len(answer) + [False] * (longest - len(answer)) for answer in answers]
+    return torch.tensor(rows, device=device), torch.tensor(real, device=device)
+
+
+_WAITS = "synchronizing CUDA operation"  # in the text of the error that torch's debug mode raises
+
+
+def captured(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
+    """Return the graph of `work`, which `warm_up` has run before.
+
+    Raises: what `work` raises; RuntimeError if it cannot be captured. Then the stream is the one from
+    before and the graph's memory is given back, which torch does not do.
+    """
+    graph, pool, side = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), _side_stream(device)
+    stream = torch.cuda.current_stream(device)
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=side):
+            work()
+    except RuntimeError as error:
+        torch.cuda.set_stream(stream)
+        with contextlib.suppress(RuntimeError):  # the capture was ended properly: the graph gives its memory back
+            torch._C._cuda_endAllocateToPool(side.device_index, pool)
+            torch._C._cuda_releasePool(side.device_index, pool)
+        first = error.__context__  # ending a capture that ran out of memory raises another error over it
+        if first is not None and ran_out_of_memory(first):
+            raise first from error
+        raise
+    return graph
+
+
+def warm_up(work: Callable[[], object], device: torch.device, *, undo: Callable[[], None] = lambda: None) -> None:
+    """Run `work` twice on the side stream, undone each time: what is set up once, then as a capture runs it.
+
+    Raises: PolicyError if it still waits for the device the second time.
+    """
+    side, stream = _side_stream(device), torch.cuda.current_stream(device)
+    for waiting in (contextlib.nullcontext, _forbidden):
+        side.wait_stream(stream)
+        with torch.cuda.stream(side), waiting():
+            work()
+        stream.wait_stream(side)
+        undo()
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def _forbidden() -> Iterator[None]:
+    """Inside, waiting for the device is an error."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():  # torch says, once, that its mode does not find every wait
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    except RuntimeError as error:
+        if _WAITS not in str(error):
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise PolicyError(
+            f"a decode step waits for the device ({place.line} in {place.name}), so it cannot be captured in a CUDA "
+            "graph; keep what the policy computes on the device, or use engine=eager"
+        ) from error
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def check_rotary(model: Any) -> None:
+    """Raise ModelSupportError for rotary positions that follow the length so far: models look at it on the host."""
+    kinds = getattr(getattr(model.get_decoder(), "rotary_emb", None), "rope_type", None)
+    for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+        if kind in MOVING_ROTATIONS:
+            raise ModelSupportError(
+                f"engine=graph does not capture rotary positions of kind {kind!r}, whose angles follow the length so "
+                "far; use engine=eager"
+            )
+
+
+class GraphDecoding(Decoding):
+    """A `Decoding` that replays its step. `logits` are overwritten by the next step.
+
+    The graph is captured by `prepare`, or by the first step, and once more after each `extend`. After the steps
+    that were announced (`reserve_tokens`) buffers would have to grow, so further steps run one by one.
+    """
+
+    _graph: torch.cuda.CUDAGraph | None = None
+    _replays_left = 0
+
+    def __init__(self, loaded: LoadedModel, *arguments: Any, **options: Any) -> None:
+        """Take the prompt as `Decoding` does. Raises: ModelSupportError for a model whose step cannot be captured."""
+        check_rotary(loaded.model)
+        super().__init__(loaded, *arguments, **options)
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        """Feed a chunk as `Decoding` does; the next step is captured anew, over the buffers that the cut laid out."""
+        self._graph = None
+        return super().extend(tokens)
+
+    def prepare(self) -> None:
+        """Capture the step. Steps are run for warm-up and undone, so nothing is seen of them afterwards.
+
+        Raises: PolicyError if a step waits for the device.
+        """
+        if self._graph is not None or self.cache.steps_announced < 1:
+            return
+        self._replays_left = self.cache.steps_announced
+        counts = self._warmed_up()
+        self._beat()
+        self._graph = captured(self._keep_logits, self._tokens.device)
+        self._beat()
+        self.cache.restore(counts)
+
+    def _warmed_up(self) -> CacheState:
+        """Return the counts on the host as they were; copies of tensors are let go, so that no graph is held up."""
+        before = self.cache.snapshot()
+        state = [self._tokens.clone(), self._position.clone()]
+
+        def undo() -> None:
+            self.cache.restore(before)
+            for tensor, old in zip((self._tokens, self._position), state, strict=True):
+                tensor.copy_(old)
+            self._beat()
+
+        warm_up(self._forward, self._tokens.device, undo=undo)
+        return replace(before, tensors=[], values=[])
+
+    def _keep_logits(self) -> None:
+        self._captured = self._forward()
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Feed one token per row, (B,); return the next logits (B, V) float32, valid until the next step."""
+        self.prepare()
+        if self._graph is None or self._replays_left == 0:
+            self._graph = None
+            return super().step(tokens)
+        self._replays_left -= 1
+        self._tokens.copy_(tokens[:, None])
+        self._graph.replay()
+        self.cache.count_replayed_step()
+        self.logits = self._captured
+        self._beat()
+        return self.logits

@@ -1,0 +1,124 @@
+"""How far the policy's next-token distribution is from the full cache's, along one text.
+
+Both caches are fed the full cache's own greedy answer, so every step compares two distributions over
+the same history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kvbench.errors import ConfigError, MeasureError, NonFiniteError
+from kvbench.stats.intervals import pooled_ratio_interval
+from kvbench.tasks.decode import CacheSetting, padded_targets
+from kvbench.tasks.generation import full_answers
+from kvbench.tasks.prompts import Part
+from kvbench.tasks.task import Answers, BatchTask, Bench, Payload, TaskResult
+
+_KEPT_BYTES = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fidelity(BatchTask):
+    """KL(full || policy) in nats per token and top-1 agreement, over every step after the first cut.
+
+    In every run the full cache is compared with itself over `check_tokens` steps of the first batch;
+    its KL must be exactly 0.
+    """
+
+    protocol: ClassVar[str] = "lock_step_v1"
+    hides_question: ClassVar[bool] = True
+
+    max_new_tokens: int = 160
+    check_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.check_tokens < 1:
+            raise ConfigError(
+                f"task.fidelity has max_new_tokens={self.max_new_tokens}, check_tokens={self.check_tokens}; "
+                "both must be at least 1"
+            )
+
+    def measure(self, bench: Bench, part: Part) -> Payload:
+        """Compare on one batch. Raises: MeasureError if the full cache differs from itself."""
+        answers = full_answers(bench, self.max_new_tokens)
+        bench.prompts.once(("equals itself", self), lambda: _check_itself(bench, part, answers, self.check_tokens))
+        rows = _compare(bench, part, answers, bench.setting, self.max_new_tokens)
+        return {example.id: row for example, row in zip(part.examples, rows, strict=True)}
+
+    def summarise(self, bench: Bench, payloads: Sequence[Payload]) -> TaskResult:
+        """Pool the tokens of all examples."""
+        result = TaskResult()
+        for payload in payloads:
+            result.samples |= payload
+        _summarise(bench, result)
+        return result
+
+
+def _check_itself(bench: Bench, part: Part, answers: Answers, check_tokens: int) -> None:
+    first = part if part.number == 0 else bench.own_prompts().part(0)
+    if any(row["kl_sum"] != 0.0 for row in _compare(bench, first, answers, bench.full, check_tokens)):
+        raise MeasureError("the full cache differs from itself (KL is not 0); the machine does not compute reliably")
+
+
+@torch.inference_mode()
+def _compare(
+    bench: Bench, part: Part, answers: Answers, setting: CacheSetting, max_tokens: int
+) -> list[dict[str, Any]]:
+    texts = [(answers[example.id] or [bench.loaded.eos_token_id])[:max_tokens] for example in part.examples]
+    fed, real = padded_targets(texts, bench.loaded.eos_token_id, bench.loaded.device)
+    policy = part.decoding(setting, fed.shape[1])
+    divergences, agreements = [], []
+    for number, expected in enumerate(_expected(bench, part, fed, max_tokens, policy.logits.nbytes)):
+        got = policy.step(fed[:, number])
+        divergences.append(_kl(expected, got))
+        agreements.append(expected.argmax(dim=-1) == got.argmax(dim=-1))
+    kl = torch.stack(divergences, dim=1).masked_fill(~real, 0.0)
+    if not bool(kl.isfinite().all()):
+        row, token = torch.nonzero(~kl.isfinite())[0].tolist()
+        raise NonFiniteError(f"the KL after token {token} of {part.examples[row].id} is not finite")
+    policy.cache.check()
+    agrees = torch.stack(agreements, dim=1) & real
+    sums = (kl.double().sum(-1).tolist(), agrees.sum(-1).tolist(), real.sum(-1).tolist())
+    return [
+        {"kl_sum": total, "num_agreeing_tokens": same, "num_compared_tokens": count}
+        for total, same, count in zip(*sums, strict=True)
+    ]
+
+
+def _expected(bench: Bench, part: Part, fed: Tensor, max_tokens: int, logits_bytes: int) -> Iterable[Tensor]:
+    """Return the full cache's logits after each fed token: kept for the next cell if they are not too large.
+
+    Otherwise they are computed in lock step with the policy's, and nothing of size tokens x vocabulary
+    is held. logits_bytes: what those of one step take. No full cache is built where they are kept already.
+    """
+
+    def steps() -> Iterator[Tensor]:
+        full = part.decoding(bench.full, fed.shape[1])
+        return (full.step(fed[:, number]) for number in range(fed.shape[1]))
+
+    if not part.shares or logits_bytes * fed.shape[1] > _KEPT_BYTES:
+        return steps()
+    # A graph writes its next logits over these, so they are copied.
+    kept: list[Tensor] = part.once(("full logits", max_tokens), lambda: [logits.clone() for logits in steps()])
+    return kept
+
+
+def _kl(expected: Tensor, got: Tensor) -> Tensor:
+    """KL(expected || got) per row in nats; equal logits give exactly 0."""
+    log_p, log_q = expected.log_softmax(dim=-1), got.log_softmax(dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
+def _summarise(bench: Bench, result: TaskResult) -> None:
+    rows = [result.samples[example.id] for example in bench.examples]
+    counts = [row["num_compared_tokens"] for row in rows]
+    kl = pooled_ratio_interval([row["kl_sum"] for row in rows], counts, bench.clusters)
+    agreement = pooled_ratio_interval([row["num_agreeing_tokens"] for row in rows], counts, bench.clusters)
+    result.measure("kl_to_full", kl, "nats/token")
+    result.measure("top1_agreement_fraction", agreement)

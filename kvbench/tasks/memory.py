@@ -1,0 +1,271 @@
+"""Peak memory by phase and the bytes the cache really stores, in a pass of its own.
+
+Peak memory of tensors, phase by phase, on any device.
+
+On CUDA the allocator knows. On a CPU nothing does: resident memory holds libraries and whatever the
+allocator keeps, megabytes that no policy can move. So tensors are counted as torch makes them, by
+their storages; what a kernel uses inside itself is not seen. The process's resident peak is noted beside.
+
+Give memory back between measurements.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import psutil
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kvbench.errors import ConfigError
+from kvbench.models.inputs import PromptBatch, prompt_batch
+from kvbench.models.loader import LoadedModel
+from kvbench.tasks.clock import around_vision
+from kvbench.tasks.decode import CacheSetting
+from kvbench.tasks.speed import repeated
+from kvbench.tasks.task import Bench, TaskResult
+
+if TYPE_CHECKING:
+    from kvbench.cache import PolicyCache
+
+
+_RESET_SLACK_BYTES = 8 * 2**20
+
+
+@dataclass(kw_only=True)
+class PhasePeaks:
+    """Peak bytes by phase. `base_bytes`: what was alive before, and on a CPU is not counted by itself.
+
+    A phase inside another one interrupts it: each moment belongs to the innermost phase only, and a
+    phase that is entered many times has the largest of its peaks. reserved_bytes: the most that the
+    allocator of a GPU held, 0 on a CPU.
+    """
+
+    device: torch.device
+    base_bytes: int
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    reserved_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self._counter = StorageCounter()
+        self._open: list[str] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Note the peak of what runs inside under `name`, weights and earlier tensors included."""
+        self._boundary()
+        outermost = not self._open and self.device.type != "cuda"
+        self._open.append(name)
+        try:
+            with self._counter if outermost else nullcontext():
+                yield
+        finally:
+            self._boundary()
+            self._open.pop()
+
+    def _boundary(self) -> None:
+        """Give the peak since the last boundary to the phase that was running, and start a new one."""
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+            if self._open:
+                self.reserved_bytes = max(self.reserved_bytes, torch.cuda.max_memory_reserved(self.device))
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            peak = self.base_bytes + self._counter.peak_bytes
+            self._counter.peak_bytes = self._counter.live_bytes
+        if self._open:
+            self.peak_bytes[self._open[-1]] = max(peak, self.peak_bytes.get(self._open[-1], 0))
+
+
+class StorageCounter(TorchDispatchMode):
+    """Counts bytes of storages made while it is active, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation, then count the storages of what it returned."""
+        known_before = {_storage_id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and _storage_id(leaf) not in known_before:
+                self._add(leaf)
+        return result
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        number, size = _storage_id(tensor), storage.nbytes()
+        if number in self._known:
+            return
+        self._known.add(number)
+        self.live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(storage, self._free, number, size)
+
+    def _free(self, number: int, size: int) -> None:
+        self._known.discard(number)
+        self.live_bytes -= size
+
+
+def parameter_bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of weights and buffers, shared storages once."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sum({_storage_id(t): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def reset_resident_peak() -> bool:
+    """Start a new resident peak for this process; False where the system cannot.
+
+    The peak is read back: it must have come down to what is resident now.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return resident_peak_bytes() <= _resident_bytes() + _RESET_SLACK_BYTES
+
+
+def resident_peak_bytes() -> int:
+    """Return the process's resident peak, or what is resident now where no peak is kept."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return _resident_bytes()
+
+
+def _resident_bytes() -> int:
+    return int(psutil.Process().memory_info().rss)
+
+
+def _storage_id(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """One launch of `new_tokens` steps on the first `batch_size` prompts, peaks noted per phase.
+
+    load = weights and buffers; vision, prefill, settle (the policy's share of the prompt) and decode =
+    everything alive at the phase's peak, weights included. KV bytes at the end: stored from storages,
+    theoretical what the budget implies, valid what is held, without the free slot and slots not yet
+    used; beside them what attention statistics left, and the bookkeeping. Before the launch the prompt runs
+    through the model without any cache: what comes on top of the weights there is the plain model's own, and
+    part of the bound that the peak is compared with.
+    """
+
+    protocol: ClassVar[str] = "phases_v3"
+    reads_text: ClassVar[bool] = False
+
+    new_tokens: int = 48
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.new_tokens < 2 or self.batch_size < 1:
+            raise ConfigError(
+                f"task.memory has new_tokens={self.new_tokens}, batch_size={self.batch_size}; allowed: >= 2, >= 1"
+            )
+
+    def run(self, bench: Bench) -> TaskResult:
+        """Run the launch under the counters."""
+        loaded = bench.loaded
+        batch = prompt_batch(loaded, repeated(bench.examples, self.batch_size))
+        weights_bytes = parameter_bytes(loaded.model)
+        inputs_bytes = sum(tensor.untyped_storage().nbytes() for tensor in batch.tensors.values())
+        activation_bytes = _plain_activation_bytes(loaded, batch, weights_bytes + inputs_bytes)
+        peaks = PhasePeaks(device=loaded.device, base_bytes=weights_bytes + inputs_bytes)
+        resident_is_fresh = reset_resident_peak()
+        cache = self._launch(loaded, batch, bench.setting, peaks)
+        bench.advance(1.0)
+        numbers = {f"peak_{name}_bytes": value for name, value in peaks.peak_bytes.items()}
+        numbers["peak_load_bytes"] = weights_bytes
+        numbers["peak_memory_bytes"] = max(peaks.peak_bytes.values())
+        numbers["plain_activation_bytes"] = activation_bytes
+        if peaks.reserved_bytes:
+            numbers["peak_reserved_bytes"] = peaks.reserved_bytes
+        if resident_is_fresh:
+            numbers["peak_rss_bytes"] = resident_peak_bytes()
+        numbers |= _kv_bytes(cache)
+        result = TaskResult()
+        for name, value in numbers.items():
+            result.measurements[name] = _observed(value, "bytes")
+        bound = weights_bytes + inputs_bytes + activation_bytes + numbers["kv_theoretical_bytes"]
+        bound += _entry_bytes(cache) * batch.kind.numel()
+        result.measurements["peak_over_bound_ratio"] = _observed(numbers["peak_memory_bytes"] / bound, "")
+        return result
+
+    @torch.inference_mode()
+    def _launch(self, loaded: LoadedModel, batch: PromptBatch, setting: CacheSetting, peaks: PhasePeaks) -> PolicyCache:
+        _free_what_is_cached(loaded.device)
+        with peaks.phase("prefill"), around_vision(loaded.model, peaks.phase("vision")):
+            decoding = setting.decoding(loaded, batch, self.new_tokens, on_settle=lambda: peaks.phase("settle"))
+            token = decoding.logits.argmax(dim=-1)
+        with peaks.phase("decode"):
+            decoding.prepare()
+            for _ in range(self.new_tokens - 1):
+                token = decoding.step(token).argmax(dim=-1)
+        decoding.cache.check()
+        return decoding.cache
+
+
+@torch.inference_mode()
+def _plain_activation_bytes(loaded: LoadedModel, batch: PromptBatch, base_bytes: int) -> int:
+    """Return the peak of the prompt's forward without any cache, above weights and inputs."""
+    _free_what_is_cached(loaded.device)
+    alive = torch.cuda.memory_allocated(loaded.device) if loaded.device.type == "cuda" else base_bytes
+    peaks = PhasePeaks(device=loaded.device, base_bytes=base_bytes)
+    with peaks.phase("plain"):
+        loaded.model(**batch.tensors, position_ids=batch.position_ids, use_cache=False, logits_to_keep=1)
+    loaded.beat()
+    return peaks.peak_bytes["plain"] - alive
+
+
+def _free_what_is_cached(device: torch.device) -> None:
+    """Let go of what an earlier task left in a cycle or in the allocator; a CPU counts what is made from here on."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _entry_bytes(cache: PolicyCache) -> int:
+    """Return the bytes of one token's key and value in one layer."""
+    first = cache.policy_layers[0].keys
+    assert first is not None
+    _, heads, _, width = first.shape
+    return 2 * heads * width * first.element_size()
+
+
+def _kv_bytes(cache: PolicyCache) -> dict[str, int]:
+    held = cache.occupancy()
+    allowed = sum(cache.policy_layers[0].ledger.allowed())
+    return {
+        "kv_stored_bytes": held.stored_bytes,
+        "kv_valid_bytes": held.valid_bytes,
+        "statistics_bytes": held.statistics_bytes,
+        "bookkeeping_bytes": held.bookkeeping_bytes,
+        "kv_theoretical_bytes": _entry_bytes(cache) * len(cache.policy_layers) * allowed,
+    }
+
+
+def _observed(value: float, unit: str) -> dict[str, Any]:
+    return {"value": value, "low": None, "high": None, "n": 1, "unit": unit, "method": "observed once"}
+
+
+def free_memory() -> None:
+    """Give back what is no longer used, so that the next measurement starts clean."""
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

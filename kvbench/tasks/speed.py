@@ -1,0 +1,288 @@
+"""Latency of the policy beside the full cache's, interleaved in one process, and beside the memory roof.
+
+Launches come in the order A B B A, A the policy and B the full cache, so that drift of the machine
+hits both alike. The launch is the unit of replication: intervals are over launch medians, never over
+single steps. A pass on a noisy machine is measured once more; what is noisy then is shown as noisy.
+
+One timed launch: a prompt and a fixed number of decode steps, end tokens do not stop it.
+
+What deciding costs at a decode step: the policy's own work, alone.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from kvbench.cache import Policy
+from kvbench.cache.layer import evicts_at_decode
+from kvbench.datasets.base import Example
+from kvbench.errors import ConfigError, PolicyError, ran_out_of_memory
+from kvbench.models.inputs import PromptBatch, prompt_batch
+from kvbench.models.loader import LoadedModel
+from kvbench.stats.intervals import Interval, launch_interval, ratio_interval
+from kvbench.stats.latency import noise_reason, spread_fraction
+from kvbench.tasks.clock import (
+    Marks,
+    copy_bandwidth,
+    foreign_gpu_processes,
+    reference_ms,
+    step_weight_bytes,
+    synchronised_ms,
+)
+from kvbench.tasks.decode import CacheSetting, captured, warm_up
+from kvbench.tasks.task import Bench, TaskResult
+
+if TYPE_CHECKING:
+    from kvbench.cache import PolicyCache
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launch:
+    """Time to the first token, of it the time spent settling the prompt, and the time of each decode step, in ms.
+
+    prepare_ms: what an engine does once before the first step; in no other number.
+    """
+
+    ttft_ms: float
+    steps_ms: list[float]
+    settle_ms: float = 0.0
+    prepare_ms: float = 0.0
+
+    @property
+    def tpot_ms(self) -> float:
+        """The median step."""
+        return statistics.median(self.steps_ms)
+
+    @property
+    def tpot_p90_ms(self) -> float:
+        """The step that nine tenths do not exceed."""
+        return sorted(self.steps_ms)[(9 * len(self.steps_ms) - 1) // 10]
+
+    @property
+    def total_s(self) -> float:
+        """The whole launch."""
+        return (self.ttft_ms + sum(self.steps_ms)) / 1e3
+
+
+@torch.inference_mode()
+def launch(
+    loaded: LoadedModel,
+    batch: PromptBatch,
+    setting: CacheSetting,
+    new_tokens: int,
+    *,
+    observe: Callable[[PolicyCache], None] = lambda cache: None,
+) -> Launch:
+    """Run one launch; nothing waits for the device between two marks of one clock.
+
+    `observe` gets the cache after the prompt and after the last step, outside of every timed stretch. Raises:
+    PolicyError if a victim was no choice (`PolicyCache.check`).
+    """
+    device = loaded.device
+    prompt, settling, steps = Marks(device), Marks(device), Marks(device)
+    synchronised_ms(device)
+    with prompt.around():
+        decoding = setting.decoding(loaded, batch, new_tokens, on_settle=settling.around)
+        token = decoding.logits.argmax(dim=-1)
+    ttft_ms, settle_ms = prompt.inside_ms(), settling.inside_ms()
+    observe(decoding.cache)
+    start_ms = synchronised_ms(device)
+    decoding.prepare()
+    prepare_ms = synchronised_ms(device) - start_ms
+    steps.mark()
+    for _ in range(new_tokens - 1):
+        token = decoding.step(token).argmax(dim=-1)
+        steps.mark()
+    steps_ms = steps.between_ms()
+    decoding.cache.check()
+    observe(decoding.cache)
+    return Launch(ttft_ms=ttft_ms, steps_ms=steps_ms, settle_ms=settle_ms, prepare_ms=prepare_ms)
+
+
+def repeated(examples: Sequence[Example], number: int) -> list[Example]:
+    """Return `number` examples, from the first on, again where there are fewer."""
+    return [examples[index % len(examples)] for index in range(number)]
+
+
+_NUM_REPEATS = 15
+
+
+def deciding_ms(cache: PolicyCache, policy: Policy, device: torch.device) -> Interval:
+    """Return the median time in which all layers name their victims; nothing is applied.
+
+    On CUDA the work is captured in a CUDA graph and replayed, so that launching it costs nothing; what
+    cannot be captured is run as it is, and the method says so. 0 for a policy that decides nothing.
+    """
+    if not evicts_at_decode(policy):
+        return Interval(value=0.0, low=None, high=None, n=1, method="nothing is decided at decode")
+    work, how = (cache.decide, "run") if device.type != "cuda" else _captured(cache, device)
+    work()
+    marks = Marks(device)
+    for _ in range(_NUM_REPEATS):
+        marks.mark()
+        work()
+    marks.mark()
+    median = statistics.median(marks.between_ms())
+    return Interval(value=median, low=None, high=None, n=_NUM_REPEATS, method=f"median of repeats, {how}")
+
+
+def _captured(cache: PolicyCache, device: torch.device) -> tuple[Callable[[], None], str]:
+    try:
+        warm_up(cache.decide, device)
+        graph = captured(cache.decide, device)
+    except (PolicyError, RuntimeError) as error:  # a copy from the host, or a wait for the device
+        if ran_out_of_memory(error):
+            raise
+        torch.cuda.synchronize(device)
+        return cache.decide, "launched kernel by kernel"
+    return graph.replay, "CUDA graph"
+
+
+@dataclass(kw_only=True)
+class Arm:
+    """One of the two settings that are compared: its launches, and what its cache held in the first warm-up."""
+
+    setting: CacheSetting
+    launches: list[Launch] = field(default_factory=list)
+    valid_bytes: list[int] = field(default_factory=list)
+    deciding: Interval | None = None
+
+    def roof_ms(self, weight_bytes: int, bandwidth: float) -> float:
+        """Return the time to read the weights and the mean of the valid entries once, at the bandwidth of a copy."""
+        kv_bytes = sum(self.valid_bytes) / len(self.valid_bytes)
+        return (weight_bytes + kv_bytes) / bandwidth * 1e3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quiet:
+    """How quiet the machine was: change of a reference kernel from start to end, other processes on the GPU, passes."""
+
+    drift_fraction: float
+    num_foreign: int | None
+    num_passes: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """`num_blocks` blocks of four launches (A B B A) after `num_warmups` of each arm.
+
+    batch_size prompts run together, examples being repeated where there are fewer; new_tokens are
+    generated per launch, prompt's token included.
+    """
+
+    protocol: ClassVar[str] = "abba_v3"
+    reads_text: ClassVar[bool] = False
+
+    new_tokens: int = 48
+    num_blocks: int = 3
+    num_warmups: int = 1
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.new_tokens < 3 or self.num_blocks < 1 or self.num_warmups < 1 or self.batch_size < 1:
+            raise ConfigError(
+                f"task.speed has new_tokens={self.new_tokens}, num_blocks={self.num_blocks}, "
+                f"num_warmups={self.num_warmups}, batch_size={self.batch_size}; allowed: >= 3, >= 1, >= 1, >= 1"
+            )
+
+    def run(self, bench: Bench) -> TaskResult:
+        """Time both arms; the first examples are the prompts, the same for both."""
+        bandwidth = copy_bandwidth(bench.loaded.device)
+        batch = prompt_batch(bench.loaded, repeated(bench.examples, self.batch_size))
+        policy, full = Arm(setting=bench.setting), Arm(setting=bench.full)
+        self._warm_up(bench, batch, (policy, full))
+        quiet = self._blocks(bench, batch, policy, full)
+        if _is_noisy(policy, full, quiet):
+            quiet = replace(self._blocks(bench, batch, policy, full), num_passes=2)
+        bench.advance(1.0)
+        result = TaskResult(is_noisy=_is_noisy(policy, full, quiet))
+        self._latency(result, policy, full)
+        _noise(result, policy, full, quiet)
+        _roof(result, policy, full, step_weight_bytes(bench.loaded.model), bandwidth)
+        return result
+
+    def _blocks(self, bench: Bench, batch: PromptBatch, policy: Arm, full: Arm) -> Quiet:
+        """Time all blocks; launches of a pass before are forgotten whole, never some of them."""
+        before_ms = reference_ms(bench.loaded.device)
+        policy.launches, full.launches = [], []
+        for _ in range(self.num_blocks):
+            for arm in (policy, full, full, policy):
+                arm.launches.append(launch(bench.loaded, batch, arm.setting, self.new_tokens))
+        drift = abs(reference_ms(bench.loaded.device) / before_ms - 1)
+        return Quiet(drift_fraction=drift, num_foreign=foreign_gpu_processes(bench.loaded.device))
+
+    def _warm_up(self, bench: Bench, batch: PromptBatch, arms: Sequence[Arm]) -> None:
+        """Run both arms untimed; the first round looks into the caches, which would disturb a timed one."""
+        for arm in arms:
+            launch(bench.loaded, batch, arm.setting, self.new_tokens, observe=_observer(arm, bench))
+        for _ in range(self.num_warmups - 1):
+            for arm in arms:
+                launch(bench.loaded, batch, arm.setting, self.new_tokens)
+
+    def _latency(self, result: TaskResult, policy: Arm, full: Arm) -> None:
+        ours, theirs = policy.launches, full.launches
+        result.measure("ttft_ms", launch_interval([a.ttft_ms for a in ours]), "ms")
+        result.measure("tpot_ms", launch_interval([a.tpot_ms for a in ours]), "ms")
+        result.measure("tpot_p90_ms", launch_interval([a.tpot_p90_ms for a in ours]), "ms")
+        result.measure("settle_ms", launch_interval([a.settle_ms for a in ours]), "ms")
+        result.measure("prepare_ms", launch_interval([a.prepare_ms for a in ours]), "ms")
+        result.measure("full_ttft_ms", launch_interval([b.ttft_ms for b in theirs]), "ms")
+        result.measure("full_tpot_ms", launch_interval([b.tpot_ms for b in theirs]), "ms")
+        if policy.deciding is not None:
+            result.measure("policy_ms", policy.deciding, "ms")
+        tokens = self.new_tokens * self.batch_size
+        result.measure("throughput_tokens_per_s", launch_interval([tokens / a.total_s for a in ours]), "tokens/s")
+        pairs = {
+            "ttft_ratio_to_full": ratio_interval([a.ttft_ms for a in ours], [b.ttft_ms for b in theirs]),
+            "tpot_ratio_to_full": ratio_interval([a.tpot_ms for a in ours], [b.tpot_ms for b in theirs]),
+            "throughput_ratio_to_full": ratio_interval([b.total_s for b in theirs], [a.total_s for a in ours]),
+        }
+        for name, interval in pairs.items():
+            result.measure(name, interval)
+        result.curves["launches_ms"] = [
+            [a.ttft_ms, a.tpot_ms, b.ttft_ms, b.tpot_ms] for a, b in zip(ours, theirs, strict=True)
+        ]
+
+
+def _is_noisy(policy: Arm, full: Arm, quiet: Quiet) -> bool:
+    spread = spread_fraction(*([one.tpot_ms for one in arm.launches] for arm in (policy, full)))
+    return bool(noise_reason(spread, quiet.drift_fraction, quiet.num_foreign))
+
+
+def _noise(result: TaskResult, policy: Arm, full: Arm, quiet: Quiet) -> None:
+    """Note what decides whether the times are called noisy."""
+    spreads = {
+        "tpot_spread_fraction": spread_fraction(*([one.tpot_ms for one in arm.launches] for arm in (policy, full))),
+        "ttft_spread_fraction": spread_fraction(*([one.ttft_ms for one in arm.launches] for arm in (policy, full))),
+        "reference_drift_fraction": quiet.drift_fraction,
+        "foreign_gpu_processes": quiet.num_foreign,
+        "timing_passes": quiet.num_passes,
+    }
+    for name, value in spreads.items():
+        if value is not None:
+            result.measure(name, Interval(value=float(value), low=None, high=None, n=1, method="observed once"))
+
+
+def _observer(arm: Arm, bench: Bench) -> Callable[[PolicyCache], None]:
+    """Note the entries held after the prompt and after the last step, and then what deciding costs."""
+
+    def observe(cache: PolicyCache) -> None:
+        arm.valid_bytes.append(cache.occupancy().valid_bytes)
+        if len(arm.valid_bytes) == 2:
+            arm.deciding = deciding_ms(cache, arm.setting.policy, bench.loaded.device)
+
+    return observe
+
+
+def _roof(result: TaskResult, policy: Arm, full: Arm, weight_bytes: int, bandwidth: float) -> None:
+    for prefix, arm in (("", policy), ("full_", full)):
+        roof_ms = arm.roof_ms(weight_bytes, bandwidth)
+        result.measure(f"{prefix}roof_ms", Interval(value=roof_ms, low=None, high=None, n=1, method="computed"), "ms")
+        result.measure(f"{prefix}roof_share_fraction", launch_interval([roof_ms / a.tpot_ms for a in arm.launches]))
+    copied = Interval(value=bandwidth, low=None, high=None, n=1, method="median of copies")
+    result.measure("copy_bandwidth_bytes_per_s", copied, "bytes/s")
