@@ -149,8 +149,8 @@ def _show(sweep: Sweep) -> None:
 
 
 def _wandb_summary(sweep: Sweep) -> Any:
-    from kvbench.sinks.wandb_summary import summary_id
-    from kvbench.sinks.wandb_sweeps import note_sweep
+    from kvbench.sinks.wandb.content import summary_id
+    from kvbench.sinks.wandb.sync import note_sweep
     from kvbench.wandb_summary import summary_of
 
     keys = sorted(sweep.tickets)

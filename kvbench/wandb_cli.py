@@ -21,12 +21,19 @@ from kvbench.results.record import read_cell
 from kvbench.results.redaction import redact, redacted_body
 from kvbench.results.store import RecordStore
 from kvbench.sinks.console import say
-from kvbench.sinks.wandb_cell import cell_digest, cell_run
-from kvbench.sinks.wandb_run import Online, Place, RunSpec
-from kvbench.sinks.wandb_service import MODES, check_installed, check_online, check_project, quiet_setup, resolve_mode
-from kvbench.sinks.wandb_summary import summary_digest, summary_id
-from kvbench.sinks.wandb_sweeps import cells_of_sweep
-from kvbench.sinks.wandb_sync import Job, Outcome, send_runs
+from kvbench.sinks.wandb.content import cell_digest, cell_run, summary_digest, summary_id
+from kvbench.sinks.wandb.run import (
+    MODES,
+    Online,
+    Place,
+    RunSpec,
+    check_installed,
+    check_online,
+    check_project,
+    quiet_setup,
+    resolve_mode,
+)
+from kvbench.sinks.wandb.sync import Job, Outcome, cells_of_sweep, send_runs
 
 _MODES = tuple(mode for mode in MODES if mode != "disabled")
 _LONGEST_S = 600.0

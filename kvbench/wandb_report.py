@@ -18,10 +18,9 @@ from kvbench.report.plots_png import png_names
 from kvbench.results.files import replace_file
 from kvbench.results.redaction import hide_known
 from kvbench.sinks.console import say
-from kvbench.sinks.wandb_fields import measure_group
-from kvbench.sinks.wandb_report import Chapter, Outline, report_spec
-from kvbench.sinks.wandb_report_save import save_within
-from kvbench.sinks.wandb_service import check_installed, check_project, resolve_mode
+from kvbench.sinks.wandb.content import measure_group
+from kvbench.sinks.wandb.report import Chapter, Outline, report_spec, save_within
+from kvbench.sinks.wandb.run import check_installed, check_project, resolve_mode
 
 if TYPE_CHECKING:
     from kvbench.report.load import Group, Results

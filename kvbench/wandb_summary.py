@@ -10,14 +10,13 @@ from kvbench.installed import installed_version
 from kvbench.measures import MEASURES, measure
 from kvbench.results.record import read_cell
 from kvbench.results.store import RecordStore
-from kvbench.sinks.wandb_fields import measure_group
-from kvbench.sinks.wandb_summary import Figure, SweepSummary, Table, summary_run
+from kvbench.sinks.wandb.content import Figure, SweepSummary, Table, measure_group, summary_run
 
 if TYPE_CHECKING:
     from kvbench.report.cell import CellResult
     from kvbench.report.comparison import Comparison
     from kvbench.report.load import Group, Results
-    from kvbench.sinks.wandb_run import RunSpec
+    from kvbench.sinks.wandb.run import RunSpec
 
 _CELL_COLUMNS = ("key", "model", "dataset", "policy", "budget", "positions", "status")
 _COMPARED = (

@@ -15,7 +15,7 @@ from kvbench.cli import run
 from kvbench.errors import ConfigError
 from kvbench.report.freshness import inputs_digest
 from kvbench.results.record import MEASURED
-from kvbench.sinks.wandb_summary import summary_id
+from kvbench.sinks.wandb.content import summary_id
 
 REPO = Path(__file__).parents[1]
 SHORT = (

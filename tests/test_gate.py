@@ -194,7 +194,7 @@ def test_a_package_that_a_plug_in_lacks_is_named_with_its_command(
 def test_wandb_that_is_asked_for_and_not_installed_is_named_with_its_command(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("kvbench.sinks.wandb.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("kvbench.sinks.wandb.run.importlib.util.find_spec", lambda name: None)
     assert "wandb is not installed; python -m pip install wandb" in refused("sink.wandb.mode=online", capfd)
 
 

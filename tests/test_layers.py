@@ -83,11 +83,18 @@ MAY_IMPORT: dict[str, set[str]] = {
 ONLY_IN = {
     "hydra": ["kvbench/cli.py", "kvbench/config.py", "kvbench/compose.py", "kvbench/launch.py"],
     "omegaconf": ["kvbench/cli.py", "kvbench/config.py", "kvbench/compose.py", "kvbench/sweep/worker.py"],
-    "wandb": ["kvbench/sinks/wandb*.py"],
-    "wandb_workspaces": ["kvbench/sinks/wandb_report*.py"],
+    "wandb": ["kvbench/sinks/wandb/*.py"],
+    "wandb_workspaces": ["kvbench/sinks/wandb/report.py"],
     "matplotlib": ["kvbench/report/plots*.py"],
     "triton": ["kvbench/kernels/*.py"],
-    "transformers": ["kvbench/cache/*.py", "kvbench/models/*.py", "kvbench/tasks/*.py", "kvbench/sweep/*.py", "kvbench/autopsy/*.py", "kvbench/bundled/*.py"],
+    "transformers": [
+        "kvbench/cache/*.py",
+        "kvbench/models/*.py",
+        "kvbench/tasks/*.py",
+        "kvbench/sweep/*.py",
+        "kvbench/autopsy/*.py",
+        "kvbench/bundled/*.py",
+    ],
 }
 
 

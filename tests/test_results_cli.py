@@ -22,7 +22,7 @@ from kvbench.results.claims import Claims
 from kvbench.results.maintenance import leftovers, verify
 from kvbench.results.record import cell_key, read_record
 from kvbench.results.store import PartialStore, RecordStore
-from kvbench.sinks.wandb_cell import cell_digest
+from kvbench.sinks.wandb.content import cell_digest
 from kvbench.wandb_cli import _jobs
 from tests.covering import one_in
 from tests.sinks.record_bodies import make_body

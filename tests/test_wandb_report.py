@@ -16,10 +16,9 @@ import pytest
 
 from kvbench.cli import run
 from kvbench.results.record import read_record
-from kvbench.sinks import wandb_report_save
-from kvbench.sinks.wandb_fields import summary_numbers
-from kvbench.sinks.wandb_report import Chapter, Outline, report_spec
-from kvbench.sinks.wandb_report_save import save_within
+from kvbench.sinks.wandb.content import summary_numbers
+from kvbench.sinks.wandb.report import Chapter, Outline, report_spec, save_within
+from kvbench.sinks.wandb.run import report as wandb_report_save
 from tests.report.synthetic import body, write_cell
 from tests.sinks.fault_server import FaultServer
 from tests.sinks.test_wandb_faults import environment_of
@@ -217,7 +216,7 @@ def test_without_the_package_the_flag_says_how_to_install_it(
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        "kvbench.sinks.wandb_service.importlib.util.find_spec",
+        "kvbench.sinks.wandb.run.importlib.util.find_spec",
         lambda name: None if name == "wandb_workspaces" else find(name),
     )
     assert run(["report", str(records), "--wandb"]) == 2

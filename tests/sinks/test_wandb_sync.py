@@ -18,13 +18,10 @@ import pytest
 
 from kvbench.cli import run
 from kvbench.results.record import read_record
-from kvbench.sinks import wandb_sync
-from kvbench.sinks.wandb_cell import cell_digest
-from kvbench.sinks.wandb_run import Place
-from kvbench.sinks.wandb_sent import is_sent, note_sent
-from kvbench.sinks.wandb_summary import summary_digest, summary_id
-from kvbench.sinks.wandb_sweeps import note_sweep
-from kvbench.sinks.wandb_sync import Job, send_runs
+from kvbench.sinks.wandb.content import cell_digest, summary_digest, summary_id
+from kvbench.sinks.wandb.run import Place
+from kvbench.sinks.wandb.run import sync as wandb_sync
+from kvbench.sinks.wandb.sync import Job, is_sent, note_sent, note_sweep, send_runs
 from tests.report.synthetic import body, write_cell
 from tests.sinks.fault_server import FaultServer
 from tests.sinks.test_wandb import _inspect
@@ -379,7 +376,7 @@ def test_a_mistake_is_one_line(
 def test_without_the_package_the_command_says_how_to_install_it(
     records: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvbench.sinks.wandb_service.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("kvbench.sinks.wandb.run.importlib.util.find_spec", lambda name: None)
     assert run(["wandb", "sync", str(records)]) == 2
     assert "wandb is not installed; python -m pip install wandb" in capsys.readouterr().err
 
