@@ -7,7 +7,7 @@ import pytest
 
 from kvbench.sinks.base import Sink, SinkGroup
 from kvbench.sinks.console import ConsoleSink
-from kvbench.sinks.wandb.run import WandbSink
+from kvbench.sinks.wandb.sync import WandbSink
 
 
 class _Listing:

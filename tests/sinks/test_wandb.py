@@ -18,8 +18,7 @@ import pytest
 from kvbench.errors import ConfigError
 from kvbench.results.store import RecordStore
 from kvbench.sinks.base import SinkGroup
-from kvbench.sinks.wandb.content import has_api_key, summary_numbers
-from kvbench.sinks.wandb.run import WandbSink
+from kvbench.sinks.wandb.sync import WandbSink, has_api_key, summary_numbers
 from tests.sinks.record_bodies import make_body
 
 _installed = importlib.util.find_spec("wandb") is not None
@@ -124,7 +123,7 @@ def _run_in_own_process(folder: Path) -> None:
 import sys
 from pathlib import Path
 from kvbench.results.store import RecordStore
-from kvbench.sinks.wandb.run import WandbSink
+from kvbench.sinks.wandb.sync import WandbSink
 from tests.sinks.record_bodies import make_body
 sink = WandbSink(project="p", folder=Path(sys.argv[1]), timeout_s=1.0)
 sink.open("demo", 3)

@@ -34,7 +34,7 @@ from pathlib import Path
 import psutil
 from kvbench.sinks.base import SinkGroup
 from kvbench.results.store import RecordStore
-from kvbench.sinks.wandb.run import WandbSink
+from kvbench.sinks.wandb.sync import WandbSink
 from kvbench.wandb_summary import summary_of
 from tests.sinks.record_bodies import make_body
 results, fault = Path(sys.argv[1]), sys.argv[2]

@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import io
-import netrc
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from kvbench.measures import MEASURES
 from kvbench.results.files import canonical_json, replace_file
@@ -82,22 +79,6 @@ def run_tags(body: dict[str, Any]) -> list[str]:
     names = [body["labels"].get(label) for label in _NAMED]
     # wandb refuses empty tags and tags over 64 letters.
     return sorted({str(name)[:64] for name in [*names, body["status"]] if name})
-
-
-def has_api_key(server: str) -> bool:
-    """Tell, without the network, whether wandb would find a key for `server` (a URL)."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    hosts = {urlsplit(server).netloc, "api.wandb.ai"}
-    files = [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]
-    return any(hosts & _netrc_hosts(Path(name).expanduser()) for name in files)
-
-
-def _netrc_hosts(path: Path) -> set[str]:
-    try:
-        return set(netrc.netrc(str(path)).hosts)
-    except (OSError, netrc.NetrcParseError):
-        return set()
 
 
 _SHOWN = 2  # one more whenever a run comes to show its record otherwise, so that it is sent again

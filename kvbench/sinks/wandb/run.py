@@ -14,24 +14,19 @@ wandb as a library and its own process: silent, inside the results folder, and n
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
-import logging
+import netrc
 import os
-import shlex
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
-from kvbench.errors import ConfigError, close_matches
-from kvbench.results.files import make_folder
-from kvbench.results.record import MEASURED
-from kvbench.results.store import RecordStore
-from kvbench.sinks.console import say
-from kvbench.sinks.wandb.content import cell_run, has_api_key
-from kvbench.sinks.wandb.sync import is_sent, note_sent
+from kvbench.errors import ConfigError, KvbenchError, RecordError
+from kvbench.results.files import make_folder, seal, unseal, write_new
 
 if TYPE_CHECKING:
     import wandb
@@ -187,6 +182,38 @@ class RunSpec:
     exit_code: int = 0
 
 
+_KIND, _VERSION = "kvbench_wandb_sent", 1
+
+
+def is_sent(folder: Path, target: str, run_id: str, digest: str) -> bool:
+    """Tell whether content of `digest` was sent as `run_id` to `target`; a damaged file counts as not sent."""
+    try:
+        body = unseal(_path(folder, target, run_id, digest), _KIND, _VERSION, "Delete it; the run is sent again.")
+    except RecordError:
+        return False
+    return body == _body(target, run_id, digest)
+
+
+def note_sent(folder: Path, target: str, run_id: str, digest: str) -> None:
+    """Keep that content of `digest` was sent as `run_id` to `target`; a disk that refuses costs a second upload."""
+    path, data = _path(folder, target, run_id, digest), seal(_KIND, _VERSION, _body(target, run_id, digest))
+    with contextlib.suppress(OSError):
+        if path.exists() and path.read_bytes() != data:
+            path.unlink()
+    with contextlib.suppress(OSError, KvbenchError):
+        write_new(path, data)
+
+
+def _path(folder: Path, target: str, run_id: str, digest: str) -> Path:
+    name = hashlib.sha256(f"{target}\n{digest}".encode()).hexdigest()[:16]
+    return folder / "wandb" / "sent" / f"{run_id}-{name}.json"
+
+
+def _body(target: str, run_id: str, digest: str) -> dict[str, str]:
+    # A server's URL may hold a password.
+    return {"target": hashlib.sha256(target.encode()).hexdigest(), "run": run_id, "digest": digest}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """Where runs go: a project on a server, and `folder`/wandb, where wandb keeps its files."""
@@ -239,130 +266,17 @@ def _start(spec: RunSpec, place: Place, mode: Online) -> wandb.Run:
     )
 
 
-_LONGEST_TIMEOUT_S = 30.0
-_log = logging.getLogger(__name__)
+def has_api_key(server: str) -> bool:
+    """Tell, without the network, whether wandb would find a key for `server` (a URL)."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    hosts = {urlsplit(server).netloc, "api.wandb.ai"}
+    files = [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]
+    return any(hosts & _netrc_hosts(Path(name).expanduser()) for name in files)
 
 
-@dataclass
-class _Sweep:
-    """What changes while a sweep runs; the sink itself stays frozen."""
-
-    name: str = ""
-    mode: Mode | None = None  # not decided before the first sweep
-    reason: str = ""
-    num_offline: int = 0
-    started: bool = False
-
-    def restart(self, name: str, mode: Mode, reason: str) -> None:
-        self.name, self.mode, self.reason, self.num_offline, self.started = name, mode, reason, 0, False
-
-
-@dataclass(frozen=True, kw_only=True)
-class WandbSink:
-    """Sends each finished cell to one run of `project`, and the whole sweep to one more.
-
-    mode: "auto" is "online" if an API key is found, else "offline"; "disabled" does nothing.
-    folder: the results folder; the runs' files go to its subfolder wandb/.
-    timeout_s: limit for the start, and again for the end, of an online run.
-    """
-
-    project: str
-    mode: str = "auto"
-    folder: Path = Path("results")
-    entity: str | None = None
-    timeout_s: float = 10.0
-    _sweep: _Sweep = field(default_factory=_Sweep, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ConfigError(f"sink.wandb.mode is {self.mode!r}; {close_matches(self.mode, MODES)}")
-        if not 0 < self.timeout_s <= _LONGEST_TIMEOUT_S:
-            raise ConfigError(f"sink.wandb.timeout_s is {self.timeout_s:g}; it must lie in (0, {_LONGEST_TIMEOUT_S:g}]")
-        check_project(self.project, "sink.wandb.project")
-        if self.mode == "online":
-            check_online()
-        object.__setattr__(self, "folder", Path(self.folder))  # yaml gives text
-
-    def open(self, sweep: str, num_cells: int) -> None:
-        """Decide the mode for `sweep`; a missing wandb package is one warning line."""
-        self._sweep.restart(sweep, "disabled", "")
-        if self.mode != "disabled" and importlib.util.find_spec("wandb") is None:
-            _log.warning("wandb is not installed, so nothing is sent to it. Install it with: pip install wandb")
-            return
-        self._sweep.restart(sweep, *resolve_mode(self.mode))
-        self._sweep.started = "wandb" in sys.modules  # to be asked for a key it starts its process
-        self._end_service()
-
-    def record(self, body: dict[str, Any]) -> None:
-        """Send one cell; a failing online run is repeated offline, and so are all later ones.
-
-        A failed attempt of a cell that was measured before is not sent: its run shows the measurement.
-        """
-        if body["status"] not in MEASURED and RecordStore(self.folder).accepted(body["key"]) is not None:
-            return
-        self._send(cell_run(body, group=self._sweep.name))
-
-    def pause(self) -> None:
-        """End wandb's own process, which wakes up fifty times a second also when it has nothing to do."""
-        self._end_service()
-
-    def summarise(self, summary: Callable[[], RunSpec]) -> None:
-        """Send what `summary` makes of the whole sweep, after `close`; it is not asked if nothing is sent.
-
-        Without a `close` of its own: the line about offline runs covers this one too.
-        """
-        if self._sweep.mode is None:  # the cells were measured and sent by other processes
-            self.open("", 0)
-        if self._sweep.mode == "disabled":
-            return
-        was_online = self._sweep.mode == "online"
-        self._send(summary())
-        num_runs, self._sweep.num_offline = self._sweep.num_offline, 0
-        self._end_service()
-        if num_runs and was_online:
-            self._say_offline(num_runs)
-
-    def close(self) -> None:
-        """Print, if runs were kept offline, the one line that says why, where and how to upload them."""
-        num_runs, self._sweep.num_offline = self._sweep.num_offline, 0
-        self._end_service()
-        if num_runs:
-            self._say_offline(num_runs)
-
-    def _send(self, spec: RunSpec) -> None:
-        if self._sweep.mode == "online":
-            try:
-                self._write(spec, "online")
-                return
-            # wandb raises many kinds: no network, refused key, deleted run, time limit.
-            except Exception as error:
-                self._sweep.mode, self._sweep.reason = "offline", f"the online run failed: {reason_of(error)}"
-                restart_service(self.timeout_s)
-        if self._sweep.mode == "offline":
-            self._write_offline(spec)
-            self._sweep.num_offline += 1
-
-    def _write_offline(self, spec: RunSpec) -> None:
-        """Write the run; if wandb's own process was killed, once more with a new one."""
-        try:
-            self._write(spec, "offline")
-        except Exception:
-            restart_service(self.timeout_s)
-            self._write(spec, "offline")
-
-    def _write(self, spec: RunSpec, mode: Online) -> None:
-        self._sweep.started = True
-        place = Place(project=self.project, entity=self.entity, folder=self.folder, timeout_s=self.timeout_s)
-        write_run(spec, place, mode)
-
-    def _end_service(self) -> None:
-        """Every run is finished; what is left of wandb would else be waited for when the process ends."""
-        if self._sweep.started:
-            self._sweep.started = False
-            restart_service(self.timeout_s)
-
-    def _say_offline(self, num_runs: int) -> None:
-        folder = (self.folder / "wandb").resolve()
-        command = f"wandb sync {shlex.quote(str(folder))}/offline-run-*"
-        reason = self._sweep.reason
-        say(f"wandb: {num_runs} runs kept offline ({reason}) in {folder}; upload them with: {command}")
+def _netrc_hosts(path: Path) -> set[str]:
+    try:
+        return set(netrc.netrc(str(path)).hosts)
+    except (OSError, netrc.NetrcParseError):
+        return set()
