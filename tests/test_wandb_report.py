@@ -16,9 +16,9 @@ import pytest
 
 from kvbench.cli import run
 from kvbench.results.record import read_record
+from kvbench.sinks.wandb import report as wandb_report_save
 from kvbench.sinks.wandb.content import summary_numbers
 from kvbench.sinks.wandb.report import Chapter, Outline, report_spec, save_within
-from kvbench.sinks.wandb.run import report as wandb_report_save
 from tests.report.synthetic import body, write_cell
 from tests.sinks.fault_server import FaultServer
 from tests.sinks.test_wandb_faults import environment_of

@@ -18,7 +18,9 @@ import pytest
 from kvbench.errors import ConfigError
 from kvbench.results.store import RecordStore
 from kvbench.sinks.base import SinkGroup
-from kvbench.sinks.wandb.sync import WandbSink, has_api_key, summary_numbers
+from kvbench.sinks.wandb.content import summary_numbers
+from kvbench.sinks.wandb.run import has_api_key
+from kvbench.sinks.wandb.sync import WandbSink
 from tests.sinks.record_bodies import make_body
 
 _installed = importlib.util.find_spec("wandb") is not None

@@ -18,10 +18,10 @@ import pytest
 
 from kvbench.cli import run
 from kvbench.results.record import read_record
+from kvbench.sinks.wandb import sync as wandb_sync
 from kvbench.sinks.wandb.content import cell_digest, summary_digest, summary_id
-from kvbench.sinks.wandb.run import Place
-from kvbench.sinks.wandb.run import sync as wandb_sync
-from kvbench.sinks.wandb.sync import Job, is_sent, note_sent, note_sweep, send_runs
+from kvbench.sinks.wandb.run import Place, is_sent, note_sent
+from kvbench.sinks.wandb.sync import Job, note_sweep, send_runs
 from tests.report.synthetic import body, write_cell
 from tests.sinks.fault_server import FaultServer
 from tests.sinks.test_wandb import _inspect
