@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvbench.errors import ConfigError
-from kvbench.frontier_question import LADDER, asked, asked_ladder, task_words
+from kvbench.frontier.search import LADDER, asked, asked_ladder, task_words
 from kvbench.measures import measure
 from kvbench.parser import Parser
 from kvbench.quiet import quiet_libraries
@@ -22,7 +22,7 @@ from kvbench.stats.power import look_confidence, most_looks, smallest_sample
 
 if TYPE_CHECKING:
     from kvbench.compose import Composed
-    from kvbench.frontier_look import Plan
+    from kvbench.frontier.search import Plan
 
 _OWN = ("measure", "margin", "ladder", "name")
 _TEXT = """\
@@ -79,7 +79,7 @@ def _grids(
 ) -> tuple[list[Composed], list[Composed]]:
     """Return each policy's cell at the largest budget and the full cache's, all checked. Raises: ConfigError."""
     from kvbench.compose import compose_grid
-    from kvbench.frontier_search import cell_of
+    from kvbench.frontier.search import cell_of
     from kvbench.launch import SUPERVISED, make_importable
 
     make_importable([config_dir] if config_dir else [])
@@ -108,8 +108,7 @@ def _plan(
     own: dict[str, str], quality: str, margin: float, ladder: tuple[float, ...], policies: list[Composed]
 ) -> Plan:
     from kvbench.config import results_folder
-    from kvbench.frontier_look import Plan, default_name
-    from kvbench.frontier_search import cell_of
+    from kvbench.frontier.search import Plan, cell_of, default_name
 
     cells = [cell_of(composed) for composed in policies]
     setting = "tokens" if cells[0].settings["budget"]["fraction"] is None else "fraction"
@@ -123,9 +122,8 @@ def _plan(
 
 
 def _search(plan: Plan, policies: list[Composed], fulls: list[Composed], config_dir: str | None) -> int:
-    from kvbench.frontier_search import search_all
-    from kvbench.report.frontier import save_frontier
-    from kvbench.report.frontier_table import print_frontier
+    from kvbench.frontier.search import search_all
+    from kvbench.frontier.table import print_frontier, save_frontier
 
     quiet_libraries()
     _warn_of_few(plan, fulls[0])
@@ -153,7 +151,7 @@ def _run(grid: Sequence[Composed]) -> None:
 
 def _warn_of_few(plan: Plan, full: Composed) -> None:
     """Say before anything runs that a score of so few samples will hardly be shown to stay inside the margin."""
-    from kvbench.frontier_search import cell_of
+    from kvbench.frontier.search import cell_of
 
     if measure(plan.measure).unit not in ("score", "fraction"):
         return

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 from kvbench.errors import ConfigError, close_matches
 from kvbench.measures import MEASURES
 from kvbench.parser import Parser
-from kvbench.report.figures import FIGURES, FORMATS, WIDTHS
-from kvbench.report.plots_theme import THEMES
+from kvbench.report.figures.kinds import FIGURES, FORMATS, WIDTHS
+from kvbench.report.figures.style import THEMES
 from kvbench.results.files import write_out
 
 if TYPE_CHECKING:
-    from kvbench.report.figures import FigureKind
+    from kvbench.report.figures.kinds import FigureKind
     from kvbench.report.load import Group, Results
 
 _ALL = "all"
@@ -89,7 +89,7 @@ def _is_file(out: Path | None) -> bool:
 
 
 def _draw(args: argparse.Namespace) -> int:
-    from kvbench.report.folders import load_folders
+    from kvbench.report.load import load_folders
 
     results = load_folders([args.folder])
     groups = _chosen(results, args)
@@ -97,8 +97,8 @@ def _draw(args: argparse.Namespace) -> int:
     if _is_file(args.out) and len(groups) * len(kinds) > 1:
         found = "; ".join(group.title for group in groups)
         raise ConfigError(f"--out is one file, but there are several figures ({found}); choose, or give a folder")
-    from kvbench.report.plots import draw_one, palette_of
-    from kvbench.report.plots_style import Look
+    from kvbench.report.figures.draw import draw_one, palette_of
+    from kvbench.report.figures.style import Look
 
     # Looks come from all records, so that a figure of some policies looks like one of all.
     palette, measures = palette_of(results, THEMES[args.style]), tuple(_words(args.measure))
@@ -145,7 +145,7 @@ def _paths(
     results: Results, groups: list[Group], kinds: list[FigureKind], args: argparse.Namespace
 ) -> list[tuple[Group, FigureKind, Path]]:
     """Return what goes where; names of groups are in the file names where there are several."""
-    from kvbench.report.plots import group_slugs
+    from kvbench.report.figures.draw import group_slugs
 
     if _is_file(args.out):
         return [(groups[0], kinds[0], args.out)]

@@ -18,7 +18,7 @@ from kvbench.results.files import write_out
 from kvbench.stats.tests import parse_margins
 
 if TYPE_CHECKING:
-    from kvbench.report.comparison import Choices
+    from kvbench.report.compare import Choices
     from kvbench.report.load import Results
 
 _FORMATS = ("html", "md", "csv", "latex")
@@ -33,8 +33,8 @@ def report_command(arguments: Sequence[str]) -> int:
     _check_out(args.out, args.format)
     if args.wandb and args.format != "html":
         raise ConfigError(f"--wandb builds a W&B Report and --format {args.format} a text; give one of them")
-    from kvbench.report.comparison import Choices
-    from kvbench.report.folders import load_folders
+    from kvbench.report.compare import Choices
+    from kvbench.report.load import load_folders
 
     choices = Choices(margins=margins, intersect=args.intersect)
     results = load_folders(folders, sweep=args.sweep)
@@ -94,8 +94,8 @@ def _page(results: Results, folders: Sequence[Path], out: Path | None, choices: 
 
 
 def _text(results: Results, file_format: str, out: Path | None, choices: Choices) -> None:
-    from kvbench.report.judged import judge
-    from kvbench.report.verdict_formats import verdicts_csv, verdicts_latex, verdicts_markdown
+    from kvbench.report.standing import judge
+    from kvbench.report.verdicts import verdicts_csv, verdicts_latex, verdicts_markdown
 
     make = {"md": verdicts_markdown, "csv": verdicts_csv, "latex": verdicts_latex}[file_format]
     text = make([judge(group, choices) for group in results.groups])

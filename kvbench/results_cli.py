@@ -27,8 +27,7 @@ from kvbench.results.store import RecordStore
 if TYPE_CHECKING:
     import pandas as pd
 
-    from kvbench.report.cell import CellResult
-    from kvbench.report.load import Results
+    from kvbench.report.load import CellResult, Results
 
 _COMMANDS = {
     "list": "one line per cell: key, status, policy, budget, sweep, when",

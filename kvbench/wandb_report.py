@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from kvbench.measures import MEASURES, format_with_interval, measure
 from kvbench.report.ability import Ability
-from kvbench.report.best import best_policies
-from kvbench.report.comparison import DECLARED, Choices, Comparison
-from kvbench.report.comparisons import group_comparisons
-from kvbench.report.naming import flat_settings
-from kvbench.report.plots_png import png_names
+from kvbench.report.compare import DECLARED, Choices, Comparison, group_comparisons
+from kvbench.report.figures.draw import png_names
+from kvbench.report.load import flat_settings
+from kvbench.report.standing import best_policies
 from kvbench.results.files import replace_file
 from kvbench.results.redaction import hide_known
 from kvbench.sinks.console import say

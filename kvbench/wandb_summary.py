@@ -13,9 +13,8 @@ from kvbench.results.store import RecordStore
 from kvbench.sinks.wandb.content import Figure, SweepSummary, Table, measure_group, summary_run
 
 if TYPE_CHECKING:
-    from kvbench.report.cell import CellResult
-    from kvbench.report.comparison import Comparison
-    from kvbench.report.load import Group, Results
+    from kvbench.report.compare import Comparison
+    from kvbench.report.load import CellResult, Group, Results
     from kvbench.sinks.wandb.run import RunSpec
 
 _CELL_COLUMNS = ("key", "model", "dataset", "policy", "budget", "positions", "status")
@@ -37,9 +36,9 @@ def summary_of(folder: Path, sweep: str, keys: Collection[str], *, to: Path | No
 
     to: the folder of wandb's files, by default the same.
     """
-    from kvbench.report.comparisons import group_comparisons
+    from kvbench.report.compare import group_comparisons
+    from kvbench.report.figures.draw import draw_pngs
     from kvbench.report.load import load_results
-    from kvbench.report.plots_png import draw_pngs
 
     results = load_results(folder, keys=set(keys))
     compared = [(group, _with_interval(group_comparisons(group))) for group in results.groups]
@@ -112,7 +111,7 @@ def _best(compared: list[tuple[Group, tuple[Comparison, ...]]]) -> Table:
 
 
 def _best_rows(group: Group, compared: tuple[Comparison, ...]) -> Iterator[list[Any]]:
-    from kvbench.report.best import best_policies
+    from kvbench.report.standing import best_policies
 
     for best in best_policies(group, compared):
         labels = (group.title, best.budget, measure(best.measure).label, group.series_label(best.cell))

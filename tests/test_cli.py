@@ -13,7 +13,7 @@ import pytest
 
 from kvbench.cli import run
 from kvbench.errors import ConfigError
-from kvbench.report.freshness import inputs_digest
+from kvbench.report.build import inputs_digest
 from kvbench.results.record import MEASURED
 from kvbench.sinks.wandb.content import summary_id
 

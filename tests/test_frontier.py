@@ -16,11 +16,8 @@ from kvbench import frontier_cli
 from kvbench.cli import run
 from kvbench.compose import Composed, compose_grid
 from kvbench.errors import ConfigError, RecordError
-from kvbench.frontier_look import Plan, default_name
-from kvbench.frontier_question import asked, task_words
-from kvbench.frontier_search import cell_of, search_all
-from kvbench.report.frontier import Frontier, load_frontier, save_frontier
-from kvbench.report.frontier_table import budget_text
+from kvbench.frontier.search import Plan, asked, cell_of, default_name, search_all, task_words
+from kvbench.frontier.table import Frontier, budget_text, load_frontier, save_frontier
 from kvbench.results.maintenance import verify
 from kvbench.results.record import read_record
 from tests.report.synthetic import body, write_cell

@@ -16,10 +16,8 @@ import numpy as np
 
 from kvbench.autopsy.read import Autopsy, Sample, chance_overlap, kept, load_autopsy, overlap, percent, sentence
 from kvbench.errors import RecordError
-from kvbench.report.cell import CellResult
-from kvbench.report.load import Group, Results
-from kvbench.report.natural import natural_key
-from kvbench.report.page_markup import Head, escaped, number_cell, prose, row_head, table, text_cell
+from kvbench.report.load import CellResult, Group, Results, natural_key
+from kvbench.report.markup import Head, escaped, number_cell, prose, row_head, table, text_cell
 from kvbench.results.files import Array
 from kvbench.results.record import NEVER
 

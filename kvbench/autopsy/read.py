@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from kvbench.errors import RecordError
-from kvbench.report.cell import CellResult
-from kvbench.report.listing import listed
+from kvbench.report.load import CellResult
+from kvbench.report.markup import listed
 from kvbench.results.files import Array, unpack
 from kvbench.results.record import AUTOPSY_FILE, GENERATED, NEVER, read_autopsy
 

@@ -15,8 +15,7 @@ import re
 from functools import cached_property
 
 from kvbench.measures import format_value, format_with_interval, measure
-from kvbench.report.cell import CellResult, Estimate
-from kvbench.report.load import Group
+from kvbench.report.load import CellResult, Estimate, Group
 from kvbench.stats.power import HEADROOM_FRACTION, MOST_EMPTY_FRACTION, constant_answer_score, floor_of
 from kvbench.stats.tests import is_quality
 

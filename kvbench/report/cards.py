@@ -19,8 +19,7 @@ from typing import Any
 
 from kvbench.errors import KvbenchError
 from kvbench.measures import format_with_interval, measure
-from kvbench.report.cell import CellResult, Estimate
-from kvbench.report.load import load_results
+from kvbench.report.load import CellResult, Estimate, load_results
 from kvbench.results.files import replace_file
 
 _NOT_RUN = "weights not available here"

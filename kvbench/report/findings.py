@@ -3,6 +3,14 @@
 Each finding also knows what it was looked for in, so that nothing is said about what was never compared.
 Every difference is paired by sample and carries its interval; where that interval holds zero the
 words say "undecided" instead of naming a winner.
+
+What a reader must know before believing the tables: odd orders, failures, unequal machines, few samples.
+
+What a note is: one thing that a reader must know before believing the tables.
+
+Notes on `random`: which policies it beats, why that may be, and what it was compared in.
+
+Reasons are offered as conjectures, and each says whether the numbers of this report bear it out.
 """
 
 from __future__ import annotations
@@ -11,15 +19,12 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvbench.measures import format_value
-from kvbench.report.ability import Ability
-from kvbench.report.cell import CellResult
-from kvbench.report.compare_cells import compare
-from kvbench.report.comparison import Comparison
-from kvbench.report.comparisons import PRIMARY_QUALITIES
-from kvbench.report.difference_text import difference_text
-from kvbench.report.load import Group
-from kvbench.report.paired import is_better
+from kvbench.measures import MAX_TURNS, format_value, measure
+from kvbench.report.ability import Ability, num_empty_answers
+from kvbench.report.compare import PRIMARY_QUALITIES, Comparison, compare, difference_text, timing_noise
+from kvbench.report.load import CellResult, Group, is_better
+from kvbench.report.markup import listed
+from kvbench.results.record import AUTOPSY_FILE
 
 _REFERENCE = "rougeL_vs_reference"  # a model's answers may be nearer to it by chance, so it shows nothing odd
 _RECALLED = ("objects_recalled_fraction", "needles_recalled_fraction")
@@ -147,3 +152,201 @@ def _out_of_order(looked: Looked) -> Iterator[Contrast]:
 def _comparable_budgets(smaller: CellResult, larger: CellResult) -> bool:
     """Tell whether two budgets are ordered: a share and an absolute size are not, full is above both."""
     return larger.is_full or (smaller.budget_fraction is None) == (larger.budget_fraction is None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Note:
+    """One warning: a sentence or two, and the numbers behind it."""
+
+    text: str
+    details: tuple[str, ...] = ()
+
+
+_POSITION_ONLY = ("streaming", "local", "window", "recent")
+_RECALL = "objects_recalled_fraction"
+
+
+def random_notes(group: Group) -> Iterator[Note]:
+    """Yield what stands below `random`, clearly or perhaps, or that nothing does."""
+    found, looked = below_random(group), above_random(group)
+    measured = any(cell.policy == "random" and not cell.failed for cell in group.budgeted)
+    if not measured and any(cell.estimate(name) for cell in group.budgeted for name in QUALITIES):
+        yield Note(text="The policy `random` was not measured, so nothing shows what choosing is worth.")
+    elif looked.pairs and not found:
+        yield Note(text=_in_order(looked))
+    clear = {label: some for label, some in found.items() if any(contrast.is_clear for contrast in some)}
+    for label, contrasts in clear.items():
+        budgets = listed(list(dict.fromkeys(one.first.budget for one in contrasts if one.is_clear)))
+        text = f"`random` is not the worst policy: `{label}` scores below it at {budgets}. "
+        yield Note(text=text + _reason(group, contrasts), details=tuple(map(_contrast_line, contrasts)))
+    chance = {label: some for label, some in found.items() if label not in clear}
+    if chance:
+        names = ", ".join(f"`{label}`" for label in chance)
+        text = f"`random` scores above {names} somewhere, but every paired interval holds zero: this may be chance."
+        lines = (f"{label}, {_contrast_line(contrast)}" for label, some in chance.items() for contrast in some)
+        yield Note(text=text, details=tuple(lines))
+
+
+def _in_order(looked: Looked) -> str:
+    names = listed([measure(name).label for name in looked.names])
+    budgets = listed(list(dict.fromkeys(worse.budget for worse, _, _ in looked.pairs)))
+    num, clear = len(looked.pairs), looked.num_clear
+    sure = f"{clear} of {num} differences are clear" + ("" if clear == num else ", the others may be chance")
+    return f"No policy scores below `random` in {names} at {budgets}, as it should be; {sure}."
+
+
+def _reason(group: Group, contrasts: list[Contrast]) -> str:
+    policy = contrasts[0].first.policy
+    if any(word in policy for word in _POSITION_ONLY):
+        return (
+            "This may be because it keeps only the first tokens (sinks) and the most recent ones, whatever they are, "
+            "and so drops the picture, which stands between them, while a random draw keeps some of every part of it. "
+        ) + _evidence(group, contrasts)
+    return (
+        "This may be because what its score ranked high so far is not what the later answer needs, or because the "
+        "kept tokens crowd in a few places, while a random draw spreads evenly over the picture. This is a "
+        f"conjecture; {_where_to_look(contrasts)}"
+    )
+
+
+def _where_to_look(contrasts: list[Contrast]) -> str:
+    folders = {contrast.first.cell_folder for contrast in contrasts}
+    if any(folder is not None and (folder / AUTOPSY_FILE).exists() for folder in folders):
+        return '"What the cache kept" shows for a few samples which tokens it held.'
+    return "which tokens were kept was not recorded."
+
+
+def _evidence(group: Group, contrasts: list[Contrast]) -> str:
+    """Say whether the objects recalled agree with a picture that was dropped."""
+    cells = {contrast.first.key: contrast.first for contrast in contrasts}.values()
+    if not any(cell.estimate(_RECALL) for cell in cells):
+        return "Objects recalled were not measured, so the numbers can not tell."
+    clear = [contrast for contrast in contrasts if contrast.name == _RECALL and contrast.is_clear]
+    if not clear:
+        return "The numbers do not bear this out: it does not recall clearly fewer objects than random."
+    shares = ", ".join(
+        f"{_value(contrast.first)} against {_value(contrast.second)} at {contrast.first.budget}" for contrast in clear
+    )
+    full = f" (full: {_value(group.full)})" if group.full else ""
+    return f"The objects recalled agree with that: {shares}{full}.{_repeats(list(cells))}"
+
+
+def _repeats(cells: list[CellResult]) -> str:
+    """Say so when the answers hardly depend on the sample."""
+    texts = [[str(sample["text"]) for sample in cell.samples if "text" in sample] for cell in cells]
+    found = next(((len(set(some)), len(some)) for some in texts if some and len(set(some)) * 2 < len(some)), None)
+    return f" Its {found[1]} answers are only {found[0]} different texts." if found else ""
+
+
+def _value(cell: CellResult) -> str:
+    found = cell.estimate(_RECALL)
+    return format_value(_RECALL, found.value if found else None)
+
+
+def _contrast_line(contrast: Contrast) -> str:
+    return f"{contrast.first.budget}, {measure(contrast.name).label}: {contrast_text(contrast)}"
+
+
+FEW_SAMPLES = 20
+_MACHINE_KEYS = ("device", "device_name", "gpu_name", "cpu_model", "num_threads", "torch", "transformers", "hostname")
+_TIMES = ("tpot_ms", "ttft_ms")
+
+
+def notes_of(group: Group) -> list[Note]:
+    """Return every note on `group`, the gravest first."""
+    return [*_ability_notes(group), *_failures(group), *random_notes(group), *_monotone_notes(group), *_doubts(group)]
+
+
+def _ability_notes(group: Group) -> Iterator[Note]:
+    yield from (Note(text=sentence) for sentence in Ability(group).sentences)
+    counts = {group.cell_label(cell): found for cell in group.cells if (found := _empty_answers(cell))}
+    if counts:
+        details = tuple(f"{label}: {found}" for label, found in counts.items())
+        yield Note(
+            text="Some answers are empty. Against another empty answer they score ROUGE 1.0, against any text 0.",
+            details=details,
+        )
+
+
+def _empty_answers(cell: CellResult) -> str:
+    """Return "2 of 32 answers", for each turn of a conversation; "" where none is empty."""
+    turns = {"": "", **{f"turn{turn}_": f" of turn {turn}" for turn in range(1, MAX_TURNS + 1)}}
+    found = ((words, *num_empty_answers(cell, prefix)) for prefix, words in turns.items())
+    return ", ".join(f"{empty} of {num} answers{words}" for words, empty, num in found if empty)
+
+
+def _failures(group: Group) -> Iterator[Note]:
+    failed = [cell for cell in group.cells if cell.failed]
+    if failed:
+        details = tuple(_failure_text(group, cell) for cell in failed)
+        yield Note(text=f"{len(failed)} of {len(group.cells)} cells failed and have no numbers.", details=details)
+    reasons = ((group.cell_label(cell), _noise_text(cell)) for cell in group.cells if not cell.failed)
+    noisy = tuple(f"{label}: {reason}" for label, reason in reasons if reason)
+    if noisy:
+        yield Note(text="Timings of these cells were noisy; read their times as a rough guide.", details=noisy)
+
+
+def _noise_text(cell: CellResult) -> str:
+    """Return why times are noisy, and which where it is not all of them."""
+    found = {name: reason for name in _TIMES if (reason := timing_noise(cell, name))}
+    if len(found) == len(_TIMES) and len(set(found.values())) == 1:
+        return found[_TIMES[0]]
+    return "; ".join(f"{measure(name).label}: {reason}" for name, reason in found.items())
+
+
+def _failure_text(group: Group, cell: CellResult) -> str:
+    phase = f" in {cell.phase}" if cell.phase else ""
+    return f"{group.cell_label(cell)}: {cell.status}{phase}{f' ({cell.error:.300})' if cell.error else ''}"
+
+
+def _monotone_notes(group: Group) -> Iterator[Note]:
+    found, looked = not_monotone(group), budget_steps(group)
+    for is_clear, text in (
+        (True, "Quality gets clearly worse where the budget grows; something other than the budget is at work."),
+        (False, "Quality does not rise with every step in budget, but these steps are within the noise."),
+    ):
+        lines = tuple(_step_line(group, contrast) for contrast in found if contrast.is_clear == is_clear)
+        if lines:
+            yield Note(text=text, details=lines)
+    if looked.pairs and not found:
+        yield Note(text=_steps_in_order(looked))
+
+
+def _steps_in_order(looked: Looked) -> str:
+    names = listed([measure(name).label for name in looked.names])
+    num, clear = len(looked.pairs), looked.num_clear
+    sure = f"{clear} of {num} steps are clear" + ("" if clear == num else ", the others may be chance")
+    return f"Quality ({names}) never rises where the budget shrinks, as it should be; {sure}."
+
+
+def _step_line(group: Group, contrast: Contrast) -> str:
+    larger = "full" if contrast.first.is_full else contrast.first.budget
+    step = f"{group.series_label(contrast.second)}, from {contrast.second.budget} to {larger}"
+    return f"{step}, {measure(contrast.name).label}: larger budget {contrast_text(contrast)}"
+
+
+def _doubts(group: Group) -> Iterator[Note]:
+    if group.full is None:
+        yield Note(text="There is no usable cell of the full cache, so no number can be related to it.")
+    differing = tuple(
+        f"{name}: {', '.join(values)}" for name in _MACHINE_KEYS if len(values := _environment_values(group, name)) > 1
+    )
+    if differing:
+        yield Note(text="Cells ran under different conditions; compare their times with care.", details=differing)
+    too_long = tuple(_beyond_text(group, cell) for cell in group.cells if cell.estimate("num_beyond_context"))
+    if too_long:
+        text = "Prompts go beyond the model's context; what is said there is no policy's doing."
+        yield Note(text=text, details=too_long)
+    counts = [found.n for cell in group.cells for name in QUALITIES if (found := cell.estimate(name)) and found.n]
+    if counts and min(counts) < FEW_SAMPLES:
+        yield Note(text=f"Some numbers rest on only {min(counts)} samples; intervals from so few are too narrow.")
+
+
+def _beyond_text(group: Group, cell: CellResult) -> str:
+    found = cell.estimate("num_beyond_context")
+    assert found is not None
+    return f"{group.cell_label(cell)}: {found.value:.0f} of {found.n} prompts ({found.method})"
+
+
+def _environment_values(group: Group, name: str) -> list[str]:
+    return sorted({str(cell.environment.get(name, "not recorded")) for cell in group.cells if not cell.failed})

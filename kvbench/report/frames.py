@@ -13,8 +13,7 @@ from typing import Any
 import pandas as pd
 
 from kvbench.measures import MEASURES
-from kvbench.report.cell import CellResult
-from kvbench.report.load import Results
+from kvbench.report.load import CellResult, Results
 
 _LABELS = ("model", "dataset", "policy", "budget", "budget_fraction", "budget_tokens", "positions", "variant")
 _RUN = ("status", "phase", "error", "sweep", "key", "started_utc", "duration_s")

@@ -3,22 +3,275 @@
 A damaged or foreign file costs its own cell only; it is listed as a problem and the rest is reported.
 
     results = load_results(Path("results"), sweep="first")
+
+One cell as the report sees it: labels, status and estimates, checked once so later code can trust them.
+
+Several results folders as one: every cell once, the newest attempt that can be used.
+
+results = load_folders([Path("laptop"), Path("cluster/results")])
+
+Table order, and names that tell cells apart whose labels are equal.
+
+The order of names in which a reader counts: "32 samples" before "256 samples", item 2 before item 10.
+
+What one sample scores in a measure, and which of two values is the better one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from kvbench.errors import ConfigError, RecordError, close_matches
-from kvbench.measures import MEASURES
-from kvbench.report.cell import CellResult, parse_cell
-from kvbench.report.frontier import Frontier
-from kvbench.report.naming import ordered
-from kvbench.results.record import CellRecord, read_cell
+from kvbench.frontier.table import Frontier, load_frontier
+from kvbench.measures import MEASURES, bounds_on_scale, measure
+from kvbench.results.files import canonical_json
+from kvbench.results.record import MEASURED, CellRecord, read_cell
+from kvbench.stats.paired import POOLED
+
+_DIGITS = re.compile(r"([0-9]+)")
+
+
+def natural_key(text: str) -> tuple[object, ...]:
+    """Return what to sort by: runs of digits count as numbers of any length; different texts have different keys."""
+    parts = _DIGITS.split(text)
+    numbers = ((len(digits), digits) for digits in (part.lstrip("0") for part in parts[1::2]))
+    return (*(one for pair in zip(parts[::2], (*numbers, ()), strict=True) for one in pair), text)
+
+
+FULL = "full"
+_LARGEST = 1e300
+_TEXT_LABELS = ("model", "dataset", "policy", "budget", "positions")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """One measured number in base units with its 95 % interval, where one exists, and sample count."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int | None
+    method: str
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Return the interval, or the value twice when there is none."""
+        if self.low is None or self.high is None:
+            return self.value, self.value
+        return self.low, self.high
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CellResult:
+    """The accepted record of one cell.
+
+    `variant` tells cells apart whose labels are equal, and `model` and `dataset` may have got an end that does;
+    `labels` holds them as they were recorded. `folder` names the results folder where several are read;
+    `cell_folder` is where the record lies, for what lies beside it.
+    """
+
+    key: str
+    sweep: str
+    status: str
+    phase: str | None
+    error: str
+    model: str
+    dataset: str
+    policy: str
+    budget: str
+    budget_fraction: float | None
+    budget_tokens: int | None
+    positions: str
+    measurements: Mapping[str, Estimate]
+    samples: tuple[Mapping[str, Any], ...]
+    environment: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    curves: Mapping[str, Any]
+    started_utc: str
+    duration_s: float
+    variant: str = ""
+    folder: str = ""
+    cell_folder: Path | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        """True when no number of this cell may be used; of a noisy one only the times are out."""
+        return self.status not in MEASURED
+
+    @property
+    def is_full(self) -> bool:
+        """True for the cache that keeps everything."""
+        return self.policy == FULL
+
+    def estimate(self, name: str) -> Estimate | None:
+        """Return the measurement, None if the cell failed or has no such number."""
+        return None if self.failed else self.measurements.get(name)
+
+    @property
+    def series(self) -> tuple[str, str, str]:
+        """Cells with the same series differ in budget only, so a line may join them."""
+        return self.policy, self.positions, self.variant
+
+    @property
+    def sort_key(self) -> tuple[object, ...]:
+        """Order: model, dataset, full first, policy, positions, variant (numbers in names by size), budget."""
+        series = (not self.is_full, *map(natural_key, (self.policy, self.positions, self.variant)))
+        return natural_key(self.model), natural_key(self.dataset), *series, *self.budget_order, self.key
+
+    @property
+    def budget_order(self) -> tuple[object, ...]:
+        """Order of budgets whatever the policy: shares before numbers of tokens, the smallest first."""
+        budget = self.budget_fraction if self.budget_fraction is not None else self.budget_tokens or 0
+        return self.budget_fraction is None, budget, self.budget
+
+
+def parse_cell(body: Mapping[str, Any]) -> CellResult:
+    """Return `body` (a verified record body) as a cell. Raises: RecordError saying which label is wrong."""
+    labels = body["labels"]
+    for name in _TEXT_LABELS:
+        if not isinstance(labels.get(name), str) or not labels[name]:
+            raise RecordError(f"label {name} is {labels.get(name)!r:.60}; it must be text. Run the cell again.")
+    if any(not isinstance(sample, dict) for sample in body["samples"]):
+        raise RecordError("a sample is not a JSON object. Run the cell again.")
+    fraction, tokens = _number(labels.get("budget_fraction")), _number(labels.get("budget_tokens"))
+    return CellResult(
+        **{name: labels[name] for name in _TEXT_LABELS},
+        labels={name: labels[name] for name in _TEXT_LABELS},
+        **{name: body[name] for name in ("key", "sweep", "status", "phase", "environment", "started_utc")},
+        error=_error_text(body["error"]),
+        budget_fraction=fraction,
+        budget_tokens=None if tokens is None else int(tokens),
+        measurements=_estimates(body["measurements"]),
+        samples=tuple(body["samples"]),
+        settings=body["cell"],
+        curves=body["curves"],
+        duration_s=float(body["duration_s"]),
+    )
+
+
+def _estimates(measurements: Mapping[str, Mapping[str, Any]]) -> dict[str, Estimate]:
+    """Keep known measurements that have a value, in the registry's order."""
+    found: dict[str, Estimate] = {}
+    for name in MEASURES:
+        entry = measurements.get(name, {})
+        value, n = _number(entry.get("value")), _number(entry.get("n"))
+        if value is None:
+            continue
+        low, high = _number(entry.get("low")), _number(entry.get("high"))
+        if low is not None and high is not None:  # older records hold bounds outside of what the measure can be
+            low, high = bounds_on_scale(name, value, low, high)
+        found[name] = Estimate(
+            value=value,
+            low=low,
+            high=high,
+            n=None if n is None else int(n),
+            method=str(entry.get("method") or ""),
+        )
+    return found
+
+
+def _error_text(error: Mapping[str, Any] | None) -> str:
+    return "" if error is None else f"{error.get('type', 'error')}: {error.get('message', '')}"
+
+
+def _number(value: object) -> float | None:
+    """Return a finite number as float; JSON may also hold integers that no float can."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > _LARGEST:
+        return None
+    return float(value)
+
+
+_MAX_NAME = 40  # longer texts of settings give way to a digest
+
+
+def ordered(cells: list[CellResult]) -> tuple[CellResult, ...]:
+    """Sort, after telling apart cells whose labels are the same."""
+    named: list[CellResult] = []
+    cells = _with_distinct_names(_with_distinct_names(cells, "model"), "dataset")
+    for twins in _by(cells, lambda cell: (cell.model, cell.dataset, *cell.series)).values():
+        repeated = any(len(same) > 1 for same in _by(twins, lambda cell: (cell.budget,)).values())
+        named.extend(_with_variants(twins) if repeated else twins)
+    return tuple(sorted(named, key=lambda cell: cell.sort_key))
+
+
+def _with_distinct_names(cells: list[CellResult], part: str) -> list[CellResult]:
+    """Tell apart models, or data sets, that share a name but not their settings: they are not comparable.
+
+    The settings that differ are named; a digest of all of them where they are many, long or alike.
+    """
+    named: list[CellResult] = []
+    for same in _by(cells, lambda cell: (getattr(cell, part),)).values():
+        settings = {canonical_json(cell.settings.get(part)): cell.settings.get(part) or {} for cell in same}
+        texts = dict(zip(settings, _differing(list(settings.values())), strict=True))
+        if len(set(texts.values())) < len(texts) or max(map(len, texts.values())) > _MAX_NAME:
+            texts = {text: f"#{hashlib.sha256(text.encode()).hexdigest()[:6]}" for text in texts}
+        for cell in same:
+            name: dict[str, Any] = {part: f"{getattr(cell, part)} {texts[canonical_json(cell.settings.get(part))]}"}
+            named.append(replace(cell, **name) if len(settings) > 1 else cell)
+    return named
+
+
+def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return for each of `settings` the names and values in which they are not all the same."""
+    flat = [dict(flat_settings(one)) for one in settings]
+    names = sorted(_differing_names(flat))
+    return [" ".join(f"{name}={one.get(name)}" for name in names) for one in flat]
+
+
+def _by(cells: Iterable[CellResult], key: Any) -> dict[tuple[object, ...], list[CellResult]]:
+    found: dict[tuple[object, ...], list[CellResult]] = {}
+    for cell in cells:
+        found.setdefault(key(cell), []).append(cell)
+    return found
+
+
+def _with_variants(cells: list[CellResult]) -> list[CellResult]:
+    """Name the settings in which cells with the same labels differ; the key if there is no such setting.
+
+    Where only the tasks differ, the cell with most of them needs no name.
+    """
+    flat = {cell.key: dict(_told(cell.settings)) for cell in cells}
+    by_budget = _by(cells, lambda cell: (cell.budget,)).values()
+    differing = set().union(*(_differing_names([flat[cell.key] for cell in same]) for same in by_budget))
+    shown = sorted(differing)[:2]
+    texts = {cell.key: " ".join(f"{name}={flat[cell.key].get(name)}" for name in shown) for cell in cells}
+    if shown == ["tasks"]:
+        texts |= {max(same, key=_num_tasks).key: "" for same in by_budget}
+    return [replace(cell, variant=texts[cell.key] if shown else f"key {cell.key[:8]}") for cell in cells]
+
+
+def _differing_names(flat: Sequence[Mapping[str, object]]) -> set[str]:
+    """Return the settings that are not the same in all; of a task that one lacks only that it lacks it."""
+    names = set().union(*flat)
+    lacking = {name for name in names if name.startswith("task.") and any(name not in one for one in flat)}
+    return {name for name in names - lacking if len({repr(one.get(name)) for one in flat}) > 1}
+
+
+def _num_tasks(cell: CellResult) -> int:
+    return len(cell.settings.get("task") or ())
+
+
+def _told(settings: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    yield from flat_settings(settings)
+    if isinstance(tasks := settings.get("task"), dict):
+        names = "+".join(sorted(tasks))
+        yield "tasks", names if len(names) <= _MAX_NAME // 2 else len(tasks)
+
+
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield nested settings under names like "ask.kind"."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from flat_settings(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,3 +432,86 @@ def _doubts(body: Mapping[str, Any], path: Path) -> Iterator[str]:
         yield f"unknown measurement {name!r} is not shown; {close_matches(name, MEASURES)}"
     if not body["key"].startswith(path.parent.name):
         yield f"the record's key starts with {body['key'][:16]}, not with its folder's name; was it moved?"
+
+
+def load_folders(folders: Sequence[Path], *, sweep: str | None = None) -> Results:
+    """Read every folder; of cells with the same key the newest that did not fail counts, then the newest.
+
+    One folder reads as `load_results` does. Of several, each cell and problem names its folder by the shortest end
+    of its path that tells the folders apart, so that the page does not depend on where they lie.
+    Raises: ConfigError if a folder is missing or no record belongs to `sweep`.
+    """
+    unique = {folder.resolve(): folder for folder in folders}
+    names = folder_names(list(unique)) if len(unique) > 1 else [""]
+    cells: list[CellResult] = []
+    problems: list[Problem] = []
+    frontiers: list[Frontier] = []
+    for folder, name in zip(unique.values(), names, strict=True):
+        found, doubts = read_cells(folder)
+        frontiers.extend(_frontiers(folder, doubts))
+        cells.extend(replace(cell, folder=name) for cell in found)
+        problems.extend(replace(doubt, path=f"{name}/{doubt.path}" if name else doubt.path) for doubt in doubts)
+    chosen, choices = _newest(cells)
+    return replace(
+        results_of(chosen, problems, sweep),
+        choices=tuple(choices),
+        folders=tuple(names),
+        frontiers=tuple(frontiers),
+    )
+
+
+def folder_names(folders: Sequence[Path]) -> list[str]:
+    """Return for each path (absolute, all different) the shortest end that no other one has."""
+    for length in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = ["/".join(folder.parts[-length:]).replace("//", "/") for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def _frontiers(folder: Path, problems: list[Problem]) -> Iterator[Frontier]:
+    for path in sorted((folder / "frontier").glob("*.json")):
+        try:
+            yield load_frontier(path)
+        except RecordError as error:
+            name = path.relative_to(folder).as_posix()
+            problems.append(Problem(path=name, message=str(error).removeprefix(f"{path} ")))
+
+
+def _newest(cells: Sequence[CellResult]) -> tuple[list[CellResult], list[Choice]]:
+    by_key: dict[str, list[CellResult]] = {}
+    for cell in cells:
+        by_key.setdefault(cell.key, []).append(cell)
+    chosen: list[CellResult] = []
+    choices: list[Choice] = []
+    for key, same in by_key.items():
+        best = max(same, key=lambda cell: (not cell.failed, cell.started_utc))
+        chosen.append(best)
+        if len(same) > 1:
+            others = tuple((cell.folder, cell.status, cell.started_utc) for cell in same if cell is not best)
+            choices.append(Choice(key=key, folder=best.folder, others=others))
+    return chosen, choices
+
+
+_PAIRED_LARGEST = 1e100  # squares and sums of what is larger leave the floats; no score and no log-loss is
+
+
+def is_better(name: str, one: float, two: float) -> bool:
+    """Tell whether `one` is a better value of `name` than `two`."""
+    return one > two if measure(name).better == "higher" else one < two
+
+
+def sample_score(sample: Mapping[str, Any], name: str) -> tuple[float, float] | None:
+    """Return (total, weight) of one sample; perplexity and KL weigh their samples by tokens."""
+    total: object = sample.get(name)
+    weight: object = 1
+    if name in POOLED:
+        total, weight = (sample.get(part) for part in POOLED[name])
+    if not _is_number(total) or not _is_number(weight) or weight <= 0:
+        return None
+    return total, weight
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    """Tell whether a float can hold it; JSON may also hold integers that no float can."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _PAIRED_LARGEST

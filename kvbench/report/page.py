@@ -1,38 +1,202 @@
 """One HTML file that explains a results folder to a stranger; nothing is loaded from anywhere.
 
 Order: the answer, the verdicts behind it, what to be careful about, figures and tables, samples, how it was measured.
+
+How each number on the page is measured, and what the words of a verdict mean.
+
+The page's figures: each drawing inline, with ids of its own and the page's colours.
+
+The page's account of itself: which folders, what was chosen among them, and how to make it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+import shlex
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from kvbench.autopsy.page import autopsy_section
-from kvbench.report.cell_rows import all_rows
-from kvbench.report.comparison import DECLARED, Choices
-from kvbench.report.judged import Judged, judge
-from kvbench.report.load import Results
-from kvbench.report.note import Note
-from kvbench.report.notes import notes_of
-from kvbench.report.page_again import again_html
-from kvbench.report.page_answer import answer_html
-from kvbench.report.page_failures import failures_html
-from kvbench.report.page_figures import chosen_plots, figures_html
-from kvbench.report.page_frontier import frontier_html
-from kvbench.report.page_latency import latency_html
-from kvbench.report.page_markup import escaped, prose
-from kvbench.report.page_memory import memory_html
-from kvbench.report.page_methods import methods_html
-from kvbench.report.page_sample_links import linked_samples
-from kvbench.report.page_samples import sample_browser
+from kvbench.frontier.section import frontier_html
+from kvbench.measures import measure
+from kvbench.report.answer import answer_html, failures_html
+from kvbench.report.compare import DECLARED, Choices, difference_unit, size_text
+from kvbench.report.figures.draw import Plot
+from kvbench.report.figures.style import PLOT_STYLE, THEME_COLOURS
+from kvbench.report.findings import Note, notes_of
+from kvbench.report.load import Choice, Group, Results
+from kvbench.report.markup import escaped, listed, prose, scroll_box
 from kvbench.report.page_script import SCRIPT, content_policy
 from kvbench.report.page_style import STYLE
-from kvbench.report.page_tables import environment_html, problems_html, results_html
-from kvbench.report.page_verdicts import verdicts_html
-from kvbench.report.plots import Plot
-from kvbench.report.plots_theme import PLOT_STYLE
-from kvbench.report.table_rows import INTERVAL_NOTE, counts_text, results_table
+from kvbench.report.page_tables import (
+    environment_html,
+    latency_html,
+    measures_html,
+    memory_html,
+    methods_text,
+    problems_html,
+    results_html,
+    verdicts_html,
+)
+from kvbench.report.samples import linked_samples, sample_browser
+from kvbench.report.standing import Judged, judge, rule_text
+from kvbench.report.tables import INTERVAL_NOTE, counts_text, results_table
+from kvbench.report.verdicts import all_rows
+from kvbench.stats.tests import smallest_margin
+
+_WORDS = (
+    (
+        "better, worse",
+        "the 95 % interval of the difference leaves zero out, and p is at most 5 % after Holm's correction",
+    ),
+    ("equivalent", "the whole interval lies inside the margin, which {margins}"),
+    ("undecided", "neither is shown; about how many more samples would decide it is said where that can be estimated"),
+    ("noisy", "the machine was not quiet; times of this cell are grey and in no ranking, its quality counts"),
+    ("not comparable", "the two cells were not scored on the same samples"),
+    ("not ranked", "the full cache itself does not do the task, so no policy can be shown to lose or keep it"),
+    ("detectable", "the smallest true difference that this many samples find in 80 % of repetitions"),
+)
+_PASSES = (
+    "Quality, speed and memory are three passes. Quality: the same samples under every policy, greedy, differences "
+    "paired by sample and clustered by picture or document. Speed: launches in the order policy, full, full, policy in "
+    "one process, medians per launch. Memory: counted from the storages of tensors, once. The full cache answers twice "
+    "in every run and must give the same tokens. The comparisons of one measure within one model and data set are one "
+    "family for Holm's correction: against the full cache one, between policies at the same budget another."
+)
+
+
+def methods_html(results: Results, judged: Sequence[Judged], choices: Choices = DECLARED) -> str:
+    """Return passes, words, intervals and the definitions of every number shown."""
+    margins = _margins_text(choices)
+    words = "".join(
+        f"<li><b>{prose(word)}</b>: {prose(meaning.format(margins=margins))}.</li>" for word, meaning in _WORDS
+    )
+    rules = "".join(dict.fromkeys(f"<p>{prose(rule_text(one.primary))}</p>" for one in judged if one.primary))
+    shown = {name for group in results.groups for name in _columns(group)}
+    intervals = prose(f"Intervals of single cells: {methods_text(results)}.")
+    return f"<p>{prose(_PASSES)}</p><ul>{words}</ul>{rules}<p>{intervals}</p>{measures_html(shown)}"
+
+
+def _margins_text(choices: Choices) -> str:
+    """Say where margins come from; one that the reader of the numbers chose was not declared before them."""
+    chosen = [
+        f"{measure(name).label} ({_size(name, value)} instead of {_size(name, smallest_margin(name))})"
+        for name, value in sorted(choices.margins.items())
+        if value != smallest_margin(name)
+    ]
+    if not chosen:
+        return "was declared before measuring"
+    return f"was chosen for this page in {listed(chosen)} and declared before measuring elsewhere"
+
+
+def _size(name: str, margin: float | None) -> str:
+    return f"{size_text(name, margin)} {difference_unit(name)[0]}".strip()
+
+
+def _columns(group: Group) -> tuple[str, ...]:
+    return (*results_table(group).columns, *results_table(group, every_measure=True).columns)
+
+
+_MOST_CHARACTERS = 6_000_000
+_TALL = 0.9  # height over width
+_STYLE = re.compile(r"<style\b.*?</style>", re.DOTALL)
+_SIZE = re.compile(r'viewBox="0 0 ([0-9.]+) ([0-9.]+)"')
+_METADATA = re.compile(r"<metadata>.*?</metadata>", re.DOTALL)
+
+
+def chosen_plots(plots: Sequence[Plot]) -> tuple[Plot, ...]:
+    """Return the figures that the page can hold and stay quick; of a very large folder the first ones."""
+    chosen: list[Plot] = []
+    room = _MOST_CHARACTERS
+    for plot in plots:
+        room -= len(plot.svg)
+        if room >= 0:
+            chosen.append(plot)
+    return tuple(chosen)
+
+
+def figures_html(plots: Iterable[Plot], group_title: str) -> str:
+    """Return the figures of one group."""
+    return "".join(_figure(plot) for plot in plots if plot.group_title == group_title)
+
+
+def inline_svg(plot: Plot) -> str:
+    """Return the drawing for use inside the page: own ids, the page's colours, no prologue, no style of its own.
+
+    The style sheet inside an SVG would reach the whole page; what it says is said once in the page's own.
+    """
+    svg = _STYLE.sub("", _METADATA.sub("", plot.svg[plot.svg.index("<svg") :]))
+    prefix = f"{plot.name}-"
+    svg = re.sub(r'\bid="', f'id="{prefix}', svg)
+    svg = svg.replace('href="#', f'href="#{prefix}').replace("url(#", f"url(#{prefix}")
+    for colour, variable in THEME_COLOURS.items():
+        svg = svg.replace(colour, variable)
+    return svg
+
+
+def _figure(plot: Plot) -> str:
+    label = f"{plot.title}, {plot.group_title}"
+    kind = " class=tall" if _is_tall(plot.svg) else ""
+    drawing = f'<div class=plot role=img aria-label="{escaped(label)}">{inline_svg(plot)}</div>'
+    return f"<figure{kind}>{scroll_box(drawing, label)}<figcaption>{prose(plot.caption)}</figcaption></figure>"
+
+
+def _is_tall(svg: str) -> bool:
+    """Tell whether the drawing takes a sheet of its own on paper, which lies across."""
+    size = _SIZE.search(svg)
+    return size is not None and float(size[2]) > _TALL * float(size[1])
+
+
+_MOST_CHOICES = 50
+
+
+def again_html(results: Results, choices: Choices = DECLARED) -> str:
+    """Return commands and, where several folders were read, which one each shared cell was taken from."""
+    folders = " ".join(shlex.quote(name or "FOLDER") for name in results.folders)
+    folders += _options(results, choices)
+    return f"""<p>The same records give the same page, byte for byte:</p>
+<pre>kvbench report {escaped(folders)}
+kvbench report {escaped(folders)} --format csv
+kvbench report {escaped(folders)} --format latex --out table.tex
+kvbench results show {escaped(shlex.quote(results.folders[0] or "FOLDER"))} KEY</pre>
+<p>The last line shows the settings and the software of one cell; running a sweep again measures only cells that are
+missing. All numbers lie in <code>table.csv</code> and <code>table.parquet</code>, every sample in
+<code>samples.csv</code> and <code>samples.parquet</code>.</p>{_choices(results)}"""
+
+
+def _options(results: Results, choices: Choices) -> str:
+    """Return the options without which the page would be another one."""
+    words = [] if results.sweep is None else [f"--sweep={results.sweep}"]
+    words += [f"--margin={name}={value!r}" for name, value in sorted(choices.margins.items())]
+    words += ["--intersect"] if choices.intersect else []
+    return "".join(f" {shlex.quote(word)}" for word in words)
+
+
+def _choices(results: Results) -> str:
+    if len(results.folders) < 2:
+        return ""
+    counts = [(name, sum(cell.folder == name for cell in results.records)) for name in results.folders]
+    read = ", ".join(f"{count} from <code>{escaped(name)}</code>" for name, count in counts)
+    items = "".join(f"<li>{_choice(results, choice)}</li>" for choice in results.choices[:_MOST_CHOICES])
+    more = f"<p>And {len(results.choices) - _MOST_CHOICES} more.</p>" if len(results.choices) > _MOST_CHOICES else ""
+    shared = (
+        f"<p>Cells in more than one folder: the newest that did not fail counts.</p><ul>{items}</ul>" if items else ""
+    )
+    return f"<p>Cells shown: {read}.</p>{shared}{more}"
+
+
+def _choice(results: Results, choice: Choice) -> str:
+    labels = {cell.key: f"{cell.policy}, {cell.budget}" for cell in results.records}
+    others = ", ".join(
+        f"{_code(folder)} ({escaped(status)}, {escaped(start[:19])})" for folder, status, start in choice.others
+    )
+    name = escaped(labels.get(choice.key, choice.key[:16]))
+    return f"{name}: taken from {_code(choice.folder)}, not from {others}"
+
+
+def _code(text: str) -> str:
+    return f"<code>{escaped(text)}</code>"
+
 
 _MOST_OPEN_GROUPS = 4
 _MOST_CELLS_IN_FULL = 100

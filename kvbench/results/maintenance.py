@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.errors import ConfigError, RecordError
-from kvbench.frontier_file import KIND, VERSION
+from kvbench.frontier.table import KIND, VERSION
 from kvbench.results.claims import owner_is_dead, parse_claim
 from kvbench.results.files import TEMPORARY, unseal
 from kvbench.results.record import AUTOPSY_FILE, MEASURED, cell_key, read_autopsy, read_cell, read_record

@@ -11,25 +11,20 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from kvbench.frontier.section import frontier_html
+from kvbench.frontier.table import Frontier, Look, Search
 from kvbench.report.ability import Ability
-from kvbench.report.answer_words import answer_sentences
-from kvbench.report.best import best_policies
-from kvbench.report.comparison import DECLARED
-from kvbench.report.comparisons import group_comparisons
-from kvbench.report.findings import above_random, budget_steps, not_monotone
-from kvbench.report.frontier import Frontier, Look, Search
-from kvbench.report.judged import judge
+from kvbench.report.answer import answer_html, answer_sentences
+from kvbench.report.compare import DECLARED, group_comparisons
+from kvbench.report.figures.draw import palette_of
+from kvbench.report.figures.pareto import pareto_figure
+from kvbench.report.figures.style import Look as PlotLook
+from kvbench.report.findings import above_random, budget_steps, not_monotone, notes_of
 from kvbench.report.load import Group, Results, load_results
-from kvbench.report.notes import notes_of
 from kvbench.report.page import render_page
-from kvbench.report.page_answer import answer_html
-from kvbench.report.page_frontier import frontier_html
-from kvbench.report.plots import palette_of
-from kvbench.report.plots_pareto import pareto_figure
-from kvbench.report.plots_style import Look as PlotLook
-from kvbench.report.standing import safe_cells, standing_at
+from kvbench.report.standing import best_policies, judge, safe_cells, standing_at
 from kvbench.report.tables import markdown_tables, print_tables
-from kvbench.report.verdict_formats import verdicts_csv, verdicts_latex, verdicts_markdown
+from kvbench.report.verdicts import verdicts_csv, verdicts_latex, verdicts_markdown
 from kvbench.wandb_report import _COMPARED, _headline, _verdict_table
 from tests.report.synthetic import body, write_cell
 

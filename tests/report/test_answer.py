@@ -6,12 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kvbench.report.answer_words import answer_sentences
-from kvbench.report.comparison import Choices
-from kvbench.report.judged import Judged, judge
+from kvbench.report.answer import answer_html, answer_sentences
+from kvbench.report.compare import Choices
 from kvbench.report.load import load_results
-from kvbench.report.page_answer import answer_html
-from kvbench.report.standing import standing_at
+from kvbench.report.standing import Judged, judge, standing_at
 from tests.report.synthetic import body, write_cell, write_sweep
 
 

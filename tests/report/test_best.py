@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvbench.report.best import best_policies
-from kvbench.report.comparisons import group_comparisons
+from kvbench.report.compare import group_comparisons
 from kvbench.report.load import Group, load_results
+from kvbench.report.standing import best_policies
 from tests.report.synthetic import body, write_cell
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from kvbench.report import build
-from kvbench.report.build import build_report, refresh_report, write_report
-from kvbench.report.freshness import is_current
+from kvbench.report.build import build_report, is_current, refresh_report, write_report
+from kvbench.report.figures.draw import Plot
 from kvbench.report.load import Results, load_results
-from kvbench.report.plots import Plot
 from kvbench.results import files as durable
 from tests.report.synthetic import body, write_cell
 

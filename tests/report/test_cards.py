@@ -10,8 +10,7 @@ import pytest
 
 from kvbench.measures import MEASURES
 from kvbench.report.cards import card_text, main, verdict, write_cards
-from kvbench.report.cell import Estimate
-from kvbench.report.load import load_results
+from kvbench.report.load import Estimate, load_results
 from tests.report.synthetic import body, write_cell
 
 REPO = Path(__file__).parents[2]

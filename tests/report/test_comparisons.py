@@ -7,17 +7,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvbench.report.cell import parse_cell
-from kvbench.report.compare_cells import compare
-from kvbench.report.compare_latency import timing_noise
-from kvbench.report.comparison import DECLARED, Choices, Comparison, judged
-from kvbench.report.comparisons import declared_budget, group_comparisons
-from kvbench.report.difference_text import difference_interval, difference_text, verdict_remark
-from kvbench.report.judged import judge, swapped
-from kvbench.report.load import Group, load_results
-from kvbench.report.paired import sample_score
-from kvbench.report.standing import asked_budget
-from kvbench.report.verdict_rows import verdict_rows
+from kvbench.report.compare import (
+    DECLARED,
+    Choices,
+    Comparison,
+    compare,
+    declared_budget,
+    difference_interval,
+    difference_text,
+    group_comparisons,
+    judged,
+    timing_noise,
+    verdict_remark,
+)
+from kvbench.report.load import Group, load_results, parse_cell, sample_score
+from kvbench.report.standing import asked_budget, judge, swapped
+from kvbench.report.verdicts import verdict_rows
 from kvbench.stats.power import more_samples
 from kvbench.stats.tests import holm
 from tests.report.synthetic import body, write_cell

@@ -8,8 +8,7 @@ import pytest
 
 from kvbench.errors import ConfigError
 from kvbench.report.build import write_report
-from kvbench.report.folders import folder_names, load_folders
-from kvbench.report.load import load_results
+from kvbench.report.load import folder_names, load_folders, load_results
 from tests.report.synthetic import body, write_cell
 
 

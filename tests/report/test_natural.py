@@ -8,8 +8,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbench.report.load import load_results
-from kvbench.report.natural import natural_key
+from kvbench.report.load import load_results, natural_key
 from tests.report.synthetic import body, write_cell
 
 

@@ -3,9 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kvbench.report.findings import below_random, not_monotone
+from kvbench.report.findings import below_random, not_monotone, notes_of
 from kvbench.report.load import Group, load_results
-from kvbench.report.notes import notes_of
 from tests.report.autopsies import add_autopsies
 from tests.report.synthetic import body, write_cell, write_sweep
 

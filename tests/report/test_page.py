@@ -12,11 +12,11 @@ import pytest
 
 from kvbench.measures import MEASURES
 from kvbench.report.build import build_report
-from kvbench.report.figures import FIGURES
-from kvbench.report.judged import judge
+from kvbench.report.figures.draw import draw_plots
+from kvbench.report.figures.kinds import FIGURES
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
-from kvbench.report.plots import draw_plots
+from kvbench.report.standing import judge
 from tests.report.figure_data import plots_of
 from tests.report.synthetic import body, write_cell
 
@@ -26,7 +26,7 @@ EVIL = '</script><script>alert("x")</script><img src=x onerror=alert(1)>&amp;'
 @pytest.fixture
 def _two_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw no more of them."""
-    monkeypatch.setattr("kvbench.report.plots.FIGURES", {kind: FIGURES[kind] for kind in ("quality", "memory")})
+    monkeypatch.setattr("kvbench.report.figures.draw.FIGURES", {kind: FIGURES[kind] for kind in ("quality", "memory")})
 
 
 class Tags(HTMLParser):
@@ -218,7 +218,7 @@ def test_of_very_many_pairs_a_claim_is_corrected_at_least_as_strictly(
 ) -> None:
     (group,) = load_results(sweep_folder).groups
     full_family = judge(group)
-    monkeypatch.setattr("kvbench.report.judged.MOST_PAIRS", 0)
+    monkeypatch.setattr("kvbench.report.standing.MOST_PAIRS", 0)
     lazy = judge(group)
     pairs = [one for one in full_family.by_pair.values() if not one.second.is_full and one.measure == "rougeL_vs_full"]
     assert len(pairs) > 10

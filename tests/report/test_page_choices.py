@@ -7,21 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kvbench.frontier.section import frontier_html
+from kvbench.frontier.table import Frontier
 from kvbench.measures import measure
-from kvbench.report.answer_words import answer_sentences
-from kvbench.report.comparison import Choices
-from kvbench.report.figures import FIGURES
-from kvbench.report.frontier import Frontier
-from kvbench.report.judged import judge
+from kvbench.report.answer import answer_html, answer_sentences
+from kvbench.report.compare import Choices
+from kvbench.report.figures.draw import Plot
+from kvbench.report.figures.kinds import FIGURES
 from kvbench.report.load import load_results
-from kvbench.report.page import render_page
-from kvbench.report.page_again import again_html
-from kvbench.report.page_answer import answer_html
-from kvbench.report.page_figures import figures_html
-from kvbench.report.page_frontier import frontier_html
-from kvbench.report.page_latency import latency_html
-from kvbench.report.page_methods import methods_html
-from kvbench.report.plots import Plot
+from kvbench.report.page import again_html, figures_html, methods_html, render_page
+from kvbench.report.page_tables import latency_html
+from kvbench.report.standing import judge
 from tests.report.synthetic import body, write_cell
 
 WIDE = Choices(margins={"rougeL_vs_full": 0.5, "ppl": 0.02}, intersect=True)

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from kvbench.report.judged import judge
+from kvbench.report.answer import failures_html
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
-from kvbench.report.page_failures import failures_html
-from kvbench.report.page_sample_links import linked_samples
+from kvbench.report.samples import linked_samples
+from kvbench.report.standing import judge
 from tests.report.synthetic import body, write_cell
 
 
@@ -69,7 +69,7 @@ def test_linked_and_collapsed_samples_are_on_a_page_that_can_not_hold_all(
 ) -> None:
     cell(tmp_path, "full", 60, budget=None)
     cell(tmp_path, "h2o", 60, lost=40)
-    monkeypatch.setattr("kvbench.report.page_samples._MOST_SAMPLES", 68)
+    monkeypatch.setattr("kvbench.report.samples._MOST_SAMPLES", 68)
     page = render_page(load_results(tmp_path), [])
     (links,) = linked_samples(page).values()
     assert len(links) == 32, "the worst, and no other"

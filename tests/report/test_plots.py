@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from kvbench.report.figures import FIGURES, FORMATS, WIDTHS
+from kvbench.report.figures.draw import DRAW, draw_plots
+from kvbench.report.figures.kinds import FIGURES, FORMATS, WIDTHS
+from kvbench.report.figures.labels import Box
+from kvbench.report.figures.style import LIGHT, THEME_COLOURS
 from kvbench.report.load import load_results
-from kvbench.report.plots import DRAW, draw_plots
-from kvbench.report.plots_labels import Box
-from kvbench.report.plots_theme import LIGHT, THEME_COLOURS
 from tests.report.figure_data import draw, plots_of, svg_of, texts
 from tests.report.synthetic import body, write_cell, write_sweep
 
@@ -22,11 +22,11 @@ IN_A_SWEEP = ["quality", "pareto", "latency", "memory", "entries", "differences"
 EVERY_FORMAT = """
 import hashlib, sys
 from pathlib import Path
-from kvbench.report.figures import FIGURES, FORMATS
+from kvbench.report.figures.kinds import FIGURES, FORMATS
 from kvbench.report.load import load_results
-from kvbench.report.plots import draw_one
-from kvbench.report.plots_policies import Palette
-from kvbench.report.plots_style import Look
+from kvbench.report.figures.draw import draw_one
+from kvbench.report.figures.style import Palette
+from kvbench.report.figures.style import Look
 results = load_results(Path(sys.argv[1]))
 for kind in FIGURES.values():
     for file_format in FORMATS if kind.name in ("quality", "memory") else FORMATS[:1]:
@@ -62,7 +62,7 @@ def test_figures_with_data_are_drawn_in_order(sweep_folder: Path, whole: bool, m
     if whole:
         assert list(drawn(sweep_folder)) == IN_A_SWEEP
         return
-    monkeypatch.setattr("kvbench.report.plots.figure_bytes", lambda *words: b"<svg/>")  # saving takes longest
+    monkeypatch.setattr("kvbench.report.figures.draw.figure_bytes", lambda *words: b"<svg/>")  # saving takes longest
     assert [plot.kind for plot in draw_plots(load_results(sweep_folder))] == IN_A_SWEEP
 
 
@@ -81,7 +81,7 @@ def test_another_process_hash_seed_and_matplotlibrc_give_the_same_bytes(tmp_path
 def test_names_that_differ_in_odd_characters_get_different_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvbench.report.plots.draw_one", lambda *words: b"<svg/>")
+    monkeypatch.setattr("kvbench.report.figures.draw.draw_one", lambda *words: b"<svg/>")
     write_cell(tmp_path, body(model="a/b"))
     write_cell(tmp_path, body(model="a b"))
     names = [plot.name for plot in draw_plots(load_results(tmp_path))]

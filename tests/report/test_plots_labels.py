@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from kvbench.report.plots_labels import Box, place, spread
+from kvbench.report.figures.labels import Box, place, spread
 from tests.covering import share_of
 
 PLACES = st.floats(-50, 250)

@@ -10,17 +10,15 @@ import numpy as np
 import pytest
 from matplotlib import rc_context
 
+from kvbench.frontier.table import Frontier, Search
+from kvbench.frontier.table import Look as BudgetLook
 from kvbench.measures import measure
-from kvbench.report.cell import CellResult
-from kvbench.report.figures import FIGURES
-from kvbench.report.frontier import Frontier, Search
-from kvbench.report.frontier import Look as BudgetLook
-from kvbench.report.load import load_results
-from kvbench.report.plots import draw_plots, palette_of
-from kvbench.report.plots_axes import axis_scale, budget_axis
-from kvbench.report.plots_frontier import frontier_figure
-from kvbench.report.plots_pareto import Point, pareto_front
-from kvbench.report.plots_style import Look
+from kvbench.report.figures.axes import axis_scale, budget_axis
+from kvbench.report.figures.draw import draw_plots, palette_of
+from kvbench.report.figures.kinds import FIGURES
+from kvbench.report.figures.pareto import Point, frontier_figure, pareto_front
+from kvbench.report.figures.style import Look
+from kvbench.report.load import CellResult, load_results
 from tests.report.figure_data import bars, corners, draw, drawn_once, lines, texts
 from tests.report.synthetic import body, write_cell
 
@@ -213,7 +211,9 @@ def test_a_frontier_is_what_its_file_says(sweep_folder: Path, monkeypatch: pytes
         assert frontier_figure(results.groups[0], Look(palette=look.palette)) is None
         assert frontier_figure(results.groups[0], replace(look, measures=("rougeL_vs_full",))) is None
     assert figure is not None
-    monkeypatch.setattr("kvbench.report.plots.FIGURES", {kind: FIGURES[kind] for kind in ("frontier", "capacity")})
+    monkeypatch.setattr(
+        "kvbench.report.figures.draw.FIGURES", {kind: FIGURES[kind] for kind in ("frontier", "capacity")}
+    )
     assert [plot.kind for plot in draw_plots(results)] == ["frontier"]
     assert lines(figure, "smallest_safe: h2o")[0][0, 0] == 20.0
     assert corners(figure, "smallest_safe: h2o")[:, 0].tolist() == [10.0, 20.0]

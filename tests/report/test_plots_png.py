@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from kvbench.report.figures import FIGURES
+from kvbench.report.figures.draw import draw_pngs, png_names
+from kvbench.report.figures.kinds import FIGURES
 from kvbench.report.load import load_results
-from kvbench.report.plots_png import draw_pngs, png_names
 from tests.report.synthetic import body, write_cell
 
 
@@ -16,7 +16,7 @@ from tests.report.synthetic import body, write_cell
 def test_every_figure_that_has_data_is_a_png_with_its_caption(
     tmp_path: Path, kinds: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvbench.report.plots.FIGURES", {kind: FIGURES[kind] for kind in kinds})
+    monkeypatch.setattr("kvbench.report.figures.draw.FIGURES", {kind: FIGURES[kind] for kind in kinds})
     for policy, budget in (("full", None), ("h2o", 0.2), ("random", 0.2)):
         write_cell(tmp_path, body(policy=policy, budget=budget, num_samples=8))
     results = load_results(tmp_path)

@@ -7,8 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbench.report.plots_policies import BUNDLED, OTHERS, Palette
-from kvbench.report.plots_theme import DARK, LIGHT, PLOT_STYLE, THEME_COLOURS, THEMES, Theme
+from kvbench.report.figures.style import (
+    BUNDLED,
+    DARK,
+    LIGHT,
+    OTHERS,
+    PLOT_STYLE,
+    THEME_COLOURS,
+    THEMES,
+    Palette,
+    Theme,
+)
 from tests.report.colour_vision import VISIONS, contrast, distance
 
 REPO = Path(__file__).parents[2]

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from kvbench.report.load import load_results
-from kvbench.report.page_samples import sample_browser
-from kvbench.report.sample_answers import answers_of, collapsed, first_different_word
+from kvbench.report.samples import answers_of, collapsed, first_different_word, sample_browser
 from tests.report.synthetic import body, write_cell
 
 

@@ -41,8 +41,8 @@ def test_a_link_to_a_conversation_opens_its_first_turn(browser: Browser, tmp_pat
 def test_every_link_of_a_page_that_holds_part_of_the_samples_leads_to_its_answer(
     browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvbench.report.page_samples._MOST_SAMPLES", 8)
-    monkeypatch.setattr("kvbench.report.page_failures._MOST_ROWS", 6)
+    monkeypatch.setattr("kvbench.report.samples._MOST_SAMPLES", 8)
+    monkeypatch.setattr("kvbench.report.answer._MOST_ROWS", 6)
     page = browser.open(write_page(tmp_path))
     wrong = page.run(
         "[...document.querySelectorAll('a[data-sample]')].filter(link => { link.click();"

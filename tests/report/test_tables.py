@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from kvbench.report.findings import notes_of
 from kvbench.report.load import load_results
-from kvbench.report.notes import notes_of
-from kvbench.report.table_rows import results_table
-from kvbench.report.tables import markdown_tables, print_tables
+from kvbench.report.tables import markdown_tables, print_tables, results_table
 from tests.report.synthetic import body, write_cell, write_sweep
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from kvbench.report.judged import Judged, judge
 from kvbench.report.load import load_results
-from kvbench.report.verdict_formats import tex, verdicts_csv, verdicts_latex, verdicts_markdown
+from kvbench.report.standing import Judged, judge
+from kvbench.report.verdicts import tex, verdicts_csv, verdicts_latex, verdicts_markdown
 from tests.report.synthetic import body, write_cell, write_sweep
 
 HARD = r'a_b & 50 % of #1 {x} ~ ^ $y$ \input{z} <q> | "[r]" -3'

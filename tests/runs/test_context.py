@@ -17,8 +17,8 @@ from kvbench.models.chat import next_turn_tokens
 from kvbench.models.inputs import answer_tokens, given_prompts, prompt_batch
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
-from kvbench.report.cell import parse_cell
-from kvbench.report.notes import _beyond_text
+from kvbench.report.findings import _beyond_text
+from kvbench.report.load import parse_cell
 from kvbench.sweep.cell import check_windows, context_tokens, context_use
 from kvbench.tasks.conversation import MultiTurn
 from kvbench.tasks.generation import Generation

@@ -196,7 +196,7 @@ def test_a_sweep_that_used_cells_of_another_keeps_the_summary_it_had_live(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setattr("kvbench.report.plots_png.draw_pngs", lambda results: [])
+    monkeypatch.setattr("kvbench.report.figures.draw.draw_pngs", lambda results: [])
     folder = tmp_path / "results"
     reused, own, more = (body(policy=policy, num_samples=4, sweep=sweep, budget=budget) for policy, sweep, budget in
                          (("full", "before", None), ("h2o", "mine", 0.2), ("random", "mine", 0.2)))  # fmt: skip

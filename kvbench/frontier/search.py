@@ -1,0 +1,279 @@
+"""Search per policy for the smallest budget that is as good as full: rungs chosen, cells run, looks read back.
+
+Every look is a cell of the normal sweep, so a search that was killed finds its records and goes on.
+
+What a search is asked for in words: the measure and its task, the margin, the ladder of budgets.
+
+What a search asks for, and what one measured budget shows.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvbench.compose import Composed
+from kvbench.errors import ConfigError, KvbenchError, close_matches
+from kvbench.frontier.table import Frontier, Look, Outcome, Search, SearchStatus
+from kvbench.measures import MEASURES, measure
+from kvbench.report.ability import Ability
+from kvbench.report.compare import Choices, Comparison, compare
+from kvbench.report.load import CellResult, Group, load_results
+from kvbench.results.files import canonical_json
+from kvbench.stats.power import look_confidence, next_rung
+from kvbench.stats.tests import is_non_inferior, is_quality, smallest_margin
+
+if TYPE_CHECKING:
+    from kvbench.sweep.cell import Cell
+
+
+LADDER = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+_SMALLEST_MARGIN = 1e-6
+_TASKS = {
+    "ppl": ["task=perplexity"],
+    "ppl_released": ["task=perplexity_released"],
+    "kl_to_full": ["task=fidelity"],
+    "top1_agreement_fraction": ["task=fidelity"],
+    "rougeL_released_vs_full": ["task=generation", "task.generation.released_rouge=true"],
+}
+
+
+def task_words(name: str) -> list[str]:
+    """Return the settings of the task that measures `name` and nothing more than it must."""
+    if re.match(r"turn\d+_", name):
+        return ["task=conversation"]
+    return _TASKS.get(name, ["task=generation"])
+
+
+def asked(own: Mapping[str, str]) -> tuple[str, float]:
+    """Return measure and margin. Raises: ConfigError."""
+    name = own.get("measure", "rougeL_vs_full")
+    known = [one for one in MEASURES if is_quality(one)]
+    if name not in known:
+        raise ConfigError(f"measure is {name!r}; {close_matches(name, known)}")
+    margin = _number("margin", own["margin"]) if "margin" in own else smallest_margin(name)
+    assert margin is not None
+    if not _SMALLEST_MARGIN <= margin < 10:
+        allowed = f"at least {_SMALLEST_MARGIN:g} and below 10"
+        raise ConfigError(f"margin is {own['margin']}; it must be {allowed}, in the unit of {name}")
+    return name, margin
+
+
+def asked_ladder(text: str | None, *, tokens: bool) -> tuple[float, ...]:
+    """Return the rungs, rising. Raises: ConfigError."""
+    if text is None and tokens:
+        raise ConfigError("budget=tokens has no ladder of its own; add ladder=16,32,64,128")
+    rungs = LADDER if text is None else tuple(_number("ladder", word) for word in text.strip("[]").split(","))
+    if len(rungs) < 2 or list(rungs) != sorted(set(rungs)):
+        raise ConfigError(f"ladder is {text}; it must hold at least two budgets, rising, each once")
+    allowed = "whole numbers of tokens" if tokens else "shares above 0, at most 1"
+    if not all((rung >= 1 and rung.is_integer()) if tokens else 0 < rung <= 1 for rung in rungs):
+        raise ConfigError(f"ladder is {text}; {allowed}")
+    return rungs
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ConfigError(f"{name} is {text!r}; it must be a number") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is asked: `ladder` rises, `budget_setting` is "fraction" or "tokens"."""
+
+    name: str
+    measure: str
+    margin: float
+    ladder: tuple[float, ...]
+    budget_setting: str
+    results: Path
+
+    @property
+    def choices(self) -> Choices:
+        """Return how a look is compared."""
+        return Choices(margins={self.measure: self.margin}, confidence=look_confidence(len(self.ladder)))
+
+
+def default_name(name: str, margin: float, ladder: Sequence[float], settings: Sequence[Mapping[str, Any]]) -> str:
+    """Return the name of a search's file: the same question has the same one, whatever versions answer it."""
+    asked = {canonical_json({part: one[part] for part in one if part != "versions"}) for one in settings}
+    text = canonical_json({"margin": margin, "ladder": list(ladder), "cells": sorted(asked)})
+    return f"{name}-{margin:g}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def look_at(budget: float, key: str, found: Comparison, plan: Plan) -> Look:
+    """Return what a comparison with full at one budget shows."""
+    outcome: Outcome = "undecided"
+    if found.low is not None and found.high is not None:
+        higher = measure(plan.measure).better == "higher"
+        if is_non_inferior(found.low, found.high, higher_is_better=higher, margin=plan.margin):
+            outcome = "safe"
+        elif (found.high < -plan.margin) if higher else (found.low > plan.margin):
+            outcome = "worse"
+    numbers: dict[str, Any] = {
+        name: getattr(found, name)
+        for name in ("value", "low", "high", "num_samples", "num_clusters", "minimum_detectable", "reason")
+    }
+    realised = found.first.estimate("realised_budget_fraction")
+    return Look(
+        budget=budget, outcome=outcome, key=key, realised_budget=None if realised is None else realised.value, **numbers
+    )
+
+
+def above(ladder: Sequence[float], rung: int) -> float | None:
+    """Return the budget of the rung above, None where there is none."""
+    return ladder[rung + 1] if rung + 1 < len(ladder) else None
+
+
+Run = Callable[[Sequence[Composed]], None]
+
+
+@dataclass(kw_only=True)
+class PolicySearch:
+    """One policy on its way: its cell at any budget, the full cache's cell, and the looks so far by rung."""
+
+    plan: Plan
+    composed: Composed
+    full: Cell
+    looks: dict[int, Look] = field(default_factory=dict)
+    cells: dict[int, CellResult] = field(default_factory=dict)
+    pending: tuple[Composed, Cell] | None = None
+
+    @property
+    def rung(self) -> int | None:
+        """Return the rung to look at next."""
+        return next_rung(len(self.plan.ladder), {rung: look.outcome == "safe" for rung, look in self.looks.items()})
+
+    def prepare(self) -> None:
+        """Set the next cell to run; a budget that the policy refuses is a look without one."""
+        self.pending = None
+        while self.pending is None and (rung := self.rung) is not None:
+            try:
+                composed = at_budget(self.composed, self.plan.budget_setting, self.plan.ladder[rung])
+                self.pending = composed, cell_of(composed)
+            except KvbenchError as error:
+                self.looks[rung] = Look(budget=self.plan.ladder[rung], outcome="failed", reason=f"{error!s:.300}")
+
+    def read(self, records: dict[str, CellResult]) -> None:
+        """Judge the cell that was run.
+
+        Raises: ConfigError if its task does not give the measure, or the full cache itself can not do it.
+        """
+        assert self.pending is not None
+        rung = self.rung
+        assert rung is not None
+        key, budget = self.pending[1].key, self.plan.ladder[rung]
+        cell, full = records.get(key), records.get(self.full.key)
+        if full is None or full.failed:
+            raise ConfigError(
+                f"the full cache's cell {self.full.key[:16]} is not ok, so nothing can be compared with it"
+            )
+        group = Group(model=full.model, dataset=full.dataset, cells=(full,))
+        if cause := Ability(group).cause(self.plan.measure):
+            raise ConfigError(
+                f"no budget of {group.title} can be called safe: {cause}; take another data set or model, or longer "
+                "answers"
+            )
+        if cell is None or cell.failed:
+            status = "not measured" if cell is None else f"{cell.status}: {cell.error:.200}"
+            self.looks[rung] = Look(budget=budget, outcome="failed", key=key, reason=status)
+            return
+        found = compare(cell, full, self.plan.measure, self.plan.choices)
+        if found is None:
+            raise ConfigError(f"measure={self.plan.measure} is not measured by this task on this data set")
+        self.cells[rung] = cell
+        self.looks[rung] = look_at(budget, key, found, self.plan)
+
+    def result(self) -> Search:
+        """Return the finished search."""
+        labels, ladder = self.full.labels, self.plan.ladder
+        safe = [rung for rung, look in self.looks.items() if look.outcome == "safe"]
+        worse = [rung for rung, look in self.looks.items() if look.outcome == "worse"]
+        cell = cell_of(self.composed)
+        return Search(
+            model=labels["model"],
+            dataset=labels["dataset"],
+            policy=cell.labels["policy"],
+            positions=cell.labels["positions"],
+            policy_settings=dict(cell.settings["policy"]),
+            full_key=self.full.key,
+            status=self._status(safe),
+            smallest_safe=ladder[min(safe)] if safe else None,
+            budget_low=above(ladder, max(worse, default=-1)),
+            looks=tuple(self.looks[rung] for rung in sorted(self.looks)),
+        )
+
+    def _status(self, safe: list[int]) -> SearchStatus:
+        if self._falls():
+            return "not monotone"
+        if not safe:
+            return "no budget shown safe"
+        return "every budget is safe" if min(safe) == 0 else "found"
+
+    def _falls(self) -> bool:
+        """Whether some measured budget is clearly worse than a smaller one of the same policy."""
+        rungs = sorted(self.cells)
+        pairs = [(self.cells[b], self.cells[a]) for a in rungs for b in rungs if a < b]
+        found = (compare(larger, smaller, self.plan.measure, self.plan.choices) for larger, smaller in pairs)
+        return any(one is not None and one.verdict == "worse" for one in found)
+
+
+def search_all(plan: Plan, policies: Sequence[Composed], fulls: Sequence[Composed], run: Run) -> Frontier:
+    """Run all searches side by side, one look of each at a time, and return what was found."""
+    by_settings = {_shared(cell): (composed, cell) for composed in fulls for cell in (cell_of(composed),)}
+    distinct = {cell_of(one).key: one for one in policies}.values()
+    searches = [PolicySearch(plan=plan, composed=one, full=by_settings[_shared(cell_of(one))][1]) for one in distinct]
+    needed = [composed for composed, _ in by_settings.values()]
+    while True:
+        for search in searches:
+            search.prepare()
+        active = [search for search in searches if search.pending is not None]
+        if not active:
+            break
+        run([*needed, *(search.pending[0] for search in active if search.pending is not None)])
+        needed = []
+        wanted = {search.full.key for search in active} | {search.pending[1].key for search in active if search.pending}
+        records = {cell.key: cell for cell in load_results(plan.results, keys=wanted).records}
+        for search in active:
+            search.read(records)
+    return _frontier(plan, [search.result() for search in searches], len(by_settings))
+
+
+def at_budget(composed: Composed, setting: str, budget: float) -> Composed:
+    """Return the same cell at another budget."""
+    config = copy.deepcopy(composed.config)
+    config.budget[setting] = int(budget) if setting == "tokens" else budget
+    return Composed(config=config, choices=composed.choices, multirun=composed.multirun)
+
+
+def cell_of(composed: Composed) -> Cell:
+    """Return the typed cell. Raises: ConfigError or DataError."""
+    from kvbench.config import build_cell
+
+    return build_cell(composed)
+
+
+def _shared(cell: Cell) -> str:
+    return canonical_json(cell.shared_settings)
+
+
+def _frontier(plan: Plan, searches: Sequence[Search], num_fulls: int) -> Frontier:
+    num_looks = sum(look.key is not None for search in searches for look in search.looks)
+    return Frontier(
+        name=plan.name,
+        measure=plan.measure,
+        margin=plan.margin,
+        ladder=plan.ladder,
+        budget_setting=plan.budget_setting,
+        confidence=look_confidence(len(plan.ladder)),
+        num_cells=num_looks + num_fulls,
+        num_cells_of_grid=len(searches) * len(plan.ladder) + num_fulls,
+        searches=tuple(searches),
+    )

@@ -1,0 +1,209 @@
+"""Quality against budget: one panel per measure, a line with its 95 % band per policy, full dashed.
+
+Entries held at every decode step: whether a cache really stays within its budget, over time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+from kvbench.measures import measure
+from kvbench.report.figures.axes import (
+    BudgetAxis,
+    Scale,
+    artist_name,
+    axis_scale,
+    budget_axis,
+    footnote,
+    hide_ticks_outside,
+    marks_of,
+    measured,
+    panel_title,
+    series_names,
+)
+from kvbench.report.figures.labels import DirectLabels, Named, labelled
+from kvbench.report.figures.style import Look, Mark, key_line, legend_above, new_figure, style_of
+from kvbench.report.load import CellResult, Group
+
+QUALITY_PANELS = (
+    "rougeL_vs_full", "objects_recalled_fraction", "ppl", "needles_recalled_fraction", "exact_fraction",
+    "rougeL_vs_reference", "kl_to_full", "top1_agreement_fraction", "ppl_released", "rougeL_released_vs_full",
+)  # fmt: skip
+_LOG_RATIO = 5.0
+
+
+def quality_figure(group: Group, look: Look) -> Figure | None:
+    """Draw a panel per measure; failed cells stand as crosses at the bottom with their status."""
+    names = measured(group.cells, *(look.measures or QUALITY_PANELS))
+    if not names or not group.budgeted:
+        return None
+    return labelled(lambda legend: _build(group, look, names, legend))
+
+
+def _build(group: Group, look: Look, names: list[str], legend: bool) -> DirectLabels:
+    figure, panels = new_figure(look, len(names), 3.1 if look.width == "page" else 2.4, columns=3)
+    labels = DirectLabels(figure=figure, look=look)
+    marks = marks_of(group, look.palette)
+    axis = budget_axis(group.budgeted)
+    for axes, name in zip(panels, names, strict=True):
+        axes.set_title(panel_title(name, group.cells))
+        ends = _panel(axes, group, name, marks, axis, look)
+        if not legend:
+            labels.right_of(axes, ends)
+    footnote(figure, group, look)
+    if legend:
+        legend_above(figure, [key_line(label, mark, look.theme) for label, mark in marks.items()], look)
+    return labels
+
+
+def _panel(axes: Axes, group: Group, name: str, marks: Mapping[str, Mark], axis: BudgetAxis, look: Look) -> list[Named]:
+    """Draw one measure and return the right ends of its lines."""
+    scale = axis_scale(name, group.cells)
+    axis.apply(axes)
+    called = series_names(group)
+    ends: list[Named] = []
+    for label, cells in group.by_series().items():
+        mark = marks[label]
+        points = _points(cells, name, scale, axis)
+        if cells[0].is_full:
+            ends += _full_line(axes, label, cells[0], name, scale, mark)
+        elif points:
+            _series(axes, points, artist_name(name, label), mark, look)
+            ends.append(Named(text=called[label], x=points[-1][0], y=points[-1][1], colour=mark.colour))
+    _scale_y(axes, group, name, scale)
+    _failed(axes, group, marks, axis, look)
+    axes.set_ylabel(scale.label)
+    return ends
+
+
+def _points(
+    cells: list[CellResult], name: str, scale: Scale, axis: BudgetAxis
+) -> list[tuple[float, float, float, float]]:
+    """Return (place, value, low, high) by growing budget."""
+    points = []
+    for cell in cells:
+        found = cell.estimate(name)
+        if found and cell.key in axis.places:
+            low, high = found.bounds
+            numbers = (found.value / scale.factor, low / scale.factor, high / scale.factor)
+            points.append((axis.places[cell.key], *numbers))
+    return sorted(points)
+
+
+def _full_line(axes: Axes, label: str, cell: CellResult, name: str, scale: Scale, mark: Mark) -> list[Named]:
+    """Draw the full cache as a reference with its band."""
+    found = cell.estimate(name)
+    if found is None:
+        return []
+    value = found.value / scale.factor
+    low, high = (bound / scale.factor for bound in found.bounds)
+    line = axes.axhline(value, color=mark.colour, linestyle=mark.line, linewidth=1.4, zorder=2)
+    line.set_label(artist_name(name, label))
+    axes.axhspan(low, high, color=mark.colour, alpha=0.12, linewidth=0, zorder=1)
+    return [Named(text=label, x=axes.get_xlim()[1], y=value, colour=mark.colour)]
+
+
+def _series(axes: Axes, points: list[tuple[float, float, float, float]], title: str, mark: Mark, look: Look) -> None:
+    places, values, lows, highs = (list(column) for column in zip(*points, strict=True))
+    axes.plot(places, values, linestyle=mark.line, linewidth=1.6, label=title, **style_of(mark, look.theme))
+    # A band needs two places; a single one gets a bar, or its interval would be invisible.
+    if len(set(places)) > 1:
+        axes.fill_between(places, lows, highs, color=mark.colour, alpha=0.16, linewidth=0, zorder=1.5, label=title)
+    else:
+        axes.vlines(places, lows, highs, color=mark.colour, linewidth=1.6, zorder=1.9, label=title)
+
+
+def _scale_y(axes: Axes, group: Group, name: str, scale: Scale) -> None:
+    """Scores stay inside 0 to 1; a perplexity that explodes gets a logarithmic axis."""
+    found = [estimate for cell in group.cells if (estimate := cell.estimate(name))]
+    low = min(estimate.bounds[0] for estimate in found) / scale.factor
+    high = max(estimate.bounds[1] for estimate in found) / scale.factor
+    smallest = min(estimate.value for estimate in found) / scale.factor
+    num_failed = sum(cell.failed for cell in group.budgeted)
+    if measure(name).unit == "ppl" and smallest > 0 and high / smallest > _LOG_RATIO:
+        axes.set_yscale("log")
+        bottom = max(low, smallest / 2)
+        room = (high / bottom) ** (0.06 * (1 + min(num_failed, 2)))
+        axes.set_ylim(bottom / room, high * 1.15)
+        if high / smallest < 100:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        return
+    room = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
+    below = room * (1 + min(num_failed, 4))
+    axes.set_ylim(low - (below if num_failed or low > 0 else room), high + room)
+    most = 1.0 / scale.factor if measure(name).unit in ("score", "fraction") else high + room
+    hide_ticks_outside(axes, 0.0, most)
+
+
+def _failed(axes: Axes, group: Group, marks: Mapping[str, Mark], axis: BudgetAxis, look: Look) -> None:
+    """Stack crosses of failed cells from the bottom edge, and write upright above them what happened."""
+    at = axes.get_xaxis_transform()
+    stacks: dict[float, list[CellResult]] = {}
+    for cell in (cell for cell in group.cells if cell.failed):
+        if cell.key in axis.places:
+            stacks.setdefault(axis.places[cell.key], []).append(cell)
+        else:  # the full cache has no place on a budget axis
+            axes.text(0.98, 0.97, f"full: {cell.status}", transform=axes.transAxes, ha="right", va="top",
+                      fontsize=look.small_points)  # fmt: skip
+    for place, cells in stacks.items():
+        for step, cell in enumerate(cells):
+            axes.plot([place], [0.04 + 0.06 * step], transform=at, color=marks[group.series_label(cell)].colour,
+                      marker="x", markersize=6, markeredgewidth=2, zorder=6,
+                      label=artist_name("failed", group.cell_label(cell)))  # fmt: skip
+        said = ", ".join(dict.fromkeys(cell.status for cell in cells))
+        axes.text(place, 0.02 + 0.06 * len(cells), said, transform=at, ha="center", va="bottom", rotation=90,
+                  fontsize=look.small_points, zorder=6)  # fmt: skip
+
+
+def entries_curve(cell: CellResult) -> list[tuple[float, float, float]]:
+    """Return (tokens seen, mean entries, most entries) per decode step; empty if the record has no such curve."""
+    rows: Any = cell.curves.get("entries")
+    if cell.failed or not isinstance(rows, list):
+        return []
+    return [(float(r[0]), float(r[1]), float(r[2])) for r in rows if isinstance(r, list) and len(r) == 3]
+
+
+def entries_figure(group: Group, look: Look) -> Figure | None:
+    """Draw a panel per policy with a line per budget, and the full cache in each."""
+    series = {
+        label: drawn for label, cells in group.by_series().items()
+        if not cells[0].is_full and (drawn := [cell for cell in cells if entries_curve(cell)])
+    }  # fmt: skip
+    return labelled(lambda legend: _plots_entries_build(group, look, series)) if series else None
+
+
+def _plots_entries_build(group: Group, look: Look, series: Mapping[str, list[CellResult]]) -> DirectLabels:
+    columns = 4 if look.width == "page" else 3
+    figure, panels = new_figure(look, len(series), 2.5, columns=columns, sharex=True, sharey=True)
+    labels = DirectLabels(figure=figure, look=look)
+    marks, called = marks_of(group, look.palette), series_names(group)
+    fulls = [cell for cell in group.cells if cell.is_full and entries_curve(cell)]
+    for place, (axes, (label, cells)) in enumerate(zip(panels, series.items(), strict=True)):
+        ends = [_curve(axes, group, cell, marks[group.series_label(cell)]) for cell in (*fulls, *cells)]
+        labels.right_of(axes, ends)
+        axes.set_title(called[label])
+        axes.tick_params(labelbottom=True)
+        axes.set_xlabel("tokens seen")
+        if place % columns == 0 or look.width == "single":
+            axes.set_ylabel("entries per layer and KV head")
+        axes.set_ylim(bottom=0)
+    footnote(figure, group, look)
+    return labels
+
+
+def _curve(axes: Axes, group: Group, cell: CellResult, mark: Mark) -> Named:
+    """Draw one cell: a line for the mean, a shade up to the fullest head, layer and row."""
+    title = artist_name("entries", group.cell_label(cell))
+    seen, mean, most = (list(column) for column in zip(*entries_curve(cell), strict=True))
+    axes.plot(seen, mean, color=mark.colour, linestyle=mark.line, linewidth=1.5, label=title)
+    axes.fill_between(seen, mean, most, color=mark.colour, alpha=0.15, linewidth=0, label=title)
+    axes.plot(seen[-1:], mean[-1:], color=mark.colour, marker=mark.marker, markersize=4, linestyle="none")
+    text = "full" if cell.is_full else cell.budget.removesuffix(" of seen")
+    return Named(text=text, x=seen[-1], y=mean[-1], colour=mark.colour)

@@ -1,0 +1,309 @@
+"""The page's samples: a browser of all answers.
+
+The sample browser's data: answers by cell, what they share once, scores beside the full cache's.
+
+Links from a number to the answer behind it, which the sample browser opens; and which answers a page links to.
+
+A record's samples as answers to be read: one per sample, or one per turn of a conversation.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from kvbench.autopsy.page import safe_json
+from kvbench.measures import MEASURES, format_value, measure
+from kvbench.report.compare import PRIMARY_QUALITIES
+from kvbench.report.load import CellResult, Group, Results, is_better, sample_score
+from kvbench.report.markup import MINUS, escaped
+from kvbench.report.standing import OTHER_QUALITIES, is_collapsed
+
+_LINK = re.compile(r'<a href="#samples" data-group="([^"]*)" data-cell="([^"]*)" data-sample="([^"]*)">')
+
+
+def sample_link(group: Group, cell: CellResult, sample: str, text: str = "") -> str:
+    """Return a link that shows this sample of this cell; without a script it leads to the samples."""
+    label = text or short_name(group, sample)
+    place = f'data-group="{escaped(group.title)}" data-cell="{escaped(group.cell_label(cell))}"'
+    return f'<a href="#samples" {place} data-sample="{escaped(sample)}">{escaped(label)}</a>'
+
+
+def linked_samples(page: str) -> Mapping[tuple[str, str], frozenset[str]]:
+    """Return the samples that parts of a page link to, by the title of their group and the label of their cell."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for link in _LINK.finditer(page):
+        title, label, sample = map(html.unescape, link.groups())
+        found.setdefault((title, label), set()).add(sample)
+    return {place: frozenset(samples) for place, samples in found.items()}
+
+
+def short_name(group: Group, sample: str) -> str:
+    """Return the id without what all ids of the group begin with, up to a slash."""
+    first = next((str(one.get("id")) for cell in group.cells for one in cell.samples), "")
+    prefix = first.rpartition("/")[0] + "/"
+    return sample.removeprefix(prefix) if len(prefix) > 1 and sample.startswith(prefix) else sample
+
+
+_TURN = re.compile(r"turn(\d+)_(.+)")
+_WORD = re.compile(r"\s*\S+")
+_JUDGED_BY = (*PRIMARY_QUALITIES[:1], *OTHER_QUALITIES)
+FIRST_TURN = ", turn 1"  # the end of its answer's id
+COLLAPSE_RULE = (
+    "Collapsed: under half of the full cache's score in ROUGE-L vs full, or in the next quality that was measured; "
+    "in perplexity, more than one nat per token worse."
+)
+
+Mark = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """One answer with its scores by measure; texts are None where the record has none.
+
+    marks: place of the first different token in the full cache's text and in this one, None for equal texts.
+    exact: False where the place is that of the first different word, because the record does not hold the token's.
+    """
+
+    id: str
+    question: str | None
+    text: str | None
+    full: str | None
+    reference: str | None
+    scores: Mapping[str, float]
+    marks: tuple[Mark, Mark] | None
+    exact: bool
+    token: int | None
+
+
+def answers_of(cell: CellResult) -> Iterator[Answer]:
+    """Yield the answers of a cell in the order of its samples and turns."""
+    for sample in cell.samples:
+        turns = _turns(sample)
+        if "text" in sample or not turns:
+            yield _answer(str(sample.get("id", "")), sample)
+        for number, fields in turns.items():
+            yield _answer(f"{sample.get('id', '')}, turn {number}", fields)
+
+
+def collapsed(scores: Mapping[str, float], full: Mapping[str, float]) -> bool:
+    """Tell whether an answer lost most of what the full cache's was worth; see COLLAPSE_RULE."""
+    name = next((name for name in _JUDGED_BY if name in scores and name in full), None)
+    return name is not None and is_collapsed(name, scores[name], full[name])
+
+
+def better_or_worse(name: str, score: float, full: float) -> str:
+    """Return "worse", "better" or nothing for measures without a good direction and for equal scores."""
+    if measure(name).better == "none" or score == full:
+        return ""
+    return "better" if is_better(name, score, full) else "worse"
+
+
+def first_different_word(full: str, text: str) -> tuple[Mark, Mark] | None:
+    """Return the places of the first different words; behind the last one where a text ends there."""
+    one, two = (list(_WORD.finditer(words)) for words in (full, text))
+    for index in range(max(len(one), len(two))):
+        left, right = (words[index] if index < len(words) else None for words in (one, two))
+        if left is None or right is None or left[0].strip() != right[0].strip():
+            return _word_place(left, full), _word_place(right, text)
+    return None
+
+
+def _word_place(word: re.Match[str] | None, text: str) -> Mark:
+    return (len(text), len(text)) if word is None else (word.end() - len(word[0].lstrip()), word.end())
+
+
+def _turns(sample: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    found: dict[int, dict[str, Any]] = {}
+    for name, value in sample.items():
+        part = _TURN.fullmatch(str(name))
+        if part is not None:
+            found.setdefault(int(part[1]), {})[part[2]] = value
+    return dict(sorted(found.items()))
+
+
+def _answer(name: str, fields: Mapping[str, Any]) -> Answer:
+    text, full = _text(fields, "text"), _text(fields, "full_text")
+    marks, exact = _marks(fields, full, text)
+    scored = ((measured, sample_score(fields, measured)) for measured in MEASURES)
+    token = fields.get("first_divergence_tokens")
+    return Answer(
+        id=name,
+        question=_text(fields, "question"),
+        text=text,
+        full=full,
+        reference=_text(fields, "reference"),
+        scores={measured: score[0] / score[1] for measured, score in scored if score is not None},
+        marks=marks,
+        exact=exact,
+        token=token if isinstance(token, int) and not isinstance(token, bool) else None,
+    )
+
+
+def _marks(fields: Mapping[str, Any], full: str | None, text: str | None) -> tuple[tuple[Mark, Mark] | None, bool]:
+    if full is None or text is None:
+        return None, False
+    names = ("divergence_starts_at", "divergence_ends_at", "full_divergence_ends_at")
+    places = [fields.get(name) for name in names]
+    if all(isinstance(place, int) and not isinstance(place, bool) for place in places):
+        start, end, full_end = (int(str(place)) for place in places)
+        if 0 <= start <= end <= len(text) and start <= full_end <= len(full):
+            return (_trimmed(full, start, full_end), _trimmed(text, start, end)), True
+    return first_different_word(full, text), False
+
+
+def _trimmed(text: str, start: int, end: int) -> Mark:
+    """Leave out the white space that a token begins with, unless it is nothing else."""
+    token = text[start:end]
+    return (end - len(token.lstrip()), end) if token.strip() else (start, end)
+
+
+def _text(fields: Mapping[str, Any], name: str) -> str | None:
+    return None if fields.get(name) is None else str(fields[name])
+
+
+_NATS = ("ppl", "kl_to_full")
+NO_LINKS: Mapping[tuple[str, str], Collection[str]] = MappingProxyType({})
+
+
+def group_data(group: Group, most: int, linked: Mapping[tuple[str, str], Collection[str]] = NO_LINKS) -> dict[str, Any]:
+    """Return one group for the script; references and the full cache's answers stand once per sample.
+
+    Of each cell `most` answers, those first that are `linked` (samples by group's title and cell's label): all of them.
+    """
+    full = {} if group.full is None else {answer.id: answer for answer in answers_of(group.full)}
+    items: dict[str, dict[str, Any]] = {}
+    cells = []
+    for cell in group.cells:
+        if cell.samples:
+            wanted = linked.get((group.title, group.cell_label(cell)), ())
+            cells.append(_cell(group, cell, full, items, most, wanted))
+    names = list(dict.fromkeys(name for cell in cells for answer in cell["samples"] for name, *_ in answer["scores"]))
+    return {"title": group.title, "cells": cells, "items": items, "labels": {name: _label(name) for name in names}}
+
+
+def _cell(
+    group: Group, cell: CellResult, full: Mapping[str, Answer], items: dict[str, dict[str, Any]], most: int,
+    wanted: Collection[str],
+) -> dict[str, Any]:  # fmt: skip
+    answers = list(answers_of(cell))
+    lost = {index for index, answer in enumerate(answers) if _is_lost(answer, full.get(answer.id))}
+    kept = _kept(answers, lost, most, wanted)
+    return {
+        "key": cell.key[:16],
+        "label": group.cell_label(cell),
+        "policy": group.series_label(cell),
+        "budget": "" if cell.is_full else cell.budget,
+        "samples": [_data(answers[index], full.get(answers[index].id), items) for index in kept],
+        "num": len(answers),
+        "num_collapsed": len(lost),
+    }
+
+
+def _kept(answers: Sequence[Answer], lost: Collection[int], most: int, wanted: Collection[str]) -> list[int]:
+    """Return which answers the page holds: every one linked to, then the collapsed, then from the beginning."""
+    linked = [index for index, answer in enumerate(answers) if {answer.id, *_whole(answer.id)} & set(wanted)]
+    others = sorted(set(range(len(answers))).difference(linked), key=lambda index: (index not in lost, index))
+    return sorted([*linked, *others[: max(0, most - len(linked))]])
+
+
+def _whole(name: str) -> tuple[str, ...]:
+    """Return the conversation that a link means when it leads to its first turn."""
+    return (name.removesuffix(FIRST_TURN),) if name.endswith(FIRST_TURN) else ()
+
+
+def _is_lost(answer: Answer, full: Answer | None) -> bool:
+    return full is not None and collapsed(answer.scores, full.scores)
+
+
+def _data(answer: Answer, full: Answer | None, items: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    item = items.setdefault(answer.id, {})
+    for name in ("question", "reference", "full"):
+        if getattr(answer, name) is not None:
+            item.setdefault(name, getattr(answer, name))
+    others: Mapping[str, float] = {} if full is None else full.scores
+    data: dict[str, Any] = {
+        "id": answer.id,
+        "scores": [_score(name, value, others.get(name)) for name, value in answer.scores.items()],
+    }
+    optional = {
+        "text": answer.text,
+        "full": answer.full if answer.full != item.get("full") else None,
+        "marks": answer.marks,
+        "token": answer.token,
+        "word": True if answer.marks is not None and not answer.exact else None,
+        "collapsed": True if _is_lost(answer, full) else None,
+    }
+    return data | {name: value for name, value in optional.items() if value is not None}
+
+
+def _score(name: str, value: float, full: float | None) -> list[str]:
+    """Return measure, value, the full cache's, difference, and worse or better."""
+    if full is None:
+        return [name, _value(name, value), "", "", ""]
+    return [
+        name,
+        _value(name, value),
+        _value(name, full),
+        _difference(name, value - full),
+        better_or_worse(name, value, full),
+    ]
+
+
+def _label(name: str) -> str:
+    return "log-loss, nats per reference token" if name == "ppl" else measure(name).label
+
+
+def _value(name: str, value: float) -> str:
+    return f"{value:.3f}" if name in _NATS else format_value(name, value)
+
+
+def _difference(name: str, value: float) -> str:
+    sign = "+" if value > 0 else MINUS if value < 0 else ""
+    text = f"{100 * abs(value):.1f} points" if measure(name).unit == "fraction" else _value(name, abs(value))
+    return sign + text
+
+
+_MOST_SAMPLES = 4000
+_CUT = (
+    "<p class=quiet>About {most} answers of each cell: those that this page links to and those that collapse first, "
+    "then from the beginning. All are in samples.csv.</p>"
+)
+_BROWSER = """<div class=card id="sb-card"><div class=controls>
+<label id="sb-group-label">Model and data set<select id="sb-group"></select></label>
+<label>Policy<select id="sb-policy"></select></label>
+<label>Budget<select id="sb-budget"></select></label>
+<label>Show<select id="sb-which"><option value=all>all samples</option><option value=collapsed>collapsed only</option>
+</select></label>
+<label>Sample<select id="sb-sample"></select></label>
+<button type=button id="sb-previous">Previous</button><button type=button id="sb-next">Next</button>
+<span id="sb-count" class=quiet aria-live=polite></span></div>
+<p id="sb-none" hidden>No sample is left; choose another policy, budget or all samples.</p>
+<div id="sb-shown" tabindex=0 role=group aria-label="Sample; left and right arrow keys go to the next one">
+<div class=sb-head><div id="sb-picture" hidden></div><div><h3 id="sb-name" aria-live=polite></h3>
+<p id="sb-question"></p><p id="sb-differs" class=quiet></p></div></div>
+<div class=panes><div class=pane><h4>Full cache</h4><p id="sb-full"></p></div>
+<div class=pane><h4 id="sb-policy-name">Policy</h4><p id="sb-text"></p></div>
+<div class=pane><h4>Reference</h4><p id="sb-reference"></p></div></div>
+<div class=scroll tabindex=0 role=region aria-label="Scores of this sample">
+<table><tbody id="sb-scores"></tbody></table></div></div></div>"""
+
+
+def sample_browser(results: Results, linked: Mapping[tuple[str, str], Collection[str]] = NO_LINKS) -> str:
+    """Return filters and panes, and the data they show; `linked` samples are among them whatever else is."""
+    groups = [group for group in results.groups if any(cell.samples for cell in group.cells)]
+    if not groups:
+        return "<p>No record carries samples.</p>"
+    most = max(2, _MOST_SAMPLES // max(1, sum(bool(cell.samples) for cell in results.records)))
+    is_cut = any(len(list(answers_of(cell))) > most for cell in results.records)
+    cut = _CUT.format(most=most) if is_cut else ""
+    data = safe_json([group_data(group, most, linked) for group in groups])
+    return f"""<p>What each policy answered, beside the full cache. The first token that differs is marked in both.
+{COLLAPSE_RULE}</p>{cut}
+<noscript><p>Choosing samples needs JavaScript; samples.csv holds all of them.</p></noscript>
+{_BROWSER}
+<script type="application/json" id="sample-data">{data}</script>"""
