@@ -47,7 +47,7 @@ def audit_command(arguments: Sequence[str]) -> int:
 
 
 def _show(result: Audit, out: Path, text: str | None) -> None:
-    from kvbench.audit.printed import badge_line, badge_svg, table_lines
+    from kvbench.audit.audit import badge_line, badge_svg, table_lines
 
     badge = out.with_suffix(".svg")
     write_out(badge, badge_svg(result).encode())

@@ -1,14 +1,22 @@
-"""Everything that an audit looks at: the records of a folder, read and grouped, nothing recomputed yet."""
+"""Everything that an audit looks at: the records of a folder, read and grouped, nothing recomputed yet.
+
+What the policies and data sets of kvbench itself are, so that a label alone cannot rename them.
+
+Names of classes are read from the configuration as text, so that no class is loaded.
+
+What a check is, and what came of it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kvbench.errors import ConfigError, RecordError, close_matches
 from kvbench.results.files import canonical_json
@@ -192,3 +200,108 @@ def _group(cell: Cell) -> str:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_TARGET = re.compile(r"^_target_:\s*(\S+)", re.MULTILINE)
+_CUTS_THE_PROMPT_ONLY = ("kvbench:SnapKV",)
+Group = Literal["policy", "dataset"]
+
+
+@cache
+def targets(group: Group) -> Mapping[str, str]:
+    """Return the class of every configuration of a group, by name."""
+    texts = {
+        file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8")
+        for file in files("kvbench.conf").joinpath(group).iterdir()
+        if file.name.endswith(".yaml")
+    }
+    return {name: class_at(found[1]) for name, text in texts.items() if (found := _TARGET.search(text))}
+
+
+def rule_of(cell: Cell) -> Mapping[str, str]:
+    """Return what evicts_at and budget_rounds must say; empty for policies of others and without a budget."""
+    policy, budget = cell.setting("policy") or {}, cell.setting("budget")
+    if not budget or class_of(policy) not in targets("policy").values():
+        return {}
+    up = policy.get("target_rounded_up") is True and budget.get("tokens") is None
+    prompt_only = class_of(policy) in _CUTS_THE_PROMPT_ONLY
+    return {"evicts_at": "prompt" if prompt_only else "prompt and decode", "budget_rounds": "up" if up else "down"}
+
+
+# A sealed record may hold text where a number belongs, here or in a cell it is compared with.
+_WRONG_TYPES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+Verdict = Literal["passed", "failed", "not applicable", "not run"]
+
+
+def _silent(cell: Cell, peers: Peers) -> Iterator[str]:
+    """Note nothing."""
+    return iter(())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One check, made cell by cell; `peers` are the cells that may be compared with it, itself included.
+
+    applies: whether there is anything to check. problems: sentences, one for each thing that is wrong.
+    notes: sentences that a reader should know and that are no fault. meaning: what a failure means.
+    """
+
+    id: str
+    title: str
+    meaning: str
+    applies: Callable[[Cell, Peers], bool]
+    problems: Callable[[Cell, Peers], Iterator[str]]
+    notes: Callable[[Cell, Peers], Iterator[str]] = _silent
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """A sentence about one cell, or about a file that is no cell."""
+
+    cell: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What one check found."""
+
+    id: str
+    title: str
+    meaning: str
+    verdict: Verdict
+    num_checked: int = 0
+    findings: tuple[Finding, ...] = ()
+    notes: tuple[Finding, ...] = field(default=())
+
+
+def run_check(check: Check, evidence: Evidence) -> Outcome:
+    """Make `check` on every cell it applies to."""
+    findings: list[Finding] = []
+    notes: list[Finding] = []
+    num_checked = 0
+    for cell in evidence.cells:
+        applies, problems, told = _on_cell(check, cell, evidence.peers(cell))
+        num_checked += applies
+        findings += [Finding(cell=cell.name, text=text) for text in problems]
+        notes += [Finding(cell=cell.name, text=text) for text in told]
+    return Outcome(
+        id=check.id,
+        title=check.title,
+        meaning=check.meaning,
+        verdict="failed" if findings else "passed" if num_checked else "not applicable",
+        num_checked=num_checked,
+        findings=tuple(findings),
+        notes=tuple(notes),
+    )
+
+
+def _on_cell(check: Check, cell: Cell, peers: Peers) -> tuple[bool, list[str], list[str]]:
+    """Return whether `check` applies, its problems and its notes; what has the wrong type is a problem."""
+    try:
+        if not check.applies(cell, peers):
+            return False, [], []
+        return True, list(check.problems(cell, peers)), list(check.notes(cell, peers))
+    except _WRONG_TYPES as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split()):.80}"
+        return True, [f"it, or a cell it is compared with, holds what no run writes ({why})"], []

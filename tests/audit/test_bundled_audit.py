@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kvbench.audit.bundled import rule_of, targets
-from kvbench.audit.evidence import Cell, class_of
+from kvbench.audit.evidence import Cell, class_of, rule_of, targets
 from kvbench.cache import Policy, When
 
 CONF = Path(__file__).parents[2] / "conf"

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbench.audit.audit import Audit, audit
-from kvbench.audit.steps import ENTRIES
+from kvbench.audit.budgets import ENTRIES
 from kvbench.measures import bounds_on_scale
 from kvbench.results.record import STATUSES
 from kvbench.tasks.rouge import rouge_scores
