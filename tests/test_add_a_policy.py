@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from kvbench.cache import Budget, PolicyCache
-from kvbench.compose import compose_grid
-from kvbench.config import build_cell
+from kvbench.config.build import build_cell
+from kvbench.config.compose import compose_grid
 from tests.driving import drive
 from tests.tiny_models import random_tokens, tiny_model
 

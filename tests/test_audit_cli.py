@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from kvbench.audit.audit import KIND, VERSION
-from kvbench.cli import run
+from kvbench.cli.main import run
 from kvbench.results.files import unseal
 from tests.audit.doctored import over_budget_at_one_step
 from tests.audit.folders import honest, write_folder
@@ -119,7 +119,7 @@ def test_control_characters_of_a_record_do_not_reach_the_terminal(
 
 def test_it_needs_neither_torch_nor_hydra(folder: Path) -> None:
     code = (
-        "import sys; from kvbench.cli import run; code = run(['audit', sys.argv[1]]); "
+        "import sys; from kvbench.cli.main import run; code = run(['audit', sys.argv[1]]); "
         "sys.exit(code or bool({'torch', 'transformers', 'hydra', 'wandb', 'matplotlib', 'pandas'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code, str(folder)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvbench.cli import run
+from kvbench.cli.main import run
 from kvbench.errors import ConfigError
 from kvbench.report.build import inputs_digest
 from kvbench.results.record import MEASURED
@@ -58,7 +58,7 @@ def bodies(results: Path) -> dict[str, dict[str, Any]]:
 
 def test_help_needs_no_more_than_a_few_imports_of_the_standard_library() -> None:
     """Modules are counted, not seconds: importing torch alone brings more than a thousand."""
-    code = "import sys; sys.argv = ['kvbench', '--help']\nfrom kvbench.cli import main\n" + (
+    code = "import sys; sys.argv = ['kvbench', '--help']\nfrom kvbench.cli.main import main\n" + (
         "try:\n    main()\nfinally:\n    print(len(sys.modules), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
@@ -282,7 +282,7 @@ def test_flags_are_read_wherever_they_stand(monkeypatch: pytest.MonkeyPatch) -> 
         asked.append((overrides, multirun, config_dir))
         raise ConfigError("seen")
 
-    monkeypatch.setattr("kvbench.compose.compose_grid", noting)
+    monkeypatch.setattr("kvbench.config.compose.compose_grid", noting)
     for words in itertools.permutations(["policy=full,random", "-m", "sink=console"]):
         assert run(list(words)) == 2
     assert {(*sorted(overrides), multirun) for overrides, multirun, _ in asked} == {

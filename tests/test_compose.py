@@ -9,8 +9,8 @@ import pytest
 from hydra import initialize_config_module
 from omegaconf import OmegaConf
 
-import kvbench.compose as compose_module
-from kvbench.compose import Composed, compose_grid
+import kvbench.config.compose as compose_module
+from kvbench.config.compose import Composed, compose_grid
 from kvbench.errors import ConfigError
 
 REPO = Path(__file__).parents[1]
@@ -155,7 +155,7 @@ def test_an_unknown_key_that_is_set_in_every_cell_is_still_told_with_close_match
 
 def test_composing_a_grid_imports_no_torch() -> None:
     code = (
-        "import sys; from kvbench.compose import compose_grid; "
+        "import sys; from kvbench.config.compose import compose_grid; "
         "n = len(compose_grid(['+experiment=default'], multirun=False, config_dir=None)); "
         "sys.exit(n != 15 or bool({'torch', 'transformers', 'wandb', 'matplotlib'} & set(sys.modules)))"
     )

@@ -14,14 +14,13 @@ import pytest
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-import kvbench.config
-from kvbench.cli import run
-from kvbench.compose import Composed, compose_grid
-from kvbench.config import build, build_cell, build_cells, check_shared, plugin_key
+import kvbench.config.build
+from kvbench.cli.main import run
+from kvbench.config.build import build, build_cell, build_cells, check_shared, class_name, plugin_key
+from kvbench.config.compose import Composed, compose_grid
 from kvbench.datasets import files as file_dataset
 from kvbench.errors import ConfigError
 from kvbench.models.spec import BUNDLED_FOLDER
-from kvbench.policy_source import class_name
 from tests.covering import one_in
 
 SECRET = "canary-d41d8cd98f"
@@ -249,7 +248,7 @@ def test_what_changes_the_answer_changes_the_key(override: str) -> None:
     ],
 )
 def test_what_does_not_change_the_answer_leaves_the_key(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kvbench.config, "resolve_device", lambda asked: "cpu")
+    monkeypatch.setattr(kvbench.config.build, "resolve_device", lambda asked: "cpu")
     assert key("policy=h2o", *overrides) == key_of_h2o("cpu")
 
 
@@ -327,7 +326,7 @@ def test_the_registered_names_stay_as_they_are_in_the_keys_of_records() -> None:
         "task": "Capacity Fidelity Generation Memory MultiTurn Perplexity PerplexityReleased Speed",
         "budget": "Budget",
     }
-    conf = Path(kvbench.config.__file__).parents[1] / "conf"
+    conf = Path(kvbench.config.build.__file__).parents[2] / "conf"
     for group, expected in names.items():
         text = "".join(path.read_text(encoding="utf-8") for path in (conf / group).glob("*.yaml"))
         targets = set(re.findall(r"^_target_: (\S+)", text, re.MULTILINE))
@@ -337,14 +336,14 @@ def test_the_registered_names_stay_as_they_are_in_the_keys_of_records() -> None:
 
 def test_the_semantics_of_the_cache_are_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     before = key("policy=h2o"), key("policy=full")
-    monkeypatch.setattr(kvbench.config, "CACHE_SEMANTICS", 999)
+    monkeypatch.setattr(kvbench.config.build, "CACHE_SEMANTICS", 999)
     assert not {key("policy=h2o"), key("policy=full")} & set(before)
 
 
 def test_the_number_of_a_gpu_leaves_the_key_and_its_kind_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = []
     for device in ("cuda:0", "cuda:1", "cpu"):
-        monkeypatch.setattr(kvbench.config, "resolve_device", lambda asked, device=device: device)
+        monkeypatch.setattr(kvbench.config.build, "resolve_device", lambda asked, device=device: device)
         keys.append(key())
     assert keys[0] == keys[1] != keys[2]
 
@@ -375,7 +374,11 @@ def test_a_sweep_reads_fingerprints_and_checks_its_data_set_once(
 
         monkeypatch.setattr(where, name, counted)
 
-    for where, name in ((file_dataset, "read_rows"), (file_dataset, "picture_digest"), (kvbench.config, "check_fit")):
+    for where, name in (
+        (file_dataset, "read_rows"),
+        (file_dataset, "picture_digest"),
+        (kvbench.config.build, "check_fit"),
+    ):
         count(where, name)
     for name in "ab":
         (tmp_path / f"{name}.json").write_text(json.dumps([{"question": "What is it?", "answer": f"{name}."}]))

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvbench import frontier_cli
-from kvbench.cli import run
-from kvbench.compose import Composed, compose_grid
+from kvbench.cli import frontier as frontier_cli
+from kvbench.cli.main import run
+from kvbench.config.compose import Composed, compose_grid
 from kvbench.errors import ConfigError, RecordError
 from kvbench.frontier.search import Plan, asked, cell_of, default_name, search_all, task_words
 from kvbench.frontier.table import Frontier, budget_text, load_frontier, save_frontier

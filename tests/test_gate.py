@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from kvbench import config
-from kvbench.cli import run
-from kvbench.compose import compose_grid
-from kvbench.config import build_cell, build_sinks, check_shared, is_forced
+from kvbench.cli.main import run
+from kvbench.config.build import build as config
+from kvbench.config.build import build_cell, build_sinks, check_shared, is_forced
+from kvbench.config.compose import compose_grid
 from kvbench.errors import ConfigError, KvbenchError
 from tests.covering import one_in
 from tests.test_config import WRONG

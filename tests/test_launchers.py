@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kvbench.compose import _unknown_choice, compose_grid
+from kvbench.config.compose import _unknown_choice, compose_grid
 from kvbench.errors import ConfigError
 from tests.test_faults import SHORT, attempts, faulty, kvbench
 

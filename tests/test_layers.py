@@ -81,8 +81,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"cache"},
 }
 ONLY_IN = {
-    "hydra": ["kvbench/cli.py", "kvbench/config.py", "kvbench/compose.py", "kvbench/launch.py"],
-    "omegaconf": ["kvbench/cli.py", "kvbench/config.py", "kvbench/compose.py", "kvbench/sweep/worker.py"],
+    "hydra": ["kvbench/cli/main.py", "kvbench/config/build.py", "kvbench/config/compose.py", "kvbench/cli/sweep.py"],
+    "omegaconf": [
+        "kvbench/cli/main.py",
+        "kvbench/config/build.py",
+        "kvbench/config/compose.py",
+        "kvbench/sweep/worker.py",
+    ],
     "wandb": ["kvbench/sinks/wandb/*.py"],
     "wandb_workspaces": ["kvbench/sinks/wandb/report.py"],
     "matplotlib": ["kvbench/report/plots*.py"],
@@ -166,8 +171,8 @@ def test_the_import_reader_sees_every_form() -> None:
 
 def test_the_cells_of_a_sweep_are_checked_without_transformers() -> None:
     code = (
-        "import sys; from kvbench.compose import compose_grid; from kvbench.config import build_cell; "
-        "import kvbench.launch, kvbench.sweep.sweep; "
+        "import sys; from kvbench.config.compose import compose_grid; from kvbench.config.build import build_cell; "
+        "import kvbench.cli.sweep, kvbench.sweep.sweep; "
         "keys = {build_cell(c).key for c in compose_grid(['+experiment=quick'], multirun=False, config_dir=None)}; "
         "heavy = {'transformers', 'scipy', 'wandb', 'matplotlib', 'pandas'} & set(sys.modules); "
         "sys.exit(len(keys) < 2 or bool(heavy))"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvbench.cli import run
+from kvbench.cli.main import run
 from kvbench.report.figures.kinds import FIGURES
 from tests.report.synthetic import body, write_cell, write_sweep
 
@@ -49,7 +49,7 @@ def test_without_an_out_the_file_is_named_after_the_figure(results: Path, capsys
 def test_all_figures_go_into_a_folder_and_what_is_not_drawn_is_said(
     results: Path, names: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvbench.plot_cli.FIGURES", {name: FIGURES[name] for name in names})
+    monkeypatch.setattr("kvbench.cli.plot.FIGURES", {name: FIGURES[name] for name in names})
     assert run(["plot", "all", str(results), "--out", "figures", "--format", "pdf"]) == 0
     assert {path.name for path in Path("figures").iterdir()} == {
         f"{name}.pdf" for name in ("quality", "pareto", "latency", "memory", "entries", "differences") if name in names
@@ -134,7 +134,7 @@ def test_a_mistake_is_one_line_that_says_what_is_allowed(
 
 def test_a_wrong_name_is_refused_before_matplotlib_is_imported() -> None:
     code = (
-        "import sys; from kvbench.cli import run; run(['plot', 'qualty']); run(['plot', '--list']); "
+        "import sys; from kvbench.cli.main import run; run(['plot', 'qualty']); run(['plot', '--list']); "
         "sys.exit(bool({'matplotlib', 'numpy', 'torch', 'pandas'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True).returncode == 0

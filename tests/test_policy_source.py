@@ -14,9 +14,9 @@ import yaml
 
 import kvbench.cache.policy
 import kvbench.cache.selection
-import kvbench.policy_source
+import kvbench.config.build
+from kvbench.config.build import class_name, source_of
 from kvbench.errors import ConfigError
-from kvbench.policy_source import class_name, source_of
 
 REPO = Path(__file__).parents[1]
 MINE = '''"""A policy."""
@@ -211,10 +211,10 @@ def test_the_cache_is_in_no_source_so_that_a_docstring_in_it_measures_nothing_ag
     (tmp_path / "changed.py").write_text('"""All of it is another text."""\n\nCHANGED = 1\n', encoding="utf-8")
     for module in (kvbench.cache.policy, kvbench.cache.selection):
         monkeypatch.setattr(module, "__file__", str(tmp_path / "changed.py"))
-    monkeypatch.setattr(kvbench.policy_source, "_known", {})
+    monkeypatch.setattr(kvbench.config.build, "_known", {})
     assert source_of(kind) == before
     monkeypatch.setattr(sys.modules[kind.__module__], "__file__", str(tmp_path / "changed.py"))
-    monkeypatch.setattr(kvbench.policy_source, "_known", {})
+    monkeypatch.setattr(kvbench.config.build, "_known", {})
     assert source_of(kind) != before
 
 

@@ -5,7 +5,7 @@ import io
 import pytest
 from tqdm import tqdm
 
-from kvbench.quiet import quiet_libraries
+from kvbench.cli.sweep import quiet_libraries
 
 
 def test_no_bar_starts_a_thread_that_wakes_up_beside_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvbench.cli import run
+from kvbench.cli.main import run
 from tests.report.synthetic import body, write_cell
 
 
@@ -100,7 +100,7 @@ def test_a_file_where_the_page_should_go_is_refused(folder: Path, tmp_path: Path
 
 def test_help_and_csv_need_no_matplotlib(folder: Path) -> None:
     code = (
-        "import sys; from kvbench.cli import run; run(['report', sys.argv[1], '--format', 'csv']);"
+        "import sys; from kvbench.cli.main import run; run(['report', sys.argv[1], '--format', 'csv']);"
         " sys.exit(bool({'matplotlib', 'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True).returncode == 0

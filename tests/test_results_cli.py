@@ -15,7 +15,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kvbench.cli import run
+from kvbench.cli.main import run
+from kvbench.cli.wandb import _jobs
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
 from kvbench.results.claims import Claims
@@ -23,7 +24,6 @@ from kvbench.results.maintenance import leftovers, verify
 from kvbench.results.record import cell_key, read_record
 from kvbench.results.store import PartialStore, RecordStore
 from kvbench.sinks.wandb.content import cell_digest
-from kvbench.wandb_cli import _jobs
 from tests.covering import one_in
 from tests.sinks.record_bodies import make_body
 from tests.trust.fake_sweep import body_of, cells, write
@@ -347,7 +347,7 @@ def test_names_of_models_cannot_run_anything_in_a_terminal_or_a_spreadsheet(
 
 def test_the_results_commands_import_no_torch(finished: Path) -> None:
     code = (
-        "import sys\nfrom kvbench.cli import run\n"
+        "import sys\nfrom kvbench.cli.main import run\n"
         "for words in (['list'], ['csv'], ['verify'], ['gc'], ['table']):\n"
         "    assert run(['results', *words, sys.argv[1]]) == 0\n"
         "print(sorted({'torch', 'transformers', 'hydra', 'wandb'} & set(sys.modules)))"

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbench.compose import compose_grid
-from kvbench.config import build_cell
+from kvbench.config.build import build_cell
+from kvbench.config.checks import rounded, typed, typed_settings
+from kvbench.config.compose import compose_grid
 from kvbench.results.files import canonical_json
 from kvbench.results.record import cell_key
 from kvbench.sinks.wandb.content import run_config
-from kvbench.value_types import rounded, typed, typed_settings
 
 SHARES = st.integers(10**8, 10**12).map(lambda number: number / 10**9)  # what 9 decimals can tell apart
 FINITE = st.floats(allow_nan=False, allow_infinity=False)

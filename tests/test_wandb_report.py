@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from kvbench.cli import run
+from kvbench.cli.main import run
 from kvbench.results.record import read_record
 from kvbench.sinks.wandb import report as wandb_report_save
 from kvbench.sinks.wandb.content import summary_numbers
@@ -72,7 +72,7 @@ def written(records: Path, to: Path) -> str:
     """Copy the records, build the report there without an account, and return what is printed."""
     subprocess.run(["cp", "-a", f"{records}/.", str(to)], check=True)
     code = (
-        "import sys; from kvbench.cli import run; from kvbench.report import build; "
+        "import sys; from kvbench.cli.main import run; from kvbench.report import build; "
         "build.draw_plots = lambda results: (); "  # the page's figures are in no W&B Report and take longest
         "sys.exit(run(['report', sys.argv[1], '--wandb']))"
     )
@@ -181,7 +181,10 @@ def test_a_report_is_saved_over_the_one_of_the_same_name_and_a_refusal_is_told(
 def test_with_an_account_it_is_saved_and_the_next_time_saved_over(records: Path, tmp_path: Path) -> None:
     folder, server = tmp_path / "results", FaultServer("none")
     subprocess.run(["cp", "-a", str(records), str(folder)], check=True)
-    code = "import sys; from kvbench.cli import run; sys.exit(any(run(sys.argv[2:]) for _ in range(int(sys.argv[1]))))"
+    code = (
+        "import sys; from kvbench.cli.main import run; "
+        "sys.exit(any(run(sys.argv[2:]) for _ in range(int(sys.argv[1]))))"
+    )
     told = []
     try:
         for fault, times in (("none", "2"), ("403", "1")):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvbench.compose import Composed
+from kvbench.config.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError, close_matches
 from kvbench.frontier.table import Frontier, Look, Outcome, Search, SearchStatus
 from kvbench.measures import MEASURES, measure
@@ -255,7 +255,7 @@ def at_budget(composed: Composed, setting: str, budget: float) -> Composed:
 
 def cell_of(composed: Composed) -> Cell:
     """Return the typed cell. Raises: ConfigError or DataError."""
-    from kvbench.config import build_cell
+    from kvbench.config.build import build_cell
 
     return build_cell(composed)
 

@@ -29,10 +29,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from kvbench.compose import Composed
-from kvbench.config import build_cells
+from kvbench.cli.sweep import quiet_libraries
+from kvbench.config.build import build_cells
+from kvbench.config.compose import Composed
 from kvbench.errors import ConfigError, is_poisoned
-from kvbench.quiet import quiet_libraries
 from kvbench.results.store import PartialStore
 from kvbench.sweep.cell import Cell, environment
 from kvbench.sweep.group import GroupPlan, ModelShelf, run_group

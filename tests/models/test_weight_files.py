@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kvbench.config.checks import check_model
 from kvbench.errors import ConfigError, KvbenchError, ModelSupportError
-from kvbench.gate import check_model
 from kvbench.models.loader import load_model
 from kvbench.models.spec import ModelSpec
 from tests.models.checkpoints import FAMILIES, save_checkpoint

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from kvbench.compose import compose_grid
-from kvbench.config import build_cell
+from kvbench.config.build import build_cell
+from kvbench.config.compose import compose_grid
 from kvbench.datasets.base import Example
 from kvbench.datasets.conversation import Conversation
 from kvbench.datasets.retrieval import Needles

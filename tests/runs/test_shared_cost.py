@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kvbench.compose import compose_grid
-from kvbench.config import build_cell
+from kvbench.config.build import build_cell
+from kvbench.config.compose import compose_grid
 from kvbench.sweep.cell import Cell
 from kvbench.sweep.group import ModelShelf
 from tests.runs.test_group import told

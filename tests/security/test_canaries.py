@@ -12,7 +12,7 @@ from urllib.parse import quote
 import pandas as pd
 import pytest
 
-from kvbench.cli import run
+from kvbench.cli.main import run
 from kvbench.results.redaction import is_secret_name
 from tests.security.canaries import CANARIES, LEAKY_POLICY, PUBLIC
 

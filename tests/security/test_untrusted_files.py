@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvbench.cli import run
+from kvbench.cli.main import run
 from kvbench.errors import ConfigError, KvbenchError, ModelSupportError
 from kvbench.models.loader import load_model
 from kvbench.models.spec import ModelSpec, check_folder_code, check_hub_code

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from kvbench.cli import run
+from kvbench.cli.main import run
 from kvbench.results.store import RecordStore
 from tests.sinks.fault_server import FaultServer
 from tests.sinks.record_bodies import make_body
@@ -35,7 +35,7 @@ import psutil
 from kvbench.sinks.base import SinkGroup
 from kvbench.results.store import RecordStore
 from kvbench.sinks.wandb.sync import WandbSink
-from kvbench.wandb_summary import summary_of
+from kvbench.cli.wandb import summary_of
 from tests.sinks.record_bodies import make_body
 results, fault = Path(sys.argv[1]), sys.argv[2]
 if fault == "not installed":

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from kvbench.cli import run
+from kvbench.cli.main import run
 from kvbench.results.record import read_record
 from kvbench.sinks.wandb import sync as wandb_sync
 from kvbench.sinks.wandb.content import cell_digest, summary_digest, summary_id
@@ -179,7 +179,7 @@ def test_the_id_of_a_summary_comes_from_name_and_keys_and_its_digest_from_conten
 _SYNCS = """
 import shutil, sys
 from pathlib import Path
-from kvbench.cli import run
+from kvbench.cli.main import run
 folder = Path(sys.argv[1])
 def sync(*words):
     print("code", run(["wandb", "sync", str(folder), "--mode", "online", "--timeout", "20", *words]), flush=True)

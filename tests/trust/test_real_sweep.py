@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvbench.cli import run
+from kvbench.cli.main import run
 from kvbench.report.frames import csv_text, quality_frame
 from kvbench.report.load import load_results
 from kvbench.results.maintenance import verify

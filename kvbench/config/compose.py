@@ -28,8 +28,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from kvbench.config.checks import check_no_secret_override
 from kvbench.errors import ConfigError, close_matches
-from kvbench.gate import check_no_secret_override
 
 CONFIG_MODULE = "kvbench.conf"
 CONFIG_NAME = "config"

@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvbench.cli.parser import Parser
 from kvbench.errors import ConfigError, close_matches
 from kvbench.measures import format_bytes
-from kvbench.parser import Parser
 from kvbench.results.files import write_out
 from kvbench.results.maintenance import leftovers, remove, verify
 from kvbench.results.record import STATUSES
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from kvbench.report.load import CellResult, Results
+
 
 _COMMANDS = {
     "list": "one line per cell: key, status, policy, budget, sweep, when",

@@ -1,10 +1,13 @@
 """From composed cells to a sweep, and one cell as a job of another launcher (joblib, submitit).
 
 Whoever launches, a cell goes through the same store, claims, workers and records.
+
+Keep notices about optional packages out of the progress bars; errors still show.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -14,11 +17,25 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from kvbench.compose import Composed
-from kvbench.quiet import quiet_libraries
+from kvbench.config.compose import Composed
 
 if TYPE_CHECKING:
     from kvbench.sweep.sweep import Sweep
+
+
+def quiet_libraries() -> None:
+    """Set what libraries read when they are imported; what the user has set stays.
+
+    tqdm's monitor is a thread that wakes up to redraw bars, also beside what is timed.
+    """
+    from tqdm import tqdm  # here: `kvbench --help` waits for no library
+
+    tqdm.monitor_interval = 0
+    logging.getLogger("hydra").setLevel(logging.CRITICAL)  # a class that is not found is told in one line
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
 
 SUPERVISED = "supervised"
 
@@ -44,7 +61,7 @@ def run_job(config: Any) -> str:
 
 def open_sweep(grid: Sequence[Composed]) -> Sweep:
     """Return the sweep over `grid`, everything checked and finished cells taken. Raises: ConfigError, DataError."""
-    from kvbench.config import build, build_cells, build_sinks, check_shared, is_forced, results_folder
+    from kvbench.config.build import build, build_cells, build_sinks, check_shared, is_forced, results_folder
     from kvbench.results.claims import Claims
     from kvbench.sweep.supervisor import Ticket, WorkerSettings
     from kvbench.sweep.sweep import Sweep

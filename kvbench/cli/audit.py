@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvbench.cli.parser import Parser
 from kvbench.errors import ConfigError
 from kvbench.installed import installed_version
-from kvbench.parser import Parser
 from kvbench.results.files import write_out
 
 if TYPE_CHECKING:
     from kvbench.audit.audit import Audit
+
 
 _DESCRIPTION = (
     "Check that the records of a folder hold together: sealed, keyed, counted, recomputed, within the budget. "

@@ -12,14 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvbench.cli.parser import Parser
 from kvbench.errors import ConfigError
-from kvbench.parser import Parser
 from kvbench.results.files import write_out
 from kvbench.stats.tests import parse_margins
 
 if TYPE_CHECKING:
     from kvbench.report.compare import Choices
     from kvbench.report.load import Results
+
 
 _FORMATS = ("html", "md", "csv", "latex")
 _SHARED = Path("report")
@@ -42,7 +43,7 @@ def report_command(arguments: Sequence[str]) -> int:
         named = ", ".join(map(str, folders))
         raise ConfigError(f"there is no cells/*/record.json in {named}; run a sweep first or give the right folder")
     if args.wandb:
-        from kvbench.wandb_report import wandb_report
+        from kvbench.cli.wandb import wandb_report
 
         wandb_report(results, _folder(results, folders, args.out), choices, project=args.project, entity=args.entity)
     elif args.format == "html":

@@ -13,16 +13,17 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from kvbench.cli.parser import Parser
+from kvbench.cli.sweep import quiet_libraries
 from kvbench.errors import ConfigError
 from kvbench.frontier.search import LADDER, asked, asked_ladder, task_words
 from kvbench.measures import measure
-from kvbench.parser import Parser
-from kvbench.quiet import quiet_libraries
 from kvbench.stats.power import look_confidence, most_looks, smallest_sample
 
 if TYPE_CHECKING:
-    from kvbench.compose import Composed
+    from kvbench.config.compose import Composed
     from kvbench.frontier.search import Plan
+
 
 _OWN = ("measure", "margin", "ladder", "name")
 _TEXT = """\
@@ -78,9 +79,9 @@ def _grids(
     overrides: list[str], quality: str, ladder: tuple[float, ...], config_dir: str | None
 ) -> tuple[list[Composed], list[Composed]]:
     """Return each policy's cell at the largest budget and the full cache's, all checked. Raises: ConfigError."""
-    from kvbench.compose import compose_grid
+    from kvbench.cli.sweep import SUPERVISED, make_importable
+    from kvbench.config.compose import compose_grid
     from kvbench.frontier.search import cell_of
-    from kvbench.launch import SUPERVISED, make_importable
 
     make_importable([config_dir] if config_dir else [])
     setting = "tokens" if "budget=tokens" in overrides else "fraction"
@@ -107,7 +108,7 @@ def _grids(
 def _plan(
     own: dict[str, str], quality: str, margin: float, ladder: tuple[float, ...], policies: list[Composed]
 ) -> Plan:
-    from kvbench.config import results_folder
+    from kvbench.config.build import results_folder
     from kvbench.frontier.search import Plan, cell_of, default_name
 
     cells = [cell_of(composed) for composed in policies]
@@ -139,7 +140,7 @@ def _search(plan: Plan, policies: list[Composed], fulls: list[Composed], config_
 
 def _run(grid: Sequence[Composed]) -> None:
     """Run the cells that have no record yet, as a sweep does."""
-    from kvbench.launch import open_sweep
+    from kvbench.cli.sweep import open_sweep
     from kvbench.sweep.sweep import StopRequest
 
     sweep = open_sweep(grid)

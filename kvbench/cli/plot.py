@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvbench.cli.parser import Parser
 from kvbench.errors import ConfigError, close_matches
 from kvbench.measures import MEASURES
-from kvbench.parser import Parser
 from kvbench.report.figures.kinds import FIGURES, FORMATS, WIDTHS
 from kvbench.report.figures.style import THEMES
 from kvbench.results.files import write_out
@@ -23,6 +23,7 @@ from kvbench.results.files import write_out
 if TYPE_CHECKING:
     from kvbench.report.figures.kinds import FigureKind
     from kvbench.report.load import Group, Results
+
 
 _ALL = "all"
 

@@ -6,6 +6,8 @@
     kvbench report results                             the report again, from records alone
 
 Exit codes: 0 all cells ok, 1 some cell failed, 2 wrong configuration, 130 or 143 stopped by a signal.
+
+What `kvbench --help` prints, made from the configuration folder, without importing Hydra.
 """
 
 from __future__ import annotations
@@ -17,26 +19,74 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from kvbench.cli.parser import Parser
+from kvbench.cli.sweep import quiet_libraries
 from kvbench.errors import ConfigError, KvbenchError
-from kvbench.help_text import help_text
 from kvbench.installed import installed_version
-from kvbench.parser import Parser
-from kvbench.quiet import quiet_libraries
 from kvbench.results.redaction import redact
 
 if TYPE_CHECKING:
     from kvbench.sweep.sweep import Sweep
 
+
+_GROUPS = ("model", "weights", "dataset", "policy", "budget", "task", "workload", "sink", "autopsy", "experiment")
+_TEXT = """\
+kvbench compares KV-cache policies under one definition of everything.
+
+  kvbench                                     run the default sweep, then print the table and write the report
+  kvbench policy=h2o budget.fraction=0.3      run one cell
+  kvbench -m policy=h2o,elastic budget.fraction=0.1,0.3
+                                              run every combination
+  kvbench +experiment=NAME                    run a named sweep
+  kvbench report [FOLDER...] [--format F]     build page, figures and tables again from records; report --help
+  kvbench audit [FOLDER] [--sweep NAME]       check that the records hold together; exit code 1 if one does not
+  kvbench frontier policy=h2o,elastic         smallest budget as good as full; frontier --help
+  kvbench plot NAME [FOLDER]                  draw one figure as SVG, PDF or PNG; kvbench plot --list
+  kvbench results COMMAND [FOLDER]            list, show, table, csv, parquet, verify, gc; results --help
+  kvbench wandb sync [FOLDER]                 send records to Weights & Biases; wandb sync --help
+
+settings (KEY=VALUE):
+{groups}
+  positions    native, original, in_cache, released
+  query_visible  true, false (picture or context is compressed before the question comes)
+  beyond_context  refuse, allow (prompts that with their answer are longer than the model's context)
+  engine       auto, eager, graph (the decode step as one CUDA graph); worker.* (processes, time limits)
+  batch_size, seed, device (auto, cpu, cuda:N), results (folder), sweep (name), force (true: measure again)
+
+  Any value of a group can be set: budget.fraction=0.3, policy.num_sinks=8, dataset.num_samples=100,
+  task.speed.new_tokens=128, model.checkpoint=FOLDER, sink.wandb.mode=offline.
+
+flags:
+  -m, --multirun       run every combination of comma-separated values
+  --config-dir DIR     add your own yamls, DIR/policy/mine.yaml with `_target_: mine.Mine`
+  --cfg job            print the composed configuration and stop
+  --version            print the version
+
+exit codes: 0 all cells ok, 1 some cell failed, 2 wrong configuration, 130 or 143 stopped by a signal
+"""
+
+
+def help_text() -> str:
+    """Return the help with the names that exist in each group."""
+    return _TEXT.format(groups="\n".join(f"  {group:<12} {', '.join(_names(group))}" for group in _GROUPS))
+
+
+def _names(group: str) -> list[str]:
+    folder = files("kvbench.conf") / group
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
 # Each takes the words after its name and returns the exit code; imported only when asked for.
 SUBCOMMANDS = {
-    "audit": "kvbench.audit_cli:audit_command",
-    "frontier": "kvbench.frontier_cli:frontier_command",
-    "plot": "kvbench.plot_cli:plot_command",
-    "report": "kvbench.report_cli:report_command",
-    "results": "kvbench.results_cli:results_command",
-    "wandb": "kvbench.wandb_cli:wandb_command",
+    "audit": "kvbench.cli.audit:audit_command",
+    "frontier": "kvbench.cli.frontier:frontier_command",
+    "plot": "kvbench.cli.plot:plot_command",
+    "report": "kvbench.cli.report:report_command",
+    "results": "kvbench.cli.results:results_command",
+    "wandb": "kvbench.cli.wandb:wandb_command",
 }
 _STOPPED = "stopped; finished cells and batches are kept, the same command goes on"
 DEFAULT_SWEEP = ["+experiment=default"]
@@ -87,11 +137,11 @@ def _answer(arguments: list[str]) -> int:
 
 
 def _sweep(words: argparse.Namespace, overrides: list[str]) -> int:
-    from kvbench.compose import compose_grid
+    from kvbench.config.compose import compose_grid
 
     quiet_libraries()
     grid = compose_grid(overrides, multirun=words.multirun, config_dir=words.config_dir)
-    from kvbench.launch import SUPERVISED, make_importable, open_sweep
+    from kvbench.cli.sweep import SUPERVISED, make_importable, open_sweep
 
     make_importable([words.config_dir] if words.config_dir else [])
     launcher = str(grid[0].choices["hydra/launcher"])
@@ -120,7 +170,7 @@ def _supervise(sweep: Sweep) -> int:
 
 def _hand_to_launcher(sweep: Sweep, arguments: list[str]) -> None:
     """Let Hydra start one job per cell; what became of them is read from the store, not from Hydra."""
-    from kvbench.launch import run_job
+    from kvbench.cli.sweep import run_job
 
     known = sweep.attempt_ids
     with contextlib.suppress(SystemExit):
@@ -149,9 +199,9 @@ def _show(sweep: Sweep) -> None:
 
 
 def _wandb_summary(sweep: Sweep) -> Any:
+    from kvbench.cli.wandb import summary_of
     from kvbench.sinks.wandb.content import summary_id
     from kvbench.sinks.wandb.sync import note_sweep
-    from kvbench.wandb_summary import summary_of
 
     keys = sorted(sweep.tickets)
     note_sweep(sweep.results, summary_id(sweep.name, keys), sweep.name, keys)
@@ -217,7 +267,7 @@ def _flags(words: argparse.Namespace) -> list[str]:
 
 def _printed_by_hydra(words: argparse.Namespace, overrides: list[str]) -> int:
     """Let Hydra print what the flags ask for, and run nothing. Raises: ConfigError, one line."""
-    from kvbench.compose import check_overrides
+    from kvbench.config.compose import check_overrides
 
     swept: dict[str, str] = {}
     if words.shell_completion:
