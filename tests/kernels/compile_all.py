@@ -67,7 +67,8 @@ def main() -> None:
         compile_kernel(linear.gate_up, block, num_warps=warps)
     for add in (False, True):
         compile_kernel(norm.norm_row, {"BLOCK": 4096, "ADD": add}, {"epsilon": "fp32"}, num_warps=8)
-    compile_kernel(norm.rotate_head, {"BLOCK": 64}, dict.fromkeys(_ROTATED, "i32"), num_warps=1)
+    types = {**dict.fromkeys(_ROTATED, "i32"), "queries": "*bf16", "cosines": "*bf16", "sines": "*bf16"}
+    compile_kernel(norm.rotate_head, {"BLOCK": 64}, types, num_warps=1)
     for one in (False, True):
         search = {"BLOCK_C": 512 if one else 2048, "IN_ONE": one, "FROM_NEWEST": one}
         types = {"rank": "*i64", "slot": "*i64", "newer": "i32", "sinks": "i32"}
