@@ -25,7 +25,8 @@ def test_packages_are_regular_and_lie_where_the_table_says() -> None:
     places = setuptools_table()["package-dir"]
     assert places == {"kvbench": "kvbench", "kvbench.policies": "policies", "kvbench.conf": "conf"}
     for name in setuptools_table()["packages"]:
-        folder = places.get(name) or name.replace(".", "/")
+        head = max((place for place in places if f"{name}.".startswith(f"{place}.")), key=len)
+        folder = places[head] + name.removeprefix(head).replace(".", "/")
         assert (REPO / folder / "__init__.py").is_file(), f"{name} would not be installed as a package"
 
 
