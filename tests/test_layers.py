@@ -20,8 +20,8 @@ FILES = sorted(
     for path in (REPO / folder).rglob("*.py")
     if (REPO / folder / "policies") not in path.parents
 )
-# The house, bottom to top: a package, and the ones above its line that it may import, within functions too.
-# `__init__` is kvbench itself.
+# The house, bottom to top: a package, and those before it that it may import, within functions too. A module that lies
+# elsewhere than its package has a line of its own. `__init__` is kvbench itself.
 MAY_IMPORT = {
     "errors": "",
     "__init__": "errors",
@@ -39,25 +39,24 @@ MAY_IMPORT = {
     "sinks": "errors measures results",
     "sweep": "errors cache datasets results models tasks autopsy sinks",
     "config": "errors __init__ measures cache datasets results models tasks autopsy sinks sweep",
-    "report": "errors __init__ measures stats results",
-    "frontier": "errors measures stats results sweep config report",
+    "frontier.table": "errors measures results",  # what a search leaves: a file, as a record is
+    "report": "errors __init__ measures stats results frontier.table",
+    "autopsy.read": "errors results autopsy report",  # what the page shows of an autopsy
+    "autopsy.page": "errors results autopsy autopsy.read report",
+    "sinks.wandb": "errors __init__ measures results sinks report",  # W&B is sent the report's words and figures
+    "frontier": "errors measures stats results sweep config frontier.table report",
     "audit": "errors measures stats results tasks",
-    "cli": "errors __init__ measures stats results sinks sweep config report frontier audit",
+    "cli": "errors __init__ measures stats results sinks sinks.wandb sweep config report frontier frontier.table audit",
     "__main__": "cli",
     "hydra_plugins": "errors __init__ sweep config cli",
 }
 # What goes against the table: a module, the package it needs all the same, and why.
 ALL_THE_SAME = {
     ("kvbench", "cache"): "the names a user's policy needs, loaded when first used",
-    ("kvbench.results.maintenance", "frontier"): "`verify` reads every kind of file in a results folder",
-    ("kvbench.autopsy.body", "sweep"): "an autopsy is of a cell: the two types alone",
-    ("kvbench.autopsy.read", "report"): "reads its file for one cell that the report has loaded",
-    ("kvbench.autopsy.page", "report"): "a section of the page, in the page's markup",
-    ("kvbench.report.page", "autopsy"): "puts the page together, this section too",
+    ("kvbench.results.maintenance", "frontier.table"): "`verify` reads every kind of file in a results folder",
+    ("kvbench.autopsy.body", "sweep"): "an autopsy is of a cell: the types alone",
+    ("kvbench.report.page", "autopsy.page"): "puts the page together, this section too",
     ("kvbench.report.page", "frontier"): "puts the page together, this section too",
-    ("kvbench.report.load", "frontier"): "a frontier's file is read as records are",
-    ("kvbench.report.figures.pareto", "frontier"): "one of its figures is of searches",
-    ("kvbench.report.figures.style", "frontier"): "one of its figures is of searches",
     ("kvbench.sweep.worker", "config"): "a worker is a program of its own: it is told words, and builds its cells",
     ("kvbench.sweep.worker", "cli"): "a worker is a program of its own: it makes libraries quiet as the command does",
 }
@@ -142,7 +141,10 @@ def module_of(name: str) -> str:
 def part(name: str) -> str:
     """kvbench.cache.slots is part of `cache`, kvbench.errors of `errors`, kvbench of `__init__`."""
     first, *rest = name.split(".")
-    return first if first != "kvbench" else rest[0] if rest else "__init__"
+    if first != "kvbench":
+        return first
+    own = ".".join(rest[:2])
+    return own if own in MAY_IMPORT else rest[0] if rest else "__init__"
 
 
 def needed_packages(module: str) -> set[str]:
