@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "stats": "errors measures",
     "results": "errors",
     "models": "errors kernels cache datasets results",
-    "bundled": "datasets results models",
+    "bundled": "datasets results",
     "tasks": "errors measures cache datasets stats results models",
     "autopsy": "errors cache datasets results models tasks",
     "sinks": "errors measures results",
@@ -41,8 +41,8 @@ MAY_IMPORT = {
     "config": "errors __init__ measures cache datasets results models tasks autopsy sinks sweep",
     "frontier.table": "errors measures results",  # what a search leaves: a file, as a record is
     "report": "errors __init__ measures stats results frontier.table",
-    "autopsy.read": "errors results autopsy report",  # what the page shows of an autopsy
-    "autopsy.page": "errors results autopsy autopsy.read report",
+    "autopsy.read": "errors results report",  # what the page shows of an autopsy
+    "autopsy.page": "errors results autopsy.read report",
     "sinks.wandb": "errors __init__ measures results sinks report",  # W&B is sent the report's words and figures
     "frontier": "errors measures stats results sweep config frontier.table report",
     "audit": "errors measures stats results tasks",
