@@ -1,11 +1,14 @@
-"""What a spawned worker runs, and how it talks with its parent and is tied to it.
+"""What a spawned worker runs: read a job, build its cells from their configurations, run them.
 
-A job is one JSON line on the standard input; nothing is pickled. The worker builds its cells from their
-configurations, runs them, and says what it does, one JSON object a line. The parent says one thing only: a byte,
-when nothing of the sweep works beside the worker, so that it may begin to time. Whatever else shares the process, a
-policy that writes to every open file among it, can put anything on the pipe: `message_of` takes what a worker can mean.
+A job is one JSON line on the standard input; nothing is pickled.
 
-The parent reads this module too, so what measures is imported when a job begins.
+The worker's side of a group: run its cells and tell the parent every step.
+
+How a worker and its parent talk, and how the worker is tied to it; imports nothing heavy.
+
+A worker says what it does, one JSON object a line. The parent says one thing only: a byte, when nothing of
+the sweep works beside the worker, so that it may begin to time. Whatever else shares the process, a policy that
+writes to every open file among it, can put anything on the pipe: `message_of` takes what a worker can mean.
 """
 
 from __future__ import annotations
@@ -22,13 +25,17 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from omegaconf import OmegaConf
+
+from kvbench.cli.sweep import quiet_libraries
+from kvbench.config.build import build_cells
+from kvbench.config.compose import Composed
 from kvbench.errors import ConfigError, is_poisoned
-
-if TYPE_CHECKING:
-    from kvbench.sweep.cell import Cell
-    from kvbench.sweep.group import GroupPlan
+from kvbench.results.store import PartialStore
+from kvbench.sweep.cell import Cell, environment
+from kvbench.sweep.group import GroupPlan, ModelShelf, run_group
 
 GO = b"g"
 LOAD = "load"
@@ -184,9 +191,6 @@ def protect(parent: int) -> None:
 
 def serve(cells: Sequence[Cell], plan: GroupPlan, watcher: PipeWatcher) -> None:
     """Run one group and say goodbye."""
-    from kvbench.sweep.cell import environment
-    from kvbench.sweep.group import ModelShelf, run_group
-
     watcher.hello(environment(cells[0].device))
     run_group(cells, plan, shelf=ModelShelf(), watcher=watcher)
     watcher.bye()
@@ -196,18 +200,8 @@ def main(job: dict[str, Any]) -> None:
     """Run the job and end the process without waiting for anything that a library left running."""
     protect(job["parent"])
     watcher = watcher_of(job)
-    from omegaconf import OmegaConf
-
-    from kvbench.cli.sweep import quiet_libraries
-
-    quiet_libraries()  # before they are imported
-    from kvbench.config.build import build_cells
-    from kvbench.config.compose import Composed
-    from kvbench.results.store import PartialStore
-    from kvbench.sweep.group import GroupPlan
-
-    specs = job["cells"]
-    cells = build_cells([Composed(config=OmegaConf.create(one["config"]), choices=one["choices"]) for one in specs])
+    quiet_libraries()
+    cells = build_cells([_composed(spec) for spec in job["cells"]])
     if [cell.key for cell in cells] != job["keys"]:
         raise ConfigError("the cells changed while the sweep ran (code, checkpoint or data); start it again")
     results = Path(job["results"])
@@ -219,3 +213,7 @@ def main(job: dict[str, Any]) -> None:
     )
     serve(cells, plan, watcher)
     os._exit(0)
+
+
+def _composed(spec: dict[str, Any]) -> Composed:
+    return Composed(config=OmegaConf.create(spec["config"]), choices=spec["choices"])
