@@ -16,8 +16,8 @@ from kvbench.cache.slots import NO_CHOICE, Entries, Slots
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from kvbench.kernels import slots as slots_launch
-from kvbench.kernels.slots import free_given, free_lowest, lowest_slot, write_slot
+from kvbench.kernels import slot_writes
+from kvbench.kernels.slot_writes import free_given, free_lowest, lowest_slot, write_slot
 from tests.covering import share_of
 
 ON = "cuda" if torch.cuda.is_available() else "cpu"
@@ -162,7 +162,7 @@ def test_one_warp_frees_a_given_victim_and_more_only_where_they_wait_for_each_ot
         def __getitem__(self, grid: Any) -> Any:
             return lambda *arguments, **constants: warps.append(constants["num_warps"])
 
-    monkeypatch.setattr(slots_launch, "free_victim", Noted())
+    monkeypatch.setattr(slot_writes, "free_victim", Noted())
     ours, _ = random_slots(1, 2, 3, 9)
     columns = ours.columns() if has_rank else replace(ours.columns(), rank=None)
     budget = torch.tensor([4, 5], device=ON)
