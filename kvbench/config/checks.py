@@ -27,8 +27,15 @@ from kvbench.cache import Budget, Policy
 from kvbench.datasets.base import Dataset
 from kvbench.datasets.synthetic import Synthetic
 from kvbench.errors import ConfigError, close_matches
-from kvbench.models.spec import FAMILIES, MOVING_ROTATIONS, TEXT_FAMILIES, ModelSpec, check_folder_code, image_tokens
-from kvbench.models.weight_files import check_weight_files
+from kvbench.models.spec import (
+    FAMILIES,
+    MOVING_ROTATIONS,
+    TEXT_FAMILIES,
+    ModelSpec,
+    check_folder_code,
+    check_weight_files,
+    image_tokens,
+)
 from kvbench.results.redaction import is_secret_name, secret_in
 from kvbench.tasks.task import Task
 

@@ -1,12 +1,10 @@
 """Which checkpoint, or which architecture with random weights; checked before anything heavy is imported.
 
-Which families of checkpoints are supported, by the `model_type` of their configuration.
-
-Whether a model takes pictures, from its configuration, before anything heavy is imported.
-
-Code that comes with a checkpoint: run only on request, and only from the place that is pinned.
-
-Prompt formats that checkpoints do not carry, or carry in another form than a paper used.
+Here stand the families that are supported, by the `model_type` of their configuration; prompt formats that
+checkpoints do not carry, or carry in another form than a paper used; and what can be told of a checkpoint's folder by
+looking at its files: that they are whole, what they are (`fingerprint`), and whose code they would run. Weights are
+looked at by their headers: https://github.com/huggingface/safetensors#format (8 bytes that give the header's length,
+the header in JSON with the place of each tensor, the tensors).
 """
 
 from __future__ import annotations
@@ -14,14 +12,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from kvbench.errors import ConfigError, close_matches, missing_path, near_paths
-from kvbench.models.weight_files import SUFFIXES, check_no_adapter, check_no_pointer
 from kvbench.results.files import canonical_json
 
 GRID_FAMILIES = ("qwen2_5_vl", "qwen3_vl")  # a picture's tokens are counted by its grid of patches
@@ -32,45 +30,6 @@ TEXT_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 FAMILIES = (*VISION_FAMILIES, *TEXT_FAMILIES)
 RANDOM_FAMILIES = ("llava", *TEXT_FAMILIES)  # those that random weights and random pictures are drawn for
 MOVING_ROTATIONS = ("dynamic", "longrope")  # rotary kinds whose angles follow the length so far
-
-
-_FILES = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
-
-
-def check_folder_code(folder: Path) -> None:
-    """Raise ConfigError if a settings file in `folder` takes code from another repository, which nothing pins."""
-    for path in filter(Path.is_file, (folder / name for name in _FILES)):
-        check_code_place(json.loads(path.read_text(encoding="utf-8")), str(path))
-
-
-def check_hub_code(source: str, revision: str | None) -> None:
-    """Do the same for a checkpoint on the hub; fetches settings and runs nothing. Raises: ConfigError."""
-    from transformers import PretrainedConfig
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
-
-    config, _ = PretrainedConfig.get_config_dict(source, revision=revision)
-    check_code_place(config, f"config.json of {source}")
-    check_code_place(get_tokenizer_config(source, revision=revision), f"tokenizer_config.json of {source}")
-
-
-def check_code_place(settings: Any, where: str) -> None:
-    """Raise ConfigError if `auto_map` in `settings`, read from `where`, names code of another repository."""
-    auto_map = settings.get("auto_map", {}) if isinstance(settings, dict) else {}
-    for name in _texts(auto_map):
-        if "--" in name:
-            raise ConfigError(
-                f"{where} takes code from another repository ({name}), which model.trust_remote_code does not "
-                "cover, as nothing pins it; copy the checkpoint and that code into one folder and name the code there"
-            )
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _texts(item)
-
 
 # How checkpoint and data become tokens: raise it when they would give others. 2: data is plain text, templates have
 # one clock, an answer ends at every end token that the checkpoint names and is scored to the template's own.
@@ -110,7 +69,6 @@ QWEN_RAW = "{% set pictures = namespace(count=0) %}{% for message in messages %}
 
 PROMPTS = {"llava_v1": LLAVA_V1, "qwen_chatml": QWEN_CHATML, "qwen_raw": QWEN_RAW}
 
-
 BUNDLED = "bundled"
 BUNDLED_FOLDER = Path(__file__).parents[1] / "bundled" / "tiny_llava_scenes"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -119,6 +77,15 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _WHOLE_BYTES = 2**26
 _BLOCK_BYTES = 2**16
 _NUM_BLOCKS = 256
+WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".tiktoken", ".txt", ".py")  # what a checkpoint is made of
+_CODE_FILES = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_LENGTH_BYTES = 8
+_MOST_HEADER_BYTES = 10**8  # the format's own limit
+_MOST_NAMES = 3
+_DOWNLOAD = "download it again"
+_VISION_PARTS = ("vision_config", "visual")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +119,12 @@ class ModelSpec:
         elif self.folder is None:
             self._check_hub()
         else:
-            _check_folder(self.folder)
+            _check_config_file(self.folder)
+            if not any(self.folder.glob("*.safetensors")):
+                raise ConfigError(
+                    f"model.checkpoint {self.folder} has no .safetensors file; kvbench reads no pickle. Convert it "
+                    "with model.save_pretrained(folder, safe_serialization=True)"
+                )
 
     @property
     def is_random(self) -> bool:
@@ -234,7 +206,7 @@ class ModelSpec:
             return f"{self.checkpoint}@{self.revision}"
         digest = hashlib.sha256()
         for path in sorted(self.folder.iterdir()):
-            if path.suffix in SUFFIXES:
+            if path.suffix in _SUFFIXES:
                 digest.update(path.name.encode() + _content_sample(path))
         return digest.hexdigest()
 
@@ -249,6 +221,14 @@ def _content_sample(path: Path) -> bytes:
             file.seek(number * (size - _BLOCK_BYTES) // (_NUM_BLOCKS - 1))
             blocks.append(file.read(_BLOCK_BYTES))
         return b"".join(blocks)
+
+
+def takes_images(spec: ModelSpec) -> bool | None:
+    """Return whether the model has a vision part; None for one on the hub, which is not at hand."""
+    config = spec.known_config()
+    if config is None:
+        return None
+    return config.get("model_type") in VISION_FAMILIES or any(config.get(part) is not None for part in _VISION_PARTS)
 
 
 def image_tokens(config: Mapping[str, Any]) -> int:
@@ -266,33 +246,149 @@ def image_tokens(config: Mapping[str, Any]) -> int:
     return patches + int(config.get("vision_feature_select_strategy", "default") == "full")
 
 
-def _check_folder(folder: Path) -> None:
-    _check_config_file(folder)
-    if not any(folder.glob("*.safetensors")):
-        raise ConfigError(
-            f"model.checkpoint {folder} has no .safetensors file; kvbench reads no pickle. Convert it with "
-            "model.save_pretrained(folder, safe_serialization=True)"
-        )
-
-
 def _check_config_file(folder: Path) -> None:
     config = folder / "config.json"
     check_no_pointer(config)
     if not config.is_file():
         check_no_adapter(folder)
         raise ConfigError(f"model.checkpoint {folder} has no config.json; give a folder in Hugging Face format")
+    _json_object(config)
+
+
+def check_weight_files(folder: Path) -> None:
+    """Raise ConfigError, one line, unless every file of the checkpoint in `folder` is there and whole.
+
+    A file as long as it should be whose bytes are wrong is not found.
+    """
+    for path in sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file()):
+        check_no_pointer(path)
+        if path.suffix == ".json":
+            _check_json(path, path.stat().st_size, path.stat().st_mtime_ns)
+    check_no_adapter(folder)
+    if (folder / WEIGHTS).is_file():
+        _tensor_names(folder / WEIGHTS)
+    elif (folder / INDEX).is_file():
+        _check_shards(folder)
+    else:
+        found = sorted(path.name for path in folder.glob("*.safetensors"))
+        raise ConfigError(
+            f"model.checkpoint {folder} has no {WEIGHTS} and no {INDEX}, but {some_names(found)}; "
+            f"{_DOWNLOAD} with its index, or save it with model.save_pretrained(folder)"
+        )
+
+
+def check_no_pointer(path: Path) -> None:
+    """Raise ConfigError if git left the pointer of git-lfs in the place of the file."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise ConfigError(
+                f"{path} is a pointer of git-lfs and not the file itself; run `git lfs pull` in its folder, or "
+                "download the file from the checkpoint's page"
+            )
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Raise ConfigError for the adapter (LoRA) of another checkpoint: alone no model, beside one it would be lost."""
+    path = folder / ADAPTER
+    if not path.is_file():
+        return
+    base = _json_object(path).get("base_model_name_or_path")
+    how = "merge it into its base (peft: merge_and_unload, then save_pretrained) and give that folder"
+    if (folder / "config.json").is_file():
+        raise ConfigError(
+            f"model.checkpoint {folder} holds an adapter of {base!r} beside its weights ({ADAPTER}), and kvbench loads "
+            f"none; {how}, or move {ADAPTER} away to run without it"
+        )
+    raise ConfigError(f"model.checkpoint {folder} is an adapter of {base!r} ({ADAPTER}) without its base; {how}")
+
+
+@lru_cache(maxsize=2**10)  # a tokenizer has megabytes, and a sweep asks once per cell
+def _check_json(path: Path, size_bytes: int, changed_ns: int) -> None:
+    _json_object(path)
+
+
+def _check_shards(folder: Path) -> None:
+    places = _json_object(folder / INDEX).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(_is_name(file) for file in places.values()):
+        raise ConfigError(f"{folder / INDEX} has no weight_map of tensors to files beside it; {_DOWNLOAD}")
+    for file in sorted(set(places.values())):
+        if not (folder / file).is_file():
+            raise ConfigError(f"model.checkpoint {folder} lacks {file}, which {INDEX} names; download that file too")
+        held = _tensor_names(folder / file)
+        absent = next((name for name, place in sorted(places.items()) if place == file and name not in held), None)
+        if absent is not None:
+            raise ConfigError(f"{folder / file} does not hold {absent}, which {INDEX} says it does; {_DOWNLOAD}")
+
+
+def _tensor_names(path: Path) -> Sequence[str]:
+    """Return the tensors of a safetensors file. Raises: ConfigError unless it is as long as its header says."""
+    size = path.stat().st_size
+    broken = ConfigError(f"{path} is not a whole safetensors file ({size} bytes); {_DOWNLOAD}")
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        if not 0 < length <= min(_MOST_HEADER_BYTES, size - _LENGTH_BYTES):
+            raise broken
+        raw = file.read(length)
     try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{config} is not JSON ({error})") from error
+        header = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
+        told = _LENGTH_BYTES + length + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise broken from error
+    if size != told:
+        raise ConfigError(f"{path} has {size} bytes, and its header tells of {told}; {_DOWNLOAD}")
+    return list(header)
 
 
-_VISION_PARTS = ("vision_config", "visual")
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON ({error}); {_DOWNLOAD}") from error
+    return content if isinstance(content, dict) else {}
 
 
-def takes_images(spec: ModelSpec) -> bool | None:
-    """Return whether the model has a vision part; None for one on the hub, which is not at hand."""
-    config = spec.known_config()
-    if config is None:
-        return None
-    return config.get("model_type") in VISION_FAMILIES or any(config.get(part) is not None for part in _VISION_PARTS)
+def _is_name(file: Any) -> bool:
+    return isinstance(file, str) and file not in ("", ".", "..") and Path(file).name == file
+
+
+def some_names(names: Sequence[str]) -> str:
+    """Return the first three of `names` and how many more there are."""
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
+
+
+def check_folder_code(folder: Path) -> None:
+    """Raise ConfigError if a settings file in `folder` takes code from another repository, which nothing pins."""
+    for path in filter(Path.is_file, (folder / name for name in _CODE_FILES)):
+        check_code_place(json.loads(path.read_text(encoding="utf-8")), str(path))
+
+
+def check_hub_code(source: str, revision: str | None) -> None:
+    """Do the same for a checkpoint on the hub; fetches settings and runs nothing. Raises: ConfigError."""
+    from transformers import PretrainedConfig
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    config, _ = PretrainedConfig.get_config_dict(source, revision=revision)
+    check_code_place(config, f"config.json of {source}")
+    check_code_place(get_tokenizer_config(source, revision=revision), f"tokenizer_config.json of {source}")
+
+
+def check_code_place(settings: Any, where: str) -> None:
+    """Raise ConfigError if `auto_map` in `settings`, read from `where`, names code of another repository."""
+    auto_map = settings.get("auto_map", {}) if isinstance(settings, dict) else {}
+    for name in _texts(auto_map):
+        if "--" in name:
+            raise ConfigError(
+                f"{where} takes code from another repository ({name}), which model.trust_remote_code does not "
+                "cover, as nothing pins it; copy the checkpoint and that code into one folder and name the code there"
+            )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
