@@ -9,7 +9,6 @@ rows with a matrix from `kvbench.kernels`. Set `model.fused=false` to do without
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
@@ -27,15 +26,18 @@ def fuse(model: Any) -> None:
     """Put the fused decode step before the forwards of `model`'s text part; prefill is left as it is."""
     decoder = model.get_decoder()
     for module in decoder.modules():
-        if _has_plain(module, ("q_proj", "k_proj", "v_proj")):
+        if _has_plain(module, "q_proj", "k_proj", "v_proj"):
             _share_input([module.q_proj, module.k_proj, module.v_proj])
-            _product_alone(getattr(module, "o_proj", None))
+            if _has_plain(module, "o_proj"):
+                _extend(module.o_proj, _Product)
             _extend(module, _Attention)
         elif _is_gated_mlp(module):
             _extend(module, _GatedMlp)
         elif type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon") and liger_installed():
             _extend(module, _Norm)
-    _product_alone(model.get_output_embeddings())
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        _extend(head, _Product)
     if liger_installed():
         _rotate_by_liger(sys.modules[type(decoder).__module__])
 
@@ -46,18 +48,14 @@ def liger_installed() -> bool:
     return find_spec("liger_kernel") is not None
 
 
-def _is_plain(linear: object) -> bool:
-    """Whether it multiplies by its weight and no more: a subclass may do anything."""
-    return type(linear) is nn.Linear
+def _has_plain(module: Any, *names: str) -> bool:
+    """Whether they multiply by their weight and no more: a subclass may do anything."""
+    return all(type(getattr(module, name, None)) is nn.Linear for name in names)
 
 
-def _has_plain(module: nn.Module, names: Sequence[str]) -> bool:
-    return all(_is_plain(getattr(module, name, None)) for name in names)
-
-
-def _is_gated_mlp(module: nn.Module) -> bool:
+def _is_gated_mlp(module: Any) -> bool:
     names = ("gate_proj", "up_proj", "down_proj")
-    without_bias = _has_plain(module, names) and all(getattr(module, name).bias is None for name in names)
+    without_bias = _has_plain(module, *names) and all(getattr(module, name).bias is None for name in names)
     return without_bias and type(getattr(module, "act_fn", None)).__name__ in _SILU
 
 
@@ -70,11 +68,6 @@ def _share_input(linears: list[nn.Linear]) -> None:
         extended = _extend(linear, _LaterProduct if number else _FirstProduct)
         extended.kvbench_number, extended.kvbench_left = number, left
     linears[0].kvbench_others = linears[1:]  # type: ignore[assignment]  # a list, which is no submodule
-
-
-def _product_alone(linear: Any) -> None:
-    if _is_plain(linear):
-        _extend(linear, _Product)
 
 
 def _extend(module: Any, by: Any) -> Any:

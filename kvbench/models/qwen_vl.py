@@ -365,6 +365,8 @@ class QwenVLPreTrainedModel(PreTrainedModel):
 class QwenVLModel(QwenVLPreTrainedModel):
     """Vision tower and decoder, without the head."""
 
+    _input_embed_layer = "wte"
+
     def __init__(self, config: QwenVLConfig) -> None:
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -373,14 +375,6 @@ class QwenVLModel(QwenVLPreTrainedModel):
         self.ln_f = RootMeanSquareNorm(config.hidden_size, config.layer_norm_epsilon)
         self.visual = VisionTower(config.visual)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the token embedding."""
-        return self.wte
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the token embedding."""
-        self.wte = value
 
     def forward(
         self,
@@ -460,10 +454,6 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
     def get_decoder(self) -> QwenVLModel:
         """Return the model without its head."""
         return self.transformer
-
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the head."""
-        return self.lm_head
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return a step's inputs; pictures go in with the prompt only."""
