@@ -68,7 +68,7 @@ def check_model(spec: ModelSpec, dataset: Dataset, positions: str, engine: str) 
 
 def known_config(spec: ModelSpec) -> dict[str, Any] | None:
     """Return the model's architecture if it is on this machine: in the settings, its folder, or the hub's cache."""
-    if spec.is_random:
+    if spec.is_random or spec.gguf is not None:
         return spec.known_config()
     path: Any = spec.folder / "config.json" if spec.folder is not None else None
     if path is None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,10 +23,13 @@ from safetensors import SafetensorError
 from kvbench.errors import ConfigError, ModelSupportError, close_matches
 from kvbench.models.chat import TextTokens, default_template, end_token_written
 from kvbench.models.fused import fuse
+from kvbench.models.gguf import SUFFIX as GGUF_SUFFIX
+from kvbench.models.gguf import read_gguf
 from kvbench.models.spec import (
     FAMILIES,
     LLAVA_V1,
     PROMPTS,
+    TEXT_FAMILIES,
     VISION_FAMILIES,
     ModelSpec,
     check_hub_code,
@@ -107,7 +111,9 @@ def load_model(spec: ModelSpec, device: str) -> LoadedModel:
     where = torch.device(device)
     if where.type == "cuda" and where.index is not None:  # what names no device, such as a kernel's launch, uses this
         torch.cuda.set_device(where)
-    return _random(spec, where) if spec.is_random else _checkpoint(spec, where)
+    if spec.is_random:
+        return _random(spec, where)
+    return _checkpoint(spec, where) if spec.gguf is None else _gguf(spec, spec.gguf, where)
 
 
 def _ready(model: Any, spec: ModelSpec, device: torch.device) -> Any:
@@ -207,7 +213,7 @@ def _checkpoint(spec: ModelSpec, device: torch.device) -> LoadedModel:
     if spec.folder is not None:
         check_weight_files(spec.folder)
     auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
-    model = _whole_model(auto, source, getattr(torch, spec.dtype), options)
+    model = _whole_model(auto, source, getattr(torch, spec.dtype), options, told=source)
     try:
         processor = _processor(source, model, spec.prompt, options)
     except (OSError, ValueError) as error:  # a file of tokenizer or processor that is missing or of another form
@@ -222,8 +228,33 @@ def _checkpoint(spec: ModelSpec, device: torch.device) -> LoadedModel:
     )
 
 
-def _whole_model(auto: Any, source: str, dtype: torch.dtype, options: Mapping[str, Any]) -> Any:
-    """Return the model of `source`, every tensor of it from the checkpoint.
+def _gguf(spec: ModelSpec, path: Path, device: torch.device) -> LoadedModel:
+    """Load all of a GGUF file, dequantised; nothing that lies beside it is read for a part of the model."""
+    transformers = importlib.import_module("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    options = {"gguf_file": "model.gguf"}
+    packs = getattr(transformers, "GgufConfig", None)  # since 5.24; before, weights were always dequantised
+    dense = {} if packs is None else {"quantization_config": packs(dequantize=True)}
+    with TemporaryDirectory() as alone:
+        (Path(alone) / options["gguf_file"]).symlink_to(path.resolve())
+        auto, dtype = transformers.AutoModelForCausalLM, getattr(torch, spec.dtype)
+        try:
+            model = _whole_model(auto, alone, dtype, {**options, **dense}, told=str(path))
+            tokenizer = _processor(alone, model, spec.prompt, options)
+        except (OSError, ValueError, LookupError, NotImplementedError) as error:  # what transformers makes of the file
+            raise _not_loaded(str(path), error) from error
+    return LoadedModel(
+        model=_ready(model, spec, device),
+        processor=tokenizer,
+        tokenizer=tokenizer,
+        device=device,
+        image_token_id=None,
+        declared_ends=read_gguf(path, TEXT_FAMILIES).end_tokens,
+    )
+
+
+def _whole_model(auto: Any, source: str, dtype: torch.dtype, options: Mapping[str, Any], *, told: str) -> Any:
+    """Return the model of `source`, every tensor of it from the checkpoint, which messages call `told`.
 
     Shapes that differ are let through, so that they are told by name and in one line with all the rest.
     """
@@ -240,10 +271,10 @@ def _whole_model(auto: Any, source: str, dtype: torch.dtype, options: Mapping[st
             **options,
         )
     except (OSError, SafetensorError) as error:  # a file of a hub's checkpoint that is missing or broken
-        raise _not_loaded(source, error) from error
+        raise _not_loaded(told, error) from error
     finally:
         log.set_verbosity(level)
-    check_loaded(source, info)
+    check_loaded(told, info)
     return model
 
 
@@ -252,6 +283,9 @@ def check_loaded(source: str, info: Mapping[str, Any]) -> None:
 
     info: transformers' loading info; it leaves tied weights out by itself.
     """
+    asks, remedy = "config.json", "give the config.json that belongs to the weights, or download it again"
+    if source.lower().endswith(GGUF_SUFFIX):
+        asks, remedy = "header", "download it again"
     mismatched = {name: (found, asked) for name, found, asked in info["mismatched_keys"]}
     missing = _learned(name for name in info["missing_keys"] if name not in mismatched)
     left_over = _learned(info["unexpected_keys"])
@@ -260,17 +294,16 @@ def check_loaded(source: str, info: Mapping[str, Any]) -> None:
         told = [
             f"{name} is {_shape(found)}, not {_shape(asked)}" for name, (found, asked) in sorted(mismatched.items())
         ]
-        problems.append(f"holds {_tensors(told)} of other shapes than its config.json asks for ({some_names(told)})")
+        problems.append(f"holds {_tensors(told)} of other shapes than its {asks} asks for ({some_names(told)})")
     if missing:
-        problems.append(f"lacks {_tensors(missing)} that its config.json asks for ({some_names(missing)})")
+        problems.append(f"lacks {_tensors(missing)} that its {asks} asks for ({some_names(missing)})")
     if left_over:
-        problems.append(
-            f"holds {_tensors(left_over)} that the model of its config.json does not have ({some_names(left_over)})"
-        )
+        names = some_names(left_over)
+        problems.append(f"holds {_tensors(left_over)} that the model of its {asks} does not have ({names})")
     if problems:
         raise ModelSupportError(
             f"model.checkpoint {source} {', and '.join(problems)}, so a part of the model would be random numbers; "
-            f"give the config.json that belongs to the weights, or download it again"
+            f"{remedy}"
         )
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvbench.errors import ConfigError, close_matches, missing_path, near_paths
+from kvbench.models.gguf import SUFFIX as GGUF_SUFFIX
+from kvbench.models.gguf import read_gguf
 from kvbench.results.files import canonical_json
 
 GRID_FAMILIES = ("qwen2_5_vl", "qwen3_vl")  # a picture's tokens are counted by its grid of patches
@@ -90,9 +92,9 @@ _VISION_PARTS = ("vision_config", "visual")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A checkpoint: `bundled`, a local folder, or a hub name with its pinned revision.
+    """A checkpoint: `bundled`, a local folder, a GGUF file of a text family, or a hub name with its pinned revision.
 
-    Only safetensors are read. trust_remote_code runs code of the checkpoint; it is never on unless
+    Only safetensors and GGUF are read. trust_remote_code runs code of the checkpoint; it is never on unless
     said here. prompt: a prompt format by name, None for the checkpoint's own. weights="random" builds the
     architecture of `config` (fields of its transformers config, else those of the folder) from
     `weights_seed`, for speed and memory alone: no checkpoint is read and there is no tokenizer. fused: on
@@ -116,6 +118,8 @@ class ModelSpec:
             raise ConfigError(f"model.prompt is {self.prompt!r}; {close_matches(self.prompt, PROMPTS)}")
         if self.weights == "random":
             self._check_architecture()
+        elif self.gguf is not None:
+            self._check_gguf(self.gguf)
         elif self.folder is None:
             self._check_hub()
         else:
@@ -135,6 +139,8 @@ class ModelSpec:
         """Return the architecture as far as it is known without the hub: `config`, or the folder's config.json."""
         if self.is_random and self.config is not None:
             return self.config
+        if self.gguf is not None:
+            return {"model_type": read_gguf(self.gguf, TEXT_FAMILIES).family}
         if self.folder is None:
             return None
         known: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
@@ -164,8 +170,26 @@ class ModelSpec:
         path = Path(self.checkpoint).expanduser()
         return path if path.is_dir() else None
 
+    @property
+    def gguf(self) -> Path | None:
+        """The GGUF file, None for a checkpoint of another kind."""
+        path = Path(self.checkpoint).expanduser()
+        return path if path.suffix.lower() == GGUF_SUFFIX and path.is_file() and not self.is_random else None
+
+    def _check_gguf(self, path: Path) -> None:
+        if self.revision is not None or self.trust_remote_code:
+            name, value = ("revision", self.revision) if self.revision is not None else ("trust_remote_code", True)
+            raise ConfigError(
+                f"model.{name} is {value!r}, but model.checkpoint {path} is a GGUF file, which has none; leave "
+                f"model.{name} out"
+            )
+        check_no_pointer(path)
+        read_gguf(path, TEXT_FAMILIES)
+
     def _check_hub(self) -> None:
         path = Path(self.checkpoint).expanduser()
+        if path.suffix.lower() == GGUF_SUFFIX:
+            raise ConfigError(f"model.checkpoint is {self.checkpoint!r}, but {missing_path(path)}; give a file")
         if path.is_file():
             raise ConfigError(
                 f"model.checkpoint is {self.checkpoint!r}, which is a file; give the folder that it is in"
@@ -192,16 +216,20 @@ class ModelSpec:
         """Return what of a model changes answers or cost; the checkpoint's own prompt format is part of its files."""
         prompt = {} if self.prompt is None else {"prompt": self.prompt}
         rules = {} if self.is_random else {"prompt_rules": PROMPT_RULES}  # without a tokenizer there is no text
-        return {"fingerprint": self.fingerprint(), "dtype": self.dtype, "fused": self.fused, **prompt, **rules}
+        held = {} if self.gguf is None else {"gguf_types": dict(read_gguf(self.gguf, TEXT_FAMILIES).types)}
+        return {"fingerprint": self.fingerprint(), "dtype": self.dtype, "fused": self.fused, **prompt, **rules, **held}
 
     def fingerprint(self) -> str:
         """Return what the weights are: hub commit, hash of the folder's files, or of config and seed of random ones.
 
-        Files over 64 MiB count by size and 256 blocks of 64 KiB spread evenly over them.
+        Of a GGUF file it is the SHA-256 of all its bytes; of a folder files over 64 MiB count by size and 256 blocks
+        of 64 KiB spread evenly over them.
         """
         if self.is_random:
             drawn = {"config": self.known_config(), "weights": "random", "seed": self.weights_seed}
             return hashlib.sha256(canonical_json(drawn).encode()).hexdigest()
+        if self.gguf is not None:
+            return read_gguf(self.gguf, TEXT_FAMILIES).sha256
         if self.folder is None:
             return f"{self.checkpoint}@{self.revision}"
         digest = hashlib.sha256()
