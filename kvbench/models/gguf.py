@@ -98,6 +98,8 @@ def _left_unread(reader: Any, family: str) -> str | None:
     """Return what the file holds that transformers would pass over, so that another model would be measured."""
     if _value(reader, f"{family}.expert_count"):
         return "a mixture of experts"
+    if _value(reader, f"{family}.attention.sliding_window"):
+        return "a sliding window"
     scaling = _value(reader, f"{family}.rope.scaling.type")
     if scaling not in (None, "none"):
         return f"scaled rotary positions ({scaling})"

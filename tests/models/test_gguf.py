@@ -196,6 +196,10 @@ def add_experts(writer: Any) -> None:
     writer.add_expert_count(8)
 
 
+def add_window(writer: Any) -> None:
+    writer.add_sliding_window(64)
+
+
 def add_scaling(writer: Any) -> None:
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
 
@@ -212,6 +216,7 @@ def add_integers(writer: Any) -> None:
     ("change", "message"),
     [
         (add_experts, "holds a mixture of experts"),
+        (add_window, "holds a sliding window"),
         (add_scaling, "holds scaled rotary positions (yarn)"),
         (add_frequencies, "rotary frequencies of its own (rope_freqs.weight)"),
         (add_integers, "tensors of type I32, which cannot be dequantised"),
