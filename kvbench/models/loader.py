@@ -8,7 +8,9 @@ lacks would be random numbers.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -239,7 +241,8 @@ def _gguf(spec: ModelSpec, path: Path, device: torch.device) -> LoadedModel:
         (Path(alone) / options["gguf_file"]).symlink_to(path.resolve())
         auto, dtype = transformers.AutoModelForCausalLM, getattr(torch, spec.dtype)
         try:
-            model = _whole_model(auto, alone, dtype, {**options, **dense}, told=str(path))
+            with contextlib.redirect_stderr(io.StringIO()):  # a progress bar of its own, which nothing turns off
+                model = _whole_model(auto, alone, dtype, {**options, **dense}, told=str(path))
             tokenizer = _processor(alone, model, spec.prompt, options)
         except (OSError, ValueError, LookupError, NotImplementedError) as error:  # what transformers makes of the file
             raise _not_loaded(str(path), error) from error

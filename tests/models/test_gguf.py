@@ -146,12 +146,15 @@ def test_the_key_is_of_the_bytes_and_not_of_the_place(tmp_path: Path) -> None:
     assert ModelSpec(checkpoint=str(tmp_path / "b.GGUF")).key() != first.key()
 
 
-def test_nothing_beside_the_file_is_read(tmp_path: Path) -> None:
+def test_nothing_beside_the_file_is_read_and_no_progress_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     written = write_gguf(tmp_path / "a.gguf")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (tmp_path / name).write_text("{nonsense")
     (tmp_path / "chat_template.jinja").write_text("other")
     loaded = load_model(ModelSpec(checkpoint=str(tmp_path / "a.gguf")), "cpu")
+    assert "%|" not in capsys.readouterr().err
     assert loaded.chat_template == WITH_LINES
     assert loaded.model.config.hidden_size == written.config.hidden_size
 
