@@ -1,4 +1,4 @@
-"""What a prompt leaves in every layer before any policy decides, recorded once for many policies.
+"""What a prompt leaves before any policy decides, recorded once for many policies; and when each entry left a cache.
 
 The output of a prompt's attention does not depend on the policy, so one forward serves every cell
 that shares model and prompt. `PromptRecorder` runs in the place of a `PolicyCache` and keeps keys,
@@ -11,7 +11,9 @@ values, positions and the statistics that the given policies declare; `cache_aft
 
 The recording holds the whole prompt uncompressed, in all layers: drop it before the next batch.
 
-When each entry left the cache, and what it was merged into: for looking, never for deciding.
+`EvictionLog` is for looking, never for deciding. Nothing that was evicted comes back, so one number per layer, head
+and token tells the whole story; it is kept on the device of the cache, and nothing waits for the host before `freed`
+is asked for.
 
     log = EvictionLog(num_tokens=prompt + answer)
     cache = PolicyCache(model, policy, budget, on_plan=log.note_plan)
@@ -19,9 +21,6 @@ When each entry left the cache, and what it was merged into: for looking, never 
     log.after_prompt(cache)
     ...                                    # one token
     log.after_step(cache, [True])
-
-Nothing that was evicted comes back, so one number per layer, head and token tells the whole story. It is
-kept on the device of the cache; nothing waits for the host before `freed` is asked for.
 """
 
 from __future__ import annotations
@@ -29,24 +28,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
+from kvbench.cache.attention import ChunkStatistics, Statistics
 from kvbench.cache.cache import PolicyCache
+from kvbench.cache.counts import LayerSetup, OnPlan
 from kvbench.cache.layer import PolicyLayer
 from kvbench.cache.policy import UNLIMITED, Budget, Needs, Plan, Policy
 from kvbench.cache.positions import PositionMode
-from kvbench.cache.setup import LayerSetup, OnPlan
-from kvbench.cache.slots import Entries, Slots, columns_of
-from kvbench.cache.statistics import ChunkStatistics, Statistics
+from kvbench.cache.slots import Entries, Slots
 
-if TYPE_CHECKING:
-    from kvbench.cache.cache import PolicyCache
-
-
+HELD = -1
 _Rows = tuple[int, str, bool]  # how many queries, which reduction, and whether the policy needs MASS too
 
 
@@ -200,21 +196,11 @@ def cache_after(
 def _take(layer: PolicyLayer, recorded: LayerPrompt) -> None:
     """Bring `layer` to where it stands when a prompt of its own has attended, and settle."""
     layer.is_initialized = True
-    entries = columns_of(
-        recorded.keys.clone(),
-        recorded.values.clone(),
-        recorded.position.clone(),
-        None,
-        layer.setup.policy,
-        layer.setup.prompt_kind,
-    )
+    entries = layer.entries_of(recorded.keys.clone(), recorded.values.clone(), recorded.position.clone())
     statistics = _Recorded(prompt=recorded, policy=layer.setup.policy)
     layer.ledger.padded_tokens = statistics.new_tokens
     layer.ledger.begin_chunk(list(recorded.lengths))
     layer.settle_chunk(entries, statistics)
-
-
-HELD = -1
 
 
 class EvictionLog:

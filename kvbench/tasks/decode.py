@@ -41,7 +41,7 @@ from kvbench.models.spec import MOVING_ROTATIONS
 if TYPE_CHECKING:
     from kvbench.cache import PolicyCache
     from kvbench.cache.cache import CacheState
-    from kvbench.cache.setup import OnPlan
+    from kvbench.cache.counts import OnPlan
 
 
 Engine = Literal["eager", "graph"]

@@ -19,8 +19,8 @@ from kvbench.models.loader import LoadedModel
 from kvbench.tasks.decode import CacheSetting, Decoding
 
 if TYPE_CHECKING:
+    from kvbench.cache.counts import OnPlan
     from kvbench.cache.recording import PromptRecorder
-    from kvbench.cache.setup import OnPlan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

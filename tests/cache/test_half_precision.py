@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvbench.cache.statistics import decode_step
+from kvbench.cache.attention import decode_step
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvbench.cache.statistics import Chunk, chunk_attention, column_mass, last_rows, reduce_group
+from kvbench.cache.attention import Chunk, chunk_attention, column_mass, last_rows, reduce_group
 from kvbench.kernels.dispatch import kernels_forced
 
 pytest.importorskip("triton", reason="triton is not installed")
