@@ -24,8 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, create_causal_mask
 
 from kvbench.errors import ModelSupportError
-from kvbench.kernels import flash_forward
-from kvbench.kernels.dispatch import MAX_WIDTH, use_triton
+from kvbench.kernels.dispatch import MAX_WIDTH, Chunk, use_triton
 
 ATTENTION_NAME = "kvbench"
 LAYER_TAG = "kvbench_layer"
@@ -159,47 +158,24 @@ AttentionInterface.register(ATTENTION_NAME, kvbench_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, padding_mask)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chunk:
-    """Several new tokens attending: query (B, Hq, Q, D), keys and values (B, H, T, D).
-
-    query_position (B, Q) and key_position (B, H, T) count a row's own tokens; -1 is a pad or an
-    empty slot. The last Q entries of the keys are the chunk itself. `plain` says that the chunk is a
-    whole prompt without pads, which the fused causal kernel takes as it is.
-    """
-
-    query: Tensor
-    keys: Tensor
-    values: Tensor
-    query_position: Tensor
-    key_position: Tensor
-    scaling: float
-    plain: bool
-
-    @property
-    def stored(self) -> int:
-        """Entries that were there before the chunk."""
-        return self.keys.shape[2] - self.query.shape[2]
-
-    @property
-    def group(self) -> int:
-        """Query heads per KV head."""
-        return self.query.shape[1] // self.keys.shape[1]
-
-
 def chunk_attention(chunk: Chunk, *, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
     """Return the output (B, Hq, Q, D) and, where statistics run in kernels, the rows' log-sum-exp (B, Hq, Q).
 
     Which kernel makes the output does not depend on `wants_lse`, so logits do not depend on the policy.
     """
-    if use_triton(chunk.query) and flash_forward.takes(chunk.query) and chunk.stored == 0:
+    if use_triton(chunk.query):
+        from kvbench.kernels import prefill
+
         states = (chunk.query, chunk.keys, chunk.values, chunk.scaling)
-        if chunk.plain:
-            return flash_forward.causal_forward(*states)
-        pads = _left_pads(chunk.query_position)
+        takes = chunk.stored == 0 and prefill.flash_takes(chunk.query)
+        if takes and chunk.plain:
+            return prefill.causal_forward(*states)
+        pads = _left_pads(chunk.query_position) if takes else None
         if pads is not None:
-            return flash_forward.padded_forward(*states, pads)
-    return chunk_output(chunk), _row_lse(chunk) if wants_lse and _in_kernels(chunk) else None
+            return prefill.padded_forward(*states, pads)
+        if wants_lse and _in_kernels(chunk):
+            return chunk_output(chunk), prefill.row_lse(chunk)
+    return chunk_output(chunk), None
 
 
 def _left_pads(position: Tensor) -> list[int] | None:
@@ -239,11 +215,9 @@ def column_mass(chunk: Chunk, reduction: str, lse: Tensor | None = None) -> Tens
     `lse` is what `chunk_attention` returned; kernels work it out where it is not given.
     """
     if _in_kernels(chunk):
-        from kvbench.kernels import prefill as kernel
+        from kvbench.kernels import prefill
 
-        return kernel.column_mass(
-            lse=_row_lse(chunk) if lse is None else lse, reduction=reduction, **_kernel_inputs(chunk)
-        )
+        return prefill.column_mass(chunk, reduction, lse)
     mass = torch.zeros(chunk.key_position.shape, dtype=torch.float32, device=chunk.keys.device)
     for start, end in _query_blocks(chunk):
         rows = reduce_group(_probabilities(chunk, start, end), reduction)
@@ -259,33 +233,15 @@ def last_rows(chunk: Chunk, num_queries: int, reduction: str, lse: Tensor | None
     end = chunk.query.shape[2]
     start = max(0, end - num_queries)
     if _in_kernels(chunk):
-        from kvbench.kernels import prefill as kernel
+        from kvbench.kernels import prefill
 
         tail = replace(chunk, query=chunk.query[:, :, start:], query_position=chunk.query_position[:, start:])
-        tail_lse = _row_lse(tail) if lse is None else lse[..., start:]
-        return kernel.window_rows(lse=tail_lse, reduction=reduction, **_kernel_inputs(tail))
+        return prefill.window_rows(tail, reduction, None if lse is None else lse[..., start:])
     return reduce_group(_probabilities(chunk, start, end), reduction)
 
 
 def _in_kernels(chunk: Chunk) -> bool:
     return use_triton(chunk.query) and chunk.query.dtype == chunk.keys.dtype and chunk.query.shape[-1] <= MAX_WIDTH
-
-
-def _kernel_inputs(chunk: Chunk) -> dict[str, Any]:
-    return {
-        "query": chunk.query,
-        "keys": chunk.keys,
-        "query_position": chunk.query_position,
-        "key_position": chunk.key_position,
-        "scaling": chunk.scaling,
-        "plain": chunk.plain,
-    }
-
-
-def _row_lse(chunk: Chunk) -> Tensor:
-    from kvbench.kernels.prefill import row_lse
-
-    return row_lse(**_kernel_inputs(chunk))
 
 
 def decode_step(query: Tensor, keys: Tensor, values: Tensor, valid: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

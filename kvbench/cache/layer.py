@@ -18,22 +18,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvbench.cache.attention import (
-    LAYER_TAG,
-    Chunk,
-    ChunkStatistics,
-    Statistics,
-    chunk_attention,
-    decode_step,
-    reduce_group,
-)
+from kvbench.cache.attention import LAYER_TAG, ChunkStatistics, Statistics, chunk_attention, decode_step, reduce_group
 from kvbench.cache.counts import GROW_TOKENS, CountsShelf, LayerSetup, Ledger, RowCounts, StepCounts
 from kvbench.cache.policy import Needs, Plan, Policy, ScorePolicy, When, checked_plan, checked_score, checked_victim
 from kvbench.cache.positions import shifted_chunk, shifted_step
 from kvbench.cache.selection import age_rank
 from kvbench.cache.slots import EMPTY, Entries, Slots, check_faults, settle
 from kvbench.errors import ModelSupportError
-from kvbench.kernels.dispatch import use_triton
+from kvbench.kernels.dispatch import Chunk, use_triton
 
 
 def evicts_at_decode(policy: Policy) -> bool:
@@ -126,7 +118,7 @@ class PolicyLayer(CacheLayerMixin):
         kind = torch.zeros(wide.shape, dtype=torch.int8, device=keys.device)
         if self.slots is None and self.setup.prompt_kind is not None:
             given = _checked_kind(self.setup.prompt_kind, position)
-            kind = given.to(keys.device, torch.int8)[:, None].expand(wide.shape)
+            kind = given.to(keys.device, torch.int8, copy=True)[:, None].expand(wide.shape)
         mass = None
         if Needs.MASS in self.setup.policy.needs:
             dtype = keys.dtype if self.setup.departures.mass_in_model_dtype else torch.float32

@@ -11,16 +11,14 @@ it stands before much of the context, and several tokens share a place.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from kvbench.cache.selection import age_rank
 from kvbench.errors import ModelSupportError
-
-if TYPE_CHECKING:
-    from kvbench.cache.attention import Chunk
+from kvbench.kernels.dispatch import Chunk
 
 PositionMode = Literal["original", "in_cache", "released"]
 POSITION_MODES: tuple[str, ...] = get_args(PositionMode)

@@ -7,7 +7,7 @@ values, positions and the statistics that the given policies declare; `cache_aft
 
     recorder = PromptRecorder(model, policies)
     model(**inputs, **cache_argument(model, recorder), use_cache=True)
-    cache = cache_after(recorder.prompt, model, policy, budget, positions="original", reserve_tokens=64)
+    cache = cache_after(recorder.prompt, PolicyCache(model, policy, budget, reserve_tokens=64))
 
 The recording holds the whole prompt uncompressed, in all layers: drop it before the next batch.
 
@@ -36,10 +36,9 @@ from transformers import Cache
 
 from kvbench.cache.attention import ChunkStatistics, Statistics
 from kvbench.cache.cache import PolicyCache
-from kvbench.cache.counts import LayerSetup, OnPlan
+from kvbench.cache.counts import LayerSetup
 from kvbench.cache.layer import PolicyLayer
-from kvbench.cache.policy import UNLIMITED, Budget, Needs, Plan, Policy
-from kvbench.cache.positions import PositionMode
+from kvbench.cache.policy import UNLIMITED, Needs, Plan, Policy
 from kvbench.cache.slots import Entries, Slots
 
 HELD = -1
@@ -159,33 +158,12 @@ def _unlimited(index: int, num_layers: int, wants_mass: bool) -> LayerSetup:
     )
 
 
-def cache_after(
-    prompt: Recording,
-    model: Any,
-    policy: Policy,
-    budget: Budget,
-    *,
-    positions: PositionMode,
-    reserve_tokens: int,
-    prompt_kind: Tensor | None = None,
-    row_seeds: Sequence[int] | None = None,
-    on_plan: OnPlan | None = None,
-) -> PolicyCache:
-    """Return the cache that `policy` leaves after `prompt`; arguments as for `PolicyCache`.
+def cache_after(prompt: Recording, cache: PolicyCache) -> PolicyCache:
+    """Return `cache`, which is empty, as its policy leaves it after `prompt`.
 
     The policy gets copies, so one that writes into its view harms nobody else. Raises: KeyError for a
     policy whose statistics were not recorded; what the policy itself raises.
     """
-    cache = PolicyCache(
-        model,
-        policy,
-        budget,
-        positions=positions,
-        reserve_tokens=reserve_tokens,
-        prompt_kind=None if prompt_kind is None else prompt_kind.clone(),
-        row_seeds=row_seeds,
-        on_plan=on_plan,
-    )
     for layer, recorded in zip(cache.policy_layers, prompt.layers, strict=True):
         _take(layer, recorded)
     for name, value in prompt.kept_by_model.items():

@@ -1,6 +1,4 @@
-"""Launch the decode step's matrix products.
-
-Matrix times a few vectors, as a decode step needs it: every weight is read once, at the bandwidth.
+"""Matrix times a few vectors, as a decode step needs it: every weight is read once, at the bandwidth.
 
 For one row (batch 1) products are summed in float32 without the matrix units, which would idle; up to
 64 rows are one tile of them. One launch serves several matrices with the same input (queries, keys and
@@ -156,19 +154,9 @@ def project_rows(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor |
     outputs = [x.new_empty((rows, 1, size)) for size in sizes]
     block = _blocks(rows, width)
     tiles = sum(triton.cdiv(size, block["BLOCK_N"]) for size in sizes)
-    project[(tiles,)](
-        x,
-        *_three(weights),
-        *_three([weights[0] if bias is None else bias for bias in biases]),
-        *_three(outputs),
-        *_three(sizes),
-        width,
-        rows,
-        MATRICES=len(weights),
-        HAS_BIAS=biases[0] is not None,
-        **block,
-        num_warps=_num_warps(rows),
-    )
+    given = (weights, [weights[0] if bias is None else bias for bias in biases], outputs, sizes)
+    in_threes = [item for items in given for item in (*items, *[items[0]] * (3 - len(items)))]
+    project[(tiles,)](x, *in_threes, width, rows, MATRICES=len(weights), HAS_BIAS=biases[0] is not None, **block)
     return outputs
 
 
@@ -178,23 +166,15 @@ def gated_rows(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     size = gate.shape[0]
     out = x.new_empty((rows, 1, size))
     block = _blocks(rows, width)
-    tiles = triton.cdiv(size, block["BLOCK_N"])
-    gate_up[(tiles,)](x, gate, up, out, size, width, rows, **block, num_warps=_num_warps(rows))
+    gate_up[(triton.cdiv(size, block["BLOCK_N"]),)](x, gate, up, out, size, width, rows, **block)
     return out
 
 
-def _three(items: Sequence[object]) -> list[object]:
-    return [*items, *[items[0]] * (3 - len(items))]
-
-
 def _blocks(rows: int, width: int) -> dict[str, int]:
-    """Tiles measured on an H100: 8 x 256 for one row, 32 x 128 for more (docs/log.md)."""
+    """Tiles and warps, measured on an H100: 8 x 256 for one row, 32 x 128 for more (docs/log.md)."""
     if rows == 1:
-        shape = {"BLOCK_M": 1, "BLOCK_N": 8, "BLOCK_K": 256, "STAGES": 6}
+        shape = {"BLOCK_M": 1, "BLOCK_N": 8, "BLOCK_K": 256, "STAGES": 6, "num_warps": 2}
     else:
-        shape = {"BLOCK_M": max(16, triton.next_power_of_2(rows)), "BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 5}
+        tall = max(16, triton.next_power_of_2(rows))
+        shape = {"BLOCK_M": tall, "BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 5, "num_warps": 4}
     return shape | {"EVEN_K": width % shape["BLOCK_K"] == 0, "UPCAST": interpreted()}
-
-
-def _num_warps(rows: int) -> int:
-    return 2 if rows == 1 else 4

@@ -1,6 +1,6 @@
-"""The prompt's statistics: attention mass of each entry, log-sum-exp of each row, rows of the last queries.
+"""A prompt: the fused forward with its log-sum-exp, and the statistics that policies ask for.
 
-All three are passes over tiles of QK^T that never store a matrix of queries by keys, and none adds up by atomics, so
+The statistics are passes over tiles of QK^T that never store a matrix of queries by keys; none adds up by atomics, so
 a result is the same every time. A row's log-sum-exp (`row_lse`) is worked out where the fused forward does not hand it
 out: pads, stored entries, float32. From it one pass gives what each entry receives (`column_mass`, which H2O and
 Elastic need) and another the rows of a few queries, reduced to KV heads at once (`window_rows`). The references are
@@ -12,7 +12,6 @@ ran before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,55 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbench.kernels.dispatch import interpreted
+from kvbench.kernels.dispatch import Chunk, interpreted
+
+
+def flash_takes(query: Tensor) -> bool:
+    """Return whether the fused forward takes these queries: CUDA, half precision, head size a multiple of 8 to 256."""
+    width = query.shape[-1]
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= 256
+
+
+def causal_forward(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Return output (B, Hq, N, D) and log-sum-exp (B, Hq, N) float32 of a prompt without pads.
+
+    The public `scaled_dot_product_attention` computes the same log-sum-exp and throws it away.
+    query (B, Hq, N, D); keys, values (B, H, N, D). Query heads share KV heads in the kernel where it
+    can; where it refuses that, keys and values are repeated for the call.
+    """
+    try:
+        return _flash(query, keys, values, scaling)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        group = query.shape[1] // keys.shape[1]
+        if group == 1:
+            raise
+        return _flash(query, keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1), scaling)
+
+
+def padded_forward(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float, pads: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Return the same for left-padded rows, `pads[b]` pads in row b: there output is 0, log-sum-exp +inf.
+
+    It goes row by row, each being a whole causal prompt after its pads: no mask, no copy.
+    """
+    output = torch.zeros_like(query)
+    lse = torch.full(query.shape[:3], torch.inf, dtype=torch.float32, device=query.device)
+    for row, start in enumerate(pads):
+        if start == query.shape[2]:
+            continue
+        real = (slice(row, row + 1), slice(None), slice(start, None))
+        output[real], lse[real] = causal_forward(query[real], keys[real], values[real], scaling)
+    return output, lse
+
+
+def _flash(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention(
+        query, keys, values, 0.0, True, False, scale=scaling
+    )[:2]
+    return output, lse[..., : query.shape[2]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -274,95 +321,48 @@ def _row_lse(
     tl.store(lse + row * queries + at_q, result, mask=at_q < queries)
 
 
-def column_mass(
-    query: Tensor,
-    keys: Tensor,
-    lse: Tensor,
-    *,
-    query_position: Tensor,
-    key_position: Tensor,
-    scaling: float,
-    plain: bool,
-    reduction: str,
-    first_query: int = 0,
-    tiles: Tiles | None = None,
-) -> Tensor:
-    """Return (B, H, T) float32: what each entry receives from the queries `first_query`.. of the chunk.
+def column_mass(chunk: Chunk, reduction: str, lse: Tensor | None = None) -> Tensor:
+    """Return (B, H, T) float32: what each entry receives from all queries of the chunk.
 
-    query (B, Hq, Q, D); keys (B, H, T, D), the last Q being the queries' own; lse (B, Hq, Q) float32,
-    +inf for a query that does not count; query_position (B, Q), key_position (B, H, T), -1 for a pad or
-    an empty slot; `plain`: no pads and nothing stored before, positions are not read. The query heads
-    of a group are reduced by `mean`, `sum` or `max`, the last per query before queries are summed.
+    lse (B, Hq, Q) float32, worked out where it is not given; +inf for a query that does not count. The query heads of
+    a group are reduced by `mean`, `sum` or `max`, the last per query before queries are summed.
     """
-    query, query_position, lse = query[:, :, first_query:], query_position[:, first_query:], lse[..., first_query:]
-    tiles, (batch, heads, entries, _) = tiles or tiles_for(query), keys.shape
-    mass = torch.empty((batch, heads, entries), dtype=torch.float32, device=keys.device)
+    tiles, (batch, heads, entries, _) = tiles_for(chunk.query), chunk.keys.shape
+    mass = torch.empty((batch, heads, entries), dtype=torch.float32, device=chunk.keys.device)
     grid = (triton.cdiv(entries, tiles.block_k), batch * heads)
-    tensors = (lse.contiguous(), query_position, key_position, mass)
-    _launch(_column_mass[grid], query, keys, tensors, scaling, tiles, PLAIN=plain, REDUCTION=reduction)
+    lse = row_lse(chunk) if lse is None else lse.contiguous()
+    _launch(_column_mass[grid], chunk, tiles, mass, lse, REDUCTION=reduction)
     return mass
 
 
-def window_rows(
-    query: Tensor,
-    keys: Tensor,
-    lse: Tensor,
-    *,
-    query_position: Tensor,
-    key_position: Tensor,
-    scaling: float,
-    plain: bool,
-    reduction: str,
-    tiles: Tiles | None = None,
-) -> Tensor:
-    """Return (B, H, W, T) float32, the rows of queries (B, Hq, W, D); the rest as for `column_mass`."""
-    tiles, queries, (batch, heads, entries, _) = tiles or tiles_for(query), query.shape[2], keys.shape
-    rows = torch.empty((batch, heads, queries, entries), dtype=torch.float32, device=keys.device)
+def window_rows(chunk: Chunk, reduction: str, lse: Tensor | None = None) -> Tensor:
+    """Return (B, H, Q, T) float32, the rows of all queries of the chunk; `lse` and `reduction` as in `column_mass`."""
+    tiles, queries, (batch, heads, entries, _) = tiles_for(chunk.query), chunk.query.shape[2], chunk.keys.shape
+    rows = torch.empty((batch, heads, queries, entries), dtype=torch.float32, device=chunk.keys.device)
     grid = (triton.cdiv(entries, tiles.block_k), triton.cdiv(queries, tiles.block_q), batch * heads)
-    tensors = (lse.contiguous(), query_position, key_position, rows)
-    _launch(_window_rows[grid], query, keys, tensors, scaling, tiles, PLAIN=plain, REDUCTION=reduction)
+    lse = row_lse(chunk) if lse is None else lse.contiguous()
+    _launch(_window_rows[grid], chunk, tiles, rows, lse, REDUCTION=reduction)
     return rows
 
 
-def row_lse(
-    query: Tensor,
-    keys: Tensor,
-    *,
-    query_position: Tensor,
-    key_position: Tensor,
-    scaling: float,
-    plain: bool,
-    tiles: Tiles | None = None,
-) -> Tensor:
-    """Return (B, Hq, Q) float32, +inf for a query that sees nothing, so that its weights are zero.
-
-    Arguments as for `column_mass`.
-    """
-    tiles, (batch, query_heads, queries, _) = tiles or row_tiles_for(query), query.shape
-    lse = torch.empty((batch, query_heads, queries), dtype=torch.float32, device=query.device)
+def row_lse(chunk: Chunk) -> Tensor:
+    """Return (B, Hq, Q) float32, +inf for a query that sees nothing, so that its weights are zero."""
+    tiles, (batch, query_heads, queries, _) = row_tiles_for(chunk.query), chunk.query.shape
+    lse = torch.empty((batch, query_heads, queries), dtype=torch.float32, device=chunk.query.device)
     grid = (triton.cdiv(queries, tiles.block_q), batch * query_heads)
-    _launch(_row_lse[grid], query, keys, (query_position, key_position, lse), scaling, tiles, PLAIN=plain)
+    _launch(_row_lse[grid], chunk, tiles, lse)
     return lse
 
 
-def _launch(
-    kernel: Any,
-    query: Tensor,
-    keys: Tensor,
-    tensors: Sequence[Tensor],
-    scaling: float,
-    tiles: Tiles,
-    **constants: bool | str,
-) -> None:
-    """Launch one of the three; tensors: the log-sum-exp if it reads that, both positions, what it writes."""
-    query, keys = _in_line(query), _in_line(keys)
-    *lse, query_position, key_position, written = tensors
-    key_position, width = _in_line(key_position), query.shape[-1]
+def _launch(kernel: Any, chunk: Chunk, tiles: Tiles, written: Tensor, *lse: Tensor, **constants: str) -> None:
+    """Launch one of the three kernels, which writes `written` and may read the rows' log-sum-exp."""
+    query, keys, key_position = _in_line(chunk.query), _in_line(chunk.keys), _in_line(chunk.key_position)
+    width = query.shape[-1]
     kernel(
         query,
         keys,
         *lse,
-        query_position.contiguous(),
+        chunk.query_position.contiguous(),
         key_position,
         written,
         *query.stride()[:3],
@@ -371,8 +371,9 @@ def _launch(
         keys.shape[1],
         query.shape[2],
         keys.shape[2],
-        scaling,
-        GROUP=query.shape[1] // keys.shape[1],
+        chunk.scaling,
+        GROUP=chunk.group,
+        PLAIN=chunk.plain,
         WIDTH=width,
         BLOCK_Q=tiles.block_q,
         BLOCK_K=tiles.block_k,
