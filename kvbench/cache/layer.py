@@ -188,7 +188,7 @@ class PolicyLayer(CacheLayerMixin):
         if max(self.ledger.held) > slots.capacity:
             slots.grow(slots.capacity + GROW_TOKENS)
         if use_triton(keys):
-            from kvbench.kernels.slots import write_slot
+            from kvbench.kernels.slot_writes import write_slot
 
             advance = not evicts_at_decode(self.setup.policy)
             write_slot(slots.columns(), keys, values, self.counts.seen, advance=advance)
@@ -209,7 +209,7 @@ class PolicyLayer(CacheLayerMixin):
         return output, probs
 
     def _attend_by_kernel(self, slots: Slots, query: Tensor, scaling: float) -> tuple[Tensor, Tensor | None]:
-        from kvbench.kernels.decode import Turn, decode_attention
+        from kvbench.kernels.decode_attention import Turn, decode_attention
 
         turn, counts, policy, entries = None, self.counts, self.setup.policy, slots.entries
         if self.setup.rotation is not None and slots.rank is not None and counts is not None:
@@ -255,7 +255,7 @@ class PolicyLayer(CacheLayerMixin):
             if victim.device.type == "cpu":  # elsewhere looking would wait for the device at every step
                 check_faults(slots.faults, policy, self.setup.layer)
             return
-        from kvbench.kernels.slots import free_given, free_lowest
+        from kvbench.kernels.slot_writes import free_given, free_lowest
 
         if _is_plain_score(policy):
             score, bounds = checked_score(policy, view), (self.counts.sinks, self.counts.recent_from)
@@ -275,7 +275,7 @@ class PolicyLayer(CacheLayerMixin):
         view = counts.view(self.setup.layer, slots.entries, probs=probs, memory=slots.memory)
         if not (use_triton(slots.entries.keys) and _is_plain_score(policy)):
             return policy.victim(view)
-        from kvbench.kernels.slots import lowest_slot
+        from kvbench.kernels.slot_writes import lowest_slot
 
         score = checked_score(policy, view)
         return lowest_slot(slots.columns(), score, view.budget, counts.sinks, counts.recent_from)

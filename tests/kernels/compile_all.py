@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvbench.kernels import decode, linear, prefill, rank, segment_mean, slots
+from kvbench.kernels import decode_attention, linear, prefill, rank, segment_mean, slot_writes
 
 HOPPER = GPUTarget("cuda", 90, 32)
 _TYPES = {"length": "*i64", "seen": "*i64", "position": "*i64", "free": "*i64", "budget": "*i64", "sinks": "*i64"}
@@ -47,16 +47,16 @@ def main() -> None:
     part = {"PARTS": 4, "GROUP": 4, "BLOCK_G": 16, "BLOCK_C": 64, "BLOCK_D": 128, "UPCAST": False}
     for turn in (False, True):
         constants = {**part, "WANT_LOGITS": True, "TURN": turn}
-        compile_kernel(decode.attend_part, constants, num_warps=4, num_stages=3)
+        compile_kernel(decode_attention.attend_part, constants, num_warps=4, num_stages=3)
     narrow = {**part, "BLOCK_D": 32, "WANT_LOGITS": True, "TURN": True}
-    compile_kernel(decode.attend_part, narrow, num_warps=4, num_stages=3)
+    compile_kernel(decode_attention.attend_part, narrow, num_warps=4, num_stages=3)
     join = {"PARTS": 4, "GROUP": 4, "BLOCK_P": 4, "BLOCK_C": 1024, "BLOCK_D": 128, "REDUCTION": "mean"}
-    compile_kernel(decode.join_parts, {**join, "ADD_MASS": True, "WANT_PROBS": True}, num_warps=4)
+    compile_kernel(decode_attention.join_parts, {**join, "ADD_MASS": True, "WANT_PROBS": True}, num_warps=4)
     write = {"BLOCK_D": 128, "HAS_MASS": True, "HAS_RANK": True, "ADVANCE": False}
-    compile_kernel(slots.write_token, write, num_warps=1)
+    compile_kernel(slot_writes.write_token, write, num_warps=1)
     for given in (False, True):
         compile_kernel(
-            slots.free_victim,
+            slot_writes.free_victim,
             {"BLOCK_C": 512, "GIVEN": given, "HAS_RANK": True, "APPLY": not given},
             num_warps=1 if given else 4,
         )

@@ -15,8 +15,8 @@ from kvbench.cache.slots import NO_CHOICE, Entries, Slots
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from kvbench.kernels import slots as slots_launch
-from kvbench.kernels.slots import free_given, free_lowest, lowest_slot, write_slot
+from kvbench.kernels import slot_writes
+from kvbench.kernels.slot_writes import free_given, free_lowest, lowest_slot, write_slot
 from tests.covering import share_of
 
 ON = "cuda" if torch.cuda.is_available() else "cpu"
@@ -161,7 +161,7 @@ def test_a_given_victim_is_freed_by_one_warp_because_nothing_waits_between_read_
         def __getitem__(self, grid: Any) -> Any:
             return lambda *arguments, **constants: warps.append(constants["num_warps"])
 
-    monkeypatch.setattr(slots_launch, "free_victim", Noted())
+    monkeypatch.setattr(slot_writes, "free_victim", Noted())
     ours, _ = random_slots(1, 2, 3, 9)
     budget = torch.tensor([4, 5], device=ON)
     if given:
