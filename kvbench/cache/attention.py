@@ -13,7 +13,7 @@ heads share H KV heads in groups of G.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -51,26 +51,18 @@ def attach(model: Any) -> None:
     model.set_attn_implementation({"text_config": ATTENTION_NAME} if nested else ATTENTION_NAME)
 
 
-def cache_name(model: Any) -> str:
-    """Return the name under which the forward of `model` takes a cache; transformers' own name where it takes both.
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """Return `cache` as the keyword argument that `model` and its `generate` take it by.
 
-    Raises: ModelSupportError for a forward that takes none.
+    It is transformers' own name where the forward takes both. Raises: ModelSupportError for a forward that takes none.
     """
     parameters = inspect.signature(type(model).forward).parameters
     for name in (CACHE_NAME, *CACHE_NAMES):
         if name in parameters:
-            return name
+            return {name: cache}
     raise ModelSupportError(
         f"{type(model).__name__}.forward takes no cache under {' or '.join(CACHE_NAMES)}; kvbench cannot hand it one"
     )
-
-
-def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
-    """Return `cache` as the keyword argument that `model` and its `generate` take it by.
-
-    Raises: ModelSupportError as `cache_name` does.
-    """
-    return {cache_name(model): cache}
 
 
 def is_attached(config: Any) -> bool:
@@ -257,16 +249,10 @@ def decode_step(query: Tensor, keys: Tensor, values: Tensor, valid: Tensor, scal
     return output.reshape(batch, -1, 1, width), rows
 
 
-_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean": lambda rows: rows.mean(dim=2),
-    "sum": lambda rows: rows.sum(dim=2),
-    "max": lambda rows: rows.amax(dim=2),
-}
-
-
 def reduce_group(rows: Tensor, reduction: str) -> Tensor:
     """Reduce the query heads of a group, dimension 2, to their KV head by `mean`, `sum` or `max`."""
-    return _REDUCTIONS[reduction](rows)
+    reduced: Tensor = {"mean": torch.mean, "sum": torch.sum, "max": torch.amax}[reduction](rows, dim=2)
+    return reduced
 
 
 def _at_least_float32(states: Tensor) -> Tensor:

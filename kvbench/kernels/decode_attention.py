@@ -1,6 +1,4 @@
-"""Launch decode attention over slots: workspaces, block sizes, and how many parts the slots are cut into.
-
-Decode attention over slots in Triton: split over the sequence, then joined, with the probabilities.
+"""Decode attention over slots: split over the sequence, then joined, with the probabilities.
 
 One query token per row attends to the first `length[b, h]` slots of each KV head (slots have no hole
 when a step attends). A program takes one (row, KV head) and one part of the slots and serves the whole
@@ -16,8 +14,8 @@ window no key is turned.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -218,13 +216,12 @@ _MAX_PARTS = 64
 _PROGRAMS_PER_PROCESSOR = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class Turn:
-    """What turning stored keys to their ranks needs: position and rank (B, H, C), seen (B,), tables (P, D / 2)."""
+class Turn(NamedTuple):
+    """What turning stored keys to their ranks needs: seen (B,), position and rank (B, H, C), tables (P, D / 2)."""
 
+    seen: Tensor
     position: Tensor
     rank: Tensor
-    seen: Tensor
     cosines: Tensor
     sines: Tensor
 
@@ -264,11 +261,7 @@ def decode_attention(
         keys,
         values,
         length,
-        turn.seen if turn else length,
-        turn.position if turn else length,
-        turn.rank if turn else length,
-        turn.cosines if turn else partial,
-        turn.sines if turn else partial,
+        *(turn or (length, length, length, partial, partial)),
         partial,
         peaks,
         sums,
@@ -277,8 +270,7 @@ def decode_attention(
         heads,
         capacity,
         width,
-        query.stride(0),
-        query.stride(1),
+        *query.stride()[:2],
         PARTS=parts,
         GROUP=group,
         BLOCK_G=max(16, triton.next_power_of_2(group)),
