@@ -13,7 +13,7 @@ heads share H KV heads in groups of G.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -32,6 +32,7 @@ CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and befor
 CACHE_NAME = next(name for name in CACHE_NAMES if name in inspect.signature(create_causal_mask).parameters)
 """What the installed transformers calls a cache, in arguments and in outputs."""
 _REFUSED = ("softcap", "sliding_window", "s_aux", "position_bias", "head_mask")
+_REDUCTIONS: dict[str, Callable[..., Tensor]] = {"mean": torch.mean, "sum": torch.sum, "max": torch.amax}
 _BLOCK_BYTES = 64 * 2**20
 _MAX_BLOCK_QUERIES = 256
 
@@ -251,8 +252,7 @@ def decode_step(query: Tensor, keys: Tensor, values: Tensor, valid: Tensor, scal
 
 def reduce_group(rows: Tensor, reduction: str) -> Tensor:
     """Reduce the query heads of a group, dimension 2, to their KV head by `mean`, `sum` or `max`."""
-    reduced: Tensor = {"mean": torch.mean, "sum": torch.sum, "max": torch.amax}[reduction](rows, dim=2)
-    return reduced
+    return _REDUCTIONS[reduction](rows, dim=2)
 
 
 def _at_least_float32(states: Tensor) -> Tensor:
@@ -293,10 +293,6 @@ def _probabilities(chunk: Chunk, start: int, end: int) -> Tensor:
 class Statistics(Protocol):
     """The statistics of one chunk in one layer, reduced to KV heads by `mean`, `sum` or `max`."""
 
-    @property
-    def new_tokens(self) -> int:
-        """Tokens of the chunk, pads included."""
-
     def mass(self, reduction: str) -> Tensor:
         """Return (B, H, T) float32: attention each entry receives from all real queries."""
 
@@ -310,11 +306,6 @@ class ChunkStatistics:
 
     chunk: Chunk
     lse: Tensor | None
-
-    @property
-    def new_tokens(self) -> int:
-        """Tokens of the chunk, pads included."""
-        return self.chunk.query.shape[2]
 
     def mass(self, reduction: str) -> Tensor:
         """Return (B, H, T) float32."""

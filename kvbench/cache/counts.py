@@ -44,8 +44,8 @@ class LayerSetup:
     num_layers: int
     policy: Policy
     budget: Budget
-    rotation: Rotation | None
-    reserve_tokens: int
+    rotation: Rotation | None = None
+    reserve_tokens: int = 0
     prompt_tokens: int = 0
     prompt_kind: Tensor | None = None
     row_seeds: tuple[int, ...] | None = None

@@ -158,14 +158,15 @@ class PolicyLayer(CacheLayerMixin):
             window = statistics.last_rows(policy.window_tokens, policy.reduction)
         if Needs.PROBS in policy.needs:
             probs = statistics.last_rows(1, policy.reduction)[:, :, 0]
+        stored, memory = (0, None) if self.slots is None else (self.slots.capacity, self.slots.memory)
         view = RowCounts(self.setup, self.ledger, entries.keys.device).view(
             self.setup.layer,
             entries,
-            new_tokens=statistics.new_tokens,
+            new_tokens=entries.position.shape[-1] - stored,
             prefill=True,
             window=window,
             probs=probs,
-            memory=None if self.slots is None else self.slots.memory,
+            memory=memory,
         )
         return checked_plan(policy, view, self.ledger.allowed())
 

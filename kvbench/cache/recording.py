@@ -71,11 +71,6 @@ class _Recorded:
     prompt: LayerPrompt
     policy: Policy
 
-    @property
-    def new_tokens(self) -> int:
-        """Tokens of the prompt, pads included."""
-        return self.prompt.keys.shape[2]
-
     def mass(self, reduction: str) -> Tensor:
         """Return the recorded column sums (B, H, T)."""
         return self.prompt.masses[reduction].clone()
@@ -128,10 +123,12 @@ class PromptRecorder(Cache):
     """Takes one prompt in one piece; the model's output is that of any other cache of kvbench."""
 
     def __init__(self, model: Any, policies: Iterable[Policy]) -> None:
-        chosen = list(policies)
-        num_layers = model.config.get_text_config().num_hidden_layers
-        wants_mass = any(Needs.MASS in policy.needs for policy in chosen)
-        setups = (_unlimited(index, num_layers, wants_mass) for index in range(num_layers))
+        chosen, num_layers = list(policies), model.config.get_text_config().num_hidden_layers
+        stand_in = _WithMass() if any(Needs.MASS in policy.needs for policy in chosen) else Policy()
+        setups = (
+            LayerSetup(layer=index, num_layers=num_layers, policy=stand_in, budget=UNLIMITED)
+            for index in range(num_layers)
+        )
         self._recording = [_RecordingLayer(setup, chosen) for setup in setups]
         super().__init__(layers=list(self._recording))
         self._own = {"_own", *vars(self)}
@@ -146,18 +143,6 @@ class PromptRecorder(Cache):
         return Recording(layers=recorded, kept_by_model=kept)
 
 
-def _unlimited(index: int, num_layers: int, wants_mass: bool) -> LayerSetup:
-    return LayerSetup(
-        layer=index,
-        num_layers=num_layers,
-        policy=_WithMass() if wants_mass else Policy(),
-        budget=UNLIMITED,
-        rotation=None,
-        reserve_tokens=0,
-        prompt_kind=None,
-    )
-
-
 def cache_after(prompt: Recording, cache: PolicyCache) -> PolicyCache:
     """Return `cache`, which is empty, as its policy leaves it after `prompt`.
 
@@ -165,20 +150,15 @@ def cache_after(prompt: Recording, cache: PolicyCache) -> PolicyCache:
     policy whose statistics were not recorded; what the policy itself raises.
     """
     for layer, recorded in zip(cache.policy_layers, prompt.layers, strict=True):
-        _take(layer, recorded)
+        layer.is_initialized = True
+        entries = layer.entries_of(recorded.keys.clone(), recorded.values.clone(), recorded.position.clone())
+        statistics = _Recorded(prompt=recorded, policy=layer.setup.policy)
+        layer.ledger.padded_tokens = recorded.keys.shape[2]
+        layer.ledger.begin_chunk(list(recorded.lengths))
+        layer.settle_chunk(entries, statistics)
     for name, value in prompt.kept_by_model.items():
         setattr(cache, name, copy.deepcopy(value))
     return cache
-
-
-def _take(layer: PolicyLayer, recorded: LayerPrompt) -> None:
-    """Bring `layer` to where it stands when a prompt of its own has attended, and settle."""
-    layer.is_initialized = True
-    entries = layer.entries_of(recorded.keys.clone(), recorded.values.clone(), recorded.position.clone())
-    statistics = _Recorded(prompt=recorded, policy=layer.setup.policy)
-    layer.ledger.padded_tokens = statistics.new_tokens
-    layer.ledger.begin_chunk(list(recorded.lengths))
-    layer.settle_chunk(entries, statistics)
 
 
 class EvictionLog:

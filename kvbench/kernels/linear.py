@@ -42,13 +42,9 @@ def _tile(
         at = weight + n[:, None].to(tl.int64) * width + k[None, :]
         sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         for start in tl.range(0, width, BLOCK_K, num_stages=STAGES):
-            inside = start + k < width
-            if EVEN_K:
-                a = tl.load(x + start + k)
-                w = tl.load(at + start, mask=here[:, None], other=0.0, eviction_policy="evict_first")
-            else:
-                a = tl.load(x + start + k, mask=inside, other=0.0)
-                w = tl.load(at + start, mask=here[:, None] & inside[None, :], other=0.0)
+            inside = (start + k < width) | EVEN_K
+            a = tl.load(x + start + k, mask=inside, other=0.0)
+            w = tl.load(at + start, mask=here[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first")
             sums += w.to(tl.float32) * a.to(tl.float32)[None, :]
         acc = tl.sum(sums, 1)[None, :]
     else:
@@ -57,13 +53,9 @@ def _tile(
         x_at = x + m[:, None] * width + k[None, :]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in tl.range(0, width, BLOCK_K, num_stages=STAGES):
-            inside = start + k < width
-            if EVEN_K:
-                a = tl.load(x_at + start, mask=m[:, None] < rows, other=0.0)
-                w = tl.load(w_at + start, mask=here[None, :], other=0.0, eviction_policy="evict_first")
-            else:
-                a = tl.load(x_at + start, mask=(m[:, None] < rows) & inside[None, :], other=0.0)
-                w = tl.load(w_at + start, mask=here[None, :] & inside[:, None], other=0.0)
+            inside = (start + k < width) | EVEN_K
+            a = tl.load(x_at + start, mask=(m[:, None] < rows) & inside[None, :], other=0.0)
+            w = tl.load(w_at + start, mask=here[None, :] & inside[:, None], other=0.0, eviction_policy="evict_first")
             if UPCAST:
                 a = a.to(tl.float32)
                 w = w.to(tl.float32)
