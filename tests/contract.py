@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import UNLIMITED, Budget, Policy, PolicyCache, ScorePolicy, View, When
+from kvbench.cache.released import departures_of
 from tests.covering import POSITIONS as POSITIONS
 from tests.covering import YAMLS as YAMLS
 from tests.driving import Held, drive
@@ -54,7 +55,8 @@ def allowed(policy: Policy, budget: Budget, prompt: int, seen: int, kept_of_prom
         return kept_of_prompt + seen - prompt
     base = seen if budget.of == "seen" else prompt
     entries = budget.tokens or max(1, math.floor(Fraction(str(budget.fraction)) * base))
-    if policy.counts_as_released and budget.fraction is not None:  # rounded up, in floating point, from what is pruned
+    if departures_of(policy).counts_as_released and budget.fraction is not None:
+        # rounded up, in floating point, from what is pruned
         entries = max(1, math.ceil(base * (1 - round(1 - budget.fraction, 6))))
     if When.PREFILL not in policy.when:
         return max(entries, prompt)

@@ -30,15 +30,10 @@ __all__ = [
     "attach",
     "cache_argument",
 ]
-_MODULE_OF = {
-    "attach": "kvbench.cache.attention",
-    "cache_argument": "kvbench.cache.attention",
-    "Occupancy": "kvbench.cache.cache",
-    "PolicyCache": "kvbench.cache.cache",
-}
+_LATER = {"attach": "attention", "cache_argument": "attention", "Occupancy": "cache", "PolicyCache": "cache"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
+    if name not in _LATER:
         raise AttributeError(f"module 'kvbench.cache' has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+    return getattr(importlib.import_module(f"kvbench.cache.{_LATER[name]}"), name)

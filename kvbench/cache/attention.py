@@ -1,30 +1,74 @@
-"""The attention function that transformers calls, and switching a model to it.
+"""Attention under a `PolicyCache`: what transformers calls, the output, and the statistics that policies ask for.
 
-Registered through the public `AttentionInterface` and set on the **text** config only: on a whole
-vision-language model it would make the vision tower causal, silently. Under the same name a mask
-function hands the plain (B, seen) padding mask through; causality and validity are decided per
-layer, here. What is not implemented is refused.
+The function is registered through the public `AttentionInterface` and set on the **text** config only: on a whole
+vision-language model it would make the vision tower causal, silently. Under the same name a mask function hands the
+plain (B, seen) padding mask through; causality and validity are decided per layer, here, by positions: a query at p
+sees the entries held at positions 0..p. What is not implemented is refused.
+
+The output always comes from the fused kernel, whatever the policy, so prefill logits do not depend on it; statistics
+are one extra pass over blocks of queries, in plain torch or by the kernels, and nothing is of size n x n. Hq query
+heads share H KV heads in groups of G.
 """
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, create_causal_mask
 
-from kvbench.cache.layer import LAYER_TAG
-from kvbench.cache.statistics import Chunk, chunk_attention
 from kvbench.errors import ModelSupportError
+from kvbench.kernels.dispatch import MAX_WIDTH, Chunk, use_triton
 
 ATTENTION_NAME = "kvbench"
+LAYER_TAG = "kvbench_layer"
 CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
 CACHE_NAME = next(name for name in CACHE_NAMES if name in inspect.signature(create_causal_mask).parameters)
 """What the installed transformers calls a cache, in arguments and in outputs."""
 _REFUSED = ("softcap", "sliding_window", "s_aux", "position_bias", "head_mask")
+_REDUCTIONS: dict[str, Callable[..., Tensor]] = {"mean": torch.mean, "sum": torch.sum, "max": torch.amax}
+_BLOCK_BYTES = 64 * 2**20
+_MAX_BLOCK_QUERIES = 256
+
+
+def attach(model: Any) -> None:
+    """Switch the text part of `model` to kvbench's attention, so that a `PolicyCache` can be passed.
+
+    The vision tower keeps its own. Raises: ModelSupportError if the text part has no switch.
+    """
+    text_config = model.config.get_text_config()
+    layer_types = set(getattr(text_config, "layer_types", None) or ["full_attention"])
+    if layer_types != {"full_attention"}:
+        raise ModelSupportError(
+            f"{type(model).__name__} mixes layer types {sorted(layer_types)}; kvbench supports full attention only"
+        )
+    nested = text_config is not model.config
+    model.set_attn_implementation({"text_config": ATTENTION_NAME} if nested else ATTENTION_NAME)
+
+
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """Return `cache` as the keyword argument that `model` and its `generate` take it by.
+
+    It is transformers' own name where the forward takes both. Raises: ModelSupportError for a forward that takes none.
+    """
+    parameters = inspect.signature(type(model).forward).parameters
+    for name in (CACHE_NAME, *CACHE_NAMES):
+        if name in parameters:
+            return {name: cache}
+    raise ModelSupportError(
+        f"{type(model).__name__}.forward takes no cache under {' or '.join(CACHE_NAMES)}; kvbench cannot hand it one"
+    )
+
+
+def is_attached(config: Any) -> bool:
+    """Return whether `attach` was called on the model of this config."""
+    return bool(config.get_text_config()._attn_implementation == ATTENTION_NAME)
 
 
 def kvbench_attention(
@@ -63,48 +107,6 @@ def padding_mask(*, attention_mask: Tensor | None = None, **kwargs: Any) -> Tens
             "kvbench attention does not implement it. Give every sequence its own row"
         )
     return attention_mask
-
-
-def attach(model: Any) -> None:
-    """Switch the text part of `model` to kvbench's attention, so that a `PolicyCache` can be passed.
-
-    The vision tower keeps its own. Raises: ModelSupportError if the text part has no switch.
-    """
-    text_config = model.config.get_text_config()
-    layer_types = set(getattr(text_config, "layer_types", None) or ["full_attention"])
-    if layer_types != {"full_attention"}:
-        raise ModelSupportError(
-            f"{type(model).__name__} mixes layer types {sorted(layer_types)}; kvbench supports full attention only"
-        )
-    nested = text_config is not model.config
-    model.set_attn_implementation({"text_config": ATTENTION_NAME} if nested else ATTENTION_NAME)
-
-
-def cache_name(model: Any) -> str:
-    """Return the name under which the forward of `model` takes a cache; transformers' own name where it takes both.
-
-    Raises: ModelSupportError for a forward that takes none.
-    """
-    parameters = inspect.signature(type(model).forward).parameters
-    for name in (CACHE_NAME, *CACHE_NAMES):
-        if name in parameters:
-            return name
-    raise ModelSupportError(
-        f"{type(model).__name__}.forward takes no cache under {' or '.join(CACHE_NAMES)}; kvbench cannot hand it one"
-    )
-
-
-def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
-    """Return `cache` as the keyword argument that `model` and its `generate` take it by.
-
-    Raises: ModelSupportError as `cache_name` does.
-    """
-    return {cache_name(model): cache}
-
-
-def is_attached(config: Any) -> bool:
-    """Return whether `attach` was called on the model of this config."""
-    return bool(config.get_text_config()._attn_implementation == ATTENTION_NAME)
 
 
 def _refuse_unsupported(module: nn.Module, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
@@ -147,3 +149,168 @@ def _without_cache(query: Tensor, key: Tensor, value: Tensor, scale: float, mask
 
 AttentionInterface.register(ATTENTION_NAME, kvbench_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, padding_mask)
+
+
+def chunk_attention(chunk: Chunk, *, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the output (B, Hq, Q, D) and, where statistics run in kernels, the rows' log-sum-exp (B, Hq, Q).
+
+    Which kernel makes the output does not depend on `wants_lse`, so logits do not depend on the policy.
+    """
+    if use_triton(chunk.query):
+        from kvbench.kernels import prefill
+
+        states = (chunk.query, chunk.keys, chunk.values, chunk.scaling)
+        takes = chunk.stored == 0 and prefill.flash_takes(chunk.query)
+        if takes and chunk.plain:
+            return prefill.causal_forward(*states)
+        pads = _left_pads(chunk.query_position) if takes else None
+        if pads is not None:
+            return prefill.padded_forward(*states, pads)
+        if wants_lse and _in_kernels(chunk):
+            return chunk_output(chunk), prefill.row_lse(chunk)
+    return chunk_output(chunk), None
+
+
+def _left_pads(position: Tensor) -> list[int] | None:
+    """Return the pads of each row of `position` (B, Q), None if some stand elsewhere than left of all tokens."""
+    pads = position < 0
+    counts = pads.sum(dim=-1)
+    leading = pads.long().cumprod(dim=-1).sum(dim=-1)
+    left: list[int]
+    left, all_of_them = torch.stack((leading, counts)).tolist()
+    return left if left == all_of_them else None
+
+
+def chunk_output(chunk: Chunk) -> Tensor:
+    """Return the attention output (B, Hq, Q, D) of the public fused function."""
+    grouped = chunk.group > 1
+    if chunk.plain:
+        return functional.scaled_dot_product_attention(
+            chunk.query, chunk.keys, chunk.values, is_causal=True, scale=chunk.scaling, enable_gqa=grouped
+        )
+    outputs = [
+        functional.scaled_dot_product_attention(
+            chunk.query[:, :, start:end],
+            chunk.keys[:, :, : chunk.stored + end],
+            chunk.values[:, :, : chunk.stored + end],
+            attn_mask=_sees(chunk, start, end).repeat_interleave(chunk.group, dim=1),
+            scale=chunk.scaling,
+            enable_gqa=grouped,
+        )
+        for start, end in _query_blocks(chunk)
+    ]
+    return torch.cat(outputs, dim=2)
+
+
+def column_mass(chunk: Chunk, reduction: str, lse: Tensor | None = None) -> Tensor:
+    """Return (B, H, T) float32: attention each entry receives from all real queries of the chunk.
+
+    `lse` is what `chunk_attention` returned; kernels work it out where it is not given.
+    """
+    if _in_kernels(chunk):
+        from kvbench.kernels import prefill
+
+        return prefill.column_mass(chunk, reduction, lse)
+    mass = torch.zeros(chunk.key_position.shape, dtype=torch.float32, device=chunk.keys.device)
+    for start, end in _query_blocks(chunk):
+        rows = reduce_group(_probabilities(chunk, start, end), reduction)
+        mass[:, :, : chunk.stored + end] += rows.sum(dim=2)
+    return mass
+
+
+def last_rows(chunk: Chunk, num_queries: int, reduction: str, lse: Tensor | None = None) -> Tensor:
+    """Return (B, H, W, T) float32: attention rows of the chunk's last W = min(num_queries, Q) queries.
+
+    `lse` as in `column_mass`.
+    """
+    end = chunk.query.shape[2]
+    start = max(0, end - num_queries)
+    if _in_kernels(chunk):
+        from kvbench.kernels import prefill
+
+        tail = replace(chunk, query=chunk.query[:, :, start:], query_position=chunk.query_position[:, start:])
+        return prefill.window_rows(tail, reduction, None if lse is None else lse[..., start:])
+    return reduce_group(_probabilities(chunk, start, end), reduction)
+
+
+def _in_kernels(chunk: Chunk) -> bool:
+    return use_triton(chunk.query) and chunk.query.dtype == chunk.keys.dtype and chunk.query.shape[-1] <= MAX_WIDTH
+
+
+def decode_step(query: Tensor, keys: Tensor, values: Tensor, valid: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """One new token over the slots: query (B, Hq, 1, D) -> output (B, Hq, 1, D), rows (B, H, G, T), float32 or wider.
+
+    The row of probabilities is what the output is made of, so a policy that wants it pays nothing.
+    """
+    batch, heads, _, width = keys.shape
+    grouped = query.reshape(batch, heads, -1, width)
+    logits = torch.matmul(_at_least_float32(grouped) * scaling, _at_least_float32(keys).transpose(-1, -2))
+    rows = logits.masked_fill_(~valid[:, :, None], -torch.inf).softmax(dim=-1)
+    output = torch.matmul(rows.to(values.dtype), values)
+    return output.reshape(batch, -1, 1, width), rows
+
+
+def reduce_group(rows: Tensor, reduction: str) -> Tensor:
+    """Reduce the query heads of a group, dimension 2, to their KV head by `mean`, `sum` or `max`."""
+    return _REDUCTIONS[reduction](rows, dim=2)
+
+
+def _at_least_float32(states: Tensor) -> Tensor:
+    return states if states.dtype == torch.float64 else states.float()
+
+
+def _query_blocks(chunk: Chunk) -> Iterator[tuple[int, int]]:
+    """Cut the queries so that one block of float32 rows stays under 64 MiB, or is a single query."""
+    batch, heads, queries, _ = chunk.query.shape
+    row_bytes = 4 * batch * heads * chunk.keys.shape[2]
+    size = max(1, min(_MAX_BLOCK_QUERIES, _BLOCK_BYTES // row_bytes))
+    for start in range(0, queries, size):
+        yield start, min(start + size, queries)
+
+
+def _sees(chunk: Chunk, start: int, end: int) -> Tensor:
+    """(B, H, q, T') bool; a pad query sees itself only, so that its unused row is finite."""
+    query_position = chunk.query_position[:, None, start:end, None]
+    key_position = chunk.key_position[:, :, None, : chunk.stored + end]
+    sees = (key_position >= 0) & (key_position <= query_position)
+    own = torch.arange(chunk.stored + start, chunk.stored + end, device=sees.device)
+    itself = own[:, None] == torch.arange(chunk.stored + end, device=sees.device)
+    return sees | (itself & (query_position < 0))
+
+
+def _probabilities(chunk: Chunk, start: int, end: int) -> Tensor:
+    """(B, H, G, q, T') float32 softmax rows of a block of queries; rows of pads are zero."""
+    batch, _, _, width = chunk.query.shape
+    heads = chunk.keys.shape[1]
+    query = chunk.query[:, :, start:end].reshape(batch, heads, chunk.group, end - start, width)
+    keys = chunk.keys[:, :, None, : chunk.stored + end]
+    logits = torch.matmul(_at_least_float32(query) * chunk.scaling, _at_least_float32(keys).transpose(-1, -2))
+    logits.masked_fill_(~_sees(chunk, start, end)[:, :, None], -torch.inf)
+    real = (chunk.query_position[:, start:end] >= 0)[:, None, None, :, None]
+    return logits.softmax(dim=-1) * real
+
+
+class Statistics(Protocol):
+    """The statistics of one chunk in one layer, reduced to KV heads by `mean`, `sum` or `max`."""
+
+    def mass(self, reduction: str) -> Tensor:
+        """Return (B, H, T) float32: attention each entry receives from all real queries."""
+
+    def last_rows(self, num_queries: int, reduction: str) -> Tensor:
+        """Return (B, H, W, T) float32: attention rows of the last W = min(num_queries, Q) queries."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkStatistics:
+    """Computed from the chunk when asked for; `lse` is what `chunk_attention` returned with the output."""
+
+    chunk: Chunk
+    lse: Tensor | None
+
+    def mass(self, reduction: str) -> Tensor:
+        """Return (B, H, T) float32."""
+        return column_mass(self.chunk, reduction, self.lse)
+
+    def last_rows(self, num_queries: int, reduction: str) -> Tensor:
+        """Return (B, H, W, T) float32."""
+        return last_rows(self.chunk, num_queries, reduction, self.lse)

@@ -17,11 +17,12 @@ from torch import Tensor
 from transformers import Cache
 
 from kvbench.cache.attention import is_attached
-from kvbench.cache.counts import CountsShelf, Ledger
-from kvbench.cache.layer import PolicyLayer, Pool, check_faults
+from kvbench.cache.counts import CountsShelf, LayerSetup, Ledger, OnPlan
+from kvbench.cache.layer import PolicyLayer
 from kvbench.cache.policy import UNLIMITED, Budget, Policy
 from kvbench.cache.positions import POSITION_MODES, Places, PositionMode, rotation_of
-from kvbench.cache.setup import LayerSetup, OnPlan
+from kvbench.cache.released import Pool, departures_of
+from kvbench.cache.slots import check_faults
 from kvbench.errors import ConfigError, ModelSupportError, close_matches
 
 
@@ -83,7 +84,7 @@ class PolicyCache(Cache):
             raise ConfigError(f"positions is {positions!r}; {close_matches(positions, POSITION_MODES)}")
         rotation = rotation_of(model.get_decoder(), positions) if positions != "original" else None
         places = Places(rotation=rotation) if rotation is not None and positions == "released" else None
-        pool = Pool() if policy.pools_layers else None
+        pool = Pool() if departures_of(policy).pools_layers else None
         num_layers = model.config.get_text_config().num_hidden_layers
         setups = (
             LayerSetup(

@@ -1,28 +1,80 @@
-"""Counts per row, kept on the host: tokens seen, entries held, entries allowed.
+"""What a layer of a cache is told once, and its counts per row: tokens seen, entries held, entries allowed.
 
-They follow from the lengths of what went in, so deciding whether a step is over budget never waits
-for the device.
-
-The numbers of a decode step on the device, so that no step waits for the host.
-
-How many entries a row may hold follows from how many tokens it has seen, which is known in advance:
-a table holds the budget of every step to come. Layers with equal counts share one `StepCounts`; the
-first of them moves it forward, and everything after reads it. A captured step does the same.
+On the host (`Ledger`) they follow from the lengths of what went in, so deciding whether a step is over budget never
+waits for the device. On the device (`StepCounts`) they are what a decode step reads, so that no step waits for the
+host either: how many entries a row may hold follows from how many tokens it has seen, which is known in advance, so a
+table holds the budget of every step to come. Layers with equal counts share one `StepCounts`; the first of them moves
+it forward, and everything after reads it. A captured step does the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
-from kvbench.cache.policy import Budget, Needs, Policy, ScorePolicy, View, When
-from kvbench.cache.positions import Rotation
-from kvbench.cache.setup import LayerSetup
-from kvbench.cache.slots import Slots
+from kvbench.cache.policy import Budget, Plan, Policy, ScorePolicy, View, When, checked_range
+from kvbench.cache.positions import Places, Rotation
+from kvbench.cache.released import Departures, Pool, departures_of, entries_as_released
+from kvbench.cache.slots import Entries
 from kvbench.errors import ModelSupportError
+
+GROW_TOKENS = 64
+OnPlan = Callable[[int, Entries, Plan], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSetup:
+    """What a layer is told once.
+
+    rotation: given for positions=in_cache only; places: for positions=released only; pool: for policies
+    that pool layers; both are shared by the layers of a cache. reserve_tokens: how many tokens will be
+    generated; more than that makes the buffers grow by copying. prompt_tokens: the first tokens, pads included, that
+    are the prompt however they come. prompt_kind (B, T) int8 or None for text.
+    row_seeds: one number per sequence for policies that draw, None for zeros. on_settle: entered around
+    what a policy adds to a prompt (plan, check, move into slots), so that it can be measured apart. on_plan:
+    told the layer, its entries and the policy's plan before it is carried out; for looking only.
+    """
+
+    layer: int
+    num_layers: int
+    policy: Policy
+    budget: Budget
+    rotation: Rotation | None = None
+    reserve_tokens: int = 0
+    prompt_tokens: int = 0
+    prompt_kind: Tensor | None = None
+    row_seeds: tuple[int, ...] | None = None
+    places: Places | None = None
+    pool: Pool | None = None
+    on_settle: Callable[[], AbstractContextManager[None]] = nullcontext
+    on_plan: OnPlan | None = None
+
+    @cached_property
+    def departures(self) -> Departures:
+        """What the policy asks of the cache beyond the contract."""
+        return departures_of(self.policy)
+
+    @property
+    def most_tokens(self) -> int | None:
+        """How many tokens a row may see, where the position mode holds no further."""
+        rotation = self.places.rotation if self.places is not None else self.rotation
+        return None if rotation is None else rotation.most_tokens
+
+    def seeds_of(self, num_rows: int) -> list[int]:
+        """Return the seed of each of `num_rows` rows. Raises: ModelSupportError if there are not as many."""
+        if self.row_seeds is None:
+            return [0] * num_rows
+        if len(self.row_seeds) != num_rows:
+            raise ModelSupportError(
+                f"row_seeds has {len(self.row_seeds)} numbers, the prompt {num_rows} rows; give one per row (generate "
+                "with num_return_sequences=n makes n rows of each prompt)"
+            )
+        return list(self.row_seeds)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,6 +85,7 @@ class Ledger:
     chunk of several tokens was settled. `padded_tokens` counts pads too, the same for all rows. `prompt` is what
     came first, or the first `prompt_tokens` with pads if that is more; tokens before `prompt_until_tokens` are
     planned as a prompt, even one by one. most_tokens: how many a row may see, where a position mode holds no further.
+    counts_as_released: as in `Departures`.
     """
 
     policy: Policy
@@ -46,6 +99,7 @@ class Ledger:
     prompt_tokens: int = 0
     prompt_until_tokens: int = 0
     most_tokens: int | None = None
+    counts_as_released: bool = False
 
     @property
     def steps_since_settled(self) -> int:
@@ -119,8 +173,8 @@ class Ledger:
         return self._entries(self.prompt) if self.policy.bounded else list(self.prompt)
 
     def _entries(self, seen: list[int]) -> list[int]:
-        released = self.policy.counts_as_released
-        return [_entries(self.budget, one, prompt, released) for one, prompt in zip(seen, self.prompt, strict=True)]
+        rows = zip(seen, self.prompt, strict=True)
+        return [_entries(self.budget, so_far, prompt, self.counts_as_released) for so_far, prompt in rows]
 
     def _after_settling(self, row: int, seen: int, entries: int) -> int:
         if seen > self.settled_seen[row] and When.DECODE not in self.policy.when:
@@ -131,27 +185,70 @@ class Ledger:
 
 
 @lru_cache(maxsize=4096)
-def _entries(budget: Budget, seen_tokens: int, prompt_tokens: int, released: bool) -> int:
+def _entries(budget: Budget, seen_tokens: int, prompt_tokens: int, as_released: bool) -> int:
     """Ask once for what every layer of a step asks for again."""
-    count = budget.entries_as_released if released else budget.entries
-    return count(seen_tokens=seen_tokens, prompt_tokens=prompt_tokens)
+    count = entries_as_released if as_released else Budget.entries
+    return count(budget, seen_tokens=seen_tokens, prompt_tokens=prompt_tokens)
 
 
-GROW_TOKENS = 64
-
-
-class StepCounts:
+class RowCounts:
     """Per row (B,) int64 on the device: `prompt`, its budget, `seen` and `budget` now, `row_seed`."""
 
     def __init__(self, setup: LayerSetup, ledger: Ledger, device: torch.device) -> None:
-        self._policy = setup.policy
-        self.prompt = torch.tensor(ledger.prompt, dtype=torch.int64, device=device)
-        self.prompt_budget = torch.tensor(ledger.allowed_after_prompt(), dtype=torch.int64, device=device)
-        self.seen = torch.tensor(ledger.seen, dtype=torch.int64, device=device)
-        self.row_seed = torch.tensor(setup.seeds_of(len(ledger.seen)), dtype=torch.int64, device=device)
+        def rows(numbers: list[int]) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.int64, device=device)
+
+        self._setup = setup
+        self.prompt, self.prompt_budget = rows(ledger.prompt), rows(ledger.allowed_after_prompt())
+        self.seen, self.budget = rows(ledger.seen), rows(ledger.allowed())
+        self.row_seed = rows(setup.seeds_of(len(ledger.seen)))
+
+    def view(
+        self,
+        layer: int,
+        entries: Entries,
+        *,
+        new_tokens: int = 1,
+        prefill: bool = False,
+        window: Tensor | None = None,
+        probs: Tensor | None = None,
+        memory: Tensor | None = None,
+    ) -> View:
+        """Return what the policy of layer number `layer` sees; nothing in it comes from the host.
+
+        memory: what the plan of an earlier chunk left.
+        """
+        return View(
+            layer=layer,
+            num_layers=self._setup.num_layers,
+            new_tokens=new_tokens,
+            prefill=prefill,
+            prompt=self.prompt,
+            seen=self.seen,
+            budget=self.budget,
+            prompt_budget=self.prompt_budget,
+            row_seed=self.row_seed,
+            keys=entries.keys,
+            values=entries.values,
+            position=entries.position,
+            kind=entries.kind,
+            mass_or_none=entries.mass,
+            window_or_none=window,
+            probs_or_none=probs,
+            memory_or_none=memory,
+        )
+
+
+class StepCounts(RowCounts):
+    """The counts of decode steps, moved forward in place; `sinks` and `recent_from` bound what a policy protects.
+
+    Both are (B,): positions below the first and from the second on are not to be evicted.
+    """
+
+    def __init__(self, setup: LayerSetup, ledger: Ledger, device: torch.device) -> None:
+        super().__init__(setup, ledger, device)
         self._announce(ledger, setup.reserve_tokens)
-        self.budget = self._table[0].clone()
-        self.sinks, self.recent_from = self._protected()
+        self._protect()
 
     def _announce(self, ledger: Ledger, num_steps: int) -> None:
         """Fill the table for the steps to come, at least GROW_TOKENS of them."""
@@ -176,39 +273,17 @@ class StepCounts:
         self._step += 1
         self.seen += 1
         self.budget.copy_(self._table.index_select(0, self._step)[0])
-        self.sinks, self.recent_from = self._protected()
+        self._protect()
 
-    def view(self, setup: LayerSetup, slots: Slots, probs: Tensor | None) -> View:
-        """Return the view of a decode step; nothing in it comes from the host."""
-        entries = slots.entries
-        return View(
-            layer=setup.layer,
-            num_layers=setup.num_layers,
-            new_tokens=1,
-            prefill=False,
-            prompt=self.prompt,
-            seen=self.seen,
-            budget=self.budget,
-            prompt_budget=self.prompt_budget,
-            row_seed=self.row_seed,
-            keys=entries.keys,
-            values=entries.values,
-            position=entries.position,
-            kind=entries.kind,
-            mass_or_none=entries.mass,
-            probs_or_none=probs if Needs.PROBS in setup.policy.needs else None,
-            memory_or_none=slots.memory,
-        )
+    def _protect(self) -> None:
+        if isinstance(self._setup.policy, ScorePolicy):
+            self.sinks, self.recent_from = checked_range(self._setup.policy, self.seen, self.budget)
+        else:
+            self.sinks, self.recent_from = torch.zeros_like(self.seen), self.seen
 
     def state(self) -> list[Tensor]:
         """Return what a step changes, in place."""
         return [self._step, self.seen, self.budget]
-
-    def _protected(self) -> tuple[Tensor, Tensor]:
-        """(B,) each: positions below the first and from the second on are not to be evicted."""
-        if isinstance(self._policy, ScorePolicy):
-            return self._policy.checked_range(self.seen, self.budget)
-        return torch.zeros_like(self.seen), self.seen
 
 
 class CountsShelf:

@@ -1,27 +1,16 @@
 """One layer of the cache: takes tokens, attends, and settles at once.
 
-A prompt (or any chunk of several tokens) attends in full, statistics are reduced, the policy plans,
-and what stays moves into slots before the next layer runs: only one layer's prompt is ever
-uncompressed. A decode step writes one token, attends with it, and frees one victim.
-
-One decode step over a layer's slots: write the token, attend, free a victim.
-
-On a GPU each part is one or two kernels that wait for nothing; elsewhere, and as the reference, plain
-torch does the same. Which one runs is decided in one place, `use_triton`.
-
-One cut for the whole model: layers wait until the attention mass of all of them is averaged.
-
-Some code scores a token by its mean over every head of every layer and evicts it everywhere. A layer
-of such a policy does not cut at once: it hands in its mass, and when the last layer of the pass has
-come, all get the mean and cut in turn. Until then the prompt of every layer lies uncompressed, as in
-that code.
+A prompt (or any chunk of several tokens) attends in full, statistics are reduced, the policy plans, and what stays
+moves into slots before the next layer runs: only one layer's prompt is ever uncompressed. A decode step writes one
+token into the free slot, attends with it, and frees one victim. On a GPU each part of a step is one or two kernels
+that wait for nothing; elsewhere, and as the reference, plain torch does the same. Which one runs is decided in one
+place, `use_triton`.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeGuard
 
@@ -29,25 +18,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvbench.cache.counts import GROW_TOKENS, CountsShelf, Ledger, StepCounts
-from kvbench.cache.policy import Needs, Plan, Policy, ScorePolicy, View, When
+from kvbench.cache.attention import LAYER_TAG, ChunkStatistics, Statistics, chunk_attention, decode_step, reduce_group
+from kvbench.cache.counts import GROW_TOKENS, CountsShelf, LayerSetup, Ledger, RowCounts, StepCounts
+from kvbench.cache.policy import Needs, Plan, Policy, ScorePolicy, When, checked_plan, checked_score, checked_victim
 from kvbench.cache.positions import shifted_chunk, shifted_step
 from kvbench.cache.selection import age_rank
-from kvbench.cache.setup import LayerSetup, view_of
-from kvbench.cache.slots import (
-    NAN_SCORE,
-    Entries,
-    Slots,
-    check_plan,
-    check_statistics,
-    columns_of,
-    new_positions,
-    real_tokens,
-    settle,
-)
-from kvbench.cache.statistics import Chunk, ChunkStatistics, Statistics, chunk_attention, decode_step, reduce_group
-from kvbench.errors import ModelSupportError, NonFiniteChoiceError, PolicyError
-from kvbench.kernels.dispatch import use_triton
+from kvbench.cache.slots import EMPTY, Entries, Slots, check_faults, settle
+from kvbench.errors import ModelSupportError
+from kvbench.kernels.dispatch import Chunk, use_triton
 
 
 def evicts_at_decode(policy: Policy) -> bool:
@@ -55,179 +33,11 @@ def evicts_at_decode(policy: Policy) -> bool:
     return policy.bounded and When.DECODE in policy.when
 
 
-def write_token(slots: Slots, keys: Tensor, values: Tensor, setup: LayerSetup, counts: StepCounts) -> None:
-    """Put the new token (B, H, 1, D), the newest of `counts.seen`, into the free slots."""
-    if use_triton(keys):
-        from kvbench.kernels.slot_writes import write_slot
-
-        write_slot(slots.columns(), keys, values, counts.seen, advance=not evicts_at_decode(setup.policy))
-    else:
-        slots.write(keys, values, counts.seen - 1)
-
-
-def attend_slots(
-    slots: Slots, query: Tensor, scaling: float, setup: LayerSetup, counts: StepCounts
-) -> tuple[Tensor, Tensor | None]:
-    """Return output (B, Hq, 1, D) and the probabilities (B, H, C) a policy asks for; mass grows in place."""
-    if use_triton(query):
-        return _attend_by_kernel(slots, query, scaling, setup, counts)
-    policy, entries = setup.policy, slots.entries
-    query, keys = shifted_step(query, entries.keys, entries.position, setup.rotation)
-    output, rows = decode_step(query, keys, entries.values, entries.position >= 0, scaling)
-    probs = reduce_group(rows, policy.reduction) if policy.needs & (Needs.MASS | Needs.PROBS) else None
-    if entries.mass is not None and probs is not None:
-        entries.mass += probs
-    return output, probs
-
-
-def _attend_by_kernel(
-    slots: Slots, query: Tensor, scaling: float, setup: LayerSetup, counts: StepCounts
-) -> tuple[Tensor, Tensor | None]:
-    from kvbench.kernels.decode_attention import Turn, decode_attention
-
-    turn = None
-    if setup.rotation is not None and slots.rank is not None:
-        cosines, sines = counts.turn_tables(setup.rotation)
-        turn = Turn(position=slots.entries.position, rank=slots.rank, seen=counts.seen, cosines=cosines, sines=sines)
-    mass = slots.entries.mass
-    coarse = mass is not None and setup.policy.mass_in_model_dtype  # the kernel sums float32 only
-    output, probs = decode_attention(
-        query,
-        slots.entries.keys,
-        slots.entries.values,
-        slots.length,
-        scaling,
-        reduction=setup.policy.reduction,
-        mass=None if coarse else mass,
-        want_probs=coarse or Needs.PROBS in setup.policy.needs,
-        turn=turn,
-    )
-    if coarse and mass is not None and probs is not None:
-        mass += probs
-    return output, probs
-
-
-def end_step(slots: Slots, probs: Tensor | None, setup: LayerSetup, counts: StepCounts, ledger: Ledger) -> None:
-    """Free what is over the budget, or take a fresh slot next; `ledger` counts it on the host."""
-    by_kernels = use_triton(slots.entries.keys)
-    may_ask_host = slots.length.device.type == "cpu" and not by_kernels
-    if not evicts_at_decode(setup.policy):
-        if not by_kernels:  # the kernel of `write_token` did it already
-            slots.advance()
-    elif may_ask_host and not ledger.over():
-        slots.advance()
-    else:
-        evict(slots, probs, setup, counts)
-    ledger.evicted()
-
-
-def evict(slots: Slots, probs: Tensor | None, setup: LayerSetup, counts: StepCounts) -> None:
-    """Free one victim of every row and head that is over its budget."""
-    policy = setup.policy
-    view = counts.view(setup, slots, probs)
-    if not use_triton(slots.entries.keys):
-        victim, over = checked_victim(policy, policy.victim(view), slots), slots.length > view.budget[:, None]
-        slots.release(victim, over)
-        if victim.device.type == "cpu":  # elsewhere looking would wait for the device at every step
-            check_faults(slots.faults, policy, setup.layer)
-        return
-    from kvbench.kernels.slot_writes import free_given, free_lowest
-
-    if _is_plain_score(policy):
-        free_lowest(slots.columns(), policy.checked_score(view), view.budget, counts.sinks, counts.recent_from)
-    else:
-        free_given(slots.columns(), checked_victim(policy, policy.victim(view), slots), view.budget)
-
-
-def decide(slots: Slots, setup: LayerSetup, counts: StepCounts) -> Tensor:
-    """Return the victim (B, H) that `evict` would free now, found the way it does; nothing is freed."""
-    policy = setup.policy
-    view = counts.view(setup, slots, torch.zeros_like(slots.entries.position, dtype=torch.float32))
-    if not (use_triton(slots.entries.keys) and _is_plain_score(policy)):
-        return policy.victim(view)
-    from kvbench.kernels.slot_writes import lowest_slot
-
-    return lowest_slot(slots.columns(), policy.checked_score(view), view.budget, counts.sinks, counts.recent_from)
-
-
-def _is_plain_score(policy: Policy) -> TypeGuard[ScorePolicy]:
-    return isinstance(policy, ScorePolicy) and type(policy).victim is ScorePolicy.victim
-
-
-def checked_victim(policy: Policy, victim: Tensor, slots: Slots) -> Tensor:
-    """Return `victim` as it is. Raises: PolicyError for a wrong shape or type."""
-    shape, name = slots.length.shape, type(policy).__name__
-    if victim.shape != shape or victim.dtype != slots.length.dtype:
-        raise PolicyError(
-            f"{name}.victim returned {victim.dtype} of shape {tuple(victim.shape)}; "
-            f"it must be int64 of shape (B, H) = {tuple(shape)}"
-        )
-    return victim
-
-
-def check_faults(faults: Tensor, policy: Policy, layer: int) -> None:
-    """Look at a layer's `Slots.faults` (B, H), which waits for the device.
-
-    Raises: NonFiniteChoiceError if a victim was chosen by NaN, PolicyError if it was no slot with a token.
-    """
-    if not bool(faults.any()):
-        return
-    where = f"in layer {layer}, row and KV head {faults.nonzero()[0].tolist()}"
-    if bool((faults & NAN_SCORE).any()):
-        raise NonFiniteChoiceError(
-            f"{type(policy).__name__} chose a victim by NaN at decode {where}; scores must be numbers (an infinite one "
-            "is larger or smaller than all others)"
-        )
-    raise PolicyError(
-        f"{type(policy).__name__}.victim chose a slot that holds no token {where}; choose among those of view.valid"
-    )
-
-
-@dataclass(kw_only=True, slots=True)
-class Pool:
-    """The layers of one cache that have come in this pass, with what each does next."""
-
-    waiting: list[tuple[Entries, Callable[[], None]]] = field(default_factory=list)
-
-    def arrive(self, entries: Entries, num_layers: int, cut: Callable[[], None]) -> None:
-        """Hand in the mass of a layer; the last one of `num_layers` sets the mean in all and lets them cut.
-
-        Slots of the layers agree, because all of them evict the same tokens.
-        """
-        self.waiting.append((entries, cut))
-        if len(self.waiting) < num_layers:
-            return
-        waiting, self.waiting = self.waiting, []
-        mean = _mean_mass([layer for layer, _ in waiting])
-        for layer, cut_layer in waiting:
-            assert layer.mass is not None
-            layer.mass.copy_(mean)  # in place: a captured step finds it at the same address
-            cut_layer()
-
-    def clear(self) -> None:
-        """Forget a pass that did not end."""
-        self.waiting = []
-
-
-def cut_when_pooled(pool: Pool | None, entries: Entries, num_layers: int, cut: Callable[[], None]) -> None:
-    """Cut at once where there is no pool, else when the last layer of the pass has come."""
-    if pool is None:
-        cut()
-    else:
-        pool.arrive(entries, num_layers, cut)
-
-
-def _mean_mass(layers: list[Entries]) -> Tensor:
-    """(B, H, T): the mean over layers and heads, the same for each head."""
-    masses = torch.stack([layer.mass for layer in layers if layer.mass is not None])
-    return masses.mean(dim=(0, 2)).unsqueeze(1).expand(masses.shape[1:])
-
-
-LAYER_TAG = "kvbench_layer"
-
-
 class PolicyLayer(CacheLayerMixin):
     """Slots of one layer under one policy; made by `PolicyCache`, whose layers share a shelf of counts."""
+
+    slots: Slots | None
+    counts: StepCounts | None
 
     def __init__(self, setup: LayerSetup, shelf: CountsShelf | None = None) -> None:
         self.setup = setup
@@ -235,22 +45,247 @@ class PolicyLayer(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything; buffers are let go."""
+        """Forget everything; buffers are let go, and a pass that did not end."""
         self._shelf.clear()
-        self.slots: Slots | None = None
-        self.counts: StepCounts | None = None
-        self._leads = False
-        self._decodes = False
+        self.slots = self.counts = None
+        self._leads = self._decodes = False
         self.ledger = Ledger(
             policy=self.setup.policy,
             budget=self.setup.budget,
             prompt_tokens=self.setup.prompt_tokens,
             prompt_until_tokens=self.setup.prompt_tokens,
             most_tokens=self.setup.most_tokens,
+            counts_as_released=self.setup.departures.counts_as_released,
         )
         self.is_initialized = False
         if self.setup.pool is not None:
-            self.setup.pool.clear()
+            self.setup.pool.waiting.clear()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Take new tokens (B, H, Q, D) and hand out what they attend to, tagged with this layer.
+
+        The model passes the very same tensor object on to the attention function, which finds the
+        layer by the tag; so no hook, no patch and no global state is needed.
+        """
+        self.is_initialized = True
+        self._decodes = self.slots is not None and self.ledger.is_decode_step(key_states.shape[2])
+        self.ledger.padded_tokens += key_states.shape[2]
+        if self.setup.places is not None and self.slots is not None and self.counts is not None:
+            key_states = self.setup.places.arrive(key_states, self.setup.layer, self.slots.length, self.counts.seen)
+        if self.slots is None:
+            keys, values = key_states, value_states
+        elif self._decodes:
+            keys, values = self._write(self.slots, key_states, value_states)
+        else:
+            keys = torch.cat((self.slots.entries.keys, key_states), dim=2)
+            values = torch.cat((self.slots.entries.values, value_states), dim=2)
+        setattr(keys, LAYER_TAG, weakref.ref(self))
+        return keys, values
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, padding: Tensor | None) -> Tensor:
+        """Return the output (B, Hq, Q, D) and settle. `padding` (B, seen) bool is False at pads."""
+        if self.slots is not None and self.setup.places is not None:
+            query = self.setup.places.turned(query)
+        if self.slots is not None and self._decodes:
+            output, probs = self._attend_slots(self.slots, query, scaling)
+            self._when_pooled(self.slots.entries, partial(self._end_step, self.slots, probs))
+            return output
+        real = _real_tokens(query, padding, seen=self.ledger.seen)
+        before = torch.tensor(self.ledger.seen or [0] * real.shape[0], dtype=torch.int64, device=real.device)
+        position = torch.where(real, real.long().cumsum(-1) - 1 + before[:, None], EMPTY)
+        entries = self.entries_of(keys, values, position)
+        self.ledger.begin_chunk(real.sum(dim=-1).tolist())
+        chunk = Chunk(
+            query=query,
+            keys=keys,
+            values=values,
+            query_position=position,
+            key_position=entries.position,
+            scaling=scaling,
+            plain=self.slots is None and min(self.ledger.seen) == query.shape[2],
+        )
+        chunk = shifted_chunk(chunk, self.setup.rotation)
+        output, lse = chunk_attention(chunk, wants_lse=entries.mass is not None)
+        self.settle_chunk(entries, ChunkStatistics(chunk, lse))
+        return output
+
+    def entries_of(self, keys: Tensor, values: Tensor, position: Tensor) -> Entries:
+        """Return stored and new tokens together; keys, values (B, H, T, D) hold both, position (B, Q) is of the new."""
+        batch, heads, _, _ = keys.shape
+        wide = position[:, None].expand(batch, heads, position.shape[1])
+        kind = torch.zeros(wide.shape, dtype=torch.int8, device=keys.device)
+        if self.slots is None and self.setup.prompt_kind is not None:
+            given = _checked_kind(self.setup.prompt_kind, position)
+            kind = given.to(keys.device, torch.int8, copy=True)[:, None].expand(wide.shape)
+        mass = None
+        if Needs.MASS in self.setup.policy.needs:
+            dtype = keys.dtype if self.setup.departures.mass_in_model_dtype else torch.float32
+            mass = torch.zeros(wide.shape, dtype=dtype, device=keys.device)
+        if self.slots is not None:
+            stored = self.slots.entries
+            wide = torch.cat((stored.position, wide), dim=-1)
+            kind = torch.cat((stored.kind, kind), dim=-1)
+            mass = None if mass is None or stored.mass is None else torch.cat((stored.mass, mass), dim=-1)
+        return Entries(keys=keys, values=values, position=wide, kind=kind, mass=mass)
+
+    def settle_chunk(self, entries: Entries, statistics: Statistics) -> None:
+        """Let the policy plan on a chunk that has attended, and move what stays into slots."""
+        if entries.mass is not None:
+            entries.mass = (entries.mass + statistics.mass(self.setup.policy.reduction)).to(entries.mass.dtype)
+        self._when_pooled(entries, partial(self._cut, entries, statistics))
+
+    def _when_pooled(self, entries: Entries, cut: Callable[[], None]) -> None:
+        """Cut at once where there is no pool, else when the last layer of the pass has come."""
+        if self.setup.pool is None:
+            cut()
+        else:
+            self.setup.pool.arrive(entries, self.setup.num_layers, cut)
+
+    def _cut(self, entries: Entries, statistics: Statistics) -> None:
+        policy, plan = self.setup.policy, None
+        with self.setup.on_settle():
+            if policy.bounded and When.PREFILL in policy.when and self.ledger.over():
+                plan = self._plan(entries, statistics)
+                if self.setup.on_plan is not None:
+                    self.setup.on_plan(self.setup.layer, entries, plan)
+            self._settle(entries, plan)
+
+    def _plan(self, entries: Entries, statistics: Statistics) -> Plan:
+        policy, window, probs = self.setup.policy, None, None
+        if Needs.WINDOW in policy.needs:
+            window = statistics.last_rows(policy.window_tokens, policy.reduction)
+        if Needs.PROBS in policy.needs:
+            probs = statistics.last_rows(1, policy.reduction)[:, :, 0]
+        stored, memory = (0, None) if self.slots is None else (self.slots.capacity, self.slots.memory)
+        view = RowCounts(self.setup, self.ledger, entries.keys.device).view(
+            self.setup.layer,
+            entries,
+            new_tokens=entries.position.shape[-1] - stored,
+            prefill=True,
+            window=window,
+            probs=probs,
+            memory=memory,
+        )
+        return checked_plan(policy, view, self.ledger.allowed())
+
+    def _settle(self, entries: Entries, plan: Plan | None) -> None:
+        memory, faults = (None, None) if self.slots is None else (self.slots.memory, self.slots.faults)
+        self.slots = None
+        self.ledger.settle(self.ledger.held if plan is None else plan.keep.sum(dim=-1).amax(dim=1).tolist())
+        final = self.ledger.allowed(ahead_tokens=self.setup.reserve_tokens)
+        self.slots = settle(entries, plan, max(*self.ledger.held, *final) + 1, memory, faults)
+        if self.setup.rotation is not None and use_triton(self.slots.entries.keys):
+            self.slots.rank = age_rank(self.slots.entries.position).int()
+        self.counts, self._leads = self._shelf.take(self.setup, self.ledger, self.slots.length.device)
+
+    def _write(self, slots: Slots, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the new token (B, H, 1, D) into the free slots; return the buffers of all keys and values."""
+        assert self.counts is not None
+        if self._leads:
+            self.counts.advance(self.ledger)
+        self.ledger.arrive([1] * keys.shape[0])
+        if max(self.ledger.held) > slots.capacity:
+            slots.grow(slots.capacity + GROW_TOKENS)
+        if use_triton(keys):
+            from kvbench.kernels.slot_writes import write_slot
+
+            advance = not evicts_at_decode(self.setup.policy)
+            write_slot(slots.columns(), keys, values, self.counts.seen, advance=advance)
+        else:
+            slots.write(keys, values, self.counts.seen - 1)
+        return slots.entries.keys, slots.entries.values
+
+    def _attend_slots(self, slots: Slots, query: Tensor, scaling: float) -> tuple[Tensor, Tensor | None]:
+        """Return output (B, Hq, 1, D) and the probabilities (B, H, C) a policy asks for; mass grows in place."""
+        policy, entries = self.setup.policy, slots.entries
+        if use_triton(query):
+            return self._attend_by_kernel(slots, query, scaling)
+        query, keys = shifted_step(query, entries.keys, entries.position, self.setup.rotation)
+        output, rows = decode_step(query, keys, entries.values, entries.position >= 0, scaling)
+        probs = reduce_group(rows, policy.reduction) if policy.needs & (Needs.MASS | Needs.PROBS) else None
+        if entries.mass is not None and probs is not None:
+            entries.mass += probs
+        return output, probs
+
+    def _attend_by_kernel(self, slots: Slots, query: Tensor, scaling: float) -> tuple[Tensor, Tensor | None]:
+        from kvbench.kernels.decode_attention import Turn, decode_attention
+
+        turn, counts, policy, entries = None, self.counts, self.setup.policy, slots.entries
+        if self.setup.rotation is not None and slots.rank is not None and counts is not None:
+            cosines, sines = counts.turn_tables(self.setup.rotation)
+            turn = Turn(position=entries.position, rank=slots.rank, seen=counts.seen, cosines=cosines, sines=sines)
+        coarse = entries.mass is not None and self.setup.departures.mass_in_model_dtype  # the kernel sums float32 only
+        output, probs = decode_attention(
+            query,
+            entries.keys,
+            entries.values,
+            slots.length,
+            scaling,
+            reduction=policy.reduction,
+            mass=None if coarse else entries.mass,
+            want_probs=coarse or Needs.PROBS in policy.needs,
+            turn=turn,
+        )
+        if coarse and entries.mass is not None and probs is not None:
+            entries.mass += probs
+        return output, probs
+
+    def _end_step(self, slots: Slots, probs: Tensor | None) -> None:
+        """Free what is over the budget, or take a fresh slot next; the ledger counts it on the host."""
+        by_kernels = use_triton(slots.entries.keys)
+        may_ask_host = slots.length.device.type == "cpu" and not by_kernels
+        if not evicts_at_decode(self.setup.policy):
+            if not by_kernels:  # the kernel of `_write` did it already
+                slots.advance()
+        elif may_ask_host and not self.ledger.over():
+            slots.advance()
+        else:
+            self._evict(slots, probs if Needs.PROBS in self.setup.policy.needs else None, by_kernels)
+        self.ledger.evicted()
+
+    def _evict(self, slots: Slots, probs: Tensor | None, by_kernels: bool) -> None:
+        """Free one victim of every row and head that is over its budget."""
+        assert self.counts is not None
+        policy = self.setup.policy
+        view = self.counts.view(self.setup.layer, slots.entries, probs=probs, memory=slots.memory)
+        if not by_kernels:
+            victim, over = checked_victim(policy, view), slots.length > view.budget[:, None]
+            slots.release(victim, over)
+            if victim.device.type == "cpu":  # elsewhere looking would wait for the device at every step
+                check_faults(slots.faults, policy, self.setup.layer)
+            return
+        from kvbench.kernels.slot_writes import free_given, free_lowest
+
+        if _is_plain_score(policy):
+            score, bounds = checked_score(policy, view), (self.counts.sinks, self.counts.recent_from)
+            free_lowest(slots.columns(), score, view.budget, *bounds)
+        else:
+            free_given(slots.columns(), checked_victim(policy, view), view.budget)
+
+    def decide(self) -> Tensor | None:
+        """Return the victim (B, H) that the policy would free now, found the way a step does; nothing is freed.
+
+        None for a policy that frees nothing at decode.
+        """
+        policy, slots, counts = self.setup.policy, self.slots, self.counts
+        if slots is None or counts is None or not evicts_at_decode(policy):
+            return None
+        probs = torch.zeros_like(slots.entries.position, dtype=torch.float32) if Needs.PROBS in policy.needs else None
+        view = counts.view(self.setup.layer, slots.entries, probs=probs, memory=slots.memory)
+        if not (use_triton(slots.entries.keys) and _is_plain_score(policy)):
+            return policy.victim(view)
+        from kvbench.kernels.slot_writes import lowest_slot
+
+        score = checked_score(policy, view)
+        return lowest_slot(slots.columns(), score, view.budget, counts.sinks, counts.recent_from)
+
+    def state(self) -> list[Tensor]:
+        """Return the tensors that a decode step changes in place, keys and values excepted."""
+        assert self.slots is not None
+        assert self.counts is not None
+        return self.slots.state() + (self.counts.state() if self._leads else [])
 
     @property
     def keys(self) -> Tensor | None:
@@ -305,128 +340,38 @@ class PolicyLayer(CacheLayerMixin):
             "new PolicyCache with the rows that go on"
         )
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Take new tokens (B, H, Q, D) and hand out what they attend to, tagged with this layer.
 
-        The model passes the very same tensor object on to the attention function, which finds the
-        layer by the tag; so no hook, no patch and no global state is needed.
-        """
-        self.is_initialized = True
-        self._decodes = self.slots is not None and self.ledger.is_decode_step(key_states.shape[2])
-        self.ledger.padded_tokens += key_states.shape[2]
-        if self.setup.places is not None and self.slots is not None and self.counts is not None:
-            key_states = self.setup.places.arrive(key_states, self.setup.layer, self.slots.length, self.counts.seen)
-        if self.slots is None:
-            keys, values = key_states, value_states
-        elif self._decodes:
-            keys, values = self._write(self.slots, key_states, value_states)
-        else:
-            keys = torch.cat((self.slots.entries.keys, key_states), dim=2)
-            values = torch.cat((self.slots.entries.values, value_states), dim=2)
-        setattr(keys, LAYER_TAG, weakref.ref(self))
-        return keys, values
+def _is_plain_score(policy: Policy) -> TypeGuard[ScorePolicy]:
+    """Whether the kernel that frees the lowest score does what the policy's own `victim` would."""
+    return isinstance(policy, ScorePolicy) and type(policy).victim is ScorePolicy.victim
 
-    def _write(self, slots: Slots, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        counts = self.counts
-        assert counts is not None
-        if self._leads:
-            counts.advance(self.ledger)
-        self.ledger.arrive([1] * keys.shape[0])
-        if max(self.ledger.held) > slots.capacity:
-            slots.grow(slots.capacity + GROW_TOKENS)
-        write_token(slots, keys, values, self.setup, counts)
-        return slots.entries.keys, slots.entries.values
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, padding: Tensor | None) -> Tensor:
-        """Return the output (B, Hq, Q, D) and settle. `padding` (B, seen) bool is False at pads."""
-        if self.slots is not None and self.setup.places is not None:
-            query = self.setup.places.turned(query)
-        if self.slots is not None and self._decodes:
-            return self._decode(self.slots, query, scaling)
-        real = real_tokens(query, padding, seen=self.ledger.seen)
-        position = new_positions(real, self.ledger.seen)
-        entries = columns_of(keys, values, position, self.slots, self.setup.policy, self.setup.prompt_kind)
-        self.ledger.begin_chunk(real.sum(dim=-1).tolist())
-        chunk = Chunk(
-            query=query,
-            keys=keys,
-            values=values,
-            query_position=position,
-            key_position=entries.position,
-            scaling=scaling,
-            plain=self.slots is None and min(self.ledger.seen) == query.shape[2],
+def _real_tokens(query: Tensor, padding: Tensor | None, *, seen: list[int]) -> Tensor:
+    """Return (B, Q) bool, False at pads.
+
+    `padding` (B, N) covers everything that came, pads included; `seen` are the real tokens of each row before
+    these, empty if there are none. Raises: ModelSupportError unless pads stand left of a row's first real token
+    only, and some row has one.
+    """
+    batch, _, new, _ = query.shape
+    if padding is None:
+        return torch.ones((batch, new), dtype=torch.bool, device=query.device)
+    real = padding[:, -new:].bool()
+    counts = real.sum(dim=-1).tolist()
+    left_padded = bool((real.long().diff(dim=-1) >= 0).all())  # within these; across pieces by what was seen
+    begun = any(had and count < new for had, count in zip(seen or [0] * batch, counts, strict=True))
+    if not left_padded or begun or not any(counts):
+        raise ModelSupportError(
+            f"the attention mask has pads that do not stand left of the first prompt (real tokens per row of this "
+            f"chunk: {counts} of {new}); set padding_side='left'"
         )
-        chunk = shifted_chunk(chunk, self.setup.rotation)
-        output, lse = chunk_attention(chunk, wants_lse=entries.mass is not None)
-        self.settle_chunk(entries, ChunkStatistics(chunk, lse))
-        return output
+    return real
 
-    def settle_chunk(self, entries: Entries, statistics: Statistics) -> None:
-        """Let the policy plan on a chunk that has attended, and move what stays into slots."""
-        if entries.mass is not None:
-            entries.mass = (entries.mass + statistics.mass(self.setup.policy.reduction)).to(entries.mass.dtype)
-        cut_when_pooled(self.setup.pool, entries, self.setup.num_layers, partial(self._cut, entries, statistics))
 
-    def _cut(self, entries: Entries, statistics: Statistics) -> None:
-        policy, plan = self.setup.policy, None
-        with self.setup.on_settle():
-            if policy.bounded and When.PREFILL in policy.when and self.ledger.over():
-                view = self._chunk_view(entries, statistics)
-                check_statistics(view)
-                plan = policy.plan(view)
-                check_plan(plan, entries, self.ledger.allowed(), policy, self.setup.layer)
-                if plan is not None and self.setup.on_plan is not None:
-                    self.setup.on_plan(self.setup.layer, entries, plan)
-            self._settle(entries, plan)
-
-    def _chunk_view(self, entries: Entries, statistics: Statistics) -> View:
-        policy = self.setup.policy
-        window = probs = None
-        if Needs.WINDOW in policy.needs:
-            window = statistics.last_rows(policy.window_tokens, policy.reduction)
-        if Needs.PROBS in policy.needs:
-            probs = statistics.last_rows(1, policy.reduction)[:, :, 0]
-        return view_of(
-            self.setup,
-            self.ledger,
-            entries,
-            new_tokens=statistics.new_tokens,
-            window=window,
-            probs=probs,
-            memory=None if self.slots is None else self.slots.memory,
+def _checked_kind(kind: Tensor, position: Tensor) -> Tensor:
+    if kind.shape != position.shape:
+        raise ModelSupportError(
+            f"prompt_kind has shape {tuple(kind.shape)}, the first prompt {tuple(position.shape)}; "
+            "give one kind per prompt token, pads included, and prefill in one piece"
         )
-
-    def _settle(self, entries: Entries, plan: Plan | None) -> None:
-        memory, faults = (None, None) if self.slots is None else (self.slots.memory, self.slots.faults)
-        self.slots = None
-        held = self.ledger.held
-        if plan is not None:
-            held = plan.keep.sum(dim=-1).amax(dim=1).tolist()
-        self.ledger.settle(held)
-        final = self.ledger.allowed(ahead_tokens=self.setup.reserve_tokens)
-        self.slots = settle(entries, plan, max(*held, *final) + 1, memory, faults)
-        if self.setup.rotation is not None and use_triton(self.slots.entries.keys):
-            self.slots.rank = age_rank(self.slots.entries.position).int()
-        self.counts, self._leads = self._shelf.take(self.setup, self.ledger, self.slots.length.device)
-
-    def _decode(self, slots: Slots, query: Tensor, scaling: float) -> Tensor:
-        """Attend to the slots, the new token among them, then free one victim per row and head."""
-        assert self.counts is not None
-        output, probs = attend_slots(slots, query, scaling, self.setup, self.counts)
-        end = partial(end_step, slots, probs, self.setup, self.counts, self.ledger)
-        cut_when_pooled(self.setup.pool, slots.entries, self.setup.num_layers, end)
-        return output
-
-    def state(self) -> list[Tensor]:
-        """Return the tensors that a decode step changes in place, keys and values excepted."""
-        assert self.slots is not None
-        assert self.counts is not None
-        return self.slots.state() + (self.counts.state() if self._leads else [])
-
-    def decide(self) -> Tensor | None:
-        """Return the victim (B, H) that the policy would free now, None for one that frees nothing at decode."""
-        if self.slots is None or self.counts is None or not evicts_at_decode(self.setup.policy):
-            return None
-        return decide(self.slots, self.setup, self.counts)
+    return kind

@@ -1,18 +1,13 @@
 """The policy contract: a frozen dataclass, and a pure function from `View` to a decision.
 
-A policy never touches the cache and holds no state, so one instance serves every layer, sequence
-and run. `ScorePolicy` is the common case: give every entry a score, larger = keep; budget, sinks,
-recent window, ties and the decode victim are done here. `Policy` is full control.
+A policy never touches the cache and holds no state, so one instance serves every layer, sequence and run.
+`ScorePolicy` is the common case: `score` says what every entry is worth, larger = keep; budget, sinks, recent
+window, ties and the victim of a decode step are done here. `Policy` is full control: `plan` and `victim`. What a
+policy reads is its `View`, what it answers after a prompt its `Plan`, how much it may keep the `Budget`, which
+counts entries per layer and KV head, with sinks, recent tokens and anchors included.
 
-What a policy reads (`View`) and what it answers (`Plan`).
-
-Tensor letters: B rows of the batch, H KV heads, T entries in the order of storage, W window
-queries, D head size. After the first eviction the order of storage is not the order of tokens:
-read `position`.
-
-How many entries a layer may hold now: one definition for every policy.
-
-A budget counts entries per layer and KV head, with sinks, recent tokens and anchors included.
+Tensor letters: B rows of the batch, H KV heads, T entries in the order of storage, W window queries, D head size.
+After the first eviction the order of storage is not the order of tokens: read `position`.
 """
 
 from __future__ import annotations
@@ -26,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache.selection import keep_top, lowest, outside, protected_range
-from kvbench.errors import ConfigError, NonFiniteChoiceError, PolicyError
+from kvbench.errors import ConfigError, NonFiniteChoiceError, NonFiniteError, PolicyError
 
 
 class Needs(Flag):
@@ -44,6 +39,98 @@ class When(Flag):
     PREFILL = auto()
     DECODE = auto()
     BOTH = PREFILL | DECODE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Decide which entries stay. Override `plan` (after a prompt) and `victim` (at decode).
+
+    Class flags: `needs` (statistics computed for it), `when` (phases in which it cuts), `granularity`
+    (do the heads of a layer share their entries), `reduction` (query heads to KV heads), `bounded`
+    (False: it ignores the budget, as the full cache does), `window_tokens` (queries of WINDOW) and
+    `native_positions` (the position mode its authors describe, used unless another is asked for).
+    """
+
+    needs: ClassVar[Needs] = Needs.NOTHING
+    when: ClassVar[When] = When.BOTH
+    granularity: ClassVar[Literal["layer", "kv_head"]] = "kv_head"
+    reduction: ClassVar[Literal["mean", "sum", "max"]] = "mean"
+    bounded: ClassVar[bool] = True
+    window_tokens: ClassVar[int] = 32
+    native_positions: ClassVar[Literal["original", "in_cache", "released"]] = "original"
+
+    @property
+    def smallest_budget_tokens(self) -> int:
+        """Entries below which the policy cannot do what it promises."""
+        return 1
+
+    def plan(self, view: View) -> Plan | None:
+        """Return what stays after a prompt. Called when the budget is exceeded, so None is refused."""
+        raise NotImplementedError(f"{type(self).__name__} must define plan(view)")
+
+    def victim(self, view: View) -> Tensor:
+        """Return (B, H) int64, the slot to free in this decode step. Called when over budget.
+
+        -1 says that there is no choice, because a number that decides is NaN: the cell ends as `nonfinite`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define victim(view)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorePolicy(Policy):
+    """Keep the entries of highest `score`, with sinks and recent tokens protected.
+
+    num_sinks: first tokens always kept. num_recent: newest tokens always kept. recent_fraction: the
+    same as a share of the budget; the larger of both counts.
+    """
+
+    num_sinks: int = 0
+    num_recent: int = 0
+    recent_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("num_sinks", "num_recent"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"policy.{name} is {getattr(self, name)}; it must be 0 or more tokens")
+        if not 0.0 <= self.recent_fraction <= 1.0:
+            raise ConfigError(f"policy.recent_fraction is {self.recent_fraction:g}; it must lie in [0, 1]")
+
+    @property
+    def smallest_budget_tokens(self) -> int:
+        """Sinks and recent window must fit."""
+        return max(1, self.num_sinks + self.num_recent)
+
+    def score(self, view: View) -> Tensor:
+        """Return (B, H, T), or (B, 1, T) for one score per layer; larger = keep.
+
+        An infinite score is a large or a small one; what is protected counts for more. NaN is no score and
+        ends the cell, unless the entry is protected.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define score(view)")
+
+    def protected_range(self, seen: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B,) int64 each: positions below the first and from the second on are never evicted."""
+        window = {"num_sinks": self.num_sinks, "num_recent": self.num_recent}
+        return protected_range(seen, budget, **window, recent_fraction=self.recent_fraction)
+
+    def plan(self, view: View) -> Plan | None:
+        """Keep the top entries under the budget. Raises: NonFiniteChoiceError if a score is NaN."""
+        score = self._protected_score(view)
+        if bool(torch.isnan(score[view.valid]).any()):
+            raise NonFiniteChoiceError(
+                f"{type(self).__name__}.score returned NaN in layer {view.layer}; scores must be numbers"
+            )
+        return Plan(keep=keep_top(score, view.position, view.budget))
+
+    def victim(self, view: View) -> Tensor:
+        """Free the entry of lowest score, the oldest of equals; -1 where a score is NaN."""
+        return lowest(self._protected_score(view), view.position)
+
+    def _protected_score(self, view: View) -> Tensor:
+        score = checked_score(self, view)
+        protected = outside(view.position, *checked_range(self, view.seen, view.budget))
+        finite = score.float().clamp(max=torch.finfo(torch.float32).max)  # only what is protected is infinite
+        return finite.expand(view.position.shape).masked_fill(protected, torch.inf)
 
 
 class Kind(IntEnum):
@@ -133,147 +220,7 @@ class Plan:
     memory: Tensor | None = None
 
 
-# What the cache does with a policy's decision, a part of every cell's key. Raise it with a change of kvbench.cache or
-# kvbench.kernels after which some policy, its code unchanged, keeps other entries or attends to other ones: `Policy`
-# and `ScorePolicy`, `selection`, budgets, positions, statistics. Not for speed, memory, messages or rounding error.
-CACHE_SEMANTICS = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Policy:
-    """Decide which entries stay. Override `plan` (after a prompt) and `victim` (at decode).
-
-    Class flags: `needs` (statistics computed for it), `when` (phases in which it cuts), `granularity`
-    (do the heads of a layer share their entries), `reduction` (query heads to KV heads), `bounded`
-    (False: it ignores the budget, as the full cache does), `window_tokens` (queries of WINDOW) and
-    `native_positions` (the position mode its authors describe, used unless another is asked for).
-    """
-
-    needs: ClassVar[Needs] = Needs.NOTHING
-    when: ClassVar[When] = When.BOTH
-    granularity: ClassVar[Literal["layer", "kv_head"]] = "kv_head"
-    reduction: ClassVar[Literal["mean", "sum", "max"]] = "mean"
-    bounded: ClassVar[bool] = True
-    window_tokens: ClassVar[int] = 32
-    native_positions: ClassVar[Literal["original", "in_cache", "released"]] = "original"
-
-    @property
-    def counts_as_released(self) -> bool:
-        """Whether a share of the tokens is rounded as Elastic Cache's code does; up, and not down."""
-        return False
-
-    @property
-    def pools_layers(self) -> bool:
-        """Whether the mass is averaged over all heads and layers, and all layers are cut together."""
-        return False
-
-    @property
-    def mass_in_model_dtype(self) -> bool:
-        """Whether mass is summed in the dtype of the keys; float32 otherwise."""
-        return False
-
-    @property
-    def smallest_budget_tokens(self) -> int:
-        """Entries below which the policy cannot do what it promises."""
-        return 1
-
-    def plan(self, view: View) -> Plan | None:
-        """Return what stays after a prompt. Called when the budget is exceeded, so None is refused."""
-        raise NotImplementedError(f"{type(self).__name__} must define plan(view)")
-
-    def victim(self, view: View) -> Tensor:
-        """Return (B, H) int64, the slot to free in this decode step. Called when over budget.
-
-        -1 says that there is no choice, because a number that decides is NaN: the cell ends as `nonfinite`.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must define victim(view)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScorePolicy(Policy):
-    """Keep the entries of highest `score`, with sinks and recent tokens protected.
-
-    num_sinks: first tokens always kept. num_recent: newest tokens always kept. recent_fraction: the
-    same as a share of the budget; the larger of both counts.
-    """
-
-    num_sinks: int = 0
-    num_recent: int = 0
-    recent_fraction: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("num_sinks", "num_recent"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"policy.{name} is {getattr(self, name)}; it must be 0 or more tokens")
-        if not 0.0 <= self.recent_fraction <= 1.0:
-            raise ConfigError(f"policy.recent_fraction is {self.recent_fraction:g}; it must lie in [0, 1]")
-
-    @property
-    def smallest_budget_tokens(self) -> int:
-        """Sinks and recent window must fit."""
-        return max(1, self.num_sinks + self.num_recent)
-
-    def score(self, view: View) -> Tensor:
-        """Return (B, H, T), or (B, 1, T) for one score per layer; larger = keep.
-
-        An infinite score is a large or a small one; what is protected counts for more. NaN is no score and
-        ends the cell, unless the entry is protected.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must define score(view)")
-
-    def plan(self, view: View) -> Plan | None:
-        """Keep the top entries under the budget. Raises: NonFiniteChoiceError if a score is NaN."""
-        score = self._protected_score(view)
-        if bool(torch.isnan(score[view.valid]).any()):
-            raise NonFiniteChoiceError(
-                f"{type(self).__name__}.score returned NaN in layer {view.layer}; scores must be numbers"
-            )
-        return Plan(keep=keep_top(score, view.position, view.budget))
-
-    def victim(self, view: View) -> Tensor:
-        """Free the entry of lowest score, the oldest of equals; -1 where a score is NaN."""
-        return lowest(self._protected_score(view), view.position)
-
-    def checked_score(self, view: View) -> Tensor:
-        """Return `score(view)`. Raises: PolicyError for another shape than (B, H, T) or (B, 1, T)."""
-        score = self.score(view)
-        rows, _, entries = view.position.shape
-        if score.shape not in (view.position.shape, (rows, 1, entries)):
-            raise PolicyError(
-                f"{type(self).__name__}.score returned shape {tuple(score.shape)}; "
-                f"it must be (B, H, T) = {tuple(view.position.shape)} or (B, 1, T)"
-            )
-        return score
-
-    def protected_range(self, seen: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (B,) int64 each: positions below the first and from the second on are never evicted."""
-        return protected_range(
-            seen,
-            budget,
-            num_sinks=self.num_sinks,
-            num_recent=self.num_recent,
-            recent_fraction=self.recent_fraction,
-        )
-
-    def checked_range(self, seen: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `protected_range`. Raises: PolicyError for anything but two int64 tensors of shape (B,)."""
-        sinks, recent_from = self.protected_range(seen, budget)
-        for bound in (sinks, recent_from):
-            if bound.shape != seen.shape or bound.dtype != torch.int64:
-                raise PolicyError(
-                    f"{type(self).__name__}.protected_range returned {bound.dtype} of shape {tuple(bound.shape)}; "
-                    f"both bounds must be int64 of shape (B,) = {tuple(seen.shape)}"
-                )
-        return sinks, recent_from
-
-    def _protected_score(self, view: View) -> Tensor:
-        score = self.checked_score(view)
-        protected = outside(view.position, *self.checked_range(view.seen, view.budget))
-        finite = score.float().clamp(max=torch.finfo(torch.float32).max)  # only what is protected is infinite
-        return finite.expand(view.position.shape).masked_fill(protected, torch.inf)
-
-
-_DECIMALS = 9  # 0.29 * 100 is 28.999999999999996; the user meant 29
+DECIMALS = 9  # 0.29 * 100 is 28.999999999999996; the user meant 29
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -310,20 +257,7 @@ class Budget:
             return self.tokens
         assert self.fraction is not None
         base = seen_tokens if self.of == "seen" else prompt_tokens
-        return max(1, math.floor(round(self.fraction * base, _DECIMALS)))
-
-    def entries_as_released(self, *, seen_tokens: int, prompt_tokens: int) -> int:
-        """Return the entries allowed as Elastic Cache's code counts them: rounded up, in its own arithmetic.
-
-        It takes the pruned share r, keeps 1 - r in floating point, and cuts the tokens to forget down to
-        a whole number; 1 - 0.7 is a little more than 0.3, which shows at multiples of ten.
-        """
-        if self.fraction is None:
-            return self.entries(seen_tokens=seen_tokens, prompt_tokens=prompt_tokens)
-        kept = 1 - round(1 - self.fraction, _DECIMALS)
-        if seen_tokens == prompt_tokens:
-            return max(1, seen_tokens - int(seen_tokens - seen_tokens * kept))
-        return max(1, math.ceil((seen_tokens if self.of == "seen" else prompt_tokens) * kept))
+        return max(1, math.floor(round(self.fraction * base, DECIMALS)))
 
     def describe(self) -> str:
         """Return the budget in words, as tables print it."""
@@ -334,3 +268,106 @@ class Budget:
 
 
 UNLIMITED = Budget(fraction=1.0)
+
+# What the cache does with a policy's decision, a part of every cell's key. Raise it with a change of kvbench.cache or
+# kvbench.kernels after which some policy, its code unchanged, keeps other entries or attends to other ones: `Policy`
+# and `ScorePolicy`, `selection`, budgets, positions, statistics. Not for speed, memory, messages or rounding error.
+CACHE_SEMANTICS = 1
+
+
+def checked_score(policy: ScorePolicy, view: View) -> Tensor:
+    """Return `policy.score(view)`. Raises: PolicyError for another shape than (B, H, T) or (B, 1, T)."""
+    score = policy.score(view)
+    rows, _, entries = view.position.shape
+    if score.shape not in (view.position.shape, (rows, 1, entries)):
+        raise PolicyError(
+            f"{type(policy).__name__}.score returned shape {tuple(score.shape)}; "
+            f"it must be (B, H, T) = {tuple(view.position.shape)} or (B, 1, T)"
+        )
+    return score
+
+
+def checked_range(policy: ScorePolicy, seen: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `policy.protected_range`. Raises: PolicyError for anything but two int64 tensors of shape (B,)."""
+    sinks, recent_from = policy.protected_range(seen, budget)
+    for bound in (sinks, recent_from):
+        if bound.shape != seen.shape or bound.dtype != torch.int64:
+            raise PolicyError(
+                f"{type(policy).__name__}.protected_range returned {bound.dtype} of shape {tuple(bound.shape)}; "
+                f"both bounds must be int64 of shape (B,) = {tuple(seen.shape)}"
+            )
+    return sinks, recent_from
+
+
+def checked_victim(policy: Policy, view: View) -> Tensor:
+    """Return `policy.victim(view)`. Raises: PolicyError for a wrong shape or type."""
+    victim, shape = policy.victim(view), view.position.shape[:2]
+    if victim.shape != shape or victim.dtype != torch.int64:
+        raise PolicyError(
+            f"{type(policy).__name__}.victim returned {victim.dtype} of shape {tuple(victim.shape)}; "
+            f"it must be int64 of shape (B, H) = {tuple(shape)}"
+        )
+    return victim
+
+
+def checked_plan(policy: Policy, view: View, allowed: list[int]) -> Plan:
+    """Return `policy.plan(view)`; `allowed` has one number per row.
+
+    Raises: NonFiniteError for attention that is NaN, NonFiniteChoiceError and PolicyError for a plan that breaks
+    the contract.
+    """
+    _check_statistics(view)
+    plan, position, name = policy.plan(view), view.position, f"{type(policy).__name__}.plan in layer {view.layer}"
+    if plan is None:
+        raise PolicyError(f"{name} returned None although the budget {allowed} is exceeded; return a Plan")
+    _check_column(plan.keep, "keep", torch.bool, position, name)
+    if bool((plan.keep & (position < 0)).any()):
+        raise PolicyError(f"{name} keeps slots that hold no token; combine keep with view.valid")
+    kept, held = plan.keep.sum(dim=-1), (position >= 0).any(dim=-1)  # a row may have had pads only
+    if bool(((kept > torch.tensor(allowed, device=kept.device)[:, None]) | (held & (kept < 1))).any()):
+        raise PolicyError(
+            f"{name} keeps {kept.tolist()} entries (rows x heads); allowed per row: 1 to {allowed}. "
+            "keep_top keeps none where a score is NaN"
+        )
+    if plan.merge_into is not None:
+        _check_merge(plan.merge_into, plan.keep, name)
+    if plan.mass is not None and (plan.mass.shape != position.shape or view.mass_or_none is None):
+        raise PolicyError(
+            f"{name} returned mass of shape {tuple(plan.mass.shape)}; it must be (B, H, T) = "
+            f"{tuple(position.shape)}, and the policy must declare Needs.MASS"
+        )
+    if plan.mass is not None and bool((plan.mass.isnan() & plan.keep).any()):
+        raise NonFiniteChoiceError(f"{name} returned a mass that is NaN for entries that it keeps; it must be numbers")
+    source = plan.merge_source
+    if source is not None and (plan.merge_into is None or source.shape != position.shape):
+        raise PolicyError(f"{name} returned merge_source without a merge_into of the same shape {tuple(source.shape)}")
+    return plan
+
+
+def _check_statistics(view: View) -> None:
+    """Raise NonFiniteError if attention that a policy is about to decide by is NaN: the model's numbers are."""
+    statistics = {"mass": view.mass_or_none, "window": view.window_or_none, "probs": view.probs_or_none}
+    for name, numbers in statistics.items():
+        valid = view.valid if numbers is None or numbers.ndim == 3 else view.valid[:, :, None]
+        if numbers is not None and bool((numbers.isnan() & valid).any()):
+            raise NonFiniteError(
+                f"the attention that a prompt's tokens receive is NaN in layer {view.layer} (view.{name}): the model's "
+                "keys or queries overflow; use a wider model.dtype"
+            )
+
+
+def _check_merge(into: Tensor, keep: Tensor, name: str) -> None:
+    _check_column(into, "merge_into", torch.int64, keep, name)
+    if bool(((into < 0) | (into >= keep.shape[-1])).any()):
+        raise PolicyError(f"{name} merges into {into.min()} to {into.max()}; allowed: 0 to {keep.shape[-1] - 1}")
+    itself = into == torch.arange(keep.shape[-1], device=into.device)
+    if not bool((keep.gather(-1, into) | itself).all()):
+        raise PolicyError(f"{name} merges entries into some that it does not keep; give them a survivor or themselves")
+
+
+def _check_column(given: Tensor, field: str, dtype: torch.dtype, like: Tensor, name: str) -> None:
+    if given.shape != like.shape or given.dtype != dtype:
+        raise PolicyError(
+            f"{name} returned {field} of {given.dtype} and shape {tuple(given.shape)}; "
+            f"it must be {str(dtype).removeprefix('torch.')} of shape (B, H, T) = {tuple(like.shape)}"
+        )

@@ -1,17 +1,11 @@
 """Position modes: where a new token stands relative to what is left in the cache.
 
-`original`: every token at its true position. `in_cache`: positions are ranks inside the cache, as
-StreamingLLM defines them (arXiv 2309.17453, Sec. 3.2). Stored keys never change; a temporary copy
-is turned for the step that needs it. `released`: as Elastic Cache's code has it. Prompt tokens stand
-where they are; a later token stands at the number of entries that the first layer held when it came,
-for query and key alike and for good. So after an eviction it stands before much of the context, and
-several tokens share a place.
-
-Turn rotary keys and queries by a difference of positions, from an unshifted copy.
-
-Position modes other than `original` need keys as if they stood elsewhere. Stored keys stay as the
-model rotated them; each step turns a temporary copy in float32 by (wanted - original). Stepwise
-rotation in place is what diverges (relative error 6.7 after 2000 steps in bfloat16).
+`original`: every token at its true position. `in_cache`: positions are ranks inside the cache, as StreamingLLM defines
+them (arXiv 2309.17453, Sec. 3.2). Stored keys stay as the model rotated them; each step turns a temporary copy in
+float32 by (wanted - original), because stepwise rotation in place diverges (relative error 6.7 after 2000 steps in
+bfloat16). `released`: as Elastic Cache's code has it. Prompt tokens stand where they are; a later token stands at the
+number of entries that the first layer held when it came, for query and key alike and for good. So after an eviction
+it stands before much of the context, and several tokens share a place.
 """
 
 from __future__ import annotations
@@ -23,9 +17,11 @@ import torch
 from torch import Tensor
 
 from kvbench.cache.selection import age_rank
-from kvbench.cache.statistics import Chunk
 from kvbench.errors import ModelSupportError
+from kvbench.kernels.dispatch import Chunk
 
+PositionMode = Literal["original", "in_cache", "released"]
+POSITION_MODES: tuple[str, ...] = get_args(PositionMode)
 _FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _HALF_SPLIT_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # others may rotate neighbouring pairs
 _GRID_FAMILIES = ("qwen2_5_vl_text", "qwen3_vl_text")  # time, row and column of a picture's token
@@ -88,10 +84,6 @@ def rotation_of(decoder: Any, mode: str = "in_cache") -> Rotation:
             f"{config.model_type!r}. Use positions=original"
         )
     return Rotation(frequencies=rotary.inv_freq.detach().float())
-
-
-PositionMode = Literal["original", "in_cache", "released"]
-POSITION_MODES: tuple[str, ...] = get_args(PositionMode)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""What a prompt leaves in every layer before any policy decides, recorded once for many policies.
+"""What a prompt leaves before any policy decides, recorded once for many policies; and when each entry left a cache.
 
 The output of a prompt's attention does not depend on the policy, so one forward serves every cell
 that shares model and prompt. `PromptRecorder` runs in the place of a `PolicyCache` and keeps keys,
@@ -7,11 +7,13 @@ values, positions and the statistics that the given policies declare; `cache_aft
 
     recorder = PromptRecorder(model, policies)
     model(**inputs, **cache_argument(model, recorder), use_cache=True)
-    cache = cache_after(recorder.prompt, model, policy, budget, positions="original", reserve_tokens=64)
+    cache = cache_after(recorder.prompt, PolicyCache(model, policy, budget, reserve_tokens=64))
 
 The recording holds the whole prompt uncompressed, in all layers: drop it before the next batch.
 
-When each entry left the cache, and what it was merged into: for looking, never for deciding.
+`EvictionLog` is for looking, never for deciding. Nothing that was evicted comes back, so one number per layer, head
+and token tells the whole story; it is kept on the device of the cache, and nothing waits for the host before `freed`
+is asked for.
 
     log = EvictionLog(num_tokens=prompt + answer)
     cache = PolicyCache(model, policy, budget, on_plan=log.note_plan)
@@ -19,9 +21,6 @@ When each entry left the cache, and what it was merged into: for looking, never 
     log.after_prompt(cache)
     ...                                    # one token
     log.after_step(cache, [True])
-
-Nothing that was evicted comes back, so one number per layer, head and token tells the whole story. It is
-kept on the device of the cache; nothing waits for the host before `freed` is asked for.
 """
 
 from __future__ import annotations
@@ -29,24 +28,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
+from kvbench.cache.attention import ChunkStatistics, Statistics
 from kvbench.cache.cache import PolicyCache
+from kvbench.cache.counts import LayerSetup
 from kvbench.cache.layer import PolicyLayer
-from kvbench.cache.policy import UNLIMITED, Budget, Needs, Plan, Policy
-from kvbench.cache.positions import PositionMode
-from kvbench.cache.setup import LayerSetup, OnPlan
-from kvbench.cache.slots import Entries, Slots, columns_of
-from kvbench.cache.statistics import ChunkStatistics, Statistics
+from kvbench.cache.policy import UNLIMITED, Needs, Plan, Policy
+from kvbench.cache.slots import Entries, Slots
 
-if TYPE_CHECKING:
-    from kvbench.cache.cache import PolicyCache
-
-
+HELD = -1
 _Rows = tuple[int, str, bool]  # how many queries, which reduction, and whether the policy needs MASS too
 
 
@@ -75,11 +70,6 @@ class _Recorded:
 
     prompt: LayerPrompt
     policy: Policy
-
-    @property
-    def new_tokens(self) -> int:
-        """Tokens of the prompt, pads included."""
-        return self.prompt.keys.shape[2]
 
     def mass(self, reduction: str) -> Tensor:
         """Return the recorded column sums (B, H, T)."""
@@ -133,10 +123,12 @@ class PromptRecorder(Cache):
     """Takes one prompt in one piece; the model's output is that of any other cache of kvbench."""
 
     def __init__(self, model: Any, policies: Iterable[Policy]) -> None:
-        chosen = list(policies)
-        num_layers = model.config.get_text_config().num_hidden_layers
-        wants_mass = any(Needs.MASS in policy.needs for policy in chosen)
-        setups = (_unlimited(index, num_layers, wants_mass) for index in range(num_layers))
+        chosen, num_layers = list(policies), model.config.get_text_config().num_hidden_layers
+        stand_in = _WithMass() if any(Needs.MASS in policy.needs for policy in chosen) else Policy()
+        setups = (
+            LayerSetup(layer=index, num_layers=num_layers, policy=stand_in, budget=UNLIMITED)
+            for index in range(num_layers)
+        )
         self._recording = [_RecordingLayer(setup, chosen) for setup in setups]
         super().__init__(layers=list(self._recording))
         self._own = {"_own", *vars(self)}
@@ -151,70 +143,22 @@ class PromptRecorder(Cache):
         return Recording(layers=recorded, kept_by_model=kept)
 
 
-def _unlimited(index: int, num_layers: int, wants_mass: bool) -> LayerSetup:
-    return LayerSetup(
-        layer=index,
-        num_layers=num_layers,
-        policy=_WithMass() if wants_mass else Policy(),
-        budget=UNLIMITED,
-        rotation=None,
-        reserve_tokens=0,
-        prompt_kind=None,
-    )
-
-
-def cache_after(
-    prompt: Recording,
-    model: Any,
-    policy: Policy,
-    budget: Budget,
-    *,
-    positions: PositionMode,
-    reserve_tokens: int,
-    prompt_kind: Tensor | None = None,
-    row_seeds: Sequence[int] | None = None,
-    on_plan: OnPlan | None = None,
-) -> PolicyCache:
-    """Return the cache that `policy` leaves after `prompt`; arguments as for `PolicyCache`.
+def cache_after(prompt: Recording, cache: PolicyCache) -> PolicyCache:
+    """Return `cache`, which is empty, as its policy leaves it after `prompt`.
 
     The policy gets copies, so one that writes into its view harms nobody else. Raises: KeyError for a
     policy whose statistics were not recorded; what the policy itself raises.
     """
-    cache = PolicyCache(
-        model,
-        policy,
-        budget,
-        positions=positions,
-        reserve_tokens=reserve_tokens,
-        prompt_kind=None if prompt_kind is None else prompt_kind.clone(),
-        row_seeds=row_seeds,
-        on_plan=on_plan,
-    )
     for layer, recorded in zip(cache.policy_layers, prompt.layers, strict=True):
-        _take(layer, recorded)
+        layer.is_initialized = True
+        entries = layer.entries_of(recorded.keys.clone(), recorded.values.clone(), recorded.position.clone())
+        statistics = _Recorded(prompt=recorded, policy=layer.setup.policy)
+        layer.ledger.padded_tokens = recorded.keys.shape[2]
+        layer.ledger.begin_chunk(list(recorded.lengths))
+        layer.settle_chunk(entries, statistics)
     for name, value in prompt.kept_by_model.items():
         setattr(cache, name, copy.deepcopy(value))
     return cache
-
-
-def _take(layer: PolicyLayer, recorded: LayerPrompt) -> None:
-    """Bring `layer` to where it stands when a prompt of its own has attended, and settle."""
-    layer.is_initialized = True
-    entries = columns_of(
-        recorded.keys.clone(),
-        recorded.values.clone(),
-        recorded.position.clone(),
-        None,
-        layer.setup.policy,
-        layer.setup.prompt_kind,
-    )
-    statistics = _Recorded(prompt=recorded, policy=layer.setup.policy)
-    layer.ledger.padded_tokens = statistics.new_tokens
-    layer.ledger.begin_chunk(list(recorded.lengths))
-    layer.settle_chunk(entries, statistics)
-
-
-HELD = -1
 
 
 class EvictionLog:

@@ -24,9 +24,7 @@ def keep_top(score: Tensor, position: Tensor, budget: Tensor) -> Tensor:
     newest_first = position.argsort(dim=-1, descending=True)
     best_first = score.gather(-1, newest_first).argsort(dim=-1, descending=True, stable=True)
     order = newest_first.gather(-1, best_first)
-    ranks = torch.arange(score.shape[-1], device=score.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(-1, order, ranks)
-    return (rank < budget[:, None, None]) & (position >= 0) & ~unknown
+    return (_inverse(order) < budget[:, None, None]) & (position >= 0) & ~unknown
 
 
 def lowest(score: Tensor, position: Tensor) -> Tensor:
@@ -73,9 +71,13 @@ def protected_range(
 
 def age_rank(position: Tensor) -> Tensor:
     """Return (B, H, T) int64: how many held entries are older; empty slots come last."""
-    order = oldest_first(position)
-    ranks = torch.arange(position.shape[-1], device=position.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, ranks)
+    return _inverse(oldest_first(position))
+
+
+def _inverse(order: Tensor) -> Tensor:
+    """Return the place of each entry in `order`, a permutation along the last dimension."""
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
 
 
 def oldest_first(position: Tensor) -> Tensor:
@@ -86,9 +88,9 @@ def oldest_first(position: Tensor) -> Tensor:
 def entry_of_rank(position: Tensor, rank: Tensor) -> Tensor:
     """Return (B, H) int64, the slot of the held entry that has `rank` (B, H) older ones; position (B, H, T)."""
     if use_triton(position, any_dtype=True):
-        from kvbench.kernels.rank import slot_of_rank
+        from kvbench.kernels.rank import find_slot
 
-        return slot_of_rank(position, rank)
+        return find_slot(position, rank)
     return (age_rank(position) == rank[..., None]).long().argmax(dim=-1)
 
 
@@ -99,9 +101,9 @@ def entry_before_newest(position: Tensor, newer: int, *, sinks: int) -> Tensor:
     is another.
     """
     if use_triton(position, any_dtype=True):
-        from kvbench.kernels.rank import slot_before_newest
+        from kvbench.kernels.rank import find_slot
 
-        return slot_before_newest(position, newer, sinks)
+        return find_slot(position, newer=newer, sinks=sinks)
     newest = (position >= 0).sum(dim=-1) - 1
     return entry_of_rank(position, (newest - newer).clamp(min=sinks).minimum((newest - 1).clamp(min=0)))
 

@@ -33,6 +33,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from kvbench.autopsy.settings import AutopsySettings
 from kvbench.cache import CACHE_SEMANTICS, Budget, Policy, When
 from kvbench.cache.positions import POSITION_MODES, PositionMode
+from kvbench.cache.released import departures_of
 from kvbench.config.checks import (
     check_budget_fits,
     check_installed,
@@ -454,7 +455,7 @@ def _labels(composed: Composed, model: ModelSpec, dataset: Any, setting: CacheSe
     names["model"] += " (random weights)" if model.is_random else ""
     names["dataset"] = getattr(dataset, "label", names["dataset"])
     limits = {"budget_fraction": budget.fraction, "budget_tokens": budget.tokens}
-    rounds = "up" if policy.counts_as_released and budget.fraction is not None else "down"
+    rounds = "up" if departures_of(policy).counts_as_released and budget.fraction is not None else "down"
     rule = {"evicts_at": _EVICTS_AT[policy.when], "budget_rounds": rounds}
     bounded = {"budget": budget.describe(), **limits, **rule}
     unbounded = {"budget": "-", **dict.fromkeys(limits)}

@@ -1,1 +1,1 @@
-"""Triton kernels with their plain-torch references beside them; `dispatch` says which of the two runs."""
+"""Triton kernels, each with its launcher; `dispatch` says whether work goes to them or to plain torch."""

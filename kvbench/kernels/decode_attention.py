@@ -1,6 +1,4 @@
-"""Launch decode attention over slots: workspaces, block sizes, and how many parts the slots are cut into.
-
-Decode attention over slots in Triton: split over the sequence, then joined, with the probabilities.
+"""Decode attention over slots: split over the sequence, then joined, with the probabilities.
 
 One query token per row attends to the first `length[b, h]` slots of each KV head (slots have no hole
 when a step attends). A program takes one (row, KV head) and one part of the slots and serves the whole
@@ -16,8 +14,8 @@ window no key is turned.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,16 +29,21 @@ from kvbench.kernels.dispatch import interpreted
 
 
 @triton.jit
+def _wide(states, UPCAST: tl.constexpr):
+    """Return states as a product takes them: numpy, which interprets, has no bfloat16."""
+    if UPCAST:
+        return states.to(tl.float32)
+    return states
+
+
+@triton.jit
 def _turned(first, second, cosines, sines, row, mask, UPCAST: tl.constexpr):
     """Return both halves of states turned back by the distance whose angles begin at `row` of the tables."""
     cos = tl.load(cosines + row, mask=mask, other=0.0)
     sin = tl.load(sines + row, mask=mask, other=0.0)
     back = (first * cos + second * sin).to(first.dtype)
     ahead = (second * cos - first * sin).to(first.dtype)
-    if UPCAST:
-        back = back.to(tl.float32)
-        ahead = ahead.to(tl.float32)
-    return back, ahead
+    return _wide(back, UPCAST), _wide(ahead, UPCAST)
 
 
 @triton.jit
@@ -96,13 +99,9 @@ def attend_part(
         cosines_h, sines_h = cosines + h, sines + h
         query_behind = tl.load(seen + row) - held
         turned_q1, turned_q2 = _turned(q1, q2, cosines_h, sines_h, query_behind * half, in_half, UPCAST)
-        if UPCAST:
-            q1 = q1.to(tl.float32)
-            q2 = q2.to(tl.float32)
+        q1, q2 = _wide(q1, UPCAST), _wide(q2, UPCAST)
     else:
-        q = tl.load(q_at + d, mask=in_group & (d < width), other=0.0)
-        if UPCAST:
-            q = q.to(tl.float32)
+        q = _wide(tl.load(q_at + d, mask=in_group & (d < width), other=0.0), UPCAST)
     peak = tl.full((BLOCK_G,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
@@ -118,9 +117,7 @@ def attend_part(
             behind -= tl.load(rank + base + slot, mask=inside, other=0)
             between = inside & (behind != 0) & (behind != query_behind)
             if tl.max(between.to(tl.int32), 0) == 0:
-                if UPCAST:
-                    k1 = k1.to(tl.float32)
-                    k2 = k2.to(tl.float32)
+                k1, k2 = _wide(k1, UPCAST), _wide(k2, UPCAST)
                 s_as_far = tl.dot(q1, tl.trans(k1), input_precision="ieee")
                 s_as_far = tl.dot(q2, tl.trans(k2), s_as_far, input_precision="ieee")
                 s_in_place = tl.dot(turned_q1, tl.trans(k1), input_precision="ieee")
@@ -131,13 +128,9 @@ def attend_part(
                 s = tl.dot(turned_q1, tl.trans(k1), input_precision="ieee")
                 s = tl.dot(turned_q2, tl.trans(k2), s, input_precision="ieee")
         else:
-            k = tl.load(keys + at + d, mask=inside[:, None] & (d < width), other=0.0)
-            if UPCAST:
-                k = k.to(tl.float32)
+            k = _wide(tl.load(keys + at + d, mask=inside[:, None] & (d < width), other=0.0), UPCAST)
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        v = tl.load(values + at + d, mask=inside[:, None] & (d < width), other=0.0)
-        if UPCAST:
-            v = v.to(tl.float32)
+        v = _wide(tl.load(values + at + d, mask=inside[:, None] & (d < width), other=0.0), UPCAST)
         s = tl.where(inside[None, :], s * scaling, float("-inf"))
         if WANT_LOGITS:
             tl.store(logits + (base * GROUP + g * capacity) + slot[None, :], s, mask=in_group & inside[None, :])
@@ -224,13 +217,12 @@ _MAX_PARTS = 64
 _PROGRAMS_PER_PROCESSOR = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class Turn:
-    """What turning stored keys to their ranks needs: position and rank (B, H, C), seen (B,), tables (P, D / 2)."""
+class Turn(NamedTuple):
+    """What turning stored keys to their ranks needs: seen (B,), position and rank (B, H, C), tables (P, D / 2)."""
 
+    seen: Tensor
     position: Tensor
     rank: Tensor
-    seen: Tensor
     cosines: Tensor
     sines: Tensor
 
@@ -270,11 +262,7 @@ def decode_attention(
         keys,
         values,
         length,
-        turn.seen if turn else length,
-        turn.position if turn else length,
-        turn.rank if turn else length,
-        turn.cosines if turn else partial,
-        turn.sines if turn else partial,
+        *(turn or (length, length, length, partial, partial)),
         partial,
         peaks,
         sums,
@@ -283,8 +271,7 @@ def decode_attention(
         heads,
         capacity,
         width,
-        query.stride(0),
-        query.stride(1),
+        *query.stride()[:2],
         PARTS=parts,
         GROUP=group,
         BLOCK_G=max(16, triton.next_power_of_2(group)),

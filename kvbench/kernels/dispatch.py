@@ -1,8 +1,6 @@
-"""Say whether a tensor's work goes to a Triton kernel or to plain torch: one rule for every kernel.
+"""Say whether a tensor's work goes to a Triton kernel or to plain torch, one rule for every kernel, and what they take.
 
 Modules that import triton are imported only after `use_triton` said yes, so kvbench runs without it.
-
-A layer's slots as the kernels see them.
 """
 
 from __future__ import annotations
@@ -63,6 +61,34 @@ def kernels_forced(to_triton: bool) -> Iterator[None]:
         yield
     finally:
         _forced.pop()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """Several new tokens attending: query (B, Hq, Q, D), keys and values (B, H, T, D).
+
+    query_position (B, Q) and key_position (B, H, T) count a row's own tokens; -1 is a pad or an
+    empty slot. The last Q entries of the keys are the chunk itself. `plain` says that the chunk is a
+    whole prompt without pads, which the fused causal kernel takes as it is.
+    """
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    query_position: Tensor
+    key_position: Tensor
+    scaling: float
+    plain: bool
+
+    @property
+    def stored(self) -> int:
+        """Entries that were there before the chunk."""
+        return self.keys.shape[2] - self.query.shape[2]
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.query.shape[1] // self.keys.shape[1]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,31 +1,74 @@
-"""Block sizes of the attention kernels, and the one tile of logits they all start from.
+"""A prompt: the fused forward with its log-sum-exp, and the statistics that policies ask for.
 
-Sizes are constants by dtype and head size: no search at run time, so results and warm-up do not
-depend on what ran before.
+The statistics are passes over tiles of QK^T that never store a matrix of queries by keys; none adds up by atomics, so
+a result is the same every time. A row's log-sum-exp (`row_lse`) is worked out where the fused forward does not hand it
+out: pads, stored entries, float32. From it one pass gives what each entry receives (`column_mass`, which H2O and
+Elastic need) and another the rows of a few queries, reduced to KV heads at once (`window_rows`). The references are
+the plain branches of `column_mass` and `last_rows` in `kvbench.cache.attention`.
 
-Attention mass of each entry, summed over queries: one pass over QK^T from the rows' log-sum-exp.
-
-The pass H2O and Elastic need. One program owns a block of keys of one KV head and walks the queries
-that may see it, newest first so that neighbours read the same queries; nothing is added up by atomics,
-so the result is the same every time. The reference is `kvbench.cache.statistics.column_mass` on the CPU.
-
-Log-sum-exp of attention rows, where the fused forward does not hand it out: pads, stored entries, float32.
-
-One program owns a block of queries of one head and walks the keys with a running maximum and sum.
-
-Attention rows of a few queries, reduced to KV heads at once: no row per query head is ever stored.
+Block sizes are constants by dtype and head size: no search at run time, so results and warm-up do not depend on what
+ran before.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbench.kernels.dispatch import interpreted
+from kvbench.kernels.dispatch import Chunk, interpreted
+
+
+def flash_takes(query: Tensor) -> bool:
+    """Return whether the fused forward takes these queries: CUDA, half precision, head size a multiple of 8 to 256."""
+    width = query.shape[-1]
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= 256
+
+
+def causal_forward(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Return output (B, Hq, N, D) and log-sum-exp (B, Hq, N) float32 of a prompt without pads.
+
+    The public `scaled_dot_product_attention` computes the same log-sum-exp and throws it away.
+    query (B, Hq, N, D); keys, values (B, H, N, D). Query heads share KV heads in the kernel where it
+    can; where it refuses that, keys and values are repeated for the call.
+    """
+    try:
+        return _flash(query, keys, values, scaling)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        group = query.shape[1] // keys.shape[1]
+        if group == 1:
+            raise
+        return _flash(query, keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1), scaling)
+
+
+def padded_forward(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float, pads: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Return the same for left-padded rows, `pads[b]` pads in row b: there output is 0, log-sum-exp +inf.
+
+    It goes row by row, each being a whole causal prompt after its pads: no mask, no copy.
+    """
+    output = torch.zeros_like(query)
+    lse = torch.full(query.shape[:3], torch.inf, dtype=torch.float32, device=query.device)
+    for row, start in enumerate(pads):
+        if start == query.shape[2]:
+            continue
+        real = (slice(row, row + 1), slice(None), slice(start, None))
+        output[real], lse[real] = causal_forward(query[real], keys[real], values[real], scaling)
+    return output, lse
+
+
+def _flash(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention(
+        query, keys, values, 0.0, True, False, scale=scaling
+    )[:2]
+    return output, lse[..., : query.shape[2]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,82 +107,47 @@ def row_tiles_for(query: Tensor) -> Tiles:
     return Tiles(block_q=16 if wide else 32, block_k=32, num_warps=4 if wide else 8, num_stages=1 if wide else 2)
 
 
-def padded_width(width: int) -> int:
-    """Return the power of two, at least 16, that holds a head."""
-    return max(16, int(triton.next_power_of_2(width)))
-
-
-def upcast(states: Tensor) -> bool:
-    """Return whether operands must be float32 before a product: numpy, which interprets, has no bfloat16."""
-    return interpreted() and states.dtype != torch.float32
-
-
-def rows_in_line(states: Tensor) -> Tensor:
-    """Return `states` with heads whose numbers lie side by side, which kernels rely on; a copy only if they do not."""
-    return states if states.stride(-1) == 1 else states.contiguous()
+@triton.jit
+def _loaded(states, first, count, step, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return rows `first`.. of the `count` in states, which lie `step` apart: (BLOCK, BLOCK_D), 0 outside."""
+    row, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    tile = states + first * tl.cast(step, tl.int64)
+    mask = (first + row < count)[:, None] & (d < WIDTH)[None, :]
+    return tl.load(tile + row[:, None] * step + d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def tile_logits(left, right, scale, UPCAST: tl.constexpr):
+def _loaded_across(states, first, count, step, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return the same transposed, (BLOCK_D, BLOCK), as the right side of a product reads it."""
+    row, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    tile = states + first * tl.cast(step, tl.int64)
+    mask = (first + row < count)[None, :] & (d < WIDTH)[:, None]
+    return tl.load(tile + row[None, :] * step + d[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def _stands_at(position, at, count, else_at, PLAIN: tl.constexpr):
+    """Return where the tokens number `at` of `count` stand, -1 where none does; if PLAIN that is `else_at`."""
+    if PLAIN:
+        return else_at
+    return tl.load(position + at, mask=at < count, other=-1).to(tl.int32)
+
+
+@triton.jit
+def _sees(held_at, asks_at, PLAIN: tl.constexpr):
+    """Return whether queries that stand at `asks_at` see keys that stand at `held_at`; both broadcast to a tile."""
+    if PLAIN:
+        return held_at <= asks_at
+    return (held_at >= 0) & (held_at <= asks_at)
+
+
+@triton.jit
+def _logits(left, right, scale, UPCAST: tl.constexpr):
     """Return left (M, D) times right (D, N) times scale, accumulated in float32, never in TF32."""
     if UPCAST:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
     return tl.dot(left, right, input_precision="ieee") * scale
-
-
-def column_mass(
-    query: Tensor,
-    keys: Tensor,
-    lse: Tensor,
-    *,
-    query_position: Tensor,
-    key_position: Tensor,
-    scaling: float,
-    plain: bool,
-    reduction: str,
-    first_query: int = 0,
-    tiles: Tiles | None = None,
-) -> Tensor:
-    """Return (B, H, T) float32: what each entry receives from the queries `first_query`.. of the chunk.
-
-    query (B, Hq, Q, D); keys (B, H, T, D), the last Q being the queries' own; lse (B, Hq, Q) float32,
-    +inf for a query that does not count; query_position (B, Q), key_position (B, H, T), -1 for a pad or
-    an empty slot; `plain`: no pads and nothing stored before, positions are not read. The query heads
-    of a group are reduced by `mean`, `sum` or `max`, the last per query before queries are summed.
-    """
-    query, keys = rows_in_line(query[:, :, first_query:]), rows_in_line(keys)
-    lse, query_position = lse[..., first_query:].contiguous(), query_position[:, first_query:].contiguous()
-    key_position = rows_in_line(key_position)
-    batch, heads, entries, width = keys.shape
-    tiles = tiles or tiles_for(query)
-    mass = torch.empty((batch, heads, entries), dtype=torch.float32, device=keys.device)
-    _column_mass[(triton.cdiv(entries, tiles.block_k), batch * heads)](
-        query,
-        keys,
-        lse,
-        query_position,
-        key_position,
-        mass,
-        *query.stride()[:3],
-        *keys.stride()[:3],
-        *key_position.stride()[:2],
-        heads,
-        query.shape[2],
-        entries,
-        scaling,
-        GROUP=query.shape[1] // heads,
-        REDUCTION=reduction,
-        PLAIN=plain,
-        WIDTH=width,
-        BLOCK_Q=tiles.block_q,
-        BLOCK_K=tiles.block_k,
-        BLOCK_D=padded_width(width),
-        UPCAST=upcast(query),
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-    )
-    return mass
 
 
 @triton.jit(do_not_specialize=["queries", "entries"])
@@ -171,21 +179,16 @@ def _column_mass(
     BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
+    """One program owns a block of keys of one KV head and walks the queries that may see it.
+
+    Newest first, so that neighbours read the same queries.
+    """
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
-    first_key = tl.program_id(0) * BLOCK_K
-    key_step, query_step = tl.cast(keys_t, tl.int64), tl.cast(query_t, tl.int64)
-    in_k, in_q, in_d = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
-    at_k = first_key + in_k
-    key_exists = at_k < entries
-    key_tile = keys + batch * keys_b + head * keys_h + first_key * key_step
-    key_mask = key_exists[:, None] & (in_d < WIDTH)[None, :]
-    k = tl.load(key_tile + in_k[:, None] * keys_t + in_d[None, :], mask=key_mask, other=0.0)
-    if not PLAIN:
-        held_at = tl.load(key_position + batch * position_b + head * position_h + at_k, mask=key_exists, other=-1).to(
-            tl.int32
-        )
-    stored = entries - queries
+    first_key, stored = tl.program_id(0) * BLOCK_K, entries - queries
+    at_k = first_key + tl.arange(0, BLOCK_K)
+    k = _loaded(keys + batch * keys_b + head * keys_h, first_key, entries, keys_t, BLOCK_K, WIDTH, BLOCK_D)
+    held_at = _stands_at(key_position + batch * position_b + head * position_h, at_k, entries, at_k, PLAIN)
     first_block = tl.maximum(first_key - stored, 0) // BLOCK_Q
     last_block = tl.cdiv(queries, BLOCK_Q) - 1
     total = tl.zeros((BLOCK_K, BLOCK_Q), dtype=tl.float32)
@@ -193,19 +196,13 @@ def _column_mass(
     for step in range(0, (last_block - first_block + 1) * GROUP):
         member = step % GROUP
         first_query = (last_block - step // GROUP) * BLOCK_Q
-        at_q = first_query + in_q
-        exists = at_q < queries
-        query_tile = query + batch * query_b + (head * GROUP + member) * query_h + first_query * query_step
-        query_mask = exists[None, :] & (in_d < WIDTH)[:, None]
-        q = tl.load(query_tile + in_q[None, :] * query_t + in_d[:, None], mask=query_mask, other=0.0)
-        normaliser = tl.load(lse + (row * GROUP + member) * queries + at_q, mask=exists, other=float("inf"))
-        if PLAIN:
-            sees = at_k[:, None] <= (stored + at_q)[None, :]
-        else:
-            asks_at = tl.load(query_position + batch * queries + at_q, mask=exists, other=-1).to(tl.int32)
-            sees = (held_at >= 0)[:, None] & (held_at[:, None] <= asks_at[None, :])
-        weights = tl.exp(tile_logits(k, q, scale, UPCAST) - normaliser[None, :])
-        weights = tl.where(sees, weights, 0.0)
+        at_q = first_query + tl.arange(0, BLOCK_Q)
+        states = query + batch * query_b + (head * GROUP + member) * query_h
+        q = _loaded_across(states, first_query, queries, query_t, BLOCK_Q, WIDTH, BLOCK_D)
+        normaliser = tl.load(lse + (row * GROUP + member) * queries + at_q, mask=at_q < queries, other=float("inf"))
+        asks_at = _stands_at(query_position + batch * queries, at_q, queries, stored + at_q, PLAIN)
+        weights = tl.exp(_logits(k, q, scale, UPCAST) - normaliser[None, :])
+        weights = tl.where(_sees(held_at[:, None], asks_at[None, :], PLAIN), weights, 0.0)
         if REDUCTION == "max":
             largest = tl.maximum(tl.where(member == 0, 0.0, largest), weights)
             total += tl.where(member == GROUP - 1, largest, 0.0)
@@ -214,165 +211,7 @@ def _column_mass(
     received = tl.sum(total, axis=1)
     if REDUCTION == "mean":
         received = received / GROUP
-    tl.store(mass + row * entries + at_k, received, mask=key_exists)
-
-
-def row_lse(
-    query: Tensor,
-    keys: Tensor,
-    *,
-    query_position: Tensor,
-    key_position: Tensor,
-    scaling: float,
-    plain: bool,
-    tiles: Tiles | None = None,
-) -> Tensor:
-    """Return (B, Hq, Q) float32, +inf for a query that sees nothing, so that its weights are zero.
-
-    query (B, Hq, Q, D); keys (B, H, T, D), the last Q being the queries' own; query_position (B, Q),
-    key_position (B, H, T), -1 for a pad or an empty slot; `plain`: no pads and nothing but the prompt's
-    own tokens before, positions are not read.
-    """
-    query, keys, key_position = rows_in_line(query), rows_in_line(keys), rows_in_line(key_position)
-    batch, query_heads, queries, width = query.shape
-    _, heads, entries, _ = keys.shape
-    tiles = tiles or row_tiles_for(query)
-    lse = torch.empty((batch, query_heads, queries), dtype=torch.float32, device=query.device)
-    _row_lse[(triton.cdiv(queries, tiles.block_q), batch * query_heads)](
-        query,
-        keys,
-        query_position.contiguous(),
-        key_position,
-        lse,
-        *query.stride()[:3],
-        *keys.stride()[:3],
-        *key_position.stride()[:2],
-        heads,
-        queries,
-        entries,
-        scaling,
-        GROUP=query_heads // heads,
-        PLAIN=plain,
-        WIDTH=width,
-        BLOCK_Q=tiles.block_q,
-        BLOCK_K=tiles.block_k,
-        BLOCK_D=padded_width(width),
-        UPCAST=upcast(query),
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-    )
-    return lse
-
-
-@triton.jit(do_not_specialize=["queries", "entries"])
-def _row_lse(
-    query,
-    keys,
-    query_position,
-    key_position,
-    lse,
-    query_b,
-    query_h,
-    query_t,
-    keys_b,
-    keys_h,
-    keys_t,
-    position_b,
-    position_h,
-    heads,
-    queries,
-    entries,
-    scale,
-    GROUP: tl.constexpr,
-    PLAIN: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    row = tl.program_id(1).to(tl.int64)
-    batch, query_head = row // (heads * GROUP), row % (heads * GROUP)
-    head = query_head // GROUP
-    first_query = tl.program_id(0) * BLOCK_Q
-    key_step, query_step = tl.cast(keys_t, tl.int64), tl.cast(query_t, tl.int64)
-    in_k, in_q, in_d = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
-    at_q = first_query + in_q
-    exists = at_q < queries
-    query_tile = query + batch * query_b + query_head * query_h + first_query * query_step
-    query_mask = exists[:, None] & (in_d < WIDTH)[None, :]
-    q = tl.load(query_tile + in_q[:, None] * query_t + in_d[None, :], mask=query_mask, other=0.0)
-    if not PLAIN:
-        asks_at = tl.load(query_position + batch * queries + at_q, mask=exists, other=-1).to(tl.int32)
-    stored = entries - queries
-    end = tl.minimum(entries, stored + first_query + BLOCK_Q)
-    peak = tl.full((BLOCK_Q,), -1e30, dtype=tl.float32)
-    total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
-    for first_key in range(0, end, BLOCK_K):
-        at_k = first_key + in_k
-        key_exists = at_k < entries
-        key_tile = keys + batch * keys_b + head * keys_h + first_key * key_step
-        key_mask = key_exists[None, :] & (in_d < WIDTH)[:, None]
-        k = tl.load(key_tile + in_k[None, :] * keys_t + in_d[:, None], mask=key_mask, other=0.0)
-        if PLAIN:
-            sees = (at_k[None, :] <= (stored + at_q)[:, None]) & key_exists[None, :]
-        else:
-            held_at = tl.load(
-                key_position + batch * position_b + head * position_h + at_k, mask=key_exists, other=-1
-            ).to(tl.int32)
-            sees = (held_at >= 0)[None, :] & (held_at[None, :] <= asks_at[:, None])
-        logits = tl.where(sees, tile_logits(q, k, scale, UPCAST), -float("inf"))
-        higher = tl.maximum(peak, tl.max(logits, axis=1))
-        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(logits - higher[:, None]), axis=1)
-        peak = higher
-    result = tl.where(total > 0, peak + tl.log(tl.where(total > 0, total, 1.0)), float("inf"))
-    tl.store(lse + row * queries + at_q, result, mask=exists)
-
-
-def window_rows(
-    query: Tensor,
-    keys: Tensor,
-    lse: Tensor,
-    *,
-    query_position: Tensor,
-    key_position: Tensor,
-    scaling: float,
-    plain: bool,
-    reduction: str,
-    tiles: Tiles | None = None,
-) -> Tensor:
-    """Return (B, H, W, T) float32, the rows of queries (B, Hq, W, D); the rest as for `column_mass`."""
-    query, keys, key_position = rows_in_line(query), rows_in_line(keys), rows_in_line(key_position)
-    batch, heads, entries, width = keys.shape
-    queries = query.shape[2]
-    tiles = tiles or tiles_for(query)
-    rows = torch.empty((batch, heads, queries, entries), dtype=torch.float32, device=keys.device)
-    _window_rows[(triton.cdiv(entries, tiles.block_k), triton.cdiv(queries, tiles.block_q), batch * heads)](
-        query,
-        keys,
-        lse.contiguous(),
-        query_position.contiguous(),
-        key_position,
-        rows,
-        *query.stride()[:3],
-        *keys.stride()[:3],
-        *key_position.stride()[:2],
-        heads,
-        queries,
-        entries,
-        scaling,
-        GROUP=query.shape[1] // heads,
-        REDUCTION=reduction,
-        PLAIN=plain,
-        WIDTH=width,
-        BLOCK_Q=tiles.block_q,
-        BLOCK_K=tiles.block_k,
-        BLOCK_D=padded_width(width),
-        UPCAST=upcast(query),
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-    )
-    return rows
+    tl.store(mass + row * entries + at_k, received, mask=at_k < entries)
 
 
 @triton.jit(do_not_specialize=["queries", "entries"])
@@ -404,31 +243,21 @@ def _window_rows(
     BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
+    """One program makes one tile of a KV head's rows; no row per query head is ever stored."""
     row = tl.program_id(2).to(tl.int64)
     batch, head = row // heads, row % heads
     first_key, first_query = tl.program_id(0) * BLOCK_K, tl.program_id(1) * BLOCK_Q
-    key_step, query_step = tl.cast(keys_t, tl.int64), tl.cast(query_t, tl.int64)
-    in_k, in_q, in_d = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
-    at_k, at_q = first_key + in_k, first_query + in_q
-    key_exists, exists = at_k < entries, at_q < queries
-    key_tile = keys + batch * keys_b + head * keys_h + first_key * key_step
-    key_mask = key_exists[None, :] & (in_d < WIDTH)[:, None]
-    k = tl.load(key_tile + in_k[None, :] * keys_t + in_d[:, None], mask=key_mask, other=0.0)
-    if PLAIN:
-        sees = at_k[None, :] <= (entries - queries + at_q)[:, None]
-    else:
-        held_at = tl.load(key_position + batch * position_b + head * position_h + at_k, mask=key_exists, other=-1).to(
-            tl.int32
-        )
-        asks_at = tl.load(query_position + batch * queries + at_q, mask=exists, other=-1).to(tl.int32)
-        sees = (held_at >= 0)[None, :] & (held_at[None, :] <= asks_at[:, None])
+    at_k, at_q = first_key + tl.arange(0, BLOCK_K), first_query + tl.arange(0, BLOCK_Q)
+    k = _loaded_across(keys + batch * keys_b + head * keys_h, first_key, entries, keys_t, BLOCK_K, WIDTH, BLOCK_D)
+    held_at = _stands_at(key_position + batch * position_b + head * position_h, at_k, entries, at_k, PLAIN)
+    asks_at = _stands_at(query_position + batch * queries, at_q, queries, entries - queries + at_q, PLAIN)
+    sees = _sees(held_at[None, :], asks_at[:, None], PLAIN)
     result = tl.zeros((BLOCK_Q, BLOCK_K), dtype=tl.float32)
     for member in range(0, GROUP):
-        query_tile = query + batch * query_b + (head * GROUP + member) * query_h + first_query * query_step
-        query_mask = exists[:, None] & (in_d < WIDTH)[None, :]
-        q = tl.load(query_tile + in_q[:, None] * query_t + in_d[None, :], mask=query_mask, other=0.0)
-        normaliser = tl.load(lse + (row * GROUP + member) * queries + at_q, mask=exists, other=float("inf"))
-        weights = tl.exp(tile_logits(q, k, scale, UPCAST) - normaliser[:, None])
+        states = query + batch * query_b + (head * GROUP + member) * query_h
+        q = _loaded(states, first_query, queries, query_t, BLOCK_Q, WIDTH, BLOCK_D)
+        normaliser = tl.load(lse + (row * GROUP + member) * queries + at_q, mask=at_q < queries, other=float("inf"))
+        weights = tl.exp(_logits(q, k, scale, UPCAST) - normaliser[:, None])
         weights = tl.where(sees, weights, 0.0)
         if REDUCTION == "max":
             result = tl.maximum(result, weights)
@@ -437,4 +266,125 @@ def _window_rows(
     if REDUCTION == "mean":
         result = result / GROUP
     stored_at = rows + row * queries * entries + at_q.to(tl.int64)[:, None] * entries + at_k[None, :]
-    tl.store(stored_at, result, mask=exists[:, None] & key_exists[None, :])
+    tl.store(stored_at, result, mask=(at_q < queries)[:, None] & (at_k < entries)[None, :])
+
+
+@triton.jit(do_not_specialize=["queries", "entries"])
+def _row_lse(
+    query,
+    keys,
+    query_position,
+    key_position,
+    lse,
+    query_b,
+    query_h,
+    query_t,
+    keys_b,
+    keys_h,
+    keys_t,
+    position_b,
+    position_h,
+    heads,
+    queries,
+    entries,
+    scale,
+    GROUP: tl.constexpr,
+    PLAIN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One program owns a block of queries of one head and walks the keys with a running maximum and sum."""
+    row = tl.program_id(1).to(tl.int64)
+    batch, query_head = row // (heads * GROUP), row % (heads * GROUP)
+    head = query_head // GROUP
+    first_query, stored = tl.program_id(0) * BLOCK_Q, entries - queries
+    at_q = first_query + tl.arange(0, BLOCK_Q)
+    states = query + batch * query_b + query_head * query_h
+    q = _loaded(states, first_query, queries, query_t, BLOCK_Q, WIDTH, BLOCK_D)
+    asks_at = _stands_at(query_position + batch * queries, at_q, queries, stored + at_q, PLAIN)
+    end = tl.minimum(entries, stored + first_query + BLOCK_Q)
+    peak = tl.full((BLOCK_Q,), -1e30, dtype=tl.float32)
+    total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    for first_key in range(0, end, BLOCK_K):
+        at_k = first_key + tl.arange(0, BLOCK_K)
+        k = _loaded_across(keys + batch * keys_b + head * keys_h, first_key, entries, keys_t, BLOCK_K, WIDTH, BLOCK_D)
+        held_at = _stands_at(key_position + batch * position_b + head * position_h, at_k, entries, at_k, PLAIN)
+        sees = _sees(held_at[None, :], asks_at[:, None], PLAIN)
+        logits = tl.where(sees, _logits(q, k, scale, UPCAST), -float("inf"))
+        higher = tl.maximum(peak, tl.max(logits, axis=1))
+        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(logits - higher[:, None]), axis=1)
+        peak = higher
+    result = tl.where(total > 0, peak + tl.log(tl.where(total > 0, total, 1.0)), float("inf"))
+    tl.store(lse + row * queries + at_q, result, mask=at_q < queries)
+
+
+def column_mass(chunk: Chunk, reduction: str, lse: Tensor | None = None) -> Tensor:
+    """Return (B, H, T) float32: what each entry receives from all queries of the chunk.
+
+    lse (B, Hq, Q) float32, worked out where it is not given; +inf for a query that does not count. The query heads of
+    a group are reduced by `mean`, `sum` or `max`, the last per query before queries are summed.
+    """
+    tiles, (batch, heads, entries, _) = tiles_for(chunk.query), chunk.keys.shape
+    mass = torch.empty((batch, heads, entries), dtype=torch.float32, device=chunk.keys.device)
+    grid = (triton.cdiv(entries, tiles.block_k), batch * heads)
+    lse = row_lse(chunk) if lse is None else lse.contiguous()
+    _launch(_column_mass[grid], chunk, tiles, mass, lse, REDUCTION=reduction)
+    return mass
+
+
+def window_rows(chunk: Chunk, reduction: str, lse: Tensor | None = None) -> Tensor:
+    """Return (B, H, Q, T) float32, the rows of all queries of the chunk; `lse` and `reduction` as in `column_mass`."""
+    tiles, queries, (batch, heads, entries, _) = tiles_for(chunk.query), chunk.query.shape[2], chunk.keys.shape
+    rows = torch.empty((batch, heads, queries, entries), dtype=torch.float32, device=chunk.keys.device)
+    grid = (triton.cdiv(entries, tiles.block_k), triton.cdiv(queries, tiles.block_q), batch * heads)
+    lse = row_lse(chunk) if lse is None else lse.contiguous()
+    _launch(_window_rows[grid], chunk, tiles, rows, lse, REDUCTION=reduction)
+    return rows
+
+
+def row_lse(chunk: Chunk) -> Tensor:
+    """Return (B, Hq, Q) float32, +inf for a query that sees nothing, so that its weights are zero."""
+    tiles, (batch, query_heads, queries, _) = row_tiles_for(chunk.query), chunk.query.shape
+    lse = torch.empty((batch, query_heads, queries), dtype=torch.float32, device=chunk.query.device)
+    grid = (triton.cdiv(queries, tiles.block_q), batch * query_heads)
+    _launch(_row_lse[grid], chunk, tiles, lse)
+    return lse
+
+
+def _launch(kernel: Any, chunk: Chunk, tiles: Tiles, written: Tensor, *lse: Tensor, **constants: str) -> None:
+    """Launch one of the three kernels, which writes `written` and may read the rows' log-sum-exp."""
+    query, keys, key_position = _in_line(chunk.query), _in_line(chunk.keys), _in_line(chunk.key_position)
+    width = query.shape[-1]
+    kernel(
+        query,
+        keys,
+        *lse,
+        chunk.query_position.contiguous(),
+        key_position,
+        written,
+        *query.stride()[:3],
+        *keys.stride()[:3],
+        *key_position.stride()[:2],
+        keys.shape[1],
+        query.shape[2],
+        keys.shape[2],
+        chunk.scaling,
+        GROUP=chunk.group,
+        PLAIN=chunk.plain,
+        WIDTH=width,
+        BLOCK_Q=tiles.block_q,
+        BLOCK_K=tiles.block_k,
+        BLOCK_D=max(16, int(triton.next_power_of_2(width))),
+        UPCAST=interpreted() and query.dtype != torch.float32,  # numpy, which interprets, has no bfloat16
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        **constants,
+    )
+
+
+def _in_line(states: Tensor) -> Tensor:
+    """Return `states` with heads whose numbers lie side by side, which kernels rely on; a copy only if they do not."""
+    return states if states.stride(-1) == 1 else states.contiguous()

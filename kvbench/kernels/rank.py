@@ -1,6 +1,4 @@
-"""Launch the search for the entry of a given rank.
-
-Find the entry with a given number of older ones, without sorting: halve the range of positions.
+"""Find the entry with a given number of older ones, without sorting: halve the range of positions.
 
 Slots that fit into one block are read once and stay in registers while the range is halved.
 """
@@ -76,23 +74,17 @@ _MOST_IN_REGISTERS = 2048
 _ONE_WARP = 512
 
 
-def slot_of_rank(position: Tensor, rank: Tensor) -> Tensor:
-    """Return (B, H) int64: the slot with `rank` (B, H) older entries; position (B, H, C) int64, -1 is empty."""
-    return _search(position, rank.contiguous())
+def find_slot(position: Tensor, rank: Tensor | None = None, *, newer: int = 0, sinks: int = 0) -> Tensor:
+    """Return (B, H) int64: the slot with `rank` (B, H) older entries; position (B, H, C) int64, -1 is empty.
 
-
-def slot_before_newest(position: Tensor, newer: int, sinks: int) -> Tensor:
-    """Return (B, H) int64: the slot with `newer` newer entries, as in `selection.entry_before_newest`."""
-    return _search(position, None, newer=newer, sinks=sinks)
-
-
-def _search(position: Tensor, rank: Tensor | None, *, newer: int = 0, sinks: int = 0) -> Tensor:
+    Without a rank, the slot with `newer` newer entries as in `selection.entry_before_newest`.
+    """
     batch, heads, capacity = position.shape
     slot = torch.empty((batch, heads), dtype=torch.int64, device=position.device)
     block = min(triton.next_power_of_2(capacity), _MOST_IN_REGISTERS)
     find_rank[(batch * heads,)](
         position.contiguous(),
-        slot if rank is None else rank,
+        slot if rank is None else rank.contiguous(),
         slot,
         capacity,
         newer,

@@ -7,7 +7,7 @@ mean, so nothing the size of the prompt is copied to float32 and the result is t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,8 +17,7 @@ from torch import Tensor
 _MEMBERS = 32
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Buckets:
+class Buckets(NamedTuple):
     """Who joins whom: members (B, H, T) entries sorted by survivor, slot c's from start to end (B, H, C).
 
     order (B, H, C): slot c's own entry; length (B, H): slots filled.
@@ -50,11 +49,7 @@ def segment_mean(states: Tensor, buckets: Buckets, *, add_up: bool = False) -> T
     merged = torch.empty((batch, heads, capacity, width), dtype=states.dtype, device=states.device)
     _segment_mean[(capacity, batch * heads)](
         states,
-        buckets.members,
-        buckets.start,
-        buckets.end,
-        buckets.order,
-        buckets.length,
+        *buckets,
         merged,
         *states.stride()[:3],
         heads,

@@ -1,6 +1,4 @@
-"""Launch the kernels that write a token into its slot and free the victim's.
-
-Write the new token into the free slot, and free the victim's: one launch each, nothing waits.
+"""Write the new token into the free slot, and free the victim's: one launch each, nothing waits.
 
 A program takes one (row, KV head). `rank` is kept only where positions count inside the cache: the
 new token is the youngest, and freeing a victim moves everyone younger than it one place down.
@@ -174,10 +172,8 @@ def write_slot(columns: SlotColumns, keys: Tensor, values: Tensor, seen: Tensor,
         heads,
         capacity,
         width,
-        keys.stride(0),
-        keys.stride(1),
-        values.stride(0),
-        values.stride(1),
+        *keys.stride()[:2],
+        *values.stride()[:2],
         BLOCK_D=triton.next_power_of_2(width),
         HAS_MASS=columns.mass is not None,
         HAS_RANK=columns.rank is not None,

@@ -1,20 +1,16 @@
 """Prefill and decode: the two things every task does, with true positions.
 
-The same loop serves every policy, the full cache included; `model.generate` with a `PolicyCache`
-gives the same tokens.
+A `CacheSetting` prefills a batch and hands out its `Decoding`: the logits of the next token, and `step`. The same
+loop serves every policy, the full cache included; `model.generate` with a `PolicyCache` gives the same tokens.
 
-The decode step captured in a CUDA graph: one launch a token, whatever the policy.
+`engine: eager` runs a step operation by operation and is the reference. `engine: graph` captures it in a CUDA graph:
+one launch a token, whatever the policy. The graph holds the unmodified model's forward over the slot cache, the
+policy's choice of victim included; every number that changes from step to step lives on the device. What a step would
+do on the host, counting, is caught up with after each launch.
 
-The graph holds the unmodified model's forward over the slot cache, the policy's choice of victim
-included; every number that changes from step to step lives on the device. What a step would do on the
-host, counting, is caught up with after each launch. `engine: eager` runs the very same operations one by one
-and is the reference.
-
-Capture work on a GPU in a CUDA graph, and leave nothing behind where that fails.
-
-All captures of a device use one side stream: each further one would hold another workspace of the matrix
-library for ever. An operation that waits for the device breaks a capture, and with it what the process
-does later, so work is first run with waiting forbidden.
+All captures of a device use one side stream: each further one would hold another workspace of the matrix library for
+ever. An operation that waits for the device breaks a capture, and with it what the process does later, so work is
+first run with waiting forbidden, and nothing is left behind where capturing fails.
 """
 
 from __future__ import annotations
@@ -41,11 +37,12 @@ from kvbench.models.spec import MOVING_ROTATIONS
 if TYPE_CHECKING:
     from kvbench.cache import PolicyCache
     from kvbench.cache.cache import CacheState
-    from kvbench.cache.setup import OnPlan
+    from kvbench.cache.counts import OnPlan
 
 
 Engine = Literal["eager", "graph"]
 ENGINES: tuple[str, ...] = get_args(Engine)
+_WAITS = "synchronizing CUDA operation"  # in the text of the error that torch's debug mode raises
 OnSettle = Callable[[], AbstractContextManager[None]]
 
 
@@ -120,21 +117,12 @@ class Decoding:
         self._cache_argument = cache_argument(loaded.model, cache)
         self._tokens = torch.zeros_like(batch.tensors["input_ids"][:, -1:])
         self._position = batch.last_position_ids.clone()
-        self.logits: Tensor = self._prefill(batch) if prompt_logits is None else prompt_logits
+        if prompt_logits is None:
+            prompt_logits = self._pass(batch.position_ids, **batch.tensors)
+            self._beat()
+        self.logits = prompt_logits
         if batch.question_ids is not None:
             self.extend(batch.question_ids)
-
-    def _prefill(self, batch: PromptBatch) -> Tensor:
-        output = self._model(
-            **batch.tensors,
-            position_ids=batch.position_ids,
-            **self._cache_argument,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: Tensor = output.logits[:, -1].float()
-        self._beat()
-        return logits
 
     def extend(self, tokens: Tensor) -> Tensor:
         """Feed a chunk of tokens, (B, N), after everything so far; return the next logits (B, V) float32.
@@ -144,15 +132,8 @@ class Decoding:
         """
         self.cache.expect_prompt(tokens.shape[1])
         steps = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
-        output = self._model(
-            input_ids=tokens,
-            position_ids=self._position + steps,
-            **self._cache_argument,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        self.logits = self._pass(self._position + steps, input_ids=tokens)
         self._position += tokens.shape[1]
-        self.logits = output.logits[:, -1].float()
         self._beat()
         return self.logits
 
@@ -169,12 +150,12 @@ class Decoding:
     def _forward(self) -> Tensor:
         """One decode step; it reads and changes tensors in place only, so that it can be captured."""
         self._position += 1
+        return self._pass(self._position, input_ids=self._tokens)
+
+    def _pass(self, position_ids: Tensor, **inputs: Tensor) -> Tensor:
+        """Run the model over new tokens; return the logits (B, V) float32 after the last one."""
         output = self._model(
-            input_ids=self._tokens,
-            position_ids=self._position,
-            **self._cache_argument,
-            use_cache=True,
-            logits_to_keep=1,
+            **inputs, position_ids=position_ids, **self._cache_argument, use_cache=True, logits_to_keep=1
         )
         logits: Tensor = output.logits[:, -1].float()
         return logits
@@ -219,83 +200,6 @@ def padded_targets(answers: list[list[int]], pad: int, device: torch.device) -> 
     rows = [answer + [pad] * (longest - len(answer)) for answer in answers]
     real = [[True] * len(answer) + [False] * (longest - len(answer)) for answer in answers]
     return torch.tensor(rows, device=device), torch.tensor(real, device=device)
-
-
-_WAITS = "synchronizing CUDA operation"  # in the text of the error that torch's debug mode raises
-
-
-def captured(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
-    """Return the graph of `work`, which `warm_up` has run before.
-
-    Raises: what `work` raises; RuntimeError if it cannot be captured. Then the stream is the one from
-    before and the graph's memory is given back, which torch does not do.
-    """
-    graph, pool, side = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), _side_stream(device)
-    stream = torch.cuda.current_stream(device)
-    try:
-        with torch.cuda.graph(graph, pool=pool, stream=side):
-            work()
-    except RuntimeError as error:
-        torch.cuda.set_stream(stream)
-        with contextlib.suppress(RuntimeError):  # the capture was ended properly: the graph gives its memory back
-            torch._C._cuda_endAllocateToPool(side.device_index, pool)
-            torch._C._cuda_releasePool(side.device_index, pool)
-        first = error.__context__  # ending a capture that ran out of memory raises another error over it
-        if first is not None and ran_out_of_memory(first):
-            raise first from error
-        raise
-    return graph
-
-
-def warm_up(work: Callable[[], object], device: torch.device, *, undo: Callable[[], None] = lambda: None) -> None:
-    """Run `work` twice on the side stream, undone each time: what is set up once, then as a capture runs it.
-
-    Raises: PolicyError if it still waits for the device the second time.
-    """
-    side, stream = _side_stream(device), torch.cuda.current_stream(device)
-    for waiting in (contextlib.nullcontext, _forbidden):
-        side.wait_stream(stream)
-        with torch.cuda.stream(side), waiting():
-            work()
-        stream.wait_stream(side)
-        undo()
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-@contextlib.contextmanager
-def _forbidden() -> Iterator[None]:
-    """Inside, waiting for the device is an error."""
-    mode = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():  # torch says, once, that its mode does not find every wait
-        warnings.simplefilter("ignore")
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    except RuntimeError as error:
-        if _WAITS not in str(error):
-            raise
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        raise PolicyError(
-            f"a decode step waits for the device ({place.line} in {place.name}), so it cannot be captured in a CUDA "
-            "graph; keep what the policy computes on the device, or use engine=eager"
-        ) from error
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
-
-
-def check_rotary(model: Any) -> None:
-    """Raise ModelSupportError for rotary positions that follow the length so far: models look at it on the host."""
-    kinds = getattr(getattr(model.get_decoder(), "rotary_emb", None), "rope_type", None)
-    for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
-        if kind in MOVING_ROTATIONS:
-            raise ModelSupportError(
-                f"engine=graph does not capture rotary positions of kind {kind!r}, whose angles follow the length so "
-                "far; use engine=eager"
-            )
 
 
 class GraphDecoding(Decoding):
@@ -362,3 +266,77 @@ class GraphDecoding(Decoding):
         self.logits = self._captured
         self._beat()
         return self.logits
+
+
+def check_rotary(model: Any) -> None:
+    """Raise ModelSupportError for rotary positions that follow the length so far: models look at it on the host."""
+    kinds = getattr(getattr(model.get_decoder(), "rotary_emb", None), "rope_type", None)
+    for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+        if kind in MOVING_ROTATIONS:
+            raise ModelSupportError(
+                f"engine=graph does not capture rotary positions of kind {kind!r}, whose angles follow the length so "
+                "far; use engine=eager"
+            )
+
+
+def captured(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
+    """Return the graph of `work`, which `warm_up` has run before.
+
+    Raises: what `work` raises; RuntimeError if it cannot be captured. Then the stream is the one from
+    before and the graph's memory is given back, which torch does not do.
+    """
+    graph, pool, side = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), _side_stream(device)
+    stream = torch.cuda.current_stream(device)
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=side):
+            work()
+    except RuntimeError as error:
+        torch.cuda.set_stream(stream)
+        with contextlib.suppress(RuntimeError):  # the capture was ended properly: the graph gives its memory back
+            torch._C._cuda_endAllocateToPool(side.device_index, pool)
+            torch._C._cuda_releasePool(side.device_index, pool)
+        first = error.__context__  # ending a capture that ran out of memory raises another error over it
+        if first is not None and ran_out_of_memory(first):
+            raise first from error
+        raise
+    return graph
+
+
+def warm_up(work: Callable[[], object], device: torch.device, *, undo: Callable[[], None] = lambda: None) -> None:
+    """Run `work` twice on the side stream, undone each time: what is set up once, then as a capture runs it.
+
+    Raises: PolicyError if it still waits for the device the second time.
+    """
+    side, stream = _side_stream(device), torch.cuda.current_stream(device)
+    for waiting in (contextlib.nullcontext, _forbidden):
+        side.wait_stream(stream)
+        with torch.cuda.stream(side), waiting():
+            work()
+        stream.wait_stream(side)
+        undo()
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def _forbidden() -> Iterator[None]:
+    """Inside, waiting for the device is an error."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():  # torch says, once, that its mode does not find every wait
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    except RuntimeError as error:
+        if _WAITS not in str(error):
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise PolicyError(
+            f"a decode step waits for the device ({place.line} in {place.name}), so it cannot be captured in a CUDA "
+            "graph; keep what the policy computes on the device, or use engine=eager"
+        ) from error
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)

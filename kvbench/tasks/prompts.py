@@ -19,8 +19,8 @@ from kvbench.models.loader import LoadedModel
 from kvbench.tasks.decode import CacheSetting, Decoding
 
 if TYPE_CHECKING:
+    from kvbench.cache.counts import OnPlan
     from kvbench.cache.recording import PromptRecorder
-    from kvbench.cache.setup import OnPlan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,17 +58,7 @@ class Part:
         from kvbench.cache.recording import cache_after  # needs transformers
 
         recorder, logits = self.once("prompt", self._record)
-        cache = cache_after(
-            recorder.prompt,
-            loaded.model,
-            setting.policy,
-            setting.budget,
-            positions=setting.positions,
-            reserve_tokens=reserve_tokens,
-            prompt_kind=batch.kind,
-            row_seeds=batch.row_seeds,
-            on_plan=on_plan,
-        )
+        cache = cache_after(recorder.prompt, setting.cache(loaded, batch, reserve_tokens, on_plan=on_plan))
         return setting.decoding_with(loaded, batch, cache, prompt_logits=logits)
 
     def _record(self) -> tuple[PromptRecorder, torch.Tensor]:

@@ -11,6 +11,7 @@ import yaml
 
 from kvbench.audit.evidence import Cell, class_of, rule_of, targets
 from kvbench.cache import Policy, When
+from kvbench.cache.released import departures_of
 
 CONF = Path(__file__).parents[2] / "conf"
 SAID = {When.BOTH: "prompt and decode", When.PREFILL: "prompt", When.DECODE: "decode"}
@@ -33,7 +34,7 @@ def test_the_rule_of_a_policy_is_that_of_its_class(name: str, switch: bool) -> N
     policy |= {"target_rounded_up": switch} if "target_rounded_up" in policy else {}
     module, _, kind = policy["_target_"].rpartition(".")
     made: Policy = getattr(importlib.import_module(module), kind)(**{k: v for k, v in policy.items() if k[0] != "_"})
-    rounds = "up" if made.counts_as_released else "down"
+    rounds = "up" if departures_of(made).counts_as_released else "down"
     cell = cell_of(policy, {"fraction": 0.2, "tokens": None, "of": "seen"})
     assert rule_of(cell) == {"evicts_at": SAID[made.when], "budget_rounds": rounds}
     cell = cell_of(policy, {"fraction": None, "tokens": 9, "of": "seen"})

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvbench.cache import Budget, Policy
+from kvbench.cache.counts import LayerSetup
 from kvbench.cache.layer import PolicyLayer
 from kvbench.cache.positions import Rotation
-from kvbench.cache.setup import LayerSetup
 from kvbench.policies.elastic import Elastic
 from kvbench.policies.full import Full
 from kvbench.policies.h2o import H2O

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kvbench.cache import Budget
+from kvbench.cache.counts import LayerSetup
 from kvbench.cache.layer import PolicyLayer
-from kvbench.cache.setup import LayerSetup
 from kvbench.policies.h2o import H2O
 
 PROMPT = 16_384
@@ -24,7 +24,7 @@ import resource, sys
 import torch
 from kvbench.cache import Budget
 from kvbench.cache.layer import PolicyLayer
-from kvbench.cache.setup import LayerSetup
+from kvbench.cache.counts import LayerSetup
 from kvbench.policies.h2o import H2O
 
 torch.set_num_threads(2)

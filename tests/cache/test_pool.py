@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvbench.cache import Budget, PolicyCache
-from kvbench.cache.layer import Pool
+from kvbench.cache.released import Pool
 from kvbench.cache.slots import Entries
 from kvbench.policies.released.h2o_elastic import H2OElasticRelease
 from tests.driving import drive

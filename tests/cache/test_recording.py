@@ -92,7 +92,7 @@ def test_a_cache_made_from_a_recording_is_bit_for_bit_one_with_a_prefill_of_its_
         limit = budget_named(budget, policy)
         own = PolicyCache(model, policy, limit, positions=positions, **options(tokens))
         assert torch.equal(forward(model, own, tokens, mask), logits)
-        shared = cache_after(prompt, model, policy, limit, positions=positions, **options(tokens))
+        shared = cache_after(prompt, PolicyCache(model, policy, limit, positions=positions, **options(tokens)))
         assert_same(own, shared)
         for expected, got in zip(decoded(model, own, mask), decoded(model, shared, mask), strict=True):
             assert torch.equal(expected, got)
@@ -120,7 +120,8 @@ def test_statistics_of_every_kind_are_shared(positions: PositionMode) -> None:
     prompt, _ = record(model, tokens, mask, [Everything(), H2O()])
     own = PolicyCache(model, Everything(), Budget(tokens=6), positions=positions, **options(tokens))
     forward(model, own, tokens, mask)
-    assert_same(own, cache_after(prompt, model, Everything(), Budget(tokens=6), positions=positions, **options(tokens)))
+    empty = PolicyCache(model, Everything(), Budget(tokens=6), positions=positions, **options(tokens))
+    assert_same(own, cache_after(prompt, empty))
 
 
 @torch.inference_mode()
@@ -130,7 +131,7 @@ def test_a_policy_that_writes_into_its_view_harms_nobody_else() -> None:
     prompt, _ = record(model, tokens, mask, [H2O()])
 
     def made(policy: Policy) -> PolicyCache:
-        return cache_after(prompt, model, policy, Budget(tokens=5), positions="original", **options(tokens))
+        return cache_after(prompt, PolicyCache(model, policy, Budget(tokens=5), **options(tokens)))
 
     before = made(H2O())
     made(Vandal())
@@ -145,4 +146,4 @@ def test_what_was_not_recorded_is_refused() -> None:
         _ = PromptRecorder(model, []).prompt
     prompt, _ = record(model, tokens, mask, [Full()])
     with pytest.raises(KeyError):
-        cache_after(prompt, model, H2O(), Budget(tokens=5), positions="original", reserve_tokens=1)
+        cache_after(prompt, PolicyCache(model, H2O(), Budget(tokens=5), reserve_tokens=1))

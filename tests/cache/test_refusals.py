@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from kvbench.cache import PolicyCache, attach, cache_argument
-from kvbench.cache.statistics import _left_pads
+from kvbench.cache.attention import _left_pads
 from kvbench.errors import ConfigError, ModelSupportError
 from kvbench.policies.h2o import H2O
 from kvbench.policies.streaming_llm import StreamingLLM

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvbench.cache import CACHE_SEMANTICS, Budget
 from kvbench.cache import selection as choose
+from kvbench.cache.released import entries_as_released
 from kvbench.policies.released.choice import merge_with_lost_offset, slots_by_age, sorted_order_as_rank
 
 # Raise CACHE_SEMANTICS together with the digest: records with unchanged policies are then measured again.
@@ -60,7 +61,7 @@ def decisions() -> list[Tensor]:
 
 def _entries(budget: Budget, prompt: int) -> int:
     counts = {"seen_tokens": prompt + 5, "prompt_tokens": prompt}
-    return 1000 * budget.entries(**counts) + budget.entries_as_released(**counts)
+    return 1000 * budget.entries(**counts) + entries_as_released(budget, **counts)
 
 
 def test_what_the_cache_decides_is_what_its_declared_semantics_decide() -> None:

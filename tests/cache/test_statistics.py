@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvbench.cache import statistics as attend
-from kvbench.cache.statistics import Chunk, chunk_output, column_mass, decode_step, last_rows, reduce_group
+from kvbench.cache import attention as attend
+from kvbench.cache.attention import chunk_output, column_mass, decode_step, last_rows, reduce_group
+from kvbench.kernels.dispatch import Chunk
 from tests.covering import share_of
 
 REDUCE: dict[str, Any] = {"mean": lambda x: x.mean(0), "sum": lambda x: x.sum(0), "max": lambda x: x.amax(0)}

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvbench.cache.attention import decode_step, reduce_group
 from kvbench.cache.positions import Rotation
 from kvbench.cache.selection import age_rank
-from kvbench.cache.statistics import decode_step, reduce_group
 
 pytest.importorskip("triton", reason="triton is not installed")
 

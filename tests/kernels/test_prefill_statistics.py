@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvbench.cache.statistics import Chunk, chunk_attention, column_mass, last_rows, reduce_group
-from kvbench.kernels.dispatch import kernels_forced
+from kvbench.cache.attention import chunk_attention, column_mass, last_rows, reduce_group
+from kvbench.kernels.dispatch import Chunk, kernels_forced
 
 pytest.importorskip("triton", reason="triton is not installed")
 ON = "cuda" if torch.cuda.is_available() else "cpu"

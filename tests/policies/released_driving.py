@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import Budget, Policy
-from kvbench.cache.layer import PolicyLayer, Pool
-from kvbench.cache.setup import LayerSetup
+from kvbench.cache.counts import LayerSetup
+from kvbench.cache.layer import PolicyLayer
+from kvbench.cache.released import Pool, departures_of
 from tests.policies.released_code import Code, CodeStopsError, Layer, Token
 
 WIDTH = 4
@@ -29,7 +30,7 @@ class Drive:
 
 
 def policy_layers(policy: Policy, budget: Budget, count: int) -> list[PolicyLayer]:
-    pool = Pool() if policy.pools_layers else None
+    pool = Pool() if departures_of(policy).pools_layers else None
     setups = [
         LayerSetup(
             layer=index,

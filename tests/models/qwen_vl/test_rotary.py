@@ -114,7 +114,7 @@ def test_after_a_shared_prompt_an_answer_goes_on_with_the_frequencies_of_the_pro
     own = drive(model, PolicyCache(model, Early(), Budget(tokens=20)), tokens, prompt)
     recorder = PromptRecorder(model, [Early()])
     model(tokens[:, :prompt], **cache_argument(model, recorder))
-    shared = cache_after(recorder.prompt, model, Early(), Budget(tokens=20), positions="original", reserve_tokens=0)
+    shared = cache_after(recorder.prompt, PolicyCache(model, Early(), Budget(tokens=20)))
     for step, logits in enumerate(own.logits):
         new = tokens[:, prompt + step : prompt + step + 1]
         assert torch.equal(model(new, **cache_argument(model, shared)).logits[:, -1], logits), step
