@@ -1,1 +1,1 @@
-"""Does a results folder hold together? Checks that need only its records, each a file of its own."""
+"""Does a results folder hold together? An independent reading of its records, which needs nothing else."""

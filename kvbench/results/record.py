@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvbench.errors import RecordError
+from kvbench.errors import ConfigError, RecordError
 from kvbench.results.files import canonical_json, replace_file, seal, unseal, write_new
 
 ENVELOPE_VERSION = 1
@@ -48,6 +48,12 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "error": (dict, type(None)),
     "duration_s": (int, float),
 }
+
+
+def check_results_folder(folder: Path) -> None:
+    """Raise ConfigError unless there is such a folder."""
+    if not folder.is_dir():
+        raise ConfigError(f"the results folder {folder} does not exist; run a sweep first or give the right folder.")
 
 
 def cell_key(settings: Mapping[str, Any], schema: int = BODY_SCHEMA) -> str:
