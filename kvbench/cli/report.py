@@ -43,7 +43,7 @@ def report_command(arguments: Sequence[str]) -> int:
         named = ", ".join(map(str, folders))
         raise ConfigError(f"there is no cells/*/record.json in {named}; run a sweep first or give the right folder")
     if args.wandb:
-        from kvbench.cli.wandb import wandb_report
+        from kvbench.sinks.wandb.report import wandb_report
 
         wandb_report(results, _folder(results, folders, args.out), choices, project=args.project, entity=args.entity)
     elif args.format == "html":
@@ -100,8 +100,4 @@ def _text(results: Results, file_format: str, out: Path | None, choices: Choices
 
     make = {"md": verdicts_markdown, "csv": verdicts_csv, "latex": verdicts_latex}[file_format]
     text = make([judge(group, choices) for group in results.groups])
-    if out is None:
-        sys.stdout.write(text)
-        return
-    write_out(out, text.encode())
-    sys.stdout.write(f"{out}\n")
+    sys.stdout.write(text if out is None else f"{write_out(out, text.encode())}\n")

@@ -82,11 +82,9 @@ class SinkGroup:
             return
         while self._waiting:
             between()
-            self._show_slow(self._waiting.pop(0))
+            body = self._waiting.pop(0)
+            self._each("record", lambda sink, body=body: None if _is_instant(sink) else sink.record(body))  # type: ignore[misc]
         self._each("pause", lambda sink: sink.pause() if isinstance(sink, Pausing) else None)
-
-    def _show_slow(self, body: dict[str, Any]) -> None:
-        self._each("record", lambda sink: None if _is_instant(sink) else sink.record(body))
 
     def summarise(self, summary: Callable[[], Any]) -> None:
         """Offer the whole sweep, once everything is written, to the sinks that have a method `summarise`."""
@@ -103,17 +101,15 @@ class SinkGroup:
                 call(sink)
             # A mirror may fail in any way (network, disk, a bug in its library); the sweep goes on.
             except Exception as error:
-                self._warn(index, sink, step, error)
-
-    def _warn(self, index: int, sink: Sink, step: str, error: Exception) -> None:
-        if index in self._warned:
-            return
-        self._warned.add(index)
-        reason = redact(" ".join(str(error).split()))[:200]
-        _log.warning(
-            "%s failed in %s (%s: %s); the results are safe in the store, and its further failures are not shown.",
-            *(type(sink).__name__, step, type(error).__name__, reason),
-        )
+                if index in self._warned:
+                    continue
+                self._warned.add(index)
+                reason = redact(" ".join(str(error).split()))[:200]
+                _log.warning(
+                    "%s failed in %s (%s: %s); the results are safe in the store, and its further failures are not "
+                    "shown.",
+                    *(type(sink).__name__, step, type(error).__name__, reason),
+                )
 
 
 def _is_instant(sink: Sink) -> bool:
