@@ -17,6 +17,7 @@ import numpy as np
 
 from kvbench.autopsy.replay import Replayed, Subject, Watching, full_attention, replay, subject_of, token_pieces
 from kvbench.autopsy.settings import AutopsySettings
+from kvbench.cache import Kind
 from kvbench.errors import is_poisoned
 from kvbench.models.inputs import answer_text
 from kvbench.models.loader import LoadedModel
@@ -197,7 +198,7 @@ def _patterns(rows: Array) -> dict[str, Any]:
 
 def _statistics(freed: Array, subject: Subject, checkpoints: list[int], attention: Array) -> dict[str, Any]:
     """Whole numbers (checkpoints, L, H), all layers: shares in thousandths, ages in tokens."""
-    prompt, image = len(subject.pieces), subject.is_image
+    prompt, image = len(subject.pieces), subject.kinds == int(Kind.IMAGE)
     whole = np.maximum(attention.sum(axis=-1), 1e-30)
     place = np.arange(freed.shape[-1])
     found: dict[str, list[Array]] = {"entries": [], "mean_age_tokens": [], "attention_permille": []}

@@ -144,12 +144,15 @@ def seen_picture(loaded: LoadedModel, example: Example, batch: PromptBatch) -> S
     if "image_grid_thw" in batch.tensors:
         return _from_grid(loaded, example.load_image(), batch.tensors["image_grid_thw"][0], num_tokens)
     pixels = batch.tensors["pixel_values"][0]
-    first_tile = pixels[0] if pixels.dim() == 4 else pixels
-    image = _unnormalised(loaded, first_tile.float().cpu())
+    tile = (pixels[0] if pixels.dim() == 4 else pixels).float().cpu()  # the first, as it went into the vision tower
+    processor: Any = getattr(loaded.processor, "image_processor", loaded.processor)
+    mean, std = (torch.tensor(getattr(processor, name))[:, None, None] for name in ("image_mean", "image_std"))
+    levels = ((tile * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+    image = Image.fromarray(levels.permute(1, 2, 0).numpy())
     edge = getattr(getattr(loaded.model.config, "vision_config", None), "patch_size", None)
     if edge is None:
         return SeenPicture(image=image, rows=0, columns=0, places=(None,) * num_tokens)
-    rows, columns = first_tile.shape[-2] // int(edge), first_tile.shape[-1] // int(edge)
+    rows, columns = tile.shape[-2] // int(edge), tile.shape[-1] // int(edge)
     return SeenPicture(image=image, rows=rows, columns=columns, places=_places(rows, columns, num_tokens))
 
 
@@ -169,14 +172,6 @@ def _places(rows: int, columns: int, num_tokens: int) -> tuple[Place | None, ...
         return (None,) * num_tokens
     before = [None] if num_tokens == len(grid) + 1 else []
     return (*before, *grid, *[None] * (num_tokens - len(grid) - len(before)))
-
-
-def _unnormalised(loaded: LoadedModel, pixels: Tensor) -> Image.Image:
-    """(3, H, W) float32 as it went into the vision tower."""
-    processor: Any = getattr(loaded.processor, "image_processor", loaded.processor)
-    mean, std = (torch.tensor(getattr(processor, name))[:, None, None] for name in ("image_mean", "image_std"))
-    levels = ((pixels * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(levels.permute(1, 2, 0).numpy())
 
 
 def token_pieces(loaded: LoadedModel, tokens: Sequence[int]) -> list[str]:
@@ -211,12 +206,6 @@ class Subject:
     pieces: list[str]
     kinds: Array
     picture: dict[str, Any] | None
-
-    @property
-    def is_image(self) -> Array:
-        """(P,) bool."""
-        found: Array = self.kinds == int(Kind.IMAGE)
-        return found
 
 
 def subject_of(loaded: LoadedModel, example: Example) -> Subject:
