@@ -296,9 +296,16 @@ def run_check(check: Check, evidence: Evidence) -> Outcome:
     notes: list[Finding] = []
     num_checked = 0
     for cell in evidence.cells:
-        told = _on_cell(check, cell, evidence.peers(cell))
-        num_checked += told is not None
-        for text in told or ():
+        peers = evidence.peers(cell)
+        try:
+            if not check.applies(cell, peers):
+                continue
+            told = list(check.told(cell, peers))
+        except _WRONG_TYPES as error:  # what has the wrong type is a problem
+            why = f"{type(error).__name__}: {' '.join(str(error).split()):.80}"
+            told = [f"it, or a cell it is compared with, holds what no run writes ({why})"]
+        num_checked += 1
+        for text in told:
             (notes if isinstance(text, Note) else findings).append(Finding(cell=cell.name, text=text))
     return Outcome(
         id=check.id,
@@ -309,12 +316,3 @@ def run_check(check: Check, evidence: Evidence) -> Outcome:
         findings=tuple(findings),
         notes=tuple(notes),
     )
-
-
-def _on_cell(check: Check, cell: Cell, peers: Peers) -> list[str] | None:
-    """Return what `check` tells, None where it does not apply; what has the wrong type is a problem."""
-    try:
-        return list(check.told(cell, peers)) if check.applies(cell, peers) else None
-    except _WRONG_TYPES as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split()):.80}"
-        return [f"it, or a cell it is compared with, holds what no run writes ({why})"]

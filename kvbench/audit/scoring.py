@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from kvbench.audit.budgets import steps_taken
 from kvbench.audit.evidence import Cell, Note, Peers, check, usual
 from kvbench.measures import MAX_TURNS
 from kvbench.tasks.rouge import has_words, rouge_scores
 
+_Value = TypeVar("_Value")
 _TURNS = tuple(f"turn{turn}_" for turn in range(1, MAX_TURNS + 1))
 _PREFIXES = ("", *_TURNS)
 _SAME = (
@@ -46,9 +47,9 @@ _EXACT = {"kl_to_full": 0.0, "top1_agreement_fraction": 1.0, "length_ratio": 1.0
 )
 def samples(cell: Cell, peers: Peers) -> Iterator[str]:
     """Compare prompts, ids, and what a sample is whatever the policy, with those of most cells."""
-    if _digest(cell) is not None and _digest(cell) != _usual_digest(peers):
+    if _digest(cell) is not None and _digest(cell) != _most_say(peers, _digest):
         yield "its prompts are not those of the other cells (prompts.digest)"
-    ids = _usual_ids(peers)
+    ids = _most_say(peers, _ids) or frozenset()
     missing, added = sorted(ids - set(cell.rows)), sorted(set(cell.rows) - ids)
     if missing:
         yield f"{len(missing)} samples of the other cells are not here, {missing[0]} for one"
@@ -64,17 +65,17 @@ def samples(cell: Cell, peers: Peers) -> Iterator[str]:
 
 def _digest(cell: Cell) -> str | None:
     prompts = cell.body.get("prompts")
-    return str(prompts.get("digest")) if isinstance(prompts, dict) else None
+    return str(prompts.get("digest")) if cell.samples and isinstance(prompts, dict) else None
 
 
-@lru_cache(maxsize=8)
-def _usual_digest(peers: Peers) -> str | None:
-    return usual(digest for cell in peers.usable if cell.samples and (digest := _digest(cell)) is not None)
+def _ids(cell: Cell) -> frozenset[str] | None:
+    return frozenset(cell.rows) or None
 
 
-@lru_cache(maxsize=8)
-def _usual_ids(peers: Peers) -> frozenset[str]:
-    return usual(frozenset(cell.rows) for cell in peers.usable if cell.samples) or frozenset()
+@lru_cache(maxsize=32)
+def _most_say(peers: Peers, of: Callable[[Cell], _Value | None]) -> _Value | None:
+    """Return what most cells have, of those that have any; of equally many the full cache's."""
+    return usual(found for cell in peers.usable if (found := of(cell)) is not None)
 
 
 @lru_cache(maxsize=16)
@@ -119,7 +120,7 @@ def tokens(cell: Cell, peers: Peers) -> Iterator[str]:
             if problem := _answer_problem(row, generation.get("max_new_tokens", 0), full_tokens):
                 yield f"{row.get('id')}: {problem}"
                 break
-        layers, others = _layers(cell), _usual_layers(peers)
+        layers, others = _layers(cell), _most_say(peers, _layers)
         if layers is not None and (layers != int(layers) or layers != others):
             yield (
                 f"its answers have {layers:.4g} counts of entries per token, where each of the model's layers counts "
@@ -168,11 +169,6 @@ def _layers(cell: Cell) -> float | None:
     """Return counts of entries per step taken."""
     steps, counts = steps_taken(cell), cell.number("realised_budget_fraction", "n")
     return counts / steps if counts is not None and steps > 0 else None
-
-
-@lru_cache(maxsize=8)
-def _usual_layers(peers: Peers) -> float | None:
-    return usual(found for cell in peers.usable if (found := _layers(cell)) is not None)
 
 
 @check(

@@ -5,7 +5,6 @@ kvbench wandb sync results --sweep default --project kvbench
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,7 +42,15 @@ def wandb_command(arguments: Sequence[str]) -> int:
     check_installed("records are to be sent to Weights & Biases")
     if args.mode == "online":
         check_online("--mode", "--mode auto")
-    return _sync(args)
+    place = Place(project=args.project, entity=args.entity, folder=args.to or args.folder, timeout_s=args.timeout)
+    jobs = jobs_of(args.folder, args.sweep, place.folder)
+    mode, reason = resolve_mode(args.mode)
+    if mode == "disabled":
+        raise ConfigError("WANDB_MODE is 'disabled', so nothing would be sent; unset it, or give --mode")
+    with tqdm(total=len(jobs), desc="wandb", unit=" runs", disable=None, leave=False) as bar:
+        outcome = send_runs(jobs, place, mode, bar.update)
+    _say(outcome, place, mode, reason)
+    return 1 if outcome.failures else 0
 
 
 def _parser() -> Parser:
@@ -59,18 +66,6 @@ def _parser() -> Parser:
     sync.add_argument("--to", type=Path, metavar="DIR", help="folder for wandb's files (default: the results folder)")
     sync.add_argument("--timeout", type=float, default=30.0, metavar="S", help="limit for the start and end of a run")
     return parser
-
-
-def _sync(args: argparse.Namespace) -> int:
-    place = Place(project=args.project, entity=args.entity, folder=args.to or args.folder, timeout_s=args.timeout)
-    jobs = jobs_of(args.folder, args.sweep, place.folder)
-    mode, reason = resolve_mode(args.mode)
-    if mode == "disabled":
-        raise ConfigError("WANDB_MODE is 'disabled', so nothing would be sent; unset it, or give --mode")
-    with tqdm(total=len(jobs), desc="wandb", unit=" runs", disable=None, leave=False) as bar:
-        outcome = send_runs(jobs, place, mode, bar.update)
-    _say(outcome, place, mode, reason)
-    return 1 if outcome.failures else 0
 
 
 def _say(outcome: Outcome, place: Place, mode: Online, reason: str) -> None:

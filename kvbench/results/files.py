@@ -142,7 +142,8 @@ def holding(descriptor: int) -> Iterator[None]:
 def _temporary(path: Path) -> Iterator[Path]:
     """Yield a name beside `path` that is gone afterwards; then the folder is synced."""
     make_folder(path.parent)
-    temporary = _new_name(path)
+    # The whole name and the rest together may be longer than a file system allows.
+    temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         yield temporary
         sync(path.parent)
@@ -153,11 +154,6 @@ def _temporary(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-
-
-def _new_name(path: Path) -> Path:
-    # The whole name and the rest together may be longer than a file system allows.
-    return path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}{TEMPORARY}")
 
 
 def link_new(source: Path, target: Path) -> None:
