@@ -1,9 +1,6 @@
-"""Keys, seals, labels, counts: whether what stands around the numbers of a record fits them, and the cells beside it.
+"""A5, A8, R1, R2, R3, R13: whether what stands around the numbers of a record fits them, and the cells beside it.
 
-A5 the key follows from the settings, and labels, which no key covers and which tables show alone, say what the
-settings say; A8 what the numbers were measured on is written down; R1 the accepted record is the attempt that counts;
-R2 the status agrees with what the record holds; R3 no sample is left out silently; R13 no two cells hold the same
-answers to the last digit.
+No key covers labels, and tables show nothing else, so they are compared with the settings.
 """
 
 from __future__ import annotations

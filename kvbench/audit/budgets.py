@@ -1,15 +1,13 @@
-"""What a budget allows: entries at a step, bytes of a cache, for policies that cut the prompt, the decode, or both.
-
-A7 at every logged step no more entries than the budget allows; A6 the bytes claimed for the cache are those that
-budget and full cache imply, and fit under the peaks; R9 what is evicted is freed, not only masked: a policy that only
-hides entries stores and reads all of them, and its bytes and milliseconds are not those of eviction.
+"""A6, A7, R9: entries and bytes that a budget allows, for policies that cut the prompt, the decode, or both.
 
 A record says the kind of its policy (labels evicts_at and budget_rounds). Where it does not, the kind is read from the
 curve of entries, as far as the policy, if it is one of kvbench's own, can be of that kind; a curve that fits
 none from its first to its last step is over budget. No kind that cuts only at decode holds less than a prompt.
 
-The rule stands here a second time on purpose, from the definition and not from `kvbench.cache`: an audit that asked
-the cache what it may hold would believe it (and would load torch).
+A policy that only hides entries stores and reads all of them: its bytes and milliseconds are not those of eviction.
+
+The rule of the budget stands here a second time on purpose, from the definition and not from `kvbench.cache`: an audit
+that asked the cache what it may hold would believe it (and would load torch).
 """
 
 from __future__ import annotations

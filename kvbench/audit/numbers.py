@@ -1,9 +1,6 @@
-"""Numbers of a cell computed again from its samples and launches, as the run computed them.
+"""R6, R7, R14: numbers of a cell computed again from its samples and launches, as the run computed them.
 
-R6 every quality number follows from the samples, with the number of samples it says, and all are there; R7 every
-interval holds its value, and has the width that samples and launches give (bounds of a bootstrap are drawn again with
-fewer draws, so they are compared within a quarter of the width); R14 no number that cannot be: likelihoods above
-certainty, negative counts and times, shares above one.
+Bounds of a bootstrap are drawn again with fewer draws, so they are compared within a quarter of the width.
 """
 
 from __future__ import annotations

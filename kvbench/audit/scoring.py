@@ -1,11 +1,7 @@
-"""Samples, answers and their scores, beside the texts and the other cells.
+"""A3, A4, R4, R5, R8: samples, answers and their scores, beside the stored texts and the other cells.
 
-A3 tokens reported are tokens produced, and every answer ends at most once: the cache counts entries at every step, so
-the number of steps really taken is known beside the number of tokens that each answer is said to have, and their ratio
-is the number of layers, the same whole number in all cells of a model; A4 how long the answers are beside the full
-cache's, said where that is outside of 10 %; R4 compared cells have the same samples, and a sample is the same in each
-of them; R5 the full cache against itself scores 1.0 in every answer, of every turn, and has a divergence of exactly 0;
-R8 ROUGE follows from the stored texts.
+The cache counts entries at every step, so the number of steps really taken is known beside the number of tokens that
+each answer is said to have: their ratio is the number of layers, the same whole number in all cells of a model.
 """
 
 from __future__ import annotations

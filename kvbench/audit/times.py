@@ -1,10 +1,7 @@
-"""Times, rates and dates: what the stored launches of a cell give and allow.
+"""R10, R11, R12: what the stored launches of a cell give and allow.
 
-R10 latencies are medians of the stored launches, as many as were asked for, all above 0; R11 throughput, its ratios
-and the share of the roof are those that the measured times allow; R12 times can have happened: dates can be read,
-durations hold what was timed inside them. At least half of the steps of a launch take the median step, so a launch
-takes at least its prompt and half of its steps at TPOT; with both ends of a distribution in it a real one takes about
-all of them.
+At least half of the steps of a launch take the median step, so a launch takes at least its prompt and half of its
+steps at TPOT; with both ends of a distribution in it a real one takes about all of them.
 """
 
 from __future__ import annotations

@@ -23,33 +23,22 @@ from kvbench.results.redaction import printable
 from kvbench.results.store import RecordStore
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from kvbench.report.load import Results
 
 
-_COMMANDS = {
-    "list": "one line per cell: key, status, policy, budget, sweep, when",
-    "show": "everything about one cell: settings, numbers, environment, attempts",
-    "table": "the results table",
-    "csv": "a row per cell, or per cell and sample, to the terminal or a file",
-    "parquet": "the same as a Parquet file",
-    "verify": "check every file; exit code 1 if one must not be believed",
-    "gc": "list what killed processes left behind; --delete removes it",
-}
 _SELECTING = ("list", "table", "csv", "parquet")
 
 
 def results_command(arguments: Sequence[str]) -> int:
     """Run one subcommand and return its exit code. Raises: ConfigError."""
     args = _parser().parse_args(list(arguments))
-    return _RUN[args.command](args) or 0
+    return _COMMANDS[args.command][1](args) or 0
 
 
 def _parser() -> Parser:
     parser = Parser(prog="kvbench results", description="Look at, export, check and tidy a results folder.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for name, text in _COMMANDS.items():
+    for name, (text, _) in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("folder", nargs="?", type=Path, default=Path("results"), help="results folder")
         if name in _SELECTING:
@@ -129,30 +118,20 @@ def _table(args: argparse.Namespace) -> None:
     print_tables(_selected(args))
 
 
-def _frame(args: argparse.Namespace) -> pd.DataFrame:
+def _export(args: argparse.Namespace) -> None:
     from kvbench.report import frames
 
     if args.samples and args.quality:
         raise ConfigError("--samples and --quality are two different tables; give one of them")
     make = frames.samples_frame if args.samples else frames.quality_frame if args.quality else frames.cells_frame
-    return make(_selected(args))
-
-
-def _csv(args: argparse.Namespace) -> None:
-    from kvbench.report.frames import csv_text
-
-    text = csv_text(_frame(args))
-    if args.out is None:
-        print(text, end="")
+    frame = make(_selected(args))
+    if args.command == "parquet":
+        path = args.out or args.folder / ("samples.parquet" if args.samples else "table.parquet")
+        print(write_out(path, frames.parquet_bytes(frame)))
+    elif args.out is None:
+        print(frames.csv_text(frame), end="")
     else:
-        print(write_out(args.out, text.encode()))
-
-
-def _parquet(args: argparse.Namespace) -> None:
-    from kvbench.report.frames import parquet_bytes
-
-    path = args.out or args.folder / ("samples.parquet" if args.samples else "table.parquet")
-    print(write_out(path, parquet_bytes(_frame(args))))
+        print(write_out(args.out, frames.csv_text(frame).encode()))
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -175,7 +154,12 @@ def _gc(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-_RUN: dict[str, Callable[[argparse.Namespace], int | None]] = {
-    **{"list": _list, "show": _show, "table": _table, "csv": _csv},
-    **{"parquet": _parquet, "verify": _verify, "gc": _gc},
+_COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], int | None]]] = {
+    "list": ("one line per cell: key, status, policy, budget, sweep, when", _list),
+    "show": ("everything about one cell: settings, numbers, environment, attempts", _show),
+    "table": ("the results table", _table),
+    "csv": ("a row per cell, or per cell and sample, to the terminal or a file", _export),
+    "parquet": ("the same as a Parquet file", _export),
+    "verify": ("check every file; exit code 1 if one must not be believed", _verify),
+    "gc": ("list what killed processes left behind; --delete removes it", _gc),
 }
