@@ -82,9 +82,11 @@ class SinkGroup:
             return
         while self._waiting:
             between()
-            body = self._waiting.pop(0)
-            self._each("record", lambda sink, body=body: None if _is_instant(sink) else sink.record(body))  # type: ignore[misc]
+            self._show_slow(self._waiting.pop(0))
         self._each("pause", lambda sink: sink.pause() if isinstance(sink, Pausing) else None)
+
+    def _show_slow(self, body: dict[str, Any]) -> None:
+        self._each("record", lambda sink: None if _is_instant(sink) else sink.record(body))
 
     def summarise(self, summary: Callable[[], Any]) -> None:
         """Offer the whole sweep, once everything is written, to the sinks that have a method `summarise`."""

@@ -126,9 +126,11 @@ def _sweep_jobs(store: RecordStore, sweep: str, keys: list[str], to: Path) -> It
         # Read again when its turn comes: the bodies of a large sweep need not be held together.
         return redacted_body(read_cell(store.cell_folder(key)).body)
 
+    def run(key: str) -> RunSpec:
+        return cell_run(body(key))
+
     known = {key: cell_digest(body(key)) for key in keys}
-    for key in keys:
-        yield Job(id=key[:16], digest=known[key], what="cell", make=lambda key=key: cell_run(body(key)))  # type: ignore[misc]
+    yield from (Job(id=key[:16], digest=known[key], what="cell", make=partial(run, key)) for key in keys)
     keys = cells_of_sweep(store.folder, sweep, keys, lambda key: store.record_file(key).exists())
     if len(keys) > 1:
         digest = summary_digest([known.get(key) or cell_digest(body(key)) for key in keys], installed_version())
