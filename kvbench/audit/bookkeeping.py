@@ -215,7 +215,7 @@ def counts(cell: Cell, peers: Peers) -> Iterator[str]:
     most = max(len(other.samples) + other.num_left_out for other in peers.usable)
     if scored + left_out < most:
         yield f"{scored} samples scored and {left_out} left out, of {most} that there are"
-    counted, items = (cell.number("num_skipped_items", part) for part in ("value", "n"))
+    counted, items = (cell.value("num_skipped_items", part) for part in ("value", "n"))
     if counted is not None and items is not None and items != counted + scored:
         yield f"{items:g} items in the data set, but {scored} scored and {counted:g} left out"
     asked = cell.setting("dataset", "num_samples")

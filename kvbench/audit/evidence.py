@@ -99,12 +99,8 @@ class Cell:
                 return task
         return None
 
-    def value(self, name: str) -> float | None:
-        """Return a measurement's value; None if it is missing or null, or the cell failed."""
-        return self.number(name, "value")
-
-    def number(self, name: str, part: str) -> float | None:
-        """Return value, low, high or n of a measurement."""
+    def value(self, name: str, part: str = "value") -> float | None:
+        """Return value, low, high or n of a measurement; None if it is missing or null, or the cell failed."""
         found = self.body["measurements"].get(name, {}).get(part) if self.usable else None
         return found if is_number(found) else None
 
@@ -138,26 +134,14 @@ class Peers:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """The cells of a folder in the order of their keys; `damaged` names files that cannot be read, and why."""
+    """The cells of a folder in the order of their keys, each with the cells it may be compared with, itself included.
 
-    cells: tuple[Cell, ...]
+    `damaged` names files that cannot be read, and why.
+    """
+
+    cells: Mapping[Cell, Peers]
     damaged: tuple[tuple[str, str], ...]
     digest: str
-
-    @cached_property
-    def _groups(self) -> dict[str, Peers]:
-        found: dict[str, list[Cell]] = {}
-        for cell in self.cells:
-            found.setdefault(_group(cell), []).append(cell)
-        return {name: Peers(cells=tuple(cells)) for name, cells in found.items()}
-
-    def peers(self, cell: Cell) -> Peers:
-        """Return the cells that may be compared with `cell`, itself included."""
-        return self._groups[_group(cell)]
-
-
-def _group(cell: Cell) -> str:
-    return canonical_json({name: cell.setting(name) for name in _SHARED})
 
 
 def read_evidence(folder: Path, *, sweep: str | None = None) -> Evidence:
@@ -186,7 +170,11 @@ def read_evidence(folder: Path, *, sweep: str | None = None) -> Evidence:
             raise ConfigError(f"{folder} has no records below cells; run a sweep first or give the right folder.")
         names = {cell.body["sweep"] for cell in read_evidence(folder).cells}
         raise ConfigError(f"no record belongs to the sweep {sweep!r}; {close_matches(sweep, names)}")
-    return Evidence(cells=tuple(cells), damaged=tuple(damaged), digest=digest.hexdigest())
+    shared = {cell: canonical_json({name: cell.setting(name) for name in _SHARED}) for cell in cells}
+    groups = {text: Peers(cells=tuple(cell for cell in cells if shared[cell] == text)) for text in set(shared.values())}
+    return Evidence(
+        cells={cell: groups[text] for cell, text in shared.items()}, damaged=tuple(damaged), digest=digest.hexdigest()
+    )
 
 
 def is_number(value: object) -> bool:
@@ -295,8 +283,7 @@ def run_check(check: Check, evidence: Evidence) -> Outcome:
     findings: list[Finding] = []
     notes: list[Finding] = []
     num_checked = 0
-    for cell in evidence.cells:
-        peers = evidence.peers(cell)
+    for cell, peers in evidence.cells.items():
         try:
             if not check.applies(cell, peers):
                 continue

@@ -113,7 +113,7 @@ def aggregates(cell: Cell, peers: Peers) -> Iterator[str]:
                 yield f"{name} is {stored}, the samples give {found.value}"
         elif abs(stored - found.value) > max(1e-12, _tolerance(cell, name) * abs(found.value)):
             yield f"{name} is {stored:.6g}, the samples give {found.value:.6g}"
-        elif (n := cell.number(name, "n")) != found.n:
+        elif (n := cell.value(name, "n")) != found.n:
             yield f"{name} says n = {n}, the samples give {found.n}"
 
 
@@ -146,7 +146,7 @@ def bounds(cell: Cell, peers: Peers) -> Iterator[str]:
 
 
 def _interval_problem(cell: Cell, name: str, value: float) -> str | None:
-    low, high = cell.number(name, "low"), cell.number(name, "high")
+    low, high = cell.value(name, "low"), cell.value(name, "high")
     try:
         again = from_samples(cell, name) or from_launches(cell, name)
     except MeasureError:

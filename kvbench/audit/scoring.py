@@ -163,7 +163,7 @@ def _answer_problem(row: Mapping[str, Any], most: int, full_tokens: object) -> s
 @lru_cache(maxsize=65536)
 def _layers(cell: Cell) -> float | None:
     """Return counts of entries per step taken."""
-    steps, counts = steps_taken(cell), cell.number("realised_budget_fraction", "n")
+    steps, counts = steps_taken(cell), cell.value("realised_budget_fraction", "n")
     return counts / steps if counts is not None and steps > 0 else None
 
 
