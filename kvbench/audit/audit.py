@@ -1,7 +1,7 @@
 """All checks of a results folder in order, the one JSON that says how they ended, and how it is shown.
 
-outcome = audit(Path("results"))
-print(outcome.passed, outcome.body["digest"])
+    found = audit(Path("results"))
+    print(summary(found), found.digest)
 
 An audit reads records alone, and judges them by rules of its own: what a budget allows, for one, stands in
 `audit.budgets` and in the cache, so that an error in one is found by the other.

@@ -78,17 +78,14 @@ def _most_say(peers: Peers, of: Callable[[Cell], _Value | None]) -> _Value | Non
 def _usual_rows(
     peers: Peers, names: tuple[str, ...], limits: tuple[object, ...] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Return what most cells, of those with the same limits of length, say in each row; of equally many the first's.
-
-    The first is the full cache's.
-    """
+    """Return what most cells, of those with the same limits of length, say in each row; of equally many the full's."""
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for cell in peers.usable:
         if limits is None or _limits(cell) == limits:
             for identity, row in cell.rows.items():
                 rows.setdefault(identity, []).append(row)
     return {
-        identity: {name: usual(row[name] for row in some if name in row) for name in names}
+        identity: {name: usual(row[name] for row in some if row.get(name) is not None) for name in names}
         for identity, some in rows.items()
     }
 
