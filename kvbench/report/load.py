@@ -31,7 +31,7 @@ from kvbench.errors import ConfigError, RecordError, close_matches
 from kvbench.frontier.table import Frontier, load_frontier
 from kvbench.measures import MEASURES, bounds_on_scale, measure
 from kvbench.results.files import canonical_json
-from kvbench.results.record import MEASURED, CellRecord, read_cell
+from kvbench.results.record import MEASURED, CellRecord, Problem, check_results_folder, read_cell
 from kvbench.stats.paired import POOLED
 
 _DIGITS = re.compile(r"([0-9]+)")
@@ -275,14 +275,6 @@ def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tup
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Problem:
-    """A file (path relative to the results folder) that was not used, or not wholly, and why."""
-
-    path: str
-    message: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
     """The cells of one model on one data set: the only ones whose numbers may be compared."""
 
@@ -380,8 +372,7 @@ def load_results(folder: Path, *, sweep: str | None = None, keys: Collection[str
 
 def read_cells(folder: Path, *, keys: Collection[str] | None = None) -> tuple[list[CellResult], list[Problem]]:
     """Return the cells of one folder as they lie there, and its problems. Raises: ConfigError if it is missing."""
-    if not folder.is_dir():
-        raise ConfigError(f"the results folder {folder} does not exist; run a sweep first or give the right folder.")
+    check_results_folder(folder)
     cells: list[CellResult] = []
     problems: list[Problem] = []
     for path in sorted((folder / "cells").glob("*/record.json")):

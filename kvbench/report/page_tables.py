@@ -23,7 +23,7 @@ from kvbench.report.compare import (
     timing_noise,
     verdict_remark,
 )
-from kvbench.report.load import CellResult, Estimate, Group, Problem, Results
+from kvbench.report.load import CellResult, Estimate, Group, Results
 from kvbench.report.markup import (
     Head,
     budget_size,
@@ -39,6 +39,7 @@ from kvbench.report.markup import (
 )
 from kvbench.report.tables import Entry, Row, Table, samples_text
 from kvbench.report.verdicts import REFERENCE, CellRow, Time
+from kvbench.results.record import Problem
 
 
 def results_html(numbers: Table, caption: str) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from kvbench.cli.wandb import _COMPARED, _headline, _verdict_table
 from kvbench.frontier.section import frontier_html
 from kvbench.frontier.table import Frontier, Look, Search
 from kvbench.report.ability import Ability
@@ -26,6 +25,7 @@ from kvbench.report.page import render_page
 from kvbench.report.standing import best_policies, judge, safe_cells, standing_at
 from kvbench.report.tables import markdown_tables, print_tables
 from kvbench.report.verdicts import verdicts_csv, verdicts_latex, verdicts_markdown
+from kvbench.sinks.wandb.report import _COMPARED, _headline, _verdict_table
 from tests.report.synthetic import body, write_cell
 
 SENTENCE = "This data set can not rank policies on this model"
