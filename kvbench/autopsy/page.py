@@ -1,23 +1,22 @@
 """The page's autopsy: which patches and tokens every policy held, per layer and head and over decode time.
 
-The autopsies as the page's script reads them: what samples share once, eviction as short texts per head.
-
-The autopsy in numbers: what every policy kept, in a table and in words, and how much any two keep alike.
+`autopsy_section` renders it: drawings, which the script `autopsy.js` makes of the data that stands in the page (what
+samples share once, eviction as short texts per head), and what every policy kept, in a table and in words.
 """
 
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from kvbench.autopsy.read import Autopsy, Sample, chance_overlap, kept, load_autopsy, overlap, percent, sentence
 from kvbench.errors import RecordError
 from kvbench.report.load import CellResult, Group, Results, natural_key
-from kvbench.report.markup import Head, escaped, number_cell, prose, row_head, table, text_cell
+from kvbench.report.markup import Head, TableCell, TableRow, TableView, render, row_head, safe_json, text_cell
 from kvbench.results.files import Array
 from kvbench.results.record import NEVER
 
@@ -142,46 +141,40 @@ def _differs(cell: CellResult, sample: Sample) -> bool:
     return isinstance(text, str) and not text.startswith(sample.answer)
 
 
-def numbers_html(group: Group, pairs: Pairs) -> str:
-    """Return the table of what was kept, the same in words, and overlaps; "" where there is only the full cache."""
+_KEPT_HEADS = (
+    Head("policy", kind="text"),
+    Head("budget", kind="amount"),
+    *(
+        Head(when, group=what)
+        for what in ("image patches kept", "prompt text kept", "attention held", "merged, in a held entry")
+        for when in ("after the prompt", "at the end")
+    ),
+    Head("mean age", "tokens, at the end"),
+    Head("answer tokens", "at the end"),
+)
+
+
+def _numbers(group: Group, pairs: Pairs) -> dict[str, object]:
+    """Return the table of what was kept, the same in words, and overlaps; no table of the full cache alone."""
     budgeted = [(cell, autopsy) for cell, autopsy in pairs if not cell.is_full]
     if not budgeted:
-        return ""
-    parts = [_table(group, budgeted), _sentences(group, budgeted)]
+        return {"kept": None}
     by_budget: dict[str, list[tuple[CellResult, Autopsy]]] = {}
     for cell, autopsy in sorted(budgeted, key=lambda pair: pair[0].budget_order):
         by_budget.setdefault(cell.budget, []).append((cell, autopsy))
-    several = {budget: some for budget, some in by_budget.items() if len(some) > 1}
-    tables = "".join(_overlaps(group, some, budget) for budget, some in several.items())
-    overlaps = f"<details><summary>How much policies keep the same tokens</summary>{tables}</details>" if tables else ""
-    left = sorted({text for _, autopsy in pairs for text in autopsy.left_out})
-    out = f"<p class=quiet>Left out: {escaped('; '.join(left[:5]))}.</p>" if left else ""
-    return "".join([*parts, overlaps, out])
-
-
-def _table(group: Group, pairs: Pairs) -> str:
-    nums = sorted({len(autopsy.samples) for _, autopsy in pairs})
+    nums = sorted({len(autopsy.samples) for _, autopsy in budgeted})
     what = f"{nums[0]} to {nums[-1]} samples" if len(nums) > 1 else "1 sample" if nums == [1] else f"{nums[0]} samples"
-    heads = [
-        Head(label="policy", kind="text"),
-        Head(label="budget", kind="amount"),
-        Head(label="after the prompt", group="image patches kept"),
-        Head(label="at the end", group="image patches kept"),
-        Head(label="after the prompt", group="prompt text kept"),
-        Head(label="at the end", group="prompt text kept"),
-        Head(label="after the prompt", group="attention held"),
-        Head(label="at the end", group="attention held"),
-        Head(label="after the prompt", group="merged, in a held entry"),
-        Head(label="at the end", group="merged, in a held entry"),
-        Head(label="mean age", note="tokens, at the end", group=""),
-        Head(label="answer tokens", note="at the end", group=""),
-    ]
-    rows = (f"<tr>{''.join(_cells(group, cell, autopsy, several=len(nums) > 1))}</tr>" for cell, autopsy in pairs)
+    rows = [TableRow(tuple(_kept_cells(group, cell, one, several=len(nums) > 1))) for cell, one in budgeted]
     caption = f"What was kept of the prompt, mean over {what}, layers and KV heads; small: lowest and highest layer"
-    return table(caption, heads, rows, classes="ap-kept")
+    return {
+        "kept": TableView(caption=caption, heads=_KEPT_HEADS, rows=rows, classes="ap-kept"),
+        "words": [(group.cell_label(cell), sentence(autopsy.samples)) for cell, autopsy in budgeted],
+        "overlaps": [_overlaps(group, some, budget) for budget, some in by_budget.items() if len(some) > 1],
+        "left_out": sorted({text for _, autopsy in pairs for text in autopsy.left_out}),
+    }
 
 
-def _cells(group: Group, cell: CellResult, autopsy: Autopsy, *, several: bool) -> Iterator[str]:
+def _kept_cells(group: Group, cell: CellResult, autopsy: Autopsy, *, several: bool) -> Iterator[TableCell]:
     found = kept(autopsy.samples)
     size = cell.budget_fraction if cell.budget_fraction is not None else cell.budget_tokens
     yield row_head(group.series_label(cell), f"n = {len(autopsy.samples)}" if several else "")
@@ -192,40 +185,29 @@ def _cells(group: Group, cell: CellResult, autopsy: Autopsy, *, several: bool) -
         (found.attention, found.attention_by_layer),
         (found.merged, None),
     ):
-        for index in (0, 1):
-            low, high = (percent(share) for share in by_layer or (0.0, 0.0))
-            spread = f"{low} to {high}" if low != high and not index else ""
-            value = None if shares is None else shares[index]
-            yield number_cell("-" if value is None else f"{100 * value:.0f} %", spread, value=value)
-    yield number_cell(f"{found.mean_age_tokens:.0f}", value=found.mean_age_tokens)
+        low, high = map(percent, by_layer or (0.0, 0.0))
+        for value, spread in zip(shares or (None, None), (f"{low} to {high}" if low != high else "", ""), strict=True):
+            yield TableCell("-" if value is None else f"{100 * value:.0f} %", spread, sort=value)
+    yield TableCell(f"{found.mean_age_tokens:.0f}", sort=found.mean_age_tokens)
     fewest, most = found.steps
-    yield number_cell(str(fewest) if fewest == most else f"{fewest} to {most}", value=(fewest + most) / 2)
+    yield TableCell(str(fewest) if fewest == most else f"{fewest} to {most}", sort=(fewest + most) / 2)
 
 
-def _sentences(group: Group, pairs: Pairs) -> str:
-    items = "".join(
-        f"<li><b>{escaped(group.cell_label(cell))}</b>: {prose(sentence(autopsy.samples))}</li>"
-        for cell, autopsy in pairs
-    )
-    return f"<details><summary>The same in words</summary><ul>{items}</ul></details>"
-
-
-def _overlaps(group: Group, pairs: Sequence[tuple[CellResult, Autopsy]], budget: str) -> str:
-    names = [group.series_label(cell) for cell, _ in pairs]
+def _overlaps(group: Group, pairs: Pairs, budget: str) -> TableView:
     rows = []
     for cell, one in pairs:
         cells = [row_head(group.series_label(cell))]
         for other_cell, other in pairs:
             share = 1.0 if cell is other_cell else overlap(one.samples, other.samples)
             chance = f"blind {chance_overlap(one.samples, other.samples):.2f}" if cell is not other_cell else ""
-            cells.append(number_cell("-" if share is None else f"{share:.2f}", chance, value=share))
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    heads = [Head(label="policy", kind="text"), *(Head(label=name) for name in names)]
+            cells.append(TableCell("-" if share is None else f"{share:.2f}", chance, sort=share))
+        rows.append(TableRow(cells))
     caption = (
         f"At {budget}: tokens that both hold after the prompt over those that either holds (Jaccard), mean over "
         "layers, KV heads and samples; small: two blind choices of the same sizes"
     )
-    return table(caption, heads, rows)
+    heads = [Head("policy", kind="text"), *(Head(group.series_label(cell)) for cell, _ in pairs)]
+    return TableView(caption=caption, heads=heads, rows=rows)
 
 
 _INTRO = (
@@ -239,76 +221,40 @@ _ATTENTION = (
     "Attention: what the full cache's own answer attends to in the prompt, summed over its steps, mean over the query "
     "heads of a KV head; the share of it that falls on tokens which the policy holds. It is the same yardstick for all."
 )
-_CONTROLS = """<div class=controls>
-<label id="ap-group-label">Model and data set<select id="ap-group"></select></label>
-<label>Sample<select id="ap-sample"></select></label>
-<label>Budget<select id="ap-budget"></select></label>
-<label>Layers<select id="ap-layer"></select></label>
-<label>KV heads<select id="ap-head"></select></label>
-<label>Heat map<select id="ap-measure"></select></label></div>
-<div class=ap-time><button type=button id="ap-play">Play</button>
-<input type=range id="ap-step" min=0 max=0 value=0 aria-label="Moment of the answer">
-<output id="ap-moment"></output></div>
-<p class=ap-legend><span><span class=ap-swatch></span>held by all</span><span><span class="ap-swatch ap-out"></span>let
-go</span><span><span class="ap-swatch ap-join"></span>merged into an entry that is held</span><span><span
-class="ap-swatch ap-ramp"></span><span id="ap-scale"></span></span></p>
-<p id="ap-readout" aria-live=polite></p><div id="ap-panels" class=ap-panels></div>"""
 _MOST_NAMES = 5
-_HATCH = (
-    '<svg width=0 height=0 aria-hidden=true focusable=false style="position:absolute"><defs>'
-    '<pattern id="ap-hatch" width=".34" height=".34" patternUnits=userSpaceOnUse patternTransform="rotate(45)">'
-    '<rect width=".07" height=".34" style="fill:var(--hatch)"/></pattern></defs></svg>'
-)
 
 
-def autopsy_section(results: Results) -> str:
+def autopsy_section(results: Results) -> Markup:
     """Return what stands below the heading; "" without records. Damaged files are named, missing ones cost nothing."""
-    parts: list[str] = []
+    groups: list[Mapping[str, object]] = []
     data: list[dict[str, Any]] = []
     problems: list[str] = []
-    same = True
+    is_same = True
     room = MOST_BYTES
     for group in results.groups:
         pairs = _read(group, problems)
-        if pairs:
-            one, spent = group_data(group, pairs, room)
-            room -= spent
-            data.extend([one] if one["items"] else [])
-            same &= len({frozenset(sample.id for sample in autopsy.samples) for _, autopsy in pairs}) == 1
-            title = f"<h3>{escaped(group.title)}</h3>" if len(results.groups) > 1 else ""
-            parts.append(title + _without_room(pairs, one["ids"]) + numbers_html(group, pairs))
-    notes = "".join(f"<p class=failed>{escaped(problem)}</p>" for problem in problems)
-    if not results.records:
-        return notes
-    if not parts:
-        return f"{notes}<p>No record has an autopsy beside it (setting <code>autopsy=few</code>).</p>"
-    intro = f"<p>{prose(_INTRO.format(same=_SAME[same]))}</p><p class=quiet>{prose(_ATTENTION)}</p>"
-    return f"{intro}{notes}{_drawings(data) if data else ''}{''.join(parts)}"
-
-
-def _drawings(data: list[dict[str, Any]]) -> str:
-    return f"""<noscript><p>Choosing samples needs JavaScript; the numbers below do not.</p></noscript>
-<div class=ap-box>{_HATCH}{_CONTROLS}</div>
-<script type="application/json" id="autopsy-data">{safe_json(data)}</script>"""
-
-
-def _without_room(pairs: Pairs, shown: list[str]) -> str:
-    """Say which samples are in the numbers but not in the drawings."""
-    every = {sample.id for _, autopsy in pairs for sample in autopsy.samples}
-    left = sorted(every.difference(shown), key=natural_key)
-    if not left:
-        return ""
-    names = ", ".join(left[:_MOST_NAMES]) + (f" and {len(left) - _MOST_NAMES} more" if len(left) > _MOST_NAMES else "")
-    return (
-        f"<p class=quiet>{len(left)} of {len(every)} samples are in the numbers below but not in the drawings, for "
-        f"which the page has no room: {escaped(names)}.</p>"
+        if not pairs:
+            continue
+        one, spent = group_data(group, pairs, room)
+        room -= spent
+        data.extend([one] if one["items"] else [])
+        by_cell = [{sample.id for sample in autopsy.samples} for _, autopsy in pairs]
+        every = set().union(*by_cell)
+        is_same &= all(ids == every for ids in by_cell)
+        undrawn = sorted(every.difference(one["ids"]), key=natural_key)
+        drawn = {"title": group.title, "num_samples": len(every), "undrawn": undrawn}
+        groups.append(drawn | _numbers(group, pairs))
+    return render(
+        "autopsy.html.j2",
+        has_records=bool(results.records),
+        several=len(results.groups) > 1,
+        problems=problems,
+        groups=groups,
+        data=safe_json(data) if data else None,
+        intro=_INTRO.format(same=_SAME[is_same]),
+        attention=_ATTENTION,
+        most_names=_MOST_NAMES,
     )
-
-
-def safe_json(data: object) -> str:
-    """Return JSON that no text in it can break out of its element; a reader of JSON sees the same characters."""
-    text = json.dumps(data, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _read(group: Group, problems: list[str]) -> Pairs:

@@ -1,12 +1,7 @@
 """The page's answer: which policy to take at each budget, how sure that is, what it costs, and where it fails.
 
-Every word comes from a verdict; where samples do not decide, the answer names all that may be the best.
-
-The answer in words: what to take, how far it is from the full cache, and what else the measures say.
-
-Every word comes from a verdict; where samples do not decide, all that may be the best are named.
-
-The page's negative samples: which items collapse under which policy, at every budget, with links to the answers.
+Every word comes from a verdict; where samples do not decide, all that may be the best are named. Below that, the
+samples that collapse under each policy at every budget, with links to the answers.
 """
 
 from __future__ import annotations
@@ -14,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from markupsafe import Markup
+
 from kvbench.measures import format_value, format_with_interval, measure
 from kvbench.report.compare import Comparison, difference_text, difference_unit, size_text, verdict_remark
 from kvbench.report.load import CellResult, is_better, natural_key
-from kvbench.report.markup import Head, escaped, number_cell, prose, row_head, table, text_cell
+from kvbench.report.markup import Head, SampleLink, TableCell, TableRow, TableView, listed, render, row_head
 from kvbench.report.samples import sample_link, short_name
 from kvbench.report.standing import (
     MOST_PAIRS,
@@ -158,10 +155,7 @@ def names(judged: Judged, cells: Sequence[CellResult], *, with_budget: bool = Fa
     """Return the first few cells by name, and how many more there are."""
     named = [f"`{judged.group.series_label(cell)}`" + (f" at {cell.budget}" if with_budget else "") for cell in cells]
     more = f" and {len(named) - MOST_NAMES} more" if len(named) > MOST_NAMES else ""
-    shown = named[:MOST_NAMES]
-    if more or len(shown) == 1:
-        return ", ".join(shown) + more
-    return f"{', '.join(shown[:-1])} and {shown[-1]}"
+    return ", ".join(named[:MOST_NAMES]) + more if more else listed(named)
 
 
 def other_measures(judged: Judged, standing: Standing) -> Iterator[tuple[str, bool]]:
@@ -197,16 +191,17 @@ _MOST_OPEN = 6
 _RATIOS = (("tpot_ms", "tpot_ratio_to_full", "per output token"), ("ttft_ms", "ttft_ratio_to_full", "to first token"))
 
 
-def answer_html(judged: Judged) -> str:
+def answer_html(judged: Judged) -> Markup:
     """Return the sentences and a block per budget."""
-    lines = "".join(f"<p class=answer>{prose(line)}</p>" for line in answer_sentences(judged))
-    if judged.ability.sentence:
-        return lines + _explained(judged)
-    blocks = [_block(judged, cells) for cells in judged.group.by_budget.values()]
-    drawn = f"<div class=answers>{''.join(blocks)}</div>"
-    if len(blocks) > _MOST_OPEN:
-        drawn = f"<details><summary>All {len(blocks)} budgets</summary>{drawn}</details>"
-    return lines + _explained(judged) + (drawn if blocks else "")
+    cannot = bool(judged.ability.sentence)
+    blocks = [] if cannot else [_block(judged, cells) for cells in judged.group.by_budget.values()]
+    return render(
+        "answer.html.j2",
+        sentences=answer_sentences(judged),
+        explained=_explained(judged),
+        blocks=blocks,
+        most_open=_MOST_OPEN,
+    )
 
 
 def _explained(judged: Judged) -> str:
@@ -216,39 +211,36 @@ def _explained(judged: Judged) -> str:
     known = measure(judged.primary)
     kinds = [text for end, text in _BUDGET_KINDS if any(cell.budget.endswith(end) for cell in judged.group.budgeted)]
     budgets = f" Budgets count cache entries per layer and KV head: {'; '.join(kinds)}." if kinds else ""
-    return f"<p class=quiet>{prose(f'{known.label}: {known.definition}{budgets}')}</p>"
+    return f"{known.label}: {known.definition}{budgets}"
 
 
-def _block(judged: Judged, cells: list[CellResult]) -> str:
+def _block(judged: Judged, cells: list[CellResult]) -> Mapping[str, object]:
+    """Return a budget with what to take there and why, or with the reason that nothing can be ranked."""
     standing = standing_at(judged, cells, telling_quality(judged, cells) or "ppl") if judged.primary else None
-    budget = escaped(cells[0].budget)
     if standing is None:
         withheld = judged.ability.reason(judged.primary) if judged.primary else ""
         statuses = withheld or ", ".join(sorted({cell.status for cell in cells}))
-        return f"<div><h3>{budget}</h3><p>Nothing can be ranked here ({escaped(statuses)}).</p></div>"
-    rows = "".join(
-        f"<div><dt>{prose(name)}</dt><dd>{'<br>'.join(lines)}</dd></div>"
-        for name, lines in _answers(judged, standing)
-        if lines
-    )
-    return f"<div><h3>{budget}: {_take(judged, standing)}</h3><dl>{rows}</dl></div>"
+        return {"budget": cells[0].budget, "nothing": statuses}
+    group, first = judged.group, standing.first
+    losses = losses_of(group, first, standing.measure)
+    fails = f"collapses on {sum(loss.collapsed for loss in losses)} of {len(losses)} samples; most is lost on "
+    answers: list[tuple[str, Sequence[str], Sequence[SampleLink]]] = [
+        ("How sure", list(_sure(judged, standing)), ()),
+        ("Quality", list(_quality(judged, standing)), ()),
+        ("Other measures", [line for line, _ in other_measures(judged, standing)], ()),
+        ("Time", list(_time(judged, first)), ()),
+        ("Memory", list(_memory(judged, first)), ()),
+        ("Fails on", [fails] if losses else [], [sample_link(group, first, one.sample) for one in losses[:MOST_NAMES]]),
+    ]
+    return {"budget": cells[0].budget, "nothing": "", "take": _take(judged, standing), "answers": answers}
 
 
 def _take(judged: Judged, standing: Standing) -> str:
     rivals = [cell for cell, found in standing.rivals if not is_apart(found)]
-    first = prose(f"`{judged.group.series_label(standing.first)}`")
+    first = f"`{judged.group.series_label(standing.first)}`"
     if rivals:
-        return f"{first} or {prose(names(judged, rivals))}"
+        return f"{first} or {names(judged, rivals)}"
     return f"take {first}" if standing.beaten or not standing.rivals else f"{first}, compared with none"
-
-
-def _answers(judged: Judged, standing: Standing) -> Iterator[tuple[str, list[str]]]:
-    yield "How sure", [prose(line) for line in _sure(judged, standing)]
-    yield "Quality", [prose(line) for line in _quality(judged, standing)]
-    yield "Other measures", [prose(line) for line, _ in other_measures(judged, standing)]
-    yield "Time", [prose(line) for line in _time(judged, standing.first)]
-    yield "Memory", [prose(line) for line in _memory(judged, standing.first)]
-    yield "Fails on", list(_fails(judged, standing))
 
 
 def _sure(judged: Judged, standing: Standing) -> Iterator[str]:
@@ -320,15 +312,6 @@ def _memory(judged: Judged, cell: CellResult) -> Iterator[str]:
         yield f"peak of all memory {format_value('peak_memory_bytes', peak.value)}, {sign}{change} against full"
 
 
-def _fails(judged: Judged, standing: Standing) -> Iterator[str]:
-    losses = losses_of(judged.group, standing.first, standing.measure)
-    if not losses:
-        return
-    collapsed = [loss for loss in losses if loss.collapsed]
-    links = ", ".join(sample_link(judged.group, standing.first, loss.sample) for loss in losses[:MOST_NAMES])
-    yield prose(f"collapses on {len(collapsed)} of {len(losses)} samples; most is lost on ") + links
-
-
 _MOST_ROWS = 32
 _MOST_ROWS_OF_MANY, _MANY_CELLS = 8, 60
 _MOST_LINKS = 8
@@ -351,38 +334,19 @@ class _Item:
         return sum(loss.loss for loss in self.losses.values()) / len(self.losses)
 
 
-def failures_html(judged: Judged) -> str:
+def failures_html(judged: Judged) -> Markup:
     """Return a part per budget, or "" where samples carry no score."""
     if judged.primary is None:
-        return ""
-    parts = [
-        _budget(judged, [cell for cell in cells if not cell.failed], judged.primary)
-        for cells in judged.group.by_budget.values()
+        return Markup()
+    budgets = [
+        _budget(judged, items, cells, judged.primary)
+        for several in judged.group.by_budget.values()
+        for cells in ([cell for cell in several if not cell.failed],)
+        if (items := _items(judged, cells, judged.primary))
     ]
-    drawn = "".join(part for part in parts if part)
-    return f"<p>{prose(rule_text(judged.primary))} Every sample links to the answers.</p>{drawn}" if drawn else ""
-
-
-def _budget(judged: Judged, cells: Sequence[CellResult], name: str) -> str:
-    items = _items(judged, cells, name)
-    if not items:
-        return ""
-    many = len(judged.group.cells) > _MANY_CELLS
-    shown = items[: _MOST_ROWS_OF_MANY if many else _MOST_ROWS]
-    cut = f", the {len(shown)} of {len(items)} that lose most" if len(shown) < len(items) else ""
-    caption = f"{measure(name).label} of every sample at {cells[0].budget}{cut}; {_COLLAPSED} marks a collapse"
-    heads = [
-        Head(label="sample", kind="text"),
-        Head(label="collapses under", note=f"of {len(cells)}"),
-        Head(label="full"),
-        *(Head(label=judged.group.series_label(cell)) for cell in cells),
-    ]
-    rows = (f"<tr>{''.join(_row(judged, item, cells, name))}</tr>" for item in shown)
-    is_open = " open" if cells[0].budget == asked_budget(judged) else ""
-    return (
-        f"<details{is_open}><summary>At {escaped(cells[0].budget)}: {_counts(judged, items, cells)}</summary>"
-        f"{_everywhere(judged, items, cells)}{table(caption, heads, rows, classes='losses')}</details>"
-    )
+    if not budgets:
+        return Markup()
+    return render("failures.html.j2", rule=rule_text(judged.primary), budgets=budgets, most_links=_MOST_LINKS)
 
 
 def _items(judged: Judged, cells: Sequence[CellResult], name: str) -> list[_Item]:
@@ -392,6 +356,42 @@ def _items(judged: Judged, cells: Sequence[CellResult], name: str) -> list[_Item
             by_sample.setdefault(loss.sample, {})[cell.key] = loss
     items = [_Item(sample=sample, losses=losses) for sample, losses in by_sample.items()]
     return sorted(items, key=lambda item: (-item.num_collapsed, -item.mean_loss, natural_key(item.sample)))
+
+
+def _budget(
+    judged: Judged, items: Sequence[_Item], cells: Sequence[CellResult], name: str
+) -> Mapping[str, object]:  # fmt: skip
+    """Return the table of a budget and, where samples are shared, which of them collapse under every policy."""
+    group, budget = judged.group, cells[0].budget
+    shown = items[: _MOST_ROWS_OF_MANY if len(group.cells) > _MANY_CELLS else _MOST_ROWS]
+    cut = f", the {len(shown)} of {len(items)} that lose most" if len(shown) < len(items) else ""
+    heads = [
+        Head("sample", kind="text"),
+        Head("collapses under", f"of {len(cells)}"),
+        Head("full"),
+        *(Head(group.series_label(cell)) for cell in cells),
+    ]
+    view = TableView(
+        caption=f"{measure(name).label} of every sample at {budget}{cut}; {_COLLAPSED} marks a collapse",
+        heads=heads,
+        rows=[TableRow(tuple(_cells(judged, item, cells, name))) for item in shown],
+        classes="losses",
+    )
+    shared = [item for item in items if len(item.losses) > 1]
+    every = [item for item in shared if item.num_collapsed == len(item.losses)]
+    none = sum(item.num_collapsed == 0 for item in items)
+    under_none = f"{none} of {len(items)} under none" if none else "every sample collapses under at least one"
+    have_all = {len(item.losses) for item in items} == {len(cells)}
+    holders = [next(cell for cell in cells if cell.key in item.losses) for item in every]
+    return {
+        "budget": budget,
+        "is_open": budget == asked_budget(judged),
+        "counts": _counts(judged, items, cells),
+        "every": [sample_link(group, cell, item.sample) for item, cell in zip(every, holders, strict=True)],
+        "under_none": under_none if shared else None,
+        "policies": f"all {len(cells)} policies" if have_all else "every policy that has them",
+        "view": view,
+    }
 
 
 def _counts(judged: Judged, items: Sequence[_Item], cells: Sequence[CellResult]) -> str:
@@ -404,50 +404,23 @@ def _counts(judged: Judged, items: Sequence[_Item], cells: Sequence[CellResult])
         of = "" if len(nums) == 1 else f" of {len(found)}"
         count = sum(loss.collapsed for loss in found)
         parts.append(f"{name} collapses on {count}{of}" if found else f"{name} has no scores")
-    return prose(", ".join(parts) + (f" of {len(items)} samples" if len(nums) == 1 else ""))
+    return ", ".join(parts) + (f" of {len(items)} samples" if len(nums) == 1 else "")
 
 
-def _everywhere(judged: Judged, items: Sequence[_Item], cells: Sequence[CellResult]) -> str:
-    """Say which samples collapse under every policy that has them, two at least."""
-    shared = [item for item in items if len(item.losses) > 1]
-    every = [item for item in shared if item.num_collapsed == len(item.losses)]
-    none = sum(item.num_collapsed == 0 for item in items)
-    if not shared:
-        return ""
-    nums = {len(item.losses) for item in items}
-    policies = f"all {len(cells)} policies" if nums == {len(cells)} else "every policy that has them"
-    links = ", ".join(sample_link(judged.group, _first_with(item, cells), item.sample) for item in every[:_MOST_LINKS])
-    more = f" and {len(every) - _MOST_LINKS} more" if len(every) > _MOST_LINKS else ""
-    under_all = (
-        f"{len(every)} collapse under {policies} ({links}{more})"
-        if every
-        else f"no sample collapses under {policies.replace('them', 'it')}"
-    )
-    rest = f"{none} of {len(items)} under none" if none else "every sample collapses under at least one"
-    return f"<p>{under_all[0].upper()}{under_all[1:]}; {rest}.</p>"
+def _cells(judged: Judged, item: _Item, cells: Sequence[CellResult], name: str) -> Iterator[TableCell]:
+    def text(score: float) -> str:
+        return f"{score:.3f}" if name == "ppl" else format_value(name, score)
 
-
-def _first_with(item: _Item, cells: Sequence[CellResult]) -> CellResult:
-    return next(cell for cell in cells if cell.key in item.losses)
-
-
-def _row(judged: Judged, item: _Item, cells: Sequence[CellResult], name: str) -> Iterator[str]:
     yield row_head(short_name(judged.group, item.sample))
     of = "" if len(item.losses) == len(cells) else f" of {len(item.losses)}"
-    yield number_cell(f"{item.num_collapsed}{of}", value=item.num_collapsed)
+    yield TableCell(f"{item.num_collapsed}{of}", sort=item.num_collapsed)
     full = next(iter(item.losses.values())).full
-    yield number_cell(_score(name, full), value=full)
+    yield TableCell(text(full), sort=full)
     for cell in cells:
         loss = item.losses.get(cell.key)
-        yield text_cell("-", sort="", kind="") if loss is None else _scored(judged, cell, loss, name)
-
-
-def _scored(judged: Judged, cell: CellResult, loss: Loss, name: str) -> str:
-    link = sample_link(judged.group, cell, loss.sample, _score(name, loss.score))
-    mark = f" <span class=mark>{_COLLAPSED}</span>" if loss.collapsed else ""
-    kind = " class=collapsed" if loss.collapsed else ""
-    return f'<td{kind} data-v="{loss.score!r}">{link}{mark}</td>'
-
-
-def _score(name: str, score: float) -> str:
-    return f"{score:.3f}" if name == "ppl" else format_value(name, score)
+        if loss is None:
+            yield TableCell("-")
+            continue
+        link = sample_link(judged.group, cell, loss.sample, text(loss.score))
+        mark, kind = (_COLLAPSED, "collapsed") if loss.collapsed else ("", "")
+        yield TableCell(link.text, mark, sort=loss.score, kind=kind, link=link)
