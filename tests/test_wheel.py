@@ -33,7 +33,7 @@ def test_every_file_that_is_not_python_is_packaged() -> None:
     conf = {path for pattern in data["kvbench.conf"] for path in (REPO / "conf").glob(pattern)}
     assert conf == set((REPO / "conf").rglob("*.yaml"))
     package = REPO / "kvbench"
-    listed = {path for pattern in data["kvbench"] for path in package.glob(pattern)}
-    listed |= {path for pattern in data["kvbench.models"] for path in (package / "models").glob(pattern)}
+    folders = {name: REPO / name.replace(".", "/") for name in data if name != "kvbench.conf"}
+    listed = {path for name, folder in folders.items() for pattern in data[name] for path in folder.glob(pattern)}
     others = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert listed == others
