@@ -16,7 +16,7 @@ from markupsafe import Markup
 from kvbench.autopsy.read import Autopsy, Sample, chance_overlap, kept, load_autopsy, overlap, percent, sentence
 from kvbench.errors import RecordError
 from kvbench.report.load import CellResult, Group, Results, natural_key
-from kvbench.report.markup import Head, TableCell, TableRow, TableView, render, row_head, safe_json, text_cell
+from kvbench.report.markup import Head, TableCell, TableView, render, row_head, safe_json, text_cell
 from kvbench.results.files import Array
 from kvbench.results.record import NEVER
 
@@ -164,7 +164,7 @@ def _numbers(group: Group, pairs: Pairs) -> dict[str, object]:
         by_budget.setdefault(cell.budget, []).append((cell, autopsy))
     nums = sorted({len(autopsy.samples) for _, autopsy in budgeted})
     what = f"{nums[0]} to {nums[-1]} samples" if len(nums) > 1 else "1 sample" if nums == [1] else f"{nums[0]} samples"
-    rows = [TableRow(tuple(_kept_cells(group, cell, one, several=len(nums) > 1))) for cell, one in budgeted]
+    rows = [list(_kept_cells(group, cell, one, several=len(nums) > 1)) for cell, one in budgeted]
     caption = f"What was kept of the prompt, mean over {what}, layers and KV heads; small: lowest and highest layer"
     return {
         "kept": TableView(caption=caption, heads=_KEPT_HEADS, rows=rows, classes="ap-kept"),
@@ -201,7 +201,7 @@ def _overlaps(group: Group, pairs: Pairs, budget: str) -> TableView:
             share = 1.0 if cell is other_cell else overlap(one.samples, other.samples)
             chance = f"blind {chance_overlap(one.samples, other.samples):.2f}" if cell is not other_cell else ""
             cells.append(TableCell("-" if share is None else f"{share:.2f}", chance, sort=share))
-        rows.append(TableRow(cells))
+        rows.append(cells)
     caption = (
         f"At {budget}: tokens that both hold after the prompt over those that either holds (Jaccard), mean over "
         "layers, KV heads and samples; small: two blind choices of the same sizes"

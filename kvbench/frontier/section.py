@@ -11,7 +11,7 @@ from kvbench.measures import measure
 from kvbench.report.ability import Ability
 from kvbench.report.compare import DECLARED, Choices
 from kvbench.report.load import Group
-from kvbench.report.markup import Head, TableCell, TableRow, TableView, render, row_head, text_cell
+from kvbench.report.markup import Head, TableCell, TableView, render, row_head, text_cell
 from kvbench.stats.tests import smallest_margin
 
 _NONE = (
@@ -43,7 +43,7 @@ def frontier_html(frontiers: Sequence[Frontier], choices: Choices = DECLARED, gr
         for search in frontier.searches:
             ability = abilities.get(search.full_key)
             withheld = ability.reason(frontier.measure) if ability else ""
-            rows.append(TableRow(tuple(_cells(frontier, search, withheld))))
+            rows.append(list(_cells(frontier, search, withheld)))
         caption = f"Smallest budget at which {label} is at most {frontier.margin:g} worse than full ({frontier.name})"
         cost = (
             f"{frontier.num_cells} cells were measured instead of {frontier.num_cells_of_grid} of the dense grid, "

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from kvbench.measures import format_value, format_with_interval, measure
 from kvbench.report.compare import Comparison, difference_text, difference_unit, size_text, verdict_remark
 from kvbench.report.load import CellResult, is_better, natural_key
-from kvbench.report.markup import Head, SampleLink, TableCell, TableRow, TableView, listed, render, row_head
+from kvbench.report.markup import Head, SampleLink, TableCell, TableView, listed, render, row_head
 from kvbench.report.samples import sample_link, short_name
 from kvbench.report.standing import (
     MOST_PAIRS,
@@ -374,7 +374,7 @@ def _budget(
     view = TableView(
         caption=f"{measure(name).label} of every sample at {budget}{cut}; {_COLLAPSED} marks a collapse",
         heads=heads,
-        rows=[TableRow(tuple(_cells(judged, item, cells, name))) for item in shown],
+        rows=[list(_cells(judged, item, cells, name)) for item in shown],
         classes="losses",
     )
     shared = [item for item in items if len(item.losses) > 1]

@@ -4,7 +4,7 @@ A section's function builds plain data (tables of cells, sentences, lists) and g
 which escapes whatever it prints: no text of a record, a model or a policy is ever read as markup. Templates, style
 sheets and scripts lie there as files of their own kind and are read as resources of the package.
 
->>> drawn = render("table.html.j2", view=TableView(caption="Memory", heads=[Head("policy")], rows=[TableRow(cells)]))
+>>> render("memory.html.j2", view=TableView(caption="Memory", heads=[Head("weights")], rows=[[TableCell("4 MB")]]))
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Literal
@@ -70,21 +70,14 @@ class TableCell:
     link: SampleLink | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class TableRow:
-    """A row's cells, and under `data` what the form above a table may choose it by."""
-
-    cells: Sequence[TableCell]
-    data: Mapping[str, str] = field(default_factory=dict)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TableView:
-    """A table that can be sorted by click or key; `name` is its id."""
+    """A table that can be sorted by click or key; `name` is its id, `row_data` what a form may choose rows by."""
 
     caption: str
     heads: Sequence[Head]
-    rows: Sequence[TableRow] = ()
+    rows: Sequence[Sequence[TableCell]] = ()
+    row_data: Sequence[Mapping[str, str]] = ()
     name: str = ""
     classes: str = ""
 
@@ -129,12 +122,6 @@ def budget_size(cell: CellResult) -> float:
 def render(template: str, **context: object) -> Markup:
     """Return what the template makes of the context; every text in it is escaped, `Markup` stands as it is."""
     return Markup(_environment().get_template(template).render(context))
-
-
-def table_html(caption: str, heads: Sequence[Head], rows: Iterable[Iterable[TableCell]], *, note: str = "") -> Markup:
-    """Return a table in a box of its own, with a quiet sentence above it."""
-    view = TableView(caption=caption, heads=heads, rows=[TableRow(tuple(cells)) for cells in rows])
-    return render("table.html.j2", note=note, view=view)
 
 
 @cache

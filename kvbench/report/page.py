@@ -13,7 +13,8 @@ import base64
 import hashlib
 import re
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 
 from markupsafe import Markup
 
@@ -34,43 +35,20 @@ from kvbench.report.tables import counts_text, results_table
 from kvbench.report.verdicts import all_rows
 from kvbench.stats.tests import smallest_margin
 
-_WORDS = (
-    (
-        "better, worse",
-        "the 95 % interval of the difference leaves zero out, and p is at most 5 % after Holm's correction",
-    ),
-    ("equivalent", "the whole interval lies inside the margin, which {margins}"),
-    ("undecided", "neither is shown; about how many more samples would decide it is said where that can be estimated"),
-    ("noisy", "the machine was not quiet; times of this cell are grey and in no ranking, its quality counts"),
-    ("not comparable", "the two cells were not scored on the same samples"),
-    ("not ranked", "the full cache itself does not do the task, so no policy can be shown to lose or keep it"),
-    ("detectable", "the smallest true difference that this many samples find in 80 % of repetitions"),
-)
-_PASSES = (
-    "Quality, speed and memory are three passes. Quality: the same samples under every policy, greedy, differences "
-    "paired by sample and clustered by picture or document. Speed: launches in the order policy, full, full, policy in "
-    "one process, medians per launch. Memory: counted from the storages of tensors, once. The full cache answers twice "
-    "in every run and must give the same tokens. The comparisons of one measure within one model and data set are one "
-    "family for Holm's correction: against the full cache one, between policies at the same budget another."
-)
-
-
 _UNITS = {"score": "0 to 1", "ppl": "perplexity", "fraction": "%", "ratio": "x full"}
 
 
 def methods_html(results: Results, judged: Sequence[Judged], choices: Choices = DECLARED) -> Markup:
     """Return passes, words, intervals and the definitions of every number shown."""
-    margins = _margins_text(choices)
     tables = [results_table(group, every_measure=every) for group in results.groups for every in (False, True)]
     shown = {name for table in tables for name in table.columns}
     methods = {found.method for cell in results.records for found in cell.measurements.values() if found.method}
     heads = [Head(label, kind=None) for label in ("name", "what it is", "unit", "better")]
     return render(
         "definitions.html.j2",
-        passes=_PASSES,
-        words=[(word, meaning.format(margins=margins)) for word, meaning in _WORDS],
+        margins=_margins_text(choices),
         rules=list(dict.fromkeys(rule_text(one.primary) for one in judged if one.primary)),
-        intervals=f"Intervals of single cells: {'; '.join(sorted(methods)) or 'not stated in the records'}.",
+        methods=sorted(methods),
         measures=[
             (known.label, known.definition, _UNITS.get(known.unit, known.unit), known.better.replace("none", "-"))
             for name, known in MEASURES.items()
@@ -96,22 +74,11 @@ def _margins_text(choices: Choices) -> str:
     return f"was chosen for this page in {listed(chosen)} and declared before measuring elsewhere"
 
 
-_MOST_CHARACTERS = 6_000_000
+_MOST_CHARACTERS = 6_000_000  # of figures, so that the page stays quick; of a very large folder the first ones
 _TALL = 0.9  # height over width
 _STYLE = re.compile(r"<style\b.*?</style>", re.DOTALL)
 _SIZE = re.compile(r'viewBox="0 0 ([0-9.]+) ([0-9.]+)"')
 _METADATA = re.compile(r"<metadata>.*?</metadata>", re.DOTALL)
-
-
-def chosen_plots(plots: Sequence[Plot]) -> tuple[Plot, ...]:
-    """Return the figures that the page can hold and stay quick; of a very large folder the first ones."""
-    chosen: list[Plot] = []
-    room = _MOST_CHARACTERS
-    for plot in plots:
-        room -= len(plot.svg)
-        if room >= 0:
-            chosen.append(plot)
-    return tuple(chosen)
 
 
 def figures_html(plots: Iterable[Plot], group_title: str) -> Markup:
@@ -178,40 +145,22 @@ def render_page(results: Results, plots: Sequence[Plot], choices: Choices = DECL
     script = "".join(map(resource, _SCRIPTS))
     drawn = render(
         "page.html.j2",
-        policy=_content_policy(script),
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         style="".join(map(resource, _STYLES)) + PLOT_STYLE,
         summary=_summary(results),
-        sections=[
-            {"name": name, "link": link, "title": title, "content": content}
-            for name, link, title, content in _sections(results, judged, plots, choices)
-            if content
-        ],
+        contents=_contents(results, judged, plots, choices),
         script=script,
     )
     return str(drawn)
 
 
-def _content_policy(script: str) -> str:
-    """Return the content security policy: nothing is loaded, only this script runs, pictures are inside the page.
-
-    Styles may be inline because figures carry style attributes.
-    """
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return (
-        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )
-
-
-def _sections(
+def _contents(
     results: Results, judged: Sequence[Judged], plots: Sequence[Plot], choices: Choices
-) -> list[tuple[str, str, str, Markup]]:
-    """Return name, link, title and content of every part of the page; one without content is left out."""
-    shown = chosen_plots(plots)
+) -> Mapping[str, Markup]:
+    """Return every section by its name; one without content is left out of the page."""
+    sizes = accumulate(len(plot.svg) for plot in plots)
+    shown = [plot for plot, size in zip(plots, sizes, strict=True) if size <= _MOST_CHARACTERS]
     answers, failures = _per_group(judged, answer_html), _per_group(judged, failures_html)
-    answers = answers or Markup("<p>No usable record was found; see Problems while reading.</p>")
-    verdicts = verdicts_html(all_rows(judged)) if judged else Markup()
-    frontier = frontier_html(results.frontiers, choices, results.groups) if judged else Markup()
     titles = {plot.group_title for plot in plots}
     figures = render(
         "figures_cut.html.j2",
@@ -220,23 +169,23 @@ def _sections(
         num_undrawn=sum(one.group.title not in titles for one in judged),
         num_groups=len(judged),
     )
-    return [
-        ("answer", "Answer", "Answer", answers),
-        ("verdicts", "Verdicts", "Verdicts", verdicts),
-        ("care", "Care", "Read with care", _per_group(judged, _care)),
-        ("frontier", "Safe budgets", "Smallest safe budget", frontier),
-        ("figures", "Figures", "Figures", figures),
-        ("failures", "Failures", "Where policies fail", failures),
-        ("samples", "Samples", "Samples", sample_browser(results, linked_samples(answers + failures))),
-        ("autopsy", "Kept", "What the cache kept", autopsy_section(results)),
-        ("memory", "Memory", "Memory", _per_group(judged, lambda one: memory_html(one.group))),
-        ("latency", "Latency", "Latency", _per_group(judged, lambda one: latency_html(one.group))),
-        ("numbers", "Numbers", "All numbers", _per_group(judged, numbers_html)),
-        ("measures", "Methods", "How each number is measured", methods_html(results, judged, choices)),
-        ("environment", "Environment", "Environment", environment_html(results)),
-        ("problems", "Problems", "Problems while reading", render("problems.html.j2", problems=results.problems)),
-        ("again", "This page", "This page again", again_html(results, choices)),
-    ]
+    return {
+        "answer": answers or Markup("<p>No usable record was found; see Problems while reading.</p>"),
+        "verdicts": verdicts_html(all_rows(judged)) if judged else Markup(),
+        "care": _per_group(judged, lambda one: render("care.html.j2", notes=notes_of(one.group))),
+        "frontier": frontier_html(results.frontiers, choices, results.groups) if judged else Markup(),
+        "figures": figures,
+        "failures": failures,
+        "samples": sample_browser(results, linked_samples(answers + failures)),
+        "autopsy": autopsy_section(results),
+        "memory": _per_group(judged, lambda one: memory_html(one.group)),
+        "latency": _per_group(judged, lambda one: latency_html(one.group)),
+        "numbers": _per_group(judged, numbers_html),
+        "measures": methods_html(results, judged, choices),
+        "environment": environment_html(results),
+        "problems": render("problems.html.j2", problems=results.problems),
+        "again": again_html(results, choices),
+    }
 
 
 def _per_group(judged: Sequence[Judged], part: Callable[[Judged], Markup]) -> Markup:
@@ -244,10 +193,6 @@ def _per_group(judged: Sequence[Judged], part: Callable[[Judged], Markup]) -> Ma
     parts = [(one.group.title, content) for one in judged if (content := part(one))]
     how = "alone" if len(judged) == 1 else "open" if len(judged) <= _MOST_OPEN_GROUPS else "folded"
     return render("groups.html.j2", parts=parts, how=how)
-
-
-def _care(judged: Judged) -> Markup:
-    return render("care.html.j2", notes=notes_of(judged.group))
 
 
 def _summary(results: Results) -> str:

@@ -27,13 +27,11 @@ from kvbench.report.markup import (
     NOT_MEASURED,
     Head,
     TableCell,
-    TableRow,
     TableView,
     budget_cell,
     budget_size,
     render,
     row_head,
-    table_html,
     text_cell,
 )
 from kvbench.report.standing import Judged
@@ -51,19 +49,7 @@ _MARKS = {
     REFERENCE: "",
 }
 _FAILED = "\u2715"
-_VERDICT_NOTE = (
-    "A difference is the policy minus the full cache, paired by sample; [low, high] is its 95 % interval. Detectable "
-    "is the smallest true difference that this many samples show in four of five repetitions. Equivalent means that "
-    "the whole interval lies inside the margin; undecided means that nothing is shown, not that two are equal."
-)
-_FILTERS = {
-    "model": "Model",
-    "dataset": "Data set",
-    "policy": "Policy",
-    "budget": "Budget",
-    "verdict": "Verdict",
-    "status": "Status",
-}
+_FILTERS = ("model", "dataset", "policy", "budget", "verdict", "status")
 _QUALITY, _TIMES, _BYTES = "quality", "time, and ratio to full", "KV cache"
 _VERDICT_HEADS = (
     Head("difference", "to full", group=_QUALITY),
@@ -89,42 +75,34 @@ def verdicts_html(rows: Sequence[CellRow]) -> Markup:
     places = [Head(words[name], kind="text") for name in differing if name in words]
     verdict = Head("verdict", "against full", kind="text")
     heads = [*CELL_HEADS, *places, verdict, Head(label, way, group=_QUALITY), *_VERDICT_HEADS]
-    drawn = [TableRow(tuple(_verdict_cells(row, differing)), _filtered_by(row)) for row in rows]
-    view = TableView(caption="Verdicts against the full cache", heads=heads, rows=drawn, name="verdict-table")
-    return render("verdicts.html.j2", note=f"{_VERDICT_NOTE}{_margins(rows)}", filters=_filters(rows, drawn), view=view)
+    keys = [_filtered_by(row) for row in rows]
+    cells = [list(_verdict_cells(row, differing)) for row in rows]
+    caption = "Verdicts against the full cache"
+    view = TableView(caption=caption, heads=heads, rows=cells, row_data=keys, name="verdict-table")
+    return render("verdicts.html.j2", margins=_margins(rows), options=_options(rows, keys), view=view)
 
 
 def _filtered_by(row: CellRow) -> Mapping[str, str]:
-    return {
-        "model": row.model,
-        "dataset": row.dataset,
-        "policy": row.cell.policy,
-        "budget": row.cell.budget,
-        "verdict": row.verdict or "no quality",
-        "status": row.cell.status,
-    }
+    known = {"model": row.model, "dataset": row.dataset, "verdict": row.verdict or "no quality"}
+    return {name: known.get(name) or str(getattr(row.cell, name)) for name in _FILTERS}
 
 
-def _filters(rows: Sequence[CellRow], drawn: Sequence[TableRow]) -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
-    """Yield every label in which rows differ: its name, its words, and each value with what is shown for it."""
-    for name, label in _FILTERS.items():
-        values = sorted({row.data[name] for row in drawn})
-        if name == "budget":
-            ordered = sorted((row.cell for row in rows), key=lambda cell: (budget_size(cell), cell.budget))
-            values = list(dict.fromkeys(cell.budget for cell in ordered))
-        everything = "-" if name == "budget" else None
-        if len(values) > 1:
-            yield name, label, [(value, "everything" if value == everything else value) for value in values]
+def _options(rows: Sequence[CellRow], keys: Sequence[Mapping[str, str]]) -> Mapping[str, list[str]]:
+    """Return what rows may be chosen by, and the values of each; budgets stand by size."""
+    ordered = sorted((row.cell for row in rows), key=lambda cell: (budget_size(cell), cell.budget))
+    budgets = list(dict.fromkeys(cell.budget for cell in ordered))
+    return {name: budgets if name == "budget" else sorted({one[name] for one in keys}) for name in _FILTERS}
 
 
 def _margins(rows: Sequence[CellRow]) -> str:
+    """Return the margins behind the verdicts; "" where none has one."""
     margins = dict.fromkeys(
         f"{measure(one.measure).label} {size_text(one.measure, one.margin)} {difference_unit(one.measure)[0]}".strip()
         for row in rows
         for one in (row.comparison, *(time.comparison for time in row.times))
         if one is not None and one.margin is not None
     )
-    return f" Margins: {', '.join(margins)}." if margins else ""
+    return ", ".join(margins)
 
 
 def _verdict_cells(row: CellRow, differing: Sequence[str]) -> Iterator[TableCell]:
@@ -204,12 +182,6 @@ _NOISE_OF = {  # the measurement whose noise is in another one
     "roof_share_fraction": "tpot_ms",
 }
 _OVERHEAD_SHARE = 0.5
-_LATENCY_NOTE = (
-    "Medians of timed launches, interleaved with the full cache in one process; [low, high] is the 95 % interval over "
-    "launches. A step that reaches less than half of the roof is overhead-bound: most of it is neither weights nor "
-    "entries, so its time says little about the size of the cache. On a CPU, whose caches may hold the weights, the "
-    "roof is no bound. Grey numbers are noisy, and their box says why."
-)
 
 
 def latency_html(group: Group) -> Markup:
@@ -217,8 +189,8 @@ def latency_html(group: Group) -> Markup:
     if not any(cell.estimate(name) for cell in group.cells for name, _ in _LATENCY_COLUMNS):
         return Markup()
     heads = [*CELL_HEADS, *(head for _, head in _LATENCY_COLUMNS)]
-    rows = (_latency_cells(group, cell) for cell in group.cells if not cell.failed)
-    return table_html(f"Latency, {group.title}", heads, rows, note=_LATENCY_NOTE)
+    rows = [list(_latency_cells(group, cell)) for cell in group.cells if not cell.failed]
+    return render("latency.html.j2", view=TableView(caption=f"Latency, {group.title}", heads=heads, rows=rows))
 
 
 def _latency_cells(group: Group, cell: CellResult) -> Iterator[TableCell]:
@@ -251,10 +223,6 @@ _MEMORY_COLUMNS = (
     ("peak_over_bound_ratio", Head("peak / bound", "1 holds no more than it must")),
     ("peak_rss_bytes", Head("RSS", "process")),
 )
-_MEMORY_NOTE = (
-    "Peaks hold everything alive in that phase, weights and inputs too, so they can not be added up. Eviction after "
-    "the prompt lowers the peak of decode, not that of prefill. Every number was observed once and has no interval."
-)
 
 
 def memory_html(group: Group) -> Markup:
@@ -262,20 +230,15 @@ def memory_html(group: Group) -> Markup:
     if not any(cell.estimate(name) for cell in group.cells for name, _ in _MEMORY_COLUMNS):
         return Markup()
     heads = [*CELL_HEADS, *(head for _, head in _MEMORY_COLUMNS)]
-    rows = (
-        (
-            row_head(group.series_label(cell)),
-            budget_cell(cell),
-            *(
-                TableCell(format_value(name, found.value), sort=found.value) if found else NOT_MEASURED
-                for name, _ in _MEMORY_COLUMNS
-                for found in (cell.estimate(name),)
-            ),
-        )
-        for cell in group.cells
-        if not cell.failed
-    )
-    return table_html(f"Memory by phase, {group.title}", heads, rows, note=_MEMORY_NOTE)
+    rows = []
+    for cell in group.cells:
+        if not cell.failed:
+            found = ((name, cell.estimate(name)) for name, _ in _MEMORY_COLUMNS)
+            numbers = (
+                TableCell(format_value(name, one.value), sort=one.value) if one else NOT_MEASURED for name, one in found
+            )
+            rows.append([row_head(group.series_label(cell)), budget_cell(cell), *numbers])
+    return render("memory.html.j2", view=TableView(caption=f"Memory by phase, {group.title}", heads=heads, rows=rows))
 
 
 _MOST_CELLS_IN_FULL = 100
@@ -287,7 +250,8 @@ def numbers_html(judged: Judged) -> Markup:
     main, every = results_table(group), results_table(group, every_measure=True)
     return render(
         "numbers.html.j2",
-        note=f'{main.counts}. {INTERVAL_NOTE} "-" means not measured. Every measurement is in table.csv.',
+        counts=main.counts,
+        interval_note=INTERVAL_NOTE,
         main=_results(main, f"Results, {group.title}"),
         every=None if len(group.cells) > _MOST_CELLS_IN_FULL else _results(every, f"Every measurement, {group.title}"),
         num_columns=len(every.columns),
@@ -308,7 +272,7 @@ def _results(numbers: Table, caption: str) -> TableView:
             kind = entry.kind if entry.kind in ("failed", "noisy") else ""
             title = f"n = {entry.n}" if entry.n is not None else ""
             cells.append(TableCell(entry.text, entry.interval, sort=entry.value, kind=kind, title=title))
-        rows.append(TableRow(cells))
+        rows.append(cells)
     return TableView(caption=caption, heads=heads, rows=rows)
 
 
