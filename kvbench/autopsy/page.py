@@ -31,59 +31,39 @@ def group_data(group: Group, pairs: Pairs, room_bytes: int) -> tuple[dict[str, A
 
     A sample that does not fit is left out under every policy, so that what is shown can be compared.
     """
-    cells = [_cell(group, cell, autopsy) for cell, autopsy in pairs]
+    cells: list[dict[str, Any]] = [
+        {
+            "label": group.series_label(cell),
+            "budget": "" if cell.is_full else cell.budget,
+            "layers": autopsy.num_layers,
+            "heads": autopsy.num_heads,
+            "views": {},
+        }
+        for cell, autopsy in pairs
+    ]
     items: dict[str, dict[str, Any]] = {}
+    most_layers: dict[str, Sample] = {}  # each sample under the first policy of which most layers are stored
+    views: dict[str, dict[int, dict[str, Any]]] = {}  # by the sample and the policy's place
+    for index, (cell, autopsy) in enumerate(pairs):
+        for sample in autopsy.samples:
+            views.setdefault(sample.id, {})[index] = _view(cell, sample)
+            known = most_layers.setdefault(sample.id, sample)
+            if len(sample.layers) > len(known.layers):
+                most_layers[sample.id] = sample
     spent = 0
-    for name, sample in sorted(_with_most_layers(pairs).items(), key=lambda pair: natural_key(pair[0])):
-        views = _views(pairs, name)
-        size = sum(map(_size, views.values()))
+    for name, sample in sorted(most_layers.items(), key=lambda pair: natural_key(pair[0])):
+        parts = [view[part] for view in views[name].values() for part in ("freed", "merged") if part in view]
+        size = sum(len(text) for part in parts for text in part["patterns"])
         if spent + size <= room_bytes:
             spent += size
             items[name] = _item(sample)
-            for index, view in views.items():
+            for index, view in views[name].items():
                 cells[index]["views"][name] = view
-    data = {"title": group.title, "budgets": _budgets(pairs, cells), "ids": list(items)}
-    return data | {"items": items, "cells": cells}, spent
-
-
-def _cell(group: Group, cell: CellResult, autopsy: Autopsy) -> dict[str, Any]:
-    return {
-        "label": group.series_label(cell),
-        "budget": "" if cell.is_full else cell.budget,
-        "layers": autopsy.num_layers,
-        "heads": autopsy.num_heads,
-        "views": {},
-    }
-
-
-def _views(pairs: Pairs, name: str) -> dict[int, dict[str, Any]]:
-    """Return one sample under every policy that has it, by the policy's place."""
-    return {
-        index: _view(cell, sample)
-        for index, (cell, autopsy) in enumerate(pairs)
-        for sample in autopsy.samples
-        if sample.id == name
-    }
-
-
-def _size(view: Mapping[str, Any]) -> int:
-    return sum(len(text) for part in ("freed", "merged") if part in view for text in view[part]["patterns"])
-
-
-def _budgets(pairs: Pairs, cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the budgets at which there is something to see, smallest first; "" is the full cache's."""
+    # The budgets at which there is something to see, smallest first; "" is the full cache's.
     seen = [cell for (cell, _), shown in zip(pairs, cells, strict=True) if shown["budget"] and shown["views"]]
-    return list(dict.fromkeys(cell.budget for cell in sorted(seen, key=lambda cell: cell.budget_order))) or [""]
-
-
-def _with_most_layers(pairs: Pairs) -> dict[str, Sample]:
-    """Return each sample under the first policy of which most layers are stored."""
-    found: dict[str, Sample] = {}
-    for _, autopsy in pairs:
-        for sample in autopsy.samples:
-            if sample.id not in found or len(sample.layers) > len(found[sample.id].layers):
-                found[sample.id] = sample
-    return found
+    budgets = list(dict.fromkeys(cell.budget for cell in sorted(seen, key=lambda cell: cell.budget_order))) or [""]
+    data = {"title": group.title, "budgets": budgets, "ids": list(items), "items": items, "cells": cells}
+    return data, spent
 
 
 def _item(sample: Sample) -> dict[str, Any]:
@@ -104,7 +84,9 @@ def _item(sample: Sample) -> dict[str, Any]:
 
 
 def _view(cell: CellResult, sample: Sample) -> dict[str, Any]:
-    """Return one sample under one policy."""
+    """Return one sample under one policy; it "differs" where the replay did not say what was measured."""
+    measured: Mapping[str, Any] = next((row for row in cell.samples if str(row.get("id")) == sample.id), {})
+    text = measured.get("text")
     view: dict[str, Any] = {
         "steps": sample.steps,
         "answer": list(sample.tokens[sample.prompt_tokens :]),
@@ -113,7 +95,7 @@ def _view(cell: CellResult, sample: Sample) -> dict[str, Any]:
         "checkpoints": list(sample.checkpoints),
         "statistics": {name: values.ravel().tolist() for name, values in sample.statistics.items()},
         "says": sentence([sample]),
-        "differs": _differs(cell, sample),
+        "differs": isinstance(text, str) and not text.startswith(sample.answer),
     }
     if sample.merged is not None:
         view["merged"] = _patterns(sample.merged, NEVER)
@@ -132,13 +114,6 @@ def _patterns(rows: Array, largest: int) -> dict[str, Any]:
 
 def _text(numbers: Array) -> str:
     return base64.b64encode(numbers.tobytes()).decode()
-
-
-def _differs(cell: CellResult, sample: Sample) -> bool:
-    """Whether the replay did not say what was measured; False where the record has no answer to compare with."""
-    measured: Mapping[str, Any] = next((row for row in cell.samples if str(row.get("id")) == sample.id), {})
-    text = measured.get("text")
-    return isinstance(text, str) and not text.startswith(sample.answer)
 
 
 _KEPT_HEADS = (
@@ -210,17 +185,6 @@ def _overlaps(group: Group, pairs: Pairs, budget: str) -> TableView:
     return TableView(caption=caption, heads=heads, rows=rows)
 
 
-_INTRO = (
-    "A few samples, {same}, were answered once more, alone and outside of everything that is measured, and it was "
-    "written down when each token left the cache, in every layer and KV head. A clear patch or word is held; the more "
-    "layers and heads have let it go, the fainter it is. A merged token lives on inside another entry, as long as "
-    "that entry is held."
-)
-_SAME = {True: "the same for every policy", False: "not all of them under every policy"}
-_ATTENTION = (
-    "Attention: what the full cache's own answer attends to in the prompt, summed over its steps, mean over the query "
-    "heads of a KV head; the share of it that falls on tokens which the policy holds. It is the same yardstick for all."
-)
 _MOST_NAMES = 5
 
 
@@ -251,8 +215,7 @@ def autopsy_section(results: Results) -> Markup:
         problems=problems,
         groups=groups,
         data=safe_json(data) if data else None,
-        intro=_INTRO.format(same=_SAME[is_same]),
-        attention=_ATTENTION,
+        is_same=is_same,
         most_names=_MOST_NAMES,
     )
 

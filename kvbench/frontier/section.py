@@ -14,11 +14,6 @@ from kvbench.report.load import Group
 from kvbench.report.markup import Head, TableCell, TableView, render, row_head, text_cell
 from kvbench.stats.tests import smallest_margin
 
-_NONE = (
-    "No search was made. `kvbench frontier` finds per policy the smallest budget shown to keep the full cache's "
-    "quality within the margin, with few cells."
-)
-
 
 def frontier_html(frontiers: Sequence[Frontier], choices: Choices = DECLARED, groups: Iterable[Group] = ()) -> Markup:
     """Return a table per search, or how to make one.
@@ -27,7 +22,7 @@ def frontier_html(frontiers: Sequence[Frontier], choices: Choices = DECLARED, gr
     task, a search that was made before that was asked names no budget.
     """
     abilities = {cell.key: ability for group in groups for ability in (Ability(group),) for cell in group.cells}
-    searches = []
+    drawn = []
     for frontier in frontiers:
         label = measure(frontier.measure).label
         heads = [
@@ -45,18 +40,11 @@ def frontier_html(frontiers: Sequence[Frontier], choices: Choices = DECLARED, gr
             withheld = ability.reason(frontier.measure) if ability else ""
             rows.append(list(_cells(frontier, search, withheld)))
         caption = f"Smallest budget at which {label} is at most {frontier.margin:g} worse than full ({frontier.name})"
-        cost = (
-            f"{frontier.num_cells} cells were measured instead of {frontier.num_cells_of_grid} of the dense grid, "
-            f"by {frontier.budget_setting}."
-        )
         elsewhere = smallest_margin(frontier.measure, choices.margins)
-        if elsewhere is not None and elsewhere != frontier.margin:
-            cost += (
-                f" The margin here is {frontier.margin:g} and in the answer and the verdicts {elsewhere:g}, "
-                "so they may name another budget."
-            )
-        searches.append({"view": TableView(caption=caption, heads=heads, rows=rows), "cost": cost})
-    return render("frontier.html.j2", searches=searches, how_to=_NONE)
+        other_margin = None if elsewhere == frontier.margin else elsewhere
+        view = TableView(caption=caption, heads=heads, rows=rows)
+        drawn.append({"frontier": frontier, "view": view, "other_margin": other_margin})
+    return render("frontier.html.j2", searches=drawn)
 
 
 def _cells(frontier: Frontier, search: Search, withheld: str) -> Iterator[TableCell]:
