@@ -10,6 +10,7 @@ import html
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from types import MappingProxyType
 from typing import Any
 
@@ -47,7 +48,7 @@ def short_name(group: Group, sample: str) -> str:
 
 
 _TURN = re.compile(r"turn(\d+)_(.+)")
-_WORD = re.compile(r"\s*\S+")
+_WORD = re.compile(r"\S+")
 _JUDGED_BY = (*PRIMARY_QUALITIES[:1], *OTHER_QUALITIES)
 FIRST_TURN = ", turn 1"  # the end of its answer's id
 COLLAPSE_RULE = (
@@ -105,16 +106,11 @@ def better_or_worse(name: str, score: float, full: float) -> str:
 
 def first_different_word(full: str, text: str) -> tuple[Mark, Mark] | None:
     """Return the places of the first different words; behind the last one where a text ends there."""
-    one, two = (list(_WORD.finditer(words)) for words in (full, text))
-    for index in range(max(len(one), len(two))):
-        left, right = (words[index] if index < len(words) else None for words in (one, two))
-        if left is None or right is None or left[0].strip() != right[0].strip():
-            return _word_place(left, full), _word_place(right, text)
+    for one, other in zip_longest(_WORD.finditer(full), _WORD.finditer(text)):
+        if one is None or other is None or one[0] != other[0]:
+            ends = (len(full), len(full)), (len(text), len(text))
+            return one.span() if one else ends[0], other.span() if other else ends[1]
     return None
-
-
-def _word_place(word: re.Match[str] | None, text: str) -> Mark:
-    return (len(text), len(text)) if word is None else (word.end() - len(word[0].lstrip()), word.end())
 
 
 def _answer(name: str, fields: Mapping[str, Any]) -> Answer:
@@ -168,40 +164,37 @@ def group_data(group: Group, most: int, linked: Mapping[tuple[str, str], Collect
     """
     full = {} if group.full is None else {answer.id: answer for answer in answers_of(group.full)}
     items: dict[str, dict[str, Any]] = {}
-    cells = []
+    cells: list[dict[str, Any]] = []
     for cell in group.cells:
         if cell.samples:
-            wanted = linked.get((group.title, group.cell_label(cell)), ())
-            cells.append(_cell(group, cell, full, items, most, wanted))
-    names = list(dict.fromkeys(name for cell in cells for answer in cell["samples"] for name, *_ in answer["scores"]))
-    return {"title": group.title, "cells": cells, "items": items, "labels": {name: _label(name) for name in names}}
+            label, pairs = group.cell_label(cell), [(answer, full.get(answer.id)) for answer in answers_of(cell)]
+            lost = {index for index, (one, other) in enumerate(pairs) if other and collapsed(one.scores, other.scores)}
+            kept = _kept([one.id for one, _ in pairs], lost, most, set(linked.get((group.title, label), ())))
+            shown = {
+                "key": cell.key[:16],
+                "label": label,
+                "policy": group.series_label(cell),
+                "budget": "" if cell.is_full else cell.budget,
+                "samples": [_data(*pairs[index], items, is_lost=index in lost) for index in kept],
+                "num": len(pairs),
+                "num_collapsed": len(lost),
+            }
+            cells.append(shown)
+    names = dict.fromkeys(name for cell in cells for answer in cell["samples"] for name, *_ in answer["scores"])
+    labels = {name: measure(name).label for name in names}
+    if "ppl" in labels:
+        labels["ppl"] = "log-loss, nats per reference token"
+    return {"title": group.title, "cells": cells, "items": items, "labels": labels}
 
 
-def _cell(
-    group: Group, cell: CellResult, full: Mapping[str, Answer], items: dict[str, dict[str, Any]], most: int,
-    wanted: Collection[str],
-) -> dict[str, Any]:  # fmt: skip
-    answers = list(answers_of(cell))
-    pairs = [(answer, full.get(answer.id)) for answer in answers]
-    lost = {index for index, (one, other) in enumerate(pairs) if other and collapsed(one.scores, other.scores)}
-    kept = _kept(answers, lost, most, wanted)
-    return {
-        "key": cell.key[:16],
-        "label": group.cell_label(cell),
-        "policy": group.series_label(cell),
-        "budget": "" if cell.is_full else cell.budget,
-        "samples": [_data(*pairs[index], items, is_lost=index in lost) for index in kept],
-        "num": len(answers),
-        "num_collapsed": len(lost),
-    }
+def _kept(names: Sequence[str], lost: Collection[int], most: int, linked: Collection[str]) -> list[int]:
+    """Return which answers the page holds: every one linked to, then the collapsed, then from the beginning.
 
-
-def _kept(answers: Sequence[Answer], lost: Collection[int], most: int, wanted: Collection[str]) -> list[int]:
-    """Return which answers the page holds: every one linked to, then the collapsed, then from the beginning."""
-    # A conversation is linked to as a whole, which means its first turn.
-    linked = [index for index, one in enumerate(answers) if {one.id, one.id.removesuffix(FIRST_TURN)} & set(wanted)]
-    others = sorted(set(range(len(answers))).difference(linked), key=lambda index: (index not in lost, index))
-    return sorted([*linked, *others[: max(0, most - len(linked))]])
+    A conversation is linked to as a whole, which means its first turn.
+    """
+    first = [index for index, name in enumerate(names) if name in linked or name.removesuffix(FIRST_TURN) in linked]
+    others = sorted(set(range(len(names))).difference(first), key=lambda index: (index not in lost, index))
+    return sorted([*first, *others[: max(0, most - len(first))]])
 
 
 def _data(answer: Answer, full: Answer | None, items: dict[str, dict[str, Any]], *, is_lost: bool) -> dict[str, Any]:
@@ -232,10 +225,6 @@ def _score(name: str, value: float, full: float | None) -> list[str]:
     in_points = measure(name).unit == "fraction"
     size = f"{100 * abs(difference):.1f} points" if in_points else _value(name, abs(difference))
     return [name, _value(name, value), _value(name, full), sign + size, better_or_worse(name, value, full)]
-
-
-def _label(name: str) -> str:
-    return "log-loss, nats per reference token" if name == "ppl" else measure(name).label
 
 
 def _value(name: str, value: float) -> str:
