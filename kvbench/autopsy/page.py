@@ -196,7 +196,16 @@ def autopsy_section(results: Results) -> Markup:
     is_same = True
     room = MOST_BYTES
     for group in results.groups:
-        pairs = _read(group, problems)
+        pairs = []
+        for cell in group.cells:
+            try:
+                found = load_autopsy(cell)
+            except RecordError as error:
+                folder = "" if cell.cell_folder is None else str(cell.cell_folder.parent.parent)
+                problems.append(str(error).replace(f"{folder}/", ""))
+                continue
+            if found is not None and found.samples:
+                pairs.append((cell, found))
         if not pairs:
             continue
         one, spent = group_data(group, pairs, room)
@@ -218,17 +227,3 @@ def autopsy_section(results: Results) -> Markup:
         is_same=is_same,
         most_names=_MOST_NAMES,
     )
-
-
-def _read(group: Group, problems: list[str]) -> Pairs:
-    pairs = []
-    for cell in group.cells:
-        try:
-            found = load_autopsy(cell)
-        except RecordError as error:
-            folder = "" if cell.cell_folder is None else str(cell.cell_folder.parent.parent)
-            problems.append(str(error).replace(f"{folder}/", ""))
-            continue
-        if found is not None and found.samples:
-            pairs.append((cell, found))
-    return pairs

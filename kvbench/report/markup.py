@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from itertools import groupby
+from operator import attrgetter
 from typing import Literal
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
@@ -84,13 +86,8 @@ class TableView:
     @property
     def groups(self) -> list[tuple[str, int]]:
         """What stands above the heads, each with the number of its columns; empty where nothing does."""
-        parts: list[tuple[str, int]] = []
-        for head in self.heads:
-            if parts and parts[-1][0] == head.group:
-                parts[-1] = (head.group, parts[-1][1] + 1)
-            else:
-                parts.append((head.group, 1))
-        return parts if any(text for text, _ in parts) else []
+        parts = [(group, len(list(heads))) for group, heads in groupby(self.heads, key=attrgetter("group"))]
+        return parts if any(group for group, _ in parts) else []
 
 
 CELL_HEADS = (Head("policy", kind="text"), Head("budget", kind="amount"))
@@ -135,7 +132,7 @@ def _environment() -> Environment:
     made = Environment(
         loader=FunctionLoader(lambda name: (resource(name), name, None)),
         autoescape=True,
-        finalize=escaped,
+        finalize=escaped,  # before Jinja's own escaping, which leaves its result alone: None prints nothing
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

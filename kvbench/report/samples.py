@@ -97,13 +97,6 @@ def collapsed(scores: Mapping[str, float], full: Mapping[str, float]) -> bool:
     return name is not None and is_collapsed(name, scores[name], full[name])
 
 
-def better_or_worse(name: str, score: float, full: float) -> str:
-    """Return "worse", "better" or nothing for measures without a good direction and for equal scores."""
-    if measure(name).better == "none" or score == full:
-        return ""
-    return "better" if is_better(name, score, full) else "worse"
-
-
 def first_different_word(full: str, text: str) -> tuple[Mark, Mark] | None:
     """Return the places of the first different words; behind the last one where a text ends there."""
     for one, other in zip_longest(_WORD.finditer(full), _WORD.finditer(text)):
@@ -224,7 +217,9 @@ def _score(name: str, value: float, full: float | None) -> list[str]:
     sign = "+" if difference > 0 else MINUS if difference < 0 else ""
     in_points = measure(name).unit == "fraction"
     size = f"{100 * abs(difference):.1f} points" if in_points else _value(name, abs(difference))
-    return [name, _value(name, value), _value(name, full), sign + size, better_or_worse(name, value, full)]
+    has_way = measure(name).better != "none" and difference != 0
+    word = ("better" if is_better(name, value, full) else "worse") if has_way else ""
+    return [name, _value(name, value), _value(name, full), sign + size, word]
 
 
 def _value(name: str, value: float) -> str:
