@@ -11,10 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kvbench.bundled import train as scene_score
 from kvbench.bundled import train as train_scenes
 from kvbench.bundled.tiny_llava import tiny_llava, train_tokenizer
-from kvbench.bundled.train import MIN_WINDOW_TOKENS, SceneBatch, attention_mask, save_state
+from kvbench.bundled.train import MIN_WINDOW_TOKENS, SceneBatch, attention_mask, save_state, score_model
 from kvbench.datasets.scenes import describe, scene_at
 from kvbench.models.loader import load_model
 from kvbench.models.spec import ModelSpec
@@ -66,11 +65,11 @@ def test_a_run_killed_after_the_tower_does_not_train_it_again(monkeypatch: pytes
 def test_a_score_counts_objects_that_are_right_in_all_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [describe(scene_at("test", index)) for index in range(3)]
     said = [texts[0], texts[1].replace("big", "small").replace("small", "big"), ""]
-    monkeypatch.setattr(scene_score, "_descriptions", lambda model, processor, scenes: said[: len(scenes)])
+    monkeypatch.setattr(train_scenes, "_descriptions", lambda model, processor, scenes: said[: len(scenes)])
     model, processor = torch.nn.Linear(1, 1), object()
-    one = scene_score.score_model(model, processor, num_scenes=1)  # type: ignore[arg-type]
+    one = score_model(model, processor, num_scenes=1)  # type: ignore[arg-type]
     assert one == {"object_f1": 1.0, "object_precision": 1.0, "object_recall": 1.0, "num_scenes": 1}
-    three = scene_score.score_model(model, processor, num_scenes=3)  # type: ignore[arg-type]
+    three = score_model(model, processor, num_scenes=3)  # type: ignore[arg-type]
     sizes = [len(scene_at("test", index).objects) for index in range(3)]
     assert sizes[0] <= three["object_recall"] * sum(sizes) < sizes[0] + sizes[1]
     assert model.training, "as it was"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from kvbench.cli.main import run
-from kvbench.config.build import build as config
+from kvbench.config import build as config
 from kvbench.config.build import build_cell, build_sinks, check_shared, is_forced
 from kvbench.config.compose import compose_grid
 from kvbench.errors import ConfigError, KvbenchError
