@@ -20,6 +20,7 @@ from kvbench.results.files import Array, unpack
 from kvbench.results.record import AUTOPSY_FILE, GENERATED, NEVER, read_autopsy
 
 STATISTICS = ("entries", "image_kept_permille", "mean_age_tokens", "attention_permille")
+_IMAGE = 1  # the kind of an image token
 _MEDIA = ("image/png", "image/webp")
 _BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
 
@@ -108,7 +109,7 @@ def _sample(sample: Mapping[str, Any], num_layers: int, num_heads: int) -> Sampl
         answer=str(sample["answer"]),
         tokens=tokens,
         kinds=kinds,
-        picture=None if sample["picture"] is None else _picture(sample["picture"], int((kinds == 1).sum())),
+        picture=None if sample["picture"] is None else _picture(sample["picture"], int((kinds == _IMAGE).sum())),
         layers=layers,
         coarse=sample["coarse"] is True,
         freed=_rows(sample["freed"], (len(layers), num_heads, prompt + steps)),
@@ -175,7 +176,6 @@ def living_on(sample: Sample, step: int) -> Array:
     return found
 
 
-_IMAGE = 1
 _FLAT = 0.005  # layers whose shares differ by less are not told apart
 
 
