@@ -1,32 +1,29 @@
-"""Student's t for a mean of independent units: quantiles, p value, and two means by Welch.
+"""From numbers to one word: Student's t, p values and their correction, margins, and the verdict.
 
-Holm's correction: p values of a family, such that any false claim among them is rarer than the level.
+`verdict_of` turns an interval and a p value into "better", "worse", "equivalent" or "undecided". The margin decides
+what is too small to matter; it is declared per measure before anything is measured. A difference whose whole interval
+lies inside the margin is called equivalent. The defaults are choices, and the report prints the one it used;
+`kvbench report --margin rougeL_vs_full=0.01` changes one.
 
-Source: Holm 1979, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6.
-
-Two numbers measured apart, each known by its value and its 95 % interval alone.
-
-From an interval to one word; the margin decides what is too small to matter.
-
-How large a difference matters, per measure, declared before anything is measured.
-
-A difference whose whole interval lies inside the margin is called equivalent. The defaults are choices, and the
-report prints the one it used; `kvbench report --margin rougeL_vs_full=0.01` changes one.
+Sources: Holm 1979, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6
+(p values of a family, such that any false claim among them is rarer than the level); Welch 1947, "The generalization
+of Student's problem" (two means measured apart).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 from scipy import special
 
 from kvbench.errors import ConfigError, close_matches
 from kvbench.measures import MEASURES, Measure
 
-if TYPE_CHECKING:
-    from kvbench.stats.paired import Floats
+Floats: TypeAlias = npt.NDArray[np.float64]
 
 
 def quantile(probability: float, num_units: float) -> float:
@@ -47,7 +44,7 @@ def standard_error(influences: Floats) -> float:
 def welch(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
     """Return the standard error of a difference of two means of (standard error, units) each, and its units.
 
-    Source: Welch 1947, "The generalization of Student's problem"; units are degrees of freedom and one.
+    Units are degrees of freedom and one.
     """
     parts = [(error**2, units - 1) for error, units in (first, second)]
     total = sum(part for part, _ in parts)
