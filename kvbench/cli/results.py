@@ -148,16 +148,16 @@ def _table(args: argparse.Namespace) -> None:
 
 
 def _frame(args: argparse.Namespace) -> pd.DataFrame:
-    from kvbench.report import frames
+    from kvbench.report import tables
 
     if args.samples and args.quality:
         raise ConfigError("--samples and --quality are two different tables; give one of them")
-    make = frames.samples_frame if args.samples else frames.quality_frame if args.quality else frames.cells_frame
+    make = tables.samples_frame if args.samples else tables.quality_frame if args.quality else tables.cells_frame
     return make(_selected(args))
 
 
 def _csv(args: argparse.Namespace) -> None:
-    from kvbench.report.frames import csv_text
+    from kvbench.report.tables import csv_text
 
     text = csv_text(_frame(args))
     if args.out is None:
@@ -167,7 +167,7 @@ def _csv(args: argparse.Namespace) -> None:
 
 
 def _parquet(args: argparse.Namespace) -> None:
-    from kvbench.report.frames import parquet_bytes
+    from kvbench.report.tables import parquet_bytes
 
     path = args.out or args.folder / ("samples.parquet" if args.samples else "table.parquet")
     _write(path, parquet_bytes(_frame(args)))

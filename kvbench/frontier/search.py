@@ -21,8 +21,7 @@ from kvbench.config.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError, close_matches
 from kvbench.frontier.table import Frontier, Look, Outcome, Search, SearchStatus
 from kvbench.measures import MEASURES, measure
-from kvbench.report.ability import Ability
-from kvbench.report.compare import Choices, Comparison, compare
+from kvbench.report.compare import Ability, Choices, Comparison, compare
 from kvbench.report.load import CellResult, Group, load_results
 from kvbench.results.files import canonical_json
 from kvbench.stats.power import look_confidence, next_rung

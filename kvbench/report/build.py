@@ -20,10 +20,9 @@ from kvbench.errors import ConfigError, KvbenchError
 from kvbench.installed import installed_version
 from kvbench.report.compare import DECLARED, Choices
 from kvbench.report.figures.draw import draw_plots
-from kvbench.report.frames import csv_and_parquet
 from kvbench.report.load import Results, load_folders
 from kvbench.report.page import render_page
-from kvbench.report.tables import markdown_tables
+from kvbench.report.tables import csv_and_parquet, markdown_tables
 from kvbench.results.files import locked, replace_file
 from kvbench.results.record import AUTOPSY_FILE
 

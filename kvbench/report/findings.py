@@ -20,8 +20,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvbench.measures import MAX_TURNS, format_value, measure
-from kvbench.report.ability import Ability, num_empty_answers
-from kvbench.report.compare import PRIMARY_QUALITIES, Comparison, compare, difference_text, timing_noise
+from kvbench.report.compare import (
+    PRIMARY_QUALITIES,
+    Ability,
+    Comparison,
+    compare,
+    difference_text,
+    num_empty_answers,
+    timing_noise,
+)
 from kvbench.report.load import CellResult, Group, is_better
 from kvbench.report.markup import listed
 from kvbench.results.record import AUTOPSY_FILE

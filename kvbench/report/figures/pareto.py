@@ -16,8 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from kvbench.frontier.table import Frontier, Search
 from kvbench.measures import measure
-from kvbench.report.ability import Ability
-from kvbench.report.compare import timing_noise
+from kvbench.report.compare import Ability, timing_noise
 from kvbench.report.figures.axes import (
     artist_name,
     axis_scale,
