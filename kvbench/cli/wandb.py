@@ -28,7 +28,6 @@ from kvbench.report.compare import DECLARED, Ability, Choices, Comparison, group
 from kvbench.report.figures.draw import png_names
 from kvbench.report.load import flat_settings
 from kvbench.report.standing import best_policies
-from kvbench.report.tables import markdown_table
 from kvbench.results.files import replace_file
 from kvbench.results.record import read_cell
 from kvbench.results.redaction import hide_known, redact, redacted_body
@@ -307,15 +306,22 @@ def _verdict_table(group: Group, compared: Sequence[Comparison]) -> str:
     if not rows:
         return "Nothing could be compared with the full cache."
     sentence = Ability(group).sentence
-    heads = ("policy", "budget", "measure", "difference from full", "95 % interval", "verdict", "declared before")
-    texts = []
+    head = "| policy | budget | measure | difference from full | 95 % interval | verdict | declared before |"
+    lines = [*([sentence, ""] if sentence else []), head, "|---|---|---|---|---|---|---|"]
     for one in sorted(rows, key=lambda one: (not one.primary, _COMPARED.index(one.measure))):
+        interval = f"[{one.low:.3g}, {one.high:.3g}]"
         shown = measure(one.measure)
         label = f"log-loss of {shown.label}, nats per token" if shown.unit == "ppl" else shown.label
-        numbers = f"{one.value:+.3g}", f"[{one.low:.3g}, {one.high:.3g}]"
-        names = group.series_label(one.first), one.first.budget, label
-        texts.append((*names, *numbers, one.verdict, "primary" if one.primary else ""))
-    return "\n".join([*([sentence, ""] if sentence else []), *markdown_table(heads, texts)])
+        names = (
+            f"{_wandb_report_cell(group.series_label(one.first))} | {_wandb_report_cell(one.first.budget)} | {label}"
+        )
+        primary = "primary" if one.primary else ""
+        lines.append(f"| {names} | {one.value:+.3g} | {interval} | {one.verdict} | {primary} |")
+    return "\n".join(lines)
+
+
+def _wandb_report_cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _definitions(results: Results) -> str:
