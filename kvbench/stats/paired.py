@@ -41,8 +41,8 @@ from kvbench.stats.power import minimum_detectable
 from kvbench.stats.tests import Floats, quantile, standard_error, tail
 
 CONFIDENCE = 0.95
-MAX_T_CLUSTERS = 100
-MIN_DIFFERING = 5
+_MAX_T_CLUSTERS = 100
+_MIN_DIFFERING = 5
 _MIN_TRUSTED = 3
 _ROUNDING = 1e-12
 # Which fields of a sample a pooled measure divides: the sums over samples, total by weight, not a mean of scores.
@@ -95,7 +95,7 @@ def paired_sums(
     return PairedSums(columns=sums_by_cluster(rows, clusters), num_samples=len(rows))
 
 
-def few_differences(pairs: PairedSums, level: float, scale: tuple[float, float]) -> tuple[float, float, float] | None:
+def _few_differences(pairs: PairedSums, level: float, scale: tuple[float, float]) -> tuple[float, float, float] | None:
     """Return (low, high, p value) of a difference that lies on `scale` in every cluster; None where enough differ.
 
     The p value is the sign test's (against a difference of 0), the only one that holds for so few.
@@ -106,7 +106,7 @@ def few_differences(pairs: PairedSums, level: float, scale: tuple[float, float])
     values, counts = np.unique(rounded, return_counts=True)
     usual, num_usual = float(values[counts.argmax()]), int(counts.max())
     num_differing = len(found) - num_usual
-    if num_differing >= MIN_DIFFERING or 2 * num_usual < len(found):
+    if num_differing >= _MIN_DIFFERING or 2 * num_usual < len(found):
         return None
     share = float(special.betaincinv(num_differing + 1, num_usual, 0.5 + level / 2))
     part = max(_heaviest_part(one, share) for one in (weight, other_weight))
@@ -168,7 +168,7 @@ def _infer(data: bytes, num_samples: int, scale: tuple[float, float] | None, con
     if pairs.num_clusters == 1:
         return replace(plain, method="one cluster: no interval")
     found = _with_spread(plain, pairs, confidence)
-    sparse = few_differences(pairs, confidence, scale) if scale else None
+    sparse = _few_differences(pairs, confidence, scale) if scale else None
     if sparse is None:
         return _cut(found) if scale else found
     assert scale is not None
@@ -211,7 +211,7 @@ def _with_spread(plain: Inference, pairs: PairedSums, confidence: float) -> Infe
     bounds = draws.bounds(confidence) if draws else (math.nan, math.nan)
     if draws is None or not all(map(math.isfinite, bounds)):
         return found
-    beside = (t_low, t_high) if num < MAX_T_CLUSTERS else (None, None)
+    beside = (t_low, t_high) if num < _MAX_T_CLUSTERS else (None, None)
     return replace(
         found, low=min(bounds[0], t_low), high=max(bounds[1], t_high), t_low=beside[0], t_high=beside[1],
         p_value=max(found.p_value or 0.0, draws.p_value()), method=f"BCa bootstrap, {NUM_DRAWS:,} draws, by cluster",
