@@ -22,13 +22,7 @@ from kvbench.measures import MEASURES, format_value, format_with_interval, measu
 from kvbench.report.load import CellResult, Estimate, Group, scores_of
 from kvbench.stats.latency import between, from_interval, noise_reason
 from kvbench.stats.paired import CONFIDENCE, infer, paired_sums
-from kvbench.stats.power import (
-    HEADROOM_FRACTION,
-    MOST_EMPTY_FRACTION,
-    constant_answer_score,
-    floor_of,
-    more_samples,
-)
+from kvbench.stats.power import HEADROOM_FRACTION, MOST_EMPTY_FRACTION, constant_answer_score, floor_of, more_samples
 from kvbench.stats.tests import (
     LEVEL,
     Verdict,

@@ -31,60 +31,37 @@ _NOTE = (
 _NUM_TEXT = 3  # policy, budget and verdict are text, all other columns numbers
 _LEFT_OUT = ("collapses", "TPOT", "TTFT")  # a page of a paper is narrower than a screen; ratios say these
 _MARKS = {
-    "better": r"$\uparrow$ ",
-    "worse": r"$\downarrow$ ",
-    "equivalent": r"$\approx$ ",
-    "undecided": "? ",
-    "noisy": r"$\sim$ ",
-    "not ranked": r"$\varnothing$ ",
-}
+    "better": r"$\uparrow$ ", "worse": r"$\downarrow$ ", "equivalent": r"$\approx$ ", "undecided": "? ",
+    "noisy": r"$\sim$ ", "not ranked": r"$\varnothing$ ",
+}  # fmt: skip
 _TEX = {
-    "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "$": r"\$",
-    "&": r"\&",
-    "#": r"\#",
-    "%": r"\%",
-    "_": r"\_",
-    "^": r"\textasciicircum{}",
-    "~": r"\textasciitilde{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    '"': "''",
-    "[": "{[}",
-}
+    "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}",
+    ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''", "[": "{[}", **{sign: f"\\{sign}" for sign in "{}$&#%_"},
+}  # fmt: skip
 _NEGATIVE = re.compile(r"(?<![\w.)])-(?=\d)")
-# The columns of the CSV: their kind, and where in a CellRow they are found.
-_TEXT, _COUNT, _NUMBER = "string", "Int64", "float64"
-_CSV: tuple[tuple[str, str, str], ...] = (
-    ("model", _TEXT, "model"), ("dataset", _TEXT, "dataset"), ("policy", _TEXT, "policy"),
-    ("budget", _TEXT, "cell.budget"), ("budget_fraction", _NUMBER, "cell.budget_fraction"),
-    ("budget_tokens", _COUNT, "cell.budget_tokens"), ("status", _TEXT, "cell.status"), ("measure", _TEXT, "measure"),
-    ("value", _NUMBER, "quality.value"), ("value_low", _NUMBER, "quality.low"),
-    ("value_high", _NUMBER, "quality.high"), ("difference", _NUMBER, "comparison.value"),
-    ("difference_low", _NUMBER, "comparison.low"), ("difference_high", _NUMBER, "comparison.high"),
-    ("verdict", _TEXT, "verdict"), ("remark", _TEXT, "remark"), ("margin", _NUMBER, "comparison.margin"),
-    ("minimum_detectable", _NUMBER, "comparison.minimum_detectable"),
-    ("more_samples", _COUNT, "comparison.more_samples"), ("p_value", _NUMBER, "comparison.p_value"),
-    ("p_holm", _NUMBER, "comparison.p_holm"), ("num_samples", _COUNT, "comparison.num_samples"),
-    ("num_clusters", _COUNT, "comparison.num_clusters"), ("method", _TEXT, "comparison.method"),
-    ("num_collapsed", _COUNT, "num_collapsed"),
-    *(
-        column
-        for index, name in enumerate(_TIMES)
-        for column in (
-            (f"{name}_ms", _NUMBER, f"times.{index}.own.value"),
-            (f"{name}_ratio_to_full", _NUMBER, f"times.{index}.ratio.value"),
-            (f"{name}_ratio_low", _NUMBER, f"times.{index}.ratio.low"),
-            (f"{name}_ratio_high", _NUMBER, f"times.{index}.ratio.high"),
-            (f"{name}_verdict", _TEXT, f"times.{index}.comparison.verdict"),
-        )
-    ),
-    ("kv_stored_bytes", _NUMBER, "stored_bytes"), ("kv_share_of_full", _NUMBER, "stored_share"),
-    ("folder", _TEXT, "cell.folder"), ("key", _TEXT, "cell.key"),
-)  # fmt: skip
+_TEXTS = (
+    *("model", "dataset", "policy", "budget", "status", "measure", "verdict", "remark", "method"),
+    *("tpot_verdict", "ttft_verdict", "folder", "key"),
+)
+_COUNTS = ("budget_tokens", "more_samples", "num_samples", "num_clusters", "num_collapsed")
+_OF_COMPARISON = (
+    *("margin", "minimum_detectable", "more_samples", "p_value", "p_holm", "num_samples", "num_clusters", "method"),
+)
+_OF_TIME = {
+    "ms": "own.value", "ratio_to_full": "ratio.value", "ratio_low": "ratio.low", "ratio_high": "ratio.high",
+    "verdict": "comparison.verdict",
+}  # fmt: skip
+# The columns of the CSV, and where in a CellRow they are found.
+_CSV = {
+    **{name: name for name in ("model", "dataset", "policy")},
+    **{name: f"cell.{name}" for name in ("budget", "budget_fraction", "budget_tokens", "status")},
+    "measure": "measure", "value": "quality.value", "value_low": "quality.low", "value_high": "quality.high",
+    "difference": "comparison.value", "difference_low": "comparison.low", "difference_high": "comparison.high",
+    "verdict": "verdict", "remark": "remark", **{name: f"comparison.{name}" for name in _OF_COMPARISON},
+    "num_collapsed": "num_collapsed",
+    **{f"{kind}_{name}": f"times.{n}.{path}" for n, kind in enumerate(_TIMES) for name, path in _OF_TIME.items()},
+    "kv_stored_bytes": "stored_bytes", "kv_share_of_full": "stored_share", "folder": "cell.folder", "key": "cell.key",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,18 +210,18 @@ def verdicts_markdown(groups: Sequence[Judged]) -> str:
 def verdicts_csv(groups: Sequence[Judged]) -> str:
     """Return one row per cell and quality measure, numbers in base units and full precision."""
     made = (row for judged in groups for name in judged.qualities or (None,) for row in cell_rows(judged, name))
-    rows = [{name: _at(row, path, kind) for name, kind, path in _CSV} for row in made]
-    frame = pd.DataFrame(rows, columns=[name for name, *_ in _CSV])
-    return csv_text(frame.astype({name: kind for name, kind, _ in _CSV}))
+    frame = pd.DataFrame([{name: _at(row, path) for name, path in _CSV.items()} for row in made], columns=list(_CSV))
+    kinds = {name: "Int64" if name in _COUNTS else "string" if name in _TEXTS else "float64" for name in _CSV}
+    return csv_text(frame.astype(kinds))
 
 
-def _at(row: CellRow, path: str, kind: str) -> object:
+def _at(row: CellRow, path: str) -> object:
     """Return what lies at the path below the row; None where a part of it is missing, or a text is empty."""
     found: Any = row
     for part in path.split("."):
         if found is not None:
             found = found[int(part)] if part.isdigit() else getattr(found, part)
-    return found or None if kind == _TEXT else found
+    return None if found == "" else found
 
 
 def verdicts_latex(groups: Sequence[Judged]) -> str:

@@ -1,12 +1,13 @@
 """What a number of samples can show: the smallest difference, how many more would decide, and whether anything can.
 
 `minimum_detectable` and `more_samples` take 80 % power at a two-sided level of 5 %: 1.960 + 0.842 = 2.80 standard
-errors of a normal mean; we take the quantiles of t, which matter for few units (Miller 2024, arXiv 2411.00640, section 5).
+errors of a normal mean; we take the quantiles of t, which matter for few units (Miller 2024, arXiv 2411.00640, 5).
 
 `next_rung` searches a ladder of budgets by bisection for the smallest that is shown to be safe, with an honest error
-over all looks: every look tests one rung at a one-sided level of 5 % over the number of looks (Bonferroni). While truth
-is monotone the claim is false in at most 5 % of searches: rungs that are truly unsafe are met only on the one path that bisection takes towards the truth, until one of them is passed by mistake; a safe rung that is not shown
-to be safe only leads away from them. Simulated in the tests.
+over all looks: every look tests one rung at a one-sided level of 5 % over the number of looks (Bonferroni). While
+truth is monotone the claim is false in at most 5 % of searches: rungs that are truly unsafe are met only on the one
+path that bisection takes towards the truth, until one of them is passed by mistake; a safe rung that is not shown to
+be safe only leads away from them. Simulated in the tests.
 
 `floor_of` is what the full cache's own score must clear: a policy can only be shown to lose what the full cache has.
 Where that is not clear of chance, differences between policies are differences between failures, and rank nobody.
