@@ -14,14 +14,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import combinations
 
 from kvbench.measures import MEASURES, format_value, format_with_interval, measure
 from kvbench.report.load import CellResult, Estimate, Group, scores_of
 from kvbench.stats.latency import between, from_interval, noise_reason
-from kvbench.stats.paired import CONFIDENCE, infer, paired_sums
+from kvbench.stats.paired import CONFIDENCE, Inference, infer, paired_sums
 from kvbench.stats.power import HEADROOM_FRACTION, MOST_EMPTY_FRACTION, constant_answer_score, floor_of, more_samples
 from kvbench.stats.tests import (
     LEVEL,
@@ -50,7 +50,7 @@ _TURN = re.compile(r"turn\d+_")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
+class Comparison(Inference):
     """First cell minus second: in the measure's unit, ppl in nats per token, times relative to full minus 1.
 
     `low` and `high` are the 95 % interval, None where there is none; `p_holm` is corrected for the comparisons of
@@ -62,20 +62,9 @@ class Comparison:
     measure: str
     first: CellResult
     second: CellResult
-    value: float
-    low: float | None = None
-    high: float | None = None
-    method: str
-    t_low: float | None = None
-    t_high: float | None = None
-    num_samples: int = 0
-    num_clusters: int = 0
-    p_value: float | None = None
     p_holm: float | None = None
-    minimum_detectable: float | None = None
     margin: float | None = None
     verdict: Verdict
-    is_sparse: bool = False
     more_samples: int | None = None
     primary: bool = False
     reason: str = ""
@@ -140,14 +129,8 @@ def compare(first: CellResult, second: CellResult, name: str, choices: Choices =
     )
     scale = (-1.0, most) if measure(name).unit in ("score", "fraction") else None
     found = infer(pairs, scale=scale, confidence=choices.confidence)
-    inferred = {part: getattr(found, part) for part in _INFERRED}
+    inferred = {part.name: getattr(found, part.name) for part in fields(Inference)}
     return judged(replace(base, verdict="undecided", **inferred))
-
-
-_INFERRED = (
-    *("value", "low", "high", "method", "t_low", "t_high", "num_samples", "num_clusters", "p_value"),
-    *("minimum_detectable", "is_sparse"),
-)
 
 
 def _subtracted(name: str, number: float) -> float:

@@ -24,6 +24,7 @@ import functools
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy import special
@@ -133,8 +134,9 @@ def sign_test(num_above: int, num_below: int) -> float:
 class Inference:
     """A difference with its 95 % interval; `t_low` and `t_high` stand beside a bootstrap of under 100 clusters.
 
-    `low` is None where one cluster shows no spread. `p_value` is against a difference of 0, two-sided. `is_sparse`
-    where so few clusters differ that only their number counts.
+    `low` is None where one cluster shows no spread. `p_value` is against a difference of 0, two-sided, and
+    `minimum_detectable` the difference found with 80 % power. `is_sparse` where so few clusters differ that only their
+    number counts.
     """
 
     value: float
@@ -145,14 +147,10 @@ class Inference:
     t_high: float | None = None
     p_value: float | None = None
     standard_error: float = 0.0
-    num_samples: int
-    num_clusters: int
+    minimum_detectable: float | None = None
+    num_samples: int = 0
+    num_clusters: int = 0
     is_sparse: bool = False
-
-    @property
-    def minimum_detectable(self) -> float | None:
-        """Return the difference found with 80 % power; None where nothing is known about the spread."""
-        return None if self.low is None else minimum_detectable(self.standard_error, self.num_clusters)
 
 
 def infer(pairs: PairedSums, *, scale: tuple[float, float] | None = None, confidence: float = CONFIDENCE) -> Inference:
@@ -162,33 +160,36 @@ def infer(pairs: PairedSums, *, scale: tuple[float, float] | None = None, confid
 
 @functools.lru_cache(maxsize=8192)
 def _infer(data: bytes, num_samples: int, scale: tuple[float, float] | None, confidence: float) -> Inference:
-    columns = np.frombuffer(data, dtype=np.float64).reshape(-1, 4)
-    pairs = PairedSums(columns=columns, num_samples=num_samples)
-    plain = Inference(value=pairs.value, method="", num_samples=num_samples, num_clusters=pairs.num_clusters)
-    if pairs.num_clusters == 1:
+    pairs = PairedSums(columns=np.frombuffer(data, dtype=np.float64).reshape(-1, 4), num_samples=num_samples)
+    num = pairs.num_clusters
+    plain = Inference(value=pairs.value, method="", num_samples=num_samples, num_clusters=num)
+    if num == 1:
         return replace(plain, method="one cluster: no interval")
     found = _with_spread(plain, pairs, confidence)
-    sparse = _few_differences(pairs, confidence, scale) if scale else None
+    if scale is not None:
+        found = _on_scale(found, pairs, scale, confidence)
+    return replace(found, minimum_detectable=minimum_detectable(found.standard_error, num))
+
+
+def _on_scale(found: Inference, pairs: PairedSums, scale: tuple[float, float], confidence: float) -> Inference:
+    """Return the inference with no bound beyond what two scores can differ by, and with what the few may hide.
+
+    The value stays inside its bounds too where no run could write it.
+    """
+    sparse = _few_differences(pairs, confidence, scale)
     if sparse is None:
-        return _cut(found) if scale else found
-    assert scale is not None
+        least, most = min(-1.0, found.value), max(1.0, found.value)
+        bounds = {name: getattr(found, name) for name in ("low", "high", "t_low", "t_high")}
+        cut: dict[str, Any] = {name: None if at is None else min(max(at, least), most) for name, at in bounds.items()}
+        return replace(found, **cut)
     assert found.low is not None
     assert found.high is not None
-    low = max(min(scale[0], found.value), min(found.low, sparse[0]))  # the value too where no run could write it
+    low = max(min(scale[0], found.value), min(found.low, sparse[0]))
     high = min(max(scale[1], found.value), max(found.high, sparse[1]))
     error = max(high - found.value, found.value - low) / quantile(0.5 + confidence / 2, pairs.num_clusters)
     p_value = max(found.p_value or 0.0, sparse[2])
     method = "share of differing clusters by Clopper-Pearson, times the most that one may lose"
     return replace(found, low=low, high=high, standard_error=error, p_value=p_value, method=method, is_sparse=True)
-
-
-def _cut(found: Inference) -> Inference:
-    """Return the inference with no bound beyond what two scores between 0 and 1 can differ by."""
-    least, most = min(-1.0, found.value), max(1.0, found.value)  # the value too where no run could write it
-    low, high, t_low, t_high = (
-        None if at is None else min(max(at, least), most) for at in (found.low, found.high, found.t_low, found.t_high)
-    )
-    return replace(found, low=low, high=high, t_low=t_low, t_high=t_high)
 
 
 def _with_spread(plain: Inference, pairs: PairedSums, confidence: float) -> Inference:
