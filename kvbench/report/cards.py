@@ -52,7 +52,8 @@ def card_text(card: Mapping[str, Any], cells: Sequence[CellResult]) -> str:
 def _table(table: Mapping[str, Any], cells: Sequence[CellResult]) -> Iterator[str]:
     yield from (f"## {table['title']}", "", f"Source: {table['source']}.", "")
     rows, name = table["rows"], "setting" if table["command"] is None else "budget"
-    heads, shown = [name, "published"], [[_setting(row[name]), f"{row['value']:g}"] for row in rows]
+    heads = [name, "published"]
+    shown = [[format(row[name], "" if name == "setting" else ".0%"), f"{row['value']:g}"] for row in rows]
     if table["command"] is not None:
         yield from (f"    {table['command']}", "")
         ours = [_ours(table, row["budget"], cells) for row in rows]
@@ -63,13 +64,10 @@ def _table(table: Mapping[str, Any], cells: Sequence[CellResult]) -> Iterator[st
             allowed = f"{float(width):.0%} of" if kind == "relative" else f"{width} of"
             yield from (f"Passes within {allowed} the published number.", "")
             heads += ["ours", ""]
-            for texts, row, found in zip(shown, rows, ours, strict=True):
-                texts += [_with_interval(table["measure"], found), verdict(table["band"], row["value"], found)]
+            for texts, row, one in zip(shown, rows, ours, strict=True):
+                got = format_with_interval(table["measure"], one.value, one.low, one.high) if one else "not run"
+                texts += [got, verdict(table["band"], row["value"], one)]
     yield from markdown_table(heads, shown)
-
-
-def _setting(value: object) -> str:
-    return f"{value:.0%}" if isinstance(value, float) else str(value)
 
 
 def verdict(band: str, published: float, estimate: Estimate | None) -> str:
@@ -88,10 +86,6 @@ def _ours(table: Mapping[str, Any], budget: float, cells: Sequence[CellResult]) 
         if same and cell.budget_fraction == budget and cell.estimate(table["measure"]) is not None:
             return cell.estimate(table["measure"])
     return None
-
-
-def _with_interval(name: str, found: Estimate | None) -> str:
-    return "not run" if found is None else format_with_interval(name, found.value, found.low, found.high)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -348,13 +348,14 @@ def group_comparisons(
     found: list[Comparison] = []
     for name in names:
         for pairs in (against_full, between_policies(group) if between else ()):
-            family = _corrected([one for pair in pairs if (one := compare(*pair, name, choices))])
-            is_declared = name in (quality, PRIMARY_LATENCY)
-            found += (
-                replace(withheld(one, ability.reason(name)),
-                        primary=is_declared and one.second.is_full and one.first.budget == budget)
-                for one in family
-            )  # fmt: skip
+            family = [one for pair in pairs if (one := compare(*pair, name, choices))]
+            tested = sorted((one for one in family if one.p_value is not None), key=lambda one: one.p_value or 0.0)
+            p_values = holm([one.p_value or 0.0 for one in tested])
+            corrected = {id(one): judged(one, p_values[k], len(tested) - k) for k, one in enumerate(tested)}
+            for one in family:
+                primary = name in (quality, PRIMARY_LATENCY) and one.second.is_full and one.first.budget == budget
+                seen = withheld(corrected.get(id(one), one), ability.reason(name))
+                found.append(replace(seen, primary=primary))
     return tuple(found)
 
 
@@ -362,13 +363,6 @@ def between_policies(group: Group) -> Iterator[tuple[CellResult, CellResult]]:
     """Yield every two policies at equal budget."""
     for cells in group.by_budget.values():
         yield from combinations((cell for cell in cells if not cell.failed), 2)
-
-
-def _corrected(family: list[Comparison]) -> list[Comparison]:
-    tested = sorted((one for one in family if one.p_value is not None), key=lambda one: one.p_value or 0.0)
-    p_values = holm([one.p_value or 0.0 for one in tested])
-    found = {id(one): judged(one, p_values[k], len(tested) - k) for k, one in enumerate(tested)}
-    return [found.get(id(one), one) for one in family]
 
 
 def declared_budget(group: Group) -> str | None:

@@ -12,6 +12,7 @@ written by `markdown_table`.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,9 @@ from kvbench.report.load import CellResult, Group, Results
 _QUALITIES = ("ppl", "rougeL_vs_full", "rougeL_vs_reference", "objects_recalled_fraction")
 MAIN_COLUMNS = (*_QUALITIES, "ttft_ms", "tpot_ms", "peak_memory_bytes", "kv_stored_bytes")
 _EXTRA_COLUMNS = ("needles_recalled_fraction", "num_skipped_items")
-_TURN_COLUMNS = ("rougeL_vs_full", "exact_fraction", "objects_recalled_fraction", "needles_recalled_fraction")
+_TURN_COLUMN = re.compile(
+    r"turn\d+_(rougeL_vs_full|exact_fraction|objects_recalled_fraction|needles_recalled_fraction)"
+)
 _COST_COLUMNS = (
     *("ttft_ms", "tpot_ms", "tpot_ratio_to_full", "throughput_tokens_per_s", "roof_share_fraction"),
     *("capacity_prompts", "capacity_ratio_to_full"),
@@ -124,18 +127,13 @@ def _main_columns(measured: tuple[str, ...]) -> tuple[str, ...]:
     On a CPU there is no device memory, so the process's own peak takes that column. What only some data sets
     or tasks have comes after, and then columns without any number are left out.
     """
-    more = tuple(name for name in measured if name in _EXTRA_COLUMNS or _is_of_turn(name))
+    more = tuple(name for name in measured if name in _EXTRA_COLUMNS or _TURN_COLUMN.fullmatch(name))
     if measured and not more and not set(_QUALITIES) & set(measured):
         return tuple(name for name in _COST_COLUMNS if name in measured) or MAIN_COLUMNS
     columns: tuple[str, ...] = MAIN_COLUMNS
     if "peak_memory_bytes" not in measured and "peak_rss_bytes" in measured:
         columns = tuple("peak_rss_bytes" if name == "peak_memory_bytes" else name for name in MAIN_COLUMNS)
     return (*(name for name in columns if name in measured), *more) if more else columns
-
-
-def _is_of_turn(name: str) -> bool:
-    turn, _, rest = name.partition("_")
-    return turn.startswith("turn") and rest in _TURN_COLUMNS
 
 
 def _entry(cell: CellResult, name: str) -> Entry:
@@ -177,20 +175,12 @@ def reading_note(table: Table) -> str:
         if text:
             by_count.setdefault(text, []).append(measure(name).label)
     counts = "; ".join(f"{text}: {', '.join(labels)}" for text, labels in by_count.items())
-    return f"{INTERVAL_NOTE}{f' {counts}.' if counts else ''}{_overhead_note(table)}"
-
-
-def _overhead_note(table: Table) -> str:
-    """Name the cells whose decode step is mostly not reading: their TPOT says little about the cache."""
-    name = "roof_share_fraction"
-    if name not in table.columns:
-        return ""
-    found = [(row, row.cell.estimate(name)) for row in table.rows]
-    bound = [row.policy for row, share in found if share is not None and share.value < _OVERHEAD_BOUND_SHARE]
-    if not bound:
-        return ""
-    names = ", ".join(dict.fromkeys(bound))
-    return f" Overhead-bound (under {_OVERHEAD_BOUND_SHARE:.0%} of the memory roof): {names}."
+    # Where the decode step is mostly not reading, TPOT says little about the cache.
+    shares = ((row.policy, row.cell.estimate("roof_share_fraction")) for row in table.rows)
+    bound = dict.fromkeys(policy for policy, share in shares if share and share.value < _OVERHEAD_BOUND_SHARE)
+    overhead = f" Overhead-bound (under {_OVERHEAD_BOUND_SHARE:.0%} of the memory roof): {', '.join(bound)}."
+    is_told = bound and "roof_share_fraction" in table.columns
+    return f"{INTERVAL_NOTE}{f' {counts}.' if counts else ''}{overhead if is_told else ''}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

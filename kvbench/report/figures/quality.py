@@ -196,11 +196,18 @@ def differences_figure(group: Group, look: Look) -> Figure | None:
             places = [(place, lost[one]) for place, one in enumerate(order[:_MOST_SAMPLES]) if one in lost]
             dots.plot(*zip(*places, strict=True), linestyle="none", alpha=0.9, label=title,
                       **style_of(mark, look.theme, size=4.5))  # fmt: skip
-            _share(shares, sorted(lost.values()), mark, title)
+            steps = sorted(lost.values())
+            shares.plot([steps[0], *steps], [0.0, *(100.0 * (place + 1) / len(steps) for place in range(len(steps)))],
+                        drawstyle="steps-post", color=mark.colour, linewidth=1.4, linestyle=mark.line,
+                        label=title)  # fmt: skip
         dots.set_title(f"{budget}: {measure(name).label} (n = {len(order)})")
         dots.set_ylabel("to full, nats/token" if is_ppl else "difference to full")
         dots.set_ylim(min(values) - room, max(values) + room)
-        _sample_ticks(dots, len(order[:_MOST_SAMPLES]))
+        num = len(order[:_MOST_SAMPLES])
+        dots.set_xlim(-0.8, num - 0.2)
+        dots.xaxis.set_major_locator(FixedLocator(list(range(num))))
+        dots.xaxis.set_minor_locator(NullLocator())
+        dots.set_xticklabels([])
         shares.set_ylabel("% of samples")
         shares.set_ylim(0, 102)
         shares.set_xlim(min(values) - room, max(values) + room)
@@ -210,20 +217,6 @@ def differences_figure(group: Group, look: Look) -> Figure | None:
     footnote(figure, group, look)
     legend_above(figure, {called[label]: mark for label, mark in marks.items() if label in shown}, look)
     return figure
-
-
-def _share(axes: Axes, values: Sequence[float], mark: Mark, title: str) -> None:
-    """Draw the share of samples whose difference is at or below each of the rising values."""
-    shares = [100.0 * (place + 1) / len(values) for place in range(len(values))]
-    axes.plot([values[0], *values], [0.0, *shares], drawstyle="steps-post", color=mark.colour, linewidth=1.4,
-              linestyle=mark.line, label=title)  # fmt: skip
-
-
-def _sample_ticks(axes: Axes, num: int) -> None:
-    axes.set_xlim(-0.8, num - 0.2)
-    axes.xaxis.set_major_locator(FixedLocator(list(range(num))))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([])
 
 
 def _sample_names(axes: Axes, order: Sequence[str], look: Look) -> None:
