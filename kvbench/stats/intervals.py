@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
 
 from kvbench.errors import MeasureError
 from kvbench.stats.tests import Floats, quantile, standard_error, tail
@@ -116,9 +115,9 @@ class Bootstrap:
     def bounds(self, confidence: float, *, widened: bool = True) -> tuple[float, float]:
         """Return the two-sided BCa interval; `widened` for few clusters (Hesterberg 2015)."""
         at = 0.5 + confidence / 2
-        half = quantile(at, self.num_clusters) * self._stretch if widened else float(special.ndtri(at))
+        half = quantile(at, self.num_clusters) * self._stretch if widened else quantile(at, math.inf)
         shifts = [self.bias + side * half for side in (-1, 1)]
-        levels = [float(special.ndtr(self.bias + z / (1 - self.acceleration * z))) for z in shifts]
+        levels = [tail(self.bias + z / (1 - self.acceleration * z), math.inf) for z in shifts]
         low, high = np.quantile(self.draws, levels)
         return float(low), float(high)
 
@@ -130,7 +129,7 @@ class Bootstrap:
         share = _place(self.draws, 0.0) / len(self.draws)
         if not 0 < share < 1:
             return 0.0
-        beyond = float(special.ndtri(share)) - self.bias
+        beyond = quantile(share, math.inf) - self.bias
         z = (beyond / (1 + self.acceleration * beyond) - self.bias) / self._stretch
         return 2 * min(tail(z, self.num_clusters), tail(-z, self.num_clusters))
 
@@ -154,7 +153,7 @@ def bootstrap(sums: ClusterSums, num_draws: int = NUM_DRAWS) -> Bootstrap | None
         return None
     acceleration = float((deviations**3).sum() / (6 * spread**1.5))
     return Bootstrap(
-        draws=draws, bias=float(special.ndtri(below / len(draws))), acceleration=acceleration, num_clusters=num
+        draws=draws, bias=quantile(below / len(draws), math.inf), acceleration=acceleration, num_clusters=num
     )
 
 

@@ -19,8 +19,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from scipy import special
-
 from kvbench.stats.tests import quantile
 
 _MOST_TIMES_MORE = 1000
@@ -51,8 +49,8 @@ def more_samples(
     if is_sparse:
         stretch = math.log(part) / math.log(0.025)
     else:
-        at_80_percent = special.ndtri(0.8)
-        stretch = float((special.ndtri(1 - part) + at_80_percent) / (special.ndtri(0.975) + at_80_percent))
+        at_80_percent = quantile(0.8, math.inf)
+        stretch = (quantile(1 - part, math.inf) + at_80_percent) / (quantile(0.975, math.inf) + at_80_percent)
     gap = abs(value) / stretch
     if margin is not None and abs(value) < margin:
         gap = max(gap, margin - abs(value))

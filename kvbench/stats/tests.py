@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
 
 from kvbench.errors import ConfigError, close_matches
 from kvbench.measures import MEASURES, Measure
@@ -26,14 +25,23 @@ from kvbench.measures import MEASURES, Measure
 Floats: TypeAlias = npt.NDArray[np.float64]
 
 
+def _special() -> Any:
+    """Import scipy.special when the first number is there; a command line and a sweep with nothing to do need none."""
+    from scipy import special
+
+    return special
+
+
 def quantile(probability: float, num_units: float) -> float:
-    """Return the quantile of t with one degree of freedom fewer than units."""
-    return float(special.stdtrit(num_units - 1, probability))
+    """Return the quantile of t with one degree of freedom fewer than units; the normal one for infinitely many."""
+    return float(
+        _special().ndtri(probability) if num_units == math.inf else _special().stdtrit(num_units - 1, probability)
+    )
 
 
 def tail(statistic: float, num_units: float) -> float:
     """Return P(T <= statistic)."""
-    return float(special.stdtr(num_units - 1, statistic))
+    return float(_special().ndtr(statistic) if num_units == math.inf else _special().stdtr(num_units - 1, statistic))
 
 
 def standard_error(influences: Floats) -> float:

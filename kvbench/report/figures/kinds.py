@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FORMATS = ("svg", "pdf", "png")
+STYLES = ("light", "dark")
 # Inches, and points of ordinary text. `page` is drawn for a screen, the others for the columns of a paper.
 WIDTHS = {"page": (10.0, 9.0), "double": (7.0, 8.0), "single": (3.4, 7.0)}
 

@@ -25,7 +25,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from kvbench.frontier.table import Frontier
-from kvbench.report.figures.kinds import WIDTHS
+from kvbench.report.figures.kinds import STYLES, WIDTHS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +54,7 @@ DARK = Theme(
     ink="#e6e9ee", muted="#a3adba", grid="#39424e", paper="#1a1f26", grey="#969696", orange="#f9c020",
     blue="#3d89fe", green="#39d8a8", purple="#974fad", sky="#c0b4ff", vermilion="#f0731f", brown="#b34827",
 )  # fmt: skip
-THEMES = {"light": LIGHT, "dark": DARK}
+THEMES = dict(zip(STYLES, (LIGHT, DARK), strict=True))
 _NAMES = tuple(field.name for field in fields(Theme))
 # A page that holds the SVG inline swaps every light colour for a variable, so figures follow its own light and dark.
 THEME_COLOURS = {getattr(LIGHT, name): f"var(--plot-{name}, {getattr(LIGHT, name)})" for name in _NAMES}
