@@ -257,13 +257,11 @@ class Ability:
         """Return in a few words why `name` ranks nobody, "" where it does or says nothing of quality."""
         return "the full cache itself does not do this task" if is_quality(name) and self.cause(name) else ""
 
-    @cached_property
+    @property
     def sentence(self) -> str:
         """Return why this data set can not rank policies, "" where it can in some measure."""
-        found = list(self._findings.values())
-        return (
-            f"This data set can not rank policies on this model: {found[0]}. {_WITHHELD}" if all(found or [""]) else ""
-        )
+        wrong = self._wrong_in_all
+        return f"This data set can not rank policies on this model: {wrong}. {_WITHHELD}" if wrong else ""
 
     @property
     def sentences(self) -> list[str]:
@@ -283,9 +281,10 @@ class Ability:
         Those of the same turn; of all turns where `name` is of none of them.
         """
         turn = _TURN.match(name)
-        prefix = turn[0] if turn else ""
-        if prefix in self._findings:
-            return self._findings[prefix]
+        return self._findings.get(turn[0] if turn else "", self._wrong_in_all)
+
+    @property
+    def _wrong_in_all(self) -> str:
         found = list(self._findings.values())
         return found[0] if found and all(found) else ""
 

@@ -149,10 +149,7 @@ def standing_at(judged: Judged, cells: list[CellResult], name: str) -> Standing 
     """Return how the cells of one budget stand in the measure; None where none can be ranked."""
     if judged.ability.reason(name):
         return None
-    sign = -1.0 if measure(name).better == "higher" else 1.0
-    valued = [(sign * found.value, cell.sort_key, cell) for cell in cells if (found := cell.estimate(name))]
-    ranked = [cell for _, _, cell in sorted(valued, key=lambda item: item[:2])]
-    if not ranked:
+    if not (ranked := _ranked(cells, name)):
         return None
     first, *others = ranked
     seen = [(cell, judged.between(first, cell, name)) for cell in others]
@@ -164,6 +161,13 @@ def standing_at(judged: Judged, cells: list[CellResult], name: str) -> Standing 
         rivals=tuple((cell, found) for cell, found in seen if found is None or found.verdict != "better"),
         left_out=tuple(cell for cell in cells if cell not in ranked),
     )
+
+
+def _ranked(cells: Iterable[CellResult], name: str) -> list[CellResult]:
+    """Return the cells that have the measure, the best value first."""
+    sign = -1.0 if measure(name).better == "higher" else 1.0
+    valued = [(sign * found.value, cell.sort_key, cell) for cell in cells if (found := cell.estimate(name))]
+    return [cell for _, _, cell in sorted(valued, key=lambda item: item[:2])]
 
 
 def telling_quality(judged: Judged, cells: list[CellResult]) -> str | None:
@@ -220,11 +224,10 @@ def best_policies(group: Group, compared: Iterable[Comparison]) -> tuple[Best, .
     names = dict.fromkeys(name for name, *_ in verdicts if measure(name).better != "none" and not ability.reason(name))
     for budget in dict.fromkeys(cell.budget for cell in group.budgeted if not cell.failed):
         for name in names:
-            cells = [cell for cell in group.budgeted if cell.budget == budget and not timing_noise(cell, name)]
-            usable = [(seen, cell) for cell in cells if (seen := cell.estimate(name))]
-            usable.sort(key=lambda pair: pair[0].value, reverse=measure(name).better == "higher")
-            if len(usable) > 1:
-                (best, first), (_, second) = usable[:2]
+            cells = (cell for cell in group.budgeted if cell.budget == budget and not timing_noise(cell, name))
+            ranked = _ranked(cells, name)
+            if len(ranked) > 1:
+                first, second, best = ranked[0], ranked[1], ranked[0].measurements[name]
                 verdict = verdicts.get((name, first.key, second.key), "not compared")
                 found.append(
                     Best(budget=budget, measure=name, cell=first, estimate=best, runner_up=second, verdict=verdict)
