@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvbench.stats.power import minimum_detectable
-from kvbench.stats.tests import quantile, tail, welch
+from kvbench.stats.tests import p_value_of, quantile, welch
 
 MAX_SPREAD_FRACTION = 0.03
 _MAX_DRIFT_FRACTION = 0.02
@@ -41,9 +41,7 @@ class LogRatio:
 
     def p_value(self) -> float:
         """Return the two-sided p value of a ratio of 1."""
-        if self.standard_error == 0:
-            return 1.0 if self.mean == 0 else 0.0
-        return 2 * tail(-abs(self.mean) / self.standard_error, self.num_units)
+        return p_value_of(self.mean, self.standard_error, self.num_units)
 
     def minimum_detectable(self) -> float:
         """Return the change of the ratio that is found in 80 % of repetitions."""

@@ -39,7 +39,7 @@ from kvbench.stats.intervals import (
     sums_by_cluster,
 )
 from kvbench.stats.power import minimum_detectable
-from kvbench.stats.tests import Floats, quantile, standard_error, tail
+from kvbench.stats.tests import Floats, p_value_of, quantile, standard_error
 
 CONFIDENCE = 0.95
 _MAX_T_CLUSTERS = 100
@@ -206,7 +206,7 @@ def _with_spread(plain: Inference, pairs: PairedSums, confidence: float) -> Infe
     t_low, t_high = plain.value - half, plain.value + half
     found = replace(
         plain, low=t_low, high=t_high, method=f"t interval over {num} clusters", standard_error=error,
-        p_value=2 * tail(-abs(plain.value) / error, num),
+        p_value=p_value_of(plain.value, error, num),
     )  # fmt: skip
     draws = bootstrap(pairs) if num >= MIN_BOOTSTRAP_CLUSTERS else None
     bounds = draws.bounds(confidence) if draws else (math.nan, math.nan)

@@ -44,6 +44,13 @@ def tail(statistic: float, num_units: float) -> float:
     return float(_special().ndtr(statistic) if num_units == math.inf else _special().stdtr(num_units - 1, statistic))
 
 
+def p_value_of(difference: float, error: float, num_units: float) -> float:
+    """Return the two-sided p value of a difference of 0, by t; without a spread it is certain."""
+    if error == 0:
+        return 1.0 if difference == 0 else 0.0
+    return 2 * tail(-abs(difference) / error, num_units)
+
+
 def standard_error(influences: Floats) -> float:
     """Return the standard error of an estimate from its units' influences; 0 where they are equal."""
     return float(influences.std(ddof=1)) / math.sqrt(len(influences))
@@ -74,9 +81,7 @@ def unpaired_p_value(difference: float, widths: tuple[float, float], num_units: 
     """Return the two-sided p value of a difference of 0, by Welch's t; each width gives a standard error back."""
     errors = [width / (2 * quantile(0.975, num)) for width, num in zip(widths, num_units, strict=True)]
     error, units = welch((errors[0], num_units[0]), (errors[1], num_units[1]))
-    if error == 0 or not math.isfinite(error):
-        return 1.0 if difference == 0 or error else 0.0
-    return 2 * tail(-abs(difference) / error, units)
+    return p_value_of(difference, error, units) if math.isfinite(error) else 1.0
 
 
 Verdict = Literal["better", "worse", "equivalent", "undecided", "noisy", "not comparable", "not ranked"]
