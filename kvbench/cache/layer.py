@@ -58,7 +58,7 @@ def evicts_at_decode(policy: Policy) -> bool:
 def write_token(slots: Slots, keys: Tensor, values: Tensor, setup: LayerSetup, counts: StepCounts) -> None:
     """Put the new token (B, H, 1, D), the newest of `counts.seen`, into the free slots."""
     if use_triton(keys):
-        from kvbench.kernels.slots import write_slot
+        from kvbench.kernels.slot_writes import write_slot
 
         write_slot(slots.columns(), keys, values, counts.seen, advance=not evicts_at_decode(setup.policy))
     else:
@@ -83,7 +83,7 @@ def attend_slots(
 def _attend_by_kernel(
     slots: Slots, query: Tensor, scaling: float, setup: LayerSetup, counts: StepCounts
 ) -> tuple[Tensor, Tensor | None]:
-    from kvbench.kernels.decode import Turn, decode_attention
+    from kvbench.kernels.decode_attention import Turn, decode_attention
 
     turn = None
     if setup.rotation is not None and slots.rank is not None:
@@ -131,7 +131,7 @@ def evict(slots: Slots, probs: Tensor | None, setup: LayerSetup, counts: StepCou
         if victim.device.type == "cpu":  # elsewhere looking would wait for the device at every step
             check_faults(slots.faults, policy, setup.layer)
         return
-    from kvbench.kernels.slots import free_given, free_lowest
+    from kvbench.kernels.slot_writes import free_given, free_lowest
 
     if _is_plain_score(policy):
         free_lowest(slots.columns(), policy.checked_score(view), view.budget, counts.sinks, counts.recent_from)
@@ -145,7 +145,7 @@ def decide(slots: Slots, setup: LayerSetup, counts: StepCounts) -> Tensor:
     view = counts.view(setup, slots, torch.zeros_like(slots.entries.position, dtype=torch.float32))
     if not (use_triton(slots.entries.keys) and _is_plain_score(policy)):
         return policy.victim(view)
-    from kvbench.kernels.slots import lowest_slot
+    from kvbench.kernels.slot_writes import lowest_slot
 
     return lowest_slot(slots.columns(), policy.checked_score(view), view.budget, counts.sinks, counts.recent_from)
 

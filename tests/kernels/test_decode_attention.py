@@ -14,8 +14,8 @@ from kvbench.cache.statistics import decode_step, reduce_group
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from kvbench.kernels import decode
-from kvbench.kernels.decode import Turn, decode_attention
+from kvbench.kernels import decode_attention as kernel
+from kvbench.kernels.decode_attention import Turn, decode_attention
 
 ON = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(2, 4, 2, 37, 16), (1, 2, 2, 130, 32), (3, 8, 1, 70, 64), (1, 4, 4, 5, 80)]
@@ -117,7 +117,7 @@ def test_both_halves_of_a_turned_head_fill_a_product(
     width: int, with_turn: bool, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = []
-    real = decode.attend_part
+    real = kernel.attend_part
 
     class Noted:
         def __getitem__(self, grid: Any) -> Any:
@@ -127,7 +127,7 @@ def test_both_halves_of_a_turned_head_fill_a_product(
 
             return launch
 
-    monkeypatch.setattr(decode, "attend_part", Noted())
+    monkeypatch.setattr(kernel, "attend_part", Noted())
     query, keys, values, length, held = slots((1, 2, 2, 9, width), torch.float32, seed=3)
     rank = torch.arange(9, device=ON).expand(held.shape).contiguous()
     table = torch.ones(20, width // 2, device=ON)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +16,8 @@ from kvbench.cache.slots import NO_CHOICE, Entries, Slots
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from kvbench.kernels import slots as slots_launch
-from kvbench.kernels.slots import free_given, free_lowest, lowest_slot, write_slot
+from kvbench.kernels import slot_writes
+from kvbench.kernels.slot_writes import free_given, free_lowest, lowest_slot, write_slot
 from tests.covering import share_of
 
 ON = "cuda" if torch.cuda.is_available() else "cpu"
@@ -151,9 +152,9 @@ def test_a_policy_that_frees_nothing_takes_a_fresh_slot_each_time() -> None:
     assert torch.equal(ours.length, before + 1)
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_a_given_victim_is_freed_by_one_warp_because_nothing_waits_between_read_and_write(
-    given: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("given", "has_rank", "wanted"), [(True, False, 1), (True, True, 4), (False, True, 4)])
+def test_one_warp_frees_a_given_victim_and_more_only_where_they_wait_for_each_other(
+    given: bool, has_rank: bool, wanted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warps = []
 
@@ -161,11 +162,12 @@ def test_a_given_victim_is_freed_by_one_warp_because_nothing_waits_between_read_
         def __getitem__(self, grid: Any) -> Any:
             return lambda *arguments, **constants: warps.append(constants["num_warps"])
 
-    monkeypatch.setattr(slots_launch, "free_victim", Noted())
+    monkeypatch.setattr(slot_writes, "free_victim", Noted())
     ours, _ = random_slots(1, 2, 3, 9)
+    columns = ours.columns() if has_rank else replace(ours.columns(), rank=None)
     budget = torch.tensor([4, 5], device=ON)
     if given:
-        free_given(ours.columns(), torch.zeros_like(ours.free), budget)
+        free_given(columns, torch.zeros_like(ours.free), budget)
     else:
-        free_lowest(ours.columns(), torch.zeros(2, 3, 9, device=ON), budget, budget, budget)
-    assert warps == [1 if given else 4]
+        free_lowest(columns, torch.zeros(2, 3, 9, device=ON), budget, budget, budget)
+    assert warps == [wanted]
