@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 from kvbench.cli.parser import Parser
 from kvbench.errors import ConfigError, check_known
 from kvbench.measures import MEASURES
-from kvbench.report.figures.kinds import FIGURES, FORMATS, WIDTHS
-from kvbench.report.figures.style import THEMES
+from kvbench.report.figures.kinds import FIGURES, FORMATS, STYLES, WIDTHS
 from kvbench.results.files import write_out
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="file (.svg, .pdf, .png) or folder; default NAME.svg here")
     parser.add_argument("--format", help=f"{', '.join(FORMATS)}, for files in a folder (default svg)")
     parser.add_argument("--width", default="double", help=f"{', '.join(WIDTHS)}: a screen, or columns of a paper")
-    parser.add_argument("--style", default="light", help=f"{', '.join(THEMES)}")
+    parser.add_argument("--style", default="light", help=f"{', '.join(STYLES)}")
     return parser.parse_args(list(arguments))
 
 
@@ -61,7 +60,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"which figure? {', '.join(FIGURES)}, or {_ALL}; kvbench plot --list describes them")
     check_known("figure", args.name, [*FIGURES, _ALL])
     check_known("--width", args.width, WIDTHS)
-    check_known("--style", args.style, THEMES)
+    check_known("--style", args.style, STYLES)
     for name in _words(args.measure):
         check_known("--measure", name, MEASURES)
     check_known("--format", args.format or FORMATS[0], FORMATS)
@@ -94,7 +93,7 @@ def _draw(args: argparse.Namespace) -> int:
         found = "; ".join(group.title for group in groups)
         raise ConfigError(f"--out is one file, but there are several figures ({found}); choose, or give a folder")
     from kvbench.report.figures.draw import draw_one, palette_of
-    from kvbench.report.figures.style import Look
+    from kvbench.report.figures.style import THEMES, Look
 
     # Looks come from all records, so that a figure of some policies looks like one of all.
     palette, measures = palette_of(results, THEMES[args.style]), tuple(_words(args.measure))

@@ -119,19 +119,19 @@ def _table(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from kvbench.report import frames
+    from kvbench.report import tables
 
     if args.samples and args.quality:
         raise ConfigError("--samples and --quality are two different tables; give one of them")
-    make = frames.samples_frame if args.samples else frames.quality_frame if args.quality else frames.cells_frame
+    make = tables.samples_frame if args.samples else tables.quality_frame if args.quality else tables.cells_frame
     frame = make(_selected(args))
     if args.command == "parquet":
         path = args.out or args.folder / ("samples.parquet" if args.samples else "table.parquet")
-        print(write_out(path, frames.parquet_bytes(frame)))
+        print(write_out(path, tables.parquet_bytes(frame)))
     elif args.out is None:
-        print(frames.csv_text(frame), end="")
+        print(tables.csv_text(frame), end="")
     else:
-        print(write_out(args.out, frames.csv_text(frame).encode()))
+        print(write_out(args.out, tables.csv_text(frame).encode()))
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -8,8 +8,7 @@ from markupsafe import Markup
 
 from kvbench.frontier.table import Frontier, Look, Search, budget_text, held_text, range_text
 from kvbench.measures import measure
-from kvbench.report.ability import Ability
-from kvbench.report.compare import DECLARED, Choices
+from kvbench.report.compare import DECLARED, Ability, Choices
 from kvbench.report.load import Group
 from kvbench.report.markup import Head, TableCell, TableView, render, row_head, text_cell
 from kvbench.stats.tests import smallest_margin

@@ -13,9 +13,8 @@ from rich.console import Console
 
 from kvbench.frontier.section import frontier_html
 from kvbench.frontier.table import Frontier, Look, Search
-from kvbench.report.ability import Ability
 from kvbench.report.answer import answer_html, answer_sentences
-from kvbench.report.compare import DECLARED, group_comparisons
+from kvbench.report.compare import DECLARED, Ability, group_comparisons
 from kvbench.report.figures.draw import palette_of
 from kvbench.report.figures.pareto import pareto_figure
 from kvbench.report.figures.style import Look as PlotLook

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvbench.measures import MEASURES, format_with_interval, measure
-from kvbench.report.ability import Ability
-from kvbench.report.compare import DECLARED, Choices, Comparison, group_comparisons
+from kvbench.report.compare import DECLARED, Ability, Choices, Comparison, group_comparisons
 from kvbench.report.figures.draw import png_names
 from kvbench.report.load import Group, Results, flat_settings
 from kvbench.report.standing import best_policies
