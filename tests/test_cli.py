@@ -270,7 +270,7 @@ def test_the_version_that_records_name_needs_an_installation(monkeypatch: pytest
     def nothing(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("kvbench.installed.version", nothing)
+    monkeypatch.setattr("kvbench.version", nothing)
     with pytest.raises(ConfigError, match="is not installed in this Python"):
         inputs_digest(Path("results"))
 

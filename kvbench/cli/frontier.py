@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kvbench.cli.parser import Parser
+from kvbench.cli import Parser
 from kvbench.cli.sweep import quiet_libraries
 from kvbench.errors import ConfigError
 from kvbench.frontier.search import LADDER, asked, asked_ladder, task_words

@@ -22,10 +22,10 @@ from importlib import import_module
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from kvbench.cli.parser import Parser
+from kvbench.cli import Parser
 from kvbench.cli.sweep import quiet_libraries
 from kvbench.errors import ConfigError, KvbenchError
-from kvbench.installed import installed_version
+from kvbench import installed_version
 from kvbench.results.redaction import redact
 
 if TYPE_CHECKING:

@@ -49,7 +49,7 @@ from kvbench.config.checks import (
 )
 from kvbench.config.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError, close_matches
-from kvbench.installed import installed_version
+from kvbench import installed_version
 from kvbench.models.spec import ModelSpec
 from kvbench.sinks.base import SinkGroup
 from kvbench.sweep.cell import (

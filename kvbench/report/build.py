@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvbench.errors import ConfigError, KvbenchError
-from kvbench.installed import installed_version
+from kvbench import installed_version
 from kvbench.report.compare import DECLARED, Choices
 from kvbench.report.figures.draw import draw_plots
 from kvbench.report.frames import csv_and_parquet
