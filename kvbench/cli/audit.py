@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvbench import installed_version
 from kvbench.cli import Parser
 from kvbench.errors import ConfigError
-from kvbench import installed_version
 from kvbench.results.files import write_out
 
 if TYPE_CHECKING:

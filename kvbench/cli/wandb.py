@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from kvbench import installed_version
 from kvbench.cli import Parser
 from kvbench.errors import ConfigError, close_matches
-from kvbench import installed_version
 from kvbench.measures import MEASURES, format_with_interval, measure
 from kvbench.report.ability import Ability
 from kvbench.report.compare import DECLARED, Choices, Comparison, group_comparisons

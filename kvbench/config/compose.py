@@ -19,7 +19,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, OverrideType, QuotedString
@@ -99,12 +99,12 @@ def without_hydra(config: DictConfig, *, multirun: bool = False) -> Composed:
 
 @contextlib.contextmanager
 def told_in_one_line(overrides: Sequence[str]) -> Iterator[None]:
-    """Raise ConfigError, one line, for what Hydra says of `overrides`; it raises plain ValueErrors too."""
+    """Raise ConfigError, one line, for what Hydra or a sweeper says of `overrides`; they raise plain errors too."""
     try:
         yield
     except MissingConfigException as error:
         raise ConfigError(_unknown_choice(error)) from error
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, RuntimeError) as error:
         raise ConfigError(_one_line(error, overrides)) from error
 
 
@@ -252,6 +252,8 @@ def _unknown_choice(error: MissingConfigException) -> str:
     group, _, name = (error.missing_cfg_file or "").rpartition("/")
     if group in ("hydra/launcher", "hydra/sweeper") and name in _EXTRA:
         return f"{group} is {name!r}, which is not installed; python -m pip install 'kvbench[sweep]'"
+    if not group and name and name == _primary.get():
+        return f"--config-name is {name!r}, but no folder has {name}.yaml; add --config-dir DIR, which holds it"
     if not group or not error.options:
         return " ".join(str(error).split())
     return f"{group} is {name!r}; {close_matches(name, error.options)}"

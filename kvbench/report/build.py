@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kvbench.errors import ConfigError, KvbenchError
 from kvbench import installed_version
+from kvbench.errors import ConfigError, KvbenchError
 from kvbench.report.compare import DECLARED, Choices
 from kvbench.report.figures.draw import draw_plots
 from kvbench.report.frames import csv_and_parquet
