@@ -17,7 +17,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 
-class SupervisedLauncher(Launcher):  # type: ignore[misc]
+class SupervisedLauncher(Launcher):
     """Measures a batch of jobs in supervised workers; the settings of those are `worker.*`."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:

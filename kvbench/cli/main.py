@@ -188,7 +188,7 @@ def _show_found(composed: Composed, before: Collection[str]) -> int:
     from kvbench.config.build import results_folder
     from kvbench.results.record import MEASURED, read_record
 
-    statuses = {}
+    statuses: dict[str, str] = {}
     for attempt, path in _attempts(composed).items():
         if attempt not in before:
             body = read_record(path)

@@ -112,7 +112,7 @@ _own_folder: ContextVar[str | None] = ContextVar("_own_folder", default=None)
 _primary: ContextVar[str] = ContextVar("_primary", default=CONFIG_NAME)
 
 
-class _OwnFolder(SearchPathPlugin):  # type: ignore[misc]
+class _OwnFolder(SearchPathPlugin):
     """Lets `compose` find what `--config-dir` names, in the same place as Hydra's own command line does."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
@@ -252,7 +252,7 @@ def _unknown_choice(error: MissingConfigException) -> str:
     group, _, name = (error.missing_cfg_file or "").rpartition("/")
     if group in ("hydra/launcher", "hydra/sweeper") and name in _EXTRA:
         return f"{group} is {name!r}, which is not installed; python -m pip install 'kvbench[sweep]'"
-    if not group and name and name == _primary.get():
+    if str(error).startswith("Cannot find primary config"):
         return f"--config-name is {name!r}, but no folder has {name}.yaml; add --config-dir DIR, which holds it"
     if not group or not error.options:
         return " ".join(str(error).split())
