@@ -164,6 +164,8 @@ def _sweep(words: argparse.Namespace, overrides: list[str]) -> int:
             raise
         # What became of the cells is read from the store, not from the launcher.
         print(f"kvbench: hydra/launcher={launcher} ended with {type(error).__name__}: {error!s:.300}", file=sys.stderr)
+        if is_search:
+            return 1
     if app.sweep is None:
         return _show_found(grid[0], before)
     if launcher != SUPERVISED:
@@ -193,9 +195,12 @@ def _show_found(composed: Composed, before: Collection[str]) -> int:
         if attempt not in before:
             body = read_record(path)
             statuses[body["key"]] = body["status"] if statuses.get(body["key"]) not in MEASURED else "ok"
-    if not statuses:
-        raise ConfigError("the search has left no record; kvbench -m with the settings of one of its jobs says why")
     results = results_folder(composed.config)
+    if not statuses:
+        print(
+            f"the search left no new record; what its jobs asked for was done already (records under {results}/cells)"
+        )
+        return 0
     _show_tables(results, set(statuses))
     return _show_ends(results, sum(status not in MEASURED for status in statuses.values()), len(statuses))
 

@@ -1,7 +1,7 @@
 """kvbench as an app of Hydra's: a job is one cell, and what it returns is its objective.
 
     kvbench policy=h2o                       Hydra calls the app once, in this process
-    kvbench -m policy=h2o,full               the sweeper gives all jobs to the supervised launcher, and that to `measure`
+    kvbench -m policy=h2o,full               the sweeper gives all jobs to the supervised launcher, that to `measure`
     kvbench -m hydra/launcher=joblib ...     another launcher calls the app once per job, each in a process of its own
     kvbench -m hydra/sweeper=optuna ...      a search: batch after batch, by either kind of launcher
 
