@@ -26,7 +26,7 @@ from kvbench.config.compose import compose_grid
 from kvbench.measures import to_minimise
 from kvbench.sweep.cell import Attempt
 from kvbench.tasks.task import TaskResult
-from tests.test_faults import SHORT, faulty, kvbench
+from tests.sweep.test_faults import SHORT, faulty, kvbench
 
 WORDS = ("task=perplexity", "dataset.num_samples=1", "sink=console", "results=out")
 FAILS = 0.9
