@@ -217,6 +217,11 @@ def measure(name: str) -> Measure:
     return MEASURES[name]
 
 
+def to_minimise(name: str, value: float) -> float:
+    """Return the value with the sign by which less is better, so that every search of a sweeper's minimises."""
+    return -value if measure(name).better == "higher" else value
+
+
 def scale_of(name: str) -> tuple[float, float]:
     """Return the least and the most that the measure can be; no bounds for a name that is not known."""
     known = MEASURES.get(name)

@@ -9,9 +9,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvbench.cli.parser import Parser
+from kvbench import installed_version
+from kvbench.cli import Parser
 from kvbench.errors import ConfigError
-from kvbench.installed import installed_version
 from kvbench.results.files import seal, write_out
 
 _DESCRIPTION = (

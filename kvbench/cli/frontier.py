@@ -12,8 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kvbench.cli.parser import Parser
-from kvbench.cli.sweep import quiet_libraries
+from kvbench.cli import Parser
 from kvbench.errors import ConfigError
 from kvbench.frontier.search import LADDER, asked, asked_ladder, task_words
 from kvbench.measures import measure
@@ -70,8 +69,8 @@ def _grids(
     overrides: list[str], quality: str, ladder: tuple[float, ...], config_dir: str | None
 ) -> tuple[list[Composed], list[Composed]]:
     """Return each policy's cell at the largest budget and the full cache's, all checked. Raises: ConfigError."""
-    from kvbench.cli.sweep import SUPERVISED, make_importable
-    from kvbench.config.compose import compose_grid
+    from kvbench.cli.sweep import make_importable
+    from kvbench.config.compose import SUPERVISED, compose_grid
     from kvbench.frontier.search import cell_of
 
     make_importable([config_dir] if config_dir else [])
@@ -90,6 +89,8 @@ def _grids(
     for composed in [*policies, *fulls]:
         if str(composed.choices["hydra/launcher"]) != SUPERVISED:
             raise ConfigError("hydra/launcher must be supervised here: a search decides after every look")
+        if composed.is_search:
+            raise ConfigError("hydra/sweeper must be basic here: this search chooses the budgets itself")
         cell_of(composed)
     if any(composed.choices["policy"] == "full" for composed in policies):
         raise ConfigError("policy=full has no budget to search; it is measured by itself")
@@ -114,6 +115,7 @@ def _plan(
 
 
 def _search(plan: Plan, policies: list[Composed], fulls: list[Composed]) -> int:
+    from kvbench.cli.sweep import quiet_libraries
     from kvbench.frontier.search import search_all
     from kvbench.frontier.table import print_frontier, save_frontier
 

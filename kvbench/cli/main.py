@@ -1,13 +1,12 @@
-"""The command line: check the whole grid, run it, print the table, write the report.
+"""The command line: check the whole grid, let Hydra run it, print the table, write the report.
 
     kvbench                                            the default sweep
     kvbench policy=h2o budget.fraction=0.3             one cell
     kvbench -m policy=h2o,elastic budget.fraction=0.1,0.3
     kvbench report results                             the report again, from records alone
 
-Exit codes: 0 all cells ok, 1 some cell failed, 2 wrong configuration, 130 or 143 stopped by a signal.
-
-What `kvbench --help` prints, made from the configuration folder, without importing Hydra.
+Exit codes: 0 all cells ok, 1 some cell failed, 2 wrong configuration, 130 or 143 stopped by a signal. What `--help`
+prints is made from the configuration folder, without importing Hydra.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib import import_module
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvbench.cli.parser import Parser
-from kvbench.cli.sweep import quiet_libraries
+from kvbench import installed_version
+from kvbench.cli import Parser
 from kvbench.errors import ConfigError, KvbenchError
-from kvbench.installed import installed_version
 from kvbench.results.redaction import redact
 
 if TYPE_CHECKING:
+    from kvbench.config.compose import Composed
     from kvbench.sweep.sweep import Sweep
-
 
 _GROUPS = ("model", "weights", "dataset", "policy", "budget", "task", "workload", "sink", "autopsy", "experiment")
 _TEXT = """\
@@ -92,13 +91,13 @@ _STOPPED = "stopped; finished cells and batches are kept, the same command goes 
 DEFAULT_SWEEP = ["+experiment=default"]
 _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 _SHELLS = ("bash", "fish", "zsh")
-_OWN_CONFIG = (
-    "is not supported, every cell is made from kvbench's own configuration; put your settings into "
-    "DIR/experiment/NAME.yaml and give --config-dir DIR +experiment=NAME"
-)
 _REFUSED = {  # flags of Hydra's, and why they are none of ours
-    ("--config-name", "-cn"): _OWN_CONFIG,
-    ("--config-path", "-cp"): _OWN_CONFIG,
+    (
+        "--config-path",
+        "-cp",
+    ): "is not supported, every cell is made from kvbench's own configuration; put your settings "
+    "into DIR/experiment/NAME.yaml and give --config-dir DIR +experiment=NAME, or into DIR/NAME.yaml with "
+    "`defaults: [config, _self_]` and give --config-dir DIR --config-name NAME",
     ("--experimental-rerun",): "is not supported; the same command again measures what has no record yet",
 }
 
@@ -137,65 +136,97 @@ def _answer(arguments: list[str]) -> int:
 
 
 def _sweep(words: argparse.Namespace, overrides: list[str]) -> int:
-    from kvbench.config.compose import compose_grid
+    from kvbench.config.compose import SUPERVISED, compose_grid, told_in_one_line
+
+    where = {"config_name": words.config_name} if words.config_name else {}
+    grid = compose_grid(overrides, multirun=words.multirun, config_dir=words.config_dir, **where)
+    from kvbench.cli.sweep import App, Stopped, make_importable, quiet_libraries
 
     quiet_libraries()
-    grid = compose_grid(overrides, multirun=words.multirun, config_dir=words.config_dir)
-    from kvbench.cli.sweep import SUPERVISED, make_importable, open_sweep
-
     make_importable([words.config_dir] if words.config_dir else [])
-    launcher = str(grid[0].choices["hydra/launcher"])
+    launcher, is_search = str(grid[0].choices["hydra/launcher"]), grid[0].is_search
     if launcher != SUPERVISED and not grid[0].multirun:
         raise ConfigError(f"hydra/launcher is {launcher!r}, which starts the jobs of a sweep; add -m, or leave it out")
-    sweep = open_sweep(grid)
-    if sweep.missing and launcher == SUPERVISED:
-        code = _supervise(sweep)
-        if code:
-            print(f"kvbench: {_STOPPED}", file=sys.stderr)
-            return code
-    elif sweep.missing:
-        _hand_to_launcher(sweep, [*_flags(words), *overrides])
-    _show(sweep)
-    return 1 if sweep.num_failed else 0
+    app = App(is_search=is_search)
+    if not is_search:
+        app.take(grid)
+        if app.sweep is not None and not app.sweep.missing:
+            return _show(app.sweep)
+    before = app.sweep.attempt_ids if app.sweep is not None else set(_attempts(grid[0]))
+    try:
+        with told_in_one_line(overrides) if is_search else contextlib.nullcontext():
+            _hand_to_hydra([*_flags(words), *overrides], app)
+    except Stopped as stopped:
+        print(f"kvbench: {_STOPPED}", file=sys.stderr)
+        return int(str(stopped.code))
+    except Exception as error:
+        if launcher == SUPERVISED or isinstance(error, KvbenchError):
+            raise
+        # What became of the cells is read from the store, not from the launcher.
+        print(f"kvbench: hydra/launcher={launcher} ended with {type(error).__name__}: {error!s:.300}", file=sys.stderr)
+        if is_search:
+            return 1
+    if app.sweep is None:
+        return _show_found(grid[0], before)
+    if launcher != SUPERVISED:
+        app.sweep.gather(before)
+    return _show(app.sweep)
 
 
-def _supervise(sweep: Sweep) -> int:
-    """Run what is missing; return 0, or the exit code of a process that was told to stop."""
-    from kvbench.sweep.sweep import StopRequest
-
-    with StopRequest().watching() as stop:
-        sweep.run(stop)
-    return 0 if stop.number is None else stop.exit_code
-
-
-def _hand_to_launcher(sweep: Sweep, arguments: list[str]) -> None:
-    """Let Hydra start one job per cell; what became of them is read from the store, not from Hydra."""
-    from kvbench.cli.sweep import run_job
-
-    known = sweep.attempt_ids
-    with contextlib.suppress(SystemExit):
-        _hand_to_hydra(arguments, run_job)
-    sweep.gather(known)
-
-
-def _show(sweep: Sweep) -> None:
-    from kvbench.report.build import refresh_report
-    from kvbench.report.load import load_results
-    from kvbench.report.tables import print_tables
-
+def _show(sweep: Sweep) -> int:
     results, num_cells = sweep.results, len(sweep.tickets)
     if sweep.num_reused:
         print(
             f"{sweep.num_reused} of {num_cells} cells were done already (records under {results}/cells); "
             "force=true measures again"
         )
-    print_tables(load_results(results, keys=set(sweep.tickets)))
-    refresh_report(results)
+    _show_tables(results, set(sweep.tickets))
     sweep.summarise(lambda: _wandb_summary(sweep))
-    if sweep.num_failed:
-        print(f"{sweep.num_failed} of {num_cells} cells failed; their records say why")
+    return _show_ends(results, sweep.num_failed, num_cells)
+
+
+def _show_found(composed: Composed, before: Collection[str]) -> int:
+    """Show what the jobs of a search left that ran in other processes, which no sweep of this one knows."""
+    from kvbench.config.build import results_folder
+    from kvbench.results.record import MEASURED, read_record
+
+    statuses: dict[str, str] = {}
+    for attempt, path in _attempts(composed).items():
+        if attempt not in before:
+            body = read_record(path)
+            statuses[body["key"]] = body["status"] if statuses.get(body["key"]) not in MEASURED else "ok"
+    results = results_folder(composed.config)
+    if not statuses:
+        print(
+            f"the search left no new record; what its jobs asked for was done already (records under {results}/cells)"
+        )
+        return 0
+    _show_tables(results, set(statuses))
+    return _show_ends(results, sum(status not in MEASURED for status in statuses.values()), len(statuses))
+
+
+def _attempts(composed: Composed) -> dict[str, Path]:
+    """Return the file of every attempt in the results folder."""
+    from kvbench.config.build import results_folder
+
+    return {path.stem: path for path in sorted(results_folder(composed.config).glob("cells/*/attempt-*.json"))}
+
+
+def _show_tables(results: Path, keys: set[str]) -> None:
+    from kvbench.report.build import refresh_report
+    from kvbench.report.load import load_results
+    from kvbench.report.tables import print_tables
+
+    print_tables(load_results(results, keys=keys))
+    refresh_report(results)
+
+
+def _show_ends(results: Path, num_failed: int, num_cells: int) -> int:
+    if num_failed:
+        print(f"{num_failed} of {num_cells} cells failed; their records say why")
     print(f"report: {results / 'report' / 'index.html'}")
     print(f"tables: {results / 'table.csv'}, {results / 'samples.csv'} and both as .parquet")
+    return 1 if num_failed else 0
 
 
 def _wandb_summary(sweep: Sweep) -> Any:
@@ -219,6 +250,7 @@ def _split(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--run", "-r", action="store_true")
     parser.add_argument("--multirun", "-m", action="store_true")
     parser.add_argument("--config-dir", "-cd", type=os.path.abspath)
+    parser.add_argument("--config-name", "-cn")
     parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
     parser.add_argument("--package", "-p")
     parser.add_argument("--resolve", action="store_true")
@@ -266,7 +298,7 @@ def _flags(words: argparse.Namespace) -> list[str]:
 
 def _printed_by_hydra(words: argparse.Namespace, overrides: list[str]) -> int:
     """Let Hydra print what the flags ask for, and run nothing. Raises: ConfigError, one line."""
-    from kvbench.config.compose import check_overrides
+    from kvbench.config.compose import check_overrides, told_in_one_line
 
     swept: dict[str, str] = {}
     if words.shell_completion:
@@ -274,14 +306,14 @@ def _printed_by_hydra(words: argparse.Namespace, overrides: list[str]) -> int:
         if len(overrides) != 1 or overrides[0] not in commands:
             raise ConfigError(f"--shell-completion needs one of {', '.join(commands)}; it got {' '.join(overrides)!r}")
     elif not words.hydra_help:
-        swept = check_overrides(overrides, config_dir=words.config_dir)
+        swept = check_overrides(overrides, config_dir=words.config_dir, config_name=words.config_name or "config")
     with contextlib.redirect_stderr(io.StringIO()) as said:
         try:
-            _hand_to_hydra([*_flags(words), *overrides], _nothing)
+            with told_in_one_line(overrides):
+                _hand_to_hydra([*_flags(words), *overrides], _nothing)
         except SystemExit as end:
             if end.code:
-                reason = str(end.__context__ or said.getvalue())  # Hydra prints a traceback of what it handles
-                raise ConfigError(" ".join(reason.split())) from end
+                raise ConfigError(" ".join(said.getvalue().split())) from end
     sys.stderr.write(said.getvalue())
     for name, values in swept.items() if words.cfg else ():  # what Hydra shows is one cell of these
         print(f"# swept: {name}={values}")
@@ -289,10 +321,19 @@ def _printed_by_hydra(words: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _hand_to_hydra(arguments: list[str], job: Callable[[Any], Any]) -> None:
+    """Run Hydra's own command line. Raises: what went wrong, of which Hydra would print a traceback."""
     import hydra
 
-    sys.argv = [sys.argv[0], *arguments]
-    hydra.main(version_base="1.3", config_path="pkg://kvbench.conf", config_name="config")(job)()
+    before, sys.argv = sys.argv, [sys.argv[0], *arguments]
+    full_error = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        hydra.main(version_base="1.3", config_path="pkg://kvbench.conf", config_name="config")(job)()
+    finally:
+        sys.argv = before
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if full_error is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
 
 
 def _nothing(config: Any) -> None:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvbench.cli.parser import Parser
+from kvbench.cli import Parser
 from kvbench.errors import ConfigError, check_known
 from kvbench.measures import MEASURES
 from kvbench.report.figures.kinds import FIGURES, FORMATS, STYLES, WIDTHS

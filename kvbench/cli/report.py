@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvbench.cli.parser import Parser
+from kvbench.cli import Parser
 from kvbench.errors import ConfigError
 from kvbench.results.files import write_out
 from kvbench.stats.tests import parse_margins

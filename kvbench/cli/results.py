@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvbench.cli.parser import Parser
+from kvbench.cli import Parser
 from kvbench.errors import ConfigError, check_known, close_matches
 from kvbench.measures import format_bytes
 from kvbench.results.files import write_out

@@ -1,8 +1,11 @@
-"""From composed cells to a sweep, and one cell as a job of another launcher (joblib, submitit).
+"""kvbench as an app of Hydra's: a job is one cell, and what it returns is its objective.
+
+    kvbench policy=h2o                       Hydra calls the app once, in this process
+    kvbench -m policy=h2o,full               the sweeper gives all jobs to the supervised launcher, that to `measure`
+    kvbench -m hydra/launcher=joblib ...     another launcher calls the app once per job, each in a process of its own
+    kvbench -m hydra/sweeper=optuna ...      a search: batch after batch, by either kind of launcher
 
 Whoever launches, a cell goes through the same store, claims, workers and records.
-
-Keep notices about optional packages out of the progress bars; errors still show.
 """
 
 from __future__ import annotations
@@ -12,23 +15,26 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from kvbench.config.compose import Composed
+from kvbench.config.compose import Composed, without_hydra
+from kvbench.measures import to_minimise
 
 if TYPE_CHECKING:
+    from kvbench.sweep.supervisor import Ticket
     from kvbench.sweep.sweep import Sweep
 
 
 def quiet_libraries() -> None:
-    """Set what libraries read when they are imported; what the user has set stays.
+    """Keep notices about optional packages out of the progress bars; what the user has set stays.
 
     tqdm's monitor is a thread that wakes up to redraw bars, also beside what is timed.
     """
-    from tqdm import tqdm  # here: `kvbench --help` waits for no library
+    from tqdm import tqdm
 
     tqdm.monitor_interval = 0
     logging.getLogger("hydra").setLevel(logging.CRITICAL)  # a class that is not found is told in one line
@@ -37,56 +43,148 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-SUPERVISED = "supervised"
+class Stopped(SystemExit):
+    """A signal ended the sweep; the same command goes on. `code`: 128 + the signal."""
 
 
-def run_job(config: Any) -> str:
-    """Run the cell that Hydra composed, in a supervised worker, and return its status.
+class Unmeasured(float):
+    """The objective of a cell that was not measured: NaN, and its `status` beside it.
 
-    A job that is told to stop ends its process without an answer, so that a scheduler starts it again.
+    `float()` of it raises ValueError, by which Optuna's sweeper knows a trial that failed; a plain NaN would end it.
     """
-    quiet_libraries()
-    runtime = HydraConfig.get().runtime
-    make_importable([source.path for source in runtime.config_sources if source.schema == "file" and source.path])
-    from kvbench.sweep.sweep import StopRequest
 
-    with StopRequest().watching() as stop:
-        sweep = open_sweep([Composed(config=config, choices=dict(runtime.choices))])
-        sweep.run(stop)
+    status: str
+
+    def __new__(cls, status: Any = "") -> Unmeasured:
+        """Return NaN that carries `status`."""
+        made = super().__new__(cls, "nan")
+        made.status = str(status)
+        return made
+
+    def __float__(self) -> float:
+        """Raise ValueError."""
+        raise ValueError(f"the cell has no objective: its status is {self.status}")
+
+
+Objective = float | tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A cell, and the measures that are its objective; no names: nobody asks, and what its tasks measure is unknown."""
+
+    ticket: Ticket
+    objective: tuple[str, ...]
+
+
+class App:
+    """What Hydra calls for a job. In this process all jobs share one sweep; a copy in another process begins its own.
+
+    elsewhere: another launcher made this process for one job. A job that is told to stop ends it without an answer, so
+    that a scheduler starts it again. is_search: a sweeper needs the objectives.
+    """
+
+    def __init__(self, *, elsewhere: bool = False, is_search: bool = False) -> None:
+        self.sweep: Sweep | None = None
+        self._elsewhere, self._is_search = elsewhere, is_search
+        self._first: list[Composed] = []
+        self._jobs: dict[str, _Job] = {}
+
+    def __reduce__(self) -> Any:
+        return _elsewhere, (self._is_search,)
+
+    def __call__(self, config: Any) -> Objective:
+        """Run the cell that Hydra composed, in a supervised worker, and return its objective."""
+        quiet_libraries()
+        runtime = HydraConfig.get().runtime
+        make_importable([source.path for source in runtime.config_sources if source.schema == "file" and source.path])
+        (objective,) = self.measure([Composed(config=config, choices=dict(runtime.choices))])
+        return objective
+
+    def take(self, grid: Sequence[Composed]) -> list[_Job]:
+        """Add cells to the sweep, everything checked and finished ones taken. Raises: ConfigError, DataError."""
+        from kvbench.config.build import Shared, build_cell, build_objective, check_shared
+        from kvbench.sweep.supervisor import Ticket
+
+        check_shared([*self._first, *grid])
+        shared, jobs = Shared(), []
+        for composed in grid:
+            spec = composed.as_spec()
+            known = self._jobs.get(repr(spec))
+            if known is None:
+                cell = build_cell(composed, shared)
+                objective = build_objective(composed.config, cell, is_needed=self._is_search)
+                known = _Job(ticket=Ticket(cell=cell, spec=spec), objective=objective)
+                self._jobs[repr(spec)] = known
+            jobs.append(known)
+        self._first = self._first or list(grid[:1])
+        tickets = {job.ticket.cell.key: job.ticket for job in jobs}
+        if self.sweep is None:
+            self.sweep = _opened(self._first[0].config, tickets)
+        else:
+            self.sweep.add(tickets)
+        return jobs
+
+    def measure(self, grid: Sequence[Composed]) -> list[Objective]:
+        """Return the objective of each cell; what has no record yet is measured. Raises: Stopped, KvbenchError."""
+        from kvbench.sweep.sweep import StopRequest
+
+        jobs = self.take(grid)
+        assert self.sweep is not None
+        with StopRequest().watching() as stop:
+            self.sweep.run(stop, [job.ticket.cell.key for job in jobs])
         if stop.number is not None:
-            os._exit(stop.exit_code)
-    (status,) = sweep.statuses.values()
-    return status
+            if self._elsewhere:
+                os._exit(stop.exit_code)
+            raise Stopped(stop.exit_code)
+        return [self._objective(self.sweep, job) for job in jobs]
+
+    def composed(self, job: Any) -> Composed:
+        """Return the cell of a job's whole configuration, Hydra's own settings included."""
+        return without_hydra(job.copy())
+
+    def _objective(self, sweep: Sweep, job: _Job) -> Objective:
+        key = job.ticket.cell.key
+        found, status = sweep.measurements(key), sweep.statuses[key]
+        values = [None if found is None else found.get(name, {}).get("value") for name in job.objective]
+        signed = tuple(
+            Unmeasured(status) if value is None else to_minimise(name, value)
+            for name, value in zip(job.objective, values, strict=True)
+        )
+        return signed if len(signed) > 1 else next(iter(signed), Unmeasured(status))
+
+
+def _elsewhere(is_search: bool) -> App:
+    return App(elsewhere=True, is_search=is_search)
 
 
 def open_sweep(grid: Sequence[Composed]) -> Sweep:
     """Return the sweep over `grid`, everything checked and finished cells taken. Raises: ConfigError, DataError."""
-    from kvbench.config.build import build, build_cells, build_sinks, check_shared, is_forced, results_folder
+    app = App()
+    app.take(grid)
+    assert app.sweep is not None
+    return app.sweep
+
+
+def _opened(config: Any, tickets: dict[str, Ticket]) -> Sweep:
+    from kvbench.config.build import build, build_sinks, is_forced, results_folder
     from kvbench.results.claims import Claims
-    from kvbench.sweep.supervisor import Ticket, WorkerSettings
+    from kvbench.sweep.supervisor import WorkerSettings
     from kvbench.sweep.sweep import Sweep
 
-    check_shared(grid)
-    cells = build_cells(grid)
-    tickets = [Ticket(cell=cell, spec=composed.as_spec()) for cell, composed in zip(cells, grid, strict=True)]
-    config = grid[0].config
+    job = os.environ.get("SLURM_JOB_ID")
+    owner = f"{socket.gethostname()} process {os.getpid()}" + (f" job {job}" if job else "")
     sweep = Sweep(
         name=str(config.sweep),
         results=results_folder(config),
-        tickets={ticket.cell.key: ticket for ticket in tickets},
+        tickets=tickets,
         workers=build(config.worker, "worker", is_a=WorkerSettings),
         sinks=build_sinks(config),
-        claims=Claims(results_folder(config), owner=_owner()),
+        claims=Claims(results_folder(config), owner=owner),
         force=is_forced(config),
     )
     sweep.open()
     return sweep
-
-
-def _owner() -> str:
-    """Return who claims cells, for people: machine, process, and the scheduler's job if there is one."""
-    job = os.environ.get("SLURM_JOB_ID")
-    return f"{socket.gethostname()} process {os.getpid()}" + (f" job {job}" if job else "")
 
 
 def make_importable(config_folders: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from kvbench.cli.parser import Parser
+from kvbench.cli import Parser
 from kvbench.errors import ConfigError, check_known
 from kvbench.results.redaction import redact
 from kvbench.sinks.console import say

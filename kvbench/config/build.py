@@ -19,6 +19,7 @@ import sys
 import tokenize
 import typing
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import version
@@ -30,6 +31,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from kvbench import installed_version
 from kvbench.autopsy.settings import AutopsySettings
 from kvbench.cache import CACHE_SEMANTICS, Budget, Policy, When
 from kvbench.cache.positions import POSITION_MODES, PositionMode
@@ -50,7 +52,7 @@ from kvbench.config.checks import (
 )
 from kvbench.config.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError, close_matches
-from kvbench.installed import installed_version
+from kvbench.measures import MEASURES
 from kvbench.models.spec import ModelSpec
 from kvbench.sinks.base import SinkGroup
 from kvbench.sweep.cell import (
@@ -231,7 +233,19 @@ _PATH_SETTINGS = ("path", "images", "answers", "ids", "templates", "filler")  # 
 _OF_THE_CLASS = {"class", "source", "protocol", "fingerprint"}
 _NUMERIC_PACKAGES = ("torch", "transformers")
 _EVICTS_AT = {When.BOTH: "prompt and decode", When.PREFILL: "prompt", When.DECODE: "decode"}
-_SHARED = ("results", "sweep", "force", "sink", "worker", "autopsy")
+_SHARED = ("results", "sweep", "force", "sink", "worker", "autopsy", "objective")
+# What kvbench's own tasks measure, as patterns of names, each task's own measure first; FACTS are the names for what a
+# data set knows to be true. Anybody else's class may have `measures` of the kind.
+_MEASURED = {
+    "kvbench:Perplexity": ("ppl",),
+    "kvbench:PerplexityReleased": ("ppl_released",),
+    "kvbench:Fidelity": ("kl_to_full", "top1_agreement_fraction"),
+    "kvbench:Generation": ("FACTS", "rougeL_vs_full", "rouge?_vs_*", "realised_budget_fraction", "entries_*"),
+    "kvbench:MultiTurn": ("turn1_FACTS", "turn[1-{task.max_turns}]_rouge?_vs_*", "turn[1-{task.max_turns}]_exact*"),
+    "kvbench:Speed": ("ttft_ms", "tpot_*ms", "throughput_*", "t*_ratio_to_full", *("policy_ms", "settle_ms", "roof_*")),
+    "kvbench:Memory": ("kv_*", "peak_*", "statistics_bytes", "bookkeeping_bytes"),
+    "kvbench:Capacity": ("capacity_*",),
+}
 
 
 class Shared:
@@ -326,6 +340,46 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
         beyond_context=beyond_context,
         autopsy=build(config.autopsy, "autopsy", is_a=AutopsySettings),
     )
+
+
+def build_objective(config: DictConfig, cell: Cell, *, is_needed: bool) -> tuple[str, ...]:
+    """Return the measures whose values a job returns; none if nobody needs one and what is measured is not known.
+
+    Raises: ConfigError for a name that is no measure, that has no better direction, or that no task measures.
+    """
+    asked = OmegaConf.to_container(config.objective) if OmegaConf.is_list(config.objective) else config.objective
+    given = {name: _measured_by(task, cell.dataset) for name, task in cell.tasks.items()}
+    if asked is None:
+        first = next(iter(given))
+        if given[first] or not is_needed:
+            return (given[first] or ())[:1]
+        raise ConfigError(f"task.{first} does not declare its `measures`, so the search needs objective=NAME")
+    names = asked if isinstance(asked, list) else [asked]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"objective is {asked!r:.80}; it must be the name of a measure, or a list of names")
+    known = [name for found in given.values() for name in found or ()]
+    for name in names:
+        if name not in MEASURES:
+            raise ConfigError(f"objective is {name!r:.80}; {close_matches(name, MEASURES)}")
+        if MEASURES[name].better == "none":
+            raise ConfigError(f"objective is {name!r}, of which neither less nor more is better; choose another one")
+        if name not in known and None not in given.values():
+            raise ConfigError(f"objective is {name!r}, which task {', '.join(given)} does not measure here; these are "
+                              f"measured: {', '.join(known)}")  # fmt: skip
+    return tuple(names)
+
+
+def _measured_by(task: Any, dataset: Any) -> tuple[str, ...] | None:
+    """Return what a task measures of which one direction is better, its own measure first; None if it does not say."""
+    patterns = _MEASURED.get(class_name(type(task)), getattr(type(task), "measures", None))
+    if patterns is None:
+        return None
+    nouns = {example.fact_noun for example in dataset.examples() if example.facts is not None}
+    released = ("rougeL_released_vs_full",) if getattr(task, "released_rouge", False) else ()
+    patterns = [pattern.format(task=task) for pattern in (*patterns, *released)]
+    wanted = [pattern.replace("FACTS", f"{noun}_*") for pattern in patterns for noun in (nouns or {""})]
+    found = (name for pattern in wanted for name in MEASURES if fnmatchcase(name, pattern))
+    return tuple(name for name in dict.fromkeys(found) if MEASURES[name].better != "none")
 
 
 def build_sinks(config: DictConfig) -> SinkGroup:

@@ -21,9 +21,8 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kvbench.cache import Budget, Policy
 from kvbench.datasets.base import Dataset
 from kvbench.datasets.synthetic import Synthetic
 from kvbench.errors import ConfigError, close_matches
@@ -37,7 +36,10 @@ from kvbench.models.spec import (
     image_tokens,
 )
 from kvbench.results.redaction import is_secret_name, secret_in
-from kvbench.tasks.task import Task
+
+if TYPE_CHECKING:  # torch takes seconds, and a wrong word is told before
+    from kvbench.cache import Budget, Policy
+    from kvbench.tasks.task import Task
 
 _LONGEST_NAME = 200
 

@@ -1,40 +1,44 @@
 """From a command line to composed configurations, with one-line errors; imports no torch.
 
-The whole grid is composed before anything runs, by Hydra itself, so that a wrong name or key stops
-the sweep at once, with the reason and close matches.
+The whole grid of a plain sweep is composed by Hydra before anything runs, so that a wrong name or key stops it at
+once, with the reason and close matches. A sweeper that chooses while it runs (Optuna, Ax) has no grid: then what all
+of its jobs have in common is composed, and each batch again where it is launched.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import re
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_module
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
-from hydra._internal.hydra import Hydra
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, OverrideType, QuotedString
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.core.plugins import Plugins
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from kvbench.config.checks import check_no_secret_override
 from kvbench.errors import ConfigError, close_matches
 
 CONFIG_MODULE = "kvbench.conf"
 CONFIG_NAME = "config"
+SUPERVISED = "supervised"
+_GRID = "basic"
+_EXTRA = ("joblib", "submitit_local", "submitit_slurm", "optuna")
 _OVERRIDDEN = re.compile(r"Could not override '([^']+)'")
-_EXTRA_LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
 _GROUPS = ("model", "dataset", "policy", "budget", "task", "weights", "workload", "sink", "autopsy")
 _GROUP_CHOICE = re.compile(rf"({'|'.join(_GROUPS)})=[\w-]+")
 
@@ -46,6 +50,11 @@ class Composed:
     config: DictConfig
     choices: dict[str, str | None]
     multirun: bool = False
+
+    @property
+    def is_search(self) -> bool:
+        """Whether a sweeper chooses cells while it runs, so that this holds only what they have in common."""
+        return self.multirun and self.choices.get("hydra/sweeper") != _GRID
 
     def as_spec(self) -> dict[str, Any]:
         """Return plain data for another process; interpolations stay as they are written."""
@@ -60,38 +69,71 @@ class Composed:
         return dict(settings)
 
 
-def compose_grid(overrides: Sequence[str], *, multirun: bool, config_dir: str | None) -> list[Composed]:
+def compose_grid(
+    overrides: Sequence[str], *, multirun: bool, config_dir: str | None, config_name: str = CONFIG_NAME
+) -> list[Composed]:
     """Return every cell that `overrides` ask for, in Hydra's order. Raises: ConfigError, one line."""
     check_no_secret_override(overrides)
-    try:
-        with _searching(config_dir):
-            composed: dict[tuple[str, ...], Composed] = {}
-            return [_compose_cell(cell, multirun, composed) for cell in _cells(overrides, multirun)]
-    except MissingConfigException as error:
-        raise ConfigError(_unknown_choice(error)) from error
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises plain ValueErrors too
-        raise ConfigError(_one_line(error, overrides)) from error
+    with told_in_one_line(overrides), _searching(config_dir, config_name):
+        composed: dict[tuple[str, ...], Composed] = {}
+        return [_compose_cell(cell, multirun, composed) for cell in _cells(overrides, multirun)]
 
 
-def check_overrides(overrides: Sequence[str], *, config_dir: str | None) -> dict[str, str]:
+def check_overrides(
+    overrides: Sequence[str], *, config_dir: str | None, config_name: str = CONFIG_NAME
+) -> dict[str, str]:
     """Compose the overrides and return what an experiment sweeps over. Raises: ConfigError, one line."""
-    compose_grid(overrides, multirun=False, config_dir=config_dir)
-    with _searching(config_dir):
+    compose_grid(overrides, multirun=False, config_dir=config_dir, config_name=config_name)
+    with _searching(config_dir, config_name):
         return _sweep_params(_hydra(_parsed(overrides)))
 
 
+def without_hydra(config: DictConfig, *, multirun: bool = False) -> Composed:
+    """Return the cell of what Hydra composed, whose own settings are taken out."""
+    multirun = multirun or config.hydra.mode == RunMode.MULTIRUN
+    choices = {str(name): value for name, value in config.hydra.runtime.choices.items()}
+    OmegaConf.set_struct(config, False)
+    config.pop("hydra")
+    return Composed(config=config, choices=choices, multirun=multirun)
+
+
 @contextlib.contextmanager
-def _searching(config_dir: str | None) -> Iterator[None]:
-    """Look for configurations in kvbench's package, then in `config_dir`, as Hydra's own command line does."""
+def told_in_one_line(overrides: Sequence[str]) -> Iterator[None]:
+    """Raise ConfigError, one line, for what Hydra or a sweeper says of `overrides`; they raise plain errors too."""
+    try:
+        yield
+    except MissingConfigException as error:
+        raise ConfigError(_unknown_choice(error)) from error
+    except (HydraException, OmegaConfBaseException, ValueError, RuntimeError) as error:
+        raise ConfigError(_one_line(error, overrides)) from error
+
+
+_own_folder: ContextVar[str | None] = ContextVar("_own_folder", default=None)
+_primary: ContextVar[str] = ContextVar("_primary", default=CONFIG_NAME)
+
+
+class _OwnFolder(SearchPathPlugin):
+    """Lets `compose` find what `--config-dir` names, in the same place as Hydra's own command line does."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        folder = _own_folder.get()
+        if folder is not None:
+            search_path.append("command-line", f"file://{Path(folder).absolute()}")
+
+
+@contextlib.contextmanager
+def _searching(config_dir: str | None, config_name: str) -> Iterator[None]:
+    """Look for configurations in kvbench's package, then in `config_dir`; the whole one is called `config_name`."""
     if config_dir and not Path(config_dir).is_dir():
         raise ConfigError(f"--config-dir {config_dir} is no folder; give the one that holds policy/mine.yaml")
-    with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-        if config_dir:
-            path = _loader().get_search_path()
-            path.prepend("command-line", f"file://{Path(config_dir).absolute()}", SearchPathQuery(provider="schema"))
-            GlobalHydra.instance().clear()
-            Hydra.create_main_hydra2("app", path)
-        yield
+    Plugins.instance().register(_OwnFolder)
+    before = _own_folder.set(config_dir), _primary.set(config_name)
+    try:
+        with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+            yield
+    finally:
+        _own_folder.reset(before[0])
+        _primary.reset(before[1])
 
 
 def _loader() -> ConfigLoader:
@@ -107,21 +149,28 @@ def _cells(overrides: Sequence[str], multirun: bool) -> Iterator[list[str]]:
     if not multirun and hydra.mode != RunMode.MULTIRUN:
         yield list(overrides)
         return
-    if hydra.sweeper.get("_target_") != BasicSweeperConf._target_:
+    if hydra.runtime.choices.get("hydra/sweeper") != _GRID:
+        yield [str(o.input_line) for o in parsed if not o.is_sweep_override()]
+        return
+    words: dict[str, list[str]] = {}
+    for o in _parsed([*(f"{name}={values}" for name, values in _sweep_params(hydra).items()), *overrides]):
+        _check_swept(o)
+        key = o.get_key_element()
+        swept = o.sweep_string_iterator() if o.is_sweep_override() else [o.get_value_element_as_str()]
+        words[key] = [f"{key}={value}" for value in swept]
+    yield from map(list, itertools.product(*words.values()))
+
+
+def _check_swept(override: Override) -> None:
+    """Raise ConfigError for a sweep without values, with which the grid would be empty, or with endlessly many."""
+    if not override.is_sweep_override():
+        return
+    if not override.is_discrete_sweep():
         raise ConfigError(
-            f"hydra/sweeper is {hydra.runtime.choices.get('hydra/sweeper')!r}, which chooses cells while it runs; "
-            "kvbench checks all cells before the first one runs, so leave it out (basic: every combination)"
+            f"{override.input_line} has no end of values, so only a search can choose some; add hydra/sweeper=optuna, "
+            "or give the values one by one"
         )
-    params = [f"{name}={values}" for name, values in _sweep_params(hydra).items()]
-    swept = _parsed([*params, *overrides])
-    for o in swept:
-        _check_not_empty(o)
-    yield from BasicSweeper.split_arguments(swept, None)[0]
-
-
-def _check_not_empty(override: Override) -> None:
-    """Raise ConfigError for a sweep over nothing, with which the whole grid would be empty."""
-    if not override.is_discrete_sweep() or any(True for _ in override.sweep_iterator()):
+    if any(True for _ in override.sweep_iterator()):
         return
     known = _loader().get_group_options(override.key_or_group) if isinstance(override.value(), Glob) else []
     names = f"; {override.key_or_group} has {', '.join(known)}" if known else ""
@@ -135,7 +184,8 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
 
 def _hydra(parsed: Sequence[Override]) -> Any:
     """Return Hydra's own settings under the overrides that have one value."""
-    return _composed([o.input_line for o in parsed if o.input_line is not None and not o.is_sweep_override()]).hydra
+    words = [o.input_line for o in parsed if o.input_line is not None and not o.is_sweep_override()]
+    return _composed(words).hydra
 
 
 def _sweep_params(hydra: Any) -> dict[str, str]:
@@ -151,16 +201,7 @@ def _is_choice(value: Any) -> bool:
 
 
 def _composed(overrides: list[str]) -> Any:
-    return compose(CONFIG_NAME, overrides=overrides, return_hydra_config=True)
-
-
-def _compose(overrides: list[str], multirun: bool = False) -> Composed:
-    config = _composed(overrides)
-    multirun = multirun or config.hydra.mode == RunMode.MULTIRUN
-    choices = {str(name): value for name, value in config.hydra.runtime.choices.items()}
-    OmegaConf.set_struct(config, False)
-    config.pop("hydra")
-    return Composed(config=config, choices=choices, multirun=multirun)
+    return compose(_primary.get(), overrides=overrides, return_hydra_config=True)
 
 
 def _compose_cell(overrides: Sequence[str], multirun: bool, composed: dict[tuple[str, ...], Composed]) -> Composed:
@@ -171,11 +212,17 @@ def _compose_cell(overrides: Sequence[str], multirun: bool, composed: dict[tuple
     values, rest = _split_values(_parsed(overrides))
     lines = tuple(str(override.input_line) for override in rest)
     if lines not in composed:
-        composed[lines] = _compose(list(lines), multirun)
+        composed[lines] = without_hydra(_composed(list(lines)), multirun=multirun)
     base = composed[lines]
     config = copy.deepcopy(base.config)
     OmegaConf.set_struct(config, True)
-    ConfigLoaderImpl._apply_overrides_to_config(values, config)
+    for override in values:
+        try:
+            OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+        except (ConfigAttributeError, ConfigKeyError) as error:
+            raise ConfigCompositionException(f"Could not override '{override.key_or_group}'.") from error
+        except OmegaConfBaseException as error:
+            raise ConfigCompositionException(f"Error merging override {override.input_line}") from error
     OmegaConf.set_struct(config, False)
     return Composed(config=config, choices=dict(base.choices), multirun=base.multirun)
 
@@ -203,8 +250,10 @@ def _changes_a_value(override: Override) -> bool:
 
 def _unknown_choice(error: MissingConfigException) -> str:
     group, _, name = (error.missing_cfg_file or "").rpartition("/")
-    if group == "hydra/launcher" and name in _EXTRA_LAUNCHERS:
+    if group in ("hydra/launcher", "hydra/sweeper") and name in _EXTRA:
         return f"{group} is {name!r}, which is not installed; python -m pip install 'kvbench[sweep]'"
+    if str(error).startswith("Cannot find primary config"):
+        return f"--config-name is {name!r}, but no folder has {name}.yaml; add --config-dir DIR, which holds it"
     if not group or not error.options:
         return " ".join(str(error).split())
     return f"{group} is {name!r}; {close_matches(name, error.options)}"
@@ -228,9 +277,9 @@ def _known_keys(choices: list[str]) -> list[str]:
     """Return every key that can be set with these group choices, or without where they are wrong too."""
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
         try:
-            return list(_flat_keys(_compose(choices).config))
+            return list(_flat_keys(without_hydra(_composed(choices)).config))
         except (HydraException, OmegaConfBaseException):
-            return list(_flat_keys(_compose([]).config))
+            return list(_flat_keys(without_hydra(_composed([])).config))
 
 
 def _flat_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kvbench import installed_version
 from kvbench.errors import ConfigError, KvbenchError
-from kvbench.installed import installed_version
 from kvbench.report.compare import DECLARED, Choices
 from kvbench.report.figures.draw import draw_plots
 from kvbench.report.load import Results, load_folders

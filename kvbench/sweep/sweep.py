@@ -20,7 +20,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -246,7 +246,10 @@ _ASK_AGAIN_S = 1.0
 
 
 class Sweep:
-    """The cells of one invocation, by key. Sinks are opened only when there is something to run."""
+    """The cells of one invocation, by key; a search adds them batch by batch.
+
+    Sinks are opened only when there is something to run.
+    """
 
     def __init__(
         self,
@@ -259,10 +262,11 @@ class Sweep:
         claims: Claims,
         force: bool,
     ) -> None:
+        self.name = name
         self.results = results
-        self.tickets = tickets
+        self.tickets: dict[str, Ticket] = dict(tickets)
         self.num_reused = 0
-        self._name, self._workers, self._sinks, self._force = name, workers, sinks, force
+        self._workers, self._sinks, self._force = workers, sinks, force
         self._store = RecordStore(results)
         self._claims = HeldClaims(claims)
         self._ended: dict[str, str] = {}
@@ -272,18 +276,25 @@ class Sweep:
         """Make the results folder and take every accepted record there is. Raises: ConfigError."""
         make_folder(self.results)
         if not self._force:
-            self._take_finished()
+            self._take_finished(self.missing)
         self.num_reused = len(self._ended)
 
-    @property
-    def name(self) -> str:
-        """What the sweep is called."""
-        return self._name
+    def add(self, tickets: Mapping[str, Ticket]) -> None:
+        """Take in the cells of a further batch, and every accepted record of theirs that there is."""
+        before = len(self._ended)
+        new = [key for key in tickets if key not in self.tickets]
+        self.tickets |= tickets
+        if not self._force:
+            self._take_finished(new)
+        self.num_reused += len(self._ended) - before
 
     @property
     def missing(self) -> list[str]:
         """Keys of cells that have not ended, in their order."""
-        return [key for key in self.tickets if key not in self._ended]
+        return self._missing(self.tickets)
+
+    def _missing(self, keys: Iterable[str]) -> list[str]:
+        return [key for key in keys if key not in self._ended]
 
     @property
     def statuses(self) -> dict[str, str]:
@@ -295,35 +306,42 @@ class Sweep:
         """Cells that were not measured to their end, those that did not end included."""
         return sum(self._ended.get(key) not in MEASURED for key in self.tickets)
 
-    def run(self, stop: StopRequest) -> None:
-        """Run every missing cell; those that another process holds are waited for."""
-        if not self.missing:
+    def measurements(self, key: str) -> dict[str, Any] | None:
+        """Return what was measured of a cell, by name; None if it failed now, whatever an older record holds."""
+        body = self._store.accepted(key) if self._ended.get(key) in MEASURED else None
+        return None if body is None else dict(body["measurements"])
+
+    def run(self, stop: StopRequest, keys: Iterable[str] | None = None) -> None:
+        """Run every missing cell, of `keys` where given; those that another process holds are waited for."""
+        batch = dict.fromkeys(self.tickets if keys is None else keys)
+        if not self._missing(batch):
             return
+        cells = {key: self.tickets[key].cell for key in batch}
         with contextlib.ExitStack() as stack:
             stack.callback(self._claims.release_all)
-            progress = stack.enter_context(
-                contextlib.closing(Progress({key: ticket.cell for key, ticket in self.tickets.items()}))
-            )
-            progress.set_finished(self.num_reused)
-            self._sinks.open(self._name, len(self.tickets))
+            progress = stack.enter_context(contextlib.closing(Progress(cells)))
+            progress.set_finished(len(batch) - len(self._missing(batch)))
+            self._sinks.open(self.name, len(batch))
             self._measured = True
             stack.enter_context(contextlib.closing(self._sinks))
             if self._force:
-                for key in self.missing:
+                for key in self._missing(batch):
                     PartialStore(self.results, key).remove()
-            while self.missing and stop.number is None:
-                self._run_free_cells(progress, stop)
+            while self._missing(batch) and stop.number is None:
+                self._run_free_cells(batch, progress, stop)
 
-    def _run_free_cells(self, progress: Progress, stop: StopRequest) -> None:
-        held = self._claims.take(self.missing, self._workers.most_claims(list(self.tickets.values())))
+    def _run_free_cells(self, batch: Mapping[str, None], progress: Progress, stop: StopRequest) -> None:
+        missing = self._missing(batch)
+        held = self._claims.take(missing, self._workers.most_claims([self.tickets[key] for key in batch]))
         if not self._force:
-            self._take_finished()
-        progress.set_finished(len(self._ended))
-        mine = [self.tickets[key] for key in held if key in self.missing]
+            self._take_finished(missing)
+        missing = self._missing(batch)
+        progress.set_finished(len(batch) - len(missing))
+        mine = [self.tickets[key] for key in held if key in missing]
         if mine:
-            plan = self._workers.plan(mine, results=self.results, sweep=self._name)
+            plan = self._workers.plan(mine, results=self.results, sweep=self.name)
             Supervisor(plan, self._events(progress, stop)).run(self._workers.groups(mine))
-        elif self.missing:
+        elif missing:
             time.sleep(_ASK_AGAIN_S)
 
     def _events(self, progress: Progress, stop: StopRequest) -> Events:
@@ -352,8 +370,8 @@ class Sweep:
         self._ended[key] = status
         self._claims.release([key])
 
-    def _take_finished(self) -> None:
-        for key in self.missing:
+    def _take_finished(self, keys: Iterable[str]) -> None:
+        for key in self._missing(keys):
             if (body := self._store.accepted(key)) is not None:
                 self._end(key, str(body["status"]))
 
@@ -370,7 +388,7 @@ class Sweep:
     def gather(self, known: Set[str]) -> None:
         """Take what jobs elsewhere have left; `known`: the attempts of before, which are not theirs."""
         if not self._force:
-            self._take_finished()
+            self._take_finished(self.missing)
         left = {key: self.tickets[key] for key in self.missing}
         self._measured = True
-        self._ended |= statuses_elsewhere(left, self._store, self._claims, sweep=self._name, known=known)
+        self._ended |= statuses_elsewhere(left, self._store, self._claims, sweep=self.name, known=known)

@@ -211,7 +211,7 @@ def test_the_configuration_is_printed_with_a_folder_of_ones_own(
         (["--cfg", "job", "--resolve", "+x=${nosuch}"], "Interpolation key 'nosuch' not found"),
         (["--cfg", "job", "policy=full,h2o"], "Ambiguous value"),
         (["--config-dir=nosuch", "--cfg", "job"], "nosuch is no folder"),
-        (["--config-name=mine", "--cfg", "job"], "--config-name is not supported"),
+        (["--config-name=mine", "--cfg", "job"], "--config-name is 'mine', but no folder has mine.yaml"),
         (["-cp", "conf", "policy=h2o"], "--config-path is not supported"),
         (["--experimental-rerun", "x.pickle"], "--experimental-rerun is not supported"),
         (["--shell-completion"], "--shell-completion needs one of install=bash"),
@@ -273,7 +273,7 @@ def test_the_version_that_records_name_needs_an_installation(monkeypatch: pytest
     def nothing(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("kvbench.installed.version", nothing)
+    monkeypatch.setattr("kvbench.version", nothing)
     with pytest.raises(ConfigError, match="is not installed in this Python"):
         inputs_digest(Path("results"))
 

@@ -222,13 +222,14 @@ def test_a_sweep_over_nothing_is_refused(word: str) -> None:
         cells(word, multirun=True)
 
 
-def test_a_sweeper_that_is_not_ours_is_refused_where_it_would_sweep(tmp_path: Path) -> None:
+def test_of_a_sweeper_that_chooses_while_it_runs_what_its_jobs_have_in_common_is_composed(tmp_path: Path) -> None:
     (tmp_path / "hydra" / "sweeper").mkdir(parents=True)
     (tmp_path / "hydra" / "sweeper" / "odd.yaml").write_text("_target_: odd.Sweeper\n")
-    words = ["policy=h2o,full", "hydra/sweeper=odd"]
-    with pytest.raises(ConfigError, match="hydra/sweeper is 'odd'"):
-        cells(*words, multirun=True, config_dir=tmp_path)
-    assert cells("policy=h2o", "hydra/sweeper=odd", config_dir=tmp_path) == [("h2o", 0.2)]
+    words = ["policy=h2o,full", "budget.fraction=0.3", "hydra/sweeper=odd"]
+    (one,) = compose_grid(words, multirun=True, config_dir=str(tmp_path))
+    assert (one.choices["policy"], one.config.budget.fraction, one.is_search) == ("full", 0.3, True)
+    (alone,) = compose_grid(["policy=h2o", "hydra/sweeper=odd"], multirun=False, config_dir=str(tmp_path))
+    assert (alone.choices["policy"], alone.is_search) == ("h2o", False)
 
 
 def test_a_folder_of_ones_own_stands_beside_a_search_path_that_was_given(tmp_path: Path) -> None:

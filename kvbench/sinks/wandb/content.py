@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvbench.installed import installed_version
+from kvbench import installed_version
 from kvbench.measures import MEASURES, measure
 from kvbench.results.files import canonical_json, replace_file
 from kvbench.results.record import MEASURED, encode_record, read_cell

@@ -23,8 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kvbench import installed_version
 from kvbench.errors import ConfigError, check_known
-from kvbench.installed import installed_version
 from kvbench.results.record import MEASURED, read_cell
 from kvbench.results.redaction import redacted_body
 from kvbench.results.store import RecordStore
