@@ -129,7 +129,7 @@ def evict(slots: Slots, probs: Tensor | None, setup: LayerSetup, counts: StepCou
         victim, over = checked_victim(policy, policy.victim(view), slots), slots.length > view.budget[:, None]
         slots.release(victim, over)
         if victim.device.type == "cpu":  # elsewhere looking would wait for the device at every step
-            check_faults(slots.faults, policy, setup.layer)
+            check_faults(slots.counted_faults, policy, setup.layer)
         return
     from kvbench.kernels.slots import free_given, free_lowest
 
@@ -166,7 +166,7 @@ def checked_victim(policy: Policy, victim: Tensor, slots: Slots) -> Tensor:
 
 
 def check_faults(faults: Tensor, policy: Policy, layer: int) -> None:
-    """Look at a layer's `Slots.faults` (B, H), which waits for the device.
+    """Look at a layer's `Slots.counted_faults` (B, H), which waits for the device.
 
     Raises: NonFiniteChoiceError if a victim was chosen by NaN, PolicyError if it was no slot with a token.
     """

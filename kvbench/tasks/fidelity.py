@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvbench.errors import ConfigError, MeasureError, NonFiniteError
 from kvbench.stats.intervals import pooled_ratio_interval
-from kvbench.tasks.decode import CacheSetting, padded_targets
+from kvbench.tasks.decode import CacheSetting, forced, padded_targets
 from kvbench.tasks.generation import full_answers
 from kvbench.tasks.prompts import Part
 from kvbench.tasks.task import Answers, BatchTask, Bench, Payload, TaskResult
@@ -72,10 +72,11 @@ def _compare(
 ) -> list[dict[str, Any]]:
     texts = [(answers[example.id] or [bench.loaded.eos_token_id])[:max_tokens] for example in part.examples]
     fed, real = padded_targets(texts, bench.loaded.eos_token_id, bench.loaded.device)
+    lengths = [len(text) for text in texts]
     policy = part.decoding(setting, fed.shape[1])
     divergences, agreements = [], []
-    for number, expected in enumerate(_expected(bench, part, fed, max_tokens, policy.logits.nbytes)):
-        got = policy.step(fed[:, number])
+    full = _expected(bench, part, fed, lengths, max_tokens, policy.logits.nbytes)
+    for expected, got in zip(full, forced(policy, fed, lengths), strict=True):
         divergences.append(_kl(expected, got))
         agreements.append(expected.argmax(dim=-1) == got.argmax(dim=-1))
     kl = torch.stack(divergences, dim=1).masked_fill(~real, 0.0)
@@ -91,7 +92,9 @@ def _compare(
     ]
 
 
-def _expected(bench: Bench, part: Part, fed: Tensor, max_tokens: int, logits_bytes: int) -> Iterable[Tensor]:
+def _expected(
+    bench: Bench, part: Part, fed: Tensor, lengths: list[int], max_tokens: int, logits_bytes: int
+) -> Iterable[Tensor]:
     """Return the full cache's logits after each fed token: kept for the next cell if they are not too large.
 
     Otherwise they are computed in lock step with the policy's, and nothing of size tokens x vocabulary
@@ -99,8 +102,7 @@ def _expected(bench: Bench, part: Part, fed: Tensor, max_tokens: int, logits_byt
     """
 
     def steps() -> Iterator[Tensor]:
-        full = part.decoding(bench.full, fed.shape[1])
-        return (full.step(fed[:, number]) for number in range(fed.shape[1]))
+        return forced(part.decoding(bench.full, fed.shape[1]), fed, lengths)
 
     if not part.shares or logits_bytes * fed.shape[1] > _KEPT_BYTES:
         return steps()
