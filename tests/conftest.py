@@ -65,6 +65,31 @@ def tiny_llava() -> Any:
     return tiny_model("llava")
 
 
+@pytest.fixture(scope="session")
+def bundled() -> Any:
+    """The bundled model, loaded once."""
+    from kvbench.models.loader import load_model
+    from kvbench.models.spec import ModelSpec
+
+    return load_model(ModelSpec(checkpoint="bundled"), "cpu")
+
+
+@pytest.fixture(scope="session")
+def shelf() -> Any:
+    """A shelf that is shared, as a sweep shares it."""
+    from kvbench.sweep.group import ModelShelf
+
+    return ModelShelf()
+
+
+@pytest.fixture(scope="session")
+def sweep_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A results folder of a default sweep, 13 cells of 32 samples; tests must not write into it."""
+    from tests.report.synthetic import write_sweep
+
+    return write_sweep(tmp_path_factory.mktemp("results"))
+
+
 @pytest.fixture(params=[*YAMLS, None], ids=lambda path: path.stem if path else "middle_first")
 def policy(request: pytest.FixtureRequest) -> Any:
     """Each yaml of conf/policy, and one policy made to be hard on the base class."""

@@ -21,7 +21,7 @@ from tests.tiny_models import random_tokens, tiny_model
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-pytestmark = pytest.mark.skipif(not interpreted(), reason="on a GPU tests/runs/test_graph.py compares whole decodes")
+pytestmark = pytest.mark.skipif(not interpreted(), reason="on a GPU tests/tasks/test_graph.py compares whole decodes")
 
 STEPS = 5
 

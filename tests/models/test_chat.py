@@ -23,7 +23,7 @@ from kvbench.tasks.conversation import MultiTurn
 from kvbench.tasks.decode import greedy
 from kvbench.tasks.generation import Generation
 from tests.models.checkpoints import FAMILIES, WITH_BOS, save_checkpoint
-from tests.runs.benches import FULL, bench_of
+from tests.tasks.benches import FULL, bench_of
 
 ASKED = Example(
     id="x",

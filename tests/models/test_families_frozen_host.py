@@ -19,7 +19,7 @@ from kvbench.tasks.decode import CacheSetting, GraphDecoding
 from tests.driving import held_positions
 from tests.models.checkpoints import FAMILIES, save_checkpoint
 from tests.models.test_families import examples
-from tests.runs.frozen import freeze_host
+from tests.tasks.frozen import freeze_host
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU captures the step for real")

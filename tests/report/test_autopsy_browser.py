@@ -12,7 +12,7 @@ from kvbench.report.load import load_results
 from kvbench.report.page import render_page
 from kvbench.results.files import pack
 from kvbench.results.record import write_autopsy
-from tests.report.autopsies import (
+from tests.autopsy.autopsies import (
     GRID,
     HEADS,
     LAYERS,

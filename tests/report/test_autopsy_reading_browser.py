@@ -12,7 +12,7 @@ from kvbench.autopsy.read import living_on, load_autopsy
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
 from kvbench.results.record import write_autopsy
-from tests.report.autopsies import GRID, HEADS, LAYERS, STEPS, WORDS, autopsy_body, merged_array, patterns
+from tests.autopsy.autopsies import GRID, HEADS, LAYERS, STEPS, WORDS, autopsy_body, merged_array, patterns
 from tests.report.chromium import Browser, Page
 from tests.report.synthetic import body, write_cell
 

@@ -17,7 +17,7 @@ from kvbench.report.figures.kinds import FIGURES
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
 from kvbench.report.standing import judge
-from tests.report.figure_data import plots_of
+from tests.report.figures.figure_data import plots_of
 from tests.report.synthetic import body, write_cell
 
 EVIL = '</script><script>alert("x")</script><img src=x onerror=alert(1)>&amp;'

@@ -18,7 +18,7 @@ from kvbench.results.claims import Claims
 from kvbench.results.store import PartialStore, RecordStore
 from tests.covering import one_in
 from tests.models.checkpoints import save_checkpoint
-from tests.sinks.record_bodies import make_body
+from tests.results.record_bodies import make_body
 
 REPO = Path(__file__).parents[2]
 CODE = sorted(path for folder in ("kvbench", "policies") for path in (REPO / folder).rglob("*.py"))

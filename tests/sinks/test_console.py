@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from kvbench.sinks.console import ConsoleSink, cell_line
-from tests.sinks.record_bodies import make_body
+from tests.results.record_bodies import make_body
 
 
 def test_a_finished_cell_is_one_line_with_its_headline_numbers(capsys: pytest.CaptureFixture[str]) -> None:

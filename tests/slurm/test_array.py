@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from kvbench.results.store import RecordStore
-from tests.test_faults import SHORT, attempts, environment
+from tests.sweep.test_faults import SHORT, attempts, environment
 
 HERE = Path(__file__).parent
 MISSING = [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if shutil.which(name) is None]

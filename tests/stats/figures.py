@@ -8,7 +8,7 @@ from kvbench.stats.intervals import ratio_interval
 from kvbench.stats.latency import noise_reason, spread_fraction
 from kvbench.stats.paired import infer
 from tests.stats.test_coverage import coverage, holds, missed
-from tests.stats.test_sequential import LADDER, search
+from tests.stats.test_power import LADDER, search
 from tests.stats.worlds import (
     SHAPES,
     VirtualClock,

@@ -13,7 +13,7 @@ import pytest
 from kvbench.errors import ConfigError, KvbenchError, RecordError
 from kvbench.results.claims import Claims
 from kvbench.results.store import PartialStore, RecordStore
-from tests.sinks.record_bodies import make_body
+from tests.results.record_bodies import make_body
 from tests.trust.fake_sweep import cells, write
 from tests.trust.test_kills import REPO, folder, quality_table, torture, undisturbed
 

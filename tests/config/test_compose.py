@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra import initialize_config_module
+from omegaconf import OmegaConf
+
+import kvbench.config.compose as compose_module
+from kvbench.config.compose import Composed, compose_grid
+from kvbench.errors import ConfigError
+
+REPO = Path(__file__).parents[2]
+
+
+def cells(*overrides: str, multirun: bool = False, config_dir: Path | None = None) -> list[tuple[str | None, float]]:
+    grid = compose_grid(list(overrides), multirun=multirun, config_dir=str(config_dir) if config_dir else None)
+    return [(one.choices["policy"], one.config.budget.fraction) for one in grid]
+
+
+def test_no_override_is_one_cell_of_the_full_cache() -> None:
+    assert cells() == [("full", 0.2)]
+
+
+def test_a_sweep_is_every_combination_in_order() -> None:
+    found = cells("policy=h2o,elastic", "budget.fraction=0.1,0.3", multirun=True)
+    assert found == [("h2o", 0.1), ("h2o", 0.3), ("elastic", 0.1), ("elastic", 0.3)]
+
+
+def test_the_default_experiment_has_every_described_policy_at_three_budgets() -> None:
+    """But snapkv: its window of 32 tokens is all that a tenth or a fifth of a scene's prompt can hold."""
+    found = cells("+experiment=default")
+    every = sorted(path.stem for path in (REPO / "conf" / "policy").glob("*.yaml"))
+    names = [name for name in every if name != "snapkv" and "release" not in name]
+    assert sorted(found) == sorted((name, fraction) for name in names for fraction in (0.1, 0.2, 0.5))
+
+
+def swept(name: str) -> dict[str, list[str]]:
+    """What an experiment sweeps over, as its file says."""
+    params = OmegaConf.load(REPO / "conf" / "experiment" / f"{name}.yaml").hydra.sweeper.params
+    return {str(key): str(values).split(",") for key, values in params.items()}
+
+
+def test_positions_are_swept_over_what_is_described_and_what_is_released() -> None:
+    pairs = ["streaming_llm", "local_elastic_release", "h2o", "h2o_elastic_release", "elastic", "elastic_released"]
+    assert swept("positions") == {
+        "policy": ["full", *pairs],
+        "positions": ["original", "in_cache", "released"],
+        "budget.fraction": ["0.2", "0.5"],
+    }
+    words = ["+experiment=positions", "policy=elastic_released", "positions=released"]
+    grid = compose_grid(words, multirun=False, config_dir=None)
+    assert [one.config.budget.fraction for one in grid] == [0.2, 0.5]
+    assert all(one.config.task.generation.released_rouge for one in grid)
+
+
+@pytest.mark.parametrize(("name", "task"), [("paper_ppl", "perplexity_released"), ("paper_rouge", "generation")])
+def test_the_papers_experiments_have_its_caches_at_nine_budgets(name: str, task: str) -> None:
+    shares = ["1.0", "0.9", "0.8", "0.7", "0.6", "0.5", "0.4", "0.3", "0.2"]
+    policies = ["full", "elastic_released", "h2o_elastic_release", "local_elastic_release"]
+    assert swept(name) == {"policy": policies, "budget.fraction": shares}
+    words = [f"+experiment={name}", "dataset=conversation", "dataset.path=detail_1k.json", "policy=elastic"]
+    grid = compose_grid([*words, "budget.fraction=0.5"], multirun=False, config_dir=None)
+    (one,) = grid
+    assert (one.choices["policy"], one.choices["model"]) == ("elastic", "llava-1.5-7b")
+    assert (one.config.budget.fraction, one.config.batch_size) == (0.5, 1)
+    assert task in one.config.task
+
+
+def test_an_experiment_changes_settings_and_overrides_win() -> None:
+    (first, second) = compose_grid(["+experiment=quick", "dataset.num_samples=7"], multirun=False, config_dir=None)
+    assert (first.choices["policy"], second.choices["policy"]) == ("full", "h2o")
+    assert (first.config.sweep, first.config.dataset.num_samples, first.config.task.speed.num_blocks) == ("quick", 7, 1)
+
+
+def test_a_composed_cell_carries_nothing_of_hydra() -> None:
+    (cell,) = compose_grid([], multirun=False, config_dir=None)
+    assert isinstance(cell, Composed)
+    assert "hydra" not in cell.config
+
+
+@pytest.mark.parametrize("name", ["conf", "with space", "it's, one=odd [name]"])
+def test_yamls_of_a_folder_of_ones_own_are_found(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name / "policy"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("_target_: mine.Mine\n")
+    assert cells("policy=full,mine", multirun=True, config_dir=tmp_path / name) == [("full", 0.2), ("mine", 0.2)]
+
+
+def test_an_unknown_policy_is_compared_with_ones_own_too(tmp_path: Path) -> None:
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "mine.yaml").write_text("_target_: mine.Mine\n")
+    with pytest.raises(ConfigError, match="did you mean 'mine'"):
+        cells("policy=mien", config_dir=tmp_path)
+
+
+def by_hydra(overrides: list[str]) -> tuple[object, dict[str, str | None]]:
+    with initialize_config_module("kvbench.conf", version_base="1.3"):
+        config = hydra.compose("config", overrides=overrides, return_hydra_config=True)
+    choices = {str(name): value for name, value in config.hydra.runtime.choices.items()}
+    OmegaConf.set_struct(config, False)
+    config.pop("hydra")
+    return OmegaConf.to_container(config, resolve=False), choices
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["policy=h2o", "budget.fraction=0.3", "seed=3"],
+        ["budget=tokens", "policy=elastic", "budget.tokens=77", "dataset.num_samples=null", "task=quality"],
+        ["task=quality", "task.generation.max_new_tokens=5", "~task.fidelity", "++task.generation.released_rouge=true"],
+        ["~task.fidelity", "task.perplexity={_target_:a.B}", "sweep='a b'", "results=${oc.env:HOME}/r"],
+        ["+mine.a=1", "mine.a=2"],
+        ["weights=random", "model=llava-1.5-7b", "model.config.text_config.num_hidden_layers=1"],
+        ["+experiment=default", "dataset.num_samples=2", "hydra.mode=RUN", "hydra/launcher=supervised"],
+    ],
+)
+def test_a_cell_is_what_hydra_composes(words: list[str]) -> None:
+    swept = ["budget.fraction=0.4,0.25" if word == "budget.fraction=0.3" else word for word in words]
+    grid = compose_grid(swept, multirun=swept != words, config_dir=None)
+    assert len(grid) == 1 + (swept != words)
+    for one, fraction in zip(grid, (0.4, 0.25), strict=False):
+        alone = [f"budget.fraction={fraction}" if word == "budget.fraction=0.3" else word for word in words]
+        assert (OmegaConf.to_container(one.config, resolve=False), one.choices) == by_hydra(alone)
+
+
+def test_what_cells_choose_alike_is_composed_once_and_no_cell_changes_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    composed: list[list[str]] = []
+    real = compose_module._composed
+
+    def counted(overrides: list[str]) -> object:
+        composed.append(overrides)
+        return real(overrides)
+
+    monkeypatch.setattr(compose_module, "_composed", counted)
+    budgets = [round(0.01 * number, 2) for number in range(1, 51)]
+    words = ["policy=h2o,elastic", f"budget.fraction={','.join(map(str, budgets))}", "task.speed.new_tokens=4"]
+    grid = compose_grid(words, multirun=True, config_dir=None)
+    assert [(one.choices["policy"], one.config.budget.fraction) for one in grid] == [
+        (policy, budget) for policy in ("h2o", "elastic") for budget in budgets
+    ]
+    assert len(composed) == 1 + 2, "Hydra's own settings, and each policy once"
+    grid[0].config.task.speed.new_tokens = 5
+    grid[0].choices["policy"] = "mine"
+    assert (grid[1].config.task.speed.new_tokens, grid[1].choices["policy"]) == (4, "h2o")
+
+
+def test_an_unknown_key_that_is_set_in_every_cell_is_still_told_with_close_matches() -> None:
+    with pytest.raises(ConfigError, match=r"budget\.fracton is no setting; did you mean 'budget\.fraction'"):
+        compose_grid(["policy=h2o", "budget.fracton=0.1,0.2"], multirun=True, config_dir=None)
+
+
+def test_composing_a_grid_imports_no_torch() -> None:
+    code = (
+        "import sys; from kvbench.config.compose import compose_grid; "
+        "n = len(compose_grid(['+experiment=default'], multirun=False, config_dir=None)); "
+        "sys.exit(n != 15 or bool({'torch', 'transformers', 'wandb', 'matplotlib'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 0
+
+
+@pytest.mark.long
+def test_speed_h100_is_every_workload_with_every_policy_and_each_can_be_run_alone() -> None:
+    grid = compose_grid(["+experiment=speed_h100"], multirun=False, config_dir=None)
+    shapes = {
+        (one.choices["model"], one.config.task.speed.batch_size, one.config.dataset.prompt_tokens)
+        for one in grid
+        if one.config.task.memory.batch_size == one.config.task.speed.batch_size == one.config.dataset.num_examples
+    }
+    assert shapes == {
+        ("llava-1.5-13b", 8, 1024),
+        ("llava-1.5-13b", 16, 624),
+        ("llava-1.5-7b", 16, 1024),
+        ("llava-1.5-7b", 48, 624),
+        ("llama-3.1-8b", 1, 32768),
+        ("llama-3.1-8b", 1, 131072),
+    }
+    assert len(grid) == 6 * 5
+    assert all(one.config.model.weights == "random" and one.config.task.speed.num_warmups >= 3 for one in grid)
+    (alone,) = compose_grid(
+        ["+experiment=speed_h100", "workload=7b_b48_624", "policy=h2o"], multirun=False, config_dir=None
+    )
+    assert (alone.config.task.speed.batch_size, alone.choices["policy"]) == (48, "h2o")
+
+
+def test_random_weights_choose_the_data_set_without_text_unless_another_is_asked_for() -> None:
+    for words, expected in ((["weights=random"], "synthetic"), (["weights=random", "dataset=scenes"], "scenes")):
+        (one,) = compose_grid(words, multirun=False, config_dir=None)
+        assert (one.choices["dataset"], one.config.model.weights) == (expected, "random")
+
+
+def test_a_glob_sweeps_over_the_names_of_its_group_and_over_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "h2o_mine.yaml").write_text("_target_: mine.Mine\n")
+    swept = "policy=glob([h2o*,f*],exclude=*release*)"
+    assert cells(swept, multirun=True) == [("full", 0.2), ("h2o", 0.2)]
+    found = cells(swept, multirun=True, config_dir=tmp_path)
+    assert found == [("full", 0.2), ("h2o", 0.2), ("h2o_mine", 0.2)]
+
+
+def test_a_glob_of_an_experiment_is_swept_too(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    lines = [
+        "# @package _global_",
+        "hydra:",
+        "  mode: MULTIRUN",
+        "  sweeper:",
+        "    params:",
+        "      policy: glob(h2o*)",
+    ]
+    (tmp_path / "experiment" / "mine.yaml").write_text("\n".join(lines))
+    found = cells("+experiment=mine", config_dir=tmp_path)
+    assert [name for name, _ in found] == ["h2o", "h2o_elastic_release", "h2o_released"]
+
+
+@pytest.mark.parametrize("word", ["policy=glob(zzz*)", "batch_size=range(3,1)", "batch_size=glob(*)"])
+def test_a_sweep_over_nothing_is_refused(word: str) -> None:
+    with pytest.raises(ConfigError, match="stands for no value at all"):
+        cells(word, multirun=True)
+
+
+def test_a_sweeper_that_is_not_ours_is_refused_where_it_would_sweep(tmp_path: Path) -> None:
+    (tmp_path / "hydra" / "sweeper").mkdir(parents=True)
+    (tmp_path / "hydra" / "sweeper" / "odd.yaml").write_text("_target_: odd.Sweeper\n")
+    words = ["policy=h2o,full", "hydra/sweeper=odd"]
+    with pytest.raises(ConfigError, match="hydra/sweeper is 'odd'"):
+        cells(*words, multirun=True, config_dir=tmp_path)
+    assert cells("policy=h2o", "hydra/sweeper=odd", config_dir=tmp_path) == [("h2o", 0.2)]
+
+
+def test_a_folder_of_ones_own_stands_beside_a_search_path_that_was_given(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name / "policy").mkdir(parents=True)
+        (tmp_path / name / "policy" / f"{name}.yaml").write_text("_target_: mine.Mine\n")
+    words = ["policy=one,two", f"hydra.searchpath=[file://{tmp_path / 'two'}]"]
+    assert cells(*words, multirun=True, config_dir=tmp_path / "one") == [("one", 0.2), ("two", 0.2)]

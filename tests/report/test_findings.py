@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kvbench.report.findings import below_random, not_monotone, notes_of
+from kvbench.report.load import Group, load_results
+from tests.autopsy.autopsies import add_autopsies
+from tests.report.synthetic import body, write_cell, write_sweep
+
+
+def group_of(folder: Path, *records: dict[str, Any]) -> Group:
+    for record in records:
+        write_cell(folder, record)
+    return load_results(folder).groups[0]
+
+
+def text_of(group: Group) -> str:
+    return "\n".join("\n".join((note.text, *note.details)) for note in notes_of(group))
+
+
+def test_policies_below_random_are_named_with_a_reason_that_the_numbers_bear_out(sweep_folder: Path) -> None:
+    group = load_results(sweep_folder).groups[0]
+    assert list(below_random(group)) == ["streaming_llm"]
+    text = text_of(group)
+    assert "`random` is not the worst policy: `streaming_llm`" in text
+    assert "drops the picture" in text
+    assert "objects recalled agree" in text
+
+
+def test_the_reason_is_called_unchecked_where_objects_were_not_counted(tmp_path: Path) -> None:
+    records = [body(policy="random"), body(policy="streaming_llm")]
+    for record in records:
+        del record["measurements"]["objects_recalled_fraction"]
+    assert "can not tell" in text_of(group_of(tmp_path, *records))
+
+
+def test_scores_below_random_that_may_be_chance_are_called_so(tmp_path: Path) -> None:
+    twin, other = body(policy="random"), body(policy="elastic")
+    other["samples"], other["measurements"] = twin["samples"], dict(twin["measurements"])
+    other["measurements"]["ppl"] = other["measurements"]["ppl"] | {"value": 99.0}
+    text = text_of(group_of(tmp_path, twin, other))
+    assert "`random` scores above `elastic` somewhere" in text
+    assert "may be chance" in text
+
+
+def scored(score: float, *, spread: float = 0.0, **labels: Any) -> dict[str, Any]:
+    """Return a cell whose only quality is a ROUGE-L around `score`, differently on every sample."""
+    record = body(**labels)
+    for index, sample in enumerate(record["samples"]):
+        sample["rougeL_vs_full"] = score + spread * (1 if index % 2 else -1)
+    measured = record["measurements"]["rougeL_vs_full"] | {"value": score}
+    return record | {"measurements": {"rougeL_vs_full": measured}}
+
+
+def test_random_at_the_bottom_is_said_of_what_was_compared_and_how_clearly(tmp_path: Path) -> None:
+    records = [scored(0.2, policy="random"), scored(0.5, policy="elastic"), scored(0.9, policy="elastic", budget=0.5)]
+    text = text_of(group_of(tmp_path, *records, scored(0.201, spread=0.1, policy="h2o")))
+    assert (
+        "No policy scores below `random` in ROUGE-L vs full at 20 % of seen, as it should be; "
+        "1 of 2 differences are clear, the others may be chance."
+    ) in text
+    assert "Quality (ROUGE-L vs full) never rises where the budget shrinks, as it should be; 1 of 1 steps" in text
+
+
+def test_nothing_is_praised_where_no_quality_was_compared(tmp_path: Path) -> None:
+    records = [body(policy=policy, budget=budget) for policy in ("random", "h2o") for budget in (0.1, 0.2)]
+    for record in (*records, full := body(policy="full", budget=None)):
+        times = {name: one for name, one in record["measurements"].items() if name.endswith("_ms")}
+        record |= {"measurements": times, "samples": []}
+    group = group_of(tmp_path, *records, full)
+    assert notes_of(group) == []
+    one = group_of(tmp_path / "one", scored(0.5, policy="h2o"), scored(0.2, policy="random", budget=0.1))
+    assert "below `random`" not in text_of(one), "at no budget are there two"
+
+
+def test_policies_are_named_below_random_only_where_that_is_clear(tmp_path: Path) -> None:
+    records = [scored(0.5, policy="random", budget=budget) for budget in (0.1, 0.2)]
+    records += [scored(0.2, policy="h2o", budget=0.1), scored(0.499, spread=0.1, policy="h2o", budget=0.2)]
+    text = text_of(group_of(tmp_path, *records))
+    assert "`h2o` scores below it at 10 % of seen. " in text
+    assert "20 % of seen, ROUGE-L vs full: 0.499" in text, "the other one stays in the details"
+    assert "undecided" in text
+    assert "which tokens were kept was not recorded" in text
+    add_autopsies(tmp_path)
+    assert '"What the cache kept" shows' in text_of(load_results(tmp_path).groups[0])
+
+
+def test_noise_of_the_first_token_is_named_as_that_of_the_steps_is(tmp_path: Path) -> None:
+    record, drifting = body(policy="h2o"), body(policy="random")
+    record["measurements"]["ttft_spread_fraction"] = {"value": 0.05}
+    drifting["measurements"]["reference_drift_fraction"] = {"value": 0.04}
+    details = [note.details for note in notes_of(group_of(tmp_path, record, drifting)) if "noisy" in note.text]
+    assert details == [
+        (
+            "h2o, 20 % of seen: TTFT: launches of one setting spread by 5.0%, over 3%",
+            "random, 20 % of seen: a reference kernel drifted by 4.0%, over 2%",
+        )
+    ]
+
+
+def test_quality_that_rises_as_the_budget_falls_is_flagged(tmp_path: Path) -> None:
+    small, large = body(policy="h2o", budget=0.1), body(policy="h2o", budget=0.5)
+    small["samples"], large["samples"] = large["samples"], small["samples"]
+    small["measurements"], large["measurements"] = large["measurements"], small["measurements"]
+    group = group_of(tmp_path, small, large)
+    assert {contrast.name for contrast in not_monotone(group)} >= {"ppl", "rougeL_vs_full"}
+    assert "clearly worse where the budget grows" in text_of(group)
+
+
+def test_failures_few_samples_and_unequal_machines_are_noted(tmp_path: Path) -> None:
+    other = body(policy="elastic", num_samples=4)
+    other["environment"]["device"] = "cuda"
+    text = text_of(group_of(tmp_path, body(), other, body(policy="random", status="timeout")))
+    for wanted in ("1 of 3 cells failed", "timeout in decode", "only 4 samples", "device: cpu, cuda", "not measured"):
+        assert wanted in text
+
+
+def test_full_alone_needs_no_policy(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "a")
+    group = group_of(tmp_path / "b", body(policy="full", budget=None))
+    assert notes_of(group) == []
