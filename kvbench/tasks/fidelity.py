@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from kvbench.errors import ConfigError, MeasureError, NonFiniteError
-from kvbench.stats.intervals import pooled_ratio_interval
 from kvbench.tasks.decode import CacheSetting, forced, padded_targets
 from kvbench.tasks.generation import full_answers
 from kvbench.tasks.prompts import Part
-from kvbench.tasks.task import Answers, BatchTask, Bench, Payload, TaskResult
+from kvbench.tasks.task import Answers, BatchTask, Bench, Payload, TaskResult, joined
 
 _KEPT_BYTES = 2**30
 
@@ -53,10 +52,10 @@ class Fidelity(BatchTask):
 
     def summarise(self, bench: Bench, payloads: Sequence[Payload]) -> TaskResult:
         """Pool the tokens of all examples."""
-        result = TaskResult()
-        for payload in payloads:
-            result.samples |= payload
-        _summarise(bench, result)
+        result = TaskResult(samples=joined(payloads))
+        result.measure("kl_to_full", result.pooled("kl_sum", "num_compared_tokens", bench.examples), "nats/token")
+        agreement = result.pooled("num_agreeing_tokens", "num_compared_tokens", bench.examples)
+        result.measure("top1_agreement_fraction", agreement)
         return result
 
 
@@ -115,12 +114,3 @@ def _kl(expected: Tensor, got: Tensor) -> Tensor:
     """KL(expected || got) per row in nats; equal logits give exactly 0."""
     log_p, log_q = expected.log_softmax(dim=-1), got.log_softmax(dim=-1)
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-
-
-def _summarise(bench: Bench, result: TaskResult) -> None:
-    rows = [result.samples[example.id] for example in bench.examples]
-    counts = [row["num_compared_tokens"] for row in rows]
-    kl = pooled_ratio_interval([row["kl_sum"] for row in rows], counts, bench.clusters)
-    agreement = pooled_ratio_interval([row["num_agreeing_tokens"] for row in rows], counts, bench.clusters)
-    result.measure("kl_to_full", kl, "nats/token")
-    result.measure("top1_agreement_fraction", agreement)

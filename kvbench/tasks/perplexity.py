@@ -1,6 +1,7 @@
 """Perplexity of the reference answers, teacher-forced through the policy's own decode.
 
-Perplexity by the loop of Elastic Cache's code, every departure from `perplexity` an option.
+`Perplexity` is the number to compare by. `PerplexityReleased` is the loop of Elastic Cache's code, every departure from
+the former an option.
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ from kvbench.datasets.base import Example
 from kvbench.errors import DataError, NonFiniteError
 from kvbench.models.inputs import answer_tokens
 from kvbench.models.loader import LoadedModel
-from kvbench.stats.intervals import pooled_ratio_interval
 from kvbench.tasks.decode import forced, padded_targets
 from kvbench.tasks.prompts import Part
-from kvbench.tasks.task import BatchTask, Bench, Payload, TaskResult
+from kvbench.tasks.task import BatchTask, Bench, Payload, TaskResult, joined
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +51,8 @@ class Perplexity(BatchTask):
 
     def summarise(self, bench: Bench, payloads: Sequence[Payload]) -> TaskResult:
         """Pool the tokens of all examples."""
-        result = TaskResult()
-        for payload in payloads:
-            result.samples |= payload
-        rows = [result.samples[example.id] for example in bench.examples]
-        interval = pooled_ratio_interval(
-            [row["nll_sum"] for row in rows], [row["num_scored_tokens"] for row in rows], bench.clusters, math.exp
-        )
-        result.measure("ppl", interval)
+        result = TaskResult(samples=joined(payloads))
+        result.measure("ppl", result.pooled("nll_sum", "num_scored_tokens", bench.examples, math.exp))
         return result
 
 
@@ -125,19 +119,16 @@ class PerplexityReleased(BatchTask):
 
     def summarise(self, bench: Bench, payloads: Sequence[Payload]) -> TaskResult:
         """Pool the tokens of all answers. Raises: DataError if nothing is scored."""
-        result = TaskResult()
-        for payload in payloads:
-            result.samples |= payload
-        clusters = {example.id: example.cluster for example in bench.examples}
+        result = TaskResult(samples=joined(payloads))
+        examples = {example.id: example for example in bench.examples}
         rows = {name: row for name, row in result.samples.items() if row["released_num_scored_tokens"] > 0}
         if not rows:
             raise DataError("no answer has a token that the released loop scores; it leaves the last one out")
-        sums = [row["released_nll_sum"] for row in rows.values()]
-        counts = [row["released_num_scored_tokens"] for row in rows.values()]
-        interval = pooled_ratio_interval(sums, counts, [clusters[name] for name in rows], math.exp)
+        names = ("released_nll_sum", "released_num_scored_tokens")
+        interval = result.pooled(*names, [examples[name] for name in rows], math.exp)
         if self.model_precision:
-            mean = torch.tensor(sum(sums) / sum(counts)).to(bench.loaded.model.dtype)
-            interval = replace(interval, value=mean.exp().item())
+            total, count = (sum(row[name] for row in rows.values()) for name in names)
+            interval = replace(interval, value=torch.tensor(total / count).to(bench.loaded.model.dtype).exp().item())
         result.measure("ppl_released", interval)
         return result
 
