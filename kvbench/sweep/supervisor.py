@@ -33,8 +33,7 @@ from kvbench.results.claims import Claim, Claims
 from kvbench.results.files import canonical_json
 from kvbench.results.record import check_body
 from kvbench.sweep.cell import Attempt, Cell
-from kvbench.sweep.process import RETRIED, Limits, Verdict, WorkerProcess
-from kvbench.sweep.worker import LOAD
+from kvbench.sweep.process import LOAD, RETRIED, Limits, Verdict, WorkerProcess
 
 _AFTER_S = 1e-3  # a deadline has passed when it is looked at
 _LOOK_AGAIN_S = 1.0  # where a signal cannot wake this process

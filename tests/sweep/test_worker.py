@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from kvbench.sweep.worker import GO, Loading, PipeWatcher, message_of
+from kvbench.sweep.process import GO, message_of
+from kvbench.sweep.worker import Loading, PipeWatcher
 
 
 class Pipes:
