@@ -15,19 +15,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from kvbench.cli.sweep import quiet_libraries
-from kvbench.config.build import build_cells
-from kvbench.config.compose import Composed
 from kvbench.errors import ConfigError, is_poisoned
-from kvbench.results.store import PartialStore
-from kvbench.sweep.cell import Cell, environment
-from kvbench.sweep.group import GroupPlan, ModelShelf, run_group
 from kvbench.sweep.process import LOAD
 
 _PR_SET_PDEATHSIG = 1
@@ -35,9 +27,19 @@ _BUSY_FRACTION = 0.01  # of one core, above which a worker that loads is at work
 
 
 def main(job: dict[str, Any]) -> None:
-    """Run the job and end the process without waiting for anything that a library left running."""
+    """Run the job, one group, and end the process without waiting for anything that a library left running."""
     protect(job["parent"])
     watcher = watcher_of(job)
+    # What takes long to import comes when this process dies with its parent, and its beats are heard.
+    from omegaconf import OmegaConf
+
+    from kvbench.cli.sweep import quiet_libraries
+    from kvbench.config.build import build_cells
+    from kvbench.config.compose import Composed
+    from kvbench.results.store import PartialStore
+    from kvbench.sweep.cell import environment
+    from kvbench.sweep.group import GroupPlan, ModelShelf, run_group
+
     quiet_libraries()
     specs = [Composed(config=OmegaConf.create(spec["config"]), choices=spec["choices"]) for spec in job["cells"]]
     cells = build_cells(specs)
@@ -50,15 +52,10 @@ def main(job: dict[str, Any]) -> None:
         share_prompts=job["share_prompts"],
         batches_of=lambda key: PartialStore(results, key),
     )
-    serve(cells, plan, watcher)
-    os._exit(0)
-
-
-def serve(cells: Sequence[Cell], plan: GroupPlan, watcher: PipeWatcher) -> None:
-    """Run one group and say goodbye."""
     watcher.hello(environment(cells[0].device))
     run_group(cells, plan, shelf=ModelShelf(), watcher=watcher)
     watcher.bye()
+    os._exit(0)
 
 
 def protect(parent: int) -> None:
