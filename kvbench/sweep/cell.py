@@ -155,11 +155,7 @@ class Attempt:
         if getattr(dataset, "on_bad_item", "fail") == "skip":
             num, method = len(_skipped(dataset)), "counted when the data set was made"
             counts["num_skipped_items"] = _count(num, num + len(dataset.examples()), "entries", method)
-        if self.context is not None and self.context.beyond:
-            method = f"prompt and answer against {self.context.limit} tokens"
-            num, of = len(self.context.beyond), self.context.num_examples
-            counts["num_beyond_context"] = _count(num, of, "prompts", method)
-        return counts
+        return counts | ({} if self.context is None else self.context.measurement())
 
     def _sample_rows(self, result: TaskResult) -> list[dict[str, Any]]:
         """Rows with their id and cluster; without rows the data set is left alone, as it may be what failed."""
@@ -429,6 +425,12 @@ class ContextUse:
             "context_tokens": self.limit,
             "num_beyond_context": len(self.beyond),
         }
+
+    def measurement(self) -> dict[str, dict[str, Any]]:
+        """Return `num_beyond_context` where there is any, else nothing."""
+        method = f"prompt and answer against {self.limit} tokens"
+        found = _count(len(self.beyond), self.num_examples, "prompts", method)
+        return {"num_beyond_context": found} if self.beyond else {}
 
 
 def context_use(
