@@ -154,7 +154,7 @@ def project_rows(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor |
     rows, _, width = x.shape
     sizes = [weight.shape[0] for weight in weights]
     outputs = [x.new_empty((rows, 1, size)) for size in sizes]
-    block = _blocks(rows, width)
+    block = _blocks(rows, width, few=len(weights) == 1)
     tiles = sum(triton.cdiv(size, block["BLOCK_N"]) for size in sizes)
     project[(tiles,)](
         x,
@@ -167,7 +167,6 @@ def project_rows(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor |
         MATRICES=len(weights),
         HAS_BIAS=biases[0] is not None,
         **block,
-        num_warps=_num_warps(rows),
     )
     return outputs
 
@@ -177,9 +176,9 @@ def gated_rows(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     rows, _, width = x.shape
     size = gate.shape[0]
     out = x.new_empty((rows, 1, size))
-    block = _blocks(rows, width)
+    block = _blocks(rows, width, few=False)
     tiles = triton.cdiv(size, block["BLOCK_N"])
-    gate_up[(tiles,)](x, gate, up, out, size, width, rows, **block, num_warps=_num_warps(rows))
+    gate_up[(tiles,)](x, gate, up, out, size, width, rows, **block)
     return out
 
 
@@ -187,14 +186,15 @@ def _three(items: Sequence[object]) -> list[object]:
     return [*items, *[items[0]] * (3 - len(items))]
 
 
-def _blocks(rows: int, width: int) -> dict[str, int]:
-    """Tiles measured on an H100: 8 x 256 for one row, 32 x 128 for more (docs/log.md)."""
+def _blocks(rows: int, width: int, *, few: bool) -> dict[str, int]:
+    """Tiles measured on an H200 (docs/log.md); `few`: one matrix alone, where more and smaller tiles keep all busy."""
     if rows == 1:
-        shape = {"BLOCK_M": 1, "BLOCK_N": 8, "BLOCK_K": 256, "STAGES": 6}
+        shape = {"BLOCK_M": 1, "BLOCK_N": 8, "BLOCK_K": 256}
+        shape |= {"STAGES": 6, "num_warps": 2} if few else {"STAGES": 4, "num_warps": 1}
     else:
-        shape = {"BLOCK_M": max(16, triton.next_power_of_2(rows)), "BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 5}
+        shape = {"BLOCK_M": max(16, triton.next_power_of_2(rows))}
+        if few:
+            shape |= {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 5, "num_warps": 2}
+        else:
+            shape |= {"BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 5, "num_warps": 4}
     return shape | {"EVEN_K": width % shape["BLOCK_K"] == 0, "UPCAST": interpreted()}
-
-
-def _num_warps(rows: int) -> int:
-    return 2 if rows == 1 else 4
