@@ -25,7 +25,6 @@ from kvbench.results.files import Array, pack
 from kvbench.results.record import AUTOPSY_SCHEMA, GENERATED, NEVER, autopsy_path, write_autopsy
 from kvbench.results.redaction import hide_known, redacted_body
 from kvbench.sweep.cell import Cell
-from kvbench.tasks.memory import free_memory
 from kvbench.tasks.prompts import Part, Prompts
 from kvbench.tasks.task import BatchTask
 
@@ -76,8 +75,6 @@ class Autopsies:
         except BaseException as error:  # a policy may do anything, once more
             _log.warning("no autopsy of %s: %s: %s", cell.name, type(error).__name__, error)
             return not is_poisoned(str(error))
-        finally:
-            free_memory()
         return True
 
 

@@ -144,13 +144,19 @@ class PolicyCache(Cache):
         for layer in self.policy_layers:
             layer.decide()
 
+    def end_rows(self, ended: Sequence[bool]) -> None:
+        """Note the rows whose answers have ended: what is chosen in them from now on is no fault. Waits for nothing."""
+        for layer in self.policy_layers:
+            if layer.slots is not None:
+                layer.slots.end_rows(torch.tensor(ended, device=layer.slots.faults.device))
+
     def check(self) -> None:
         """Look whether every victim so far was a choice; waits for the device.
 
         Captured steps, and those on a GPU, only note what goes wrong; tasks call this where they read results.
         Raises: NonFiniteChoiceError if one was chosen by NaN, PolicyError if one was a slot without a token.
         """
-        held = [(layer.slots.faults, layer.setup) for layer in self.policy_layers if layer.slots is not None]
+        held = [(layer.slots.counted_faults, layer.setup) for layer in self.policy_layers if layer.slots is not None]
         if held and bool(torch.stack([faults.to(held[0][0].device) for faults, _ in held]).any()):
             for faults, setup in held:
                 check_faults(faults, setup.policy, setup.layer)

@@ -254,7 +254,7 @@ class PolicyLayer(CacheLayerMixin):
             victim, over = checked_victim(policy, view), slots.length > view.budget[:, None]
             slots.release(victim, over)
             if victim.device.type == "cpu":  # elsewhere looking would wait for the device at every step
-                check_faults(slots.faults, policy, self.setup.layer)
+                check_faults(slots.counted_faults, policy, self.setup.layer)
             return
         from kvbench.kernels.slot_writes import free_given, free_lowest
 

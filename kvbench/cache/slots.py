@@ -45,6 +45,7 @@ class Slots:
     positions count inside the cache. memory (B, H, M) or None: what the policy's last plan left, which
     does not follow the tokens. faults (B, H) int32: what went wrong in any step so far, NAN_SCORE and NO_TOKEN,
     to be looked at when the host waits anyway. Everything changes in place, so that a step can be captured.
+    ended (B, H) int32 or None: the faults of rows whose answer has ended, as they were then, -1 where it goes on.
     """
 
     entries: Entries
@@ -53,6 +54,7 @@ class Slots:
     faults: Tensor
     rank: Tensor | None = None
     memory: Tensor | None = None
+    ended: Tensor | None = None
 
     @property
     def capacity(self) -> int:
@@ -99,6 +101,16 @@ class Slots:
         self.entries.position.scatter_(2, at, torch.where(over[..., None], EMPTY, kept))
         self.length -= over.long()
         self.free.copy_(torch.where(over, victim, self.length))
+
+    def end_rows(self, ended: Tensor) -> None:
+        """Note that the answers of rows have ended, (B,) bool: what is chosen in them from now on is no fault."""
+        before = torch.full_like(self.faults, -1) if self.ended is None else self.ended
+        self.ended = torch.where(ended[:, None] & (before < 0), self.faults, before)
+
+    @property
+    def counted_faults(self) -> Tensor:
+        """(B, H) int32: `faults` of rows that go on, and of the others those from before their end."""
+        return self.faults if self.ended is None else torch.where(self.ended < 0, self.faults, self.ended)
 
     def advance(self) -> None:
         """Take a fresh slot next; every slot below `length` holds a token."""
@@ -214,7 +226,7 @@ def _merged(entries: Entries, into: Tensor, source: Tensor | None) -> Entries:
 
 
 def check_faults(faults: Tensor, policy: Policy, layer: int) -> None:
-    """Look at a layer's `Slots.faults` (B, H), which waits for the device.
+    """Look at a layer's `Slots.counted_faults` (B, H), which waits for the device.
 
     Raises: NonFiniteChoiceError if a victim was chosen by NaN, PolicyError if it was no slot with a token.
     """

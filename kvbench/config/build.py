@@ -324,6 +324,8 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
         "seed": seed,
         "device": device.split(":")[0],
         "versions": dict(_versions()),
+        # Only where it is not refused, which gives numbers that a run which refuses must not take.
+        **({} if beyond_context == "refuse" else {"beyond_context": beyond_context}),
     }
     return Cell(
         settings=settings,

@@ -1,16 +1,11 @@
 """One cell: what it is, how far it has come, and the body of its record whatever happens.
 
-Does a data set fit the model and the tasks: told before any model is loaded; and what it left out.
-
-What only the model's own processor can tell is told when it is loaded, before anything is measured.
-
-Which device a run uses, checked before anything is loaded.
-
-What a number was measured on: an allowlist, so that no secret can get into a record.
-
-Do the prompts fit into the model's context, with what comes after them.
-
-Beyond it a model is given positions that it never saw, and what it then says is no policy's doing.
+`Cell` is everything that one record is about, `Attempt` one try at it. Below stands what is asked before anything is
+measured: do data set, model and tasks fit (`check_fit`, `check_windows`, before a model is loaded), which items the
+model's own processor does not take (`rejected_items`), whether prompts and answers fit into the model's context
+(`context_use`: beyond it a model is given positions that it never saw, and what it then says is no policy's doing), on
+which device and with which engine, and what the numbers were measured on (`environment`: an allowlist, so that no
+secret can get into a record).
 """
 
 from __future__ import annotations
@@ -44,141 +39,13 @@ from kvbench.tasks.decode import ENGINES, Engine
 
 if TYPE_CHECKING:
     from kvbench.cache import Policy
-    from kvbench.datasets.base import Dataset
-    from kvbench.models.spec import ModelSpec
     from kvbench.tasks.decode import CacheSetting
     from kvbench.tasks.task import Task, TaskResult
 
+BeyondContext = Literal["refuse", "allow"]
+BEYOND_CONTEXT: tuple[BeyondContext, ...] = ("refuse", "allow")
 
-_MOST_NAMES = 100
-
-
-def check_fit(dataset: Dataset, model: ModelSpec, tasks: Mapping[str, Any], *, query_visible: bool) -> None:
-    """Raise DataError or ConfigError, in one line, for a combination that cannot run."""
-    examples = dataset.examples()
-    _check_ids(examples)
-    pictured = next((example for example in examples if example.load_image is not None), None)
-    if pictured is not None and takes_images(model) is False:
-        raise ConfigError(
-            f"the data set has pictures ({pictured.id}), but the model {model.checkpoint} takes text only; "
-            "choose another dataset or model"
-        )
-    for name, task in tasks.items():
-        _check_task(examples, name, task)
-    if not query_visible:
-        _check_hidden(examples, tasks)
-
-
-def _check_ids(examples: Sequence[Example]) -> None:
-    if not examples:
-        raise DataError("the data set has no example; nothing would be measured")
-    seen: set[str] = set()
-    for example in examples:
-        if example.id in seen:
-            raise DataError(f"the data set has the id {example.id!r} twice; ids must differ")
-        seen.add(example.id)
-
-
-def _check_task(examples: Sequence[Example], name: str, task: Any) -> None:
-    if getattr(task, "needs_reference", False):
-        bad = next((example for example in examples if not example.reference and example.window is None), None)
-        if bad is not None:
-            raise DataError(
-                f"task.{name} scores reference answers, and {bad.id} has none; give the data set's answers, "
-                f"or leave the task out with ~task.{name}"
-            )
-    if getattr(task, "needs_follow_ups", False):
-        bad = next((example for example in examples if not example.follow_ups), None)
-        if bad is not None:
-            raise DataError(
-                f"task.{name} needs a second question, and {bad.id} has none; leave it out with ~task.{name}"
-            )
-
-
-def _check_hidden(examples: Sequence[Example], tasks: Mapping[str, Any]) -> None:
-    blind = [name for name, task in tasks.items() if not getattr(task, "hides_question", False)]
-    if blind:
-        able = "perplexity, generation, fidelity and conversation"
-        raise ConfigError(
-            f"query_visible=false holds for {able}; leave {', '.join(f'~task.{name}' for name in blind)} out, "
-            "or choose task=quality"
-        )
-    bad = next((example for example in examples if not example.can_hide_question), None)
-    if bad is not None:
-        raise DataError(
-            f"query_visible=false, but {bad.id} has neither a picture nor a context before its question; "
-            "set query_visible=true or choose another dataset"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class WithoutItems:
-    """A data set without the items that a model's processor does not take; they are among its skipped ones.
-
-    Its fingerprint is the whole one's: what was asked for has not changed.
-    """
-
-    whole: Dataset
-    reasons: Mapping[str, str]
-    on_bad_item: ClassVar[OnBadItem] = "skip"
-
-    @property
-    def fingerprint(self) -> str:
-        """What the whole content depends on."""
-        return self.whole.fingerprint
-
-    @property
-    def skipped(self) -> Sequence[SkippedItem]:
-        """The items that the data set left out itself, then those that the processor does not take, by their id."""
-        return [*_skipped(self.whole), *(SkippedItem(item=name, reason=why) for name, why in self.reasons.items())]
-
-    def examples(self) -> Sequence[Example]:
-        """Return the others, in the same order."""
-        return [example for example in self.whole.examples() if example.id not in self.reasons]
-
-    def facts_in(self, text: str) -> frozenset[Hashable]:
-        """Return the facts that `text` states."""
-        return self.whole.facts_in(text)
-
-
-def rejected_items(loaded: LoadedModel, dataset: Dataset, beat: Callable[[], None]) -> dict[str, str]:
-    """Return id -> reason of the items whose prompt the model's processor does not take, where they may be skipped.
-
-    beat: called for every item. Raises: DataError if it takes none.
-    """
-    if getattr(dataset, "on_bad_item", "fail") != "skip":
-        return {}
-    reasons: dict[str, str] = {}
-    examples = dataset.examples()
-    for example in examples:
-        beat()
-        try:
-            prompt_batch(loaded, [example])
-        except DataError as error:
-            reasons[example.id] = str(error)
-    if len(reasons) == len(examples):
-        raise DataError(f"all {len(examples)} items are bad; the first: {next(iter(reasons.values()))}")
-    return reasons
-
-
-def skipped_measurement(dataset: Dataset) -> dict[str, dict[str, Any]]:
-    """Return `num_skipped_items` where the data set may leave bad items out, else nothing."""
-    if getattr(dataset, "on_bad_item", "fail") != "skip":
-        return {}
-    count = len(_skipped(dataset))
-    entry = {"value": count, "low": None, "high": None, "n": count + len(dataset.examples()), "unit": "entries"}
-    return {"num_skipped_items": {**entry, "method": "counted when the data set was made"}}
-
-
-def skipped_names(dataset: Dataset) -> list[dict[str, str]]:
-    """Return the first 100 items that were left out, each with its reason."""
-    return [{"item": found.item, "reason": found.reason} for found in _skipped(dataset)[:_MOST_NAMES]]
-
-
-def _skipped(dataset: Dataset) -> Sequence[SkippedItem]:
-    return getattr(dataset, "skipped", ())
-
-
+_MOST_NAMES = 100  # of items that were left out, in a record
 _STATUS_OF: tuple[tuple[type[BaseException], str], ...] = (
     (NonFiniteError, "nonfinite"),
     (DataError, "data_error"),
@@ -274,21 +141,34 @@ class Attempt:
             "duration_s": self.duration_s,
             "environment": dict(environment),
             "measurements": {} if result is None else result.measurements | self._counts(),
-            "samples": [] if result is None else _sample_rows(self.cell, result),
+            "samples": [] if result is None else self._sample_rows(result),
             "curves": {} if result is None else result.curves,
-            "skipped_items": skipped_names(self.cell.dataset),
+            "skipped_items": [
+                {"item": one.item, "reason": one.reason} for one in _skipped(self.cell.dataset)[:_MOST_NAMES]
+            ],
             "prompts": None if self.context is None else self.context.as_record(),
         }
 
     def _counts(self) -> dict[str, dict[str, Any]]:
-        """Items that were left out, and prompts that were measured although they are too long."""
-        return skipped_measurement(self.cell.dataset) | ({} if self.context is None else self.context.measurement())
+        """Items that were left out, where they may be, and prompts that were measured although they are too long."""
+        dataset, counts = self.cell.dataset, {}
+        if getattr(dataset, "on_bad_item", "fail") == "skip":
+            num, method = len(_skipped(dataset)), "counted when the data set was made"
+            counts["num_skipped_items"] = _count(num, num + len(dataset.examples()), "entries", method)
+        return counts | ({} if self.context is None else self.context.measurement())
+
+    def _sample_rows(self, result: TaskResult) -> list[dict[str, Any]]:
+        """Rows with their id and cluster; without rows the data set is left alone, as it may be what failed."""
+        clusters = {one.id: one.cluster for one in self.cell.dataset.examples()} if result.samples else {}
+        return [{"id": name, "cluster": clusters[name], **row} for name, row in result.samples.items()]
 
 
-def _sample_rows(cell: Cell, result: TaskResult) -> list[dict[str, Any]]:
-    """Rows with their id and cluster; without rows the data set is left alone, as it may be what failed."""
-    clusters = {example.id: example.cluster for example in cell.dataset.examples()} if result.samples else {}
-    return [{"id": name, "cluster": clusters[name], **row} for name, row in result.samples.items()]
+def _count(value: int, of: int, unit: str, method: str) -> dict[str, Any]:
+    return {"value": value, "low": None, "high": None, "n": of, "unit": unit, "method": method}
+
+
+def _skipped(dataset: Dataset) -> Sequence[SkippedItem]:
+    return getattr(dataset, "skipped", ())
 
 
 def status_of(exception: BaseException) -> str:
@@ -304,6 +184,111 @@ def described(exception: BaseException) -> dict[str, str]:
     texts = {"type": type(exception).__name__, "message": str(exception), "traceback": trace}
     # A record is UTF-8, which half a surrogate pair in a message is not.
     return {name: text.encode(errors="replace").decode() for name, text in texts.items()}
+
+
+# Flag of a task's class -> the part of an example that it needs, and what to say where that is missing.
+_NEEDS: dict[str, tuple[Callable[[Example], object], str]] = {
+    "needs_reference": (
+        lambda example: example.reference or example.window is not None,
+        "task.{task} scores reference answers, and {example} has none; give the data set's answers, or leave the task "
+        "out with ~task.{task}",
+    ),
+    "needs_follow_ups": (
+        lambda example: example.follow_ups,
+        "task.{task} needs a second question, and {example} has none; leave it out with ~task.{task}",
+    ),
+}
+
+
+def check_fit(dataset: Dataset, model: ModelSpec, tasks: Mapping[str, Any], *, query_visible: bool) -> None:
+    """Raise DataError or ConfigError, in one line, for a combination that cannot run."""
+    examples = dataset.examples()
+    if not examples:
+        raise DataError("the data set has no example; nothing would be measured")
+    seen: set[str] = set()
+    for example in examples:
+        if example.id in seen:
+            raise DataError(f"the data set has the id {example.id!r} twice; ids must differ")
+        seen.add(example.id)
+    pictured = next((example for example in examples if example.load_image is not None), None)
+    if pictured is not None and takes_images(model) is False:
+        raise ConfigError(
+            f"the data set has pictures ({pictured.id}), but the model {model.checkpoint} takes text only; "
+            "choose another dataset or model"
+        )
+    for name, task in tasks.items():
+        for flag, (has, text) in _NEEDS.items():
+            bad = next((example for example in examples if not has(example)), None) if getattr(task, flag, 0) else None
+            if bad is not None:
+                raise DataError(text.format(task=name, example=bad.id))
+    if not query_visible:
+        _check_hidden(examples, tasks)
+
+
+def _check_hidden(examples: Sequence[Example], tasks: Mapping[str, Any]) -> None:
+    blind = [name for name, task in tasks.items() if not getattr(task, "hides_question", False)]
+    if blind:
+        able = "perplexity, generation, fidelity and conversation"
+        raise ConfigError(
+            f"query_visible=false holds for {able}; leave {', '.join(f'~task.{name}' for name in blind)} out, "
+            "or choose task=quality"
+        )
+    bad = next((example for example in examples if not example.can_hide_question), None)
+    if bad is not None:
+        raise DataError(
+            f"query_visible=false, but {bad.id} has neither a picture nor a context before its question; "
+            "set query_visible=true or choose another dataset"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithoutItems:
+    """A data set without the items that a model's processor does not take; they are among its skipped ones.
+
+    Its fingerprint is the whole one's: what was asked for has not changed.
+    """
+
+    whole: Dataset
+    reasons: Mapping[str, str]
+    on_bad_item: ClassVar[OnBadItem] = "skip"
+
+    @property
+    def fingerprint(self) -> str:
+        """What the whole content depends on."""
+        return self.whole.fingerprint
+
+    @property
+    def skipped(self) -> Sequence[SkippedItem]:
+        """The items that the data set left out itself, then those that the processor does not take, by their id."""
+        return [*_skipped(self.whole), *(SkippedItem(item=name, reason=why) for name, why in self.reasons.items())]
+
+    def examples(self) -> Sequence[Example]:
+        """Return the others, in the same order."""
+        return [example for example in self.whole.examples() if example.id not in self.reasons]
+
+    def facts_in(self, text: str) -> frozenset[Hashable]:
+        """Return the facts that `text` states."""
+        return self.whole.facts_in(text)
+
+
+def rejected_items(loaded: LoadedModel, dataset: Dataset, beat: Callable[[], None]) -> dict[str, str]:
+    """Return id -> reason of the items whose prompt the model's processor does not take, where they may be skipped.
+
+    beat: called for every item. Raises: DataError if it takes none.
+    """
+    if getattr(dataset, "on_bad_item", "fail") != "skip":
+        return {}
+    reasons: dict[str, str] = {}
+    examples = dataset.examples()
+    for example in examples:
+        beat()
+        try:
+            prompt_batch(loaded, [example])
+        except DataError as error:
+            reasons[example.id] = str(error)
+    if len(reasons) == len(examples):
+        raise DataError(f"all {len(examples)} items are bad; the first: {next(iter(reasons.values()))}")
+    return reasons
 
 
 _NAME = re.compile(r"cpu|cuda(:\d+)?")
@@ -360,10 +345,9 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def _version(name: str) -> str | None:
-    try:
+    with contextlib.suppress(PackageNotFoundError):
         return version(name)
-    except PackageNotFoundError:
-        return None
+    return None
 
 
 def _cpu_model() -> str:
@@ -386,8 +370,6 @@ def _git_commit() -> str | None:
         return None
 
 
-BeyondContext = Literal["refuse", "allow"]
-BEYOND_CONTEXT: tuple[BeyondContext, ...] = ("refuse", "allow")
 _MOST_MARKS = 256  # tokens that a template writes around a turn, and a tokenizer around a text, at most
 _STRETCHING = ("linear", "dynamic", "yarn")  # rotary kinds whose factor stands for more context than is written
 
@@ -446,10 +428,9 @@ class ContextUse:
 
     def measurement(self) -> dict[str, dict[str, Any]]:
         """Return `num_beyond_context` where there is any, else nothing."""
-        if not self.beyond:
-            return {}
-        entry = {"value": len(self.beyond), "low": None, "high": None, "n": self.num_examples, "unit": "prompts"}
-        return {"num_beyond_context": {**entry, "method": f"prompt and answer against {self.limit} tokens"}}
+        method = f"prompt and answer against {self.limit} tokens"
+        found = _count(len(self.beyond), self.num_examples, "prompts", method)
+        return {"num_beyond_context": found} if self.beyond else {}
 
 
 def context_use(
@@ -465,7 +446,6 @@ def context_use(
     token stands.
     """
     limit = context_tokens(loaded.model.config.to_dict())
-    longest = max(given.num_tokens.values(), default=0)
     beyond: dict[str, int] = {}
     refused: dict[str, int] = {}
     for task in tasks.values() if limit is not None else ():
@@ -475,12 +455,16 @@ def context_use(
             prompt = given.num_tokens[example.id]
             after = _after_prompt(loaded, example, task, limit - prompt)
             needed = _positions(prompt, prompt + after, setting, compares=hasattr(task, "max_new_tokens"))
-            if needed > limit:
-                beyond[example.id] = max(needed, beyond.get(example.id, 0))
-                if reads:
-                    refused[example.id] = max(needed, refused.get(example.id, 0))
+            for found in (beyond, refused) if reads else (beyond,):
+                if needed > limit:
+                    found[example.id] = max(needed, found.get(example.id, 0))
     return ContextUse(
-        limit=limit, longest=longest, beyond=beyond, refused=refused, num_examples=len(examples), digest=given.digest
+        limit=limit,
+        longest=max(given.num_tokens.values(), default=0),
+        beyond=beyond,
+        refused=refused,
+        num_examples=len(examples),
+        digest=given.digest,
     )
 
 

@@ -1,14 +1,10 @@
-"""A group of cells that share model and data set, run in this process.
+"""Run a group of cells that share a model and a data set, in this process.
 
-Tasks that are measured in batches run batch by batch: one prefill, then every cell of the group, so
-that only one prompt is ever held and each cell pays for its decoding only. So cells come forward together: every
-batch is kept at once, and a cell that measures nothing else is told of as soon as its last batch is done. Tasks of
-time and memory run after that, cell by cell, with nothing shared left alive. Once a cell's record is told, a few of
-its samples are looked at once more for its autopsy. What one cell does wrong is its own.
-
-What a running group of cells is given: who watches it, where batches are kept, where results go.
-
-One cell of a running group: its batches, its other tasks, and its record whatever happens.
+Tasks that are measured in batches come first, batch by batch: one prefill, then every cell of the group, so that only
+one prompt is ever held and each cell pays for its decoding only. Every batch is kept at once, and a cell that measures
+nothing else is told of as soon as its last batch is done. Tasks of time and memory follow, cell by cell, with nothing
+shared left alive. Once a cell's record is told, a few of its samples are looked at once more for its autopsy. What one
+cell does wrong is its own.
 """
 
 from __future__ import annotations
@@ -27,6 +23,7 @@ from kvbench.errors import KvbenchError
 from kvbench.models.inputs import GivenPrompts, given_prompts
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
+from kvbench.results.record import encode_record
 from kvbench.sweep.cell import Attempt, Cell, WithoutItems, context_use, environment, rejected_items
 from kvbench.tasks.memory import free_memory
 from kvbench.tasks.prompts import Prompts
@@ -79,45 +76,45 @@ _log = logging.getLogger(__name__)
 
 
 class CellRun:
-    """One cell of a running group."""
+    """One cell of a running group: its batches, its other tasks, and its record whatever happens.
+
+    is_told: whether the watcher has the record; then nothing more happens.
+    """
 
     def __init__(self, cell: Cell, plan: GroupPlan, watcher: Watcher) -> None:
         self.attempt = Attempt(cell=cell, sweep=plan.sweep)
+        self.is_told = False
         self._plan = plan
         self._watcher = watcher
-        self._result = TaskResult()
         self._kept = plan.batches_of(cell.key)
         self._payloads: dict[int, Payload] = {}
         self._bench: Bench | None = None
         self._batched = {name: task for name, task in cell.tasks.items() if isinstance(task, BatchTask)}
-        self._reported = False
 
     def during(self, phase: str, *, timed: bool = False) -> Any:
         """Tell the watcher, and make what is raised the cell's own failure; timed: wait until nothing works beside."""
         self._watcher.active(self.attempt.cell.key, phase, timed=timed)
         return self.attempt.during(phase)
 
-    def leave_out(self, rejected: Mapping[str, str]) -> None:
-        """Go on without the items of these ids, which the record names as skipped for these reasons."""
-        if rejected:
-            cell = self.attempt.cell
-            self.attempt.cell = replace(cell, dataset=WithoutItems(whole=cell.dataset, reasons=rejected))
-
-    def begin(self, loaded: LoadedModel, prompts: Prompts, given: GivenPrompts) -> None:
+    def begin(self, loaded: LoadedModel, prompts: Prompts, given: GivenPrompts, rejected: Mapping[str, str]) -> None:
         """Look whether the prompts fit into the context, set the bench, and take up what was committed before.
 
-        The prompts' digest is part of what the full cache's answers are stored by: to other prompts there are others.
+        rejected: reasons by the ids of items that the processor does not take, which the record names as skipped. The
+        prompts' digest is part of what the full cache's answers are stored by: to other prompts there are others.
         """
         cell = self.attempt.cell
+        if rejected:
+            cell = self.attempt.cell = replace(cell, dataset=WithoutItems(whole=cell.dataset, reasons=rejected))
+        examples = cell.dataset.examples()
         with self.during("load"):
-            self.attempt.context = context_use(loaded, cell.dataset.examples(), given, cell.setting, cell.tasks)
+            self.attempt.context = context_use(loaded, examples, given, cell.setting, cell.tasks)
             if cell.beyond_context == "refuse":
                 self.attempt.context.check()
         stored_by = {**cell.shared_settings, "prompts": given.digest}
         self._bench = Bench(
             loaded=loaded,
             dataset=cell.dataset,
-            examples=cell.dataset.examples(),
+            examples=examples,
             setting=cell.setting,
             full_policy=cell.full_policy,
             answers=FullAnswers(folder=self._plan.results / "full_answers", settings=stored_by),
@@ -130,75 +127,74 @@ class CellRun:
             kept = self._kept.batches().items()
             self._payloads = {n: p for n, p in kept if n < len(prompts) and set(p) == set(self._batched)}
             if self._payloads:
-                self._watcher.advance(cell.key, len(self._batched) * len(self._payloads) / len(prompts))
-            self._watcher.batches(cell.key, len(self._payloads), len(prompts))
+                self._tell_batches(len(self._payloads))
+            else:
+                self._watcher.batches(cell.key, 0, len(prompts))
+
+    def _tell_batches(self, num_new: int) -> None:
+        assert self._bench is not None
+        key, total = self.attempt.cell.key, len(self._bench.prompts)
+        self._watcher.advance(key, len(self._batched) * num_new / total)
+        self._watcher.batches(key, len(self._payloads), total)
 
     def measure_batch(self, number: int) -> None:
-        """Run every batched task on one batch unless that was done, and commit what they gave."""
-        if self.attempt.failed or not self._batched or self._bench is None or number in self._payloads:
+        """Run every batched task on one batch unless that was done, and keep what they gave; report what is whole."""
+        if self.is_told or not self._batched or self._bench is None:
             return
-        payload: Payload = {}
-        for name, task in self._batched.items():
-            self._measure(name, task, number, payload)
-        self._commit(number, payload)
+        if number not in self._payloads and not self.attempt.failed:
+            payload: Payload = {}
+            for name, task in self._batched.items():
+                if not self.attempt.failed:
+                    with self.during(name):
+                        torch.manual_seed(self.attempt.cell.seed + number)
+                        payload[name] = task.measure(self._bench, self._bench.prompts.part(number))
+            if not self.attempt.failed:
+                self._commit(number, payload)
+                self._tell_batches(1)
         if self.attempt.failed:
-            self._report()
+            self.finish()
             free_memory()
-        else:
-            key, total = self.attempt.cell.key, len(self._bench.prompts)
-            self._watcher.advance(key, len(self._batched) / total)
-            self._watcher.batches(key, len(self._payloads), total)
-
-    def _measure(self, name: str, task: BatchTask, number: int, payload: Payload) -> None:
-        if self.attempt.failed or self._bench is None:
-            return
-        with self.during(name):
-            torch.manual_seed(self.attempt.cell.seed + number)
-            payload[name] = task.measure(self._bench, self._bench.prompts.part(number))
+        elif len(self._batched) == len(self.attempt.cell.tasks) and len(self._payloads) == len(self._bench.prompts):
+            self.finish()
 
     def _commit(self, number: int, payload: Payload) -> None:
-        if self.attempt.failed:
-            return
         self._payloads[number] = payload
         try:
             self._kept.commit(number, payload)
         except KvbenchError as error:  # it only costs time after a kill; the record itself says more
             _log.warning("%s", error)
 
-    @property
-    def is_measured(self) -> bool:
-        """Whether nothing is left but to sum up and report."""
-        if self._bench is None or len(self._batched) < len(self.attempt.cell.tasks):
-            return False
-        return len(self._payloads) == len(self._bench.prompts)
-
     def finish(self) -> None:
-        """Sum up the batches, run the other tasks in order, and report; nothing if that was done."""
-        if self._reported:
-            return
+        """Sum up the batches, run the other tasks in order, and tell the watcher of the record."""
+        result = TaskResult()
         for name, task in self.attempt.cell.tasks.items():
             if self.attempt.failed or self._bench is None:
                 break
             with self.during(name, timed=is_timed(task)):
-                self._result.add(self._task_result(name, task))
-        self._report()
+                result.add(self._task_result(name, task, self._bench))
+        self.is_told = True
+        self._watcher.done(self._record(result))
 
-    def _task_result(self, name: str, task: Any) -> TaskResult:
-        assert self._bench is not None
+    def _task_result(self, name: str, task: Any, bench: Bench) -> TaskResult:
+        found: TaskResult
         if name in self._batched:
-            payloads = [self._payloads[number][name] for number in sorted(self._payloads)]
-            summary: TaskResult = task.summarise(self._bench, payloads)
-            return summary
-        torch.manual_seed(self.attempt.cell.seed)
-        alone: TaskResult = task.run(self._bench)
-        return alone
+            found = task.summarise(bench, [self._payloads[number][name] for number in sorted(self._payloads)])
+        else:
+            torch.manual_seed(self.attempt.cell.seed)
+            found = task.run(bench)
+        return found
 
-    def _report(self) -> None:
-        if self._reported:
-            return
-        self._reported = True
-        body = self.attempt.body(environment(self.attempt.cell.device), self._result)
-        self._watcher.done(body)
+    def _record(self, result: TaskResult) -> dict[str, Any]:
+        """Return the body of the record; what no record can hold is one more failure of the cell."""
+        known = environment(self.attempt.cell.device)
+        try:
+            body = self.attempt.body(known, result)
+            encode_record(body)
+        except BaseException as error:  # a task may give anything
+            self.attempt.phase = "report"
+            self.attempt.fail(error)
+            return self.attempt.body(known)
+        return body
 
 
 class ModelShelf:
@@ -222,42 +218,43 @@ def run_group(cells: Sequence[Cell], plan: GroupPlan, *, shelf: ModelShelf, watc
     Cells are left over where nothing works in this process any more: they need a fresh one.
     """
     autopsies = Autopsies(plan.results, watcher)
-    together = [cells] if plan.share_prompts else [[cell] for cell in cells]
-    for some in together:
+    for some in [cells] if plan.share_prompts else [[cell] for cell in cells]:
         runs = [CellRun(cell, plan, watcher) for cell in some]
         loaded, prompts = _load(runs, plan, shelf, watcher)
         for number in range(len(prompts) if prompts else 0):
             for run in runs:
                 run.measure_batch(number)
-                if run.is_measured:
-                    run.finish()
         if prompts is not None:
             prompts.forget()
-        free_memory()
         for run in runs:
-            run.finish()
+            if not run.is_told:
+                free_memory()  # of the prompts, and of what was looked at last
+                run.finish()
             if loaded is not None and not run.attempt.failed and not autopsies.take(run.attempt.cell, loaded):
                 return
+        free_memory()
 
 
 def _load(
     runs: Sequence[CellRun], plan: GroupPlan, shelf: ModelShelf, watcher: Watcher
 ) -> tuple[LoadedModel, Prompts] | tuple[None, None]:
     """Load the model and the examples for all; a failure is the failure of each, told once per cell."""
-    first = runs[0]
+    first, cell = runs[0], runs[0].attempt.cell
     with first.during("load"):
-        cell = first.attempt.cell
         loaded = dataclasses.replace(shelf.get(cell.model, cell.device), beat=watcher.beat)
         policies = [run.attempt.cell.setting.policy for run in runs] + [cell.full_policy]
-        shared = policies if plan.share_prompts else None
         rejected = rejected_items(loaded, cell.dataset, watcher.beat)
-        for run in runs:
-            run.leave_out(rejected)
-        examples = first.attempt.cell.dataset.examples()
-        prompts = Prompts(loaded, examples, cell.batch_size, share=shared, query_visible=cell.query_visible)
+        examples = [example for example in cell.dataset.examples() if example.id not in rejected]
+        prompts = Prompts(
+            loaded,
+            examples,
+            cell.batch_size,
+            share=policies if plan.share_prompts else None,
+            query_visible=cell.query_visible,
+        )
         given = given_prompts(loaded, examples)
         for run in runs:
-            run.begin(loaded, prompts, given)
+            run.begin(loaded, prompts, given, rejected)
         return loaded, prompts
     for run in runs[1:]:
         run.attempt.status, run.attempt.error = first.attempt.status, first.attempt.error

@@ -1,10 +1,11 @@
-"""The parent's side of one worker: start it, read what it says, answer it, stop it.
+"""The parent's side of one worker: how both talk, starting and stopping it, and what its end means.
 
-What the end of a worker in the middle of a cell means.
-
-Is a worker too slow with a cell, or silent? Decided from the times its own messages carry.
-
-How often the kernel killed a process of this control group for memory, to tell that from other kills.
+A worker says what it does, one JSON object a line. The parent says one thing only: a byte, when nothing of the sweep
+works beside the worker, so that it may begin to time. Whatever else shares the process, a policy that writes to every
+open file among it, can put anything on the pipe: `message_of` takes what a worker can mean. `WorkerProcess` is the
+process. Its `Watchdog` decides, from the times that the worker's own messages carry, whether it is too slow with a cell
+or silent. `verdict_on` says what its end in the middle of a cell means, and `num_oom_kills` how often the kernel killed
+for memory. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -23,156 +24,44 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.results.files import make_folder
-from kvbench.sweep.worker import GO, message_of
 
-_FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS}
+GO = b"g"
+LOAD = "load"
 RETRIED = ("killed", "oom")
+_MOST = 1e300
+_CONTENT: dict[str, dict[str, type]] = {
+    "hello": {"environment": dict},
+    "active": {"key": str, "phase": str, "timed": bool},
+    "advance": {"key": str, "tasks": float},
+    "batches": {"key": str, "done": int, "total": int},
+    "beat": {},
+    "done": {"body": dict},
+    "bye": {},
+}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """A status, and what to say about it."""
-
-    status: str
-    kind: str
-    message: str
-
-
-def verdict_on(returncode: int, *, complaint: str | None, oom_kills: int) -> Verdict:
-    """Judge by the exit code (negative: a signal), the watchdog's complaint and new kills for memory."""
-    if complaint is not None:
-        return Verdict(status="timeout", kind="Timeout", message=f"stopped by the watchdog: {complaint}")
-    if returncode >= 0:
-        text = f"the worker process ended with exit code {returncode} in the middle of the cell"
-        return Verdict(status="crash", kind="ProcessExit", message=text)
-    number = -returncode
-    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-    if number == signal.SIGKILL and oom_kills > 0:
-        text = "the kernel killed the worker process for memory (oom_kill of its control group rose)"
-        return Verdict(status="oom", kind="HostOutOfMemory", message=text)
-    text = f"the worker process was ended by {name}"
-    return Verdict(status="crash" if number in _FAULTS else "killed", kind=name, message=text)
-
-
-_SELDOM_S = 60.0
-_BEATS_PER_SILENCE = 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """timeout_s: time that one cell may take in all; silence_s: time without any step. None: no limit."""
-
-    timeout_s: float | None
-    silence_s: float | None
-
-    @property
-    def beat_every_s(self) -> float:
-        """How often a worker has to say that it works: often enough to be believed, and no more than once a minute."""
-        return _SELDOM_S if self.silence_s is None else min(_SELDOM_S, self.silence_s / _BEATS_PER_SILENCE)
-
-
-@dataclass(kw_only=True)
-class Watchdog:
-    """Follows one worker; times are those of the machine's steady clock, in seconds."""
-
-    limits: Limits
-    now_s: float
-    spent_s: dict[str, float] = field(default_factory=dict)
-    active: tuple[str, str] | None = None
-    waits: bool = False
-
-    def __post_init__(self) -> None:
-        self._heard_s = self._counted_s = self.now_s
-
-    def hear(self, at_s: float) -> None:
-        """Note a message: the time since the last one belongs to the active cell."""
-        if self.active is not None:
-            key = self.active[0]
-            self.spent_s[key] = self.spent_s.get(key, 0.0) + max(0.0, at_s - self._counted_s)
-        self._heard_s, self._counted_s = max(at_s, self._heard_s), at_s
-
-    def start(self, key: str, phase: str, at_s: float) -> None:
-        """Note that `phase` of the cell `key` begins."""
-        self.hear(at_s)
-        self.active, self.waits = (key, phase), False
-
-    def end(self, at_s: float) -> None:
-        """Note that no cell is active."""
-        self.hear(at_s)
-        self.active, self.waits = None, False
-
-    def wait(self) -> None:
-        """Note that the worker waits for its parent: until `resume` no time is its own."""
-        self.waits = True
-
-    def resume(self, now_s: float) -> None:
-        """Note that the parent has answered."""
-        self.waits = False
-        self._heard_s = self._counted_s = now_s
-
-    def deadline_s(self) -> float | None:
-        """Return the time after which `complaint` has something to say if nothing more is heard; None for never."""
-        if self.waits:
-            return None
-        times = [] if self.limits.silence_s is None else [self._heard_s + self.limits.silence_s]
-        if self.active is not None and self.limits.timeout_s is not None:
-            times.append(self._counted_s + self.limits.timeout_s - self.spent_s.get(self.active[0], 0.0))
-        return min(times, default=None)
-
-    def complaint(self, now_s: float) -> str | None:
-        """Return why the worker must go, or None."""
-        if self.waits:
-            return None
-        silent_s = now_s - self._heard_s
-        if self.limits.silence_s is not None and silent_s > self.limits.silence_s:
-            return (
-                f"no step for {silent_s:.0f} s; the limit is silence_s={self.limits.silence_s:g}; if it was at work, "
-                "raise worker.silence_s"
-            )
-        if self.active is None or self.limits.timeout_s is None:
-            return None
-        spent_s = self.spent_s.get(self.active[0], 0.0) + now_s - self._counted_s
-        if spent_s > self.limits.timeout_s:
-            return f"{spent_s:.0f} s in this cell; the limit is timeout_s={self.limits.timeout_s:g}"
-        return None
-
-
-_CGROUP = Path("/sys/fs/cgroup")
-_MEMBERSHIP = Path("/proc/self/cgroup")
-_WHOLE_MACHINE = Path("/proc/vmstat")
-_COUNT = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
-
-
-def num_oom_kills(
-    *, cgroup: Path = _CGROUP, membership: Path = _MEMBERSHIP, whole_machine: Path = _WHOLE_MACHINE
-) -> int | None:
-    """Return the counter of the nearest group that has one (cgroup v2, then v1), else the machine's, else None."""
-    for path in (*_counters(cgroup, membership), whole_machine):
-        found = _COUNT.search(_text(path))
-        if found is not None:
-            return int(found[1])
-    return None
-
-
-def _counters(cgroup: Path, membership: Path) -> list[Path]:
-    """Files to look at. In a container the path told may not exist; its own group is then the root."""
-    paths = []
-    for line in _text(membership).splitlines():
-        _, _, rest = line.partition(":")
-        controllers, _, own = rest.partition(":")
-        if controllers == "":
-            paths += [cgroup / own.strip("/") / "memory.events", cgroup / "memory.events"]
-        elif "memory" in controllers.split(","):
-            folder = cgroup / "memory"
-            paths += [folder / own.strip("/") / "memory.oom_control", folder / "memory.oom_control"]
-    return paths
-
-
-def _text(path: Path) -> str:
+def message_of(line: bytes) -> dict[str, Any] | None:
+    """Return the message in a line of the pipe, None for what no worker says."""
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return ""
+        message = json.loads(line, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(message, dict):
+        return None
+    content = _CONTENT.get(str(message.get("event")))
+    if content is None or not _is(message.get("at_s"), float):
+        return None
+    return message if all(_is(message.get(name), kind) for name, kind in content.items()) else None
+
+
+def _is(value: object, kind: type) -> bool:
+    if kind is float:  # no NaN, and nothing that arithmetic with a float could not hold
+        return isinstance(value, int | float) and not isinstance(value, bool) and -_MOST < value < _MOST
+    return isinstance(value, kind)
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 _START = (
@@ -368,3 +257,149 @@ def _exit_descriptor(process: int) -> int | None:
         return os.pidfd_open(process)
     except OSError:  # an old kernel, or a container that forbids the call
         return None
+
+
+_SELDOM_S = 60.0
+_BEATS_PER_SILENCE = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """timeout_s: time that one cell may take in all; silence_s: time without any step. None: no limit."""
+
+    timeout_s: float | None
+    silence_s: float | None
+
+    @property
+    def beat_every_s(self) -> float:
+        """How often a worker has to say that it works: often enough to be believed, and no more than once a minute."""
+        return _SELDOM_S if self.silence_s is None else min(_SELDOM_S, self.silence_s / _BEATS_PER_SILENCE)
+
+
+@dataclass(kw_only=True)
+class Watchdog:
+    """Follows one worker; times are those of the machine's steady clock, in seconds."""
+
+    limits: Limits
+    now_s: float
+    spent_s: dict[str, float] = field(default_factory=dict)
+    active: tuple[str, str] | None = None
+    waits: bool = False
+
+    def __post_init__(self) -> None:
+        self._heard_s = self._counted_s = self.now_s
+
+    def hear(self, at_s: float) -> None:
+        """Note a message: the time since the last one belongs to the active cell."""
+        if self.active is not None:
+            key = self.active[0]
+            self.spent_s[key] = self.spent_s.get(key, 0.0) + max(0.0, at_s - self._counted_s)
+        self._heard_s, self._counted_s = max(at_s, self._heard_s), at_s
+
+    def start(self, key: str, phase: str, at_s: float) -> None:
+        """Note that `phase` of the cell `key` begins."""
+        self.hear(at_s)
+        self.active, self.waits = (key, phase), False
+
+    def end(self, at_s: float) -> None:
+        """Note that no cell is active."""
+        self.hear(at_s)
+        self.active, self.waits = None, False
+
+    def wait(self) -> None:
+        """Note that the worker waits for its parent: until `resume` no time is its own."""
+        self.waits = True
+
+    def resume(self, now_s: float) -> None:
+        """Note that the parent has answered."""
+        self.waits = False
+        self._heard_s = self._counted_s = now_s
+
+    def deadline_s(self) -> float | None:
+        """Return the time after which `complaint` has something to say if nothing more is heard; None for never."""
+        if self.waits:
+            return None
+        times = [] if self.limits.silence_s is None else [self._heard_s + self.limits.silence_s]
+        if self.active is not None and self.limits.timeout_s is not None:
+            times.append(self._counted_s + self.limits.timeout_s - self.spent_s.get(self.active[0], 0.0))
+        return min(times, default=None)
+
+    def complaint(self, now_s: float) -> str | None:
+        """Return why the worker must go, or None."""
+        if self.waits:
+            return None
+        silent_s = now_s - self._heard_s
+        if self.limits.silence_s is not None and silent_s > self.limits.silence_s:
+            return (
+                f"no step for {silent_s:.0f} s; the limit is silence_s={self.limits.silence_s:g}; if it was at work, "
+                "raise worker.silence_s"
+            )
+        if self.active is None or self.limits.timeout_s is None:
+            return None
+        spent_s = self.spent_s.get(self.active[0], 0.0) + now_s - self._counted_s
+        if spent_s > self.limits.timeout_s:
+            return f"{spent_s:.0f} s in this cell; the limit is timeout_s={self.limits.timeout_s:g}"
+        return None
+
+
+_FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """A status, and what to say about it."""
+
+    status: str
+    kind: str
+    message: str
+
+
+def verdict_on(returncode: int, *, complaint: str | None, oom_kills: int) -> Verdict:
+    """Judge by the exit code (negative: a signal), the watchdog's complaint and new kills for memory."""
+    if complaint is not None:
+        return Verdict(status="timeout", kind="Timeout", message=f"stopped by the watchdog: {complaint}")
+    if returncode >= 0:
+        text = f"the worker process ended with exit code {returncode} in the middle of the cell"
+        return Verdict(status="crash", kind="ProcessExit", message=text)
+    number = -returncode
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    if number == signal.SIGKILL and oom_kills > 0:
+        text = "the kernel killed the worker process for memory (oom_kill of its control group rose)"
+        return Verdict(status="oom", kind="HostOutOfMemory", message=text)
+    text = f"the worker process was ended by {name}"
+    return Verdict(status="crash" if number in _FAULTS else "killed", kind=name, message=text)
+
+
+_CGROUP = Path("/sys/fs/cgroup")
+_MEMBERSHIP = Path("/proc/self/cgroup")
+_WHOLE_MACHINE = Path("/proc/vmstat")
+_COUNT = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
+
+
+def num_oom_kills(
+    *, cgroup: Path = _CGROUP, membership: Path = _MEMBERSHIP, whole_machine: Path = _WHOLE_MACHINE
+) -> int | None:
+    """Return the counter of the nearest group that has one (cgroup v2, then v1), else the machine's, else None."""
+    found = (_COUNT.search(_text(path)) for path in (*_counters(cgroup, membership), whole_machine))
+    return next((int(count[1]) for count in found if count is not None), None)
+
+
+def _counters(cgroup: Path, membership: Path) -> list[Path]:
+    """Files to look at. In a container the path told may not exist; its own group is then the root."""
+    paths = []
+    for line in _text(membership).splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, own = rest.partition(":")
+        if controllers == "":
+            paths += [cgroup / own.strip("/") / "memory.events", cgroup / "memory.events"]
+        elif "memory" in controllers.split(","):
+            folder = cgroup / "memory"
+            paths += [folder / own.strip("/") / "memory.oom_control", folder / "memory.oom_control"]
+    return paths
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""

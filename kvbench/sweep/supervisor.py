@@ -1,15 +1,14 @@
 """Run groups of cells in worker processes, so that whatever a cell does costs that cell only.
 
-A worker gets a group (one model, one data set) and loads the model once. When it dies, its own
-messages say which cell and phase it was in: that cell gets a record with the reason, and a fresh
-worker goes on with the others. A cell that was killed or ran out of memory is tried once more, alone.
+A worker gets a group (one model, one data set) and loads the model once. When it dies, its own messages say which cell
+and phase it was in: that cell gets a record with the reason, and a fresh worker goes on with the others. A cell that
+was killed or ran out of memory is tried once more, alone.
 
-This process sleeps until a worker says something or ends, a signal comes, or a deadline passes: it runs on the
-cores that workers time on. A worker asks before it times, and is answered when what had to be done here is done.
+This process sleeps until a worker says something or ends, a signal comes, or a deadline passes: it runs on the cores
+that workers time on. A worker asks before it times, and is answered when what had to be done here is done.
 
-How cells are spread over worker processes: the settings below `worker` in the configuration.
-
-The claims that this process holds, kept alive while their cells run.
+`WorkerSettings` are what a user says of it (the settings below `worker`), `HeldClaims` the claims that this process
+holds, kept alive while their cells run.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ from kvbench.results.claims import Claim, Claims
 from kvbench.results.files import canonical_json
 from kvbench.results.record import check_body
 from kvbench.sweep.cell import Attempt, Cell
-from kvbench.sweep.process import RETRIED, Limits, Verdict, WorkerProcess
-from kvbench.sweep.worker import LOAD
+from kvbench.sweep.process import LOAD, RETRIED, Limits, Verdict, WorkerProcess
 
 _AFTER_S = 1e-3  # a deadline has passed when it is looked at
 _LOOK_AGAIN_S = 1.0  # where a signal cannot wake this process
@@ -158,14 +156,13 @@ class Supervisor:
                 self._start(slot, self._queue.popleft())
 
     def _start(self, slot: int, keys: list[str]) -> None:
-        worker = WorkerProcess(
+        self._running[slot] = WorkerProcess(
             self._plan.job([self._tickets[key] for key in keys]),
             keys=keys,
             limits=self._plan.limits,
             log=self._plan.results / "logs" / f"{keys[0][:16]}.log",
             environment=self._plan.slots[slot],
         )
-        self._running[slot] = worker
 
     def _follow(self, slot: int, worker: WorkerProcess) -> None:
         for message in worker.read():
@@ -177,14 +174,15 @@ class Supervisor:
             worker.stop_if_stuck()
 
     def _handle(self, message: Mapping[str, Any], worker: WorkerProcess) -> None:
-        if message["event"] == "active":
-            self._events.active(message["key"])
-        elif message["event"] == "advance":
-            self._events.advance(message["key"], message["tasks"])
-        elif message["event"] == "batches":
-            self._events.batches(message["key"], message["done"], message["total"])
-        elif message["event"] == "done":
-            self._end(self._sound(message["body"], worker))
+        match message:
+            case {"event": "active", "key": key}:
+                self._events.active(key)
+            case {"event": "advance", "key": key, "tasks": tasks}:
+                self._events.advance(key, tasks)
+            case {"event": "batches", "key": key, "done": done, "total": total}:
+                self._events.batches(key, done, total)
+            case {"event": "done", "body": body}:
+                self._end(self._sound(body, worker))
 
     def _sound(self, body: dict[str, Any], worker: WorkerProcess) -> dict[str, Any]:
         """Return `body`, or the failure that it is no record: what one task gives must not end the sweep."""
@@ -214,8 +212,8 @@ class Supervisor:
             return
         looked_at = worker.watchdog.active
         if looked_at is not None and worker.active is None:
-            key, phase = looked_at
-            _log.warning("%s of %s: %s; its record is safe", phase, self._name(key), worker.verdict().message)
+            name, phase = self._tickets[looked_at[0]].cell.name, looked_at[1]
+            _log.warning("%s of %s: %s; its record is safe", phase, name, worker.verdict().message)
             if worker.keys:
                 self._queue.appendleft(worker.keys)
             return
@@ -234,9 +232,6 @@ class Supervisor:
             self._end(self._body(other, phase, verdict, worker), retry=len(blamed) == 1)
         if rest:
             self._queue.appendleft(rest)
-
-    def _name(self, key: str) -> str:
-        return self._tickets[key].cell.name
 
     def _body(self, key: str, phase: str, verdict: Verdict, worker: WorkerProcess) -> dict[str, Any]:
         attempt = Attempt(cell=self._tickets[key].cell, sweep=self._plan.sweep, phase=phase, status=verdict.status)

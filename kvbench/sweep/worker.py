@@ -1,14 +1,6 @@
-"""What a spawned worker runs: read a job, build its cells from their configurations, run them.
+"""What a spawned worker runs: read a job, build its cells from their configurations, run them, tell every step.
 
-A job is one JSON line on the standard input; nothing is pickled.
-
-The worker's side of a group: run its cells and tell the parent every step.
-
-How a worker and its parent talk, and how the worker is tied to it; imports nothing heavy.
-
-A worker says what it does, one JSON object a line. The parent says one thing only: a byte, when nothing of
-the sweep works beside the worker, so that it may begin to time. Whatever else shares the process, a policy that
-writes to every open file among it, can put anything on the pipe: `message_of` takes what a worker can mean.
+A job is one JSON line on the standard input; nothing is pickled. What may be said is in `kvbench.sweep.process`.
 """
 
 from __future__ import annotations
@@ -23,34 +15,65 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from kvbench.cli.sweep import quiet_libraries
-from kvbench.config.build import build_cells
-from kvbench.config.compose import Composed
 from kvbench.errors import ConfigError, is_poisoned
-from kvbench.results.store import PartialStore
-from kvbench.sweep.cell import Cell, environment
-from kvbench.sweep.group import GroupPlan, ModelShelf, run_group
+from kvbench.sweep.process import LOAD
 
-GO = b"g"
-LOAD = "load"
 _PR_SET_PDEATHSIG = 1
 _BUSY_FRACTION = 0.01  # of one core, above which a worker that loads is at work
-_MOST = 1e300
-_CONTENT: dict[str, dict[str, type]] = {
-    "hello": {"environment": dict},
-    "active": {"key": str, "phase": str, "timed": bool},
-    "advance": {"key": str, "tasks": float},
-    "batches": {"key": str, "done": int, "total": int},
-    "beat": {},
-    "done": {"body": dict},
-    "bye": {},
-}
+
+
+def main(job: dict[str, Any]) -> None:
+    """Run the job, one group, and end the process without waiting for anything that a library left running."""
+    protect(job["parent"])
+    watcher = watcher_of(job)
+    # What takes long to import comes when this process dies with its parent, and its beats are heard.
+    from omegaconf import OmegaConf
+
+    from kvbench.cli.sweep import quiet_libraries
+    from kvbench.config.build import build_cells
+    from kvbench.config.compose import Composed
+    from kvbench.results.store import PartialStore
+    from kvbench.sweep.cell import environment
+    from kvbench.sweep.group import GroupPlan, ModelShelf, run_group
+
+    quiet_libraries()
+    specs = [Composed(config=OmegaConf.create(spec["config"]), choices=spec["choices"]) for spec in job["cells"]]
+    cells = build_cells(specs)
+    if [cell.key for cell in cells] != job["keys"]:
+        raise ConfigError("the cells changed while the sweep ran (code, checkpoint or data); start it again")
+    results = Path(job["results"])
+    plan = GroupPlan(
+        results=results,
+        sweep=job["sweep"],
+        share_prompts=job["share_prompts"],
+        batches_of=lambda key: PartialStore(results, key),
+    )
+    watcher.hello(environment(cells[0].device))
+    run_group(cells, plan, shelf=ModelShelf(), watcher=watcher)
+    watcher.bye()
+    os._exit(0)
+
+
+def protect(parent: int) -> None:
+    """Die with the parent, leave stopping to it, and dump all stacks when something goes wrong."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the call
+            os._exit(1)
+
+
+def watcher_of(job: Mapping[str, Any]) -> PipeWatcher:
+    """Return the worker's end of the talk about `job`."""
+    return PipeWatcher(job["messages"], answers=job["answers"], beat_every_s=job["beat_every_s"])
 
 
 class PipeWatcher:
@@ -145,75 +168,3 @@ class Loading(threading.Thread):
         if not self._stopped.is_set():
             self._stopped.set()
             self.join()
-
-
-def message_of(line: bytes) -> dict[str, Any] | None:
-    """Return the message in a line of the pipe, None for what no worker says."""
-    try:
-        message = json.loads(line, parse_constant=_refuse)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(message, dict):
-        return None
-    content = _CONTENT.get(str(message.get("event")))
-    if content is None or not _is(message.get("at_s"), float):
-        return None
-    return message if all(_is(message.get(name), kind) for name, kind in content.items()) else None
-
-
-def _is(value: object, kind: type) -> bool:
-    if kind is float:  # no NaN, and nothing that arithmetic with a float could not hold
-        return isinstance(value, int | float) and not isinstance(value, bool) and -_MOST < value < _MOST
-    return isinstance(value, kind)
-
-
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} is no number of JSON")
-
-
-def watcher_of(job: Mapping[str, Any]) -> PipeWatcher:
-    """Return the worker's end of the talk about `job`."""
-    return PipeWatcher(job["messages"], answers=job["answers"], beat_every_s=job["beat_every_s"])
-
-
-def protect(parent: int) -> None:
-    """Die with the parent, leave stopping to it, and dump all stacks when something goes wrong."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the call
-            os._exit(1)
-
-
-def serve(cells: Sequence[Cell], plan: GroupPlan, watcher: PipeWatcher) -> None:
-    """Run one group and say goodbye."""
-    watcher.hello(environment(cells[0].device))
-    run_group(cells, plan, shelf=ModelShelf(), watcher=watcher)
-    watcher.bye()
-
-
-def main(job: dict[str, Any]) -> None:
-    """Run the job and end the process without waiting for anything that a library left running."""
-    protect(job["parent"])
-    watcher = watcher_of(job)
-    quiet_libraries()
-    cells = build_cells([_composed(spec) for spec in job["cells"]])
-    if [cell.key for cell in cells] != job["keys"]:
-        raise ConfigError("the cells changed while the sweep ran (code, checkpoint or data); start it again")
-    results = Path(job["results"])
-    plan = GroupPlan(
-        results=results,
-        sweep=job["sweep"],
-        share_prompts=job["share_prompts"],
-        batches_of=lambda key: PartialStore(results, key),
-    )
-    serve(cells, plan, watcher)
-    os._exit(0)
-
-
-def _composed(spec: dict[str, Any]) -> Composed:
-    return Composed(config=OmegaConf.create(spec["config"]), choices=spec["choices"])

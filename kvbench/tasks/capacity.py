@@ -1,8 +1,7 @@
 """How many prompts fit together: what eviction buys when memory is the limit.
 
-At a fixed batch a smaller cache saves a few reads. Its larger worth is that more prompts fit beside
-the weights, so the largest batch of the policy and that of the full cache are searched and each is
-timed at its own.
+At a fixed batch a smaller cache saves a few reads. Its larger worth is that more prompts fit beside the weights, so the
+largest batch of the policy and that of the full cache are searched and each is timed at its own.
 """
 
 from __future__ import annotations
@@ -14,12 +13,13 @@ from typing import ClassVar
 
 import torch
 
-from kvbench.errors import ConfigError, ran_out_of_memory
+from kvbench.errors import ran_out_of_memory
 from kvbench.models.inputs import prompt_batch
-from kvbench.stats.intervals import Interval, launch_interval, ratio_interval
+from kvbench.stats.intervals import launch_interval, ratio_interval
 from kvbench.tasks.decode import CacheSetting
+from kvbench.tasks.memory import empty_allocator
 from kvbench.tasks.speed import Launch, launch, repeated
-from kvbench.tasks.task import Bench, TaskResult
+from kvbench.tasks.task import Bench, TaskResult, check_least
 
 _ARMS = ("", "full_")
 
@@ -42,11 +42,7 @@ class Capacity:
     max_batch_size: int = 1024
 
     def __post_init__(self) -> None:
-        if self.new_tokens < 3 or self.num_launches < 1 or self.max_batch_size < 1:
-            raise ConfigError(
-                f"task.capacity has new_tokens={self.new_tokens}, num_launches={self.num_launches}, "
-                f"max_batch_size={self.max_batch_size}; allowed: >= 3, >= 1, >= 1"
-            )
+        check_least("capacity", self, new_tokens=3, num_launches=1, max_batch_size=1)
 
     def run(self, bench: Bench) -> TaskResult:
         """Search for both arms, then time them; without a full cache that fits, the policy alone."""
@@ -75,7 +71,7 @@ class Capacity:
         return result
 
     def _launch(self, bench: Bench, setting: CacheSetting, size: int) -> Launch:
-        _empty(bench.loaded.device)
+        empty_allocator(bench.loaded.device)
         batch = prompt_batch(bench.loaded, repeated(bench.examples, size))
         return launch(bench.loaded, batch, setting, self.new_tokens)
 
@@ -96,13 +92,11 @@ class Capacity:
         for prefix, size, rate in zip(_ARMS, sizes, rates, strict=True):
             reached = size == self.max_batch_size
             method = "the limit of the search, not of the memory" if reached else "doubling, then halving the gap"
-            counted = Interval(value=float(size), low=None, high=None, n=1, method=method)
-            result.measure(f"{prefix}capacity_prompts", counted, "prompts")
+            result.note(f"{prefix}capacity_prompts", float(size), "prompts", method=method)
             if rate:
                 result.measure(f"{prefix}capacity_throughput_tokens_per_s", launch_interval(rate), "tokens/s")
         if sizes[1]:
-            ratio = Interval(value=sizes[0] / sizes[1], low=None, high=None, n=1, method="of two counts")
-            result.measure("capacity_ratio_to_full", ratio)
+            result.note("capacity_ratio_to_full", sizes[0] / sizes[1], method="of two counts")
             result.measure("capacity_throughput_ratio_to_full", ratio_interval(rates[0], rates[1]))
 
 
@@ -116,9 +110,3 @@ def largest_that_fits(fits: Callable[[int], bool], limit: int) -> int:
         middle = (good + bad) // 2
         good, bad = (middle, bad) if fits(middle) else (good, middle)
     return good
-
-
-def _empty(device: torch.device) -> None:
-    """Give back what the allocator keeps for later, so that a try starts as the first one did."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

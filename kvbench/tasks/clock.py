@@ -1,13 +1,9 @@
-"""Time in milliseconds on any device: waited for, or marked without waiting.
+"""How time is taken, and what says whether a time can be believed.
 
-The memory roof of a decode step: bytes that it must read, over the bandwidth that a copy reaches.
-
-A step reads the weights of the decoder and the entries it attends to at least once. At the batch
-sizes of decoding nothing else is as slow, so no implementation on this device can be faster.
-
-The same work at the start and at the end of a timing pass: how much slower or faster the machine became.
-
-Find where a picture is encoded inside a model's forward, by hooks that are taken off again.
+`Marks` note points in the work of any device without waiting for it. `copy_bandwidth` and `step_weight_bytes` make the
+memory roof of a decode step: it reads the decoder's weights and the entries it attends to at least once, and at the
+batch sizes of decoding nothing else is as slow. `reference_ms` is the same work at the start and at the end of a timing
+pass, `foreign_gpu_processes` who else is there. `around_vision` finds where pictures are encoded in a model's forward.
 """
 
 from __future__ import annotations
@@ -15,7 +11,7 @@ from __future__ import annotations
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import pairwise
 from typing import Any
@@ -68,11 +64,21 @@ class Marks:
 
 
 def _elapsed_ms(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:
-    if isinstance(before, float) and isinstance(after, float):
+    if isinstance(before, float) or isinstance(after, float):
+        assert isinstance(before, float)
+        assert isinstance(after, float)
         return after - before
-    assert not isinstance(before, float)
-    assert not isinstance(after, float)
     return float(before.elapsed_time(after))
+
+
+def repeated_ms(work: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
+    """Return the time of each of `repeats` runs of `work`, one right after the other."""
+    marks = Marks(device)
+    for _ in range(repeats):
+        marks.mark()
+        work()
+    marks.mark()
+    return marks.between_ms()
 
 
 _CUDA_BYTES = 512 * 2**20  # ten times the largest L2
@@ -101,12 +107,8 @@ def copy_bandwidth(device: torch.device) -> float:
     size = _CUDA_BYTES if device.type == "cuda" else _CPU_BYTES
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    marks = Marks(device)
-    for _ in range(_NUM_COPIES + 1):
-        marks.mark()
-        target.copy_(source)
-    marks.mark()
-    return 2 * size / (statistics.median(marks.between_ms()[1:]) / 1e3)
+    times_ms = repeated_ms(lambda: target.copy_(source), _NUM_COPIES + 1, device)
+    return 2 * size / (statistics.median(times_ms[1:]) / 1e3)
 
 
 _SIZES = {"cuda": 4096, "cpu": 384}
@@ -116,18 +118,12 @@ _MOST_REPEATS = 500
 
 def reference_ms(device: torch.device) -> float:
     """Return the median time of a matrix product of fixed size, repeated for about 150 ms."""
-    size = _SIZES["cuda" if device.type == "cuda" else "cpu"]
-    matrix = torch.full(
-        (size, size), 0.5, device=device, dtype=torch.float16 if device.type == "cuda" else torch.float32
-    )
+    kind, dtype = ("cuda", torch.float16) if device.type == "cuda" else ("cpu", torch.float32)
+    matrix = torch.full((_SIZES[kind], _SIZES[kind]), 0.5, device=device, dtype=dtype)
     found: list[float] = []
     end_ms = synchronised_ms(device) + _LAST_MS
     while len(found) < _MOST_REPEATS and (synchronised_ms(device) < end_ms or len(found) < 10):
-        marks = Marks(device)
-        for _ in range(6):
-            marks.mark()
-            matrix @ matrix
-        found.extend(marks.between_ms()[1:])
+        found.extend(repeated_ms(lambda: matrix @ matrix, 6, device)[1:])
     return statistics.median(found)
 
 

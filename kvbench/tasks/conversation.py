@@ -16,11 +16,9 @@ from kvbench.datasets.base import Example, Turn
 from kvbench.errors import ConfigError, MeasureError, NonFiniteError
 from kvbench.measures import MAX_TURNS, MEASURES
 from kvbench.models.chat import next_turn_tokens
-from kvbench.models.inputs import PromptBatch, answer_text, num_question_tokens, prompt_batch
-from kvbench.stats.intervals import mean_interval
+from kvbench.models.inputs import PromptBatch, num_question_tokens, prompt_batch
 from kvbench.tasks.decode import CacheSetting, Decoding
-from kvbench.tasks.generation import divergence, text_scores
-from kvbench.tasks.rouge import fact_scores, length_ratio
+from kvbench.tasks.generation import answer_fields, fact_fields
 from kvbench.tasks.task import Answers, Bench, FullAnswers, TaskResult
 
 
@@ -71,7 +69,8 @@ class MultiTurn:
         for example in bench.examples:
             result.samples[example.id] = _row(bench, example, self.talk(bench, example, bench.setting), full)
             bench.advance(1 / len(bench.examples))
-        _summarise(bench, result)
+        rows = (result.samples[example.id] for example in bench.examples)
+        result.measure_means(dict.fromkeys(name for row in rows for name in row if name in MEASURES), bench)
         return result
 
     def _full_answers(self, bench: Bench) -> Answers:
@@ -85,11 +84,8 @@ class MultiTurn:
             }
 
         settings = {**bench.answers.settings, "conversation": self.protocol, "max_turns": self.max_turns}
-        answers = FullAnswers(folder=bench.answers.folder, settings=settings).get(self.max_new_tokens, compute)
-        missing = [example.id for example in bench.examples if _name(example, 0) not in answers]
-        if missing:
-            raise MeasureError(f"the stored full answers lack {missing[0]}; delete results/full_answers and run again")
-        return answers
+        needed = {_name(example, 0): example.id for example in bench.examples}
+        return FullAnswers(folder=bench.answers.folder, settings=settings).get(self.max_new_tokens, compute, needed)
 
     @torch.inference_mode()
     def talk(self, bench: Bench, example: Example, setting: CacheSetting) -> list[Said]:
@@ -139,27 +135,15 @@ def _row(bench: Bench, example: Example, said: list[Said], full: Mapping[str, li
     asked = [Turn(question=example.question, answer=example.reference), *example.follow_ups]
     for number, (turn, one) in enumerate(zip(asked, said, strict=False)):
         theirs = full[_name(example, number)]
-        text, full_text = answer_text(bench.loaded, one.tokens), answer_text(bench.loaded, theirs)
-        fields: dict[str, Any] = {"question": turn.question, "text": text, "full_text": full_text}
-        fields |= {"reference": turn.answer} | text_scores(text, full_text, turn.answer)
-        fields["length_ratio"] = length_ratio(len(one.tokens), len(theirs))
-        fields |= divergence(bench.loaded, one.tokens, theirs)
+        fields = {"question": turn.question, **answer_fields(bench.loaded, one.tokens, theirs, turn.answer)}
         fields["realised_budget_fraction"] = one.held_fraction
         if turn.answer:
-            fields["exact_fraction"] = float(_plain(text) == _plain(turn.answer))
-        if number == 0 and example.facts is not None:
-            stated = bench.dataset.facts_in(text)
-            fields |= fact_scores(stated=stated, true=example.facts, noun=example.fact_noun)
+            fields["exact_fraction"] = float(_plain(fields["text"]) == _plain(turn.answer))
+        if number == 0:
+            fields |= fact_fields(bench.dataset, example, fields["text"])
         row |= {f"turn{number + 1}_{name}": value for name, value in fields.items()}
     return row
 
 
 def _plain(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(".")
-
-
-def _summarise(bench: Bench, result: TaskResult) -> None:
-    rows = [result.samples[example.id] for example in bench.examples]
-    for name in dict.fromkeys(name for row in rows for name in row if name in MEASURES):
-        scored = [(row[name], c) for row, c in zip(rows, bench.clusters, strict=True) if row.get(name) is not None]
-        result.measure(name, mean_interval([value for value, _ in scored], [cluster for _, cluster in scored]))

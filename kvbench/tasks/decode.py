@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -172,8 +172,8 @@ def greedy(
     """Return the greedy answer of each row from where `decoding` stands, without its end token, any of `end_token_ids`.
 
     on_step gets the cache and which rows are still being answered, after each step. Raises:
-    NonFiniteError for logits whose largest is NaN or infinite, in a row that is still being answered, and for
-    victims that were chosen by NaN, in any row.
+    NonFiniteError for logits whose largest is NaN or infinite, and for victims that were chosen by NaN, in a row that
+    is still being answered.
     """
     answers: list[list[int]] = [[] for _ in range(decoding.logits.shape[0])]
     going = [True] * len(answers)
@@ -181,17 +181,34 @@ def greedy(
         tokens, largest = decoding.logits.argmax(dim=-1), decoding.logits.amax(dim=-1)
         if not bool((largest.isfinite() | ~torch.tensor(going, device=largest.device)).all()):
             raise NonFiniteError(f"the logits of new token {number} are not finite")
+        num_going = sum(going)
         for row, token in enumerate(tokens.tolist()):
             going[row] = going[row] and token not in end_token_ids
             if going[row]:
                 answers[row].append(token)
         if not any(going) or number == max_new_tokens - 1:
             break
+        if sum(going) < num_going:
+            decoding.cache.end_rows([not goes for goes in going])
         decoding.step(tokens)
         if on_step is not None:
             on_step(decoding.cache, going)
     decoding.cache.check()
     return answers
+
+
+def forced(decoding: Decoding, tokens: Tensor, lengths: Sequence[int]) -> Iterator[Tensor]:
+    """Feed `tokens` (B, N), padded right, one after the other; yield the logits (B, V) float32 after each.
+
+    lengths: the tokens of each row that count; what is wrong in a row after them is nobody's fault.
+    """
+    before = [False] * len(lengths)
+    for number in range(tokens.shape[1]):
+        ended = [length <= number for length in lengths]
+        if ended != before:
+            decoding.cache.end_rows(ended)
+        before = ended
+        yield decoding.step(tokens[:, number])
 
 
 def padded_targets(answers: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

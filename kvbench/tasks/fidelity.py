@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from kvbench.errors import ConfigError, MeasureError, NonFiniteError
-from kvbench.stats.intervals import pooled_ratio_interval
-from kvbench.tasks.decode import CacheSetting, padded_targets
+from kvbench.tasks.decode import CacheSetting, forced, padded_targets
 from kvbench.tasks.generation import full_answers
 from kvbench.tasks.prompts import Part
-from kvbench.tasks.task import Answers, BatchTask, Bench, Payload, TaskResult
+from kvbench.tasks.task import Answers, BatchTask, Bench, Payload, TaskResult, joined
 
 _KEPT_BYTES = 2**30
 
@@ -53,10 +52,10 @@ class Fidelity(BatchTask):
 
     def summarise(self, bench: Bench, payloads: Sequence[Payload]) -> TaskResult:
         """Pool the tokens of all examples."""
-        result = TaskResult()
-        for payload in payloads:
-            result.samples |= payload
-        _summarise(bench, result)
+        result = TaskResult(samples=joined(payloads))
+        result.measure("kl_to_full", result.pooled("kl_sum", "num_compared_tokens", bench.examples), "nats/token")
+        agreement = result.pooled("num_agreeing_tokens", "num_compared_tokens", bench.examples)
+        result.measure("top1_agreement_fraction", agreement)
         return result
 
 
@@ -72,10 +71,11 @@ def _compare(
 ) -> list[dict[str, Any]]:
     texts = [(answers[example.id] or [bench.loaded.eos_token_id])[:max_tokens] for example in part.examples]
     fed, real = padded_targets(texts, bench.loaded.eos_token_id, bench.loaded.device)
+    lengths = [len(text) for text in texts]
     policy = part.decoding(setting, fed.shape[1])
     divergences, agreements = [], []
-    for number, expected in enumerate(_expected(bench, part, fed, max_tokens, policy.logits.nbytes)):
-        got = policy.step(fed[:, number])
+    full = _expected(bench, part, fed, lengths, max_tokens, policy.logits.nbytes)
+    for expected, got in zip(full, forced(policy, fed, lengths), strict=True):
         divergences.append(_kl(expected, got))
         agreements.append(expected.argmax(dim=-1) == got.argmax(dim=-1))
     kl = torch.stack(divergences, dim=1).masked_fill(~real, 0.0)
@@ -91,7 +91,9 @@ def _compare(
     ]
 
 
-def _expected(bench: Bench, part: Part, fed: Tensor, max_tokens: int, logits_bytes: int) -> Iterable[Tensor]:
+def _expected(
+    bench: Bench, part: Part, fed: Tensor, lengths: list[int], max_tokens: int, logits_bytes: int
+) -> Iterable[Tensor]:
     """Return the full cache's logits after each fed token: kept for the next cell if they are not too large.
 
     Otherwise they are computed in lock step with the policy's, and nothing of size tokens x vocabulary
@@ -99,8 +101,7 @@ def _expected(bench: Bench, part: Part, fed: Tensor, max_tokens: int, logits_byt
     """
 
     def steps() -> Iterator[Tensor]:
-        full = part.decoding(bench.full, fed.shape[1])
-        return (full.step(fed[:, number]) for number in range(fed.shape[1]))
+        return forced(part.decoding(bench.full, fed.shape[1]), fed, lengths)
 
     if not part.shares or logits_bytes * fed.shape[1] > _KEPT_BYTES:
         return steps()
@@ -113,12 +114,3 @@ def _kl(expected: Tensor, got: Tensor) -> Tensor:
     """KL(expected || got) per row in nats; equal logits give exactly 0."""
     log_p, log_q = expected.log_softmax(dim=-1), got.log_softmax(dim=-1)
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-
-
-def _summarise(bench: Bench, result: TaskResult) -> None:
-    rows = [result.samples[example.id] for example in bench.examples]
-    counts = [row["num_compared_tokens"] for row in rows]
-    kl = pooled_ratio_interval([row["kl_sum"] for row in rows], counts, bench.clusters)
-    agreement = pooled_ratio_interval([row["num_agreeing_tokens"] for row in rows], counts, bench.clusters)
-    result.measure("kl_to_full", kl, "nats/token")
-    result.measure("top1_agreement_fraction", agreement)

@@ -1,14 +1,14 @@
 """Greedy answers under the policy, compared with the full cache's and with the reference.
 
-The ROUGE-L of Elastic Cache's code on the texts that it compares: special tokens are left in.
-
-Where in two texts the first different token stands, so that a reader sees the very token and not a word near it.
+A row says what was answered, how like the full cache's answer and the reference it is (`answer_fields`), and where the
+first different token stands, so that a reader sees the very token and not a word near it. What the cache really held at
+every step becomes the realised budget.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,34 +16,13 @@ from kvbench.datasets.base import Dataset, Example
 from kvbench.errors import ConfigError, MeasureError
 from kvbench.models.inputs import answer_text, reference_text
 from kvbench.models.loader import LoadedModel
-from kvbench.stats.intervals import mean_interval
 from kvbench.tasks.decode import CacheSetting, greedy
 from kvbench.tasks.prompts import Part
 from kvbench.tasks.rouge import fact_scores, first_divergence, length_ratio, rouge_l_released, rouge_scores
-from kvbench.tasks.task import Answers, BatchTask, Bench, Payload, TaskResult
+from kvbench.tasks.task import Answers, BatchTask, Bench, Payload, TaskResult, joined
 
 if TYPE_CHECKING:
     from kvbench.cache import PolicyCache
-
-
-def add_released_scores(
-    rows: Mapping[str, dict[str, Any]],
-    loaded: LoadedModel,
-    examples: Sequence[Example],
-    answers: Sequence[list[int]],
-    full: Mapping[str, list[int]],
-    max_new_tokens: int,
-) -> None:
-    """Add rougeL_released_vs_full to the row of each example; an answer below `max_new_tokens` had an end token."""
-    for example, answer in zip(examples, answers, strict=True):
-        texts = [_text(loaded, tokens, max_new_tokens) for tokens in (answer, full[example.id])]
-        rows[example.id]["rougeL_released_vs_full"] = rouge_l_released(prediction=texts[0], reference=texts[1])
-
-
-def _text(loaded: LoadedModel, tokens: Sequence[int], max_new_tokens: int) -> str:
-    ended = [*tokens, loaded.eos_token_id] if len(tokens) < max_new_tokens else list(tokens)
-    text: str = loaded.tokenizer.decode(ended)
-    return text.strip()
 
 
 PLACES = ("divergence_starts_at", "divergence_ends_at", "full_divergence_ends_at")
@@ -80,6 +59,25 @@ def _decoded(loaded: LoadedModel, tokens: Sequence[int]) -> str:
     return text
 
 
+def answer_fields(loaded: LoadedModel, tokens: Sequence[int], full: Sequence[int], reference: str) -> dict[str, Any]:
+    """Return what a row says of one answer: both texts, ROUGE against full and reference, length, first difference."""
+    text, full_text = answer_text(loaded, tokens), answer_text(loaded, full)
+    fields: dict[str, Any] = {"text": text, "full_text": full_text, "reference": reference}
+    for name, other in (("full", full_text), ("reference", reference)):
+        if other or name == "full":  # an empty reference is none
+            scores = rouge_scores(prediction=text, reference=other)
+            fields |= {f"{kind}_vs_{name}": score for kind, score in scores.items()}
+    fields["length_ratio"] = length_ratio(len(tokens), len(full))
+    return fields | divergence(loaded, tokens, full)
+
+
+def fact_fields(dataset: Dataset, example: Example, text: str) -> dict[str, float]:
+    """Return which facts of `example` the answer states; nothing where none are known."""
+    if example.facts is None:
+        return {}
+    return fact_scores(stated=dataset.facts_in(text), true=example.facts, noun=example.fact_noun)
+
+
 _UNITS = {"first_divergence_tokens": "tokens"}
 _DESCRIPTIVE = ("text", "full_text", "reference", "num_new_tokens", *PLACES)
 
@@ -89,7 +87,7 @@ class Generation(BatchTask):
     """Greedy decoding up to `max_new_tokens`, scored per example.
 
     In every run the full cache must give its stored answers to the first batch again, token for token.
-    `released_rouge` adds the ROUGE-L of Elastic Cache's code (kvbench.tasks.generation).
+    `released_rouge` adds the ROUGE-L of Elastic Cache's code (kvbench.tasks.rouge).
     """
 
     protocol: ClassVar[str] = "greedy_v2"
@@ -110,19 +108,34 @@ class Generation(BatchTask):
         )
         held = HeldEntries()
         answers = _greedy(bench, part, bench.setting, self.max_new_tokens, held.note)
-        pairs = zip(part.examples, answers, strict=True)
-        rows = {example.id: _row(bench, example, answer, full[example.id]) for example, answer in pairs}
-        if self.released_rouge:
-            add_released_scores(rows, bench.loaded, part.examples, answers, full, self.max_new_tokens)
+        rows = {
+            example.id: self._row(bench, example, answer, full[example.id])
+            for example, answer in zip(part.examples, answers, strict=True)
+        }
         return {"rows": rows, "held": held.as_payload()}
+
+    def _row(self, bench: Bench, example: Example, answer: list[int], full: list[int]) -> dict[str, Any]:
+        row = answer_fields(bench.loaded, answer, full, reference_text(bench.loaded, example))
+        row |= {"num_new_tokens": len(answer)} | fact_fields(bench.dataset, example, row["text"])
+        if self.released_rouge:
+            text, full_text = (self._with_end(bench.loaded, tokens) for tokens in (answer, full))
+            row["rougeL_released_vs_full"] = rouge_l_released(prediction=text, reference=full_text)
+        return row
+
+    def _with_end(self, loaded: LoadedModel, tokens: list[int]) -> str:
+        """Return the text that Elastic Cache's code compares: special tokens are left in, the end token too."""
+        ended = [*tokens, loaded.eos_token_id] if len(tokens) < self.max_new_tokens else tokens
+        text: str = loaded.tokenizer.decode(ended)
+        return text.strip()
 
     def summarise(self, bench: Bench, payloads: Sequence[Payload]) -> TaskResult:
         """Average over examples."""
-        result, held = TaskResult(), HeldEntries()
+        result, held = TaskResult(samples=joined(payload["rows"] for payload in payloads)), HeldEntries()
         for payload in payloads:
-            result.samples |= payload["rows"]
             held.join(payload["held"])
-        _summarise(bench, result)
+        rows = (result.samples[example.id] for example in bench.examples)
+        names = dict.fromkeys(name for row in rows for name in row if name not in _DESCRIPTIVE)
+        result.measure_means(names, bench, _UNITS)
         held.report(result)
         return result
 
@@ -153,12 +166,10 @@ def full_answers(bench: Bench, max_new_tokens: int) -> Answers:
             answers |= {example.id: text for example, text in zip(part.examples, texts, strict=True)}
         return answers
 
+    needed = {example.id: example.id for example in bench.examples}
     answers: Answers = bench.prompts.once(
-        ("full answers", max_new_tokens), lambda: bench.answers.get(max_new_tokens, compute)
+        ("full answers", max_new_tokens), lambda: bench.answers.get(max_new_tokens, compute, needed)
     )
-    missing = [example.id for example in bench.examples if example.id not in answers]
-    if missing:
-        raise MeasureError(f"the stored full answers lack {missing[0]}; delete results/full_answers and run again")
     return answers
 
 
@@ -171,39 +182,6 @@ def _check_reproduces(bench: Bench, part: Part, full: Answers, max_new_tokens: i
                 f"the full cache does not reproduce its stored answer to {example.id} (first difference at token "
                 f"{first_divergence(answer, full[example.id])}); delete results/full_answers and run again"
             )
-
-
-def _row(bench: Bench, example: Example, answer: list[int], full: list[int]) -> dict[str, Any]:
-    text, full_text = answer_text(bench.loaded, answer), answer_text(bench.loaded, full)
-    reference = reference_text(bench.loaded, example)
-    row: dict[str, Any] = {"text": text, "full_text": full_text, "reference": reference}
-    row |= text_scores(text, full_text, reference)
-    row["length_ratio"] = length_ratio(len(answer), len(full))
-    row |= divergence(bench.loaded, answer, full)
-    return row | {"num_new_tokens": len(answer)} | _facts(bench.dataset, example, text)
-
-
-def text_scores(text: str, full_text: str, reference: str) -> dict[str, float]:
-    """Return ROUGE against the full cache's answer, and against the reference unless that is empty."""
-    scores = {f"{name}_vs_full": s for name, s in rouge_scores(prediction=text, reference=full_text).items()}
-    if reference:
-        found = rouge_scores(prediction=text, reference=reference)
-        scores |= {f"{name}_vs_reference": score for name, score in found.items()}
-    return scores
-
-
-def _facts(dataset: Dataset, example: Example, text: str) -> dict[str, float]:
-    if example.facts is None:
-        return {}
-    return fact_scores(stated=dataset.facts_in(text), true=example.facts, noun=example.fact_noun)
-
-
-def _summarise(bench: Bench, result: TaskResult) -> None:
-    rows = [result.samples[example.id] for example in bench.examples]
-    for name in dict.fromkeys(key for row in rows for key in row if key not in _DESCRIPTIVE):
-        scored = [(row[name], c) for row, c in zip(rows, bench.clusters, strict=True) if row.get(name) is not None]
-        interval = mean_interval([value for value, _ in scored], [cluster for _, cluster in scored])
-        result.measure(name, interval, _UNITS.get(name, ""))
 
 
 @dataclass(kw_only=True)
@@ -241,11 +219,10 @@ class HeldEntries:
         number = sum(count for _, (count, _, _) in entries)
         if not number:
             return
+        method = "counted at every step, layer and row"
         share = math.fsum(total / seen for seen, (_, total, _) in entries) / number
-        plain = {"low": None, "high": None, "n": number, "method": "counted at every step, layer and row"}
-        result.measurements |= {
-            "realised_budget_fraction": {"value": share, "unit": "", **plain},
-            "entries_mean": {"value": sum(total for _, (_, total, _) in entries) / number, "unit": "entries", **plain},
-            "entries_peak": {"value": max(peak for _, (_, _, peak) in entries), "unit": "entries", **plain},
-        }
+        mean = sum(total for _, (_, total, _) in entries) / number
+        result.note("realised_budget_fraction", share, n=number, method=method)
+        result.note("entries_mean", mean, "entries", n=number, method=method)
+        result.note("entries_peak", max(peak for _, (_, _, peak) in entries), "entries", n=number, method=method)
         result.curves["entries"] = [[seen, total / count, peak] for seen, (count, total, peak) in entries]

@@ -1,12 +1,8 @@
 """Peak memory by phase and the bytes the cache really stores, in a pass of its own.
 
-Peak memory of tensors, phase by phase, on any device.
-
-On CUDA the allocator knows. On a CPU nothing does: resident memory holds libraries and whatever the
-allocator keeps, megabytes that no policy can move. So tensors are counted as torch makes them, by
-their storages; what a kernel uses inside itself is not seen. The process's resident peak is noted beside.
-
-Give memory back between measurements.
+On CUDA the allocator knows the peak. On a CPU nothing does: resident memory holds libraries and whatever the allocator
+keeps, megabytes that no policy can move. So tensors are counted as torch makes them, by their storages; what a kernel
+uses inside itself is not seen. The process's resident peak is noted beside.
 """
 
 from __future__ import annotations
@@ -25,13 +21,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kvbench.errors import ConfigError
 from kvbench.models.inputs import PromptBatch, prompt_batch
 from kvbench.models.loader import LoadedModel
 from kvbench.tasks.clock import around_vision
 from kvbench.tasks.decode import CacheSetting
 from kvbench.tasks.speed import repeated
-from kvbench.tasks.task import Bench, TaskResult
+from kvbench.tasks.task import Bench, TaskResult, check_least
 
 if TYPE_CHECKING:
     from kvbench.cache import PolicyCache
@@ -174,10 +169,7 @@ class Memory:
     batch_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.new_tokens < 2 or self.batch_size < 1:
-            raise ConfigError(
-                f"task.memory has new_tokens={self.new_tokens}, batch_size={self.batch_size}; allowed: >= 2, >= 1"
-            )
+        check_least("memory", self, new_tokens=2, batch_size=1)
 
     def run(self, bench: Bench) -> TaskResult:
         """Run the launch under the counters."""
@@ -201,15 +193,15 @@ class Memory:
         numbers |= _kv_bytes(cache)
         result = TaskResult()
         for name, value in numbers.items():
-            result.measurements[name] = _observed(value, "bytes")
+            result.note(name, value, "bytes")
         bound = weights_bytes + inputs_bytes + activation_bytes + numbers["kv_theoretical_bytes"]
         bound += _entry_bytes(cache) * batch.kind.numel()
-        result.measurements["peak_over_bound_ratio"] = _observed(numbers["peak_memory_bytes"] / bound, "")
+        result.note("peak_over_bound_ratio", numbers["peak_memory_bytes"] / bound)
         return result
 
     @torch.inference_mode()
     def _launch(self, loaded: LoadedModel, batch: PromptBatch, setting: CacheSetting, peaks: PhasePeaks) -> PolicyCache:
-        _free_what_is_cached(loaded.device)
+        empty_allocator(loaded.device, collect=True)
         with peaks.phase("prefill"), around_vision(loaded.model, peaks.phase("vision")):
             decoding = setting.decoding(loaded, batch, self.new_tokens, on_settle=lambda: peaks.phase("settle"))
             token = decoding.logits.argmax(dim=-1)
@@ -224,20 +216,13 @@ class Memory:
 @torch.inference_mode()
 def _plain_activation_bytes(loaded: LoadedModel, batch: PromptBatch, base_bytes: int) -> int:
     """Return the peak of the prompt's forward without any cache, above weights and inputs."""
-    _free_what_is_cached(loaded.device)
+    empty_allocator(loaded.device, collect=True)
     alive = torch.cuda.memory_allocated(loaded.device) if loaded.device.type == "cuda" else base_bytes
     peaks = PhasePeaks(device=loaded.device, base_bytes=base_bytes)
     with peaks.phase("plain"):
         loaded.model(**batch.tensors, position_ids=batch.position_ids, use_cache=False, logits_to_keep=1)
     loaded.beat()
     return peaks.peak_bytes["plain"] - alive
-
-
-def _free_what_is_cached(device: torch.device) -> None:
-    """Let go of what an earlier task left in a cycle or in the allocator; a CPU counts what is made from here on."""
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def _entry_bytes(cache: PolicyCache) -> int:
@@ -260,12 +245,16 @@ def _kv_bytes(cache: PolicyCache) -> dict[str, int]:
     }
 
 
-def _observed(value: float, unit: str) -> dict[str, Any]:
-    return {"value": value, "low": None, "high": None, "n": 1, "unit": unit, "method": "observed once"}
-
-
 def free_memory() -> None:
     """Give back what is no longer used, so that the next measurement starts clean."""
     gc.collect()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def empty_allocator(device: torch.device, *, collect: bool = False) -> None:
+    """Give back what a GPU's allocator keeps for later, and what lies in a cycle; a CPU has no such thing."""
+    if device.type == "cuda":
+        if collect:
+            gc.collect()
         torch.cuda.empty_cache()

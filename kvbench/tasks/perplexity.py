@@ -1,13 +1,15 @@
 """Perplexity of the reference answers, teacher-forced through the policy's own decode.
 
-Perplexity by the loop of Elastic Cache's code, every departure from `perplexity` an option.
+`Perplexity` is the number to compare by. `PerplexityReleased` is the loop of Elastic Cache's code, every departure from
+the former an option.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -18,10 +20,9 @@ from kvbench.datasets.base import Example
 from kvbench.errors import DataError, NonFiniteError
 from kvbench.models.inputs import answer_tokens
 from kvbench.models.loader import LoadedModel
-from kvbench.stats.intervals import pooled_ratio_interval
-from kvbench.tasks.decode import padded_targets
+from kvbench.tasks.decode import forced, padded_targets
 from kvbench.tasks.prompts import Part
-from kvbench.tasks.task import BatchTask, Bench, Payload, TaskResult
+from kvbench.tasks.task import BatchTask, Bench, Payload, TaskResult, joined
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,47 +37,42 @@ class Perplexity(BatchTask):
     needs_reference: ClassVar[bool] = True
     hides_question: ClassVar[bool] = True
 
-    @torch.inference_mode()
     def measure(self, bench: Bench, part: Part) -> Payload:
         """Score one batch. Raises: NonFiniteError when a likelihood is not finite."""
         answers = [answer_tokens(bench.loaded, example) for example in part.examples]
-        targets, real = padded_targets(answers, bench.loaded.eos_token_id, bench.loaded.device)
-        decoding = part.decoding(bench.setting, targets.shape[1])
-        nlls = [_nll(decoding.logits, targets[:, 0])]
-        for number in range(1, targets.shape[1]):
-            decoding.step(targets[:, number - 1])
-            nlls.append(_nll(decoding.logits, targets[:, number]))
-        rows = _rows(torch.stack(nlls, dim=1), real, part.examples)
-        decoding.cache.check()
-        return {example.id: row for example, row in zip(part.examples, rows, strict=True)}
+        nll = _scored(
+            bench, part, answers, lambda logits, target: -logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
+        )
+        sums = (nll.double().sum(dim=-1).tolist(), nll[:, 0].tolist(), map(len, answers))
+        return {
+            example.id: {"nll_sum": total, "nll_first_token": first, "num_scored_tokens": count}
+            for example, total, first, count in zip(part.examples, *sums, strict=True)
+        }
 
     def summarise(self, bench: Bench, payloads: Sequence[Payload]) -> TaskResult:
         """Pool the tokens of all examples."""
-        result = TaskResult()
-        for payload in payloads:
-            result.samples |= payload
-        rows = [result.samples[example.id] for example in bench.examples]
-        interval = pooled_ratio_interval(
-            [row["nll_sum"] for row in rows], [row["num_scored_tokens"] for row in rows], bench.clusters, math.exp
-        )
-        result.measure("ppl", interval)
+        result = TaskResult(samples=joined(payloads))
+        result.measure("ppl", result.pooled("nll_sum", "num_scored_tokens", bench.examples, math.exp))
         return result
 
 
-def _nll(logits: Tensor, target: Tensor) -> Tensor:
-    return -logits.log_softmax(dim=-1).gather(-1, target[:, None])[:, 0]
+@torch.inference_mode()
+def _scored(bench: Bench, part: Part, answers: list[list[int]], nll: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return `nll` of each token of `answers`, (B, N), 0 after a row's end; nll takes logits (B, V) and tokens (B,).
 
-
-def _rows(nll: Tensor, real: Tensor, examples: Sequence[Example]) -> list[dict[str, float]]:
-    nll = nll.masked_fill(~real, 0.0)
-    if not bool(torch.isfinite(nll).all()):
-        row, token = torch.nonzero(~torch.isfinite(nll))[0].tolist()
-        raise NonFiniteError(f"the likelihood of token {token} of {examples[row].id} is not finite")
-    sums: list[float] = nll.double().sum(dim=-1).tolist()
-    return [
-        {"nll_sum": total, "nll_first_token": first, "num_scored_tokens": count}
-        for total, first, count in zip(sums, nll[:, 0].tolist(), real.sum(dim=-1).tolist(), strict=True)
-    ]
+    Raises: NonFiniteError where one is not finite.
+    """
+    targets, real = padded_targets(answers, bench.loaded.eos_token_id, bench.loaded.device)
+    decoding = part.decoding(bench.setting, targets.shape[1])
+    after = forced(decoding, targets[:, :-1], [len(answer) - 1 for answer in answers])
+    logits = chain([decoding.logits], after)
+    nlls = torch.stack([nll(one, target) for one, target in zip(logits, targets.T, strict=True)], dim=1)
+    nlls = nlls.masked_fill(~real, 0.0)
+    if not bool(nlls.isfinite().all()):
+        row, token = torch.nonzero(~nlls.isfinite())[0].tolist()
+        raise NonFiniteError(f"the likelihood of token {token} of {part.examples[row].id} is not finite")
+    decoding.cache.check()
+    return nlls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,37 +101,34 @@ class PerplexityReleased(BatchTask):
     ends_left_out: bool = True
     model_precision: bool = True
 
-    @torch.inference_mode()
     def measure(self, bench: Bench, part: Part) -> Payload:
         """Score one batch. Raises: NonFiniteError when a likelihood is not finite."""
         answers = [self._scored_tokens(bench.loaded, example) for example in part.examples]
-        if not any(answers):
-            return {example.id: {"released_nll_sum": 0.0, "released_num_scored_tokens": 0} for example in part.examples}
-        targets, real = padded_targets(answers, bench.loaded.eos_token_id, bench.loaded.device)
-        decoding = part.decoding(bench.setting, targets.shape[1])
-        nlls = [self._nll(bench, decoding.logits, targets[:, 0])]
-        for number in range(1, targets.shape[1]):
-            decoding.step(targets[:, number - 1])
-            nlls.append(self._nll(bench, decoding.logits, targets[:, number]))
-        rows = _perplexity_released_rows(torch.stack(nlls, dim=1), real, part.examples)
-        decoding.cache.check()
-        return rows
+        dtype = bench.loaded.model.dtype if self.model_precision else torch.float32
+
+        def nll(logits: Tensor, target: Tensor) -> Tensor:
+            return functional.cross_entropy(logits.to(dtype), target, reduction="none")
+
+        sums = (
+            _scored(bench, part, answers, nll).double().sum(dim=-1).tolist() if any(answers) else [0.0] * len(answers)
+        )
+        return {
+            example.id: {"released_nll_sum": total, "released_num_scored_tokens": len(answer)}
+            for example, total, answer in zip(part.examples, sums, answers, strict=True)
+        }
 
     def summarise(self, bench: Bench, payloads: Sequence[Payload]) -> TaskResult:
         """Pool the tokens of all answers. Raises: DataError if nothing is scored."""
-        result = TaskResult()
-        for payload in payloads:
-            result.samples |= payload
-        clusters = {example.id: example.cluster for example in bench.examples}
+        result = TaskResult(samples=joined(payloads))
+        examples = {example.id: example for example in bench.examples}
         rows = {name: row for name, row in result.samples.items() if row["released_num_scored_tokens"] > 0}
         if not rows:
             raise DataError("no answer has a token that the released loop scores; it leaves the last one out")
-        sums = [row["released_nll_sum"] for row in rows.values()]
-        counts = [row["released_num_scored_tokens"] for row in rows.values()]
-        interval = pooled_ratio_interval(sums, counts, [clusters[name] for name in rows], math.exp)
+        names = ("released_nll_sum", "released_num_scored_tokens")
+        interval = result.pooled(*names, [examples[name] for name in rows], math.exp)
         if self.model_precision:
-            mean = torch.tensor(sum(sums) / sum(counts)).to(bench.loaded.model.dtype)
-            interval = replace(interval, value=mean.exp().item())
+            total, count = (sum(row[name] for row in rows.values()) for name in names)
+            interval = replace(interval, value=torch.tensor(total / count).to(bench.loaded.model.dtype).exp().item())
         result.measure("ppl_released", interval)
         return result
 
@@ -144,19 +137,3 @@ class PerplexityReleased(BatchTask):
         if self.first_id_cut:
             tokens = loaded.text.ids(loaded.text.shield(example.reference), add_special_tokens=True)[1:]
         return tokens[:-1] if self.ends_left_out else [*tokens, loaded.eos_token_id]
-
-    def _nll(self, bench: Bench, logits: Tensor, target: Tensor) -> Tensor:
-        dtype = bench.loaded.model.dtype if self.model_precision else torch.float32
-        return functional.cross_entropy(logits.to(dtype), target, reduction="none")
-
-
-def _perplexity_released_rows(nll: Tensor, real: Tensor, examples: Sequence[Example]) -> dict[str, dict[str, float]]:
-    if not bool(torch.isfinite(nll[real]).all()):
-        row, token = torch.nonzero(~torch.isfinite(nll) & real)[0].tolist()
-        raise NonFiniteError(f"the likelihood of token {token} of {examples[row].id} is not finite")
-    sums: list[float] = nll.double().masked_fill(~real, 0.0).sum(dim=-1).tolist()
-    counts: list[int] = real.sum(dim=-1).tolist()
-    return {
-        example.id: {"released_nll_sum": total, "released_num_scored_tokens": count}
-        for example, total, count in zip(examples, sums, counts, strict=True)
-    }

@@ -1,24 +1,19 @@
-"""Text similarity between two answers, and where two token sequences part.
+"""Text similarity between two answers, where two token sequences part, and how many known facts an answer states.
 
-ROUGE is the F1 of rouge-score 0.1.2 with Porter stemming, on a 0 to 1 scale. Three rules are ours:
-texts that are the same up to outer white space score 1.0 (rouge-score gives 0 for two empty texts and,
-in rouge2, for two equal words); a text with letters or marks outside ASCII is split by Unicode rules, because
-rouge-score drops them and scores a Chinese text 0 against itself; and two texts without any word, such as
-"?!" or emoji alone, are compared sign by sign. A combining mark belongs to the letter before it, so that words
-that differ in a vowel sign are different words.
+ROUGE is the F1 of rouge-score 0.1.2 with Porter stemming, on a 0 to 1 scale. Three rules are ours: texts that are the
+same up to outer white space score 1.0 (rouge-score gives 0 for two empty texts and, in rouge2, for two equal words); a
+text with letters or marks outside ASCII is split by Unicode rules, because rouge-score drops them and scores a Chinese
+text 0 against itself; and two texts without any word, such as "?!" or emoji alone, are compared sign by sign. A
+combining mark belongs to the letter before it, so that words that differ in a vowel sign are different words.
 
     rouge_scores(prediction="a red square", reference="one red square")["rougeL"]
 
-ROUGE-L as Elastic Cache's code reports it, which is another number than ROUGE-L.
-
-That code takes `rouge-l` of the package rouge 1.0.1: texts are cut at every full stop, words are
-counted once however often they occur, and what counts is the union, over all pairs of sentences, of
-the words of one longest common subsequence each. Word order between sentences is lost and repetition
-costs nothing, so scores are higher than the F1 of one longest common subsequence.
+`rouge_l_released` is another number, ROUGE-L as Elastic Cache's code reports it. That code takes `rouge-l` of the
+package rouge 1.0.1: texts are cut at every full stop, words are counted once however often they occur, and what counts
+is the union, over all pairs of sentences, of the words of one longest common subsequence each. Word order between
+sentences is lost and repetition costs nothing, so scores are higher than the F1 of one longest common subsequence.
 
     rouge_l_released(prediction="a cat. a cat. a cat.", reference="a cat.")  # 1.0, where rougeL is 0.5
-
-How many known facts an answer still states; for scenes, how many objects it recalls.
 """
 
 from __future__ import annotations
@@ -210,7 +205,4 @@ def fact_scores(*, stated: frozenset[Hashable], true: frozenset[Hashable], noun:
     An answer that states nothing scores 0; `true` must not be empty. `noun` begins the names.
     """
     right = len(stated & true)
-    return {
-        f"{noun}_recalled_fraction": right / len(true),
-        f"{noun}_f1": 2 * right / (len(stated) + len(true)),
-    }
+    return {f"{noun}_recalled_fraction": right / len(true), f"{noun}_f1": 2 * right / (len(stated) + len(true))}

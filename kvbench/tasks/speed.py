@@ -1,12 +1,9 @@
 """Latency of the policy beside the full cache's, interleaved in one process, and beside the memory roof.
 
-Launches come in the order A B B A, A the policy and B the full cache, so that drift of the machine
-hits both alike. The launch is the unit of replication: intervals are over launch medians, never over
-single steps. A pass on a noisy machine is measured once more; what is noisy then is shown as noisy.
-
-One timed launch: a prompt and a fixed number of decode steps, end tokens do not stop it.
-
-What deciding costs at a decode step: the policy's own work, alone.
+A launch is a prompt and a fixed number of decode steps, which end tokens do not stop. Launches come in the order A B B
+A, A the policy and B the full cache, so that drift of the machine hits both alike. The launch is the unit of
+replication: intervals are over launch medians, never over single steps. A pass on a noisy machine is measured once
+more; what is noisy then is shown as noisy. What deciding costs at a decode step is measured alone.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ import torch
 
 from kvbench.cache import Policy
 from kvbench.datasets.base import Example
-from kvbench.errors import ConfigError, PolicyError, ran_out_of_memory
+from kvbench.errors import PolicyError, ran_out_of_memory
 from kvbench.models.inputs import PromptBatch, prompt_batch
 from kvbench.models.loader import LoadedModel
 from kvbench.stats.intervals import Interval, launch_interval, ratio_interval
@@ -30,11 +27,12 @@ from kvbench.tasks.clock import (
     copy_bandwidth,
     foreign_gpu_processes,
     reference_ms,
+    repeated_ms,
     step_weight_bytes,
     synchronised_ms,
 )
 from kvbench.tasks.decode import CacheSetting, captured, warm_up
-from kvbench.tasks.task import Bench, TaskResult
+from kvbench.tasks.task import Bench, TaskResult, check_least
 
 if TYPE_CHECKING:
     from kvbench.cache import PolicyCache
@@ -123,12 +121,7 @@ def deciding_ms(cache: PolicyCache, policy: Policy, device: torch.device) -> Int
         return Interval(value=0.0, low=None, high=None, n=1, method="nothing is decided at decode")
     work, how = (cache.decide, "run") if device.type != "cuda" else _captured(cache, device)
     work()
-    marks = Marks(device)
-    for _ in range(_NUM_REPEATS):
-        marks.mark()
-        work()
-    marks.mark()
-    median = statistics.median(marks.between_ms())
+    median = statistics.median(repeated_ms(work, _NUM_REPEATS, device))
     return Interval(value=median, low=None, high=None, n=_NUM_REPEATS, method=f"median of repeats, {how}")
 
 
@@ -185,11 +178,7 @@ class Speed:
     batch_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.new_tokens < 3 or self.num_blocks < 1 or self.num_warmups < 1 or self.batch_size < 1:
-            raise ConfigError(
-                f"task.speed has new_tokens={self.new_tokens}, num_blocks={self.num_blocks}, "
-                f"num_warmups={self.num_warmups}, batch_size={self.batch_size}; allowed: >= 3, >= 1, >= 1, >= 1"
-            )
+        check_least("speed", self, new_tokens=3, num_blocks=1, num_warmups=1, batch_size=1)
 
     def run(self, bench: Bench) -> TaskResult:
         """Time both arms; the first examples are the prompts, the same for both."""
@@ -227,46 +216,43 @@ class Speed:
 
     def _latency(self, result: TaskResult, policy: Arm, full: Arm) -> None:
         ours, theirs = policy.launches, full.launches
-        result.measure("ttft_ms", launch_interval([a.ttft_ms for a in ours]), "ms")
-        result.measure("tpot_ms", launch_interval([a.tpot_ms for a in ours]), "ms")
-        result.measure("tpot_p90_ms", launch_interval([a.tpot_p90_ms for a in ours]), "ms")
-        result.measure("settle_ms", launch_interval([a.settle_ms for a in ours]), "ms")
-        result.measure("prepare_ms", launch_interval([a.prepare_ms for a in ours]), "ms")
-        result.measure("full_ttft_ms", launch_interval([b.ttft_ms for b in theirs]), "ms")
-        result.measure("full_tpot_ms", launch_interval([b.tpot_ms for b in theirs]), "ms")
+        for name in ("ttft_ms", "tpot_ms", "tpot_p90_ms", "settle_ms", "prepare_ms"):
+            result.measure(name, launch_interval([getattr(a, name) for a in ours]), "ms")
+        for name in ("ttft_ms", "tpot_ms"):
+            both = [[getattr(one, name) for one in arm] for arm in (ours, theirs)]
+            result.measure(f"full_{name}", launch_interval(both[1]), "ms")
+            result.measure(f"{name.removesuffix('_ms')}_ratio_to_full", ratio_interval(*both))
         if policy.deciding is not None:
             result.measure("policy_ms", policy.deciding, "ms")
         tokens = self.new_tokens * self.batch_size
         result.measure("throughput_tokens_per_s", launch_interval([tokens / a.total_s for a in ours]), "tokens/s")
-        pairs = {
-            "ttft_ratio_to_full": ratio_interval([a.ttft_ms for a in ours], [b.ttft_ms for b in theirs]),
-            "tpot_ratio_to_full": ratio_interval([a.tpot_ms for a in ours], [b.tpot_ms for b in theirs]),
-            "throughput_ratio_to_full": ratio_interval([b.total_s for b in theirs], [a.total_s for a in ours]),
-        }
-        for name, interval in pairs.items():
-            result.measure(name, interval)
+        throughput = ratio_interval([b.total_s for b in theirs], [a.total_s for a in ours])
+        result.measure("throughput_ratio_to_full", throughput)
         result.curves["launches_ms"] = [
             [a.ttft_ms, a.tpot_ms, b.ttft_ms, b.tpot_ms] for a, b in zip(ours, theirs, strict=True)
         ]
 
 
+def _spread(name: str, *arms: Arm) -> float | None:
+    return spread_fraction(*([getattr(one, name) for one in arm.launches] for arm in arms))
+
+
 def _is_noisy(policy: Arm, full: Arm, quiet: Quiet) -> bool:
-    spread = spread_fraction(*([one.tpot_ms for one in arm.launches] for arm in (policy, full)))
-    return bool(noise_reason(spread, quiet.drift_fraction, quiet.num_foreign))
+    return bool(noise_reason(_spread("tpot_ms", policy, full), quiet.drift_fraction, quiet.num_foreign))
 
 
 def _noise(result: TaskResult, policy: Arm, full: Arm, quiet: Quiet) -> None:
     """Note what decides whether the times are called noisy."""
-    spreads = {
-        "tpot_spread_fraction": spread_fraction(*([one.tpot_ms for one in arm.launches] for arm in (policy, full))),
-        "ttft_spread_fraction": spread_fraction(*([one.ttft_ms for one in arm.launches] for arm in (policy, full))),
+    seen = {
+        "tpot_spread_fraction": _spread("tpot_ms", policy, full),
+        "ttft_spread_fraction": _spread("ttft_ms", policy, full),
         "reference_drift_fraction": quiet.drift_fraction,
         "foreign_gpu_processes": quiet.num_foreign,
         "timing_passes": quiet.num_passes,
     }
-    for name, value in spreads.items():
+    for name, value in seen.items():
         if value is not None:
-            result.measure(name, Interval(value=float(value), low=None, high=None, n=1, method="observed once"))
+            result.note(name, float(value))
 
 
 def _observer(arm: Arm, bench: Bench) -> Callable[[PolicyCache], None]:
@@ -283,7 +269,6 @@ def _observer(arm: Arm, bench: Bench) -> Callable[[PolicyCache], None]:
 def _roof(result: TaskResult, policy: Arm, full: Arm, weight_bytes: int, bandwidth: float) -> None:
     for prefix, arm in (("", policy), ("full_", full)):
         roof_ms = arm.roof_ms(weight_bytes, bandwidth)
-        result.measure(f"{prefix}roof_ms", Interval(value=roof_ms, low=None, high=None, n=1, method="computed"), "ms")
+        result.note(f"{prefix}roof_ms", roof_ms, "ms", method="computed")
         result.measure(f"{prefix}roof_share_fraction", launch_interval([roof_ms / a.tpot_ms for a in arm.launches]))
-    copied = Interval(value=bandwidth, low=None, high=None, n=1, method="median of copies")
-    result.measure("copy_bandwidth_bytes_per_s", copied, "bytes/s")
+    result.note("copy_bandwidth_bytes_per_s", bandwidth, "bytes/s", method="median of copies")

@@ -1,11 +1,9 @@
 """What a task gets and gives back; a task never knows which policy it runs.
 
-A task that is measured batch by batch, so that cells can share prompts and a kill costs one batch.
-
-The full cache's own greedy answers, computed once and stored by key.
-
-They are the reference of `rougeL_vs_full` and of fidelity. Kept as files beside the records, so that
-every cell of a sweep, and the next sweep, compares with the same texts.
+A cell hands each of its tasks a `Bench` and merges the `TaskResult`s into its record. A `BatchTask` is measured batch
+by batch, so that cells share prompts and a kill costs one batch. `FullAnswers` are the full cache's own greedy answers,
+the reference of `rougeL_vs_full` and of fidelity: files beside the records, so that every cell of a sweep, and the next
+sweep, compares with the same texts.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,15 +19,17 @@ from typing import Any, ClassVar, Protocol
 
 from kvbench.cache import UNLIMITED, Policy
 from kvbench.datasets.base import Dataset, Example
+from kvbench.errors import ConfigError, MeasureError
 from kvbench.measures import bounds_on_scale
 from kvbench.models.loader import LoadedModel
 from kvbench.results.files import canonical_json, replace_file
 from kvbench.results.record import cell_key
-from kvbench.stats.intervals import Interval
+from kvbench.stats.intervals import Interval, mean_interval, pooled_ratio_interval
 from kvbench.tasks.decode import CacheSetting
 from kvbench.tasks.prompts import Part, Prompts
 
 Answers = dict[str, list[int]]
+_NONE: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,11 @@ class FullAnswers:
     folder: Path
     settings: Mapping[str, Any]
 
-    def get(self, max_new_tokens: int, compute: Callable[[], Answers]) -> Answers:
-        """Return token ids by example id; `compute` runs when they are not stored or not readable."""
+    def get(self, max_new_tokens: int, compute: Callable[[], Answers], needed: Mapping[str, str] = _NONE) -> Answers:
+        """Return token ids by example id; `compute` runs when they are not stored or not readable.
+
+        needed: names that must be among them, each with its example's id. Raises: MeasureError if one is not.
+        """
         settings = {**self.settings, "max_new_tokens": max_new_tokens}
         path = self.folder / f"{cell_key(settings)[:16]}.json"
         stored = _read(path, settings)
@@ -48,6 +51,11 @@ class FullAnswers:
             stored = compute()
             content = {"settings": settings, "answers": stored, "sha256": _digest(stored)}
             replace_file(path, canonical_json(content).encode())
+        for name, example_id in needed.items():
+            if name not in stored:
+                raise MeasureError(
+                    f"the stored full answers lack {example_id}; delete results/full_answers and run again"
+                )
         return stored
 
 
@@ -96,11 +104,6 @@ class Bench:
         """The full cache at original positions: what everything is compared with."""
         return CacheSetting(policy=self.full_policy, budget=UNLIMITED, positions="original", engine=self.setting.engine)
 
-    @property
-    def clusters(self) -> list[str]:
-        """The cluster of each example."""
-        return [example.cluster for example in self.examples]
-
     @cached_property
     def prompts(self) -> Prompts:
         """The planned batches."""
@@ -130,6 +133,26 @@ class TaskResult:
             interval = replace(interval, low=low, high=high)
         self.measurements[name] = interval.as_measurement(unit)
 
+    def note(self, name: str, value: float, unit: str = "", *, n: int = 1, method: str = "observed once") -> None:
+        """Add a number that has no interval."""
+        self.measurements[name] = {"value": value, "low": None, "high": None, "n": n, "unit": unit, "method": method}
+
+    def measure_means(self, names: Iterable[str], bench: Bench, units: Mapping[str, str] = _NONE) -> None:
+        """Add the mean over the examples that have it of each field of `samples`."""
+        for name in names:
+            found = [(self.samples[one.id].get(name), one.cluster) for one in bench.examples]
+            scored = [(value, cluster) for value, cluster in found if value is not None]
+            interval = mean_interval([value for value, _ in scored], [cluster for _, cluster in scored])
+            self.measure(name, interval, units.get(name, ""))
+
+    def pooled(
+        self, total: str, count: str, examples: Iterable[Example], transform: Callable[[float], float] | None = None
+    ) -> Interval:
+        """Return the sum of one field of `samples` over that of another."""
+        rows = [(self.samples[one.id], one.cluster) for one in examples]
+        sums, counts = [row[total] for row, _ in rows], [row[count] for row, _ in rows]
+        return pooled_ratio_interval(sums, counts, [cluster for _, cluster in rows], transform)
+
     def add(self, other: TaskResult) -> None:
         """Merge another task's result; rows of one example become one row."""
         self.measurements |= other.measurements
@@ -155,6 +178,14 @@ class Task(Protocol):
         """Measure. Raises: MeasureError when a number contradicts itself."""
 
 
+def check_least(name: str, task: object, **least: int) -> None:
+    """Raise ConfigError unless each of these settings of the task called `name` is at least so much."""
+    if any(getattr(task, setting) < number for setting, number in least.items()):
+        values = ", ".join(f"{setting}={getattr(task, setting)}" for setting in least)
+        allowed = ", ".join(f">= {number}" for number in least.values())
+        raise ConfigError(f"task.{name} has {values}; allowed: {allowed}")
+
+
 def is_timed(task: object) -> bool:
     """Whether nothing of the sweep may work beside `task`, which is so unless it says otherwise."""
     return bool(getattr(task, "is_timed", True))
@@ -162,6 +193,11 @@ def is_timed(task: object) -> bool:
 
 Payload = dict[str, Any]
 """What one batch gave, as JSON holds it: dict with text keys, list, text, int, float, bool, None."""
+
+
+def joined(payloads: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the rows of all batches by example id."""
+    return {name: row for payload in payloads for name, row in payload.items()}
 
 
 class BatchTask(ABC):

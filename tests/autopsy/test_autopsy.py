@@ -407,3 +407,27 @@ def test_a_secret_that_is_split_into_tokens_is_not_stored(monkeypatch: pytest.Mo
 def test_text_prompts_have_no_picture(bundled: LoadedModel) -> None:
     example = replace(SCENES.examples()[0], load_image=None)
     assert seen_picture(bundled, example, prompt_batch(bundled, [example])) is None
+
+
+def test_what_is_no_record_leaves_the_autopsy_of_the_measured_one(tmp_path: Path, shelf: ModelShelf) -> None:
+    """A forced run whose result no record can hold fails, so nothing of it takes the place of what was measured."""
+
+    @dataclass(frozen=True)
+    class Wrong(Alone):
+        value: Any = None
+
+        def run(self, bench: Bench) -> TaskResult:
+            return TaskResult(measurements={"ppl": {"value": self.value}})
+
+    good, *wrong = (
+        replace(looked_at(FULL, "a", {"nothing": Nothing(), "alone": Wrong(value)}), dataset=Scenes(num_samples=1))
+        for value in (1.0, "many", float("nan"), {1})
+    )
+    run_cells([good], tmp_path, shelf=shelf)
+    before = autopsy_path(tmp_path, good.key).read_bytes()
+    autopsy_path(tmp_path, good.key).write_bytes(before + b" ")
+    for cell in wrong:
+        body = run_cells([cell], tmp_path, shelf=shelf).bodies[cell.key]
+        assert (body["key"], body["status"], body["phase"]) == (good.key, "crash", "report")
+        assert body["error"]["type"] == "RecordError"
+    assert autopsy_path(tmp_path, good.key).read_bytes() == before + b" "

@@ -232,6 +232,11 @@ def test_what_changes_the_answer_changes_the_key(override: str) -> None:
     assert key("policy=h2o", override) != key_of_h2o("as found")
 
 
+def test_numbers_that_go_beyond_the_context_are_not_taken_where_that_is_refused() -> None:
+    assert key("policy=h2o", "beyond_context=allow") != key_of_h2o("as found")
+    assert key("policy=h2o", "beyond_context=refuse") == key_of_h2o("as found"), "as it was before it counted"
+
+
 @pytest.mark.cover("one")
 @pytest.mark.parametrize(
     "overrides",

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from kvbench.sweep.worker import GO, Loading, PipeWatcher, message_of
+from kvbench.sweep.process import GO, message_of
+from kvbench.sweep.worker import Loading, PipeWatcher
 
 
 class Pipes:
@@ -98,3 +101,9 @@ def test_nothing_runs_beside_a_phase_after_loading(pipes: Pipes) -> None:
     assert loading.is_alive()
     pipes.watcher.active("k", "speed")
     assert not loading.is_alive()
+
+
+def test_a_worker_is_tied_to_its_parent_before_anything_heavy_is_imported() -> None:
+    code = "import sys, kvbench.sweep.worker; print({'torch', 'hydra', 'omegaconf'} & set(sys.modules))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout == "set()\n"
