@@ -1,10 +1,11 @@
-"""Who may import whom, read from the syntax trees."""
+"""Who may import whom, read from the syntax trees; and that a name means one thing."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from functools import cache
@@ -15,121 +16,198 @@ import pytest
 REPO = Path(__file__).parents[1]
 FILES = sorted(
     str(path.relative_to(REPO))
-    for folder in ("kvbench", "policies")
+    for folder in ("kvbench", "policies", "hydra_plugins")
     for path in (REPO / folder).rglob("*.py")
     if (REPO / folder / "policies") not in path.parents
 )
-FOUNDATION = {
-    "errors",
-    "units",
-    "durable",
-    "sealed",
-    "redaction",
-    "records",
-    "packed",
-    "autopsies",
-    "frontier_file",
-    "installed",
+# The house, bottom to top: a package, and those before it that it may import, within functions too. A module that lies
+# elsewhere than its package has a line of its own. `__init__` is kvbench itself.
+MAY_IMPORT = {
+    "errors": "",
+    "__init__": "errors",
+    "measures": "errors",
+    "kernels": "",
+    "cache": "errors kernels",
+    "policies": "errors cache",
+    "datasets": "errors",
+    "stats": "errors measures",
+    "results": "errors",
+    "models": "errors kernels cache datasets results",
+    "bundled": "datasets results",
+    "tasks": "errors measures cache datasets stats results models",
+    "autopsy": "errors cache datasets results models tasks",
+    "sinks": "errors measures results",
+    "sweep": "errors cache datasets results models tasks autopsy sinks",
+    "config": "errors __init__ measures cache datasets results models tasks autopsy sinks sweep",
+    "frontier.table": "errors measures results",  # what a search leaves: a file, as a record is
+    "report": "errors __init__ measures stats results frontier.table",
+    "autopsy.read": "errors results report",  # what the page shows of an autopsy
+    "autopsy.page": "errors results autopsy.read report",
+    "sinks.wandb": "errors __init__ measures results sinks report",  # W&B is sent the report's words and figures
+    "frontier": "errors measures stats results sweep config frontier.table report",
+    "audit": "errors measures stats results tasks",
+    "cli": "errors __init__ measures stats results sinks sinks.wandb sweep config report frontier frontier.table audit",
+    "__main__": "cli",
+    "hydra_plugins": "errors __init__ sweep config cli",
 }
-COMPOSITION = {
-    "audit_cli",
-    "cli",
-    "frontier_cli",
-    "frontier_look",
-    "frontier_question",
-    "frontier_search",
-    "combinations",
-    "gate",
-    "policy_source",
-    "parser",
-    "plot_cli",
-    "report_cli",
-    "results_cli",
-    "wandb_cli",
-    "wandb_report",
-    "wandb_summary",
-    "config",
-    "compose",
-    "launch",
-    "quiet",
-    "worker",
-    "help_text",
-    "value_types",
-    "__main__",
-}
-MAY_IMPORT: dict[str, set[str]] = {
-    "errors": set(),
-    "units": {"errors"},
-    "durable": {"errors"},
-    "redaction": set(),
-    "sealed": {"errors"},
-    "records": {"errors", "durable", "sealed"},
-    "packed": {"errors"},
-    "autopsies": {"errors", "durable", "sealed"},
-    "frontier_file": set(),
-    "installed": {"errors"},
-    "kernels": FOUNDATION,
-    "cache": FOUNDATION | {"kernels"},
-    "datasets": FOUNDATION | {"cache"},
-    "models": FOUNDATION | {"kernels", "cache", "datasets"},
-    "metrics": FOUNDATION | {"cache", "datasets", "models"},
-    "sinks": FOUNDATION | {"cache", "datasets", "models"},
-    "runs": FOUNDATION | {"kernels", "cache", "datasets", "models", "metrics", "sinks", "stats"},
-    "stats": {"errors", "units"},
-    "report": FOUNDATION | {"stats"},
-    "audit": FOUNDATION | {"metrics", "stats"},
-    "__init__": {"cache"},
+# What goes against the table: a module, the package it needs all the same, and why.
+ALL_THE_SAME = {
+    ("kvbench", "cache"): "the names a user's policy needs, loaded when first used",
+    ("kvbench.results.maintenance", "frontier.table"): "`verify` reads every kind of file in a results folder",
+    ("kvbench.autopsy.body", "sweep"): "an autopsy is of a cell: the types alone",
+    ("kvbench.report.page", "autopsy.page"): "puts the page together, this section too",
+    ("kvbench.report.page", "frontier"): "puts the page together, this section too",
+    ("kvbench.sweep.worker", "config"): "a worker is a program of its own: it is told words, and builds its cells",
+    ("kvbench.sweep.worker", "cli"): "a worker is a program of its own: it makes libraries quiet as the command does",
 }
 ONLY_IN = {
-    "hydra": ["kvbench/cli/main.py", "kvbench/config/build.py", "kvbench/config/compose.py", "kvbench/cli/sweep.py"],
-    "omegaconf": [
-        "kvbench/cli/main.py",
-        "kvbench/config/build.py",
-        "kvbench/config/compose.py",
-        "kvbench/sweep/worker.py",
-    ],
+    "hydra": ["kvbench/cli/*.py", "kvbench/config/*.py", "hydra_plugins/*.py"],
+    "omegaconf": ["kvbench/cli/*.py", "kvbench/config/*.py", "kvbench/sweep/worker.py", "hydra_plugins/*.py"],
     "wandb": ["kvbench/sinks/wandb/*.py"],
     "wandb_workspaces": ["kvbench/sinks/wandb/report.py"],
-    "matplotlib": ["kvbench/report/plots*.py"],
+    "matplotlib": ["kvbench/report/figures/*.py"],
     "triton": ["kvbench/kernels/*.py"],
-    "transformers": [
-        "kvbench/cache/*.py",
-        "kvbench/models/*.py",
-        "kvbench/tasks/*.py",
-        "kvbench/sweep/*.py",
-        "kvbench/autopsy/*.py",
-        "kvbench/bundled/*.py",
-    ],
+    "transformers": ["kvbench/cache/*.py", "kvbench/models/*.py", "kvbench/bundled/*.py"],
+}
+A_COMMAND = "a command is called like the package whose door it is"
+AS_RELEASED = "the method as described; in released/ what published code does"
+# A name that two modules or packages have, and why both are found by it.
+ALIKE = {
+    "audit": f"{A_COMMAND}; in the package, what runs all checks",
+    "base": "what a data set is, what a sink is",
+    "build": "a cell from its configuration; a report from its records",
+    "cache": "the package; in it the class that a model is given",
+    "conversation": "a data set of turns; the task that asks them",
+    "elastic": AS_RELEASED,
+    "files": "rows out of a user's files; how every file of ours is written",
+    "frontier": A_COMMAND,
+    "h2o": AS_RELEASED,
+    "page": "the page; the autopsy's section of it",
+    "released": "the policies; what they do to the cache",
+    "report": f"{A_COMMAND}; sinks/wandb/report is W&B's own kind of report",
+    "results": A_COMMAND,
+    "streaming_llm": AS_RELEASED,
+    "sweep": f"{A_COMMAND}; in the package, the sweep itself",
+    "wandb": A_COMMAND,
 }
 
+CHOICE = "kvbench.policies.released.choice"  # how the released policies choose: no policy itself
 
-def imports(nodes: Iterator[ast.AST] | list[ast.stmt]) -> set[str]:
-    """Full names of modules that import statements among `nodes` name, with `from` names appended."""
+
+def imports(nodes: Iterator[ast.AST] | list[ast.stmt], beside: str = "") -> set[str]:
+    """Full names of modules that import statements among `nodes` name, with `from` names appended.
+
+    beside: the package whose modules a relative import means, where there may be one.
+    """
     found: set[str] = set()
     for node in nodes:
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative imports hide the layer"
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+            assert node.level == 0 or (node.level == 1 and beside), "relative imports hide the layer"
+            package = f"{beside}." if node.level else ""
+            found.update(f"{package}{node.module}.{alias.name}" for alias in node.names)
     return found
+
+
+def tree_of(file: str) -> ast.Module:
+    return ast.parse((REPO / file).read_text(encoding="utf-8"))
 
 
 @cache
 def imported_by(file: str) -> frozenset[str]:
-    return frozenset(imports(ast.walk(ast.parse((REPO / file).read_text(encoding="utf-8")))))
+    # The text of a released policy is in its key, so it may not say where its neighbour lies.
+    beside = "kvbench.policies.released" if file.startswith("policies/released/") else ""
+    return frozenset(imports(ast.walk(tree_of(file)), beside))
 
 
-def part(file: str) -> str:
-    """`kvbench/cache/slots.py` is part of `cache`, `kvbench/errors.py` of `errors`."""
-    return Path(file).parts[1].removesuffix(".py")
+def module_name(file: str) -> str:
+    """`kvbench/cache/slots.py` is kvbench.cache.slots, `policies/h2o.py` kvbench.policies.h2o."""
+    parts = Path(file).with_suffix("").parts
+    name = ".".join(parts if parts[0] != "policies" else ("kvbench", *parts))
+    return name.removesuffix(".__init__")
 
 
-def test_a_layer_imports_only_lower_layers() -> None:
-    for file in FILES:
-        if file.startswith("kvbench/") and part(file) not in COMPOSITION:
-            own = {name.split(".")[1] for name in imported_by(file) if name.startswith("kvbench.")}
-            assert own <= MAY_IMPORT[part(file)] | {part(file)}, file
+MODULES = {module_name(file): file for file in FILES}
+
+
+def module_of(name: str) -> str:
+    """Return the module that an imported name lies in: a class of kvbench.errors is in kvbench.errors."""
+    while name not in MODULES and "." in name:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def part(name: str) -> str:
+    """kvbench.cache.slots is part of `cache`, kvbench.errors of `errors`, kvbench of `__init__`."""
+    first, *rest = name.split(".")
+    if first != "kvbench":
+        return first
+    own = ".".join(rest[:2])
+    return own if own in MAY_IMPORT else rest[0] if rest else "__init__"
+
+
+def needed_packages(module: str) -> set[str]:
+    """Return the packages beside its own that a module imports from."""
+    names = {module_of(name) for name in imported_by(MODULES[module]) if name.split(".")[0] == "kvbench"}
+    return {part(name) for name in names} - {part(module)}
+
+
+def test_the_table_lists_every_package_once_and_lower_ones_first() -> None:
+    assert {part(module) for module in MODULES} <= set(MAY_IMPORT)
+    order = list(MAY_IMPORT)
+    for package, lower in MAY_IMPORT.items():
+        assert set(lower.split()) <= set(order[: order.index(package)]), package
+
+
+def test_a_package_imports_only_those_below_it() -> None:
+    against = {
+        (module, package)
+        for module in MODULES
+        for package in needed_packages(module) - set(MAY_IMPORT[part(module)].split())
+    }
+    assert against == set(ALL_THE_SAME)
+
+
+def test_no_module_needs_itself() -> None:
+    """Nor through others: at their heads no two modules import each other, whatever is in between."""
+    needs: dict[str, set[str]] = defaultdict(set)
+    for module, file in MODULES.items():
+        head = imports(tree_of(file).body, module.rpartition(".")[0])
+        needs[module] = {module_of(name) for name in head} & set(MODULES) - {module}
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " -> ".join((*way[way.index(module) :], module))
+        if module not in done:
+            for needed in sorted(needs[module]):
+                visit(needed, (*way, module))
+            done.add(module)
+
+    for module in sorted(MODULES):
+        visit(module, ())
+
+
+def test_two_modules_of_one_name_have_a_reason() -> None:
+    named: dict[str, list[str]] = defaultdict(list)
+    for module in MODULES:
+        named[module.rpartition(".")[2]].append(module)
+    assert {name for name, modules in named.items() if len(modules) > 1} == set(ALIKE), dict(named)
+
+
+def test_the_root_holds_what_every_package_may_name() -> None:
+    root = {path.name for path in (REPO / "kvbench").glob("*.py")}
+    assert root == {"__init__.py", "__main__.py", "errors.py", "measures.py"}
+
+
+def test_tests_lie_under_what_they_test() -> None:
+    """Beside the packages stand only what spans them all: whole products, a GPU, a cluster."""
+    packages = {path.name for path in (REPO / "kvbench").iterdir() if path.is_dir()} | {"policies"}
+    folders = {path.name for path in (REPO / "tests").iterdir() if any(path.rglob("test_*.py"))}
+    assert folders - packages <= {"gpu", "security", "slurm", "trust"}
+    at_the_root = {path.name for path in (REPO / "tests").glob("test_*.py")}
+    allowed = {"covering", "docs", "errors", "layers", "measures", "wheel"}
+    assert at_the_root <= {f"test_{name}.py" for name in allowed}
 
 
 def test_a_policy_imports_only_torch_and_the_contract() -> None:
@@ -137,13 +215,15 @@ def test_a_policy_imports_only_torch_and_the_contract() -> None:
     assert len(policies) > 10
     for file in policies:
         for name in imported_by(file):
-            allowed = name.startswith(("kvbench.cache", "kvbench.errors")) or name.split(".")[0] == "torch"
+            ours = name.startswith(("kvbench.cache", "kvbench.errors", CHOICE))
+            allowed = ours or name.split(".")[0] == "torch"
             assert allowed or name.split(".")[0] in sys.stdlib_module_names, (file, name)
 
 
 def test_nothing_but_a_yaml_names_a_policy() -> None:
     for file in FILES:
-        assert not [name for name in imported_by(file) if name.startswith(("kvbench.policies", "policies"))], file
+        named = {name for name in imported_by(file) if name.startswith(("kvbench.policies", "policies"))}
+        assert all(name.startswith(CHOICE) for name in named), file
 
 
 @pytest.mark.parametrize("package", ONLY_IN)
@@ -154,14 +234,26 @@ def test_a_heavy_package_is_imported_in_its_own_place_only(package: str) -> None
 
 def test_the_report_reads_only_files() -> None:
     heavy = {"torch", "transformers", "wandb", "hydra"}
-    for file in FILES:
-        if part(file) == "report":
+    for module, file in MODULES.items():
+        if part(module) in ("report", "stats"):
             assert not heavy & {name.split(".")[0] for name in imported_by(file)}, file
 
 
 def test_the_command_line_answers_without_torch() -> None:
-    code = "import sys, kvbench.cli; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    code = "import sys, kvbench.cli.main; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 0
+
+
+def test_help_is_printed_by_a_handful_of_modules_and_no_library() -> None:
+    code = (
+        "import sys; from kvbench.cli.main import run\n"
+        "try: run(['--help'])\n"
+        "except SystemExit: pass\n"
+        "ours = [name for name in sys.modules if name.partition('.')[0] == 'kvbench']\n"
+        "heavy = {'torch', 'transformers', 'hydra', 'omegaconf', 'numpy', 'pandas', 'rich', 'wandb', 'matplotlib'}\n"
+        "sys.exit(len(ours) > 10 or bool(heavy & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True).returncode == 0
 
 
 def test_the_import_reader_sees_every_form() -> None:

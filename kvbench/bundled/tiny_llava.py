@@ -77,20 +77,7 @@ def tiny_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 def tiny_llava(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
     """Return the untrained model for `tokenizer`, weights from torch's global generator."""
-    config = LlavaConfig(
-        vision_config=_vision_config(),
-        text_config=_text_config(tokenizer),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        image_seq_length=(IMAGE_PIXELS // PATCH_PIXELS) ** 2,
-        tie_word_embeddings=False,
-    )
-    return LlavaForConditionalGeneration(config)
-
-
-def _vision_config() -> CLIPVisionConfig:
-    return CLIPVisionConfig(
+    vision = CLIPVisionConfig(
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=2,
@@ -99,10 +86,7 @@ def _vision_config() -> CLIPVisionConfig:
         patch_size=PATCH_PIXELS,
         projection_dim=128,
     )
-
-
-def _text_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    return LlamaConfig(
+    text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
@@ -115,3 +99,13 @@ def _text_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=False,
     )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        image_seq_length=(IMAGE_PIXELS // PATCH_PIXELS) ** 2,
+        tie_word_embeddings=False,
+    )
+    return LlavaForConditionalGeneration(config)

@@ -1,27 +1,19 @@
-"""Train the bundled tiny LLaVA on scenes, from nothing, on a CPU or a GPU.
+"""Train the bundled tiny LLaVA on scenes, from nothing, on a CPU or a GPU, and score it on held-out scenes.
 
     python -m kvbench.bundled.train --out runs/tiny-llava --steps 6000
 
 Two stages, as LLaVA itself: the tower first learns what each cell of the picture shows (dense
 supervision, minutes), then tower, projector and decoder learn conversations together, from step
-`--drop-from` on with token dropout (see token_dropout.py). The learning rate is constant and falls
+`--drop-from` on with token dropout. The learning rate is constant and falls
 linearly over the last fifth. A killed run goes on from its last checkpoint; `--steps` may be raised
 or lowered between runs. No step is drawn twice: the scene index grows with the step.
 
-Checkpoints of a training run as safetensors: weights, optimizer moments, and the step in the name.
-
-Token dropout: teach the tiny model the redundancy that large models have.
-
-A small model trained on full attention spreads what it needs over every token, so that any eviction
-ruins it and no policy differs from another. Large vision-language models are not like that: most
-image tokens can go. So in the last stage of training, tokens see only part of what lies before them: a
-random share of the image patches is hidden, but never the patch that holds an object's centre, and
+Token dropout teaches the tiny model the redundancy that large models have. A small model trained on full attention
+spreads what it needs over every token, so that any eviction ruins it and no policy differs from another. Large
+vision-language models are not like that: most image tokens can go. So in the last stage tokens see only part of what
+lies before them: a random share of the image patches is hidden, but never the patch that holds an object's centre, and
 of the text a random share of what is older than a random window. The choice is blind to attention
 and to every policy; it only makes background and old text dispensable, and objects not.
-
-Training batches of scenes: pictures, conversations with labels, and what each cell shows.
-
-Score a model on held-out scenes: object F1 of its greedy descriptions.
 """
 
 from __future__ import annotations
@@ -64,52 +56,172 @@ from kvbench.datasets.scenes import (
 )
 from kvbench.results.files import replace_file, replacing
 
-state_log = logging.getLogger("kvbench.train_scenes")
-
-
-def save_state(
-    out: Path, model: LlavaForConditionalGeneration, optimizer: torch.optim.Optimizer | None, step: int
-) -> None:
-    """Write weights and optimizer moments after `step` as safetensors, published by one rename; two are kept."""
-    tensors = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
-    state = optimizer.state_dict()["state"] if optimizer else {}
-    for index, moments in state.items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
-    with replacing(out / f"state-{step:06d}.safetensors") as partial:
-        save_file(tensors, partial, metadata={"step": str(step)})
-    for old in sorted(out.glob("state-*.safetensors"))[:-2]:
-        old.unlink()
-
-
-def _latest(out: Path) -> Path | None:
-    return max(out.glob("state-*.safetensors"), default=None)
-
-
-def restore(out: Path, model: LlavaForConditionalGeneration) -> int | None:
-    """Load the last checkpoint's weights into `model`; return its step, None if there is none."""
-    path = _latest(out)
-    if path is None:
-        return None
-    tensors = load_file(path)
-    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    state_log.info("going on from %s", path)
-    return int(path.stem.removeprefix("state-"))
-
-
-def restore_optimizer(out: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Load the last checkpoint's moments into `optimizer`, if there are any."""
-    path = _latest(out)
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in (load_file(path) if path else {}).items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".")
-            moments.setdefault(int(index), {})[name] = value
-    if moments:
-        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
+SEED = 20261123
+TOWER_STEPS = 1200
+TOWER_BATCH = 64
+SCENES_BEFORE_TALK = TOWER_STEPS * TOWER_BATCH
+TOWER_RATE = 1e-3
+WARM_UP_STEPS = 200
+DECAY_FRACTION = 0.2
+REPORT_EVERY = 50
+SAVE_EVERY = 250
+SCORE_EVERY = 500
+SCORE_BATCH = 25
+MAX_NEW_TOKENS = 160
+KEEP_ALL_SHARE = 0.25
+MIN_WINDOW_TOKENS = 6
+MAX_WINDOW_TOKENS = 64
 IGNORED_LABEL = -100
 CELL_CLASSES = {"size": SIZES, "texture": TEXTURES, "colour": COLOURS, "shape": SHAPES}
+
+log = logging.getLogger("kvbench.train_scenes")
+
+
+def main() -> None:
+    """Train, checkpoint, score and write the model in Hugging Face format."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    args = _arguments()
+    torch.manual_seed(SEED)
+    tokenizer = train_tokenizer(_tokenizer_texts())
+    processor = tiny_processor(tokenizer)
+    model = tiny_llava(tokenizer).to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    start = restore(args.out, model, optimizer)
+    if start is None:
+        start = _train_tower(model, args)
+    _train_talk(model, processor, optimizer, args, start)
+    model.save_pretrained(args.out / "model")
+    processor.save_pretrained(args.out / "model")
+    score = score_model(model, processor, num_scenes=200)
+    replace_file(args.out / "score.json", f"{json.dumps(score, indent=2)}\n".encode())
+    log.info("held-out score: %s", score)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m kvbench.bundled.train", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and of the final model")
+    parser.add_argument("--steps", type=int, default=4200, help="conversation steps in all (default 4200)")
+    parser.add_argument("--drop-from", type=int, default=2250, help="first step with token dropout (default 2250)")
+    parser.add_argument("--batch-size", type=int, default=32, help="scenes per step (default 32)")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak learning rate (default 1.5e-3)")
+    parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
+    return parser.parse_args()
+
+
+def _tokenizer_texts() -> Iterator[str]:
+    for index in range(2000):
+        scene = scene_at("train", index)
+        yield f"USER: \n{DESCRIBE_PROMPTS[index % 3]} ASSISTANT: {describe(scene)}"
+        for turn in follow_up_turns(scene, 4):
+            yield f"USER: {turn.question} ASSISTANT: {turn.answer}"
+
+
+def _train_tower(model: LlavaForConditionalGeneration, args: argparse.Namespace) -> int:
+    """Teach the tower what each cell shows through throw-away linear heads; returns step 0."""
+    tower = model.model.vision_tower
+    num_classes = [len(classes) + (name == "size") for name, classes in CELL_CLASSES.items()]
+    heads = nn.Linear(tower.config.hidden_size, sum(num_classes)).to(args.device)
+    optimizer = torch.optim.AdamW([*tower.parameters(), *heads.parameters()], lr=TOWER_RATE, weight_decay=0.01)
+    batches = SceneBatches(tokenizer=None, batch_size=TOWER_BATCH, first_index=0, num_image_tokens=0).loaded()
+    for step in range(TOWER_STEPS):
+        batch = next(batches)
+        with torch.autocast(args.device, torch.bfloat16):
+            patches = tower(pixel_values=batch.pixels.to(args.device)).last_hidden_state[:, 1:]
+            logits = heads(_cells_of_patches(patches)).float()
+        losses = [
+            nn.functional.cross_entropy(part.flatten(0, 1), classes.flatten(), ignore_index=IGNORED_LABEL)
+            for part, classes in zip(
+                logits.split(num_classes, dim=-1), batch.cells.to(args.device).unbind(dim=-1), strict=True
+            )
+        ]
+        loss = torch.stack(losses).sum()
+        _update(optimizer, loss, tower.parameters(), TOWER_RATE * _rate_share(step, TOWER_STEPS))
+        if step % REPORT_EVERY == 0:
+            log.info("tower step %d loss %.4f", step, loss.item())
+    save_state(args.out, model, None, 0)
+    return 0
+
+
+def _cells_of_patches(patches: Tensor) -> Tensor:
+    """(B, 144, D) patches in reading order -> (B, 16, D), the mean of the 3 x 3 patches of each cell."""
+    batch, number, width = patches.shape
+    side = round(number**0.5) // GRID_CELLS
+    grid = patches.view(batch, GRID_CELLS, side, GRID_CELLS, side, width)
+    return grid.mean(dim=(2, 4)).reshape(batch, GRID_CELLS**2, width)
+
+
+def _train_talk(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    optimizer: torch.optim.Optimizer,
+    args: argparse.Namespace,
+    start: int,
+) -> None:
+    batches = SceneBatches(
+        tokenizer=processor.tokenizer,
+        batch_size=args.batch_size,
+        first_index=SCENES_BEFORE_TALK + start * args.batch_size,
+        num_image_tokens=model.config.image_seq_length,
+    ).loaded()
+    started_s, total = time.monotonic(), 0.0
+    for step in range(start, args.steps):
+        batch = next(batches)
+        mask = attention_mask(batch, model.config.image_token_index) if step >= args.drop_from else None
+        with torch.autocast(args.device, torch.bfloat16):
+            output = model.model(
+                input_ids=batch.ids.to(args.device),
+                pixel_values=batch.pixels.to(args.device),
+                # Right padding needs no mask under causal attention, as pads carry no label.
+                attention_mask=None if mask is None else mask.to(args.device),
+                use_cache=False,
+            )
+            labels = batch.labels.to(args.device)[:, 1:]
+            scored = labels != IGNORED_LABEL
+            logits = model.lm_head(output.last_hidden_state[:, :-1][scored]).float()
+        loss = nn.functional.cross_entropy(logits, labels[scored])
+        _update(optimizer, loss, model.parameters(), args.learning_rate * _rate_share(step, args.steps))
+        total += loss.item()
+        if (step + 1) % REPORT_EVERY == 0:
+            pace_s = (time.monotonic() - started_s) / (step + 1 - start)
+            log.info("step %d loss %.4f, %.2f s a step", step + 1, total / REPORT_EVERY, pace_s)
+            total = 0.0
+        if (step + 1) % SAVE_EVERY == 0:
+            save_state(args.out, model, optimizer, step + 1)
+        if (step + 1) % SCORE_EVERY == 0:
+            log.info("step %d held-out %s", step + 1, score_model(model, processor, num_scenes=48))
+
+
+def _rate_share(step: int, steps: int) -> float:
+    """Warm up, stay, fall linearly to 2 % over the last fifth of the steps."""
+    left = (steps - step) / (DECAY_FRACTION * steps)
+    return max(min((step + 1) / WARM_UP_STEPS, left, 1.0), 0.02)
+
+
+def _update(optimizer: torch.optim.Optimizer, loss: Tensor, clipped: Iterable[nn.Parameter], rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    loss.backward()
+    nn.utils.clip_grad_norm_(clipped, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def attention_mask(batch: SceneBatch, image_token_id: int) -> Tensor:
+    """Return (B, 1, T, T) bool, True where a query may attend under token dropout; every token sees itself.
+
+    One share of tokens is drawn to be hidden per row; the first token never is.
+    """
+    num_rows, length = batch.ids.shape
+    age = torch.arange(length)[:, None] - torch.arange(length)[None, :]
+    image = batch.ids == image_token_id
+    window = torch.randint(MIN_WINDOW_TOKENS, MAX_WINDOW_TOKENS + 1, (num_rows, 1, 1))
+    share = torch.rand(num_rows, 1) * (torch.rand(num_rows, 1) > KEEP_ALL_SHARE)
+    dropped = torch.rand(num_rows, length) < share
+    dropped[:, 0] = False
+    dropped[image] &= ~batch.centres.flatten()
+    hidden = dropped[:, None, :] & (age > torch.where(image[:, None, :], 0, window))
+    return ((age >= 0) & ~hidden)[:, None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,6 +250,10 @@ class SceneBatches(IterableDataset[SceneBatch]):
         self.first_index = first_index
         self.num_image_tokens = num_image_tokens
 
+    def loaded(self) -> Iterator[SceneBatch]:
+        """Yield the batches, drawn ahead by a process of their own."""
+        return iter(DataLoader(self, batch_size=None, num_workers=1, prefetch_factor=4))
+
     def __iter__(self) -> Iterator[SceneBatch]:
         torch.set_num_threads(1)
         index = self.first_index
@@ -146,9 +262,11 @@ class SceneBatches(IterableDataset[SceneBatch]):
             index += self.batch_size
 
     def _batch(self, scenes: list[Scene]) -> SceneBatch:
-        rows = [self._encode(scene) for scene in scenes]
+        rows, pad = [([0], [0]) for _ in scenes], 0
+        if self.tokenizer is not None:
+            rows = [encode_conversation(self.tokenizer, training_turns(s), self.num_image_tokens) for s in scenes]
+            pad = self.tokenizer.pad_token_id
         longest = max(len(ids) for ids, _ in rows)
-        pad = self.tokenizer.pad_token_id if self.tokenizer else 0
         return SceneBatch(
             pixels=torch.stack([to_pixels(draw_scene(scene)) for scene in scenes]),
             ids=torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows]),
@@ -156,11 +274,6 @@ class SceneBatches(IterableDataset[SceneBatch]):
             cells=torch.tensor([_cell_classes(scene) for scene in scenes]),
             centres=torch.stack([_centre_patches(scene) for scene in scenes]),
         )
-
-    def _encode(self, scene: Scene) -> tuple[list[int], list[int]]:
-        if self.tokenizer is None:
-            return [0], [0]
-        return encode_conversation(self.tokenizer, training_turns(scene), self.num_image_tokens)
 
 
 def training_turns(scene: Scene) -> list[Turn]:
@@ -201,50 +314,18 @@ def _centre_patches(scene: Scene) -> Tensor:
 
 def _cell_classes(scene: Scene) -> list[list[int]]:
     """Per cell the class of each attribute; an empty cell has size class 2 and no other label."""
-    empty = [len(SIZES)] + [IGNORED_LABEL] * (len(CELL_CLASSES) - 1)
-    cells = [empty] * GRID_CELLS**2
+    cells = [[len(SIZES)] + [IGNORED_LABEL] * (len(CELL_CLASSES) - 1)] * GRID_CELLS**2
     for item in scene.objects:
-        cells[item.row * GRID_CELLS + item.column] = [
-            classes.index(getattr(item, name)) for name, classes in CELL_CLASSES.items()
-        ]
+        classes = [of_kind.index(getattr(item, name)) for name, of_kind in CELL_CLASSES.items()]
+        cells[item.row * GRID_CELLS + item.column] = classes
     return cells
-
-
-KEEP_ALL_SHARE = 0.25
-MIN_WINDOW_TOKENS = 6
-MAX_WINDOW_TOKENS = 64
-
-
-def attention_mask(batch: SceneBatch, image_token_id: int) -> Tensor:
-    """Return (B, 1, T, T) bool, True where a query may attend; every token sees itself."""
-    num_rows, length = batch.ids.shape
-    age = torch.arange(length)[:, None] - torch.arange(length)[None, :]
-    image = batch.ids == image_token_id
-    window = torch.randint(MIN_WINDOW_TOKENS, MAX_WINDOW_TOKENS + 1, (num_rows, 1, 1))
-    shown_tokens = torch.where(image[:, None, :], 0, window)
-    hidden = _dropped(batch, image)[:, None, :] & (age > shown_tokens)
-    return ((age >= 0) & ~hidden)[:, None]
-
-
-def _dropped(batch: SceneBatch, image: Tensor) -> Tensor:
-    """(B, T) bool: tokens drawn to be hidden, one share per row; the first token never is."""
-    num_rows, length = batch.ids.shape
-    share = torch.rand(num_rows, 1) * (torch.rand(num_rows, 1) > KEEP_ALL_SHARE)
-    dropped = torch.rand(num_rows, length) < share
-    dropped[:, 0] = False
-    dropped[image] &= ~batch.centres.flatten()
-    return dropped
-
-
-BATCH = 25
-MAX_NEW_TOKENS = 160
 
 
 @torch.inference_mode()
 def score_model(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, *, num_scenes: int
 ) -> dict[str, float]:
-    """Return object precision, recall and F1 over the first `num_scenes` test scenes.
+    """Return object precision, recall and F1 of greedy descriptions of the first `num_scenes` test scenes.
 
     An object counts as found when cell, size, texture, colour and shape are all right.
     """
@@ -252,8 +333,8 @@ def score_model(
     model.eval()
     found = stated = true = 0
     scenes = [scene_at("test", index) for index in range(num_scenes)]
-    for start in range(0, num_scenes, BATCH):
-        batch = scenes[start : start + BATCH]
+    for start in range(0, num_scenes, SCORE_BATCH):
+        batch = scenes[start : start + SCORE_BATCH]
         for scene, text in zip(batch, _descriptions(model, processor, batch), strict=True):
             objects = parse_objects(text)
             found += len(objects & set(scene.objects))
@@ -270,9 +351,8 @@ def _descriptions(model: LlavaForConditionalGeneration, processor: LlavaProcesso
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": describe_prompt(scene)}]}]
         for scene in scenes
     ]
-    prompts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
     inputs = processor(
-        text=prompts,
+        text=[processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats],
         images=[draw_scene(scene) for scene in scenes],
         return_tensors="pt",
         padding=True,
@@ -283,168 +363,38 @@ def _descriptions(model: LlavaForConditionalGeneration, processor: LlavaProcesso
     return texts
 
 
-log = logging.getLogger("kvbench.train_scenes")
-
-SEED = 20261123
-TOWER_STEPS = 1200
-TOWER_BATCH = 64
-SCENES_BEFORE_TALK = TOWER_STEPS * TOWER_BATCH
-WARM_UP_STEPS = 200
-DECAY_FRACTION = 0.2
-REPORT_EVERY = 50
-SAVE_EVERY = 250
-SCORE_EVERY = 500
-
-
-def main() -> None:
-    """Train, checkpoint, score and write the model in Hugging Face format."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    args = _arguments()
-    torch.manual_seed(SEED)
-    tokenizer = train_tokenizer(_tokenizer_texts())
-    model = tiny_llava(tokenizer).to(args.device)
-    start = restore(args.out, model)
-    if start is None:
-        start = _train_tower(model, args)
-    _train_talk(model, tokenizer, args, start)
-    _save_model(args.out / "model", model, tokenizer)
-    score = score_model(model, tiny_processor(tokenizer), num_scenes=200)
-    replace_file(args.out / "score.json", f"{json.dumps(score, indent=2)}\n".encode())
-    log.info("held-out score: %s", score)
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m kvbench.bundled.train", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and of the final model")
-    parser.add_argument("--steps", type=int, default=4200, help="conversation steps in all (default 4200)")
-    parser.add_argument("--drop-from", type=int, default=2250, help="first step with token dropout (default 2250)")
-    parser.add_argument("--batch-size", type=int, default=32, help="scenes per step (default 32)")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak learning rate (default 1.5e-3)")
-    parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
-    return parser.parse_args()
-
-
-def _tokenizer_texts() -> Iterator[str]:
-    for index in range(2000):
-        scene = scene_at("train", index)
-        yield f"USER: \n{DESCRIBE_PROMPTS[index % 3]} ASSISTANT: {describe(scene)}"
-        for turn in follow_up_turns(scene, 4):
-            yield f"USER: {turn.question} ASSISTANT: {turn.answer}"
-
-
-def _loader(dataset: SceneBatches) -> Iterator[SceneBatch]:
-    return iter(DataLoader(dataset, batch_size=None, num_workers=1, prefetch_factor=4))
-
-
-def _train_tower(model: LlavaForConditionalGeneration, args: argparse.Namespace) -> int:
-    """Teach the tower what each cell shows through throw-away linear heads; returns step 0."""
-    tower = model.model.vision_tower
-    num_classes = [len(classes) + (name == "size") for name, classes in CELL_CLASSES.items()]
-    heads = nn.Linear(tower.config.hidden_size, sum(num_classes)).to(args.device)
-    optimizer = torch.optim.AdamW([*tower.parameters(), *heads.parameters()], lr=1e-3, weight_decay=0.01)
-    batches = _loader(SceneBatches(tokenizer=None, batch_size=TOWER_BATCH, first_index=0, num_image_tokens=0))
-    for step in range(TOWER_STEPS):
-        batch = next(batches)
-        _set_rate(optimizer, 1e-3 * _rate_share(step, TOWER_STEPS))
-        with torch.autocast(args.device, torch.bfloat16):
-            patches = tower(pixel_values=batch.pixels.to(args.device)).last_hidden_state[:, 1:]
-            logits = heads(_cells_of_patches(patches)).float()
-        loss = _cell_loss(logits, batch.cells.to(args.device), num_classes)
-        _update(optimizer, loss, tower.parameters())
-        if step % REPORT_EVERY == 0:
-            log.info("tower step %d loss %.4f", step, loss.item())
-    save_state(args.out, model, None, 0)
-    return 0
-
-
-def _cells_of_patches(patches: Tensor) -> Tensor:
-    """(B, 144, D) patches in reading order -> (B, 16, D), the mean of the 3 x 3 patches of each cell."""
-    batch, number, width = patches.shape
-    side = round(number**0.5) // GRID_CELLS
-    grid = patches.view(batch, GRID_CELLS, side, GRID_CELLS, side, width)
-    return grid.mean(dim=(2, 4)).reshape(batch, GRID_CELLS**2, width)
-
-
-def _cell_loss(logits: Tensor, cells: Tensor, num_classes: list[int]) -> Tensor:
-    parts = logits.split(num_classes, dim=-1)
-    losses = [
-        nn.functional.cross_entropy(part.flatten(0, 1), cells[..., k].flatten(), ignore_index=IGNORED_LABEL)
-        for k, part in enumerate(parts)
-    ]
-    return torch.stack(losses).sum()
-
-
-def _train_talk(
-    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace, start: int
+def save_state(
+    out: Path, model: LlavaForConditionalGeneration, optimizer: torch.optim.Optimizer | None, step: int
 ) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    restore_optimizer(args.out, optimizer)
-    first = SCENES_BEFORE_TALK + start * args.batch_size
-    image_tokens = model.config.image_seq_length
-    batches = _loader(
-        SceneBatches(tokenizer=tokenizer, batch_size=args.batch_size, first_index=first, num_image_tokens=image_tokens)
-    )
-    started_s, total = time.monotonic(), 0.0
-    for step in range(start, args.steps):
-        _set_rate(optimizer, args.learning_rate * _rate_share(step, args.steps))
-        batch = next(batches)
-        mask = attention_mask(batch, model.config.image_token_index) if step >= args.drop_from else None
-        total += _talk_step(model, optimizer, batch, mask, args.device)
-        if (step + 1) % REPORT_EVERY == 0:
-            pace_s = (time.monotonic() - started_s) / (step + 1 - start)
-            log.info("step %d loss %.4f, %.2f s a step", step + 1, total / REPORT_EVERY, pace_s)
-            total = 0.0
-        if (step + 1) % SAVE_EVERY == 0:
-            save_state(args.out, model, optimizer, step + 1)
-        if (step + 1) % SCORE_EVERY == 0:
-            log.info("step %d held-out %s", step + 1, score_model(model, tiny_processor(tokenizer), num_scenes=48))
+    """Write weights and optimizer moments after `step` as safetensors, published by one rename; two are kept."""
+    tensors = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
+    for index, moments in (optimizer.state_dict()["state"] if optimizer else {}).items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+    with replacing(out / f"state-{step:06d}.safetensors") as partial:
+        save_file(tensors, partial, metadata={"step": str(step)})
+    for old in sorted(out.glob("state-*.safetensors"))[:-2]:
+        old.unlink()
 
 
-def _talk_step(
-    model: LlavaForConditionalGeneration,
-    optimizer: torch.optim.Optimizer,
-    batch: SceneBatch,
-    mask: Tensor | None,
-    device: str,
-) -> float:
-    """Update once; right padding needs no mask under causal attention, as pads carry no label."""
-    with torch.autocast(device, torch.bfloat16):
-        output = model.model(
-            input_ids=batch.ids.to(device),
-            pixel_values=batch.pixels.to(device),
-            attention_mask=None if mask is None else mask.to(device),
-            use_cache=False,
-        )
-        labels = batch.labels.to(device)[:, 1:]
-        scored = labels != IGNORED_LABEL
-        logits = model.lm_head(output.last_hidden_state[:, :-1][scored]).float()
-    loss = nn.functional.cross_entropy(logits, labels[scored])
-    _update(optimizer, loss, model.parameters())
-    return loss.item()
-
-
-def _update(optimizer: torch.optim.Optimizer, loss: Tensor, parameters: Iterable[nn.Parameter]) -> None:
-    loss.backward()
-    nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def _rate_share(step: int, steps: int) -> float:
-    """Warm up, stay, fall linearly to 2 % over the last fifth of the steps."""
-    left = (steps - step) / (DECAY_FRACTION * steps)
-    return max(min((step + 1) / WARM_UP_STEPS, left, 1.0), 0.02)
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
-def _save_model(folder: Path, model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
-    model.save_pretrained(folder)
-    tiny_processor(tokenizer).save_pretrained(folder)
+def restore(out: Path, model: LlavaForConditionalGeneration, optimizer: torch.optim.Optimizer) -> int | None:
+    """Load the last checkpoint's weights and moments; return its step, None if there is none."""
+    path = max(out.glob("state-*.safetensors"), default=None)
+    if path is None:
+        return None
+    weights: dict[str, Tensor] = {}
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in load_file(path).items():
+        kind, name = key.split(".", 1)
+        if kind == "model":
+            weights[name] = value
+        else:
+            index, name = name.split(".")
+            moments.setdefault(int(index), {})[name] = value
+    model.load_state_dict(weights)
+    if moments:
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    log.info("going on from %s", path)
+    return int(path.stem.removeprefix("state-"))
 
 
 if __name__ == "__main__":

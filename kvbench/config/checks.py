@@ -27,8 +27,15 @@ from kvbench.cache import Budget, Policy
 from kvbench.datasets.base import Dataset
 from kvbench.datasets.synthetic import Synthetic
 from kvbench.errors import ConfigError, close_matches
-from kvbench.models.spec import FAMILIES, MOVING_ROTATIONS, TEXT_FAMILIES, ModelSpec, check_folder_code, image_tokens
-from kvbench.models.weight_files import check_weight_files
+from kvbench.models.spec import (
+    FAMILIES,
+    MOVING_ROTATIONS,
+    TEXT_FAMILIES,
+    ModelSpec,
+    check_folder_code,
+    check_weight_files,
+    image_tokens,
+)
 from kvbench.results.redaction import is_secret_name, secret_in
 from kvbench.tasks.task import Task
 
@@ -61,7 +68,7 @@ def check_model(spec: ModelSpec, dataset: Dataset, positions: str, engine: str) 
 
 def known_config(spec: ModelSpec) -> dict[str, Any] | None:
     """Return the model's architecture if it is on this machine: in the settings, its folder, or the hub's cache."""
-    if spec.is_random:
+    if spec.is_random or spec.gguf is not None:
         return spec.known_config()
     path: Any = spec.folder / "config.json" if spec.folder is not None else None
     if path is None:

@@ -1,10 +1,7 @@
 """What a data set gives: examples with a question, perhaps a picture, a reference and known facts.
 
-One question and its right answer.
-
-A prompt without text: how many tokens, how many pictures, drawn from which seed.
-
-Texts of a row: there, of the right type, not empty, whole Unicode, and text alone, no mark of a picture.
+What data says is checked here as well: a text is there, of the right type, not empty, whole Unicode, and text
+alone, no mark of a picture.
 """
 
 from __future__ import annotations
@@ -18,6 +15,8 @@ from PIL import Image
 
 from kvbench.errors import DataError
 
+OnBadItem = Literal["fail", "skip"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
@@ -29,7 +28,7 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenPrompt:
-    """What a model's vocabulary and picture size turn into a prompt.
+    """What a model's vocabulary and picture size turn into a prompt without text.
 
     num_tokens counts everything, picture tokens included. num_images 0 or 1, None: 1 where the model
     takes pictures.
@@ -38,9 +37,6 @@ class TokenPrompt:
     num_tokens: int
     num_images: int | None
     seed: int
-
-
-OnBadItem = Literal["fail", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,21 +126,6 @@ def is_unicode(text: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def object_of(content: Any, where: str, needs: Iterable[str]) -> Mapping[str, Any]:
-    """Return `content` as a JSON object. Raises: DataError."""
-    if not isinstance(content, dict):
-        raise DataError(f"{where} is {str(content)[:80]!r}; it must be an object with {', '.join(needs)}")
-    return content
-
-
-def text_of(content: Mapping[str, Any], name: str, where: str) -> str:
-    """Return the text `name` without space around it. Raises: DataError unless it is there and not empty."""
-    if not isinstance(content.get(name), str):
-        found = f"the {name} {str(content[name])[:80]!r}" if name in content else f"no {name}"
-        raise DataError(f"{where} has {found}; it needs the text {name!r}, and has the fields {_names(content)}")
-    return checked_text(content[name], name, where)
-
-
 def checked_text(text: str, name: str, where: str) -> str:
     """Return `text` without space around it. Raises: DataError if nothing is left or it is no whole Unicode."""
     if not text.strip():
@@ -154,13 +135,27 @@ def checked_text(text: str, name: str, where: str) -> str:
     return text.strip()
 
 
-def id_of(content: Mapping[str, Any], names: Iterable[str], default: str, where: str) -> str:
-    """Return the first of `names` that the row has, as text; numbers count. Raises: DataError."""
-    found = next((content[name] for name in names if content.get(name) is not None), default)
-    if isinstance(found, bool) or not isinstance(found, str | int):
-        raise DataError(f"{where} has the id {str(found)[:80]!r}; it must be text or a whole number")
-    return checked_text(str(found), "id", where)
+class Fields:
+    """The fields of one item; `where` it stands begins every message. Raises: DataError, here and on reading."""
 
+    def __init__(self, content: Any, where: str, needs: Iterable[str]) -> None:
+        if not isinstance(content, dict):
+            raise DataError(f"{where} is {str(content)[:80]!r}; it must be an object with {', '.join(needs)}")
+        self.content: Mapping[str, Any] = content
+        self.where = where
 
-def _names(content: Mapping[str, Any]) -> str:
-    return ", ".join(sorted(map(str, content)))[:200] or "none"
+    def text(self, name: str) -> str:
+        """Return the text `name` without space around it, which must be there and not empty."""
+        found = self.content.get(name)
+        if not isinstance(found, str):
+            seen = f"the {name} {str(found)[:80]!r}" if name in self.content else f"no {name}"
+            fields = ", ".join(sorted(map(str, self.content)))[:200] or "none"
+            raise DataError(f"{self.where} has {seen}; it needs the text {name!r}, and has the fields {fields}")
+        return checked_text(found, name, self.where)
+
+    def id(self, *names: str, default: int | str) -> str:
+        """Return the first of `names` that the item has, as text; numbers count."""
+        found = next((self.content[name] for name in names if self.content.get(name) is not None), default)
+        if isinstance(found, bool) or not isinstance(found, str | int):
+            raise DataError(f"{self.where} has the id {str(found)[:80]!r}; it must be text or a whole number")
+        return checked_text(str(found), "id", self.where)

@@ -1,15 +1,13 @@
-"""Questions about pictures as JSON: the Elastic Cache release's form, and LLaVA's conversations.
+"""Questions with follow-ups: about pictures (the Elastic Cache release's form, LLaVA's conversations), and MT-Bench.
 
-An item is `{"image": ..., "question": ..., "answer": ...}`, or `{"image": ..., "conversations":
+Of pictures an item is `{"image": ..., "question": ..., "answer": ...}`, or `{"image": ..., "conversations":
 [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}` (LLaVA's training files,
 LLaVA-Description / detail_1k), whose later pairs become follow-up questions. LLaVA's `id` names a
 picture and repeats, so an item is named by its number.
 
-MT-Bench (arXiv 2306.05685): `question.jsonl` of two-turn questions, and Vicuna's of one turn.
-
-A question is `{"question_id", "turns": [text, ...]}`; its references are in the row (`reference`) or in
-FastChat's answer files (`choices[0].turns`). Most turns have none: their answers are compared with
-the full cache's only. MT-Bench's own score asks a model to judge and is not computed here.
+Of MT-Bench (arXiv 2306.05685; Vicuna's have one turn) it is `{"question_id", "turns": [text, ...]}`; references are
+in the row (`reference`) or in FastChat's answer files (`choices[0].turns`). Most turns have none: their answers are
+compared with the full cache's only. MT-Bench's own score asks a model to judge and is not computed here.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kvbench.datasets.base import Example, Turn, checked_text, id_of, object_of, text_of
+from kvbench.datasets.base import Example, Fields, Turn, checked_text
 from kvbench.datasets.files import FileDataset, Row, answers_by_id, read_rows
 from kvbench.datasets.pictures import picture_at
 from kvbench.errors import DataError
@@ -36,41 +34,43 @@ class Conversation(FileDataset):
     images: str | None = None
 
     def _example(self, row: Row) -> Example:
-        content = object_of(row.content, row.where, ("question", "answer"))
-        turns = _conversations(content, row.where) if "conversations" in content else [_pair(content, row.where)]
-        picture = content.get("image")
+        fields = row.fields("question", "answer")
+        if "conversations" in fields.content:
+            first, *later = _conversations(fields)
+        else:
+            first, later = Turn(question=_said(fields, "question"), answer=_said(fields, "answer")), []
+        picture = fields.content.get("image")
         folder = Path(self.images or Path(self.path).parent).expanduser()
         return Example(
             id=f"{row.number}",
             cluster=str(picture) if picture else f"{row.number}",
-            question=turns[0].question,
-            reference=turns[0].answer,
+            question=first.question,
+            reference=first.answer,
             load_image=picture_at(picture, folder, row.where) if picture else None,
-            follow_ups=tuple(turns[1:]),
+            follow_ups=tuple(later),
         )
 
 
-def _pair(content: Mapping[str, Any], where: str) -> Turn:
-    return Turn(question=_said(content, "question", where), answer=_said(content, "answer", where))
-
-
-def _conversations(content: Mapping[str, Any], where: str) -> list[Turn]:
-    said = content["conversations"]
+def _conversations(fields: Fields) -> list[Turn]:
+    said = fields.content["conversations"]
     if not isinstance(said, list) or not said or len(said) % 2:
-        raise DataError(f"{where} has the conversations {str(said)[:80]!r}; it must be a list of human, gpt pairs")
+        raise DataError(
+            f"{fields.where} has the conversations {str(said)[:80]!r}; it must be a list of human, gpt pairs"
+        )
     values = []
-    for number, part in enumerate(said):
-        speaker, at = _SPEAKERS[number % 2], f"{where}, conversations {number}"
-        if object_of(part, at, ("from", "value")).get("from") != speaker:
-            raise DataError(f"{at} is from {str(part.get('from'))[:40]!r}; it must be from {speaker!r}")
-        values.append(_said(part, "value", at))
+    for number, content in enumerate(said):
+        speaker, where = _SPEAKERS[number % 2], f"{fields.where}, conversations {number}"
+        part = Fields(content, where, ("from", "value"))
+        if part.content.get("from") != speaker:
+            raise DataError(f"{where} is from {str(part.content.get('from'))[:40]!r}; it must be from {speaker!r}")
+        values.append(_said(part, "value"))
     return [Turn(question=q, answer=a) for q, a in zip(values[::2], values[1::2], strict=True)]
 
 
-def _said(content: Mapping[str, Any], name: str, where: str) -> str:
-    text = text_of(content, name, where).replace(_IMAGE_MARK, "").strip()
+def _said(fields: Fields, name: str) -> str:
+    text = fields.text(name).replace(_IMAGE_MARK, "").strip()
     if not text:
-        raise DataError(f"{where} has an empty {name}: it holds {_IMAGE_MARK} alone; every item needs one")
+        raise DataError(f"{fields.where} has an empty {name}: it holds {_IMAGE_MARK} alone; every item needs one")
     return text
 
 
@@ -102,29 +102,23 @@ class MTBench(FileDataset):
         return own[0] != "" if isinstance(own, list) and own else bool(own)
 
     def _example(self, row: Row) -> Example:
-        content = object_of(row.content, row.where, ("question_id", "turns"))
-        name = id_of(content, ("question_id",), str(row.number), row.where)
-        questions = _texts(content.get("turns"), "turns", row.where)
-        answers = self._answers(name, content, row.where) or [""] * len(questions)
+        fields = row.fields("question_id", "turns")
+        name = fields.id("question_id", default=row.number)
+        questions = _texts(fields.content.get("turns"), "turns", row.where)
+        answers = self._answers(name, fields) or [""] * len(questions)
         if len(answers) != len(questions):
             raise DataError(f"{row.where} has {len(questions)} turns, but {len(answers)} reference answers")
-        turns = [Turn(question=q, answer=a) for q, a in zip(questions, answers, strict=True)]
-        return Example(
-            id=name,
-            cluster=name,
-            question=turns[0].question,
-            reference=turns[0].answer,
-            follow_ups=tuple(turns[1:]),
-        )
+        first, *later = (Turn(question=q, answer=a) for q, a in zip(questions, answers, strict=True))
+        return Example(id=name, cluster=name, question=first.question, reference=first.answer, follow_ups=tuple(later))
 
-    def _answers(self, name: str, content: Mapping[str, Any], where: str) -> list[str]:
+    def _answers(self, name: str, fields: Fields) -> list[str]:
         if name in self._references:
             choices = self._references[name].get("choices")
             if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-                raise DataError(f"the answer to {where} has no choices; give FastChat's reference_answer file")
-            return _texts(choices[0].get("turns"), "choices[0].turns", f"the answer to {where}")
-        own = content.get("reference")
-        return _texts(own, "reference", where, may_be_empty=True) if own else []
+                raise DataError(f"the answer to {fields.where} has no choices; give FastChat's reference_answer file")
+            return _texts(choices[0].get("turns"), "choices[0].turns", f"the answer to {fields.where}")
+        own = fields.content.get("reference")
+        return _texts(own, "reference", fields.where, may_be_empty=True) if own else []
 
 
 def _texts(value: Any, name: str, where: str, *, may_be_empty: bool = False) -> list[str]:

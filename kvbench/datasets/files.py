@@ -1,15 +1,9 @@
-"""What every data set read from files shares: checked when made, bad items refused or left out and counted.
+"""Data sets read from files: rows that know where they stand, checked when made, bad items refused or left out.
 
-Rows of a file: JSON, JSON lines, CSV or Parquet, each knowing where it stands.
-
-A row that cannot be read carries its problem instead of content, so that a data set may leave it out.
-
-Rows of a data set on the Hugging Face hub, pinned to a commit; needs the extra `datasets`.
-
-A source is written `hub:OWNER/NAME@COMMIT`, with `?config=...&split=...` where the default
-(no configuration, split test) is not meant.
-
-Answers that lie in a file of their own, by question id.
+Rows come from JSON, JSON lines, CSV or Parquet, or from the Hugging Face hub (extra `datasets`): a source there is
+pinned to a commit, `hub:OWNER/NAME@COMMIT`, with `?config=...&split=...` where the default (no configuration, split
+test) is not meant. A row that cannot be read carries its problem instead of content, so that a data set may leave it
+out. `FileDataset` makes the examples of the rows; answers may lie in a file of their own, by question id.
 """
 
 from __future__ import annotations
@@ -33,54 +27,14 @@ from urllib.parse import parse_qsl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kvbench.datasets.base import Example, OnBadItem, SkippedItem, Turn, id_of, object_of, text_of, without_marks
+from kvbench.datasets.base import Example, Fields, OnBadItem, SkippedItem, Turn, without_marks
 from kvbench.datasets.pictures import picture_digest
 from kvbench.errors import ConfigError, DataError, close_matches, missing_path
 
 HUB_PREFIX = "hub:"
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 _SOURCE = re.compile(r"hub:(?P<name>[\w.-]+(?:/[\w.-]+)?)@(?P<commit>[0-9a-f]{40})(?:\?(?P<options>.*))?")
 _OPTIONS = ("config", "split")
-_INSTALL = "pip install 'kvbench[datasets]'"
-
-
-def hub_rows(source: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of `source`. Raises: ConfigError, DataError."""
-    match = _SOURCE.fullmatch(source)
-    if match is None:
-        raise ConfigError(
-            f"dataset.path is {source!r}; a data set on the hub is written "
-            "hub:OWNER/NAME@COMMIT?config=NAME&split=NAME, its commit 40 hex digits (its page lists them)"
-        )
-    options = _options(match["options"] or "")
-    library = _library()
-    try:
-        table = library.load_dataset(
-            match["name"], options.get("config"), split=options.get("split", "test"), revision=match["commit"]
-        )
-        yield from table
-    except Exception as error:  # the library raises what its file systems raise
-        raise DataError(
-            f"{source} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]}); "
-            "without the network give a local file"
-        ) from error
-
-
-def _options(text: str) -> dict[str, str]:
-    options = dict(parse_qsl(text, keep_blank_values=True))
-    for name in options:
-        if name not in _OPTIONS:
-            raise ConfigError(f"dataset.path has the option {name!r}; {close_matches(name, _OPTIONS)}")
-    return options
-
-
-def _library() -> Any:
-    try:
-        return importlib.import_module("datasets")
-    except ImportError as error:
-        raise ConfigError(f"a data set on the hub needs the package `datasets`; {_INSTALL}") from error
-
-
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 _TWICE = "an object has the name {0!r} twice"
 
 
@@ -92,6 +46,16 @@ class Row:
     number: int
     content: Any = None
     problem: str | None = None
+
+    def read(self) -> Any:
+        """Return the content. Raises: DataError if it could not be read."""
+        if self.problem is not None:
+            raise DataError(self.problem)
+        return self.content
+
+    def fields(self, *needs: str) -> Fields:
+        """Return the content as an object, which should have `needs`. Raises: DataError."""
+        return Fields(self.read(), self.where, needs)
 
 
 def read_rows(source: str) -> Iterator[Row]:
@@ -110,6 +74,35 @@ def read_rows(source: str) -> Iterator[Row]:
     yield from reader(path)
 
 
+def hub_rows(source: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of `source`. Raises: ConfigError, DataError."""
+    match = _SOURCE.fullmatch(source)
+    if match is None:
+        raise ConfigError(
+            f"dataset.path is {source!r}; a data set on the hub is written "
+            "hub:OWNER/NAME@COMMIT?config=NAME&split=NAME, its commit 40 hex digits (its page lists them)"
+        )
+    options = dict(parse_qsl(match["options"] or "", keep_blank_values=True))
+    for name in options:
+        if name not in _OPTIONS:
+            raise ConfigError(f"dataset.path has the option {name!r}; {close_matches(name, _OPTIONS)}")
+    try:
+        library = importlib.import_module("datasets")
+    except ImportError as error:
+        raise ConfigError(
+            "a data set on the hub needs the package `datasets`; pip install 'kvbench[datasets]'"
+        ) from error
+    try:
+        yield from library.load_dataset(
+            match["name"], options.get("config"), split=options.get("split", "test"), revision=match["commit"]
+        )
+    except Exception as error:  # the library raises what its file systems raise
+        raise DataError(
+            f"{source} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]}); "
+            "without the network give a local file"
+        ) from error
+
+
 def existing(source: str, setting: str = "path") -> Path:
     """Return the path of a file that exists. Raises: ConfigError."""
     path = Path(source).expanduser()
@@ -123,10 +116,17 @@ def read_bytes(path: Path, setting: str = "path") -> bytes:
     """Return the content of a file. Raises: ConfigError."""
     try:
         return path.read_bytes()
-    except FileNotFoundError as error:
-        raise ConfigError(f"dataset.{setting} {path} cannot be read ({missing_path(path)}); give a file") from error
     except OSError as error:
-        raise ConfigError(f"dataset.{setting} {path} cannot be read ({error.strerror}); give a file") from error
+        reason = missing_path(path) if isinstance(error, FileNotFoundError) else error.strerror
+        raise ConfigError(f"dataset.{setting} {path} cannot be read ({reason}); give a file") from error
+
+
+def read_text(path: Path, kind: str, name: object = None, setting: str = "path") -> str:
+    """Return the text of a file that should hold `kind`. Raises: ConfigError, DataError that begins with `name`."""
+    try:
+        return read_bytes(path, setting).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name or path} is not {kind} in UTF-8 ({error})") from error
 
 
 def read_json(path: Path, setting: str = "path") -> Any:
@@ -141,7 +141,7 @@ def read_json(path: Path, setting: str = "path") -> Any:
 def read_items(path: Path, setting: str = "path") -> Any:
     """Return the same, but a name that stands twice inside an item is left to `item_row`. Raises the same."""
     try:
-        content = json.loads(read_bytes(path, setting).decode("utf-8-sig"), object_pairs_hook=_object)
+        content = json.loads(read_text(path, "JSON", setting=setting), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON in UTF-8 ({error})") from error
     if isinstance(content, _Repeated):
@@ -167,7 +167,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) == len(pairs):
         return found
     repeated = _Repeated(found)
-    repeated.twice = _first_twice(name for name, _ in pairs) or ""
+    repeated.twice = _first_twice([name for name, _ in pairs]) or ""
     return repeated
 
 
@@ -187,10 +187,8 @@ def _repeated_name(content: Any) -> str | None:
         found = left.pop()
         if isinstance(found, _Repeated):
             return found.twice
-        if isinstance(found, dict):
-            left.extend(found.values())
-        elif isinstance(found, list | tuple):
-            left.extend(found)
+        if isinstance(found, dict | list | tuple):
+            left.extend(found.values() if isinstance(found, dict) else found)
     return None
 
 
@@ -203,18 +201,13 @@ def _json(path: Path) -> Iterator[Row]:
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
-    number = 0
-    for line, raw in enumerate(read_bytes(path).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if raw.strip():
-            yield _json_line(raw, f"{path.name}, line {line}", number)
-            number += 1
-
-
-def _json_line(raw: bytes, where: str, number: int) -> Row:
-    try:
-        return item_row(where, number, json.loads(raw.decode(), object_pairs_hook=_object))
-    except (ValueError, RecursionError) as error:
-        return Row(where=where, number=number, problem=f"{where} is not JSON in UTF-8 ({error})")
+    lines = enumerate(read_bytes(path).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1)
+    for number, (line, raw) in enumerate((line, raw) for line, raw in lines if raw.strip()):
+        where = f"{path.name}, line {line}"
+        try:
+            yield item_row(where, number, json.loads(raw.decode(), object_pairs_hook=_object))
+        except (ValueError, RecursionError) as error:
+            yield Row(where=where, number=number, problem=f"{where} is not JSON in UTF-8 ({error})")
 
 
 def _csv(path: Path) -> Iterator[Row]:
@@ -223,37 +216,31 @@ def _csv(path: Path) -> Iterator[Row]:
     if twice is not None:
         raise DataError(f"{path}: the header has the column {twice!r} twice; every column needs a name of its own")
     for number, cells in enumerate(rows):
-        yield _csv_row(f"{path.name}, row {number}", number, header, cells)
-
-
-def _csv_row(where: str, number: int, header: Sequence[str], cells: Sequence[str]) -> Row:
-    # A first column without a name is an index, as pandas writes one; any other such column may hold nothing.
-    if len(cells) != len(header):
-        problem = (
-            f"{where} has {len(cells)} cells, and the header names {len(header)} columns; put cells that hold a comma "
-            'or a line end into double quotes (")'
-        )
-        return Row(where=where, number=number, problem=problem)
-    stray = next((at for at, name in enumerate(header) if at and not name and cells[at]), None)
-    if stray is not None:
-        problem = f"{where} has the cell {cells[stray][:40]!r} in column {stray + 1}, which the header does not name"
-        return Row(where=where, number=number, problem=problem)
-    named = {name: cell for at, (name, cell) in enumerate(zip(header, cells, strict=True)) if name or not at}
-    return Row(where=where, number=number, content=named)
+        where, problem = f"{path.name}, row {number}", None
+        pairs = list(zip(header, cells, strict=False))
+        # A first column without a name is an index, as pandas writes one; any other such column may hold nothing.
+        stray = next((at for at, (name, cell) in enumerate(pairs) if at and cell and not name), None)
+        if len(cells) != len(header):
+            problem = (
+                f"{where} has {len(cells)} cells, and the header names {len(header)} columns; put cells that hold a "
+                'comma or a line end into double quotes (")'
+            )
+        elif stray is not None:
+            problem = (
+                f"{where} has the cell {cells[stray][:40]!r} in column {stray + 1}, which the header does not name"
+            )
+        named = {name: cell for at, (name, cell) in enumerate(pairs) if name or not at}
+        yield Row(where=where, number=number, content=None if problem else named, problem=problem)
 
 
 def _cells(path: Path) -> list[list[str]]:
     """Return header and rows without blank lines; a cell may have any length. Raises: ConfigError, DataError."""
+    reader = csv.reader(io.StringIO(read_text(path, "CSV"), newline=""), strict=True)
     limit = csv.field_size_limit(sys.maxsize)
     try:
-        reader = csv.reader(io.StringIO(read_bytes(path).decode("utf-8-sig"), newline=""), strict=True)
-        rows = []
-        try:
-            rows = [cells for cells in reader if cells]
-        except csv.Error as error:
-            raise DataError(f"{path} is not CSV in UTF-8 (line {reader.line_num}: {error})") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not CSV in UTF-8 ({error})") from error
+        rows = [cells for cells in reader if cells]
+    except csv.Error as error:
+        raise DataError(f"{path} is not CSV in UTF-8 (line {reader.line_num}: {error})") from error
     finally:
         csv.field_size_limit(limit)
     if not rows:
@@ -262,16 +249,14 @@ def _cells(path: Path) -> list[list[str]]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    number = 0
     try:
         with pq.ParquetFile(path) as file:
             twice = _first_twice(file.schema_arrow.names)
             if twice is not None:
                 raise DataError(f"{path} has the column {twice!r} twice; every column needs a name of its own")
-            for batch in file.iter_batches(batch_size=64):
-                for content in batch.to_pylist():
-                    yield Row(where=f"{path.name}, row {number}", number=number, content=content)
-                    number += 1
+            contents = (content for batch in file.iter_batches(batch_size=64) for content in batch.to_pylist())
+            for number, content in enumerate(contents):
+                yield Row(where=f"{path.name}, row {number}", number=number, content=content)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a whole Parquet file ({' '.join(str(error).split())})") from error
 
@@ -298,8 +283,10 @@ class FileDataset(ABC):
             )
         self._check_settings()
         examples, skipped = self._checked
+        if skipped and not examples:
+            raise DataError(f"{self.path}: all {len(skipped)} items are bad; the first: {skipped[0].reason}")
         if not examples:
-            raise DataError(_nothing_left(self.path, skipped))
+            raise DataError(f"{self.path} holds no item")
 
     def _check_settings(self) -> None:  # noqa: B027 - most data sets have no more settings
         """Raise ConfigError for a setting of the subclass that is wrong."""
@@ -318,21 +305,17 @@ class FileDataset(ABC):
         skipped: list[SkippedItem] = []
         for row in islice(self._rows(), self.num_samples):
             try:
-                example = self._new_example(row, kept)
+                example = _as_text(self._example(row))
+                if example.id in kept:
+                    raise DataError(
+                        f"{row.where} has the id {example.id!r}, which an earlier item has; ids must differ"
+                    )
                 kept[example.id] = example
             except DataError as error:
                 if self.on_bad_item == "fail":
                     raise DataError(f"{error} (dataset.on_bad_item=skip leaves such items out)") from error
                 skipped.append(SkippedItem(item=row.where, reason=str(error)))
         return list(kept.values()), skipped
-
-    def _new_example(self, row: Row, kept: dict[str, Example]) -> Example:
-        if row.problem is not None:
-            raise DataError(row.problem)
-        example = _as_text(self._example(row))
-        if example.id in kept:
-            raise DataError(f"{row.where} has the id {example.id!r}, which an earlier item has; ids must differ")
-        return example
 
     @property
     def skipped(self) -> Sequence[SkippedItem]:
@@ -361,33 +344,25 @@ class FileDataset(ABC):
 
 def _as_text(example: Example) -> Example:
     """Return the example with the picture marks in its texts escaped, whichever reader made it."""
-    turns = (
-        Turn(question=without_marks(turn.question), answer=without_marks(turn.answer)) for turn in example.follow_ups
-    )
     facts = example.facts
-    if facts is not None:
-        facts = frozenset(without_marks(fact) if isinstance(fact, str) else fact for fact in facts)
     return replace(
         example,
         context=without_marks(example.context),
         question=without_marks(example.question),
         reference=without_marks(example.reference),
-        follow_ups=tuple(turns),
-        facts=facts,
+        follow_ups=tuple(
+            Turn(question=without_marks(turn.question), answer=without_marks(turn.answer))
+            for turn in example.follow_ups
+        ),
+        facts=facts and frozenset(without_marks(fact) if isinstance(fact, str) else fact for fact in facts),
     )
-
-
-def _nothing_left(path: str, skipped: Sequence[SkippedItem]) -> str:
-    if skipped:
-        return f"{path}: all {len(skipped)} items are bad; the first: {skipped[0].reason}"
-    return f"{path} holds no item"
 
 
 def texts_by_id(source: str, setting: str) -> dict[str, str]:
     """Return id -> text of a JSON object. Raises: ConfigError, DataError naming the id."""
     path = existing(source, setting)
-    content = object_of(read_json(path, setting), path.name, ("a text for each id",))
-    return {name: text_of(content, name, path.name) for name in content}
+    fields = Fields(read_json(path, setting), path.name, ("a text for each id",))
+    return {name: fields.text(name) for name in fields.content}
 
 
 def answers_by_id(source: str) -> dict[str, Mapping[str, Any]]:
@@ -395,13 +370,11 @@ def answers_by_id(source: str) -> dict[str, Mapping[str, Any]]:
     existing(source, "answers")
     found: dict[str, Mapping[str, Any]] = {}
     for row in read_rows(source):
-        if row.problem is not None:
-            raise DataError(row.problem)
-        content = object_of(row.content, row.where, ("question_id",))
-        name = id_of(content, ("question_id",), "", row.where)
+        fields = row.fields("question_id")
+        name = fields.id("question_id", default="")
         if name in found:
             raise DataError(f"{row.where} has the question_id {name!r}, which an earlier line has; ids must differ")
-        found[name] = content
+        found[name] = fields.content
     return found
 
 

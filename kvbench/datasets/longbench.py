@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from kvbench.datasets.base import Example, checked_text, id_of, object_of, text_of
+from kvbench.datasets.base import Example, Fields, checked_text
 from kvbench.datasets.files import FileDataset, Row, texts_by_id
 from kvbench.errors import ConfigError, DataError, close_matches
 
@@ -41,32 +40,28 @@ class LongBench(FileDataset):
         return texts_by_id(self.templates, "templates") if self.templates else None
 
     def _example(self, row: Row) -> Example:
-        content = object_of(row.content, row.where, ("input", "context", "answers"))
-        name = id_of(content, ("_id", "id"), str(row.number), row.where)
-        before, after = self._template(content, row.where).split(_CONTEXT)
-        asked = content.get("input")
+        fields = row.fields("input", "context", "answers")
+        name = fields.id("_id", "id", default=row.number)
+        before, after = self._template(fields).split(_CONTEXT)
+        asked = fields.content.get("input")
         if not isinstance(asked, str):
             raise DataError(
                 f"{row.where} has the input {str(asked)[:80]!r}; it must be text, empty where nothing is asked"
             )
-        context = before.replace(_INPUT, asked) + text_of(content, "context", row.where)
-        question = after.replace(_INPUT, asked)
-        can_hide = bool(question.strip()) and not (_INPUT in before and asked)
+        context, question = before.replace(_INPUT, asked) + fields.text("context"), after.replace(_INPUT, asked)
+        if not question.strip() or (_INPUT in before and asked):
+            context, question = "", context + question
         return Example(
-            id=name,
-            cluster=name,
-            context=context if can_hide else "",
-            question=question if can_hide else context + question,
-            reference=answers_of(content, "answers", row.where)[0],
+            id=name, cluster=name, context=context, question=question, reference=answers_of(fields, "answers")[0]
         )
 
-    def _template(self, content: Mapping[str, Any], where: str) -> str:
+    def _template(self, fields: Fields) -> str:
         if self._by_task is None:
             return self.template
-        task = str(content.get("dataset") or Path(self.path).name.split(".")[0])
+        task = str(fields.content.get("dataset") or Path(self.path).name.split(".")[0])
         if task not in self._by_task:
             raise DataError(
-                f"{where} is of the task {task!r}, which has no template; {close_matches(task, self._by_task)}"
+                f"{fields.where} is of the task {task!r}, which has no template; {close_matches(task, self._by_task)}"
             )
         _check_template(self._by_task[task], f"the template of {task!r} in {self.templates}")
         return self._by_task[task]
@@ -77,15 +72,15 @@ def _check_template(template: str, name: str) -> None:
         raise ConfigError(f"{name} is {template[:80]!r}; it must hold {_CONTEXT} once, and may hold {_INPUT}")
 
 
-def answers_of(content: Mapping[str, Any], name: str, where: str) -> list[str]:
+def answers_of(fields: Fields, name: str) -> list[str]:
     """Return a list of texts: JSON's, one text or number, or the text of a Python list (as some copies have it)."""
-    found = content.get(name)
+    found = fields.content.get(name)
     if isinstance(found, str) and found.lstrip().startswith("["):
         try:
             found = ast.literal_eval(found.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-            raise DataError(f"{where} has {name} that begin a list and end otherwise ({error})") from error
+            raise DataError(f"{fields.where} has {name} that begin a list and end otherwise ({error})") from error
     items = found if isinstance(found, list) else [found]
     if not items or any(isinstance(item, bool) or not isinstance(item, str | int) for item in items):
-        raise DataError(f"{where} has the {name} {str(found)[:80]!r}; it must be a text or a list of texts")
-    return [checked_text(str(item), name, where) for item in items]
+        raise DataError(f"{fields.where} has the {name} {str(found)[:80]!r}; it must be a text or a list of texts")
+    return [checked_text(str(item), name, fields.where) for item in items]

@@ -9,10 +9,10 @@ scaled to 8, what is transparent white. What has no such picture is refused: ani
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,6 @@ _MAX_LEVEL = 65535
 _MAX_NAME = 1024
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Inspected:
-    """What a look at a file gave: the SHA-256 of its bytes, and what is wrong with it."""
-
-    digest: str
-    problem: str | None
-
-
 def picture_at(name: Any, folder: Path, where: str) -> partial[Image.Image]:
     """Return the loader of the picture `name` inside `folder`.
 
@@ -48,7 +40,7 @@ def picture_at(name: Any, folder: Path, where: str) -> partial[Image.Image]:
     if not folder.is_dir():
         raise ConfigError(f"dataset.images {folder} cannot be read ({missing_path(folder)}); give a folder")
     path = confined(name, folder, where)
-    problem = _inspected(path).problem
+    _, problem = _inspected(path)
     if problem is not None:
         raise DataError(f"{where}: {problem}")
     return partial(load_picture, path, where)
@@ -56,7 +48,7 @@ def picture_at(name: Any, folder: Path, where: str) -> partial[Image.Image]:
 
 def picture_digest(load: Callable[[], Image.Image] | None) -> str:
     """Return the SHA-256 of the file that `load` reads, and the rule of how it is shown; empty for no picture."""
-    return f"{_inspected(load.args[0]).digest}, {SHOWN_AS}" if isinstance(load, partial) else ""
+    return f"{_inspected(load.args[0])[0]}, {SHOWN_AS}" if isinstance(load, partial) else ""
 
 
 def confined(name: Any, folder: Path, where: str) -> Path:
@@ -108,7 +100,9 @@ def as_shown(image: Image.Image) -> Image.Image:
 
     Raises: ValueError for levels that are no 16 bits, and whatever a decoder raises.
     """
-    image = _upright(image)
+    image.load()
+    with contextlib.suppress(Exception):  # EXIF that cannot be read says nothing, as every viewer takes it
+        image = ImageOps.exif_transpose(image)
     if image.mode in _DEEP_MODES:
         image = _eight_bits(image)
     if not image.has_transparency_data:
@@ -116,16 +110,6 @@ def as_shown(image: Image.Image) -> Image.Image:
     colours = image.convert("RGBA")
     page = Image.new("RGBA", colours.size, "white")
     return Image.alpha_composite(page, colours).convert("RGB")
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn as EXIF says; EXIF that cannot be read says nothing, as every viewer takes it."""
-    image.load()
-    try:
-        turned: Image.Image | None = ImageOps.exif_transpose(image)
-    except Exception:  # the reader of EXIF raises many kinds; the pixels are whole
-        return image
-    return image if turned is None else turned
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -140,17 +124,18 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return grey
 
 
-def _inspected(path: Path) -> _Inspected:
+def _inspected(path: Path) -> tuple[str, str | None]:
+    """Return the SHA-256 of the file's bytes, and what is wrong with the picture."""
     state = path.stat()
     return _inspected_state(path, state.st_size, state.st_mtime_ns)
 
 
 @lru_cache(maxsize=2**16)  # a sweep makes its data set once per cell, but a picture is decoded once
-def _inspected_state(path: Path, size_bytes: int, changed_ns: int) -> _Inspected:
+def _inspected_state(path: Path, size_bytes: int, changed_ns: int) -> tuple[str, str | None]:
+    problem = None
     try:
         load_picture(path, "")
-        problem = None
     except DataError as error:
         problem = str(error).removeprefix(": ")
     with path.open("rb") as file:
-        return _Inspected(digest=hashlib.file_digest(file, "sha256").hexdigest(), problem=problem)
+        return hashlib.file_digest(file, "sha256").hexdigest(), problem

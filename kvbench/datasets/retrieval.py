@@ -1,12 +1,11 @@
-"""Needle, passkey and RULER files: a long text that hides something, and what must be found.
+"""A long text that hides something, and what must be found: needle, passkey and RULER files, and needles made here.
 
-A row has `input` and what is expected (`outputs`, `answers`, `answer` or `target`). Every expected text is
+A row of a file has `input` and what is expected (`outputs`, `answers`, `answer` or `target`). Every expected text is
 a fact, so an answer is also scored by how many it names.
 
-Needles in a haystack, made from a seed: a passkey or a sentence hidden at a known depth.
-
-The haystack is a text file (or a folder of them), or synthetic filler sentences. Depths are spread evenly
-over the examples, so that a table by depth is one group-by away: the id holds it.
+`Needles` makes haystacks from a seed, of a text file (or a folder of them) or of synthetic filler sentences, and hides
+a passkey or a sentence at a known depth. Depths are spread evenly over the examples, so that a table by depth is one
+group-by away: the id holds it.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from kvbench.datasets.base import Example, id_of, object_of, text_of, without_marks
-from kvbench.datasets.files import FileDataset, Row, read_bytes
+from kvbench.datasets.base import Example, without_marks
+from kvbench.datasets.files import FileDataset, Row, read_text
 from kvbench.datasets.longbench import answers_of
 from kvbench.errors import ConfigError, DataError, close_matches
 
@@ -39,10 +38,19 @@ class Retrieval(FileDataset):
     question: str | None = None
 
     def _example(self, row: Row) -> Example:
-        content = object_of(row.content, row.where, ("input", "outputs"))
-        name = id_of(content, ("index", "id"), str(row.number), row.where)
-        expected = answers_of(content, _expected_name(content, row.where), row.where)
-        context, question = self._split(content, row.where)
+        fields = row.fields("input", "outputs")
+        name = fields.id("index", "id", default=row.number)
+        held = next((expected for expected in _EXPECTED if expected in fields.content), None)
+        if held is None:
+            raise DataError(f"{row.where} says not what is expected; it needs one of {', '.join(_EXPECTED)}")
+        expected = answers_of(fields, held)
+        text = fields.text("input")
+        question = fields.text("question") if "question" in fields.content else (self.question or "").strip()
+        if question:
+            context = f"{text}\n"
+        else:
+            before, line, question = text.rpartition("\n")
+            context = before + line
         return Example(
             id=name,
             cluster=name,
@@ -53,14 +61,6 @@ class Retrieval(FileDataset):
             fact_noun="needles",
         )
 
-    def _split(self, content: Mapping[str, Any], where: str) -> tuple[str, str]:
-        text = text_of(content, "input", where)
-        asked = text_of(content, "question", where) if "question" in content else (self.question or "").strip()
-        if asked:
-            return f"{text}\n", asked
-        context, line, question = text.rpartition("\n")
-        return context + line, question
-
     @cached_property
     def _known(self) -> frozenset[str]:
         return frozenset(str(fact) for example in self.examples() for fact in example.facts or ())
@@ -70,21 +70,22 @@ class Retrieval(FileDataset):
         return frozenset(known for known in self._known if known in text)
 
 
-def _expected_name(content: Mapping[str, Any], where: str) -> str:
-    found = next((name for name in _EXPECTED if name in content), None)
-    if found is None:
-        raise DataError(f"{where} says not what is expected; it needs one of {', '.join(_EXPECTED)}")
-    return found
-
-
 Kind = Literal["passkey", "needle"]
 _VERSION = 1
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _NUMBER = re.compile(r"\d+")
-_WHO = ("gardener", "sailor", "baker", "teacher", "painter", "miller", "doctor", "pilot")
-_DOES = ("walks past", "looks at", "talks about", "waits beside", "remembers", "draws")
-_WHAT = ("the old bridge", "a quiet street", "the harbour", "a field of wheat", "the market", "a wooden door")
-_WHEN = ("in the morning", "after the rain", "on a Sunday", "before supper", "late in autumn", "every other day")
+# A filler sentence takes one of each: who does what and when.
+_FILLER = (
+    ("gardener", "sailor", "baker", "teacher", "painter", "miller", "doctor", "pilot"),
+    ("walks past", "looks at", "talks about", "waits beside", "remembers", "draws"),
+    ("the old bridge", "a quiet street", "the harbour", "a field of wheat", "the market", "a wooden door"),
+    ("in the morning", "after the rain", "on a Sunday", "before supper", "late in autumn", "every other day"),
+)
+# What is hidden, and what asks for it.
+_NEEDLES = {
+    "passkey": ("The pass key is {}. Remember it.", "What is the pass key mentioned in the text?"),
+    "needle": ("The magic number of the city of Aran is {}.", "What is the magic number of the city of Aran?"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +121,7 @@ class Needles:
             return []
         path = Path(self.filler).expanduser()
         files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-        try:
-            texts = [read_bytes(file, "filler").decode("utf-8-sig") for file in files]
-        except UnicodeDecodeError as error:
-            raise DataError(f"dataset.filler {self.filler} is not text in UTF-8 ({error})") from error
+        texts = [read_text(file, "text", f"dataset.filler {self.filler}", "filler") for file in files]
         parts = (part for text in texts for part in _SENTENCE_END.split(without_marks(text)))
         return [" ".join(part.split()) for part in parts if part.strip()]
 
@@ -145,9 +143,9 @@ class Needles:
         rng = random.Random(f"needles-v{_VERSION}/{self.seed}/{number}")
         depth = (number % self.num_depths) / max(1, self.num_depths - 1)
         secret = str(rng.randrange(10 ** (self.digits - 1), 10**self.digits))
-        hidden, asked = _needle(self.kind, secret)
+        hidden, asked = _NEEDLES[self.kind]
         hay = self._hay(rng)
-        hay.insert(round(depth * len(hay)), hidden)
+        hay.insert(round(depth * len(hay)), hidden.format(secret))
         name = f"{self.kind}/{number}/depth-{depth:.2f}"
         return Example(
             id=name,
@@ -164,7 +162,10 @@ class Needles:
         hay: list[str] = []
         num_words, at = 0, rng.randrange(len(self._sentences)) if self._sentences else 0
         while num_words < self.context_words:
-            hay.append(self._sentences[at % len(self._sentences)] if self._sentences else _filler(rng))
+            if self._sentences:
+                hay.append(self._sentences[at % len(self._sentences)])
+            else:
+                hay.append(f"The {' '.join(map(rng.choice, _FILLER))}.")
             num_words, at = num_words + len(hay[-1].split()), at + 1
         return hay
 
@@ -172,13 +173,3 @@ class Needles:
         """Return every hidden number of the data set that `text` holds as a number of its own."""
         numbers = set(_NUMBER.findall(text))
         return frozenset(example.reference for example in self._examples if example.reference in numbers)
-
-
-def _filler(rng: random.Random) -> str:
-    return f"The {rng.choice(_WHO)} {rng.choice(_DOES)} {rng.choice(_WHAT)} {rng.choice(_WHEN)}."
-
-
-def _needle(kind: str, secret: str) -> tuple[str, str]:
-    if kind == "passkey":
-        return f"The pass key is {secret}. Remember it.", "What is the pass key mentioned in the text?"
-    return f"The magic number of the city of Aran is {secret}.", "What is the magic number of the city of Aran?"

@@ -56,15 +56,13 @@ class Synthetic:
 
     def examples(self) -> Sequence[Example]:
         """Return the prompts, each with a seed of its own."""
-        return [self._example(number) for number in range(self.num_examples)]
+        made = []
+        for number in range(self.num_examples):
+            name, seed = f"synthetic-{self.seed}-{number}", self.seed * 1_000_003 + number
+            prompt = TokenPrompt(num_tokens=self.prompt_tokens, num_images=self.num_images, seed=seed)
+            made.append(Example(id=name, cluster=name, question="", reference="", token_prompt=prompt))
+        return made
 
     def facts_in(self, text: str) -> frozenset[Hashable]:
         """Return nothing: no text, no facts."""
         return frozenset()
-
-    def _example(self, number: int) -> Example:
-        name = f"synthetic-{self.seed}-{number}"
-        prompt = TokenPrompt(
-            num_tokens=self.prompt_tokens, num_images=self.num_images, seed=self.seed * 1_000_003 + number
-        )
-        return Example(id=name, cluster=name, question="", reference="", token_prompt=prompt)

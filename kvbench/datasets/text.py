@@ -1,24 +1,22 @@
-"""Running text in windows (WikiText-2, PG-19, any book): so many tokens given, the next ones scored.
+"""Plain text: running text in windows (WikiText-2, PG-19, any book), and documents to summarise.
 
-Windows begin at places that follow from the text alone, every (prompt_tokens + scored_tokens) *
-chars_per_token characters at the next space, so that every model is scored on the same places whatever
-its tokenizer. What a window holds beyond its scored tokens is unused.
+Of a window so many tokens are given and the next ones scored. Windows begin at places that follow from the text
+alone, every (prompt_tokens + scored_tokens) * chars_per_token characters at the next space, so that every model is
+scored on the same places whatever its tokenizer. What a window holds beyond its scored tokens is unused.
 
-Documents to summarise: multi_news, XSum, CNN/DailyMail and any table with a document and a summary.
-
-The document comes first and the instruction after it, so that the instruction can be hidden from a
-policy that compresses the document.
+Documents (multi_news, XSum, CNN/DailyMail, any table with a document and a summary) come first and the instruction
+after them, so that it can be hidden from a policy that compresses the document.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
-from kvbench.datasets.base import Example, Window, id_of, is_unicode, object_of, text_of
-from kvbench.datasets.files import FileDataset, Row, read_bytes, read_rows
+from kvbench.datasets.base import Example, Window, is_unicode
+from kvbench.datasets.files import FileDataset, Row, read_rows, read_text
 from kvbench.datasets.pictures import confined
 from kvbench.errors import ConfigError, DataError
 
@@ -51,53 +49,41 @@ class TextWindows(FileDataset):
         if not 0.0 < self.chars_per_token <= 100.0:
             raise ConfigError(f"dataset.chars_per_token is {self.chars_per_token}; it must lie in (0, 100]")
 
-    @property
-    def _window_chars(self) -> int:
-        return max(1, round((self.prompt_tokens + self.scored_tokens) * self.chars_per_token))
-
     def _rows(self) -> Iterator[Row]:
         path = Path(self.path).expanduser()
         if path.is_dir():
-            for file in sorted(path.glob("*.txt")):
-                yield from self._windows_or_problem(file.name, path)
+            for name in sorted(file.name for file in path.glob("*.txt")):
+                try:
+                    yield from self._windows(name, _text_of(confined(name, path, name)))
+                except DataError as error:
+                    yield Row(where=name, number=0, problem=str(error))
         elif path.suffix.lower() == ".txt":
-            yield from self._windows(path.name, _decoded(read_bytes(path), path.name))
+            yield from self._windows(path.name, _text_of(path))
         else:
             yield from self._windows(path.name, self._joined())
 
-    def _windows_or_problem(self, name: str, folder: Path) -> Iterator[Row]:
-        try:
-            text = _decoded(read_bytes(confined(name, folder, name)), name)
-            yield from self._windows(name, text)
-        except DataError as error:
-            yield Row(where=name, number=0, problem=str(error))
-
     def _windows(self, name: str, text: str) -> Iterator[Row]:
-        size = self._window_chars
+        size = max(1, round((self.prompt_tokens + self.scored_tokens) * self.chars_per_token))
         if len(text) < size:
             raise DataError(
                 f"{name} has {len(text)} characters, and a window takes {size}; give a longer text or smaller windows"
             )
         begins = [_next_word(text, start) for start in range(0, len(text) - size + 1, size)]
-        for number, (begin, end) in enumerate(pairwise([*begins, len(text)])):
-            if self.windows_per_file is not None and number == self.windows_per_file:
-                return
+        for number, (begin, end) in enumerate(islice(pairwise([*begins, len(text)]), self.windows_per_file)):
             passage = text[begin : min(end, begin + size)]
             yield Row(where=f"{name}, window {number}", number=number, content=(name, passage))
 
     def _joined(self) -> str:
         texts = []
         for row in read_rows(self.path):
-            if row.problem is not None:
-                raise DataError(row.problem)
-            text = object_of(row.content, row.where, (self.column,)).get(self.column)
+            text = row.fields(self.column).content.get(self.column)
             if not isinstance(text, str):
                 raise DataError(f"{row.where} has no text {self.column!r}; set dataset.column")
             texts.append(text)
         return self.joiner.join(texts)
 
     def _example(self, row: Row) -> Example:
-        name, passage = row.content
+        name, passage = row.read()
         if not is_unicode(passage) or not passage.strip():
             raise DataError(f"{row.where} is empty or holds half a surrogate pair; it must be whole Unicode text")
         in_folder = Path(self.path).expanduser().is_dir()
@@ -110,11 +96,8 @@ class TextWindows(FileDataset):
         )
 
 
-def _decoded(raw: bytes, name: str) -> str:
-    try:
-        return raw.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name} is not text in UTF-8 ({error})") from error
+def _text_of(path: Path) -> str:
+    return read_text(path, "text", path.name).replace("\r\n", "\n")
 
 
 def _next_word(text: str, start: int) -> int:
@@ -139,14 +122,13 @@ class Summaries(FileDataset):
     instruction: str = "Summarize the text above in a few sentences."
 
     def _example(self, row: Row) -> Example:
-        content = object_of(row.content, row.where, (self.document, self.summary))
-        name = id_of(content, ("id",), str(row.number), row.where)
-        document = text_of(content, self.document, row.where)
-        instruction = self.instruction.strip()
+        fields = row.fields(self.document, self.summary)
+        name = fields.id("id", default=row.number)
+        document, instruction = fields.text(self.document), self.instruction.strip()
         return Example(
             id=name,
             cluster=name,
             context=f"{document}\n\n" if instruction else "",
             question=instruction or document,
-            reference=text_of(content, self.summary, row.where),
+            reference=fields.text(self.summary),
         )

@@ -1,13 +1,12 @@
-"""LLaVA-Bench (COCO and in-the-wild): questions as JSON lines, answers in a file of their own.
+"""LLaVA-Bench (COCO and in-the-wild) and MM-Vet: single questions about pictures.
 
-A question is `{"question_id", "image", "text"}`, an answer `{"question_id", "text"}`. The form that holds
-both, `{"id", "image", "instruction", "output"}` (the 30 x 3 COCO file), is read too; its ids name
-pictures, so an item is named by its number.
+LLaVA-Bench has JSON lines, a question `{"question_id", "image", "text"}`, and in a file of their own the answers
+`{"question_id", "text"}`. The form that holds both, `{"id", "image", "instruction", "output"}` (the 30 x 3 COCO
+file), is read too; its ids name pictures, so an item is named by its number.
 
-MM-Vet (arXiv 2308.02490): `mm-vet.json`, an object keyed by question id, and a folder of pictures.
-
-An answer may list alternatives (`<OR>`), each of required parts (`<AND>`). The reference is the first
-alternative, its parts joined by ", ". MM-Vet's own score asks GPT-4 and is not computed here.
+MM-Vet (arXiv 2308.02490) is `mm-vet.json`, an object keyed by question id, and a folder of pictures. An answer may
+list alternatives (`<OR>`), each of required parts (`<AND>`). The reference is the first alternative, its parts joined
+by ", ". MM-Vet's own score asks GPT-4 and is not computed here.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kvbench.datasets.base import Example, checked_text, id_of, object_of, text_of
+from kvbench.datasets.base import Example, Fields, checked_text
 from kvbench.datasets.files import (
     FileDataset,
     Row,
@@ -52,27 +51,23 @@ class LlavaBench(FileDataset):
         return answers_by_id(self.answers) if self.answers else None
 
     def _example(self, row: Row) -> Example:
-        content = object_of(row.content, row.where, ("question_id", "image", "text"))
+        fields = row.fields("question_id", "image", "text")
         folder = Path(self.images or Path(self.path).parent).expanduser()
-        picture = self.image_prefix + text_of(content, "image", row.where)
-        both = "instruction" in content
-        name = str(row.number) if both else id_of(content, ("question_id",), str(row.number), row.where)
+        picture = self.image_prefix + fields.text("image")
+        if "instruction" in fields.content:
+            name, question, reference = str(row.number), fields.text("instruction"), fields.text("output")
+        else:
+            name, question, reference = fields.id("question_id", default=row.number), fields.text("text"), ""
+            if self._references is not None:
+                answer = answer_for(name, self._references, row.where, str(self.answers))
+                reference = Fields(answer, f"the answer to {row.where}", ("text",)).text("text")
         return Example(
             id=name,
             cluster=picture,
-            question=text_of(content, "instruction" if both else "text", row.where),
-            reference=text_of(content, "output", row.where) if both else self._reference(name, row.where),
+            question=question,
+            reference=reference,
             load_image=picture_at(picture, folder, row.where),
         )
-
-    def _reference(self, name: str, where: str) -> str:
-        if self._references is None:
-            return ""
-        answer = answer_for(name, self._references, where, str(self.answers))
-        return text_of(answer, "text", f"the answer to {where}")
-
-
-_NEEDS = ("imagename", "question", "answer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,23 +89,25 @@ class MMVet(FileDataset):
 
     def _rows(self) -> Iterator[Row]:
         path = existing(self.path)
-        items = object_of(read_items(path), path.name, ("an item for each question id",))
+        items = Fields(read_items(path), path.name, ("an item for each question id",)).content
         names = _wanted(self.ids, items) if self.ids else list(items)
         for number, name in enumerate(names):
             yield item_row(f"{path.name}, item {name!r}", number, (name, items[name]))
 
     def _example(self, row: Row) -> Example:
-        name, content = row.content
-        content = object_of(content, row.where, _NEEDS)
+        name, content = row.read()
+        fields = Fields(content, row.where, ("imagename", "question", "answer"))
         folder = Path(self.images).expanduser() if self.images else existing(self.path).parent / "images"
-        picture = text_of(content, "imagename", row.where)
-        own = _first_alternative(text_of(content, "answer", row.where))
-        other = answer_for(name, self._references, row.where, str(self.answers)) if self._references else None
+        picture = fields.text("imagename")
+        first, *_ = fields.text("answer").split("<OR>")
+        reference = ", ".join(part.strip() for part in first.split("<AND>") if part.strip())
+        if self._references:
+            reference = answer_for(name, self._references, row.where, str(self.answers))
         return Example(
             id=checked_text(name, "id", row.where),
             cluster=picture,
-            question=text_of(content, "question", row.where),
-            reference=checked_text(own if other is None else other, "answer", row.where),
+            question=fields.text("question"),
+            reference=checked_text(reference, "answer", row.where),
             load_image=picture_at(picture, folder, row.where),
         )
 
@@ -124,8 +121,3 @@ def _wanted(source: str, items: Mapping[str, object]) -> list[str]:
     if unknown:
         raise DataError(f"{path} names the question {str(unknown[0])[:60]!r}, which the data set does not have")
     return [name for name in items if name in set(names)]
-
-
-def _first_alternative(answer: str) -> str:
-    parts = answer.split("<OR>")[0].split("<AND>")
-    return ", ".join(part.strip() for part in parts if part.strip())

@@ -148,6 +148,15 @@ def attend_part(
 
 
 @triton.jit
+def _weights(peaks, sums, at, mask):
+    """Return the whole row's peak, each part's weight and the row's sum."""
+    part_peak = tl.load(peaks + at, mask=mask, other=float("-inf"))
+    peak = tl.max(part_peak, 0)
+    weight = tl.exp(part_peak - peak)
+    return peak, weight, tl.sum(weight * tl.load(sums + at, mask=mask, other=0.0), 0)
+
+
+@triton.jit
 def join_parts(
     partial,
     peaks,
@@ -171,30 +180,27 @@ def join_parts(
     """Join the parts of one (row, KV head); output (pair, group, D); mass and probs (pair, C) float32."""
     pair, block = tl.program_id(0), tl.program_id(1)
     p = tl.arange(0, BLOCK_P)
-    d = tl.arange(0, BLOCK_D)
-    slot = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = slot < tl.load(length + pair)
-    base = pair.to(tl.int64) * capacity
-    reduced = tl.zeros((BLOCK_C,), tl.float32)
-    for g in tl.static_range(GROUP):
-        at = (pair * PARTS + p) * GROUP + g
-        part_peak = tl.load(peaks + at, mask=p < PARTS, other=float("-inf"))
-        peak = tl.max(part_peak, 0)
-        weight = tl.exp(part_peak - peak)
-        total = tl.sum(weight * tl.load(sums + at, mask=p < PARTS, other=0.0), 0)
-        if block == 0:
-            whole = (p[:, None] < PARTS) & (d[None, :] < width)
-            parts = tl.load(partial + at[:, None].to(tl.int64) * width + d[None, :], mask=whole, other=0.0)
-            joined = tl.sum(parts * weight[:, None], 0) / total
-            tl.store(output + (pair * GROUP + g) * width + d, joined.to(output.dtype.element_ty), mask=d < width)
-        if ADD_MASS or WANT_PROBS:
+    if block < GROUP:  # one program for the output of each query head, the others for slots
+        d = tl.arange(0, BLOCK_D)
+        at = (pair * PARTS + p) * GROUP + block
+        peak, weight, total = _weights(peaks, sums, at, p < PARTS)
+        whole = (p[:, None] < PARTS) & (d[None, :] < width)
+        parts = tl.load(partial + at[:, None].to(tl.int64) * width + d[None, :], mask=whole, other=0.0)
+        joined = tl.sum(parts * weight[:, None], 0) / total
+        tl.store(output + (pair * GROUP + block) * width + d, joined.to(output.dtype.element_ty), mask=d < width)
+    elif ADD_MASS or WANT_PROBS:
+        slot = (block - GROUP) * BLOCK_C + tl.arange(0, BLOCK_C)
+        inside = slot < tl.load(length + pair)
+        base = pair.to(tl.int64) * capacity
+        reduced = tl.zeros((BLOCK_C,), tl.float32)
+        for g in tl.static_range(GROUP):
+            peak, weight, total = _weights(peaks, sums, (pair * PARTS + p) * GROUP + g, p < PARTS)
             s = tl.load(logits + base * GROUP + g * capacity + slot, mask=inside, other=float("-inf"))
             row = tl.exp(s - peak) / total
             if REDUCTION == "max":
                 reduced = tl.maximum(reduced, row)
             else:
                 reduced += row
-    if ADD_MASS or WANT_PROBS:
         if REDUCTION == "mean":
             reduced = reduced / GROUP
         if ADD_MASS:
@@ -277,7 +283,7 @@ def decode_attention(
         num_warps=4,
         num_stages=stages,
     )
-    join_parts[(pairs, triton.cdiv(capacity, _JOIN_SLOTS) if want_rows else 1)](
+    join_parts[(pairs, group + (triton.cdiv(capacity, _JOIN_SLOTS) if want_rows else 0))](
         partial,
         peaks,
         sums,

@@ -107,6 +107,8 @@ def free_victim(
             wrong = (chosen < 0) | (chosen >= held)
             fault = tl.where(wrong, tl.where(chosen == -1, 1, 2), fault)
             chosen = tl.where(wrong, 0, chosen)
+            if HAS_RANK:  # several warps: all have read the length before one writes it
+                tl.debug_barrier()
         else:
             first_sinks = tl.load(sinks + row)
             recent = tl.load(recent_from + row)
@@ -149,7 +151,7 @@ def free_victim(
         tl.store(free + pair, held)
 
 
-_BLOCK_SLOTS = 512
+_MOST_SLOTS = 4096  # a block reads so many at once: each block more waits for memory once more
 
 
 def write_slot(columns: SlotColumns, keys: Tensor, values: Tensor, seen: Tensor, *, advance: bool) -> None:
@@ -217,6 +219,7 @@ def _free(
 ) -> None:
     batch, heads, capacity = columns.position.shape
     score = score if score.stride(-1) == 1 else score.contiguous()
+    block = 512 if given and columns.rank is None else min(max(512, triton.next_power_of_2(capacity)), _MOST_SLOTS)
     free_victim[(batch * heads,)](
         score,
         victim,
@@ -232,9 +235,9 @@ def _free(
         capacity,
         score.stride(0),
         0 if score.shape[1] == 1 else score.stride(1),
-        BLOCK_C=_BLOCK_SLOTS,
+        BLOCK_C=block,
         GIVEN=given,
         HAS_RANK=columns.rank is not None,
         APPLY=apply,
-        num_warps=1 if given else 4,  # nothing waits between reading a length and writing it, so one warp does both
+        num_warps=1 if given and columns.rank is None else max(4, block // 256),  # one warp waits for no other
     )

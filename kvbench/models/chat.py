@@ -1,12 +1,10 @@
-"""Every chat is rendered here: one clock, one set of settings, one template of a checkpoint that has several.
+"""Every chat is rendered here, and every text becomes tokens here: one clock, one set of settings, one template.
 
-What a template writes must depend on the checkpoint and the data alone, never on the day or the machine.
+What a template writes must depend on the checkpoint and the data alone, never on the day or the machine; of several
+templates of a checkpoint one is used; what it writes between an answer and the next one is found by asking it.
 
-What a chat template writes between an answer and the next one.
-
-Text to tokens: what a template writes may be control tokens, what data holds is always plain text.
-
-A tokenizer takes every `</s>` or `<|im_end|>` that it meets for the control token, whoever wrote it. So data is
+What a template writes may be control tokens, what data holds is always plain text. But a tokenizer takes every `</s>`
+or `<|im_end|>` that it meets for the control token, whoever wrote it. So data is
 shielded before a template sees it: what looks like a control token becomes a few letters of private use. Where
 nothing looks like one, which is nearly always, the tokenizer gets the very text. Where something does, a copy of the
 tokenizer is used that knows the control tokens under names that no text can hold, so that the shielded words, put
@@ -22,7 +20,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -33,62 +31,14 @@ from kvbench.errors import DataError, ModelSupportError
 if TYPE_CHECKING:
     from kvbench.models.loader import LoadedModel
 
-
 # The day on which every template believes to be: the one that Llama 3's falls back to.
 CLOCK = datetime(2024, 7, 26)
 ANSWER_MARK = "\ue000answer\ue000"  # private use: no data set writes it
-
-
 # What templates that ask for it are told: answers come without reasoning first, as the references do, and it is
 # always the same day.
 _SETTINGS: Mapping[str, Any] = {"enable_thinking": False, "date_string": CLOCK.strftime("%d %b %Y")}
-_DIRECTIVES = (
-    "a",
-    "A",
-    "w",
-    "d",
-    "-d",
-    "e",
-    "b",
-    "h",
-    "B",
-    "m",
-    "-m",
-    "y",
-    "Y",
-    "C",
-    "G",
-    "u",
-    "V",
-    "j",
-    "-j",
-    "U",
-    "W",
-)
-_TIMES = (
-    "H",
-    "-H",
-    "k",
-    "I",
-    "-I",
-    "l",
-    "M",
-    "-M",
-    "S",
-    "-S",
-    "f",
-    "p",
-    "P",
-    "z",
-    "Z",
-    "c",
-    "x",
-    "X",
-    "F",
-    "D",
-    "T",
-    "R",
-)
+# What `strftime` knows of the day and of the time.
+_DIRECTIVES = (*"aAwdebhBmyYCGuVjUWHkIlMSfpPzZcxXFDTR", *(f"-{letter}" for letter in "dmjHIMS"))
 
 
 def _stopped_clock() -> str:
@@ -97,7 +47,7 @@ def _stopped_clock() -> str:
     A function cannot be handed to a template through `apply_chat_template`. The line end after it belongs to the
     macro, so that the template begins a line, as before.
     """
-    words = "".join(f" | replace('%{one}', '{CLOCK.strftime(f'%{one}')}')" for one in (*_DIRECTIVES, *_TIMES))
+    words = "".join(f" | replace('%{one}', '{CLOCK.strftime(f'%{one}')}')" for one in _DIRECTIVES)
     told = f"format | replace('%%', '\\0'){words} | replace('\\0', '%')"
     return f"{{% macro strftime_now(format) %}}{{{{ {told} }}}}{{% endmacro %}}\n"
 
@@ -201,10 +151,12 @@ class TextTokens:
         literals = _literals(template)
         special = set(tokenizer.all_special_tokens)
         special |= {token.content for token in added.values() if token.special}
-        control = special | {text for text in self._added if not text.isspace() and _is_in(text, literals)}
+        written = {text for text in self._added if not text.isspace() and any(text in one for one in literals)}
+        control = special | written
         self._shieldable = [*sorted(control, key=lambda text: (-len(text), text)), _OPEN, _CLOSE]
         self._control_ids = {self._added[text] for text in control if text in self._added}
-        self._data = _any_of(self._shieldable)
+        longest_first = sorted(self._shieldable, key=len, reverse=True)
+        self._data = re.compile("|".join(map(re.escape, longest_first)))
 
     def shield(self, text: str) -> str:
         """Return data's `text` with what looks like a control token made unrecognisable, to put into a template."""
@@ -315,14 +267,6 @@ def _hidden(number: int) -> str:
 
 def _number(letters: str) -> int:
     return int("".join(str(_DIGITS.index(letter)) for letter in letters))
-
-
-def _any_of(words: Iterable[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))))
-
-
-def _is_in(word: str, texts: Sequence[str]) -> bool:
-    return any(word in text for text in texts)
 
 
 def _literals(template: str | None) -> list[str]:

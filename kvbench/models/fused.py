@@ -2,8 +2,8 @@
 
 Modules keep their weights and their own forward: an instance becomes one of a subclass that takes a
 decode step on a GPU in half precision, and hands everything else on. The same for the full cache and
-for every policy. RMSNorm and RoPE come from liger-kernel where it is installed, the products of a few
-rows with a matrix from `kvbench.kernels`. Set `model.fused=false` to do without.
+for every policy. In layers that are known to be norm, attention, sum, norm, MLP, sum, a sum and the norm after
+it are one launch. Set `model.fused=false` to do without.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from contextvars import ContextVar
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from kvbench.kernels.dispatch import is_decode_row, use_triton
 
 _SILU = ("SiLU", "SiLUActivation")
+_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 _in_fused_attention: ContextVar[bool] = ContextVar("in_fused_attention", default=False)
 
 
@@ -33,17 +33,11 @@ def fuse(model: Any) -> None:
             _extend(module, _Attention)
         elif _is_gated_mlp(module):
             _extend(module, _GatedMlp)
-        elif type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon") and liger_installed():
+        elif type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             _extend(module, _Norm)
+    _join_sums_and_norms(decoder)
     _product_alone(model.get_output_embeddings())
-    if liger_installed():
-        _rotate_by_liger(sys.modules[type(decoder).__module__])
-
-
-@cache
-def liger_installed() -> bool:
-    """Return whether liger-kernel can be imported."""
-    return find_spec("liger_kernel") is not None
+    _rotate_by_kernel(sys.modules[type(decoder).__module__])
 
 
 def _is_plain(linear: object) -> bool:
@@ -59,6 +53,14 @@ def _is_gated_mlp(module: nn.Module) -> bool:
     names = ("gate_proj", "up_proj", "down_proj")
     without_bias = _has_plain(module, names) and all(getattr(module, name).bias is None for name in names)
     return without_bias and type(getattr(module, "act_fn", None)).__name__ in _SILU
+
+
+def _join_sums_and_norms(decoder: Any) -> None:
+    layers = [layer for layer in getattr(decoder, "layers", ()) if type(layer).__name__ in _LAYERS]
+    norms = [layer.input_layernorm for layer in layers] + [getattr(decoder, "norm", None)]
+    for layer, after in zip(layers, norms[1:], strict=True):
+        if isinstance(after, _Norm) and isinstance(layer.post_attention_layernorm, _Norm):
+            _extend(layer, _Layer).kvbench_after = [after]  # a list, which is no submodule
 
 
 def _share_input(linears: list[nn.Linear]) -> None:
@@ -150,19 +152,42 @@ class _GatedMlp(nn.Module):
 class _Norm(nn.Module):
     weight: Tensor
     variance_epsilon: float
+    kvbench_made: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (x.is_cuda and _takes(x, self.weight)):  # liger's kernels do not run in the interpreter
+        made, self.kvbench_made = self.kvbench_made, None
+        if made is not None and made[0] is x:
+            return made[1]
+        if not _takes(x, self.weight):
             stock: Tensor = super().forward(x)
             return stock
-        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+        from kvbench.kernels.norm import norm_rows
 
-        output: Tensor = LigerRMSNormFunction.apply(x, self.weight, self.variance_epsilon, 0.0, "llama", False)
-        return output
+        return norm_rows(x, self.weight, self.variance_epsilon)
 
 
-def _rotate_by_liger(modeling: Any) -> None:
-    """Put liger's RoPE before the modeling file's own function, which models call by name, not by instance.
+class _Layer(nn.Module):
+    input_layernorm: _Norm
+    post_attention_layernorm: _Norm
+    self_attn: nn.Module
+    mlp: nn.Module
+    kvbench_after: list[_Norm]
+
+    def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
+        norm, after = self.post_attention_layernorm, self.kvbench_after[0]
+        if args or not _takes(hidden_states, norm.weight, after.weight):
+            return super().forward(hidden_states, *args, **options)
+        from kvbench.kernels.norm import add_and_norm_rows
+
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **options)
+        between, normed = add_and_norm_rows(hidden_states, attended, norm.weight, norm.variance_epsilon)
+        total, ready = add_and_norm_rows(between, self.mlp(normed), after.weight, after.variance_epsilon)
+        after.kvbench_made = (total, ready)
+        return total
+
+
+def _rotate_by_kernel(modeling: Any) -> None:
+    """Put our rotation before the modeling file's own function, which models call by name, not by instance.
 
     Other models of the process share the function, so it does as it did unless a fused attention runs.
     """
@@ -171,14 +196,12 @@ def _rotate_by_liger(modeling: Any) -> None:
         return
 
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: Any) -> Any:
-        whole = cos.shape[-1] == q.shape[-1]
-        half = q.is_cuda and q.element_size() == 2
-        known = whole and half and not rest and not options and q.shape[2] == 1
-        if not (_in_fused_attention.get() and known and use_triton(q)):
+        whole = len(cos.shape) == 3 and cos.shape[-1] == q.shape[-1] and q.dtype == k.dtype and not rest and not options
+        if not (_in_fused_attention.get() and whole and q.shape[2] == 1 and use_triton(q) and q.element_size() == 2):
             return stock(q, k, cos, sin, *rest, **options)
-        from liger_kernel.ops.rope import LigerRopeFunction
+        from kvbench.kernels.norm import rotate_rows
 
-        return LigerRopeFunction.apply(q, k, cos, sin)
+        return rotate_rows(q, k, cos, sin)
 
     apply_rotary_pos_emb.kvbench_stock = stock  # type: ignore[attr-defined]
     modeling.apply_rotary_pos_emb = apply_rotary_pos_emb

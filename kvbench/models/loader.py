@@ -1,89 +1,47 @@
 """Load a checkpoint, or build a model of random weights, and put kvbench's attention on its text part.
 
-A model of random weights from a written configuration: no checkpoint, no tokenizer, no copy on the CPU.
-
-What a decode step costs in time and memory does not depend on the values of the weights, so speed
-and memory of an architecture can be measured without downloading it.
+What a decode step costs in time and memory does not depend on the values of the weights, so speed and memory of an
+architecture can be measured without downloading it: a model of a written configuration has no checkpoint, no
+tokenizer and no copy on the CPU. Of a checkpoint every tensor must be that of its config, told by name, since what
+lacks would be random numbers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from kvbench.errors import ConfigError, ModelSupportError, close_matches
 from kvbench.models.chat import TextTokens, default_template, end_token_written
 from kvbench.models.fused import fuse
-from kvbench.models.spec import FAMILIES, LLAVA_V1, PROMPTS, VISION_FAMILIES, ModelSpec, check_hub_code
-from kvbench.models.weight_files import check_loaded, check_weight_files
+from kvbench.models.gguf import SUFFIX as GGUF_SUFFIX
+from kvbench.models.gguf import read_gguf
+from kvbench.models.spec import (
+    FAMILIES,
+    LLAVA_V1,
+    PROMPTS,
+    TEXT_FAMILIES,
+    VISION_FAMILIES,
+    ModelSpec,
+    check_hub_code,
+    check_weight_files,
+    some_names,
+)
 
 _STANDARD_DEVIATION = 0.02
-
-
-def architecture(config: Mapping[str, Any]) -> Any:
-    """Return the transformers config of `config`, its fields by name, `model_type` among them.
-
-    Raises: ConfigError for a field that the family does not have, which transformers would keep unread.
-    """
-    transformers = importlib.import_module("transformers")
-    fields = dict(config)
-    try:
-        made = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
-    except Exception as error:  # transformers and its validators raise many kinds
-        raise ConfigError(f"model.config makes no model: {' '.join(str(error).split())}") from error
-    _check_fields(made, fields, "model.config")
-    return made
-
-
-def _check_fields(made: Any, fields: Mapping[str, Any], path: str) -> None:
-    default = type(made)()
-    for name, value in fields.items():
-        if not hasattr(default, name):
-            raise ConfigError(
-                f"{path}.{name} is no field of {type(made).__name__}; {close_matches(name, vars(default))}"
-            )
-        if isinstance(value, Mapping) and name.endswith("_config"):
-            _check_fields(getattr(made, name), value, f"{path}.{name}")
-
-
-def random_model(config: Any, *, vision: bool, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
-    """Return the model of a transformers config, built on `device` in `dtype` and filled there.
-
-    Norms are the identity, everything else is normal with deviation 0.02, drawn from `seed`: the same
-    device gives the same weights, another kind of device others. Buffers (rotary frequencies) are real.
-    On the device "meta" nothing is allocated, which serves to count parameters.
-    """
-    transformers = importlib.import_module("transformers")
-    auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
-    with device:
-        model = auto.from_config(config, dtype=dtype)
-    if device.type != "meta":
-        _fill(model, torch.Generator(device).manual_seed(seed))
-    return model
-
-
-@torch.no_grad()
-def _fill(model: nn.Module, generator: torch.Generator) -> None:
-    """Fill every parameter in place; a tied one is met once, as `parameters` counts it."""
-    identity = {id(p) for module in model.modules() if _is_norm(module) for p in module.parameters(recurse=False)}
-    for name, parameter in model.named_parameters():
-        if id(parameter) in identity:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-        else:
-            parameter.normal_(std=_STANDARD_DEVIATION, generator=generator)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "Norm" in type(module).__name__
+# Computed from the config, never learned; older checkpoints carry them, of the port's family too.
+_BUFFERS = ("rotary_emb.inv_freq", "position_ids", "logn_tensor", "masked_bias")
 
 
 def nobody_watches() -> None:
@@ -155,37 +113,85 @@ def load_model(spec: ModelSpec, device: str) -> LoadedModel:
     where = torch.device(device)
     if where.type == "cuda" and where.index is not None:  # what names no device, such as a kernel's launch, uses this
         torch.cuda.set_device(where)
-    return _random(spec, device) if spec.weights == "random" else _checkpoint(spec, device)
+    if spec.is_random:
+        return _random(spec, where)
+    return _checkpoint(spec, where) if spec.gguf is None else _gguf(spec, spec.gguf, where)
 
 
-def _random(spec: ModelSpec, device: str) -> LoadedModel:
+def _ready(model: Any, spec: ModelSpec, device: torch.device) -> Any:
+    from kvbench.cache import attach  # needs transformers
+
+    attach(model)
+    if spec.fused and device.type == "cuda":
+        fuse(model)
+    return model.to(device).eval()
+
+
+def _random(spec: ModelSpec, device: torch.device) -> LoadedModel:
     config = architecture(spec.known_config() or {})
     vision = config.model_type in VISION_FAMILIES
-    where = torch.device(device)
-    model = random_model(config, vision=vision, dtype=getattr(torch, spec.dtype), device=where, seed=spec.weights_seed)
-    _attach(model)
-    _fuse_on_gpu(model, spec, where)
+    model = random_model(config, vision=vision, dtype=getattr(torch, spec.dtype), device=device, seed=spec.weights_seed)
     return LoadedModel(
-        model=model.eval(),
+        model=_ready(model, spec, device),
         processor=None,
         tokenizer=None,
-        device=where,
+        device=device,
         image_token_id=config.image_token_id if vision else None,
     )
 
 
-def _attach(model: Any) -> None:
-    from kvbench.cache import attach  # needs transformers
+def architecture(config: Mapping[str, Any]) -> Any:
+    """Return the transformers config of `config`, its fields by name, `model_type` among them.
 
-    attach(model)
+    Raises: ConfigError for a field that the family does not have, which transformers would keep unread.
+    """
+    transformers = importlib.import_module("transformers")
+    fields = dict(config)
+    try:
+        made = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+    except Exception as error:  # transformers and its validators raise many kinds
+        raise ConfigError(f"model.config makes no model: {' '.join(str(error).split())}") from error
+    _check_fields(made, fields, "model.config")
+    return made
 
 
-def _fuse_on_gpu(model: Any, spec: ModelSpec, device: torch.device) -> None:
-    if spec.fused and device.type == "cuda":
-        fuse(model)
+def _check_fields(made: Any, fields: Mapping[str, Any], path: str) -> None:
+    default = type(made)()
+    for name, value in fields.items():
+        if not hasattr(default, name):
+            raise ConfigError(
+                f"{path}.{name} is no field of {type(made).__name__}; {close_matches(name, vars(default))}"
+            )
+        if isinstance(value, Mapping) and name.endswith("_config"):
+            _check_fields(getattr(made, name), value, f"{path}.{name}")
 
 
-def _checkpoint(spec: ModelSpec, device: str) -> LoadedModel:
+def random_model(config: Any, *, vision: bool, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
+    """Return the model of a transformers config, built on `device` in `dtype` and filled there.
+
+    Norms are the identity, everything else is normal with deviation 0.02, drawn from `seed`: the same
+    device gives the same weights, another kind of device others. Buffers (rotary frequencies) are real.
+    On the device "meta" nothing is allocated, which serves to count parameters.
+    """
+    transformers = importlib.import_module("transformers")
+    auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
+    with device:
+        model = auto.from_config(config, dtype=dtype)
+    if device.type == "meta":
+        return model
+    norms = [module for module in model.modules() if "Norm" in type(module).__name__]
+    identity = {id(parameter) for norm in norms for parameter in norm.parameters(recurse=False)}
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # a tied one is met once
+            if id(parameter) in identity:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                parameter.normal_(std=_STANDARD_DEVIATION, generator=generator)
+    return model
+
+
+def _checkpoint(spec: ModelSpec, device: torch.device) -> LoadedModel:
     transformers = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()  # the sweep has its own
     importlib.import_module("kvbench.models.qwen_vl")  # registers the family that transformers does not have
@@ -209,25 +215,49 @@ def _checkpoint(spec: ModelSpec, device: str) -> LoadedModel:
     if spec.folder is not None:
         check_weight_files(spec.folder)
     auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
-    model = _whole_model(auto, source, getattr(torch, spec.dtype), options)
+    model = _whole_model(auto, source, getattr(torch, spec.dtype), options, told=source)
     try:
         processor = _processor(source, model, spec.prompt, options)
     except (OSError, ValueError) as error:  # a file of tokenizer or processor that is missing or of another form
         raise _not_loaded(source, error) from error
-    _attach(model)
-    _fuse_on_gpu(model, spec, torch.device(device))
     return LoadedModel(
-        model=model.to(device).eval(),
+        model=_ready(model, spec, device),
         processor=processor,
         tokenizer=processor.tokenizer if vision else processor,
-        device=torch.device(device),
+        device=device,
         image_token_id=config.image_token_id if vision else None,
         declared_ends=tuple(sorted(set(_declared_ends(source, options)))),
     )
 
 
-def _whole_model(auto: Any, source: str, dtype: torch.dtype, options: Mapping[str, Any]) -> Any:
-    """Return the model of `source`, every tensor of it from the checkpoint.
+def _gguf(spec: ModelSpec, path: Path, device: torch.device) -> LoadedModel:
+    """Load all of a GGUF file, dequantised; nothing that lies beside it is read for a part of the model."""
+    transformers = importlib.import_module("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    options = {"gguf_file": "model.gguf"}
+    packs = getattr(transformers, "GgufConfig", None)  # since 5.24; before, weights were always dequantised
+    dense = {} if packs is None else {"quantization_config": packs(dequantize=True)}
+    with TemporaryDirectory() as alone:
+        (Path(alone) / options["gguf_file"]).symlink_to(path.resolve())
+        auto, dtype = transformers.AutoModelForCausalLM, getattr(torch, spec.dtype)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # a progress bar of its own, which nothing turns off
+                model = _whole_model(auto, alone, dtype, {**options, **dense}, told=str(path))
+            tokenizer = _processor(alone, model, spec.prompt, options)
+        except (OSError, ValueError, LookupError, NotImplementedError) as error:  # what transformers makes of the file
+            raise _not_loaded(str(path), error) from error
+    return LoadedModel(
+        model=_ready(model, spec, device),
+        processor=tokenizer,
+        tokenizer=tokenizer,
+        device=device,
+        image_token_id=None,
+        declared_ends=read_gguf(path, TEXT_FAMILIES).end_tokens,
+    )
+
+
+def _whole_model(auto: Any, source: str, dtype: torch.dtype, options: Mapping[str, Any], *, told: str) -> Any:
+    """Return the model of `source`, every tensor of it from the checkpoint, which messages call `told`.
 
     Shapes that differ are let through, so that they are told by name and in one line with all the rest.
     """
@@ -244,11 +274,52 @@ def _whole_model(auto: Any, source: str, dtype: torch.dtype, options: Mapping[st
             **options,
         )
     except (OSError, SafetensorError) as error:  # a file of a hub's checkpoint that is missing or broken
-        raise _not_loaded(source, error) from error
+        raise _not_loaded(told, error) from error
     finally:
         log.set_verbosity(level)
-    check_loaded(source, info)
+    check_loaded(told, info)
     return model
+
+
+def check_loaded(source: str, info: Mapping[str, Any]) -> None:
+    """Raise ModelSupportError if a tensor was missing, left over or of another shape when `source` was loaded.
+
+    info: transformers' loading info; it leaves tied weights out by itself.
+    """
+    asks, remedy = "config.json", "give the config.json that belongs to the weights, or download it again"
+    if source.lower().endswith(GGUF_SUFFIX):
+        asks, remedy = "header", "download it again"
+    mismatched = {name: (found, asked) for name, found, asked in info["mismatched_keys"]}
+    missing = _learned(name for name in info["missing_keys"] if name not in mismatched)
+    left_over = _learned(info["unexpected_keys"])
+    problems = []
+    if mismatched:
+        told = [
+            f"{name} is {_shape(found)}, not {_shape(asked)}" for name, (found, asked) in sorted(mismatched.items())
+        ]
+        problems.append(f"holds {_tensors(told)} of other shapes than its {asks} asks for ({some_names(told)})")
+    if missing:
+        problems.append(f"lacks {_tensors(missing)} that its {asks} asks for ({some_names(missing)})")
+    if left_over:
+        names = some_names(left_over)
+        problems.append(f"holds {_tensors(left_over)} that the model of its {asks} does not have ({names})")
+    if problems:
+        raise ModelSupportError(
+            f"model.checkpoint {source} {', and '.join(problems)}, so a part of the model would be random numbers; "
+            f"{remedy}"
+        )
+
+
+def _learned(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if not name.endswith(_BUFFERS))
+
+
+def _tensors(names: Sequence[str]) -> str:
+    return "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
+
+
+def _shape(sizes: Iterable[int]) -> str:
+    return " x ".join(map(str, sizes))
 
 
 def _not_loaded(source: str, error: Exception) -> ModelSupportError:
@@ -271,14 +342,10 @@ def _declared_ends(source: str, options: Mapping[str, Any]) -> Iterator[int]:
         _raise_exceptions_for_connection_errors=False,
     )
     generation = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
-    for part in (generation, config, *_text_parts(config)):
+    text = config.get("text_config")
+    for part in (generation, config, text if isinstance(text, dict) else {}):
         ends = part.get("eos_token_id")
         yield from (int(end) for end in (ends if isinstance(ends, list) else [ends]) if end is not None and end >= 0)
-
-
-def _text_parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    if isinstance(config.get("text_config"), dict):
-        yield config["text_config"]
 
 
 def _processor(source: str, model: Any, prompt: str | None, options: dict[str, Any]) -> Any:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from kvbench.cache import Policy
-from kvbench.cache.layer import evicts_at_decode
 from kvbench.datasets.base import Example
 from kvbench.errors import ConfigError, PolicyError, ran_out_of_memory
 from kvbench.models.inputs import PromptBatch, prompt_batch
@@ -118,6 +117,8 @@ def deciding_ms(cache: PolicyCache, policy: Policy, device: torch.device) -> Int
     On CUDA the work is captured in a CUDA graph and replayed, so that launching it costs nothing; what
     cannot be captured is run as it is, and the method says so. 0 for a policy that decides nothing.
     """
+    from kvbench.cache.layer import evicts_at_decode  # which imports transformers
+
     if not evicts_at_decode(policy):
         return Interval(value=0.0, low=None, high=None, n=1, method="nothing is decided at decode")
     work, how = (cache.decide, "run") if device.type != "cuda" else _captured(cache, device)

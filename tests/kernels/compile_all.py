@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvbench.kernels import decode_attention, linear, prefill, rank, segment_mean, slot_writes
+from kvbench.kernels import decode_attention, linear, norm, prefill, rank, segment_mean, slot_writes
 
 HOPPER = GPUTarget("cuda", 90, 32)
 _TYPES = {"length": "*i64", "seen": "*i64", "position": "*i64", "free": "*i64", "budget": "*i64", "sinks": "*i64"}
@@ -23,6 +23,7 @@ _TYPES |= dict.fromkeys((*_COUNTS, "capacity", "rows", "n0", "n1", "n2", "score_
 _STRIDES = tuple(f"{name}_{axis}" for name in ("query", "keys", "position", "states") for axis in "bht")
 _TYPES |= dict.fromkeys((*_STRIDES, "queries", "entries"), "i32")
 _TYPES |= {"lse": "*fp32", "query_position": "*i64", "key_position": "*i64", "scale": "fp32"}
+_ROTATED = ("query_heads", "key_heads", "half", "table_row")
 _ROWS = {1: (8, 256, 6, 2), 16: (32, 128, 5, 4), 64: (32, 128, 5, 4)}  # as in kvbench.kernels.linear
 
 
@@ -64,6 +65,10 @@ def main() -> None:
         block = {"BLOCK_M": rows, "BLOCK_N": size, "BLOCK_K": depth, "STAGES": stages, "EVEN_K": True, "UPCAST": False}
         compile_kernel(linear.project, {**block, "MATRICES": 3, "HAS_BIAS": True}, num_warps=warps)
         compile_kernel(linear.gate_up, block, num_warps=warps)
+    for add in (False, True):
+        compile_kernel(norm.norm_row, {"BLOCK": 4096, "ADD": add}, {"epsilon": "fp32"}, num_warps=8)
+    types = {**dict.fromkeys(_ROTATED, "i32"), "queries": "*bf16", "cosines": "*bf16", "sines": "*bf16"}
+    compile_kernel(norm.rotate_head, {"BLOCK": 64}, types, num_warps=1)
     for one in (False, True):
         search = {"BLOCK_C": 512 if one else 2048, "IN_ONE": one, "FROM_NEWEST": one}
         types = {"rank": "*i64", "slot": "*i64", "newer": "i32", "sinks": "i32"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -151,9 +152,9 @@ def test_a_policy_that_frees_nothing_takes_a_fresh_slot_each_time() -> None:
     assert torch.equal(ours.length, before + 1)
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_a_given_victim_is_freed_by_one_warp_because_nothing_waits_between_read_and_write(
-    given: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("given", "has_rank", "wanted"), [(True, False, 1), (True, True, 4), (False, True, 4)])
+def test_one_warp_frees_a_given_victim_and_more_only_where_they_wait_for_each_other(
+    given: bool, has_rank: bool, wanted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warps = []
 
@@ -163,9 +164,10 @@ def test_a_given_victim_is_freed_by_one_warp_because_nothing_waits_between_read_
 
     monkeypatch.setattr(slot_writes, "free_victim", Noted())
     ours, _ = random_slots(1, 2, 3, 9)
+    columns = ours.columns() if has_rank else replace(ours.columns(), rank=None)
     budget = torch.tensor([4, 5], device=ON)
     if given:
-        free_given(ours.columns(), torch.zeros_like(ours.free), budget)
+        free_given(columns, torch.zeros_like(ours.free), budget)
     else:
-        free_lowest(ours.columns(), torch.zeros(2, 3, 9, device=ON), budget, budget, budget)
-    assert warps == [1 if given else 4]
+        free_lowest(columns, torch.zeros(2, 3, 9, device=ON), budget, budget, budget)
+    assert warps == [wanted]

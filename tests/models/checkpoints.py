@@ -62,13 +62,21 @@ def save_checkpoint(family: str, folder: Path) -> Path:
             _llava(words).save_pretrained(folder)
             _processor(words).save_pretrained(folder)
             return folder
-        model, config, template = _TEXT_FAMILIES[family]
-        more = {"sliding_window": None} if family == "mistral" else {}
-        model(config(**_text(words), **more)).save_pretrained(folder)
+        _, _, template = _TEXT_FAMILIES[family]
+        text_model(family).save_pretrained(folder)
     words.chat_template = template
     words.save_pretrained(folder)
     words.chat_template = None
     return folder
+
+
+def text_model(family: str, **changes: Any) -> Any:
+    """Return a random model of a text family; `changes` are fields of its config."""
+    model, config, _ = _TEXT_FAMILIES[family]
+    more = {"sliding_window": None} if family == "mistral" else {}
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        return model(config(**{**_text(tokenizer()), **more, **changes}))
 
 
 def _text(words: PreTrainedTokenizerFast) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from kvbench.errors import DataError
 from kvbench.models.chat import TextTokens
 from kvbench.models.inputs import answer_tokens, prompt_ids
 from kvbench.models.loader import LoadedModel, load_model
-from kvbench.models.qwen_vl.tokenizer import qwen_tokenizer
+from kvbench.models.processors import qwen_tokenizer
 from kvbench.models.spec import ModelSpec
 from tests.models.checkpoints import save_checkpoint
 from tests.models.vision_checkpoints import VISION_CHECKPOINTS

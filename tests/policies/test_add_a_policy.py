@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,12 +41,13 @@ def block(name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     place = tmp_path_factory.mktemp("mine")
     (place / "conf" / "policy").mkdir(parents=True)
     (place / "mine.py").write_text(block("mine.py"))
     (place / "conf" / "policy" / "mine.yaml").write_text(block("mine.yaml"))
-    return place
+    yield place
+    sys.modules.pop("mine", None)  # others write modules of that name
 
 
 def test_the_class_is_short() -> None:

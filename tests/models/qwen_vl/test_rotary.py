@@ -12,8 +12,7 @@ from kvbench.cache import Budget, PolicyCache, ScorePolicy, View, attach, cache_
 from kvbench.cache.positions import Rotation
 from kvbench.cache.recording import PromptRecorder, cache_after
 from kvbench.errors import ModelSupportError
-from kvbench.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
-from kvbench.models.qwen_vl.model import DynamicRotary, query_scale, turned
+from kvbench.models.qwen_vl import DynamicRotary, QwenVLConfig, QwenVLForConditionalGeneration, query_scale, turned
 from kvbench.policies.full import Full
 from tests.driving import drive, held_positions
 from tests.models.qwen_vl.golden_model import CONFIG, TRAINED_TOKENS

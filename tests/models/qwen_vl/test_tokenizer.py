@@ -13,7 +13,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from kvbench.errors import ModelSupportError
-from kvbench.models.qwen_vl.tokenizer import _WORDS, SPECIAL_TOKENS, VOCABULARY_FILE, qwen_tokenizer
+from kvbench.models.processors import _WORDS, SPECIAL_TOKENS, VOCABULARY_FILE, qwen_tokenizer
 
 TEXT = (
     "What is it? It's the dog's 12 red dots, and the dots are red.\n\n  What isn't? 那里有一只狗, 狗。 Cafe\u0301 café"

@@ -1,39 +1,111 @@
-"""Qwen-VL as transformers model classes: pictures replace the image tokens between <img> and </img>.
+"""The original Qwen-VL and Qwen-VL-Chat (arXiv 2308.12966), as model classes that transformers 5 does not have.
 
-The decoder of Qwen-VL, Qwen-7B: fused query-key-value with bias, a gated MLP in two halves, RMS norms.
+Tensor and configuration names are those of the published checkpoints, so that their files load as they are. The
+decoder is Qwen-7B: fused query-key-value with bias, a gated MLP in two halves, RMS norms. Pictures replace the image
+tokens between <img> and </img>: an OpenCLIP ViT-bigG without class token, and one cross attention that resamples it
+to 256 vectors (Sec. 2.1).
 
-Positions of Qwen-VL beyond its training length: dynamic NTK and log-n scaling.
-
-Dynamic NTK: a prompt of n > L tokens (L the training length) is rotated with the base b x a^(D/(D-2)),
-a = 2^(ceil(log2(n / L)) + 1) - 1. The prompt decides; its answer goes on with the same frequencies,
+Beyond the training length L positions are stretched. Dynamic NTK: a prompt of n > L tokens is rotated with the base
+b x a^(D/(D-2)), a = 2^(ceil(log2(n / L)) + 1) - 1. The prompt decides; its answer goes on with the same frequencies,
 since keys that are cached already were rotated with them. Log-n: the query at position p is scaled by
 log_L(p + 1) from p = L on. Both follow the tokens a row has seen and a token's true index in its row,
 whatever a cache still holds and however far a batch was padded.
-
-The vision tower of Qwen-VL: an OpenCLIP ViT-bigG without class token, and a resampler to 256 vectors.
-
-Learned positions of the tower are laid out for a grid of 16 x 16 patches and are interpolated
-bicubically to the grid of the picture. The resampler is one cross attention of learned queries, with
-fixed 2D sine-cosine positions on queries and keys (arXiv 2308.12966, Sec. 2.1).
 """
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel, initialization
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+    initialization,
+)
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from kvbench.cache.attention import CACHE_NAME
 from kvbench.errors import ModelSupportError
-from kvbench.models.qwen_vl.config import QwenVLConfig
+
+_TRAINED_PATCHES = 256
+_NORM_EPSILON = 1e-6
+_RESAMPLER_HEAD_WIDTH = 128
+_STRETCH = "qwen_rotary_stretch"  # rides on the cache, whose keys were rotated with it
+_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "intermediate_size": 22016,
+    "kv_channels": 128,
+    "layer_norm_epsilon": 1e-6,
+    "initializer_range": 0.02,
+    "max_position_embeddings": 8192,
+    "seq_length": 2048,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 1.0,
+    "use_dynamic_ntk": True,
+    "use_logn_attn": True,
+    "no_bias": True,
+    "use_cache": True,
+}
+_VISUAL: dict[str, Any] = {
+    "heads": 16,
+    "image_size": 448,
+    "image_start_id": 151857,
+    "layers": 48,
+    "mlp_ratio": 4.9231,
+    "output_dim": 4096,
+    "patch_size": 14,
+    "width": 1664,
+}
+
+
+class QwenVLConfig(PretrainedConfig):
+    """Decoder and vision tower of Qwen-VL; `visual` holds the tower's sizes and the id of the <img> tag.
+
+    seq_length: tokens of a training sequence; beyond it the rotary base and the queries are scaled.
+    intermediate_size counts both halves of the gated MLP. Raises: ModelSupportError for variants of
+    the family that the port does not cover.
+    """
+
+    model_type = "qwen"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
+
+    def __init__(self, visual: dict[str, Any] | None = None, tie_word_embeddings: bool = False, **fields: Any) -> None:
+        for name, default in _DEFAULTS.items():
+            setattr(self, name, fields.pop(name, default))
+        self.visual = dict(_VISUAL if visual is None else visual)
+        others = {name: value for name, value in fields.items() if name not in ("num_key_value_heads", "head_dim")}
+        self.num_key_value_heads, self.head_dim = self.num_attention_heads, self.kv_channels
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **others)
+        width = self.kv_channels * self.num_attention_heads
+        if self.rotary_pct != 1.0 or width != self.hidden_size:
+            raise ModelSupportError(
+                f"rotary_pct={self.rotary_pct}, kv_channels x heads={width}, hidden_size={self.hidden_size}; the port "
+                "of Qwen-VL covers rotary_pct=1 and heads that fill the hidden size"
+            )
+
+    @property
+    def image_token_id(self) -> int:
+        """The token that stands for one of a picture's vectors; it follows <img> and </img> in the vocabulary."""
+        return int(self.visual["image_start_id"]) + 2
+
+    @property
+    def image_tokens(self) -> int:
+        """Vectors that a picture becomes."""
+        return int(self.visual.get("n_queries", 256))
 
 
 class DynamicRotary(nn.Module):
@@ -127,29 +199,10 @@ class QwenAttention(nn.Module):
             query = query * query_scale(positions, self.config.seq_length).to(query.dtype)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, plain_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         mixed, _ = attend(self, query, key, value, mask, dropout=0.0, scaling=self.scaling)
         output: Tensor = self.c_proj(mixed.flatten(2))
         return output
-
-
-def plain_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention in three steps, for `attn_implementation="eager"`; query (B, H, Q, D), additive mask."""
-    logits = query @ key.transpose(-1, -2) * scaling
-    if attention_mask is not None:
-        logits = logits + attention_mask
-    weights = logits.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ value).transpose(1, 2), weights
 
 
 class GatedMLP(nn.Module):
@@ -182,11 +235,6 @@ class QwenBlock(nn.Module):
         """Map (B, Q, hidden) to the same shape; `attention` goes to the attention as it is."""
         states = states + self.attn(self.ln_1(states), **attention)
         return states + torch.as_tensor(self.mlp(self.ln_2(states)))
-
-
-_TRAINED_PATCHES = 256
-_NORM_EPSILON = 1e-6
-_RESAMPLER_HEAD_WIDTH = 128
 
 
 class TowerAttention(nn.Module):
@@ -225,20 +273,6 @@ class TowerBlock(nn.Module):
         return patches + torch.as_tensor(self.mlp(self.ln_2(patches)))
 
 
-class Tower(nn.Module):
-    """The tower's layers."""
-
-    def __init__(self, width: int, layers: int, heads: int, mlp_ratio: float) -> None:
-        super().__init__()
-        self.resblocks = nn.ModuleList(TowerBlock(width, heads, mlp_ratio) for _ in range(layers))
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """Map (N, P, width) to the same shape."""
-        for block in self.resblocks:
-            patches = block(patches)
-        return patches
-
-
 class Resampler(nn.Module):
     """Cross attention of `num_queries` learned queries over the patches."""
 
@@ -271,7 +305,8 @@ class VisionTower(nn.Module):
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
         self.positional_embedding = nn.Parameter(torch.zeros(_TRAINED_PATCHES, width))
         self.ln_pre = nn.LayerNorm(width, eps=_NORM_EPSILON)
-        self.transformer = Tower(width, visual["layers"], visual["heads"], visual["mlp_ratio"])
+        blocks = (TowerBlock(width, visual["heads"], visual["mlp_ratio"]) for _ in range(visual["layers"]))
+        self.transformer = nn.ModuleDict({"resblocks": nn.Sequential(*blocks)})
         self.attn_pool = Resampler(out, width, num_queries)
         self.ln_post = nn.LayerNorm(out, eps=_NORM_EPSILON)
         self.proj = nn.Parameter(torch.zeros(out, out))
@@ -280,7 +315,7 @@ class VisionTower(nn.Module):
         """Map pixels (N, 3, S, S) to (N, num_queries, output_dim)."""
         patches = self.conv1(pixel_values.to(self.proj.dtype)).flatten(2).transpose(1, 2)
         patches = self.ln_pre(patches + on_grid(self.positional_embedding, patches.shape[1]))
-        vectors: Tensor = self.ln_post(self.attn_pool(self.transformer(patches))) @ self.proj
+        vectors: Tensor = self.ln_post(self.attn_pool(self.transformer["resblocks"](patches))) @ self.proj
         return vectors
 
 
@@ -302,9 +337,6 @@ def sine_positions(num_positions: int, width: int) -> Tensor:
     coded = torch.cat((angles.sin(), angles.cos()), dim=-1)
     columns, rows = coded[None].expand(edge, -1, -1), coded[:, None].expand(-1, edge, -1)
     return torch.cat((columns, rows), dim=-1).flatten(0, 1).float()
-
-
-_STRETCH = "qwen_rotary_stretch"  # rides on the cache, whose keys were rotated with it
 
 
 class QwenVLPreTrainedModel(PreTrainedModel):
@@ -333,6 +365,8 @@ class QwenVLPreTrainedModel(PreTrainedModel):
 class QwenVLModel(QwenVLPreTrainedModel):
     """Vision tower and decoder, without the head."""
 
+    _input_embed_layer = "wte"
+
     def __init__(self, config: QwenVLConfig) -> None:
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -341,14 +375,6 @@ class QwenVLModel(QwenVLPreTrainedModel):
         self.ln_f = RootMeanSquareNorm(config.hidden_size, config.layer_norm_epsilon)
         self.visual = VisionTower(config.visual)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the token embedding."""
-        return self.wte
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the token embedding."""
-        self.wte = value
 
     def forward(
         self,
@@ -374,9 +400,12 @@ class QwenVLModel(QwenVLPreTrainedModel):
         cache = cache if past_key_values is None else past_key_values
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        positions = position_ids
-        if positions is None:
-            positions = _positions(states, attention_mask, cache)
+        new, positions = states.shape[1], position_ids
+        if positions is None and attention_mask is not None and attention_mask.ndim == 2:
+            positions = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -new:]
+        elif positions is None:
+            seen = 0 if cache is None else cache.get_seq_length()
+            positions = torch.arange(seen, seen + new, device=states.device)[None]
         positions = positions.expand(states.shape[0], -1)
         mask = create_causal_mask(
             config=self.config,
@@ -426,10 +455,6 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         """Return the model without its head."""
         return self.transformer
 
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the head."""
-        return self.lm_head
-
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return a step's inputs; pictures go in with the prompt only."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
@@ -466,9 +491,5 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: getattr(output, CACHE_NAME)})
 
 
-def _positions(states: Tensor, attention_mask: Tensor | None, cache: Any) -> Tensor:
-    new = states.shape[1]
-    seen = 0 if cache is None else cache.get_seq_length()
-    if attention_mask is not None and attention_mask.ndim == 2:
-        return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -new:]
-    return torch.arange(seen, seen + new, device=states.device)[None]
+AutoConfig.register(QwenVLConfig.model_type, QwenVLConfig, exist_ok=True)
+AutoModelForImageTextToText.register(QwenVLConfig, QwenVLForConditionalGeneration, exist_ok=True)

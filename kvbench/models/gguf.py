@@ -1,0 +1,117 @@
+"""GGUF files: weights (quantised in blocks), tokenizer and chat template in one file, as llama.cpp reads them.
+
+transformers loads them dequantised; here is told before, from the file's header, whether it can do so rightly: the
+family, the kinds of blocks, and nothing in the file that it would leave unread. Needs the extra `gguf`. Format:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from kvbench.errors import ConfigError
+
+SUFFIX = ".gguf"
+_MAGIC = b"GGUF"
+_PACKAGES = ("gguf", "accelerate")
+_ENDS = ("eos", "eot", "eom")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GgufFile:
+    """What a file holds: `family` as transformers calls it, number of tensors by kind of block, SHA-256 of its bytes.
+
+    end_tokens: every token that the file says ends an answer.
+    """
+
+    family: str
+    types: Mapping[str, int]
+    sha256: str
+    end_tokens: tuple[int, ...]
+
+
+def read_gguf(path: Path, families: tuple[str, ...]) -> GgufFile:
+    """Return what `path` holds, looked at once while it does not change.
+
+    Raises: ConfigError, one line, if it is not whole, of none of `families`, or holds what would be left unread.
+    """
+    state = path.stat()
+    return _read(path, families, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=2**6)
+def _read(path: Path, families: tuple[str, ...], size_bytes: int, changed_ns: int) -> GgufFile:
+    lacking = [name for name in _PACKAGES if find_spec(name) is None]
+    if lacking:
+        raise ConfigError(f"a GGUF file needs the packages {', '.join(lacking)}; pip install 'kvbench[gguf]'")
+    with path.open("rb") as file:
+        begin = file.read(len(_MAGIC))
+        if begin != _MAGIC:
+            raise ConfigError(f"{path} is no GGUF file: it begins with {begin!r}, not with {_MAGIC!r}")
+        digest = hashlib.file_digest(file, lambda: hashlib.sha256(_MAGIC)).hexdigest()
+    library = importlib.import_module("gguf")
+    try:
+        reader = library.GGUFReader(path)
+        family = _value(reader, "general.architecture")
+        types = Counter(tensor.tensor_type for tensor in reader.tensors)
+        ends = [_value(reader, f"tokenizer.ggml.{name}_token_id") for name in _ENDS]
+    except Exception as error:  # the reader raises many kinds
+        raise ConfigError(
+            f"{path} is not a whole GGUF file ({size_bytes} bytes; {type(error).__name__}: "
+            f"{' '.join(str(error).split())}); download it again"
+        ) from error
+    if family not in families:
+        raise ConfigError(f"{path} is of family {family!r}; supported as GGUF: {', '.join(families)}")
+    unread = _left_unread(reader, family)
+    if unread is not None:
+        raise ConfigError(f"{path} holds {unread}, which is not read from GGUF; give the checkpoint's safetensors")
+    for kind in types:
+        if not _can_unpack(library, kind):
+            raise ConfigError(
+                f"{path} has tensors of type {kind.name}, which cannot be dequantised; give a file of another type, "
+                "such as Q8_0, Q4_K_M or F16"
+            )
+    if _value(reader, "tokenizer.ggml.model") is None:
+        raise ConfigError(f"{path} holds no tokenizer; give a file that has one")
+    return GgufFile(
+        family=family,
+        types={kind.name: types[kind] for kind in sorted(types)},
+        sha256=digest,
+        end_tokens=tuple(sorted({int(end) for end in ends if end is not None})),
+    )
+
+
+def _value(reader: Any, name: str) -> Any:
+    field = reader.get_field(name)
+    return None if field is None else field.contents()
+
+
+def _left_unread(reader: Any, family: str) -> str | None:
+    """Return what the file holds that transformers would pass over, so that another model would be measured."""
+    if _value(reader, f"{family}.expert_count"):
+        return "a mixture of experts"
+    if _value(reader, f"{family}.attention.sliding_window"):
+        return "a sliding window"
+    scaling = _value(reader, f"{family}.rope.scaling.type")
+    if scaling not in (None, "none"):
+        return f"scaled rotary positions ({scaling})"
+    if any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
+        return "rotary frequencies of its own (rope_freqs.weight)"
+    return None
+
+
+def _can_unpack(library: Any, kind: Any) -> bool:
+    numpy = importlib.import_module("numpy")
+    try:
+        library.dequantize(numpy.zeros((1, library.GGML_QUANT_SIZES[kind][1]), dtype=numpy.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True

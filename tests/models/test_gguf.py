@@ -1,0 +1,262 @@
+"""GGUF files, written here by the package of their format: what is loaded is what was written, the rest is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kvbench.config.build import build_cell
+from kvbench.config.compose import compose_grid
+from kvbench.datasets.base import Example
+from kvbench.errors import ConfigError, ModelSupportError
+from kvbench.models.inputs import answer_tokens, prompt_batch, prompt_ids
+from kvbench.models.loader import load_model
+from kvbench.models.spec import ModelSpec
+from tests.models.checkpoints import WITH_LINES, text_model, tokenizer
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("accelerate")
+
+EXAMPLE = Example(id="a", cluster="a", question="What is it?", reference="A small red dot.")
+Change = Callable[[Any], None]
+
+
+def write_gguf(
+    path: Path,
+    *,
+    family: str = "llama",
+    kind: str = "F32",
+    change: Change = lambda writer: None,
+    with_tokenizer: bool = True,
+    leave_out: str = "nothing",
+) -> Any:
+    """Write a random model of `family` with its tokenizer; return the model."""
+    wide = {"head_dim": 128} if family == "qwen3" else {}  # every Qwen3's, and what transformers takes for it
+    model, words = text_model(family, **wide), tokenizer()
+    config = model.config
+    writer = gguf.GGUFWriter(path, family)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_rope_dimension_count(width)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    if with_tokenizer:
+        _add_tokenizer(writer, words)
+    change(writer)
+    names = gguf.get_tensor_name_map(_architecture(family), config.num_hidden_layers)
+    for name, parameter in model.state_dict().items():
+        values = _as_stored(name, parameter.numpy(), config) if family == "llama" else parameter.numpy()
+        if leave_out in name:
+            continue
+        stored = gguf.GGMLQuantizationType[kind if values.ndim == 2 and values.shape[1] % 32 == 0 else "F32"]
+        raw = gguf.quantize(np.ascontiguousarray(values), stored)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), raw, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+def _add_tokenizer(writer: Any, words: Any) -> None:
+    vocabulary = sorted(words.get_vocab().items(), key=lambda entry: entry[1])
+    merges = json.loads(words.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([token for token, _ in vocabulary])
+    writer.add_token_types([3 if token in words.all_special_tokens else 1 for token, _ in vocabulary])
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    writer.add_bos_token_id(words.bos_token_id)
+    writer.add_eos_token_id(words.eos_token_id)
+    writer.add_pad_token_id(words.pad_token_id)
+    writer.add_chat_template(WITH_LINES)
+
+
+def _architecture(family: str) -> Any:
+    return next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
+
+
+def _as_stored(name: str, values: np.ndarray, config: Any) -> np.ndarray:
+    """Return queries and keys in pairs of neighbours, as llama.cpp rotates them."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    found = next((number for part, number in heads.items() if part in name), None)
+    if found is None:
+        return values
+    return values.reshape(found, 2, len(values) // found // 2, -1).swapaxes(1, 2).reshape(values.shape)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_file_gives_the_model_tokens_and_template_that_were_written(family: str, tmp_path: Path) -> None:
+    written = write_gguf(tmp_path / "a.gguf", family=family)
+    loaded = load_model(ModelSpec(checkpoint=str(tmp_path / "a.gguf")), "cpu")
+    assert loaded.model.config.model_type == family
+    held, given = loaded.model.state_dict(), written.state_dict()
+    assert held.keys() == given.keys()
+    assert all(torch.equal(held[name], given[name]) for name in given)
+    assert loaded.chat_template == WITH_LINES
+    assert loaded.end_token_ids == {tokenizer().eos_token_id}
+    text = "<|user|>\nWhat is it?\n<|assistant|>\n"
+    assert prompt_ids(loaded, EXAMPLE) == tokenizer()(text, add_special_tokens=False)["input_ids"]
+    batch = prompt_batch(loaded, [EXAMPLE])
+    assert loaded.tokenizer.decode(answer_tokens(loaded, EXAMPLE)[:-1]) == "A small red dot."
+    with torch.inference_mode():
+        ours, theirs = loaded.model(**batch.tensors).logits, written.eval()(**batch.tensors).logits
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("Q8_0", "float32"), ("Q4_1", "bfloat16"), ("F16", "float16")])
+def test_weights_are_dequantised_and_the_kinds_of_blocks_are_in_the_key(kind: str, dtype: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    written = write_gguf(path, kind=kind)
+    spec = ModelSpec(checkpoint=str(path), dtype=dtype)
+    weight = load_model(spec, "cpu").model.model.embed_tokens.weight
+    assert weight.dtype == getattr(torch, dtype)
+    stored = gguf.GGMLQuantizationType[kind]
+    table = written.model.embed_tokens.weight.detach().numpy()
+    dense = gguf.dequantize(gguf.quantize(table, stored), stored)
+    assert torch.equal(weight, torch.from_numpy(dense.astype(np.float32)).to(weight.dtype))
+    types = spec.key()["gguf_types"]
+    assert types.keys() == {"F32", kind}
+    assert sum(types.values()) == len(written.state_dict())
+
+
+def test_the_key_is_of_the_bytes_and_not_of_the_place(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "a.gguf")
+    shutil.copy(tmp_path / "a.gguf", tmp_path / "b.GGUF")
+    first, second = (ModelSpec(checkpoint=str(tmp_path / name)) for name in ("a.gguf", "b.GGUF"))
+    assert first.key() == second.key()
+    with (tmp_path / "b.GGUF").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x07")
+    assert ModelSpec(checkpoint=str(tmp_path / "b.GGUF")).key() != first.key()
+
+
+def test_nothing_beside_the_file_is_read_and_no_progress_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = write_gguf(tmp_path / "a.gguf")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (tmp_path / name).write_text("{nonsense")
+    (tmp_path / "chat_template.jinja").write_text("other")
+    loaded = load_model(ModelSpec(checkpoint=str(tmp_path / "a.gguf")), "cpu")
+    assert "%|" not in capsys.readouterr().err
+    assert loaded.chat_template == WITH_LINES
+    assert loaded.model.config.hidden_size == written.config.hidden_size
+
+
+def test_a_cell_of_a_file_is_built_from_the_command_line(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "a.gguf")
+    words = ["model=local", f"model.checkpoint={tmp_path / 'a.gguf'}", "dataset=needles", "policy=h2o"]
+    (composed,) = compose_grid(words, multirun=False, config_dir=None)
+    cell = build_cell(composed)
+    assert cell.settings["model"]["fingerprint"] == ModelSpec(checkpoint=str(tmp_path / "a.gguf")).fingerprint()
+    with pytest.raises(ConfigError, match=r"(takes|reads) text only"):
+        build_cell(compose_grid([*words[:2], "dataset=scenes"], multirun=False, config_dir=None)[0])
+
+
+def refused(path: Path, **settings: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        ModelSpec(checkpoint=str(path), **settings)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.0001, 0.01, 0.5, 0.999])
+def test_a_file_that_breaks_off_is_told_in_one_line(share: float, tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    write_gguf(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    assert "no GGUF file" in refused(path) if share == 0.0 else "is not a whole GGUF file" in refused(path)
+
+
+def test_what_is_no_gguf_file_is_told_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"\x80\x02pickled")
+    assert "is no GGUF file: it begins with" in refused(path)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    assert "pointer of git-lfs" in refused(path)
+    path.unlink()
+    assert "give a file" in refused(path)
+
+
+def add_experts(writer: Any) -> None:
+    writer.add_expert_count(8)
+
+
+def add_window(writer: Any) -> None:
+    writer.add_sliding_window(64)
+
+
+def add_scaling(writer: Any) -> None:
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+
+
+def add_frequencies(writer: Any) -> None:
+    writer.add_tensor("rope_freqs.weight", np.ones(8, dtype=np.float32))
+
+
+def add_integers(writer: Any) -> None:
+    writer.add_tensor("blk.0.other.weight", np.ones(8, dtype=np.int32))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (add_experts, "holds a mixture of experts"),
+        (add_window, "holds a sliding window"),
+        (add_scaling, "holds scaled rotary positions (yarn)"),
+        (add_frequencies, "rotary frequencies of its own (rope_freqs.weight)"),
+        (add_integers, "tensors of type I32, which cannot be dequantised"),
+    ],
+)
+def test_what_would_be_left_unread_is_refused_before_loading(change: Change, message: str, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "a.gguf", change=change)
+    assert message in refused(tmp_path / "a.gguf")
+
+
+def test_another_family_or_a_file_without_tokenizer_is_refused(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "gemma3")
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert "is of family 'gemma3'; supported as GGUF: llama, mistral, qwen2, qwen3" in refused(tmp_path / "a.gguf")
+    write_gguf(tmp_path / "b.gguf", with_tokenizer=False)
+    assert "holds no tokenizer" in refused(tmp_path / "b.gguf")
+
+
+def test_a_file_that_lacks_a_tensor_is_told_by_name(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "a.gguf", leave_out="layers.1.mlp.up_proj")
+    with pytest.raises(
+        ModelSupportError, match=r"lacks 1 tensor that its header asks for \(model.layers.1.mlp.up_proj"
+    ):
+        load_model(ModelSpec(checkpoint=str(tmp_path / "a.gguf")), "cpu")
+
+
+def test_settings_that_a_file_does_not_have_are_refused(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "a.gguf")
+    assert "model.revision" in refused(tmp_path / "a.gguf", revision="0" * 40)
+    assert "model.trust_remote_code" in refused(tmp_path / "a.gguf", trust_remote_code=True)
+
+
+def test_without_the_extra_its_name_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "a.gguf")
+    monkeypatch.setattr("kvbench.models.gguf.find_spec", lambda name: None)
+    assert "pip install 'kvbench[gguf]'" in refused(tmp_path / "a.gguf")
