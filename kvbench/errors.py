@@ -1,9 +1,7 @@
-"""What can go wrong, by who can mend it; every message says what to do.
+"""What can go wrong, by who can mend it, and what an exception says of the process: no memory left, CUDA given up.
 
 A message states what was wrong, the value seen, what is allowed and what to do. `assert` is for
 our own invariants only; everything a user can cause is one of these.
-
-What an exception says of the process: that memory ran out, in whichever words, or that CUDA has given up.
 """
 
 from __future__ import annotations
@@ -63,6 +61,12 @@ def close_matches(name: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(names)}"
 
 
+def check_known(what: str, name: str, known: Iterable[str]) -> None:
+    """Raise ConfigError unless `name`, the value of `what`, is one of `known`."""
+    if name not in (names := list(known)):
+        raise ConfigError(f"{what} is {name!r}; {close_matches(name, names)}")
+
+
 def missing_path(path: Path) -> str:
     """Return the tail of a message about a path that does not exist: close matches if any, else where it ends."""
     near = near_paths(path)
@@ -90,10 +94,7 @@ def _near_names(folder: Path, name: str) -> list[Path]:
     return [folder / near for near in difflib.get_close_matches(name, names, n=3, cutoff=0.6)]
 
 
-_CLASSES = (
-    "OutOfMemoryError",
-    "MemoryError",
-)  # torch's own class is found by name, so that nobody imports torch for it
+_CLASSES = ("OutOfMemoryError", "MemoryError")  # torch's own is found by name, so that nobody imports torch for it
 _TEXTS = (  # of a RuntimeError: torch on the CPU, the CUDA runtime, triton's launcher and the matrix library
     "DefaultCPUAllocator: can't allocate memory",
     "CUDA error: out of memory",

@@ -1,29 +1,40 @@
-"""Everything that an audit looks at: the records of a folder, read and grouped, nothing recomputed yet.
+"""What an audit looks at, the records of a folder read and grouped, and what a check of them is.
 
-What the policies and data sets of kvbench itself are, so that a label alone cannot rename them.
+A check is a function of a cell and of its peers, the cells that ran the same prompts on the same model. It yields
+a sentence for each thing that is wrong, and a `Note` for what a reader should know and that is no fault:
 
-Names of classes are read from the configuration as text, so that no class is loaded.
+    @check("R12", "dates and durations can have happened", "dates or durations were changed")
+    def times(cell: Cell, peers: Peers) -> Iterator[str]: ...
 
-What a check is, and what came of it.
+What the policies and data sets of kvbench itself are is read from the configuration as text, so that a label alone
+cannot rename them and no class is loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from kvbench.errors import ConfigError, RecordError, close_matches
 from kvbench.results.files import canonical_json
-from kvbench.results.record import MEASURED, read_record
+from kvbench.results.record import MEASURED, check_results_folder, read_record
 
+_Value = TypeVar("_Value")
+Group = Literal["policy", "dataset"]
+Verdict = Literal["passed", "failed", "not applicable", "not run"]
 # Cells that agree in these ran the same prompts, and share the full cache's answers.
 _SHARED = ("model", "dataset", "query_visible", "batch_size", "device", "versions", "cache_semantics")
+# A sealed record may hold text where a number belongs, here or in a cell it is compared with.
+_WRONG_TYPES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+_TARGET = re.compile(r"^_target_:\s*(\S+)", re.MULTILINE)
+_CUTS_THE_PROMPT_ONLY = ("kvbench:SnapKV",)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,8 +51,7 @@ class Cell:
     @cached_property
     def name(self) -> str:
         """First digits of the key, policy and budget."""
-        labels = self.body["labels"]
-        parts = [labels.get(part) for part in ("policy", "budget", "positions")]
+        parts = [self.label(part) for part in ("policy", "budget", "positions")]
         shown = [str(part) for part in parts if part not in (None, "-", "original")]
         return f"{self.folder[:8]} {', '.join(shown)}"
 
@@ -53,13 +63,7 @@ class Cell:
     @property
     def is_full(self) -> bool:
         """Whether it calls itself the full cache."""
-        return bool(self.body["labels"].get("policy") == "full")
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """What the key is made of."""
-        settings: Mapping[str, Any] = self.body["cell"]
-        return settings
+        return bool(self.label("policy") == "full")
 
     @cached_property
     def samples(self) -> Sequence[Mapping[str, Any]]:
@@ -71,9 +75,18 @@ class Cell:
         """Rows by id."""
         return {str(row.get("id")): row for row in self.samples}
 
+    @property
+    def num_left_out(self) -> int:
+        """How many samples it says were left out."""
+        return len(self.body.get("skipped_items") or ())
+
+    def label(self, name: str) -> Any:
+        """Return what it is labelled, None without such a label."""
+        return self.body["labels"].get(name)
+
     def setting(self, *names: str) -> Any:
         """Return the setting at a path, None where there is none."""
-        found: Any = self.settings
+        found: Any = self.body["cell"]
         for name in names:
             found = found.get(name) if isinstance(found, Mapping) else None
         return found
@@ -86,19 +99,15 @@ class Cell:
                 return task
         return None
 
-    def value(self, name: str) -> float | None:
-        """Return a measurement's value; None if it is missing or null, or the cell failed."""
-        return self.number(name, "value")
-
-    def number(self, name: str, part: str) -> float | None:
-        """Return value, low, high or n of a measurement."""
+    def value(self, name: str, part: str = "value") -> float | None:
+        """Return value, low, high or n of a measurement; None if it is missing or null, or the cell failed."""
         found = self.body["measurements"].get(name, {}).get(part) if self.usable else None
-        return found if isinstance(found, int | float) and not isinstance(found, bool) else None
+        return found if is_number(found) else None
 
     def curve(self, name: str, width: int) -> list[list[float]]:
         """Return the rows of a curve that hold `width` numbers."""
         rows = self.body["curves"].get(name) if self.usable else None
-        return [row for row in rows or () if isinstance(row, list) and len(row) == width and all(map(_is_number, row))]
+        return [row for row in rows or () if isinstance(row, list) and len(row) == width and all(map(is_number, row))]
 
     def num_odd_rows(self, name: str, width: int) -> int:
         """Return how many rows of a curve do not hold `width` numbers, as every row that a run writes does."""
@@ -125,22 +134,14 @@ class Peers:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """The cells of a folder in the order of their keys; `damaged` names files that cannot be read, and why."""
+    """The cells of a folder in the order of their keys, each with the cells it may be compared with, itself included.
 
-    cells: tuple[Cell, ...]
+    `damaged` names files that cannot be read, and why.
+    """
+
+    cells: Mapping[Cell, Peers]
     damaged: tuple[tuple[str, str], ...]
     digest: str
-
-    @cached_property
-    def _groups(self) -> dict[str, Peers]:
-        found: dict[str, list[Cell]] = {}
-        for cell in self.cells:
-            found.setdefault(_group(cell), []).append(cell)
-        return {name: Peers(cells=tuple(cells)) for name, cells in found.items()}
-
-    def peers(self, cell: Cell) -> Peers:
-        """Return the cells that may be compared with `cell`, itself included."""
-        return self._groups[_group(cell)]
 
 
 def read_evidence(folder: Path, *, sweep: str | None = None) -> Evidence:
@@ -148,28 +149,43 @@ def read_evidence(folder: Path, *, sweep: str | None = None) -> Evidence:
 
     Raises: ConfigError if there is no such folder, no record in it, or no record of the sweep.
     """
-    if not folder.is_dir():
-        raise ConfigError(f"the results folder {folder} does not exist; run a sweep first or give the right folder.")
+    check_results_folder(folder)
     digest, damaged, cells = hashlib.sha256(), [], []
     for place in sorted((folder / "cells").glob("*")):
         bodies: dict[str, dict[str, Any]] = {}
         for path in sorted([*place.glob("record.json"), *place.glob("attempt-*.json")]):
-            name = path.relative_to(folder).as_posix()
             try:
                 bodies[path.name] = read_record(path)
             except RecordError as error:
-                damaged.append((name, str(error).removeprefix(f"{path} ")))
+                damaged.append((path.relative_to(folder).as_posix(), str(error).removeprefix(f"{path} ")))
         accepted = bodies.pop("record.json", None)
         if accepted is not None and sweep in (None, accepted["sweep"]):
-            attempts = tuple(bodies.values())
-            cells.append(Cell(body=accepted, folder=place.name, attempts=attempts))
-            for body in (accepted, *attempts):
+            cells.append(Cell(body=accepted, folder=place.name, attempts=tuple(bodies.values())))
+            for body in (accepted, *bodies.values()):
                 digest.update(f"{place.name} {canonical_json(body)}\n".encode())
     for name, why in damaged:
         digest.update(f"{name} {why}\n".encode())
     if not cells and not damaged:
-        raise ConfigError(_nothing_there(folder, sweep))
-    return Evidence(cells=tuple(cells), damaged=tuple(damaged), digest=digest.hexdigest())
+        if sweep is None:
+            raise ConfigError(f"{folder} has no records below cells; run a sweep first or give the right folder.")
+        names = {cell.body["sweep"] for cell in read_evidence(folder).cells}
+        raise ConfigError(f"no record belongs to the sweep {sweep!r}; {close_matches(sweep, names)}")
+    shared = {cell: canonical_json({name: cell.setting(name) for name in _SHARED}) for cell in cells}
+    groups = {text: Peers(cells=tuple(cell for cell in cells if shared[cell] == text)) for text in set(shared.values())}
+    return Evidence(
+        cells={cell: groups[text] for cell, text in shared.items()}, damaged=tuple(damaged), digest=digest.hexdigest()
+    )
+
+
+def is_number(value: object) -> bool:
+    """Whether JSON holds a number there; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def usual(values: Iterable[_Value]) -> _Value | None:
+    """Return the most frequent value, of equally frequent ones the first; None where there is none."""
+    found = Counter(values).most_common(1)
+    return found[0][0] if found else None
 
 
 def class_of(settings: object) -> str:
@@ -185,26 +201,6 @@ def class_of(settings: object) -> str:
 def class_at(path: str) -> str:
     """Return the class that was at a path, by name if it is kvbench's own."""
     return f"kvbench:{path.rpartition('.')[2]}" if path.startswith("kvbench.") else path
-
-
-def _nothing_there(folder: Path, sweep: str | None) -> str:
-    if sweep is None:
-        return f"{folder} has no records below cells; run a sweep first or give the right folder."
-    names = {cell.body["sweep"] for cell in read_evidence(folder).cells}
-    return f"no record belongs to the sweep {sweep!r}; {close_matches(sweep, names)}"
-
-
-def _group(cell: Cell) -> str:
-    return canonical_json({name: cell.settings.get(name) for name in _SHARED})
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-_TARGET = re.compile(r"^_target_:\s*(\S+)", re.MULTILINE)
-_CUTS_THE_PROMPT_ONLY = ("kvbench:SnapKV",)
-Group = Literal["policy", "dataset"]
 
 
 @cache
@@ -228,30 +224,37 @@ def rule_of(cell: Cell) -> Mapping[str, str]:
     return {"evicts_at": "prompt" if prompt_only else "prompt and decode", "budget_rounds": "up" if up else "down"}
 
 
-# A sealed record may hold text where a number belongs, here or in a cell it is compared with.
-_WRONG_TYPES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
-Verdict = Literal["passed", "failed", "not applicable", "not run"]
+class Note(str):
+    """What a check tells and does not hold against a cell."""
 
-
-def _silent(cell: Cell, peers: Peers) -> Iterator[str]:
-    """Note nothing."""
-    return iter(())
+    __slots__ = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
     """One check, made cell by cell; `peers` are the cells that may be compared with it, itself included.
 
-    applies: whether there is anything to check. problems: sentences, one for each thing that is wrong.
-    notes: sentences that a reader should know and that are no fault. meaning: what a failure means.
+    applies: whether there is anything to check. told: a sentence for each thing that is wrong, or a `Note`.
+    meaning: what a failure means.
     """
 
     id: str
     title: str
     meaning: str
     applies: Callable[[Cell, Peers], bool]
-    problems: Callable[[Cell, Peers], Iterator[str]]
-    notes: Callable[[Cell, Peers], Iterator[str]] = _silent
+    told: Callable[[Cell, Peers], Iterator[str]]
+
+
+def check(
+    identity: str, title: str, meaning: str, applies: Callable[[Cell, Peers], bool] = lambda cell, peers: cell.usable
+) -> Callable[[Callable[[Cell, Peers], Iterator[str]]], Check]:
+    """Make a check of the function below: of every cell whose numbers count, or of those to which it `applies`."""
+    return lambda told: Check(id=identity, title=title, meaning=meaning, applies=applies, told=told)
+
+
+def any_cell(cell: Cell, peers: Peers) -> bool:
+    """Apply to every cell, failed ones too."""
+    return True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -272,7 +275,7 @@ class Outcome:
     verdict: Verdict
     num_checked: int = 0
     findings: tuple[Finding, ...] = ()
-    notes: tuple[Finding, ...] = field(default=())
+    notes: tuple[Finding, ...] = ()
 
 
 def run_check(check: Check, evidence: Evidence) -> Outcome:
@@ -280,11 +283,17 @@ def run_check(check: Check, evidence: Evidence) -> Outcome:
     findings: list[Finding] = []
     notes: list[Finding] = []
     num_checked = 0
-    for cell in evidence.cells:
-        applies, problems, told = _on_cell(check, cell, evidence.peers(cell))
-        num_checked += applies
-        findings += [Finding(cell=cell.name, text=text) for text in problems]
-        notes += [Finding(cell=cell.name, text=text) for text in told]
+    for cell, peers in evidence.cells.items():
+        try:
+            if not check.applies(cell, peers):
+                continue
+            told = list(check.told(cell, peers))
+        except _WRONG_TYPES as error:  # what has the wrong type is a problem
+            why = f"{type(error).__name__}: {' '.join(str(error).split()):.80}"
+            told = [f"it, or a cell it is compared with, holds what no run writes ({why})"]
+        num_checked += 1
+        for text in told:
+            (notes if isinstance(text, Note) else findings).append(Finding(cell=cell.name, text=text))
     return Outcome(
         id=check.id,
         title=check.title,
@@ -294,14 +303,3 @@ def run_check(check: Check, evidence: Evidence) -> Outcome:
         findings=tuple(findings),
         notes=tuple(notes),
     )
-
-
-def _on_cell(check: Check, cell: Cell, peers: Peers) -> tuple[bool, list[str], list[str]]:
-    """Return whether `check` applies, its problems and its notes; what has the wrong type is a problem."""
-    try:
-        if not check.applies(cell, peers):
-            return False, [], []
-        return True, list(check.problems(cell, peers)), list(check.notes(cell, peers))
-    except _WRONG_TYPES as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split()):.80}"
-        return True, [f"it, or a cell it is compared with, holds what no run writes ({why})"], []

@@ -1,23 +1,17 @@
-"""Numbers of a cell computed again from its samples and launches, as the run computed them.
+"""R6, R7, R14: numbers of a cell computed again from its samples and launches, as the run computed them.
 
-R14: no number that cannot be: likelihoods above certainty, negative counts and times, shares above one.
-
-R7: every interval holds its value, and has the width that samples and launches give.
-
-Bootstrap bounds are drawn again with fewer draws, so they are compared within a quarter of the width.
-
-R6: every quality number follows from the samples, with the number of samples it says, and all are there.
+Bounds of a bootstrap are drawn again with fewer draws, so they are compared within a quarter of the width.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cache, lru_cache
 from typing import Any
 
-from kvbench.audit.evidence import Cell, Check, Peers
+from kvbench.audit.evidence import Cell, Peers, check, is_number
 from kvbench.errors import MeasureError
 from kvbench.measures import MEASURES, bounds_on_scale, measure, scale_of
 from kvbench.results.files import canonical_json
@@ -25,6 +19,14 @@ from kvbench.stats.intervals import Interval, launch_interval, mean_interval, po
 from kvbench.stats.paired import POOLED
 
 _NUM_RESAMPLES = 2000
+_SHARE_OF_WIDTH = 0.25
+# Told with bounds wherever there are two launches, and not to be computed from what is stored of them.
+_OVER_LAUNCHES = ("tpot_p90_ms", "settle_ms", "prepare_ms", "throughput_tokens_per_s", "throughput_ratio_to_full")
+_SLACK = 1e-9
+_NATS_SLACK = 1e-5  # of a token: what is summed over a whole vocabulary in float32 may end below 0
+# In nats, and over how many tokens.
+_SUMS = {total: count for total, count in POOLED.values() if total.endswith("_sum")}
+_COUNTS = (*_SUMS.values(), "num_agreeing_tokens", "num_new_tokens")
 
 
 @lru_cache(maxsize=65536)
@@ -33,48 +35,50 @@ def from_samples(cell: Cell, name: str) -> Interval | None:
 
     Raises: MeasureError if the rows cannot give it.
     """
+    parts: tuple[str, ...] = POOLED.get(name, (name,))
+    rows = [row for row in cell.samples if all(is_number(row.get(part)) for part in parts)]
     if name in POOLED:
-        top, bottom = POOLED[name]
-        transform = math.exp if measure(name).unit == "ppl" else None
-        rows = [r for r in cell.samples if _number(r.get(top)) is not None and (_number(r.get(bottom)) or 0) > 0]
-        clusters = [str(row.get("cluster")) for row in rows]
-        if not rows:
-            return None
-        sums = [[float(row[field]) for row in rows] for field in (top, bottom)]
-        return pooled_ratio_interval(sums[0], sums[1], clusters, transform, num_resamples=_NUM_RESAMPLES)
-    rows = [row for row in cell.samples if _number(row.get(name)) is not None]
-    if not any(name in row for row in cell.samples):
+        rows = [row for row in rows if row[parts[1]] > 0]
+    elif not any(name in row for row in cell.samples):
         return None
-    return mean_interval(
-        [float(row[name]) for row in rows], [str(row.get("cluster")) for row in rows], num_resamples=_NUM_RESAMPLES
-    )
+    columns = [[float(row[part]) for row in rows] for part in parts]
+    clusters = [str(row.get("cluster")) for row in rows]
+    if name not in POOLED:
+        return mean_interval(columns[0], clusters, num_resamples=_NUM_RESAMPLES)
+    if not rows:
+        return None
+    transform = math.exp if measure(name).unit == "ppl" else None
+    return pooled_ratio_interval(columns[0], columns[1], clusters, transform, num_resamples=_NUM_RESAMPLES)
 
 
 def from_launches(cell: Cell, name: str) -> Interval | None:
     """Return measurement `name` from the curve of launches, None if it does not come from it.
 
-    Raises: MeasureError if a launch took no time.
+    None too where a launch took no time, which the check of launches tells.
     """
     rows = cell.curve("launches_ms", 4)
     if not rows:
         return None
     ttft, tpot, full_ttft, full_tpot = (list(column) for column in zip(*rows, strict=True))
-    roofs = {f"{prefix}roof_share_fraction": (cell.value(f"{prefix}roof_ms"), times) for prefix, times in _arms(rows)}
-    if name in roofs:
-        roof_ms, times = roofs[name]
-        return None if roof_ms is None or min(times) <= 0 else launch_interval([roof_ms / one for one in times])
     medians = {"ttft_ms": ttft, "tpot_ms": tpot, "full_ttft_ms": full_ttft, "full_tpot_ms": full_tpot}
-    if name in medians:
-        return launch_interval(medians[name])
     pairs = {"ttft_ratio_to_full": (ttft, full_ttft), "tpot_ratio_to_full": (tpot, full_tpot)}
-    return ratio_interval(*pairs[name]) if name in pairs else None
+    try:
+        if name in ("roof_share_fraction", "full_roof_share_fraction"):
+            roof_ms, times = cell.value(name.replace("share_fraction", "ms")), full_tpot if "full" in name else tpot
+            return None if roof_ms is None or min(times) <= 0 else launch_interval([roof_ms / one for one in times])
+        if name in medians:
+            return launch_interval(medians[name])
+        return ratio_interval(*pairs[name]) if name in pairs else None
+    except MeasureError:
+        return None
 
 
-def _arms(rows: Sequence[Sequence[float]]) -> list[tuple[str, list[float]]]:
-    return [("", [row[1] for row in rows]), ("full_", [row[3] for row in rows])]
+def differs(stored: float | None, again: float | None, slack: float = 1e-9) -> bool:
+    """Whether both are known, and they are further apart than `slack` times the second."""
+    return stored is not None and again is not None and abs(stored - again) > slack * abs(again)
 
 
-def tolerance(cell: Cell, name: str) -> float:
+def _tolerance(cell: Cell, name: str) -> float:
     """Return the relative difference that is rounding: the released loop rounds to the model's precision."""
     released = cell.task("PerplexityReleased") or {}
     if name != "ppl_released" or not released.get("model_precision"):
@@ -82,20 +86,107 @@ def tolerance(cell: Cell, name: str) -> float:
     return 0.02 if cell.setting("model", "dtype") in ("bfloat16", "float16") else 1e-5
 
 
-def _number(value: object) -> float | None:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+@check(
+    "R6",
+    "every number follows from its samples",
+    "a result was changed, or samples were changed after it was computed",
+    lambda cell, peers: cell.usable and bool(cell.samples),
+)
+def aggregates(cell: Cell, peers: Peers) -> Iterator[str]:
+    """Compute each number again; say what samples give, here or in cells with the same tasks, and is not told."""
+    told, given = cell.body["measurements"], _scores(cell)
+    for name in sorted(given - set(told)):
+        yield f"{name} is not there, though its samples give it"
+    for name in sorted(_usual_scores(peers, canonical_json(cell.setting("task"))) - given):
+        yield f"{name} is not there, though the samples of cells with the same tasks give it"
+    for name in sorted(told):
+        try:
+            found = from_samples(cell, name)
+        except MeasureError as error:
+            yield f"{name} cannot be computed from the samples: {error}"
+            continue
+        if found is None:
+            continue
+        stored = cell.value(name)
+        if stored is None or found.value is None:
+            if stored is not found.value:
+                yield f"{name} is {stored}, the samples give {found.value}"
+        elif abs(stored - found.value) > max(1e-12, _tolerance(cell, name) * abs(found.value)):
+            yield f"{name} is {stored:.6g}, the samples give {found.value:.6g}"
+        elif (n := cell.value(name, "n")) != found.n:
+            yield f"{name} says n = {n}, the samples give {found.n}"
 
 
-_SLACK = 1e-9
-_NATS_SLACK = 1e-5  # of a token: what is summed over a whole vocabulary in float32 may end below 0
-# In nats, and over how many tokens.
-_SUMS = {total: count for total, count in POOLED.values() if total.endswith("_sum")}
-_COUNTS = (*_SUMS.values(), "num_agreeing_tokens", "num_new_tokens")
+@lru_cache(maxsize=65536)
+def _scores(cell: Cell) -> frozenset[str]:
+    """Return the measurements that are means over samples, as its rows name them."""
+    return frozenset(name for row in cell.samples for name in row if name in MEASURES)
 
 
-def _problems(cell: Cell, peers: Peers) -> Iterator[str]:
+@lru_cache(maxsize=64)
+def _usual_scores(peers: Peers, task: str) -> frozenset[str]:
+    """Return what at least half of the cells with the same tasks score."""
+    alike = [one for one in peers.usable if one.samples and canonical_json(one.setting("task")) == task]
+    counts = Counter(name for one in alike for name in _scores(one))
+    return frozenset(name for name, count in counts.items() if 2 * count >= len(alike))
+
+
+@check(
+    "R7",
+    "intervals hold their values and follow from the data",
+    "a value or an interval was changed: results look surer than they are",
+    lambda cell, peers: cell.usable and bool(cell.body["measurements"]),
+)
+def bounds(cell: Cell, peers: Peers) -> Iterator[str]:
+    """Compare every interval with its value and with its data."""
+    for name in sorted(cell.body["measurements"]):
+        value = cell.value(name)
+        if value is not None and (problem := _interval_problem(cell, name, value)):
+            yield problem
+
+
+def _interval_problem(cell: Cell, name: str, value: float) -> str | None:
+    low, high = cell.value(name, "low"), cell.value(name, "high")
+    try:
+        again = from_samples(cell, name) or from_launches(cell, name)
+    except MeasureError:
+        again = None  # told by the check of values
+    if low is not None and high is not None:
+        slack = _tolerance(cell, name) * max(abs(value), 1.0)
+        if not low - slack <= value <= high + slack:
+            return f"{name} is {value:.6g}, outside of its interval [{low:.6g}, {high:.6g}]"
+        return None if again is None else _width_problem(name, value, low, high, again)
+    if again is not None and (again.low is None, again.high is None) == (low is None, high is None):
+        return None  # one sample or launch, or a bound too large for a number
+    if low is not None or high is not None:
+        return f"{name} has one bound"
+    if again is not None or (name in _OVER_LAUNCHES and len(cell.curve("launches_ms", 4)) > 1):
+        return f"{name} has no interval, and its data give one"
+    return None
+
+
+def _width_problem(name: str, value: float, low: float, high: float, again: Interval) -> str | None:
+    if again.low is None or again.high is None:
+        return f"{name} has the interval [{low:.4g}, {high:.4g}], its data give none"
+    # Older records hold bounds outside of what a measure can be, later ones are cut: both are compared as cut.
+    told = bounds_on_scale(name, value, low, high)
+    made = bounds_on_scale(name, value if again.value is None else again.value, again.low, again.high)
+    slack = _SHARE_OF_WIDTH * (made[1] - made[0]) + 1e-9 * max(map(abs, made))
+    if any(abs(one - other) > slack for one, other in zip(told, made, strict=True)):
+        return f"{name} has the interval [{low:.4g}, {high:.4g}], its data give [{made[0]:.4g}, {made[1]:.4g}]"
+    return None
+
+
+@check(
+    "R14",
+    "no number that cannot be",
+    "samples or results were made up: no run gives such a number",
+    lambda cell, peers: cell.usable and bool(cell.body["measurements"] or cell.samples),
+)
+def possible(cell: Cell, peers: Peers) -> Iterator[str]:
+    """Look at every number of samples, in the first row that holds an impossible one, and at every measurement."""
     for row in cell.samples:
-        if found := next(_of_row(row), None):
+        if found := next(_impossible(row), None):
             yield f"{row.get('id')}: {found}"
             break
     for name in sorted(cell.body["measurements"]):
@@ -103,9 +194,9 @@ def _problems(cell: Cell, peers: Peers) -> Iterator[str]:
             yield from _outside(name, value)
 
 
-def _of_row(row: Mapping[str, Any]) -> Iterator[str]:
+def _impossible(row: Mapping[str, Any]) -> Iterator[str]:
     for name, value in row.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if is_number(value):
             yield from _outside(name, value)
             if name in _COUNTS and value != int(value):
                 yield f"{name} is {value:g}, and tokens are counted whole"
@@ -131,120 +222,3 @@ def _range(name: str) -> tuple[float, float]:
     low, high = scale_of(name)
     in_nats = name in MEASURES and MEASURES[name].unit in ("nats/token", "ppl")
     return low - (_NATS_SLACK if in_nats else 0.0), high
-
-
-POSSIBLE_CHECK = Check(
-    id="R14",
-    title="no number that cannot be",
-    meaning="samples or results were made up: no run gives such a number",
-    applies=lambda cell, peers: cell.usable and bool(cell.body["measurements"] or cell.samples),
-    problems=_problems,
-)
-
-
-_SHARE_OF_WIDTH = 0.25
-# Told with bounds wherever there are two launches, and not to be computed from what is stored of them.
-_OVER_LAUNCHES = ("tpot_p90_ms", "settle_ms", "prepare_ms", "throughput_tokens_per_s", "throughput_ratio_to_full")
-
-
-def _interval_bounds_problems(cell: Cell, peers: Peers) -> Iterator[str]:
-    for name in sorted(cell.body["measurements"]):
-        if cell.value(name) is not None and (problem := _wrong(cell, name)):
-            yield problem
-
-
-def _wrong(cell: Cell, name: str) -> str | None:
-    value, low, high = (cell.number(name, part) for part in ("value", "low", "high"))
-    again = _again(cell, name)
-    if value is not None and low is not None and high is not None:
-        slack = tolerance(cell, name) * max(abs(value), 1.0)
-        if not low - slack <= value <= high + slack:
-            return f"{name} is {value:.6g}, outside of its interval [{low:.6g}, {high:.6g}]"
-        return None if again is None else _width(name, value, low, high, again)
-    if again is not None and (again.low is None, again.high is None) == (low is None, high is None):
-        return None  # one sample or launch, or a bound too large for a number
-    if low is not None or high is not None:
-        return f"{name} has one bound"
-    if again is not None or (name in _OVER_LAUNCHES and len(cell.curve("launches_ms", 4)) > 1):
-        return f"{name} has no interval, and its data give one"
-    return None
-
-
-def _again(cell: Cell, name: str) -> Interval | None:
-    try:
-        return from_samples(cell, name) or from_launches(cell, name)
-    except MeasureError:
-        return None  # told by the check of values
-
-
-def _width(name: str, value: float, low: float, high: float, again: Interval) -> str | None:
-    if again.low is None or again.high is None:
-        return f"{name} has the interval [{low:.4g}, {high:.4g}], its data give none"
-    # Older records hold bounds outside of what a measure can be, later ones are cut: both are compared as cut.
-    told = bounds_on_scale(name, value, low, high)
-    made = bounds_on_scale(name, value if again.value is None else again.value, again.low, again.high)
-    slack = _SHARE_OF_WIDTH * (made[1] - made[0]) + 1e-9 * max(map(abs, made))
-    if any(abs(one - other) > slack for one, other in zip(told, made, strict=True)):
-        return f"{name} has the interval [{low:.4g}, {high:.4g}], its data give [{made[0]:.4g}, {made[1]:.4g}]"
-    return None
-
-
-BOUNDS_CHECK = Check(
-    id="R7",
-    title="intervals hold their values and follow from the data",
-    meaning="a value or an interval was changed: results look surer than they are",
-    applies=lambda cell, peers: cell.usable and bool(cell.body["measurements"]),
-    problems=_interval_bounds_problems,
-)
-
-
-def _aggregates_problems(cell: Cell, peers: Peers) -> Iterator[str]:
-    yield from _not_there(cell, peers)
-    for name in sorted(cell.body["measurements"]):
-        try:
-            found = from_samples(cell, name)
-        except MeasureError as error:
-            yield f"{name} cannot be computed from the samples: {error}"
-            continue
-        if found is None:
-            continue
-        stored = cell.value(name)
-        if (stored is None) != (found.value is None):
-            yield f"{name} is {stored}, the samples give {found.value}"
-        elif stored is not None and found.value is not None:
-            if abs(stored - found.value) > max(1e-12, tolerance(cell, name) * abs(found.value)):
-                yield f"{name} is {stored:.6g}, the samples give {found.value:.6g}"
-            elif (n := cell.number(name, "n")) != found.n:
-                yield f"{name} says n = {n}, the samples give {found.n}"
-
-
-def _not_there(cell: Cell, peers: Peers) -> Iterator[str]:
-    """Say what samples give, or those of other cells with the same tasks, and this cell does not tell."""
-    told, given = cell.body["measurements"], _scores(cell)
-    for name in sorted(given - set(told)):
-        yield f"{name} is not there, though its samples give it"
-    for name in sorted(_usual(peers, canonical_json(cell.setting("task"))) - given):
-        yield f"{name} is not there, though the samples of cells with the same tasks give it"
-
-
-@lru_cache(maxsize=65536)
-def _scores(cell: Cell) -> frozenset[str]:
-    """Return the measurements that are means over samples, as its rows name them."""
-    return frozenset(name for row in cell.samples for name in row if name in MEASURES)
-
-
-@lru_cache(maxsize=64)
-def _usual(peers: Peers, task: str) -> frozenset[str]:
-    """Return what at least half of the cells with the same tasks score."""
-    alike = [one for one in peers.usable if one.samples and canonical_json(one.setting("task")) == task]
-    counts = Counter(name for one in alike for name in _scores(one))
-    return frozenset(name for name, count in counts.items() if 2 * count >= len(alike))
-
-
-AGGREGATES_CHECK = Check(
-    id="R6",
-    title="every number follows from its samples",
-    meaning="a result was changed, or samples were changed after it was computed",
-    applies=lambda cell, peers: cell.usable and bool(cell.samples),
-    problems=_aggregates_problems,
-)

@@ -1,8 +1,8 @@
-"""From a replay to what is stored: patterns of eviction, and numbers per layer and head at a few steps.
+"""The autopsies of a group of cells: what each cell's cache kept of a few samples, written beside its record.
 
-The autopsies of a group of cells: each after its cell's record, so that nothing here can cost a measurement.
-
-The same samples for every cell. What goes wrong costs the file and a line in the log.
+An autopsy is taken after the cell's record, so that nothing here can cost a measurement; what goes wrong costs the
+file and a line in the log. The same samples for every cell. Stored are patterns of eviction, and numbers per layer
+and head at a few steps.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 
 from kvbench.autopsy.replay import Replayed, Subject, Watching, full_attention, replay, subject_of, token_pieces
 from kvbench.autopsy.settings import AutopsySettings
+from kvbench.cache import Kind
 from kvbench.errors import is_poisoned
 from kvbench.models.inputs import answer_text
 from kvbench.models.loader import LoadedModel
@@ -32,24 +33,118 @@ if TYPE_CHECKING:
     from kvbench.sweep.group import Watcher
 
 
+PHASE = "autopsy"
 NUM_CHECKPOINTS, FEW_CHECKPOINTS = 9, 5  # after the prompt, and at steps of the answer up to its end
 MANY_HEADS = 256  # over all layers; then numbers are stored at few moments
 _MOST_BYTES = 22_000  # of one sample's patterns, compressed
+_log = logging.getLogger(__name__)
 
 
-def sample_body(loaded: LoadedModel, subject: Subject, row: Replayed, attention: Array) -> dict[str, Any]:
+class Autopsies:
+    """The autopsies of a group of cells, each taken after its cell's record is written, by a prefill of its own.
+
+    What is the same for all cells is found once: the samples, and the full cache's attention, both on the host.
+    """
+
+    def __init__(self, results: Path, watcher: Watcher) -> None:
+        self._results, self._watcher = results, watcher
+        self._chosen: dict[AutopsySettings, _Chosen] = {}
+
+    def take(self, cell: Cell, loaded: LoadedModel) -> bool:
+        """Write the autopsy of `cell`, if it wants one; return False if nothing works in this process any more.
+
+        One that measures quality wants one, where autopsies are on.
+        """
+        measures_quality = any(isinstance(task, BatchTask) for task in cell.tasks.values())
+        if cell.autopsy.num_samples < 1 or not measures_quality or loaded.tokenizer is None:
+            return True
+        self._watcher.active(cell.key, PHASE)
+        try:
+            chosen = self._chosen.get(cell.autopsy)
+            if chosen is None:
+                chosen = self._chosen[cell.autopsy] = _Chosen(cell, loaded)
+            samples = chosen.samples(cell)
+            body = {
+                "schema": AUTOPSY_SCHEMA,
+                "key": cell.key,
+                "num_layers": loaded.model.config.get_text_config().num_hidden_layers,
+                "num_heads": int(samples[0]["statistics"]["entries"]["shape"][-1]) if samples else 0,
+                "samples": samples,
+                "left_out": chosen.left_out,
+            }
+            write_autopsy(autopsy_path(self._results, cell.key), body)
+        except BaseException as error:  # a policy may do anything, once more
+            _log.warning("no autopsy of %s: %s: %s", cell.name, type(error).__name__, error)
+            return not is_poisoned(str(error))
+        finally:
+            free_memory()
+        return True
+
+
+class _Chosen:
+    """The samples to look at, and what the full cache attends to in them."""
+
+    def __init__(self, first: Cell, loaded: LoadedModel) -> None:
+        self._loaded = loaded
+        subjects = [subject_of(loaded, example) for example in first.autopsy.chosen(first.dataset.examples())]
+        most = first.autopsy.max_prompt_tokens
+        self._subjects = {one.example.id: one for one in subjects if len(one.pieces) <= most}
+        self.left_out = [
+            {"id": one.example.id, "reason": f"its prompt has {len(one.pieces)} tokens, more than {most}"}
+            for one in subjects
+            if len(one.pieces) > most
+        ]
+        self._attention: dict[tuple[int, int], list[Array]] = {}
+
+    def samples(self, cell: Cell) -> list[dict[str, Any]]:
+        """Return the samples of `cell` as they are stored."""
+        examples = [one.example for one in self._subjects.values()]
+        policies = [cell.setting.policy, Watching()]
+        prompts = Prompts(
+            self._loaded, examples, max(1, len(examples)), share=policies, query_visible=cell.query_visible
+        )
+        return [row for number in range(len(prompts)) for row in self._of_part(cell, prompts.part(number))]
+
+    def _of_part(self, cell: Cell, part: Part) -> Iterator[dict[str, Any]]:
+        # As many steps as the answers that are measured have at most, within the limit.
+        asked = [task.max_new_tokens for task in cell.tasks.values() if hasattr(task, "max_new_tokens")]
+        steps = min(cell.autopsy.max_new_tokens, max(asked, default=cell.autopsy.max_new_tokens))
+        limits: dict[str, Any] = {"end_token_ids": self._loaded.end_token_ids, "max_new_tokens": steps}
+        attention = self._attention.get((part.number, steps))
+        if attention is None:
+            attention = self._attention[part.number, steps] = full_attention(part, **limits)
+        rows = replay(part, cell.setting, **limits)
+        for example, row, given in zip(part.examples, rows, attention, strict=True):
+            yield without_secrets(_sample_body(self._loaded, self._subjects[example.id], row, given))
+
+
+def without_secrets(body: dict[str, Any]) -> dict[str, Any]:
+    """Return `body`, without its words where they hold a secret: in pieces it could not be found again."""
+    text = "".join(body["tokens"])
+    if hide_known(text) != text:
+        body["tokens"] = ["***"] * len(body["tokens"])
+    return redacted_body(body)
+
+
+def _sample_body(loaded: LoadedModel, subject: Subject, row: Replayed, attention: Array) -> dict[str, Any]:
     """Return one sample as JSON holds it. attention (L, H, N): see `full_attention`."""
     prompt = len(subject.pieces)
     tokens = prompt + row.steps
     freed = np.where(row.freed < 0, NEVER, row.freed)[..., :tokens].astype(np.uint16)
-    checkpoints = _checkpoints(row.steps, FEW_CHECKPOINTS if freed[..., 0].size > MANY_HEADS else NUM_CHECKPOINTS)
+    count = FEW_CHECKPOINTS if freed[..., 0].size > MANY_HEADS else NUM_CHECKPOINTS
+    checkpoints = sorted({round(index * row.steps / (count - 1)) for index in range(count)})
     layers, shown = stored_layers(freed), freed
     coarse = len(layers) < len(freed)
     if coarse:  # more layers fit when departures are known at the stored moments only
         shown = coarsened(freed, checkpoints)
         layers = stored_layers(shown)
     kinds = np.concatenate((subject.kinds, np.full(row.steps, GENERATED, dtype=np.uint8)))
-    body = {
+    shares = attention[layers, :, :prompt].mean(axis=1)
+    levels = (255 * shares / np.maximum(shares.max(axis=-1, keepdims=True), 1e-30)).round().astype(np.uint8)
+    merged = None
+    if row.merged is not None:
+        merged = _patterns(np.where(row.merged < 0, NEVER, row.merged)[layers, :, :prompt].astype(np.uint16))
+    return {
         "id": subject.example.id,
         "prompt_tokens": prompt,
         "steps": row.steps,
@@ -60,19 +155,11 @@ def sample_body(loaded: LoadedModel, subject: Subject, row: Replayed, attention:
         "layers": layers,
         "coarse": coarse,
         "freed": _patterns(shown[layers]),
-        "merged": None,
+        "merged": merged,
         "checkpoints": checkpoints,
         "statistics": _statistics(freed, subject, checkpoints, attention[..., :prompt]),
-        "attention": pack(_levels(attention[layers, :, :prompt].mean(axis=1))),
+        "attention": pack(levels),  # (L, P), 255 for the most attended token of a layer
     }
-    if row.merged is not None:
-        merged = np.where(row.merged < 0, NEVER, row.merged)[..., :prompt].astype(np.uint16)
-        body["merged"] = _patterns(merged[layers])
-    return body
-
-
-def _checkpoints(steps: int, count: int) -> list[int]:
-    return sorted({round(index * steps / (count - 1)) for index in range(count)})
 
 
 def coarsened(freed: Array, checkpoints: list[int]) -> Array:
@@ -111,7 +198,7 @@ def _patterns(rows: Array) -> dict[str, Any]:
 
 def _statistics(freed: Array, subject: Subject, checkpoints: list[int], attention: Array) -> dict[str, Any]:
     """Whole numbers (checkpoints, L, H), all layers: shares in thousandths, ages in tokens."""
-    prompt, image = len(subject.pieces), subject.is_image
+    prompt, image = len(subject.pieces), subject.kinds == int(Kind.IMAGE)
     whole = np.maximum(attention.sum(axis=-1), 1e-30)
     place = np.arange(freed.shape[-1])
     found: dict[str, list[Array]] = {"entries": [], "mean_age_tokens": [], "attention_permille": []}
@@ -126,115 +213,3 @@ def _statistics(freed: Array, subject: Subject, checkpoints: list[int], attentio
         if image.any():
             found["image_kept_permille"].append(1000 * held[..., :prompt][..., image].mean(axis=-1))
     return {name: pack(np.stack(values).round().astype(np.uint16)) for name, values in found.items()}
-
-
-def _levels(shares: Array) -> Array:
-    """(L, P) uint8, 255 for the most attended token of a layer."""
-    most = np.maximum(shares.max(axis=-1, keepdims=True), 1e-30)
-    levels: Array = (255 * shares / most).round().astype(np.uint8)
-    return levels
-
-
-_log = logging.getLogger(__name__)
-PHASE = "autopsy"
-
-
-def wants_autopsy(cell: Cell) -> bool:
-    """Whether `cell` measures quality and autopsies are on."""
-    return cell.autopsy.num_samples > 0 and any(isinstance(task, BatchTask) for task in cell.tasks.values())
-
-
-class Autopsies:
-    """The autopsies of a group of cells, each taken after its cell's record is written, by a prefill of its own.
-
-    What is the same for all cells is found once: the samples, and the full cache's attention, both on the host.
-    """
-
-    def __init__(self, results: Path, watcher: Watcher) -> None:
-        self._results, self._watcher = results, watcher
-        self._chosen: dict[AutopsySettings, _Chosen] = {}
-
-    def take(self, cell: Cell, loaded: LoadedModel) -> bool:
-        """Write the autopsy of `cell`, if it wants one; return False if nothing works in this process any more."""
-        if not wants_autopsy(cell) or loaded.tokenizer is None:
-            return True
-        self._watcher.active(cell.key, PHASE)
-        try:
-            chosen = self._chosen.get(cell.autopsy)
-            if chosen is None:
-                chosen = self._chosen[cell.autopsy] = _Chosen(cell, loaded)
-            _write(cell, loaded, self._results, chosen.samples(cell), chosen.left_out)
-        except BaseException as error:  # a policy may do anything, once more
-            _log.warning("no autopsy of %s: %s: %s", cell.name, type(error).__name__, error)
-            return not is_poisoned(str(error))
-        finally:
-            free_memory()
-        return True
-
-
-class _Chosen:
-    """The samples to look at, and what the full cache attends to in them."""
-
-    def __init__(self, first: Cell, loaded: LoadedModel) -> None:
-        self._loaded = loaded
-        subjects = [subject_of(loaded, example) for example in first.autopsy.chosen(first.dataset.examples())]
-        most = first.autopsy.max_prompt_tokens
-        self._subjects = {one.example.id: one for one in subjects if len(one.pieces) <= most}
-        self.left_out = [
-            {"id": one.example.id, "reason": f"its prompt has {len(one.pieces)} tokens, more than {most}"}
-            for one in subjects
-            if len(one.pieces) > most
-        ]
-        self._attention: dict[tuple[int, int], list[Array]] = {}
-
-    def samples(self, cell: Cell) -> list[dict[str, Any]]:
-        """Return the samples of `cell` as they are stored."""
-        examples = [one.example for one in self._subjects.values()]
-        policies = [cell.setting.policy, Watching()]
-        prompts = Prompts(
-            self._loaded, examples, max(1, len(examples)), share=policies, query_visible=cell.query_visible
-        )
-        return [row for number in range(len(prompts)) for row in self._of_part(cell, prompts.part(number))]
-
-    def _of_part(self, cell: Cell, part: Part) -> Iterator[dict[str, Any]]:
-        limits: dict[str, Any] = {"end_token_ids": self._loaded.end_token_ids, "max_new_tokens": max_new_tokens(cell)}
-        steps = limits["max_new_tokens"]
-        attention = self._attention.get((part.number, steps))
-        if attention is None:
-            attention = self._attention[part.number, steps] = full_attention(part, **limits)
-        rows = replay(part, cell.setting, **limits)
-        for example, row, given in zip(part.examples, rows, attention, strict=True):
-            yield without_secrets(sample_body(self._loaded, self._subjects[example.id], row, given))
-
-
-def max_new_tokens(cell: Cell) -> int:
-    """Return the steps to follow: as many as the answers that are measured have at most, within the limit."""
-    asked = [task.max_new_tokens for task in cell.tasks.values() if hasattr(task, "max_new_tokens")]
-    return min(cell.autopsy.max_new_tokens, max(asked, default=cell.autopsy.max_new_tokens))
-
-
-def without_secrets(body: dict[str, Any]) -> dict[str, Any]:
-    """Return `body`, without its words where they hold a secret: in pieces it could not be found again."""
-    text = "".join(body["tokens"])
-    if hide_known(text) != text:
-        body["tokens"] = ["***"] * len(body["tokens"])
-    return redacted_body(body)
-
-
-def _write(
-    cell: Cell, loaded: LoadedModel, results: Path, samples: list[dict[str, Any]], left_out: list[dict[str, str]]
-) -> None:
-    config = loaded.model.config.get_text_config()
-    body = {
-        "schema": AUTOPSY_SCHEMA,
-        "key": cell.key,
-        "num_layers": config.num_hidden_layers,
-        "num_heads": _num_kv_heads(samples),
-        "samples": samples,
-        "left_out": left_out,
-    }
-    write_autopsy(autopsy_path(results, cell.key), body)
-
-
-def _num_kv_heads(samples: list[dict[str, Any]]) -> int:
-    return int(samples[0]["statistics"]["entries"]["shape"][-1]) if samples else 0

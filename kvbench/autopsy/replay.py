@@ -1,23 +1,17 @@
-"""Decode a few prompts once more, one operation after the other, and write down what leaves the cache when.
+"""A few prompts decoded once more, one operation after the other, to write down what leaves the cache when.
 
 Two replays: the cell's own policy, and once for all cells the full cache, whose attention while it answers
-says what there was to lose.
-
-What an autopsy says about a sample whatever the policy: its tokens, its picture, where patches lie.
-
-The picture as a model saw it, and where in it each of its image tokens lies.
-
-What a processor crops or stretches is undone by nothing: the picture is made from the pixels that went
-into the vision tower, so a token's patch is where the model looked.
-
-Each token's own part of a text, so that a text can be shown token by token.
+says what there was to lose. Beside them stands what is the same whatever the policy, the `Subject`: its tokens, each
+with its own part of the text, and its picture as the model saw it. What a processor crops or stretches is undone by
+nothing: the picture is made from the pixels that went into the vision tower, so a token's patch is where the model
+looked.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -38,6 +32,13 @@ from kvbench.tasks.prompts import Part
 
 if TYPE_CHECKING:
     from kvbench.cache import PolicyCache
+
+
+Place = tuple[int, int]
+THUMBNAIL_PIXELS = 336
+_MOST_BYTES = 16_000
+_QUALITIES = (90, 75, 60, 45, 30, 15)
+_HALF = "\ufffd"  # what decoders write for a character whose last bytes are missing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,9 @@ class Replayed:
 @torch.inference_mode()
 def replay(part: Part, setting: CacheSetting, *, end_token_ids: Collection[int], max_new_tokens: int) -> list[Replayed]:
     """Return what `setting` does to each row of `part` while it answers greedily. Raises: NonFiniteError."""
-    log = EvictionLog(num_tokens=longest_prompt(part) + max_new_tokens)
+    question = part.batch.question_ids
+    longest = max(part.batch.prompt_tokens) + (0 if question is None else question.shape[1])
+    log = EvictionLog(num_tokens=longest + max_new_tokens)
     decoding = part.decoding(replace(setting, engine="eager"), max_new_tokens, on_plan=log.note_plan)
     log.after_prompt(decoding.cache)
     steps = [0] * len(part.examples)
@@ -75,18 +78,15 @@ def replay(part: Part, setting: CacheSetting, *, end_token_ids: Collection[int],
         steps[:] = [count + one for count, one in zip(steps, going, strict=True)]
 
     answers = greedy(decoding, end_token_ids=end_token_ids, max_new_tokens=max_new_tokens, on_step=on_step)
-    rows = []
-    for row, answer in enumerate(answers):
-        merged = log.merged_into(row)
-        rows.append(
-            Replayed(
-                answer=answer,
-                steps=steps[row],
-                freed=log.freed(row).numpy(),
-                merged=None if merged is None else merged.numpy(),
-            )
+    return [
+        Replayed(
+            answer=answer,
+            steps=steps[row],
+            freed=log.freed(row).numpy(),
+            merged=None if (into := log.merged_into(row)) is None else into.numpy(),
         )
-    return rows
+        for row, answer in enumerate(answers)
+    ]
 
 
 @torch.inference_mode()
@@ -113,12 +113,6 @@ def full_attention(part: Part, *, end_token_ids: Collection[int], max_new_tokens
     return list(found.numpy())
 
 
-def longest_prompt(part: Part) -> int:
-    """Return the tokens of the longest prompt in `part`, its question included."""
-    question = part.batch.question_ids
-    return max(part.batch.prompt_tokens) + (0 if question is None else question.shape[1])
-
-
 def _masses(cache: PolicyCache) -> list[Tensor]:
     """(B, H, C) per layer in the order of tokens, which is that of storage where nothing is ever evicted."""
     masses = []
@@ -127,9 +121,6 @@ def _masses(cache: PolicyCache) -> list[Tensor]:
         assert layer.slots.entries.mass is not None
         masses.append(layer.slots.entries.mass.masked_fill(layer.slots.entries.position < 0, 0.0).clone())
     return masses
-
-
-Place = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,12 +144,15 @@ def seen_picture(loaded: LoadedModel, example: Example, batch: PromptBatch) -> S
     if "image_grid_thw" in batch.tensors:
         return _from_grid(loaded, example.load_image(), batch.tensors["image_grid_thw"][0], num_tokens)
     pixels = batch.tensors["pixel_values"][0]
-    first_tile = pixels[0] if pixels.dim() == 4 else pixels
-    image = _unnormalised(loaded, first_tile.float().cpu())
+    tile = (pixels[0] if pixels.dim() == 4 else pixels).float().cpu()  # the first, as it went into the vision tower
+    processor: Any = getattr(loaded.processor, "image_processor", loaded.processor)
+    mean, std = (torch.tensor(getattr(processor, name))[:, None, None] for name in ("image_mean", "image_std"))
+    levels = ((tile * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+    image = Image.fromarray(levels.permute(1, 2, 0).numpy())
     edge = getattr(getattr(loaded.model.config, "vision_config", None), "patch_size", None)
     if edge is None:
         return SeenPicture(image=image, rows=0, columns=0, places=(None,) * num_tokens)
-    rows, columns = first_tile.shape[-2] // int(edge), first_tile.shape[-1] // int(edge)
+    rows, columns = tile.shape[-2] // int(edge), tile.shape[-1] // int(edge)
     return SeenPicture(image=image, rows=rows, columns=columns, places=_places(rows, columns, num_tokens))
 
 
@@ -178,17 +172,6 @@ def _places(rows: int, columns: int, num_tokens: int) -> tuple[Place | None, ...
         return (None,) * num_tokens
     before = [None] if num_tokens == len(grid) + 1 else []
     return (*before, *grid, *[None] * (num_tokens - len(grid) - len(before)))
-
-
-def _unnormalised(loaded: LoadedModel, pixels: Tensor) -> Image.Image:
-    """(3, H, W) float32 as it went into the vision tower."""
-    processor: Any = getattr(loaded.processor, "image_processor", loaded.processor)
-    mean, std = (torch.tensor(getattr(processor, name))[:, None, None] for name in ("image_mean", "image_std"))
-    levels = ((pixels * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(levels.permute(1, 2, 0).numpy())
-
-
-_HALF = "\ufffd"  # what decoders write for a character whose last bytes are missing
 
 
 def token_pieces(loaded: LoadedModel, tokens: Sequence[int]) -> list[str]:
@@ -215,11 +198,6 @@ def _decoded(loaded: LoadedModel, tokens: Sequence[int]) -> str:
     return text
 
 
-THUMBNAIL_PIXELS = 336
-_MOST_BYTES = 16_000
-_QUALITIES = (90, 75, 60, 45, 30, 15)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Subject:
     """One sample: `pieces` the text of each prompt token, `kinds` (P,) uint8, `picture` as it is stored or None."""
@@ -228,12 +206,6 @@ class Subject:
     pieces: list[str]
     kinds: Array
     picture: dict[str, Any] | None
-
-    @property
-    def is_image(self) -> Array:
-        """(P,) bool."""
-        found: Array = self.kinds == int(Kind.IMAGE)
-        return found
 
 
 def subject_of(loaded: LoadedModel, example: Example) -> Subject:
@@ -254,31 +226,18 @@ def _stored(picture: SeenPicture) -> dict[str, Any]:
     small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     media, data = thumbnail_file(small)
     places = np.array([place or (NEVER, NEVER) for place in picture.places], dtype=np.uint16).reshape(-1, 2)
-    return {
-        "media": media,
-        "data": base64.b64encode(data).decode(),
-        "width": small.width,
-        "height": small.height,
-        "rows": picture.rows,
-        "columns": picture.columns,
-        "places": pack(places),
-    }
+    size = {"width": small.width, "height": small.height, "rows": picture.rows, "columns": picture.columns}
+    return {"media": media, "data": base64.b64encode(data).decode(), **size, "places": pack(places)}
 
 
 def thumbnail_file(image: Image.Image) -> tuple[str, bytes]:
     """Return media type and bytes: PNG where that is small, as drawings are, else WebP of falling quality."""
-    return next((found for found in _files(image) if len(found[1]) <= _MOST_BYTES), _smallest(image))
-
-
-def _files(image: Image.Image) -> Iterator[tuple[str, bytes]]:
-    yield "image/png", _encoded(image, "PNG", optimize=True)
-    for quality in _QUALITIES:
-        yield "image/webp", _encoded(image, "WEBP", quality=quality)
-
-
-def _smallest(image: Image.Image) -> tuple[str, bytes]:
+    forms: list[tuple[str, dict[str, Any]]] = [("png", {"optimize": True})]
+    for form, options in forms + [("webp", {"quality": quality}) for quality in _QUALITIES]:
+        if len(data := _encoded(image, form, **options)) <= _MOST_BYTES:
+            return f"image/{form}", data
     half = image.resize((max(1, image.width // 2), max(1, image.height // 2)))
-    return "image/webp", _encoded(half, "WEBP", quality=_QUALITIES[-1])
+    return "image/webp", _encoded(half, "webp", quality=_QUALITIES[-1])
 
 
 def _encoded(image: Image.Image, form: str, **options: Any) -> bytes:

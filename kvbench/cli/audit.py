@@ -8,16 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from kvbench.cli.parser import Parser
 from kvbench.errors import ConfigError
 from kvbench.installed import installed_version
-from kvbench.results.files import write_out
-
-if TYPE_CHECKING:
-    from kvbench.audit.audit import Audit
-
+from kvbench.results.files import seal, write_out
 
 _DESCRIPTION = (
     "Check that the records of a folder hold together: sealed, keyed, counted, recomputed, within the budget. "
@@ -34,28 +29,20 @@ def audit_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
     parser.add_argument("--out", type=Path, help="file to write, its folder is made; FOLDER/audit.json if not given")
     args = parser.parse_args(list(arguments))
-    from kvbench.audit.audit import KIND, VERSION, audit, audit_body
-    from kvbench.results.files import seal
+    from kvbench.audit.audit import KIND, VERSION, audit, audit_body, badge_line, badge_svg, table_lines
 
     out: Path = args.out or args.folder / "audit.json"
     if out.suffix != ".json":
         raise ConfigError(f"--out is {str(out)!r}; its name must end in .json, the badge takes .svg beside it")
-    result = audit(args.folder, sweep=args.sweep)
+    result, badge = audit(args.folder, sweep=args.sweep), out.with_suffix(".svg")
     body = audit_body(result, version=installed_version(), sweep=args.sweep)
     write_out(out, seal(KIND, VERSION, body))
-    _show(result, out, json.dumps(body, indent=2, sort_keys=True) if args.json else None)
-    return 1 if result.failed else 0
-
-
-def _show(result: Audit, out: Path, text: str | None) -> None:
-    from kvbench.audit.audit import badge_line, badge_svg, table_lines
-
-    badge = out.with_suffix(".svg")
     write_out(badge, badge_svg(result).encode())
-    if text is not None:
-        print(text)
-        return
-    for line in table_lines(result):
-        print(line)
-    print(f"written: {out}, {badge}")
-    print(f"for a README: {badge_line(result, badge.as_posix(), out.as_posix())}")
+    if args.json:
+        print(json.dumps(body, indent=2, sort_keys=True))
+    else:
+        for line in table_lines(result):
+            print(line)
+        print(f"written: {out}, {badge}")
+        print(f"for a README: {badge_line(result, badge.as_posix(), out.as_posix())}")
+    return 1 if result.failed else 0

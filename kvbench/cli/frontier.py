@@ -6,7 +6,6 @@ kvbench frontier policy=h2o,snapkv measure=ppl margin=0.05 dataset=mm_vet datase
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import sys
@@ -48,31 +47,23 @@ class _Stopped(Exception):  # noqa: N818
 
 def frontier_command(arguments: Sequence[str]) -> int:
     """Run the search, print its table, write its file, and return the exit code. Raises: ConfigError."""
-    if any(word in ("--help", "-h") for word in arguments):
+    if {"--help", "-h"} & set(arguments):
         print("usage: kvbench frontier [policy=A,B] [measure=NAME] [margin=X] [ladder=A,B,C] [KEY=VALUE ...]\n")
         print(_TEXT.format(ladder=",".join(f"{rung:g}" for rung in LADDER)))
         return 0
-    flags, words = _flags(arguments)
+    parser = Parser(prog="kvbench frontier", add_help=False, allow_abbrev=False)
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--config-dir", "-cd", type=os.path.abspath)
+    flags, words = parser.parse_known_args(list(arguments))
+    for word in words:
+        if word.startswith("-") or ("=" not in word and not word.startswith("~")):
+            raise ConfigError(f"{word} is neither a flag nor KEY=VALUE; kvbench frontier --help lists what there is")
     own = {name: value for name, value in (word.split("=", 1) for word in words if "=" in word) if name in _OWN}
     overrides = [word for word in words if word.split("=", 1)[0] not in _OWN]
     quality, margin = asked(own)
     ladder = asked_ladder(own.get("ladder"), tokens="budget=tokens" in overrides)
     policies, fulls = _grids(overrides, quality, ladder, flags.config_dir)
-    plan = _plan(own, quality, margin, ladder, policies)
-    return _search(plan, policies, fulls, flags.config_dir)
-
-
-def _flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = Parser(prog="kvbench frontier", add_help=False, allow_abbrev=False)
-    parser.add_argument("--multirun", "-m", action="store_true")
-    parser.add_argument("--config-dir", "-cd", type=os.path.abspath)
-    flags, words = parser.parse_known_args(list(arguments))
-    wrong = next(
-        (word for word in words if word.startswith("-") or ("=" not in word and not word.startswith("~"))), None
-    )
-    if wrong is not None:
-        raise ConfigError(f"{wrong} is neither a flag nor KEY=VALUE; kvbench frontier --help lists what there is")
-    return flags, words
+    return _search(_plan(own, quality, margin, ladder, policies), policies, fulls)
 
 
 def _grids(
@@ -122,7 +113,7 @@ def _plan(
     )  # fmt: skip
 
 
-def _search(plan: Plan, policies: list[Composed], fulls: list[Composed], config_dir: str | None) -> int:
+def _search(plan: Plan, policies: list[Composed], fulls: list[Composed]) -> int:
     from kvbench.frontier.search import search_all
     from kvbench.frontier.table import print_frontier, save_frontier
 

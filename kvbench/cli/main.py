@@ -199,8 +199,7 @@ def _show(sweep: Sweep) -> None:
 
 
 def _wandb_summary(sweep: Sweep) -> Any:
-    from kvbench.cli.wandb import summary_of
-    from kvbench.sinks.wandb.content import summary_id
+    from kvbench.sinks.wandb.content import summary_id, summary_of
     from kvbench.sinks.wandb.sync import note_sweep
 
     keys = sorted(sweep.tickets)

@@ -8,16 +8,15 @@ kvbench plot all results --out figures/ --format pdf
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvbench.cli.parser import Parser
-from kvbench.errors import ConfigError, close_matches
+from kvbench.errors import ConfigError, check_known
 from kvbench.measures import MEASURES
-from kvbench.report.figures.kinds import FIGURES, FORMATS, WIDTHS
-from kvbench.report.figures.style import THEMES
+from kvbench.report.figures.kinds import FIGURES, FORMATS, STYLES, WIDTHS
 from kvbench.results.files import write_out
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ _ALL = "all"
 
 def plot_command(arguments: Sequence[str]) -> int:
     """Draw what `arguments` ask for; return 0, or 1 if there was nothing to draw. Raises: ConfigError."""
-    args = _parser().parse_args(list(arguments))
+    args = _arguments(arguments)
     if args.list:
         for kind in FIGURES.values():
             print(f"{kind.name:<12} {kind.summary}\n{'':<12} needs {kind.needs}")
@@ -39,7 +38,7 @@ def plot_command(arguments: Sequence[str]) -> int:
     return _draw(args)
 
 
-def _parser() -> Parser:
+def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="kvbench plot", description="Draw figures from records alone.")
     parser.add_argument("name", nargs="?", metavar="NAME", help=f"{', '.join(FIGURES)}, or {_ALL}")
     parser.add_argument("folder", nargs="?", type=Path, default=Path("results"), help="results folder")
@@ -51,19 +50,20 @@ def _parser() -> Parser:
     parser.add_argument("--out", type=Path, help="file (.svg, .pdf, .png) or folder; default NAME.svg here")
     parser.add_argument("--format", help=f"{', '.join(FORMATS)}, for files in a folder (default svg)")
     parser.add_argument("--width", default="double", help=f"{', '.join(WIDTHS)}: a screen, or columns of a paper")
-    parser.add_argument("--style", default="light", help=f"{', '.join(THEMES)}")
-    return parser
+    parser.add_argument("--style", default="light", help=f"{', '.join(STYLES)}")
+    return parser.parse_args(list(arguments))
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what can be refused without reading a record."""
     if args.name is None:
         raise ConfigError(f"which figure? {', '.join(FIGURES)}, or {_ALL}; kvbench plot --list describes them")
-    _known("figure", [args.name], [*FIGURES, _ALL])
-    _known("--width", [args.width], WIDTHS)
-    _known("--style", [args.style], THEMES)
-    _known("--measure", _words(args.measure), MEASURES)
-    _known("--format", [args.format] if args.format else [], FORMATS)
+    check_known("figure", args.name, [*FIGURES, _ALL])
+    check_known("--width", args.width, WIDTHS)
+    check_known("--style", args.style, STYLES)
+    for name in _words(args.measure):
+        check_known("--measure", name, MEASURES)
+    check_known("--format", args.format or FORMATS[0], FORMATS)
     if args.measure and args.name != _ALL and not FIGURES[args.name].takes_measures:
         takers = ", ".join(kind.name for kind in FIGURES.values() if kind.takes_measures)
         raise ConfigError(f"--measure is {args.measure!r}, but {args.name} shows what it shows; it is for {takers}")
@@ -77,12 +77,6 @@ def _check(args: argparse.Namespace) -> None:
 
 def _words(text: str | None) -> list[str]:
     return [word.strip() for word in (text or "").split(",") if word.strip()]
-
-
-def _known(what: str, asked: Iterable[str], known: Collection[str]) -> None:
-    for name in asked:
-        if name not in known:
-            raise ConfigError(f"{what} is {name!r}; {close_matches(name, known)}")
 
 
 def _is_file(out: Path | None) -> bool:
@@ -99,7 +93,7 @@ def _draw(args: argparse.Namespace) -> int:
         found = "; ".join(group.title for group in groups)
         raise ConfigError(f"--out is one file, but there are several figures ({found}); choose, or give a folder")
     from kvbench.report.figures.draw import draw_one, palette_of
-    from kvbench.report.figures.style import Look
+    from kvbench.report.figures.style import THEMES, Look
 
     # Looks come from all records, so that a figure of some policies looks like one of all.
     palette, measures = palette_of(results, THEMES[args.style]), tuple(_words(args.measure))
@@ -107,30 +101,28 @@ def _draw(args: argparse.Namespace) -> int:
     num_drawn = 0
     for group, kind, path in _paths(results, groups, kinds, args):
         drawn = draw_one(kind, group, look, path.suffix.removeprefix("."))
-        if drawn is None:
-            wanted = f" with {args.measure}" if args.measure and kind.takes_measures else ""
-            print(f"{kind.name}: not drawn for {group.title}{wanted}; it needs {kind.needs}")
-            _print_unusable(results, kind)
+        if drawn is not None:
+            print(write_out(path, drawn))
+            num_drawn += 1
             continue
-        _write(path, drawn)
-        num_drawn += 1
+        wanted = f" with {args.measure}" if args.measure and kind.takes_measures else ""
+        print(f"{kind.name}: not drawn for {group.title}{wanted}; it needs {kind.needs}")
+        # Files that could have been the missing data, but cannot be used.
+        place = "frontier/" if kind.name == "frontier" else "cells/"
+        for problem in results.problems:
+            if problem.path.startswith(place):
+                print(f"  {problem.path}: {problem.message}"[:300])
     return 0 if num_drawn else 1
-
-
-def _print_unusable(results: Results, kind: FigureKind) -> None:
-    """Say which files could have been the missing data but cannot be used."""
-    folder = "frontier/" if kind.name == "frontier" else "cells/"
-    for problem in results.problems:
-        if problem.path.startswith(folder):
-            print(f"  {problem.path}: {problem.message}"[:300])
 
 
 def _chosen(results: Results, args: argparse.Namespace) -> list[Group]:
     """Return the groups and cells that were asked for. Raises: ConfigError with close matches."""
     policies = _words(args.policies)
-    _known("--model", [args.model] if args.model else [], {cell.model for cell in results.records})
-    _known("--dataset", [args.dataset] if args.dataset else [], {cell.dataset for cell in results.records})
-    _known("--policies", policies, results.policies)
+    for part in ("model", "dataset"):
+        if asked := getattr(args, part):
+            check_known(f"--{part}", asked, {getattr(cell, part) for cell in results.records})
+    for name in policies:
+        check_known("--policies", name, results.policies)
     groups = [
         replace(group, cells=tuple(cell for cell in group.cells if not policies or cell.policy in {*policies, "full"}))
         for group in results.groups
@@ -159,8 +151,3 @@ def _paths(
         for group in groups
         for kind in kinds
     ]
-
-
-def _write(path: Path, content: bytes) -> None:
-    write_out(path, content)
-    print(path)

@@ -7,7 +7,6 @@ kvbench report results --format latex --out table.tex
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,9 +28,11 @@ _SHARED = Path("report")
 def report_command(arguments: Sequence[str]) -> int:
     """Build what `arguments` ask for and return the exit code. Raises: ConfigError."""
     args = _parser().parse_args(list(arguments))
-    margins = parse_margins(args.margin)
-    folders = args.folders or [Path("results")]
-    _check_out(args.out, args.format)
+    margins, folders, out = parse_margins(args.margin), args.folders or [Path("results")], args.out
+    if out is not None and args.format == "html" and out.is_file():
+        raise ConfigError(f"--out is the file {out}; for --format html it must be a folder")
+    if out is not None and args.format != "html" and out.is_dir():
+        raise ConfigError(f"--out is the folder {out}; for --format {args.format} it must be a file")
     if args.wandb and args.format != "html":
         raise ConfigError(f"--wandb builds a W&B Report and --format {args.format} a text; give one of them")
     from kvbench.report.compare import Choices
@@ -42,14 +43,22 @@ def report_command(arguments: Sequence[str]) -> int:
     if not results.records and not results.problems:
         named = ", ".join(map(str, folders))
         raise ConfigError(f"there is no cells/*/record.json in {named}; run a sweep first or give the right folder")
+    several = len(results.folders) > 1
+    folder = out or (_SHARED if several else folders[0] / "report")
     if args.wandb:
-        from kvbench.cli.wandb import wandb_report
+        from kvbench.sinks.wandb.report import wandb_report
 
-        wandb_report(results, _folder(results, folders, args.out), choices, project=args.project, entity=args.entity)
+        wandb_report(results, folder, choices, project=args.project, entity=args.entity)
     elif args.format == "html":
-        _page(results, folders, args.out, choices)
+        from kvbench.report.build import write_report
+        from kvbench.report.tables import print_tables
+
+        print_tables(results, choices=choices)
+        written = write_report(results, folder, folder if out or several else folders[0], choices)
+        print(f"report: {written.page}")
     else:
-        _text(results, args.format, args.out, choices)
+        text = _text(results, args.format, choices)
+        print(text if out is None else f"{write_out(out, text.encode())}\n", end="")
     return 0
 
 
@@ -70,38 +79,9 @@ def _parser() -> Parser:
     return parser
 
 
-def _folder(results: Results, folders: Sequence[Path], out: Path | None) -> Path:
-    """Return where a report goes: FOLDER/report, or one place for several results folders."""
-    return out or (_SHARED if len(results.folders) > 1 else folders[0] / "report")
-
-
-def _check_out(out: Path | None, file_format: str) -> None:
-    if out is None:
-        return
-    if file_format == "html" and out.is_file():
-        raise ConfigError(f"--out is the file {out}; for --format html it must be a folder")
-    if file_format != "html" and out.is_dir():
-        raise ConfigError(f"--out is the folder {out}; for --format {file_format} it must be a file")
-
-
-def _page(results: Results, folders: Sequence[Path], out: Path | None, choices: Choices) -> None:
-    from kvbench.report.build import write_report
-    from kvbench.report.tables import print_tables
-
-    print_tables(results, choices=choices)
-    folder = _folder(results, folders, out)
-    written = write_report(results, folder, folder if out or len(results.folders) > 1 else folders[0], choices)
-    sys.stdout.write(f"report: {written.page}\n")
-
-
-def _text(results: Results, file_format: str, out: Path | None, choices: Choices) -> None:
+def _text(results: Results, file_format: str, choices: Choices) -> str:
     from kvbench.report.standing import judge
     from kvbench.report.verdicts import verdicts_csv, verdicts_latex, verdicts_markdown
 
     make = {"md": verdicts_markdown, "csv": verdicts_csv, "latex": verdicts_latex}[file_format]
-    text = make([judge(group, choices) for group in results.groups])
-    if out is None:
-        sys.stdout.write(text)
-        return
-    write_out(out, text.encode())
-    sys.stdout.write(f"{out}\n")
+    return make([judge(group, choices) for group in results.groups])

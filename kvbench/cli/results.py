@@ -1,7 +1,5 @@
 """`kvbench results`: look at, export, check and tidy a results folder, from its records alone; no torch.
 
-A long file: its flags and what each subcommand does stand together.
-
 kvbench results list results --policy h2o --status ok
 kvbench results csv results --quality > quality.csv
 """
@@ -10,49 +8,37 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvbench.cli.parser import Parser
-from kvbench.errors import ConfigError, close_matches
+from kvbench.errors import ConfigError, check_known, close_matches
 from kvbench.measures import format_bytes
 from kvbench.results.files import write_out
 from kvbench.results.maintenance import leftovers, remove, verify
-from kvbench.results.record import STATUSES
-from kvbench.results.redaction import redact
+from kvbench.results.record import STATUSES, Problem, read_cell
+from kvbench.results.redaction import printable
 from kvbench.results.store import RecordStore
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from kvbench.report.load import CellResult, Results
+    from kvbench.report.load import Results
 
 
-_COMMANDS = {
-    "list": "one line per cell: key, status, policy, budget, sweep, when",
-    "show": "everything about one cell: settings, numbers, environment, attempts",
-    "table": "the results table",
-    "csv": "a row per cell, or per cell and sample, to the terminal or a file",
-    "parquet": "the same as a Parquet file",
-    "verify": "check every file; exit code 1 if one must not be believed",
-    "gc": "list what killed processes left behind; --delete removes it",
-}
 _SELECTING = ("list", "table", "csv", "parquet")
 
 
 def results_command(arguments: Sequence[str]) -> int:
     """Run one subcommand and return its exit code. Raises: ConfigError."""
     args = _parser().parse_args(list(arguments))
-    commands = {"list": _list, "show": _show, "table": _table, "csv": _csv, "parquet": _parquet}
-    return (commands | {"verify": _verify, "gc": _gc})[args.command](args) or 0
+    return _COMMANDS[args.command][1](args) or 0
 
 
 def _parser() -> Parser:
     parser = Parser(prog="kvbench results", description="Look at, export, check and tidy a results folder.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for name, text in _COMMANDS.items():
+    for name, (text, _) in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("folder", nargs="?", type=Path, default=Path("results"), help="results folder")
         if name in _SELECTING:
@@ -75,8 +61,10 @@ def _selected(args: argparse.Namespace) -> Results:
     from kvbench.report.load import load_results
 
     results = load_results(args.folder, sweep=args.sweep)
-    _known("status", args.status, STATUSES)
-    _known("policy", args.policy, {cell.policy for cell in results.records})
+    for name in args.status or ():
+        check_known("--status", name, STATUSES)
+    for name in args.policy or ():
+        check_known("--policy", name, {cell.policy for cell in results.records})
     chosen = [
         cell
         for cell in results.records
@@ -85,32 +73,18 @@ def _selected(args: argparse.Namespace) -> Results:
     return replace(results, records=tuple(chosen))
 
 
-def _known(what: str, asked: Sequence[str] | None, known: Collection[str]) -> None:
-    for name in asked or ():
-        if name not in known:
-            raise ConfigError(f"--{what} is {name!r}; {close_matches(name, known)}")
-
-
 def _list(args: argparse.Namespace) -> None:
     results = _selected(args)
     for cell in results.records:
-        print(_line(cell))
+        names = f"{cell.status:<12} {cell.policy:<16} {cell.budget:<14} {cell.sweep:<12} {cell.started_utc[:19]}"
+        print(printable(f"{cell.key[:16]}  {names}{'  ' + cell.error if cell.failed else ''}")[:200])
     print(f"{len(results.records)} cells, {len(results.problems)} problems")
-    _print_problems(results)
+    _print_problems(results.problems)
 
 
-def _line(cell: CellResult) -> str:
-    names = f"{cell.status:<12} {cell.policy:<16} {cell.budget:<14} {cell.sweep:<12} {cell.started_utc[:19]}"
-    return _printable(f"{cell.key[:16]}  {names}{'  ' + cell.error if cell.failed else ''}")[:200]
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in redact(text))
-
-
-def _print_problems(results: Results) -> None:
-    for problem in results.problems:
-        print(_printable(f"problem: {problem.path}: {problem.message}"))
+def _print_problems(problems: Sequence[Problem]) -> None:
+    for problem in problems:
+        print(printable(f"problem: {problem.path}: {problem.message}"))
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -123,15 +97,12 @@ def _show(args: argparse.Namespace) -> None:
     numbers = {name: entry["value"] for name, entry in body["measurements"].items()}
     parts = {"cell": head, "labels": body["labels"], "error": body["error"] or {}, "settings": body["cell"]}
     for title, part in {**parts, "measurements": numbers, "environment": body["environment"]}.items():
-        print(
-            *([title] if title else []), *(_printable(f"  {name}: {value}") for name, value in part.items()), sep="\n"
-        )
+        print(title, *(printable(f"  {name}: {value}") for name, value in part.items()), sep="\n")
     print("attempts", *(f"  {body['attempt']} {body['status']} {body['started_utc']}" for body in attempts), sep="\n")
 
 
 def _one_record(folder: Path, start: str) -> dict[str, Any]:
     from kvbench.report.load import load_results
-    from kvbench.results.record import read_cell
 
     keys = [cell.key for cell in load_results(folder).records]
     found = [key for key in keys if start and key.startswith(start)]
@@ -147,41 +118,25 @@ def _table(args: argparse.Namespace) -> None:
     print_tables(_selected(args))
 
 
-def _frame(args: argparse.Namespace) -> pd.DataFrame:
-    from kvbench.report import frames
+def _export(args: argparse.Namespace) -> None:
+    from kvbench.report import tables
 
     if args.samples and args.quality:
         raise ConfigError("--samples and --quality are two different tables; give one of them")
-    make = frames.samples_frame if args.samples else frames.quality_frame if args.quality else frames.cells_frame
-    return make(_selected(args))
-
-
-def _csv(args: argparse.Namespace) -> None:
-    from kvbench.report.frames import csv_text
-
-    text = csv_text(_frame(args))
-    if args.out is None:
-        print(text, end="")
+    make = tables.samples_frame if args.samples else tables.quality_frame if args.quality else tables.cells_frame
+    frame = make(_selected(args))
+    if args.command == "parquet":
+        path = args.out or args.folder / ("samples.parquet" if args.samples else "table.parquet")
+        print(write_out(path, tables.parquet_bytes(frame)))
+    elif args.out is None:
+        print(tables.csv_text(frame), end="")
     else:
-        _write(args.out, text.encode())
-
-
-def _parquet(args: argparse.Namespace) -> None:
-    from kvbench.report.frames import parquet_bytes
-
-    path = args.out or args.folder / ("samples.parquet" if args.samples else "table.parquet")
-    _write(path, parquet_bytes(_frame(args)))
-
-
-def _write(path: Path, data: bytes) -> None:
-    write_out(path, data)
-    print(path)
+        print(write_out(args.out, tables.csv_text(frame).encode()))
 
 
 def _verify(args: argparse.Namespace) -> int:
     seen = verify(args.folder)
-    for problem in seen.problems:
-        print(_printable(f"problem: {problem.path}: {problem.message}"))
+    _print_problems(seen.problems)
     print(f"{seen.num_records} records and {seen.num_attempts} attempts hold; {len(seen.problems)} problems")
     return 1 if seen.problems else 0
 
@@ -193,7 +148,18 @@ def _gc(args: argparse.Namespace) -> int:
         done = not args.delete or remove(leftover)
         failed += not done
         said = "would remove" if not args.delete else "removed" if done else "could not remove"
-        print(_printable(f"{said} {leftover.path.relative_to(args.folder)} ({leftover.reason})"))
+        print(printable(f"{said} {leftover.path.relative_to(args.folder)} ({leftover.reason})"))
     size = format_bytes(sum(leftover.size_bytes for leftover in found))
     print(f"{len(found)} leftovers, {size}" + ("" if args.delete or not found else "; --delete removes them"))
     return 1 if failed else 0
+
+
+_COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], int | None]]] = {
+    "list": ("one line per cell: key, status, policy, budget, sweep, when", _list),
+    "show": ("everything about one cell: settings, numbers, environment, attempts", _show),
+    "table": ("the results table", _table),
+    "csv": ("a row per cell, or per cell and sample, to the terminal or a file", _export),
+    "parquet": ("the same as a Parquet file", _export),
+    "verify": ("check every file; exit code 1 if one must not be believed", _verify),
+    "gc": ("list what killed processes left behind; --delete removes it", _gc),
+}

@@ -1,10 +1,7 @@
 """Search per policy for the smallest budget that is as good as full: rungs chosen, cells run, looks read back.
 
-Every look is a cell of the normal sweep, so a search that was killed finds its records and goes on.
-
-What a search is asked for in words: the measure and its task, the margin, the ladder of budgets.
-
-What a search asks for, and what one measured budget shows.
+A `Plan` is what is asked: a measure, a margin and a ladder of budgets. Every look is a cell of the normal sweep, so a
+search that was killed finds its records and goes on.
 """
 
 from __future__ import annotations
@@ -21,8 +18,7 @@ from kvbench.config.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError, close_matches
 from kvbench.frontier.table import Frontier, Look, Outcome, Search, SearchStatus
 from kvbench.measures import MEASURES, measure
-from kvbench.report.ability import Ability
-from kvbench.report.compare import Choices, Comparison, compare
+from kvbench.report.compare import Ability, Choices, Comparison, compare
 from kvbench.report.load import CellResult, Group, load_results
 from kvbench.results.files import canonical_json
 from kvbench.stats.power import look_confidence, next_rung
@@ -30,7 +26,6 @@ from kvbench.stats.tests import is_non_inferior, is_quality, smallest_margin
 
 if TYPE_CHECKING:
     from kvbench.sweep.cell import Cell
-
 
 LADDER = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 _SMALLEST_MARGIN = 1e-6
@@ -108,7 +103,7 @@ def default_name(name: str, margin: float, ladder: Sequence[float], settings: Se
     return f"{name}-{margin:g}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def look_at(budget: float, key: str, found: Comparison, plan: Plan) -> Look:
+def _look_at(budget: float, key: str, found: Comparison, plan: Plan) -> Look:
     """Return what a comparison with full at one budget shows."""
     outcome: Outcome = "undecided"
     if found.low is not None and found.high is not None:
@@ -117,26 +112,15 @@ def look_at(budget: float, key: str, found: Comparison, plan: Plan) -> Look:
             outcome = "safe"
         elif (found.high < -plan.margin) if higher else (found.low > plan.margin):
             outcome = "worse"
-    numbers: dict[str, Any] = {
-        name: getattr(found, name)
-        for name in ("value", "low", "high", "num_samples", "num_clusters", "minimum_detectable", "reason")
-    }
+    names = ("value", "low", "high", "num_samples", "num_clusters", "minimum_detectable", "reason")
+    numbers: dict[str, Any] = {name: getattr(found, name) for name in names}
     realised = found.first.estimate("realised_budget_fraction")
-    return Look(
-        budget=budget, outcome=outcome, key=key, realised_budget=None if realised is None else realised.value, **numbers
-    )
-
-
-def above(ladder: Sequence[float], rung: int) -> float | None:
-    """Return the budget of the rung above, None where there is none."""
-    return ladder[rung + 1] if rung + 1 < len(ladder) else None
-
-
-Run = Callable[[Sequence[Composed]], None]
+    held = None if realised is None else realised.value
+    return Look(budget=budget, outcome=outcome, key=key, realised_budget=held, **numbers)
 
 
 @dataclass(kw_only=True)
-class PolicySearch:
+class _PolicySearch:
     """One policy on its way: its cell at any budget, the full cache's cell, and the looks so far by rung."""
 
     plan: Plan
@@ -156,7 +140,7 @@ class PolicySearch:
         self.pending = None
         while self.pending is None and (rung := self.rung) is not None:
             try:
-                composed = at_budget(self.composed, self.plan.budget_setting, self.plan.ladder[rung])
+                composed = _at_budget(self.composed, self.plan.budget_setting, self.plan.ladder[rung])
                 self.pending = composed, cell_of(composed)
             except KvbenchError as error:
                 self.looks[rung] = Look(budget=self.plan.ladder[rung], outcome="failed", reason=f"{error!s:.300}")
@@ -166,8 +150,8 @@ class PolicySearch:
 
         Raises: ConfigError if its task does not give the measure, or the full cache itself can not do it.
         """
-        assert self.pending is not None
         rung = self.rung
+        assert self.pending is not None
         assert rung is not None
         key, budget = self.pending[1].key, self.plan.ladder[rung]
         cell, full = records.get(key), records.get(self.full.key)
@@ -189,33 +173,26 @@ class PolicySearch:
         if found is None:
             raise ConfigError(f"measure={self.plan.measure} is not measured by this task on this data set")
         self.cells[rung] = cell
-        self.looks[rung] = look_at(budget, key, found, self.plan)
+        self.looks[rung] = _look_at(budget, key, found, self.plan)
 
     def result(self) -> Search:
         """Return the finished search."""
-        labels, ladder = self.full.labels, self.plan.ladder
+        labels, ladder, cell = self.full.labels, self.plan.ladder, cell_of(self.composed)
         safe = [rung for rung, look in self.looks.items() if look.outcome == "safe"]
-        worse = [rung for rung, look in self.looks.items() if look.outcome == "worse"]
-        cell = cell_of(self.composed)
+        above = 1 + max((rung for rung, look in self.looks.items() if look.outcome == "worse"), default=-1)
+        status: SearchStatus = "found" if safe else "no budget shown safe"
+        if safe and min(safe) == 0:
+            status = "every budget is safe"
         return Search(
-            model=labels["model"],
-            dataset=labels["dataset"],
-            policy=cell.labels["policy"],
-            positions=cell.labels["positions"],
+            **{name: labels[name] for name in ("model", "dataset")},
+            **{name: cell.labels[name] for name in ("policy", "positions")},
             policy_settings=dict(cell.settings["policy"]),
             full_key=self.full.key,
-            status=self._status(safe),
+            status="not monotone" if self._falls() else status,
             smallest_safe=ladder[min(safe)] if safe else None,
-            budget_low=above(ladder, max(worse, default=-1)),
+            budget_low=ladder[above] if above < len(ladder) else None,
             looks=tuple(self.looks[rung] for rung in sorted(self.looks)),
         )
-
-    def _status(self, safe: list[int]) -> SearchStatus:
-        if self._falls():
-            return "not monotone"
-        if not safe:
-            return "no budget shown safe"
-        return "every budget is safe" if min(safe) == 0 else "found"
 
     def _falls(self) -> bool:
         """Whether some measured budget is clearly worse than a smaller one of the same policy."""
@@ -225,28 +202,42 @@ class PolicySearch:
         return any(one is not None and one.verdict == "worse" for one in found)
 
 
-def search_all(plan: Plan, policies: Sequence[Composed], fulls: Sequence[Composed], run: Run) -> Frontier:
+def search_all(
+    plan: Plan, policies: Sequence[Composed], fulls: Sequence[Composed], run: Callable[[Sequence[Composed]], None]
+) -> Frontier:
     """Run all searches side by side, one look of each at a time, and return what was found."""
     by_settings = {_shared(cell): (composed, cell) for composed in fulls for cell in (cell_of(composed),)}
     distinct = {cell_of(one).key: one for one in policies}.values()
-    searches = [PolicySearch(plan=plan, composed=one, full=by_settings[_shared(cell_of(one))][1]) for one in distinct]
+    searches = [_PolicySearch(plan=plan, composed=one, full=by_settings[_shared(cell_of(one))][1]) for one in distinct]
     needed = [composed for composed, _ in by_settings.values()]
     while True:
         for search in searches:
             search.prepare()
-        active = [search for search in searches if search.pending is not None]
+        active = [(search, *search.pending) for search in searches if search.pending is not None]
         if not active:
             break
-        run([*needed, *(search.pending[0] for search in active if search.pending is not None)])
+        run([*needed, *(composed for _, composed, _ in active)])
         needed = []
-        wanted = {search.full.key for search in active} | {search.pending[1].key for search in active if search.pending}
+        wanted = {key for search, _, cell in active for key in (search.full.key, cell.key)}
         records = {cell.key: cell for cell in load_results(plan.results, keys=wanted).records}
-        for search in active:
+        for search, *_ in active:
             search.read(records)
-    return _frontier(plan, [search.result() for search in searches], len(by_settings))
+    found = tuple(search.result() for search in searches)
+    num_looks = sum(look.key is not None for search in found for look in search.looks)
+    return Frontier(
+        name=plan.name,
+        measure=plan.measure,
+        margin=plan.margin,
+        ladder=plan.ladder,
+        budget_setting=plan.budget_setting,
+        confidence=look_confidence(len(plan.ladder)),
+        num_cells=num_looks + len(by_settings),
+        num_cells_of_grid=len(found) * len(plan.ladder) + len(by_settings),
+        searches=found,
+    )
 
 
-def at_budget(composed: Composed, setting: str, budget: float) -> Composed:
+def _at_budget(composed: Composed, setting: str, budget: float) -> Composed:
     """Return the same cell at another budget."""
     config = copy.deepcopy(composed.config)
     config.budget[setting] = int(budget) if setting == "tokens" else budget
@@ -262,18 +253,3 @@ def cell_of(composed: Composed) -> Cell:
 
 def _shared(cell: Cell) -> str:
     return canonical_json(cell.shared_settings)
-
-
-def _frontier(plan: Plan, searches: Sequence[Search], num_fulls: int) -> Frontier:
-    num_looks = sum(look.key is not None for search in searches for look in search.looks)
-    return Frontier(
-        name=plan.name,
-        measure=plan.measure,
-        margin=plan.margin,
-        ladder=plan.ladder,
-        budget_setting=plan.budget_setting,
-        confidence=look_confidence(len(plan.ladder)),
-        num_cells=num_looks + num_fulls,
-        num_cells_of_grid=len(searches) * len(plan.ladder) + num_fulls,
-        searches=tuple(searches),
-    )

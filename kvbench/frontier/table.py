@@ -1,16 +1,14 @@
-"""Results of `kvbench frontier`: per policy the smallest budget shown to be as good as full, as files and as a table.
+"""What `kvbench frontier` found: per policy the smallest budget shown to be as good as full, as files and as a table.
 
-for search in load_frontier(Path("results/frontier/mine.json")).searches:
-    print(search.policy, search.status, search.smallest_safe, search.budget_low)
+    for search in load_frontier(Path("results/frontier/mine.json")).searches:
+        print(search.policy, search.status, search.smallest_safe, search.budget_low)
 
-The table of a frontier in the terminal.
-
-How the files are sealed that `kvbench frontier` writes and `kvbench results verify` checks.
+The files are sealed, and `kvbench results verify` checks them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -25,10 +23,14 @@ from kvbench.measures import measure
 from kvbench.results.files import replace_file, seal, unseal
 
 KIND, VERSION = "kvbench_frontier", 1
-
-
 Outcome = Literal["safe", "worse", "undecided", "failed"]
 SearchStatus = Literal["found", "every budget is safe", "no budget shown safe", "not monotone"]
+_WORDS = {
+    "every budget is safe": "the smallest budget of the ladder is safe already",
+    "no budget shown safe": "not even the largest budget was shown to be safe",
+    "not monotone": "a larger budget was worse than a smaller one",
+}
+_MORE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,10 +112,9 @@ def load_frontier(path: Path) -> Frontier:
             _made(Search, one | {"looks": tuple(_made(Look, look) for look in one["looks"])})
             for one in body["searches"]
         )
-        made = _made(Frontier, body | {"searches": searches, "ladder": tuple(body["ladder"])})
+        frontier: Frontier = _made(Frontier, body | {"searches": searches, "ladder": tuple(body["ladder"])})
     except (KeyError, TypeError) as error:
         raise RecordError(f"{path} lacks a part of a frontier ({error!s:.80}); run the same command again.") from error
-    frontier: Frontier = made
     return frontier
 
 
@@ -121,24 +122,12 @@ def _made(kind: type[Any], values: Mapping[str, Any]) -> Any:
     return kind(**{field.name: values[field.name] for field in fields(kind)})
 
 
-_WORDS = {
-    "every budget is safe": "the smallest budget of the ladder is safe already",
-    "no budget shown safe": "not even the largest budget was shown to be safe",
-    "not monotone": "a larger budget was worse than a smaller one",
-}
-_MORE = 0.01
-
-
 def print_frontier(frontier: Frontier, console: Console | None = None) -> None:
     """Print one line per policy: smallest safe budget, where it may lie, the difference there, budgets measured."""
     console = console or Console()
     label = measure(frontier.measure).label
-    table = Table(
-        title=Text(f"Smallest budget at which {label} is at most {frontier.margin:g} worse than full"),
-        title_justify="left",
-        box=box.HORIZONTALS,
-        padding=(0, 1, 0, 0),
-    )
+    title = Text(f"Smallest budget at which {label} is at most {frontier.margin:g} worse than full")
+    table = Table(title=title, title_justify="left", box=box.HORIZONTALS, padding=(0, 1, 0, 0))
     for head in ("policy", "smallest safe\nbudget", "true one\nfrom - to", f"{label}\nminus full", "budgets measured"):
         table.add_column(head, justify="left" if head in ("policy", "budgets measured") else "right")
     for search in frontier.searches:
@@ -159,15 +148,18 @@ def budget_text(frontier: Frontier, budget: float) -> str:
     return f"{100 * budget:g} %" if frontier.budget_setting == "fraction" else f"{budget:g}"
 
 
-def _row(frontier: Frontier, search: Search) -> tuple[Text, ...]:
-    found, upper = search.look, _upper(frontier, search)
+def _row(frontier: Frontier, search: Search) -> Iterator[Text]:
     seen = "\n".join(f"{budget_text(frontier, look.budget)} {look.outcome}" for look in search.looks)
-    shown = found or (search.looks[-1] if search.looks else None)
-    difference = "-"
-    if shown is not None and shown.value is not None and shown.low is not None and shown.high is not None:
-        difference = f"{shown.value:+.3f} [{shown.low:+.3f}, {shown.high:+.3f}]"
-    texts = (search.policy, upper, range_text(frontier, search), difference, seen)
-    return tuple(Text(text) for text in texts)
+    shown = search.look or (search.looks[-1] if search.looks else None)
+    difference = (shown and difference_of(shown)) or "-"
+    yield from map(Text, (search.policy, _upper(frontier, search), range_text(frontier, search), difference, seen))
+
+
+def difference_of(look: Look) -> str:
+    """Return "-0.012 [-0.019, -0.006]"; empty where nothing could be compared."""
+    if look.value is None or look.low is None or look.high is None:
+        return ""
+    return f"{look.value:+.3f} [{look.low:+.3f}, {look.high:+.3f}]"
 
 
 def range_text(frontier: Frontier, search: Search) -> str:

@@ -1,6 +1,4 @@
-"""Launch the decode step's matrix products.
-
-Matrix times a few vectors, as a decode step needs it: every weight is read once, at the bandwidth.
+"""Matrix times a few vectors, as a decode step needs it: every weight is read once, at the bandwidth.
 
 For one row (batch 1) products are summed in float32 without the matrix units, which would idle; up to
 64 rows are one tile of them. One launch serves several matrices with the same input (queries, keys and
@@ -44,13 +42,9 @@ def _tile(
         at = weight + n[:, None].to(tl.int64) * width + k[None, :]
         sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         for start in tl.range(0, width, BLOCK_K, num_stages=STAGES):
-            inside = start + k < width
-            if EVEN_K:
-                a = tl.load(x + start + k)
-                w = tl.load(at + start, mask=here[:, None], other=0.0, eviction_policy="evict_first")
-            else:
-                a = tl.load(x + start + k, mask=inside, other=0.0)
-                w = tl.load(at + start, mask=here[:, None] & inside[None, :], other=0.0)
+            inside = (start + k < width) | EVEN_K
+            a = tl.load(x + start + k, mask=inside, other=0.0)
+            w = tl.load(at + start, mask=here[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first")
             sums += w.to(tl.float32) * a.to(tl.float32)[None, :]
         acc = tl.sum(sums, 1)[None, :]
     else:
@@ -59,13 +53,9 @@ def _tile(
         x_at = x + m[:, None] * width + k[None, :]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in tl.range(0, width, BLOCK_K, num_stages=STAGES):
-            inside = start + k < width
-            if EVEN_K:
-                a = tl.load(x_at + start, mask=m[:, None] < rows, other=0.0)
-                w = tl.load(w_at + start, mask=here[None, :], other=0.0, eviction_policy="evict_first")
-            else:
-                a = tl.load(x_at + start, mask=(m[:, None] < rows) & inside[None, :], other=0.0)
-                w = tl.load(w_at + start, mask=here[None, :] & inside[:, None], other=0.0)
+            inside = (start + k < width) | EVEN_K
+            a = tl.load(x_at + start, mask=(m[:, None] < rows) & inside[None, :], other=0.0)
+            w = tl.load(w_at + start, mask=here[None, :] & inside[:, None], other=0.0, eviction_policy="evict_first")
             if UPCAST:
                 a = a.to(tl.float32)
                 w = w.to(tl.float32)
@@ -156,18 +146,9 @@ def project_rows(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor |
     outputs = [x.new_empty((rows, 1, size)) for size in sizes]
     block = _blocks(rows, width, few=len(weights) == 1)
     tiles = sum(triton.cdiv(size, block["BLOCK_N"]) for size in sizes)
-    project[(tiles,)](
-        x,
-        *_three(weights),
-        *_three([weights[0] if bias is None else bias for bias in biases]),
-        *_three(outputs),
-        *_three(sizes),
-        width,
-        rows,
-        MATRICES=len(weights),
-        HAS_BIAS=biases[0] is not None,
-        **block,
-    )
+    given = (weights, [weights[0] if bias is None else bias for bias in biases], outputs, sizes)
+    in_threes = [item for items in given for item in (*items, *[items[0]] * (3 - len(items)))]
+    project[(tiles,)](x, *in_threes, width, rows, MATRICES=len(weights), HAS_BIAS=biases[0] is not None, **block)
     return outputs
 
 
@@ -177,13 +158,8 @@ def gated_rows(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     size = gate.shape[0]
     out = x.new_empty((rows, 1, size))
     block = _blocks(rows, width, few=False)
-    tiles = triton.cdiv(size, block["BLOCK_N"])
-    gate_up[(tiles,)](x, gate, up, out, size, width, rows, **block)
+    gate_up[(triton.cdiv(size, block["BLOCK_N"]),)](x, gate, up, out, size, width, rows, **block)
     return out
-
-
-def _three(items: Sequence[object]) -> list[object]:
-    return [*items, *[items[0]] * (3 - len(items))]
 
 
 def _blocks(rows: int, width: int, *, few: bool) -> dict[str, int]:

@@ -1,11 +1,10 @@
 """Build the whole report from a results folder: page, figures, markdown, CSV and Parquet.
 
->>> build_report(Path("results")).page
+    build_report(Path("results")).page
 
-Whether a report still says what the records say, without reading them.
-
-A stamp beside the report holds a hash over the files it was built from (name, size, time, inode) and
-the version that built it; records are immutable and only ever replaced, so an equal hash means equal bytes.
+`is_current` tells whether a report still says what the records say, without reading them: a stamp beside it holds a
+hash over the files it was built from (name, size, time, inode) and the version that built it. Records are immutable and
+only ever replaced, so an equal hash means equal bytes.
 """
 
 from __future__ import annotations
@@ -20,45 +19,15 @@ from kvbench.errors import ConfigError, KvbenchError
 from kvbench.installed import installed_version
 from kvbench.report.compare import DECLARED, Choices
 from kvbench.report.figures.draw import draw_plots
-from kvbench.report.frames import csv_and_parquet
 from kvbench.report.load import Results, load_folders
 from kvbench.report.page import render_page
-from kvbench.report.tables import markdown_tables
+from kvbench.report.tables import csv_and_parquet, markdown_tables
 from kvbench.results.files import locked, replace_file
 from kvbench.results.record import AUTOPSY_FILE
 
-STAMP = ".built-from"
 _MADE = ("report/index.html", "report/table.md", "table.csv", "table.parquet", "samples.csv", "samples.parquet")
-
-
-def is_current(results_folder: Path) -> bool:
-    """Return whether every file of the report is there and was built from the records that are there now."""
-    try:
-        stamp = (results_folder / "report" / STAMP).read_text(encoding="ascii")
-    except (OSError, ValueError):
-        return False
-    return stamp == inputs_digest(results_folder) and all((results_folder / name).is_file() for name in _MADE)
-
-
-def write_stamp(results_folder: Path, digest: str) -> None:
-    """Say that the report was built from what `digest` describes. Raises: ConfigError, RecordError."""
-    replace_file(results_folder / "report" / STAMP, digest.encode())
-
-
-def inputs_digest(results_folder: Path) -> str:
-    """Return the hash of what a report would be built from now; take it before building."""
-    digest = hashlib.sha256(installed_version().encode())
-    cells, frontiers = results_folder / "cells", results_folder / "frontier"
-    patterns = ("*/record.json", "*/attempt-*.json", f"*/{AUTOPSY_FILE}")
-    for path in sorted([*(path for pattern in patterns for path in cells.glob(pattern)), *frontiers.glob("*.json")]):
-        with contextlib.suppress(FileNotFoundError):  # another job has set it aside since
-            stat = path.stat()
-            digest.update(f"{path.parent.name} {path.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}\n".encode())
-    return digest.hexdigest()
-
-
+_STAMP, _LOCK, _PLOTS = ".built-from", ".lock", "plots"
 MOST_CELLS_DRAWN = 300
-_LOCK = ".lock"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +62,7 @@ def refresh_report(results_folder: Path) -> None:
         digest = inputs_digest(results_folder)
         files = _rendered(load_folders([results_folder]), results_folder / "report", results_folder, DECLARED)
         _publish(files, results_folder / "report")
-        write_stamp(results_folder, digest)
+        replace_file(results_folder / "report" / _STAMP, digest.encode())
 
 
 def write_report(results: Results, folder: Path, tables_folder: Path, choices: Choices = DECLARED) -> ReportPaths:
@@ -107,37 +76,49 @@ def write_report(results: Results, folder: Path, tables_folder: Path, choices: C
         return _publish(files, folder)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Rendered:
-    """The content of every file, by its path."""
+def is_current(results_folder: Path) -> bool:
+    """Return whether every file of the report is there and was built from the records that are there now."""
+    try:
+        stamp = (results_folder / "report" / _STAMP).read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return False
+    return stamp == inputs_digest(results_folder) and all((results_folder / name).is_file() for name in _MADE)
 
-    plots: dict[Path, bytes]
-    markdown: tuple[Path, bytes]
-    page: tuple[Path, bytes]
-    tables: dict[Path, bytes]
+
+def inputs_digest(results_folder: Path) -> str:
+    """Return the hash of what a report would be built from now; take it before building."""
+    digest = hashlib.sha256(installed_version().encode())
+    cells, frontiers = results_folder / "cells", results_folder / "frontier"
+    patterns = ("*/record.json", "*/attempt-*.json", f"*/{AUTOPSY_FILE}")
+    for path in sorted([*(path for pattern in patterns for path in cells.glob(pattern)), *frontiers.glob("*.json")]):
+        with contextlib.suppress(FileNotFoundError):  # another job has set it aside since
+            stat = path.stat()
+            digest.update(f"{path.parent.name} {path.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}\n".encode())
+    return digest.hexdigest()
 
 
-def _rendered(results: Results, folder: Path, tables_folder: Path, choices: Choices) -> _Rendered:
+def _rendered(results: Results, folder: Path, tables_folder: Path, choices: Choices) -> dict[Path, bytes]:
+    """Return the content of every file, by its path."""
     plots = draw_plots(_drawn(results))
-    return _Rendered(
-        plots={folder / "plots" / f"{plot.name}.svg": plot.svg.encode() for plot in plots},
-        markdown=(folder / "table.md", markdown_tables(results, choices).encode()),
-        page=(folder / "index.html", render_page(results, plots, choices).encode()),
-        tables={tables_folder / name: data for name, data in csv_and_parquet(results).items()},
-    )
+    return {
+        **{folder / _PLOTS / f"{plot.name}.svg": plot.svg.encode() for plot in plots},
+        folder / "table.md": markdown_tables(results, choices).encode(),
+        folder / "index.html": render_page(results, plots, choices).encode(),
+        **{tables_folder / name: data for name, data in csv_and_parquet(results).items()},
+    }
 
 
-def _publish(files: _Rendered, folder: Path) -> ReportPaths:
+def _publish(files: dict[Path, bytes], folder: Path) -> ReportPaths:
     """Put every file in its place. Until the stamp is written again, the report counts as out of date."""
-    (folder / STAMP).unlink(missing_ok=True)
-    for path, data in [*files.plots.items(), files.markdown, files.page, *files.tables.items()]:
+    (folder / _STAMP).unlink(missing_ok=True)
+    for path, data in files.items():
         replace_file(path, data)
-    for old in (folder / "plots").glob("*.svg"):
-        if old not in files.plots:
+    for old in (folder / _PLOTS).glob("*.svg"):
+        if old not in files:
             old.unlink(missing_ok=True)
-    return ReportPaths(
-        page=files.page[0], markdown=files.markdown[0], plots=tuple(files.plots), tables=tuple(files.tables)
-    )
+    page, markdown = folder / "index.html", folder / "table.md"
+    plots = tuple(path for path in files if path.parent == folder / _PLOTS)
+    return ReportPaths(page=page, markdown=markdown, plots=plots, tables=tuple(files)[len(plots) + 2 :])
 
 
 @contextlib.contextmanager

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.errors import KvbenchError
-from kvbench.measures import format_with_interval, measure
+from kvbench.measures import format_with_interval
 from kvbench.report.load import CellResult, Estimate, load_results
+from kvbench.report.tables import markdown_table
 from kvbench.results.files import replace_file
 
 _NOT_RUN = "weights not available here"
@@ -50,27 +51,23 @@ def card_text(card: Mapping[str, Any], cells: Sequence[CellResult]) -> str:
 
 def _table(table: Mapping[str, Any], cells: Sequence[CellResult]) -> Iterator[str]:
     yield from (f"## {table['title']}", "", f"Source: {table['source']}.", "")
-    if table["command"] is None:
-        yield from ("| setting | published |", "|---|---|")
-        yield from (f"| {row['setting']} | {row['value']:g} |" for row in table["rows"])
-        return
-    ours = {row["budget"]: _ours(table, row["budget"], cells) for row in table["rows"]}
-    yield from (f"    {table['command']}", "")
-    if not any(ours.values()):
-        yield from (f"Ours: {_NOT_RUN}.", "", "| budget | published |", "|---|---|")
-        yield from (f"| {row['budget']:.0%} | {row['value']:g} |" for row in table["rows"])
-        return
-    kind, width = table["band"].split()
-    yield (
-        f"Passes within {float(width):.0%} of the published number."
-        if kind == "relative"
-        else (f"Passes within {width} of the published number.")
-    )
-    yield from ("", "| budget | published | ours | |", "|---|---|---|---|")
-    for row in table["rows"]:
-        estimate = ours[row["budget"]]
-        got = "not run" if estimate is None else _with_interval(table["measure"], estimate)
-        yield f"| {row['budget']:.0%} | {row['value']:g} | {got} | {verdict(table['band'], row['value'], estimate)} |"
+    rows, name = table["rows"], "setting" if table["command"] is None else "budget"
+    heads = [name, "published"]
+    shown = [[format(row[name], "" if name == "setting" else ".0%"), f"{row['value']:g}"] for row in rows]
+    if table["command"] is not None:
+        yield from (f"    {table['command']}", "")
+        ours = [_ours(table, row["budget"], cells) for row in rows]
+        if not any(ours):
+            yield from (f"Ours: {_NOT_RUN}.", "")
+        else:
+            kind, width = table["band"].split()
+            allowed = f"{float(width):.0%} of" if kind == "relative" else f"{width} of"
+            yield from (f"Passes within {allowed} the published number.", "")
+            heads += ["ours", ""]
+            for texts, row, one in zip(shown, rows, ours, strict=True):
+                got = format_with_interval(table["measure"], one.value, one.low, one.high) if one else "not run"
+                texts += [got, verdict(table["band"], row["value"], one)]
+    yield from markdown_table(heads, shown)
 
 
 def verdict(band: str, published: float, estimate: Estimate | None) -> str:
@@ -89,10 +86,6 @@ def _ours(table: Mapping[str, Any], budget: float, cells: Sequence[CellResult]) 
         if same and cell.budget_fraction == budget and cell.estimate(table["measure"]) is not None:
             return cell.estimate(table["measure"])
     return None
-
-
-def _with_interval(name: str, estimate: Estimate) -> str:
-    return format_with_interval(measure(name).name, estimate.value, estimate.low, estimate.high)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

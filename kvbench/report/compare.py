@@ -1,37 +1,56 @@
 """What a comparison of two cells says, and how its numbers become a verdict.
 
-Every comparison of a group: its cells with the full cache, and policies with each other at equal budget.
+    for one in group_comparisons(group):
+        print(one.first.policy, one.measure, one.verdict, one.value, one.low, one.high)
 
-for one in group_comparisons(group):
-    print(one.first.policy, one.measure, one.verdict, one.value, one.low, one.high)
-
-Compare two cells sample by sample: the same sample under both, so its difficulty cancels.
-
-Compare times: a policy with the full cache it was interleaved with, or two policies by their ratios to full.
-
-Compare two cells that hold no samples of a measure, such as times and bytes, by their own intervals.
-
-Differences and verdicts in words: one wording for terminal, page, markdown, CSV and LaTeX.
+Two cells are compared sample by sample, the same sample under both, so that its difficulty cancels. Times are compared
+with the full cache's in the same launches, or two policies by their ratios to it. What has no samples is compared by
+the two cells' own intervals. Where the full cache itself can not do the task (`Ability`), numbers are shown but nobody
+is ranked. `difference_text` and its neighbours are the one wording for terminal, page, Markdown, CSV and LaTeX.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from itertools import combinations
 
-from kvbench.measures import MEASURES, measure
-from kvbench.report.ability import Ability
-from kvbench.report.load import CellResult, Estimate, Group, sample_score
-from kvbench.stats.latency import LogRatio, between, from_interval, noise_reason
+from kvbench.measures import MEASURES, format_value, format_with_interval, measure
+from kvbench.report.load import CellResult, Estimate, Group, scores_of
+from kvbench.stats.latency import between, from_interval, noise_reason
 from kvbench.stats.paired import CONFIDENCE, Inference, infer, paired_sums
-from kvbench.stats.power import more_samples
-from kvbench.stats.tests import LEVEL, Verdict, holm, is_latency_ratio, smallest_margin, unpaired_p_value, verdict_of
+from kvbench.stats.power import HEADROOM_FRACTION, MOST_EMPTY_FRACTION, constant_answer_score, floor_of, more_samples
+from kvbench.stats.tests import (
+    LEVEL,
+    Verdict,
+    holm,
+    is_latency_ratio,
+    is_quality,
+    smallest_margin,
+    unpaired_p_value,
+    verdict_of,
+)
+
+PRIMARY_QUALITIES = ("rougeL_vs_full", "ppl", "rougeL_vs_reference", "turn1_rougeL_vs_full")
+PRIMARY_LATENCY = "tpot_ratio_to_full"
+_PRIMARY_BUDGET = 0.2
+_NOT_OF_THE_POLICY = ("full_", "copy_bandwidth_")
+_AGAINST_FULL = ("_vs_full", "top1_agreement_fraction")
+_OF_TIMES = ("_ratio_to_full", "roof_share_fraction")
+_FACTS = ("needles_recalled_fraction", "objects_recalled_fraction")  # decide alone where a data set knows facts
+_TEXTS = ("exact_fraction", "rougeL_vs_reference")  # else one of these is enough: long references are never met exactly
+_WITHHELD = (
+    "Scores and differences are shown, but no policy is called better, worse or safe by them; times and bytes are "
+    "compared as ever."
+)
+_TURN = re.compile(r"turn\d+_")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
+class Comparison(Inference):
     """First cell minus second: in the measure's unit, ppl in nats per token, times relative to full minus 1.
 
     `low` and `high` are the 95 % interval, None where there is none; `p_holm` is corrected for the comparisons of
@@ -43,20 +62,9 @@ class Comparison:
     measure: str
     first: CellResult
     second: CellResult
-    value: float
-    low: float | None = None
-    high: float | None = None
-    method: str
-    t_low: float | None = None
-    t_high: float | None = None
-    num_samples: int = 0
-    num_clusters: int = 0
-    p_value: float | None = None
     p_holm: float | None = None
-    minimum_detectable: float | None = None
     margin: float | None = None
     verdict: Verdict
-    is_sparse: bool = False
     more_samples: int | None = None
     primary: bool = False
     reason: str = ""
@@ -80,9 +88,120 @@ class Choices:
 DECLARED = Choices()
 
 
-def withheld(one: Comparison, reason: str) -> Comparison:
-    """Return the comparison without a verdict where there is a `reason` for it (kvbench.report.ability)."""
-    return replace(one, verdict="not ranked", reason=reason, more_samples=None) if reason else one
+def compare(first: CellResult, second: CellResult, name: str, choices: Choices = DECLARED) -> Comparison | None:
+    """Return how `first` differs from `second` in the measure `name`; None if either has none.
+
+    None too where no side is better, and for what describes the full cache or the machine, not the policy.
+    """
+    one, two = first.estimate(name), second.estimate(name)
+    if measure(name).better == "none" or one is None or name.startswith(_NOT_OF_THE_POLICY):
+        return None
+    base = Comparison(
+        measure=name, first=first, second=second, value=0.0, method="none", verdict="not comparable",
+        margin=smallest_margin(name, choices.margins),
+    )  # fmt: skip
+    if is_latency_ratio(measure(name)):
+        return judged(_of_times(base, one, two)) if second.is_full or two else None
+    if two is None:
+        return None
+    values = [_subtracted(name, found.value) for found in (one, two)]
+    if -math.inf in values:
+        return None
+    base = replace(base, value=values[0] - values[1])
+    mine, theirs = scores_of(first, name), scores_of(second, name)
+    if not mine and not theirs:
+        return _of_intervals(base, one, two)
+    shared = [identity for identity in mine if identity in theirs]
+    if not shared or (len(shared) < max(len(mine), len(theirs)) and not choices.intersect):
+        counts = f"{len(shared)} samples have a number in both, of {len(mine)} and {len(theirs)}"
+        return replace(base, reason=f"{counts}; --intersect compares those" if shared else counts)
+    clusters = {str(sample.get("id")): sample.get("cluster") for sample in first.samples}
+    pairs = paired_sums(
+        [mine[identity] for identity in shared],
+        [theirs[identity] for identity in shared],
+        [str(clusters[identity] or identity) for identity in shared],
+    )
+    # No answer is closer to the full cache's than that itself.
+    most = (
+        0.0
+        if name.endswith(_AGAINST_FULL) and all(total == weight for total, weight in map(theirs.__getitem__, shared))
+        else 1.0
+    )
+    scale = (-1.0, most) if measure(name).unit in ("score", "fraction") else None
+    found = infer(pairs, scale=scale, confidence=choices.confidence)
+    inferred = {part.name: getattr(found, part.name) for part in fields(Inference)}
+    return judged(replace(base, verdict="undecided", **inferred))
+
+
+def _subtracted(name: str, number: float) -> float:
+    """Return a number of the measure as it is subtracted: a perplexity in nats per token."""
+    if measure(name).unit != "ppl":
+        return number
+    return math.log(number) if number > 0 else -math.inf
+
+
+_ONCE = "observed once, so nothing says how far chance reaches"
+
+
+def _of_times(base: Comparison, one: Estimate, two: Estimate | None) -> Comparison:
+    """Return the ratio of the first to the second minus 1, before any verdict but noisy.
+
+    Each cell's own number is its ratio to the full cache that it was interleaved with.
+    """
+    against_full = base.second.is_full or two is None
+    value = one.value / (1.0 if against_full or two is None else two.value) - 1
+    noise = "" if base.first.is_full else timing_noise(base.first, base.measure)
+    if not noise and not base.second.is_full:
+        noise = timing_noise(base.second, base.measure)
+    base = replace(base, value=value, num_samples=one.n or 0, num_clusters=one.n or 0, noise=noise)
+    ratios = [
+        None if found.low is None or found.high is None
+        else from_interval(found.value, found.low, found.high, found.n or 0)
+        for found in ((one,) if against_full or two is None else (one, two))
+    ]  # fmt: skip
+    mine, other = ratios[0], ratios[-1]
+    if mine is None or other is None:
+        return replace(base, method="single observations: no interval", reason=_ONCE)
+    found = mine if against_full else between(mine, other)
+    low, high = found.bounds()
+    method = "t of paired log ratios of launches" + ("" if against_full else ", each to its own full cache")
+    return replace(
+        base, value=math.expm1(found.mean), verdict="undecided", low=low, high=high, method=method,
+        p_value=found.p_value(), minimum_detectable=found.minimum_detectable(),
+    )  # fmt: skip
+
+
+def timing_noise(cell: CellResult, name: str = "tpot_ratio_to_full") -> str:
+    """Return why a time or rate of the cell is noisy; empty where it is not, or the measure is neither."""
+    is_time = measure(name).unit in ("ms", "tokens/s") or name.endswith(_OF_TIMES)
+    if not is_time or name == "capacity_ratio_to_full":  # how many prompts fit, on any clock
+        return ""
+    # A whole launch has both parts.
+    parts = ("tpot", "ttft") if "throughput" in name else ("ttft",) if "ttft" in name else ("tpot",)
+    spreads = [found.value for part in parts if (found := cell.estimate(f"{part}_spread_fraction"))]
+    drift, foreign = cell.estimate("reference_drift_fraction"), cell.estimate("foreign_gpu_processes")
+    if cell.status == "noisy" and not spreads and drift is foreign is None:
+        return "the cell is noisy"
+    num_foreign = None if foreign is None else int(foreign.value)
+    return noise_reason(max(spreads, default=None), None if drift is None else drift.value, num_foreign)
+
+
+def _of_intervals(base: Comparison, one: Estimate, two: Estimate) -> Comparison:
+    """Return whether the two cells' own intervals are apart, in the unit of the difference.
+
+    It is stricter than pairing: the interval of the difference reaches from one's low to the other's high.
+    """
+    bounds = [_subtracted(base.measure, bound) for found in (one, two) for bound in found.bounds]
+    known = all(found.low is not None and found.high is not None and (found.n or 0) > 1 for found in (one, two))
+    if not known or not all(map(math.isfinite, bounds)):
+        return replace(base, method="single observations: no interval", reason=_ONCE)
+    low, high, other_low, other_high = bounds
+    noise = next(filter(None, (timing_noise(cell, base.measure) for cell in (base.first, base.second))), "")
+    p_value = unpaired_p_value(base.value, (high - low, other_high - other_low), (one.n or 0, two.n or 0))
+    method = "the two cells' own intervals, not paired"
+    return judged(
+        replace(base, low=low - other_high, high=high - other_low, p_value=p_value, method=method, noise=noise)
+    )
 
 
 def judged(one: Comparison, p_holm: float | None = None, num_compared: int = 1) -> Comparison:
@@ -94,20 +213,15 @@ def judged(one: Comparison, p_holm: float | None = None, num_compared: int = 1) 
     if one.noise:
         return replace(one, verdict="noisy", p_holm=p_holm, reason=one.noise)
     if one.low is None or one.high is None or p_value is None:
-        known = one.verdict == "not comparable"
-        return replace(
-            one, verdict=one.verdict if known else "undecided", p_holm=p_holm, reason=one.reason or one.method
-        )
+        verdict: Verdict = "not comparable" if one.verdict == "not comparable" else "undecided"
+        return replace(one, verdict=verdict, p_holm=p_holm, reason=one.reason or one.method)
     higher = measure(one.measure).better == "higher"
     verdict = verdict_of(one.low, one.high, higher_is_better=higher, margin=one.margin, p_value=p_value)
     decided = replace(one, verdict=verdict, p_holm=p_holm, more_samples=None, reason="")
     if verdict != "undecided":
         return decided
-    more = more_samples(
-        *(one.value, one.minimum_detectable or 0.0, one.num_samples, one.margin),
-        is_sparse=one.is_sparse,
-        num_compared=num_compared,
-    )
+    sizes = one.value, one.minimum_detectable or 0.0, one.num_samples, one.margin
+    more = more_samples(*sizes, is_sparse=one.is_sparse, num_compared=num_compared)
     return replace(decided, more_samples=more, reason=_reason(one, p_value, more))
 
 
@@ -122,217 +236,98 @@ def _reason(one: Comparison, p_value: float, more: int | None) -> str:
     return "no number of samples within reach would decide" if more is None else ""
 
 
-def compare_latency(first: CellResult, second: CellResult, name: str, choices: Choices) -> Comparison:
-    """Return the ratio of `first` to `second` minus 1, before any verdict but noisy; `first` has the measure."""
-    ratios = [_ratio(first, name), None if second.is_full else _ratio(second, name)]
-    value = (first.measurements[name].value / (1.0 if second.is_full else second.measurements[name].value)) - 1
-    n = first.measurements[name].n or 0
-    base = Comparison(
-        measure=name, first=first, second=second, value=value, method="single observations: no interval",
-        num_samples=n, num_clusters=n, verdict="not comparable",
-        reason="observed once, so nothing says how far chance reaches", margin=smallest_margin(name, choices.margins),
-        noise=_noise(name, first, second),
-    )  # fmt: skip
-    mine, other = ratios
-    if mine is None or (other is None and not second.is_full):
-        return base
-    return _compare_latency_filled(base, mine if other is None else between(mine, other))
+def withheld(one: Comparison, reason: str) -> Comparison:
+    """Return the comparison without a verdict where there is a `reason` for it (`Ability.reason`)."""
+    return replace(one, verdict="not ranked", reason=reason, more_samples=None) if reason else one
 
 
-def _compare_latency_filled(base: Comparison, found: LogRatio) -> Comparison:
-    low, high = found.bounds()
-    return replace(
-        base,
-        value=math.expm1(found.mean),
-        verdict="undecided",
-        reason="",
-        low=low,
-        high=high,
-        method="t of paired log ratios of launches" + ("" if base.second.is_full else ", each to its own full cache"),
-        p_value=found.p_value(),
-        minimum_detectable=found.minimum_detectable(),
-    )
+class Ability:
+    """Whether the full cache can do the task of a group; where it can not, its data set ranks no policy on its model.
+
+    The rule is that of kvbench.stats.power and docs/statistics.md. It is asked of the measures that score answers
+    against what is right; all other measures of the same answers (distance to the full cache, perplexity, KL) stand
+    or fall with them. Times and bytes are no matter of ability. Nothing is withheld where there is no full cache.
+    """
+
+    def __init__(self, group: Group) -> None:
+        """Take the full cache's cell of `group`."""
+        self._full = group.full
+
+    def reason(self, name: str) -> str:
+        """Return in a few words why `name` ranks nobody, "" where it does or says nothing of quality."""
+        return "the full cache itself does not do this task" if is_quality(name) and self.cause(name) else ""
+
+    @property
+    def sentence(self) -> str:
+        """Return why this data set can not rank policies, "" where it can in some measure."""
+        wrong = self._wrong_in_all
+        return f"This data set can not rank policies on this model: {wrong}. {_WITHHELD}" if wrong else ""
+
+    @property
+    def sentences(self) -> list[str]:
+        """Return the sentence, or one for each turn of a conversation that ranks nobody while others do."""
+        if self.sentence:
+            return [self.sentence]
+        return [
+            f"{f'Turn {prefix[4:-1]} of the conversations' if prefix else 'What is asked once'} can not rank policies "
+            f"on this model: {wrong}. {_WITHHELD}"
+            for prefix, wrong in self._findings.items()
+            if wrong
+        ]
+
+    def cause(self, name: str) -> str:
+        """Return what is wrong with the full cache's answers that `name` is about, "" where nothing is known to be.
+
+        Those of the same turn; of all turns where `name` is of none of them.
+        """
+        turn = _TURN.match(name)
+        return self._findings.get(turn[0] if turn else "", self._wrong_in_all)
+
+    @property
+    def _wrong_in_all(self) -> str:
+        found = list(self._findings.values())
+        return found[0] if found and all(found) else ""
+
+    @cached_property
+    def _findings(self) -> dict[str, str]:
+        """Return by turn ("" outside of conversations) what is wrong, "" where nothing is."""
+        full = self._full
+        if full is None:
+            return {}
+        turns = {match[0] for name in full.measurements if (match := _TURN.match(name))}
+        found = {prefix: _wrong(full, prefix) for prefix in ("", *sorted(turns))}
+        return {prefix: wrong for prefix, wrong in found.items() if wrong is not None}
 
 
-def _ratio(cell: CellResult, name: str) -> LogRatio | None:
-    found = cell.measurements[name]
-    if found.low is None or found.high is None:
+def num_empty_answers(cell: CellResult, prefix: str = "") -> tuple[int, int]:
+    """Return how many of the cell's stored answers are empty, and how many there are."""
+    texts = [text for sample in cell.samples if isinstance(text := sample.get(f"{prefix}text"), str)]
+    return sum(not text.strip() for text in texts), len(texts)
+
+
+def _wrong(full: CellResult, prefix: str) -> str | None:
+    """Return what keeps the full cache's answers from ranking anybody, "" if nothing does, None where nothing tells."""
+    empty, num = num_empty_answers(full, prefix)
+    if empty > MOST_EMPTY_FRACTION * num:
+        return f"the full cache's answer is empty on {empty} of {num} samples"
+    own: dict[str, Estimate] = {}
+    for names in (_FACTS, _TEXTS):
+        known = ((f"{prefix}{name}", full.estimate(f"{prefix}{name}")) for name in names)
+        own = own or {name: found for name, found in known if found is not None}
+    if not own:
         return None
-    return from_interval(found.value, found.low, found.high, found.n or 0)
-
-
-def _noise(name: str, *cells: CellResult) -> str:
-    """Return why the times of one of the cells are noisy; empty where they are not, or nothing was recorded."""
-    for cell in cells:
-        if (reason := timing_noise(cell, name)) and not cell.is_full:
-            return reason
-    return ""
-
-
-def timing_noise(cell: CellResult, name: str = "tpot_ratio_to_full") -> str:
-    """Return why a time or rate of the cell is noisy; empty where it is not, or the measure is neither."""
-    if not _is_time(name):
+    references = (sample.get(f"{prefix}reference") for sample in full.samples)
+    chance = constant_answer_score(text for text in references if isinstance(text, str) and text)
+    floor = floor_of(chance)
+    if any(found.bounds[0] > floor for found in own.values()):
         return ""
-    spread = max((found for one in _spreads(name) if (found := _value(cell, one)) is not None), default=None)
-    drift, foreign = _value(cell, "reference_drift_fraction"), _value(cell, "foreign_gpu_processes")
-    if cell.status == "noisy" and spread is drift is foreign is None:
-        return "the cell is noisy"
-    return noise_reason(spread, drift, None if foreign is None else int(foreign))
-
-
-def _value(cell: CellResult, name: str) -> float | None:
-    found = cell.estimate(name)
-    return None if found is None else found.value
-
-
-def _spreads(name: str) -> tuple[str, ...]:
-    """Return the spreads that say how far the measure can be trusted; a whole launch has both parts."""
-    if "throughput" in name:
-        return "tpot_spread_fraction", "ttft_spread_fraction"
-    return ("ttft_spread_fraction",) if "ttft" in name else ("tpot_spread_fraction",)
-
-
-def _is_time(name: str) -> bool:
-    """Whether the measure is a time or a rate, or made of one, which a noisy machine spoils."""
-    if name == "capacity_ratio_to_full":
-        return False  # how many prompts fit, on any clock
-    of_times = ("_ratio_to_full", "roof_share_fraction")
-    return measure(name).unit in ("ms", "tokens/s") or name.endswith(of_times)
-
-
-Bounds = tuple[float, float]
-
-
-def compare_unpaired(base: Comparison, ends: tuple[Bounds, Bounds], counts: tuple[int, int]) -> Comparison:
-    """Return whether the intervals `ends` of the two cells, over `counts` units each, are apart.
-
-    The bounds are in the unit of the difference. It is stricter than pairing: the interval of the difference reaches
-    from one's low to the other's high.
-    """
-    noise = next(filter(None, (timing_noise(cell, base.measure) for cell in (base.first, base.second))), "")
-    (low, high), (other_low, other_high) = ends
-    found = replace(
-        base,
-        low=low - other_high,
-        high=high - other_low,
-        p_value=unpaired_p_value(base.value, (high - low, other_high - other_low), counts),
-        method="the two cells' own intervals, not paired",
-        noise=noise,
+    name, found = next(iter(own.items()))
+    shown = format_with_interval(name, found.value, found.low, found.high)
+    return (
+        f"the full cache itself reaches {measure(name).label} {shown}, which is not clear of "
+        f"{format_value(name, floor)}, {HEADROOM_FRACTION:.0%} of the way from chance ({format_value(name, chance)}) "
+        "to a perfect score (were answers cut by max_new_tokens?)"
     )
-    return judged(found)
-
-
-def observed_once(base: Comparison) -> Comparison:
-    """Return the comparison of numbers without an interval."""
-    reason = "observed once, so nothing says how far chance reaches"
-    return replace(base, method="single observations: no interval", verdict="not comparable", reason=reason)
-
-
-def has_interval(found: Estimate) -> bool:
-    """Whether the number has bounds, and a count of what they were made of."""
-    return found.low is not None and found.high is not None and (found.n or 0) > 1
-
-
-_NOT_OF_THE_POLICY = ("full_", "copy_bandwidth_")
-_AGAINST_FULL = ("_vs_full", "top1_agreement_fraction")
-Scores = Mapping[str, tuple[float, float]]
-
-
-def compare(first: CellResult, second: CellResult, name: str, choices: Choices = DECLARED) -> Comparison | None:
-    """Return how `first` differs from `second` in the measure `name`; None if either has none.
-
-    None too where no side is better, and for what describes the full cache or the machine, not the policy.
-    """
-    one, two = first.estimate(name), second.estimate(name)
-    if measure(name).better == "none" or one is None or name.startswith(_NOT_OF_THE_POLICY):
-        return None
-    if is_latency_ratio(measure(name)):
-        return judged(compare_latency(first, second, name, choices)) if second.is_full or two else None
-    if two is None:
-        return None
-    values = [_subtracted(name, found.value) for found in (one, two)]
-    if -math.inf in values:
-        return None
-    scored = (_scores(first, name), _scores(second, name))
-    base = Comparison(
-        measure=name,
-        first=first,
-        second=second,
-        value=values[0] - values[1],
-        method="none",
-        verdict="not comparable",
-        margin=smallest_margin(name, choices.margins),
-    )
-    if not any(scored):
-        return _without_samples(base, one, two)
-    shared = [identity for identity in scored[0] if identity in scored[1]]
-    if not shared or (len(shared) < max(map(len, scored)) and not choices.intersect):
-        counts = f"{len(shared)} samples have a number in both, of {len(scored[0])} and {len(scored[1])}"
-        return replace(base, reason=f"{counts}; --intersect compares those" if shared else counts)
-    return _paired(base, scored, shared, choices)
-
-
-def _paired(base: Comparison, scored: tuple[Scores, Scores], shared: Sequence[str], choices: Choices) -> Comparison:
-    clusters = _clusters(base.first)
-    mine, theirs = ([scores[identity] for identity in shared] for scores in scored)
-    pairs = paired_sums(mine, theirs, [clusters[identity] for identity in shared])
-    found = infer(pairs, scale=_scale(base.measure, theirs), confidence=choices.confidence)
-    return judged(_filled(replace(base, verdict="undecided"), found))
-
-
-def _scale(name: str, theirs: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
-    """Return what differences of the measure lie between: no answer is closer to the full cache's than that itself."""
-    if measure(name).unit not in ("score", "fraction"):
-        return None
-    is_full = name.endswith(_AGAINST_FULL) and all(total == weight for total, weight in theirs)
-    return -1.0, 0.0 if is_full else 1.0
-
-
-def _subtracted(name: str, number: float) -> float:
-    """Return a number of the measure as it is subtracted: a perplexity in nats per token."""
-    if measure(name).unit != "ppl":
-        return number
-    return math.log(number) if number > 0 else -math.inf
-
-
-def _filled(base: Comparison, found: Inference) -> Comparison:
-    return replace(
-        base,
-        **{
-            name: getattr(found, name)
-            for name in (
-                *("value", "low", "high", "method", "t_low", "t_high", "num_samples", "num_clusters", "p_value"),
-                *("minimum_detectable", "is_sparse"),
-            )
-        },
-    )
-
-
-def _scores(cell: CellResult, name: str) -> dict[str, tuple[float, float]]:
-    found = ((str(sample.get("id")), sample_score(sample, name)) for sample in cell.samples)
-    return {identity: score for identity, score in found if score is not None}
-
-
-def _clusters(cell: CellResult) -> dict[str, str]:
-    identities = ((str(sample.get("id")), sample.get("cluster")) for sample in cell.samples)
-    return {identity: str(cluster or identity) for identity, cluster in identities}
-
-
-def _without_samples(base: Comparison, one: Estimate, two: Estimate) -> Comparison:
-    """Without samples ask whether the two cells' own intervals are apart."""
-    if not has_interval(one) or not has_interval(two):
-        return observed_once(base)
-    mine, theirs = (
-        (_subtracted(base.measure, found.bounds[0]), _subtracted(base.measure, found.bounds[1])) for found in (one, two)
-    )
-    if not all(map(math.isfinite, (*mine, *theirs))):
-        return observed_once(base)
-    return compare_unpaired(base, (mine, theirs), (one.n or 0, two.n or 0))
-
-
-PRIMARY_QUALITIES = ("rougeL_vs_full", "ppl", "rougeL_vs_reference", "turn1_rougeL_vs_full")
-PRIMARY_LATENCY = "tpot_ratio_to_full"
-PRIMARY_BUDGET = 0.2
 
 
 def group_comparisons(
@@ -341,25 +336,26 @@ def group_comparisons(
     """Return every budgeted cell against full, and every two policies at equal budget, in every measure or `only` some.
 
     Verdicts are corrected by Holm within a measure: those against full are one family, those between policies another,
-    which is left out without `between`. Where the full cache can not do the task nobody is ranked.
+    which is left out without `between`. Where the full cache can not do the task nobody is ranked. Those are marked
+    primary that were declared before: one quality and one latency measure, at one budget, against full.
     """
-    names = [
-        name
-        for name in MEASURES
-        if any(cell.estimate(name) for cell in group.budgeted) and (only is None or name in only)
-    ]
+    known = {name for cell in group.budgeted if not cell.failed for name in cell.measurements}
+    names = [name for name in MEASURES if name in known and (only is None or name in only)]
+    quality, budget = next((name for name in PRIMARY_QUALITIES if name in known), None), declared_budget(group)
+    full, ability = group.full, Ability(group)
+    against_full = [(cell, full) for cell in group.budgeted if full is not None and not cell.failed]
     found: list[Comparison] = []
     for name in names:
-        for pairs in (_against_full(group), between_policies(group) if between else ()):
+        for pairs in (against_full, between_policies(group) if between else ()):
             family = [one for pair in pairs if (one := compare(*pair, name, choices))]
-            found.extend(_corrected(family))
-    ability = Ability(group)
-    return tuple(withheld(one, ability.reason(one.measure)) for one in _marked(group, found))
-
-
-def _against_full(group: Group) -> Iterator[tuple[CellResult, CellResult]]:
-    if group.full is not None:
-        yield from ((cell, group.full) for cell in group.budgeted if not cell.failed)
+            tested = sorted((one for one in family if one.p_value is not None), key=lambda one: one.p_value or 0.0)
+            p_values = holm([one.p_value or 0.0 for one in tested])
+            corrected = {id(one): judged(one, p_values[k], len(tested) - k) for k, one in enumerate(tested)}
+            for one in family:
+                primary = name in (quality, PRIMARY_LATENCY) and one.second.is_full and one.first.budget == budget
+                seen = withheld(corrected.get(id(one), one), ability.reason(name))
+                found.append(replace(seen, primary=primary))
+    return tuple(found)
 
 
 def between_policies(group: Group) -> Iterator[tuple[CellResult, CellResult]]:
@@ -368,30 +364,14 @@ def between_policies(group: Group) -> Iterator[tuple[CellResult, CellResult]]:
         yield from combinations((cell for cell in cells if not cell.failed), 2)
 
 
-def _corrected(family: list[Comparison]) -> list[Comparison]:
-    tested = sorted((one for one in family if one.p_value is not None), key=lambda one: one.p_value or 0.0)
-    p_values = holm([one.p_value or 0.0 for one in tested])
-    found = {id(one): judged(one, p_values[k], len(tested) - k) for k, one in enumerate(tested)}
-    return [found.get(id(one), one) for one in family]
-
-
 def declared_budget(group: Group) -> str | None:
     """Return the budget of the primary comparisons: 20 % of the tokens, else the middle one; failed cells count too.
 
     It is settled by what was asked for, so that a cell that fails does not move it.
     """
     budgets = list(group.by_budget)
-    known = next((cell.budget for cell in group.budgeted if cell.budget_fraction == PRIMARY_BUDGET), None)
+    known = next((cell.budget for cell in group.budgeted if cell.budget_fraction == _PRIMARY_BUDGET), None)
     return known or (budgets[len(budgets) // 2] if budgets else None)
-
-
-def _marked(group: Group, found: Iterable[Comparison]) -> Iterator[Comparison]:
-    """Mark the comparisons that were declared before: one quality and one latency measure, at one budget."""
-    quality = next((name for name in PRIMARY_QUALITIES if any(cell.estimate(name) for cell in group.budgeted)), None)
-    budget = declared_budget(group)
-    for one in found:
-        is_primary = one.second.is_full and one.measure in (quality, PRIMARY_LATENCY) and one.first.budget == budget
-        yield replace(one, primary=True) if is_primary else one
 
 
 def difference_unit(name: str) -> tuple[str, float, int]:

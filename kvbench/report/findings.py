@@ -1,35 +1,55 @@
-"""What looks odd in the numbers: policies below `random`, quality that falls where the budget grows.
+"""What a reader must know before believing the tables: odd orders, failures, unequal machines, few samples.
 
-Each finding also knows what it was looked for in, so that nothing is said about what was never compared.
-Every difference is paired by sample and carries its interval; where that interval holds zero the
-words say "undecided" instead of naming a winner.
+    for note in notes_of(group):
+        print(note.text, *note.details)
 
-What a reader must know before believing the tables: odd orders, failures, unequal machines, few samples.
-
-What a note is: one thing that a reader must know before believing the tables.
-
-Notes on `random`: which policies it beats, why that may be, and what it was compared in.
-
+Odd is a policy that scores below `random`, and quality that falls where the budget grows. Each finding also knows what
+it was looked for in (`Looked`), so that nothing is said about what was never compared. Every difference is paired by
+sample and carries its interval; where that interval holds zero the words say "undecided" instead of naming a winner.
 Reasons are offered as conjectures, and each says whether the numbers of this report bear it out.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kvbench.measures import MAX_TURNS, format_value, measure
-from kvbench.report.ability import Ability, num_empty_answers
-from kvbench.report.compare import PRIMARY_QUALITIES, Comparison, compare, difference_text, timing_noise
+from kvbench.report.compare import (
+    PRIMARY_QUALITIES,
+    Ability,
+    Comparison,
+    compare,
+    difference_text,
+    num_empty_answers,
+    timing_noise,
+)
 from kvbench.report.load import CellResult, Group, is_better
 from kvbench.report.markup import listed
 from kvbench.results.record import AUTOPSY_FILE
 
 _REFERENCE = "rougeL_vs_reference"  # a model's answers may be nearer to it by chance, so it shows nothing odd
-_RECALLED = ("objects_recalled_fraction", "needles_recalled_fraction")
-_ODD_QUALITIES = (*_RECALLED, *(name for name in PRIMARY_QUALITIES if name != _REFERENCE))
+_RECALL = "objects_recalled_fraction"
+_ODD_QUALITIES = (_RECALL, "needles_recalled_fraction", *(name for name in PRIMARY_QUALITIES if name != _REFERENCE))
 QUALITIES = (*_ODD_QUALITIES, _REFERENCE)
+_POSITION_ONLY = ("streaming", "local", "window", "recent")
+_FEW_SAMPLES = 20
+_MACHINE_KEYS = ("device", "device_name", "gpu_name", "cpu_model", "num_threads", "torch", "transformers", "hostname")
+_TIMES = ("tpot_ms", "ttft_ms")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Note:
+    """One thing that a reader must know: a sentence or two, and the numbers behind it."""
+
+    text: str
+    details: tuple[str, ...] = ()
+
+
+def notes_of(group: Group) -> list[Note]:
+    """Return every note on `group`, the gravest first."""
+    return [*_ability_notes(group), *_failures(group), *_random_notes(group), *_monotone_notes(group), *_doubts(group)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,26 +66,54 @@ class Contrast:
         """True when one of the two is shown to be better: the paired interval leaves zero out."""
         return self.difference.is_clear
 
-
-Pair = tuple[CellResult, CellResult, str]
+    @property
+    def text(self) -> str:
+        """Return "12.1 % against 30.2 %, paired difference -18.1 [-22.0, -14.0] points over 32 samples"."""
+        values = f"{_value(self.first, self.name)} against {_value(self.second, self.name)}"
+        found = self.difference
+        if found.low is None or found.high is None or not found.num_samples:
+            return f"{values} (no paired samples; " + ("intervals apart)" if self.is_clear else "undecided)")
+        noise = "" if self.is_clear else ", undecided"
+        return f"{values}, paired difference {difference_text(found).replace('/', ' per ')}{noise}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Looked:
     """Where an odd order was looked for: pairs that should be in order (worse first), with the measure."""
 
-    pairs: tuple[Pair, ...]
+    pairs: tuple[tuple[CellResult, CellResult, str], ...]
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Return the measures compared."""
-        return tuple(name for name in _ODD_QUALITIES if any(pair[2] == name for pair in self.pairs))
+    def labels(self) -> str:
+        """Return the names of the measures compared."""
+        names = (name for name in _ODD_QUALITIES if any(pair[2] == name for pair in self.pairs))
+        return listed([measure(name).label for name in names])
 
     @property
-    def num_clear(self) -> int:
-        """Return how many pairs are shown to be in order."""
+    def out_of_order(self) -> list[Contrast]:
+        """Return the pairs whose values stand the wrong way round; `first` should have been the better one."""
+        found = []
+        for second, first, name in self.pairs:
+            one, two = first.estimate(name), second.estimate(name)
+            if one and two and is_better(name, two.value, one.value) and (seen := compare(first, second, name)):
+                found.append(Contrast(first=first, second=second, name=name, difference=seen))
+        return found
+
+    def sure(self, what: str) -> str:
+        """Return how many pairs are shown to be in order, such as "3 of 8 steps are clear"."""
         found = (compare(better, worse, name) for worse, better, name in self.pairs)
-        return sum(one is not None and one.verdict == "better" for one in found)
+        clear = sum(one is not None and one.verdict == "better" for one in found)
+        return f"{clear} of {len(self.pairs)} {what} are clear" + (
+            "" if clear == len(self.pairs) else ", the others may be chance"
+        )
+
+
+def _looked(group: Group, pairs: Iterable[tuple[CellResult, CellResult]]) -> Looked:
+    """Return the pairs (worse, better) in every measure that both have and that ranks anybody."""
+    ability = Ability(group)
+    names = [name for name in _ODD_QUALITIES if not ability.reason(name)]
+    found = ((*pair, name) for pair in pairs for name in names if all(cell.estimate(name) for cell in pair))
+    return Looked(pairs=tuple(found))
 
 
 def budgets_of(group: Group) -> dict[str, list[CellResult]]:
@@ -77,7 +125,7 @@ def budgets_of(group: Group) -> dict[str, list[CellResult]]:
 def below_random(group: Group) -> dict[str, list[Contrast]]:
     """Return, by series label, every budget and measure in which a policy scores worse than `random`."""
     found: dict[str, list[Contrast]] = {}
-    for contrast in _out_of_order(above_random(group)):
+    for contrast in above_random(group).out_of_order:
         found.setdefault(group.series_label(contrast.first), []).append(contrast)
     return found
 
@@ -87,93 +135,53 @@ def above_random(group: Group) -> Looked:
 
     Nothing is looked for in a measure that ranks nobody.
     """
-    pairs: list[Pair] = []
-    names = _ranking(group)
-    for cells in budgets_of(group).values():
-        for baseline in (cell for cell in cells if cell.policy == "random"):
-            for cell in (cell for cell in cells if cell.policy != "random"):
-                pairs.extend(_pairs(baseline, cell, names))
-    return Looked(pairs=tuple(pairs))
+    return _looked(
+        group,
+        (
+            (baseline, cell)
+            for cells in budgets_of(group).values()
+            for baseline in cells if baseline.policy == "random"
+            for cell in cells if cell.policy != "random"
+        ),
+    )  # fmt: skip
 
 
 def not_monotone(group: Group) -> list[Contrast]:
     """Return every step to a larger budget (full last) at which a measure gets worse instead of better."""
-    return list(_out_of_order(budget_steps(group)))
+    return budget_steps(group).out_of_order
 
 
 def budget_steps(group: Group) -> Looked:
-    """Return every step of a policy to the next larger budget, full last, in every measure that both cells have."""
+    """Return every step of a policy to the next larger budget, full last, in every measure that both cells have.
+
+    A share and an absolute size are not ordered, full is above both.
+    """
     by_series: dict[tuple[str, str, str], list[CellResult]] = {}
     for cell in group.budgeted:
         by_series.setdefault(cell.series, []).append(cell)
-    pairs: list[Pair] = []
-    names = _ranking(group)
-    for cells in by_series.values():
-        usable = [cell for cell in cells if not cell.failed]
-        ladder = [*usable, group.full] if group.full else usable
-        for smaller, larger in itertools.pairwise(ladder):
-            if _comparable_budgets(smaller, larger):
-                pairs.extend(_pairs(smaller, larger, names))
-    return Looked(pairs=tuple(pairs))
+    last = [group.full] if group.full else []
+    ladders = ([*(cell for cell in cells if not cell.failed), *last] for cells in by_series.values())
+    steps = (step for ladder in ladders for step in itertools.pairwise(ladder))
+    return _looked(
+        group,
+        (
+            (small, large)
+            for small, large in steps
+            if large.is_full or (small.budget_fraction is None) == (large.budget_fraction is None)
+        ),
+    )
 
 
-def contrast_text(contrast: Contrast) -> str:
-    """Return "12.1 % against 30.2 %, paired difference -18.1 [-22.0, -14.0] points over 32 samples"."""
-    name, found = contrast.name, contrast.difference
-    one, two = contrast.first.estimate(name), contrast.second.estimate(name)
-    values = " against ".join(format_value(name, est.value if est else None) for est in (one, two))
-    if found.low is None or found.high is None or not found.num_samples:
-        return f"{values} (no paired samples; " + ("intervals apart)" if contrast.is_clear else "undecided)")
-    noise = "" if contrast.is_clear else ", undecided"
-    return f"{values}, paired difference {difference_text(found).replace('/', ' per ')}{noise}"
-
-
-def _ranking(group: Group) -> list[str]:
-    ability = Ability(group)
-    return [name for name in _ODD_QUALITIES if not ability.reason(name)]
-
-
-def _pairs(worse: CellResult, better: CellResult, names: list[str]) -> Iterator[Pair]:
-    for name in names:
-        if worse.estimate(name) and better.estimate(name):
-            yield worse, better, name
-
-
-def _out_of_order(looked: Looked) -> Iterator[Contrast]:
-    """Yield the pairs whose values stand the wrong way round; `first` should have been the better one."""
-    for second, first, name in looked.pairs:
-        one, two = first.estimate(name), second.estimate(name)
-        if one and two and is_better(name, two.value, one.value):
-            difference = compare(first, second, name)
-            if difference is not None:
-                yield Contrast(first=first, second=second, name=name, difference=difference)
-
-
-def _comparable_budgets(smaller: CellResult, larger: CellResult) -> bool:
-    """Tell whether two budgets are ordered: a share and an absolute size are not, full is above both."""
-    return larger.is_full or (smaller.budget_fraction is None) == (larger.budget_fraction is None)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Note:
-    """One warning: a sentence or two, and the numbers behind it."""
-
-    text: str
-    details: tuple[str, ...] = ()
-
-
-_POSITION_ONLY = ("streaming", "local", "window", "recent")
-_RECALL = "objects_recalled_fraction"
-
-
-def random_notes(group: Group) -> Iterator[Note]:
+def _random_notes(group: Group) -> Iterator[Note]:
     """Yield what stands below `random`, clearly or perhaps, or that nothing does."""
     found, looked = below_random(group), above_random(group)
     measured = any(cell.policy == "random" and not cell.failed for cell in group.budgeted)
     if not measured and any(cell.estimate(name) for cell in group.budgeted for name in QUALITIES):
         yield Note(text="The policy `random` was not measured, so nothing shows what choosing is worth.")
     elif looked.pairs and not found:
-        yield Note(text=_in_order(looked))
+        budgets = listed(list(dict.fromkeys(worse.budget for worse, _, _ in looked.pairs)))
+        text = f"No policy scores below `random` in {looked.labels} at {budgets}, as it should be"
+        yield Note(text=f"{text}; {looked.sure('differences')}.")
     clear = {label: some for label, some in found.items() if any(contrast.is_clear for contrast in some)}
     for label, contrasts in clear.items():
         budgets = listed(list(dict.fromkeys(one.first.budget for one in contrasts if one.is_clear)))
@@ -187,12 +195,8 @@ def random_notes(group: Group) -> Iterator[Note]:
         yield Note(text=text, details=tuple(lines))
 
 
-def _in_order(looked: Looked) -> str:
-    names = listed([measure(name).label for name in looked.names])
-    budgets = listed(list(dict.fromkeys(worse.budget for worse, _, _ in looked.pairs)))
-    num, clear = len(looked.pairs), looked.num_clear
-    sure = f"{clear} of {num} differences are clear" + ("" if clear == num else ", the others may be chance")
-    return f"No policy scores below `random` in {names} at {budgets}, as it should be; {sure}."
+def _contrast_line(contrast: Contrast) -> str:
+    return f"{contrast.first.budget}, {measure(contrast.name).label}: {contrast.text}"
 
 
 def _reason(group: Group, contrasts: list[Contrast]) -> str:
@@ -202,22 +206,18 @@ def _reason(group: Group, contrasts: list[Contrast]) -> str:
             "This may be because it keeps only the first tokens (sinks) and the most recent ones, whatever they are, "
             "and so drops the picture, which stands between them, while a random draw keeps some of every part of it. "
         ) + _evidence(group, contrasts)
+    folders = (contrast.first.cell_folder for contrast in contrasts)
+    seen = any(folder is not None and (folder / AUTOPSY_FILE).exists() for folder in folders)
+    where = '"What the cache kept" shows for a few samples which tokens it held.'
     return (
         "This may be because what its score ranked high so far is not what the later answer needs, or because the "
         "kept tokens crowd in a few places, while a random draw spreads evenly over the picture. This is a "
-        f"conjecture; {_where_to_look(contrasts)}"
+        f"conjecture; {where if seen else 'which tokens were kept was not recorded.'}"
     )
 
 
-def _where_to_look(contrasts: list[Contrast]) -> str:
-    folders = {contrast.first.cell_folder for contrast in contrasts}
-    if any(folder is not None and (folder / AUTOPSY_FILE).exists() for folder in folders):
-        return '"What the cache kept" shows for a few samples which tokens it held.'
-    return "which tokens were kept was not recorded."
-
-
 def _evidence(group: Group, contrasts: list[Contrast]) -> str:
-    """Say whether the objects recalled agree with a picture that was dropped."""
+    """Say whether the objects recalled agree with a picture that was dropped, and whether the answers repeat."""
     cells = {contrast.first.key: contrast.first for contrast in contrasts}.values()
     if not any(cell.estimate(_RECALL) for cell in cells):
         return "Objects recalled were not measured, so the numbers can not tell."
@@ -225,36 +225,19 @@ def _evidence(group: Group, contrasts: list[Contrast]) -> str:
     if not clear:
         return "The numbers do not bear this out: it does not recall clearly fewer objects than random."
     shares = ", ".join(
-        f"{_value(contrast.first)} against {_value(contrast.second)} at {contrast.first.budget}" for contrast in clear
+        f"{_value(contrast.first, _RECALL)} against {_value(contrast.second, _RECALL)} at {contrast.first.budget}"
+        for contrast in clear
     )
-    full = f" (full: {_value(group.full)})" if group.full else ""
-    return f"The objects recalled agree with that: {shares}{full}.{_repeats(list(cells))}"
-
-
-def _repeats(cells: list[CellResult]) -> str:
-    """Say so when the answers hardly depend on the sample."""
+    full = f" (full: {_value(group.full, _RECALL)})" if group.full else ""
     texts = [[str(sample["text"]) for sample in cell.samples if "text" in sample] for cell in cells]
-    found = next(((len(set(some)), len(some)) for some in texts if some and len(set(some)) * 2 < len(some)), None)
-    return f" Its {found[1]} answers are only {found[0]} different texts." if found else ""
+    counts = ((len(set(some)), len(some)) for some in texts)
+    repeats = next((f" Its {num} answers are only {few} different texts." for few, num in counts if few * 2 < num), "")
+    return f"The objects recalled agree with that: {shares}{full}.{repeats}"
 
 
-def _value(cell: CellResult) -> str:
-    found = cell.estimate(_RECALL)
-    return format_value(_RECALL, found.value if found else None)
-
-
-def _contrast_line(contrast: Contrast) -> str:
-    return f"{contrast.first.budget}, {measure(contrast.name).label}: {contrast_text(contrast)}"
-
-
-FEW_SAMPLES = 20
-_MACHINE_KEYS = ("device", "device_name", "gpu_name", "cpu_model", "num_threads", "torch", "transformers", "hostname")
-_TIMES = ("tpot_ms", "ttft_ms")
-
-
-def notes_of(group: Group) -> list[Note]:
-    """Return every note on `group`, the gravest first."""
-    return [*_ability_notes(group), *_failures(group), *random_notes(group), *_monotone_notes(group), *_doubts(group)]
+def _value(cell: CellResult, name: str) -> str:
+    found = cell.estimate(name)
+    return format_value(name, found.value if found else None)
 
 
 def _ability_notes(group: Group) -> Iterator[Note]:
@@ -278,7 +261,11 @@ def _empty_answers(cell: CellResult) -> str:
 def _failures(group: Group) -> Iterator[Note]:
     failed = [cell for cell in group.cells if cell.failed]
     if failed:
-        details = tuple(_failure_text(group, cell) for cell in failed)
+        details = tuple(
+            f"{group.cell_label(cell)}: {cell.status}{f' in {cell.phase}' if cell.phase else ''}"
+            f"{f' ({cell.error:.300})' if cell.error else ''}"
+            for cell in failed
+        )
         yield Note(text=f"{len(failed)} of {len(group.cells)} cells failed and have no numbers.", details=details)
     reasons = ((group.cell_label(cell), _noise_text(cell)) for cell in group.cells if not cell.failed)
     noisy = tuple(f"{label}: {reason}" for label, reason in reasons if reason)
@@ -294,13 +281,9 @@ def _noise_text(cell: CellResult) -> str:
     return "; ".join(f"{measure(name).label}: {reason}" for name, reason in found.items())
 
 
-def _failure_text(group: Group, cell: CellResult) -> str:
-    phase = f" in {cell.phase}" if cell.phase else ""
-    return f"{group.cell_label(cell)}: {cell.status}{phase}{f' ({cell.error:.300})' if cell.error else ''}"
-
-
 def _monotone_notes(group: Group) -> Iterator[Note]:
-    found, looked = not_monotone(group), budget_steps(group)
+    looked = budget_steps(group)
+    found = looked.out_of_order
     for is_clear, text in (
         (True, "Quality gets clearly worse where the budget grows; something other than the budget is at work."),
         (False, "Quality does not rise with every step in budget, but these steps are within the noise."),
@@ -309,28 +292,22 @@ def _monotone_notes(group: Group) -> Iterator[Note]:
         if lines:
             yield Note(text=text, details=lines)
     if looked.pairs and not found:
-        yield Note(text=_steps_in_order(looked))
-
-
-def _steps_in_order(looked: Looked) -> str:
-    names = listed([measure(name).label for name in looked.names])
-    num, clear = len(looked.pairs), looked.num_clear
-    sure = f"{clear} of {num} steps are clear" + ("" if clear == num else ", the others may be chance")
-    return f"Quality ({names}) never rises where the budget shrinks, as it should be; {sure}."
+        text = f"Quality ({looked.labels}) never rises where the budget shrinks, as it should be"
+        yield Note(text=f"{text}; {looked.sure('steps')}.")
 
 
 def _step_line(group: Group, contrast: Contrast) -> str:
     larger = "full" if contrast.first.is_full else contrast.first.budget
     step = f"{group.series_label(contrast.second)}, from {contrast.second.budget} to {larger}"
-    return f"{step}, {measure(contrast.name).label}: larger budget {contrast_text(contrast)}"
+    return f"{step}, {measure(contrast.name).label}: larger budget {contrast.text}"
 
 
 def _doubts(group: Group) -> Iterator[Note]:
     if group.full is None:
         yield Note(text="There is no usable cell of the full cache, so no number can be related to it.")
-    differing = tuple(
-        f"{name}: {', '.join(values)}" for name in _MACHINE_KEYS if len(values := _environment_values(group, name)) > 1
-    )
+    usable = [cell for cell in group.cells if not cell.failed]
+    kinds = {name: {str(cell.environment.get(name, "not recorded")) for cell in usable} for name in _MACHINE_KEYS}
+    differing = tuple(f"{name}: {', '.join(sorted(values))}" for name, values in kinds.items() if len(values) > 1)
     if differing:
         yield Note(text="Cells ran under different conditions; compare their times with care.", details=differing)
     too_long = tuple(_beyond_text(group, cell) for cell in group.cells if cell.estimate("num_beyond_context"))
@@ -338,7 +315,7 @@ def _doubts(group: Group) -> Iterator[Note]:
         text = "Prompts go beyond the model's context; what is said there is no policy's doing."
         yield Note(text=text, details=too_long)
     counts = [found.n for cell in group.cells for name in QUALITIES if (found := cell.estimate(name)) and found.n]
-    if counts and min(counts) < FEW_SAMPLES:
+    if counts and min(counts) < _FEW_SAMPLES:
         yield Note(text=f"Some numbers rest on only {min(counts)} samples; intervals from so few are too narrow.")
 
 
@@ -346,7 +323,3 @@ def _beyond_text(group: Group, cell: CellResult) -> str:
     found = cell.estimate("num_beyond_context")
     assert found is not None
     return f"{group.cell_label(cell)}: {found.value:.0f} of {found.n} prompts ({found.method})"
-
-
-def _environment_values(group: Group, name: str) -> list[str]:
-    return sorted({str(cell.environment.get(name, "not recorded")) for cell in group.cells if not cell.failed})

@@ -1,20 +1,12 @@
-"""Read a results folder: every accepted record, and every file that could not be used and why.
-
-A damaged or foreign file costs its own cell only; it is listed as a problem and the rest is reported.
+"""Read results folders: every accepted record as a cell, and every file that could not be used and why.
 
     results = load_results(Path("results"), sweep="first")
+    results = load_folders([Path("laptop"), Path("cluster/results")])   # as one: every cell once
 
-One cell as the report sees it: labels, status and estimates, checked once so later code can trust them.
-
-Several results folders as one: every cell once, the newest attempt that can be used.
-
-results = load_folders([Path("laptop"), Path("cluster/results")])
-
-Table order, and names that tell cells apart whose labels are equal.
-
-The order of names in which a reader counts: "32 samples" before "256 samples", item 2 before item 10.
-
-What one sample scores in a measure, and which of two values is the better one.
+A damaged or foreign file costs its own cell only; it is listed as a problem and the rest is reported. Of a cell that
+several folders hold the newest attempt that can be used counts. Everything is checked here once, so that later code
+can trust it. Cells come in table order, names in the order in which a reader counts ("32 samples" before "256
+samples"), and cells whose labels are equal are told apart by the settings in which they differ.
 """
 
 from __future__ import annotations
@@ -22,19 +14,24 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 from kvbench.errors import ConfigError, RecordError, close_matches
 from kvbench.frontier.table import Frontier, load_frontier
 from kvbench.measures import MEASURES, bounds_on_scale, measure
 from kvbench.results.files import canonical_json
-from kvbench.results.record import MEASURED, CellRecord, read_cell
+from kvbench.results.record import MEASURED, CellRecord, Problem, check_results_folder, read_cell
 from kvbench.stats.paired import POOLED
 
 _DIGITS = re.compile(r"([0-9]+)")
+_TEXT_LABELS = ("model", "dataset", "policy", "budget", "positions")
+_LARGEST = 1e300
+_LARGEST_SCORE = 1e100  # squares and sums of what is larger leave the floats; no score and no log-loss is
+_MAX_NAME = 40  # longer texts of settings give way to a digest
+_Key = TypeVar("_Key", bound=Hashable)
 
 
 def natural_key(text: str) -> tuple[object, ...]:
@@ -42,11 +39,6 @@ def natural_key(text: str) -> tuple[object, ...]:
     parts = _DIGITS.split(text)
     numbers = ((len(digits), digits) for digits in (part.lstrip("0") for part in parts[1::2]))
     return (*(one for pair in zip(parts[::2], (*numbers, ()), strict=True) for one in pair), text)
-
-
-FULL = "full"
-_LARGEST = 1e300
-_TEXT_LABELS = ("model", "dataset", "policy", "budget", "positions")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +100,7 @@ class CellResult:
     @property
     def is_full(self) -> bool:
         """True for the cache that keeps everything."""
-        return self.policy == FULL
+        return self.policy == "full"
 
     def estimate(self, name: str) -> Estimate | None:
         """Return the measurement, None if the cell failed or has no such number."""
@@ -134,152 +126,75 @@ class CellResult:
 
 def parse_cell(body: Mapping[str, Any]) -> CellResult:
     """Return `body` (a verified record body) as a cell. Raises: RecordError saying which label is wrong."""
-    labels = body["labels"]
+    labels, error = body["labels"], body["error"]
     for name in _TEXT_LABELS:
         if not isinstance(labels.get(name), str) or not labels[name]:
             raise RecordError(f"label {name} is {labels.get(name)!r:.60}; it must be text. Run the cell again.")
     if any(not isinstance(sample, dict) for sample in body["samples"]):
         raise RecordError("a sample is not a JSON object. Run the cell again.")
-    fraction, tokens = _number(labels.get("budget_fraction")), _number(labels.get("budget_tokens"))
+    texts, tokens = {name: labels[name] for name in _TEXT_LABELS}, _number(labels.get("budget_tokens"))
     return CellResult(
-        **{name: labels[name] for name in _TEXT_LABELS},
-        labels={name: labels[name] for name in _TEXT_LABELS},
-        **{name: body[name] for name in ("key", "sweep", "status", "phase", "environment", "started_utc")},
-        error=_error_text(body["error"]),
-        budget_fraction=fraction,
+        **texts,
+        labels=texts,
+        **{name: body[name] for name in ("key", "sweep", "status", "phase", "environment", "started_utc", "curves")},
+        error="" if error is None else f"{error.get('type', 'error')}: {error.get('message', '')}",
+        budget_fraction=_number(labels.get("budget_fraction")),
         budget_tokens=None if tokens is None else int(tokens),
-        measurements=_estimates(body["measurements"]),
+        measurements={
+            name: found
+            for name in MEASURES
+            if (found := _estimate(name, body["measurements"].get(name, {}))) is not None
+        },
         samples=tuple(body["samples"]),
         settings=body["cell"],
-        curves=body["curves"],
         duration_s=float(body["duration_s"]),
     )
 
 
-def _estimates(measurements: Mapping[str, Mapping[str, Any]]) -> dict[str, Estimate]:
-    """Keep known measurements that have a value, in the registry's order."""
-    found: dict[str, Estimate] = {}
-    for name in MEASURES:
-        entry = measurements.get(name, {})
-        value, n = _number(entry.get("value")), _number(entry.get("n"))
-        if value is None:
-            continue
-        low, high = _number(entry.get("low")), _number(entry.get("high"))
-        if low is not None and high is not None:  # older records hold bounds outside of what the measure can be
-            low, high = bounds_on_scale(name, value, low, high)
-        found[name] = Estimate(
-            value=value,
-            low=low,
-            high=high,
-            n=None if n is None else int(n),
-            method=str(entry.get("method") or ""),
-        )
-    return found
+def _estimate(name: str, entry: Mapping[str, Any]) -> Estimate | None:
+    value, low, high, n = (_number(entry.get(part)) for part in ("value", "low", "high", "n"))
+    if value is None:
+        return None
+    if low is not None and high is not None:  # older records hold bounds outside of what the measure can be
+        low, high = bounds_on_scale(name, value, low, high)
+    method = str(entry.get("method") or "")
+    return Estimate(value=value, low=low, high=high, n=None if n is None else int(n), method=method)
 
 
-def _error_text(error: Mapping[str, Any] | None) -> str:
-    return "" if error is None else f"{error.get('type', 'error')}: {error.get('message', '')}"
+def _is_number(value: object, largest: float) -> TypeGuard[int | float]:
+    """Tell whether a float can hold it; JSON may also hold integers that no float can."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= largest
 
 
 def _number(value: object) -> float | None:
-    """Return a finite number as float; JSON may also hold integers that no float can."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > _LARGEST:
+    return float(value) if _is_number(value, _LARGEST) else None
+
+
+def is_better(name: str, one: float, two: float) -> bool:
+    """Tell whether `one` is a better value of `name` than `two`."""
+    return one > two if measure(name).better == "higher" else one < two
+
+
+def sample_score(sample: Mapping[str, Any], name: str) -> tuple[float, float] | None:
+    """Return (total, weight) of one sample; perplexity and KL weigh their samples by tokens."""
+    total: object = sample.get(name)
+    weight: object = 1
+    if name in POOLED:
+        total, weight = (sample.get(part) for part in POOLED[name])
+    if not _is_number(total, _LARGEST_SCORE) or not _is_number(weight, _LARGEST_SCORE) or weight <= 0:
         return None
-    return float(value)
+    return total, weight
 
 
-_MAX_NAME = 40  # longer texts of settings give way to a digest
+def scores_of(cell: CellResult, name: str) -> dict[str, tuple[float, float]]:
+    """Return (total, weight) of every sample of the cell that has the measure, by its id."""
+    found = ((str(sample.get("id")), sample_score(sample, name)) for sample in cell.samples)
+    return {identity: score for identity, score in found if score is not None}
 
 
-def ordered(cells: list[CellResult]) -> tuple[CellResult, ...]:
-    """Sort, after telling apart cells whose labels are the same."""
-    named: list[CellResult] = []
-    cells = _with_distinct_names(_with_distinct_names(cells, "model"), "dataset")
-    for twins in _by(cells, lambda cell: (cell.model, cell.dataset, *cell.series)).values():
-        repeated = any(len(same) > 1 for same in _by(twins, lambda cell: (cell.budget,)).values())
-        named.extend(_with_variants(twins) if repeated else twins)
-    return tuple(sorted(named, key=lambda cell: cell.sort_key))
-
-
-def _with_distinct_names(cells: list[CellResult], part: str) -> list[CellResult]:
-    """Tell apart models, or data sets, that share a name but not their settings: they are not comparable.
-
-    The settings that differ are named; a digest of all of them where they are many, long or alike.
-    """
-    named: list[CellResult] = []
-    for same in _by(cells, lambda cell: (getattr(cell, part),)).values():
-        settings = {canonical_json(cell.settings.get(part)): cell.settings.get(part) or {} for cell in same}
-        texts = dict(zip(settings, _differing(list(settings.values())), strict=True))
-        if len(set(texts.values())) < len(texts) or max(map(len, texts.values())) > _MAX_NAME:
-            texts = {text: f"#{hashlib.sha256(text.encode()).hexdigest()[:6]}" for text in texts}
-        for cell in same:
-            name: dict[str, Any] = {part: f"{getattr(cell, part)} {texts[canonical_json(cell.settings.get(part))]}"}
-            named.append(replace(cell, **name) if len(settings) > 1 else cell)
-    return named
-
-
-def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return for each of `settings` the names and values in which they are not all the same."""
-    flat = [dict(flat_settings(one)) for one in settings]
-    names = sorted(_differing_names(flat))
-    return [" ".join(f"{name}={one.get(name)}" for name in names) for one in flat]
-
-
-def _by(cells: Iterable[CellResult], key: Any) -> dict[tuple[object, ...], list[CellResult]]:
-    found: dict[tuple[object, ...], list[CellResult]] = {}
-    for cell in cells:
-        found.setdefault(key(cell), []).append(cell)
-    return found
-
-
-def _with_variants(cells: list[CellResult]) -> list[CellResult]:
-    """Name the settings in which cells with the same labels differ; the key if there is no such setting.
-
-    Where only the tasks differ, the cell with most of them needs no name.
-    """
-    flat = {cell.key: dict(_told(cell.settings)) for cell in cells}
-    by_budget = _by(cells, lambda cell: (cell.budget,)).values()
-    differing = set().union(*(_differing_names([flat[cell.key] for cell in same]) for same in by_budget))
-    shown = sorted(differing)[:2]
-    texts = {cell.key: " ".join(f"{name}={flat[cell.key].get(name)}" for name in shown) for cell in cells}
-    if shown == ["tasks"]:
-        texts |= {max(same, key=_num_tasks).key: "" for same in by_budget}
-    return [replace(cell, variant=texts[cell.key] if shown else f"key {cell.key[:8]}") for cell in cells]
-
-
-def _differing_names(flat: Sequence[Mapping[str, object]]) -> set[str]:
-    """Return the settings that are not the same in all; of a task that one lacks only that it lacks it."""
-    names = set().union(*flat)
-    lacking = {name for name in names if name.startswith("task.") and any(name not in one for one in flat)}
-    return {name for name in names - lacking if len({repr(one.get(name)) for one in flat}) > 1}
-
-
-def _num_tasks(cell: CellResult) -> int:
-    return len(cell.settings.get("task") or ())
-
-
-def _told(settings: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-    yield from flat_settings(settings)
-    if isinstance(tasks := settings.get("task"), dict):
-        names = "+".join(sorted(tasks))
-        yield "tasks", names if len(names) <= _MAX_NAME // 2 else len(tasks)
-
-
-def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield nested settings under names like "ask.kind"."""
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from flat_settings(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Problem:
-    """A file (path relative to the results folder) that was not used, or not wholly, and why."""
-
-    path: str
-    message: str
+def mean_scores(cell: CellResult, name: str) -> dict[str, float]:
+    """Return each sample's score by its id; a perplexity's is nats per token."""
+    return {identity: total / weight for identity, (total, weight) in scores_of(cell, name).items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -309,10 +224,11 @@ class Group:
     @property
     def by_budget(self) -> dict[str, list[CellResult]]:
         """Return the budgeted cells by budget, the smallest first, each in table order; failed ones too."""
-        found: dict[str, list[CellResult]] = {}
-        for cell in sorted(self.budgeted, key=lambda cell: cell.budget_order):
-            found.setdefault(cell.budget, []).append(cell)
-        return found
+        return _by(sorted(self.budgeted, key=lambda cell: cell.budget_order), lambda cell: cell.budget)
+
+    def by_series(self) -> dict[str, list[CellResult]]:
+        """Return the cells by series label, in table order."""
+        return _by(self.cells, self.series_label)
 
     def series_label(self, cell: CellResult) -> str:
         """Return the policy, with positions where they are not the original ones or its cells differ in them."""
@@ -321,16 +237,16 @@ class Group:
         extras = [text for text in (cell.positions if several else "", cell.variant) if text]
         return f"{cell.policy} ({', '.join(extras)})" if extras else cell.policy
 
-    def by_series(self) -> dict[str, list[CellResult]]:
-        """Return the cells by series label, in table order."""
-        found: dict[str, list[CellResult]] = {}
-        for cell in self.cells:
-            found.setdefault(self.series_label(cell), []).append(cell)
-        return found
-
     def cell_label(self, cell: CellResult) -> str:
         """Return series and budget."""
         return self.series_label(cell) if cell.is_full else f"{self.series_label(cell)}, {cell.budget}"
+
+
+def _by(cells: Iterable[CellResult], key: Callable[[CellResult], _Key]) -> dict[_Key, list[CellResult]]:
+    found: dict[_Key, list[CellResult]] = {}
+    for cell in cells:
+        found.setdefault(key(cell), []).append(cell)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -374,64 +290,8 @@ def load_results(folder: Path, *, sweep: str | None = None, keys: Collection[str
 
     Raises: ConfigError if the folder is missing or no record belongs to `sweep`.
     """
-    cells, problems = read_cells(folder, keys=keys)
-    return results_of(cells, problems, sweep)
-
-
-def read_cells(folder: Path, *, keys: Collection[str] | None = None) -> tuple[list[CellResult], list[Problem]]:
-    """Return the cells of one folder as they lie there, and its problems. Raises: ConfigError if it is missing."""
-    if not folder.is_dir():
-        raise ConfigError(f"the results folder {folder} does not exist; run a sweep first or give the right folder.")
-    cells: list[CellResult] = []
-    problems: list[Problem] = []
-    for path in sorted((folder / "cells").glob("*/record.json")):
-        name = path.relative_to(folder).as_posix()
-        try:
-            found = read_cell(path.parent)
-            if keys is None or found.body["key"] in keys:
-                cells.append(replace(parse_cell(found.body), cell_folder=path.parent))
-        except RecordError as error:
-            problems.append(Problem(path=name, message=str(error).removeprefix(f"{path} ")))
-        else:
-            problems.extend(Problem(path=name, message=text) for text in _doubts(found.body, path))
-            if keys is None or found.body["key"] in keys:
-                problems.extend(_later_failures(found, path.parent.relative_to(folder).as_posix()))
-    return cells, problems
-
-
-def results_of(cells: list[CellResult], problems: list[Problem], sweep: str | None) -> Results:
-    """Return cells of `sweep` in table order. Raises: ConfigError if no record belongs to it."""
-    return Results(records=ordered(_only(cells, sweep)), problems=tuple(problems), sweep=sweep)
-
-
-def _only(cells: list[CellResult], sweep: str | None) -> list[CellResult]:
-    if sweep is None:
-        return cells
-    chosen = [cell for cell in cells if cell.sweep == sweep]
-    if not chosen:
-        known = close_matches(sweep, {cell.sweep for cell in cells})
-        raise ConfigError(f"no record belongs to the sweep {sweep!r}; {known}")
-    return chosen
-
-
-def _later_failures(found: CellRecord, folder: str) -> Iterator[Problem]:
-    """Yield that the cell was tried again in vain; its numbers stay those that were measured."""
-    for body in found.later_failures:
-        error = body["error"] or {}
-        why = " ".join(f"{error.get('type', '')} {error.get('message', '')}".split())[:160]
-        message = (
-            f"this later attempt of {body['started_utc'][:19]} failed ({body['status']}{': ' if why else ''}{why}); "
-            f"the cell's numbers are those measured at {found.body['started_utc'][:19]}"
-        )
-        yield Problem(path=f"{folder}/attempt-{body['attempt']}.json", message=message)
-
-
-def _doubts(body: Mapping[str, Any], path: Path) -> Iterator[str]:
-    """Yield what is odd about a record that can still be used."""
-    for name in sorted(set(body["measurements"]) - set(MEASURES)):
-        yield f"unknown measurement {name!r} is not shown; {close_matches(name, MEASURES)}"
-    if not body["key"].startswith(path.parent.name):
-        yield f"the record's key starts with {body['key'][:16]}, not with its folder's name; was it moved?"
+    cells, problems = _read(folder, keys)
+    return Results(records=_ordered(_of_sweep(cells, sweep)), problems=tuple(problems), sweep=sweep)
 
 
 def load_folders(folders: Sequence[Path], *, sweep: str | None = None) -> Results:
@@ -447,16 +307,29 @@ def load_folders(folders: Sequence[Path], *, sweep: str | None = None) -> Result
     problems: list[Problem] = []
     frontiers: list[Frontier] = []
     for folder, name in zip(unique.values(), names, strict=True):
-        found, doubts = read_cells(folder)
-        frontiers.extend(_frontiers(folder, doubts))
+        found, doubts = _read(folder)
+        for path in sorted((folder / "frontier").glob("*.json")):
+            try:
+                frontiers.append(load_frontier(path))
+            except RecordError as error:
+                doubts.append(_problem(folder, path, error))
         cells.extend(replace(cell, folder=name) for cell in found)
         problems.extend(replace(doubt, path=f"{name}/{doubt.path}" if name else doubt.path) for doubt in doubts)
-    chosen, choices = _newest(cells)
-    return replace(
-        results_of(chosen, problems, sweep),
-        choices=tuple(choices),
+    chosen: list[CellResult] = []
+    choices: list[Choice] = []
+    for key, same in _by(cells, lambda cell: cell.key).items():
+        best = max(same, key=lambda cell: (not cell.failed, cell.started_utc))
+        chosen.append(best)
+        if len(same) > 1:
+            others = tuple((cell.folder, cell.status, cell.started_utc) for cell in same if cell is not best)
+            choices.append(Choice(key=key, folder=best.folder, others=others))
+    return Results(
+        records=_ordered(_of_sweep(chosen, sweep)),
+        problems=tuple(problems),
         folders=tuple(names),
+        choices=tuple(choices),
         frontiers=tuple(frontiers),
+        sweep=sweep,
     )
 
 
@@ -469,49 +342,121 @@ def folder_names(folders: Sequence[Path]) -> list[str]:
     return [str(folder) for folder in folders]
 
 
-def _frontiers(folder: Path, problems: list[Problem]) -> Iterator[Frontier]:
-    for path in sorted((folder / "frontier").glob("*.json")):
+def _read(folder: Path, keys: Collection[str] | None = None) -> tuple[list[CellResult], list[Problem]]:
+    """Return the cells of one folder as they lie there, and its problems. Raises: ConfigError if it is missing."""
+    check_results_folder(folder)
+    cells: list[CellResult] = []
+    problems: list[Problem] = []
+    for path in sorted((folder / "cells").glob("*/record.json")):
         try:
-            yield load_frontier(path)
+            found = read_cell(path.parent)
+            wanted = keys is None or found.body["key"] in keys
+            if wanted:
+                cells.append(replace(parse_cell(found.body), cell_folder=path.parent))
         except RecordError as error:
+            problems.append(_problem(folder, path, error))
+        else:
             name = path.relative_to(folder).as_posix()
-            problems.append(Problem(path=name, message=str(error).removeprefix(f"{path} ")))
+            problems.extend(Problem(path=name, message=text) for text in _doubts(found.body, path))
+            if wanted:
+                problems.extend(_later_failures(found, path.parent.relative_to(folder).as_posix()))
+    return cells, problems
 
 
-def _newest(cells: Sequence[CellResult]) -> tuple[list[CellResult], list[Choice]]:
-    by_key: dict[str, list[CellResult]] = {}
-    for cell in cells:
-        by_key.setdefault(cell.key, []).append(cell)
-    chosen: list[CellResult] = []
-    choices: list[Choice] = []
-    for key, same in by_key.items():
-        best = max(same, key=lambda cell: (not cell.failed, cell.started_utc))
-        chosen.append(best)
-        if len(same) > 1:
-            others = tuple((cell.folder, cell.status, cell.started_utc) for cell in same if cell is not best)
-            choices.append(Choice(key=key, folder=best.folder, others=others))
-    return chosen, choices
+def _problem(folder: Path, path: Path, error: RecordError) -> Problem:
+    return Problem(path=path.relative_to(folder).as_posix(), message=str(error).removeprefix(f"{path} "))
 
 
-_PAIRED_LARGEST = 1e100  # squares and sums of what is larger leave the floats; no score and no log-loss is
+def _of_sweep(cells: list[CellResult], sweep: str | None) -> list[CellResult]:
+    chosen = [cell for cell in cells if sweep in (None, cell.sweep)]
+    if sweep is not None and not chosen:
+        known = close_matches(sweep, {cell.sweep for cell in cells})
+        raise ConfigError(f"no record belongs to the sweep {sweep!r}; {known}")
+    return chosen
 
 
-def is_better(name: str, one: float, two: float) -> bool:
-    """Tell whether `one` is a better value of `name` than `two`."""
-    return one > two if measure(name).better == "higher" else one < two
+def _doubts(body: Mapping[str, Any], path: Path) -> Iterator[str]:
+    """Yield what is odd about a record that can still be used."""
+    for name in sorted(set(body["measurements"]) - set(MEASURES)):
+        yield f"unknown measurement {name!r} is not shown; {close_matches(name, MEASURES)}"
+    if not body["key"].startswith(path.parent.name):
+        yield f"the record's key starts with {body['key'][:16]}, not with its folder's name; was it moved?"
 
 
-def sample_score(sample: Mapping[str, Any], name: str) -> tuple[float, float] | None:
-    """Return (total, weight) of one sample; perplexity and KL weigh their samples by tokens."""
-    total: object = sample.get(name)
-    weight: object = 1
-    if name in POOLED:
-        total, weight = (sample.get(part) for part in POOLED[name])
-    if not _is_number(total) or not _is_number(weight) or weight <= 0:
-        return None
-    return total, weight
+def _later_failures(found: CellRecord, folder: str) -> Iterator[Problem]:
+    """Yield that the cell was tried again in vain; its numbers stay those that were measured."""
+    for body in found.later_failures:
+        error = body["error"] or {}
+        why = " ".join(f"{error.get('type', '')} {error.get('message', '')}".split())[:160]
+        message = (
+            f"this later attempt of {body['started_utc'][:19]} failed ({body['status']}{': ' if why else ''}{why}); "
+            f"the cell's numbers are those measured at {found.body['started_utc'][:19]}"
+        )
+        yield Problem(path=f"{folder}/attempt-{body['attempt']}.json", message=message)
 
 
-def _is_number(value: object) -> TypeGuard[int | float]:
-    """Tell whether a float can hold it; JSON may also hold integers that no float can."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _PAIRED_LARGEST
+def _ordered(cells: list[CellResult]) -> tuple[CellResult, ...]:
+    """Sort, after telling apart cells whose labels are the same."""
+    named: list[CellResult] = []
+    cells = _with_distinct_names(_with_distinct_names(cells, "model"), "dataset")
+    for twins in _by(cells, lambda cell: (cell.model, cell.dataset, *cell.series)).values():
+        by_budget = list(_by(twins, lambda cell: cell.budget).values())
+        named.extend(_with_variants(twins, by_budget) if any(len(same) > 1 for same in by_budget) else twins)
+    return tuple(sorted(named, key=lambda cell: cell.sort_key))
+
+
+def _with_distinct_names(cells: list[CellResult], part: str) -> list[CellResult]:
+    """Tell apart models, or data sets, that share a name but not their settings: they are not comparable.
+
+    The settings that differ are named; a digest of all of them where they are many, long or alike.
+    """
+    named: list[CellResult] = []
+    for same in _by(cells, lambda cell: str(getattr(cell, part))).values():
+        settings = {canonical_json(cell.settings.get(part)): cell.settings.get(part) or {} for cell in same}
+        flat = [dict(flat_settings(one)) for one in settings.values()]
+        names = sorted(_differing_names(flat))
+        differing = (" ".join(f"{name}={one.get(name)}" for name in names) for one in flat)
+        texts = dict(zip(settings, differing, strict=True))
+        if len(set(texts.values())) < len(texts) or max(map(len, texts.values())) > _MAX_NAME:
+            texts = {text: f"#{hashlib.sha256(text.encode()).hexdigest()[:6]}" for text in texts}
+        for cell in same:
+            name: dict[str, Any] = {part: f"{getattr(cell, part)} {texts[canonical_json(cell.settings.get(part))]}"}
+            named.append(replace(cell, **name) if len(settings) > 1 else cell)
+    return named
+
+
+def _with_variants(cells: list[CellResult], by_budget: Iterable[list[CellResult]]) -> list[CellResult]:
+    """Name the settings in which cells with the same labels differ; the key if there is no such setting.
+
+    Where only the tasks differ, the cell with most of them needs no name.
+    """
+    flat = {cell.key: dict(_told(cell.settings)) for cell in cells}
+    differing = set().union(*(_differing_names([flat[cell.key] for cell in same]) for same in by_budget))
+    shown = sorted(differing)[:2]
+    texts = {cell.key: " ".join(f"{name}={flat[cell.key].get(name)}" for name in shown) for cell in cells}
+    if shown == ["tasks"]:
+        texts |= {max(same, key=lambda cell: len(cell.settings.get("task") or ())).key: "" for same in by_budget}
+    return [replace(cell, variant=texts[cell.key] if shown else f"key {cell.key[:8]}") for cell in cells]
+
+
+def _differing_names(flat: Sequence[Mapping[str, object]]) -> set[str]:
+    """Return the settings that are not the same in all; of a task that one lacks only that it lacks it."""
+    names = set().union(*flat)
+    lacking = {name for name in names if name.startswith("task.") and any(name not in one for one in flat)}
+    return {name for name in names - lacking if len({repr(one.get(name)) for one in flat}) > 1}
+
+
+def _told(settings: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    yield from flat_settings(settings)
+    if isinstance(tasks := settings.get("task"), dict):
+        names = "+".join(sorted(tasks))
+        yield "tasks", names if len(names) <= _MAX_NAME // 2 else len(tasks)
+
+
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield nested settings under names like "ask.kind"."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from flat_settings(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -1,34 +1,28 @@
-"""A group with its verdicts at hand: each cell against full, and any two policies at one budget.
+"""Who stands first in a group and what a policy loses there, as far as the verdicts say so.
 
-judged = judge(group)
-judged.against_full(cell, judged.primary).verdict
+    judged = judge(group)
+    judged.against_full(cell, judged.primary).verdict
+    for one in best_policies(group, group_comparisons(group)):
+        print(one.budget, one.measure, one.cell.policy, one.verdict)
 
-Who stands first at a budget, as far as the verdicts say so: the first, whom it beats, who may be as good.
-
-Failed cells are named and never ranked. Noisy ones are: their quality does not depend on the clock.
-
-The policy of the best value at each budget, and whether the runner-up is shown to be worse.
-
-for one in best_policies(group, group_comparisons(group)):
-    print(one.budget, one.measure, one.cell.policy, one.verdict)
-
-Which samples a policy loses: their scores beside the full cache's, and where they collapse.
-
-A sample collapses where its score is under half of the full cache's; in perplexity, where its tokens are on average
-more than one nat less likely. Samples on which the full cache itself scores nothing can not collapse.
+`judge` holds every comparison of a group at hand. `standing_at` ranks the cells of one budget: the first, whom it
+beats, who may be as good; failed cells are named and never ranked, noisy ones are, since their quality does not depend
+on the clock. `losses_of` gives the samples that a policy loses. A sample collapses where its score is under half of
+the full cache's; in perplexity, where its tokens are on average more than one nat less likely. Samples on which the
+full cache itself scores nothing can not collapse.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from kvbench.measures import MAX_TURNS, measure
-from kvbench.report.ability import Ability
 from kvbench.report.compare import (
     DECLARED,
     PRIMARY_QUALITIES,
+    Ability,
     Choices,
     Comparison,
     between_policies,
@@ -39,16 +33,18 @@ from kvbench.report.compare import (
     withheld,
 )
 from kvbench.report.compare import judged as corrected
-from kvbench.report.load import CellResult, Estimate, Group, natural_key, sample_score
-from kvbench.stats.tests import Verdict, is_latency_ratio, turned
+from kvbench.report.load import CellResult, Estimate, Group, mean_scores, natural_key
+from kvbench.stats.tests import is_latency_ratio, turned
 
 OTHER_QUALITIES = (
     *("objects_recalled_fraction", "needles_recalled_fraction", "ppl", "rougeL_vs_reference", "kl_to_full"),
-    "ppl_released",
-    *(f"turn{turn}_rougeL_vs_full" for turn in range(2, MAX_TURNS + 1)),
+    *("ppl_released", *(f"turn{turn}_rougeL_vs_full" for turn in range(2, MAX_TURNS + 1))),
 )
 MOST_PAIRS = 500
-TIME_RATIOS = ("tpot_ratio_to_full", "ttft_ratio_to_full")
+_TIME_RATIOS = ("tpot_ratio_to_full", "ttft_ratio_to_full")
+_FULL_KEPT = ("better", "equivalent")
+_KEPT_SHARE = 0.5
+_LOST_NATS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,14 +64,11 @@ class Judged:
 
     def between(self, first: CellResult, second: CellResult, name: str) -> Comparison | None:
         """Return the comparison as seen from `first`, whichever of the two was compared with the other."""
-        found = self.by_pair.get((name, first.key, second.key))
-        if found is not None:
+        if found := self.by_pair.get((name, first.key, second.key)):
             return found
-        found = self.by_pair.get((name, second.key, first.key))
-        if found is not None or self.num_pairs <= MOST_PAIRS:
-            return None if found is None else swapped(found)
-        found = compare(first, second, name, self.choices)
-        if found is None:
+        if found := self.by_pair.get((name, second.key, first.key)):
+            return swapped(found)
+        if self.num_pairs <= MOST_PAIRS or not (found := compare(first, second, name, self.choices)):
             return None
         if found.p_value is not None:
             found = corrected(found, min(1.0, found.p_value * self.num_pairs))
@@ -97,7 +90,7 @@ def judge(group: Group, choices: Choices = DECLARED) -> Judged:
     them, which is stricter than Holm's.
     """
     num_pairs = sum(1 for _ in between_policies(group))
-    names = (*PRIMARY_QUALITIES, *OTHER_QUALITIES, *TIME_RATIOS)
+    names = (*PRIMARY_QUALITIES, *OTHER_QUALITIES, *_TIME_RATIOS)
     found = group_comparisons(group, choices, names, between=num_pairs <= MOST_PAIRS)
     by_pair = {(one.measure, one.first.key, one.second.key): one for one in found}
     return Judged(
@@ -132,9 +125,6 @@ def _primary(group: Group) -> str | None:
     return next((name for name in OTHER_QUALITIES if any(cell.estimate(name) for cell in group.cells)), None)
 
 
-FULL_KEPT = ("better", "equivalent")
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Standing:
     """The ranked cells of one budget in one measure, best value first.
@@ -159,8 +149,7 @@ def standing_at(judged: Judged, cells: list[CellResult], name: str) -> Standing 
     """Return how the cells of one budget stand in the measure; None where none can be ranked."""
     if judged.ability.reason(name):
         return None
-    ranked = _ranked([cell for cell in cells if not cell.failed], name)
-    if not ranked:
+    if not (ranked := _ranked(cells, name)):
         return None
     first, *others = ranked
     seen = [(cell, judged.between(first, cell, name)) for cell in others]
@@ -172,6 +161,13 @@ def standing_at(judged: Judged, cells: list[CellResult], name: str) -> Standing 
         rivals=tuple((cell, found) for cell, found in seen if found is None or found.verdict != "better"),
         left_out=tuple(cell for cell in cells if cell not in ranked),
     )
+
+
+def _ranked(cells: Iterable[CellResult], name: str) -> list[CellResult]:
+    """Return the cells that have the measure, the best value first."""
+    sign = -1.0 if measure(name).better == "higher" else 1.0
+    valued = [(sign * found.value, cell.sort_key, cell) for cell in cells if (found := cell.estimate(name))]
+    return [cell for _, _, cell in sorted(valued, key=lambda item: item[:2])]
 
 
 def telling_quality(judged: Judged, cells: list[CellResult]) -> str | None:
@@ -197,18 +193,9 @@ def safe_cells(judged: Judged) -> list[CellResult]:
         for cell in cells
         if judged.primary
         and (found := judged.against_full(cell, judged.primary)) is not None
-        and found.verdict in FULL_KEPT
+        and found.verdict in _FULL_KEPT
         and not cell.failed
     ]
-
-
-def _ranked(cells: list[CellResult], name: str) -> list[CellResult]:
-    sign = -1.0 if measure(name).better == "higher" else 1.0
-    valued = [(sign * found.value, cell.sort_key, cell) for cell in cells if (found := cell.estimate(name))]
-    return [cell for _, _, cell in sorted(valued, key=lambda item: item[:2])]
-
-
-_Verdicts = Mapping[tuple[str, str, str], Verdict]  # by measure and the keys of both cells
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -229,39 +216,23 @@ def best_policies(group: Group, compared: Iterable[Comparison]) -> tuple[Best, .
     A budget at which fewer than two policies have the measure has no best one. Noisy times are never the best, and
     no quality is where the full cache can not do the task.
     """
-    verdicts = {(one.measure, one.first.key, one.second.key): one.verdict for one in compared}
-    ability = Ability(group)
-    names = dict.fromkeys(
-        name for name, _, _ in verdicts if measure(name).better != "none" and not ability.reason(name)
-    )
-    budgets = dict.fromkeys(cell.budget for cell in group.budgeted if not cell.failed)
-    return tuple(best for budget in budgets for name in names for best in _best(group, budget, name, verdicts))
-
-
-def _best(group: Group, budget: str, name: str, verdicts: _Verdicts) -> Iterator[Best]:
-    usable = [
-        (found, cell)
-        for cell in group.budgeted
-        if cell.budget == budget and (found := cell.estimate(name)) and not timing_noise(cell, name)
-    ]
-    ranked = sorted(usable, key=lambda pair: pair[0].value, reverse=measure(name).better == "higher")
-    if len(ranked) > 1:
-        (found, first), (_, second) = ranked[:2]
-        verdict = _verdict(verdicts, name, first, second)
-        yield Best(budget=budget, measure=name, cell=first, estimate=found, runner_up=second, verdict=verdict)
-
-
-def _verdict(verdicts: _Verdicts, name: str, first: CellResult, second: CellResult) -> str:
-    """Return what is known of the first cell against the second, whichever way round they were compared."""
-    found = verdicts.get((name, first.key, second.key))
-    if found is not None:
-        return found
-    found = verdicts.get((name, second.key, first.key))
-    return "not compared" if found is None else turned(found)
-
-
-KEPT_SHARE = 0.5
-LOST_NATS = 1.0
+    verdicts: dict[tuple[str, str, str], str] = {}
+    for one in compared:
+        verdicts[one.measure, one.first.key, one.second.key] = one.verdict
+        verdicts.setdefault((one.measure, one.second.key, one.first.key), turned(one.verdict))
+    ability, found = Ability(group), []
+    names = dict.fromkeys(name for name, *_ in verdicts if measure(name).better != "none" and not ability.reason(name))
+    for budget in dict.fromkeys(cell.budget for cell in group.budgeted if not cell.failed):
+        for name in names:
+            cells = (cell for cell in group.budgeted if cell.budget == budget and not timing_noise(cell, name))
+            ranked = _ranked(cells, name)
+            if len(ranked) > 1:
+                first, second, best = ranked[0], ranked[1], ranked[0].measurements[name]
+                verdict = verdicts.get((name, first.key, second.key), "not compared")
+                found.append(
+                    Best(budget=budget, measure=name, cell=first, estimate=best, runner_up=second, verdict=verdict)
+                )
+    return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -287,28 +258,17 @@ def losses_of(group: Group, cell: CellResult, name: str) -> tuple[Loss, ...]:
     """Return what the cell loses on every sample that both have, the largest loss first."""
     if group.full is None or cell.failed:
         return ()
-    others = scores_of(group.full, name)
+    fulls, sign = mean_scores(group.full, name), 1.0 if measure(name).better == "higher" else -1.0
     found = [
-        _loss(identity, others[identity], score, name)
-        for identity, score in scores_of(cell, name).items()
-        if identity in others
-    ]
+        Loss(sample=sample, full=full, score=score, loss=sign * (full - score),
+             collapsed=is_collapsed(name, score, full))
+        for sample, score in mean_scores(cell, name).items() if (full := fulls.get(sample)) is not None
+    ]  # fmt: skip
     return tuple(sorted(found, key=lambda one: (-one.loss, natural_key(one.sample))))
-
-
-def scores_of(cell: CellResult, name: str) -> Mapping[str, float]:
-    """Return each sample's score by its id; a perplexity's is nats per token."""
-    scored = ((str(sample.get("id")), sample_score(sample, name)) for sample in cell.samples)
-    return {identity: score[0] / score[1] for identity, score in scored if score is not None}
 
 
 def is_collapsed(name: str, score: float, full: float) -> bool:
     """Tell whether a sample's score lost most of what the full cache's is worth; scores of ppl are nats per token."""
     if measure(name).better == "higher":
-        return full > 0 and score < KEPT_SHARE * full
-    return score - full > LOST_NATS
-
-
-def _loss(sample: str, full: float, score: float, name: str) -> Loss:
-    loss = full - score if measure(name).better == "higher" else score - full
-    return Loss(sample=sample, full=full, score=score, loss=loss, collapsed=is_collapsed(name, score, full))
+        return full > 0 and score < _KEPT_SHARE * full
+    return score - full > _LOST_NATS

@@ -1,17 +1,24 @@
-"""Draw the results table in a terminal, as wide as it is, and as markdown.
+"""The results as tables: in a terminal as wide as it is, as Markdown, as CSV and as Parquet.
 
->>> print_tables(load_results(Path("results")))
+    print_tables(load_results(Path("results")))
 
-The results table before it is drawn: the same rows feed the terminal, markdown and the page.
+`results_table` gives the rows that terminal, Markdown and page draw, `verdict_rows` the comparisons with the full
+cache that were declared before. `cells_frame` and `samples_frame` are for whoever wants the numbers: a row per cell,
+and a row per cell and sample; CSV and Parquet hold the same, with the same bytes for the same records. Text that a
+spreadsheet would run as a formula is made harmless in CSV; numbers are untouched. Every Markdown table of kvbench is
+written by `markdown_table`.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
@@ -19,40 +26,51 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from kvbench.measures import MEASURES, MISSING, format_interval, format_value, measure
-from kvbench.report.ability import Ability
-from kvbench.report.compare import DECLARED, Choices, timing_noise
+from kvbench.report.compare import (
+    DECLARED,
+    PRIMARY_LATENCY,
+    PRIMARY_QUALITIES,
+    Ability,
+    Choices,
+    Comparison,
+    difference_interval,
+    difference_unit,
+    difference_value,
+    group_comparisons,
+    size_text,
+    timing_noise,
+    verdict_remark,
+)
 from kvbench.report.load import CellResult, Group, Results
-from kvbench.report.verdicts import VerdictRow, declared_text, verdict_rows
 
-MAIN_COLUMNS = (
-    "ppl",
-    "rougeL_vs_full",
-    "rougeL_vs_reference",
-    "objects_recalled_fraction",
-    "ttft_ms",
-    "tpot_ms",
-    "peak_memory_bytes",
-    "kv_stored_bytes",
-)
+_QUALITIES = ("ppl", "rougeL_vs_full", "rougeL_vs_reference", "objects_recalled_fraction")
+MAIN_COLUMNS = (*_QUALITIES, "ttft_ms", "tpot_ms", "peak_memory_bytes", "kv_stored_bytes")
 _EXTRA_COLUMNS = ("needles_recalled_fraction", "num_skipped_items")
-_TURN_COLUMNS = ("rougeL_vs_full", "exact_fraction", "objects_recalled_fraction", "needles_recalled_fraction")
-COST_COLUMNS = (
-    "ttft_ms",
-    "tpot_ms",
-    "tpot_ratio_to_full",
-    "throughput_tokens_per_s",
-    "roof_share_fraction",
-    "capacity_prompts",
-    "capacity_ratio_to_full",
-    "capacity_throughput_tokens_per_s",
-    "capacity_throughput_ratio_to_full",
-    "peak_memory_bytes",
-    "peak_over_bound_ratio",
-    "kv_stored_bytes",
+_TURN_COLUMN = re.compile(
+    r"turn\d+_(rougeL_vs_full|exact_fraction|objects_recalled_fraction|needles_recalled_fraction)"
 )
-_QUALITIES = MAIN_COLUMNS[:4]
+_COST_COLUMNS = (
+    *("ttft_ms", "tpot_ms", "tpot_ratio_to_full", "throughput_tokens_per_s", "roof_share_fraction"),
+    *("capacity_prompts", "capacity_ratio_to_full"),
+    *("capacity_throughput_tokens_per_s", "capacity_throughput_ratio_to_full"),
+    *("peak_memory_bytes", "peak_over_bound_ratio", "kv_stored_bytes"),
+)
 _OVERHEAD_BOUND_SHARE = 0.5
 INTERVAL_NOTE = "[low, high] is the 95 % interval; a number without one is a single observation or an exact count."
+_NARROW_COLUMNS = 100
+_LAYOUTS = ((False, 1), (True, 1), (True, 0))  # from roomy to tight: budget below the policy, blanks between columns
+_STYLES = {"number": "", "missing": "dim", "failed": "bold red", "noisy": "dim"}
+_Justify = Literal["left", "right"]
+_VERDICT_HEADS: Mapping[str, _Justify] = {
+    "policy": "left", "budget": "left", "measure": "left", "policy minus full": "right", "detects": "right",
+    "verdict": "left",
+}  # fmt: skip
+_REMARKED = {"equivalent": " ", "undecided": ", "}  # in a terminal only these words need more
+_LABELS = ("model", "dataset", "policy", "budget", "budget_fraction", "budget_tokens", "positions", "variant")
+_RUN = ("status", "phase", "error", "sweep", "key", "started_utc", "duration_s")
+_SAMPLE_LABELS = (*_LABELS, "status", "key")
+_NUMBERS = ("budget_fraction", "budget_tokens", "duration_s")
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +93,11 @@ class Row:
     budget: str
     entries: tuple[Entry, ...]
 
+    @property
+    def remark(self) -> str:
+        """Return what belongs behind the name of a cell whose times are noisy."""
+        return " (noisy)" if self.cell.status == "noisy" else ""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
@@ -88,17 +111,44 @@ class Table:
 
 def results_table(group: Group, *, every_measure: bool = False) -> Table:
     """Return the table of `group`: the main columns, or every measurement that any cell has."""
-    columns = _measured(group) if every_measure else _main_columns(group)
+    measured = tuple(name for name in MEASURES if any(cell.estimate(name) for cell in group.cells))
+    columns = measured if every_measure else _main_columns(measured)
     rows = tuple(
-        Row(
-            cell=cell,
-            policy=group.series_label(cell),
-            budget=cell.budget,
-            entries=tuple(_entry(cell, name) for name in columns),
-        )
+        Row(cell=cell, policy=group.series_label(cell), budget=cell.budget,
+            entries=tuple(_entry(cell, name) for name in columns))
         for cell in group.cells
-    )
+    )  # fmt: skip
     return Table(title=group.title, counts=counts_text(group.cells), columns=columns, rows=rows)
+
+
+def _main_columns(measured: tuple[str, ...]) -> tuple[str, ...]:
+    """Choose the columns: costs alone where no quality was measured.
+
+    On a CPU there is no device memory, so the process's own peak takes that column. What only some data sets
+    or tasks have comes after, and then columns without any number are left out.
+    """
+    more = tuple(name for name in measured if name in _EXTRA_COLUMNS or _TURN_COLUMN.fullmatch(name))
+    if measured and not more and not set(_QUALITIES) & set(measured):
+        return tuple(name for name in _COST_COLUMNS if name in measured) or MAIN_COLUMNS
+    columns: tuple[str, ...] = MAIN_COLUMNS
+    if "peak_memory_bytes" not in measured and "peak_rss_bytes" in measured:
+        columns = tuple("peak_rss_bytes" if name == "peak_memory_bytes" else name for name in MAIN_COLUMNS)
+    return (*(name for name in columns if name in measured), *more) if more else columns
+
+
+def _entry(cell: CellResult, name: str) -> Entry:
+    if cell.failed:
+        return Entry(text=cell.status, kind="failed")
+    found = cell.estimate(name)
+    if found is None:
+        return Entry(text=MISSING, kind="missing")
+    return Entry(
+        text=format_value(name, found.value),
+        interval=format_interval(name, found.value, found.low, found.high),
+        value=found.value,
+        n=found.n,
+        kind="noisy" if timing_noise(cell, name) else "number",
+    )
 
 
 def counts_text(cells: tuple[CellResult, ...]) -> str:
@@ -125,67 +175,65 @@ def reading_note(table: Table) -> str:
         if text:
             by_count.setdefault(text, []).append(measure(name).label)
     counts = "; ".join(f"{text}: {', '.join(labels)}" for text, labels in by_count.items())
-    return f"{INTERVAL_NOTE}{f' {counts}.' if counts else ''}{_overhead_note(table)}"
+    # Where the decode step is mostly not reading, TPOT says little about the cache.
+    shares = ((row.policy, row.cell.estimate("roof_share_fraction")) for row in table.rows)
+    bound = dict.fromkeys(policy for policy, share in shares if share and share.value < _OVERHEAD_BOUND_SHARE)
+    overhead = f" Overhead-bound (under {_OVERHEAD_BOUND_SHARE:.0%} of the memory roof): {', '.join(bound)}."
+    is_told = bound and "roof_share_fraction" in table.columns
+    return f"{INTERVAL_NOTE}{f' {counts}.' if counts else ''}{overhead if is_told else ''}"
 
 
-def _overhead_note(table: Table) -> str:
-    """Name the cells whose decode step is mostly not reading: their TPOT says little about the cache."""
-    name = "roof_share_fraction"
-    if name not in table.columns:
-        return ""
-    found = [(row, row.cell.estimate(name)) for row in table.rows]
-    bound = [row.policy for row, share in found if share is not None and share.value < _OVERHEAD_BOUND_SHARE]
-    if not bound:
-        return ""
-    names = ", ".join(dict.fromkeys(bound))
-    return f" Overhead-bound (under {_OVERHEAD_BOUND_SHARE:.0%} of the memory roof): {names}."
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerdictRow:
+    """One cell against full in one measure, as text; `detectable` is what the samples would show in 80 %."""
+
+    policy: str
+    budget: str
+    measure: str
+    difference: str
+    interval: str
+    detectable: str
+    verdict: str
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Return the row as it is shown, under the heads of the table."""
+        difference = f"{self.difference} {self.interval}".strip()
+        return self.policy, self.budget, measure(self.measure).label, difference, self.detectable, self.verdict
 
 
-def _measured(group: Group) -> tuple[str, ...]:
-    return tuple(name for name in MEASURES if any(cell.estimate(name) for cell in group.cells))
+def verdict_rows(group: Group, choices: Choices = DECLARED) -> tuple[VerdictRow, ...]:
+    """Return the rows of the group's quality measure, then those of its latency measure; noisy cells stay last."""
+    declared = (*PRIMARY_QUALITIES, PRIMARY_LATENCY)
+    against = [one for one in group_comparisons(group, choices, declared, between=False) if one.second.is_full]
+    quality = next((name for name in PRIMARY_QUALITIES if any(one.measure == name for one in against)), None)
+    chosen = (one for name in (quality, PRIMARY_LATENCY) for one in against if one.measure == name)
+    return tuple(_verdict_row(group, one) for one in chosen)
 
 
-def _main_columns(group: Group) -> tuple[str, ...]:
-    """Choose the columns: costs alone where no quality was measured.
-
-    On a CPU there is no device memory, so the process's own peak takes that column. What only some data sets
-    or tasks have comes after, and then columns without any number are left out.
-    """
-    measured = _measured(group)
-    more = tuple(name for name in measured if name in _EXTRA_COLUMNS or _is_of_turn(name))
-    if measured and not more and not set(_QUALITIES) & set(measured):
-        return tuple(name for name in COST_COLUMNS if name in measured) or MAIN_COLUMNS
-    columns: tuple[str, ...] = MAIN_COLUMNS
-    if "peak_memory_bytes" not in measured and "peak_rss_bytes" in measured:
-        columns = tuple("peak_rss_bytes" if name == "peak_memory_bytes" else name for name in MAIN_COLUMNS)
-    return (*(name for name in columns if name in measured), *more) if more else columns
-
-
-def _is_of_turn(name: str) -> bool:
-    turn, _, rest = name.partition("_")
-    return turn.startswith("turn") and rest in _TURN_COLUMNS
-
-
-def _entry(cell: CellResult, name: str) -> Entry:
-    if cell.failed:
-        return Entry(text=cell.status, kind="failed")
-    found = cell.estimate(name)
-    if found is None:
-        return Entry(text=MISSING, kind="missing")
-    return Entry(
-        text=format_value(name, found.value),
-        interval=format_interval(name, found.value, found.low, found.high),
-        value=found.value,
-        n=found.n,
-        kind="noisy" if timing_noise(cell, name) else "number",
+def _verdict_row(group: Group, one: Comparison) -> VerdictRow:
+    unit = difference_unit(one.measure)[0]
+    detectable = size_text(one.measure, one.minimum_detectable)
+    remark = verdict_remark(one) if one.verdict in _REMARKED else ""
+    return VerdictRow(
+        policy=group.series_label(one.first),
+        budget=one.first.budget,
+        measure=one.measure,
+        difference=f"{difference_value(one)} {unit}".strip(),
+        interval=difference_interval(one),
+        detectable=f"{detectable} {unit}".strip() if detectable else MISSING,
+        verdict=f"{one.verdict}{_REMARKED[one.verdict]}{remark}" if remark else one.verdict,
     )
 
 
-NARROW_COLUMNS = 100
-_LAYOUTS = ((False, 1), (True, 1), (True, 0))  # from roomy to tight: budget below the policy, blanks between columns
-_STYLES = {"number": "", "missing": "dim", "failed": "bold red", "noisy": "dim"}
-_VERDICT_HEADS = ("policy", "budget", "measure", "policy minus full", "detects", "verdict")
-_VERDICT_SIDES: tuple[Literal["left", "right"], ...] = ("left", "left", "left", "right", "right", "left")
+def _declared_text(rows: tuple[VerdictRow, ...]) -> str:
+    """Return what the table says and how it was made."""
+    names = " and ".join(dict.fromkeys(measure(row.measure).label for row in rows))
+    return (
+        f"Declared before: {names}, each policy against full, Holm's correction within a measure. "
+        "[low, high] is the 95 % interval of the paired difference, uncorrected; detects: the difference that "
+        "these samples find in 80 % of repetitions. Noisy times are in no ranking."
+    )
 
 
 def print_tables(results: Results, console: Console | None = None, choices: Choices = DECLARED) -> None:
@@ -194,11 +242,8 @@ def print_tables(results: Results, console: Console | None = None, choices: Choi
     for group in results.groups:
         table = results_table(group)
         drawings = (_rich(table, joined=joined, padding=padding) for joined, padding in _LAYOUTS)
-        fitting = next((drawn for drawn in drawings if _width(drawn, console) <= console.width), None)
-        if fitting is not None and console.width >= NARROW_COLUMNS:
-            console.print(fitting)
-        else:
-            console.print(Text("\n".join(_stacked(table))))
+        fitting = next((drawn for drawn in drawings if _fits(drawn, console)), None)
+        console.print(fitting or Text("\n".join(_stacked(table))))
         console.print()
         if sentence := Ability(group).sentence:
             console.print(Text(sentence), end="\n\n")
@@ -209,91 +254,48 @@ def print_tables(results: Results, console: Console | None = None, choices: Choi
         console.print(Text(f"problem: {problem.path}: {problem.message}", style="yellow"))
 
 
-def markdown_tables(results: Results, choices: Choices = DECLARED) -> str:
-    """Return the same tables in markdown, one heading per model and data set."""
-    parts = [_markdown(results_table(group)) + _markdown_verdicts(group, choices) for group in results.groups] or [
-        "No usable record was found.\n"
-    ]
-    if results.problems:
-        lines = [f"- `{problem.path}`: {_escaped(problem.message)}" for problem in results.problems]
-        parts.append("\n".join(["## Problems found while reading", "", *lines]) + "\n")
-    return "\n".join(parts)
-
-
 def _rich(table: Table, *, joined: bool, padding: int) -> RichTable:
     """Draw the table; `joined` puts the budget below the policy, which saves a column."""
-    drawn = RichTable(
-        title=Text(f"{table.title} ({table.counts})"),
-        caption=Text(reading_note(table)),
-        title_justify="left",
-        caption_justify="left",
-        box=box.HORIZONTALS,
-        padding=(0, padding, 0, 0),
-    )
+    drawn = _ruled(f"{table.title} ({table.counts})", reading_note(table), padding)
     for head in ("policy\nbudget",) if joined else ("policy", "budget"):
         drawn.add_column(head, no_wrap=True, vertical="top")
     for name in table.columns:
-        drawn.add_column(Text(_two_line_label(name)), justify="right", no_wrap=True)
+        drawn.add_column(Text(measure(name).label.replace(" ", "\n", 1)), justify="right", no_wrap=True)
     for row, following in zip(table.rows, (*table.rows[1:], None), strict=True):
-        noisy = " (noisy)" if row.cell.status == "noisy" else ""
-        names = [Text(row.policy), Text(row.budget + noisy)]
+        names = [Text(row.policy), Text(row.budget + row.remark)]
         heads = [Text("\n").join(names)] if joined else names
         ends = following is None or following.policy != row.policy
         drawn.add_row(*heads, *(_two_lines(entry) for entry in row.entries), end_section=ends)
     return drawn
 
 
+def _ruled(title: str, caption: str, padding: int) -> RichTable:
+    return RichTable(
+        title=Text(title), caption=Text(caption), title_justify="left", caption_justify="left", box=box.HORIZONTALS,
+        padding=(0, padding, 0, 0),
+    )  # fmt: skip
+
+
+def _fits(drawn: RichTable, console: Console) -> bool:
+    """Tell whether the table has room; measured on a wide page, since rich cuts off at the console's width."""
+    width = Measurement.get(console, console.options.update(width=10_000), drawn).maximum
+    return width <= console.width and console.width >= _NARROW_COLUMNS
+
+
 def _print_verdicts(rows: tuple[VerdictRow, ...], console: Console) -> None:
     """Print the comparisons with full, as a table or as lines where that does not fit."""
     if not rows:
         return
-    drawn = RichTable(
-        title=Text("Compared with full"), caption=Text(declared_text(rows)), title_justify="left",
-        caption_justify="left", box=box.HORIZONTALS, padding=(0, 1, 0, 0),
-    )  # fmt: skip
-    for head, justify in zip(_VERDICT_HEADS, _VERDICT_SIDES, strict=True):
+    title, caption = "Compared with full", _declared_text(rows)
+    drawn = _ruled(title, caption, 1)
+    for head, justify in _VERDICT_HEADS.items():
         drawn.add_column(head, justify=justify, no_wrap=True)
     for row, following in zip(rows, (*rows[1:], None), strict=True):
         ends = following is None or (following.policy, following.measure) != (row.policy, row.measure)
-        drawn.add_row(*map(Text, _verdict_texts(row)), end_section=ends)
-    if _width(drawn, console) <= console.width and console.width >= NARROW_COLUMNS:
-        console.print(drawn)
-    else:
-        lines = (f"{texts[0]}, {texts[1]}: {' '.join(texts[2:4])} {row.verdict}" for row, texts in _with_texts(rows))
-        console.print(Text("\n".join(("Compared with full", *lines, declared_text(rows)))))
+        drawn.add_row(*map(Text, row.texts), end_section=ends)
+    lines = (f"{row.policy}, {row.budget}: {' '.join(row.texts[2:4])} {row.verdict}" for row in rows)
+    console.print(drawn if _fits(drawn, console) else Text("\n".join((title, *lines, caption))))
     console.print()
-
-
-def _with_texts(rows: tuple[VerdictRow, ...]) -> Iterator[tuple[VerdictRow, tuple[str, ...]]]:
-    yield from ((row, _verdict_texts(row)) for row in rows)
-
-
-def _verdict_texts(row: VerdictRow) -> tuple[str, ...]:
-    difference = f"{row.difference} {row.interval}".strip()
-    return row.policy, row.budget, measure(row.measure).label, difference, row.detectable, row.verdict
-
-
-def _markdown_verdicts(group: Group, choices: Choices) -> str:
-    rows = verdict_rows(group, choices)
-    if not rows:
-        return ""
-    sentence = Ability(group).sentence
-    lines = ["", f"### Compared with full: {_escaped(group.title)}", ""]
-    lines += [*([_escaped(sentence), ""] if sentence else []), declared_text(rows), ""]
-    lines += [f"| {' | '.join(_VERDICT_HEADS)} |", "| --- | --- | --- | ---: | ---: | --- |"]
-    lines += [f"| {' | '.join(map(_escaped, _verdict_texts(row)))} |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def _width(drawn: RichTable, console: Console) -> int:
-    """Return the columns that the table needs; measured on a wide page, since rich cuts off at the console's width."""
-    return Measurement.get(console, console.options.update(width=10_000), drawn).maximum
-
-
-def _two_line_label(name: str) -> str:
-    label = measure(name).label
-    head, _, tail = label.partition(" ")
-    return f"{head}\n{tail}" if tail else label
 
 
 def _two_lines(entry: Entry) -> Text:
@@ -304,35 +306,138 @@ def _two_lines(entry: Entry) -> Text:
 def _stacked(table: Table) -> Iterator[str]:
     """Yield a heading, then a block of one short line per number for each cell."""
     yield f"{table.title} ({table.counts})"
-    for row in table.rows:
-        yield ""
-        noisy = " (noisy)" if row.cell.status == "noisy" else ""
-        yield f"{row.policy}, {row.budget}{noisy}" if row.budget != "-" else f"{row.policy}{noisy}"
-        yield from _stacked_entries(table, row)
-    yield ""
-    yield reading_note(table)
-
-
-def _stacked_entries(table: Table, row: Row) -> Iterator[str]:
-    if row.cell.failed:
-        yield f"  {row.cell.status}{f' in {row.cell.phase}' if row.cell.phase else ''}"
-        return
     width = max(len(measure(name).label) for name in table.columns)
-    for name, entry in zip(table.columns, row.entries, strict=True):
-        yield f"  {measure(name).label:<{width}}  {entry.text} {entry.interval}".rstrip()
-
-
-def _markdown(table: Table) -> str:
-    heads = ["policy", "budget", *(measure(name).label for name in table.columns)]
-    lines = [f"## {_escaped(table.title)}", "", f"{table.counts}. {reading_note(table)}", ""]
-    lines += [f"| {' | '.join(heads)} |", f"|{' --- |' * 2}{' ---: |' * len(table.columns)}"]
     for row in table.rows:
-        noisy = " (noisy)" if row.cell.status == "noisy" else ""
-        texts = [f"{entry.text} {entry.interval}".strip() for entry in row.entries]
-        lines.append(f"| {' | '.join(_escaped(text) for text in (row.policy + noisy, row.budget, *texts))} |")
-    return "\n".join(lines) + "\n"
+        yield from ("", f"{row.policy}{'' if row.budget == '-' else f', {row.budget}'}{row.remark}")
+        if row.cell.failed:
+            yield f"  {row.cell.status}{f' in {row.cell.phase}' if row.cell.phase else ''}"
+            continue
+        for name, entry in zip(table.columns, row.entries, strict=True):
+            yield f"  {measure(name).label:<{width}}  {entry.text} {entry.interval}".rstrip()
+    yield from ("", reading_note(table))
 
 
-def _escaped(text: str) -> str:
-    """Keep a name with a bar or a line break from breaking the table."""
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+def markdown_tables(results: Results, choices: Choices = DECLARED) -> str:
+    """Return the same tables in markdown, one heading per model and data set."""
+    parts = ["\n".join(_markdown(group, choices)) + "\n" for group in results.groups]
+    parts = parts or ["No usable record was found.\n"]
+    if results.problems:
+        lines = [f"- `{problem.path}`: {escaped(problem.message)}" for problem in results.problems]
+        parts.append("\n".join(["## Problems found while reading", "", *lines]) + "\n")
+    return "\n".join(parts)
+
+
+def _markdown(group: Group, choices: Choices) -> Iterator[str]:
+    table = results_table(group)
+    heads = ["policy", "budget", *(measure(name).label for name in table.columns)]
+    yield from (f"## {escaped(table.title)}", "", f"{table.counts}. {reading_note(table)}", "")
+    yield from markdown_table(heads, (_markdown_row(row) for row in table.rows), "ll" + "r" * len(table.columns))
+    if rows := verdict_rows(group, choices):
+        sentence = Ability(group).sentence
+        yield from ("", f"### Compared with full: {escaped(group.title)}", "")
+        yield from (*([escaped(sentence), ""] if sentence else []), _declared_text(rows), "")
+        yield from markdown_table(tuple(_VERDICT_HEADS), (row.texts for row in rows), "lllrrl")
+
+
+def _markdown_row(row: Row) -> list[str]:
+    return [row.policy + row.remark, row.budget, *(f"{one.text} {one.interval}".strip() for one in row.entries)]
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]], sides: str = "") -> Iterator[str]:
+    """Yield the lines of a Markdown table; `sides` has an l or r per column, no columns are aligned without."""
+    rules = [" ---: " if side == "r" else " --- " for side in sides] or ["---"] * len(heads)
+    yield f"| {' | '.join(map(escaped, heads))} |"
+    yield f"|{'|'.join(rules)}|"
+    yield from (f"| {' | '.join(map(escaped, row))} |" for row in rows)
+
+
+def escaped(text: str) -> str:
+    """Keep a name with a bar, a line break or markup from breaking what it stands in."""
+    flat = " ".join(text.split())
+    return flat.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
+
+
+def cells_frame(results: Results) -> pd.DataFrame:
+    """Return one row per cell: labels, status, then value, _low, _high and _n of every measurement."""
+    rows: list[dict[str, object]] = []
+    for cell in results.records:
+        rows.append({name: getattr(cell, name) for name in (*_LABELS, *_RUN)})
+        # A failed cell may have got some numbers before it failed; the status column says how to take them.
+        for name, found in cell.measurements.items():
+            rows[-1] |= dict(zip(_columns(name), (found.value, found.low, found.high, found.n), strict=True))
+    measured = [column for name in MEASURES for column in _columns(name)]
+    return _typed(pd.DataFrame(rows, columns=[*_LABELS, *_RUN, *measured]), numbers={*_NUMBERS, *measured})
+
+
+def quality_frame(results: Results) -> pd.DataFrame:
+    """Return the columns of `cells_frame` that a sweep gives again wherever, whenever and however often it is run."""
+    measured = [column for name, known in MEASURES.items() if known.reproduces for column in _columns(name)]
+    return cells_frame(results)[[*_SAMPLE_LABELS, *measured]]
+
+
+def _columns(name: str) -> tuple[str, ...]:
+    return name, f"{name}_low", f"{name}_high", f"{name}_n"
+
+
+def samples_frame(results: Results) -> pd.DataFrame:
+    """Return one row per cell and sample, with every field that a sample of any cell has."""
+    rows = [
+        {**{name: getattr(cell, name) for name in _SAMPLE_LABELS}, **_sample_row(sample)}
+        for cell in results.records
+        for sample in cell.samples
+    ]
+    fields = dict.fromkeys(name for row in rows for name in row)
+    columns = [*_SAMPLE_LABELS, *sorted(set(fields) - set(_SAMPLE_LABELS))]
+    frame = pd.DataFrame(rows, columns=columns)
+    numbers = {name for name in columns if all(_is_number(row.get(name)) for row in rows) and rows}
+    return _typed(frame, numbers=numbers | set(_NUMBERS))
+
+
+def csv_text(frame: pd.DataFrame) -> str:
+    """Return `frame` as CSV; numbers in their shortest exact form, text that no spreadsheet evaluates.
+
+    A lone "-" is no formula and stays.
+    """
+    safe = frame.copy()
+    for name in map(str, safe.select_dtypes("string").columns):
+        risky = safe[name].str.startswith(_FORMULA_STARTS).fillna(False) & (safe[name].str.len() > 1).fillna(False)
+        safe.loc[risky, name] = "'" + safe.loc[risky, name]
+    return str(safe.to_csv(index=False, lineterminator="\n"))
+
+
+def parquet_bytes(frame: pd.DataFrame) -> bytes:
+    """Return `frame` as a Parquet file."""
+    return bytes(frame.to_parquet(None, engine="pyarrow", index=False))
+
+
+def csv_and_parquet(results: Results) -> dict[str, bytes]:
+    """Return what table.csv, table.parquet, samples.csv and samples.parquet hold, by these names."""
+    files: dict[str, bytes] = {}
+    for name, frame in (("table", cells_frame(results)), ("samples", samples_frame(results))):
+        files |= {f"{name}.csv": csv_text(frame).encode(), f"{name}.parquet": parquet_bytes(frame)}
+    return files
+
+
+def _sample_row(sample: Mapping[str, Any]) -> dict[str, object]:
+    """Sample fields that would hide a label get a prefix; nested values become JSON text."""
+    return {
+        f"sample_{name}" if name in _SAMPLE_LABELS else str(name): (
+            json.dumps(value, sort_keys=True, ensure_ascii=False) if isinstance(value, dict | list) else value
+        )
+        for name, value in sample.items()
+    }
+
+
+def _is_number(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _typed(frame: pd.DataFrame, *, numbers: set[str]) -> pd.DataFrame:
+    """Give every column one type, float64 or text, so that both formats write any mixture."""
+    for name in frame.columns:
+        if name in numbers:
+            frame[name] = pd.to_numeric(frame[name]).astype("float64")
+        else:
+            texts = [None if pd.isna(value) else str(value) for value in frame[name]]
+            frame[name] = pd.Series(texts, index=frame.index, dtype="string")
+    return frame

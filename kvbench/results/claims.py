@@ -17,9 +17,7 @@ the record store accepts one attempt per cell whatever the claims say.
 Exactly one wins: a taker links its file to the next generation's name, which fails if that exists, and
 gives it back unless what it saw before is still there.
 
-What is in a claim's file, and what it tells about its owner.
-
-Text of one line: a beat count of fixed width, which the owner overwrites in place, then JSON that never
+The file is text of one line: a beat count of fixed width, which the owner overwrites in place, then JSON that never
 changes. Whoever looks compares the bytes; the JSON says, for an owner on this machine, whether it died.
 """
 
@@ -38,11 +36,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kvbench.results.files import TEMPORARY, link_new, make_folder, storage_error, write_synced
+from kvbench.results.files import make_folder, storage_error, write_new
 
-COUNT_AT = 0
-_COUNT_DIGITS = 12
+DEFAULT_LEASE_S = 60.0
+_BEATS_PER_LEASE = 5
 _LONGEST_LEASE_S = 86_400.0
+_COUNT_DIGITS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +132,6 @@ def process(number: int) -> str:
     return f"{number}@gone" if fields[0] in ("Z", "X") else f"{number}@{fields[19]}"
 
 
-DEFAULT_LEASE_S = 60.0
-_BEATS_PER_LEASE = 5
-
-
 class Claim:
     """A held lease on the cell `key`; others wait `lease_s` after its last beat."""
 
@@ -158,7 +153,7 @@ class Claim:
             # The own file only, never the name: after a take-over the name is another owner's. A beat
             # that a sick disk refuses is made up by the next one.
             with contextlib.suppress(OSError):
-                os.pwrite(self._descriptor, count_text(self._count), COUNT_AT)
+                os.pwrite(self._descriptor, count_text(self._count), 0)
                 os.fsync(self._descriptor)
             return True
 
@@ -247,35 +242,21 @@ class Claims:
     def _win(self, key: str, generation: int, over: ClaimFile | None) -> Claim | None:
         """Link a new file to the next generation; None if another one did, or the ground moved meanwhile."""
         path = self.folder / f"{key[:16]}.{generation + 1}"
-        temporary = self.folder / f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}"
         try:
-            write_synced(temporary, encode_claim(key, self.owner, self.lease_s))
-            link_new(temporary, path)
+            write_new(path, encode_claim(key, self.owner, self.lease_s))
             descriptor = os.open(path, os.O_RDWR)
         except FileExistsError:
             return None
         except OSError as error:
             raise storage_error(path, error) from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
         claim = Claim(key=key, lease_s=self.lease_s, path=path, descriptor=descriptor)
-        if not self._is_next(key, generation, over):
+        # Nobody may have come and gone, or come later, between looking and linking.
+        now = generations(self.folder, key)
+        if now[-1:] != [generation + 1] or (over is not None and read_claim(self.folder, key, generation) != over):
             claim.release()
             return None
-        self._remove_older(key, generation)
+        for older in now[:-1]:
+            with contextlib.suppress(OSError):
+                (self.folder / f"{key[:16]}.{older}").unlink()
         self._seen.pop(key, None)
         return claim
-
-    def _is_next(self, key: str, generation: int, over: ClaimFile | None) -> bool:
-        """Whether nobody came and went, or came later, between looking and linking."""
-        now = generations(self.folder, key)
-        if not now or now[-1] != generation + 1:
-            return False
-        return over is None or read_claim(self.folder, key, generation) == over
-
-    def _remove_older(self, key: str, generation: int) -> None:
-        for older in generations(self.folder, key):
-            if older <= generation:
-                with contextlib.suppress(OSError):
-                    (self.folder / f"{key[:16]}.{older}").unlink()

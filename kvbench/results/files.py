@@ -5,20 +5,14 @@ step, so that a name never shows half a file, whatever is killed when, and two w
 the whole file of one of them. A record is hard-linked to its name, so that nothing is ever overwritten; what
 can be made again at any time is replaced.
 
-    write_new(Path("cells/attempt-1.json"), data)
+    write_new(Path("cells/attempt-1.json"), seal("kvbench_record", 1, body))
     replace_file(Path("report/index.html"), page)
-    with locked(Path("report/.lock")):
-        ...
 
-One JSON object in an envelope with its length and checksum, so that damage is noticed and not read.
+What is sealed is one JSON object in an envelope with its length and checksum, so that damage is noticed and not read;
+an array inside JSON is packed: type, shape, and the bytes compressed as text.
 
-data = seal("kvbench_record", 1, body)
-body = unseal(path, "kvbench_record", 1, "Delete it and run the sweep again.")
-
-Arrays of small whole numbers inside JSON: type, shape, and the bytes compressed as text.
-
-value = pack(np.array([[0, 7], [7, 7]], dtype=np.uint16))
-array = unpack(value)
+    body = unseal(path, "kvbench_record", 1, "Delete it and run the sweep again.")
+    array = unpack(pack(np.array([[0, 7], [7, 7]], dtype=np.uint16)))
 """
 
 from __future__ import annotations
@@ -36,16 +30,22 @@ import uuid
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from kvbench.errors import ConfigError, KvbenchError, RecordError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+else:
+    Array = Any  # numpy is imported where an array is unpacked: a command that draws nothing starts without it
 
 _UNUSABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEMPORARY = ".tmp"
+_TYPES = ("u1", "u2")
+_MOST_BYTES = 2**26  # a foreign file must not be able to ask for all memory
 
 
 def write_new(path: Path, data: bytes) -> None:
@@ -76,40 +76,36 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     with _temporary(path) as temporary:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
 
 
 def link_over(source: Path, target: Path) -> None:
-    """Give `source` the name `target` too, in the place of what has that name. Raises: OSError."""
-    temporary = _new_name(target)
-    try:
+    """Give `source` the name `target` too, in the place of what has that name.
+
+    Raises: RecordError if the disk refuses; ConfigError if the folder cannot be written to.
+    """
+    # rename() does nothing when both names are already one file, and leaves the temporary name, which is removed.
+    with replacing(target) as temporary:
         os.link(source, temporary)
-        temporary.replace(target)
-    finally:
-        # rename() does nothing when both names are already one file, and leaves the temporary name.
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
-def write_out(path: Path, data: bytes) -> None:
-    """Write the file that `--out` names on a command line, its folder too. Raises: ConfigError naming a way out.
+def write_out(path: Path, data: bytes) -> Path:
+    """Write the file that `--out` names on a command line, its folder too; return `path`.
 
+    Raises: ConfigError naming a way out.
     A device or a pipe is written to as it is, and of a link what it leads to is replaced, not the link.
     """
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
             path.write_bytes(data)
-            return
-        replace_file(path.resolve(), data)
-    except (OSError, RuntimeError) as error:  # a RuntimeError is a circle of links
-        raise _refused_out(path, error) from error
-    except KvbenchError as error:
-        raise _refused_out(path, error.__cause__ or error) from error
-
-
-def _refused_out(path: Path, error: BaseException) -> ConfigError:
-    return ConfigError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; choose another --out")
+        else:
+            replace_file(path.resolve(), data)
+    except (OSError, RuntimeError, KvbenchError) as error:  # a RuntimeError is a circle of links
+        cause = (error.__cause__ or error) if isinstance(error, KvbenchError) else error
+        why = getattr(cause, "strerror", None) or cause
+        raise ConfigError(f"cannot write {path}: {why}; choose another --out") from error
+    return path
 
 
 @contextlib.contextmanager
@@ -146,10 +142,11 @@ def holding(descriptor: int) -> Iterator[None]:
 def _temporary(path: Path) -> Iterator[Path]:
     """Yield a name beside `path` that is gone afterwards; then the folder is synced."""
     make_folder(path.parent)
-    temporary = _new_name(path)
+    # The whole name and the rest together may be longer than a file system allows.
+    temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         yield temporary
-        sync_folder(path.parent)
+        sync(path.parent)
     except FileExistsError:
         raise
     except OSError as error:
@@ -157,11 +154,6 @@ def _temporary(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-
-
-def _new_name(path: Path) -> Path:
-    # The whole name and the rest together may be longer than a file system allows.
-    return path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}{TEMPORARY}")
 
 
 def link_new(source: Path, target: Path) -> None:
@@ -184,17 +176,13 @@ def make_folder(folder: Path) -> None:
     make_folder(folder.parent)
     try:
         folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         raise storage_error(folder, error) from error
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable; raises OSError."""
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable; raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -226,9 +214,8 @@ def storage_error(path: Path, error: OSError) -> KvbenchError:
             f"cannot write {path}: {reason}. The results folder must be a writable folder on a file system "
             "with hard links; choose another one."
         )
-    if error.errno in _FULL:
-        return RecordError(f"cannot write {path}: {reason}. Free some space and run again; finished cells are kept.")
-    return RecordError(f"cannot write {path}: {reason}. Check the disk and run again; finished cells are kept.")
+    remedy = "Free some space" if error.errno in _FULL else "Check the disk"
+    return RecordError(f"cannot write {path}: {reason}. {remedy} and run again; finished cells are kept.")
 
 
 def canonical_json(value: object) -> str:
@@ -253,10 +240,6 @@ def _json_problem(value: object, path: str) -> str | None:
     if isinstance(value, list | tuple):
         problems = (_json_problem(item, f"{path}[{index}]") for index, item in enumerate(value))
         return next((problem for problem in problems if problem is not None), None)
-    return _scalar_problem(value, path)
-
-
-def _scalar_problem(value: object, path: str) -> str | None:
     if isinstance(value, float):
         return None if math.isfinite(value) else f"{path} is {value}; a record holds finite numbers or null."
     if isinstance(value, str):
@@ -289,7 +272,14 @@ def unseal(path: Path, kind: str, version: int, remedy: str) -> dict[str, Any]:
         raise RecordError(f"{path} is a {name} of version {found}; this kvbench reads {version}. Update it.")
     if found != version or isinstance(found, bool) or not isinstance(body, dict):
         raise RecordError(f"{path} has a damaged envelope. {remedy}")
-    _verify(path, envelope, body, remedy)
+    try:
+        raw = canonical_json(body).encode()
+        if envelope.get("body_bytes") != len(raw):
+            raise RecordError(f"its body has {len(raw)} bytes, but {envelope.get('body_bytes')!r:.40} were written.")
+        if envelope.get("body_sha256") != hashlib.sha256(raw).hexdigest():
+            raise RecordError("its checksum does not match: the body was altered after it was written.")
+    except (RecordError, RecursionError) as error:
+        raise RecordError(f"{path} is damaged: {error} {remedy}") from error
     return body
 
 
@@ -309,37 +299,23 @@ def _parse(path: Path, remedy: str) -> object:
         raise RecordError(f"{path} is torn or is not JSON ({error!s:.80}). {remedy}") from error
 
 
-def _verify(path: Path, envelope: dict[str, Any], body: dict[str, Any], remedy: str) -> None:
-    try:
-        raw = canonical_json(body).encode()
-        if envelope.get("body_bytes") != len(raw):
-            raise RecordError(f"its body has {len(raw)} bytes, but {envelope.get('body_bytes')!r:.40} were written.")
-        if envelope.get("body_sha256") != hashlib.sha256(raw).hexdigest():
-            raise RecordError("its checksum does not match: the body was altered after it was written.")
-    except (RecordError, RecursionError) as error:
-        raise RecordError(f"{path} is damaged: {error} {remedy}") from error
-
-
-Array = NDArray[Any]
-_TYPES = {"u1": np.uint8, "u2": np.uint16}
-_MOST_BYTES = 2**26  # a foreign file must not be able to ask for all memory
-
-
 def pack(array: Array) -> dict[str, Any]:
     """Return an array of uint8 or uint16 as a JSON object; rows that resemble each other take little room."""
-    name = next(name for name, kind in _TYPES.items() if array.dtype == kind)
+    name = next(name for name in _TYPES if array.dtype == name)
     raw = array.astype(f"<{name}").tobytes()
     return {"type": name, "shape": list(array.shape), "data": base64.b64encode(zlib.compress(raw)).decode()}
 
 
 def unpack(value: object) -> Array:
     """Return the array that `pack` was given. Raises: RecordError for anything that `pack` does not return."""
+    import numpy as np
+
     try:
         assert isinstance(value, dict)
         name, shape = value["type"], tuple(value["shape"])
         assert name in _TYPES
         assert all(isinstance(size, int) and size >= 0 for size in shape)
-        num_bytes = math.prod(shape) * np.dtype(_TYPES[name]).itemsize
+        num_bytes = math.prod(shape) * int(name[1:])
         assert num_bytes <= _MOST_BYTES
         raw = zlib.decompressobj().decompress(base64.b64decode(value["data"], validate=True), num_bytes + 1)
         assert len(raw) == num_bytes

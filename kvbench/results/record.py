@@ -1,17 +1,11 @@
-"""One immutable JSON file per cell attempt: how it is keyed, written and read back.
-
-A record is written by `durable` and enveloped by `sealed`: a name never shows half a record, nothing
-is ever overwritten, and a reader notices every torn or altered record instead of using its numbers.
+"""What a record is, one immutable JSON file per cell attempt: how it is keyed, checked, written and read back.
 
     write_record(Path("cells/attempt-1.json"), body)
     body = read_record(Path("cells/attempt-1.json"))
     kept = read_cell(Path("results/cells/0123456789abcdef"))  # the attempt that counts
 
-What a cell's cache kept of a few samples: one sealed file beside the record, which it never belongs to.
-
-    cells/<key[:16]>/autopsy.json
-
-It explains numbers and holds none that counts. A missing or damaged one costs its own figures only.
+Beside it may lie `autopsy.json`, what the cell's cache kept of a few samples: it explains numbers and holds none that
+counts. A missing or damaged one costs its own figures only.
 """
 
 from __future__ import annotations
@@ -24,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvbench.errors import RecordError
+from kvbench.errors import ConfigError, RecordError
 from kvbench.results.files import canonical_json, replace_file, seal, unseal, write_new
 
 ENVELOPE_VERSION = 1
@@ -50,6 +44,12 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 }
 
 
+def check_results_folder(folder: Path) -> None:
+    """Raise ConfigError unless there is such a folder."""
+    if not folder.is_dir():
+        raise ConfigError(f"the results folder {folder} does not exist; run a sweep first or give the right folder.")
+
+
 def cell_key(settings: Mapping[str, Any], schema: int = BODY_SCHEMA) -> str:
     """Return the 64 hex digits that name a cell: the same settings always give the same key.
 
@@ -57,6 +57,11 @@ def cell_key(settings: Mapping[str, Any], schema: int = BODY_SCHEMA) -> str:
     """
     text = canonical_json({"key_schema": schema, "settings": dict(settings)})
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def cell_folder(results: Path, key: str) -> Path:
+    """Return the folder that holds what is kept of the cell `key`."""
+    return results / "cells" / key[:16]
 
 
 def check_body(body: Mapping[str, Any]) -> None:
@@ -75,10 +80,9 @@ def check_body(body: Mapping[str, Any]) -> None:
         raise RecordError(f"body schema {schema!r} is unknown; this kvbench reads 1 to {BODY_SCHEMA}.")
     if body["status"] not in STATUSES:
         raise RecordError(f"status is {body['status']!r:.60}; it must be one of {', '.join(STATUSES)}.")
-    if not re.fullmatch("[0-9a-f]{64}", body["key"]):
-        raise RecordError(f"key is {body['key']!r:.80}; it must be 64 lower-case hex digits.")
-    if not re.fullmatch("[0-9a-f]{32}", body["attempt"]):
-        raise RecordError(f"attempt is {body['attempt']!r:.80}; it must be 32 lower-case hex digits.")
+    for name, length in (("key", 64), ("attempt", 32)):
+        if not re.fullmatch(f"[0-9a-f]{{{length}}}", body[name]):
+            raise RecordError(f"{name} is {body[name]!r:.80}; it must be {length} lower-case hex digits.")
     for name, entry in body["measurements"].items():
         if not isinstance(entry, dict) or not isinstance(entry.get("value", ""), int | float | None):
             raise RecordError(f"measurement {name} is {entry!r:.60}; it needs a value that is a number or null.")
@@ -113,6 +117,14 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """A file (path relative to the results folder) that was not used, or not wholly, and why."""
+
+    path: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CellRecord:
     """The attempt of a cell that counts, and those that failed after it: a failure never replaces a measurement."""
 
@@ -138,48 +150,45 @@ def counting(accepted: dict[str, Any], others: Iterable[dict[str, Any]]) -> Cell
     """Return `accepted` (record.json), or if that failed the newest of the `others` that was measured."""
     own = [body for body in others if body["key"] == accepted["key"]]
     measured = [body for body in own if body["status"] in MEASURED]
-    body = accepted
-    if accepted["status"] not in MEASURED and measured:
-        body = max(measured, key=lambda one: str(one["started_utc"]))
-    failures = [one for one in (accepted, *own) if one["status"] not in MEASURED] if body["status"] in MEASURED else []
-    later = [one for one in failures if str(one["started_utc"]) > str(body["started_utc"])]
-    return CellRecord(body=body, later_failures=tuple(sorted(later, key=lambda one: str(one["started_utc"]))))
+    body = accepted if accepted["status"] in MEASURED or not measured else max(measured, key=_started)
+    if body["status"] not in MEASURED:
+        return CellRecord(body=body)
+    failures = [one for one in (accepted, *own) if one["status"] not in MEASURED and _started(one) > _started(body)]
+    return CellRecord(body=body, later_failures=tuple(sorted(failures, key=_started)))
+
+
+def _started(body: Mapping[str, Any]) -> str:
+    return str(body["started_utc"])
 
 
 AUTOPSY_FILE = "autopsy.json"
 AUTOPSY_SCHEMA = 1
 NEVER = 65_535  # of `freed`: still held at the end; 0: dropped with the prompt. Of `merged`: joined no other entry
 GENERATED = 3  # of `kinds`, after those of kvbench.cache.Kind
-_AUTOPSIES_KIND, _VERSION = "kvbench_autopsy", 1
-_REMEDY = "Nothing but the eviction figures needs it; force=true takes it again."
-_AUTOPSIES_FIELDS: dict[str, type] = {
-    "key": str,
-    "num_layers": int,
-    "num_heads": int,
-    "samples": list,
-    "left_out": list,
-}
+_AUTOPSY_KIND, _AUTOPSY_VERSION = "kvbench_autopsy", 1
+_AUTOPSY_REMEDY = "Nothing but the eviction figures needs it; force=true takes it again."
+_AUTOPSY_FIELDS = {"key": str, "num_layers": int, "num_heads": int, "samples": list, "left_out": list}
 
 
 def autopsy_path(results: Path, key: str) -> Path:
     """Return where the autopsy of the cell `key` lies."""
-    return results / "cells" / key[:16] / AUTOPSY_FILE
+    return cell_folder(results, key) / AUTOPSY_FILE
 
 
 def write_autopsy(path: Path, body: Mapping[str, Any]) -> None:
     """Write `body` in the place of an older autopsy, whole and durable. Raises: RecordError, ConfigError."""
-    replace_file(path, seal(_AUTOPSIES_KIND, _VERSION, body))
+    replace_file(path, seal(_AUTOPSY_KIND, _AUTOPSY_VERSION, body))
 
 
 def read_autopsy(path: Path, key: str | None = None) -> dict[str, Any]:
     """Return the verified body of the file, of the cell `key` where given. Raises: RecordError naming the path."""
-    body = unseal(path, _AUTOPSIES_KIND, _VERSION, _REMEDY)
+    body = unseal(path, _AUTOPSY_KIND, _AUTOPSY_VERSION, _AUTOPSY_REMEDY)
     schema = body.get("schema")
     if schema != AUTOPSY_SCHEMA:
-        raise RecordError(f"{path} has schema {schema!r:.40}; this kvbench reads {AUTOPSY_SCHEMA}. {_REMEDY}")
-    for name, kind in _AUTOPSIES_FIELDS.items():
+        raise RecordError(f"{path} has schema {schema!r:.40}; this kvbench reads {AUTOPSY_SCHEMA}. {_AUTOPSY_REMEDY}")
+    for name, kind in _AUTOPSY_FIELDS.items():
         if not isinstance(body.get(name), kind):
-            raise RecordError(f"{path} has no usable {name!r}. {_REMEDY}")
+            raise RecordError(f"{path} has no usable {name!r}. {_AUTOPSY_REMEDY}")
     if key is not None and body["key"] != key:
-        raise RecordError(f"{path} belongs to another cell ({body['key'][:16]}). {_REMEDY}")
+        raise RecordError(f"{path} belongs to another cell ({body['key'][:16]}). {_AUTOPSY_REMEDY}")
     return body

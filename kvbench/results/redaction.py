@@ -65,6 +65,11 @@ def redact(text: str) -> str:
     return _without_forms(hide_known(text))
 
 
+def printable(text: str) -> str:
+    """Return `text` for a terminal: no secrets, and "?" for control characters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in redact(text))
+
+
 def redacted_body(body: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record's body that can be stored and sent.
 

@@ -1,9 +1,12 @@
 """The results on disk: every attempt of every cell, and which attempt counts. This is the truth.
 
-    results/cells/<key[:16]>/attempt-<uuid>.json    one immutable file per attempt
-    results/cells/<key[:16]>/record.json            hard link to the accepted attempt
+    results/cells/<key[:16]>/attempt-<uuid>.json       one immutable file per attempt
+    results/cells/<key[:16]>/record.json               hard link to the accepted attempt
+    results/cells/<key[:16]>/batches/<number>.json     one finished batch of a cell that is still being measured
 
-A failed attempt is never put in the place of a measured one, whether or not it was asked for.
+A failed attempt is never put in the place of a measured one, whether or not it was asked for. Batches make a kill
+cost one of them: only for numbers that are a function of the cell (quality), as timing and memory are never stitched
+together from two processes. They go when the cell's ok record is committed.
 
 Safe with many writers on one folder and with a kill at any instant: linking to a name that exists
 fails, so of two processes that finish the same cell exactly one is accepted.
@@ -11,17 +14,7 @@ fails, so of two processes that finish the same cell exactly one is accepted.
     store = RecordStore(Path("results"))
     if store.accepted(key) is None:
         store.commit(body)
-
-The finished batches of a cell that is still being measured, so that a kill costs one batch.
-
-    results/cells/<key[:16]>/batches/<number>.json     the payload of one planned batch
-
-Only for numbers that are a function of the cell (quality); timing and memory are never stitched
-together from two processes. The files go when the cell's ok record is committed.
-
-    parts = PartialStore(Path("results"), key)
-    done = parts.batches()
-    parts.commit(3, {"nll_sum": [1.5, 2.5]})
+    PartialStore(Path("results"), key).commit(3, {"nll_sum": [1.5, 2.5]})
 """
 
 from __future__ import annotations
@@ -36,34 +29,27 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.errors import RecordError
-from kvbench.results.files import holding, link_new, link_over, seal, storage_error, sync_folder, unseal, write_new
-from kvbench.results.record import MEASURED, RECORD_FILE, check_body, counting, read_record, write_record
+from kvbench.results.files import holding, link_new, link_over, seal, storage_error, sync, unseal, write_new
+from kvbench.results.record import MEASURED, RECORD_FILE, cell_folder, check_body, counting, read_record, write_record
 from kvbench.results.redaction import redacted_body
 
 _KIND, _VERSION = "kvbench_batch", 1
 _REMEDY = "It is measured again."
 _NUM_TRIES = 3
-_partial_log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class PartialStore:
     """The batches of the cell `key` under the results folder."""
 
     def __init__(self, results: Path, key: str) -> None:
-        self.folder = Path(results) / "cells" / key[:16] / "batches"
+        self.folder = cell_folder(Path(results), key) / "batches"
         self._key = key
 
     def batches(self) -> dict[int, dict[str, Any]]:
         """Return the payload of every whole batch by number; others are reported and left out."""
-        found: dict[int, dict[str, Any]] = {}
-        for path in sorted(self.folder.glob("*.json")):
-            try:
-                body = self.read(path, self._key)
-            except RecordError as error:
-                _partial_log.warning("%s", error)
-            else:
-                found[body["number"]] = body["payload"]
-        return dict(sorted(found.items()))
+        bodies = [body for path in sorted(self.folder.glob("*.json")) if (body := self._whole(path)) is not None]
+        return {body["number"]: body["payload"] for body in sorted(bodies, key=lambda body: int(body["number"]))}
 
     def commit(self, number: int, payload: Mapping[str, Any]) -> None:
         """Store the batch `number` durably; one that is there and whole stays as it is.
@@ -77,9 +63,10 @@ class PartialStore:
                 write_new(path, data)
                 return
             except FileExistsError:
-                if self._is_whole(path):
+                if self._whole(path) is not None:
                     return
-                _partial_set_aside(path)
+                with contextlib.suppress(OSError):
+                    _set_aside(path)
             except RecordError as error:
                 # Another process finished this very cell and removed the folder under our hands.
                 if not isinstance(error.__cause__, FileNotFoundError):
@@ -90,13 +77,12 @@ class PartialStore:
         """Remove all batches: after the cell's record, or before it is measured afresh on request."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _is_whole(self, path: Path) -> bool:
+    def _whole(self, path: Path) -> dict[str, Any] | None:
         try:
-            self.read(path, self._key)
+            return self.read(path, self._key)
         except RecordError as error:
-            _partial_log.warning("%s", error)
-            return False
-        return True
+            _log.warning("%s", error)
+            return None
 
     @staticmethod
     def read(path: Path, key: str | None) -> dict[str, Any]:
@@ -110,12 +96,9 @@ class PartialStore:
         return body
 
 
-def _partial_set_aside(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.rename(path.with_name(f"damaged-{uuid.uuid4().hex}"))
-
-
-_log = logging.getLogger(__name__)
+def _set_aside(damaged: Path) -> None:
+    """Rename what is in the place of a record or batch, which may be someone's file or folder, and keep it."""
+    damaged.rename(damaged.with_name(f"damaged-{uuid.uuid4().hex}"))
 
 
 class RecordStore:
@@ -127,7 +110,7 @@ class RecordStore:
 
     def cell_folder(self, key: str) -> Path:
         """Return the folder that holds the attempts of the cell `key`."""
-        return self.folder / "cells" / key[:16]
+        return cell_folder(self.folder, key)
 
     def record_file(self, key: str) -> Path:
         """Return where the accepted record of `key` lies, if it has one."""
@@ -161,7 +144,7 @@ class RecordStore:
         write_record(attempt, redacted_body(body))
         try:
             self._accept(attempt, body, replace)
-            sync_folder(folder)
+            sync(folder)
         except OSError as error:
             raise storage_error(folder / RECORD_FILE, error) from error
         if body["status"] in MEASURED:
@@ -178,7 +161,8 @@ class RecordStore:
             except FileExistsError:
                 current = self._read(accepted, body["key"])
                 if current is None:
-                    _set_aside(accepted)
+                    with contextlib.suppress(FileNotFoundError):
+                        _set_aside(accepted)
                 elif current["status"] in MEASURED and not (replace and body["status"] in MEASURED):
                     return
                 elif current["status"] not in MEASURED:
@@ -201,9 +185,3 @@ class RecordStore:
                 _log.warning("%s Until then it counts as missing.", error)
             return None
         return body
-
-
-def _set_aside(damaged: Path) -> None:
-    """Rename what is in the place of a record, which may be someone's file or folder, and keep it."""
-    with contextlib.suppress(FileNotFoundError):
-        damaged.rename(damaged.with_name(f"damaged-{uuid.uuid4().hex}"))

@@ -1,1 +1,1 @@
-"""Where finished cells go: the store is the truth, every other sink is a mirror of it."""
+"""Where finished cells are shown: the store is the truth, every sink (console, W&B) is a mirror of it and may fail."""

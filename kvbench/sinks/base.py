@@ -103,17 +103,15 @@ class SinkGroup:
                 call(sink)
             # A mirror may fail in any way (network, disk, a bug in its library); the sweep goes on.
             except Exception as error:
-                self._warn(index, sink, step, error)
-
-    def _warn(self, index: int, sink: Sink, step: str, error: Exception) -> None:
-        if index in self._warned:
-            return
-        self._warned.add(index)
-        reason = redact(" ".join(str(error).split()))[:200]
-        _log.warning(
-            "%s failed in %s (%s: %s); the results are safe in the store, and its further failures are not shown.",
-            *(type(sink).__name__, step, type(error).__name__, reason),
-        )
+                if index in self._warned:
+                    continue
+                self._warned.add(index)
+                reason = redact(" ".join(str(error).split()))[:200]
+                _log.warning(
+                    "%s failed in %s (%s: %s); the results are safe in the store, and its further failures are not "
+                    "shown.",
+                    *(type(sink).__name__, step, type(error).__name__, reason),
+                )
 
 
 def _is_instant(sink: Sink) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from kvbench.measures import format_value, measure
 from kvbench.results.record import MEASURED
-from kvbench.results.redaction import redact
+from kvbench.results.redaction import printable
 
 _HEADLINES = (
     *("ppl", "rougeL_vs_full", "turn1_rougeL_vs_full", "turn2_rougeL_vs_full", "objects_recalled_fraction"),
@@ -21,7 +21,7 @@ _HEADLINES = (
 
 def say(line: str) -> None:
     """Print one line to stdout without breaking a progress bar: no secrets, and "?" for control characters."""
-    clean = "".join(letter if letter.isprintable() else "?" for letter in redact(line))
+    clean = printable(line)
     try:
         from tqdm import tqdm
     except ImportError:
@@ -57,19 +57,13 @@ def cell_line(body: dict[str, Any]) -> str:
     labels = body["labels"]
     status = body["status"] + ("*" if body.get("tries", 1) > 1 else "")  # it took a second try
     head = f"{status:<10} {labels.get('policy', '?'):<14} {labels.get('budget', '-'):<14}"
-    parts = [_headline(name, body["measurements"][name]) for name in _HEADLINES if name in body["measurements"]]
-    if body["status"] not in MEASURED:
-        parts = [_failure(body)]
-    return "  ".join([head.rstrip() if not any(parts) else head, *filter(None, parts), f"{body['duration_s']:.1f} s"])
-
-
-def _headline(name: str, entry: dict[str, Any]) -> str:
-    """Name and number; the interval is in the table at the end, a line has no room for it."""
-    value = entry["value"]
-    return "" if value is None else f"{measure(name).label} {format_value(name, value)}"
-
-
-def _failure(body: dict[str, Any]) -> str:
-    error = body["error"] or {}
-    first_line = str(error.get("message", "")).strip().partition("\n")[0][:160]
-    return ": ".join(part for part in (body["phase"], error.get("type"), first_line) if part)
+    if body["status"] in MEASURED:
+        # Without intervals, which are in the table at the end: a line has no room for them.
+        values = {name: body["measurements"].get(name, {}).get("value") for name in _HEADLINES}
+        shown = [f"{measure(name).label} {format_value(name, one)}" for name, one in values.items() if one is not None]
+    else:
+        error = body["error"] or {}
+        first_line = str(error.get("message", "")).strip().partition("\n")[0][:160]
+        failure = ": ".join(part for part in (body["phase"], error.get("type"), first_line) if part)
+        shown = [failure] if failure else []
+    return "  ".join([head if shown else head.rstrip(), *shown, f"{body['duration_s']:.1f} s"])

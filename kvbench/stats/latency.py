@@ -1,11 +1,9 @@
-"""Times relative to the full cache: log ratios of launches that stood beside each other, and between two policies.
+"""Times relative to the full cache, and whether a machine was quiet enough for its times to enter a comparison.
 
 A launch, not a step, is the unit (Kalibera and Jones 2013, "Rigorous benchmarking in reasonable time"): steps of one
 launch share its memory layout and its moment. Launches come as policy, full, full, policy; the k-th launch of each
 arm is a pair, so in half of the pairs the policy comes first and in half the full cache, and what drifts linearly
 cancels in their mean. We keep to one process, so what differs between processes is not in the interval.
-
-Whether a machine was quiet enough for its times to enter a comparison.
 
 Launches of one and the same setting may spread by 3 % and a reference kernel may change by 2 % from start to end;
 no other process may use the GPU. What is noisier is measured once more, and then called noisy: its numbers are
@@ -21,7 +19,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvbench.stats.power import minimum_detectable
-from kvbench.stats.tests import quantile, tail, welch
+from kvbench.stats.tests import p_value_of, quantile, welch
+
+MAX_SPREAD_FRACTION = 0.03
+_MAX_DRIFT_FRACTION = 0.02
+FEWEST_LAUNCHES = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,9 +41,7 @@ class LogRatio:
 
     def p_value(self) -> float:
         """Return the two-sided p value of a ratio of 1."""
-        if self.standard_error == 0:
-            return 1.0 if self.mean == 0 else 0.0
-        return 2 * tail(-abs(self.mean) / self.standard_error, self.num_units)
+        return p_value_of(self.mean, self.standard_error, self.num_units)
 
     def minimum_detectable(self) -> float:
         """Return the change of the ratio that is found in 80 % of repetitions."""
@@ -62,11 +62,6 @@ def between(first: LogRatio, second: LogRatio) -> LogRatio:
     return LogRatio(mean=first.mean - second.mean, standard_error=error, num_units=units)
 
 
-MAX_SPREAD_FRACTION = 0.03
-MAX_DRIFT_FRACTION = 0.02
-FEWEST_LAUNCHES = 3
-
-
 def spread_fraction(*arms: Sequence[float]) -> float | None:
     """Return the largest standard deviation over mean of any arm's launches; None for under three launches."""
     if min(len(arm) for arm in arms) < FEWEST_LAUNCHES:
@@ -79,8 +74,8 @@ def noise_reason(spread: float | None, drift: float | None, num_foreign: int | N
     reasons = []
     if spread is not None and spread > MAX_SPREAD_FRACTION:
         reasons.append(f"launches of one setting spread by {spread:.1%}, over {MAX_SPREAD_FRACTION:.0%}")
-    if drift is not None and drift > MAX_DRIFT_FRACTION:
-        reasons.append(f"a reference kernel drifted by {drift:.1%}, over {MAX_DRIFT_FRACTION:.0%}")
+    if drift is not None and drift > _MAX_DRIFT_FRACTION:
+        reasons.append(f"a reference kernel drifted by {drift:.1%}, over {_MAX_DRIFT_FRACTION:.0%}")
     if num_foreign:
         reasons.append(f"{num_foreign} other processes used the GPU")
     return "; ".join(reasons)

@@ -1,84 +1,77 @@
-"""Two arms measured on the same samples, and the estimators of their difference.
+"""What is inferred about a paired difference: interval, p value, and what the samples could have shown.
 
-Every mean is a ratio of sums over clusters (images, documents), because clusters are what was drawn
-independently: a score has its number of samples below, perplexity its scored tokens. Source: Miller 2024,
-arXiv 2411.00640, sections 2.2 (clusters) and 4.2 (pairing); the ratio of sums is what pools tokens there.
+    infer(paired_sums(policy, full, clusters)).low
 
-What is inferred about a paired difference: interval, p value, and what the samples could have shown.
+Two arms are measured on the same samples. Every mean is a ratio of sums over clusters (images, documents), because
+clusters are what was drawn independently: a score has its number of samples below, perplexity its scored tokens.
+Source: Miller 2024, arXiv 2411.00640, sections 2.2 (clusters) and 4.2 (pairing); the ratio of sums is what pools
+tokens there.
 
 The interval reaches, on each side, as far as the wider of BCa and Student's t: simulated over 8 kinds of
 differences, BCa alone covers 91 % where tails are heavy and t alone 87 % where losses are rare, the wider of the two
 93 to 97 % from 20 clusters on (docs/statistics.md). Under 10 clusters there is no bootstrap.
-
-Scores that are equal in nearly every cluster: what the few that differ, or none, can still hide.
 
 No bootstrap and no t can see a loss that none or few of the clusters show: with losses in 3 % of 64 clusters their
 lower bound was wrong in 18 % of simulations. Where fewer than 5 clusters differ from the most common difference, the
 share that does is bounded by Clopper and Pearson (1934), its part of the mean by the heaviest clusters of that share
 (one picture may have many questions), and what one of them may lose by the scale of the difference, or, from 3 on, by
 the largest seen. What the other arm scores on average bounds nothing: what is lost is what it scored where it differs.
-
-BCa bootstrap by cluster of a paired difference, 10,000 draws, fixed seed.
-
-Source: Efron 1987, "Better bootstrap confidence intervals" (bias correction and acceleration); Hesterberg
-2015, arXiv 1411.5279, section 4.2 (the level for few units). The draws are those of scipy.stats.bootstrap with
-the same seed, held as counts so that a comparison is one matrix product; a test compares the two.
-
-Which fields of a sample a pooled measure divides: the sums over samples, total by weight, not a mean of scores.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from scipy import special
 
 from kvbench.errors import MeasureError
+from kvbench.stats.intervals import (
+    MIN_BOOTSTRAP_CLUSTERS,
+    NUM_DRAWS,
+    ClusterSums,
+    bootstrap,
+    influences,
+    sums_by_cluster,
+)
 from kvbench.stats.power import minimum_detectable
-from kvbench.stats.tests import quantile, standard_error, tail
+from kvbench.stats.tests import Floats, p_value_of, quantile, standard_error
 
-Floats: TypeAlias = npt.NDArray[np.float64]
+CONFIDENCE = 0.95
+_MAX_T_CLUSTERS = 100
+_MIN_DIFFERING = 5
+_MIN_TRUSTED = 3
+_ROUNDING = 1e-12
+# Which fields of a sample a pooled measure divides: the sums over samples, total by weight, not a mean of scores.
+POOLED: Mapping[str, tuple[str, str]] = {
+    "ppl": ("nll_sum", "num_scored_tokens"),
+    "ppl_released": ("released_nll_sum", "released_num_scored_tokens"),
+    "kl_to_full": ("kl_sum", "num_compared_tokens"),
+    "top1_agreement_fraction": ("num_agreeing_tokens", "num_compared_tokens"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PairedSums:
+class PairedSums(ClusterSums):
     """Per cluster (C, 4): total and weight of the first arm, total and weight of the second.
 
     The difference is sum(total) / sum(weight) of the first arm minus the same of the second.
     """
 
-    columns: Floats
     num_samples: int
 
-    @property
-    def num_clusters(self) -> int:
-        """Return how many clusters there are."""
-        return len(self.columns)
-
-    @property
-    def value(self) -> float:
-        """Return the difference over all clusters."""
-        return float(differences(self.columns.sum(axis=0)))
+    def statistic(self, sums: Floats) -> Floats:
+        """Return the difference of sums (..., 4)."""
+        return differences(sums)
 
     def influences(self) -> Floats:
-        """Return what each cluster adds to the difference, (C,): mean 0, and SD / sqrt(C) is the standard error.
-
-        The linear part of the ratios (delta method); for means of equal clusters exactly the deviations.
-        """
+        """Return what each cluster adds to the difference, (C,)."""
         mine, weight, other, other_weight = self.columns.T
-        first = (mine - mine.sum() / weight.sum() * weight) / weight.mean()
-        second = (other - other.sum() / other_weight.sum() * other_weight) / other_weight.mean()
-        return np.asarray(first - second, dtype=np.float64)
-
-    def leave_one_out(self) -> Floats:
-        """Return the difference without each cluster in turn, (C,)."""
-        return differences(self.columns.sum(axis=0) - self.columns)
+        return influences(mine, weight) - influences(other, other_weight)
 
 
 def differences(sums: Floats) -> Floats:
@@ -100,18 +93,10 @@ def paired_sums(
     rows = np.hstack([np.asarray(arm, dtype=np.float64).reshape(-1, 2) for arm in (first, second)])
     if not np.isfinite(rows).all() or (rows[:, 1::2] <= 0).any():
         raise MeasureError("a sample has a number that is not finite or a weight that is not above 0; leave it out.")
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
-    index = np.array([numbers[name] for name in clusters], dtype=np.intp)
-    columns = np.zeros((len(numbers), 4))
-    np.add.at(columns, index, rows)
-    return PairedSums(columns=columns, num_samples=len(rows))
+    return PairedSums(columns=sums_by_cluster(rows, clusters), num_samples=len(rows))
 
 
-MIN_DIFFERING = 5
-_MIN_TRUSTED = 3
-
-
-def few_differences(pairs: PairedSums, level: float, scale: tuple[float, float]) -> tuple[float, float, float] | None:
+def _few_differences(pairs: PairedSums, level: float, scale: tuple[float, float]) -> tuple[float, float, float] | None:
     """Return (low, high, p value) of a difference that lies on `scale` in every cluster; None where enough differ.
 
     The p value is the sign test's (against a difference of 0), the only one that holds for so few.
@@ -122,7 +107,7 @@ def few_differences(pairs: PairedSums, level: float, scale: tuple[float, float])
     values, counts = np.unique(rounded, return_counts=True)
     usual, num_usual = float(values[counts.argmax()]), int(counts.max())
     num_differing = len(found) - num_usual
-    if num_differing >= MIN_DIFFERING or 2 * num_usual < len(found):
+    if num_differing >= _MIN_DIFFERING or 2 * num_usual < len(found):
         return None
     share = float(special.betaincinv(num_differing + 1, num_usual, 0.5 + level / 2))
     part = max(_heaviest_part(one, share) for one in (weight, other_weight))
@@ -145,97 +130,13 @@ def sign_test(num_above: int, num_below: int) -> float:
     return min(1.0, 2.0 * float(special.bdtr(fewer, num, 0.5))) if num else 1.0
 
 
-NUM_DRAWS = 10_000
-SEED = 20_260_101
-_KEPT_UNITS = 400  # up to so many clusters the counts of all draws (32 MB) are kept for the next comparison
-_BLOCK = 60_000  # products so small are made by one thread: the same bits on every machine, no waiting for others
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bootstrap:
-    """Sorted draws of a difference, with the bias and acceleration of BCa."""
-
-    draws: Floats
-    bias: float
-    acceleration: float
-    num_clusters: int
-
-    def bounds(self, confidence: float, *, widened: bool = True) -> tuple[float, float]:
-        """Return the two-sided BCa interval; `widened` for few clusters (Hesterberg 2015)."""
-        half = (
-            quantile(0.5 + confidence / 2, self.num_clusters) if widened else float(special.ndtri(0.5 + confidence / 2))
-        )
-        stretch = math.sqrt(self.num_clusters / (self.num_clusters - 1)) if widened else 1.0
-        levels = [float(special.ndtr(self._moved(side * half * stretch))) for side in (-1, 1)]
-        low, high = np.quantile(self.draws, levels)
-        return float(low), float(high)
-
-    def p_value(self) -> float:
-        """Return the two-sided p value of a difference of 0: the level at which the widened interval just holds it.
-
-        0 where no draw lies beyond 0, which 10,000 draws can not resolve.
-        """
-        share = float(np.searchsorted(self.draws, 0.0, "left") + np.searchsorted(self.draws, 0.0, "right"))
-        share /= 2 * len(self.draws)
-        if not 0 < share < 1:
-            return 0.0
-        shifted = (float(special.ndtri(share)) - self.bias) / (
-            1 + self.acceleration * (float(special.ndtri(share)) - self.bias)
-        )
-        z = (shifted - self.bias) / math.sqrt(self.num_clusters / (self.num_clusters - 1))
-        return 2 * min(tail(z, self.num_clusters), tail(-z, self.num_clusters))
-
-    def _moved(self, z: float) -> float:
-        shifted = self.bias + z
-        return float(self.bias + shifted / (1 - self.acceleration * shifted))
-
-
-def bootstrap(pairs: PairedSums) -> Bootstrap | None:
-    """Return the draws; None where BCa is not defined (all draws equal, or on one side of the value)."""
-    draws = np.sort(np.concatenate([differences(counts @ pairs.columns) for counts in _counts(pairs.num_clusters)]))
-    below = (np.searchsorted(draws, pairs.value, "left") + np.searchsorted(draws, pairs.value, "right")) / 2
-    jackknife = pairs.leave_one_out()
-    deviations = jackknife.mean() - jackknife
-    spread = float(np.square(deviations).sum())
-    if not 0 < below < len(draws) or spread == 0 or draws[0] == draws[-1]:
-        return None
-    acceleration = float((deviations**3).sum() / (6 * spread**1.5))
-    bias = float(special.ndtri(below / len(draws)))
-    return Bootstrap(draws=draws, bias=bias, acceleration=acceleration, num_clusters=pairs.num_clusters)
-
-
-def _counts(num_clusters: int) -> Iterable[Floats]:
-    """Return how often each draw holds each cluster, (draws, C), in blocks."""
-    return _kept_counts(num_clusters) if num_clusters <= _KEPT_UNITS else _drawn_counts(num_clusters)
-
-
-@functools.lru_cache(maxsize=2)
-def _kept_counts(num_clusters: int) -> tuple[Floats, ...]:
-    return tuple(_drawn_counts(num_clusters))
-
-
-def _drawn_counts(num_clusters: int) -> Iterator[Floats]:
-    rng = np.random.default_rng(SEED)
-    rows = max(1, _BLOCK // num_clusters)
-    for start in range(0, NUM_DRAWS, rows):
-        num = min(rows, NUM_DRAWS - start)
-        chosen = rng.integers(0, num_clusters, (num, num_clusters)) + num_clusters * np.arange(num)[:, None]
-        counts = np.bincount(chosen.ravel(), minlength=num * num_clusters)
-        yield counts.reshape(num, num_clusters).astype(np.float64)
-
-
-CONFIDENCE = 0.95
-MIN_BOOTSTRAP_CLUSTERS = 10
-MAX_T_CLUSTERS = 100
-_ROUNDING = 1e-12
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inference:
     """A difference with its 95 % interval; `t_low` and `t_high` stand beside a bootstrap of under 100 clusters.
 
-    `low` is None where one cluster shows no spread. `p_value` is against a difference of 0, two-sided. `is_sparse`
-    where so few clusters differ that only their number counts.
+    `low` is None where one cluster shows no spread. `p_value` is against a difference of 0, two-sided, and
+    `minimum_detectable` the difference found with 80 % power. `is_sparse` where so few clusters differ that only their
+    number counts.
     """
 
     value: float
@@ -246,14 +147,10 @@ class Inference:
     t_high: float | None = None
     p_value: float | None = None
     standard_error: float = 0.0
-    num_samples: int
-    num_clusters: int
+    minimum_detectable: float | None = None
+    num_samples: int = 0
+    num_clusters: int = 0
     is_sparse: bool = False
-
-    @property
-    def minimum_detectable(self) -> float | None:
-        """Return the difference found with 80 % power; None where nothing is known about the spread."""
-        return None if self.low is None else minimum_detectable(self.standard_error, self.num_clusters)
 
 
 def infer(pairs: PairedSums, *, scale: tuple[float, float] | None = None, confidence: float = CONFIDENCE) -> Inference:
@@ -263,33 +160,36 @@ def infer(pairs: PairedSums, *, scale: tuple[float, float] | None = None, confid
 
 @functools.lru_cache(maxsize=8192)
 def _infer(data: bytes, num_samples: int, scale: tuple[float, float] | None, confidence: float) -> Inference:
-    columns = np.frombuffer(data, dtype=np.float64).reshape(-1, 4)
-    pairs = PairedSums(columns=columns, num_samples=num_samples)
-    plain = Inference(value=pairs.value, method="", num_samples=num_samples, num_clusters=pairs.num_clusters)
-    if pairs.num_clusters == 1:
+    pairs = PairedSums(columns=np.frombuffer(data, dtype=np.float64).reshape(-1, 4), num_samples=num_samples)
+    num = pairs.num_clusters
+    plain = Inference(value=pairs.value, method="", num_samples=num_samples, num_clusters=num)
+    if num == 1:
         return replace(plain, method="one cluster: no interval")
     found = _with_spread(plain, pairs, confidence)
-    sparse = few_differences(pairs, confidence, scale) if scale else None
+    if scale is not None:
+        found = _on_scale(found, pairs, scale, confidence)
+    return replace(found, minimum_detectable=minimum_detectable(found.standard_error, num))
+
+
+def _on_scale(found: Inference, pairs: PairedSums, scale: tuple[float, float], confidence: float) -> Inference:
+    """Return the inference with no bound beyond what two scores can differ by, and with what the few may hide.
+
+    The value stays inside its bounds too where no run could write it.
+    """
+    sparse = _few_differences(pairs, confidence, scale)
     if sparse is None:
-        return _cut(found) if scale else found
-    assert scale is not None
+        least, most = min(-1.0, found.value), max(1.0, found.value)
+        bounds = {name: getattr(found, name) for name in ("low", "high", "t_low", "t_high")}
+        cut: dict[str, Any] = {name: None if at is None else min(max(at, least), most) for name, at in bounds.items()}
+        return replace(found, **cut)
     assert found.low is not None
     assert found.high is not None
-    low = max(min(scale[0], found.value), min(found.low, sparse[0]))  # the value too where no run could write it
+    low = max(min(scale[0], found.value), min(found.low, sparse[0]))
     high = min(max(scale[1], found.value), max(found.high, sparse[1]))
     error = max(high - found.value, found.value - low) / quantile(0.5 + confidence / 2, pairs.num_clusters)
     p_value = max(found.p_value or 0.0, sparse[2])
     method = "share of differing clusters by Clopper-Pearson, times the most that one may lose"
     return replace(found, low=low, high=high, standard_error=error, p_value=p_value, method=method, is_sparse=True)
-
-
-def _cut(found: Inference) -> Inference:
-    """Return the inference with no bound beyond what two scores between 0 and 1 can differ by."""
-    least, most = min(-1.0, found.value), max(1.0, found.value)  # the value too where no run could write it
-    low, high, t_low, t_high = (
-        None if at is None else min(max(at, least), most) for at in (found.low, found.high, found.t_low, found.t_high)
-    )
-    return replace(found, low=low, high=high, t_low=t_low, t_high=t_high)
 
 
 def _with_spread(plain: Inference, pairs: PairedSums, confidence: float) -> Inference:
@@ -306,22 +206,14 @@ def _with_spread(plain: Inference, pairs: PairedSums, confidence: float) -> Infe
     t_low, t_high = plain.value - half, plain.value + half
     found = replace(
         plain, low=t_low, high=t_high, method=f"t interval over {num} clusters", standard_error=error,
-        p_value=2 * tail(-abs(plain.value) / error, num),
+        p_value=p_value_of(plain.value, error, num),
     )  # fmt: skip
     draws = bootstrap(pairs) if num >= MIN_BOOTSTRAP_CLUSTERS else None
     bounds = draws.bounds(confidence) if draws else (math.nan, math.nan)
     if draws is None or not all(map(math.isfinite, bounds)):
         return found
-    beside = (t_low, t_high) if num < MAX_T_CLUSTERS else (None, None)
+    beside = (t_low, t_high) if num < _MAX_T_CLUSTERS else (None, None)
     return replace(
         found, low=min(bounds[0], t_low), high=max(bounds[1], t_high), t_low=beside[0], t_high=beside[1],
         p_value=max(found.p_value or 0.0, draws.p_value()), method=f"BCa bootstrap, {NUM_DRAWS:,} draws, by cluster",
     )  # fmt: skip
-
-
-POOLED: Mapping[str, tuple[str, str]] = {
-    "ppl": ("nll_sum", "num_scored_tokens"),
-    "ppl_released": ("released_nll_sum", "released_num_scored_tokens"),
-    "kl_to_full": ("kl_sum", "num_compared_tokens"),
-    "top1_agreement_fraction": ("num_agreeing_tokens", "num_compared_tokens"),
-}

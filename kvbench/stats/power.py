@@ -1,19 +1,16 @@
-"""What a number of samples can show: the smallest difference, and how many more would decide.
+"""What a number of samples can show: the smallest difference, how many more would decide, and whether anything can.
 
-Source: Miller 2024, arXiv 2411.00640, section 5. 80 % power at a two-sided level of 5 %: 1.960 + 0.842 = 2.80
-standard errors of a normal mean; we take the quantiles of t, which matter for few units.
+`minimum_detectable` and `more_samples` take 80 % power at a two-sided level of 5 %: 1.960 + 0.842 = 2.80 standard
+errors of a normal mean; we take the quantiles of t, which matter for few units (Miller 2024, arXiv 2411.00640, 5).
 
-The smallest rung of a ladder that is shown to be safe, by bisection, with an honest error over all looks.
+`next_rung` searches a ladder of budgets by bisection for the smallest that is shown to be safe, with an honest error
+over all looks: every look tests one rung at a one-sided level of 5 % over the number of looks (Bonferroni). While
+truth is monotone the claim is false in at most 5 % of searches: rungs that are truly unsafe are met only on the one
+path that bisection takes towards the truth, until one of them is passed by mistake; a safe rung that is not shown to
+be safe only leads away from them. Simulated in the tests.
 
-Every look tests one rung at a one-sided level of 5 % over the number of looks there may be (Bonferroni). While
-truth is monotone the claim is false in at most 5 % of searches: rungs that are truly unsafe are met only on the
-one path that bisection takes towards the truth, until one of them is passed by mistake; a safe rung that is not
-shown to be safe only leads away from them. Simulated in the tests.
-
-Whether the full cache does a task well enough that policies can be told apart by what they lose of it.
-
-A policy can only be shown to lose what the full cache has. Where the full cache's own score is not clear of what
-chance gives, differences between policies are differences between failures: the rule below then ranks nobody.
+`floor_of` is what the full cache's own score must clear: a policy can only be shown to lose what the full cache has.
+Where that is not clear of chance, differences between policies are differences between failures, and rank nobody.
 """
 
 from __future__ import annotations
@@ -22,11 +19,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from scipy import special
-
 from kvbench.stats.tests import quantile
 
 _MOST_TIMES_MORE = 1000
+_ERROR = 0.05
+# Five margins of 0.02: of less than that, "equivalent" would allow a policy to lose more than a fifth.
+HEADROOM_FRACTION = 0.1
+MOST_EMPTY_FRACTION = 0.5  # of the full cache's answers; with more, most scores compare with nothing
 
 
 def minimum_detectable(standard_error: float, num_units: float) -> float:
@@ -35,14 +34,9 @@ def minimum_detectable(standard_error: float, num_units: float) -> float:
 
 
 def more_samples(
-    value: float,
-    detectable: float,
-    num_samples: int,
-    margin: float | None,
-    *,
-    is_sparse: bool = False,
-    num_compared: int = 1,
-) -> int | None:
+    value: float, detectable: float, num_samples: int, margin: float | None, *,
+    is_sparse: bool = False, num_compared: int = 1,
+) -> int | None:  # fmt: skip
     """Return about how many more samples would decide, if the true difference is `value`.
 
     `detectable` is the difference that these samples detect. They would tell it from 0, or, where a margin is
@@ -51,27 +45,19 @@ def more_samples(
     the samples, the bound of rare differences (`is_sparse`) with their number. None where more than a thousand
     times the samples would be needed, or it can not be said.
     """
-    gaps = [abs(value) / _stretch(num_compared, is_sparse)]
-    if margin is not None and abs(value) < margin:
-        gaps.append(margin - abs(value))
-    if detectable <= 0 or detectable > _MOST_TIMES_MORE * max(gaps):
-        return None
-    times = (detectable / max(gaps)) ** (1 if is_sparse else 2)
-    if times > _MOST_TIMES_MORE:
-        return None
-    return max(1, math.ceil((times - 1) * num_samples))
-
-
-def _stretch(num_compared: int, is_sparse: bool) -> float:
-    """Return by how much a difference must be larger to be found at that part of the level."""
-    part = 0.025 / num_compared
+    part = 0.025 / num_compared  # of the level, at which a difference must be larger by `stretch` to be found
     if is_sparse:
-        return math.log(part) / math.log(0.025)
-    at_80_percent = float(special.ndtri(0.8))
-    return float((special.ndtri(1 - part) + at_80_percent) / (special.ndtri(0.975) + at_80_percent))
-
-
-ERROR = 0.05
+        stretch = math.log(part) / math.log(0.025)
+    else:
+        at_80_percent = quantile(0.8, math.inf)
+        stretch = (quantile(1 - part, math.inf) + at_80_percent) / (quantile(0.975, math.inf) + at_80_percent)
+    gap = abs(value) / stretch
+    if margin is not None and abs(value) < margin:
+        gap = max(gap, margin - abs(value))
+    if detectable <= 0 or detectable > _MOST_TIMES_MORE * gap:
+        return None
+    times = (detectable / gap) ** (1 if is_sparse else 2)
+    return None if times > _MOST_TIMES_MORE else max(1, math.ceil((times - 1) * num_samples))
 
 
 def most_looks(num_rungs: int) -> int:
@@ -81,7 +67,7 @@ def most_looks(num_rungs: int) -> int:
 
 def look_confidence(num_rungs: int) -> float:
     """Return the two-sided confidence whose one bound errs in 5 % over the number of looks."""
-    return 1 - 2 * ERROR / most_looks(num_rungs)
+    return 1 - 2 * _ERROR / most_looks(num_rungs)
 
 
 def next_rung(num_rungs: int, shown_safe: Mapping[int, bool]) -> int | None:
@@ -97,11 +83,6 @@ def smallest_sample(margin: float, confidence: float) -> int:
     Clopper and Pearson's bound of a share that was never seen, times the whole scale.
     """
     return 1 if margin >= 1 else math.floor(math.log((1 - confidence) / 2) / math.log1p(-margin)) + 1
-
-
-# Five margins of 0.02: of less than that, "equivalent" would allow a policy to lose more than a fifth.
-HEADROOM_FRACTION = 0.1
-MOST_EMPTY_FRACTION = 0.5  # of the full cache's answers; with more, most scores compare with nothing
 
 
 def floor_of(chance: float) -> float:

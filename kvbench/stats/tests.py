@@ -1,42 +1,54 @@
-"""Student's t for a mean of independent units: quantiles, p value, and two means by Welch.
+"""From numbers to one word: Student's t, p values and their correction, margins, and the verdict.
 
-Holm's correction: p values of a family, such that any false claim among them is rarer than the level.
+`verdict_of` turns an interval and a p value into "better", "worse", "equivalent" or "undecided". The margin decides
+what is too small to matter; it is declared per measure before anything is measured. A difference whose whole interval
+lies inside the margin is called equivalent. The defaults are choices, and the report prints the one it used;
+`kvbench report --margin rougeL_vs_full=0.01` changes one.
 
-Source: Holm 1979, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6.
-
-Two numbers measured apart, each known by its value and its 95 % interval alone.
-
-From an interval to one word; the margin decides what is too small to matter.
-
-How large a difference matters, per measure, declared before anything is measured.
-
-A difference whose whole interval lies inside the margin is called equivalent. The defaults are choices, and the
-report prints the one it used; `kvbench report --margin rougeL_vs_full=0.01` changes one.
+Sources: Holm 1979, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6
+(p values of a family, such that any false claim among them is rarer than the level); Welch 1947, "The generalization
+of Student's problem" (two means measured apart).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal, TypeAlias
 
-from scipy import special
+import numpy as np
+import numpy.typing as npt
 
 from kvbench.errors import ConfigError, close_matches
 from kvbench.measures import MEASURES, Measure
 
-if TYPE_CHECKING:
-    from kvbench.stats.paired import Floats
+Floats: TypeAlias = npt.NDArray[np.float64]
+
+
+def _special() -> Any:
+    """Import scipy.special when the first number is there; a command line and a sweep with nothing to do need none."""
+    from scipy import special
+
+    return special
 
 
 def quantile(probability: float, num_units: float) -> float:
-    """Return the quantile of t with one degree of freedom fewer than units."""
-    return float(special.stdtrit(num_units - 1, probability))
+    """Return the quantile of t with one degree of freedom fewer than units; the normal one for infinitely many."""
+    return float(
+        _special().ndtri(probability) if num_units == math.inf else _special().stdtrit(num_units - 1, probability)
+    )
 
 
 def tail(statistic: float, num_units: float) -> float:
     """Return P(T <= statistic)."""
-    return float(special.stdtr(num_units - 1, statistic))
+    return float(_special().ndtr(statistic) if num_units == math.inf else _special().stdtr(num_units - 1, statistic))
+
+
+def p_value_of(difference: float, error: float, num_units: float) -> float:
+    """Return the two-sided p value of a difference of 0, by t; without a spread it is certain."""
+    if error == 0:
+        return 1.0 if difference == 0 else 0.0
+    return 2 * tail(-abs(difference) / error, num_units)
 
 
 def standard_error(influences: Floats) -> float:
@@ -47,7 +59,7 @@ def standard_error(influences: Floats) -> float:
 def welch(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
     """Return the standard error of a difference of two means of (standard error, units) each, and its units.
 
-    Source: Welch 1947, "The generalization of Student's problem"; units are degrees of freedom and one.
+    Units are degrees of freedom and one.
     """
     parts = [(error**2, units - 1) for error, units in (first, second)]
     total = sum(part for part, _ in parts)
@@ -69,9 +81,7 @@ def unpaired_p_value(difference: float, widths: tuple[float, float], num_units: 
     """Return the two-sided p value of a difference of 0, by Welch's t; each width gives a standard error back."""
     errors = [width / (2 * quantile(0.975, num)) for width, num in zip(widths, num_units, strict=True)]
     error, units = welch((errors[0], num_units[0]), (errors[1], num_units[1]))
-    if error == 0 or not math.isfinite(error):
-        return 1.0 if difference == 0 or error else 0.0
-    return 2 * tail(-abs(difference) / error, units)
+    return p_value_of(difference, error, units) if math.isfinite(error) else 1.0
 
 
 Verdict = Literal["better", "worse", "equivalent", "undecided", "noisy", "not comparable", "not ranked"]

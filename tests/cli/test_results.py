@@ -16,7 +16,6 @@ import pandas as pd
 import pytest
 
 from kvbench.cli.main import run
-from kvbench.cli.wandb import _jobs
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
 from kvbench.results.claims import Claims
@@ -24,6 +23,7 @@ from kvbench.results.maintenance import leftovers, verify
 from kvbench.results.record import cell_key, read_record
 from kvbench.results.store import PartialStore, RecordStore
 from kvbench.sinks.wandb.content import cell_digest
+from kvbench.sinks.wandb.sync import jobs_of
 from tests.covering import one_in
 from tests.results.record_bodies import make_body
 from tests.trust.fake_sweep import body_of, cells, write
@@ -126,7 +126,7 @@ def test_a_later_failure_is_shown_and_every_table_keeps_the_measured_numbers(
     assert f"{attempt.name}: this later attempt of 2999-01-01T00:00:00 failed (killed: KeyboardInterrupt" in listed
     assert "killed" in printed(capsys, "show", folder, key).split("attempts")[1]
     assert json.loads(printed(capsys, "show", folder, key, "--json")) == good
-    assert [job.digest for job in _jobs(folder, "s", folder)].count(cell_digest(good)) == 1
+    assert [job.digest for job in jobs_of(folder, "s", folder)].count(cell_digest(good)) == 1
     assert "this later attempt" in render_page(load_results(folder), [])
 
 

@@ -11,12 +11,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from kvbench.cli.wandb import _COMPARED, _headline, _verdict_table
 from kvbench.frontier.section import frontier_html
 from kvbench.frontier.table import Frontier, Look, Search
-from kvbench.report.ability import Ability
 from kvbench.report.answer import answer_html, answer_sentences
-from kvbench.report.compare import DECLARED, group_comparisons
+from kvbench.report.compare import DECLARED, Ability, group_comparisons
 from kvbench.report.figures.draw import palette_of
 from kvbench.report.figures.pareto import pareto_figure
 from kvbench.report.figures.style import Look as PlotLook
@@ -26,6 +24,7 @@ from kvbench.report.page import render_page
 from kvbench.report.standing import best_policies, judge, safe_cells, standing_at
 from kvbench.report.tables import markdown_tables, print_tables
 from kvbench.report.verdicts import verdicts_csv, verdicts_latex, verdicts_markdown
+from kvbench.sinks.wandb.report import _COMPARED, _headline, _verdict_table
 from tests.report.synthetic import body, write_cell
 
 SENTENCE = "This data set can not rank policies on this model"

@@ -22,7 +22,7 @@ from kvbench.report.compare import (
 )
 from kvbench.report.load import Group, load_results, parse_cell, sample_score
 from kvbench.report.standing import asked_budget, judge, swapped
-from kvbench.report.verdicts import verdict_rows
+from kvbench.report.tables import verdict_rows
 from kvbench.stats.power import more_samples
 from kvbench.stats.tests import holm
 from tests.report.synthetic import body, write_cell

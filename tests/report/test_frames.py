@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from kvbench.report.frames import cells_frame, csv_and_parquet, samples_frame
 from kvbench.report.load import load_results
+from kvbench.report.tables import cells_frame, csv_and_parquet, samples_frame
 from tests.report.synthetic import body, write_cell
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from kvbench.report.frames import csv_text, quality_frame
 from kvbench.report.load import load_results
+from kvbench.report.tables import csv_text, quality_frame
 from kvbench.results.claims import Claims
 from kvbench.results.store import PartialStore, RecordStore
 from tests.trust.fake_sweep import NUM_BATCHES, batch, cells, write

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from kvbench.cli.main import run
-from kvbench.report.frames import csv_text, quality_frame
 from kvbench.report.load import load_results
+from kvbench.report.tables import csv_text, quality_frame
 from kvbench.results.maintenance import verify
 from tests.trust.test_kills import REPO
 

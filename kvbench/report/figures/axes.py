@@ -1,10 +1,8 @@
-"""Where cells stand on a budget axis, and the parts that several figures draw alike.
-
-What figures with one row per cell share: names on the left, lines between policies, statuses instead of numbers.
-"""
+"""What several figures share: where cells stand on a budget axis, names of series, and panels with a row per cell."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +10,8 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from kvbench.measures import MISSING, measure, printed_scale
@@ -21,6 +21,7 @@ from kvbench.report.load import CellResult, Group
 from kvbench.report.tables import samples_text
 
 _LOG_FROM = 8.0
+_SHARES = {"seen": "% of tokens seen", "prompt": "% of the prompt"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,23 +53,19 @@ def budget_axis(cells: Sequence[CellResult]) -> BudgetAxis:
 
     Points stand at the realised budget where it is near the setting; ticks are the settings.
     """
-    by_fraction = {cell.key: cell.budget_fraction for cell in cells if cell.budget_fraction is not None}
-    by_tokens = {cell.key: float(cell.budget_tokens) for cell in cells if cell.budget_tokens is not None}
-    if cells and len(by_fraction) == len(cells):
-        places = {cell.key: _realised(cell, by_fraction[cell.key]) for cell in cells}
+    if cells and all(cell.budget_fraction is not None for cell in cells):
+        shares = {cell.key: cell.budget_fraction or 0.0 for cell in cells}
         kinds = {cell.budget.partition("% of ")[2] for cell in cells}
-        what = {"seen": "% of tokens seen", "prompt": "% of the prompt"}.get(
-            kinds.pop() if len(kinds) == 1 else "", "%"
-        )
-        return _numeric(f"budget ({what})", places, sorted(set(by_fraction.values())), 100.0)
-    if cells and len(by_tokens) == len(cells):
-        title = "budget (entries per layer and KV head)"
-        return _numeric(title, by_tokens, sorted(set(by_tokens.values())), 1.0)
+        what = _SHARES.get(kinds.pop() if len(kinds) == 1 else "", "%")
+        places = {cell.key: _realised(cell, shares[cell.key]) for cell in cells}
+        return _numeric(f"budget ({what})", places, sorted(set(shares.values())), 100.0)
+    if cells and all(cell.budget_tokens is not None for cell in cells):
+        places = {cell.key: float(cell.budget_tokens or 0) for cell in cells}
+        return _numeric("budget (entries per layer and KV head)", places, sorted(set(places.values())), 1.0)
     names = list(dict.fromkeys(cell.budget for cell in sorted(cells, key=lambda cell: cell.budget_order)))
     places = {cell.key: float(names.index(cell.budget)) for cell in cells}
-    return BudgetAxis(
-        title="budget setting", places=places, ticks=tuple((float(i), n) for i, n in enumerate(names)), is_log=False
-    )
+    ticks = tuple((float(place), name) for place, name in enumerate(names))
+    return BudgetAxis(title="budget setting", places=places, ticks=ticks, is_log=False)
 
 
 def _numeric(title: str, places: dict[str, float], settings: list[float], factor: float) -> BudgetAxis:
@@ -174,34 +171,34 @@ def artist_name(measure_name: str, what: str) -> str:
     return f"{measure_name}: {what}"
 
 
+def keys_above(
+    figure: Figure, keys: Sequence[Line2D | Patch], look: Look, columns: Mapping[str, int], **style: float
+) -> None:
+    """Explain above the panels what their marks and bars are, in so many columns at the figure's width."""
+    figure.legend(handles=list(keys), loc="outside upper left", ncols=columns[look.width], **style)
+
+
 def row_figure(group: Group, look: Look, num_panels: int) -> tuple[Figure, list[Axes]]:
     """Return panels side by side that share the rows of `group`; below each other in a single column."""
     columns = {"page": num_panels, "double": min(num_panels, 3), "single": 1}[look.width]
     height = 1.1 + 0.03 * look.font_points * max(len(group.cells), 2)
     figure, panels = new_figure(look, num_panels, height, columns=columns)
     called = series_names(group)
+    names = [called[group.series_label(cell)] for cell in group.cells]
+    for row, cell in enumerate(group.cells):
+        names[row] += "" if cell.is_full else f", {cell.budget.removesuffix(' of seen')}"
     for index, axes in enumerate(panels):
-        _rows(axes, group)
-        names = [_row_name(group, cell, called) for cell in group.cells]
+        axes.set_ylim(len(group.cells) - 0.4, -0.6)
+        axes.yaxis.set_major_locator(FixedLocator(list(range(len(group.cells)))))
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(4, min_n_ticks=2))
+        for row, (above, cell) in enumerate(itertools.pairwise(group.cells), start=1):
+            if cell.series != above.series:
+                axes.axhline(row - 0.5, color=axes.xaxis.get_gridlines()[0].get_color(), linewidth=0.9, zorder=1)
         axes.set_yticklabels(names if index % columns == 0 else [])
     return figure, panels
-
-
-def _rows(axes: Axes, group: Group) -> None:
-    axes.set_ylim(len(group.cells) - 0.4, -0.6)
-    axes.yaxis.set_major_locator(FixedLocator(list(range(len(group.cells)))))
-    axes.grid(visible=False, axis="y")
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(4, min_n_ticks=2))
-    for row, (cell, above) in enumerate(zip(group.cells[1:], group.cells, strict=False), start=1):
-        if cell.series != above.series:
-            axes.axhline(row - 0.5, color=axes.xaxis.get_gridlines()[0].get_color(), linewidth=0.9, zorder=1)
-
-
-def _row_name(group: Group, cell: CellResult, called: Mapping[str, str]) -> str:
-    name = called[group.series_label(cell)]
-    return name if cell.is_full else f"{name}, {cell.budget.removesuffix(' of seen')}"
 
 
 def status_text(axes: Axes, row: int, cell: CellResult, look: Look) -> None:

@@ -1,12 +1,9 @@
-"""Every figure of a report that has data, as SVG text for the page.
+"""Every figure of a report that has data: as SVG for the page, as PNG for places that show no SVG, or as a file.
 
-The figures of a report as PNG, for places that show no SVG; the same records give the same bytes.
-
-A figure as bytes that are the same for the same records: SVG, PDF or PNG.
-
-Text is drawn as the outlines of DejaVu Sans, which comes with matplotlib, in SVG: a figure then looks the same
-where that font is missing, and labels that were placed so that they do not overlap really do not. A PDF embeds
-the font, so its text can be searched. No date, no library version, and identifiers from a fixed salt.
+The same records give the same bytes: no date, no library version, and identifiers from a fixed salt. Text is drawn as
+the outlines of DejaVu Sans, which comes with matplotlib, in SVG: a figure then looks the same where that font is
+missing, and labels that were placed so that they do not overlap really do not. A PDF embeds the font, so its text can
+be searched.
 """
 
 from __future__ import annotations
@@ -21,10 +18,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from kvbench.report.figures.costs import capacity_figure, latency_figure, memory_figure
-from kvbench.report.figures.differences import differences_figure
 from kvbench.report.figures.kinds import FIGURES, FigureKind
 from kvbench.report.figures.pareto import frontier_figure, pareto_figure
-from kvbench.report.figures.quality import entries_figure, quality_figure
+from kvbench.report.figures.quality import differences_figure, entries_figure, quality_figure
 from kvbench.report.figures.style import LIGHT, Look, Palette, Theme
 from kvbench.report.load import Group, Results
 
@@ -41,12 +37,11 @@ def figure_bytes(figure: Figure, kind: str, rc: Any) -> bytes:
     buffer = io.BytesIO()
     with rc_context(rc):
         figure.savefig(buffer, format=kind, metadata=_NO_DATE[kind], dpi=_PNG_DPI if kind == "png" else "figure")
-    return _plain_lines(buffer.getvalue()) if kind == "svg" else buffer.getvalue()
-
-
-def _plain_lines(svg: bytes) -> bytes:
-    """Cut the spaces that matplotlib leaves at line ends."""
-    return ("\n".join(line.rstrip() for line in svg.decode().splitlines()) + "\n").encode()
+    data = buffer.getvalue()
+    if kind != "svg":
+        return data
+    # Without the spaces that matplotlib leaves at line ends.
+    return ("\n".join(line.rstrip() for line in data.decode().splitlines()) + "\n").encode()
 
 
 DRAW: Mapping[str, Callable[[Group, Look], Figure | None]] = {

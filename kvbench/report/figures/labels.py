@@ -1,11 +1,10 @@
 """Names written beside what they name instead of in a legend, placed when all else of a figure is laid out.
 
-Where labels go so that none covers another: a stack beside an axis, and boxes around points.
+Where they go so that none covers another is pure geometry in one unit (pixels), y upwards: `spread` for a stack beside
+an axis, `place` for boxes around points. `DirectLabels` holds the labels of a figure and draws them there.
 
-Pure geometry in one unit (pixels), y upwards; nothing is drawn here.
-
->>> spread([5.0, 6.0], [4.0, 4.0], 0.0, 20.0)
-[3.5, 7.5]
+    >>> spread([5.0, 6.0], [4.0, 4.0], 0.0, 20.0)
+    [3.5, 7.5]
 """
 
 from __future__ import annotations
@@ -23,6 +22,11 @@ from kvbench.report.figures.style import Look
 
 _DIRECTIONS = tuple(2 * math.pi * step / 16 for step in (4, 2, 6, 0, 8, 12, 14, 10, 3, 5, 1, 7, 13, 11, 15, 9))
 _REACHES = (1.0, 2.0, 3.5, 5.0, 7.0, 10.0, 14.0, 19.0)
+Segment = tuple[tuple[float, float], tuple[float, float]]
+_GAP_PIXELS = 16.0
+_POINT_PIXELS = 5.0
+_FAR_SHARE = 0.12
+_TITLE_SHARE = 0.96  # glyphs are a little wider at another resolution
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +135,6 @@ def _make_room(index: int, boxes: Sequence[Box], free: Sequence[Sequence[Box]], 
         if moved:
             placed[index], placed[blocking[0]] = box, moved
             return
-
-
-Segment = tuple[tuple[float, float], tuple[float, float]]
-_GAP_PIXELS = 16.0
-_POINT_PIXELS = 5.0
-_FAR_SHARE = 0.12
-_TITLE_SHARE = 0.96  # glyphs are a little wider at another resolution
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

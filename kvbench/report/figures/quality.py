@@ -1,16 +1,17 @@
-"""Quality against budget: one panel per measure, a line with its 95 % band per policy, full dashed.
+"""Quality: against the budget, sample by sample against the full cache, and the entries really held while decoding.
 
-Entries held at every decode step: whether a cache really stays within its budget, over time.
+`quality_figure` has a panel per measure and a line with its 95 % band per policy, full dashed; `differences_figure`
+shows which samples collapse, the same sample in one column; `entries_figure` whether a cache stays within its budget.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, ScalarFormatter
 
 from kvbench.measures import measure
 from kvbench.report.figures.axes import (
@@ -27,19 +28,21 @@ from kvbench.report.figures.axes import (
     series_names,
 )
 from kvbench.report.figures.labels import DirectLabels, Named, labelled
-from kvbench.report.figures.style import Look, Mark, key_line, legend_above, new_figure, style_of
-from kvbench.report.load import CellResult, Group
+from kvbench.report.figures.style import Look, Mark, legend_above, new_figure, style_of
+from kvbench.report.findings import QUALITIES, budgets_of
+from kvbench.report.load import CellResult, Group, mean_scores
 
-QUALITY_PANELS = (
+_QUALITY_PANELS = (
     "rougeL_vs_full", "objects_recalled_fraction", "ppl", "needles_recalled_fraction", "exact_fraction",
     "rougeL_vs_reference", "kl_to_full", "top1_agreement_fraction", "ppl_released", "rougeL_released_vs_full",
 )  # fmt: skip
 _LOG_RATIO = 5.0
+_MOST_SAMPLES = 48
 
 
 def quality_figure(group: Group, look: Look) -> Figure | None:
     """Draw a panel per measure; failed cells stand as crosses at the bottom with their status."""
-    names = measured(group.cells, *(look.measures or QUALITY_PANELS))
+    names = measured(group.cells, *(look.measures or _QUALITY_PANELS))
     if not names or not group.budgeted:
         return None
     return labelled(lambda legend: _build(group, look, names, legend))
@@ -57,23 +60,33 @@ def _build(group: Group, look: Look, names: list[str], legend: bool) -> DirectLa
             labels.right_of(axes, ends)
     footnote(figure, group, look)
     if legend:
-        legend_above(figure, [key_line(label, mark, look.theme) for label, mark in marks.items()], look)
+        legend_above(figure, marks, look)
     return labels
 
 
 def _panel(axes: Axes, group: Group, name: str, marks: Mapping[str, Mark], axis: BudgetAxis, look: Look) -> list[Named]:
-    """Draw one measure and return the right ends of its lines."""
+    """Draw one measure and return the right ends of its lines; full is a reference line with its band."""
     scale = axis_scale(name, group.cells)
     axis.apply(axes)
     called = series_names(group)
     ends: list[Named] = []
     for label, cells in group.by_series().items():
-        mark = marks[label]
-        points = _points(cells, name, scale, axis)
+        mark, title = marks[label], artist_name(name, label)
         if cells[0].is_full:
-            ends += _full_line(axes, label, cells[0], name, scale, mark)
-        elif points:
-            _series(axes, points, artist_name(name, label), mark, look)
+            if found := cells[0].estimate(name):
+                value, low, high = (number / scale.factor for number in (found.value, *found.bounds))
+                line = axes.axhline(value, color=mark.colour, linestyle=mark.line, linewidth=1.4, zorder=2)
+                line.set_label(title)
+                axes.axhspan(low, high, color=mark.colour, alpha=0.12, linewidth=0, zorder=1)
+                ends.append(Named(text=label, x=axes.get_xlim()[1], y=value, colour=mark.colour))
+            continue
+        points = sorted(
+            (axis.places[cell.key], *(number / scale.factor for number in (found.value, *found.bounds)))
+            for cell in cells
+            if cell.key in axis.places and (found := cell.estimate(name))
+        )
+        if points:
+            _series(axes, points, title, mark, look)
             ends.append(Named(text=called[label], x=points[-1][0], y=points[-1][1], colour=mark.colour))
     _scale_y(axes, group, name, scale)
     _failed(axes, group, marks, axis, look)
@@ -81,34 +94,7 @@ def _panel(axes: Axes, group: Group, name: str, marks: Mapping[str, Mark], axis:
     return ends
 
 
-def _points(
-    cells: list[CellResult], name: str, scale: Scale, axis: BudgetAxis
-) -> list[tuple[float, float, float, float]]:
-    """Return (place, value, low, high) by growing budget."""
-    points = []
-    for cell in cells:
-        found = cell.estimate(name)
-        if found and cell.key in axis.places:
-            low, high = found.bounds
-            numbers = (found.value / scale.factor, low / scale.factor, high / scale.factor)
-            points.append((axis.places[cell.key], *numbers))
-    return sorted(points)
-
-
-def _full_line(axes: Axes, label: str, cell: CellResult, name: str, scale: Scale, mark: Mark) -> list[Named]:
-    """Draw the full cache as a reference with its band."""
-    found = cell.estimate(name)
-    if found is None:
-        return []
-    value = found.value / scale.factor
-    low, high = (bound / scale.factor for bound in found.bounds)
-    line = axes.axhline(value, color=mark.colour, linestyle=mark.line, linewidth=1.4, zorder=2)
-    line.set_label(artist_name(name, label))
-    axes.axhspan(low, high, color=mark.colour, alpha=0.12, linewidth=0, zorder=1)
-    return [Named(text=label, x=axes.get_xlim()[1], y=value, colour=mark.colour)]
-
-
-def _series(axes: Axes, points: list[tuple[float, float, float, float]], title: str, mark: Mark, look: Look) -> None:
+def _series(axes: Axes, points: list[tuple[float, ...]], title: str, mark: Mark, look: Look) -> None:
     places, values, lows, highs = (list(column) for column in zip(*points, strict=True))
     axes.plot(places, values, linestyle=mark.line, linewidth=1.6, label=title, **style_of(mark, look.theme))
     # A band needs two places; a single one gets a bar, or its interval would be invisible.
@@ -162,7 +148,90 @@ def _failed(axes: Axes, group: Group, marks: Mapping[str, Mark], axis: BudgetAxi
                   fontsize=look.small_points, zorder=6)  # fmt: skip
 
 
-def entries_curve(cell: CellResult) -> list[tuple[float, float, float]]:
+def _sample_differences(group: Group, name: str) -> dict[str, dict[str, float]]:
+    """Return, by the key of each budgeted cell, every sample's score minus full's; for `ppl` in nats per token."""
+    full = mean_scores(group.full, name) if group.full else {}
+    found = {
+        cell.key: {sample: score - full[sample] for sample, score in mean_scores(cell, name).items() if sample in full}
+        for cell in group.budgeted if not cell.failed
+    }  # fmt: skip
+    return {key: scores for key, scores in found.items() if scores}
+
+
+def _worst_first(by_cell: Mapping[str, Mapping[str, float]], name: str) -> list[str]:
+    """Return the sample ids by their mean difference over all cells, those that lose most first."""
+    found: dict[str, list[float]] = {}
+    for scores in by_cell.values():
+        for sample, value in scores.items():
+            found.setdefault(sample, []).append(value)
+    sign = 1.0 if measure(name).better == "higher" else -1.0
+    return sorted(found, key=lambda sample: (sign * sum(found[sample]) / len(found[sample]), sample))
+
+
+def differences_figure(group: Group, look: Look) -> Figure | None:
+    """Draw, per budget, a column of dots per sample, and beside it the share of samples at or below each value."""
+    names = look.measures[:1] or ("rougeL_vs_full", *QUALITIES)
+    found = next(((name, scores) for name in names if (scores := _sample_differences(group, name))), None)
+    if found is None:
+        return None
+    name, by_cell = found
+    kept = {budget: [cell for cell in cells if cell.key in by_cell] for budget, cells in budgets_of(group).items()}
+    budgets = {budget: cells for budget, cells in kept.items() if cells}
+    columns = 1 if look.width == "single" else 2
+    rows = len(budgets) * (2 // columns)
+    height = (2.1 if look.width == "page" else 1.8) * rows + 0.6
+    figure = Figure(figsize=(look.width_inches, height), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, width_ratios=[3.2, 1][:columns])
+    pairs = list(zip(grid.flat[::2], grid.flat[1::2], strict=True))
+    order, marks, called = _worst_first(by_cell, name), marks_of(group, look.palette), series_names(group)
+    values = [0.0, *(value for by_sample in by_cell.values() for value in by_sample.values())]
+    room = 0.06 * (max(values) - min(values)) or 0.05
+    is_ppl = measure(name).unit == "ppl"
+    for (dots, shares), (budget, cells) in zip(pairs, budgets.items(), strict=True):
+        dots.axhline(0.0, color=look.theme.ink, linestyle="--", linewidth=1.2, zorder=1.5)
+        shares.axvline(0.0, color=look.theme.ink, linestyle="--", linewidth=1.2, zorder=1.5)
+        for cell in cells:
+            mark, title = marks[group.series_label(cell)], artist_name(name, group.cell_label(cell))
+            lost = by_cell[cell.key]
+            places = [(place, lost[one]) for place, one in enumerate(order[:_MOST_SAMPLES]) if one in lost]
+            dots.plot(*zip(*places, strict=True), linestyle="none", alpha=0.9, label=title,
+                      **style_of(mark, look.theme, size=4.5))  # fmt: skip
+            steps = sorted(lost.values())
+            shares.plot([steps[0], *steps], [0.0, *(100.0 * (place + 1) / len(steps) for place in range(len(steps)))],
+                        drawstyle="steps-post", color=mark.colour, linewidth=1.4, linestyle=mark.line,
+                        label=title)  # fmt: skip
+        dots.set_title(f"{budget}: {measure(name).label} (n = {len(order)})")
+        dots.set_ylabel("to full, nats/token" if is_ppl else "difference to full")
+        dots.set_ylim(min(values) - room, max(values) + room)
+        num = len(order[:_MOST_SAMPLES])
+        dots.set_xlim(-0.8, num - 0.2)
+        dots.xaxis.set_major_locator(FixedLocator(list(range(num))))
+        dots.xaxis.set_minor_locator(NullLocator())
+        dots.set_xticklabels([])
+        shares.set_ylabel("% of samples")
+        shares.set_ylim(0, 102)
+        shares.set_xlim(min(values) - room, max(values) + room)
+    _sample_names(pairs[-1][0], order, look)
+    pairs[-1][1].set_xlabel(f"difference{', nats/token' if is_ppl else ' to full'} or below")
+    shown = {group.series_label(cell) for cells in budgets.values() for cell in cells}
+    footnote(figure, group, look)
+    legend_above(figure, {called[label]: mark for label, mark in marks.items() if label in shown}, look)
+    return figure
+
+
+def _sample_names(axes: Axes, order: Sequence[str], look: Look) -> None:
+    """Name the samples below the last row, without what all of them begin with."""
+    shown = order[:_MOST_SAMPLES]
+    folders = {sample.rpartition("/")[0] for sample in shown}
+    shared = f"{folders.pop()}/" if len(folders) == 1 else ""
+    shared = "" if shared == "/" else shared
+    axes.set_xticklabels([sample.removeprefix(shared)[:14] for sample in shown], rotation=90,
+                         fontsize=look.small_points - 1.5)  # fmt: skip
+    what = f"the {len(shown)} of {len(order)} samples that lose most" if len(shown) < len(order) else "samples"
+    axes.set_xlabel(f"{what} (those that lose most on the left){f': {shared}...' if shared else ''}")
+
+
+def _entries_curve(cell: CellResult) -> list[tuple[float, float, float]]:
     """Return (tokens seen, mean entries, most entries) per decode step; empty if the record has no such curve."""
     rows: Any = cell.curves.get("entries")
     if cell.failed or not isinstance(rows, list):
@@ -174,17 +243,17 @@ def entries_figure(group: Group, look: Look) -> Figure | None:
     """Draw a panel per policy with a line per budget, and the full cache in each."""
     series = {
         label: drawn for label, cells in group.by_series().items()
-        if not cells[0].is_full and (drawn := [cell for cell in cells if entries_curve(cell)])
+        if not cells[0].is_full and (drawn := [cell for cell in cells if _entries_curve(cell)])
     }  # fmt: skip
-    return labelled(lambda legend: _plots_entries_build(group, look, series)) if series else None
+    return labelled(lambda legend: _entries(group, look, series)) if series else None
 
 
-def _plots_entries_build(group: Group, look: Look, series: Mapping[str, list[CellResult]]) -> DirectLabels:
+def _entries(group: Group, look: Look, series: Mapping[str, list[CellResult]]) -> DirectLabels:
     columns = 4 if look.width == "page" else 3
     figure, panels = new_figure(look, len(series), 2.5, columns=columns, sharex=True, sharey=True)
     labels = DirectLabels(figure=figure, look=look)
     marks, called = marks_of(group, look.palette), series_names(group)
-    fulls = [cell for cell in group.cells if cell.is_full and entries_curve(cell)]
+    fulls = [cell for cell in group.cells if cell.is_full and _entries_curve(cell)]
     for place, (axes, (label, cells)) in enumerate(zip(panels, series.items(), strict=True)):
         ends = [_curve(axes, group, cell, marks[group.series_label(cell)]) for cell in (*fulls, *cells)]
         labels.right_of(axes, ends)
@@ -201,7 +270,7 @@ def _plots_entries_build(group: Group, look: Look, series: Mapping[str, list[Cel
 def _curve(axes: Axes, group: Group, cell: CellResult, mark: Mark) -> Named:
     """Draw one cell: a line for the mean, a shade up to the fullest head, layer and row."""
     title = artist_name("entries", group.cell_label(cell))
-    seen, mean, most = (list(column) for column in zip(*entries_curve(cell), strict=True))
+    seen, mean, most = (list(column) for column in zip(*_entries_curve(cell), strict=True))
     axes.plot(seen, mean, color=mark.colour, linestyle=mark.line, linewidth=1.5, label=title)
     axes.fill_between(seen, mean, most, color=mark.colour, alpha=0.15, linewidth=0, label=title)
     axes.plot(seen[-1:], mean[-1:], color=mark.colour, marker=mark.marker, markersize=4, linestyle="none")

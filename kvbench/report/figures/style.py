@@ -1,23 +1,21 @@
-"""One look for every figure: sizes for a page and for papers, quiet axes, and nobody's own matplotlib settings.
+"""One look for every figure: colours, marks and sizes, quiet axes, and nobody's own matplotlib settings.
 
-Two palettes for one drawing: light for paper, dark for a dark page; and how a page switches between them.
+Two palettes for one drawing: light for paper, dark for a dark page; and how a page switches between them. Both were
+found by searching near the hues of Okabe and Ito for the largest smallest distance (in Oklab) between any two colours,
+as seen with normal vision and with protanopia, deuteranopia and tritanopia. A test simulates those again. No colour
+says anything alone: marker and line style say it a second time.
 
-Both were found by searching near the hues of Okabe and Ito for the largest smallest distance (in Oklab)
-between any two colours, as seen with normal vision and with protanopia, deuteranopia and tritanopia. A test
-simulates those again. No colour says anything alone: marker and line style say it a second time.
-
-How each policy is drawn: a colour, a marker and a line style that are its own in every figure and report.
-
-A look follows from the policy's name alone, so it does not change with what else is shown. What a paper
-describes and what its release does share a colour and differ in marker and line. Policies that are not
-bundled draw theirs from colours and markers that no bundled one has.
+A policy is drawn with a colour, a marker and a line style that are its own in every figure and report. They follow from
+its name alone, so they do not change with what else is shown. What a paper describes and what its release does share a
+colour and differ in marker and line. Policies that are not bundled draw theirs from colours and markers that no bundled
+one has.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -27,7 +25,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from kvbench.frontier.table import Frontier
-from kvbench.report.figures.kinds import WIDTHS
+from kvbench.report.figures.kinds import STYLES, WIDTHS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,26 +54,22 @@ DARK = Theme(
     ink="#e6e9ee", muted="#a3adba", grid="#39424e", paper="#1a1f26", grey="#969696", orange="#f9c020",
     blue="#3d89fe", green="#39d8a8", purple="#974fad", sky="#c0b4ff", vermilion="#f0731f", brown="#b34827",
 )  # fmt: skip
-THEMES = {"light": LIGHT, "dark": DARK}
+THEMES = dict(zip(STYLES, (LIGHT, DARK), strict=True))
 _NAMES = tuple(field.name for field in fields(Theme))
-
 # A page that holds the SVG inline swaps every light colour for a variable, so figures follow its own light and dark.
 THEME_COLOURS = {getattr(LIGHT, name): f"var(--plot-{name}, {getattr(LIGHT, name)})" for name in _NAMES}
 
 
-def theme_variables(theme: Theme) -> str:
-    """Return the declarations that a style sheet gives its root: `--plot-ink: #1f2933; ...`."""
-    return " ".join(f"--plot-{name}: {getattr(theme, name)};" for name in _NAMES)
-
-
+_LIGHT_STYLE, _DARK_STYLE = (
+    " ".join(f"--plot-{name}: {getattr(theme, name)};" for name in _NAMES) for theme in (LIGHT, DARK)
+)
 # Follows the system; a root with data-theme follows that; paper is printed light.
 PLOT_STYLE = f"""
-:root {{ {theme_variables(LIGHT)} }}
-@media (prefers-color-scheme: dark) {{ :root:not([data-theme=light]) {{ {theme_variables(DARK)} }} }}
-:root[data-theme=dark] {{ {theme_variables(DARK)} }}
-@media print {{ :root, :root:not([data-theme=light]), :root[data-theme=dark] {{ {theme_variables(LIGHT)} }} }}
+:root {{ {_LIGHT_STYLE} }}
+@media (prefers-color-scheme: dark) {{ :root:not([data-theme=light]) {{ {_DARK_STYLE} }} }}
+:root[data-theme=dark] {{ {_DARK_STYLE} }}
+@media print {{ :root, :root:not([data-theme=light]), :root[data-theme=dark] {{ {_LIGHT_STYLE} }} }}
 """
-
 
 _SOLID, _DASHED, _DOTTED = "-", (0, (6, 1.6)), (0, (1, 1.1))
 _DASH_DOT, _SHORT, _DASH_DOT_DOT = (0, (5, 1.2, 1, 1.2)), (0, (2.5, 1.1)), (0, (4, 1, 1, 1, 1, 1))
@@ -132,7 +126,8 @@ class Palette:
             if name in BUNDLED:
                 self._shapes[name] = BUNDLED[name]
                 continue
-            place = _wanted_place(name)
+            # A place that depends on the name alone, not on the process or the machine.
+            place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % len(OTHERS)
             if len(taken) < len(OTHERS):
                 while place in taken:
                     place = (place + 1) % len(OTHERS)
@@ -146,21 +141,10 @@ class Palette:
         return Mark(colour=getattr(self.theme, shape.colour), marker=shape.marker, line=shape.line, fill=fill)
 
 
-def _wanted_place(name: str) -> int:
-    """Return a place in OTHERS that depends on the name alone, not on the process or the machine."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % len(OTHERS)
-
-
 _PROCESS_WIDE = (
-    "backend",
-    "interactive",
-    "toolbar",
-    "timezone",
-    "datapath",
-    "webagg",
-    "docstring",
-    "savefig.directory",
+    *("backend", "interactive", "toolbar", "timezone", "datapath", "webagg", "docstring", "savefig.directory"),
 )
+_INKED = ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.labelcolor", "ytick.labelcolor")
 # A user's matplotlibrc must not change a figure, so what ours does not set comes from matplotlib's own defaults.
 _DEFAULTS = {name: value for name, value in rcParamsDefault.items() if not name.startswith(_PROCESS_WIDE)}
 
@@ -215,19 +199,11 @@ class Look:
             "ytick.labelsize": size - 0.5,
             "legend.fontsize": size,
             "legend.frameon": False,
-            "text.color": theme.ink,
-            "axes.labelcolor": theme.ink,
-            "axes.titlecolor": theme.ink,
-            "axes.edgecolor": theme.muted,
-            "xtick.color": theme.muted,
-            "ytick.color": theme.muted,
-            "xtick.labelcolor": theme.ink,
-            "ytick.labelcolor": theme.ink,
+            **dict.fromkeys(_INKED, theme.ink),
+            **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), theme.muted),
+            **dict.fromkeys(("figure.facecolor", "savefig.facecolor", "axes.facecolor"), theme.paper),
             "grid.color": theme.grid,
             "grid.linewidth": 0.7,
-            "figure.facecolor": theme.paper,
-            "savefig.facecolor": theme.paper,
-            "axes.facecolor": theme.paper,
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.grid": True,
@@ -240,9 +216,8 @@ def new_figure(look: Look, num_panels: int, panel_inches: float, *, columns: int
     """Return a figure with rows of at most `columns` panels (one a row in a single column), and its axes in order."""
     columns = 1 if look.width == "single" else min(columns, num_panels)
     rows = math.ceil(num_panels / columns)
-    figure = Figure(
-        figsize=(look.width_inches, rows * panel_inches), layout=ConstrainedLayoutEngine(h_pad=0.05, w_pad=0.05)
-    )
+    engine = ConstrainedLayoutEngine(h_pad=0.05, w_pad=0.05)
+    figure = Figure(figsize=(look.width_inches, rows * panel_inches), layout=engine)
     axes = list(figure.subplots(rows, columns, squeeze=False, **layout).flat)
     for unused in axes[num_panels:]:
         unused.set_visible(False)
@@ -260,19 +235,16 @@ def style_of(mark: Mark, theme: Theme, *, size: float = 6.0) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def legend_above(figure: Figure, handles: list[Line2D], look: Look) -> None:
-    """Put one legend for all axes above them, in as few rows as fit."""
-    longest = max((len(str(handle.get_label())) for handle in handles), default=1)
+def legend_above(figure: Figure, marks: Mapping[str, Mark], look: Look) -> None:
+    """Put one legend for all axes above them, an entry that looks like it for each series, in as few rows as fit."""
+    handles = [
+        Line2D([], [], linestyle=mark.line, label=label, **style_of(mark, look.theme)) for label, mark in marks.items()
+    ]
     letters = int(look.width_inches * 72 / (0.6 * look.font_points))
-    num_columns = max(1, min(len(handles), letters // (longest + 6)))
+    num_columns = max(1, min(len(handles), letters // (max(map(len, marks), default=1) + 6)))
     rows = math.ceil(len(handles) / num_columns)
     figure.set_figheight(figure.get_figheight() + rows * look.font_points * 1.5 / 72)
     figure.legend(handles=handles, loc="outside upper left", ncols=num_columns, handlelength=2.4, columnspacing=1.6)
-
-
-def key_line(label: str, mark: Mark, theme: Theme, *, joined: bool = True) -> Line2D:
-    """Return a legend entry that looks like the series."""
-    return Line2D([], [], linestyle=mark.line if joined else "none", label=label, **style_of(mark, theme))
 
 
 def shortened(text: str, most: int = 30) -> str:

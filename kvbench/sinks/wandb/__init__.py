@@ -1,1 +1,1 @@
-"""Weights & Biases: a run a cell, its content, what is sent when, and the Report."""
+"""Weights & Biases: `run` is one run, `content` what runs show, `sync` what is sent when, `report` the W&B Report."""

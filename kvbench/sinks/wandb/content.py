@@ -1,50 +1,65 @@
-"""What the W&B run of one cell shows: settings, numbers, curves over the decode, and a row per sample.
+"""What W&B runs show: of one cell its settings, numbers, curves and samples, of a sweep its tables and figures.
 
->>> write_run(cell_run(body), place, "offline")
+    write_run(cell_run(body), place, "offline")
+    write_run(summary_of(Path("results"), "demo", keys), place, "offline")
 
-What a W&B run shows of a record, and whether a key is there; nothing here imports wandb.
-
-The W&B run of a whole sweep: its tables, its figures, how cells compare to the full cache, and its records.
-
->>> write_run(summary_run(summary), place, "offline")
+A cell's run is made from its record alone. The run of a sweep is made from what the report makes of its records:
+every number, how cells compare to the full cache, which policy is best, the figures; and it holds the records.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvbench.measures import MEASURES
+from kvbench.installed import installed_version
+from kvbench.measures import MEASURES, measure
 from kvbench.results.files import canonical_json, replace_file
-from kvbench.results.record import MEASURED, encode_record
+from kvbench.results.record import MEASURED, encode_record, read_cell
 from kvbench.results.redaction import hide_known, redacted_body
+from kvbench.results.store import RecordStore
 from kvbench.sinks.wandb.run import RunSpec
 
 if TYPE_CHECKING:
     import wandb
+
+    from kvbench.report.compare import Comparison
+    from kvbench.report.load import Group, Results
+
+    _Compared = list[tuple[Group, list[Comparison]]]
 
 
 _LATENCY_UNITS = ("ms", "tokens/s", "bytes/s", "prompts")
 _LATENCY_ENDINGS = ("_ratio_to_full", "roof_share_fraction")
 _MEMORY_UNITS = ("bytes", "entries")
 _MEMORY_ENDINGS = ("realised_budget_fraction", "peak_over_bound_ratio")
-_NAMED = ("model", "dataset", "policy")
+_NAMED = {"model": "models", "dataset": "datasets", "policy": "policies"}
+_ENDINGS = {"": "value", "_low": "low", "_high": "high"}
+_SHOWN = 2  # one more whenever a run comes to show its record otherwise, so that it is sent again
+# Curve of a record: its prefix here, and its columns, of which the first is the horizontal axis.
+_CURVES = {
+    "entries": ("entries", ("seen_tokens", "mean", "max")),
+    "launches_ms": ("launches", ("launch", "ttft_ms", "tpot_ms", "full_ttft_ms", "full_tpot_ms")),
+    "capacity_tries": ("capacity", ("try", "of_full_cache", "num_prompts", "fits")),
+}
+_COUNTED = ("launches_ms", "capacity_tries")  # their axis is their order
 
-
-def summary_numbers(body: dict[str, Any]) -> dict[str, float]:
-    """Return the measurements as flat summary keys: quality/ppl, quality/ppl_low, latency/tpot_ms, ..."""
-    return dict(_numbers(body["measurements"]))
-
-
-def _numbers(measurements: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    for name, entry in measurements.items():
-        for suffix, part in (("", "value"), ("_low", "low"), ("_high", "high")):
-            if entry.get(part) is not None:
-                yield f"{measure_group(name)}/{name}{suffix}", entry[part]
+_ARTIFACT_TYPE = "kvbench-records"
+_SUMMARY_SHOWN = 1  # one more whenever a summary comes to show the same records otherwise
+_CELL_COLUMNS = ("key", "model", "dataset", "policy", "budget", "positions", "status")
+_COMPARED_COLUMNS = (
+    *("value", "low", "high", "verdict", "margin", "p_holm", "minimum_detectable", "num_samples", "num_clusters"),
+    *("more_samples", "primary", "method", "reason"),
+)
+# The measures that become keys of the summary; a key per measure and cell of a large sweep would be too many for W&B.
+_SUMMARISED = (
+    *("ppl", "rougeL_vs_full", "rougeL_vs_reference", "kl_to_full", "objects_recalled_fraction"),
+    *("needles_recalled_fraction", "exact_fraction"),
+    *("tpot_ratio_to_full", "ttft_ratio_to_full", "throughput_ratio_to_full"),
+)
 
 
 def measure_group(name: str) -> str:
@@ -57,38 +72,27 @@ def measure_group(name: str) -> str:
     return "memory" if unit in _MEMORY_UNITS or name.endswith(_MEMORY_ENDINGS) else "quality"
 
 
+def summary_numbers(body: dict[str, Any]) -> dict[str, float]:
+    """Return the measurements as flat summary keys: quality/ppl, quality/ppl_low, latency/tpot_ms, ..."""
+    return {
+        f"{measure_group(name)}/{name}{ending}": entry[part]
+        for name, entry in body["measurements"].items()
+        for ending, part in _ENDINGS.items()
+        if entry.get(part) is not None
+    }
+
+
 def run_config(body: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a cell as nested groups, each with its name: config.policy.name can be grouped by."""
     cell, labels = body["cell"], body["labels"]
-    named = {part: {"name": labels[part], **_settings(cell.get(part))} for part in _NAMED}
-    budget = {
-        "name": labels["budget"],
-        "fraction": labels.get("budget_fraction"),
-        "tokens": labels.get("budget_tokens"),
+    settings = {part: found if isinstance(found := cell.get(part), dict) else {} for part in (*_NAMED, "budget")}
+    limits = {part: labels.get(f"budget_{part}") for part in ("fraction", "tokens")}
+    nested = {
+        **{part: {"name": labels[part], **settings[part]} for part in _NAMED},
+        "budget": {**settings["budget"], "name": labels["budget"], **limits},
+        "positions": labels.get("positions"),
     }
-    nested = {**named, "budget": {**_settings(cell.get("budget")), **budget}, "positions": labels.get("positions")}
     return {**cell, **nested, "key": body["key"], "sweep": body["sweep"], "environment": body["environment"]}
-
-
-def _settings(part: Any) -> dict[str, Any]:
-    return part if isinstance(part, dict) else {}
-
-
-def run_tags(body: dict[str, Any]) -> list[str]:
-    """Return model, dataset, policy and status, by which runs are filtered."""
-    names = [body["labels"].get(label) for label in _NAMED]
-    # wandb refuses empty tags and tags over 64 letters.
-    return sorted({str(name)[:64] for name in [*names, body["status"]] if name})
-
-
-_SHOWN = 2  # one more whenever a run comes to show its record otherwise, so that it is sent again
-# Curve of a record: its prefix here, and its columns, of which the first is the horizontal axis.
-_CURVES = {
-    "entries": ("entries", ("seen_tokens", "mean", "max")),
-    "launches_ms": ("launches", ("launch", "ttft_ms", "tpot_ms", "full_ttft_ms", "full_tpot_ms")),
-    "capacity_tries": ("capacity", ("try", "of_full_cache", "num_prompts", "fits")),
-}
-_COUNTED = ("launches_ms", "capacity_tries")  # their axis is their order
 
 
 def cell_run(body: dict[str, Any], *, group: str = "") -> RunSpec:
@@ -100,9 +104,10 @@ def cell_run(body: dict[str, Any], *, group: str = "") -> RunSpec:
         name=f"{labels['policy']}@{labels['budget']}",
         group=group or body["sweep"],
         job_type="cell",
-        tags=run_tags(body),
+        # Runs are filtered by them; wandb refuses empty tags and tags over 64 letters.
+        tags=sorted({str(name)[:64] for name in [*map(labels.get, _NAMED), body["status"]] if name}),
         config=run_config(body),
-        fill=lambda run: _fill(run, body),
+        fill=lambda run: _fill_cell(run, body),
         exit_code=0 if body["status"] in MEASURED else 1,
     )
 
@@ -112,75 +117,25 @@ def cell_digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(f"{_SHOWN}\n{canonical_json(body)}".encode()).hexdigest()
 
 
-def _fill(run: wandb.Run, body: dict[str, Any]) -> None:
-    for name, (prefix, columns) in _CURVES.items():
-        _log_curve(run, prefix, columns, _rows(name, body["curves"].get(name, [])))
-    _log_samples(run, body["samples"])
+def _fill_cell(run: wandb.Run, body: dict[str, Any]) -> None:
+    for name, (prefix, (axis, *lines)) in _CURVES.items():
+        # Their last values would stand among the measurements.
+        run.define_metric(axis, hidden=True, summary="none")
+        run.define_metric(f"{prefix}/*", step_metric=axis, summary="none")
+        for number, row in enumerate(body["curves"].get(name, []), 1):
+            at, *values = [number, *row] if name in _COUNTED else row
+            run.log({axis: at, **{f"{prefix}/{line}": value for line, value in zip(lines, values, strict=False)}})
+    if samples := body["samples"]:
+        columns = list(dict.fromkeys(name for sample in samples for name in sample))
+        run.log({"samples": _table(columns, [[sample.get(name) for name in columns] for sample in samples])})
     run.summary.update({"status": body["status"], "duration_s": body["duration_s"], **summary_numbers(body)})
 
 
-def _rows(name: str, curve: list[list[float]]) -> Iterable[list[float]]:
-    return ([number, *row] for number, row in enumerate(curve, 1)) if name in _COUNTED else curve
-
-
-def _log_curve(run: wandb.Run, prefix: str, columns: tuple[str, ...], rows: Iterable[list[float]]) -> None:
-    axis, *lines = columns
-    # Their last values would stand among the measurements.
-    run.define_metric(axis, hidden=True, summary="none")
-    run.define_metric(f"{prefix}/*", step_metric=axis, summary="none")
-    for at, *values in rows:
-        run.log({axis: at, **{f"{prefix}/{line}": value for line, value in zip(lines, values, strict=False)}})
-
-
-def _log_samples(run: wandb.Run, samples: list[dict[str, Any]]) -> None:
-    if samples:
-        columns = list(dict.fromkeys(name for sample in samples for name in sample))
-        run.log({"samples": table(columns, [[sample.get(name) for name in columns] for sample in samples])})
-
-
-def table(columns: list[str], rows: list[list[Any]]) -> wandb.Table:
+def _table(columns: list[str], rows: list[list[Any]]) -> wandb.Table:
     """Return a W&B table; a column may hold text, numbers and nothing side by side."""
     import wandb
 
-    return wandb.Table(columns=[*columns], data=[*rows], allow_mixed_types=True)
-
-
-ARTIFACT_TYPE = "kvbench-records"
-_WANDB_SUMMARY_NAMED = {"model": "models", "dataset": "datasets", "policy": "policies"}
-_WANDB_SUMMARY_SHOWN = 1  # one more whenever a summary comes to show the same records otherwise
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Rows of text, numbers and None."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """A picture as the bytes of a PNG file, and how it is read."""
-
-    png: bytes
-    caption: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepSummary:
-    """A sweep as plain data. `bodies`: its records; `tables`, `figures` and `numbers` by their W&B key.
-
-    folder: the results folder. to: the folder of wandb's files, which is writable.
-    A table's key has no slash: W&B would give its artifact a new name, and so a new one, at each upload.
-    """
-
-    sweep: str
-    bodies: Sequence[Mapping[str, Any]]
-    folder: Path
-    to: Path
-    tables: Mapping[str, Table]
-    figures: Mapping[str, Figure]
-    numbers: Mapping[str, float | str]
+    return wandb.Table(columns=columns, data=rows, allow_mixed_types=True)
 
 
 def summary_id(sweep: str, keys: Sequence[str]) -> str:
@@ -190,66 +145,131 @@ def summary_id(sweep: str, keys: Sequence[str]) -> str:
 
 def summary_digest(cell_digests: Iterable[str], version: str) -> str:
     """Return what changes when the summary of these cells does; `version` is that of the code which makes it."""
-    return hashlib.sha256("\n".join([str(_WANDB_SUMMARY_SHOWN), version, *sorted(cell_digests)]).encode()).hexdigest()
+    return hashlib.sha256("\n".join([str(_SUMMARY_SHOWN), version, *sorted(cell_digests)]).encode()).hexdigest()
 
 
-def summary_run(summary: SweepSummary, version: str) -> RunSpec:
-    """Return the run of `summary`, without secrets; its config lists what the cells have in common."""
-    clean, sweep = [redacted_body(body) for body in summary.bodies], hide_known(summary.sweep)
-    names = {
-        many: sorted({str(body["labels"].get(one)) for body in clean}) for one, many in _WANDB_SUMMARY_NAMED.items()
-    }
+def summary_of(folder: Path, sweep: str, keys: Collection[str], *, to: Path | None = None) -> RunSpec:
+    """Return the summary run, without secrets, of the records with a key in `keys` in the results folder `folder`.
+
+    to: the folder of wandb's files, by default the same.
+    """
+    from kvbench.report.compare import group_comparisons
+    from kvbench.report.figures.draw import draw_pngs
+    from kvbench.report.load import load_results
+
+    results = load_results(folder, keys=set(keys))
+    # Of what was observed once nothing can be said; the table of cells has the numbers.
+    compared = [
+        (group, [one for one in group_comparisons(group) if one.low is not None or one.verdict == "not comparable"])
+        for group in results.groups
+    ]
+    stored = [read_cell(RecordStore(folder).cell_folder(cell.key)).body for cell in results.records]
+    bodies, shown = [redacted_body(body) for body in stored], hide_known(sweep)
+    # A table's key has no slash: W&B would give its artifact a new name, and so a new one, at each upload.
+    tables = {"cells": _cells(results), "verdicts": _verdicts(compared), "best": _best(compared)}
+    figures, numbers = draw_pngs(results), dict(_to_full(compared))
+
+    def fill(run: wandb.Run) -> None:
+        import wandb
+        from PIL import Image
+
+        clean = redacted_body({name: rows for name, (_, rows) in tables.items()})
+        media: dict[str, Any] = {name: _table(tables[name][0], rows) for name, rows in clean.items() if rows}
+        for png in figures:
+            media[f"figures/{png.name}"] = wandb.Image(Image.open(io.BytesIO(png.data)), caption=png.caption)
+        run.log(media)
+        run.log_artifact(_records(sweep, folder, to or folder, stored, bodies))
+        statuses = [body["status"] for body in bodies]
+        counts = {f"num_cells/{status}": statuses.count(status) for status in sorted(set(statuses))}
+        run.summary.update({**counts, **redacted_body(numbers)})
+
+    names = {many: sorted({str(body["labels"].get(one)) for body in bodies}) for one, many in _NAMED.items()}
     return RunSpec(
-        id=summary_id(summary.sweep, [body["key"] for body in clean]),
-        digest=summary_digest(map(cell_digest, clean), version),
-        name=f"summary of {sweep}",
-        group=sweep,
+        id=summary_id(sweep, [body["key"] for body in bodies]),
+        digest=summary_digest(map(cell_digest, bodies), installed_version()),
+        name=f"summary of {shown}",
+        group=shown,
         job_type="summary",
         tags=["summary"],
-        config={"sweep": sweep, "num_cells": len(clean), **names},
-        fill=lambda run: _wandb_summary_fill(run, summary, clean),
+        config={"sweep": shown, "num_cells": len(bodies), **names},  # what the cells have in common
+        fill=fill,
     )
 
 
-def _wandb_summary_fill(run: wandb.Run, summary: SweepSummary, bodies: Sequence[dict[str, Any]]) -> None:
-    import wandb
-    from PIL import Image
-
-    shown = redacted_body({name: [list(row) for row in one.rows] for name, one in summary.tables.items()})
-    media: dict[str, Any] = {
-        name: table(list(one.columns), shown[name]) for name, one in summary.tables.items() if one.rows
+def _cells(results: Results) -> tuple[list[str], list[list[Any]]]:
+    """Return a row per cell: labels, status, and every number with its interval, under the keys of the cells' runs."""
+    places = {
+        f"{measure_group(name)}/{name}{ending}": (name, part)
+        for name in MEASURES
+        for ending, part in _ENDINGS.items()
+        if any(getattr(cell.estimate(name), part, None) is not None for cell in results.records)
     }
-    for name, figure in summary.figures.items():
-        media[name] = wandb.Image(Image.open(io.BytesIO(figure.png)), caption=figure.caption)
-    run.log(media)
-    run.log_artifact(_records(summary, bodies))
-    statuses = [body["status"] for body in bodies]
-    counts = {f"num_cells/{status}": statuses.count(status) for status in sorted(set(statuses))}
-    run.summary.update({**counts, **redacted_body(summary.numbers)})
+    rows = []
+    for group in results.groups:
+        for cell in group.cells:
+            labels = [cell.key[:16], cell.model, cell.dataset, group.series_label(cell)]
+            numbers = [getattr(cell.estimate(name), part, None) for name, part in places.values()]
+            rows.append([*labels, cell.budget, cell.positions, cell.status, *numbers])
+    return [*_CELL_COLUMNS, *places], rows
 
 
-def _records(summary: SweepSummary, bodies: Sequence[dict[str, Any]]) -> wandb.Artifact:
+def _verdicts(compared: _Compared) -> tuple[list[str], list[list[Any]]]:
+    """Return a row per comparison, those with the full cache and those between policies at one budget."""
+    rows = [
+        [
+            *(group.title, measure(one.measure).label, group.series_label(one.first), one.first.budget),
+            group.series_label(one.second),
+            *(getattr(one, name) for name in _COMPARED_COLUMNS),
+        ]
+        for group, some in compared
+        for one in some
+    ]
+    return ["group", "measure", "policy", "budget", "against", *_COMPARED_COLUMNS], rows
+
+
+def _best(compared: _Compared) -> tuple[list[str], list[list[Any]]]:
+    """Return a row per budget and measure: the policy of the best value, and whether the next one is worse."""
+    from kvbench.report.standing import best_policies
+
+    columns = ["group", "budget", "measure", "policy", "value", "low", "high", "next policy", "verdict against it"]
+    rows = []
+    for group, some in compared:
+        for best in best_policies(group, some):
+            labels = (group.title, best.budget, measure(best.measure).label, group.series_label(best.cell))
+            found = (best.estimate.value, best.estimate.low, best.estimate.high)
+            rows.append([*labels, *found, group.series_label(best.runner_up), best.verdict])
+    return columns, rows
+
+
+def _to_full(compared: _Compared) -> Iterator[tuple[str, float | str]]:
+    """Yield flat summary keys: to_full/<policy>@<budget>/quality/ppl, ..._low, ..._high, ..._verdict."""
+    for group, some in compared:
+        for one in some:
+            if not one.second.is_full or one.measure not in _SUMMARISED:
+                continue
+            cell = f"{group.series_label(one.first)}@{one.first.budget}"
+            # W&B reads a dot in a key as a step into a group.
+            start = (f"to_full/{group.title}/{cell}" if len(compared) > 1 else f"to_full/{cell}").replace(".", "_")
+            for ending, part in (_ENDINGS | {"_verdict": "verdict"}).items():
+                if (found := getattr(one, part)) is not None:
+                    yield f"{start}/{measure_group(one.measure)}/{one.measure}{ending}", found
+
+
+def _records(
+    sweep: str, folder: Path, to: Path, stored: Sequence[dict[str, Any]], bodies: Sequence[dict[str, Any]]
+) -> wandb.Artifact:
     """Return the records as one artifact: the same records have the same digest, and so make no new version."""
     import wandb
 
-    named = hashlib.sha256(summary.sweep.encode()).hexdigest()[:8]
-    artifact = wandb.Artifact(f"records-{_safe(summary.sweep)}-{named}", ARTIFACT_TYPE)
-    for original, body in sorted(zip(summary.bodies, bodies, strict=True), key=lambda pair: pair[1]["key"]):
+    safe = "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in sweep)[:64]
+    artifact = wandb.Artifact(f"records-{safe}-{hashlib.sha256(sweep.encode()).hexdigest()[:8]}", _ARTIFACT_TYPE)
+    for original, body in sorted(zip(stored, bodies, strict=True), key=lambda pair: str(pair[1]["key"])):
         name = f"cells/{body['key'][:16]}/record.json"
-        attempt = summary.folder / f"cells/{body['key'][:16]}/attempt-{body['attempt']}.json"
-        kept = attempt if attempt.is_file() else summary.folder / name
-        path = kept if body == original else _clean_copy(summary.to, body)
+        attempt = folder / f"cells/{body['key'][:16]}/attempt-{body['attempt']}.json"
+        path = attempt if attempt.is_file() else folder / name
+        if body != original:  # a secret in it became known only later
+            path = to / "wandb" / "redacted" / f"{body['key'][:16]}.json"
+            replace_file(path, encode_record(body))
         # Records never change, so they need no second copy in wandb's own folders.
         artifact.add_file(str(path.resolve()), name=name, policy="immutable", skip_cache=True)
     return artifact
-
-
-def _clean_copy(to: Path, body: dict[str, Any]) -> Path:
-    """Write a record in which a secret was found, which became known only later, without it."""
-    path = to / "wandb" / "redacted" / f"{body['key'][:16]}.json"
-    replace_file(path, encode_record(body))
-    return path
-
-
-def _safe(name: str) -> str:
-    return "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in name)[:64]

@@ -1,14 +1,12 @@
-"""Weights & Biases as a mirror: one run per cell, online if it can be, else kept in a folder.
+"""One W&B run, whatever it shows: started, filled and ended silently, inside the results folder, within a time limit.
 
-The run id comes from the cell key, so a cell that is measured or uploaded again lands on the same
-run. Nothing here can stop or hang a sweep: starting and finishing an online run have a time limit,
-and after the first failure the rest of the sweep is kept offline, with one line that says how to upload.
+    write_run(RunSpec(id=key[:16], ...), place, "offline")
 
-One W&B run, whatever it shows: started, filled and ended within a time limit.
+The run id comes from the cell key, so a cell that is measured or uploaded again lands on the same run. What was sent
+already is kept in small sealed files that may be lost, one per run, content and destination; any number of processes
+may write them, and losing one costs a second upload, which lands on the same run:
 
-write_run(RunSpec(id=key[:16], ...), place, "offline")
-
-wandb as a library and its own process: silent, inside the results folder, and never without a time limit.
+    <folder>/wandb/sent/<run id>-<digest>.json
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ import hashlib
 import importlib.util
 import netrc
 import os
+import shlex
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,14 +25,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from kvbench.errors import ConfigError, KvbenchError, RecordError
-from kvbench.results.files import make_folder, seal, unseal, write_new
+from kvbench.results.files import make_folder, replace_file, seal, unseal
 
 if TYPE_CHECKING:
     import wandb
 
 
-Mode = Literal["online", "offline", "disabled"]
+Online = Literal["online", "offline"]
+Mode = Literal[Online, "disabled"]
 MODES = ("auto", "online", "offline", "disabled")
+_KIND = "kvbench_wandb_sent"
 _RESTART_S = 5.0  # nothing is worth waiting for: the run is written again
 _NOT_IN_PROJECTS = "/\\#?%:"
 _FOLDERS = {"WANDB_DATA_DIR": "staged", "WANDB_CACHE_DIR": "cache"}
@@ -135,35 +136,6 @@ def within(limit_s: float, work: Callable[[], None]) -> bool:
     return not thread.is_alive()
 
 
-def run_settings(timeout_s: float) -> wandb.Settings:
-    """Return the settings of one run: quiet, no sampling of the machine, limits on start and end."""
-    import wandb
-
-    return wandb.Settings(
-        silent=True,
-        console="off",
-        disable_git=True,
-        disable_code=True,
-        save_code=False,
-        disable_job_creation=True,
-        # The machine and its load are in the record; sampling them would disturb the timed cells.
-        x_disable_stats=True,
-        x_disable_meta=True,
-        x_disable_machine_info=True,
-        # Not where it runs, nor from which folder: the record says what a reader needs to know.
-        host="",
-        program="kvbench",
-        x_save_requirements=False,
-        init_timeout=timeout_s,
-        login_timeout=timeout_s,
-        finish_timeout=timeout_s,
-        finish_timeout_raises=True,
-    )
-
-
-Online = Literal["online", "offline"]
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
     """What one run is called and holds; `fill` logs into the started run.
@@ -182,36 +154,37 @@ class RunSpec:
     exit_code: int = 0
 
 
-_KIND, _VERSION = "kvbench_wandb_sent", 1
+def keep_note(path: Path, kind: str, body: dict[str, Any]) -> None:
+    """Seal a small file that may be lost; a disk that refuses costs what the note would have saved."""
+    with contextlib.suppress(OSError, KvbenchError):
+        replace_file(path, seal(kind, 1, body))
+
+
+def kept_note(path: Path, kind: str) -> dict[str, Any]:
+    """Return what `keep_note` was given, nothing if the file is missing or damaged."""
+    try:
+        return unseal(path, kind, 1, "Delete it.")
+    except RecordError:
+        return {}
 
 
 def is_sent(folder: Path, target: str, run_id: str, digest: str) -> bool:
     """Tell whether content of `digest` was sent as `run_id` to `target`; a damaged file counts as not sent."""
-    try:
-        body = unseal(_path(folder, target, run_id, digest), _KIND, _VERSION, "Delete it; the run is sent again.")
-    except RecordError:
-        return False
-    return body == _body(target, run_id, digest)
+    path, body = _note_of(folder, target, run_id, digest)
+    return kept_note(path, _KIND) == body
 
 
 def note_sent(folder: Path, target: str, run_id: str, digest: str) -> None:
     """Keep that content of `digest` was sent as `run_id` to `target`; a disk that refuses costs a second upload."""
-    path, data = _path(folder, target, run_id, digest), seal(_KIND, _VERSION, _body(target, run_id, digest))
-    with contextlib.suppress(OSError):
-        if path.exists() and path.read_bytes() != data:
-            path.unlink()
-    with contextlib.suppress(OSError, KvbenchError):
-        write_new(path, data)
+    path, body = _note_of(folder, target, run_id, digest)
+    keep_note(path, _KIND, body)
 
 
-def _path(folder: Path, target: str, run_id: str, digest: str) -> Path:
+def _note_of(folder: Path, target: str, run_id: str, digest: str) -> tuple[Path, dict[str, Any]]:
     name = hashlib.sha256(f"{target}\n{digest}".encode()).hexdigest()[:16]
-    return folder / "wandb" / "sent" / f"{run_id}-{name}.json"
-
-
-def _body(target: str, run_id: str, digest: str) -> dict[str, str]:
     # A server's URL may hold a password.
-    return {"target": hashlib.sha256(target.encode()).hexdigest(), "run": run_id, "digest": digest}
+    body = {"target": hashlib.sha256(target.encode()).hexdigest(), "run": run_id, "digest": digest}
+    return folder / "wandb" / "sent" / f"{run_id}-{name}.json", body
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +195,16 @@ class Place:
     entity: str | None
     folder: Path
     timeout_s: float
+
+    @property
+    def files(self) -> Path:
+        """The folder of wandb's files."""
+        return (self.folder / "wandb").resolve()
+
+    @property
+    def upload_command(self) -> str:
+        """What uploads the runs that were kept offline."""
+        return f"wandb sync {shlex.quote(str(self.files))}/offline-run-*"
 
     def target(self, mode: Online) -> str:
         """Return what tells this destination from others below the same folder."""
@@ -250,6 +233,26 @@ def _start(spec: RunSpec, place: Place, mode: Online) -> wandb.Run:
     quiet_setup()
     import wandb
 
+    settings = wandb.Settings(
+        silent=True,
+        console="off",
+        disable_git=True,
+        disable_code=True,
+        save_code=False,
+        disable_job_creation=True,
+        # The machine and its load are in the record; sampling them would disturb the timed cells.
+        x_disable_stats=True,
+        x_disable_meta=True,
+        x_disable_machine_info=True,
+        # Not where it runs, nor from which folder: the record says what a reader needs to know.
+        host="",
+        program="kvbench",
+        x_save_requirements=False,
+        init_timeout=place.timeout_s,
+        login_timeout=place.timeout_s,
+        finish_timeout=place.timeout_s,
+        finish_timeout_raises=True,
+    )
     return wandb.init(
         id=spec.id,
         project=place.project,
@@ -262,7 +265,7 @@ def _start(spec: RunSpec, place: Place, mode: Online) -> wandb.Run:
         dir=str(place.folder.resolve()),  # wandb writes from a process of its own, which may stand elsewhere
         mode=mode,
         reinit="finish_previous",
-        settings=run_settings(place.timeout_s),
+        settings=settings,
     )
 
 
@@ -270,13 +273,8 @@ def has_api_key(server: str) -> bool:
     """Tell, without the network, whether wandb would find a key for `server` (a URL)."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    hosts = {urlsplit(server).netloc, "api.wandb.ai"}
-    files = [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]
-    return any(hosts & _netrc_hosts(Path(name).expanduser()) for name in files)
-
-
-def _netrc_hosts(path: Path) -> set[str]:
-    try:
-        return set(netrc.netrc(str(path)).hosts)
-    except (OSError, netrc.NetrcParseError):
-        return set()
+    hosts: set[str] = set()
+    for name in [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]:
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
+            hosts |= set(netrc.netrc(str(Path(name).expanduser())).hosts)
+    return not hosts.isdisjoint({urlsplit(server).netloc, "api.wandb.ai"})

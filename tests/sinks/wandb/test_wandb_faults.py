@@ -35,7 +35,7 @@ import psutil
 from kvbench.sinks.base import SinkGroup
 from kvbench.results.store import RecordStore
 from kvbench.sinks.wandb.sync import WandbSink
-from kvbench.cli.wandb import summary_of
+from kvbench.sinks.wandb.content import summary_of
 from tests.results.record_bodies import make_body
 results, fault = Path(sys.argv[1]), sys.argv[2]
 if fault == "not installed":
