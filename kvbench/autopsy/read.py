@@ -1,14 +1,13 @@
-"""Autopsies as the report sees them: read beside the record, every shape checked once.
+"""Autopsies as the report sees them: read beside the record with every shape checked once, then in numbers and words.
 
-What an autopsy shows, in numbers and in one sentence: shares kept, attention held, who goes first, overlap.
-
-What becomes of tokens that a plan merged: they live on as long as the entry does that took them in.
+>>> autopsy = load_autopsy(cell)
+>>> kept(autopsy.samples).image, sentence(autopsy.samples)
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from kvbench.results.files import Array, unpack
 from kvbench.results.record import AUTOPSY_FILE, GENERATED, NEVER, read_autopsy
 
 STATISTICS = ("entries", "image_kept_permille", "mean_age_tokens", "attention_permille")
+_IMAGE = 1  # the kind of an image token
 _MEDIA = ("image/png", "image/webp")
 _BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
 
@@ -109,7 +109,7 @@ def _sample(sample: Mapping[str, Any], num_layers: int, num_heads: int) -> Sampl
         answer=str(sample["answer"]),
         tokens=tokens,
         kinds=kinds,
-        picture=None if sample["picture"] is None else _picture(sample["picture"], int((kinds == 1).sum())),
+        picture=None if sample["picture"] is None else _picture(sample["picture"], int((kinds == _IMAGE).sum())),
         layers=layers,
         coarse=sample["coarse"] is True,
         freed=_rows(sample["freed"], (len(layers), num_heads, prompt + steps)),
@@ -141,8 +141,7 @@ def _picture(picture: Mapping[str, Any], num_tokens: int) -> Picture:
 
 
 def _rows(stored: Mapping[str, Any], shape: tuple[int, ...]) -> Array:
-    rows = unpack(stored["patterns"])[np.array(stored["of"], dtype=np.int64)]
-    return _shaped(rows, shape, "patterns")
+    return _shaped(unpack(stored["patterns"])[np.array(stored["of"], dtype=np.int64)], shape, "patterns")
 
 
 def _shaped(array: Array, shape: tuple[int, ...], name: str) -> Array:
@@ -177,7 +176,6 @@ def living_on(sample: Sample, step: int) -> Array:
     return found
 
 
-_IMAGE = 1
 _FLAT = 0.005  # layers whose shares differ by less are not told apart
 
 
@@ -202,20 +200,37 @@ class Kept:
 
 def kept(samples: Sequence[Sample]) -> Kept:
     """Return the numbers of one cell, mean over its samples, layers and heads; stored layers for text and merging."""
-    by_layer = _mean_statistic(samples, "image_kept_permille")
-    attention = _mean_statistic(samples, "attention_permille")
+    image, attention = (_by_layer(samples, f"{name}_permille") for name in ("image_kept", "attention"))
     assert attention is not None
-    ages = [float(one.statistics["mean_age_tokens"][-1].mean()) for one in samples]
+    texts, merged = [], []
+    for one in samples:
+        words = one.kinds[: one.prompt_tokens] != _IMAGE
+        if words.any():
+            texts.append([float(one.held(step)[..., words].mean()) for step in (0, one.steps)])
+        merged.append([float(living_on(one, step).mean()) for step in (0, one.steps)])
+    steps = [one.steps for one in samples]
     return Kept(
-        image=None if by_layer is None else _ends(by_layer),
-        image_by_layer=None if by_layer is None else _range(by_layer[0]),
-        text=_pair([_text_shares(one) for one in samples if (one.kinds[: one.prompt_tokens] != _IMAGE).any()]),
-        attention=_ends(attention),
-        attention_by_layer=_range(attention[0]),
-        mean_age_tokens=float(np.mean(ages)),
-        merged=_pair([(_merged_share(one, 0), _merged_share(one, one.steps)) for one in samples]) or (0.0, 0.0),
-        steps=(min(one.steps for one in samples), max(one.steps for one in samples)),
+        image=None if image is None else _pair(image),
+        image_by_layer=None if image is None else (float(image[0].min()), float(image[0].max())),
+        text=_pair(np.transpose(texts)) if texts else None,
+        attention=_pair(attention),
+        attention_by_layer=(float(attention[0].min()), float(attention[0].max())),
+        mean_age_tokens=float(np.mean([float(one.statistics["mean_age_tokens"][-1].mean()) for one in samples])),
+        merged=_pair(np.transpose(merged)),
+        steps=(min(steps), max(steps)),
     )
+
+
+def _by_layer(samples: Sequence[Sample], name: str) -> Array | None:
+    """(2, L): after the prompt and at the end, mean over heads and samples, as shares."""
+    found = [sample.statistics[name][[0, -1]].mean(axis=-1) / 1000 for sample in samples if name in sample.statistics]
+    return np.mean(found, axis=0) if found else None
+
+
+def _pair(shares: Array) -> tuple[float, float]:
+    """Return the means after the prompt and at the end, each over one row."""
+    before, after = (float(np.mean(row.copy())) for row in shares)
+    return before, after
 
 
 def sentence(samples: Sequence[Sample]) -> str:
@@ -271,7 +286,10 @@ def overlap(one: Sequence[Sample], other: Sequence[Sample]) -> float | None:
     """
     theirs = {sample.id: sample for sample in other}
     pairs = [(sample, theirs[sample.id]) for sample in one if sample.id in theirs]
-    values = [_jaccard(a.held(0), b.held(0)) for a, b in pairs if a.freed.shape[:2] == b.freed.shape[:2]]
+    values = []
+    for a, b in ((a.held(0), b.held(0)) for a, b in pairs if a.freed.shape[:2] == b.freed.shape[:2]):
+        both, either = (a & b).sum(axis=-1), (a | b).sum(axis=-1)
+        values.append(float((both / np.maximum(either, 1)).mean()))
     return float(np.mean(values)) if values else None
 
 
@@ -288,41 +306,6 @@ def percent(share: float) -> str:
     if 0 < share < 0.005:
         return "under 1 %"
     return "over 99 %" if 0.995 <= share < 1 else f"{100 * share:.0f} %"
-
-
-def _jaccard(a: Array, b: Array) -> float:
-    both, either = (a & b).sum(axis=-1), (a | b).sum(axis=-1)
-    return float((both / np.maximum(either, 1)).mean())
-
-
-def _mean_statistic(samples: Sequence[Sample], name: str) -> Array | None:
-    """(2, L): after the prompt and at the end, mean over heads and samples, as shares."""
-    found = [sample.statistics[name][[0, -1]].mean(axis=-1) / 1000 for sample in samples if name in sample.statistics]
-    return np.mean(found, axis=0) if found else None
-
-
-def _text_shares(sample: Sample) -> tuple[float, float]:
-    words = sample.kinds[: sample.prompt_tokens] != _IMAGE
-    return float(sample.held(0)[..., words].mean()), float(sample.held(sample.steps)[..., words].mean())
-
-
-def _merged_share(sample: Sample, step: int) -> float:
-    return float(living_on(sample, step).mean())
-
-
-def _pair(shares: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
-    if not shares:
-        return None
-    mean: Callable[[int], float] = lambda at: float(np.mean([share[at] for share in shares]))  # noqa: E731
-    return mean(0), mean(1)
-
-
-def _ends(by_layer: Array) -> tuple[float, float]:
-    return float(by_layer[0].mean()), float(by_layer[1].mean())
-
-
-def _range(layer: Array) -> tuple[float, float]:
-    return float(layer.min()), float(layer.max())
 
 
 def _ordinal(number: int) -> str:

@@ -1,23 +1,20 @@
 """The page's answer: which policy to take at each budget, how sure that is, what it costs, and where it fails.
 
-Every word comes from a verdict; where samples do not decide, the answer names all that may be the best.
-
-The answer in words: what to take, how far it is from the full cache, and what else the measures say.
-
-Every word comes from a verdict; where samples do not decide, all that may be the best are named.
-
-The page's negative samples: which items collapse under which policy, at every budget, with links to the answers.
+Every word comes from a verdict; where samples do not decide, all that may be the best are named. Below that, the
+samples that collapse under each policy at every budget, with links to the answers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+
+from markupsafe import Markup
 
 from kvbench.measures import format_value, format_with_interval, measure
 from kvbench.report.compare import Comparison, difference_text, difference_unit, size_text, verdict_remark
 from kvbench.report.load import CellResult, is_better, natural_key
-from kvbench.report.markup import Head, escaped, number_cell, prose, row_head, table, text_cell
+from kvbench.report.markup import Head, TableCell, TableView, listed, render, row_head
 from kvbench.report.samples import sample_link, short_name
 from kvbench.report.standing import (
     MOST_PAIRS,
@@ -59,53 +56,39 @@ def answer_sentences(judged: Judged) -> list[str]:
 
 
 def _choice(judged: Judged, standing: Standing) -> str:
-    label, first = measure(standing.measure).label, standing.first
-    name, value = judged.group.series_label(first), value_text(first, standing.measure)
+    """Say what to take at a budget, or between which the samples do not decide.
+
+    Of policies that can not be compared with the first that is said; what the samples decide is said of the others.
+    """
+    at, label, first = f"At {standing.budget}", measure(standing.measure).label, standing.first
+    name, value = f"`{judged.group.series_label(first)}`", value_text(first, standing.measure)
     if len(standing.ranked) == 1:
-        return f"At {standing.budget} only `{name}` can be judged: {label} {value}."
+        return f"{at} only {name} can be judged: {label} {value}."
     if not standing.rivals:
-        others = _others(judged, standing)
-        return f"At {standing.budget} take `{name}`: {label} {value}, better than {others}."
-    if apart := [pair for pair in standing.rivals if is_apart(pair[1])]:
-        return _without_those_apart(judged, standing, apart)
-    rivals = names(judged, [cell for cell, _ in standing.rivals])
+        count = len(standing.beaten)
+        others = f"each of the {count} other policies" if count > 1 else "the other policy"
+        if sum(not cell.failed for cell in judged.group.by_budget[standing.budget]) > count + 1:
+            others = names(judged, standing.beaten)  # these are not all that there are
+        return f"{at} take {name}: {label} {value}, better than {others}."
+    if apart := [(cell, found) for cell, found in standing.rivals if is_apart(found)]:
+        reasons = ", ".join(dict.fromkeys(found.reason if found else "not scored alike" for _, found in apart))
+        who = f"{names(judged, [cell for cell, _ in apart])} ({reasons})"
+        left = {cell.key for cell, _ in apart}
+        ranked = tuple(cell for cell in standing.ranked if cell.key not in left)
+        rivals = tuple((cell, found) for cell, found in standing.rivals if cell.key not in left)
+        if len(ranked) == 1:
+            return f"{at} {name} has the best {label} so far, {value}, but is not comparable with {who}."
+        others = _choice(judged, replace(standing, ranked=ranked, rivals=rivals))
+        return f"{others} {name} is not comparable with {who}."
+    known = names(judged, [cell for cell, _ in standing.rivals])
     if all(found is not None and found.verdict == "equivalent" for _, found in standing.rivals):
-        return f"At {standing.budget} take `{name}` ({label} {value}) or {rivals}: equivalent within the margin."
-    return (
-        f"At {standing.budget} the samples do not decide between `{name}` (best {label} so far, {value}) and {rivals}."
-    )
-
-
-def _others(judged: Judged, standing: Standing) -> str:
-    """Return the beaten in words; by name where they are not all that there are."""
-    count = len(standing.beaten)
-    if sum(not cell.failed for cell in judged.group.by_budget[standing.budget]) > count + 1:
-        return names(judged, standing.beaten)
-    return f"each of the {count} other policies" if count > 1 else "the other policy"
+        return f"{at} take {name} ({label} {value}) or {known}: equivalent within the margin."
+    return f"{at} the samples do not decide between {name} (best {label} so far, {value}) and {known}."
 
 
 def is_apart(found: Comparison | None) -> bool:
     """Tell whether two policies can not be compared, however many samples there are."""
     return found is None or found.verdict == "not comparable"
-
-
-def _without_those_apart(
-    judged: Judged, standing: Standing, apart: Sequence[tuple[CellResult, Comparison | None]]
-) -> str:
-    """Say who can not be compared with the first; what the samples decide is said of the others."""
-    left = {cell.key for cell, _ in apart}
-    others = replace(
-        standing,
-        ranked=tuple(cell for cell in standing.ranked if cell.key not in left),
-        rivals=tuple((cell, found) for cell, found in standing.rivals if cell.key not in left),
-    )
-    reasons = ", ".join(dict.fromkeys(found.reason if found else "not scored alike" for _, found in apart))
-    label, first = measure(standing.measure).label, standing.first
-    name, value = judged.group.series_label(first), value_text(first, standing.measure)
-    who = f"{names(judged, [cell for cell, _ in apart])} ({reasons})"
-    if len(others.ranked) == 1:
-        return f"At {standing.budget} `{name}` has the best {label} so far, {value}, but is not comparable with {who}."
-    return f"{_choice(judged, others)} `{name}` is not comparable with {who}."
 
 
 def _distance(judged: Judged, standing: Standing) -> str:
@@ -114,31 +97,23 @@ def _distance(judged: Judged, standing: Standing) -> str:
         return "Its distance to the full cache was not measured."
     if found.verdict not in _WORDS:
         return f"It can not be compared with the full cache ({found.reason or found.verdict})."
-    remark = verdict_remark(found)
-    more = f"; {remark}" if remark else ""
-    return f"{_WORDS[found.verdict]} ({difference_text(found)}{more})."
+    more = "; ".join(filter(None, (difference_text(found), verdict_remark(found))))
+    return f"{_WORDS[found.verdict]} ({more})."
 
 
 def _safety(judged: Judged) -> str:
     assert judged.primary is not None
-    label = measure(judged.primary).label
     if judged.group.full is None:
         return "Without a usable cell of the full cache no policy can be shown to keep its quality."
-    safe = safe_cells(judged)
-    if not safe:
-        open_cells = [
-            cell
-            for cell in judged.group.budgeted
-            if (found := judged.against_full(cell, judged.primary)) and found.verdict == "undecided"
-        ]
-        undecided = f"; undecided: {names(judged, open_cells, with_budget=True)}" if open_cells else ""
-        what = f"{label}{_margin_text(judged)}"
-        return f"No policy is shown to keep the full cache's {what} at any budget measured{undecided}."
-    smallest = [cell for cell in safe if cell.budget == safe[0].budget]
-    return (
-        f"Smallest budget measured at which the full cache's {label} is shown to be kept{_margin_text(judged)}: "
-        f"{safe[0].budget}, with {names(judged, smallest)}."
-    )
+    label, margin, safe = measure(judged.primary).label, _margin_text(judged), safe_cells(judged)
+    if safe:
+        smallest = names(judged, [cell for cell in safe if cell.budget == safe[0].budget])
+        budget = f"{safe[0].budget}, with {smallest}"
+        return f"Smallest budget measured at which the full cache's {label} is shown to be kept{margin}: {budget}."
+    against = ((cell, judged.against_full(cell, judged.primary)) for cell in judged.group.budgeted)
+    undecided = names(judged, [cell for cell, one in against if one and one.verdict == "undecided"], with_budget=True)
+    rest = f"; undecided: {undecided}" if undecided else ""
+    return f"No policy is shown to keep the full cache's {label}{margin} at any budget measured{rest}."
 
 
 def _margin_text(judged: Judged) -> str:
@@ -147,8 +122,7 @@ def _margin_text(judged: Judged) -> str:
     margin = smallest_margin(judged.primary, judged.choices.margins)
     if margin is None:
         return ""
-    unit = difference_unit(judged.primary)[0]
-    size = f"margin {size_text(judged.primary, margin)}{f' {unit}' if unit else ''}"
+    size = f"margin {size_text(judged.primary, margin)} {difference_unit(judged.primary)[0]}".strip()
     declared = smallest_margin(judged.primary)
     other = "" if margin == declared else f", chosen for this page; declared: {size_text(judged.primary, declared)}"
     return f" ({size}{other})"
@@ -158,10 +132,7 @@ def names(judged: Judged, cells: Sequence[CellResult], *, with_budget: bool = Fa
     """Return the first few cells by name, and how many more there are."""
     named = [f"`{judged.group.series_label(cell)}`" + (f" at {cell.budget}" if with_budget else "") for cell in cells]
     more = f" and {len(named) - MOST_NAMES} more" if len(named) > MOST_NAMES else ""
-    shown = named[:MOST_NAMES]
-    if more or len(shown) == 1:
-        return ", ".join(shown) + more
-    return f"{', '.join(shown[:-1])} and {shown[-1]}"
+    return ", ".join(named[:MOST_NAMES]) + more if more or not named else listed(named)
 
 
 def other_measures(judged: Judged, standing: Standing) -> Iterator[tuple[str, bool]]:
@@ -197,58 +168,49 @@ _MOST_OPEN = 6
 _RATIOS = (("tpot_ms", "tpot_ratio_to_full", "per output token"), ("ttft_ms", "ttft_ratio_to_full", "to first token"))
 
 
-def answer_html(judged: Judged) -> str:
-    """Return the sentences and a block per budget."""
-    lines = "".join(f"<p class=answer>{prose(line)}</p>" for line in answer_sentences(judged))
-    if judged.ability.sentence:
-        return lines + _explained(judged)
-    blocks = [_block(judged, cells) for cells in judged.group.by_budget.values()]
-    drawn = f"<div class=answers>{''.join(blocks)}</div>"
-    if len(blocks) > _MOST_OPEN:
-        drawn = f"<details><summary>All {len(blocks)} budgets</summary>{drawn}</details>"
-    return lines + _explained(judged) + (drawn if blocks else "")
+def answer_html(judged: Judged) -> Markup:
+    """Return the sentences, what measure and budgets are for who sees the page first, and a block per budget."""
+    group = judged.group
+    blocks = [] if judged.ability.sentence else [_block(judged, cells) for cells in group.by_budget.values()]
+    return render(
+        "answer.html.j2",
+        sentences=answer_sentences(judged),
+        known=judged.primary and measure(judged.primary),
+        kinds=[text for end, text in _BUDGET_KINDS if any(cell.budget.endswith(end) for cell in group.budgeted)],
+        blocks=blocks,
+        most_open=_MOST_OPEN,
+    )
 
 
-def _explained(judged: Judged) -> str:
-    """Say what the measure and the budgets are, for who sees the page first."""
-    if judged.primary is None:
-        return ""
-    known = measure(judged.primary)
-    kinds = [text for end, text in _BUDGET_KINDS if any(cell.budget.endswith(end) for cell in judged.group.budgeted)]
-    budgets = f" Budgets count cache entries per layer and KV head: {'; '.join(kinds)}." if kinds else ""
-    return f"<p class=quiet>{prose(f'{known.label}: {known.definition}{budgets}')}</p>"
-
-
-def _block(judged: Judged, cells: list[CellResult]) -> str:
+def _block(judged: Judged, cells: list[CellResult]) -> Mapping[str, object]:
+    """Return a budget with what to take there and why, or with the reason that nothing can be ranked."""
     standing = standing_at(judged, cells, telling_quality(judged, cells) or "ppl") if judged.primary else None
-    budget = escaped(cells[0].budget)
     if standing is None:
         withheld = judged.ability.reason(judged.primary) if judged.primary else ""
         statuses = withheld or ", ".join(sorted({cell.status for cell in cells}))
-        return f"<div><h3>{budget}</h3><p>Nothing can be ranked here ({escaped(statuses)}).</p></div>"
-    rows = "".join(
-        f"<div><dt>{prose(name)}</dt><dd>{'<br>'.join(lines)}</dd></div>"
-        for name, lines in _answers(judged, standing)
-        if lines
-    )
-    return f"<div><h3>{budget}: {_take(judged, standing)}</h3><dl>{rows}</dl></div>"
-
-
-def _take(judged: Judged, standing: Standing) -> str:
-    rivals = [cell for cell, found in standing.rivals if not is_apart(found)]
-    first = prose(f"`{judged.group.series_label(standing.first)}`")
-    if rivals:
-        return f"{first} or {prose(names(judged, rivals))}"
-    return f"take {first}" if standing.beaten or not standing.rivals else f"{first}, compared with none"
-
-
-def _answers(judged: Judged, standing: Standing) -> Iterator[tuple[str, list[str]]]:
-    yield "How sure", [prose(line) for line in _sure(judged, standing)]
-    yield "Quality", [prose(line) for line in _quality(judged, standing)]
-    yield "Other measures", [prose(line) for line, _ in other_measures(judged, standing)]
-    yield "Time", [prose(line) for line in _time(judged, standing.first)]
-    yield "Memory", [prose(line) for line in _memory(judged, standing.first)]
-    yield "Fails on", list(_fails(judged, standing))
+        return {"budget": cells[0].budget, "nothing": statuses}
+    group, first = judged.group, standing.first
+    name, rivals = f"`{group.series_label(first)}`", [cell for cell, found in standing.rivals if not is_apart(found)]
+    take = f"take {name}" if standing.beaten or not standing.rivals else f"{name}, compared with none"
+    quality = [f"{measure(standing.measure).label} {value_text(first, standing.measure)}"]
+    if found := judged.against_full(first, standing.measure):
+        quality.append(f"against full {difference_text(found)}: {found.verdict}")
+    losses = losses_of(group, first, standing.measure)
+    return {
+        "budget": cells[0].budget,
+        "nothing": "",
+        "take": f"{name} or {names(judged, rivals)}" if rivals else take,
+        "answers": [
+            ("How sure", list(_sure(judged, standing))),
+            ("Quality", quality),
+            ("Other measures", [line for line, _ in other_measures(judged, standing)]),
+            ("Time", list(_time(judged, first))),
+            ("Memory", list(_memory(judged, first))),
+        ],
+        "num_losses": len(losses),
+        "num_collapsed": sum(loss.collapsed for loss in losses),
+        "worst": [sample_link(group, first, loss.sample) for loss in losses[:MOST_NAMES]],
+    }
 
 
 def _sure(judged: Judged, standing: Standing) -> Iterator[str]:
@@ -256,7 +218,10 @@ def _sure(judged: Judged, standing: Standing) -> Iterator[str]:
     if standing.beaten:
         yield f"Better in {label} than {names(judged, standing.beaten)}{_evidence(judged, standing)}."
     for cell, found in standing.rivals[:MOST_NAMES]:
-        yield f"Against `{judged.group.series_label(cell)}`: {_rival_text(found)}."
+        remark = verdict_remark(found) if found else ""
+        more = f" ({remark})" if remark else ""
+        text = f"{found.verdict}, {difference_text(found)}{more}" if found else "not compared"
+        yield f"Against `{judged.group.series_label(cell)}`: {text}."
     if len(standing.rivals) > MOST_NAMES:
         yield f"{len(standing.rivals) - MOST_NAMES} more are not beaten either."
     if len(standing.ranked) == 1:
@@ -278,20 +243,6 @@ def _evidence(judged: Judged, standing: Standing) -> str:
     return f" (paired over {num} samples, {p_text} after {who}'s correction)"
 
 
-def _rival_text(found: Comparison | None) -> str:
-    if found is None:
-        return "not compared"
-    remark = verdict_remark(found)
-    return f"{found.verdict}, {difference_text(found)}{f' ({remark})' if remark else ''}"
-
-
-def _quality(judged: Judged, standing: Standing) -> Iterator[str]:
-    yield f"{measure(standing.measure).label} {value_text(standing.first, standing.measure)}"
-    found = judged.against_full(standing.first, standing.measure)
-    if found is not None:
-        yield f"against full {difference_text(found)}: {found.verdict}"
-
-
 def _time(judged: Judged, cell: CellResult) -> Iterator[str]:
     for name, ratio_name, words in _RATIOS:
         own, ratio = cell.estimate(name), cell.estimate(ratio_name)
@@ -306,27 +257,16 @@ def _time(judged: Judged, cell: CellResult) -> Iterator[str]:
 
 
 def _memory(judged: Judged, cell: CellResult) -> Iterator[str]:
-    own = cell.estimate("kv_stored_bytes")
-    full = judged.group.full.estimate("kv_stored_bytes") if judged.group.full else None
+    stored, peak = "kv_stored_bytes", "peak_memory_bytes"
+    own, mine = cell.estimate(stored), cell.estimate(peak)
+    full, before = (judged.group.full and judged.group.full.estimate(name) for name in (stored, peak))
     if own is None:
         return
-    share = f", {own.value / full.value:.2f}x of full's {format_value('kv_stored_bytes', full.value)}" if full else ""
-    yield f"{format_value('kv_stored_bytes', own.value)} of KV cache stored{share}"
-    peak = cell.estimate("peak_memory_bytes")
-    before = judged.group.full.estimate("peak_memory_bytes") if judged.group.full else None
-    if peak and before:
-        sign = "+" if peak.value >= before.value else "-"
-        change = format_value("kv_stored_bytes", abs(peak.value - before.value))
-        yield f"peak of all memory {format_value('peak_memory_bytes', peak.value)}, {sign}{change} against full"
-
-
-def _fails(judged: Judged, standing: Standing) -> Iterator[str]:
-    losses = losses_of(judged.group, standing.first, standing.measure)
-    if not losses:
-        return
-    collapsed = [loss for loss in losses if loss.collapsed]
-    links = ", ".join(sample_link(judged.group, standing.first, loss.sample) for loss in losses[:MOST_NAMES])
-    yield prose(f"collapses on {len(collapsed)} of {len(losses)} samples; most is lost on ") + links
+    share = f", {own.value / full.value:.2f}x of full's {format_value(stored, full.value)}" if full else ""
+    yield f"{format_value(stored, own.value)} of KV cache stored{share}"
+    if mine and before:
+        change = f"{'+' if mine.value >= before.value else '-'}{format_value(stored, abs(mine.value - before.value))}"
+        yield f"peak of all memory {format_value(peak, mine.value)}, {change} against full"
 
 
 _MOST_ROWS = 32
@@ -335,119 +275,85 @@ _MOST_LINKS = 8
 _COLLAPSED = "\u2715"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Item:
-    """One sample at one budget, under every policy that has it."""
-
-    sample: str
-    losses: Mapping[str, Loss]
-
-    @property
-    def num_collapsed(self) -> int:
-        return sum(loss.collapsed for loss in self.losses.values())
-
-    @property
-    def mean_loss(self) -> float:
-        return sum(loss.loss for loss in self.losses.values()) / len(self.losses)
+Losses = Mapping[str, Loss]  # of one sample at one budget, by the key of every cell that has it
 
 
-def failures_html(judged: Judged) -> str:
+def failures_html(judged: Judged) -> Markup:
     """Return a part per budget, or "" where samples carry no score."""
     if judged.primary is None:
-        return ""
-    parts = [
-        _budget(judged, [cell for cell in cells if not cell.failed], judged.primary)
-        for cells in judged.group.by_budget.values()
-    ]
-    drawn = "".join(part for part in parts if part)
-    return f"<p>{prose(rule_text(judged.primary))} Every sample links to the answers.</p>{drawn}" if drawn else ""
+        return Markup()
+    whole = ([cell for cell in cells if not cell.failed] for cells in judged.group.by_budget.values())
+    budgets = [found for cells in whole if (found := _budget(judged, cells, judged.primary))]
+    if not budgets:
+        return Markup()
+    return render("failures.html.j2", rule=rule_text(judged.primary), budgets=budgets, most_links=_MOST_LINKS)
 
 
-def _budget(judged: Judged, cells: Sequence[CellResult], name: str) -> str:
-    items = _items(judged, cells, name)
-    if not items:
-        return ""
-    many = len(judged.group.cells) > _MANY_CELLS
-    shown = items[: _MOST_ROWS_OF_MANY if many else _MOST_ROWS]
-    cut = f", the {len(shown)} of {len(items)} that lose most" if len(shown) < len(items) else ""
-    caption = f"{measure(name).label} of every sample at {cells[0].budget}{cut}; {_COLLAPSED} marks a collapse"
-    heads = [
-        Head(label="sample", kind="text"),
-        Head(label="collapses under", note=f"of {len(cells)}"),
-        Head(label="full"),
-        *(Head(label=judged.group.series_label(cell)) for cell in cells),
-    ]
-    rows = (f"<tr>{''.join(_row(judged, item, cells, name))}</tr>" for item in shown)
-    is_open = " open" if cells[0].budget == asked_budget(judged) else ""
-    return (
-        f"<details{is_open}><summary>At {escaped(cells[0].budget)}: {_counts(judged, items, cells)}</summary>"
-        f"{_everywhere(judged, items, cells)}{table(caption, heads, rows, classes='losses')}</details>"
-    )
-
-
-def _items(judged: Judged, cells: Sequence[CellResult], name: str) -> list[_Item]:
+def _budget(judged: Judged, cells: Sequence[CellResult], name: str) -> Mapping[str, object] | None:
+    """Return the table of a budget and, where samples are shared, which of them collapse under every policy."""
+    group = judged.group
     by_sample: dict[str, dict[str, Loss]] = {}
     for cell in cells:
-        for loss in losses_of(judged.group, cell, name):
+        for loss in losses_of(group, cell, name):
             by_sample.setdefault(loss.sample, {})[cell.key] = loss
-    items = [_Item(sample=sample, losses=losses) for sample, losses in by_sample.items()]
-    return sorted(items, key=lambda item: (-item.num_collapsed, -item.mean_loss, natural_key(item.sample)))
-
-
-def _counts(judged: Judged, items: Sequence[_Item], cells: Sequence[CellResult]) -> str:
-    """Say how many samples each policy loses, of those that it has; the number once where it is the same for all."""
-    losses = {cell.key: [item.losses[cell.key] for item in items if cell.key in item.losses] for cell in cells}
-    nums = {len(found) for found in losses.values()}
-    parts = []
-    for cell in cells:
-        found, name = losses[cell.key], f"`{judged.group.series_label(cell)}`"
-        of = "" if len(nums) == 1 else f" of {len(found)}"
-        count = sum(loss.collapsed for loss in found)
-        parts.append(f"{name} collapses on {count}{of}" if found else f"{name} has no scores")
-    return prose(", ".join(parts) + (f" of {len(items)} samples" if len(nums) == 1 else ""))
-
-
-def _everywhere(judged: Judged, items: Sequence[_Item], cells: Sequence[CellResult]) -> str:
-    """Say which samples collapse under every policy that has them, two at least."""
-    shared = [item for item in items if len(item.losses) > 1]
-    every = [item for item in shared if item.num_collapsed == len(item.losses)]
-    none = sum(item.num_collapsed == 0 for item in items)
-    if not shared:
-        return ""
-    nums = {len(item.losses) for item in items}
-    policies = f"all {len(cells)} policies" if nums == {len(cells)} else "every policy that has them"
-    links = ", ".join(sample_link(judged.group, _first_with(item, cells), item.sample) for item in every[:_MOST_LINKS])
-    more = f" and {len(every) - _MOST_LINKS} more" if len(every) > _MOST_LINKS else ""
-    under_all = (
-        f"{len(every)} collapse under {policies} ({links}{more})"
-        if every
-        else f"no sample collapses under {policies.replace('them', 'it')}"
+    if not by_sample:
+        return None
+    collapses = {sample: sum(one.collapsed for one in losses.values()) for sample, losses in by_sample.items()}
+    means = {sample: sum(one.loss for one in losses.values()) / len(losses) for sample, losses in by_sample.items()}
+    items = sorted(by_sample, key=lambda sample: (-collapses[sample], -means[sample], natural_key(sample)))
+    shown = items[: _MOST_ROWS_OF_MANY if len(group.cells) > _MANY_CELLS else _MOST_ROWS]
+    cut = f", the {len(shown)} of {len(items)} that lose most" if len(shown) < len(items) else ""
+    view = TableView(
+        caption=f"{measure(name).label} of every sample at {cells[0].budget}{cut}; {_COLLAPSED} marks a collapse",
+        heads=[
+            Head("sample", kind="text"),
+            Head("collapses under", f"of {len(cells)}"),
+            Head("full"),
+            *(Head(group.series_label(cell)) for cell in cells),
+        ],
+        rows=[list(_cells(judged, sample, by_sample[sample], cells, name)) for sample in shown],
+        classes="losses",
     )
-    rest = f"{none} of {len(items)} under none" if none else "every sample collapses under at least one"
-    return f"<p>{under_all[0].upper()}{under_all[1:]}; {rest}.</p>"
+    every = [sample for sample in items if 1 < len(by_sample[sample]) == collapses[sample]]
+    holders = [next(cell for cell in cells if cell.key in by_sample[sample]) for sample in every]
+    return {
+        "budget": cells[0].budget,
+        "is_open": cells[0].budget == asked_budget(judged),
+        "counts": _counts(judged, by_sample, cells),
+        "is_shared": any(len(losses) > 1 for losses in by_sample.values()),
+        "every": [sample_link(group, cell, sample) for sample, cell in zip(every, holders, strict=True)],
+        "num_samples": len(items),
+        "num_unhurt": sum(not count for count in collapses.values()),
+        "num_policies": len(cells) if all(len(losses) == len(cells) for losses in by_sample.values()) else None,
+        "view": view,
+    }
 
 
-def _first_with(item: _Item, cells: Sequence[CellResult]) -> CellResult:
-    return next(cell for cell in cells if cell.key in item.losses)
+def _counts(judged: Judged, by_sample: Mapping[str, Losses], cells: Sequence[CellResult]) -> str:
+    """Say how many samples each policy loses, of those that it has; the number once where it is the same for all."""
+    found = [[losses[cell.key] for losses in by_sample.values() if cell.key in losses] for cell in cells]
+    is_same = len({len(losses) for losses in found}) == 1
+    parts = []
+    for cell, losses in zip(cells, found, strict=True):
+        of, count = "" if is_same else f" of {len(losses)}", sum(loss.collapsed for loss in losses)
+        parts.append(
+            f"`{judged.group.series_label(cell)}` " + (f"collapses on {count}{of}" if losses else "has no scores")
+        )
+    return ", ".join(parts) + (f" of {len(by_sample)} samples" if is_same else "")
 
 
-def _row(judged: Judged, item: _Item, cells: Sequence[CellResult], name: str) -> Iterator[str]:
-    yield row_head(short_name(judged.group, item.sample))
-    of = "" if len(item.losses) == len(cells) else f" of {len(item.losses)}"
-    yield number_cell(f"{item.num_collapsed}{of}", value=item.num_collapsed)
-    full = next(iter(item.losses.values())).full
-    yield number_cell(_score(name, full), value=full)
+def _cells(judged: Judged, sample: str, losses: Losses, cells: Sequence[CellResult], name: str) -> Iterator[TableCell]:
+    def text(score: float) -> str:
+        return f"{score:.3f}" if name == "ppl" else format_value(name, score)
+
+    full, count = next(iter(losses.values())).full, sum(loss.collapsed for loss in losses.values())
+    yield row_head(short_name(judged.group, sample))
+    yield TableCell(str(count) if len(losses) == len(cells) else f"{count} of {len(losses)}", sort=count)
+    yield TableCell(text(full), sort=full)
     for cell in cells:
-        loss = item.losses.get(cell.key)
-        yield text_cell("-", sort="", kind="") if loss is None else _scored(judged, cell, loss, name)
-
-
-def _scored(judged: Judged, cell: CellResult, loss: Loss, name: str) -> str:
-    link = sample_link(judged.group, cell, loss.sample, _score(name, loss.score))
-    mark = f" <span class=mark>{_COLLAPSED}</span>" if loss.collapsed else ""
-    kind = " class=collapsed" if loss.collapsed else ""
-    return f'<td{kind} data-v="{loss.score!r}">{link}{mark}</td>'
-
-
-def _score(name: str, score: float) -> str:
-    return f"{score:.3f}" if name == "ppl" else format_value(name, score)
+        if (loss := losses.get(cell.key)) is None:
+            yield TableCell("-")
+            continue
+        link = sample_link(judged.group, cell, sample, text(loss.score))
+        mark, kind = (_COLLAPSED, "collapsed") if loss.collapsed else ("", "")
+        yield TableCell(link.text, mark, sort=loss.score, kind=kind, link=link)

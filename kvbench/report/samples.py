@@ -1,10 +1,7 @@
-"""The page's samples: a browser of all answers.
+"""The page's samples: every answer beside the full cache's, in a browser that links from numbers lead to.
 
-The sample browser's data: answers by cell, what they share once, scores beside the full cache's.
-
-Links from a number to the answer behind it, which the sample browser opens; and which answers a page links to.
-
-A record's samples as answers to be read: one per sample, or one per turn of a conversation.
+A record's samples become `Answer`s, one per sample or one per turn of a conversation; of each cell as many as the page
+has room for become data that the script `samples.js` shows. What all cells of a group share stands there once.
 """
 
 from __future__ import annotations
@@ -13,24 +10,25 @@ import html
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from types import MappingProxyType
 from typing import Any
 
-from kvbench.autopsy.page import safe_json
+from markupsafe import Markup
+
 from kvbench.measures import MEASURES, format_value, measure
 from kvbench.report.compare import PRIMARY_QUALITIES
 from kvbench.report.load import CellResult, Group, Results, is_better, sample_score
-from kvbench.report.markup import MINUS, escaped
+from kvbench.report.markup import MINUS, SampleLink, render, safe_json
 from kvbench.report.standing import OTHER_QUALITIES, is_collapsed
 
 _LINK = re.compile(r'<a href="#samples" data-group="([^"]*)" data-cell="([^"]*)" data-sample="([^"]*)">')
 
 
-def sample_link(group: Group, cell: CellResult, sample: str, text: str = "") -> str:
-    """Return a link that shows this sample of this cell; without a script it leads to the samples."""
+def sample_link(group: Group, cell: CellResult, sample: str, text: str = "") -> SampleLink:
+    """Return a link that shows this sample of this cell."""
     label = text or short_name(group, sample)
-    place = f'data-group="{escaped(group.title)}" data-cell="{escaped(group.cell_label(cell))}"'
-    return f'<a href="#samples" {place} data-sample="{escaped(sample)}">{escaped(label)}</a>'
+    return SampleLink(group=group.title, cell=group.cell_label(cell), sample=sample, text=label)
 
 
 def linked_samples(page: str) -> Mapping[tuple[str, str], frozenset[str]]:
@@ -50,7 +48,7 @@ def short_name(group: Group, sample: str) -> str:
 
 
 _TURN = re.compile(r"turn(\d+)_(.+)")
-_WORD = re.compile(r"\s*\S+")
+_WORD = re.compile(r"\S+")
 _JUDGED_BY = (*PRIMARY_QUALITIES[:1], *OTHER_QUALITIES)
 FIRST_TURN = ", turn 1"  # the end of its answer's id
 COLLAPSE_RULE = (
@@ -83,10 +81,13 @@ class Answer:
 def answers_of(cell: CellResult) -> Iterator[Answer]:
     """Yield the answers of a cell in the order of its samples and turns."""
     for sample in cell.samples:
-        turns = _turns(sample)
+        turns: dict[int, dict[str, Any]] = {}
+        for name, value in sample.items():
+            if part := _TURN.fullmatch(str(name)):
+                turns.setdefault(int(part[1]), {})[part[2]] = value
         if "text" in sample or not turns:
             yield _answer(str(sample.get("id", "")), sample)
-        for number, fields in turns.items():
+        for number, fields in sorted(turns.items()):
             yield _answer(f"{sample.get('id', '')}, turn {number}", fields)
 
 
@@ -96,34 +97,13 @@ def collapsed(scores: Mapping[str, float], full: Mapping[str, float]) -> bool:
     return name is not None and is_collapsed(name, scores[name], full[name])
 
 
-def better_or_worse(name: str, score: float, full: float) -> str:
-    """Return "worse", "better" or nothing for measures without a good direction and for equal scores."""
-    if measure(name).better == "none" or score == full:
-        return ""
-    return "better" if is_better(name, score, full) else "worse"
-
-
 def first_different_word(full: str, text: str) -> tuple[Mark, Mark] | None:
     """Return the places of the first different words; behind the last one where a text ends there."""
-    one, two = (list(_WORD.finditer(words)) for words in (full, text))
-    for index in range(max(len(one), len(two))):
-        left, right = (words[index] if index < len(words) else None for words in (one, two))
-        if left is None or right is None or left[0].strip() != right[0].strip():
-            return _word_place(left, full), _word_place(right, text)
+    for one, other in zip_longest(_WORD.finditer(full), _WORD.finditer(text)):
+        if one is None or other is None or one[0] != other[0]:
+            ends = (len(full), len(full)), (len(text), len(text))
+            return one.span() if one else ends[0], other.span() if other else ends[1]
     return None
-
-
-def _word_place(word: re.Match[str] | None, text: str) -> Mark:
-    return (len(text), len(text)) if word is None else (word.end() - len(word[0].lstrip()), word.end())
-
-
-def _turns(sample: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    found: dict[int, dict[str, Any]] = {}
-    for name, value in sample.items():
-        part = _TURN.fullmatch(str(name))
-        if part is not None:
-            found.setdefault(int(part[1]), {})[part[2]] = value
-    return dict(sorted(found.items()))
 
 
 def _answer(name: str, fields: Mapping[str, Any]) -> Answer:
@@ -177,66 +157,54 @@ def group_data(group: Group, most: int, linked: Mapping[tuple[str, str], Collect
     """
     full = {} if group.full is None else {answer.id: answer for answer in answers_of(group.full)}
     items: dict[str, dict[str, Any]] = {}
-    cells = []
+    cells: list[dict[str, Any]] = []
     for cell in group.cells:
         if cell.samples:
-            wanted = linked.get((group.title, group.cell_label(cell)), ())
-            cells.append(_cell(group, cell, full, items, most, wanted))
-    names = list(dict.fromkeys(name for cell in cells for answer in cell["samples"] for name, *_ in answer["scores"]))
-    return {"title": group.title, "cells": cells, "items": items, "labels": {name: _label(name) for name in names}}
+            label, pairs = group.cell_label(cell), [(answer, full.get(answer.id)) for answer in answers_of(cell)]
+            lost = {index for index, (one, other) in enumerate(pairs) if other and collapsed(one.scores, other.scores)}
+            kept = _kept([one.id for one, _ in pairs], lost, most, set(linked.get((group.title, label), ())))
+            shown = {
+                "key": cell.key[:16],
+                "label": label,
+                "policy": group.series_label(cell),
+                "budget": "" if cell.is_full else cell.budget,
+                "samples": [_data(*pairs[index], items, is_lost=index in lost) for index in kept],
+                "num": len(pairs),
+                "num_collapsed": len(lost),
+            }
+            cells.append(shown)
+    names = dict.fromkeys(name for cell in cells for answer in cell["samples"] for name, *_ in answer["scores"])
+    labels = {name: measure(name).label for name in names}
+    if "ppl" in labels:
+        labels["ppl"] = "log-loss, nats per reference token"
+    return {"title": group.title, "cells": cells, "items": items, "labels": labels}
 
 
-def _cell(
-    group: Group, cell: CellResult, full: Mapping[str, Answer], items: dict[str, dict[str, Any]], most: int,
-    wanted: Collection[str],
-) -> dict[str, Any]:  # fmt: skip
-    answers = list(answers_of(cell))
-    lost = {index for index, answer in enumerate(answers) if _is_lost(answer, full.get(answer.id))}
-    kept = _kept(answers, lost, most, wanted)
-    return {
-        "key": cell.key[:16],
-        "label": group.cell_label(cell),
-        "policy": group.series_label(cell),
-        "budget": "" if cell.is_full else cell.budget,
-        "samples": [_data(answers[index], full.get(answers[index].id), items) for index in kept],
-        "num": len(answers),
-        "num_collapsed": len(lost),
-    }
+def _kept(names: Sequence[str], lost: Collection[int], most: int, linked: Collection[str]) -> list[int]:
+    """Return which answers the page holds: every one linked to, then the collapsed, then from the beginning.
+
+    A conversation is linked to as a whole, which means its first turn.
+    """
+    first = [index for index, name in enumerate(names) if name in linked or name.removesuffix(FIRST_TURN) in linked]
+    others = sorted(set(range(len(names))).difference(first), key=lambda index: (index not in lost, index))
+    return sorted([*first, *others[: max(0, most - len(first))]])
 
 
-def _kept(answers: Sequence[Answer], lost: Collection[int], most: int, wanted: Collection[str]) -> list[int]:
-    """Return which answers the page holds: every one linked to, then the collapsed, then from the beginning."""
-    linked = [index for index, answer in enumerate(answers) if {answer.id, *_whole(answer.id)} & set(wanted)]
-    others = sorted(set(range(len(answers))).difference(linked), key=lambda index: (index not in lost, index))
-    return sorted([*linked, *others[: max(0, most - len(linked))]])
-
-
-def _whole(name: str) -> tuple[str, ...]:
-    """Return the conversation that a link means when it leads to its first turn."""
-    return (name.removesuffix(FIRST_TURN),) if name.endswith(FIRST_TURN) else ()
-
-
-def _is_lost(answer: Answer, full: Answer | None) -> bool:
-    return full is not None and collapsed(answer.scores, full.scores)
-
-
-def _data(answer: Answer, full: Answer | None, items: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _data(answer: Answer, full: Answer | None, items: dict[str, dict[str, Any]], *, is_lost: bool) -> dict[str, Any]:
     item = items.setdefault(answer.id, {})
     for name in ("question", "reference", "full"):
         if getattr(answer, name) is not None:
             item.setdefault(name, getattr(answer, name))
     others: Mapping[str, float] = {} if full is None else full.scores
-    data: dict[str, Any] = {
-        "id": answer.id,
-        "scores": [_score(name, value, others.get(name)) for name, value in answer.scores.items()],
-    }
+    scores = [_score(name, value, others.get(name)) for name, value in answer.scores.items()]
+    data = {"id": answer.id, "scores": scores}
     optional = {
         "text": answer.text,
         "full": answer.full if answer.full != item.get("full") else None,
         "marks": answer.marks,
         "token": answer.token,
-        "word": True if answer.marks is not None and not answer.exact else None,
-        "collapsed": True if _is_lost(answer, full) else None,
+        "word": (answer.marks is not None and not answer.exact) or None,
+        "collapsed": is_lost or None,
     }
     return data | {name: value for name, value in optional.items() if value is not None}
 
@@ -245,65 +213,28 @@ def _score(name: str, value: float, full: float | None) -> list[str]:
     """Return measure, value, the full cache's, difference, and worse or better."""
     if full is None:
         return [name, _value(name, value), "", "", ""]
-    return [
-        name,
-        _value(name, value),
-        _value(name, full),
-        _difference(name, value - full),
-        better_or_worse(name, value, full),
-    ]
-
-
-def _label(name: str) -> str:
-    return "log-loss, nats per reference token" if name == "ppl" else measure(name).label
+    difference = value - full
+    sign = "+" if difference > 0 else MINUS if difference < 0 else ""
+    in_points = measure(name).unit == "fraction"
+    size = f"{100 * abs(difference):.1f} points" if in_points else _value(name, abs(difference))
+    has_way = measure(name).better != "none" and difference != 0
+    word = ("better" if is_better(name, value, full) else "worse") if has_way else ""
+    return [name, _value(name, value), _value(name, full), sign + size, word]
 
 
 def _value(name: str, value: float) -> str:
     return f"{value:.3f}" if name in _NATS else format_value(name, value)
 
 
-def _difference(name: str, value: float) -> str:
-    sign = "+" if value > 0 else MINUS if value < 0 else ""
-    text = f"{100 * abs(value):.1f} points" if measure(name).unit == "fraction" else _value(name, abs(value))
-    return sign + text
-
-
 _MOST_SAMPLES = 4000
-_CUT = (
-    "<p class=quiet>About {most} answers of each cell: those that this page links to and those that collapse first, "
-    "then from the beginning. All are in samples.csv.</p>"
-)
-_BROWSER = """<div class=card id="sb-card"><div class=controls>
-<label id="sb-group-label">Model and data set<select id="sb-group"></select></label>
-<label>Policy<select id="sb-policy"></select></label>
-<label>Budget<select id="sb-budget"></select></label>
-<label>Show<select id="sb-which"><option value=all>all samples</option><option value=collapsed>collapsed only</option>
-</select></label>
-<label>Sample<select id="sb-sample"></select></label>
-<button type=button id="sb-previous">Previous</button><button type=button id="sb-next">Next</button>
-<span id="sb-count" class=quiet aria-live=polite></span></div>
-<p id="sb-none" hidden>No sample is left; choose another policy, budget or all samples.</p>
-<div id="sb-shown" tabindex=0 role=group aria-label="Sample; left and right arrow keys go to the next one">
-<div class=sb-head><div id="sb-picture" hidden></div><div><h3 id="sb-name" aria-live=polite></h3>
-<p id="sb-question"></p><p id="sb-differs" class=quiet></p></div></div>
-<div class=panes><div class=pane><h4>Full cache</h4><p id="sb-full"></p></div>
-<div class=pane><h4 id="sb-policy-name">Policy</h4><p id="sb-text"></p></div>
-<div class=pane><h4>Reference</h4><p id="sb-reference"></p></div></div>
-<div class=scroll tabindex=0 role=region aria-label="Scores of this sample">
-<table><tbody id="sb-scores"></tbody></table></div></div></div>"""
 
 
-def sample_browser(results: Results, linked: Mapping[tuple[str, str], Collection[str]] = NO_LINKS) -> str:
+def sample_browser(results: Results, linked: Mapping[tuple[str, str], Collection[str]] = NO_LINKS) -> Markup:
     """Return filters and panes, and the data they show; `linked` samples are among them whatever else is."""
     groups = [group for group in results.groups if any(cell.samples for cell in group.cells)]
     if not groups:
-        return "<p>No record carries samples.</p>"
+        return Markup("<p>No record carries samples.</p>")
     most = max(2, _MOST_SAMPLES // max(1, sum(bool(cell.samples) for cell in results.records)))
-    is_cut = any(len(list(answers_of(cell))) > most for cell in results.records)
-    cut = _CUT.format(most=most) if is_cut else ""
-    data = safe_json([group_data(group, most, linked) for group in groups])
-    return f"""<p>What each policy answered, beside the full cache. The first token that differs is marked in both.
-{COLLAPSE_RULE}</p>{cut}
-<noscript><p>Choosing samples needs JavaScript; samples.csv holds all of them.</p></noscript>
-{_BROWSER}
-<script type="application/json" id="sample-data">{data}</script>"""
+    data = [group_data(group, most, linked) for group in groups]
+    is_cut = any(cell["num"] > most for group in data for cell in group["cells"])
+    return render("samples.html.j2", rule=COLLAPSE_RULE, is_cut=is_cut, most=most, data=safe_json(data))

@@ -1,6 +1,21 @@
-"""The tables' script: sort by click or key, choose rows of the verdict table."""
+"use strict";
+const root = document.documentElement, themes = document.getElementById("theme");
+const systemDark = matchMedia("(prefers-color-scheme: dark)");
+const isDark = () => root.dataset.theme ? root.dataset.theme === "dark" : systemDark.matches;
+const nameTheme = () => { themes.textContent = isDark() ? "Light colours" : "Dark colours"; };
+themes.addEventListener("click", () => {
+  root.dataset.theme = isDark() ? "light" : "dark";
+  try { localStorage.setItem("kvbench-theme", root.dataset.theme); } catch { /* a page may have no storage */ }
+  nameTheme();
+});
+systemDark.addEventListener("change", nameTheme);
+try {
+  const stored = localStorage.getItem("kvbench-theme");
+  if (stored === "dark" || stored === "light") root.dataset.theme = stored;
+} catch { /* a page may have no storage */ }
+nameTheme();
+themes.hidden = false;
 
-TABLES_SCRIPT = """
 const names = new Intl.Collator("en", { numeric: true });  // item 2 before item 10
 for (const button of document.querySelectorAll("th button")) {
   button.addEventListener("click", () => {
@@ -25,7 +40,7 @@ if (filters) {
   const selects = [...filters.querySelectorAll("select")], typed = document.getElementById("filter-text");
   const count = document.getElementById("filter-count");
   const choose = () => {
-    const words = typed.value.toLowerCase().split(/\\s+/).filter(Boolean);
+    const words = typed.value.toLowerCase().split(/\s+/).filter(Boolean);
     let shown = 0;
     rows.forEach((row, index) => {
       const fits = selects.every(one => !one.value || row.dataset[one.dataset.field] === one.value) &&
@@ -42,4 +57,3 @@ if (filters) {
   filters.hidden = false;
   choose();
 }
-"""

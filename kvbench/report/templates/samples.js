@@ -1,9 +1,3 @@
-"""The sample browser's script: filters, links to single samples, keys, marked texts.
-
-Texts enter the document as text nodes only, so model output is never read as markup.
-"""
-
-SAMPLES_SCRIPT = r"""
 if (document.getElementById("sample-data")) (() => {
 const at = id => document.getElementById(id);
 const groups = JSON.parse(at("sample-data").textContent);
@@ -157,15 +151,3 @@ at("sb-group-label").hidden = groups.length < 2;
 pickGroup();
 openLink();
 })();
-"""
-
-SAMPLES_STYLE = """
-#sb-group-label[hidden] { display: none; }
-.sb-head { display: flex; flex-wrap: wrap; gap: 10px 18px; align-items: flex-start; margin-top: 12px; }
-.sb-head > div { flex: 1 1 300px; min-width: 0; }
-.sb-head h3 { margin: 0; overflow-wrap: anywhere; }
-.sb-head > #sb-picture { flex: 0 0 auto; } .sb-head > #sb-picture[hidden] { display: none; }
-#sb-picture img { display: block; width: 144px; height: auto; border-radius: 4px; }
-#sb-shown:focus-visible { outline: 2px solid var(--link); outline-offset: 4px; border-radius: 4px; }
-#sb-question { white-space: pre-wrap; overflow-wrap: anywhere; }
-"""
