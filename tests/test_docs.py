@@ -22,7 +22,7 @@ PATH = re.compile(
 )
 NAME = re.compile(r"(?<![\w./-])kvbench(?:\.[a-zA-Z_]\w*)+")
 WALK = re.compile(r"^- \*\*(.+?):\*\* (`[\w/]+`(?:\s→\s+`[\w/]+`)+)", re.MULTILINE)
-IMAGINED = {"conf/policy/mine.yaml", "policies/mine.py"}  # what a reader is to write
+IMAGINED = {"conf/policy/mine.yaml", "conf/mine.yaml", "policies/mine.py"}  # what a reader is to write
 CONTRIBUTING = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
 WALKS = {name: re.findall(r"[\w/]+", way) for name, way in WALK.findall(CONTRIBUTING)}
 
