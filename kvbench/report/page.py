@@ -19,16 +19,22 @@ from itertools import accumulate
 from markupsafe import Markup
 
 from kvbench.autopsy.page import autopsy_section
-from kvbench.frontier.section import frontier_html
 from kvbench.measures import MEASURES, measure
 from kvbench.report.answer import answer_html, failures_html
-from kvbench.report.compare import DECLARED, Choices, difference_unit, size_text
+from kvbench.report.compare import DECLARED, Choices, size_with_unit
 from kvbench.report.figures.draw import Plot
 from kvbench.report.figures.style import PLOT_STYLE, THEME_COLOURS
 from kvbench.report.findings import notes_of
 from kvbench.report.load import Results
 from kvbench.report.markup import Head, TableView, listed, render, resource
-from kvbench.report.page_tables import environment_html, latency_html, memory_html, numbers_html, verdicts_html
+from kvbench.report.page_tables import (
+    environment_html,
+    frontier_html,
+    latency_html,
+    memory_html,
+    numbers_html,
+    verdicts_html,
+)
 from kvbench.report.samples import linked_samples, sample_browser
 from kvbench.report.standing import Judged, judge, rule_text
 from kvbench.report.tables import counts_text, results_table
@@ -60,14 +66,11 @@ def methods_html(results: Results, judged: Sequence[Judged], choices: Choices = 
 
 def _margins_text(choices: Choices) -> str:
     """Say where margins come from; one that the reader of the numbers chose was not declared before them."""
-
-    def size(name: str, margin: float | None) -> str:
-        return f"{size_text(name, margin)} {difference_unit(name)[0]}".strip()
-
+    sizes = ((name, value, smallest_margin(name)) for name, value in sorted(choices.margins.items()))
     chosen = [
-        f"{measure(name).label} ({size(name, value)} instead of {size(name, smallest_margin(name))})"
-        for name, value in sorted(choices.margins.items())
-        if value != smallest_margin(name)
+        f"{measure(name).label} ({size_with_unit(name, value)} instead of {size_with_unit(name, declared)})"
+        for name, value, declared in sizes
+        if value != declared
     ]
     if not chosen:
         return "was declared before measuring"

@@ -37,7 +37,7 @@ from kvbench.report.compare import (
     difference_unit,
     difference_value,
     group_comparisons,
-    size_text,
+    size_with_unit,
     timing_noise,
     verdict_remark,
 )
@@ -213,7 +213,6 @@ def verdict_rows(group: Group, choices: Choices = DECLARED) -> tuple[VerdictRow,
 
 def _verdict_row(group: Group, one: Comparison) -> VerdictRow:
     unit = difference_unit(one.measure)[0]
-    detectable = size_text(one.measure, one.minimum_detectable)
     remark = verdict_remark(one) if one.verdict in _REMARKED else ""
     return VerdictRow(
         policy=group.series_label(one.first),
@@ -221,7 +220,7 @@ def _verdict_row(group: Group, one: Comparison) -> VerdictRow:
         measure=one.measure,
         difference=f"{difference_value(one)} {unit}".strip(),
         interval=difference_interval(one),
-        detectable=f"{detectable} {unit}".strip() if detectable else MISSING,
+        detectable=size_with_unit(one.measure, one.minimum_detectable) or MISSING,
         verdict=f"{one.verdict}{_REMARKED[one.verdict]}{remark}" if remark else one.verdict,
     )
 

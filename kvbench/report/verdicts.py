@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 from kvbench.measures import format_value, format_with_interval, measure
-from kvbench.report.compare import Comparison, difference_text, difference_unit, size_text, verdict_remark
+from kvbench.report.compare import Comparison, difference_text, size_text, size_with_unit, verdict_remark
 from kvbench.report.load import CellResult, Estimate
 from kvbench.report.standing import Judged, losses_of
 from kvbench.report.tables import csv_text, escaped, markdown_table
@@ -193,7 +193,7 @@ def _estimate(name: str | None, found: Estimate | None) -> str:
 
 def _margins(rows: Sequence[CellRow]) -> str:
     made = [row.comparison for row in rows if row.comparison is not None and row.comparison.margin is not None]
-    found = {f"{size_text(one.measure, one.margin)} {difference_unit(one.measure)[0]}".strip() for one in made}
+    found = {size_with_unit(one.measure, one.margin) for one in made}
     return f" Margin: {', '.join(sorted(found))}." if found else ""
 
 

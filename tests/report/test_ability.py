@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from kvbench.frontier.section import frontier_html
 from kvbench.frontier.table import Frontier, Look, Search
 from kvbench.report.answer import answer_html, answer_sentences
 from kvbench.report.compare import DECLARED, Ability, group_comparisons
@@ -21,6 +20,7 @@ from kvbench.report.figures.style import Look as PlotLook
 from kvbench.report.findings import above_random, budget_steps, not_monotone, notes_of
 from kvbench.report.load import Group, Results, load_results
 from kvbench.report.page import render_page
+from kvbench.report.page_tables import frontier_html
 from kvbench.report.standing import best_policies, judge, safe_cells, standing_at
 from kvbench.report.tables import markdown_tables, print_tables
 from kvbench.report.verdicts import verdicts_csv, verdicts_latex, verdicts_markdown

@@ -24,6 +24,7 @@ from kvbench.report.compare import DECLARED, Ability, Choices, Comparison, group
 from kvbench.report.figures.draw import png_names
 from kvbench.report.load import Group, Results, flat_settings
 from kvbench.report.standing import best_policies
+from kvbench.report.tables import markdown_table
 from kvbench.results.files import replace_file
 from kvbench.results.redaction import hide_known
 from kvbench.sinks.console import say
@@ -195,15 +196,15 @@ def _verdict_table(group: Group, compared: Sequence[Comparison]) -> str:
     if not rows:
         return "Nothing could be compared with the full cache."
     sentence = Ability(group).sentence
-    head = "| policy | budget | measure | difference from full | 95 % interval | verdict | declared before |"
-    lines = [*([sentence, ""] if sentence else []), head, "|---|---|---|---|---|---|---|"]
+    heads = ("policy", "budget", "measure", "difference from full", "95 % interval", "verdict", "declared before")
+    texts = []
     for one in sorted(rows, key=lambda one: (not one.primary, _COMPARED.index(one.measure))):
         shown = measure(one.measure)
-        policy, budget = (text.replace("|", "\\|") for text in (group.series_label(one.first), one.first.budget))
         label = f"log-loss of {shown.label}, nats per token" if shown.unit == "ppl" else shown.label
-        numbers = f"{one.value:+.3g} | [{one.low:.3g}, {one.high:.3g}] | {one.verdict}"
-        lines.append(f"| {policy} | {budget} | {label} | {numbers} | {'primary' if one.primary else ''} |")
-    return "\n".join(lines)
+        numbers = f"{one.value:+.3g}", f"[{one.low:.3g}, {one.high:.3g}]"
+        names = group.series_label(one.first), one.first.budget
+        texts.append((*names, label, *numbers, one.verdict, "primary" if one.primary else ""))
+    return "\n".join([*([sentence, ""] if sentence else []), *markdown_table(heads, texts)])
 
 
 def report_spec(outline: Outline, *, project: str, entity: str | None) -> dict[str, Any]:
