@@ -1,6 +1,7 @@
 """One HTML file that explains a results folder to a stranger; nothing is loaded from anywhere.
 
-Order: the answer, the verdicts behind it, what to be careful about, figures and tables, samples, how it was measured.
+Order: the answer, the verdicts behind it, policy against policy, what to be careful about, figures and tables, samples,
+how it was measured.
 
 Every section is a function that builds plain data and renders a template of `templates/`; `page.html.j2` puts them
 together with the style sheets and the scripts that lie there. The content policy loads nothing and lets that one script
@@ -31,6 +32,7 @@ from kvbench.report.page_tables import (
     environment_html,
     frontier_html,
     latency_html,
+    matrices_html,
     memory_html,
     numbers_html,
     verdicts_html,
@@ -175,6 +177,7 @@ def _contents(
     return {
         "answer": answers or Markup("<p>No usable record was found; see Problems while reading.</p>"),
         "verdicts": verdicts_html(all_rows(judged)) if judged else Markup(),
+        "policies": _per_group(judged, matrices_html),
         "care": _per_group(judged, lambda one: render("care.html.j2", notes=notes_of(one.group))),
         "frontier": frontier_html(results.frontiers, choices, results.groups) if judged else Markup(),
         "figures": figures,

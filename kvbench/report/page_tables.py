@@ -39,7 +39,7 @@ from kvbench.report.markup import (
     row_head,
     text_cell,
 )
-from kvbench.report.standing import Judged
+from kvbench.report.standing import Judged, Match, matrices
 from kvbench.report.tables import INTERVAL_NOTE, Table, results_table, samples_text
 from kvbench.report.verdicts import REFERENCE, CellRow
 from kvbench.stats.tests import smallest_margin
@@ -86,6 +86,31 @@ def verdicts_html(rows: Sequence[CellRow]) -> Markup:
     caption = "Verdicts against the full cache"
     view = TableView(caption=caption, heads=heads, rows=cells, row_data=keys, name="verdict-table")
     return render("verdicts.html.j2", margins=_margins(rows), options=_options(rows, keys), view=view)
+
+
+def matrices_html(judged: Judged) -> Markup:
+    """Return every policy against every other, folded by measure with the leading one open; "" where none has two."""
+    drawn = []
+    for number, found in enumerate(matrices(judged)):
+        rows = [
+            [row_head(row.policy, row.budget), *(_SAME if one is None else _match(one) for one in row.matches)]
+            for row in found.rows
+        ]
+        heads = [Head(name, kind=None) for name in ("row against column", *found.columns)]
+        view = TableView(caption=f"{found.title}, {judged.group.title}", heads=heads, rows=rows)
+        label = measure(found.measure).label
+        drawn.append({"label": label, "is_open": not number, "note": found.note, "view": view})
+    return render("matrices.html.j2", matrices=drawn) if drawn else Markup()
+
+
+_SAME = TableCell("-", kind="missing", title="the same policy")
+
+
+def _match(one: Match) -> TableCell:
+    word, found = one.word, one.comparison
+    kind = f"name verdict v-{word.replace(' ', '-')}"
+    title = "; ".join(filter(None, (one.reason, f"{found.method}, n = {found.num_samples}" if found else "")))
+    return TableCell(word, "\n".join(one.numbers), kind=kind, title=title, mark=_MARKS.get(word, _FAILED))
 
 
 def _filtered_by(row: CellRow) -> Mapping[str, str]:

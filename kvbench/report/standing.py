@@ -2,6 +2,7 @@
 
     judged = judge(group)
     judged.against_full(cell, judged.primary).verdict
+    for row in next(matrices(judged)).rows: print(row.policy, [one and one.word for one in row.matches])
     for one in best_policies(group, group_comparisons(group)):
         print(one.budget, one.measure, one.cell.policy, one.verdict)
 
@@ -15,7 +16,8 @@ full cache itself scores nothing can not collapse.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from kvbench.measures import MAX_TURNS, measure
@@ -28,8 +30,13 @@ from kvbench.report.compare import (
     between_policies,
     compare,
     declared_budget,
+    difference_interval,
+    difference_unit,
+    difference_value,
     group_comparisons,
+    p_text,
     timing_noise,
+    verdict_remark,
     withheld,
 )
 from kvbench.report.compare import judged as corrected
@@ -272,3 +279,154 @@ def is_collapsed(name: str, score: float, full: float) -> bool:
     if measure(name).better == "higher":
         return full > 0 and score < _KEPT_SHARE * full
     return score - full > _LOST_NATS
+
+
+MOST_SIDE = 40  # policies of a matrix that a reader still finds a pair in
+_MOST_REASONS = 3
+_LIKE = ("positions", "variant")
+_TOLD = ("better", "worse", "equivalent", "undecided")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Match:
+    """A row's policy against a column's, seen from the row; `reason` is why there is no comparison, or no verdict."""
+
+    comparison: Comparison | None
+    reason: str
+
+    @property
+    def word(self) -> str:
+        """Return the verdict in a word."""
+        return self.comparison.verdict if self.comparison else "not compared"
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Return the difference, its interval, and p where there is a verdict that it may speak for."""
+        one = self.comparison
+        if one is None:
+            return ()
+        p_value = p_text(one.p_holm) if one.verdict in _TOLD else ""
+        return tuple(filter(None, (difference_value(one), difference_interval(one), p_value)))
+
+    @property
+    def text(self) -> str:
+        """Return the match on one line."""
+        return f"{self.word}: {', '.join(self.numbers)}".replace(", [", " [") if self.numbers else self.word
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MatrixRow:
+    """A policy at a budget against every column's at the same one; None where that is itself."""
+
+    budget: str
+    policy: str
+    matches: tuple[Match | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Matrix:
+    """Every policy against every other in one measure, budget by budget."""
+
+    title: str
+    measure: str
+    note: str
+    columns: tuple[str, ...]
+    rows: tuple[MatrixRow, ...]
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Return what stands above the texts."""
+        return "budget", "policy", *(f"against {name}" for name in self.columns)
+
+    @property
+    def texts(self) -> list[tuple[str, ...]]:
+        """Return the rows as texts."""
+        return [
+            (row.budget, row.policy, *("" if one is None else one.text for one in row.matches)) for row in self.rows
+        ]
+
+
+def matrices(judged: Judged) -> Iterator[Matrix]:
+    """Yield who beats whom, the leading measure first, then all others in which two policies have an interval.
+
+    Of very many pairs, which are compared only when asked for, the leading measure alone.
+    """
+    names = dict.fromkeys((*judged.qualities, *(name for name, _, _ in judged.by_pair)))
+    for name in list(names)[: 1 if judged.num_pairs > MOST_PAIRS else None]:
+        if found := _matrix(judged, name):
+            yield found
+
+
+def _matrix(judged: Judged, name: str) -> Matrix | None:
+    """Return the matrix of a measure; None where it tells no two policies of a budget apart, or has no end of them."""
+    group, measured = judged.group, [cell for cell in judged.group.budgeted if cell.estimate(name)]
+    columns = tuple(dict.fromkeys(map(group.series_label, measured)))
+    if len(columns) > MOST_SIDE:
+        return None
+    rows, seen = list[MatrixRow](), list[Match]()  # of the two ends of a pair one is enough
+    for budget, cells in group.by_budget.items():
+        here = {group.series_label(cell): cell for cell in cells}
+        if sum(cell.estimate(name) is not None for cell in cells) < 2:
+            continue
+        for first in (label for label in columns if label in here):
+            found = [None if label == first else _match(judged, here, first, label, name) for label in columns]
+            rows.append(MatrixRow(budget=budget, policy=first, matches=tuple(found)))
+            seen += [one for one in found[: columns.index(first)] if one]
+    if all(one.comparison is None or one.comparison.low is None for one in seen):
+        return None
+    return Matrix(
+        title=f"{measure(name).label}, {measure(name).better} is better: each policy against each other",
+        measure=name,
+        note=_matrix_note(judged, name, seen),
+        columns=columns,
+        rows=tuple(rows),
+    )
+
+
+def _matrix_note(judged: Judged, name: str, pairs: Iterable[Match]) -> str:
+    """Return how to read it, and why pairs that are not told are not."""
+    what = "The row's time over the column's, minus 1" if is_latency_ratio(measure(name)) else "Row minus column"
+    unit = difference_unit(name)[0]
+    who = "Holm" if judged.num_pairs <= MOST_PAIRS else "Bonferroni"
+    untold: dict[str, Counter[str]] = {}
+    for one in pairs:
+        if one.word not in _TOLD:
+            untold.setdefault(one.word, Counter())[one.reason] += 1
+    said = [
+        f" {word.capitalize()}, {reasons.total()} pair{'s' if reasons.total() > 1 else ''}: "
+        f"{'; '.join(reason for reason, _ in reasons.most_common(_MOST_REASONS))}"
+        f"{f'; and {len(reasons) - _MOST_REASONS} other reasons' if len(reasons) > _MOST_REASONS else ''}."
+        for word, reasons in untold.items()
+    ]
+    return (
+        f"{what} at the same budget{f', in {unit}' if unit else ''}; better: the row beats the column. [low, high] is "
+        "the 95 % interval, not corrected; "
+        f"p is after {who}'s correction over all pairs of policies in this measure.{''.join(said)}"
+    )
+
+
+def _match(judged: Judged, here: Mapping[str, CellResult], row: str, column: str, name: str) -> Match:
+    """Return the match of two policies at the budget of the cells `here`, like with like only."""
+    for label in (row, column):
+        cell = here.get(label)
+        if cell is None or cell.estimate(name) is None:
+            ended = f"ended {cell.status}" if cell and cell.failed else "was not measured"
+            return Match(comparison=None, reason=f"{label} {ended} at this budget")
+    if reason := unlike(here[row], here[column], here.values()):
+        return Match(comparison=None, reason=reason)
+    found = judged.between(here[row], here[column], name)
+    return Match(comparison=found, reason=verdict_remark(found) if found else "there is no difference of such numbers")
+
+
+def unlike(one: CellResult, other: CellResult, cells: Collection[CellResult]) -> str:
+    """Return why two of the cells of a budget are not like with like, "" where they are.
+
+    They differ in position mode or variant, though one of the two policies was measured as the other was. A policy that
+    knows only its own mode stands for itself.
+    """
+    for part in _LIKE:
+        mine, theirs = getattr(one, part), getattr(other, part)
+        known = {(cell.policy, getattr(cell, part)) for cell in cells}
+        if mine != theirs and ((one.policy, theirs) in known or (other.policy, mine) in known):
+            return f"not like with like: {part} {mine or 'as declared'} and {theirs or 'as declared'}"
+    return ""

@@ -42,6 +42,7 @@ from kvbench.report.compare import (
     verdict_remark,
 )
 from kvbench.report.load import CellResult, Group, Results
+from kvbench.report.standing import Judged, Matrix, asked_budget, judge, matrices
 
 _QUALITIES = ("ppl", "rougeL_vs_full", "rougeL_vs_reference", "objects_recalled_fraction")
 MAIN_COLUMNS = (*_QUALITIES, "ttft_ms", "tpot_ms", "peak_memory_bytes", "kv_stored_bytes")
@@ -247,6 +248,7 @@ def print_tables(results: Results, console: Console | None = None, choices: Choi
         if sentence := Ability(group).sentence:
             console.print(Text(sentence), end="\n\n")
         _print_verdicts(verdict_rows(group, choices), console)
+        _print_matrix(judge(group, choices), console)
     if not results.records:
         console.print(Text("No usable record was found."))
     for problem in results.problems:
@@ -297,6 +299,23 @@ def _print_verdicts(rows: tuple[VerdictRow, ...], console: Console) -> None:
     console.print()
 
 
+def _print_matrix(judged: Judged, console: Console) -> None:
+    """Print each policy against each other at the headline's budget where that fits; page and files have all of it."""
+    matrix, budget = next(matrices(judged), None), asked_budget(judged)
+    rows = [] if matrix is None else [row for row in matrix.rows if row.budget == budget]
+    if matrix is None or not rows:
+        return
+    drawn = _ruled(f"{matrix.title}, {budget}", matrix.note, 1)
+    for head in ("row against column", *matrix.columns):
+        drawn.add_column(Text(head), no_wrap=True, vertical="top")
+    for row in rows:
+        drawn.add_row(
+            Text(row.policy), *(Text("\n".join((one.word, *one.numbers)) if one else "-") for one in row.matches)
+        )
+    if _fits(drawn, console):
+        console.print(drawn, end="\n\n")
+
+
 def _two_lines(entry: Entry) -> Text:
     text = Text(entry.text, style=_STYLES[entry.kind])
     return text.append(f"\n{entry.interval}", style="dim") if entry.interval else text
@@ -336,6 +355,8 @@ def _markdown(group: Group, choices: Choices) -> Iterator[str]:
         yield from ("", f"### Compared with full: {escaped(group.title)}", "")
         yield from (*([escaped(sentence), ""] if sentence else []), _declared_text(rows), "")
         yield from markdown_table(tuple(_VERDICT_HEADS), (row.texts for row in rows), "lllrrl")
+    if found := next(matrices(judge(group, choices)), None):
+        yield from ("", *matrix_markdown(found, group.title))
 
 
 def _markdown_row(row: Row) -> list[str]:
@@ -348,6 +369,12 @@ def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]], sides: s
     yield f"| {' | '.join(map(escaped, heads))} |"
     yield f"|{'|'.join(rules)}|"
     yield from (f"| {' | '.join(map(escaped, row))} |" for row in rows)
+
+
+def matrix_markdown(matrix: Matrix, group_title: str) -> Iterator[str]:
+    """Yield the lines of a matrix of policies under its heading."""
+    yield from (f"### {escaped(matrix.title)}, {escaped(group_title)}", "", escaped(matrix.note), "")
+    yield from markdown_table(matrix.heads, matrix.texts, "l" * len(matrix.heads))
 
 
 def escaped(text: str) -> str:
