@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import attrgetter
 
 from markupsafe import Markup
 
@@ -92,21 +94,23 @@ def matrices_html(judged: Judged) -> Markup:
     """Return every policy against every other, folded by measure with the leading one open; "" where none has two."""
     drawn = []
     for number, found in enumerate(matrices(judged)):
-        rows = [
-            [row_head(row.policy, row.budget), *(_SAME if one is None else _match(one) for one in row.matches)]
-            for row in found.rows
+        label, heads = measure(found.measure).label, [Head(name, kind=None) for name in ("policy", *found.columns)]
+        views = [
+            TableView(
+                caption=f"{label} at {budget}, {judged.group.title}",
+                heads=heads,
+                rows=[[row_head(row.policy), *map(_match, row.matches)] for row in rows],
+            )
+            for budget, rows in groupby(found.rows, key=attrgetter("budget"))
         ]
-        heads = [Head(name, kind=None) for name in ("row against column", *found.columns)]
-        view = TableView(caption=f"{found.title}, {judged.group.title}", heads=heads, rows=rows)
-        label = measure(found.measure).label
-        drawn.append({"label": label, "is_open": not number, "note": found.note, "view": view})
+        title = f"{label}, {measure(found.measure).better} is better"
+        drawn.append({"title": title, "is_open": not number, "note": found.note, "views": views})
     return render("matrices.html.j2", matrices=drawn) if drawn else Markup()
 
 
-_SAME = TableCell("-", kind="missing", title="the same policy")
-
-
-def _match(one: Match) -> TableCell:
+def _match(one: Match | None) -> TableCell:
+    if one is None:
+        return TableCell("-", kind="name missing", title="the same policy")
     word, found = one.word, one.comparison
     kind = f"name verdict v-{word.replace(' ', '-')}"
     title = "; ".join(filter(None, (one.reason, f"{found.method}, n = {found.num_samples}" if found else "")))

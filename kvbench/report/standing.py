@@ -90,18 +90,20 @@ class Judged:
         return tuple(dict.fromkeys((self.primary, *others)))
 
 
-def judge(group: Group, choices: Choices = DECLARED) -> Judged:
-    """Return the group with every comparison of quality and time that can be made in it.
+def judge(group: Group, choices: Choices = DECLARED, *, leading_alone: bool = False) -> Judged:
+    """Return the group with every comparison of quality and time that can be made in it, or of its primary measure.
 
     Of very many policies only those pairs are compared that are asked for, with Bonferroni's correction for all of
     them, which is stricter than Holm's.
     """
     num_pairs = sum(1 for _ in between_policies(group))
     names = (*PRIMARY_QUALITIES, *OTHER_QUALITIES, *_TIME_RATIOS)
-    found = group_comparisons(group, choices, names, between=num_pairs <= MOST_PAIRS)
+    primary = _primary(group)
+    only = (primary,) if leading_alone and primary else names
+    found = group_comparisons(group, choices, only, between=num_pairs <= MOST_PAIRS)
     by_pair = {(one.measure, one.first.key, one.second.key): one for one in found}
     return Judged(
-        group=group, primary=_primary(group), by_pair=by_pair, choices=choices, num_pairs=num_pairs,
+        group=group, primary=primary, by_pair=by_pair, choices=choices, num_pairs=num_pairs,
         ability=Ability(group),
     )  # fmt: skip
 
@@ -309,6 +311,11 @@ class Match:
         return tuple(filter(None, (difference_value(one), difference_interval(one), p_value)))
 
     @property
+    def turned(self) -> Match:
+        """Return it as seen from the column."""
+        return replace(self, comparison=self.comparison and swapped(self.comparison))
+
+    @property
     def text(self) -> str:
         """Return the match on one line."""
         return f"{self.word}: {', '.join(self.numbers)}".replace(", [", " [") if self.numbers else self.word
@@ -357,27 +364,37 @@ def matrices(judged: Judged) -> Iterator[Matrix]:
             yield found
 
 
+def leading_matrix(group: Group, choices: Choices = DECLARED) -> Matrix | None:
+    """Return the first of them by itself, for where there is room for one."""
+    return next(matrices(judge(group, choices, leading_alone=True)), None)
+
+
 def _matrix(judged: Judged, name: str) -> Matrix | None:
-    """Return the matrix of a measure; None where it tells no two policies of a budget apart, or has no end of them."""
+    """Return the matrix of a measure, of very many policies the best; None where no pair has an interval."""
     group, measured = judged.group, [cell for cell in judged.group.budgeted if cell.estimate(name)]
-    columns = tuple(dict.fromkeys(map(group.series_label, measured)))
-    if len(columns) > MOST_SIDE:
-        return None
-    rows, seen = list[MatrixRow](), list[Match]()  # of the two ends of a pair one is enough
+    every = dict.fromkeys(map(group.series_label, measured))
+    best = list(dict.fromkeys(map(group.series_label, _ranked(measured, name))))[:MOST_SIDE]
+    columns = tuple(label for label in every if label in best)
+    rows, seen = list[MatrixRow](), list[Match]()
     for budget, cells in group.by_budget.items():
         here = {group.series_label(cell): cell for cell in cells}
         if sum(cell.estimate(name) is not None for cell in cells) < 2:
             continue
-        for first in (label for label in columns if label in here):
-            found = [None if label == first else _match(judged, here, first, label, name) for label in columns]
-            rows.append(MatrixRow(budget=budget, policy=first, matches=tuple(found)))
-            seen += [one for one in found[: columns.index(first)] if one]
+        known: dict[tuple[str, str], Match] = {}
+        for row in (label for label in columns if label in here):
+            for column in (label for label in columns if label != row):
+                if back := known.get((column, row)):
+                    known[row, column] = back.turned
+                else:
+                    seen.append(known.setdefault((row, column), _match(judged, here, row, column, name)))
+            rows.append(MatrixRow(budget=budget, policy=row, matches=tuple(known.get((row, one)) for one in columns)))
     if all(one.comparison is None or one.comparison.low is None for one in seen):
         return None
     return Matrix(
-        title=f"{measure(name).label}, {measure(name).better} is better: each policy against each other",
+        title=f"Policy against policy: {measure(name).label} ({measure(name).better} is better)",
         measure=name,
-        note=_matrix_note(judged, name, seen),
+        note=_matrix_note(judged, name, seen)
+        + (f" The {len(best)} best of {len(every)} policies." if len(every) > len(best) else ""),
         columns=columns,
         rows=tuple(rows),
     )
@@ -385,8 +402,9 @@ def _matrix(judged: Judged, name: str) -> Matrix | None:
 
 def _matrix_note(judged: Judged, name: str, pairs: Iterable[Match]) -> str:
     """Return how to read it, and why pairs that are not told are not."""
-    what = "The row's time over the column's, minus 1" if is_latency_ratio(measure(name)) else "Row minus column"
-    unit = difference_unit(name)[0]
+    what, unit = "Row minus column at the same budget", difference_unit(name)[0]
+    if is_latency_ratio(measure(name)):
+        what = "The row's time over the column's at the same budget, minus 1"
     who = "Holm" if judged.num_pairs <= MOST_PAIRS else "Bonferroni"
     untold: dict[str, Counter[str]] = {}
     for one in pairs:
@@ -399,9 +417,8 @@ def _matrix_note(judged: Judged, name: str, pairs: Iterable[Match]) -> str:
         for word, reasons in untold.items()
     ]
     return (
-        f"{what} at the same budget{f', in {unit}' if unit else ''}; better: the row beats the column. [low, high] is "
-        "the 95 % interval, not corrected; "
-        f"p is after {who}'s correction over all pairs of policies in this measure.{''.join(said)}"
+        f"{what}{f', in {unit}' if unit else ''}; better: the row beats the column. [low, high] is the 95 % interval, "
+        f"not corrected; p is after {who}'s correction over all pairs of policies in this measure.{''.join(said)}"
     )
 
 
@@ -415,6 +432,9 @@ def _match(judged: Judged, here: Mapping[str, CellResult], row: str, column: str
     if reason := unlike(here[row], here[column], here.values()):
         return Match(comparison=None, reason=reason)
     found = judged.between(here[row], here[column], name)
+    if found is not None and found.noise:
+        noisy = next((label for label in (row, column) if timing_noise(here[label], name) == found.noise), "")
+        return Match(comparison=found, reason=f"{noisy}: {found.noise}")
     return Match(comparison=found, reason=verdict_remark(found) if found else "there is no difference of such numbers")
 
 

@@ -33,6 +33,7 @@ from kvbench.report.compare import (
     Ability,
     Choices,
     Comparison,
+    declared_budget,
     difference_interval,
     difference_unit,
     difference_value,
@@ -42,7 +43,7 @@ from kvbench.report.compare import (
     verdict_remark,
 )
 from kvbench.report.load import CellResult, Group, Results
-from kvbench.report.standing import Judged, Matrix, asked_budget, judge, matrices
+from kvbench.report.standing import Matrix, leading_matrix
 
 _QUALITIES = ("ppl", "rougeL_vs_full", "rougeL_vs_reference", "objects_recalled_fraction")
 MAIN_COLUMNS = (*_QUALITIES, "ttft_ms", "tpot_ms", "peak_memory_bytes", "kv_stored_bytes")
@@ -58,7 +59,7 @@ _COST_COLUMNS = (
 )
 _OVERHEAD_BOUND_SHARE = 0.5
 INTERVAL_NOTE = "[low, high] is the 95 % interval; a number without one is a single observation or an exact count."
-_NARROW_COLUMNS = 100
+_NARROW_COLUMNS, _MATCH_COLUMNS = 100, 10  # a match is wider
 _LAYOUTS = ((False, 1), (True, 1), (True, 0))  # from roomy to tight: budget below the policy, blanks between columns
 _STYLES = {"number": "", "missing": "dim", "failed": "bold red", "noisy": "dim"}
 _Justify = Literal["left", "right"]
@@ -248,7 +249,7 @@ def print_tables(results: Results, console: Console | None = None, choices: Choi
         if sentence := Ability(group).sentence:
             console.print(Text(sentence), end="\n\n")
         _print_verdicts(verdict_rows(group, choices), console)
-        _print_matrix(judge(group, choices), console)
+        _print_matrix(group, choices, console)
     if not results.records:
         console.print(Text("No usable record was found."))
     for problem in results.problems:
@@ -299,9 +300,11 @@ def _print_verdicts(rows: tuple[VerdictRow, ...], console: Console) -> None:
     console.print()
 
 
-def _print_matrix(judged: Judged, console: Console) -> None:
+def _print_matrix(group: Group, choices: Choices, console: Console) -> None:
     """Print each policy against each other at the headline's budget where that fits; page and files have all of it."""
-    matrix, budget = next(matrices(judged), None), asked_budget(judged)
+    if len({group.series_label(cell) for cell in group.budgeted}) * _MATCH_COLUMNS > console.width:
+        return
+    matrix, budget = leading_matrix(group, choices), declared_budget(group)
     rows = [] if matrix is None else [row for row in matrix.rows if row.budget == budget]
     if matrix is None or not rows:
         return
@@ -355,7 +358,7 @@ def _markdown(group: Group, choices: Choices) -> Iterator[str]:
         yield from ("", f"### Compared with full: {escaped(group.title)}", "")
         yield from (*([escaped(sentence), ""] if sentence else []), _declared_text(rows), "")
         yield from markdown_table(tuple(_VERDICT_HEADS), (row.texts for row in rows), "lllrrl")
-    if found := next(matrices(judge(group, choices)), None):
+    if found := leading_matrix(group, choices):
         yield from ("", *matrix_markdown(found, group.title))
 
 

@@ -23,7 +23,7 @@ from kvbench.measures import MEASURES, format_with_interval, measure
 from kvbench.report.compare import DECLARED, Ability, Choices, Comparison, group_comparisons
 from kvbench.report.figures.draw import png_names
 from kvbench.report.load import Group, Results, flat_settings
-from kvbench.report.standing import best_policies, judge, matrices
+from kvbench.report.standing import best_policies, leading_matrix
 from kvbench.report.tables import markdown_table, matrix_markdown
 from kvbench.results.files import replace_file
 from kvbench.results.redaction import hide_known
@@ -209,7 +209,7 @@ def _verdict_table(group: Group, compared: Sequence[Comparison]) -> str:
 
 def _matrix(group: Group, choices: Choices) -> Iterator[str]:
     """Yield each policy against each other in the leading measure, where two can be compared."""
-    if found := next(matrices(judge(group, choices)), None):
+    if found := leading_matrix(group, choices):
         yield "\n".join(matrix_markdown(found, group.title))
 
 
