@@ -448,5 +448,5 @@ def unlike(one: CellResult, other: CellResult, cells: Collection[CellResult]) ->
         mine, theirs = getattr(one, part), getattr(other, part)
         known = {(cell.policy, getattr(cell, part)) for cell in cells}
         if mine != theirs and ((one.policy, theirs) in known or (other.policy, mine) in known):
-            return f"not like with like: {part} {mine or 'as declared'} and {theirs or 'as declared'}"
+            return f"not like with like: {part} {' and '.join(one or 'as declared' for one in sorted((mine, theirs)))}"
     return ""
