@@ -24,8 +24,7 @@ from kvbench.tasks.decode import CacheSetting, Decoding
 from kvbench.tasks.fidelity import Fidelity
 from kvbench.tasks.generation import Generation
 from kvbench.tasks.perplexity import Perplexity
-from kvbench.tasks.prompts import Part
-from kvbench.tasks.task import BatchTask, Bench, Payload, TaskResult
+from kvbench.tasks.task import BatchTask, Bench, Part, Payload, TaskResult
 from tests.sweep.watching import KeptInMemory, Notes, run_cells
 from tests.tasks.benches import FULL, KeepAll, NanAtDecode, NotANumber, cell_of, cut
 
