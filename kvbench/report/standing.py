@@ -10,7 +10,8 @@
 beats, who may be as good; failed cells are named and never ranked, noisy ones are, since their quality does not depend
 on the clock. `losses_of` gives the samples that a policy loses. A sample collapses where its score is under half of
 the full cache's; in perplexity, where its tokens are on average more than one nat less likely. Samples on which the
-full cache itself scores nothing can not collapse.
+full cache itself scores nothing can not collapse. `matrices` set each policy against each other at equal budget, like
+with like.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     print_tables(load_results(Path("results")))
 
 `results_table` gives the rows that terminal, Markdown and page draw, `verdict_rows` the comparisons with the full
-cache that were declared before. `cells_frame` and `samples_frame` are for whoever wants the numbers: a row per cell,
-and a row per cell and sample; CSV and Parquet hold the same, with the same bytes for the same records. Text that a
-spreadsheet would run as a formula is made harmless in CSV; numbers are untouched. Every Markdown table of kvbench is
-written by `markdown_table`.
+cache that were declared before; policies among each other are `standing.leading_matrix`. `cells_frame` and
+`samples_frame` are for whoever wants the numbers: a row per cell, and a row per cell and sample; CSV and Parquet hold
+the same, with the same bytes for the same records. Text that a spreadsheet would run as a formula is made harmless in
+CSV; numbers are untouched. Every Markdown table of kvbench is written by `markdown_table`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     verdicts_latex([judge(group) for group in results.groups])
 
 `cell_rows` are the rows before they are drawn, which the page draws too. `verdict_table` makes text of them, one
-wording in two notations, Markdown and LaTeX; CSV holds the numbers in base units and full precision. The same records
+wording in two notations, Markdown and LaTeX, and each policy against each other (`standing.matrices`) follows in both;
+CSV holds the numbers in base units and full precision. The same records
 give the same bytes.
 """
 
@@ -229,7 +230,8 @@ def _at(row: CellRow, path: str) -> object:
 def verdicts_latex(groups: Sequence[Judged]) -> str:
     """Return the same tables, for a document that uses booktabs (and graphicx, to fit its width)."""
     head = "% Made by kvbench report --format latex; needs \\usepackage{booktabs} and \\usepackage{graphicx}.\n"
-    return head + "\n".join(table for judged in groups for table in _latex_tables(judged))
+    # Of tables without text between them LaTeX holds back 52 at most.
+    return head + "\\clearpage\n".join("\n".join(_latex_tables(judged)) for judged in groups)
 
 
 def _latex_tables(judged: Judged) -> Iterator[str]:

@@ -83,6 +83,13 @@ def test_no_special_character_of_latex_is_left_bare() -> None:
     assert tex("a\nb\x00c") == "a b c"
 
 
+def test_the_tables_of_many_groups_are_never_more_floats_than_latex_holds_back(tmp_path: Path) -> None:
+    for model in ("one", "two"):
+        write_sweep(tmp_path, model=model)
+    first, second = verdicts_latex(judged_of(tmp_path)).split("\\clearpage\n")
+    assert 4 < first.count(r"\begin{table}") == second.count(r"\begin{table}") <= 52
+
+
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex on PATH")
 def test_the_table_compiles_with_names_of_every_kind(tmp_path: Path) -> None:
     write_sweep(tmp_path / "results", model=HARD)
