@@ -30,6 +30,7 @@ _DIGITS = re.compile(r"([0-9]+)")
 _TEXT_LABELS = ("model", "dataset", "policy", "budget", "positions")
 _LARGEST = 1e300
 _LARGEST_SCORE = 1e100  # squares and sums of what is larger leave the floats; no score and no log-loss is
+_TIMED = ("speed", "memory")  # the tasks whose batch is one of the settings; capacity searches its own
 _MAX_NAME = 40  # longer texts of settings give way to a digest
 _Key = TypeVar("_Key", bound=Hashable)
 
@@ -275,9 +276,10 @@ class Results:
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """Return the cells by model and data set."""
+        """Return the cells by model and data set; those with answers or a perplexity before those of costs alone."""
         by_name = itertools.groupby(self.records, key=lambda cell: (cell.model, cell.dataset))
-        return tuple(Group(model=model, dataset=data, cells=tuple(cells)) for (model, data), cells in by_name)
+        found = (Group(model=model, dataset=data, cells=tuple(cells)) for (model, data), cells in by_name)
+        return tuple(sorted(found, key=lambda group: not any(cell.samples for cell in group.cells)))
 
     @property
     def policies(self) -> tuple[str, ...]:
@@ -398,11 +400,22 @@ def _later_failures(found: CellRecord, folder: str) -> Iterator[Problem]:
 def _ordered(cells: list[CellResult]) -> tuple[CellResult, ...]:
     """Sort, after telling apart cells whose labels are the same."""
     named: list[CellResult] = []
+    cells = [replace(cell, dataset=_with_batch(cell)) for cell in cells]
     cells = _with_distinct_names(_with_distinct_names(cells, "model"), "dataset")
     for twins in _by(cells, lambda cell: (cell.model, cell.dataset, *cell.series)).values():
         by_budget = list(_by(twins, lambda cell: cell.budget).values())
         named.extend(_with_variants(twins, by_budget) if any(len(same) > 1 for same in by_budget) else twins)
     return tuple(sorted(named, key=lambda cell: cell.sort_key))
+
+
+def _with_batch(cell: CellResult) -> str:
+    """Return the name of the cell's data; drawn prompts, which nothing but their size tells, have batch and tokens."""
+    tasks, tokens = cell.settings.get("task"), (cell.settings.get("dataset") or {}).get("prompt_tokens")
+    if not isinstance(tokens, int) or not isinstance(tasks, dict):
+        return cell.dataset
+    batch = next((found for name in _TIMED if (found := (tasks.get(name) or {}).get("batch_size"))), None)
+    size = f"{f'batch {batch}, ' if batch else ''}{tokens:,} prompt tokens"
+    return cell.dataset.replace(f"{tokens} tokens", size)
 
 
 def _with_distinct_names(cells: list[CellResult], part: str) -> list[CellResult]:

@@ -43,7 +43,7 @@ from kvbench.report.compare import (
 )
 from kvbench.report.load import CellResult, Group, Results
 
-_QUALITIES = ("ppl", "rougeL_vs_full", "rougeL_vs_reference", "objects_recalled_fraction")
+_QUALITIES = ("objects_recalled_fraction", "rougeL_vs_full", "rougeL_vs_reference", "ppl")
 MAIN_COLUMNS = (*_QUALITIES, "ttft_ms", "tpot_ms", "peak_memory_bytes", "kv_stored_bytes")
 _EXTRA_COLUMNS = ("needles_recalled_fraction", "num_skipped_items")
 _TURN_COLUMN = re.compile(
