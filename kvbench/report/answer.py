@@ -13,8 +13,17 @@ from dataclasses import replace
 from markupsafe import Markup
 
 from kvbench.measures import format_value, format_with_interval, measure
-from kvbench.report.compare import Comparison, difference_text, difference_unit, size_text, verdict_remark
-from kvbench.report.load import CellResult, is_better, natural_key
+from kvbench.report.compare import (
+    DECLARED,
+    Choices,
+    Comparison,
+    difference_text,
+    difference_unit,
+    leading_quality,
+    size_text,
+    verdict_remark,
+)
+from kvbench.report.load import CellResult, Group, is_better, natural_key
 from kvbench.report.markup import Head, TableCell, TableView, listed, render, row_head
 from kvbench.report.samples import sample_link, short_name
 from kvbench.report.standing import (
@@ -28,7 +37,9 @@ from kvbench.report.standing import (
     Standing,
     asked_budget,
     best_unusable,
+    cautions,
     is_usable,
+    judge,
     losses_of,
     rule_text,
     safe_cells,
@@ -53,8 +64,8 @@ def answer_sentences(judged: Judged) -> list[str]:
     budget = asked_budget(judged)
     if judged.ability.sentence:
         return [judged.ability.sentence]
-    if judged.primary is None and budget is not None and (costs := list(_costs(judged, budget))):
-        return ["No answer was scored here, so this is about speed and memory alone.", *costs]
+    if costs := _cost_sentences(judged):
+        return costs
     if judged.primary is None or budget is None:
         return ["No cell with a budget has a quality measurement yet, so no policy can be recommended."]
     cells = judged.group.by_budget[budget]
@@ -107,6 +118,18 @@ def _collapses_text(judged: Judged, cell: CellResult, name: str) -> str:
     return f" `{judged.group.series_label(cell)}` collapses on {num} of {len(losses)} samples." if num else ""
 
 
+def sentences_before(group: Group, choices: Choices = DECLARED) -> list[str]:
+    """Return what stands before every table of the group: `cautions`; of costs alone the answer about them."""
+    return cautions(group) if leading_quality(group) else _cost_sentences(judge(group, choices))
+
+
+def _cost_sentences(judged: Judged) -> list[str]:
+    """Return the answer where no answer was scored; nothing where one was, or nothing else was measured either."""
+    budget = asked_budget(judged)
+    costs = [] if judged.primary or budget is None else list(_costs(judged, budget))
+    return ["No answer was scored here, so this is about speed and memory alone.", *costs] if costs else []
+
+
 def _costs(judged: Judged, budget: str) -> Iterator[str]:
     """Yield who is fastest and who holds least at a budget; nothing where neither time nor bytes were measured."""
     cells = [cell for cell in judged.group.by_budget[budget] if not cell.failed]
@@ -124,7 +147,8 @@ def _costs(judged: Judged, budget: str) -> Iterator[str]:
                  ("not shown to be faster than", unsure))  # fmt: skip
         others = "; ".join(f"{text} {names(judged, some)}" for text, some in parts if some)
         line = next(_time_lines(judged, first, ((own_name, ratio_name, words),)))
-        yield f"At {budget} the shortest time is that of `{judged.group.series_label(first)}`, {line}.{f' It is {others}.' if others else ''}"
+        more = f" It is {others}." if others else ""
+        yield f"At {budget} the shortest time is that of `{judged.group.series_label(first)}`, {line}.{more}"
     for name, words in zip(
         BYTES, ("the least KV cache is stored by", "the peak of all memory is lowest with"), strict=True
     ):

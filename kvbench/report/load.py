@@ -66,7 +66,8 @@ class CellResult:
 
     `variant` tells cells apart whose labels are equal, and `model` and `dataset` may have got an end that does;
     `labels` holds them as they were recorded. `folder` names the results folder where several are read;
-    `cell_folder` is where the record lies, for what lies beside it.
+    `cell_folder` is where the record lies, for what lies beside it, and `num_measured` how often it was measured there.
+    `evicts_at` is when its policy cuts, "" in a record that does not say it.
     """
 
     key: str
@@ -91,6 +92,8 @@ class CellResult:
     variant: str = ""
     folder: str = ""
     cell_folder: Path | None = None
+    num_measured: int = 1
+    evicts_at: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -137,6 +140,7 @@ def parse_cell(body: Mapping[str, Any]) -> CellResult:
     return CellResult(
         **texts,
         labels=texts,
+        evicts_at=str(labels.get("evicts_at") or ""),
         **{name: body[name] for name in ("key", "sweep", "status", "phase", "environment", "started_utc", "curves")},
         error="" if error is None else f"{error.get('type', 'error')}: {error.get('message', '')}",
         budget_fraction=_number(labels.get("budget_fraction")),
@@ -354,7 +358,8 @@ def _read(folder: Path, keys: Collection[str] | None = None) -> tuple[list[CellR
             found = read_cell(path.parent)
             wanted = keys is None or found.body["key"] in keys
             if wanted:
-                cells.append(replace(parse_cell(found.body), cell_folder=path.parent))
+                cell = replace(parse_cell(found.body), cell_folder=path.parent, num_measured=found.num_measured)
+                cells.append(cell)
         except RecordError as error:
             problems.append(_problem(folder, path, error))
         else:

@@ -234,7 +234,7 @@ def usable_text(name: str) -> str:
 
 
 def cautions(group: Group) -> list[str]:
-    """Return what a reader must know before any table of the group, for every place that shows one.
+    """Return what a reader must know before any table of quality.
 
     That the data set ranks nobody; else at which budgets no policy is usable, and how far answers are from the full
     cache's in length, where ROUGE is read.
@@ -253,7 +253,7 @@ def _unusable(group: Group) -> Iterator[str]:
             found[budget] = best
     if found:
         shown = [
-            f"{_value(cells[0], name)} at {budget} ({listed([f'`{group.series_label(cell)}`' for cell in cells])})"
+            f"{_value(cells[0], name)} at {budget} ({listed([group.series_label(cell) for cell in cells])})"
             for budget, cells in found.items()
         ]
         everywhere = len(found) == len(group.by_budget) and len(found) > 1

@@ -17,9 +17,10 @@ from typing import Any
 import pandas as pd
 
 from kvbench.measures import format_value, format_with_interval, measure
+from kvbench.report.answer import sentences_before
 from kvbench.report.compare import Comparison, difference_text, difference_unit, size_text, verdict_remark
 from kvbench.report.load import CellResult, Estimate
-from kvbench.report.standing import BEHIND, LENGTH, Judged, cautions, losses_of
+from kvbench.report.standing import BEHIND, LENGTH, Judged, losses_of
 from kvbench.report.tables import csv_text, escaped, markdown_table
 
 REFERENCE = "reference"
@@ -168,7 +169,7 @@ def verdict_table(judged: Judged) -> VerdictTable:
         *behind,
         *("TPOT", "TPOT / full", "TTFT", "TTFT / full", "KV stored", "of full"),
     )
-    note = " ".join([*cautions(judged.group), f"{_NOTE}{_margins(rows)}"])
+    note = " ".join([*sentences_before(judged.group, judged.choices), f"{_NOTE}{_margins(rows)}"])
     cells = tuple(_cells(row, shown) for row in rows)
     return VerdictTable(title=judged.group.title, note=note, heads=heads, rows=cells)
 
