@@ -34,6 +34,9 @@ _SUFFIXES = {
 }
 _OBSERVED = ("roof_share_fraction", "full_roof_share_fraction", "foreign_gpu_processes", "timing_passes")
 _ONE_AND_MORE = ("roof_share_fraction", "spread_fraction", "drift_fraction")  # shares of what may be less than they
+# What a task itself asks for, which leads wherever policies are compared; a data set has one of the first two or none.
+TASK_MEASURES = ("needles_recalled_fraction", "objects_recalled_fraction", "exact_fraction")
+NEAR_LENGTH_FRACTION = 0.1  # ROUGE against full follows the answer's length, so what is further from it is told
 _SIGNIFICANT = {"ppl": 4, "tokens": 3, "entries": 4}
 
 
@@ -215,6 +218,11 @@ def measure(name: str) -> Measure:
     if name not in MEASURES:
         raise ConfigError(f"there is no measurement {name!r}; {close_matches(name, MEASURES)}")
     return MEASURES[name]
+
+
+def has_other_length(ratio: float) -> bool:
+    """Tell whether answers of this length relative to the full cache's must be told, wherever ROUGE is shown."""
+    return abs(ratio - 1) > NEAR_LENGTH_FRACTION
 
 
 def to_minimise(name: str, value: float) -> float:

@@ -27,7 +27,8 @@ from kvbench.report.compare import (
 )
 from kvbench.report.load import CellResult, Group, is_better
 from kvbench.report.markup import listed
-from kvbench.results.record import AUTOPSY_FILE
+from kvbench.report.standing import length_cautions, other_lengths
+from kvbench.results.record import AUTOPSY_FILE, MACHINE, is_uncommitted
 
 _REFERENCE = "rougeL_vs_reference"  # a model's answers may be nearer to it by chance, so it shows nothing odd
 _RECALL = "objects_recalled_fraction"
@@ -35,8 +36,10 @@ _ODD_QUALITIES = (_RECALL, "needles_recalled_fraction", *(name for name in PRIMA
 QUALITIES = (*_ODD_QUALITIES, _REFERENCE)
 _POSITION_ONLY = ("streaming", "local", "window", "recent")
 _FEW_SAMPLES = 20
-_MACHINE_KEYS = ("device", "device_name", "gpu_name", "cpu_model", "num_threads", "torch", "transformers", "hostname")
+_MACHINE_KEYS = (*MACHINE, "device", "torch", "transformers", "hostname")
 _TIMES = ("tpot_ms", "ttft_ms")
+_ONE_PART = ("prompt", "decode")  # of what a policy may cut, as records name it
+_OVER_BUDGET = 1.1  # of a budget, where a record does not name it; rounding up of small ones is less
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +52,10 @@ class Note:
 
 def notes_of(group: Group) -> list[Note]:
     """Return every note on `group`, the gravest first."""
-    return [*_ability_notes(group), *_failures(group), *_random_notes(group), *_monotone_notes(group), *_doubts(group)]
+    return [
+        *(*_ability_notes(group), *_length_notes(group), *_failures(group)),
+        *(*_random_notes(group), *_monotone_notes(group), *_doubts(group), *_audited(group)),
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,6 +257,15 @@ def _ability_notes(group: Group) -> Iterator[Note]:
         )
 
 
+def _length_notes(group: Group) -> Iterator[Note]:
+    details = tuple(
+        f"{group.cell_label(cell)}: {measure(name).label} {_value(cell, name)}"
+        for name, cells in other_lengths(group).items()
+        for cell in cells
+    )
+    yield from (Note(text=text, details=details) for text in length_cautions(group))
+
+
 def _empty_answers(cell: CellResult) -> str:
     """Return "2 of 32 answers", for each turn of a conversation; "" where none is empty."""
     turns = {"": "", **{f"turn{turn}_": f" of turn {turn}" for turn in range(1, MAX_TURNS + 1)}}
@@ -317,6 +332,38 @@ def _doubts(group: Group) -> Iterator[Note]:
     counts = [found.n for cell in group.cells for name in QUALITIES if (found := cell.estimate(name)) and found.n]
     if counts and min(counts) < _FEW_SAMPLES:
         yield Note(text=f"Some numbers rest on only {min(counts)} samples; intervals from so few are too narrow.")
+
+
+def _audited(group: Group) -> Iterator[Note]:
+    """Yield what `kvbench audit` too finds worth knowing, and no fault (with lengths and machines, said above)."""
+    usable = [cell for cell in group.cells if not cell.failed]
+    held = ((cell, _overhang(cell)) for cell in usable)
+    left_out = [(cell, found.value) for cell in usable if (found := cell.estimate("num_skipped_items"))]
+    for text, lines in (
+        ("Some cells were measured by code with changes that no commit holds.",
+         [group.cell_label(cell) for cell in usable if is_uncommitted(cell.environment)]),
+        ("Some cells hold more of the tokens than their budget says: their policy does not cut prompt and answer both.",
+         [f"{group.cell_label(cell)}: {text}" for cell, text in held if text]),
+        ("Items of the data set were left out as bad (on_bad_item: skip).",
+         [f"{group.cell_label(cell)}: {num:.0f}" for cell, num in left_out if num]),
+        ("Some cells were measured more than once; one of the attempts counts.",
+         [f"{group.cell_label(cell)}: {cell.num_measured} times" for cell in usable if cell.num_measured > 1]),
+    ):  # fmt: skip
+        if lines:
+            yield Note(text=text, details=tuple(lines))
+    asked = [num for cell in usable if isinstance(num := (cell.settings.get("dataset") or {}).get("num_samples"), int)]
+    most = max((len(cell.samples) for cell in usable), default=0)
+    if most and asked and most + max((int(num) for _, num in left_out), default=0) < min(asked):
+        yield Note(text=f"{most} samples of {min(asked)} asked for, in every cell: is the data set smaller?")
+
+
+def _overhang(cell: CellResult) -> str:
+    """Return which share of the tokens a cell holds that keeps what it generates, or the whole prompt; else ""."""
+    found, asked = cell.estimate("realised_budget_fraction"), cell.budget_fraction
+    if found is None or cell.is_full:
+        return ""
+    is_more = asked is not None and cell.budget.endswith("of seen") and found.value > asked * _OVER_BUDGET
+    return f"{found.value:.0%} of the tokens seen".replace("%", " %") if is_more or cell.evicts_at in _ONE_PART else ""
 
 
 def _beyond_text(group: Group, cell: CellResult) -> str:

@@ -30,6 +30,7 @@ _DIGITS = re.compile(r"([0-9]+)")
 _TEXT_LABELS = ("model", "dataset", "policy", "budget", "positions")
 _LARGEST = 1e300
 _LARGEST_SCORE = 1e100  # squares and sums of what is larger leave the floats; no score and no log-loss is
+_TIMED = ("speed", "memory")  # the tasks whose batch is one of the settings; capacity searches its own
 _MAX_NAME = 40  # longer texts of settings give way to a digest
 _Key = TypeVar("_Key", bound=Hashable)
 
@@ -65,7 +66,8 @@ class CellResult:
 
     `variant` tells cells apart whose labels are equal, and `model` and `dataset` may have got an end that does;
     `labels` holds them as they were recorded. `folder` names the results folder where several are read;
-    `cell_folder` is where the record lies, for what lies beside it.
+    `cell_folder` is where the record lies, for what lies beside it, and `num_measured` how often it was measured there.
+    `evicts_at` is when its policy cuts, "" in a record that does not say it.
     """
 
     key: str
@@ -90,6 +92,8 @@ class CellResult:
     variant: str = ""
     folder: str = ""
     cell_folder: Path | None = None
+    num_measured: int = 1
+    evicts_at: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -136,6 +140,7 @@ def parse_cell(body: Mapping[str, Any]) -> CellResult:
     return CellResult(
         **texts,
         labels=texts,
+        evicts_at=str(labels.get("evicts_at") or ""),
         **{name: body[name] for name in ("key", "sweep", "status", "phase", "environment", "started_utc", "curves")},
         error="" if error is None else f"{error.get('type', 'error')}: {error.get('message', '')}",
         budget_fraction=_number(labels.get("budget_fraction")),
@@ -275,9 +280,10 @@ class Results:
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """Return the cells by model and data set."""
+        """Return the cells by model and data set; those with answers or a perplexity before those of costs alone."""
         by_name = itertools.groupby(self.records, key=lambda cell: (cell.model, cell.dataset))
-        return tuple(Group(model=model, dataset=data, cells=tuple(cells)) for (model, data), cells in by_name)
+        found = (Group(model=model, dataset=data, cells=tuple(cells)) for (model, data), cells in by_name)
+        return tuple(sorted(found, key=lambda group: not any(cell.samples for cell in group.cells)))
 
     @property
     def policies(self) -> tuple[str, ...]:
@@ -352,7 +358,8 @@ def _read(folder: Path, keys: Collection[str] | None = None) -> tuple[list[CellR
             found = read_cell(path.parent)
             wanted = keys is None or found.body["key"] in keys
             if wanted:
-                cells.append(replace(parse_cell(found.body), cell_folder=path.parent))
+                cell = replace(parse_cell(found.body), cell_folder=path.parent, num_measured=found.num_measured)
+                cells.append(cell)
         except RecordError as error:
             problems.append(_problem(folder, path, error))
         else:
@@ -398,11 +405,22 @@ def _later_failures(found: CellRecord, folder: str) -> Iterator[Problem]:
 def _ordered(cells: list[CellResult]) -> tuple[CellResult, ...]:
     """Sort, after telling apart cells whose labels are the same."""
     named: list[CellResult] = []
+    cells = [replace(cell, dataset=_with_batch(cell)) for cell in cells]
     cells = _with_distinct_names(_with_distinct_names(cells, "model"), "dataset")
     for twins in _by(cells, lambda cell: (cell.model, cell.dataset, *cell.series)).values():
         by_budget = list(_by(twins, lambda cell: cell.budget).values())
         named.extend(_with_variants(twins, by_budget) if any(len(same) > 1 for same in by_budget) else twins)
     return tuple(sorted(named, key=lambda cell: cell.sort_key))
+
+
+def _with_batch(cell: CellResult) -> str:
+    """Return the name of the cell's data; drawn prompts, which nothing but their size tells, have batch and tokens."""
+    tasks, tokens = cell.settings.get("task"), (cell.settings.get("dataset") or {}).get("prompt_tokens")
+    if not isinstance(tokens, int) or not isinstance(tasks, dict):
+        return cell.dataset
+    batch = next((found for name in _TIMED if (found := (tasks.get(name) or {}).get("batch_size"))), None)
+    size = f"{f'batch {batch}, ' if batch else ''}{tokens:,} prompt tokens"
+    return cell.dataset.replace(f"{tokens} tokens", size)
 
 
 def _with_distinct_names(cells: list[CellResult], part: str) -> list[CellResult]:

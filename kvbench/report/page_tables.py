@@ -41,9 +41,9 @@ from kvbench.report.markup import (
     row_head,
     text_cell,
 )
-from kvbench.report.standing import Judged, Match, matrices
+from kvbench.report.standing import BEHIND, LENGTH, Judged, Match, matrices
 from kvbench.report.tables import INTERVAL_NOTE, Table, results_table, samples_text
-from kvbench.report.verdicts import REFERENCE, CellRow
+from kvbench.report.verdicts import REFERENCE, CellRow, behind_of
 from kvbench.stats.tests import smallest_margin
 
 _MARKS = {
@@ -63,6 +63,12 @@ _VERDICT_HEADS = (
     Head("difference", "to full", group=_QUALITY),
     Head("detectable", "with these samples", group=_QUALITY),
     Head("collapses", "samples", group=_QUALITY),
+)
+_BEHIND_HEADS = {
+    BEHIND: Head(measure(BEHIND).label, "higher is better", group=_QUALITY),
+    LENGTH: Head(measure(LENGTH).label, "of the answers", group=_QUALITY),
+}
+_COST_HEADS = (
     Head("TPOT", "ms per token", group=_TIMES),
     Head("TPOT / full", "under 1 is faster", group=_TIMES),
     Head("TTFT", "ms", group=_TIMES),
@@ -82,9 +88,11 @@ def verdicts_html(rows: Sequence[CellRow]) -> Markup:
     words = {"model": "model", "dataset": "data set"}
     places = [Head(words[name], kind="text") for name in differing if name in words]
     verdict = Head("verdict", "against full", kind="text")
-    heads = [*CELL_HEADS, *places, verdict, Head(label, way, group=_QUALITY), *_VERDICT_HEADS]
+    behind = behind_of(rows)
+    quality = [Head(label, way, group=_QUALITY), *_VERDICT_HEADS, *(_BEHIND_HEADS[name] for name in behind)]
+    heads = [*CELL_HEADS, *places, verdict, *quality, *_COST_HEADS]
     keys = [_filtered_by(row) for row in rows]
-    cells = [list(_verdict_cells(row, differing)) for row in rows]
+    cells = [list(_verdict_cells(row, differing, behind)) for row in rows]
     caption = "Verdicts against the full cache"
     view = TableView(caption=caption, heads=heads, rows=cells, row_data=keys, name="verdict-table")
     return render("verdicts.html.j2", margins=_margins(rows), options=_options(rows, keys), view=view)
@@ -140,7 +148,7 @@ def _margins(rows: Sequence[CellRow]) -> str:
     return ", ".join(margins)
 
 
-def _verdict_cells(row: CellRow, differing: Sequence[str]) -> Iterator[TableCell]:
+def _verdict_cells(row: CellRow, differing: Sequence[str], behind: Sequence[str]) -> Iterator[TableCell]:
     cell, one, found = row.cell, row.comparison, row.quality
     yield row_head(row.policy, "noisy times" if cell.status == "noisy" else cell.folder)
     yield budget_cell(cell)
@@ -155,6 +163,7 @@ def _verdict_cells(row: CellRow, differing: Sequence[str]) -> Iterator[TableCell
     yield TableCell((size_text(one.measure, detectable) if one else "") or "-", sort=detectable)
     collapsed = "-" if row.num_collapsed is None else f"{row.num_collapsed} of {row.num_paired}"
     yield TableCell(collapsed, sort=row.num_collapsed)
+    yield from (_estimate(name, row.behind if name == BEHIND else row.length) for name in behind)
     for name, time in zip(("tpot", "ttft"), row.times, strict=True):
         noise = timing_noise(cell, f"{name}_ms")
         yield _estimate(f"{name}_ms", time.own, noise=noise)

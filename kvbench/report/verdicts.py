@@ -18,9 +18,10 @@ from typing import Any
 import pandas as pd
 
 from kvbench.measures import format_value, format_with_interval, measure
+from kvbench.report.answer import sentences_before
 from kvbench.report.compare import Comparison, difference_text, size_text, size_with_unit, verdict_remark
 from kvbench.report.load import CellResult, Estimate
-from kvbench.report.standing import Judged, losses_of, matrices
+from kvbench.report.standing import BEHIND, LENGTH, Judged, losses_of, matrices
 from kvbench.report.tables import csv_text, escaped, markdown_table, matrix_markdown
 
 REFERENCE = "reference"
@@ -39,6 +40,7 @@ _TEX = {
     "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}",
     ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''", "[": "{[}", **{sign: f"\\{sign}" for sign in "{}$&#%_"},
 }  # fmt: skip
+_TURN = re.compile(r"turn\d+_")
 _NEGATIVE = re.compile(r"(?<![\w.)])-(?=\d)")
 _TEXTS = (
     *("model", "dataset", "policy", "budget", "status", "measure", "verdict", "remark", "method"),
@@ -60,6 +62,7 @@ _CSV = {
     "difference": "comparison.value", "difference_low": "comparison.low", "difference_high": "comparison.high",
     "verdict": "verdict", "remark": "remark", **{name: f"comparison.{name}" for name in _OF_COMPARISON},
     "num_collapsed": "num_collapsed",
+    "rougeL_vs_full": "behind.value", "length_ratio": "length.value",
     **{f"{kind}_{name}": f"times.{n}.{path}" for n, kind in enumerate(_TIMES) for name, path in _OF_TIME.items()},
     "kv_stored_bytes": "stored_bytes", "kv_share_of_full": "stored_share", "folder": "cell.folder", "key": "cell.key",
 }  # fmt: skip
@@ -79,6 +82,7 @@ class CellRow:
     """One cell: its quality against full, its times, its bytes, and the samples it loses.
 
     `verdict` is the quality's, "reference" for the full cache, the status of a failed cell, "" where none exists.
+    `behind` is ROUGE against the full cache, `length` the answers' length beside the full cache's, which that follows.
     """
 
     model: str
@@ -94,6 +98,8 @@ class CellRow:
     stored_share: float | None
     num_collapsed: int | None
     num_paired: int
+    behind: Estimate | None
+    length: Estimate | None
 
     @property
     def remark(self) -> str:
@@ -115,6 +121,8 @@ def _cell_row(judged: Judged, cell: CellResult, name: str | None) -> CellRow:
     group = judged.group
     comparison = judged.against_full(cell, name) if name else None
     losses = losses_of(group, cell, name) if name and not cell.is_full else ()
+    turn = _TURN.match(name or "")
+    prefix = turn[0] if turn else ""
     stored, full = cell.estimate("kv_stored_bytes"), group.full and group.full.estimate("kv_stored_bytes")
     return CellRow(
         model=group.model,
@@ -136,6 +144,8 @@ def _cell_row(judged: Judged, cell: CellResult, name: str | None) -> CellRow:
         stored_share=stored.value / full.value if stored and full and full.value > 0 else None,
         num_collapsed=sum(loss.collapsed for loss in losses) if losses else None,
         num_paired=len(losses),
+        behind=cell.estimate(f"{prefix}{BEHIND}"),
+        length=cell.estimate(f"{prefix}{LENGTH}"),
     )  # fmt: skip
 
 
@@ -153,16 +163,28 @@ def verdict_table(judged: Judged) -> VerdictTable:
     """Return the table of one group by its primary measure."""
     rows = cell_rows(judged)
     label = measure(judged.primary).label if judged.primary else "quality"
+    shown = behind_of(rows)
+    behind = [measure(name).label for name in shown]
     heads = (
         *("policy", "budget", "verdict", label, "minus full", "detectable", "collapses"),
+        *behind,
         *("TPOT", "TPOT / full", "TTFT", "TTFT / full", "KV stored", "of full"),
     )
-    withheld = judged.ability.sentence
-    note = f"{withheld}{' ' if withheld else ''}{_NOTE}{_margins(rows)}"
-    return VerdictTable(title=judged.group.title, note=note, heads=heads, rows=tuple(map(_cells, rows)))
+    note = " ".join([*sentences_before(judged.group, judged.choices), f"{_NOTE}{_margins(rows)}"])
+    cells = tuple(_cells(row, shown) for row in rows)
+    return VerdictTable(title=judged.group.title, note=note, heads=heads, rows=cells)
 
 
-def _cells(row: CellRow) -> tuple[str, ...]:
+def behind_of(rows: Iterable[CellRow]) -> list[str]:
+    """Return what stands behind the quality of the rows, where any has it: ROUGE unless it leads, and the length."""
+    rows = list(rows)
+    ranks = {row.measure for row in rows} - {None}
+    is_behind = any(row.behind and not (row.measure or "").endswith(BEHIND) for row in rows) and bool(ranks)
+    has_length = any(row.behind and row.length for row in rows)
+    return [name for name, has in ((BEHIND, is_behind), (LENGTH, has_length)) if has]
+
+
+def _cells(row: CellRow, behind: Sequence[str]) -> tuple[str, ...]:
     one, cell = row.comparison, row.cell
     return (
         row.policy,
@@ -172,6 +194,7 @@ def _cells(row: CellRow) -> tuple[str, ...]:
         difference_text(one) if one else "-",
         (size_text(one.measure, one.minimum_detectable) if one else "") or "-",
         "-" if row.num_collapsed is None else f"{row.num_collapsed} of {row.num_paired}",
+        *(_estimate(name, row.behind if name == BEHIND else row.length) for name in behind),
         *(
             text
             for name, time in zip(_TIMES, row.times, strict=True)
