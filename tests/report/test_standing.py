@@ -160,7 +160,7 @@ def test_of_very_many_policies_the_best_stand_in_the_matrix_of_the_leading_measu
     (matrix,) = matrices(judge(group))
     assert matrix.columns == ("elastic", "h2o")
     assert matrix.note.endswith(
-        "Bonferroni's correction over all pairs of policies in this measure. The 2 best of 3 policies."
+        "Bonferroni's correction over all pairs at equal budget in this measure. The 2 best of 3 policies."
     )
     (found,) = (one for row in matrix.rows for one in row.matches if one and one.comparison and row.policy == "h2o")
     assert found.comparison is not None
