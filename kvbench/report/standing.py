@@ -514,7 +514,7 @@ def _matrix_note(judged: Judged, name: str, pairs: Iterable[Match]) -> str:
     ]
     return (
         f"{what}{f', in {unit}' if unit else ''}; better: the row beats the column. [low, high] is the 95 % interval, "
-        f"not corrected; p is after {who}'s correction over all pairs of policies in this measure.{''.join(said)}"
+        f"not corrected; p is after {who}'s correction over all pairs at equal budget in this measure.{''.join(said)}"
     )
 
 

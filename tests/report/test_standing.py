@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from kvbench.measures import measure
 from kvbench.report.compare import difference_interval, group_comparisons, p_text
 from kvbench.report.load import Group, load_results
 from kvbench.report.page import render_page
@@ -159,7 +160,7 @@ def test_of_very_many_policies_the_best_stand_in_the_matrix_of_the_leading_measu
     (matrix,) = matrices(judge(group))
     assert matrix.columns == ("elastic", "h2o")
     assert matrix.note.endswith(
-        "Bonferroni's correction over all pairs of policies in this measure. The 2 best of 3 policies."
+        "Bonferroni's correction over all pairs at equal budget in this measure. The 2 best of 3 policies."
     )
     (found,) = (one for row in matrix.rows for one in row.matches if one and one.comparison and row.policy == "h2o")
     assert found.comparison is not None
@@ -167,9 +168,10 @@ def test_of_very_many_policies_the_best_stand_in_the_matrix_of_the_leading_measu
 
 
 def test_the_page_has_a_matrix_per_measure_and_budget_with_the_leading_one_open(sweep_folder: Path) -> None:
-    drawn = matrices_html(judge(load_results(sweep_folder).groups[0]))
+    judged = judge(load_results(sweep_folder).groups[0])
+    drawn, leading = matrices_html(judged), measure(str(judged.primary)).label
     folds = re.findall(r"<details( open|)><summary>(.*?)</summary>", drawn)
-    assert folds[0] == (" open", "ROUGE-L vs full, higher is better")
+    assert folds[0] == (" open", f"{leading}, higher is better")
     assert {state for state, _ in folds[1:]} == {""}
     assert drawn.count("<table><caption>") == 3 * len(folds) == drawn.count("class=scroll tabindex=0 role=region")
     assert "<caption>PPL at 20&nbsp;% of seen, tiny-llava on scenes</caption>" in drawn
