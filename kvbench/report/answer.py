@@ -306,7 +306,7 @@ def _block(judged: Judged, cells: list[CellResult]) -> Mapping[str, object]:
     quality = list(_quality(judged, standing))
     losses = losses_of(group, first, standing.measure)
     if judged.primary and best_unusable(group, cells, judged.primary):
-        take = f"no policy is usable; best is {named}"
+        take = f"no policy is usable; best value with {named}"
     return {
         "budget": cells[0].budget,
         "nothing": "",

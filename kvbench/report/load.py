@@ -27,6 +27,7 @@ from kvbench.results.record import MEASURED, CellRecord, Problem, check_results_
 from kvbench.stats.paired import POOLED
 
 _DIGITS = re.compile(r"([0-9]+)")
+_THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 _TEXT_LABELS = ("model", "dataset", "policy", "budget", "positions")
 _LARGEST = 1e300
 _LARGEST_SCORE = 1e100  # squares and sums of what is larger leave the floats; no score and no log-loss is
@@ -37,7 +38,7 @@ _Key = TypeVar("_Key", bound=Hashable)
 
 def natural_key(text: str) -> tuple[object, ...]:
     """Return what to sort by: runs of digits count as numbers of any length; different texts have different keys."""
-    parts = _DIGITS.split(text)
+    parts = _DIGITS.split(_THOUSANDS.sub("", text))
     numbers = ((len(digits), digits) for digits in (part.lstrip("0") for part in parts[1::2]))
     return (*(one for pair in zip(parts[::2], (*numbers, ()), strict=True) for one in pair), text)
 

@@ -89,13 +89,17 @@ def verdicts_html(rows: Sequence[CellRow]) -> Markup:
     places = [Head(words[name], kind="text") for name in differing if name in words]
     verdict = Head("verdict", "against full", kind="text")
     behind = behind_of(rows)
-    quality = [Head(label, way, group=_QUALITY), *_VERDICT_HEADS, *(_BEHIND_HEADS[name] for name in behind)]
-    heads = [*CELL_HEADS, *places, verdict, *quality, *_COST_HEADS]
+    quality = [verdict, Head(label, way, group=_QUALITY), *_VERDICT_HEADS, *(_BEHIND_HEADS[name] for name in behind)]
+    heads = [*CELL_HEADS, *places, *(quality if names else ()), *_COST_HEADS]
     keys = [_filtered_by(row) for row in rows]
-    cells = [list(_verdict_cells(row, differing, behind)) for row in rows]
+    cells = [[*_row_cells(row, differing), *(_quality_cells(row, differing, behind) if names else ()),
+              *_cost_cells(row)] for row in rows]  # fmt: skip
     caption = "Verdicts against the full cache"
     view = TableView(caption=caption, heads=heads, rows=cells, row_data=keys, name="verdict-table")
-    return render("verdicts.html.j2", margins=_margins(rows), options=_options(rows, keys), view=view)
+    options = _options(rows, keys)
+    if not names:
+        options |= {"verdict": []}
+    return render("verdicts.html.j2", margins=_margins(rows), options=options, view=view)
 
 
 def matrices_html(judged: Judged) -> Markup:
@@ -130,7 +134,7 @@ def _filtered_by(row: CellRow) -> Mapping[str, str]:
     return {name: known.get(name) or str(getattr(row.cell, name)) for name in _FILTERS}
 
 
-def _options(rows: Sequence[CellRow], keys: Sequence[Mapping[str, str]]) -> Mapping[str, list[str]]:
+def _options(rows: Sequence[CellRow], keys: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
     """Return what rows may be chosen by, and the values of each; budgets stand by size."""
     ordered = sorted((row.cell for row in rows), key=lambda cell: (budget_size(cell), cell.budget))
     budgets = list(dict.fromkeys(cell.budget for cell in ordered))
@@ -148,11 +152,15 @@ def _margins(rows: Sequence[CellRow]) -> str:
     return ", ".join(margins)
 
 
-def _verdict_cells(row: CellRow, differing: Sequence[str], behind: Sequence[str]) -> Iterator[TableCell]:
-    cell, one, found = row.cell, row.comparison, row.quality
+def _row_cells(row: CellRow, differing: Sequence[str]) -> Iterator[TableCell]:
+    cell = row.cell
     yield row_head(row.policy, "noisy times" if cell.status == "noisy" else cell.folder)
     yield budget_cell(cell)
     yield from (text_cell(getattr(row, name)) for name in ("model", "dataset") if name in differing)
+
+
+def _quality_cells(row: CellRow, differing: Sequence[str], behind: Sequence[str]) -> Iterator[TableCell]:
+    one, found = row.comparison, row.quality
     yield _verdict(one, row.verdict)
     if found is None or row.measure is None:
         yield TableCell("-")
@@ -164,6 +172,10 @@ def _verdict_cells(row: CellRow, differing: Sequence[str], behind: Sequence[str]
     collapsed = "-" if row.num_collapsed is None else f"{row.num_collapsed} of {row.num_paired}"
     yield TableCell(collapsed, sort=row.num_collapsed)
     yield from (_estimate(name, row.behind if name == BEHIND else row.length) for name in behind)
+
+
+def _cost_cells(row: CellRow) -> Iterator[TableCell]:
+    cell = row.cell
     for name, time in zip(("tpot", "ttft"), row.times, strict=True):
         noise = timing_noise(cell, f"{name}_ms")
         yield _estimate(f"{name}_ms", time.own, noise=noise)

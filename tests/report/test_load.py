@@ -233,3 +233,21 @@ def test_a_page_of_two_folders_says_where_each_cell_is_from_and_not_where_they_l
     page = write_report(load_folders([one, two]), tmp_path / "page", tmp_path / "page").page.read_text(encoding="utf-8")
     assert "taken from <code>two</code>, not from <code>one</code>" in page
     assert str(tmp_path) not in page
+
+
+def test_groups_with_answers_come_before_those_of_costs_alone_and_say_batch_and_prompt(tmp_path: Path) -> None:
+    costs = []
+    for batch, tokens in ((16, 1024), (8, 1024), (16, 624)):
+        one = body(model="a", dataset=f"synthetic, {tokens} tokens", seed=batch)
+        one["cell"]["dataset"] = {"prompt_tokens": tokens, "num_examples": batch}
+        one["cell"]["task"] = {"speed": {"batch_size": batch}}
+        one["samples"] = []
+        costs.append(one)
+    for one in (*costs, body(model="b")):
+        write_cell(tmp_path, one)
+    assert [group.title for group in load_results(tmp_path).groups] == [
+        "b on scenes",
+        "a on synthetic, batch 8, 1,024 prompt tokens",
+        "a on synthetic, batch 16, 624 prompt tokens",
+        "a on synthetic, batch 16, 1,024 prompt tokens",
+    ]

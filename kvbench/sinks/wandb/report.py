@@ -152,7 +152,7 @@ def _headline(group: Group, compared: Sequence[Comparison]) -> Iterator[str]:
     if Ability(group).sentence:
         return
     found = [one for one in best_policies(group, compared) if one.measure in names]
-    for one in found:
+    for one in sorted(found, key=lambda one: names.index(one.measure)):
         value = format_with_interval(one.measure, one.estimate.value, one.estimate.low, one.estimate.high)
         runner_up = group.series_label(one.runner_up)
         sure = {
