@@ -126,7 +126,8 @@ def _match(one: Match | None) -> TableCell:
     word, found = one.word, one.comparison
     kind = f"name verdict v-{word.replace(' ', '-')}"
     title = "; ".join(filter(None, (one.reason, f"{found.method}, n = {found.num_samples}" if found else "")))
-    return TableCell(word, "\n".join(one.numbers), kind=kind, title=title, mark=_MARKS.get(word, _FAILED))
+    below = "\n".join(number.replace(" ", "\u00a0") for number in one.numbers)  # breaks between numbers alone
+    return TableCell(word, below, kind=kind, title=title, mark=_MARKS.get(word, _FAILED))
 
 
 def _filtered_by(row: CellRow) -> Mapping[str, str]:

@@ -178,3 +178,4 @@ def test_the_page_has_a_matrix_per_measure_and_budget_with_the_leading_one_open(
     assert drawn.count("<th scope=row") == 12 * len(folds)
     assert drawn.count('title="the same policy"') == 12 * len(folds)
     assert "<button" not in drawn
+    assert not re.search(r"\bp [=&]|, [+\u2212]", drawn), "no line breaks within a number"
