@@ -18,9 +18,9 @@ from kvbench.report.compare import (
     Choices,
     Comparison,
     difference_text,
-    difference_unit,
     leading_quality,
     size_text,
+    size_with_unit,
     verdict_remark,
 )
 from kvbench.report.load import CellResult, Group, is_better, natural_key
@@ -233,10 +233,9 @@ def _margin_text(judged: Judged) -> str:
     margin = smallest_margin(judged.primary, judged.choices.margins)
     if margin is None:
         return ""
-    size = f"margin {size_text(judged.primary, margin)} {difference_unit(judged.primary)[0]}".strip()
     declared = smallest_margin(judged.primary)
     other = "" if margin == declared else f", chosen for this page; declared: {size_text(judged.primary, declared)}"
-    return f" ({size}{other})"
+    return f" (margin {size_with_unit(judged.primary, margin)}{other})"
 
 
 def names(judged: Judged, cells: Sequence[CellResult], *, with_budget: bool = False) -> str:
