@@ -7,13 +7,12 @@
         print(one.budget, one.measure, one.cell.policy, one.verdict)
 
 `judge` holds every comparison of a group at hand. `standing_at` ranks the cells of one budget: the first, whom it
-    primary = leading_quality(group)
-    names = {*PRIMARY_QUALITIES, *OTHER_QUALITIES, *TIME_RATIOS, *([primary] if primary else ())}
-    only = {primary} if leading_alone and primary else names
-    found = group_comparisons(group, choices, only, between=num_pairs <= MOST_PAIRS)
-    by_pair = {(one.measure, one.first.key, one.second.key): one for one in found}
-    return Judged(
-        group=group, primary=primary or _other(group), by_pair=by_pair, choices=choices, num_pairs=num_pairs,
+beats, who may be as good; failed cells are named and never ranked, noisy ones are where no clock is in the measure.
+`losses_of` gives the samples that a policy loses. One rule says what is worth something beside the full cache
+(`KEPT_SHARE`): a sample collapses where its score is under half of the full cache's; in perplexity, where its tokens
+are on average more than one nat less likely; a policy whose own score is there is not usable (`is_usable`). Samples on
+which the full cache itself scores nothing can not collapse. `cautions` are what stands before every table of a group.
+`matrices` set each policy against each other at equal budget, like with like.
 """
 
 from __future__ import annotations
@@ -113,13 +112,13 @@ def judge(group: Group, choices: Choices = DECLARED, *, leading_alone: bool = Fa
     them, which is stricter than Holm's.
     """
     num_pairs = sum(1 for _ in between_policies(group))
-    primary = leading_quality(group)
+    primary = leading_quality(group) or _other(group)
     names = {*PRIMARY_QUALITIES, *OTHER_QUALITIES, *TIME_RATIOS, *([primary] if primary else ())}
-    only = {primary} if leading_alone and primary else names
+    only = (primary,) if leading_alone and primary else names
     found = group_comparisons(group, choices, only, between=num_pairs <= MOST_PAIRS)
     by_pair = {(one.measure, one.first.key, one.second.key): one for one in found}
     return Judged(
-        group=group, primary=primary or _other(group), by_pair=by_pair, choices=choices, num_pairs=num_pairs,
+        group=group, primary=primary, by_pair=by_pair, choices=choices, num_pairs=num_pairs,
         ability=Ability(group),
     )  # fmt: skip
 
