@@ -232,6 +232,13 @@ def scale_of(name: str) -> tuple[float, float]:
     return (1.0 if known.unit == "ppl" else 0.0), math.inf
 
 
+def score_scale(name: str) -> tuple[float, float] | None:
+    """Return the least and the most that a sample's score can be; None for what has no such bounds or is no score."""
+    known = MEASURES.get(name)
+    is_score = known is not None and known.better != "none" and known.unit in ("score", "fraction") and known.reproduces
+    return scale_of(name) if is_score else None
+
+
 def bounds_on_scale(name: str, value: float, low: float, high: float) -> tuple[float, float]:
     """Return the interval cut to what can be: a t interval of two samples knows no bounds. It keeps its value."""
     least, most = scale_of(name)

@@ -19,7 +19,7 @@ from functools import cached_property
 from itertools import combinations
 
 from kvbench.measures import MEASURES, format_value, format_with_interval, measure
-from kvbench.report.load import CellResult, Estimate, Group, scores_of
+from kvbench.report.load import AGAINST_FULL, CellResult, Estimate, Group, clusters_of, scores_of
 from kvbench.stats.latency import between, from_interval, noise_reason
 from kvbench.stats.paired import CONFIDENCE, Inference, infer, paired_sums
 from kvbench.stats.power import HEADROOM_FRACTION, MOST_EMPTY_FRACTION, constant_answer_score, floor_of, more_samples
@@ -38,7 +38,6 @@ PRIMARY_QUALITIES = ("rougeL_vs_full", "ppl", "rougeL_vs_reference", "turn1_roug
 PRIMARY_LATENCY = "tpot_ratio_to_full"
 _PRIMARY_BUDGET = 0.2
 _NOT_OF_THE_POLICY = ("full_", "copy_bandwidth_")
-_AGAINST_FULL = ("_vs_full", "top1_agreement_fraction")
 _OF_TIMES = ("_ratio_to_full", "roof_share_fraction")
 _FACTS = ("needles_recalled_fraction", "objects_recalled_fraction")  # decide alone where a data set knows facts
 _TEXTS = ("exact_fraction", "rougeL_vs_reference")  # else one of these is enough: long references are never met exactly
@@ -115,16 +114,16 @@ def compare(first: CellResult, second: CellResult, name: str, choices: Choices =
     if not shared or (len(shared) < max(len(mine), len(theirs)) and not choices.intersect):
         counts = f"{len(shared)} samples have a number in both, of {len(mine)} and {len(theirs)}"
         return replace(base, reason=f"{counts}; --intersect compares those" if shared else counts)
-    clusters = {str(sample.get("id")): sample.get("cluster") for sample in first.samples}
+    clusters = clusters_of(first)
     pairs = paired_sums(
         [mine[identity] for identity in shared],
         [theirs[identity] for identity in shared],
-        [str(clusters[identity] or identity) for identity in shared],
+        [clusters[identity] for identity in shared],
     )
     # No answer is closer to the full cache's than that itself.
     most = (
         0.0
-        if name.endswith(_AGAINST_FULL) and all(total == weight for total, weight in map(theirs.__getitem__, shared))
+        if name.endswith(AGAINST_FULL) and all(total == weight for total, weight in map(theirs.__getitem__, shared))
         else 1.0
     )
     scale = (-1.0, most) if measure(name).unit in ("score", "fraction") else None

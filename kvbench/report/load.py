@@ -19,15 +19,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
+import numpy as np
+
 from kvbench.errors import ConfigError, RecordError, close_matches
 from kvbench.frontier.table import Frontier, load_frontier
-from kvbench.measures import MEASURES, bounds_on_scale, measure
+from kvbench.measures import MEASURES, bounds_on_scale, measure, score_scale
 from kvbench.results.files import canonical_json
 from kvbench.results.record import MEASURED, CellRecord, Problem, check_results_folder, read_cell
+from kvbench.stats.intervals import FEW_METHOD, ClusterSums, Interval, sums_by_cluster, with_few_differing
 from kvbench.stats.paired import POOLED
 
 _DIGITS = re.compile(r"([0-9]+)")
 _TEXT_LABELS = ("model", "dataset", "policy", "budget", "positions")
+AGAINST_FULL = ("_vs_full", "top1_agreement_fraction")  # the full cache has all of it by definition
 _LARGEST = 1e300
 _LARGEST_SCORE = 1e100  # squares and sums of what is larger leave the floats; no score and no log-loss is
 _MAX_NAME = 40  # longer texts of settings give way to a digest
@@ -133,7 +137,7 @@ def parse_cell(body: Mapping[str, Any]) -> CellResult:
     if any(not isinstance(sample, dict) for sample in body["samples"]):
         raise RecordError("a sample is not a JSON object. Run the cell again.")
     texts, tokens = {name: labels[name] for name in _TEXT_LABELS}, _number(labels.get("budget_tokens"))
-    return CellResult(
+    cell = CellResult(
         **texts,
         labels=texts,
         **{name: body[name] for name in ("key", "sweep", "status", "phase", "environment", "started_utc", "curves")},
@@ -149,6 +153,7 @@ def parse_cell(body: Mapping[str, Any]) -> CellResult:
         settings=body["cell"],
         duration_s=float(body["duration_s"]),
     )
+    return replace(cell, measurements={name: _bounded(cell, name, one) for name, one in cell.measurements.items()})
 
 
 def _estimate(name: str, entry: Mapping[str, Any]) -> Estimate | None:
@@ -159,6 +164,26 @@ def _estimate(name: str, entry: Mapping[str, Any]) -> Estimate | None:
         low, high = bounds_on_scale(name, value, low, high)
     method = str(entry.get("method") or "")
     return Estimate(value=value, low=low, high=high, n=None if n is None else int(n), method=method)
+
+
+def _bounded(cell: CellResult, name: str, found: Estimate) -> Estimate:
+    """Return a number of samples with bounds that these can show; older records have some without any width.
+
+    None where every sample gives the same and no scale says how far another one might be.
+    """
+    if found.low is None or found.high is None or not (scores := scores_of(cell, name)):
+        return found
+    if cell.is_full and name.endswith(AGAINST_FULL):
+        return replace(found, low=None, high=None, method="the full cache against itself: no interval")
+    if (scale := score_scale(name)) is not None and found.method != FEW_METHOD:
+        clusters = clusters_of(cell)
+        columns = sums_by_cluster(np.array(list(scores.values()), dtype=np.float64), [clusters[one] for one in scores])
+        told = Interval(value=found.value, low=found.low, high=found.high, n=len(columns), method=found.method)
+        wide = with_few_differing(told, ClusterSums(columns=columns), scale)
+        return replace(found, low=wide.low, high=wide.high, method=wide.method)
+    if found.low == found.high:
+        return replace(found, low=None, high=None, method="the same in every sample: no interval")
+    return found
 
 
 def _is_number(value: object, largest: float) -> TypeGuard[int | float]:
@@ -190,6 +215,11 @@ def scores_of(cell: CellResult, name: str) -> dict[str, tuple[float, float]]:
     """Return (total, weight) of every sample of the cell that has the measure, by its id."""
     found = ((str(sample.get("id")), sample_score(sample, name)) for sample in cell.samples)
     return {identity: score for identity, score in found if score is not None}
+
+
+def clusters_of(cell: CellResult) -> dict[str, str]:
+    """Return the cluster of every sample by its id: its own where none is named."""
+    return {str(sample.get("id")): str(sample.get("cluster") or sample.get("id")) for sample in cell.samples}
 
 
 def mean_scores(cell: CellResult, name: str) -> dict[str, float]:

@@ -56,7 +56,7 @@ _COST_COLUMNS = (
     *("peak_memory_bytes", "peak_over_bound_ratio", "kv_stored_bytes"),
 )
 _OVERHEAD_BOUND_SHARE = 0.5
-INTERVAL_NOTE = "[low, high] is the 95 % interval; a number without one is a single observation or an exact count."
+INTERVAL_NOTE = "[low, high] is the 95 % interval; a number without one is observed once, counted or so by definition."
 _NARROW_COLUMNS = 100
 _LAYOUTS = ((False, 1), (True, 1), (True, 0))  # from roomy to tight: budget below the policy, blanks between columns
 _STYLES = {"number": "", "missing": "dim", "failed": "bold red", "noisy": "dim"}
