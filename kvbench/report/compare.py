@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import combinations
@@ -346,15 +346,18 @@ def group_comparisons(
     found: list[Comparison] = []
     for name in names:
         for pairs in (against_full, between_policies(group) if between else ()):
-            family = [one for pair in pairs if (one := compare(*pair, name, choices))]
-            tested = sorted((one for one in family if one.p_value is not None), key=lambda one: one.p_value or 0.0)
-            p_values = holm([one.p_value or 0.0 for one in tested])
-            corrected = {id(one): judged(one, p_values[k], len(tested) - k) for k, one in enumerate(tested)}
-            for one in family:
+            for one in corrected([one for pair in pairs if (one := compare(*pair, name, choices))]):
                 primary = name in (quality, PRIMARY_LATENCY) and one.second.is_full and one.first.budget == budget
-                seen = withheld(corrected.get(id(one), one), ability.reason(name))
-                found.append(replace(seen, primary=primary))
+                found.append(replace(withheld(one, ability.reason(name)), primary=primary))
     return tuple(found)
+
+
+def corrected(family: Sequence[Comparison]) -> list[Comparison]:
+    """Return the comparisons with verdicts under Holm's correction over all of them; those without a p value as is."""
+    tested = sorted((one for one in family if one.p_value is not None), key=lambda one: one.p_value or 0.0)
+    p_values = holm([one.p_value or 0.0 for one in tested])
+    found = {id(one): judged(one, p_values[k], len(tested) - k) for k, one in enumerate(tested)}
+    return [found.get(id(one), one) for one in family]
 
 
 def between_policies(group: Group) -> Iterator[tuple[CellResult, CellResult]]:

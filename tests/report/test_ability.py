@@ -219,7 +219,7 @@ def test_nothing_is_ranked_safe_or_found_odd(unable: Results) -> None:
     assert all(
         standing_at(judged, cells, name) is None for cells in group.by_budget.values() for name in (NEEDLES, "ppl")
     )
-    assert above_random(group).pairs == budget_steps(group).pairs == ()
+    assert above_random(group).contrasts == budget_steps(group).contrasts == ()
     assert not_monotone(group) == []
 
 
