@@ -119,7 +119,7 @@ _ROWS: tuple[tuple[str, Unit, Better, str, str, str], ...] = (
     ("roof_share_fraction", "fraction", "higher", "of roof", "Share of the memory roof reached",
      "Memory roof over TPOT; below 50 % the step is overhead-bound: most of it is not reading weights and entries."),
     ("copy_bandwidth_bytes_per_s", "bytes/s", "higher", "copy bandwidth", "Copy bandwidth",
-     "Bytes read and written per second by copying a large buffer, median of some copies in the same run."),
+     "Bytes read and written per second by copying a large buffer, median over the cells of a machine and sweep."),
     ("full_ttft_ms", "ms", "lower", "TTFT of full", "Time to first token of the full cache",
      "TTFT of the full cache in the same interleaved launches."),
     ("full_tpot_ms", "ms", "lower", "TPOT of full", "Time per output token of the full cache",

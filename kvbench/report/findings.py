@@ -16,7 +16,7 @@ import itertools
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
-from kvbench.measures import MAX_TURNS, MEASURES, format_value, measure
+from kvbench.measures import MAX_TURNS, MEASURES, format_value, format_with_interval, measure
 from kvbench.report.compare import (
     PRIMARY_QUALITIES,
     Ability,
@@ -27,9 +27,10 @@ from kvbench.report.compare import (
     num_empty_answers,
     timing_noise,
 )
-from kvbench.report.load import CellResult, Group, is_better
+from kvbench.report.load import BANDWIDTH, CellResult, Group, is_better
 from kvbench.report.markup import listed
 from kvbench.results.record import AUTOPSY_FILE
+from kvbench.stats.latency import is_far_off
 from kvbench.stats.tests import is_quality
 
 _REFERENCE = "rougeL_vs_reference"  # answers may be nearer to it at a smaller budget, so no step of one is odd in it
@@ -331,6 +332,7 @@ def _doubts(group: Group) -> Iterator[Note]:
     differing = tuple(f"{name}: {', '.join(sorted(values))}" for name, values in kinds.items() if len(values) > 1)
     if differing:
         yield Note(text="Cells ran under different conditions; compare their times with care.", details=differing)
+    yield from _odd_copies(group)
     too_long = tuple(_beyond_text(group, cell) for cell in group.cells if cell.estimate("num_beyond_context"))
     if too_long:
         text = "Prompts go beyond the model's context; what is said there is no policy's doing."
@@ -338,6 +340,20 @@ def _doubts(group: Group) -> Iterator[Note]:
     counts = [found.n for cell in group.cells for name in QUALITIES if (found := cell.estimate(name)) and found.n]
     if counts and min(counts) < _FEW_SAMPLES:
         yield Note(text=f"Some numbers rest on only {min(counts)} samples; intervals from so few are too narrow.")
+
+
+def _odd_copies(group: Group) -> Iterator[Note]:
+    """Yield the cells whose copy was far off that of their machine and sweep, which their roofs rest on."""
+    found: dict[str, list[str]] = {}
+    for cell in group.cells:
+        common, own = cell.estimate(BANDWIDTH), cell.own_bandwidth
+        if common is not None and own is not None and is_far_off(own, common.value):
+            median = format_with_interval(BANDWIDTH, common.value, common.low, common.high)
+            line = f"{group.cell_label(cell)}: {format_value(BANDWIDTH, own)}"
+            found.setdefault(f"{median}, n = {common.n}", []).append(line)
+    for median, lines in found.items():
+        text = f"A copy was far off the bandwidth of its machine and sweep, {median}; the roofs use that median."
+        yield Note(text=text, details=tuple(lines))
 
 
 def _beyond_text(group: Group, cell: CellResult) -> str:

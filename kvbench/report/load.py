@@ -26,12 +26,21 @@ from kvbench.frontier.table import Frontier, load_frontier
 from kvbench.measures import MEASURES, bounds_on_scale, measure, score_scale
 from kvbench.results.files import canonical_json
 from kvbench.results.record import MEASURED, CellRecord, Problem, check_results_folder, read_cell
-from kvbench.stats.intervals import FEW_METHOD, ClusterSums, Interval, sums_by_cluster, with_few_differing
+from kvbench.stats.intervals import (
+    FEW_METHOD,
+    ClusterSums,
+    Interval,
+    median_interval,
+    sums_by_cluster,
+    with_few_differing,
+)
 from kvbench.stats.paired import POOLED
 
 _DIGITS = re.compile(r"([0-9]+)")
 _TEXT_LABELS = ("model", "dataset", "policy", "budget", "positions")
 AGAINST_FULL = ("_vs_full", "top1_agreement_fraction")  # the full cache has all of it by definition
+BANDWIDTH = "copy_bandwidth_bytes_per_s"
+_MACHINE = ("gpu", "cpu_model", "num_threads")
 _LARGEST = 1e300
 _LARGEST_SCORE = 1e100  # squares and sums of what is larger leave the floats; no score and no log-loss is
 _MAX_NAME = 40  # longer texts of settings give way to a digest
@@ -69,7 +78,8 @@ class CellResult:
 
     `variant` tells cells apart whose labels are equal, and `model` and `dataset` may have got an end that does;
     `labels` holds them as they were recorded. `folder` names the results folder where several are read;
-    `cell_folder` is where the record lies, for what lies beside it.
+    `cell_folder` is where the record lies, for what lies beside it. `own_bandwidth` is the copy bandwidth that the cell
+    saw itself; among its measurements stands that of its machine and sweep, and what follows from it.
     """
 
     key: str
@@ -95,6 +105,7 @@ class CellResult:
     folder: str = ""
     cell_folder: Path | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
+    own_bandwidth: float | None = None
 
     @property
     def failed(self) -> bool:
@@ -428,11 +439,52 @@ def _later_failures(found: CellRecord, folder: str) -> Iterator[Problem]:
 def _ordered(cells: list[CellResult]) -> tuple[CellResult, ...]:
     """Sort, after telling apart cells whose labels are the same."""
     named: list[CellResult] = []
-    cells = _with_distinct_names(_with_distinct_names(cells, "model"), "dataset")
+    cells = _with_distinct_names(_with_distinct_names(_with_one_roof(cells), "model"), "dataset")
     for twins in _by(cells, lambda cell: (cell.model, cell.dataset, *cell.series)).values():
         by_budget = list(_by(twins, lambda cell: cell.budget).values())
         named.extend(_with_variants(twins, by_budget) if any(len(same) > 1 for same in by_budget) else twins)
     return tuple(sorted(named, key=lambda cell: cell.sort_key))
+
+
+def _with_one_roof(cells: Iterable[CellResult]) -> list[CellResult]:
+    """Give the cells of one machine and sweep one copy bandwidth, the median of theirs, and the roofs that follow.
+
+    A roof's interval is that of the bandwidth; a share of it is as sure as the launches and the bandwidth together.
+    """
+    found: list[CellResult] = []
+    for same in _by(cells, _machine_of).values():
+        copies = [one.value for cell in same if (one := cell.estimate(BANDWIDTH)) and one.value > 0]
+        common = median_interval(copies)
+        for cell in same:
+            seen = cell.estimate(BANDWIDTH)
+            known = seen is not None and seen.value > 0 and len(copies) > 1
+            found.append(_under_roof(cell, seen.value, common) if seen is not None and known else cell)
+    return found
+
+
+def _machine_of(cell: CellResult) -> tuple[str, ...]:
+    kind = str(cell.environment.get("device", "")).partition(":")[0]  # workers of one machine may have a GPU each
+    return cell.sweep, kind, *(str(cell.environment.get(name)) for name in _MACHINE)
+
+
+def _under_roof(cell: CellResult, own: float, common: Interval) -> CellResult:
+    assert common.value is not None
+    assert common.low is not None
+    assert common.high is not None
+    method = f"{common.method} cells of the machine and sweep"
+    told = {BANDWIDTH: Estimate(value=common.value, low=common.low, high=common.high, n=common.n, method=method)}
+    for name in ("roof_ms", "full_roof_ms", "roof_share_fraction", "full_roof_share_fraction"):
+        if one := cell.measurements.get(name):
+            has_bounds = name.endswith("_ms") or one.low is not None
+            told[name] = replace(
+                one,
+                value=one.value * own / common.value,
+                low=one.bounds[0] * own / common.high if has_bounds else None,
+                high=one.bounds[1] * own / common.low if has_bounds else None,
+                n=common.n if name.endswith("_ms") else one.n,
+                method=f"computed; copy bandwidth: {method}" if name.endswith("_ms") else one.method,
+            )
+    return replace(cell, measurements={**cell.measurements, **told}, own_bandwidth=own)
 
 
 def _with_distinct_names(cells: list[CellResult], part: str) -> list[CellResult]:

@@ -145,6 +145,21 @@ def test_failures_few_samples_and_unequal_machines_are_noted(tmp_path: Path) -> 
         assert wanted in text
 
 
+def test_a_copy_that_is_far_off_those_of_its_machine_and_sweep_is_named(tmp_path: Path) -> None:
+    records = []
+    for number, bandwidth in enumerate((31e9, 32e9, 33e9, 12e9, 34e9, 31.5e9, 32.5e9)):
+        records.append(body(policy=f"own{number}"))
+        records[-1]["measurements"]["copy_bandwidth_bytes_per_s"] = {"value": bandwidth, "n": 1}
+    found = [note for note in notes_of(group_of(tmp_path, *records)) if "copy" in note.text]
+    assert [(note.text, note.details) for note in found] == [
+        (
+            "A copy was far off the bandwidth of its machine and sweep, 32.0 GB/s [12.0, 34.0], n = 7; "
+            "the roofs use that median.",
+            ("own3, 20 % of seen: 12.0 GB/s",),
+        )
+    ]
+
+
 def test_full_alone_needs_no_policy(tmp_path: Path) -> None:
     write_sweep(tmp_path / "a")
     group = group_of(tmp_path / "b", body(policy="full", budget=None))

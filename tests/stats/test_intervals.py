@@ -14,6 +14,7 @@ from kvbench.stats.intervals import (
     Interval,
     launch_interval,
     mean_interval,
+    median_interval,
     pooled_ratio_interval,
     ratio_interval,
 )
@@ -139,6 +140,17 @@ def test_a_picture_of_many_questions_may_be_the_one_that_differs() -> None:
     found = mean_interval([0.0] * 62, clusters, scale=(0.0, 1.0))
     share = 32 * (1 - 0.025 ** (1 / 32))
     assert (found.high, found.n) == (pytest.approx((31 + share - 1) / 62), 32)
+
+
+def test_the_interval_of_a_median_is_by_order_statistics_and_does_not_follow_one_value_that_is_far_off() -> None:
+    found = median_interval([*range(1, 13), -1000])
+    assert (found.value, found.low, found.high, found.n) == (6, 2, 10, 13), "3rd and 11th of 13: 97.8 %"
+    assert found.method == "median of 13, order statistics"
+    six = median_interval([3.0, 1.0, 2.0, 6.0, 5.0, 4.0])
+    assert (six.value, six.low, six.high) == (3.5, 1.0, 6.0)
+    few = median_interval([2.0, 1.0])
+    assert (few.value, few.low, few.high, few.method) == (1.5, 1.0, 2.0, "median of 2, least to most")
+    assert median_interval([2.0]).low is None
 
 
 def test_the_interval_does_not_depend_on_names_of_clusters() -> None:
