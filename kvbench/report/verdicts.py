@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import pandas as pd
@@ -24,12 +25,18 @@ from kvbench.report.tables import csv_text, escaped, markdown_table
 
 REFERENCE = "reference"
 _TIMES = ("tpot", "ttft")
+RATIO_NOTE = (
+    "Times are medians of launches, full's time is that of the full cache in the same launches, and the ratio is the "
+    "geometric mean over their pairs; where the quotient of the two medians is another number, it stands beside it."
+)
 _NOTE = (
     "Differences are the policy minus the full cache, paired by sample, with 95 % intervals; detectable is the "
-    "smallest true difference found in 80 % of repetitions; ratios to full under 1 are faster."
+    "smallest true difference found in 80 % of repetitions; ratios to full under 1 are faster. "
+    f"{RATIO_NOTE}"
 )
 _NUM_TEXT = 3  # policy, budget and verdict are text, all other columns numbers
-_LEFT_OUT = ("collapses", "TPOT", "TTFT")  # a page of a paper is narrower than a screen; ratios say these
+_LEFT_OUT = ("collapses",)  # a page of a paper is narrower than a screen
+_WITHOUT_INTERVAL = ("TPOT", "TTFT")  # there; the ratio beside them has one
 _MARKS = {
     "better": r"$\uparrow$ ", "worse": r"$\downarrow$ ", "equivalent": r"$\approx$ ", "undecided": "? ",
     "noisy": r"$\sim$ ", "not ranked": r"$\varnothing$ ",
@@ -48,8 +55,8 @@ _OF_COMPARISON = (
     *("margin", "minimum_detectable", "more_samples", "p_value", "p_holm", "num_samples", "num_clusters", "method"),
 )
 _OF_TIME = {
-    "ms": "own.value", "ratio_to_full": "ratio.value", "ratio_low": "ratio.low", "ratio_high": "ratio.high",
-    "verdict": "comparison.verdict",
+    "ms": "own.value", "ms_of_full": "full.value", "ratio_to_full": "ratio.value", "ratio_low": "ratio.low",
+    "ratio_high": "ratio.high", "verdict": "comparison.verdict",
 }  # fmt: skip
 # The columns of the CSV, and where in a CellRow they are found.
 _CSV = {
@@ -66,11 +73,24 @@ _CSV = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Time:
-    """A time, its ratio to the full cache's in the same launches, and what follows from it."""
+    """A time, the full cache's in the same launches, its ratio to that, and what follows from it."""
 
     own: Estimate | None
+    full: Estimate | None
     ratio: Estimate | None
     comparison: Comparison | None
+
+    @property
+    def of_medians(self) -> str:
+        """Return the quotient of the two times, which are medians; "" where the ratio over pairs is printed the same.
+
+        Noise makes the two differ, and a ratio must follow from what stands beside it.
+        """
+        if self.own is None or self.full is None or self.ratio is None or self.full.value <= 0:
+            return ""
+        name = "tpot_ratio_to_full"
+        text = format_value(name, self.own.value / self.full.value)
+        return "" if text == format_value(name, self.ratio.value) else f"of medians {text}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,15 +147,19 @@ def _cell_row(judged: Judged, cell: CellResult, name: str | None) -> CellRow:
         else REFERENCE if cell.is_full
         else comparison.verdict if comparison else "",
         times=tuple(
-            Time(own=cell.estimate(f"{kind}_ms"), ratio=cell.estimate(f"{kind}_ratio_to_full"),
-                 comparison=judged.against_full(cell, f"{kind}_ratio_to_full"))
-            for kind in _TIMES
+            time_of(cell, kind, judged.against_full(cell, f"{kind}_ratio_to_full")) for kind in _TIMES
         ),
         stored_bytes=stored.value if stored else None,
         stored_share=stored.value / full.value if stored and full and full.value > 0 else None,
         num_collapsed=sum(loss.collapsed for loss in losses) if losses else None,
         num_paired=len(losses),
     )  # fmt: skip
+
+
+def time_of(cell: CellResult, kind: str, comparison: Comparison | None = None) -> Time:
+    """Return "tpot" or "ttft" of the cell beside the full cache's that it was interleaved with."""
+    own, full, ratio = (cell.estimate(name) for name in (f"{kind}_ms", f"full_{kind}_ms", f"{kind}_ratio_to_full"))
+    return Time(own=own, full=full, ratio=ratio, comparison=comparison)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,7 +178,7 @@ def verdict_table(judged: Judged) -> VerdictTable:
     label = measure(judged.primary).label if judged.primary else "quality"
     heads = (
         *("policy", "budget", "verdict", label, "minus full", "detectable", "collapses"),
-        *("TPOT", "TPOT / full", "TTFT", "TTFT / full", "KV stored", "of full"),
+        *("TPOT", "full's TPOT", "TPOT / full", "TTFT", "full's TTFT", "TTFT / full", "KV stored", "of full"),
     )
     withheld = judged.ability.sentence
     note = f"{withheld}{' ' if withheld else ''}{_NOTE}{_margins(rows)}"
@@ -174,7 +198,11 @@ def _cells(row: CellRow) -> tuple[str, ...]:
         *(
             text
             for name, time in zip(_TIMES, row.times, strict=True)
-            for text in (_estimate(f"{name}_ms", time.own), _estimate(f"{name}_ratio_to_full", time.ratio))
+            for text in (
+                _estimate(f"{name}_ms", time.own),
+                "-" if time.full is None else format_value(f"full_{name}_ms", time.full.value),
+                _estimate(f"{name}_ratio_to_full", time.ratio) + (f" ({time.of_medians})" if time.of_medians else ""),
+            )
         ),
         "-" if row.stored_bytes is None else format_value("kv_stored_bytes", row.stored_bytes),
         "-" if row.stored_share is None else f"{row.stored_share:.2f}x",
@@ -236,8 +264,8 @@ def _latex(table: VerdictTable) -> str:
     heads = " & ".join(tex(table.heads[index]) for index in kept)
     marks = (_MARKS.get(row[_NUM_TEXT - 1].partition(" (")[0], "") for row in table.rows)
     body = "\n".join(
-        f"{' & '.join((mark if index == _NUM_TEXT - 1 else '') + tex(row[index]) for index in kept)} \\\\"
-        for mark, row in zip(marks, table.rows, strict=True)
+        f"{' & '.join((mark if index == _NUM_TEXT - 1 else '') + tex(texts[index]) for index in kept)} \\\\"
+        for mark, texts in zip(marks, map(_in_paper, repeat(table.heads), table.rows), strict=True)
     )
     return f"""\\begin{{table}}[t]
 \\centering
@@ -252,6 +280,11 @@ def _latex(table: VerdictTable) -> str:
 \\end{{tabular}}}}
 \\end{{table}}
 """
+
+
+def _in_paper(heads: Sequence[str], row: Sequence[str]) -> list[str]:
+    pairs = zip(heads, row, strict=True)
+    return [text.partition(" [")[0] if head in _WITHOUT_INTERVAL else text for head, text in pairs]
 
 
 def tex(text: str) -> str:
