@@ -56,7 +56,9 @@ _COST_COLUMNS = (
     *("peak_memory_bytes", "peak_over_bound_ratio", "kv_stored_bytes"),
 )
 _OVERHEAD_BOUND_SHARE = 0.5
-INTERVAL_NOTE = "[low, high] is the 95 % interval; a number without one is observed once, counted or so by definition."
+INTERVAL_NOTE = (
+    "[low, high] is the 95 % interval; a number without one is observed once, counted or the same in every sample."
+)
 _NARROW_COLUMNS = 100
 _LAYOUTS = ((False, 1), (True, 1), (True, 0))  # from roomy to tight: budget below the policy, blanks between columns
 _STYLES = {"number": "", "missing": "dim", "failed": "bold red", "noisy": "dim"}
