@@ -1,4 +1,4 @@
-"""From a composed configuration to a typed cell: types and ranges are checked here, and what makes a cell's key is told.
+"""From a composed configuration to a typed cell: types and ranges are checked, and what makes a cell's key is told.
 
 What code a plug-in is, is a part of the key: a record never outlives the code that made it. A plug-in is named by its
 class, never by where that lies, so a module may be moved. Code counts as it decides: comments, docstrings, layout and
