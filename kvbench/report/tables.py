@@ -59,6 +59,7 @@ _OVERHEAD_BOUND_SHARE = 0.5
 INTERVAL_NOTE = (
     "[low, high] is the 95 % interval; a number without one is observed once, counted or the same in every sample."
 )
+_RATIOS_NOTE = " Times are medians of launches; a ratio to full is the geometric mean over pairs of launches."
 _NARROW_COLUMNS = 100
 _LAYOUTS = ((False, 1), (True, 1), (True, 0))  # from roomy to tight: budget below the policy, blanks between columns
 _STYLES = {"number": "", "missing": "dim", "failed": "bold red", "noisy": "dim"}
@@ -182,7 +183,8 @@ def reading_note(table: Table) -> str:
     bound = dict.fromkeys(policy for policy, share in shares if share and share.value < _OVERHEAD_BOUND_SHARE)
     overhead = f" Overhead-bound (under {_OVERHEAD_BOUND_SHARE:.0%} of the memory roof): {', '.join(bound)}."
     is_told = bound and "roof_share_fraction" in table.columns
-    return f"{INTERVAL_NOTE}{f' {counts}.' if counts else ''}{overhead if is_told else ''}"
+    ratios = _RATIOS_NOTE if PRIMARY_LATENCY in table.columns else ""
+    return f"{INTERVAL_NOTE}{f' {counts}.' if counts else ''}{ratios}{overhead if is_told else ''}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -135,6 +135,14 @@ def test_a_score_that_hardly_varies_is_bounded_as_a_difference_of_pairs_is() -> 
     assert mean_interval([0.0], scale=(0.0, 1.0)).low is None
 
 
+def test_what_one_sample_in_thirty_shows_is_covered_with_a_scale_and_not_without() -> None:
+    def rare(draw: np.random.Generator, scale: tuple[float, float] | None) -> Interval:
+        return mean_interval((draw.random(32) < 0.03).astype(float), scale=scale, num_resamples=499)
+
+    assert _coverage(lambda draw: rare(draw, (0.0, 1.0)), 0.03, 150) >= 0.95
+    assert _coverage(lambda draw: rare(draw, None), 0.03, 150) < 0.8
+
+
 def test_a_picture_of_many_questions_may_be_the_one_that_differs() -> None:
     clusters = ["large"] * 31 + [f"small {number}" for number in range(31)]
     found = mean_interval([0.0] * 62, clusters, scale=(0.0, 1.0))
