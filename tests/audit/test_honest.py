@@ -81,6 +81,18 @@ def test_intervals_pass_by_the_rule_that_they_name_and_by_no_other(tmp_path: Pat
     assert [one[0] for one in alarms(audit(write_folder(tmp_path / "narrow", list(bodies.values()))))] == ["R7"]
 
 
+def test_a_copy_far_off_is_noted_as_on_the_page_and_is_no_fault(tmp_path: Path) -> None:
+    bodies = honest()
+    for number, body in enumerate(bodies.values()):
+        body["measurements"]["copy_bandwidth_bytes_per_s"] = {"value": 12e9 if number == 2 else 32e9, "n": 1}
+    outcomes = audit(write_folder(tmp_path, list(bodies.values()))).outcomes
+    (outcome,) = (one for one in outcomes if one.id == "R11")
+    assert outcome.verdict == "passed"
+    assert [note.text for note in outcome.notes] == [
+        "copied 12 GB/s, cells of its sweep and machine 32: reports use those"
+    ]
+
+
 def test_a_noisy_cell_is_no_fault(tmp_path: Path) -> None:
     bodies = honest()
     bodies["h2o 0.2"]["status"] = "noisy"
