@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import combinations
 
 from kvbench.measures import MAX_TURNS, MEASURES, TASK_MEASURES, format_value, format_with_interval, measure
-from kvbench.report.load import CellResult, Estimate, Group, scores_of
+from kvbench.report.load import AGAINST_FULL, CellResult, Estimate, Group, clusters_of, scores_of
 from kvbench.stats.latency import between, from_interval, noise_reason
 from kvbench.stats.paired import CONFIDENCE, Inference, infer, paired_sums
 from kvbench.stats.power import HEADROOM_FRACTION, MOST_EMPTY_FRACTION, constant_answer_score, floor_of, more_samples
@@ -38,7 +38,6 @@ PRIMARY_QUALITIES = ("rougeL_vs_full", "ppl", "rougeL_vs_reference", "turn1_roug
 PRIMARY_LATENCY = "tpot_ratio_to_full"
 _PRIMARY_BUDGET = 0.2
 _NOT_OF_THE_POLICY = ("full_", "copy_bandwidth_")
-_AGAINST_FULL = ("_vs_full", "top1_agreement_fraction")
 _OF_TIMES = ("_ratio_to_full", "roof_share_fraction")
 _FACTS = TASK_MEASURES[:2]  # decide alone where a data set knows facts
 _EXACT = TASK_MEASURES[2]
@@ -116,16 +115,16 @@ def compare(first: CellResult, second: CellResult, name: str, choices: Choices =
     if not shared or (len(shared) < max(len(mine), len(theirs)) and not choices.intersect):
         counts = f"{len(shared)} samples have a number in both, of {len(mine)} and {len(theirs)}"
         return replace(base, reason=f"{counts}; --intersect compares those" if shared else counts)
-    clusters = {str(sample.get("id")): sample.get("cluster") for sample in first.samples}
+    clusters = clusters_of(first)
     pairs = paired_sums(
         [mine[identity] for identity in shared],
         [theirs[identity] for identity in shared],
-        [str(clusters[identity] or identity) for identity in shared],
+        [clusters[identity] for identity in shared],
     )
     # No answer is closer to the full cache's than that itself.
     most = (
         0.0
-        if name.endswith(_AGAINST_FULL) and all(total == weight for total, weight in map(theirs.__getitem__, shared))
+        if name.endswith(AGAINST_FULL) and all(total == weight for total, weight in map(theirs.__getitem__, shared))
         else 1.0
     )
     scale = (-1.0, most) if measure(name).unit in ("score", "fraction") else None
@@ -377,15 +376,18 @@ def group_comparisons(
     found: list[Comparison] = []
     for name in names:
         for pairs in (against_full, between_policies(group) if between else ()):
-            family = [one for pair in pairs if (one := compare(*pair, name, choices))]
-            tested = sorted((one for one in family if one.p_value is not None), key=lambda one: one.p_value or 0.0)
-            p_values = holm([one.p_value or 0.0 for one in tested])
-            corrected = {id(one): judged(one, p_values[k], len(tested) - k) for k, one in enumerate(tested)}
-            for one in family:
+            for one in corrected([one for pair in pairs if (one := compare(*pair, name, choices))]):
                 primary = name in (quality, PRIMARY_LATENCY) and one.second.is_full and one.first.budget == budget
-                seen = withheld(corrected.get(id(one), one), ability.reason(name))
-                found.append(replace(seen, primary=primary))
+                found.append(replace(withheld(one, ability.reason(name)), primary=primary))
     return tuple(found)
+
+
+def corrected(family: Sequence[Comparison]) -> list[Comparison]:
+    """Return the comparisons with verdicts under Holm's correction over all of them; those without a p value as is."""
+    tested = sorted((one for one in family if one.p_value is not None), key=lambda one: one.p_value or 0.0)
+    p_values = holm([one.p_value or 0.0 for one in tested])
+    found = {id(one): judged(one, p_values[k], len(tested) - k) for k, one in enumerate(tested)}
+    return [found.get(id(one), one) for one in family]
 
 
 def between_policies(group: Group) -> Iterator[tuple[CellResult, CellResult]]:

@@ -43,7 +43,7 @@ from kvbench.report.markup import (
 )
 from kvbench.report.standing import BEHIND, LENGTH, Judged, Match, matrices
 from kvbench.report.tables import INTERVAL_NOTE, Table, results_table, samples_text
-from kvbench.report.verdicts import REFERENCE, CellRow, behind_of
+from kvbench.report.verdicts import RATIO_NOTE, REFERENCE, CellRow, behind_of, time_of
 from kvbench.stats.tests import smallest_margin
 
 _MARKS = {
@@ -70,8 +70,10 @@ _BEHIND_HEADS = {
 }
 _COST_HEADS = (
     Head("TPOT", "ms per token", group=_TIMES),
+    Head("full's TPOT", "same launches", group=_TIMES),
     Head("TPOT / full", "under 1 is faster", group=_TIMES),
     Head("TTFT", "ms", group=_TIMES),
+    Head("full's TTFT", "same launches", group=_TIMES),
     Head("TTFT / full", "under 1 is faster", group=_TIMES),
     Head("stored", "bytes", group=_BYTES),
     Head("of full", "stored", group=_BYTES),
@@ -99,7 +101,7 @@ def verdicts_html(rows: Sequence[CellRow]) -> Markup:
     options = _options(rows, keys)
     if not names:
         options |= {"verdict": []}
-    return render("verdicts.html.j2", margins=_margins(rows), options=options, view=view)
+    return render("verdicts.html.j2", margins=_margins(rows), options=options, ratio_note=RATIO_NOTE, view=view)
 
 
 def matrices_html(judged: Judged) -> Markup:
@@ -178,9 +180,10 @@ def _quality_cells(row: CellRow, differing: Sequence[str], behind: Sequence[str]
 def _cost_cells(row: CellRow) -> Iterator[TableCell]:
     cell = row.cell
     for name, time in zip(("tpot", "ttft"), row.times, strict=True):
-        noise = timing_noise(cell, f"{name}_ms")
+        noise, words = timing_noise(cell, f"{name}_ms"), (time.of_medians, _speed_word(time.comparison))
         yield _estimate(f"{name}_ms", time.own, noise=noise)
-        yield _estimate(f"{name}_ratio_to_full", time.ratio, noise=noise, word=_speed_word(time.comparison))
+        yield _estimate(f"full_{name}_ms", time.full, noise=noise)
+        yield _estimate(f"{name}_ratio_to_full", time.ratio, noise=noise, word="\n".join(filter(None, words)))
     stored, share = row.stored_bytes, row.stored_share
     yield TableCell("-" if stored is None else format_value("kv_stored_bytes", stored), sort=stored)
     yield TableCell("-" if share is None else f"{share:.2f}x", sort=share)
@@ -224,8 +227,12 @@ def _estimate(name: str, found: Estimate | None, *, above: str = "", word: str =
 _FIRST, _STEP, _ROOF = "first token", "one decode step", "roof of the memory"
 _LATENCY_COLUMNS = (
     ("ttft_ms", Head("TTFT", "vision, prompt, cut", group=_FIRST)),
+    ("full_ttft_ms", Head("full's", "same launches", group=_FIRST)),
+    ("ttft_ratio_to_full", Head("/ full", "over pairs", group=_FIRST)),
     ("settle_ms", Head("settle", "policy's part of it", group=_FIRST)),
     ("tpot_ms", Head("TPOT", "median step", group=_STEP)),
+    ("full_tpot_ms", Head("full's", "same launches", group=_STEP)),
+    ("tpot_ratio_to_full", Head("/ full", "over pairs", group=_STEP)),
     ("tpot_p90_ms", Head("p90", "slow steps", group=_STEP)),
     ("policy_ms", Head("policy", "naming victims, alone", group=_STEP)),
     ("roof_ms", Head("roof", "weights and entries read once", group=_ROOF)),
@@ -234,6 +241,8 @@ _LATENCY_COLUMNS = (
 )
 _NOISE_OF = {  # the measurement whose noise is in another one
     "settle_ms": "ttft_ms",
+    "full_ttft_ms": "ttft_ms",
+    "full_tpot_ms": "tpot_ms",
     "tpot_p90_ms": "tpot_ms",
     "policy_ms": "tpot_ms",
     "roof_share_fraction": "tpot_ms",
@@ -247,7 +256,8 @@ def latency_html(group: Group) -> Markup:
         return Markup()
     heads = [*CELL_HEADS, *(head for _, head in _LATENCY_COLUMNS)]
     rows = [list(_latency_cells(group, cell)) for cell in group.cells if not cell.failed]
-    return render("latency.html.j2", view=TableView(caption=f"Latency, {group.title}", heads=heads, rows=rows))
+    view = TableView(caption=f"Latency, {group.title}", heads=heads, rows=rows)
+    return render("latency.html.j2", ratio_note=RATIO_NOTE, view=view)
 
 
 def _latency_cells(group: Group, cell: CellResult) -> Iterator[TableCell]:
@@ -259,6 +269,8 @@ def _latency_cells(group: Group, cell: CellResult) -> Iterator[TableCell]:
         noise = "" if name == "roof_ms" else timing_noise(cell, _NOISE_OF.get(name, name))
         is_overhead = found is not None and name == "roof_share_fraction" and found.value < _OVERHEAD_SHARE
         word = "overhead-bound" if is_overhead else ""
+        if name.endswith("_ratio_to_full"):
+            word = time_of(cell, name.partition("_")[0]).of_medians
         yield NOT_MEASURED if found is None else _estimate(name, found, word=word, noise=noise)
 
 

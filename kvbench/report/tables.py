@@ -52,13 +52,16 @@ _TURN_COLUMN = re.compile(
     r"turn\d+_(rougeL_vs_full|exact_fraction|objects_recalled_fraction|needles_recalled_fraction)"
 )
 _COST_COLUMNS = (
-    *("ttft_ms", "tpot_ms", "tpot_ratio_to_full", "throughput_tokens_per_s", "roof_share_fraction"),
+    *("ttft_ms", "tpot_ms", "full_tpot_ms", "tpot_ratio_to_full", "throughput_tokens_per_s", "roof_share_fraction"),
     *("capacity_prompts", "capacity_ratio_to_full"),
     *("capacity_throughput_tokens_per_s", "capacity_throughput_ratio_to_full"),
     *("peak_memory_bytes", "peak_over_bound_ratio", "kv_stored_bytes"),
 )
 _OVERHEAD_BOUND_SHARE = 0.5
-INTERVAL_NOTE = "[low, high] is the 95 % interval; a number without one is a single observation or an exact count."
+INTERVAL_NOTE = (
+    "[low, high] is the 95 % interval; a number without one is observed once, counted or the same in every sample."
+)
+_RATIOS_NOTE = " Times are medians of launches; a ratio to full is the geometric mean over pairs of launches."
 _NARROW_COLUMNS, _MATCH_COLUMNS = 100, 10  # a match is wider
 _LAYOUTS = ((False, 1), (True, 1), (True, 0))  # from roomy to tight: budget below the policy, blanks between columns
 _STYLES = {"number": "", "missing": "dim", "failed": "bold red", "noisy": "dim"}
@@ -196,7 +199,8 @@ def reading_note(table: Table) -> str:
     bound = dict.fromkeys(policy for policy, share in shares if share and share.value < _OVERHEAD_BOUND_SHARE)
     overhead = f" Overhead-bound (under {_OVERHEAD_BOUND_SHARE:.0%} of the memory roof): {', '.join(bound)}."
     is_told = bound and "roof_share_fraction" in table.columns
-    return f"{INTERVAL_NOTE}{f' {counts}.' if counts else ''}{overhead if is_told else ''}"
+    ratios = _RATIOS_NOTE if PRIMARY_LATENCY in table.columns else ""
+    return f"{INTERVAL_NOTE}{f' {counts}.' if counts else ''}{ratios}{overhead if is_told else ''}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -246,7 +250,8 @@ def _declared_text(rows: tuple[VerdictRow, ...]) -> str:
     return (
         f"Declared before: {names}, each policy against full, Holm's correction within a measure. "
         "[low, high] is the 95 % interval of the paired difference, uncorrected; detects: the difference that "
-        "these samples find in 80 % of repetitions. Noisy times are in no ranking."
+        "these samples find in 80 % of repetitions. Times are compared with the full cache's in the same launches, not "
+        "with those of its own row. Noisy times are in no ranking."
     )
 
 

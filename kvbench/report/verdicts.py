@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import pandas as pd
@@ -26,12 +27,18 @@ from kvbench.report.tables import csv_text, escaped, markdown_table, matrix_mark
 
 REFERENCE = "reference"
 _TIMES = ("tpot", "ttft")
+RATIO_NOTE = (
+    "Times are medians of launches, full's time is that of the full cache in the same launches, and the ratio is the "
+    "geometric mean over their pairs; where the quotient of the two medians is another number, it stands beside it."
+)
 _NOTE = (
     "Differences are the policy minus the full cache, paired by sample, with 95 % intervals; detectable is the "
-    "smallest true difference found in 80 % of repetitions; ratios to full under 1 are faster."
+    "smallest true difference found in 80 % of repetitions; ratios to full under 1 are faster. "
+    f"{RATIO_NOTE}"
 )
 _NUM_TEXT = 3  # policy, budget and verdict are text, all other columns numbers
-_LEFT_OUT = ("collapses", "TPOT", "TTFT")  # a page of a paper is narrower than a screen; ratios say these
+_LEFT_OUT = ("collapses",)  # a page of a paper is narrower than a screen
+_WITHOUT_INTERVAL = ("TPOT", "TTFT")  # there; the ratio beside them has one
 _MARKS = {
     "better": r"$\uparrow$ ", "worse": r"$\downarrow$ ", "equivalent": r"$\approx$ ", "undecided": "? ",
     "noisy": r"$\sim$ ", "not ranked": r"$\varnothing$ ",
@@ -51,8 +58,8 @@ _OF_COMPARISON = (
     *("margin", "minimum_detectable", "more_samples", "p_value", "p_holm", "num_samples", "num_clusters", "method"),
 )
 _OF_TIME = {
-    "ms": "own.value", "ratio_to_full": "ratio.value", "ratio_low": "ratio.low", "ratio_high": "ratio.high",
-    "verdict": "comparison.verdict",
+    "ms": "own.value", "ms_of_full": "full.value", "ratio_to_full": "ratio.value", "ratio_low": "ratio.low",
+    "ratio_high": "ratio.high", "verdict": "comparison.verdict",
 }  # fmt: skip
 # The columns of the CSV, and where in a CellRow they are found.
 _CSV = {
@@ -70,11 +77,24 @@ _CSV = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Time:
-    """A time, its ratio to the full cache's in the same launches, and what follows from it."""
+    """A time, the full cache's in the same launches, its ratio to that, and what follows from it."""
 
     own: Estimate | None
+    full: Estimate | None
     ratio: Estimate | None
     comparison: Comparison | None
+
+    @property
+    def of_medians(self) -> str:
+        """Return the quotient of the two times, which are medians; "" where the ratio over pairs is printed the same.
+
+        Noise makes the two differ, and a ratio must follow from what stands beside it.
+        """
+        if self.own is None or self.full is None or self.ratio is None or self.full.value <= 0:
+            return ""
+        name = "tpot_ratio_to_full"
+        text = format_value(name, self.own.value / self.full.value)
+        return "" if text == format_value(name, self.ratio.value) else f"of medians {text}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,9 +156,7 @@ def _cell_row(judged: Judged, cell: CellResult, name: str | None) -> CellRow:
         else REFERENCE if cell.is_full
         else comparison.verdict if comparison else "",
         times=tuple(
-            Time(own=cell.estimate(f"{kind}_ms"), ratio=cell.estimate(f"{kind}_ratio_to_full"),
-                 comparison=judged.against_full(cell, f"{kind}_ratio_to_full"))
-            for kind in _TIMES
+            time_of(cell, kind, judged.against_full(cell, f"{kind}_ratio_to_full")) for kind in _TIMES
         ),
         stored_bytes=stored.value if stored else None,
         stored_share=stored.value / full.value if stored and full and full.value > 0 else None,
@@ -147,6 +165,12 @@ def _cell_row(judged: Judged, cell: CellResult, name: str | None) -> CellRow:
         behind=cell.estimate(f"{prefix}{BEHIND}"),
         length=cell.estimate(f"{prefix}{LENGTH}"),
     )  # fmt: skip
+
+
+def time_of(cell: CellResult, kind: str, comparison: Comparison | None = None) -> Time:
+    """Return "tpot" or "ttft" of the cell beside the full cache's that it was interleaved with."""
+    own, full, ratio = (cell.estimate(name) for name in (f"{kind}_ms", f"full_{kind}_ms", f"{kind}_ratio_to_full"))
+    return Time(own=own, full=full, ratio=ratio, comparison=comparison)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,7 +192,7 @@ def verdict_table(judged: Judged) -> VerdictTable:
     heads = (
         *("policy", "budget", "verdict", label, "minus full", "detectable", "collapses"),
         *behind,
-        *("TPOT", "TPOT / full", "TTFT", "TTFT / full", "KV stored", "of full"),
+        *("TPOT", "full's TPOT", "TPOT / full", "TTFT", "full's TTFT", "TTFT / full", "KV stored", "of full"),
     )
     note = " ".join([*sentences_before(judged.group, judged.choices), f"{_NOTE}{_margins(rows)}"])
     cells = tuple(_cells(row, shown) for row in rows)
@@ -198,7 +222,11 @@ def _cells(row: CellRow, behind: Sequence[str]) -> tuple[str, ...]:
         *(
             text
             for name, time in zip(_TIMES, row.times, strict=True)
-            for text in (_estimate(f"{name}_ms", time.own), _estimate(f"{name}_ratio_to_full", time.ratio))
+            for text in (
+                _estimate(f"{name}_ms", time.own),
+                "-" if time.full is None else format_value(f"full_{name}_ms", time.full.value),
+                _estimate(f"{name}_ratio_to_full", time.ratio) + (f" ({time.of_medians})" if time.of_medians else ""),
+            )
         ),
         "-" if row.stored_bytes is None else format_value("kv_stored_bytes", row.stored_bytes),
         "-" if row.stored_share is None else f"{row.stored_share:.2f}x",
@@ -270,8 +298,8 @@ def _latex(table: VerdictTable) -> str:
     heads = (tex(table.heads[index]) for index in kept)
     marks = (_MARKS.get(row[_NUM_TEXT - 1].partition(" (")[0], "") for row in table.rows)
     body = (
-        ((mark if index == _NUM_TEXT - 1 else "") + tex(row[index]) for index in kept)
-        for mark, row in zip(marks, table.rows, strict=True)
+        ((mark if index == _NUM_TEXT - 1 else "") + tex(texts[index]) for index in kept)
+        for mark, texts in zip(marks, map(_in_paper, repeat(table.heads), table.rows), strict=True)
     )
     return _tabular(f"{table.title}. {table.note}", columns, heads, body)
 
@@ -292,6 +320,11 @@ def _tabular(caption: str, columns: str, heads: Iterable[str], rows: Iterable[It
 \\end{{tabular}}}}
 \\end{{table}}
 """
+
+
+def _in_paper(heads: Sequence[str], row: Sequence[str]) -> list[str]:
+    pairs = zip(heads, row, strict=True)
+    return [text.partition(" [")[0] if head in _WITHOUT_INTERVAL else text for head, text in pairs]
 
 
 def tex(text: str) -> str:

@@ -89,13 +89,13 @@ def test_noise_of_one_time_greys_its_own_columns(tmp_path: Path) -> None:
     write_cell(tmp_path / "first", record)
     (group,) = load_results(tmp_path / "first").groups
     drawn = latency_html(group)
-    assert drawn.count('class="noisy"') == 2, "TTFT and the policy's part of it"
+    assert drawn.count('class="noisy"') == 3, "TTFT, its ratio and the policy's part of it"
     assert "noisy: TTFT</small>" in drawn
     record["measurements"]["tpot_spread_fraction"] = {"value": 0.05}
     del record["measurements"]["ttft_spread_fraction"]
     write_cell(tmp_path / "step", record)
     (group,) = load_results(tmp_path / "step").groups
-    assert latency_html(group).count('class="noisy"') == 4, "TPOT, p90, policy, and what of the roof is reached"
+    assert latency_html(group).count('class="noisy"') == 5, "TPOT, ratio, p90, policy, share of the roof"
 
 
 def test_figures_and_definitions_hold_on_a_dark_page_and_on_a_cpu() -> None:
