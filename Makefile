@@ -17,7 +17,7 @@ install: $(STAMP) ## make .venv and install kvbench with its development tools
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,sweep]'
 	touch $@
 
 run: install ## run the default sweep; table in the terminal, report in results/report/index.html
@@ -46,7 +46,7 @@ test-newest: ## the same tests on the newest versions that pyproject.toml allows
 	$(PYTHON) -m venv --clear $(NEWEST)
 	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
 	grep '^torch==' constraints.txt > $(NEWEST)/constraints.txt
-	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check -c $(NEWEST)/constraints.txt -e '.[dev]'
+	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check -c $(NEWEST)/constraints.txt -e '.[dev,sweep]'
 	$(NEWEST)/bin/pip list --disable-pip-version-check | grep -iE '^(torch|transformers|hydra-core|wandb|wandb-workspaces|triton|numpy|pandas) '
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 

@@ -25,8 +25,7 @@ from kvbench.results.files import Array, pack
 from kvbench.results.record import AUTOPSY_SCHEMA, GENERATED, NEVER, autopsy_path, write_autopsy
 from kvbench.results.redaction import hide_known, redacted_body
 from kvbench.sweep.cell import Cell
-from kvbench.tasks.prompts import Part, Prompts
-from kvbench.tasks.task import BatchTask
+from kvbench.tasks.task import BatchTask, Part, Prompts
 
 if TYPE_CHECKING:
     from kvbench.sweep.group import Watcher

@@ -28,7 +28,7 @@ from kvbench.models.loader import LoadedModel
 from kvbench.results.files import Array, pack
 from kvbench.results.record import NEVER
 from kvbench.tasks.decode import CacheSetting, greedy
-from kvbench.tasks.prompts import Part
+from kvbench.tasks.task import Part
 
 if TYPE_CHECKING:
     from kvbench.cache import PolicyCache

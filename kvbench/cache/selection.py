@@ -88,7 +88,7 @@ def oldest_first(position: Tensor) -> Tensor:
 def entry_of_rank(position: Tensor, rank: Tensor) -> Tensor:
     """Return (B, H) int64, the slot of the held entry that has `rank` (B, H) older ones; position (B, H, T)."""
     if use_triton(position, any_dtype=True):
-        from kvbench.kernels.rank import find_slot
+        from kvbench.kernels.slot_writes import find_slot
 
         return find_slot(position, rank)
     return (age_rank(position) == rank[..., None]).long().argmax(dim=-1)
@@ -101,7 +101,7 @@ def entry_before_newest(position: Tensor, newer: int, *, sinks: int) -> Tensor:
     is another.
     """
     if use_triton(position, any_dtype=True):
-        from kvbench.kernels.rank import find_slot
+        from kvbench.kernels.slot_writes import find_slot
 
         return find_slot(position, newer=newer, sinks=sinks)
     newest = (position >= 0).sum(dim=-1) - 1

@@ -1,10 +1,9 @@
-"""From a composed configuration to a typed cell: types, ranges and combinations are checked here.
+"""From a composed configuration to a typed cell: types and ranges are checked, and what makes a cell's key is told.
 
-What code a plug-in is, as a part of a cell's key: a record never outlives the code that made it.
-
-A plug-in is named by its class, never by where that lies, so a module may be moved. Code counts as it decides:
-comments, docstrings, layout and the order of imports do not. What kvbench itself does around a policy is covered by
-`CACHE_SEMANTICS` and by a task's `protocol`, what a data set holds by its fingerprint.
+What code a plug-in is, is a part of the key: a record never outlives the code that made it. A plug-in is named by its
+class, never by where that lies, so a module may be moved. Code counts as it decides: comments, docstrings, layout and
+the order of imports do not. What kvbench itself does around a policy is covered by `CACHE_SEMANTICS` and by a task's
+`protocol`, what a data set holds by its fingerprint. `build_objective` is what a job returns to a sweeper.
 """
 
 from __future__ import annotations

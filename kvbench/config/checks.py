@@ -1,13 +1,9 @@
-"""What only shows when settings are looked at together, or beside the machine; all before a model is loaded.
+"""What shows only when settings are looked at together, beside the machine, or as values: all before a model is loaded.
 
-Types and ranges of single settings are checked where they are read; here are combinations of model, data
-set and positions, the results folder, and secrets where none may be. Nothing is written and no network used.
-
-Settings that are right alone and wrong together, told before a model is loaded.
-
-Does a value from a yaml fit an annotation, which value is it then, and what is the type called in a message.
-
-Two spellings of one value, such as 1 and 1.0, or 0.3 and 0.1 + 0.2, are one setting and one key.
+Combinations of model, data set and positions, the results folder, and secrets where none may be: nothing is written and
+no network used. And of single values: does one from a yaml fit an annotation, which value is it then, and what is the
+type called in a message. Two spellings of one value, such as 1 and 1.0, or 0.3 and 0.1 + 0.2, are one setting and one
+key.
 """
 
 from __future__ import annotations

@@ -18,6 +18,9 @@ from kvbench.errors import DataError
 OnBadItem = Literal["fail", "skip"]
 
 
+MOST_MADE = 100_000  # items of a data set that is made, not read: all are looked at before a model is loaded
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
     """One turn of a conversation; `answer` is empty where no right answer is known."""

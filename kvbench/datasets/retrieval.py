@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, get_args
 
-from kvbench.datasets.base import Example, without_marks
+from kvbench.datasets.base import MOST_MADE, Example, without_marks
 from kvbench.datasets.files import FileDataset, Row, read_text
 from kvbench.datasets.longbench import answers_of
 from kvbench.errors import ConfigError, DataError, close_matches
@@ -112,10 +112,15 @@ class Needles:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ConfigError(f"dataset.kind is {self.kind!r}; {close_matches(self.kind, get_args(Kind))}")
-        if self.num_samples < 1 or self.context_words < 10 or self.num_depths < 1 or not 1 <= self.digits <= 18:
+        if (
+            not 1 <= self.num_samples <= MOST_MADE
+            or self.context_words < 10
+            or self.num_depths < 1
+            or not 1 <= self.digits <= 18
+        ):
             raise ConfigError(
                 f"dataset has num_samples={self.num_samples}, context_words={self.context_words}, "
-                f"num_depths={self.num_depths}, digits={self.digits}; allowed: >= 1, >= 10, >= 1, 1 to 18"
+                f"num_depths={self.num_depths}, digits={self.digits}; allowed: 1 to {MOST_MADE}, >= 10, >= 1, 1 to 18"
             )
         if self.filler is not None and len(self._sentences) < 2:
             raise DataError(f"{self.filler} holds {len(self._sentences)} sentences; a haystack needs at least 2")

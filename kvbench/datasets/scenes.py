@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
-from kvbench.datasets.base import Example, Turn
+from kvbench.datasets.base import MOST_MADE, Example, Turn
 from kvbench.errors import ConfigError, close_matches
 
 GRID_CELLS = 4
@@ -240,10 +240,10 @@ class Scenes:
             raise ConfigError(f"dataset.split is {self.split!r}; {close_matches(self.split, SPLITS)}")
         if self.ask not in _ASK:
             raise ConfigError(f"dataset.ask is {self.ask!r}; {close_matches(str(self.ask), _ASK)}")
-        if self.num_samples < 1 or self.first < 0 or self.num_follow_ups < 1:
+        if not 1 <= self.num_samples <= MOST_MADE or self.first < 0 or not 1 <= self.num_follow_ups <= MOST_MADE:
             raise ConfigError(
                 f"dataset has num_samples={self.num_samples}, first={self.first}, "
-                f"num_follow_ups={self.num_follow_ups}; allowed: >= 1, >= 0, >= 1"
+                f"num_follow_ups={self.num_follow_ups}; allowed: 1 to {MOST_MADE}, >= 0, 1 to {MOST_MADE}"
             )
 
     @property

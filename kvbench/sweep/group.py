@@ -26,8 +26,7 @@ from kvbench.models.spec import ModelSpec
 from kvbench.results.record import encode_record
 from kvbench.sweep.cell import Attempt, Cell, WithoutItems, context_use, environment, rejected_items
 from kvbench.tasks.memory import free_memory
-from kvbench.tasks.prompts import Prompts
-from kvbench.tasks.task import BatchTask, Bench, FullAnswers, Payload, TaskResult, is_timed
+from kvbench.tasks.task import BatchTask, Bench, FullAnswers, Payload, Prompts, TaskResult, is_timed
 
 
 class Watcher(Protocol):

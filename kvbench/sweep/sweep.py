@@ -1,17 +1,13 @@
 """A sweep: run what is missing, commit each cell at once, show it, go on.
 
-Being told to stop: the first signal asks, a second one does not wait.
-
-How far a sweep is: cells, batches, how fast, and how long it will take.
-
-Two bars on a terminal, the sweep's cells and the cell that is running now. Elsewhere plain lines, from the first
+`StopRequest` is being told to stop: the first signal asks, a second one does not wait. `Progress` says how far a sweep
+is: two bars on a terminal, the sweep's cells and the cell that is running now; elsewhere plain lines, from the first
 batch on and then seldom enough to leave a log readable:
 
     0 of 16 cells, 5 of 320 batches, 1.2 batches/s, about 4 min left: h2o at 20 % of seen
 
-What became of cells whose jobs ran elsewhere, told from the records they left.
-
-Jobs run on other machines, whose clocks may be wrong by minutes: what is new is told by names, never by times.
+What became of cells whose jobs ran elsewhere is told from the records they left, by names, never by times: the clocks
+of other machines may be wrong by minutes.
 """
 
 from __future__ import annotations

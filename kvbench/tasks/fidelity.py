@@ -16,8 +16,7 @@ from torch import Tensor
 from kvbench.errors import ConfigError, MeasureError, NonFiniteError
 from kvbench.tasks.decode import CacheSetting, forced, padded_targets
 from kvbench.tasks.generation import full_answers
-from kvbench.tasks.prompts import Part
-from kvbench.tasks.task import Answers, BatchTask, Bench, Payload, TaskResult, joined
+from kvbench.tasks.task import Answers, BatchTask, Bench, Part, Payload, TaskResult, joined
 
 _KEPT_BYTES = 2**30
 

@@ -17,9 +17,8 @@ from kvbench.errors import ConfigError, MeasureError
 from kvbench.models.inputs import answer_text, reference_text
 from kvbench.models.loader import LoadedModel
 from kvbench.tasks.decode import CacheSetting, greedy
-from kvbench.tasks.prompts import Part
 from kvbench.tasks.rouge import fact_scores, first_divergence, length_ratio, rouge_l_released, rouge_scores
-from kvbench.tasks.task import Answers, BatchTask, Bench, Payload, TaskResult, joined
+from kvbench.tasks.task import Answers, BatchTask, Bench, Part, Payload, TaskResult, joined
 
 if TYPE_CHECKING:
     from kvbench.cache import PolicyCache

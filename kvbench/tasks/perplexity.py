@@ -21,8 +21,7 @@ from kvbench.errors import DataError, NonFiniteError
 from kvbench.models.inputs import answer_tokens
 from kvbench.models.loader import LoadedModel
 from kvbench.tasks.decode import forced, padded_targets
-from kvbench.tasks.prompts import Part
-from kvbench.tasks.task import BatchTask, Bench, Payload, TaskResult, joined
+from kvbench.tasks.task import BatchTask, Bench, Part, Payload, TaskResult, joined
 
 
 @dataclass(frozen=True, kw_only=True)

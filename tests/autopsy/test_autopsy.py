@@ -33,8 +33,7 @@ from kvbench.sweep.cell import Cell
 from kvbench.sweep.group import GroupPlan, ModelShelf, run_group
 from kvbench.tasks.decode import CacheSetting
 from kvbench.tasks.generation import Generation, divergence
-from kvbench.tasks.prompts import Part, Prompts
-from kvbench.tasks.task import BatchTask, Bench, Payload, TaskResult
+from kvbench.tasks.task import BatchTask, Bench, Part, Payload, Prompts, TaskResult
 from tests.contract import YAMLS
 from tests.covering import one_in
 from tests.driving import held_positions

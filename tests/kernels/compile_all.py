@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvbench.kernels import decode_attention, linear, norm, prefill, rank, segment_mean, slot_writes
+from kvbench.kernels import decode_attention, linear, norm, prefill, segment_mean, slot_writes
 
 HOPPER = GPUTarget("cuda", 90, 32)
 _TYPES = {"length": "*i64", "seen": "*i64", "position": "*i64", "free": "*i64", "budget": "*i64", "sinks": "*i64"}
@@ -72,7 +72,7 @@ def main() -> None:
     for one in (False, True):
         search = {"BLOCK_C": 512 if one else 2048, "IN_ONE": one, "FROM_NEWEST": one}
         types = {"rank": "*i64", "slot": "*i64", "newer": "i32", "sinks": "i32"}
-        compile_kernel(rank.find_rank, search, types, num_warps=1 if one else 4)
+        compile_kernel(slot_writes.find_rank, search, types, num_warps=1 if one else 4)
     _compile_prefill()
 
 

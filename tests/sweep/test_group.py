@@ -24,8 +24,7 @@ from kvbench.tasks.decode import CacheSetting, Decoding
 from kvbench.tasks.fidelity import Fidelity
 from kvbench.tasks.generation import Generation
 from kvbench.tasks.perplexity import Perplexity
-from kvbench.tasks.prompts import Part
-from kvbench.tasks.task import BatchTask, Bench, Payload, TaskResult
+from kvbench.tasks.task import BatchTask, Bench, Part, Payload, TaskResult
 from tests.sweep.watching import KeptInMemory, Notes, run_cells
 from tests.tasks.benches import FULL, KeepAll, NanAtDecode, NotANumber, cell_of, cut
 
@@ -96,13 +95,14 @@ def test_shared_prompts_give_the_same_records_with_one_prefill_for_all(
     shelf: ModelShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_settings: int
 ) -> None:
     prefills: list[int] = []
-    prefill = Decoding._prefill
+    begin = Decoding.__init__
 
-    def counted(self: Decoding, batch: Any) -> Tensor:
-        prefills.append(1)
-        return prefill(self, batch)
+    def counted(self: Decoding, *given: Any, prompt_logits: Tensor | None = None) -> None:
+        if prompt_logits is None:
+            prefills.append(1)
+        begin(self, *given, prompt_logits=prompt_logits)
 
-    monkeypatch.setattr(Decoding, "_prefill", counted)
+    monkeypatch.setattr(Decoding, "__init__", counted)
     chosen = settings()[:num_settings]
     cells = [cell_of(QUALITY, dataset=SHORT_ANSWERS, setting=setting, number=n) for n, setting in enumerate(chosen)]
     shared = run_cells(cells, tmp_path / "shared", shelf=shelf)
