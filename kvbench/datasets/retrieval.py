@@ -216,10 +216,11 @@ class Recall:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_samples < 1 or not 1 <= self.num_keys <= len(_THINGS) or self.filler_words < 0:
+        made = 1 <= self.num_samples <= MOST_MADE and 0 <= self.filler_words <= MOST_MADE
+        if not made or not 1 <= self.num_keys <= len(_THINGS):
             raise ConfigError(
                 f"dataset has num_samples={self.num_samples}, num_keys={self.num_keys}, "
-                f"filler_words={self.filler_words}; allowed: >= 1, 1 to {len(_THINGS)}, >= 0"
+                f"filler_words={self.filler_words}; allowed: 1 to {MOST_MADE}, 1 to {len(_THINGS)}, 0 to {MOST_MADE}"
             )
 
     @property

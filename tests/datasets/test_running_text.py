@@ -176,7 +176,7 @@ def test_recall_follows_from_the_seed_alone() -> None:
     assert all(context.count("Here is ") == 1 for context in contexts(num_keys=1))
 
 
-@pytest.mark.parametrize("change", [{"num_samples": 0}, {"num_keys": 0}, {"num_keys": 19}, {"filler_words": -1}])
+@pytest.mark.parametrize("change", [{"num_samples": 0}, {"num_keys": 0}, {"num_keys": 19}, {"filler_words": 10**6}])
 def test_wrong_recall_is_refused(change: dict[str, int]) -> None:
     ((name, value),) = change.items()
     assert f"{name}={value}" in refusal(lambda: Recall(**change))
