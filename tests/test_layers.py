@@ -57,7 +57,6 @@ ALL_THE_SAME = {
     ("kvbench.results.maintenance", "frontier.table"): "`verify` reads every kind of file in a results folder",
     ("kvbench.autopsy.body", "sweep"): "an autopsy is of a cell: the types alone",
     ("kvbench.report.page", "autopsy.page"): "puts the page together, this section too",
-    ("kvbench.report.page", "frontier"): "puts the page together, this section too",
     ("kvbench.sweep.worker", "config"): "a worker is a program of its own: it is told words, and builds its cells",
     ("kvbench.sweep.worker", "cli"): "a worker is a program of its own: it makes libraries quiet as the command does",
 }

@@ -12,7 +12,7 @@ from dataclasses import replace
 from markupsafe import Markup
 
 from kvbench.measures import format_value, format_with_interval, measure
-from kvbench.report.compare import Comparison, difference_text, difference_unit, size_text, verdict_remark
+from kvbench.report.compare import Comparison, difference_text, size_text, size_with_unit, verdict_remark
 from kvbench.report.load import CellResult, is_better, natural_key
 from kvbench.report.markup import Head, TableCell, TableView, listed, render, row_head
 from kvbench.report.samples import sample_link, short_name
@@ -122,10 +122,9 @@ def _margin_text(judged: Judged) -> str:
     margin = smallest_margin(judged.primary, judged.choices.margins)
     if margin is None:
         return ""
-    size = f"margin {size_text(judged.primary, margin)} {difference_unit(judged.primary)[0]}".strip()
     declared = smallest_margin(judged.primary)
     other = "" if margin == declared else f", chosen for this page; declared: {size_text(judged.primary, declared)}"
-    return f" ({size}{other})"
+    return f" (margin {size_with_unit(judged.primary, margin)}{other})"
 
 
 def names(judged: Judged, cells: Sequence[CellResult], *, with_budget: bool = False) -> str:

@@ -414,11 +414,20 @@ def size_text(name: str, size: float | None) -> str:
     return f"{size / factor:.{places}f}"
 
 
+def size_with_unit(name: str, size: float | None) -> str:
+    """Return a size and its unit, "2.0 points"; "" without a size."""
+    return f"{size_text(name, size)} {difference_unit(name)[0]}".strip() if size is not None else ""
+
+
+def p_text(p_value: float | None) -> str:
+    """Return "p < 0.001" or "p = 0.012"; "" without one."""
+    return "" if p_value is None else "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
+
+
 def verdict_remark(one: Comparison) -> str:
     """Return what belongs below the word: the margin, how many samples are missing, or why nothing can be said."""
     if one.verdict == "equivalent" and one.margin is not None:
-        unit = difference_unit(one.measure)[0]
-        return f"within {size_text(one.measure, one.margin)}{f' {unit}' if unit else ''}"
+        return f"within {size_with_unit(one.measure, one.margin)}"
     if one.verdict == "undecided" and one.more_samples is not None:
         many, single = ("launches", "launch") if is_latency_ratio(measure(one.measure)) else ("samples", "sample")
         return f"needs about {one.more_samples:,} more {single if one.more_samples == 1 else many}"

@@ -1,6 +1,7 @@
 """One HTML file that explains a results folder to a stranger; nothing is loaded from anywhere.
 
-Order: the answer, the verdicts behind it, what to be careful about, figures and tables, samples, how it was measured.
+Order: the answer, the verdicts behind it, policy against policy, what to be careful about, figures and tables, samples,
+how it was measured.
 
 Every section is a function that builds plain data and renders a template of `templates/`; `page.html.j2` puts them
 together with the style sheets and the scripts that lie there. The content policy loads nothing and lets that one script
@@ -19,16 +20,23 @@ from itertools import accumulate
 from markupsafe import Markup
 
 from kvbench.autopsy.page import autopsy_section
-from kvbench.frontier.section import frontier_html
 from kvbench.measures import MEASURES, measure
 from kvbench.report.answer import answer_html, failures_html
-from kvbench.report.compare import DECLARED, Choices, difference_unit, size_text
+from kvbench.report.compare import DECLARED, Choices, size_with_unit
 from kvbench.report.figures.draw import Plot
 from kvbench.report.figures.style import PLOT_STYLE, THEME_COLOURS
 from kvbench.report.findings import notes_of
 from kvbench.report.load import Results
 from kvbench.report.markup import Head, TableView, listed, render, resource
-from kvbench.report.page_tables import environment_html, latency_html, memory_html, numbers_html, verdicts_html
+from kvbench.report.page_tables import (
+    environment_html,
+    frontier_html,
+    latency_html,
+    matrices_html,
+    memory_html,
+    numbers_html,
+    verdicts_html,
+)
 from kvbench.report.samples import linked_samples, sample_browser
 from kvbench.report.standing import Judged, judge, rule_text
 from kvbench.report.tables import counts_text, results_table
@@ -60,14 +68,11 @@ def methods_html(results: Results, judged: Sequence[Judged], choices: Choices = 
 
 def _margins_text(choices: Choices) -> str:
     """Say where margins come from; one that the reader of the numbers chose was not declared before them."""
-
-    def size(name: str, margin: float | None) -> str:
-        return f"{size_text(name, margin)} {difference_unit(name)[0]}".strip()
-
+    sizes = ((name, value, smallest_margin(name)) for name, value in sorted(choices.margins.items()))
     chosen = [
-        f"{measure(name).label} ({size(name, value)} instead of {size(name, smallest_margin(name))})"
-        for name, value in sorted(choices.margins.items())
-        if value != smallest_margin(name)
+        f"{measure(name).label} ({size_with_unit(name, value)} instead of {size_with_unit(name, declared)})"
+        for name, value, declared in sizes
+        if value != declared
     ]
     if not chosen:
         return "was declared before measuring"
@@ -172,6 +177,7 @@ def _contents(
     return {
         "answer": answers or Markup("<p>No usable record was found; see Problems while reading.</p>"),
         "verdicts": verdicts_html(all_rows(judged)) if judged else Markup(),
+        "policies": _per_group(judged, matrices_html),
         "care": _per_group(judged, lambda one: render("care.html.j2", notes=notes_of(one.group))),
         "frontier": frontier_html(results.frontiers, choices, results.groups) if judged else Markup(),
         "figures": figures,

@@ -1,4 +1,4 @@
-"""The page's tables: verdicts, memory, latency, all numbers, the environment.
+"""The page's tables: verdicts, memory, latency, all numbers, the environment, the smallest safe budgets.
 
 Each function turns rows that other outputs share (`report.verdicts`, `report.tables`) or a group's measurements into
 cells of the page, with what they sort by, and gives them to a template.
@@ -7,17 +7,24 @@ cells of the page, with what they sort by, and gives them to a template.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import attrgetter
 
 from markupsafe import Markup
 
+from kvbench.frontier.table import Frontier, Search, budget_text, difference_of, held_text, range_text
 from kvbench.measures import format_interval, format_value, measure
 from kvbench.report.compare import (
+    DECLARED,
+    Ability,
+    Choices,
     Comparison,
     difference_interval,
     difference_unit,
     difference_value,
     size_text,
+    size_with_unit,
     timing_noise,
     verdict_remark,
 )
@@ -34,9 +41,10 @@ from kvbench.report.markup import (
     row_head,
     text_cell,
 )
-from kvbench.report.standing import Judged
+from kvbench.report.standing import Judged, Match, matrices
 from kvbench.report.tables import INTERVAL_NOTE, Table, results_table, samples_text
 from kvbench.report.verdicts import REFERENCE, CellRow
+from kvbench.stats.tests import smallest_margin
 
 _MARKS = {
     "better": "\u25b2",
@@ -82,6 +90,34 @@ def verdicts_html(rows: Sequence[CellRow]) -> Markup:
     return render("verdicts.html.j2", margins=_margins(rows), options=_options(rows, keys), view=view)
 
 
+def matrices_html(judged: Judged) -> Markup:
+    """Return every policy against every other, folded by measure with the leading one open; "" where none has two."""
+    drawn = []
+    for number, found in enumerate(matrices(judged)):
+        label, heads = measure(found.measure).label, [Head(name, kind=None) for name in ("policy", *found.columns)]
+        views = [
+            TableView(
+                caption=f"{label} at {budget}, {judged.group.title}",
+                heads=heads,
+                rows=[[row_head(row.policy), *map(_match, row.matches)] for row in rows],
+            )
+            for budget, rows in groupby(found.rows, key=attrgetter("budget"))
+        ]
+        title = f"{label}, {measure(found.measure).better} is better"
+        drawn.append({"title": title, "is_open": not number, "note": found.note, "views": views})
+    return render("matrices.html.j2", matrices=drawn) if drawn else Markup()
+
+
+def _match(one: Match | None) -> TableCell:
+    if one is None:
+        return TableCell("-", kind="name missing", title="the same policy")
+    word, found = one.word, one.comparison
+    kind = f"name verdict v-{word.replace(' ', '-')}"
+    title = "; ".join(filter(None, (one.reason, f"{found.method}, n = {found.num_samples}" if found else "")))
+    below = "\n".join(number.replace(" ", "\u00a0") for number in one.numbers)  # breaks between numbers alone
+    return TableCell(word, below, kind=kind, title=title, mark=_MARKS.get(word, _FAILED))
+
+
 def _filtered_by(row: CellRow) -> Mapping[str, str]:
     known = {"model": row.model, "dataset": row.dataset, "verdict": row.verdict or "no quality"}
     return {name: known.get(name) or str(getattr(row.cell, name)) for name in _FILTERS}
@@ -97,7 +133,7 @@ def _options(rows: Sequence[CellRow], keys: Sequence[Mapping[str, str]]) -> Mapp
 def _margins(rows: Sequence[CellRow]) -> str:
     """Return the margins behind the verdicts; "" where none has one."""
     margins = dict.fromkeys(
-        f"{measure(one.measure).label} {size_text(one.measure, one.margin)} {difference_unit(one.measure)[0]}".strip()
+        f"{measure(one.measure).label} {size_with_unit(one.measure, one.margin)}"
         for row in rows
         for one in (row.comparison, *(time.comparison for time in row.times))
         if one is not None and one.margin is not None
@@ -286,3 +322,57 @@ def environment_html(results: Results) -> Markup:
     heads = [Head("what", kind=None), Head("value", kind=None)]
     view = TableView(caption="Software and machine, as the records state them", heads=heads, classes="text")
     return render("environment.html.j2", environment=found, view=view)
+
+
+def frontier_html(frontiers: Sequence[Frontier], choices: Choices = DECLARED, groups: Iterable[Group] = ()) -> Markup:
+    """Return a table per search, or how to make one.
+
+    `choices` hold the margins of the rest of the page, `groups` the cells on it: where the full cache can not do the
+    task, a search that was made before that was asked names no budget.
+    """
+    abilities = {cell.key: ability for group in groups for ability in (Ability(group),) for cell in group.cells}
+    drawn = []
+    for frontier in frontiers:
+        label = measure(frontier.measure).label
+        heads = [
+            Head("policy", kind="text"),
+            Head("model and data set", kind="text"),
+            Head("smallest safe budget"),
+            Head("true one", "from - to"),
+            Head(f"{label} minus full", f"at that budget, {100 * frontier.confidence:.4g} % interval"),
+            Head("samples"),
+            Head("budgets measured", kind=None),
+        ]
+        rows = []
+        for search in frontier.searches:
+            ability = abilities.get(search.full_key)
+            withheld = ability.reason(frontier.measure) if ability else ""
+            rows.append(list(_search_cells(frontier, search, withheld)))
+        caption = f"Smallest budget at which {label} is at most {frontier.margin:g} worse than full ({frontier.name})"
+        elsewhere = smallest_margin(frontier.measure, choices.margins)
+        other_margin = None if elsewhere == frontier.margin else elsewhere
+        view = TableView(caption=caption, heads=heads, rows=rows)
+        drawn.append({"frontier": frontier, "view": view, "other_margin": other_margin})
+    return render("frontier.html.j2", searches=drawn)
+
+
+def _search_cells(frontier: Frontier, search: Search, withheld: str) -> Iterator[TableCell]:
+    yield row_head(search.policy, "" if search.positions == "original" else search.positions)
+    yield text_cell(f"{search.model} on {search.dataset}")
+    if withheld:
+        yield TableCell("not ranked", withheld, sort=1e18)
+        yield from [TableCell("-")] * 3
+        yield text_cell(", ".join(budget_text(frontier, one.budget) for one in search.looks))
+        return
+    safe = search.smallest_safe
+    above = f"none up to {budget_text(frontier, max(frontier.ladder))}" if safe is None else budget_text(frontier, safe)
+    below = held_text(frontier, search) if search.status == "found" else search.status
+    yield TableCell(above, below, sort=1e18 if safe is None else safe)
+    yield TableCell(range_text(frontier, search), sort=search.budget_low)
+    look = search.look or (search.looks[-1] if search.looks else None)
+    if look is None:
+        yield from [TableCell("-")] * 2
+    else:
+        yield TableCell(difference_of(look) or look.reason or "-", sort=look.value)
+        yield TableCell(str(look.num_samples), sort=look.num_samples)
+    yield text_cell(", ".join(f"{budget_text(frontier, one.budget)} {one.outcome}" for one in search.looks))

@@ -2,6 +2,7 @@
 
     judged = judge(group)
     judged.against_full(cell, judged.primary).verdict
+    for row in next(matrices(judged)).rows: print(row.policy, [one and one.word for one in row.matches])
     for one in best_policies(group, group_comparisons(group)):
         print(one.budget, one.measure, one.cell.policy, one.verdict)
 
@@ -9,13 +10,15 @@
 beats, who may be as good; failed cells are named and never ranked, noisy ones are, since their quality does not depend
 on the clock. `losses_of` gives the samples that a policy loses. A sample collapses where its score is under half of
 the full cache's; in perplexity, where its tokens are on average more than one nat less likely. Samples on which the
-full cache itself scores nothing can not collapse.
+full cache itself scores nothing can not collapse. `matrices` set each policy against each other at equal budget, like
+with like.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from kvbench.measures import MAX_TURNS, measure
@@ -28,8 +31,13 @@ from kvbench.report.compare import (
     between_policies,
     compare,
     declared_budget,
+    difference_interval,
+    difference_unit,
+    difference_value,
     group_comparisons,
+    p_text,
     timing_noise,
+    verdict_remark,
     withheld,
 )
 from kvbench.report.compare import judged as corrected
@@ -83,18 +91,20 @@ class Judged:
         return tuple(dict.fromkeys((self.primary, *others)))
 
 
-def judge(group: Group, choices: Choices = DECLARED) -> Judged:
-    """Return the group with every comparison of quality and time that can be made in it.
+def judge(group: Group, choices: Choices = DECLARED, *, leading_alone: bool = False) -> Judged:
+    """Return the group with every comparison of quality and time that can be made in it, or of its primary measure.
 
     Of very many policies only those pairs are compared that are asked for, with Bonferroni's correction for all of
     them, which is stricter than Holm's.
     """
     num_pairs = sum(1 for _ in between_policies(group))
     names = (*PRIMARY_QUALITIES, *OTHER_QUALITIES, *_TIME_RATIOS)
-    found = group_comparisons(group, choices, names, between=num_pairs <= MOST_PAIRS)
+    primary = _primary(group)
+    only = (primary,) if leading_alone and primary else names
+    found = group_comparisons(group, choices, only, between=num_pairs <= MOST_PAIRS)
     by_pair = {(one.measure, one.first.key, one.second.key): one for one in found}
     return Judged(
-        group=group, primary=_primary(group), by_pair=by_pair, choices=choices, num_pairs=num_pairs,
+        group=group, primary=primary, by_pair=by_pair, choices=choices, num_pairs=num_pairs,
         ability=Ability(group),
     )  # fmt: skip
 
@@ -272,3 +282,172 @@ def is_collapsed(name: str, score: float, full: float) -> bool:
     if measure(name).better == "higher":
         return full > 0 and score < _KEPT_SHARE * full
     return score - full > _LOST_NATS
+
+
+MOST_SIDE = 40  # policies of a matrix that a reader still finds a pair in
+_MOST_REASONS = 3
+_LIKE = ("positions", "variant")
+_TOLD = ("better", "worse", "equivalent", "undecided")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Match:
+    """A row's policy against a column's, seen from the row; `reason` is why there is no comparison, or no verdict."""
+
+    comparison: Comparison | None
+    reason: str
+
+    @property
+    def word(self) -> str:
+        """Return the verdict in a word."""
+        return self.comparison.verdict if self.comparison else "not compared"
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Return the difference, its interval, and p where there is a verdict that it may speak for."""
+        one = self.comparison
+        if one is None:
+            return ()
+        p_value = p_text(one.p_holm) if one.verdict in _TOLD else ""
+        return tuple(filter(None, (difference_value(one), difference_interval(one), p_value)))
+
+    @property
+    def turned(self) -> Match:
+        """Return it as seen from the column."""
+        return replace(self, comparison=self.comparison and swapped(self.comparison))
+
+    @property
+    def text(self) -> str:
+        """Return the match on one line."""
+        return f"{self.word}: {', '.join(self.numbers)}".replace(", [", " [") if self.numbers else self.word
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MatrixRow:
+    """A policy at a budget against every column's at the same one; None where that is itself."""
+
+    budget: str
+    policy: str
+    matches: tuple[Match | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Matrix:
+    """Every policy against every other in one measure, budget by budget."""
+
+    title: str
+    measure: str
+    note: str
+    columns: tuple[str, ...]
+    rows: tuple[MatrixRow, ...]
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Return what stands above the texts."""
+        return "budget", "policy", *(f"against {name}" for name in self.columns)
+
+    @property
+    def texts(self) -> list[tuple[str, ...]]:
+        """Return the rows as texts."""
+        return [
+            (row.budget, row.policy, *("" if one is None else one.text for one in row.matches)) for row in self.rows
+        ]
+
+
+def matrices(judged: Judged) -> Iterator[Matrix]:
+    """Yield who beats whom, the leading measure first, then all others in which two policies have an interval.
+
+    Of very many pairs, which are compared only when asked for, the leading measure alone.
+    """
+    names = dict.fromkeys((*judged.qualities, *(name for name, _, _ in judged.by_pair)))
+    for name in list(names)[: 1 if judged.num_pairs > MOST_PAIRS else None]:
+        if found := _matrix(judged, name):
+            yield found
+
+
+def leading_matrix(group: Group, choices: Choices = DECLARED) -> Matrix | None:
+    """Return the first of them by itself, for where there is room for one."""
+    return next(matrices(judge(group, choices, leading_alone=True)), None)
+
+
+def _matrix(judged: Judged, name: str) -> Matrix | None:
+    """Return the matrix of a measure, of very many policies the best; None where no pair has an interval."""
+    group, measured = judged.group, [cell for cell in judged.group.budgeted if cell.estimate(name)]
+    every = dict.fromkeys(map(group.series_label, measured))
+    best = list(dict.fromkeys(map(group.series_label, _ranked(measured, name))))[:MOST_SIDE]
+    columns = tuple(label for label in every if label in best)
+    rows, seen = list[MatrixRow](), list[Match]()
+    for budget, cells in group.by_budget.items():
+        here = {group.series_label(cell): cell for cell in cells}
+        if sum(cell.estimate(name) is not None for cell in cells) < 2:
+            continue
+        known: dict[tuple[str, str], Match] = {}
+        for row in (label for label in columns if label in here):
+            for column in (label for label in columns if label != row):
+                if back := known.get((column, row)):
+                    known[row, column] = back.turned
+                else:
+                    seen.append(known.setdefault((row, column), _match(judged, here, row, column, name)))
+            rows.append(MatrixRow(budget=budget, policy=row, matches=tuple(known.get((row, one)) for one in columns)))
+    if all(one.comparison is None or one.comparison.low is None for one in seen):
+        return None
+    return Matrix(
+        title=f"Policy against policy: {measure(name).label} ({measure(name).better} is better)",
+        measure=name,
+        note=_matrix_note(judged, name, seen)
+        + (f" The {len(best)} best of {len(every)} policies." if len(every) > len(best) else ""),
+        columns=columns,
+        rows=tuple(rows),
+    )
+
+
+def _matrix_note(judged: Judged, name: str, pairs: Iterable[Match]) -> str:
+    """Return how to read it, and why pairs that are not told are not."""
+    what, unit = "Row minus column at the same budget", difference_unit(name)[0]
+    if is_latency_ratio(measure(name)):
+        what = "The row's time over the column's at the same budget, minus 1"
+    who = "Holm" if judged.num_pairs <= MOST_PAIRS else "Bonferroni"
+    untold: dict[str, Counter[str]] = {}
+    for one in pairs:
+        if one.word not in _TOLD:
+            untold.setdefault(one.word, Counter())[one.reason] += 1
+    said = [
+        f" {word.capitalize()}, {reasons.total()} pair{'s' if reasons.total() > 1 else ''}: "
+        f"{'; '.join(reason for reason, _ in reasons.most_common(_MOST_REASONS))}"
+        f"{f'; and {len(reasons) - _MOST_REASONS} other reasons' if len(reasons) > _MOST_REASONS else ''}."
+        for word, reasons in untold.items()
+    ]
+    return (
+        f"{what}{f', in {unit}' if unit else ''}; better: the row beats the column. [low, high] is the 95 % interval, "
+        f"not corrected; p is after {who}'s correction over all pairs at equal budget in this measure.{''.join(said)}"
+    )
+
+
+def _match(judged: Judged, here: Mapping[str, CellResult], row: str, column: str, name: str) -> Match:
+    """Return the match of two policies at the budget of the cells `here`, like with like only."""
+    for label in (row, column):
+        cell = here.get(label)
+        if cell is None or cell.estimate(name) is None:
+            ended = f"ended {cell.status}" if cell and cell.failed else "was not measured"
+            return Match(comparison=None, reason=f"{label} {ended} at this budget")
+    if reason := unlike(here[row], here[column], here.values()):
+        return Match(comparison=None, reason=reason)
+    found = judged.between(here[row], here[column], name)
+    if found is not None and found.noise:
+        noisy = next((label for label in (row, column) if timing_noise(here[label], name) == found.noise), "")
+        return Match(comparison=found, reason=f"{noisy}: {found.noise}")
+    return Match(comparison=found, reason=verdict_remark(found) if found else "there is no difference of such numbers")
+
+
+def unlike(one: CellResult, other: CellResult, cells: Collection[CellResult]) -> str:
+    """Return why two of the cells of a budget are not like with like, "" where they are.
+
+    They differ in position mode or variant, though one of the two policies was measured as the other was. A policy that
+    knows only its own mode stands for itself.
+    """
+    for part in _LIKE:
+        mine, theirs = getattr(one, part), getattr(other, part)
+        known = {(cell.policy, getattr(cell, part)) for cell in cells}
+        if mine != theirs and ((one.policy, theirs) in known or (other.policy, mine) in known):
+            return f"not like with like: {part} {' and '.join(one or 'as declared' for one in sorted((mine, theirs)))}"
+    return ""

@@ -3,10 +3,10 @@
     print_tables(load_results(Path("results")))
 
 `results_table` gives the rows that terminal, Markdown and page draw, `verdict_rows` the comparisons with the full
-cache that were declared before. `cells_frame` and `samples_frame` are for whoever wants the numbers: a row per cell,
-and a row per cell and sample; CSV and Parquet hold the same, with the same bytes for the same records. Text that a
-spreadsheet would run as a formula is made harmless in CSV; numbers are untouched. Every Markdown table of kvbench is
-written by `markdown_table`.
+cache that were declared before; policies among each other are `standing.leading_matrix`. `cells_frame` and
+`samples_frame` are for whoever wants the numbers: a row per cell, and a row per cell and sample; CSV and Parquet hold
+the same, with the same bytes for the same records. Text that a spreadsheet would run as a formula is made harmless in
+CSV; numbers are untouched. Every Markdown table of kvbench is written by `markdown_table`.
 """
 
 from __future__ import annotations
@@ -33,15 +33,17 @@ from kvbench.report.compare import (
     Ability,
     Choices,
     Comparison,
+    declared_budget,
     difference_interval,
     difference_unit,
     difference_value,
     group_comparisons,
-    size_text,
+    size_with_unit,
     timing_noise,
     verdict_remark,
 )
 from kvbench.report.load import CellResult, Group, Results
+from kvbench.report.standing import Matrix, leading_matrix
 
 _QUALITIES = ("ppl", "rougeL_vs_full", "rougeL_vs_reference", "objects_recalled_fraction")
 MAIN_COLUMNS = (*_QUALITIES, "ttft_ms", "tpot_ms", "peak_memory_bytes", "kv_stored_bytes")
@@ -57,7 +59,7 @@ _COST_COLUMNS = (
 )
 _OVERHEAD_BOUND_SHARE = 0.5
 INTERVAL_NOTE = "[low, high] is the 95 % interval; a number without one is a single observation or an exact count."
-_NARROW_COLUMNS = 100
+_NARROW_COLUMNS, _MATCH_COLUMNS = 100, 10  # a match is wider
 _LAYOUTS = ((False, 1), (True, 1), (True, 0))  # from roomy to tight: budget below the policy, blanks between columns
 _STYLES = {"number": "", "missing": "dim", "failed": "bold red", "noisy": "dim"}
 _Justify = Literal["left", "right"]
@@ -213,7 +215,6 @@ def verdict_rows(group: Group, choices: Choices = DECLARED) -> tuple[VerdictRow,
 
 def _verdict_row(group: Group, one: Comparison) -> VerdictRow:
     unit = difference_unit(one.measure)[0]
-    detectable = size_text(one.measure, one.minimum_detectable)
     remark = verdict_remark(one) if one.verdict in _REMARKED else ""
     return VerdictRow(
         policy=group.series_label(one.first),
@@ -221,7 +222,7 @@ def _verdict_row(group: Group, one: Comparison) -> VerdictRow:
         measure=one.measure,
         difference=f"{difference_value(one)} {unit}".strip(),
         interval=difference_interval(one),
-        detectable=f"{detectable} {unit}".strip() if detectable else MISSING,
+        detectable=size_with_unit(one.measure, one.minimum_detectable) or MISSING,
         verdict=f"{one.verdict}{_REMARKED[one.verdict]}{remark}" if remark else one.verdict,
     )
 
@@ -248,6 +249,7 @@ def print_tables(results: Results, console: Console | None = None, choices: Choi
         if sentence := Ability(group).sentence:
             console.print(Text(sentence), end="\n\n")
         _print_verdicts(verdict_rows(group, choices), console)
+        _print_matrix(group, choices, console)
     if not results.records:
         console.print(Text("No usable record was found."))
     for problem in results.problems:
@@ -298,6 +300,25 @@ def _print_verdicts(rows: tuple[VerdictRow, ...], console: Console) -> None:
     console.print()
 
 
+def _print_matrix(group: Group, choices: Choices, console: Console) -> None:
+    """Print each policy against each other at the headline's budget where that fits; page and files have all of it."""
+    if len({group.series_label(cell) for cell in group.budgeted}) * _MATCH_COLUMNS > console.width:
+        return
+    matrix, budget = leading_matrix(group, choices), declared_budget(group)
+    rows = [] if matrix is None else [row for row in matrix.rows if row.budget == budget]
+    if matrix is None or not rows:
+        return
+    drawn = _ruled(f"{matrix.title}, {budget}", matrix.note, 1)
+    for head in ("row against column", *matrix.columns):
+        drawn.add_column(Text(head), no_wrap=True, vertical="top")
+    for row in rows:
+        drawn.add_row(
+            Text(row.policy), *(Text("\n".join((one.word, *one.numbers)) if one else "-") for one in row.matches)
+        )
+    if _fits(drawn, console):
+        console.print(drawn, end="\n\n")
+
+
 def _two_lines(entry: Entry) -> Text:
     text = Text(entry.text, style=_STYLES[entry.kind])
     return text.append(f"\n{entry.interval}", style="dim") if entry.interval else text
@@ -337,6 +358,8 @@ def _markdown(group: Group, choices: Choices) -> Iterator[str]:
         yield from ("", f"### Compared with full: {escaped(group.title)}", "")
         yield from (*([escaped(sentence), ""] if sentence else []), _declared_text(rows), "")
         yield from markdown_table(tuple(_VERDICT_HEADS), (row.texts for row in rows), "lllrrl")
+    if found := leading_matrix(group, choices):
+        yield from ("", *matrix_markdown(found, group.title))
 
 
 def _markdown_row(row: Row) -> list[str]:
@@ -349,6 +372,12 @@ def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]], sides: s
     yield f"| {' | '.join(map(escaped, heads))} |"
     yield f"|{'|'.join(rules)}|"
     yield from (f"| {' | '.join(map(escaped, row))} |" for row in rows)
+
+
+def matrix_markdown(matrix: Matrix, group_title: str) -> Iterator[str]:
+    """Yield the lines of a matrix of policies under its heading."""
+    yield from (f"### {escaped(matrix.title)}, {escaped(group_title)}", "", escaped(matrix.note), "")
+    yield from markdown_table(matrix.heads, matrix.texts, "l" * len(matrix.heads))
 
 
 def escaped(text: str) -> str:

@@ -3,24 +3,25 @@
     verdicts_latex([judge(group) for group in results.groups])
 
 `cell_rows` are the rows before they are drawn, which the page draws too. `verdict_table` makes text of them, one
-wording in two notations, Markdown and LaTeX; CSV holds the numbers in base units and full precision. The same records
+wording in two notations, Markdown and LaTeX, and each policy against each other (`standing.matrices`) follows in both;
+CSV holds the numbers in base units and full precision. The same records
 give the same bytes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from kvbench.measures import format_value, format_with_interval, measure
-from kvbench.report.compare import Comparison, difference_text, difference_unit, size_text, verdict_remark
+from kvbench.report.compare import Comparison, difference_text, size_text, size_with_unit, verdict_remark
 from kvbench.report.load import CellResult, Estimate
-from kvbench.report.standing import Judged, losses_of
-from kvbench.report.tables import csv_text, escaped, markdown_table
+from kvbench.report.standing import Judged, losses_of, matrices
+from kvbench.report.tables import csv_text, escaped, markdown_table, matrix_markdown
 
 REFERENCE = "reference"
 _TIMES = ("tpot", "ttft")
@@ -193,17 +194,19 @@ def _estimate(name: str | None, found: Estimate | None) -> str:
 
 def _margins(rows: Sequence[CellRow]) -> str:
     made = [row.comparison for row in rows if row.comparison is not None and row.comparison.margin is not None]
-    found = {f"{size_text(one.measure, one.margin)} {difference_unit(one.measure)[0]}".strip() for one in made}
+    found = {size_with_unit(one.measure, one.margin) for one in made}
     return f" Margin: {', '.join(sorted(found))}." if found else ""
 
 
 def verdicts_markdown(groups: Sequence[Judged]) -> str:
-    """Return one table per model and data set."""
+    """Return one table per model and data set, and behind it each policy against each other, a table per measure."""
     parts = []
-    for table in map(verdict_table, groups):
+    for judged in groups:
+        table = verdict_table(judged)
         sides = "l" * _NUM_TEXT + "r" * (len(table.heads) - _NUM_TEXT)
         lines = [f"## {escaped(table.title)}", "", escaped(table.note), ""]
         parts.append("\n".join([*lines, *markdown_table(table.heads, table.rows, sides)]) + "\n")
+        parts += ["\n".join(matrix_markdown(one, table.title)) + "\n" for one in matrices(judged)]
     return "\n".join(parts) or "No usable record was found.\n"
 
 
@@ -225,27 +228,41 @@ def _at(row: CellRow, path: str) -> object:
 
 
 def verdicts_latex(groups: Sequence[Judged]) -> str:
-    """Return one table per model and data set, for a document that uses booktabs (and graphicx, to fit its width)."""
+    """Return the same tables, for a document that uses booktabs (and graphicx, to fit its width)."""
     head = "% Made by kvbench report --format latex; needs \\usepackage{booktabs} and \\usepackage{graphicx}.\n"
-    return head + "\n".join(_latex(verdict_table(judged)) for judged in groups)
+    # Of tables without text between them LaTeX holds back 52 at most.
+    return head + "\\clearpage\n".join("\n".join(_latex_tables(judged)) for judged in groups)
+
+
+def _latex_tables(judged: Judged) -> Iterator[str]:
+    yield _latex(verdict_table(judged))
+    for found in matrices(judged):
+        caption = f"{found.title}, {judged.group.title}. {found.note}"
+        yield _tabular(caption, "l" * len(found.heads), map(tex, found.heads), (map(tex, row) for row in found.texts))
 
 
 def _latex(table: VerdictTable) -> str:
     kept = [index for index, head in enumerate(table.heads) if head not in _LEFT_OUT]
     columns = "l" * _NUM_TEXT + "r" * (len(kept) - _NUM_TEXT)
-    heads = " & ".join(tex(table.heads[index]) for index in kept)
+    heads = (tex(table.heads[index]) for index in kept)
     marks = (_MARKS.get(row[_NUM_TEXT - 1].partition(" (")[0], "") for row in table.rows)
-    body = "\n".join(
-        f"{' & '.join((mark if index == _NUM_TEXT - 1 else '') + tex(row[index]) for index in kept)} \\\\"
+    body = (
+        ((mark if index == _NUM_TEXT - 1 else "") + tex(row[index]) for index in kept)
         for mark, row in zip(marks, table.rows, strict=True)
     )
+    return _tabular(f"{table.title}. {table.note}", columns, heads, body)
+
+
+def _tabular(caption: str, columns: str, heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a table whose entries are LaTeX already, under a caption that is plain text."""
+    body = "\n".join(f"{' & '.join(row)} \\\\" for row in rows)
     return f"""\\begin{{table}}[t]
 \\centering
-\\caption{{{tex(table.title)}. {tex(table.note)}}}
+\\caption{{{tex(caption)}}}
 \\resizebox{{\\linewidth}}{{!}}{{%
 \\begin{{tabular}}{{{columns}}}
 \\toprule
-{heads} \\\\
+{" & ".join(heads)} \\\\
 \\midrule
 {body}
 \\bottomrule

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from kvbench.frontier.section import frontier_html
 from kvbench.frontier.table import Frontier, Look, Search
 from kvbench.report.answer import answer_html, answer_sentences
 from kvbench.report.compare import DECLARED, Ability, group_comparisons
@@ -21,6 +21,7 @@ from kvbench.report.figures.style import Look as PlotLook
 from kvbench.report.findings import above_random, budget_steps, not_monotone, notes_of
 from kvbench.report.load import Group, Results, load_results
 from kvbench.report.page import render_page
+from kvbench.report.page_tables import frontier_html, matrices_html
 from kvbench.report.standing import best_policies, judge, safe_cells, standing_at
 from kvbench.report.tables import markdown_tables, print_tables
 from kvbench.report.verdicts import verdicts_csv, verdicts_latex, verdicts_markdown
@@ -203,6 +204,17 @@ def test_every_place_says_so_and_names_no_winner(unable: Results, place: str) ->
     assert SENTENCE in text.replace("<b>", "").replace("</b>", "")
     for claim in ("is best with", "At 20 % of seen take", "below `random`", "worse than the full cache ("):
         assert claim not in text
+
+
+def test_no_policy_beats_another_and_each_pair_says_why(unable: Results) -> None:
+    drawn = matrices_html(judge(unable.groups[0])).split("<summary>")
+    qualities = [part for part in drawn[1:] if "TPOT" not in part and "TTFT" not in part]
+    assert len(qualities) > 2
+    for part in qualities:
+        assert part.count("</span> not ranked<small>") == 2
+        assert part.count('title="the full cache itself does not do this task; ') == 2
+        assert "Not ranked, 1 pair: the full cache itself does not do this task." in part
+        assert not re.search(r"v-(better|worse)|p\s[=&]", part.partition("</p>")[2])
 
 
 def test_no_row_of_the_csv_has_a_verdict_on_quality(unable: Results) -> None:

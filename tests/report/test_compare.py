@@ -17,6 +17,8 @@ from kvbench.report.compare import (
     difference_text,
     group_comparisons,
     judged,
+    p_text,
+    size_with_unit,
     timing_noise,
     verdict_remark,
 )
@@ -389,3 +391,17 @@ def test_the_terminal_says_differences_in_the_words_of_the_other_formats(tmp_pat
 def test_a_sample_without_scored_tokens_has_no_score() -> None:
     assert sample_score({"nll_sum": 1.0, "num_scored_tokens": 0}, "ppl") is None
     assert sample_score({"rougeL_vs_full": True}, "rougeL_vs_full") is None
+
+
+def test_a_size_has_its_unit_wherever_a_margin_is_named() -> None:
+    assert size_with_unit("rougeL_vs_full", 0.02) == "0.020"
+    assert size_with_unit("objects_recalled_fraction", 0.02) == "2.0 points"
+    assert size_with_unit("ppl", 0.02) == "0.020 nats/token"
+    assert size_with_unit("tpot_ratio_to_full", 0.03) == "3.0 %"
+    assert size_with_unit("ppl", None) == ""
+
+
+def test_a_p_value_is_rounded_to_what_it_can_say() -> None:
+    assert [p_text(value) for value in (None, 0.0, 0.00099, 0.0123, 1.0)] == [
+        *("", "p < 0.001", "p < 0.001", "p = 0.012", "p = 1"),
+    ]

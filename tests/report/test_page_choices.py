@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kvbench.frontier.section import frontier_html
 from kvbench.frontier.table import Frontier
 from kvbench.measures import measure
 from kvbench.report.answer import answer_html, answer_sentences
@@ -16,7 +15,7 @@ from kvbench.report.figures.draw import Plot
 from kvbench.report.figures.kinds import FIGURES
 from kvbench.report.load import load_results
 from kvbench.report.page import again_html, figures_html, methods_html, render_page
-from kvbench.report.page_tables import latency_html
+from kvbench.report.page_tables import frontier_html, latency_html
 from kvbench.report.standing import judge
 from tests.report.synthetic import body, write_cell
 

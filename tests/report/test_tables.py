@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,8 @@ def test_groups_are_kept_apart(tmp_path: Path) -> None:
 
 def test_every_cell_is_compared_with_full_in_terminal_and_markdown(sweep_folder: Path) -> None:
     markdown = markdown_tables(load_results(sweep_folder))
-    rows = [line for line in markdown.split("### Compared with full")[1].splitlines() if line.startswith("| ")][2:]
+    verdicts = markdown.split("### Compared with full")[1].split("### Policy against policy")[0]
+    rows = [line for line in verdicts.splitlines() if line.startswith("| ")][2:]
     assert len(rows) == 2 * 12, "ROUGE-L and TPOT of twelve cells"
     assert any("| worse |" in row for row in rows)
     assert "Holm" in markdown
@@ -71,6 +73,18 @@ def test_every_cell_is_compared_with_full_in_terminal_and_markdown(sweep_folder:
         text = printed(sweep_folder, width)
         assert "Compared with full" in text
         assert "80 %" in text
+
+
+def test_policies_stand_against_each_other_in_markdown_and_in_a_wide_terminal(
+    sweep_folder: Path,
+) -> None:
+    (matrix,) = markdown_tables(load_results(sweep_folder)).split("### Policy against policy: ")[1:]
+    rows = [line for line in matrix.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == 12, "four policies at three budgets, in the leading measure alone"
+    wide, narrow = printed(sweep_folder, 140), printed(sweep_folder, 60)
+    assert re.search(r"Policy against policy: .* \(higher is better\), 20 % of seen", wide)
+    assert "Holm's correction over all pairs" in " ".join(wide.split())
+    assert "Policy against policy" not in narrow
 
 
 def test_a_noisy_time_has_no_verdict_and_says_why(tmp_path: Path) -> None:

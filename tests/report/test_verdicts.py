@@ -33,10 +33,23 @@ def test_every_format_has_every_cell_and_its_verdict_the_same_bytes_twice(sweep_
         assert text == make(judged_of(sweep_folder))
         for word in ("h2o", "elastic", "random", "worse", "reference"):
             assert word.replace("_", "\\_") in text
-    lines = verdicts_markdown(judged_of(sweep_folder)).splitlines()
-    rows = [line for line in lines if line.startswith("|")]
+    table, *matrices = verdicts_markdown(judged_of(sweep_folder)).split("### Policy against policy: ")
+    rows = [line for line in table.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + 13
     assert len({line.count("|") for line in rows}) == 1
+    assert len(matrices) > 4
+    for matrix in matrices:
+        rows = [line for line in matrix.splitlines() if line.startswith("|")]
+        assert len(rows) == 2 + 12
+        assert {line.count("|") for line in rows} == {7}
+
+
+def test_each_policy_against_each_other_is_a_table_of_its_own_in_latex(sweep_folder: Path) -> None:
+    text = verdicts_latex(judged_of(sweep_folder))
+    assert text.count(r"\begin{table}") == text.count(r"\bottomrule") == 1 + text.count("Policy against policy: ") > 4
+    assert r"budget & policy & against elastic & against h2o & against random & against streaming\_llm \\" in text
+    better = r"better: \+0\.\d+ \{\[\}\+0\.\d+, \+0\.\d+\], p \\textless\{\} 0\.001"
+    assert re.search(rf"\n20 \\% of seen & h2o & \w+: [^&]+ &  & {better} & {better} \\\\\n", text)
 
 
 def test_csv_holds_intervals_in_base_units_for_every_quality_measure(sweep_folder: Path) -> None:
@@ -68,6 +81,13 @@ def test_no_special_character_of_latex_is_left_bare() -> None:
     without = re.sub(r"\\[{}$&#%_]|\{\[\}|\$-\$", "", without)
     assert not set(without) & set('\\{}$&#%_^~<>|"[')
     assert tex("a\nb\x00c") == "a b c"
+
+
+def test_the_tables_of_many_groups_are_never_more_floats_than_latex_holds_back(tmp_path: Path) -> None:
+    for model in ("one", "two"):
+        write_sweep(tmp_path, model=model)
+    first, second = verdicts_latex(judged_of(tmp_path)).split("\\clearpage\n")
+    assert 4 < first.count(r"\begin{table}") == second.count(r"\begin{table}") <= 52
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex on PATH")

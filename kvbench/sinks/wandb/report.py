@@ -23,7 +23,8 @@ from kvbench.measures import MEASURES, format_with_interval, measure
 from kvbench.report.compare import DECLARED, Ability, Choices, Comparison, group_comparisons
 from kvbench.report.figures.draw import png_names
 from kvbench.report.load import Group, Results, flat_settings
-from kvbench.report.standing import best_policies
+from kvbench.report.standing import best_policies, leading_matrix
+from kvbench.report.tables import markdown_table, matrix_markdown
 from kvbench.results.files import replace_file
 from kvbench.results.redaction import hide_known
 from kvbench.sinks.console import say
@@ -131,7 +132,7 @@ def _outline(results: Results, choices: Choices) -> Outline:
         description=f"{len(results.records)} cells of kvbench, from their records; intervals are 95 %.",
         sweeps=sweeps,
         headline=hide_known("\n\n".join(line for group, some in compared for line in _headline(group, some))),
-        chapters=[_chapter(group, some, results.groups) for group, some in compared],
+        chapters=[_chapter(group, some, results.groups, choices) for group, some in compared],
         figures=list(figures),
         definitions="\n".join(f"- **{measure(name).title}**: {measure(name).definition}" for name in shown),
     )
@@ -158,7 +159,7 @@ def _headline(group: Group, compared: Sequence[Comparison]) -> Iterator[str]:
         yield "Fewer than two policies were measured at one budget, so there is no best one."
 
 
-def _chapter(group: Group, compared: Sequence[Comparison], groups: Sequence[Group]) -> Chapter:
+def _chapter(group: Group, compared: Sequence[Comparison], groups: Sequence[Group], choices: Choices) -> Chapter:
     measured = {name for cell in group.cells for name in MEASURES if cell.estimate(name)}
     quality, latency, memory = (
         [(f"{measure_group(name)}/{name}", measure(name).title) for name in names if name in measured]
@@ -167,7 +168,7 @@ def _chapter(group: Group, compared: Sequence[Comparison], groups: Sequence[Grou
     return Chapter(
         title=group.title,
         chosen=_chosen(group, groups),
-        text=hide_known(_verdict_table(group, compared)),
+        text=hide_known("\n\n".join([_verdict_table(group, compared), *_matrix(group, choices)])),
         quality=quality,
         latency=latency,
         memory=memory,
@@ -195,15 +196,21 @@ def _verdict_table(group: Group, compared: Sequence[Comparison]) -> str:
     if not rows:
         return "Nothing could be compared with the full cache."
     sentence = Ability(group).sentence
-    head = "| policy | budget | measure | difference from full | 95 % interval | verdict | declared before |"
-    lines = [*([sentence, ""] if sentence else []), head, "|---|---|---|---|---|---|---|"]
+    heads = ("policy", "budget", "measure", "difference from full", "95 % interval", "verdict", "declared before")
+    texts = []
     for one in sorted(rows, key=lambda one: (not one.primary, _COMPARED.index(one.measure))):
         shown = measure(one.measure)
-        policy, budget = (text.replace("|", "\\|") for text in (group.series_label(one.first), one.first.budget))
         label = f"log-loss of {shown.label}, nats per token" if shown.unit == "ppl" else shown.label
-        numbers = f"{one.value:+.3g} | [{one.low:.3g}, {one.high:.3g}] | {one.verdict}"
-        lines.append(f"| {policy} | {budget} | {label} | {numbers} | {'primary' if one.primary else ''} |")
-    return "\n".join(lines)
+        numbers = f"{one.value:+.3g}", f"[{one.low:.3g}, {one.high:.3g}]"
+        names = group.series_label(one.first), one.first.budget
+        texts.append((*names, label, *numbers, one.verdict, "primary" if one.primary else ""))
+    return "\n".join([*([sentence, ""] if sentence else []), *markdown_table(heads, texts)])
+
+
+def _matrix(group: Group, choices: Choices) -> Iterator[str]:
+    """Yield each policy against each other in the leading measure, where two can be compared."""
+    if found := leading_matrix(group, choices):
+        yield "\n".join(matrix_markdown(found, group.title))
 
 
 def report_spec(outline: Outline, *, project: str, entity: str | None) -> dict[str, Any]:

@@ -123,6 +123,10 @@ def test_the_text_has_the_verdicts_and_the_panels_only_keys_that_runs_have(recor
     assert ", shown to be better than `random`." in headline
     assert "| h2o | 20 % of seen | log-loss of PPL, nats per token | +" in table
     assert " | worse | primary |" in table
+    verdicts, matrix = table.split("### Policy against policy: ")
+    assert "| budget | policy | against h2o | against random |" in matrix
+    assert "| 20 % of seen | random | worse: -" in matrix
+    assert "against" not in verdicts
     assert "**Perplexity**: exp of" in definitions
     assert blocks[1]["type"] == "table-of-contents"
     known = set[str]()
