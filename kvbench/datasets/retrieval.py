@@ -1,11 +1,12 @@
-"""A long text that hides something, and what must be found: needle, passkey and RULER files, and needles made here.
+"""A long text that hides something, and what must be found: needle, passkey and RULER files, and what is made here.
 
 A row of a file has `input` and what is expected (`outputs`, `answers`, `answer` or `target`). Every expected text is
 a fact, so an answer is also scored by how many it names.
 
 `Needles` makes haystacks from a seed, of a text file (or a folder of them) or of synthetic filler sentences, and hides
 a passkey or a sentence at a known depth. Depths are spread evenly over the examples, so that a table by depth is one
-group-by away: the id holds it.
+group-by away: the id holds it. `Recall` is what a small model can do that follows no instruction: a text gives keys
+their values and begins to state one of them again.
 """
 
 from __future__ import annotations
@@ -88,6 +89,10 @@ _NEEDLES = {
 }
 
 
+def _filler_sentence(rng: random.Random) -> str:
+    return f"The {' '.join(map(rng.choice, _FILLER))}."
+
+
 @dataclass(frozen=True, kw_only=True)
 class Needles:
     """`num_samples` haystacks of `context_words` words, the needle at one of `num_depths` depths from 0 to 1.
@@ -167,10 +172,7 @@ class Needles:
         hay: list[str] = []
         num_words, at = 0, rng.randrange(len(self._sentences)) if self._sentences else 0
         while num_words < self.context_words:
-            if self._sentences:
-                hay.append(self._sentences[at % len(self._sentences)])
-            else:
-                hay.append(f"The {' '.join(map(rng.choice, _FILLER))}.")
+            hay.append(self._sentences[at % len(self._sentences)] if self._sentences else _filler_sentence(rng))
             num_words, at = num_words + len(hay[-1].split()), at + 1
         return hay
 
@@ -178,3 +180,86 @@ class Needles:
         """Return every hidden number of the data set that `text` holds as a number of its own."""
         numbers = set(_NUMBER.findall(text))
         return frozenset(example.reference for example in self._examples if example.reference in numbers)
+
+
+_RECALL_VERSION = 1
+_STATED = "Here is {}'s {} {}."
+_WORD = re.compile(r"\w+")
+# A value stands right after its key, and each fits after every key: what a small model can do.
+_OWNERS = (
+    *("Anna", "Bruno", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Irene"),
+    *("Jacob", "Karen", "Louis", "Maria", "Nathan", "Olivia", "Peter", "Rachel", "Simon"),
+)
+_COLOURS = (
+    *("amber", "black", "blue", "brown", "copper", "golden", "green", "grey", "ivory"),
+    *("lilac", "orange", "pink", "purple", "red", "silver", "violet", "white", "yellow"),
+)
+_THINGS = (
+    *("anchor", "basket", "bottle", "button", "candle", "carpet", "chair", "clock", "drum"),
+    *("feather", "hammer", "kettle", "ladder", "lantern", "mirror", "needle", "pillow", "ribbon"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recall:
+    """`num_samples` texts of `num_keys` things, each somebody's and of its own colour, which begin to state one again.
+
+    "Here is Anna's red" goes on with what it was: a text to be completed, without chat template, so that a model that
+    was never taught to answer can do it. The question is that last begin; hidden, the text before it is compressed
+    alone. Which thing is asked for steps through the places, so that every depth comes equally often; the id holds it.
+    filler_words: after each thing, at least. Raises: ConfigError.
+    """
+
+    num_samples: int = 20
+    num_keys: int = 8
+    filler_words: int = 40
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        made = 1 <= self.num_samples <= MOST_MADE and 0 <= self.filler_words <= MOST_MADE
+        if not made or not 1 <= self.num_keys <= len(_THINGS):
+            raise ConfigError(
+                f"dataset has num_samples={self.num_samples}, num_keys={self.num_keys}, "
+                f"filler_words={self.filler_words}; allowed: 1 to {MOST_MADE}, 1 to {len(_THINGS)}, 0 to {MOST_MADE}"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """The version of the generator; everything else is in the settings."""
+        return f"recall-v{_RECALL_VERSION}"
+
+    def examples(self) -> Sequence[Example]:
+        """Return the examples; example k asks for the thing at place k modulo num_keys."""
+        return self._examples
+
+    @cached_property
+    def _examples(self) -> list[Example]:
+        return [self._text(number) for number in range(self.num_samples)]
+
+    def _text(self, number: int) -> Example:
+        rng = random.Random(f"recall-v{_RECALL_VERSION}/{self.seed}/{number}")
+        place = number % self.num_keys
+        owners, colours, things = (rng.sample(words, self.num_keys) for words in (_OWNERS, _COLOURS, _THINGS))
+        sentences: list[str] = []
+        for key in zip(owners, colours, things, strict=True):
+            sentences.append(_STATED.format(*key))
+            num_words = 0
+            while num_words < self.filler_words:
+                sentences.append(_filler_sentence(rng))
+                num_words += len(sentences[-1].split())
+        name = f"recall/{number}/depth-{place / max(1, self.num_keys - 1):.2f}"
+        return Example(
+            id=name,
+            cluster=name,
+            context=" ".join(sentences) + " ",
+            question=_STATED.format(owners[place], colours[place], "").removesuffix(" ."),
+            reference=things[place],
+            facts=frozenset((things[place],)),
+            fact_noun="needles",
+            completes=True,
+        )
+
+    def facts_in(self, text: str) -> frozenset[Hashable]:
+        """Return the first word of `text` if it is one of the things: the text goes on, and that is no answer."""
+        first = _WORD.search(text)
+        return frozenset((first[0],)).intersection(_THINGS) if first else frozenset()

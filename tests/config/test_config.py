@@ -328,8 +328,8 @@ def test_the_registered_names_stay_as_they_are_in_the_keys_of_records() -> None:
     names = {
         "policy": "Elastic ElasticReleased Full H2O H2OElasticRelease H2OReleased LocalElasticRelease Random SnapKV "
         "StreamingLLM StreamingLLMReleased",
-        "dataset": "Conversation LlavaBench LongBench MMVet MTBench Needles Retrieval Scenes Summaries Synthetic "
-        "TextWindows",
+        "dataset": "Conversation LlavaBench LongBench MMVet MTBench Needles Recall Retrieval Scenes Summaries "
+        "Synthetic TextWindows",
         "task": "Capacity Fidelity Generation Memory MultiTurn Perplexity PerplexityReleased Speed",
         "budget": "Budget",
     }

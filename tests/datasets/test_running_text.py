@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbench.datasets.base import Window
-from kvbench.datasets.retrieval import Needles
-from kvbench.datasets.text import TextWindows
+from kvbench.datasets.retrieval import Needles, Recall
+from kvbench.datasets.text import _BOOK, TextWindows
 from tests.covering import share_of
 from tests.datasets.files import refusal
 
@@ -149,3 +149,52 @@ def test_wrong_needles_are_refused(tmp_path: Path) -> None:
     assert "dataset.filler nowhere.txt cannot be read" in refusal(lambda: Needles(filler="nowhere.txt"))
     (tmp_path / "latin.txt").write_bytes(b"A caf\xe9. And more.")
     assert "is not text in UTF-8" in refusal(lambda: Needles(filler=str(tmp_path / "latin.txt")))
+
+
+def test_a_text_begins_to_state_a_thing_again_and_every_place_comes_equally_often() -> None:
+    data = Recall(num_samples=16, num_keys=4, filler_words=20)
+    for number, example in enumerate(data.examples()):
+        stated = example.context.split(f"{example.question} {example.reference}. ")
+        assert len(stated) == 2, "the key has one value, and the question begins to state it"
+        assert stated[0].count("Here is ") == number % 4
+        assert example.context.count("Here is ") == 4
+        assert 80 <= len(example.context.split()) < 140
+        assert example.completes
+        assert example.can_hide_question
+        assert example.id == f"recall/{number}/depth-{number % 4 / 3:.2f}"
+        assert data.facts_in(f" {example.reference}. Here is Anna's") == example.facts == {example.reference}
+    assert data.facts_in("anchor. Here is Anna's red basket.") == {"anchor"}, "the first word is the answer"
+    assert data.facts_in("small anchor") == data.facts_in("anchors") == data.facts_in("") == frozenset()
+
+
+def test_recall_follows_from_the_seed_alone() -> None:
+    def contexts(**options: int) -> list[str]:
+        return [example.context for example in Recall(num_samples=3, **options).examples()]
+
+    assert contexts() == contexts()
+    assert set(contexts()).isdisjoint(contexts(seed=1))
+    assert all(context.count("Here is ") == 1 for context in contexts(num_keys=1))
+
+
+@pytest.mark.parametrize("change", [{"num_samples": 0}, {"num_keys": 0}, {"num_keys": 19}, {"filler_words": 10**6}])
+def test_wrong_recall_is_refused(change: dict[str, int]) -> None:
+    ((name, value),) = change.items()
+    assert f"{name}={value}" in refusal(lambda: Recall(**change))
+
+
+def test_the_novel_that_comes_along_is_whole_and_has_its_source_and_licence_beside_it() -> None:
+    text = _BOOK.read_text(encoding="utf-8")
+    assert 400_000 < len(text) < 1_000_000
+    assert text.startswith("Letter 1\n\n_To Mrs. Saville")
+    assert text.endswith("lost in darkness and distance.\n")
+    assert "Gutenberg" not in text
+    source = _BOOK.with_suffix(".md").read_text(encoding="utf-8")
+    assert "public domain" in source
+    assert f"{len(text):,} characters" in source
+
+
+@pytest.mark.parametrize(("given", "scored", "number"), [(512, 64, 8), (1024, 256, 48)])
+def test_the_novel_has_windows_for_both_sizes_of_the_experiment(given: int, scored: int, number: int) -> None:
+    data = TextWindows(path="bundled", prompt_tokens=given, scored_tokens=scored, num_samples=number)
+    assert len(data.examples()) == number
+    assert data.examples()[-1].id == f"frankenstein.txt/{number - 1}"

@@ -23,7 +23,7 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
 YAMLS = sorted((Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))
-NAMED = [path for path in YAMLS if path.stem not in ("local", "tiny-llava")]
+NAMED = [path for path in YAMLS if path.stem not in ("local", "smollm2-135m", "tiny-llava")]
 PICTURE = Image.new("RGB", (20, 20))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from kvbench.bundled.tiny_llava import train_tokenizer
 from kvbench.datasets.base import Example
 from kvbench.errors import DataError
 from kvbench.models.chat import TextTokens
-from kvbench.models.inputs import answer_tokens, prompt_ids
+from kvbench.models.inputs import answer_tokens, num_question_tokens, prompt_ids, prompt_text
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.processors import qwen_tokenizer
 from kvbench.models.spec import ModelSpec
@@ -164,6 +165,16 @@ def loaded_of(family: str, folder: Path, post: str | None = None) -> LoadedModel
 
 def asked(question: str, reference: str = "A red dot.", context: str = "") -> Example:
     return Example(id="x", cluster="x", question=question, reference=reference, context=context)
+
+
+def test_a_text_to_complete_has_no_chat_template_and_no_end_token(tmp_path: Path) -> None:
+    loaded = loaded_of("llama", tmp_path)
+    assert loaded.chat_template is not None
+    begin = replace(asked("What is", "a row", context="It is. "), completes=True)
+    assert prompt_text(loaded, begin) == "It is. What is"
+    assert loaded.tokenizer.decode(answer_tokens(loaded, begin)) == " a row"
+    number = num_question_tokens(loaded, begin)
+    assert loaded.tokenizer.decode(prompt_ids(loaded, begin)[-number:]).strip() == "What is"
 
 
 def test_a_reference_that_names_the_end_token_is_scored_to_its_end(tmp_path: Path) -> None:

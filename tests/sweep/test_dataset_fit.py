@@ -119,6 +119,22 @@ def test_needles_need_no_file_and_their_question_can_be_hidden() -> None:
     assert len(cell.dataset.examples()) == 20
 
 
+@pytest.mark.parametrize(("name", "number"), [("recall", 20), ("recall_many", 100)])
+def test_recall_needs_no_file_and_what_is_asked_can_be_hidden(name: str, number: int) -> None:
+    seen, hidden = (cell_with(f"dataset={name}", "task=text", f"query_visible={word}") for word in ("true", "false"))
+    assert len(hidden.dataset.examples()) == number
+    assert seen.key != hidden.key
+
+
+@pytest.mark.parametrize(("name", "number"), [("frankenstein", 8), ("frankenstein_long", 48)])
+def test_the_novel_needs_no_file_and_has_nothing_to_hide(name: str, number: int) -> None:
+    cell = cell_with(f"dataset={name}", "task=text")
+    assert len(cell.dataset.examples()) == number
+    assert cell.settings["dataset"]["fingerprint"] == cell.dataset.fingerprint
+    with pytest.raises(DataError, match="has neither a picture nor a context before its question"):
+        cell_with(f"dataset={name}", "task=text", "query_visible=false")
+
+
 @pytest.mark.parametrize(
     ("name", "row"),
     [

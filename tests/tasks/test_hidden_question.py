@@ -16,8 +16,9 @@ from torch import Tensor
 from kvbench.cache import Budget, Needs, Policy, ScorePolicy, View
 from kvbench.cache.released import departures_of
 from kvbench.datasets.base import Example
+from kvbench.datasets.retrieval import Recall
 from kvbench.errors import DataError, ModelSupportError
-from kvbench.models.inputs import by_question_length, num_question_tokens, prompt_batch, prompt_text
+from kvbench.models.inputs import by_question_length, num_question_tokens, prompt_batch, prompt_ids, prompt_text
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
 from kvbench.tasks.decode import CacheSetting
@@ -83,6 +84,21 @@ def test_a_cut_cache_answers_differently_when_the_question_is_hidden(bundled: Lo
     bench = bench_of(bundled, tmp_path, cut())
     seen, unseen = Perplexity().run(bench), Perplexity().run(hidden(bench))
     assert abs(seen.measurements["ppl"]["value"] - unseen.measurements["ppl"]["value"]) > 1e-3
+
+
+def test_of_a_text_to_complete_the_last_sentence_can_be_hidden(text_model: LoadedModel, tmp_path: Path) -> None:
+    data = Recall(num_samples=2, num_keys=2, filler_words=0)
+    full, spy = bench_of(text_model, tmp_path, FULL, batch_size=1), Spy()
+    benches = [replace(bench, dataset=data, examples=data.examples()) for bench in (full, hidden(full))]
+    seen, unseen = (Perplexity().run(bench).measurements["ppl"] for bench in benches)
+    assert unseen["value"] == pytest.approx(seen["value"], rel=1e-5)
+    row = Generation(max_new_tokens=3).run(benches[1]).samples[data.examples()[0].id]
+    assert row["needles_recalled_fraction"] in (0.0, 1.0)
+    example = data.examples()[0]
+    Perplexity().run(replace(benches[1], setting=cut(policy=spy), examples=[example]))
+    question = num_question_tokens(text_model, example)
+    assert text_model.tokenizer.decode(prompt_ids(text_model, example)[-question:]).strip() == example.question
+    assert [new for new, *_ in spy.cuts] == [len(prompt_ids(text_model, example)) - question, question]
 
 
 @pytest.mark.parametrize("name", ["generation", "fidelity"])
