@@ -34,6 +34,9 @@ _SUFFIXES = {
 }
 _OBSERVED = ("roof_share_fraction", "full_roof_share_fraction", "foreign_gpu_processes", "timing_passes")
 _ONE_AND_MORE = ("roof_share_fraction", "spread_fraction", "drift_fraction")  # shares of what may be less than they
+# What a task itself asks for, which leads wherever policies are compared; a data set has one of the first two or none.
+TASK_MEASURES = ("needles_recalled_fraction", "objects_recalled_fraction", "exact_fraction")
+NEAR_LENGTH_FRACTION = 0.1  # ROUGE against full follows the answer's length, so what is further from it is told
 _SIGNIFICANT = {"ppl": 4, "tokens": 3, "entries": 4}
 
 
@@ -119,7 +122,7 @@ _ROWS: tuple[tuple[str, Unit, Better, str, str, str], ...] = (
     ("roof_share_fraction", "fraction", "higher", "of roof", "Share of the memory roof reached",
      "Memory roof over TPOT; below 50 % the step is overhead-bound: most of it is not reading weights and entries."),
     ("copy_bandwidth_bytes_per_s", "bytes/s", "higher", "copy bandwidth", "Copy bandwidth",
-     "Bytes read and written per second by copying a large buffer, median of some copies in the same run."),
+     "Bytes read and written per second by copying a large buffer, median over the cells of a machine and sweep."),
     ("full_ttft_ms", "ms", "lower", "TTFT of full", "Time to first token of the full cache",
      "TTFT of the full cache in the same interleaved launches."),
     ("full_tpot_ms", "ms", "lower", "TPOT of full", "Time per output token of the full cache",
@@ -217,6 +220,11 @@ def measure(name: str) -> Measure:
     return MEASURES[name]
 
 
+def has_other_length(ratio: float) -> bool:
+    """Tell whether answers of this length relative to the full cache's must be told, wherever ROUGE is shown."""
+    return abs(ratio - 1) > NEAR_LENGTH_FRACTION
+
+
 def to_minimise(name: str, value: float) -> float:
     """Return the value with the sign by which less is better, so that every search of a sweeper's minimises."""
     return -value if measure(name).better == "higher" else value
@@ -230,6 +238,13 @@ def scale_of(name: str) -> tuple[float, float]:
     if known.unit in ("score", "fraction") and not name.endswith(_ONE_AND_MORE):
         return 0.0, 1.0
     return (1.0 if known.unit == "ppl" else 0.0), math.inf
+
+
+def score_scale(name: str) -> tuple[float, float] | None:
+    """Return the least and the most that a sample's score can be; None for what has no such bounds or is no score."""
+    known = MEASURES.get(name)
+    is_score = known is not None and known.better != "none" and known.unit in ("score", "fraction") and known.reproduces
+    return scale_of(name) if is_score else None
 
 
 def bounds_on_scale(name: str, value: float, low: float, high: float) -> tuple[float, float]:

@@ -15,13 +15,12 @@ from kvbench.audit.budgets import ENTRIES, steps_taken
 from kvbench.audit.evidence import Cell, Group, Note, Peers, any_cell, check, class_of, rule_of, targets, usual
 from kvbench.measures import MAX_TURNS
 from kvbench.results.files import canonical_json
-from kvbench.results.record import MEASURED, cell_key
+from kvbench.results.record import MACHINE, MEASURED, cell_key, is_uncommitted
 from kvbench.stats.latency import FEWEST_LAUNCHES, noise_reason
 
 _GROUPS: tuple[Group, ...] = ("policy", "dataset")
 _NEEDED = ("python", "system", "machine", "device", "cpu_model", "num_threads", "torch", "transformers", "kvbench")
 _NEEDED_ON_A_GPU = ("gpu", "gpu_memory_bytes", "cuda")
-_MACHINE = ("system", "machine", "cpu_model", "gpu", "num_threads")
 # What each task gives in every cell that did not fail; generation that takes a step gives its entries too.
 _GIVEN_BY = {
     "Perplexity": ("ppl",),
@@ -123,12 +122,12 @@ def environment(cell: Cell, peers: Peers) -> Iterator[str]:
     if device and asked not in (None, device):
         yield f"the environment says device {found['device']}, the settings {asked}"
     first = peers.usable[0]
-    differs = [name for name in _MACHINE if found.get(name) != first.body["environment"].get(name)]
+    differs = [name for name in MACHINE if found.get(name) != first.body["environment"].get(name)]
     if differs and "tpot_ms" in cell.body["measurements"]:
         yield Note(
             f"was timed where {', '.join(differs)} differ from those of {first.name}: compare no times between them"
         )
-    if str(found.get("git_commit")).endswith("-dirty"):
+    if is_uncommitted(found):
         yield Note("was measured by code with changes that no commit holds")
 
 

@@ -13,9 +13,16 @@ from typing import Any
 
 from kvbench.audit.evidence import Cell, Peers, check, is_number
 from kvbench.errors import MeasureError
-from kvbench.measures import MEASURES, bounds_on_scale, measure, scale_of
+from kvbench.measures import MEASURES, bounds_on_scale, measure, scale_of, score_scale
 from kvbench.results.files import canonical_json
-from kvbench.stats.intervals import Interval, launch_interval, mean_interval, pooled_ratio_interval, ratio_interval
+from kvbench.stats.intervals import (
+    FEW_METHOD,
+    Interval,
+    launch_interval,
+    mean_interval,
+    pooled_ratio_interval,
+    ratio_interval,
+)
 from kvbench.stats.paired import POOLED
 
 _NUM_RESAMPLES = 2000
@@ -33,6 +40,7 @@ _COUNTS = (*_SUMS.values(), "num_agreeing_tokens", "num_new_tokens")
 def from_samples(cell: Cell, name: str) -> Interval | None:
     """Return measurement `name` from the rows, None if it does not come from them.
 
+    Where few clusters differ older records hold the interval that these show, later ones what they can not exclude.
     Raises: MeasureError if the rows cannot give it.
     """
     parts: tuple[str, ...] = POOLED.get(name, (name,))
@@ -43,12 +51,14 @@ def from_samples(cell: Cell, name: str) -> Interval | None:
         return None
     columns = [[float(row[part]) for row in rows] for part in parts]
     clusters = [str(row.get("cluster")) for row in rows]
+    is_wide = cell.body["measurements"].get(name, {}).get("method") == FEW_METHOD
+    scale = score_scale(name) if is_wide else None
     if name not in POOLED:
-        return mean_interval(columns[0], clusters, num_resamples=_NUM_RESAMPLES)
+        return mean_interval(columns[0], clusters, scale=scale, num_resamples=_NUM_RESAMPLES)
     if not rows:
         return None
     transform = math.exp if measure(name).unit == "ppl" else None
-    return pooled_ratio_interval(columns[0], columns[1], clusters, transform, num_resamples=_NUM_RESAMPLES)
+    return pooled_ratio_interval(columns[0], columns[1], clusters, transform, scale=scale, num_resamples=_NUM_RESAMPLES)
 
 
 def from_launches(cell: Cell, name: str) -> Interval | None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from kvbench.audit.budgets import steps_taken
 from kvbench.audit.evidence import Cell, Note, Peers, check, usual
-from kvbench.measures import MAX_TURNS
+from kvbench.measures import MAX_TURNS, has_other_length
 from kvbench.tasks.rouge import has_words, rouge_scores
 
 _Value = TypeVar("_Value")
@@ -29,7 +29,6 @@ _TOLERANCE = 1e-6
 _OLD = {"Generation": "greedy_v1", "MultiTurn": "one_cache_v1"}  # dropped combining marks, and texts without a word
 _TEXT = re.compile(r"(turn\d+_)?text")
 _HIDDEN = "***"  # stands where a secret was taken out
-_NEAR = 0.1
 _EXACT = {"kl_to_full": 0.0, "top1_agreement_fraction": 1.0, "length_ratio": 1.0, "realised_budget_fraction": 1.0} | {
     f"rouge{kind}_vs_full": 1.0 for kind in "12L"
 }
@@ -175,7 +174,7 @@ def lengths(cell: Cell, peers: Peers) -> Iterator[str]:
     ratio = cell.value("length_ratio")
     if ratio is None and any(row.get("length_ratio") is not None for row in cell.samples):
         yield "answers have lengths, and the cell tells none"
-    if ratio is not None and abs(ratio - 1) > _NEAR:
+    if ratio is not None and has_other_length(ratio):
         yield Note(f"answers of {100 * ratio:.0f} % of the full cache's length: outside of 10 %")
 
 

@@ -11,15 +11,17 @@ import statistics
 from collections.abc import Iterator
 from datetime import datetime
 
-from kvbench.audit.evidence import Cell, Peers, any_cell, check
+from kvbench.audit.evidence import Cell, Note, Peers, any_cell, check
 from kvbench.audit.numbers import differs, from_launches
-from kvbench.stats.latency import MAX_SPREAD_FRACTION, spread_fraction
+from kvbench.stats.latency import MAX_SPREAD_FRACTION, is_far_off, spread_fraction
 
 _NAMES = ("ttft_ms", "tpot_ms", "full_ttft_ms", "full_tpot_ms", "ttft_ratio_to_full", "tpot_ratio_to_full")
 _SPREADS = {"ttft_spread_fraction": (0, 2), "tpot_spread_fraction": (1, 3)}
 _LAUNCHES_OF_A_BLOCK = 2  # of each arm, in the order A B B A
 _MOST = 1.5
 _MOST_OF_NOISY = 3.0  # where launches differ by more than is ranked, or are too few to tell
+_COPY = "copy_bandwidth_bytes_per_s"
+_MACHINE = ("device", "gpu", "cpu_model", "num_threads")
 _CAPACITY = {
     "capacity_prompts": "capacity_ratio_to_full",
     "capacity_throughput_tokens_per_s": "capacity_throughput_ratio_to_full",
@@ -79,6 +81,7 @@ def rates(cell: Cell, peers: Peers) -> Iterator[str]:
             yield f"{name} is {share:.3g}: faster than reading its bytes once"
         if again is not None and differs(share, again.value):
             yield f"{name} is {share:.6g}, roof and launches give {again.value:.6g}"
+    yield from _odd_copy(cell, peers)
     for name, ratio_name in _CAPACITY.items():  # of rates both are means, of different kinds
         ratio, ours, full = (cell.value(one) for one in (ratio_name, name, f"full_{name}"))
         most = 1 + 1e-9 if name == "capacity_prompts" else _MOST_OF_NOISY
@@ -102,6 +105,15 @@ def _throughput(cell: Cell, rows: list[list[float]], rate: float) -> Iterator[st
     most = _MOST if is_quiet else _MOST_OF_NOISY
     if ratio is not None and not expected / most <= ratio <= expected * most:
         yield f"throughput_ratio_to_full is {ratio:.4g}, where TTFT and TPOT of both give {expected:.4g}"
+
+
+def _odd_copy(cell: Cell, peers: Peers) -> Iterator[str]:
+    """Note what the report notes too: a copy far off those of the same sweep and machine, which its roof rests on."""
+    machines = {one: (one.body["sweep"], *map(one.body["environment"].get, _MACHINE)) for one in peers.usable}
+    copies = [seen for one in peers.usable if machines[one] == machines[cell] and (seen := one.value(_COPY) or 0) > 0]
+    own = cell.value(_COPY) or 0
+    if own > 0 and is_far_off(own, median := statistics.median(copies)):
+        yield Note(f"copied {own / 1e9:.3g} GB/s, cells of its sweep and machine {median / 1e9:.3g}: reports use those")
 
 
 @check(

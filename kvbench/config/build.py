@@ -227,6 +227,7 @@ def _holds_installed(folder: Path) -> bool:
     return folder.name in ("site-packages", "dist-packages") or any(folder.glob("*.dist-info"))
 
 
+_ANY_CHECKPOINT = "local"  # the configuration that says nothing of its model
 _FULL = {"_target_": "kvbench.policies.full.Full"}
 _PATH_SETTINGS = ("path", "images", "answers", "ids", "templates", "filler")  # where a file lies changes nothing
 _OF_THE_CLASS = {"class", "source", "protocol", "fingerprint"}
@@ -507,6 +508,7 @@ def _class_key(kind: type[object]) -> dict[str, str]:
 def _labels(composed: Composed, model: ModelSpec, dataset: Any, setting: CacheSetting) -> dict[str, Any]:
     policy, budget = setting.policy, setting.budget
     names = {group: str(composed.choices[group]) for group in ("model", "dataset", "policy")}
+    names["model"] = model.checkpoint_name if names["model"] == _ANY_CHECKPOINT else names["model"]
     names["model"] += " (random weights)" if model.is_random else ""
     names["dataset"] = getattr(dataset, "label", names["dataset"])
     limits = {"budget_fraction": budget.fraction, "budget_tokens": budget.tokens}

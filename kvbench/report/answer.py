@@ -1,7 +1,8 @@
 """The page's answer: which policy to take at each budget, how sure that is, what it costs, and where it fails.
 
-Every word comes from a verdict; where samples do not decide, all that may be the best are named. Below that, the
-samples that collapse under each policy at every budget, with links to the answers.
+Every word comes from a verdict; where samples do not decide, all that may be the best are named, and where none keeps
+enough of the full cache's score to be usable none is. Without any answer scored it is about speed and memory. Below
+that, the samples that collapse under each policy at every budget, with links to the answers.
 """
 
 from __future__ import annotations
@@ -12,25 +13,44 @@ from dataclasses import replace
 from markupsafe import Markup
 
 from kvbench.measures import format_value, format_with_interval, measure
-from kvbench.report.compare import Comparison, difference_text, size_text, size_with_unit, verdict_remark
-from kvbench.report.load import CellResult, is_better, natural_key
+from kvbench.report.compare import (
+    DECLARED,
+    Choices,
+    Comparison,
+    difference_text,
+    leading_quality,
+    size_text,
+    size_with_unit,
+    verdict_remark,
+)
+from kvbench.report.load import CellResult, Group, is_better, natural_key
 from kvbench.report.markup import Head, TableCell, TableView, listed, render, row_head
 from kvbench.report.samples import sample_link, short_name
 from kvbench.report.standing import (
+    BEHIND,
+    BYTES,
+    LENGTH,
     MOST_PAIRS,
+    TIME_RATIOS,
     Judged,
     Loss,
     Standing,
     asked_budget,
+    best_unusable,
+    cautions,
+    is_usable,
+    judge,
     losses_of,
     rule_text,
     safe_cells,
     standing_at,
     telling_quality,
+    usable_text,
 )
-from kvbench.stats.tests import smallest_margin
+from kvbench.stats.tests import is_latency_ratio, smallest_margin
 
 MOST_NAMES = 3
+_RATIOS = (("tpot_ms", "tpot_ratio_to_full", "per output token"), ("ttft_ms", "ttft_ratio_to_full", "to first token"))
 _WORDS = {
     "worse": "It is worse than the full cache",
     "better": "It is better than the full cache",
@@ -40,19 +60,110 @@ _WORDS = {
 
 
 def answer_sentences(judged: Judged) -> list[str]:
-    """Return one or two sentences: what to take at the budget asked for, and what is shown to keep full's quality."""
+    """Return what to take at the budget asked for, and what is shown to keep full's quality, in some sentences."""
     budget = asked_budget(judged)
     if judged.ability.sentence:
         return [judged.ability.sentence]
+    if costs := _cost_sentences(judged):
+        return costs
     if judged.primary is None or budget is None:
         return ["No cell with a budget has a quality measurement yet, so no policy can be recommended."]
     cells = judged.group.by_budget[budget]
+    if best := best_unusable(judged.group, cells, judged.primary):
+        return [_none_usable(judged, best), *_elsewhere(judged, budget)]
     standing = standing_at(judged, cells, telling_quality(judged, cells) or judged.primary)
     if standing is None:
         return [f"At {budget} no cell ended well enough to be ranked, so no policy can be recommended there."]
     contrary = [line for line, clear in other_measures(judged, standing) if clear]
     but = f" But in {'; in '.join(contrary)}." if contrary else ""
-    return [f"{_choice(judged, standing)} {_distance(judged, standing)}{but}", _safety(judged)]
+    lost = _collapses_text(judged, standing.first, standing.measure)
+    return [f"{_choice(judged, standing)} {_distance(judged, standing)}{lost}{but}", _safety(judged)]
+
+
+def _none_usable(judged: Judged, best: Sequence[CellResult]) -> str:
+    """Say that no policy keeps enough of the full cache's score at a budget, and what the best of them does."""
+    group, name = judged.group, judged.primary
+    assert name is not None
+    assert group.full is not None
+    lost = _collapses_text(judged, best[0], name) if len(best) == 1 else ""
+    return (
+        f"No policy is usable at {best[0].budget}: best {measure(name).label} {value_text(best[0], name)} "
+        f"({names(judged, best)}), where the full cache reaches {value_text(group.full, name)}; "
+        f"{usable_text(name)}.{lost}"
+    )
+
+
+def _elsewhere(judged: Judged, asked: str) -> Iterator[str]:
+    """Yield at which other budget a policy is usable, and whether any keeps the full cache's quality."""
+    group, name = judged.group, judged.primary
+    assert name is not None
+    label, unusable = measure(name).label, list[str]()
+    for budget, cells in group.by_budget.items():
+        usable = [cell for cell in cells if is_usable(group, cell, name)]
+        if usable and (standing := standing_at(judged, usable, name)):
+            shown = f"{value_text(standing.first, name)} (`{group.series_label(standing.first)}`)"
+            yield f"Smallest budget measured at which a policy is usable: {budget}, best {label} {shown}."
+            yield _safety(judged)
+            return
+        if budget != asked and (best := best_unusable(group, cells, name)):
+            unusable.append(f"{value_text(best[0], name)} at {budget} ({names(judged, best)})")
+    if unusable:
+        yield f"None is usable at any other budget measured: best {label} {listed(unusable)}."
+
+
+def _collapses_text(judged: Judged, cell: CellResult, name: str) -> str:
+    """Return on how many samples the cell collapses, as a sentence; "" where on none."""
+    losses = losses_of(judged.group, cell, name)
+    num = sum(loss.collapsed for loss in losses)
+    return f" `{judged.group.series_label(cell)}` collapses on {num} of {len(losses)} samples." if num else ""
+
+
+def sentences_before(group: Group, choices: Choices = DECLARED) -> list[str]:
+    """Return what stands before every table of the group: `cautions`; of costs alone the answer about them."""
+    return cautions(group) if leading_quality(group) else _cost_sentences(judge(group, choices))
+
+
+def _cost_sentences(judged: Judged) -> list[str]:
+    """Return the answer where no answer was scored; nothing where one was, or nothing else was measured either."""
+    budget = asked_budget(judged)
+    costs = [] if judged.primary or budget is None else list(_costs(judged, budget))
+    return ["No answer was scored here, so this is about speed and memory alone.", *costs] if costs else []
+
+
+def _costs(judged: Judged, budget: str) -> Iterator[str]:
+    """Yield who is fastest and who holds least at a budget; nothing where neither time nor bytes were measured."""
+    cells = [cell for cell in judged.group.by_budget[budget] if not cell.failed]
+    for own_name, ratio_name, words in _RATIOS:
+        if not any(cell.estimate(ratio_name) for cell in cells):
+            continue
+        standing = standing_at(judged, cells, ratio_name)
+        if standing is None:
+            yield f"At {budget} every {measure(own_name).title.lower()} is noisy, so none is ranked."
+            continue
+        first = standing.first
+        alike = [cell for cell, found in standing.rivals if found is not None and found.verdict == "equivalent"]
+        unsure = [cell for cell, _ in standing.rivals if cell not in alike]
+        parts = (("faster than", standing.beaten), ("equivalent within the margin to", alike),
+                 ("not shown to be faster than", unsure))  # fmt: skip
+        others = "; ".join(f"{text} {names(judged, some)}" for text, some in parts if some)
+        line = next(_time_lines(judged, first, ((own_name, ratio_name, words),)))
+        more = f" It is {others}." if others else ""
+        yield f"At {budget} the shortest time is that of `{judged.group.series_label(first)}`, {line}.{more}"
+    for name, words in zip(
+        BYTES, ("the least KV cache is stored by", "the peak of all memory is lowest with"), strict=True
+    ):
+        held = {cell.key: found.value for cell in cells if (found := cell.estimate(name))}
+        if held:
+            least = min(held.values())
+            shown = format_value(name, least)  # some bytes more or less are no difference
+            who = names(judged, [cell for cell in cells if format_value(name, held.get(cell.key)) == shown])
+            yield f"At {budget} {words} {who}: {shown}{_of_full(judged, name, least)}."
+
+
+def _of_full(judged: Judged, name: str, value: float) -> str:
+    """Return ", 0.20x of full's 8.51 GiB", or "" without a full cache."""
+    full = None if judged.group.full is None else judged.group.full.estimate(name)
+    return f", {value / full.value:.2f}x of full's {format_value(name, full.value)}" if full and full.value else ""
 
 
 def _choice(judged: Judged, standing: Standing) -> str:
@@ -164,7 +275,6 @@ _BUDGET_KINDS = (
     ("tokens", "`tokens` is a fixed number"),
 )
 _MOST_OPEN = 6
-_RATIOS = (("tpot_ms", "tpot_ratio_to_full", "per output token"), ("ttft_ms", "ttft_ratio_to_full", "to first token"))
 
 
 def answer_html(judged: Judged) -> Markup:
@@ -183,33 +293,49 @@ def answer_html(judged: Judged) -> Markup:
 
 def _block(judged: Judged, cells: list[CellResult]) -> Mapping[str, object]:
     """Return a budget with what to take there and why, or with the reason that nothing can be ranked."""
-    standing = standing_at(judged, cells, telling_quality(judged, cells) or "ppl") if judged.primary else None
+    name = telling_quality(judged, cells) if judged.primary else TIME_RATIOS[0]
+    standing = standing_at(judged, cells, name or TIME_RATIOS[0])
     if standing is None:
         withheld = judged.ability.reason(judged.primary) if judged.primary else ""
-        statuses = withheld or ", ".join(sorted({cell.status for cell in cells}))
+        statuses = withheld or ", ".join(sorted({cell.status for cell in cells if cell.status != "ok"}) or ["no times"])
         return {"budget": cells[0].budget, "nothing": statuses}
     group, first = judged.group, standing.first
-    name, rivals = f"`{group.series_label(first)}`", [cell for cell, found in standing.rivals if not is_apart(found)]
-    take = f"take {name}" if standing.beaten or not standing.rivals else f"{name}, compared with none"
-    quality = [f"{measure(standing.measure).label} {value_text(first, standing.measure)}"]
-    if found := judged.against_full(first, standing.measure):
-        quality.append(f"against full {difference_text(found)}: {found.verdict}")
+    named, rivals = f"`{group.series_label(first)}`", [cell for cell, found in standing.rivals if not is_apart(found)]
+    take = f"take {named}" if standing.beaten or not standing.rivals else f"{named}, compared with none"
+    take = f"{named} or {names(judged, rivals)}" if rivals else take
+    quality = list(_quality(judged, standing))
     losses = losses_of(group, first, standing.measure)
+    if judged.primary and best_unusable(group, cells, judged.primary):
+        take = f"no policy is usable; best value with {named}"
     return {
         "budget": cells[0].budget,
         "nothing": "",
-        "take": f"{name} or {names(judged, rivals)}" if rivals else take,
+        "take": take if judged.primary else f"fastest step: {take.removeprefix('take ')}",
         "answers": [
             ("How sure", list(_sure(judged, standing))),
             ("Quality", quality),
             ("Other measures", [line for line, _ in other_measures(judged, standing)]),
-            ("Time", list(_time(judged, first))),
+            ("Time", list(_time_lines(judged, first))),
             ("Memory", list(_memory(judged, first))),
         ],
         "num_losses": len(losses),
         "num_collapsed": sum(loss.collapsed for loss in losses),
         "worst": [sample_link(group, first, loss.sample) for loss in losses[:MOST_NAMES]],
     }
+
+
+def _quality(judged: Judged, standing: Standing) -> Iterator[str]:
+    """Yield the measure that ranks, its distance to full, and behind it ROUGE with the length that it follows."""
+    first, name = standing.first, standing.measure
+    if judged.primary is None:
+        return
+    yield f"{measure(name).label} {value_text(first, name)}"
+    if found := judged.against_full(first, name):
+        yield f"against full {difference_text(found)}: {found.verdict}"
+    if first.estimate(BEHIND):
+        told = "" if name == BEHIND else f"{measure(BEHIND).label} {value_text(first, BEHIND)}, "
+        if told or first.estimate(LENGTH):
+            yield f"{told}{measure(LENGTH).label} {value_text(first, LENGTH)}"
 
 
 def _sure(judged: Judged, standing: Standing) -> Iterator[str]:
@@ -226,7 +352,8 @@ def _sure(judged: Judged, standing: Standing) -> Iterator[str]:
     if len(standing.ranked) == 1:
         yield "Nothing to compare it with at this budget."
     if standing.left_out:
-        cells = ", ".join(f"`{judged.group.series_label(cell)}` ({cell.status})" for cell in standing.left_out)
+        why = ((cell, cell.status if cell.failed else "noisy times") for cell in standing.left_out)
+        cells = ", ".join(f"`{judged.group.series_label(cell)}` ({reason})" for cell, reason in why)
         yield f"Not ranked: {cells}."
 
 
@@ -239,30 +366,30 @@ def _evidence(judged: Judged, standing: Standing) -> str:
     num = min(one.num_samples for one in found)
     p_text = "p < 0.001" if max(p_values) < 0.001 else f"p up to {max(p_values):.3f}"
     who = "Holm" if judged.num_pairs <= MOST_PAIRS else "Bonferroni"
-    return f" (paired over {num} samples, {p_text} after {who}'s correction)"
+    what = "launches" if is_latency_ratio(measure(standing.measure)) else "samples"
+    return f" (paired over {num} {what}, {p_text} after {who}'s correction)"
 
 
-def _time(judged: Judged, cell: CellResult) -> Iterator[str]:
-    for name, ratio_name, words in _RATIOS:
+def _time_lines(judged: Judged, cell: CellResult, shown: Sequence[tuple[str, str, str]] | None = None) -> Iterator[str]:
+    for name, ratio_name, how in _RATIOS if shown is None else shown:
         own, ratio = cell.estimate(name), cell.estimate(ratio_name)
         if own is None and ratio is None:
             continue
         found = judged.against_full(cell, ratio_name)
-        shown = format_with_interval(ratio_name, ratio.value, ratio.low, ratio.high) if ratio else ""
+        text = format_with_interval(ratio_name, ratio.value, ratio.low, ratio.high) if ratio else ""
         verdict = {"better": "faster", "worse": "slower"}.get(found.verdict, found.verdict) if found else "no verdict"
         reason = f" ({found.reason})" if found and found.verdict == "noisy" and found.reason else ""
-        against = f", {shown} of full: {verdict}{reason}" if shown else ""
-        yield f"{format_value(name, own.value) if own else '-'} {words}{against}"
+        against = f", {text} of full: {verdict}{reason}" if text else ""
+        yield f"{format_value(name, own.value) if own else '-'} {how}{against}"
 
 
 def _memory(judged: Judged, cell: CellResult) -> Iterator[str]:
-    stored, peak = "kv_stored_bytes", "peak_memory_bytes"
+    stored, peak = BYTES
     own, mine = cell.estimate(stored), cell.estimate(peak)
-    full, before = (judged.group.full and judged.group.full.estimate(name) for name in (stored, peak))
+    before = judged.group.full and judged.group.full.estimate(peak)
     if own is None:
         return
-    share = f", {own.value / full.value:.2f}x of full's {format_value(stored, full.value)}" if full else ""
-    yield f"{format_value(stored, own.value)} of KV cache stored{share}"
+    yield f"{format_value(stored, own.value)} of KV cache stored{_of_full(judged, stored, own.value)}"
     if mine and before:
         change = f"{'+' if mine.value >= before.value else '-'}{format_value(stored, abs(mine.value - before.value))}"
         yield f"peak of all memory {format_value(peak, mine.value)}, {change} against full"

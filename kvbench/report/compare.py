@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import combinations
 
-from kvbench.measures import MEASURES, format_value, format_with_interval, measure
-from kvbench.report.load import CellResult, Estimate, Group, scores_of
+from kvbench.measures import MAX_TURNS, MEASURES, TASK_MEASURES, format_value, format_with_interval, measure
+from kvbench.report.load import AGAINST_FULL, CellResult, Estimate, Group, clusters_of, scores_of
 from kvbench.stats.latency import between, from_interval, noise_reason
 from kvbench.stats.paired import CONFIDENCE, Inference, infer, paired_sums
 from kvbench.stats.power import HEADROOM_FRACTION, MOST_EMPTY_FRACTION, constant_answer_score, floor_of, more_samples
@@ -38,10 +38,10 @@ PRIMARY_QUALITIES = ("rougeL_vs_full", "ppl", "rougeL_vs_reference", "turn1_roug
 PRIMARY_LATENCY = "tpot_ratio_to_full"
 _PRIMARY_BUDGET = 0.2
 _NOT_OF_THE_POLICY = ("full_", "copy_bandwidth_")
-_AGAINST_FULL = ("_vs_full", "top1_agreement_fraction")
 _OF_TIMES = ("_ratio_to_full", "roof_share_fraction")
-_FACTS = ("needles_recalled_fraction", "objects_recalled_fraction")  # decide alone where a data set knows facts
-_TEXTS = ("exact_fraction", "rougeL_vs_reference")  # else one of these is enough: long references are never met exactly
+_FACTS = TASK_MEASURES[:2]  # decide alone where a data set knows facts
+_EXACT = TASK_MEASURES[2]
+_TEXTS = (_EXACT, "rougeL_vs_reference")  # else one of these is enough: long references are never met exactly
 _WITHHELD = (
     "Scores and differences are shown, but no policy is called better, worse or safe by them; times and bytes are "
     "compared as ever."
@@ -104,7 +104,7 @@ def compare(first: CellResult, second: CellResult, name: str, choices: Choices =
         return judged(_of_times(base, one, two)) if second.is_full or two else None
     if two is None:
         return None
-    values = [_subtracted(name, found.value) for found in (one, two)]
+    values = [subtracted(name, found.value) for found in (one, two)]
     if -math.inf in values:
         return None
     base = replace(base, value=values[0] - values[1])
@@ -115,16 +115,16 @@ def compare(first: CellResult, second: CellResult, name: str, choices: Choices =
     if not shared or (len(shared) < max(len(mine), len(theirs)) and not choices.intersect):
         counts = f"{len(shared)} samples have a number in both, of {len(mine)} and {len(theirs)}"
         return replace(base, reason=f"{counts}; --intersect compares those" if shared else counts)
-    clusters = {str(sample.get("id")): sample.get("cluster") for sample in first.samples}
+    clusters = clusters_of(first)
     pairs = paired_sums(
         [mine[identity] for identity in shared],
         [theirs[identity] for identity in shared],
-        [str(clusters[identity] or identity) for identity in shared],
+        [clusters[identity] for identity in shared],
     )
     # No answer is closer to the full cache's than that itself.
     most = (
         0.0
-        if name.endswith(_AGAINST_FULL) and all(total == weight for total, weight in map(theirs.__getitem__, shared))
+        if name.endswith(AGAINST_FULL) and all(total == weight for total, weight in map(theirs.__getitem__, shared))
         else 1.0
     )
     scale = (-1.0, most) if measure(name).unit in ("score", "fraction") else None
@@ -133,7 +133,7 @@ def compare(first: CellResult, second: CellResult, name: str, choices: Choices =
     return judged(replace(base, verdict="undecided", **inferred))
 
 
-def _subtracted(name: str, number: float) -> float:
+def subtracted(name: str, number: float) -> float:
     """Return a number of the measure as it is subtracted: a perplexity in nats per token."""
     if measure(name).unit != "ppl":
         return number
@@ -191,7 +191,7 @@ def _of_intervals(base: Comparison, one: Estimate, two: Estimate) -> Comparison:
 
     It is stricter than pairing: the interval of the difference reaches from one's low to the other's high.
     """
-    bounds = [_subtracted(base.measure, bound) for found in (one, two) for bound in found.bounds]
+    bounds = [subtracted(base.measure, bound) for found in (one, two) for bound in found.bounds]
     known = all(found.low is not None and found.high is not None and (found.n or 0) > 1 for found in (one, two))
     if not known or not all(map(math.isfinite, bounds)):
         return replace(base, method="single observations: no interval", reason=_ONCE)
@@ -275,6 +275,12 @@ class Ability:
             if wrong
         ]
 
+    def answers_exactly(self, prefix: str) -> bool:
+        """Tell whether the full cache's answers are equal to short references clearly more often than by chance."""
+        full = self._full
+        found = None if full is None else full.estimate(f"{prefix}{_EXACT}")
+        return full is not None and found is not None and found.bounds[0] > _floor(full, prefix)[1]
+
     def cause(self, name: str) -> str:
         """Return what is wrong with the full cache's answers that `name` is about, "" where nothing is known to be.
 
@@ -316,9 +322,7 @@ def _wrong(full: CellResult, prefix: str) -> str | None:
         own = own or {name: found for name, found in known if found is not None}
     if not own:
         return None
-    references = (sample.get(f"{prefix}reference") for sample in full.samples)
-    chance = constant_answer_score(text for text in references if isinstance(text, str) and text)
-    floor = floor_of(chance)
+    chance, floor = _floor(full, prefix)
     if any(found.bounds[0] > floor for found in own.values()):
         return ""
     name, found = next(iter(own.items()))
@@ -330,6 +334,31 @@ def _wrong(full: CellResult, prefix: str) -> str | None:
     )
 
 
+def _floor(full: CellResult, prefix: str) -> tuple[float, float]:
+    """Return what a constant answer scores, and what the full cache must clear."""
+    references = (sample.get(f"{prefix}reference") for sample in full.samples)
+    chance = constant_answer_score(text for text in references if isinstance(text, str) and text)
+    return chance, floor_of(chance)
+
+
+def leading_quality(group: Group) -> str | None:
+    """Return the measure that verdicts, headlines and the answer speak of, None where no quality was measured.
+
+    The task's own leads where there is one: what the answer states of the facts asked for, or whether it is the short
+    reference. Closeness to the full cache's answer, which follows the answer's length, is next, then perplexity. What
+    ranks nobody leads only where nothing else does.
+    """
+    ability = Ability(group)
+    prefixes = ("", *(f"turn{turn}_" for turn in range(1, MAX_TURNS + 1)))
+    facts = [f"{prefix}{name}" for prefix in prefixes for name in _FACTS]
+    exact = [f"{prefix}{_EXACT}" for prefix in prefixes if ability.answers_exactly(prefix)]
+    for cells in (group.budgeted, group.cells):
+        measured = {name for cell in cells if not cell.failed for name in cell.measurements}
+        if names := [name for name in (*facts, *exact, *PRIMARY_QUALITIES) if name in measured]:
+            return next((name for name in names if not ability.reason(name)), names[0])
+    return None
+
+
 def group_comparisons(
     group: Group, choices: Choices = DECLARED, only: Collection[str] | None = None, *, between: bool = True
 ) -> tuple[Comparison, ...]:
@@ -337,25 +366,28 @@ def group_comparisons(
 
     Verdicts are corrected by Holm within a measure: those against full are one family, those between policies another,
     which is left out without `between`. Where the full cache can not do the task nobody is ranked. Those are marked
-    primary that were declared before: one quality and one latency measure, at one budget, against full.
+    primary that were declared before: the leading quality and one latency measure, at one budget, against full.
     """
     known = {name for cell in group.budgeted if not cell.failed for name in cell.measurements}
     names = [name for name in MEASURES if name in known and (only is None or name in only)]
-    quality, budget = next((name for name in PRIMARY_QUALITIES if name in known), None), declared_budget(group)
+    quality, budget = leading_quality(group), declared_budget(group)
     full, ability = group.full, Ability(group)
     against_full = [(cell, full) for cell in group.budgeted if full is not None and not cell.failed]
     found: list[Comparison] = []
     for name in names:
         for pairs in (against_full, between_policies(group) if between else ()):
-            family = [one for pair in pairs if (one := compare(*pair, name, choices))]
-            tested = sorted((one for one in family if one.p_value is not None), key=lambda one: one.p_value or 0.0)
-            p_values = holm([one.p_value or 0.0 for one in tested])
-            corrected = {id(one): judged(one, p_values[k], len(tested) - k) for k, one in enumerate(tested)}
-            for one in family:
+            for one in corrected([one for pair in pairs if (one := compare(*pair, name, choices))]):
                 primary = name in (quality, PRIMARY_LATENCY) and one.second.is_full and one.first.budget == budget
-                seen = withheld(corrected.get(id(one), one), ability.reason(name))
-                found.append(replace(seen, primary=primary))
+                found.append(replace(withheld(one, ability.reason(name)), primary=primary))
     return tuple(found)
+
+
+def corrected(family: Sequence[Comparison]) -> list[Comparison]:
+    """Return the comparisons with verdicts under Holm's correction over all of them; those without a p value as is."""
+    tested = sorted((one for one in family if one.p_value is not None), key=lambda one: one.p_value or 0.0)
+    p_values = holm([one.p_value or 0.0 for one in tested])
+    found = {id(one): judged(one, p_values[k], len(tested) - k) for k, one in enumerate(tested)}
+    return [found.get(id(one), one) for one in family]
 
 
 def between_policies(group: Group) -> Iterator[tuple[CellResult, CellResult]]:

@@ -5,38 +5,46 @@
 
 Odd is a policy that scores below `random`, and quality that falls where the budget grows. Each finding also knows what
 it was looked for in (`Looked`), so that nothing is said about what was never compared. Every difference is paired by
-sample and carries its interval; where that interval holds zero the words say "undecided" instead of naming a winner.
-Reasons are offered as conjectures, and each says whether the numbers of this report bear it out.
+sample and carries its interval; one is called clear after Holm's correction over all that were looked at together.
+`random` is looked for in every measure of quality with a declared margin, and the words say which. Reasons are offered
+as conjectures, and each says whether the numbers of this report bear it out.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
-from kvbench.measures import MAX_TURNS, format_value, measure
+from kvbench.measures import MAX_TURNS, MEASURES, format_value, format_with_interval, measure
 from kvbench.report.compare import (
     PRIMARY_QUALITIES,
     Ability,
     Comparison,
     compare,
+    corrected,
     difference_text,
     num_empty_answers,
     timing_noise,
 )
-from kvbench.report.load import CellResult, Group, is_better
+from kvbench.report.load import BANDWIDTH, CellResult, Group, is_better
 from kvbench.report.markup import listed
-from kvbench.results.record import AUTOPSY_FILE
+from kvbench.report.standing import length_cautions, other_lengths
+from kvbench.results.record import AUTOPSY_FILE, MACHINE, is_uncommitted
+from kvbench.stats.latency import is_far_off
+from kvbench.stats.tests import is_quality
 
-_REFERENCE = "rougeL_vs_reference"  # a model's answers may be nearer to it by chance, so it shows nothing odd
+_REFERENCE = "rougeL_vs_reference"  # answers may be nearer to it at a smaller budget, so no step of one is odd in it
 _RECALL = "objects_recalled_fraction"
-_ODD_QUALITIES = (_RECALL, "needles_recalled_fraction", *(name for name in PRIMARY_QUALITIES if name != _REFERENCE))
-QUALITIES = (*_ODD_QUALITIES, _REFERENCE)
+_STEP_QUALITIES = (_RECALL, "needles_recalled_fraction", *(name for name in PRIMARY_QUALITIES if name != _REFERENCE))
+QUALITIES = (*_STEP_QUALITIES, _REFERENCE)
+DECLARED_QUALITIES = tuple(name for name in MEASURES if is_quality(name))
 _POSITION_ONLY = ("streaming", "local", "window", "recent")
 _FEW_SAMPLES = 20
-_MACHINE_KEYS = ("device", "device_name", "gpu_name", "cpu_model", "num_threads", "torch", "transformers", "hostname")
+_MACHINE_KEYS = (*MACHINE, "device", "torch", "transformers", "hostname")
 _TIMES = ("tpot_ms", "ttft_ms")
+_ONE_PART = ("prompt", "decode")  # of what a policy may cut, as records name it
+_OVER_BUDGET = 1.1  # of a budget, where a record does not name it; rounding up of small ones is less
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +57,10 @@ class Note:
 
 def notes_of(group: Group) -> list[Note]:
     """Return every note on `group`, the gravest first."""
-    return [*_ability_notes(group), *_failures(group), *_random_notes(group), *_monotone_notes(group), *_doubts(group)]
+    return [
+        *(*_ability_notes(group), *_length_notes(group), *_failures(group)),
+        *(*_random_notes(group), *_monotone_notes(group), *_doubts(group), *_audited(group)),
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +74,7 @@ class Contrast:
 
     @property
     def is_clear(self) -> bool:
-        """True when one of the two is shown to be better: the paired interval leaves zero out."""
+        """True when one of the two is shown to be better, after the correction for all that was looked at."""
         return self.difference.is_clear
 
     @property
@@ -73,47 +84,52 @@ class Contrast:
         found = self.difference
         if found.low is None or found.high is None or not found.num_samples:
             return f"{values} (no paired samples; " + ("intervals apart)" if self.is_clear else "undecided)")
-        noise = "" if self.is_clear else ", undecided"
+        noise = "" if self.is_clear else f", {found.verdict}{f': {found.reason}' if found.reason else ''}"
         return f"{values}, paired difference {difference_text(found).replace('/', ' per ')}{noise}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Looked:
-    """Where an odd order was looked for: pairs that should be in order (worse first), with the measure."""
+    """Where an odd order was looked for: contrasts whose `first` should be the better one, all of one correction."""
 
-    pairs: tuple[tuple[CellResult, CellResult, str], ...]
+    contrasts: tuple[Contrast, ...]
 
     @property
     def labels(self) -> str:
         """Return the names of the measures compared."""
-        names = (name for name in _ODD_QUALITIES if any(pair[2] == name for pair in self.pairs))
-        return listed([measure(name).label for name in names])
+        seen = {one.name for one in self.contrasts}
+        return listed([measure(name).label for name in DECLARED_QUALITIES if name in seen])
+
+    @property
+    def sentence(self) -> str:
+        """Return what was looked at, and how many differences share the correction."""
+        num = len(self.contrasts)
+        return f"Looked at: {self.labels}; {num} difference{'' if num == 1 else 's'} with one correction (Holm)."
 
     @property
     def out_of_order(self) -> list[Contrast]:
-        """Return the pairs whose values stand the wrong way round; `first` should have been the better one."""
-        found = []
-        for second, first, name in self.pairs:
-            one, two = first.estimate(name), second.estimate(name)
-            if one and two and is_better(name, two.value, one.value) and (seen := compare(first, second, name)):
-                found.append(Contrast(first=first, second=second, name=name, difference=seen))
-        return found
+        """Return the contrasts whose values stand the wrong way round."""
+        values = ((one, one.first.measurements[one.name], one.second.measurements[one.name]) for one in self.contrasts)
+        return [one for one, first, second in values if is_better(one.name, second.value, first.value)]
 
     def sure(self, what: str) -> str:
         """Return how many pairs are shown to be in order, such as "3 of 8 steps are clear"."""
-        found = (compare(better, worse, name) for worse, better, name in self.pairs)
-        clear = sum(one is not None and one.verdict == "better" for one in found)
-        return f"{clear} of {len(self.pairs)} {what} are clear" + (
-            "" if clear == len(self.pairs) else ", the others may be chance"
-        )
+        clear, num = sum(one.difference.verdict == "better" for one in self.contrasts), len(self.contrasts)
+        rest = "" if clear == num else ", the others may be chance"
+        return f"{clear} of {num} {what} are clear{_CORRECTED if num > 1 else ''}{rest}"
 
 
-def _looked(group: Group, pairs: Iterable[tuple[CellResult, CellResult]]) -> Looked:
-    """Return the pairs (worse, better) in every measure that both have and that ranks anybody."""
+_CORRECTED = " after Holm's correction for all of them"
+
+
+def _looked(group: Group, pairs: Iterable[tuple[CellResult, CellResult]], names: Collection[str]) -> Looked:
+    """Return the pairs (worse, better) in every measure of `names` that both have and that ranks anybody."""
     ability = Ability(group)
-    names = [name for name in _ODD_QUALITIES if not ability.reason(name)]
-    found = ((*pair, name) for pair in pairs for name in names if all(cell.estimate(name) for cell in pair))
-    return Looked(pairs=tuple(found))
+    ranking = [name for name in names if not ability.reason(name)]
+    found = (compare(better, worse, name) for worse, better in pairs for name in ranking if worse.estimate(name))
+    family = corrected([one for one in found if one is not None])
+    contrasts = (Contrast(first=one.first, second=one.second, name=one.measure, difference=one) for one in family)
+    return Looked(contrasts=tuple(contrasts))
 
 
 def budgets_of(group: Group) -> dict[str, list[CellResult]]:
@@ -122,16 +138,16 @@ def budgets_of(group: Group) -> dict[str, list[CellResult]]:
     return {budget: cells for budget, cells in found.items() if cells}
 
 
-def below_random(group: Group) -> dict[str, list[Contrast]]:
+def below_random(group: Group, looked: Looked | None = None) -> dict[str, list[Contrast]]:
     """Return, by series label, every budget and measure in which a policy scores worse than `random`."""
     found: dict[str, list[Contrast]] = {}
-    for contrast in above_random(group).out_of_order:
+    for contrast in (looked or above_random(group)).out_of_order:
         found.setdefault(group.series_label(contrast.first), []).append(contrast)
     return found
 
 
 def above_random(group: Group) -> Looked:
-    """Return every pair of `random` and another policy at one budget, in every measure that both have.
+    """Return every pair of `random` and another policy at one budget, in every declared quality that both have.
 
     Nothing is looked for in a measure that ranks nobody.
     """
@@ -143,6 +159,7 @@ def above_random(group: Group) -> Looked:
             for baseline in cells if baseline.policy == "random"
             for cell in cells if cell.policy != "random"
         ),
+        DECLARED_QUALITIES,
     )  # fmt: skip
 
 
@@ -169,30 +186,41 @@ def budget_steps(group: Group) -> Looked:
             for small, large in steps
             if large.is_full or (small.budget_fraction is None) == (large.budget_fraction is None)
         ),
+        _STEP_QUALITIES,
     )
 
 
 def _random_notes(group: Group) -> Iterator[Note]:
     """Yield what stands below `random`, clearly or perhaps, or that nothing does."""
-    found, looked = below_random(group), above_random(group)
+    looked = above_random(group)
+    found = below_random(group, looked)
     measured = any(cell.policy == "random" and not cell.failed for cell in group.budgeted)
     if not measured and any(cell.estimate(name) for cell in group.budgeted for name in QUALITIES):
         yield Note(text="The policy `random` was not measured, so nothing shows what choosing is worth.")
-    elif looked.pairs and not found:
-        budgets = listed(list(dict.fromkeys(worse.budget for worse, _, _ in looked.pairs)))
+    elif looked.contrasts and not found:
+        budgets = listed(list(dict.fromkeys(one.second.budget for one in looked.contrasts)))
         text = f"No policy scores below `random` in {looked.labels} at {budgets}, as it should be"
         yield Note(text=f"{text}; {looked.sure('differences')}.")
     clear = {label: some for label, some in found.items() if any(contrast.is_clear for contrast in some)}
     for label, contrasts in clear.items():
-        budgets = listed(list(dict.fromkeys(one.first.budget for one in contrasts if one.is_clear)))
-        text = f"`random` is not the worst policy: `{label}` scores below it at {budgets}. "
-        yield Note(text=text + _reason(group, contrasts), details=tuple(map(_contrast_line, contrasts)))
+        text = f"`random` is not the worst policy: `{label}` scores below it at {_where(contrasts)}. "
+        details = map(_contrast_line, sorted(contrasts, key=lambda one: not one.is_clear))
+        yield Note(text=text + _reason(group, contrasts), details=(*details, looked.sentence))
     chance = {label: some for label, some in found.items() if label not in clear}
     if chance:
         names = ", ".join(f"`{label}`" for label in chance)
-        text = f"`random` scores above {names} somewhere, but every paired interval holds zero: this may be chance."
+        text = f"`random` scores above {names} somewhere, but no such difference is clear: this may be chance. "
         lines = (f"{label}, {_contrast_line(contrast)}" for label, some in chance.items() for contrast in some)
-        yield Note(text=text, details=tuple(lines))
+        yield Note(text=text + looked.sentence, details=tuple(lines))
+
+
+def _where(contrasts: Iterable[Contrast]) -> str:
+    """Return the budgets of the clear ones, each with its measures: "10 % of seen (PPL)"."""
+    found: dict[str, list[str]] = {}
+    for one in contrasts:
+        if one.is_clear:
+            found.setdefault(one.first.budget, []).append(measure(one.name).label)
+    return listed([f"{budget} ({listed(labels)})" for budget, labels in found.items()])
 
 
 def _contrast_line(contrast: Contrast) -> str:
@@ -251,6 +279,15 @@ def _ability_notes(group: Group) -> Iterator[Note]:
         )
 
 
+def _length_notes(group: Group) -> Iterator[Note]:
+    details = tuple(
+        f"{group.cell_label(cell)}: {measure(name).label} {_value(cell, name)}"
+        for name, cells in other_lengths(group).items()
+        for cell in cells
+    )
+    yield from (Note(text=text, details=details) for text in length_cautions(group))
+
+
 def _empty_answers(cell: CellResult) -> str:
     """Return "2 of 32 answers", for each turn of a conversation; "" where none is empty."""
     turns = {"": "", **{f"turn{turn}_": f" of turn {turn}" for turn in range(1, MAX_TURNS + 1)}}
@@ -291,7 +328,7 @@ def _monotone_notes(group: Group) -> Iterator[Note]:
         lines = tuple(_step_line(group, contrast) for contrast in found if contrast.is_clear == is_clear)
         if lines:
             yield Note(text=text, details=lines)
-    if looked.pairs and not found:
+    if looked.contrasts and not found:
         text = f"Quality ({looked.labels}) never rises where the budget shrinks, as it should be"
         yield Note(text=f"{text}; {looked.sure('steps')}.")
 
@@ -310,6 +347,7 @@ def _doubts(group: Group) -> Iterator[Note]:
     differing = tuple(f"{name}: {', '.join(sorted(values))}" for name, values in kinds.items() if len(values) > 1)
     if differing:
         yield Note(text="Cells ran under different conditions; compare their times with care.", details=differing)
+    yield from _odd_copies(group)
     too_long = tuple(_beyond_text(group, cell) for cell in group.cells if cell.estimate("num_beyond_context"))
     if too_long:
         text = "Prompts go beyond the model's context; what is said there is no policy's doing."
@@ -317,6 +355,52 @@ def _doubts(group: Group) -> Iterator[Note]:
     counts = [found.n for cell in group.cells for name in QUALITIES if (found := cell.estimate(name)) and found.n]
     if counts and min(counts) < _FEW_SAMPLES:
         yield Note(text=f"Some numbers rest on only {min(counts)} samples; intervals from so few are too narrow.")
+
+
+def _audited(group: Group) -> Iterator[Note]:
+    """Yield what `kvbench audit` too finds worth knowing, and no fault (with lengths and machines, said above)."""
+    usable = [cell for cell in group.cells if not cell.failed]
+    held = ((cell, _overhang(cell)) for cell in usable)
+    left_out = [(cell, found.value) for cell in usable if (found := cell.estimate("num_skipped_items"))]
+    for text, lines in (
+        ("Some cells were measured by code with changes that no commit holds.",
+         [group.cell_label(cell) for cell in usable if is_uncommitted(cell.environment)]),
+        ("Some cells hold more of the tokens than their budget says: their policy does not cut prompt and answer both.",
+         [f"{group.cell_label(cell)}: {text}" for cell, text in held if text]),
+        ("Items of the data set were left out as bad (on_bad_item: skip).",
+         [f"{group.cell_label(cell)}: {num:.0f}" for cell, num in left_out if num]),
+        ("Some cells were measured more than once; one of the attempts counts.",
+         [f"{group.cell_label(cell)}: {cell.num_measured} times" for cell in usable if cell.num_measured > 1]),
+    ):  # fmt: skip
+        if lines:
+            yield Note(text=text, details=tuple(lines))
+    asked = [num for cell in usable if isinstance(num := (cell.settings.get("dataset") or {}).get("num_samples"), int)]
+    most = max((len(cell.samples) for cell in usable), default=0)
+    if most and asked and most + max((int(num) for _, num in left_out), default=0) < min(asked):
+        yield Note(text=f"{most} samples of {min(asked)} asked for, in every cell: is the data set smaller?")
+
+
+def _overhang(cell: CellResult) -> str:
+    """Return which share of the tokens a cell holds that keeps what it generates, or the whole prompt; else ""."""
+    found, asked = cell.estimate("realised_budget_fraction"), cell.budget_fraction
+    if found is None or cell.is_full:
+        return ""
+    is_more = asked is not None and cell.budget.endswith("of seen") and found.value > asked * _OVER_BUDGET
+    return f"{found.value:.0%} of the tokens seen".replace("%", " %") if is_more or cell.evicts_at in _ONE_PART else ""
+
+
+def _odd_copies(group: Group) -> Iterator[Note]:
+    """Yield the cells whose copy was far off that of their machine and sweep, which their roofs rest on."""
+    found: dict[str, list[str]] = {}
+    for cell in group.cells:
+        common, own = cell.estimate(BANDWIDTH), cell.own_bandwidth
+        if common is not None and own is not None and is_far_off(own, common.value):
+            median = format_with_interval(BANDWIDTH, common.value, common.low, common.high)
+            line = f"{group.cell_label(cell)}: {format_value(BANDWIDTH, own)}"
+            found.setdefault(f"{median}, n = {common.n}", []).append(line)
+    for median, lines in found.items():
+        text = f"A copy was far off the bandwidth of its machine and sweep, {median}; the roofs use that median."
+        yield Note(text=text, details=tuple(lines))
 
 
 def _beyond_text(group: Group, cell: CellResult) -> str:

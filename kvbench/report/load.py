@@ -19,24 +19,39 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
+import numpy as np
+
 from kvbench.errors import ConfigError, RecordError, close_matches
 from kvbench.frontier.table import Frontier, load_frontier
-from kvbench.measures import MEASURES, bounds_on_scale, measure
+from kvbench.measures import MEASURES, bounds_on_scale, measure, score_scale
 from kvbench.results.files import canonical_json
 from kvbench.results.record import MEASURED, CellRecord, Problem, check_results_folder, read_cell
+from kvbench.stats.intervals import (
+    FEW_METHOD,
+    ClusterSums,
+    Interval,
+    median_interval,
+    sums_by_cluster,
+    with_few_differing,
+)
 from kvbench.stats.paired import POOLED
 
 _DIGITS = re.compile(r"([0-9]+)")
+_THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 _TEXT_LABELS = ("model", "dataset", "policy", "budget", "positions")
+AGAINST_FULL = ("_vs_full", "top1_agreement_fraction")  # the full cache has all of it by definition
+BANDWIDTH = "copy_bandwidth_bytes_per_s"
+_MACHINE = ("gpu", "cpu_model", "num_threads")
 _LARGEST = 1e300
 _LARGEST_SCORE = 1e100  # squares and sums of what is larger leave the floats; no score and no log-loss is
+_TIMED = ("speed", "memory")  # the tasks whose batch is one of the settings; capacity searches its own
 _MAX_NAME = 40  # longer texts of settings give way to a digest
 _Key = TypeVar("_Key", bound=Hashable)
 
 
 def natural_key(text: str) -> tuple[object, ...]:
     """Return what to sort by: runs of digits count as numbers of any length; different texts have different keys."""
-    parts = _DIGITS.split(text)
+    parts = _DIGITS.split(_THOUSANDS.sub("", text))
     numbers = ((len(digits), digits) for digits in (part.lstrip("0") for part in parts[1::2]))
     return (*(one for pair in zip(parts[::2], (*numbers, ()), strict=True) for one in pair), text)
 
@@ -65,7 +80,9 @@ class CellResult:
 
     `variant` tells cells apart whose labels are equal, and `model` and `dataset` may have got an end that does;
     `labels` holds them as they were recorded. `folder` names the results folder where several are read;
-    `cell_folder` is where the record lies, for what lies beside it.
+    `cell_folder` is where the record lies, for what lies beside it, and `num_measured` how often it was measured there.
+    `evicts_at` is when its policy cuts, "" in a record that does not say it. `own_bandwidth` is the copy bandwidth that
+    the cell saw itself; among its measurements stands that of its machine and sweep, and what follows from it.
     """
 
     key: str
@@ -90,7 +107,10 @@ class CellResult:
     variant: str = ""
     folder: str = ""
     cell_folder: Path | None = None
+    num_measured: int = 1
+    evicts_at: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+    own_bandwidth: float | None = None
 
     @property
     def failed(self) -> bool:
@@ -133,9 +153,10 @@ def parse_cell(body: Mapping[str, Any]) -> CellResult:
     if any(not isinstance(sample, dict) for sample in body["samples"]):
         raise RecordError("a sample is not a JSON object. Run the cell again.")
     texts, tokens = {name: labels[name] for name in _TEXT_LABELS}, _number(labels.get("budget_tokens"))
-    return CellResult(
+    cell = CellResult(
         **texts,
         labels=texts,
+        evicts_at=str(labels.get("evicts_at") or ""),
         **{name: body[name] for name in ("key", "sweep", "status", "phase", "environment", "started_utc", "curves")},
         error="" if error is None else f"{error.get('type', 'error')}: {error.get('message', '')}",
         budget_fraction=_number(labels.get("budget_fraction")),
@@ -149,6 +170,7 @@ def parse_cell(body: Mapping[str, Any]) -> CellResult:
         settings=body["cell"],
         duration_s=float(body["duration_s"]),
     )
+    return replace(cell, measurements={name: _bounded(cell, name, one) for name, one in cell.measurements.items()})
 
 
 def _estimate(name: str, entry: Mapping[str, Any]) -> Estimate | None:
@@ -159,6 +181,26 @@ def _estimate(name: str, entry: Mapping[str, Any]) -> Estimate | None:
         low, high = bounds_on_scale(name, value, low, high)
     method = str(entry.get("method") or "")
     return Estimate(value=value, low=low, high=high, n=None if n is None else int(n), method=method)
+
+
+def _bounded(cell: CellResult, name: str, found: Estimate) -> Estimate:
+    """Return a number of samples with bounds that these can show; older records have some without any width.
+
+    None where every sample gives the same and no scale says how far another one might be.
+    """
+    if found.low is None or found.high is None or not (scores := scores_of(cell, name)):
+        return found
+    if cell.is_full and name.endswith(AGAINST_FULL):
+        return replace(found, low=None, high=None, method="the full cache against itself: no interval")
+    if (scale := score_scale(name)) is not None and found.method != FEW_METHOD:
+        clusters = clusters_of(cell)
+        columns = sums_by_cluster(np.array(list(scores.values()), dtype=np.float64), [clusters[one] for one in scores])
+        told = Interval(value=found.value, low=found.low, high=found.high, n=len(columns), method=found.method)
+        wide = with_few_differing(told, ClusterSums(columns=columns), scale)
+        return replace(found, low=wide.low, high=wide.high, method=wide.method)
+    if found.low == found.high:
+        return replace(found, low=None, high=None, method="the same in every sample: no interval")
+    return found
 
 
 def _is_number(value: object, largest: float) -> TypeGuard[int | float]:
@@ -190,6 +232,11 @@ def scores_of(cell: CellResult, name: str) -> dict[str, tuple[float, float]]:
     """Return (total, weight) of every sample of the cell that has the measure, by its id."""
     found = ((str(sample.get("id")), sample_score(sample, name)) for sample in cell.samples)
     return {identity: score for identity, score in found if score is not None}
+
+
+def clusters_of(cell: CellResult) -> dict[str, str]:
+    """Return the cluster of every sample by its id: its own where none is named."""
+    return {str(sample.get("id")): str(sample.get("cluster") or sample.get("id")) for sample in cell.samples}
 
 
 def mean_scores(cell: CellResult, name: str) -> dict[str, float]:
@@ -275,9 +322,10 @@ class Results:
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """Return the cells by model and data set."""
+        """Return the cells by model and data set; those with answers or a perplexity before those of costs alone."""
         by_name = itertools.groupby(self.records, key=lambda cell: (cell.model, cell.dataset))
-        return tuple(Group(model=model, dataset=data, cells=tuple(cells)) for (model, data), cells in by_name)
+        found = (Group(model=model, dataset=data, cells=tuple(cells)) for (model, data), cells in by_name)
+        return tuple(sorted(found, key=lambda group: not any(cell.samples for cell in group.cells)))
 
     @property
     def policies(self) -> tuple[str, ...]:
@@ -352,7 +400,8 @@ def _read(folder: Path, keys: Collection[str] | None = None) -> tuple[list[CellR
             found = read_cell(path.parent)
             wanted = keys is None or found.body["key"] in keys
             if wanted:
-                cells.append(replace(parse_cell(found.body), cell_folder=path.parent))
+                cell = replace(parse_cell(found.body), cell_folder=path.parent, num_measured=found.num_measured)
+                cells.append(cell)
         except RecordError as error:
             problems.append(_problem(folder, path, error))
         else:
@@ -398,11 +447,63 @@ def _later_failures(found: CellRecord, folder: str) -> Iterator[Problem]:
 def _ordered(cells: list[CellResult]) -> tuple[CellResult, ...]:
     """Sort, after telling apart cells whose labels are the same."""
     named: list[CellResult] = []
+    cells = [replace(cell, dataset=_with_batch(cell)) for cell in _with_one_roof(cells)]
     cells = _with_distinct_names(_with_distinct_names(cells, "model"), "dataset")
     for twins in _by(cells, lambda cell: (cell.model, cell.dataset, *cell.series)).values():
         by_budget = list(_by(twins, lambda cell: cell.budget).values())
         named.extend(_with_variants(twins, by_budget) if any(len(same) > 1 for same in by_budget) else twins)
     return tuple(sorted(named, key=lambda cell: cell.sort_key))
+
+
+def _with_batch(cell: CellResult) -> str:
+    """Return the name of the cell's data; drawn prompts, which nothing but their size tells, have batch and tokens."""
+    tasks, tokens = cell.settings.get("task"), (cell.settings.get("dataset") or {}).get("prompt_tokens")
+    if not isinstance(tokens, int) or not isinstance(tasks, dict):
+        return cell.dataset
+    batch = next((found for name in _TIMED if (found := (tasks.get(name) or {}).get("batch_size"))), None)
+    size = f"{f'batch {batch}, ' if batch else ''}{tokens:,} prompt tokens"
+    return cell.dataset.replace(f"{tokens} tokens", size)
+
+
+def _with_one_roof(cells: Iterable[CellResult]) -> list[CellResult]:
+    """Give the cells of one machine and sweep one copy bandwidth, the median of theirs, and the roofs that follow.
+
+    A roof's interval is that of the bandwidth; a share of it is as sure as the launches and the bandwidth together.
+    """
+    found: list[CellResult] = []
+    for same in _by(cells, _machine_of).values():
+        copies = [one.value for cell in same if (one := cell.estimate(BANDWIDTH)) and one.value > 0]
+        common = median_interval(copies)
+        for cell in same:
+            seen = cell.estimate(BANDWIDTH)
+            known = seen is not None and seen.value > 0 and len(copies) > 1
+            found.append(_under_roof(cell, seen.value, common) if seen is not None and known else cell)
+    return found
+
+
+def _machine_of(cell: CellResult) -> tuple[str, ...]:
+    kind = str(cell.environment.get("device", "")).partition(":")[0]  # workers of one machine may have a GPU each
+    return cell.sweep, kind, *(str(cell.environment.get(name)) for name in _MACHINE)
+
+
+def _under_roof(cell: CellResult, own: float, common: Interval) -> CellResult:
+    assert common.value is not None
+    assert common.low is not None
+    assert common.high is not None
+    method = f"{common.method} cells of the machine and sweep"
+    told = {BANDWIDTH: Estimate(value=common.value, low=common.low, high=common.high, n=common.n, method=method)}
+    for name in ("roof_ms", "full_roof_ms", "roof_share_fraction", "full_roof_share_fraction"):
+        if one := cell.measurements.get(name):
+            has_bounds = name.endswith("_ms") or one.low is not None
+            told[name] = replace(
+                one,
+                value=one.value * own / common.value,
+                low=one.bounds[0] * own / common.high if has_bounds else None,
+                high=one.bounds[1] * own / common.low if has_bounds else None,
+                n=common.n if name.endswith("_ms") else one.n,
+                method=f"computed; copy bandwidth: {method}" if name.endswith("_ms") else one.method,
+            )
+    return replace(cell, measurements={**cell.measurements, **told}, own_bandwidth=own)
 
 
 def _with_distinct_names(cells: list[CellResult], part: str) -> list[CellResult]:

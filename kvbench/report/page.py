@@ -209,5 +209,5 @@ def _summary(results: Results) -> str:
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     devices = ", ".join(sorted({str(cell.environment.get("device", "unknown device")) for cell in results.records}))
     titles = [group.title for group in results.groups]
-    what = ", ".join(titles) if len(titles) <= _MOST_OPEN_GROUPS else f"{len(titles)} pairs of model and data set"
+    what = "; ".join(titles) if len(titles) <= _MOST_OPEN_GROUPS else f"{len(titles)} pairs of model and data set"
     return f"{what}. Sweep {sweeps}. {counts_text(results.records)}. Measured {when} (UTC) on {devices}."

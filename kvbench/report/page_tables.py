@@ -41,9 +41,9 @@ from kvbench.report.markup import (
     row_head,
     text_cell,
 )
-from kvbench.report.standing import Judged, Match, matrices
+from kvbench.report.standing import BEHIND, LENGTH, Judged, Match, matrices
 from kvbench.report.tables import INTERVAL_NOTE, Table, results_table, samples_text
-from kvbench.report.verdicts import REFERENCE, CellRow
+from kvbench.report.verdicts import RATIO_NOTE, REFERENCE, CellRow, behind_of, time_of
 from kvbench.stats.tests import smallest_margin
 
 _MARKS = {
@@ -63,9 +63,17 @@ _VERDICT_HEADS = (
     Head("difference", "to full", group=_QUALITY),
     Head("detectable", "with these samples", group=_QUALITY),
     Head("collapses", "samples", group=_QUALITY),
+)
+_BEHIND_HEADS = {
+    BEHIND: Head(measure(BEHIND).label, "higher is better", group=_QUALITY),
+    LENGTH: Head(measure(LENGTH).label, "of the answers", group=_QUALITY),
+}
+_COST_HEADS = (
     Head("TPOT", "ms per token", group=_TIMES),
+    Head("full's TPOT", "same launches", group=_TIMES),
     Head("TPOT / full", "under 1 is faster", group=_TIMES),
     Head("TTFT", "ms", group=_TIMES),
+    Head("full's TTFT", "same launches", group=_TIMES),
     Head("TTFT / full", "under 1 is faster", group=_TIMES),
     Head("stored", "bytes", group=_BYTES),
     Head("of full", "stored", group=_BYTES),
@@ -82,12 +90,18 @@ def verdicts_html(rows: Sequence[CellRow]) -> Markup:
     words = {"model": "model", "dataset": "data set"}
     places = [Head(words[name], kind="text") for name in differing if name in words]
     verdict = Head("verdict", "against full", kind="text")
-    heads = [*CELL_HEADS, *places, verdict, Head(label, way, group=_QUALITY), *_VERDICT_HEADS]
+    behind = behind_of(rows)
+    quality = [verdict, Head(label, way, group=_QUALITY), *_VERDICT_HEADS, *(_BEHIND_HEADS[name] for name in behind)]
+    heads = [*CELL_HEADS, *places, *(quality if names else ()), *_COST_HEADS]
     keys = [_filtered_by(row) for row in rows]
-    cells = [list(_verdict_cells(row, differing)) for row in rows]
+    cells = [[*_row_cells(row, differing), *(_quality_cells(row, differing, behind) if names else ()),
+              *_cost_cells(row)] for row in rows]  # fmt: skip
     caption = "Verdicts against the full cache"
     view = TableView(caption=caption, heads=heads, rows=cells, row_data=keys, name="verdict-table")
-    return render("verdicts.html.j2", margins=_margins(rows), options=_options(rows, keys), view=view)
+    options = _options(rows, keys)
+    if not names:
+        options |= {"verdict": []}
+    return render("verdicts.html.j2", margins=_margins(rows), options=options, ratio_note=RATIO_NOTE, view=view)
 
 
 def matrices_html(judged: Judged) -> Markup:
@@ -123,7 +137,7 @@ def _filtered_by(row: CellRow) -> Mapping[str, str]:
     return {name: known.get(name) or str(getattr(row.cell, name)) for name in _FILTERS}
 
 
-def _options(rows: Sequence[CellRow], keys: Sequence[Mapping[str, str]]) -> Mapping[str, list[str]]:
+def _options(rows: Sequence[CellRow], keys: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
     """Return what rows may be chosen by, and the values of each; budgets stand by size."""
     ordered = sorted((row.cell for row in rows), key=lambda cell: (budget_size(cell), cell.budget))
     budgets = list(dict.fromkeys(cell.budget for cell in ordered))
@@ -141,11 +155,15 @@ def _margins(rows: Sequence[CellRow]) -> str:
     return ", ".join(margins)
 
 
-def _verdict_cells(row: CellRow, differing: Sequence[str]) -> Iterator[TableCell]:
-    cell, one, found = row.cell, row.comparison, row.quality
+def _row_cells(row: CellRow, differing: Sequence[str]) -> Iterator[TableCell]:
+    cell = row.cell
     yield row_head(row.policy, "noisy times" if cell.status == "noisy" else cell.folder)
     yield budget_cell(cell)
     yield from (text_cell(getattr(row, name)) for name in ("model", "dataset") if name in differing)
+
+
+def _quality_cells(row: CellRow, differing: Sequence[str], behind: Sequence[str]) -> Iterator[TableCell]:
+    one, found = row.comparison, row.quality
     yield _verdict(one, row.verdict)
     if found is None or row.measure is None:
         yield TableCell("-")
@@ -156,10 +174,16 @@ def _verdict_cells(row: CellRow, differing: Sequence[str]) -> Iterator[TableCell
     yield TableCell((size_text(one.measure, detectable) if one else "") or "-", sort=detectable)
     collapsed = "-" if row.num_collapsed is None else f"{row.num_collapsed} of {row.num_paired}"
     yield TableCell(collapsed, sort=row.num_collapsed)
+    yield from (_estimate(name, row.behind if name == BEHIND else row.length) for name in behind)
+
+
+def _cost_cells(row: CellRow) -> Iterator[TableCell]:
+    cell = row.cell
     for name, time in zip(("tpot", "ttft"), row.times, strict=True):
-        noise = timing_noise(cell, f"{name}_ms")
+        noise, words = timing_noise(cell, f"{name}_ms"), (time.of_medians, _speed_word(time.comparison))
         yield _estimate(f"{name}_ms", time.own, noise=noise)
-        yield _estimate(f"{name}_ratio_to_full", time.ratio, noise=noise, word=_speed_word(time.comparison))
+        yield _estimate(f"full_{name}_ms", time.full, noise=noise)
+        yield _estimate(f"{name}_ratio_to_full", time.ratio, noise=noise, word="\n".join(filter(None, words)))
     stored, share = row.stored_bytes, row.stored_share
     yield TableCell("-" if stored is None else format_value("kv_stored_bytes", stored), sort=stored)
     yield TableCell("-" if share is None else f"{share:.2f}x", sort=share)
@@ -203,8 +227,12 @@ def _estimate(name: str, found: Estimate | None, *, above: str = "", word: str =
 _FIRST, _STEP, _ROOF = "first token", "one decode step", "roof of the memory"
 _LATENCY_COLUMNS = (
     ("ttft_ms", Head("TTFT", "vision, prompt, cut", group=_FIRST)),
+    ("full_ttft_ms", Head("full's", "same launches", group=_FIRST)),
+    ("ttft_ratio_to_full", Head("/ full", "over pairs", group=_FIRST)),
     ("settle_ms", Head("settle", "policy's part of it", group=_FIRST)),
     ("tpot_ms", Head("TPOT", "median step", group=_STEP)),
+    ("full_tpot_ms", Head("full's", "same launches", group=_STEP)),
+    ("tpot_ratio_to_full", Head("/ full", "over pairs", group=_STEP)),
     ("tpot_p90_ms", Head("p90", "slow steps", group=_STEP)),
     ("policy_ms", Head("policy", "naming victims, alone", group=_STEP)),
     ("roof_ms", Head("roof", "weights and entries read once", group=_ROOF)),
@@ -213,6 +241,8 @@ _LATENCY_COLUMNS = (
 )
 _NOISE_OF = {  # the measurement whose noise is in another one
     "settle_ms": "ttft_ms",
+    "full_ttft_ms": "ttft_ms",
+    "full_tpot_ms": "tpot_ms",
     "tpot_p90_ms": "tpot_ms",
     "policy_ms": "tpot_ms",
     "roof_share_fraction": "tpot_ms",
@@ -226,7 +256,8 @@ def latency_html(group: Group) -> Markup:
         return Markup()
     heads = [*CELL_HEADS, *(head for _, head in _LATENCY_COLUMNS)]
     rows = [list(_latency_cells(group, cell)) for cell in group.cells if not cell.failed]
-    return render("latency.html.j2", view=TableView(caption=f"Latency, {group.title}", heads=heads, rows=rows))
+    view = TableView(caption=f"Latency, {group.title}", heads=heads, rows=rows)
+    return render("latency.html.j2", ratio_note=RATIO_NOTE, view=view)
 
 
 def _latency_cells(group: Group, cell: CellResult) -> Iterator[TableCell]:
@@ -238,6 +269,8 @@ def _latency_cells(group: Group, cell: CellResult) -> Iterator[TableCell]:
         noise = "" if name == "roof_ms" else timing_noise(cell, _NOISE_OF.get(name, name))
         is_overhead = found is not None and name == "roof_share_fraction" and found.value < _OVERHEAD_SHARE
         word = "overhead-bound" if is_overhead else ""
+        if name.endswith("_ratio_to_full"):
+            word = time_of(cell, name.partition("_")[0]).of_medians
         yield NOT_MEASURED if found is None else _estimate(name, found, word=word, noise=noise)
 
 

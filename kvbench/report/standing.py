@@ -7,11 +7,12 @@
         print(one.budget, one.measure, one.cell.policy, one.verdict)
 
 `judge` holds every comparison of a group at hand. `standing_at` ranks the cells of one budget: the first, whom it
-beats, who may be as good; failed cells are named and never ranked, noisy ones are, since their quality does not depend
-on the clock. `losses_of` gives the samples that a policy loses. A sample collapses where its score is under half of
-the full cache's; in perplexity, where its tokens are on average more than one nat less likely. Samples on which the
-full cache itself scores nothing can not collapse. `matrices` set each policy against each other at equal budget, like
-with like.
+beats, who may be as good; failed cells are named and never ranked, noisy ones are where no clock is in the measure.
+`losses_of` gives the samples that a policy loses. One rule says what is worth something beside the full cache
+(`KEPT_SHARE`): a sample collapses where its score is under half of the full cache's; in perplexity, where its tokens
+are on average more than one nat less likely; a policy whose own score is there is not usable (`is_usable`). Samples on
+which the full cache itself scores nothing can not collapse. `cautions` are what stands before every table of a group.
+`matrices` set each policy against each other at equal budget, like with like.
 """
 
 from __future__ import annotations
@@ -21,7 +22,14 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from kvbench.measures import MAX_TURNS, measure
+from kvbench.measures import (
+    MAX_TURNS,
+    NEAR_LENGTH_FRACTION,
+    TASK_MEASURES,
+    format_value,
+    has_other_length,
+    measure,
+)
 from kvbench.report.compare import (
     DECLARED,
     PRIMARY_QUALITIES,
@@ -35,23 +43,29 @@ from kvbench.report.compare import (
     difference_unit,
     difference_value,
     group_comparisons,
+    leading_quality,
     p_text,
+    subtracted,
     timing_noise,
     verdict_remark,
     withheld,
 )
 from kvbench.report.compare import judged as corrected
 from kvbench.report.load import CellResult, Estimate, Group, mean_scores, natural_key
+from kvbench.report.markup import listed
 from kvbench.stats.tests import is_latency_ratio, turned
 
 OTHER_QUALITIES = (
-    *("objects_recalled_fraction", "needles_recalled_fraction", "ppl", "rougeL_vs_reference", "kl_to_full"),
+    *(*TASK_MEASURES[:2], "ppl", "rougeL_vs_full", "rougeL_vs_reference", "kl_to_full"),
     *("ppl_released", *(f"turn{turn}_rougeL_vs_full" for turn in range(2, MAX_TURNS + 1))),
 )
 MOST_PAIRS = 500
-_TIME_RATIOS = ("tpot_ratio_to_full", "ttft_ratio_to_full")
+TIME_RATIOS = ("tpot_ratio_to_full", "ttft_ratio_to_full")
+BYTES = ("kv_stored_bytes", "peak_memory_bytes")
+BEHIND = "rougeL_vs_full"  # stands behind a task's own measure, with the answers' length beside it
+LENGTH = "length_ratio"
 _FULL_KEPT = ("better", "equivalent")
-_KEPT_SHARE = 0.5
+KEPT_SHARE = 0.5  # of the full cache's score: with less, more of what that gets right is lost than kept
 _LOST_NATS = 1.0
 
 
@@ -98,8 +112,8 @@ def judge(group: Group, choices: Choices = DECLARED, *, leading_alone: bool = Fa
     them, which is stricter than Holm's.
     """
     num_pairs = sum(1 for _ in between_policies(group))
-    names = (*PRIMARY_QUALITIES, *OTHER_QUALITIES, *_TIME_RATIOS)
-    primary = _primary(group)
+    primary = leading_quality(group) or _other(group)
+    names = {*PRIMARY_QUALITIES, *OTHER_QUALITIES, *TIME_RATIOS, *([primary] if primary else ())}
     only = (primary,) if leading_alone and primary else names
     found = group_comparisons(group, choices, only, between=num_pairs <= MOST_PAIRS)
     by_pair = {(one.measure, one.first.key, one.second.key): one for one in found}
@@ -127,11 +141,7 @@ def _turned(name: str, value: float | None) -> float | None:
     return math.inf if value <= -1 else -value / (1 + value)
 
 
-def _primary(group: Group) -> str | None:
-    for cells in (group.budgeted, group.cells):
-        for name in PRIMARY_QUALITIES:
-            if any(cell.estimate(name) for cell in cells):
-                return name
+def _other(group: Group) -> str | None:
     return next((name for name in OTHER_QUALITIES if any(cell.estimate(name) for cell in group.cells)), None)
 
 
@@ -159,7 +169,7 @@ def standing_at(judged: Judged, cells: list[CellResult], name: str) -> Standing 
     """Return how the cells of one budget stand in the measure; None where none can be ranked."""
     if judged.ability.reason(name):
         return None
-    if not (ranked := _ranked(cells, name)):
+    if not (ranked := _ranked((cell for cell in cells if not timing_noise(cell, name)), name)):
         return None
     first, *others = ranked
     seen = [(cell, judged.between(first, cell, name)) for cell in others]
@@ -206,6 +216,90 @@ def safe_cells(judged: Judged) -> list[CellResult]:
         and found.verdict in _FULL_KEPT
         and not cell.failed
     ]
+
+
+def is_usable(group: Group, cell: CellResult, name: str) -> bool | None:
+    """Tell whether the cell keeps enough of the full cache's own score to be worth taking; None where nothing tells."""
+    own, best = cell.estimate(name), None if group.full is None else group.full.estimate(name)
+    if own is None or best is None:
+        return None
+    return not is_collapsed(name, subtracted(name, own.value), subtracted(name, best.value))
+
+
+def best_unusable(group: Group, cells: Iterable[CellResult], name: str) -> tuple[CellResult, ...]:
+    """Return the cells of the best value where none of them is usable, none where one is or nothing tells."""
+    known = [(cell, usable) for cell in cells if (usable := is_usable(group, cell, name)) is not None]
+    if any(usable for _, usable in known):
+        return ()
+    ranked = _ranked((cell for cell, _ in known), name)
+    return tuple(cell for cell in ranked if cell.measurements[name].value == ranked[0].measurements[name].value)
+
+
+def usable_text(name: str) -> str:
+    """Return what a policy must reach to be usable, in words."""
+    if measure(name).better == "higher":
+        return f"usable is at least {KEPT_SHARE * 100:.0f} % of the full cache's score"
+    return f"usable is at most {_LOST_NATS:g} nat per token above the full cache"
+
+
+def cautions(group: Group) -> list[str]:
+    """Return what a reader must know before any table of quality.
+
+    That the data set ranks nobody; else at which budgets no policy is usable, and how far answers are from the full
+    cache's in length, where ROUGE is read.
+    """
+    if sentence := Ability(group).sentence:
+        return [sentence]
+    return [*_unusable(group), *length_cautions(group)]
+
+
+def _unusable(group: Group) -> Iterator[str]:
+    name, found = leading_quality(group), dict[str, tuple[CellResult, ...]]()
+    if name is None or group.full is None or Ability(group).reason(name):
+        return
+    for budget, cells in group.by_budget.items():
+        if best := best_unusable(group, cells, name):
+            found[budget] = best
+    if found:
+        shown = [
+            f"{_value(cells[0], name)} at {budget} ({listed([group.series_label(cell) for cell in cells])})"
+            for budget, cells in found.items()
+        ]
+        everywhere = len(found) == len(group.by_budget) and len(found) > 1
+        yield (
+            f"No policy is usable at {'any budget measured' if everywhere else listed(list(found))}: best "
+            f"{measure(name).label} {listed(shown)}, where the full cache reaches {_value(group.full, name)}; "
+            f"{usable_text(name)}."
+        )
+
+
+def _value(cell: CellResult, name: str) -> str:
+    found = cell.estimate(name)
+    return format_value(name, found.value if found else None)
+
+
+def other_lengths(group: Group) -> dict[str, list[CellResult]]:
+    """Return by measure of length (one per turn) the cells whose answers are much shorter or longer than full's."""
+    names = (LENGTH, *(f"turn{turn}_{LENGTH}" for turn in range(1, MAX_TURNS + 1)))
+    found = {
+        name: [cell for cell in group.cells if (one := cell.estimate(name)) and has_other_length(one.value)]
+        for name in names
+    }
+    return {name: cells for name, cells in found.items() if cells}
+
+
+def length_cautions(group: Group) -> Iterator[str]:
+    """Yield how many cells answer at another length than the full cache, and how far from it they get."""
+    found = other_lengths(group)
+    ratios = [one.value for name, cells in found.items() for cell in cells if (one := cell.estimate(name))]
+    if ratios:
+        num, ends = len({cell.key for cells in found.values() for cell in cells}), (min(ratios), max(ratios))
+        shown = " to ".join(dict.fromkeys(f"{100 * ratio:.0f} %" for ratio in ends))
+        yield (
+            f"Answers of {num} of {len(group.cells)} cells have {shown} of the full cache's length, more than "
+            f"{100 * NEAR_LENGTH_FRACTION:.0f} % from it; ROUGE against full follows the length, so read it beside "
+            f"{measure(LENGTH).label}."
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -280,7 +374,7 @@ def losses_of(group: Group, cell: CellResult, name: str) -> tuple[Loss, ...]:
 def is_collapsed(name: str, score: float, full: float) -> bool:
     """Tell whether a sample's score lost most of what the full cache's is worth; scores of ppl are nats per token."""
     if measure(name).better == "higher":
-        return full > 0 and score < _KEPT_SHARE * full
+        return full > 0 and score < KEPT_SHARE * full
     return score - full > _LOST_NATS
 
 

@@ -25,12 +25,11 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from kvbench.measures import MEASURES, MISSING, format_interval, format_value, measure
+from kvbench.measures import MEASURES, MISSING, TASK_MEASURES, format_interval, format_value, measure
+from kvbench.report.answer import sentences_before
 from kvbench.report.compare import (
     DECLARED,
     PRIMARY_LATENCY,
-    PRIMARY_QUALITIES,
-    Ability,
     Choices,
     Comparison,
     declared_budget,
@@ -38,27 +37,31 @@ from kvbench.report.compare import (
     difference_unit,
     difference_value,
     group_comparisons,
+    leading_quality,
     size_with_unit,
     timing_noise,
     verdict_remark,
 )
 from kvbench.report.load import CellResult, Group, Results
-from kvbench.report.standing import Matrix, leading_matrix
+from kvbench.report.standing import BEHIND, LENGTH, Matrix, leading_matrix
 
-_QUALITIES = ("ppl", "rougeL_vs_full", "rougeL_vs_reference", "objects_recalled_fraction")
+_QUALITIES = ("objects_recalled_fraction", "rougeL_vs_full", "rougeL_vs_reference", "ppl")
 MAIN_COLUMNS = (*_QUALITIES, "ttft_ms", "tpot_ms", "peak_memory_bytes", "kv_stored_bytes")
 _EXTRA_COLUMNS = ("needles_recalled_fraction", "num_skipped_items")
 _TURN_COLUMN = re.compile(
     r"turn\d+_(rougeL_vs_full|exact_fraction|objects_recalled_fraction|needles_recalled_fraction)"
 )
 _COST_COLUMNS = (
-    *("ttft_ms", "tpot_ms", "tpot_ratio_to_full", "throughput_tokens_per_s", "roof_share_fraction"),
+    *("ttft_ms", "tpot_ms", "full_tpot_ms", "tpot_ratio_to_full", "throughput_tokens_per_s", "roof_share_fraction"),
     *("capacity_prompts", "capacity_ratio_to_full"),
     *("capacity_throughput_tokens_per_s", "capacity_throughput_ratio_to_full"),
     *("peak_memory_bytes", "peak_over_bound_ratio", "kv_stored_bytes"),
 )
 _OVERHEAD_BOUND_SHARE = 0.5
-INTERVAL_NOTE = "[low, high] is the 95 % interval; a number without one is a single observation or an exact count."
+INTERVAL_NOTE = (
+    "[low, high] is the 95 % interval; a number without one is observed once, counted or the same in every sample."
+)
+_RATIOS_NOTE = " Times are medians of launches; a ratio to full is the geometric mean over pairs of launches."
 _NARROW_COLUMNS, _MATCH_COLUMNS = 100, 10  # a match is wider
 _LAYOUTS = ((False, 1), (True, 1), (True, 0))  # from roomy to tight: budget below the policy, blanks between columns
 _STYLES = {"number": "", "missing": "dim", "failed": "bold red", "noisy": "dim"}
@@ -124,10 +127,10 @@ def results_table(group: Group, *, every_measure: bool = False) -> Table:
 
 
 def _main_columns(measured: tuple[str, ...]) -> tuple[str, ...]:
-    """Choose the columns: costs alone where no quality was measured.
+    """Choose the columns, the task's own measure first: costs alone where no quality was measured.
 
-    On a CPU there is no device memory, so the process's own peak takes that column. What only some data sets
-    or tasks have comes after, and then columns without any number are left out.
+    On a CPU there is no device memory, so the process's own peak takes that column. Where some data set or task has
+    more, columns without any number are left out. The answers' length stands behind each ROUGE against full.
     """
     more = tuple(name for name in measured if name in _EXTRA_COLUMNS or _TURN_COLUMN.fullmatch(name))
     if measured and not more and not set(_QUALITIES) & set(measured):
@@ -135,7 +138,21 @@ def _main_columns(measured: tuple[str, ...]) -> tuple[str, ...]:
     columns: tuple[str, ...] = MAIN_COLUMNS
     if "peak_memory_bytes" not in measured and "peak_rss_bytes" in measured:
         columns = tuple("peak_rss_bytes" if name == "peak_memory_bytes" else name for name in MAIN_COLUMNS)
-    return (*(name for name in columns if name in measured), *more) if more else columns
+    if more:
+        columns = tuple(sorted((*(name for name in columns if name in measured), *more), key=_place))
+    if set(TASK_MEASURES) & set(measured):  # which makes closeness to the reference's words the least telling number
+        columns = tuple(name for name in columns if name != "rougeL_vs_reference")
+    lengths = {name: name.replace(BEHIND, LENGTH) for name in columns if name.endswith(BEHIND)}
+    return tuple(
+        one for name in columns for one in (name, lengths.get(name)) if one and (one == name or one in measured)
+    )
+
+
+def _place(name: str) -> tuple[bool, str, bool]:
+    """Order: quality before costs, turn by turn, in each the task's own measure first."""
+    found = _TURN_COLUMN.fullmatch(name)
+    turn, own = (name.partition("_")[0], found[1]) if found else ("", name)
+    return measure(name).unit in ("ms", "bytes", "entries"), turn, own not in TASK_MEASURES
 
 
 def _entry(cell: CellResult, name: str) -> Entry:
@@ -182,7 +199,8 @@ def reading_note(table: Table) -> str:
     bound = dict.fromkeys(policy for policy, share in shares if share and share.value < _OVERHEAD_BOUND_SHARE)
     overhead = f" Overhead-bound (under {_OVERHEAD_BOUND_SHARE:.0%} of the memory roof): {', '.join(bound)}."
     is_told = bound and "roof_share_fraction" in table.columns
-    return f"{INTERVAL_NOTE}{f' {counts}.' if counts else ''}{overhead if is_told else ''}"
+    ratios = _RATIOS_NOTE if PRIMARY_LATENCY in table.columns else ""
+    return f"{INTERVAL_NOTE}{f' {counts}.' if counts else ''}{ratios}{overhead if is_told else ''}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,10 +224,9 @@ class VerdictRow:
 
 def verdict_rows(group: Group, choices: Choices = DECLARED) -> tuple[VerdictRow, ...]:
     """Return the rows of the group's quality measure, then those of its latency measure; noisy cells stay last."""
-    declared = (*PRIMARY_QUALITIES, PRIMARY_LATENCY)
+    declared = [name for name in (leading_quality(group), PRIMARY_LATENCY) if name]
     against = [one for one in group_comparisons(group, choices, declared, between=False) if one.second.is_full]
-    quality = next((name for name in PRIMARY_QUALITIES if any(one.measure == name for one in against)), None)
-    chosen = (one for name in (quality, PRIMARY_LATENCY) for one in against if one.measure == name)
+    chosen = (one for name in declared for one in against if one.measure == name)
     return tuple(_verdict_row(group, one) for one in chosen)
 
 
@@ -233,7 +250,8 @@ def _declared_text(rows: tuple[VerdictRow, ...]) -> str:
     return (
         f"Declared before: {names}, each policy against full, Holm's correction within a measure. "
         "[low, high] is the 95 % interval of the paired difference, uncorrected; detects: the difference that "
-        "these samples find in 80 % of repetitions. Noisy times are in no ranking."
+        "these samples find in 80 % of repetitions. Times are compared with the full cache's in the same launches, not "
+        "with those of its own row. Noisy times are in no ranking."
     )
 
 
@@ -246,7 +264,7 @@ def print_tables(results: Results, console: Console | None = None, choices: Choi
         fitting = next((drawn for drawn in drawings if _fits(drawn, console)), None)
         console.print(fitting or Text("\n".join(_stacked(table))))
         console.print()
-        if sentence := Ability(group).sentence:
+        for sentence in sentences_before(group, choices):
             console.print(Text(sentence), end="\n\n")
         _print_verdicts(verdict_rows(group, choices), console)
         _print_matrix(group, choices, console)
@@ -353,10 +371,10 @@ def _markdown(group: Group, choices: Choices) -> Iterator[str]:
     heads = ["policy", "budget", *(measure(name).label for name in table.columns)]
     yield from (f"## {escaped(table.title)}", "", f"{table.counts}. {reading_note(table)}", "")
     yield from markdown_table(heads, (_markdown_row(row) for row in table.rows), "ll" + "r" * len(table.columns))
+    for sentence in sentences_before(group, choices):
+        yield from ("", escaped(sentence))
     if rows := verdict_rows(group, choices):
-        sentence = Ability(group).sentence
-        yield from ("", f"### Compared with full: {escaped(group.title)}", "")
-        yield from (*([escaped(sentence), ""] if sentence else []), _declared_text(rows), "")
+        yield from ("", f"### Compared with full: {escaped(group.title)}", "", _declared_text(rows), "")
         yield from markdown_table(tuple(_VERDICT_HEADS), (row.texts for row in rows), "lllrrl")
     if found := leading_matrix(group, choices):
         yield from ("", *matrix_markdown(found, group.title))

@@ -13,24 +13,32 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import pandas as pd
 
 from kvbench.measures import format_value, format_with_interval, measure
+from kvbench.report.answer import sentences_before
 from kvbench.report.compare import Comparison, difference_text, size_text, size_with_unit, verdict_remark
 from kvbench.report.load import CellResult, Estimate
-from kvbench.report.standing import Judged, losses_of, matrices
+from kvbench.report.standing import BEHIND, LENGTH, Judged, losses_of, matrices
 from kvbench.report.tables import csv_text, escaped, markdown_table, matrix_markdown
 
 REFERENCE = "reference"
 _TIMES = ("tpot", "ttft")
+RATIO_NOTE = (
+    "Times are medians of launches, full's time is that of the full cache in the same launches, and the ratio is the "
+    "geometric mean over their pairs; where the quotient of the two medians is another number, it stands beside it."
+)
 _NOTE = (
     "Differences are the policy minus the full cache, paired by sample, with 95 % intervals; detectable is the "
-    "smallest true difference found in 80 % of repetitions; ratios to full under 1 are faster."
+    "smallest true difference found in 80 % of repetitions; ratios to full under 1 are faster. "
+    f"{RATIO_NOTE}"
 )
 _NUM_TEXT = 3  # policy, budget and verdict are text, all other columns numbers
-_LEFT_OUT = ("collapses", "TPOT", "TTFT")  # a page of a paper is narrower than a screen; ratios say these
+_LEFT_OUT = ("collapses",)  # a page of a paper is narrower than a screen
+_WITHOUT_INTERVAL = ("TPOT", "TTFT")  # there; the ratio beside them has one
 _MARKS = {
     "better": r"$\uparrow$ ", "worse": r"$\downarrow$ ", "equivalent": r"$\approx$ ", "undecided": "? ",
     "noisy": r"$\sim$ ", "not ranked": r"$\varnothing$ ",
@@ -39,6 +47,7 @@ _TEX = {
     "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}",
     ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''", "[": "{[}", **{sign: f"\\{sign}" for sign in "{}$&#%_"},
 }  # fmt: skip
+_TURN = re.compile(r"turn\d+_")
 _NEGATIVE = re.compile(r"(?<![\w.)])-(?=\d)")
 _TEXTS = (
     *("model", "dataset", "policy", "budget", "status", "measure", "verdict", "remark", "method"),
@@ -49,8 +58,8 @@ _OF_COMPARISON = (
     *("margin", "minimum_detectable", "more_samples", "p_value", "p_holm", "num_samples", "num_clusters", "method"),
 )
 _OF_TIME = {
-    "ms": "own.value", "ratio_to_full": "ratio.value", "ratio_low": "ratio.low", "ratio_high": "ratio.high",
-    "verdict": "comparison.verdict",
+    "ms": "own.value", "ms_of_full": "full.value", "ratio_to_full": "ratio.value", "ratio_low": "ratio.low",
+    "ratio_high": "ratio.high", "verdict": "comparison.verdict",
 }  # fmt: skip
 # The columns of the CSV, and where in a CellRow they are found.
 _CSV = {
@@ -60,6 +69,7 @@ _CSV = {
     "difference": "comparison.value", "difference_low": "comparison.low", "difference_high": "comparison.high",
     "verdict": "verdict", "remark": "remark", **{name: f"comparison.{name}" for name in _OF_COMPARISON},
     "num_collapsed": "num_collapsed",
+    "rougeL_vs_full": "behind.value", "length_ratio": "length.value",
     **{f"{kind}_{name}": f"times.{n}.{path}" for n, kind in enumerate(_TIMES) for name, path in _OF_TIME.items()},
     "kv_stored_bytes": "stored_bytes", "kv_share_of_full": "stored_share", "folder": "cell.folder", "key": "cell.key",
 }  # fmt: skip
@@ -67,11 +77,24 @@ _CSV = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Time:
-    """A time, its ratio to the full cache's in the same launches, and what follows from it."""
+    """A time, the full cache's in the same launches, its ratio to that, and what follows from it."""
 
     own: Estimate | None
+    full: Estimate | None
     ratio: Estimate | None
     comparison: Comparison | None
+
+    @property
+    def of_medians(self) -> str:
+        """Return the quotient of the two times, which are medians; "" where the ratio over pairs is printed the same.
+
+        Noise makes the two differ, and a ratio must follow from what stands beside it.
+        """
+        if self.own is None or self.full is None or self.ratio is None or self.full.value <= 0:
+            return ""
+        name = "tpot_ratio_to_full"
+        text = format_value(name, self.own.value / self.full.value)
+        return "" if text == format_value(name, self.ratio.value) else f"of medians {text}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +102,7 @@ class CellRow:
     """One cell: its quality against full, its times, its bytes, and the samples it loses.
 
     `verdict` is the quality's, "reference" for the full cache, the status of a failed cell, "" where none exists.
+    `behind` is ROUGE against the full cache, `length` the answers' length beside the full cache's, which that follows.
     """
 
     model: str
@@ -94,6 +118,8 @@ class CellRow:
     stored_share: float | None
     num_collapsed: int | None
     num_paired: int
+    behind: Estimate | None
+    length: Estimate | None
 
     @property
     def remark(self) -> str:
@@ -115,6 +141,8 @@ def _cell_row(judged: Judged, cell: CellResult, name: str | None) -> CellRow:
     group = judged.group
     comparison = judged.against_full(cell, name) if name else None
     losses = losses_of(group, cell, name) if name and not cell.is_full else ()
+    turn = _TURN.match(name or "")
+    prefix = turn[0] if turn else ""
     stored, full = cell.estimate("kv_stored_bytes"), group.full and group.full.estimate("kv_stored_bytes")
     return CellRow(
         model=group.model,
@@ -128,15 +156,21 @@ def _cell_row(judged: Judged, cell: CellResult, name: str | None) -> CellRow:
         else REFERENCE if cell.is_full
         else comparison.verdict if comparison else "",
         times=tuple(
-            Time(own=cell.estimate(f"{kind}_ms"), ratio=cell.estimate(f"{kind}_ratio_to_full"),
-                 comparison=judged.against_full(cell, f"{kind}_ratio_to_full"))
-            for kind in _TIMES
+            time_of(cell, kind, judged.against_full(cell, f"{kind}_ratio_to_full")) for kind in _TIMES
         ),
         stored_bytes=stored.value if stored else None,
         stored_share=stored.value / full.value if stored and full and full.value > 0 else None,
         num_collapsed=sum(loss.collapsed for loss in losses) if losses else None,
         num_paired=len(losses),
+        behind=cell.estimate(f"{prefix}{BEHIND}"),
+        length=cell.estimate(f"{prefix}{LENGTH}"),
     )  # fmt: skip
+
+
+def time_of(cell: CellResult, kind: str, comparison: Comparison | None = None) -> Time:
+    """Return "tpot" or "ttft" of the cell beside the full cache's that it was interleaved with."""
+    own, full, ratio = (cell.estimate(name) for name in (f"{kind}_ms", f"full_{kind}_ms", f"{kind}_ratio_to_full"))
+    return Time(own=own, full=full, ratio=ratio, comparison=comparison)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,16 +187,28 @@ def verdict_table(judged: Judged) -> VerdictTable:
     """Return the table of one group by its primary measure."""
     rows = cell_rows(judged)
     label = measure(judged.primary).label if judged.primary else "quality"
+    shown = behind_of(rows)
+    behind = [measure(name).label for name in shown]
     heads = (
         *("policy", "budget", "verdict", label, "minus full", "detectable", "collapses"),
-        *("TPOT", "TPOT / full", "TTFT", "TTFT / full", "KV stored", "of full"),
+        *behind,
+        *("TPOT", "full's TPOT", "TPOT / full", "TTFT", "full's TTFT", "TTFT / full", "KV stored", "of full"),
     )
-    withheld = judged.ability.sentence
-    note = f"{withheld}{' ' if withheld else ''}{_NOTE}{_margins(rows)}"
-    return VerdictTable(title=judged.group.title, note=note, heads=heads, rows=tuple(map(_cells, rows)))
+    note = " ".join([*sentences_before(judged.group, judged.choices), f"{_NOTE}{_margins(rows)}"])
+    cells = tuple(_cells(row, shown) for row in rows)
+    return VerdictTable(title=judged.group.title, note=note, heads=heads, rows=cells)
 
 
-def _cells(row: CellRow) -> tuple[str, ...]:
+def behind_of(rows: Iterable[CellRow]) -> list[str]:
+    """Return what stands behind the quality of the rows, where any has it: ROUGE unless it leads, and the length."""
+    rows = list(rows)
+    ranks = {row.measure for row in rows} - {None}
+    is_behind = any(row.behind and not (row.measure or "").endswith(BEHIND) for row in rows) and bool(ranks)
+    has_length = any(row.behind and row.length for row in rows)
+    return [name for name, has in ((BEHIND, is_behind), (LENGTH, has_length)) if has]
+
+
+def _cells(row: CellRow, behind: Sequence[str]) -> tuple[str, ...]:
     one, cell = row.comparison, row.cell
     return (
         row.policy,
@@ -172,10 +218,15 @@ def _cells(row: CellRow) -> tuple[str, ...]:
         difference_text(one) if one else "-",
         (size_text(one.measure, one.minimum_detectable) if one else "") or "-",
         "-" if row.num_collapsed is None else f"{row.num_collapsed} of {row.num_paired}",
+        *(_estimate(name, row.behind if name == BEHIND else row.length) for name in behind),
         *(
             text
             for name, time in zip(_TIMES, row.times, strict=True)
-            for text in (_estimate(f"{name}_ms", time.own), _estimate(f"{name}_ratio_to_full", time.ratio))
+            for text in (
+                _estimate(f"{name}_ms", time.own),
+                "-" if time.full is None else format_value(f"full_{name}_ms", time.full.value),
+                _estimate(f"{name}_ratio_to_full", time.ratio) + (f" ({time.of_medians})" if time.of_medians else ""),
+            )
         ),
         "-" if row.stored_bytes is None else format_value("kv_stored_bytes", row.stored_bytes),
         "-" if row.stored_share is None else f"{row.stored_share:.2f}x",
@@ -247,8 +298,8 @@ def _latex(table: VerdictTable) -> str:
     heads = (tex(table.heads[index]) for index in kept)
     marks = (_MARKS.get(row[_NUM_TEXT - 1].partition(" (")[0], "") for row in table.rows)
     body = (
-        ((mark if index == _NUM_TEXT - 1 else "") + tex(row[index]) for index in kept)
-        for mark, row in zip(marks, table.rows, strict=True)
+        ((mark if index == _NUM_TEXT - 1 else "") + tex(texts[index]) for index in kept)
+        for mark, texts in zip(marks, map(_in_paper, repeat(table.heads), table.rows), strict=True)
     )
     return _tabular(f"{table.title}. {table.note}", columns, heads, body)
 
@@ -269,6 +320,11 @@ def _tabular(caption: str, columns: str, heads: Iterable[str], rows: Iterable[It
 \\end{{tabular}}}}
 \\end{{table}}
 """
+
+
+def _in_paper(heads: Sequence[str], row: Sequence[str]) -> list[str]:
+    pairs = zip(heads, row, strict=True)
+    return [text.partition(" [")[0] if head in _WITHOUT_INTERVAL else text for head, text in pairs]
 
 
 def tex(text: str) -> str:

@@ -32,6 +32,7 @@ STATUSES = (
     *("ok", "oom", "nonfinite", "timeout", "crash", "killed"),
     *("data_error", "config_error", "incompatible", "preempted", "noisy"),
 )
+MACHINE = ("system", "machine", "cpu_model", "gpu", "num_threads")  # times are compared only where these are the same
 MEASURED = ("ok", "noisy")  # the cell was measured to its end; of a noisy one the times are in no ranking
 _FIELDS: dict[str, tuple[type, ...]] = {
     "schema": (int,),
@@ -126,10 +127,14 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CellRecord:
-    """The attempt of a cell that counts, and those that failed after it: a failure never replaces a measurement."""
+    """The attempt of a cell that counts, of how many that were measured, and those that failed after it.
+
+    A failure never replaces a measurement.
+    """
 
     body: dict[str, Any]
     later_failures: tuple[dict[str, Any], ...] = ()
+    num_measured: int = 1
 
 
 def read_cell(folder: Path) -> CellRecord:
@@ -154,7 +159,13 @@ def counting(accepted: dict[str, Any], others: Iterable[dict[str, Any]]) -> Cell
     if body["status"] not in MEASURED:
         return CellRecord(body=body)
     failures = [one for one in (accepted, *own) if one["status"] not in MEASURED and _started(one) > _started(body)]
-    return CellRecord(body=body, later_failures=tuple(sorted(failures, key=_started)))
+    num_measured = len(measured) + (accepted["status"] in MEASURED)
+    return CellRecord(body=body, later_failures=tuple(sorted(failures, key=_started)), num_measured=num_measured)
+
+
+def is_uncommitted(environment: Mapping[str, Any]) -> bool:
+    """Tell whether the code that measured had changes that no commit holds."""
+    return str(environment.get("git_commit")).endswith("-dirty")
 
 
 def _started(body: Mapping[str, Any]) -> str:

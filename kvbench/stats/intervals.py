@@ -7,6 +7,12 @@ varies between launches, so the launches' medians are the data, never single ite
 of sums over clusters; its interval is a BCa bootstrap of 9,999 draws with a fixed seed, widened for few units; under
 10 units Student's t. The same bootstrap serves paired differences (kvbench.stats.paired), with 10,000 draws.
 
+No bootstrap and no t can see what none or few of the clusters show: 32 answers of score 0 would be told as 0 [0, 0].
+Where fewer than 5 clusters differ from the most common value of a number with a scale (a score, a difference of two),
+the share that does is bounded by Clopper and Pearson (1934), its part of the mean by the heaviest clusters of that
+share (one picture may have many questions), and what one of them may differ by by the scale, or, from 3 on, by the
+most that one did. Cells and pairs have the same bound (`few_differing`).
+
 Sources: Efron 1987, "Better bootstrap confidence intervals" (bias correction and acceleration); Hesterberg 2015, arXiv
 1411.5279, section 4.2 (the level for few units); Miller 2024, arXiv 2411.00640 (pairing, clusters); Kalibera and Jones
 2013 (launches).
@@ -24,13 +30,16 @@ import numpy as np
 import numpy.typing as npt
 
 from kvbench.errors import MeasureError
-from kvbench.stats.tests import Floats, quantile, standard_error, tail
+from kvbench.stats.tests import Floats, largest_share, quantile, standard_error, tail
 
 NUM_RESAMPLES = 9_999  # of a recorded interval
 NUM_DRAWS = 10_000  # of a comparison
 SEED = 20_260_101
 MIN_BOOTSTRAP_CLUSTERS = 10
+FEW_METHOD = "share of differing clusters by Clopper-Pearson, times the most that one may differ"
 _CONFIDENCE = 0.95
+_MIN_DIFFERING = 5
+_MIN_TRUSTED = 3
 _KEPT_UNITS = 400  # up to so many clusters the counts of all draws (32 MB) are kept for the next comparison
 _BLOCK = 60_000  # products so small are made by one thread: the same bits on every machine, no waiting for others
 
@@ -186,15 +195,56 @@ def sums_by_cluster(rows: Floats, clusters: _Clusters) -> Floats:
     return sums
 
 
+def few_differing(
+    values: Floats, weights: Iterable[Floats], level: float, scale: tuple[float, float]
+) -> tuple[float, float] | None:
+    """Return the bounds of a weighted mean of `values`, each a cluster's, on `scale`; None where enough differ."""
+    rounded, counts = np.unique(values.round(12), return_counts=True)
+    usual, num_usual = float(rounded[counts.argmax()]), int(counts.max())
+    num_differing = len(values) - num_usual
+    if num_differing >= _MIN_DIFFERING or 2 * num_usual < len(values):
+        return None
+    share = largest_share(num_differing, len(values), level)
+    part = max(_heaviest_part(one, share) for one in weights)
+    lowest, highest = scale
+    if num_differing >= _MIN_TRUSTED:
+        lowest, highest = max(lowest, float(values.min())), min(highest, float(values.max()))
+    return usual + part * min(0.0, lowest - usual), usual + part * max(0.0, highest - usual)
+
+
+def _heaviest_part(weight: Floats, share: float) -> float:
+    """Return how much of the whole weight the heaviest clusters of that share have; the share where all are equal."""
+    parts = np.concatenate([[0.0], np.cumsum(np.sort(weight)[::-1]) / weight.sum()])
+    return float(np.interp(share * len(weight), np.arange(len(parts)), parts))
+
+
+def with_few_differing(found: Interval, sums: ClusterSums, scale: tuple[float, float]) -> Interval:
+    """Return the interval, as wide as what hardly any cluster shows demands; `scale` is that of any cluster's number.
+
+    The value stays inside its bounds too where no run could write it.
+    """
+    totals, weights = sums.columns.T
+    few = few_differing(totals / weights, [weights], _CONFIDENCE, scale) if sums.num_clusters > 1 else None
+    if few is None or found.value is None or found.low is None or found.high is None:
+        return found
+    low = max(min(scale[0], found.value), min(found.low, few[0]))
+    return replace(found, low=low, high=min(max(scale[1], found.value), max(found.high, few[1])), method=FEW_METHOD)
+
+
 def mean_interval(
-    values: _Values, clusters: _Clusters | None = None, *, num_resamples: int = NUM_RESAMPLES
+    values: _Values,
+    clusters: _Clusters | None = None,
+    *,
+    scale: tuple[float, float] | None = None,
+    num_resamples: int = NUM_RESAMPLES,
 ) -> Interval:
     """Return the mean over samples; `clusters` names the shared image or document of each sample.
 
+    `scale` is what the score of any sample must lie on, None where it has no bounds.
     Raises: MeasureError if a value is not finite or the lengths differ.
     """
-    numerators = _floats(values, "values")
-    return pooled_ratio_interval(numerators, np.ones_like(numerators), clusters, num_resamples=num_resamples)
+    top = _floats(values, "values")
+    return pooled_ratio_interval(top, np.ones_like(top), clusters, scale=scale, num_resamples=num_resamples)
 
 
 def pooled_ratio_interval(
@@ -203,12 +253,14 @@ def pooled_ratio_interval(
     clusters: _Clusters | None = None,
     transform: Callable[[float], float] | None = None,
     *,
+    scale: tuple[float, float] | None = None,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Interval:
     """Return sum(numerators) / sum(denominators), each entry one sample.
 
     For perplexity: nll sums (nats), scored tokens, `transform=math.exp`; the interval is made for the
     mean log-loss and then transformed, so `transform` must increase. Where it overflows the result is None.
+    `scale` is what a sample's numerator over its denominator must lie on.
     Raises: MeasureError if a value is not finite, a denominator is not above 0, or lengths differ.
     """
     top, bottom = _pair(numerators, denominators, "numerators", "denominators")
@@ -225,6 +277,8 @@ def pooled_ratio_interval(
         bounds = draws.bounds(_CONFIDENCE) if draws else (math.nan, math.nan)
         if all(map(math.isfinite, bounds)):
             found = replace(found, low=bounds[0], high=bounds[1], method=f"BCa bootstrap over {over}")
+    if scale is not None:
+        found = with_few_differing(found, sums, scale)
     return found if transform is None else _transformed(found, transform)
 
 
@@ -241,6 +295,25 @@ def launch_interval(launch_medians: _Values) -> Interval:
         return interval
     median = float(np.median(values))
     return replace(interval, value=median, low=min(interval.low, median), high=max(interval.high, median))
+
+
+def median_interval(values: _Values) -> Interval:
+    """Return the median with its interval by order statistics, which supposes nothing of what is far off.
+
+    Under 6 values no two of them reach 95 %: then from the least to the most, which holds less.
+    """
+    ordered = np.sort(_floats(values, "values"))
+    n = len(ordered)
+    if n < 2:
+        return _t_interval(_ratio(ordered, np.ones_like(ordered)), "values")
+    beyond, left_out = 1, 0  # of 2**n equally likely ways to lie below or above, those with so few on one side
+    while 2 * beyond <= (1 - _CONFIDENCE) * 2**n:
+        left_out += 1
+        beyond += math.comb(n, left_out)
+    index = max(0, left_out - 1)
+    method = f"median of {n}, {'order statistics' if left_out else 'least to most'}"
+    bounds = float(ordered[index]), float(ordered[n - 1 - index])
+    return Interval(value=float(np.median(ordered)), low=bounds[0], high=bounds[1], n=n, method=method)
 
 
 def ratio_interval(policy: _Values, full: _Values) -> Interval:

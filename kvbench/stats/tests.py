@@ -7,7 +7,7 @@ lies inside the margin is called equivalent. The defaults are choices, and the r
 
 Sources: Holm 1979, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6
 (p values of a family, such that any false claim among them is rarer than the level); Welch 1947, "The generalization
-of Student's problem" (two means measured apart).
+of Student's problem" (two means measured apart); Clopper and Pearson 1934 (a share, from how often it was seen).
 """
 
 from __future__ import annotations
@@ -65,6 +65,11 @@ def welch(first: tuple[float, float], second: tuple[float, float]) -> tuple[floa
     total = sum(part for part, _ in parts)
     freedom = total**2 / sum(part**2 / free for part, free in parts) if total > 0 else parts[0][1]
     return math.sqrt(total), freedom + 1
+
+
+def largest_share(num_seen: int, num: int, confidence: float) -> float:
+    """Return the upper end of Clopper and Pearson's two-sided interval of a share of which `num_seen` of `num` were."""
+    return float(_special().betaincinv(num_seen + 1, num - num_seen, 0.5 + confidence / 2))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

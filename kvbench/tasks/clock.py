@@ -102,7 +102,8 @@ def step_weight_bytes(model: Any) -> int:
 def copy_bandwidth(device: torch.device) -> float:
     """Return bytes read and written per second by copying a large buffer, the median of some copies.
 
-    The buffer is larger than the device's caches: 512 MiB on a GPU, 64 MiB on a CPU.
+    The buffer is larger than the device's caches: 512 MiB on a GPU, 64 MiB on a CPU. One cell may find the machine
+    busy, so reports take the median over the cells of a machine and sweep (`kvbench/report/load.py`).
     """
     size = _CUDA_BYTES if device.type == "cuda" else _CPU_BYTES
     source = torch.zeros(size, dtype=torch.uint8, device=device)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvbench.errors import ConfigError, MeasureError, NonFiniteError
+from kvbench.measures import score_scale
 from kvbench.tasks.decode import CacheSetting, forced, padded_targets
 from kvbench.tasks.generation import full_answers
 from kvbench.tasks.task import Answers, BatchTask, Bench, Part, Payload, TaskResult, joined
@@ -53,8 +54,8 @@ class Fidelity(BatchTask):
         """Pool the tokens of all examples."""
         result = TaskResult(samples=joined(payloads))
         result.measure("kl_to_full", result.pooled("kl_sum", "num_compared_tokens", bench.examples), "nats/token")
-        agreement = result.pooled("num_agreeing_tokens", "num_compared_tokens", bench.examples)
-        result.measure("top1_agreement_fraction", agreement)
+        name, parts = "top1_agreement_fraction", ("num_agreeing_tokens", "num_compared_tokens")
+        result.measure(name, result.pooled(*parts, bench.examples, scale=score_scale(name)))
         return result
 
 

@@ -24,7 +24,7 @@ import torch
 from kvbench.cache import UNLIMITED, Policy
 from kvbench.datasets.base import Dataset, Example
 from kvbench.errors import ConfigError, MeasureError
-from kvbench.measures import bounds_on_scale
+from kvbench.measures import bounds_on_scale, score_scale
 from kvbench.models.inputs import PromptBatch, by_question_length, prompt_batch
 from kvbench.models.loader import LoadedModel
 from kvbench.results.files import canonical_json, replace_file
@@ -253,16 +253,22 @@ class TaskResult:
         for name in names:
             found = [(self.samples[one.id].get(name), one.cluster) for one in bench.examples]
             scored = [(value, cluster) for value, cluster in found if value is not None]
-            interval = mean_interval([value for value, _ in scored], [cluster for _, cluster in scored])
+            values, clusters = [value for value, _ in scored], [cluster for _, cluster in scored]
+            interval = mean_interval(values, clusters, scale=score_scale(name))
             self.measure(name, interval, units.get(name, ""))
 
     def pooled(
-        self, total: str, count: str, examples: Iterable[Example], transform: Callable[[float], float] | None = None
+        self,
+        total: str,
+        count: str,
+        examples: Iterable[Example],
+        transform: Callable[[float], float] | None = None,
+        scale: tuple[float, float] | None = None,
     ) -> Interval:
-        """Return the sum of one field of `samples` over that of another."""
+        """Return the sum of one field of `samples` over that of another; `scale` is that of any sample's ratio."""
         rows = [(self.samples[one.id], one.cluster) for one in examples]
         sums, counts = [row[total] for row, _ in rows], [row[count] for row, _ in rows]
-        return pooled_ratio_interval(sums, counts, [cluster for _, cluster in rows], transform)
+        return pooled_ratio_interval(sums, counts, [cluster for _, cluster in rows], transform, scale=scale)
 
     def add(self, other: TaskResult) -> None:
         """Merge another task's result; rows of one example become one row."""

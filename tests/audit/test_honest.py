@@ -14,6 +14,7 @@ from kvbench.audit.audit import Audit, audit
 from kvbench.audit.budgets import ENTRIES
 from kvbench.measures import bounds_on_scale
 from kvbench.results.record import STATUSES
+from kvbench.stats.intervals import mean_interval
 from kvbench.tasks.rouge import rouge_scores
 from tests.audit.folders import honest, rekey, scale, summarise, write_folder
 from tests.audit.simulated import Machine, failed
@@ -66,6 +67,30 @@ def test_a_failed_cell_is_no_fault(tmp_path: Path, status: str) -> None:
     bodies = honest()
     bodies["h2o 0.2"] = failed(bodies["h2o 0.2"], status)
     assert alarms(audit(write_folder(tmp_path, list(bodies.values())))) == []
+
+
+def test_intervals_pass_by_the_rule_that_they_name_and_by_no_other(tmp_path: Path) -> None:
+    bodies = honest()
+    rows, told = bodies["full"]["samples"], bodies["full"]["measurements"]["rougeL_vs_full"]
+    assert (told["low"], told["high"], told["method"]) == (1.0, 1.0, "constant over clusters"), "as older records say"
+    scores, clusters = [row["rougeL_vs_full"] for row in rows], [row["cluster"] for row in rows]
+    told |= mean_interval(scores, clusters, scale=(0.0, 1.0)).as_measurement()
+    assert told["low"] < 0.5
+    assert alarms(audit(write_folder(tmp_path / "wide", list(bodies.values())))) == []
+    told["low"] = 1.0
+    assert [one[0] for one in alarms(audit(write_folder(tmp_path / "narrow", list(bodies.values()))))] == ["R7"]
+
+
+def test_a_copy_far_off_is_noted_as_on_the_page_and_is_no_fault(tmp_path: Path) -> None:
+    bodies = honest()
+    for number, body in enumerate(bodies.values()):
+        body["measurements"]["copy_bandwidth_bytes_per_s"] = {"value": 12e9 if number == 2 else 32e9, "n": 1}
+    outcomes = audit(write_folder(tmp_path, list(bodies.values()))).outcomes
+    (outcome,) = (one for one in outcomes if one.id == "R11")
+    assert outcome.verdict == "passed"
+    assert [note.text for note in outcome.notes] == [
+        "copied 12 GB/s, cells of its sweep and machine 32: reports use those"
+    ]
 
 
 def test_a_noisy_cell_is_no_fault(tmp_path: Path) -> None:

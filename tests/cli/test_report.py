@@ -65,10 +65,10 @@ def test_a_folder_without_records_is_a_mistake_and_nothing_is_written(
 
 
 def test_a_margin_changes_the_verdict_and_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["report", str(folder), "--format", "md", "--margin", "rougeL_vs_full=0.9"]) == 0
+    assert run(["report", str(folder), "--format", "md", "--margin", "objects_recalled_fraction=0.9"]) == 0
     text = capsys.readouterr().out
-    assert "Margin: 0.900" in text
-    assert "equivalent (within 0.900)" in text
+    assert "Margin: 90.0 points" in text
+    assert "equivalent (within 90.0 points)" in text
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shlex
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -440,3 +441,10 @@ def test_labels_say_what_was_chosen() -> None:
         "evicts_at": "prompt and decode",
         "budget_rounds": "down",
     }
+
+
+def test_a_local_checkpoint_is_labelled_by_its_model(tmp_path: Path) -> None:
+    copied = tmp_path / "my-model"
+    shutil.copytree(BUNDLED_FOLDER, copied)
+    (composed,) = compose_grid(["model=local", f"model.checkpoint={copied}"], multirun=False, config_dir=None)
+    assert build_cell(composed).labels["model"] == "my-model"

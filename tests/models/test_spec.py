@@ -45,6 +45,13 @@ def test_a_hub_name_with_its_commit_is_its_own_fingerprint() -> None:
     assert spec.fingerprint() == f"llava-hf/llava-1.5-7b-hf@{COMMIT}"
 
 
+def test_a_checkpoint_is_named_by_its_folder_its_hub_name_or_the_model_of_a_hub_cache(tmp_path: Path) -> None:
+    assert ModelSpec(checkpoint="llava-hf/llava-1.5-7b-hf", revision=COMMIT).checkpoint_name == "llava-1.5-7b-hf"
+    for place in ("SmolLM2-135M-Instruct", f"models--org--SmolLM2-135M-Instruct/snapshots/{COMMIT}"):
+        shutil.copytree(BUNDLED_FOLDER, tmp_path / place)
+        assert ModelSpec(checkpoint=f"{tmp_path / place}/").checkpoint_name == "SmolLM2-135M-Instruct"
+
+
 @pytest.mark.parametrize("name", ["nowhere", "/no/such/folder", "../up", "a/b/c", "a b/c", "a/b\n"])
 def test_what_is_neither_folder_nor_hub_name_is_refused(name: str) -> None:
     assert "a folder that exists" in refused(checkpoint=name, revision=COMMIT)

@@ -89,7 +89,7 @@ def test_the_interval_of_the_full_caches_score_must_be_clear_of_chance(
 def test_the_sentence_says_score_and_what_was_asked_for(unable: Results) -> None:
     (group,) = unable.groups
     sentence = Ability(group).sentence
-    assert sentence.startswith(f"{SENTENCE}: the full cache itself reaches needles found 10.0 % [0.0, 23.4], which is")
+    assert sentence.startswith(f"{SENTENCE}: the full cache itself reaches needles found 10.0 % [0.0, 31.7], which is")
     assert "not clear of 10.0 %, 10% of the way from chance (0.0 %) to a perfect score" in sentence
 
 
@@ -231,7 +231,7 @@ def test_nothing_is_ranked_safe_or_found_odd(unable: Results) -> None:
     assert all(
         standing_at(judged, cells, name) is None for cells in group.by_budget.values() for name in (NEEDLES, "ppl")
     )
-    assert above_random(group).pairs == budget_steps(group).pairs == ()
+    assert above_random(group).contrasts == budget_steps(group).contrasts == ()
     assert not_monotone(group) == []
 
 
@@ -259,3 +259,22 @@ def test_a_search_that_was_made_before_names_no_budget(unable: Results) -> None:
     assert "not ranked" in frontier_html([frontier], groups=[group])
     able = replace(search, full_key="another")
     assert "not ranked" not in frontier_html([replace(frontier, searches=(able,))], groups=[group])
+
+
+@pytest.mark.parametrize("place", [place for place in SHOWN if place not in ("notes", "answer on the page")])
+def test_every_place_says_that_no_policy_is_usable_and_how_long_the_answers_are(tmp_path: Path, place: str) -> None:
+    full, cut = record("full", None, found=(19, 20)), record("h2o", found=(2, 20))
+    cut["measurements"]["length_ratio"] |= {"value": 0.4}
+    text = SHOWN[place](results_of(tmp_path, full, cut)).replace(r"\%", "%").replace("&nbsp;", " ")
+    assert "No policy is usable at 20 % of seen: best needles found 10.0 %" in text
+    if "in words" not in place:
+        assert "1 of 2 cells have 40 % of the full cache's length" in text.replace("&#x27;", "'")
+
+
+@pytest.mark.parametrize("place", [place for place in SHOWN if place != "notes"])
+def test_every_place_answers_for_costs_alone(tmp_path: Path, place: str) -> None:
+    cells = [body(policy="full", budget=None), body(policy="h2o")]
+    for one in cells:
+        one["samples"] = []
+        one["measurements"] = {name: one["measurements"][name] for name in ("tpot_ms", "tpot_ratio_to_full")}
+    assert "this is about speed and memory alone." in SHOWN[place](results_of(tmp_path, *cells))

@@ -42,6 +42,35 @@ def test_scores_below_random_that_may_be_chance_are_called_so(tmp_path: Path) ->
     text = text_of(group_of(tmp_path, twin, other))
     assert "`random` scores above `elastic` somewhere" in text
     assert "may be chance" in text
+    labels = "PPL, ROUGE-L vs full, ROUGE-L vs reference, KL to full, top-1 agreement and objects recalled"
+    assert f"Looked at: {labels}; 6 differences with one correction (Holm)." in text
+
+
+def test_a_policy_below_random_in_any_declared_measure_alone_is_found(tmp_path: Path) -> None:
+    baseline, other = body(policy="random"), body(policy="h2o")
+    for record, agreeing in ((baseline, 90), (other, 60)):
+        for index, sample in enumerate(record["samples"]):
+            sample |= {"num_agreeing_tokens": agreeing + index % 5, "num_compared_tokens": 100}
+        record["measurements"]["top1_agreement_fraction"] |= {"value": agreeing / 100 + 0.02}
+    group = group_of(tmp_path, baseline, other)
+    assert [one.name for one in below_random(group)["h2o"] if one.is_clear] == ["top1_agreement_fraction"]
+    assert "`random` is not the worst policy: `h2o` scores below it at 20 % of seen (top-1 agreement). " in text_of(
+        group
+    )
+
+
+def test_what_only_many_looks_find_below_random_is_called_chance(tmp_path: Path) -> None:
+    records = [scored(0.487 if number == 0 else 0.5, spread=0.03, policy=f"own{number}") for number in range(12)]
+    group = group_of(tmp_path, scored(0.5, policy="random"), *records)
+    (contrast,) = below_random(group)["own0"]
+    assert contrast.difference.high is not None
+    assert contrast.difference.high < 0, "alone it would be clear"
+    assert contrast.difference.p_value is not None
+    assert contrast.difference.p_value < 0.05
+    assert not contrast.is_clear
+    text = text_of(group)
+    assert "not clear after Holm's correction" in text
+    assert "12 differences with one correction (Holm)." in text
 
 
 def scored(score: float, *, spread: float = 0.0, **labels: Any) -> dict[str, Any]:
@@ -58,7 +87,7 @@ def test_random_at_the_bottom_is_said_of_what_was_compared_and_how_clearly(tmp_p
     text = text_of(group_of(tmp_path, *records, scored(0.201, spread=0.1, policy="h2o")))
     assert (
         "No policy scores below `random` in ROUGE-L vs full at 20 % of seen, as it should be; "
-        "1 of 2 differences are clear, the others may be chance."
+        "1 of 2 differences are clear after Holm's correction for all of them, the others may be chance."
     ) in text
     assert "Quality (ROUGE-L vs full) never rises where the budget shrinks, as it should be; 1 of 1 steps" in text
 
@@ -78,7 +107,7 @@ def test_policies_are_named_below_random_only_where_that_is_clear(tmp_path: Path
     records = [scored(0.5, policy="random", budget=budget) for budget in (0.1, 0.2)]
     records += [scored(0.2, policy="h2o", budget=0.1), scored(0.499, spread=0.1, policy="h2o", budget=0.2)]
     text = text_of(group_of(tmp_path, *records))
-    assert "`h2o` scores below it at 10 % of seen. " in text
+    assert "`h2o` scores below it at 10 % of seen (ROUGE-L vs full). " in text
     assert "20 % of seen, ROUGE-L vs full: 0.499" in text, "the other one stays in the details"
     assert "undecided" in text
     assert "which tokens were kept was not recorded" in text
@@ -114,6 +143,21 @@ def test_failures_few_samples_and_unequal_machines_are_noted(tmp_path: Path) -> 
     text = text_of(group_of(tmp_path, body(), other, body(policy="random", status="timeout")))
     for wanted in ("1 of 3 cells failed", "timeout in decode", "only 4 samples", "device: cpu, cuda", "not measured"):
         assert wanted in text
+
+
+def test_a_copy_that_is_far_off_those_of_its_machine_and_sweep_is_named(tmp_path: Path) -> None:
+    records = []
+    for number, bandwidth in enumerate((31e9, 32e9, 33e9, 12e9, 34e9, 31.5e9, 32.5e9)):
+        records.append(body(policy=f"own{number}"))
+        records[-1]["measurements"]["copy_bandwidth_bytes_per_s"] = {"value": bandwidth, "n": 1}
+    found = [note for note in notes_of(group_of(tmp_path, *records)) if "copy" in note.text]
+    assert [(note.text, note.details) for note in found] == [
+        (
+            "A copy was far off the bandwidth of its machine and sweep, 32.0 GB/s [12.0, 34.0], n = 7; "
+            "the roofs use that median.",
+            ("own3, 20 % of seen: 12.0 GB/s",),
+        )
+    ]
 
 
 def test_full_alone_needs_no_policy(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kvbench.errors import ConfigError
 from kvbench.report.build import write_report
 from kvbench.report.load import folder_names, load_folders, load_results, natural_key
+from kvbench.stats.intervals import FEW_METHOD
 from tests.report.synthetic import body, write_cell, write_sweep
 
 
@@ -20,6 +21,59 @@ def test_cells_come_in_table_order_with_full_first(sweep_folder: Path) -> None:
     assert results.policies == ("full", "elastic", "h2o", "random", "streaming_llm")
     assert [cell.budget_fraction for cell in results.records[:4]] == [None, 0.1, 0.2, 0.5]
     assert not results.problems
+
+
+def test_an_interval_without_width_of_an_older_record_is_shown_with_its_exact_bound(tmp_path: Path) -> None:
+    record, full = body(policy="elastic"), body(policy="full", budget=None)
+    for sample in record["samples"]:
+        sample |= {"objects_recalled_fraction": 0.0, "kl_sum": 0.0, "num_compared_tokens": 9}
+    least = {"value": 0.0, "low": 0.0, "high": 0.0, "n": 32, "method": "constant over clusters"}
+    record["measurements"] |= {"objects_recalled_fraction": least, "kl_to_full": least}
+    full["measurements"]["rougeL_vs_full"] |= {"value": 1.0, "low": 0.9, "high": 1.0, "method": FEW_METHOD}
+    write_cell(tmp_path, record)
+    write_cell(tmp_path, full)
+    first, second = load_results(tmp_path).records
+    recalled, divergence = second.measurements["objects_recalled_fraction"], second.measurements["kl_to_full"]
+    assert (recalled.low, recalled.high, recalled.method) == (0.0, pytest.approx(0.109, abs=5e-4), FEW_METHOD)
+    assert (divergence.value, divergence.low, divergence.high) == (0.0, None, None), "no scale, so nothing bounds it"
+    assert "no interval" in divergence.method
+    assert first.measurements["rougeL_vs_full"].low is None, "no sample could say anything else of full"
+    paths = write_report(load_results(tmp_path), tmp_path / "report", tmp_path)
+    page = paths.page.read_text(encoding="utf-8").replace("&nbsp;", " ")
+    assert "[0.0, 10.9]" in page
+    assert "[0.0, 0.0]" not in page
+    assert FEW_METHOD in page
+
+
+def with_copy(bandwidth: float, *, gpu: str = "one", **labels: Any) -> dict[str, Any]:
+    """Return a cell that reads 3e9 bytes a step, at a launch median of 4 ms."""
+    record = body(**labels)
+    roof_ms = 3e12 / bandwidth
+    record["environment"]["gpu"] = gpu
+    record["measurements"] |= {
+        "copy_bandwidth_bytes_per_s": {"value": bandwidth, "n": 1},
+        "roof_ms": {"value": roof_ms, "n": 1},
+        "roof_share_fraction": {"value": roof_ms / 4, "low": roof_ms / 4.1, "high": roof_ms / 3.9, "n": 6},
+    }
+    return record
+
+
+def test_cells_of_one_machine_and_sweep_stand_under_one_roof_with_the_spread_of_its_bandwidth(tmp_path: Path) -> None:
+    for policy, bandwidth in (("elastic", 3.0e12), ("h2o", 3.1e12), ("random", 1.0e12)):
+        write_cell(tmp_path, with_copy(bandwidth, policy=policy))
+    write_cell(tmp_path, with_copy(2.0e12, gpu="another", policy="own"))
+    write_cell(tmp_path, with_copy(1.5e12, sweep="second", policy="own", budget=0.5))
+    cells = {(cell.policy, cell.budget_fraction): cell for cell in load_results(tmp_path).records}
+    for policy, own in (("elastic", 3.0e12), ("h2o", 3.1e12), ("random", 1.0e12)):
+        cell = cells[policy, 0.2]
+        assert cell.own_bandwidth == own
+        roof, share = cell.measurements["roof_ms"], cell.measurements["roof_share_fraction"]
+        assert (roof.value, roof.low, roof.high, roof.n) == pytest.approx((1.0, 3 / 3.1, 3.0, 3))
+        assert (share.value, share.low, share.high) == pytest.approx((0.25, 3 / 3.1 / 4.1, 3 / 3.9))
+        assert "median of 3" in roof.method
+        assert cell.measurements["copy_bandwidth_bytes_per_s"].value == 3.0e12
+    assert cells["own", 0.2].measurements["roof_ms"].value == 1.5
+    assert cells["own", 0.5].measurements["roof_ms"].low is None, "one cell shows no spread"
 
 
 def test_damaged_and_foreign_files_are_problems_and_cost_nothing_else(tmp_path: Path) -> None:
@@ -233,3 +287,21 @@ def test_a_page_of_two_folders_says_where_each_cell_is_from_and_not_where_they_l
     page = write_report(load_folders([one, two]), tmp_path / "page", tmp_path / "page").page.read_text(encoding="utf-8")
     assert "taken from <code>two</code>, not from <code>one</code>" in page
     assert str(tmp_path) not in page
+
+
+def test_groups_with_answers_come_before_those_of_costs_alone_and_say_batch_and_prompt(tmp_path: Path) -> None:
+    costs = []
+    for batch, tokens in ((16, 1024), (8, 1024), (16, 624)):
+        one = body(model="a", dataset=f"synthetic, {tokens} tokens", seed=batch)
+        one["cell"]["dataset"] = {"prompt_tokens": tokens, "num_examples": batch}
+        one["cell"]["task"] = {"speed": {"batch_size": batch}}
+        one["samples"] = []
+        costs.append(one)
+    for one in (*costs, body(model="b")):
+        write_cell(tmp_path, one)
+    assert [group.title for group in load_results(tmp_path).groups] == [
+        "b on scenes",
+        "a on synthetic, batch 8, 1,024 prompt tokens",
+        "a on synthetic, batch 16, 624 prompt tokens",
+        "a on synthetic, batch 16, 1,024 prompt tokens",
+    ]

@@ -17,14 +17,14 @@ from kvbench.report.load import load_results
 from kvbench.report.page import again_html, figures_html, methods_html, render_page
 from kvbench.report.page_tables import frontier_html, latency_html
 from kvbench.report.standing import judge
-from tests.report.synthetic import body, write_cell
+from tests.report.synthetic import body, without_facts, write_cell
 
 WIDE = Choices(margins={"rougeL_vs_full": 0.5, "ppl": 0.02}, intersect=True)
 
 
 def sweep(folder: Path) -> Path:
     for policy, budget in (("full", None), ("h2o", 0.2), ("random", 0.2)):
-        write_cell(folder, body(policy=policy, budget=budget, num_samples=8))
+        write_cell(folder, without_facts(body(policy=policy, budget=budget, num_samples=8)))
     return folder
 
 
@@ -49,7 +49,7 @@ def test_the_command_that_makes_the_page_again_has_every_choice(tmp_path: Path) 
 
 
 def test_policies_scored_on_other_samples_are_called_not_comparable(tmp_path: Path) -> None:
-    write_cell(tmp_path, body(policy="full", budget=None, num_samples=8))
+    write_cell(tmp_path, without_facts(body(policy="full", budget=None, num_samples=8)))
     for policy, num, score in (("h2o", 8, 0.8), ("elastic", 5, 0.5)):
         write_cell(tmp_path, scored(policy, num, score))
     (group,) = load_results(tmp_path).groups
@@ -65,7 +65,7 @@ def test_policies_scored_on_other_samples_are_called_not_comparable(tmp_path: Pa
 
 
 def scored(policy: str, num_samples: int, score: float) -> dict[str, Any]:
-    record = body(policy=policy, num_samples=num_samples)
+    record = without_facts(body(policy=policy, num_samples=num_samples))
     for sample in record["samples"]:
         sample["rougeL_vs_full"] = score
     record["measurements"]["rougeL_vs_full"] |= {"value": score, "low": None, "high": None}
@@ -89,13 +89,13 @@ def test_noise_of_one_time_greys_its_own_columns(tmp_path: Path) -> None:
     write_cell(tmp_path / "first", record)
     (group,) = load_results(tmp_path / "first").groups
     drawn = latency_html(group)
-    assert drawn.count('class="noisy"') == 2, "TTFT and the policy's part of it"
+    assert drawn.count('class="noisy"') == 3, "TTFT, its ratio and the policy's part of it"
     assert "noisy: TTFT</small>" in drawn
     record["measurements"]["tpot_spread_fraction"] = {"value": 0.05}
     del record["measurements"]["ttft_spread_fraction"]
     write_cell(tmp_path / "step", record)
     (group,) = load_results(tmp_path / "step").groups
-    assert latency_html(group).count('class="noisy"') == 4, "TPOT, p90, policy, and what of the roof is reached"
+    assert latency_html(group).count('class="noisy"') == 5, "TPOT, ratio, p90, policy, share of the roof"
 
 
 def test_figures_and_definitions_hold_on_a_dark_page_and_on_a_cpu() -> None:

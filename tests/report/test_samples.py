@@ -70,13 +70,13 @@ def test_the_first_different_word(full: str, text: str, marks: Any) -> None:
 def test_scores_stand_beside_those_of_the_full_cache(tmp_path: Path) -> None:
     one = {"id": "a", "text": "x", "full_text": "y", "nll_sum": 30.0, "num_scored_tokens": 10}
     full = {"id": "a", "text": "y", "full_text": "y", "nll_sum": 1.0, "num_scored_tokens": 10}
-    write_samples(tmp_path, samples=[one | {"rougeL_vs_full": 0.25, "objects_recalled_fraction": 0.5}])
+    write_samples(tmp_path, samples=[one | {"rougeL_vs_full": 0.25, "objects_recalled_fraction": 0.2}])
     write_samples(tmp_path, policy="full", samples=[full | {"rougeL_vs_full": 1.0, "objects_recalled_fraction": 0.5}])
     cells = {cell["policy"]: cell["samples"][0] for cell in data_of(tmp_path)[0]["cells"]}
     scores = {name: rest for name, *rest in cells["h2o"]["scores"]}
     assert scores["ppl"] == ["3.000", "0.100", "+2.900", "worse"]
     assert scores["rougeL_vs_full"] == ["0.250", "1.000", "\u22120.750", "worse"]
-    assert scores["objects_recalled_fraction"] == ["50.0 %", "50.0 %", "0.0 points", ""]
+    assert scores["objects_recalled_fraction"] == ["20.0 %", "50.0 %", "\u221230.0 points", "worse"]
     assert cells["h2o"]["collapsed"] is True
     assert "collapsed" not in cells["full"]
 

@@ -9,7 +9,9 @@ from rich.console import Console
 
 from kvbench.report.findings import notes_of
 from kvbench.report.load import load_results
-from kvbench.report.tables import markdown_tables, print_tables, results_table
+from kvbench.report.standing import judge
+from kvbench.report.tables import markdown_tables, print_tables, results_table, verdict_rows
+from kvbench.report.verdicts import verdict_table
 from tests.report.synthetic import body, write_cell, write_sweep
 
 
@@ -108,4 +110,14 @@ def test_turns_and_needles_have_columns_where_they_were_measured(tmp_path: Path)
     write_cell(tmp_path, record)
     header = markdown_tables(load_results(tmp_path)).splitlines()[4]
     columns = [column.strip() for column in header.strip("|").split("|")][2:]
-    assert columns == ["needles found", "items skipped", "turn 1: ROUGE-L vs full", "turn 2: exact"]
+    assert columns == ["needles found", "turn 1: ROUGE-L vs full", "turn 2: exact", "items skipped"]
+
+
+def test_the_length_of_answers_stands_behind_rouge_and_the_tasks_own_measure_first(sweep_folder: Path) -> None:
+    (group,) = load_results(sweep_folder).groups
+    assert results_table(group).columns[:4] == ("objects_recalled_fraction", "rougeL_vs_full", "length_ratio", "ppl")
+    assert {row.measure for row in verdict_rows(group)} == {"objects_recalled_fraction", "tpot_ratio_to_full"}
+    heads = verdict_table(judge(group)).heads
+    assert heads[3:9] == (
+        *("objects recalled", "minus full", "detectable", "collapses", "ROUGE-L vs full", "length / full"),
+    )

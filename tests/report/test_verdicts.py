@@ -12,8 +12,17 @@ from pathlib import Path
 import pytest
 
 from kvbench.report.load import load_results
+from kvbench.report.page_tables import latency_html, verdicts_html
 from kvbench.report.standing import Judged, judge
-from kvbench.report.verdicts import tex, verdicts_csv, verdicts_latex, verdicts_markdown
+from kvbench.report.verdicts import (
+    RATIO_NOTE,
+    cell_rows,
+    tex,
+    verdict_table,
+    verdicts_csv,
+    verdicts_latex,
+    verdicts_markdown,
+)
 from tests.report.synthetic import body, write_cell, write_sweep
 
 HARD = r'a_b & 50 % of #1 {x} ~ ^ $y$ \input{z} <q> | "[r]" -3'
@@ -62,6 +71,28 @@ def test_csv_holds_intervals_in_base_units_for_every_quality_measure(sweep_folde
     assert row["num_samples"] == "32"
     assert float(row["kv_stored_bytes"]) > 1000
     assert row["verdict"] in ("better", "worse", "equivalent", "undecided")
+
+
+def test_a_ratio_follows_from_the_two_times_beside_it_or_says_that_of_the_medians(tmp_path: Path) -> None:
+    for policy, tpot_ms in (("h2o", 2.78), ("elastic", 2.5)):
+        record = body(policy=policy)
+        times = {"tpot_ms": tpot_ms, "full_tpot_ms": 1.67, "tpot_ratio_to_full": 1.6647}
+        record["measurements"] |= {name: {"value": value, "low": None, "n": 6} for name, value in times.items()}
+        write_cell(tmp_path, record)
+    (judged,) = judged_of(tmp_path)
+    by_name = {row[0]: dict(zip(verdict_table(judged).heads, row, strict=True)) for row in verdict_table(judged).rows}
+    shown = [[by_name[name][head] for head in ("TPOT", "full's TPOT", "TPOT / full")] for name in ("h2o", "elastic")]
+    assert shown == [["2.78 ms", "1.67 ms", "1.66x"], ["2.50 ms", "1.67 ms", "1.66x (of medians 1.50x)"]]
+    for text in (verdicts_markdown([judged]), verdicts_latex([judged])):
+        assert all(word in text for word in ("2.78 ms", "1.67 ms", "1.66x", "of medians 1.50x", RATIO_NOTE))
+    for drawn in (verdicts_html(cell_rows(judged)), latency_html(judged.group)):
+        rows = {name: drawn.replace("&nbsp;", " ").split(f">{name}<", 1)[1] for name in ("h2o", "elastic")}
+        assert re.match(r".*?>2\.78 ms<.*?>1\.67 ms<.*?>1\.66x<", rows["h2o"], re.DOTALL)
+        assert re.match(r".*?>1\.66x<small>of medians 1\.50x", rows["elastic"], re.DOTALL)
+        assert drawn.count("of medians") == 1
+        assert "geometric mean over their pairs" in drawn
+    row = next(row for row in csv_rows(tmp_path) if row["policy"] == "h2o")
+    assert (row["tpot_ms"], row["tpot_ms_of_full"], row["tpot_ratio_to_full"]) == ("2.78", "1.67", "1.6647")
 
 
 def test_csv_text_is_no_formula_and_a_failed_cell_has_a_status_and_no_number(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_where_a_failure_took_the_place_the_newest_measured_attempt_counts_and_g
     store = failure_in_place_of(tmp_path, new, old, failed=failed)
     folder = store.cell_folder(old["key"])
     assert store.accepted(old["key"]) == new
-    assert read_cell(folder) == CellRecord(body=new, later_failures=(failed,))
+    assert read_cell(folder) == CellRecord(body=new, later_failures=(failed,), num_measured=2)
     crash = make_body(status="crash", started_utc="2026-11-26T00:00:00+00:00")
     store.commit(crash)
     assert read_record(folder / "record.json") == new

@@ -6,10 +6,19 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import special, stats
 
 from kvbench.errors import MeasureError
-from kvbench.stats.intervals import Interval, launch_interval, mean_interval, pooled_ratio_interval, ratio_interval
+from kvbench.stats.intervals import (
+    FEW_METHOD,
+    Interval,
+    launch_interval,
+    mean_interval,
+    median_interval,
+    pooled_ratio_interval,
+    ratio_interval,
+)
+from kvbench.stats.paired import infer, paired_sums
 from kvbench.tasks.task import TaskResult
 
 _NUM_EXPERIMENTS = 400
@@ -108,6 +117,48 @@ def test_constant_single_and_absent_data_are_said_to_be_so() -> None:
     one_image = mean_interval([0.1, 0.3], ["image", "image"])
     assert one_image.value == pytest.approx(0.2)
     assert (one_image.low, one_image.n) == (None, 1)
+
+
+def test_a_score_that_hardly_varies_is_bounded_as_a_difference_of_pairs_is() -> None:
+    least = mean_interval([0.0] * 32, scale=(0.0, 1.0))
+    assert (least.value, least.low) == (0.0, 0.0)
+    assert least.high == pytest.approx(1 - 0.025 ** (1 / 32)), "3.7 over n, the rule of three at 97.5 %"
+    assert (least.n, least.method) == (32, FEW_METHOD)
+    most = mean_interval([1.0] * 32, scale=(0.0, 1.0))
+    assert (most.low, most.high) == (pytest.approx(0.025 ** (1 / 32)), 1.0)
+    pair = infer(paired_sums([(0.0, 1.0)] * 32, [(0.0, 1.0)] * 32, list(range(32))), scale=(-1.0, 1.0))
+    assert (pair.high, pair.method) == (pytest.approx(least.high), FEW_METHOD)
+    one = mean_interval([0.0] * 31 + [0.5], scale=(0.0, 1.0))
+    assert (one.low, one.value) == (0.0, 0.5 / 32)
+    assert one.high == pytest.approx(special.betaincinv(2, 31, 0.975)), "the one seen does not bound the next one"
+    assert mean_interval([0.0] * 27 + [0.5] * 5, scale=(0.0, 1.0)).method.startswith("BCa"), "enough differ"
+    assert mean_interval([0.0], scale=(0.0, 1.0)).low is None
+
+
+def test_what_one_sample_in_thirty_shows_is_covered_with_a_scale_and_not_without() -> None:
+    def rare(draw: np.random.Generator, scale: tuple[float, float] | None) -> Interval:
+        return mean_interval((draw.random(32) < 0.03).astype(float), scale=scale, num_resamples=499)
+
+    assert _coverage(lambda draw: rare(draw, (0.0, 1.0)), 0.03, 150) >= 0.95
+    assert _coverage(lambda draw: rare(draw, None), 0.03, 150) < 0.8
+
+
+def test_a_picture_of_many_questions_may_be_the_one_that_differs() -> None:
+    clusters = ["large"] * 31 + [f"small {number}" for number in range(31)]
+    found = mean_interval([0.0] * 62, clusters, scale=(0.0, 1.0))
+    share = 32 * (1 - 0.025 ** (1 / 32))
+    assert (found.high, found.n) == (pytest.approx((31 + share - 1) / 62), 32)
+
+
+def test_the_interval_of_a_median_is_by_order_statistics_and_does_not_follow_one_value_that_is_far_off() -> None:
+    found = median_interval([*range(1, 13), -1000])
+    assert (found.value, found.low, found.high, found.n) == (6, 2, 10, 13), "3rd and 11th of 13: 97.8 %"
+    assert found.method == "median of 13, order statistics"
+    six = median_interval([3.0, 1.0, 2.0, 6.0, 5.0, 4.0])
+    assert (six.value, six.low, six.high) == (3.5, 1.0, 6.0)
+    few = median_interval([2.0, 1.0])
+    assert (few.value, few.low, few.high, few.method) == (1.5, 1.0, 2.0, "median of 2, least to most")
+    assert median_interval([2.0]).low is None
 
 
 def test_the_interval_does_not_depend_on_names_of_clusters() -> None:

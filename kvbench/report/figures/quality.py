@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, ScalarFormatter
 
-from kvbench.measures import measure
+from kvbench.measures import TASK_MEASURES, measure
 from kvbench.report.figures.axes import (
     BudgetAxis,
     Scale,
@@ -33,9 +33,9 @@ from kvbench.report.findings import QUALITIES, budgets_of
 from kvbench.report.load import CellResult, Group, mean_scores
 
 _QUALITY_PANELS = (
-    "rougeL_vs_full", "objects_recalled_fraction", "ppl", "needles_recalled_fraction", "exact_fraction",
-    "rougeL_vs_reference", "kl_to_full", "top1_agreement_fraction", "ppl_released", "rougeL_released_vs_full",
-)  # fmt: skip
+    *(*TASK_MEASURES, "rougeL_vs_full", "ppl", "rougeL_vs_reference", "kl_to_full", "top1_agreement_fraction"),
+    *("ppl_released", "rougeL_released_vs_full"),
+)
 _LOG_RATIO = 5.0
 _MOST_SAMPLES = 48
 
@@ -170,7 +170,7 @@ def _worst_first(by_cell: Mapping[str, Mapping[str, float]], name: str) -> list[
 
 def differences_figure(group: Group, look: Look) -> Figure | None:
     """Draw, per budget, a column of dots per sample, and beside it the share of samples at or below each value."""
-    names = look.measures[:1] or ("rougeL_vs_full", *QUALITIES)
+    names = look.measures[:1] or QUALITIES
     found = next(((name, scores) for name in names if (scores := _sample_differences(group, name))), None)
     if found is None:
         return None

@@ -19,11 +19,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvbench.measures import MEASURES, format_with_interval, measure
-from kvbench.report.compare import DECLARED, Ability, Choices, Comparison, group_comparisons
+from kvbench.measures import MEASURES, TASK_MEASURES, format_with_interval, measure
+from kvbench.report.answer import sentences_before
+from kvbench.report.compare import DECLARED, Ability, Choices, Comparison, group_comparisons, leading_quality
 from kvbench.report.figures.draw import png_names
 from kvbench.report.load import Group, Results, flat_settings
-from kvbench.report.standing import best_policies, leading_matrix
+from kvbench.report.standing import best_policies, is_usable, leading_matrix
 from kvbench.report.tables import markdown_table, matrix_markdown
 from kvbench.results.files import replace_file
 from kvbench.results.redaction import hide_known
@@ -50,8 +51,8 @@ _KIND = "kvbench_wandb_report"
 _PACKAGES = {"wandb": "wandb", "wandb-workspaces": "'kvbench[wandb-report]'"}
 _NO_ENTITY = "entity"  # without one, wandb-workspaces would ask the server
 _QUALITY = (
-    *("ppl", "rougeL_vs_full", "kl_to_full", "rougeL_vs_reference", "objects_recalled_fraction"),
-    *("needles_recalled_fraction", "exact_fraction", "top1_agreement_fraction"),
+    *(*TASK_MEASURES, "rougeL_vs_full", "length_ratio", "ppl", "kl_to_full"),
+    *("rougeL_vs_reference", "top1_agreement_fraction"),
 )
 _LATENCY = ("tpot_ms", "ttft_ms", "tpot_ratio_to_full", "throughput_tokens_per_s", "capacity_prompts")
 _MEMORY = ("kv_stored_bytes", "peak_memory_bytes")
@@ -120,7 +121,7 @@ def wandb_report(
 
 def _outline(results: Results, choices: Choices) -> Outline:
     sweeps = sorted({cell.sweep for cell in results.records})
-    compared = [(group, group_comparisons(group, choices, _COMPARED)) for group in results.groups]
+    compared = [(group, _compared(group, choices)) for group in results.groups]
     shown = [name for name in (*_QUALITY, *_LATENCY, *_MEMORY) if any(cell.estimate(name) for cell in results.records)]
     figures: dict[str, None] = {}
     for sweep in sweeps:  # a single cell has no summary run, which holds the figures
@@ -138,15 +139,20 @@ def _outline(results: Results, choices: Choices) -> Outline:
     )
 
 
+def _compared(group: Group, choices: Choices) -> tuple[Comparison, ...]:
+    return group_comparisons(group, choices, (*_COMPARED, leading_quality(group) or ""))
+
+
 def _headline(group: Group, compared: Sequence[Comparison]) -> Iterator[str]:
-    """Yield a sentence per budget and measure: which policy is best, how good it is, and how sure that is."""
-    names = [name for name in _QUALITY if any(cell.estimate(name) for cell in group.budgeted)][:_HEADLINES]
+    """Yield what to know first, then a sentence per budget and measure: which policy is best, and how sure that is."""
+    names = [name for name in dict.fromkeys((leading_quality(group), *_QUALITY)) if name and _is_told(group, name)]
+    names = names[:_HEADLINES]
     yield f"**{group.title}**"
-    if sentence := Ability(group).sentence:
-        yield sentence
+    yield from sentences_before(group)
+    if Ability(group).sentence:
         return
     found = [one for one in best_policies(group, compared) if one.measure in names]
-    for one in found:
+    for one in sorted(found, key=lambda one: names.index(one.measure)):
         value = format_with_interval(one.measure, one.estimate.value, one.estimate.low, one.estimate.high)
         runner_up = group.series_label(one.runner_up)
         sure = {
@@ -154,9 +160,15 @@ def _headline(group: Group, compared: Sequence[Comparison]) -> Iterator[str]:
             "equivalent": f"equivalent to `{runner_up}` within the margin",
         }.get(one.verdict, f"not shown to differ from `{runner_up}` ({one.verdict})")
         label = measure(one.measure).label
+        if is_usable(group, one.cell, one.measure) is False:
+            sure = f"not usable; {sure}"
         yield f"- {one.budget}, {label}: `{group.series_label(one.cell)}` is best with {value}, {sure}."
-    if not found:
+    if not found and names:
         yield "Fewer than two policies were measured at one budget, so there is no best one."
+
+
+def _is_told(group: Group, name: str) -> bool:
+    return measure(name).better != "none" and any(cell.estimate(name) for cell in group.budgeted)
 
 
 def _chapter(group: Group, compared: Sequence[Comparison], groups: Sequence[Group], choices: Choices) -> Chapter:
@@ -195,16 +207,16 @@ def _verdict_table(group: Group, compared: Sequence[Comparison]) -> str:
     rows = [one for one in compared if one.second.is_full and one.low is not None]
     if not rows:
         return "Nothing could be compared with the full cache."
-    sentence = Ability(group).sentence
     heads = ("policy", "budget", "measure", "difference from full", "95 % interval", "verdict", "declared before")
     texts = []
-    for one in sorted(rows, key=lambda one: (not one.primary, _COMPARED.index(one.measure))):
+    for one in sorted(rows, key=lambda one: (not one.primary, (*_COMPARED, one.measure).index(one.measure))):
         shown = measure(one.measure)
         label = f"log-loss of {shown.label}, nats per token" if shown.unit == "ppl" else shown.label
         numbers = f"{one.value:+.3g}", f"[{one.low:.3g}, {one.high:.3g}]"
         names = group.series_label(one.first), one.first.budget
         texts.append((*names, label, *numbers, one.verdict, "primary" if one.primary else ""))
-    return "\n".join([*([sentence, ""] if sentence else []), *markdown_table(heads, texts)])
+    before = (line for sentence in sentences_before(group) for line in (sentence, ""))
+    return "\n".join([*before, *markdown_table(heads, texts)])
 
 
 def _matrix(group: Group, choices: Choices) -> Iterator[str]:
