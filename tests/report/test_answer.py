@@ -189,8 +189,8 @@ def test_where_no_policy_is_usable_the_answer_says_so_and_counts_the_collapses(t
     judged = judged_of(tmp_path)
     (text,) = answer_sentences(judged)
     assert re.sub(r" \[[^]]*\]", "", text) == (
-        "No policy is usable at 20 % of seen: best objects recalled 3.0 % (`h2o`), where the full cache reaches 98.0 %; "
-        "usable is at least 50 % of the full cache's score. `h2o` collapses on 24 of 24 samples."
+        "No policy is usable at 20 % of seen: best objects recalled 3.0 % (`h2o`), where the full cache reaches "
+        "98.0 %; usable is at least 50 % of the full cache's score. `h2o` collapses on 24 of 24 samples."
     )
     assert "no policy is usable; best value with <code>h2o</code>" in answer_html(judged)
     recalls(tmp_path, "h2o", 0.1, budget=0.3)
