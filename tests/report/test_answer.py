@@ -178,7 +178,7 @@ def test_what_the_task_asks_for_leads_and_rouge_stands_behind_it_with_its_length
     assert judged.primary == "objects_recalled_fraction"
     assert "At 20 % of seen take `elastic`: objects recalled 90.0 %" in text_of(judged)
     drawn = answer_html(judged)
-    assert "ROUGE-L vs full 0.800 [0.800,&nbsp;0.800], length / full 0.97x" in drawn
+    assert "ROUGE-L vs full 0.800 [0.686,&nbsp;0.828], length / full 0.97x" in drawn
     assert "ROUGE-L vs full <code>h2o</code> has the better value" in drawn
 
 
@@ -189,8 +189,8 @@ def test_where_no_policy_is_usable_the_answer_says_so_and_counts_the_collapses(t
     judged = judged_of(tmp_path)
     (text,) = answer_sentences(judged)
     assert text == (
-        "No policy is usable at 20 % of seen: best objects recalled 3.0 % [3.0, 3.0] (`h2o`), where the full cache "
-        "reaches 98.0 % [98.0, 98.0]; usable is at least 50 % of the full cache's score. `h2o` collapses on 24 of 24 "
+        "No policy is usable at 20 % of seen: best objects recalled 3.0 % [2.6, 16.8] (`h2o`), where the full cache "
+        "reaches 98.0 % [84.0, 98.3]; usable is at least 50 % of the full cache's score. `h2o` collapses on 24 of 24 "
         "samples."
     )
     assert "no policy is usable; best value with <code>h2o</code>" in answer_html(judged)
