@@ -78,7 +78,7 @@ WRONG = {
     "device=gpu": "device is 'gpu'; it must be auto, cpu, cuda or cuda:N",
     "device=cuda:99": "device is 'cuda:99', but torch sees",
     "dataset.num_samples=0": "num_samples=0",
-    "dataset.num_samples=9999999999999999": "num_follow_ups=1; allowed: 1 to 100000, >= 0, 1 to 100000",
+    "dataset.num_samples=9999999999999999": "num_follow_ups=3; allowed: 1 to 100000, >= 0, 1 to 100000",
     "dataset.split=tst": "dataset.split is 'tst'; did you mean 'test'?",
     "dataset.ask=questions": "dataset.ask is 'questions'; it must be one of 'describe', 'follow_up'",
     "model.dtype=float8": "model.dtype is 'float8'; did you mean",
