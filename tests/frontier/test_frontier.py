@@ -229,7 +229,7 @@ def test_help_names_every_word(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.long
 def test_a_real_search_goes_on_from_its_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["frontier", "policy=h2o", "ladder=0.2,0.5,0.9", "margin=0.6", "name=real", f"results={tmp_path}"]
-    words += ["dataset.num_samples=3", "task.generation.max_new_tokens=64", "sink=console"]
+    words += ["dataset.num_samples=3", "task.generation.max_new_tokens=160", "sink=console"]
     assert run(words) == 0
     first = capsys.readouterr()
     assert "hardly show" in first.out
