@@ -113,7 +113,7 @@ class App:
             known = self._jobs.get(repr(spec))
             if known is None:
                 cell = build_cell(composed, shared)
-                objective = build_objective(composed.config, cell, is_needed=self._is_search)
+                objective = build_objective(composed.config, cell, shared, is_needed=self._is_search)
                 known = _Job(ticket=Ticket(cell=cell, spec=spec), objective=objective)
                 self._jobs[repr(spec)] = known
             jobs.append(known)

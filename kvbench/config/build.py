@@ -344,13 +344,18 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
     )
 
 
-def build_objective(config: DictConfig, cell: Cell, *, is_needed: bool) -> tuple[str, ...]:
+def build_objective(
+    config: DictConfig, cell: Cell, shared: Shared | None = None, *, is_needed: bool
+) -> tuple[str, ...]:
     """Return the measures whose values a job returns; none if nobody needs one and what is measured is not known.
+
+    shared: what other cells of the same sweep have made already, as for `build_cell`.
 
     Raises: ConfigError for a name that is no measure, that has no better direction, or that no task measures.
     """
     asked = OmegaConf.to_container(config.objective) if OmegaConf.is_list(config.objective) else config.objective
-    given = {name: _measured_by(task, cell.dataset) for name, task in cell.tasks.items()}
+    shared = shared or Shared()
+    given = {name: _measured_by(task, cell.dataset, shared) for name, task in cell.tasks.items()}
     if asked is None:
         first = next(iter(given))
         if given[first] or not is_needed:
@@ -371,17 +376,21 @@ def build_objective(config: DictConfig, cell: Cell, *, is_needed: bool) -> tuple
     return tuple(names)
 
 
-def _measured_by(task: Any, dataset: Any) -> tuple[str, ...] | None:
+def _measured_by(task: Any, dataset: Any, shared: Shared | None = None) -> tuple[str, ...] | None:
     """Return what a task measures of which one direction is better, its own measure first; None if it does not say."""
     patterns = _MEASURED.get(class_name(type(task)), getattr(type(task), "measures", None))
     if patterns is None:
         return None
-    nouns = {example.fact_noun for example in dataset.examples() if example.facts is not None}
+    nouns = (shared or Shared()).once(("facts", id(dataset)), lambda: _fact_nouns(dataset))
     released = ("rougeL_released_vs_full",) if getattr(task, "released_rouge", False) else ()
     patterns = [pattern.format(task=task) for pattern in (*patterns, *released)]
     wanted = [pattern.replace("FACTS", f"{noun}_*") for pattern in patterns for noun in (nouns or {""})]
     found = (name for pattern in wanted for name in MEASURES if fnmatchcase(name, pattern))
     return tuple(name for name in dict.fromkeys(found) if MEASURES[name].better != "none")
+
+
+def _fact_nouns(dataset: Any) -> set[str]:
+    return {example.fact_noun for example in dataset.examples() if example.facts is not None}
 
 
 def build_sinks(config: DictConfig) -> SinkGroup:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 import kvbench.config.build as build_module
 from kvbench.cli.main import run
 from kvbench.cli.sweep import App, Unmeasured
-from kvbench.config.build import build_cell, build_objective
+from kvbench.config.build import Shared, build_cell, build_objective
 from kvbench.config.compose import compose_grid
 from kvbench.measures import to_minimise
 from kvbench.sweep.cell import Attempt
@@ -206,6 +206,17 @@ def test_the_objective_is_the_first_measure_of_the_first_task_unless_one_is_name
     assert objective("task=generation") == ("objects_recalled_fraction",)
     assert objective("task=speed") == ("ttft_ms",)
     assert objective("objective=kv_stored_bytes") == ("kv_stored_bytes",)
+
+
+def test_a_sweep_asks_its_data_set_once_for_what_the_objectives_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = compose_grid(["policy=h2o", "budget.fraction=0.1,0.2,0.3"], multirun=True, config_dir=None)
+    shared, looked = Shared(), list[object]()
+    cells = [build_cell(composed, shared) for composed in grid]
+    real = build_module._fact_nouns
+    monkeypatch.setattr(build_module, "_fact_nouns", lambda dataset: looked.append(dataset) or real(dataset))
+    for composed, cell in zip(grid, cells, strict=True):
+        assert build_objective(composed.config, cell, shared, is_needed=True) == ("ppl",)
+    assert len(looked) == 1, "of all cells and tasks"
 
 
 def test_a_published_record_holds_what_its_tasks_are_said_to_measure() -> None:
