@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.utils import JobReturn, configure_log, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -23,10 +24,13 @@ class SupervisedLauncher(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what the jobs are composed from and run by. Raises: ConfigError for jobs that are not kvbench's."""
         from kvbench.cli.sweep import App
+        from kvbench.config.compose import SharingLoader
         from kvbench.errors import ConfigError
 
         if not isinstance(task_function, App):
             raise ConfigError("hydra/launcher=supervised runs kvbench's jobs only; choose another launcher")
+        # The sweeper's check of a batch goes through it too.
+        hydra_context.config_loader = cast(ConfigLoader, SharingLoader(hydra_context.config_loader))
         self._context, self._app, self._config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:

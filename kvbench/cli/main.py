@@ -138,10 +138,10 @@ def _answer(arguments: list[str]) -> int:
 
 
 def _sweep(words: argparse.Namespace, overrides: list[str]) -> int:
-    from kvbench.config.compose import SUPERVISED, compose_grid, told_in_one_line
+    from kvbench.config.compose import CONFIG_NAME, SUPERVISED, compose_grid, told_in_one_line
 
-    where = {"config_name": words.config_name} if words.config_name else {}
-    grid = compose_grid(overrides, multirun=words.multirun, config_dir=words.config_dir, **where)
+    name = words.config_name or CONFIG_NAME
+    grid = compose_grid(overrides, multirun=words.multirun, config_dir=words.config_dir, config_name=name)
     from kvbench.cli.sweep import App, Stopped, make_importable, quiet_libraries
 
     quiet_libraries()
@@ -300,7 +300,7 @@ def _flags(words: argparse.Namespace) -> list[str]:
 
 def _printed_by_hydra(words: argparse.Namespace, overrides: list[str]) -> int:
     """Let Hydra print what the flags ask for, and run nothing. Raises: ConfigError, one line."""
-    from kvbench.config.compose import check_overrides, told_in_one_line
+    from kvbench.config.compose import CONFIG_NAME, check_overrides, told_in_one_line
 
     swept: dict[str, str] = {}
     if words.shell_completion:
@@ -308,7 +308,7 @@ def _printed_by_hydra(words: argparse.Namespace, overrides: list[str]) -> int:
         if len(overrides) != 1 or overrides[0] not in commands:
             raise ConfigError(f"--shell-completion needs one of {', '.join(commands)}; it got {' '.join(overrides)!r}")
     elif not words.hydra_help:
-        swept = check_overrides(overrides, config_dir=words.config_dir, config_name=words.config_name or "config")
+        swept = check_overrides(overrides, config_dir=words.config_dir, config_name=words.config_name or CONFIG_NAME)
     with contextlib.redirect_stderr(io.StringIO()) as said:
         try:
             with told_in_one_line(overrides):

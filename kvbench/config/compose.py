@@ -11,7 +11,7 @@ import contextlib
 import copy
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from kvbench.config.checks import check_no_secret_override
@@ -216,6 +216,48 @@ def _compose_cell(overrides: Sequence[str], multirun: bool, composed: dict[tuple
     base = composed[lines]
     config = copy.deepcopy(base.config)
     OmegaConf.set_struct(config, True)
+    _set_values(config, values)
+    OmegaConf.set_struct(config, False)
+    return Composed(config=config, choices=dict(base.choices), multirun=base.multirun)
+
+
+class SharingLoader:
+    """Hydra's loader of configurations, but jobs of a sweep that choose alike are composed once for all.
+
+    A sweeper composes every job to check it and a launcher once more to run it, each time from every yaml. What comes
+    out is what Hydra makes, its own notes about the job included.
+    """
+
+    def __init__(self, loader: ConfigLoader) -> None:
+        self._loader = loader
+        self._composed: dict[tuple[str, ...], DictConfig] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        """Return the job of these words in a sweep of `master_config`."""
+        parsed = OverridesParser.create(config_loader=self._loader).parse_overrides(list(sweep_overrides))
+        values, rest = _split_values(parsed)
+        lines = tuple(str(override.input_line) for override in rest)
+        if lines not in self._composed:
+            self._composed[lines] = self._loader.load_sweep_config(master_config, list(lines))
+        job = copy.deepcopy(self._composed[lines])
+        _set_values(job, values)
+        words = [str(o.input_line) for o in parsed if not o.is_hydra_override()]
+        form = job.hydra.job.config.override_dirname
+        named = sorted(str(o.input_line) for o in parsed if _is_named(o, form.exclude_keys))
+        with read_write(job.hydra), open_dict(job.hydra):
+            job.hydra.overrides.task = words
+            job.hydra.job.override_dirname = form.item_sep.join(named).replace("=", form.kv_sep)
+        return job
+
+
+def _is_named(override: Override, excluded: Collection[str]) -> bool:
+    return not override.is_hydra_override() and override.key_or_group not in excluded
+
+
+def _set_values(config: DictConfig, values: Iterable[Override]) -> None:
     for override in values:
         try:
             OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
@@ -223,8 +265,6 @@ def _compose_cell(overrides: Sequence[str], multirun: bool, composed: dict[tuple
             raise ConfigCompositionException(f"Could not override '{override.key_or_group}'.") from error
         except OmegaConfBaseException as error:
             raise ConfigCompositionException(f"Error merging override {override.input_line}") from error
-    OmegaConf.set_struct(config, False)
-    return Composed(config=config, choices=dict(base.choices), multirun=base.multirun)
 
 
 def _split_values(overrides: Sequence[Override]) -> tuple[list[Override], list[Override]]:

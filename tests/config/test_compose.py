@@ -7,10 +7,12 @@ from pathlib import Path
 import hydra
 import pytest
 from hydra import initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 import kvbench.config.compose as compose_module
-from kvbench.config.compose import Composed, compose_grid
+from kvbench.config.compose import Composed, SharingLoader, compose_grid
 from kvbench.errors import ConfigError
 
 REPO = Path(__file__).parents[2]
@@ -125,6 +127,43 @@ def test_a_cell_is_what_hydra_composes(words: list[str]) -> None:
     for one, fraction in zip(grid, (0.4, 0.25), strict=False):
         alone = [f"budget.fraction={fraction}" if word == "budget.fraction=0.3" else word for word in words]
         assert (OmegaConf.to_container(one.config, resolve=False), one.choices) == by_hydra(alone)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["policy=h2o", "budget.fraction=0.3", "seed=3"],
+        ["budget.fraction=0.2", "policy=streaming_llm", "policy.num_sinks=4"],
+        ["budget=tokens", "policy=elastic", "budget.tokens=77", "dataset.num_samples=null", "task=quality"],
+        ["+experiment=default", "budget.fraction=0.5", "hydra.job.name=mine", "sweep='a b'"],
+        ["budget.fraction=0.5", "seed=3", "hydra.job.config.override_dirname.exclude_keys=[seed]"],
+        ["~task.fidelity", "task.perplexity={_target_:a.B}", "results=${oc.env:HOME}/r"],
+    ],
+)
+def test_a_job_of_a_sweep_is_what_hydra_makes_of_it_notes_and_all(words: list[str]) -> None:
+    with initialize_config_module("kvbench.conf", version_base="1.3"):
+        plain = GlobalHydra.instance().config_loader()
+        sweep = plain.load_configuration("config", ["hydra.sweep.dir=there"], run_mode=RunMode.MULTIRUN)
+        sharing = SharingLoader(plain)
+        for job_words in (words, [word.replace("fraction=0.", "fraction=0.1") for word in words], words):
+            ours, theirs = sharing.load_sweep_config(sweep, job_words), plain.load_sweep_config(sweep, job_words)
+            assert OmegaConf.to_container(ours, resolve=False) == OmegaConf.to_container(theirs, resolve=False)
+            assert OmegaConf.is_struct(ours) == OmegaConf.is_struct(theirs)
+            assert OmegaConf.is_readonly(ours.hydra) == OmegaConf.is_readonly(theirs.hydra)
+
+
+def test_jobs_of_a_sweep_that_choose_alike_are_composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep of 200 cells would begin half a minute later otherwise."""
+    asked: list[object] = []
+    with initialize_config_module("kvbench.conf", version_base="1.3"):
+        plain = GlobalHydra.instance().config_loader()
+        sweep = plain.load_configuration("config", [], run_mode=RunMode.MULTIRUN)
+        real = plain.load_sweep_config
+        monkeypatch.setattr(plain, "load_sweep_config", lambda *given: asked.append(given) or real(*given))
+        sharing = SharingLoader(plain)
+        for share in range(1, 10):
+            assert sharing.load_sweep_config(sweep, ["policy=h2o", f"budget.fraction=0.{share}"]).policy
+    assert len(asked) == 1
 
 
 def test_what_cells_choose_alike_is_composed_once_and_no_cell_changes_another(monkeypatch: pytest.MonkeyPatch) -> None:
