@@ -281,7 +281,7 @@ def test_the_version_that_records_name_needs_an_installation(monkeypatch: pytest
 def test_flags_are_read_wherever_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def noting(overrides: list[str], *, multirun: bool, config_dir: str | None) -> Any:
+    def noting(overrides: list[str], *, multirun: bool, config_dir: str | None, config_name: str) -> Any:
         asked.append((overrides, multirun, config_dir))
         raise ConfigError("seen")
 
