@@ -95,7 +95,10 @@ def add_and_norm_rows(x: Tensor, delta: Tensor, weight: Tensor, epsilon: float) 
 
 
 def rotate_rows(queries: Tensor, keys: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both turned: queries (B, Hq, 1, D), keys (B, H, 1, D), tables (B or 1, 1, D), dense in D."""
+    """Return both turned: queries (B, Hq, 1, D), keys (B, H, 1, D), tables (B or 1, 1, D)."""
+    queries, keys = (states if states.stride(-1) == 1 else states.contiguous() for states in (queries, keys))
+    if cosines.stride(-1) != 1 or cosines.stride() != sines.stride():
+        cosines, sines = cosines.contiguous(), sines.contiguous()
     batch, query_heads, _, width = queries.shape
     key_heads = keys.shape[1]
     turned_queries, turned_keys = (states.new_empty(states.shape) for states in (queries, keys))

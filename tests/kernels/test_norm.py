@@ -48,11 +48,14 @@ def test_a_sum_is_the_models_own_to_the_bit_and_its_norm_as_of_the_rounded_sum(
 
 
 @pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("is_dense", [True, False])
 @pytest.mark.parametrize("table_rows", [1, 3])
-def test_rotation_is_nearer_to_exact_than_the_models_own(table_rows: int, dtype: torch.dtype) -> None:
+def test_rotation_is_nearer_to_exact_than_the_models_own(table_rows: int, is_dense: bool, dtype: torch.dtype) -> None:
     heads = torch.randn(3, 1, 5 + 2, 16, device=ON).to(dtype).transpose(1, 2)
     angles = torch.rand(table_rows, 1, 16, device=ON) * 6
     given = (heads[:, :5], heads[:, 5:], angles.cos().to(dtype), angles.sin().to(dtype))
+    if not is_dense:
+        given = tuple(torch.stack([part, part], -1)[..., 0] for part in given[:3]) + given[3:]
     exact = apply_rotary_pos_emb(*(part.double() for part in given))
     for ours, stock, want in zip(rotate_rows(*given), apply_rotary_pos_emb(*given), exact, strict=True):
         assert ours.dtype == dtype
