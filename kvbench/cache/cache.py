@@ -182,13 +182,12 @@ class PolicyCache(Cache):
             raise ValueError("the cache is empty; run a prompt first")
         lengths = [s.length.float() for s in slots]
         seen = self.policy_layers[0].ledger.seen
-        entry_bytes = [s.entries.keys.shape[-1] * s.entries.keys.element_size() * 2 for s in slots]
         return Occupancy(
             seen_tokens=sum(seen) / len(seen),
             entries_mean=sum(float(length.mean()) for length in lengths) / len(lengths),
             entries_peak=max(int(length.max()) for length in lengths),
             stored_bytes=sum(s.stored_bytes() for s in slots),
-            valid_bytes=sum(int(s.length.sum()) * size for s, size in zip(slots, entry_bytes, strict=True)),
+            valid_bytes=sum(int(s.length.sum()) * s.entry_bytes for s in slots),
             statistics_bytes=sum(s.statistics_bytes() for s in slots),
             bookkeeping_bytes=sum(s.bookkeeping_bytes() for s in slots),
         )
