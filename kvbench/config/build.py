@@ -68,6 +68,7 @@ from kvbench.tasks.decode import CacheSetting
 _OWN = "kvbench"
 _POLICIES = "kvbench.policies"  # of kvbench's own modules only these are hashed
 _DIGITS = 16
+_MISSING = "???"
 _known: WeakKeyDictionary[type[object], str] = WeakKeyDictionary()  # a sweep asks once per cell
 
 
@@ -405,7 +406,7 @@ def check_shared(grid: Sequence[Composed]) -> None:
         for name in (*_SHARED, "policy", "budget", "model", "dataset", "task"):
             if name not in settings:
                 raise ConfigError(f"{name} was taken out of the settings, but nothing runs without it; leave it in")
-        for name in sorted(OmegaConf.missing_keys(composed.config)):
+        for name in sorted(OmegaConf.missing_keys(composed.config)) if _MISSING in repr(settings) else ():
             raise ConfigError(f"{name} is not given and has no default; add {name}=...")
     for name in _SHARED:
         values = {str(settings[name]) for settings in resolved}
