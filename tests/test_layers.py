@@ -204,7 +204,7 @@ def test_tests_lie_under_what_they_test() -> None:
     """Beside the packages stand only what spans them all: whole products, a GPU, a cluster."""
     packages = {path.name for path in (REPO / "kvbench").iterdir() if path.is_dir()} | {"policies"}
     folders = {path.name for path in (REPO / "tests").iterdir() if any(path.rglob("test_*.py"))}
-    assert folders - packages <= {"gpu", "security", "slurm", "trust"}
+    assert folders - packages <= {"gpu", "parity", "security", "slurm", "trust"}
     at_the_root = {path.name for path in (REPO / "tests").glob("test_*.py")}
     allowed = {"covering", "docs", "errors", "layers", "measures", "wheel"}
     assert at_the_root <= {f"test_{name}.py" for name in allowed}
