@@ -233,6 +233,7 @@ class GraphDecoding(Decoding):
         """Take the prompt as `Decoding` does. Raises: ModelSupportError for a model whose step cannot be captured."""
         check_rotary(loaded.model)
         super().__init__(loaded, *arguments, **options)
+        self.cache.cut_blocks(by_itself=False)  # which waits for the device, so it is done between captured steps
 
     def extend(self, tokens: Tensor) -> Tensor:
         """Feed a chunk as `Decoding` does; the next step is captured anew, over the buffers that the cut laid out."""
@@ -275,11 +276,14 @@ class GraphDecoding(Decoding):
         self.prepare()
         if self._graph is None or self._replays_left == 0:
             self._graph = None
-            return super().step(tokens)
+            super().step(tokens)
+            self.cache.cut_blocks()
+            return self.logits
         self._replays_left -= 1
         self._tokens.copy_(tokens[:, None])
         self._graph.replay()
         self.cache.count_replayed_step()
+        self.cache.cut_blocks()
         self.logits = self._captured
         self._beat()
         return self.logits
