@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.utils import instantiate
 
 from kvbench.cache import UNLIMITED, Budget, Policy
 from kvbench.datasets.synthetic import Synthetic
@@ -186,6 +185,8 @@ def interleaved(
 
 def deciding_rows(loaded: LoadedModel, name: str, scale: Scale) -> Iterator[Row]:
     """What naming victims takes of a step, for every policy that has a yaml, the way a step does it."""
+    from hydra.utils import instantiate
+
     size = scale.batches[-1]
     batch = prompt_batch(
         loaded, repeated(bench(loaded, scale, scale.setting(Full()), scale.prompt_tokens).examples, size)
