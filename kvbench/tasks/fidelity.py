@@ -46,7 +46,7 @@ class Fidelity(BatchTask):
 
     def measure(self, bench: Bench, part: Part) -> Payload:
         """Compare on one batch. Raises: MeasureError if the full cache differs from itself."""
-        answers = full_answers(bench, self.max_new_tokens)
+        answers = full_answers(bench, part, self.max_new_tokens)
         bench.prompts.once(("equals itself", self), lambda: _check_itself(bench, part, answers, self.check_tokens))
         rows = _compare(bench, part, answers, bench.setting, self.max_new_tokens)
         return {example.id: row for example, row in zip(part.examples, rows, strict=True)}
@@ -61,8 +61,7 @@ class Fidelity(BatchTask):
 
 
 def _check_itself(bench: Bench, part: Part, answers: Answers, check_tokens: int) -> None:
-    first = part if part.number == 0 else bench.own_prompts().part(0)
-    rows = _compare(bench, first, answers, bench.full, check_tokens, one_by_one=True)
+    rows = _compare(bench, part, answers, bench.full, check_tokens, one_by_one=True)
     if any(row["kl_sum"] != 0.0 for row in rows):
         raise MeasureError("the full cache differs from itself (KL is not 0); the machine does not compute reliably")
 
