@@ -93,6 +93,26 @@ class Slots:
             self.entries.mass.scatter_(2, at, 0.0)
         self.length += 1
 
+    def append(self, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+        """Put N tokens, (B, H, N, D), at `position` (B, N) into fresh slots; return which, (B, H, N).
+
+        No slot was ever freed, so all below `length` hold tokens, in their order; there is room for N more.
+        """
+        new = torch.arange(position.shape[1], device=position.device)
+        at = self.length[..., None] + new
+        wide = at[..., None].expand_as(keys)
+        self.entries.keys.scatter_(2, wide, keys)
+        self.entries.values.scatter_(2, wide, values)
+        self.entries.position.scatter_(2, at, position[:, None].expand_as(at))
+        self.entries.kind.scatter_(2, at, 0)
+        if self.entries.mass is not None:
+            self.entries.mass.scatter_(2, at, 0.0)
+        if self.rank is not None:
+            self.rank.scatter_(2, at, at.int())
+        self.length += position.shape[1]
+        self.advance()
+        return at
+
     def release(self, victim: Tensor, over: Tensor) -> None:
         """Free `victim` (B, H) where `over` (B, H) holds; the others take a fresh slot next.
 
