@@ -53,7 +53,7 @@ from kvbench.config.checks import (
 from kvbench.config.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError, close_matches
 from kvbench.measures import MEASURES
-from kvbench.models.spec import ModelSpec
+from kvbench.models.spec import ModelSpec, takes_images
 from kvbench.sinks.base import SinkGroup
 from kvbench.sweep.cell import (
     BEYOND_CONTEXT,
@@ -304,6 +304,11 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
     check_budget_fits(policy, budget)
 
     def check_combination() -> bool:
+        if config.get("laws") is not None and takes_images(model):
+            raise ConfigError(
+                f"laws are of text models, but model.checkpoint {model.checkpoint} reads pictures; choose a model that "
+                "reads text only, such as model=smollm2-135m"
+            )
         check_text(model, dataset, tasks)
         check_model(model, dataset, setting.positions, setting.engine)
         check_fit(dataset, model, tasks, query_visible=query_visible)
