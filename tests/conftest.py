@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -30,6 +31,26 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, so before anything else is
+        mend_interpreter()
+
+
+def mend_interpreter() -> None:
+    """Let the interpreter of triton 3.6 loop up to a scalar, which numpy 2.4 and later refuse; 3.7 has it so."""
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return
+    if not version.startswith("3.6."):
+        return
+    from triton.runtime import interpreter
+
+    patched = interpreter._patch_lang_tensor
+
+    def with_index(tensor: Any, scope: Any) -> None:
+        patched(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = with_index
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,7 +20,7 @@ from kvbench.cache.allocation import Waiting
 from kvbench.cache.attention import is_attached
 from kvbench.cache.counts import CountsShelf, LayerSetup, Ledger, OnPlan
 from kvbench.cache.layer import PolicyLayer
-from kvbench.cache.policy import UNLIMITED, Budget, Policy, ScorePolicy, check_parts
+from kvbench.cache.policy import UNLIMITED, Budget, Policy, ScorePolicy, check_parts, steps_between_cuts
 from kvbench.cache.positions import POSITION_MODES, Places, PositionMode, rotation_of
 from kvbench.cache.released import Pool, departures_of
 from kvbench.cache.slots import check_faults
@@ -122,6 +122,22 @@ class PolicyCache(Cache):
         """Take the next `num_tokens` tokens as part of the prompt, even a single one."""
         for layer in self.policy_layers:
             layer.ledger.prompt_until_tokens = layer.ledger.padded_tokens + num_tokens
+
+    @property
+    def takes_answers_whole(self) -> bool:
+        """Whether generated tokens may come in one chunk: nothing is freed between two of them."""
+        setup = self.policy_layers[0].setup
+        return steps_between_cuts(setup.policy) is None and setup.pool is None
+
+    def expect_answer(self, num_tokens: int) -> None:
+        """Take the next `num_tokens` tokens as generated ones in one chunk, after which the cache is as after steps.
+
+        Raises: ValueError for a policy that frees entries between them.
+        """
+        if not self.takes_answers_whole:
+            raise ValueError("the policy frees entries at every decode step; feed its tokens one by one")
+        for layer in self.policy_layers:
+            layer.ledger.answer_until_tokens = layer.ledger.padded_tokens + num_tokens
 
     def snapshot(self) -> CacheState:
         """Return what a decode step changes, on the device and on the host; keys and values of tokens held stay."""

@@ -88,7 +88,8 @@ class Ledger:
     `held` is the largest count over the heads of the row. `settled_*` are the counts when the last
     chunk of several tokens was settled. `padded_tokens` counts pads too, the same for all rows. `prompt` is what
     came first, or the first `prompt_tokens` with pads if that is more; tokens before `prompt_until_tokens` are
-    planned as a prompt, even one by one. most_tokens: how many a row may see, where a position mode holds no further.
+    planned as a prompt, even one by one; those before `answer_until_tokens` are generated ones, even in a chunk.
+    most_tokens: how many a row may see, where a position mode holds no further.
     counts_as_released: as in `Departures`. shift: how many more entries than the uniform budget an allocation gave this
     layer when the last chunk was cut, empty for none. block_tokens: how many tokens come before a plan at decode.
     """
@@ -103,6 +104,7 @@ class Ledger:
     padded_tokens: int = 0
     prompt_tokens: int = 0
     prompt_until_tokens: int = 0
+    answer_until_tokens: int = 0
     most_tokens: int | None = None
     counts_as_released: bool = False
     shift: list[int] = field(default_factory=list)
@@ -124,6 +126,10 @@ class Ledger:
             and min(self.seen) > 0
             and self.padded_tokens >= self.prompt_until_tokens
         )
+
+    def is_answer(self, num_tokens: int) -> bool:
+        """Return whether `num_tokens` more are several generated tokens in one chunk."""
+        return num_tokens > 1 and self.padded_tokens + num_tokens <= self.answer_until_tokens
 
     def arrive(self, added: list[int]) -> None:
         """Count `added` new tokens per row, pads left out. Raises: ModelSupportError for more than `most_tokens`."""
@@ -301,12 +307,12 @@ class StepCounts(RowCounts):
             self._tables = rotation.tables(self._num_positions)
         return self._tables
 
-    def advance(self, ledger: Ledger) -> None:
-        """Count one more token in every row; `ledger` has not counted it yet."""
-        if ledger.seen[0] == self._announced_until:
-            self._announce(ledger, GROW_TOKENS)
-        self._step += 1
-        self.seen += 1
+    def advance(self, ledger: Ledger, num_tokens: int = 1) -> None:
+        """Count `num_tokens` more in every row; `ledger` has not counted them yet."""
+        if ledger.seen[0] + num_tokens > self._announced_until:
+            self._announce(ledger, num_tokens)
+        self._step += num_tokens
+        self.seen += num_tokens
         self.budget.copy_(self._table.index_select(0, self._step)[0])
         self._protect()
 

@@ -3,7 +3,8 @@
 A prompt (or any chunk of several tokens) attends in full, statistics are reduced, the policy plans, and what stays
 moves into slots before the next layer runs: only one layer's prompt is ever uncompressed, unless an allocation must
 see all layers first. A decode step writes one token into the free slot, attends with it, and frees one victim, or plans
-anew once a block of such tokens is full. On a GPU each part of a step is one or two kernels that wait for nothing;
+anew once a block of such tokens is full. Where none is ever freed, an answer may come as one chunk too, which leaves
+what its tokens would have left one by one. On a GPU each part of a step is one or two kernels that wait for nothing;
 elsewhere, and as the reference, plain torch does the same. Which one runs is decided in one place, `use_triton`.
 """
 
@@ -67,7 +68,7 @@ class PolicyLayer(CacheLayerMixin):
         """Forget everything; buffers are let go, and a pass that did not end."""
         self._shelf.clear()
         self.slots = self.counts = None
-        self._leads = self._decodes = False
+        self._leads = self._decodes = self._appends = False
         self.ledger = Ledger(
             policy=self.setup.policy,
             budget=self.setup.budget,
@@ -93,6 +94,7 @@ class PolicyLayer(CacheLayerMixin):
         """
         self.is_initialized = True
         self._decodes = self.slots is not None and self.ledger.is_decode_step(key_states.shape[2])
+        self._appends = self.slots is not None and self.ledger.is_answer(key_states.shape[2])
         self.ledger.padded_tokens += key_states.shape[2]
         if self.setup.places is not None and self.slots is not None and self.counts is not None:
             key_states = self.setup.places.arrive(key_states, self.setup.layer, self.slots.length, self.counts.seen)
@@ -100,6 +102,11 @@ class PolicyLayer(CacheLayerMixin):
             keys, values = key_states, value_states
         elif self._decodes:
             keys, values = self._write(self.slots, key_states, value_states)
+        elif self._appends:
+            stored = self.slots.entries
+            held = self.slots.capacity if self._is_ragged else max(self.ledger.held)
+            keys = torch.cat((stored.keys[:, :, :held], key_states), dim=2)
+            values = torch.cat((stored.values[:, :, :held], value_states), dim=2)
         else:
             stored = self.slots.entries
             keys = torch.cat((stored.keys, key_states), dim=2)
@@ -119,6 +126,8 @@ class PolicyLayer(CacheLayerMixin):
             else:
                 self.setup.pool.arrive(self.slots.entries, self.setup.num_layers, end)
             return output
+        if self.slots is not None and self._appends:
+            return self._attend_answer(self.slots, query, keys, values, scaling)
         real = _real_tokens(query, padding, seen=self.ledger.seen)
         before = torch.tensor(self.ledger.seen or [0] * real.shape[0], dtype=torch.int64, device=real.device)
         position = torch.where(real, real.long().cumsum(-1) - 1 + before[:, None], EMPTY)
@@ -277,6 +286,39 @@ class PolicyLayer(CacheLayerMixin):
         else:
             slots.write(keys, values, self.counts.seen - 1)
         return (keys, values) if isinstance(slots, RaggedSlots) else (slots.entries.keys, slots.entries.values)
+
+    def _attend_answer(self, slots: AnySlots, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+        """Return the output of generated tokens, (B, Hq, Q, D), none of which frees a victim, and take them in.
+
+        keys, values (B, H, T, D): what is held, and the new ones. Nothing leaves between two of the tokens, so a causal
+        mask shows each what it would have seen alone, and ranks in the cache are those of the end.
+        """
+        assert self.counts is not None
+        new, held = query.shape[2], keys.shape[2] - query.shape[2]
+        if self._leads:
+            self.counts.advance(self.ledger, new)
+        self.ledger.arrive([new] * query.shape[0])
+        position = self.counts.seen[:, None] - torch.arange(new, 0, -1, device=query.device)
+        stored = slots.position[..., :held]
+        chunk = Chunk(
+            query=query,
+            keys=keys,
+            values=values,
+            query_position=position,
+            key_position=torch.cat((stored, position[:, None].expand(*stored.shape[:2], new)), dim=-1),
+            scaling=scaling,
+            plain=False,
+        )
+        chunk = shifted_chunk(chunk, self.setup.rotation)
+        output, lse = chunk_attention(chunk, wants_lse=Needs.MASS in self._needs)
+        mass = None
+        if Needs.MASS in self._needs:
+            mass = ChunkStatistics(chunk, lse).mass(self.setup.policy.reduction)
+            slots.add_mass(mass[..., :held])
+        if not slots.has_room(self.ledger.held):
+            slots.grow(new + GROW_TOKENS)
+        slots.append(keys[:, :, held:], values[:, :, held:], position, None if mass is None else mass[..., held:])
+        return output
 
     def _attend_slots(self, slots: AnySlots, query: Tensor, scaling: float) -> tuple[Tensor, Tensor | None]:
         """Return output (B, Hq, 1, D) and the probabilities (B, H, C) a policy asks for; mass grows in place."""

@@ -53,7 +53,7 @@ from kvbench.config.checks import (
 from kvbench.config.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError, close_matches
 from kvbench.measures import MEASURES
-from kvbench.models.spec import ModelSpec
+from kvbench.models.spec import ModelSpec, takes_images
 from kvbench.sinks.base import SinkGroup
 from kvbench.sweep.cell import (
     BEYOND_CONTEXT,
@@ -69,6 +69,7 @@ from kvbench.tasks.decode import CacheSetting
 _OWN = "kvbench"
 _POLICIES = "kvbench.policies"  # of kvbench's own modules only these are hashed
 _DIGITS = 16
+_MISSING = "???"
 _known: WeakKeyDictionary[type[object], str] = WeakKeyDictionary()  # a sweep asks once per cell
 
 
@@ -303,6 +304,11 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
     check_budget_fits(policy, budget)
 
     def check_combination() -> bool:
+        if config.get("laws") is not None and takes_images(model):
+            raise ConfigError(
+                f"laws are of text models, but model.checkpoint {model.checkpoint} reads pictures; choose a model that "
+                "reads text only, such as model=smollm2-135m"
+            )
         check_text(model, dataset, tasks)
         check_model(model, dataset, setting.positions, setting.engine)
         check_fit(dataset, model, tasks, query_visible=query_visible)
@@ -408,7 +414,7 @@ def check_shared(grid: Sequence[Composed]) -> None:
         for name in (*_SHARED, "policy", "budget", "model", "dataset", "task"):
             if name not in settings:
                 raise ConfigError(f"{name} was taken out of the settings, but nothing runs without it; leave it in")
-        for name in sorted(OmegaConf.missing_keys(composed.config)):
+        for name in sorted(OmegaConf.missing_keys(composed.config)) if _MISSING in repr(settings) else ():
             raise ConfigError(f"{name} is not given and has no default; add {name}=...")
     for name in _SHARED:
         values = {str(settings[name]) for settings in resolved}

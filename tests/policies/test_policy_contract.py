@@ -97,16 +97,16 @@ def test_sinks_and_recent_tokens_stay_as_the_policy_promises(policy: Policy, bud
     trace = drive(model, PolicyCache(model, policy, budget), random_tokens(6, 1, PROMPT + STEPS), PROMPT)
     kept_of_prompt = min(len(head) for head in cells(trace.held[0]))
     for step, held in enumerate(trace.held):
-        seen = PROMPT + step
+        cut_at = PROMPT + step if When.DECODE in policy.when else PROMPT  # what came after the last cut all stays
         for layer in held:
-            size = allowed(policy, budget, PROMPT, seen, kept_of_prompt)
+            size = allowed(policy, budget, PROMPT, cut_at, kept_of_prompt)
             if is_divided(policy):  # a layer's own budget, which its heads share
                 size = min(size, sum(len(head) for head in layer[0]) // len(layer[0]))
             sinks = min(policy.num_sinks, size - 1)
             share = math.floor(Fraction(str(policy.recent_fraction)) * size)
             recent = min(max(policy.num_recent, share), size - sinks)
             for head in layer[0]:
-                assert {*range(sinks), *range(max(0, seen - recent), seen)} <= set(head)
+                assert {*range(sinks), *range(max(0, cut_at - recent), PROMPT + step)} <= set(head)
 
 
 @pytest.mark.parametrize("reserve_tokens", [0, STEPS])
