@@ -33,7 +33,7 @@ def test_a_sweep_is_every_combination_in_order() -> None:
 
 
 def test_the_default_experiment_has_five_policies_at_three_budgets() -> None:
-    """But none of SnapKV's score: its window of 32 tokens is all that a tenth or a fifth of a scene's prompt can hold."""
+    """But none of SnapKV's score: its window of 32 tokens is all that a fifth of a scene's prompt can hold."""
     found = cells("+experiment=default")
     names = ["full", "random", "streaming_llm", "h2o", "elastic"]
     assert sorted(found) == sorted((name, fraction) for name in names for fraction in (0.1, 0.2, 0.5))
