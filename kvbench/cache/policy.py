@@ -210,12 +210,15 @@ class Plan:
     joins (its own index: none), or None when dropped entries are simply freed. Three more are for code
     whose books do not follow its tokens: merge_source (B, H, T) int64, whose key and value each entry
     brings into its bucket (None: its own); mass (B, H, T), the mass that entries go on with; memory
-    (B, H, M), kept beside the slots as it is until a later plan gives another one.
+    (B, H, M), kept beside the slots as it is until a later plan gives another one. merge_keys, merge_values: False
+    leaves the survivors' own.
     """
 
     keep: Tensor
     merge_into: Tensor | None = None
     merge_source: Tensor | None = None
+    merge_keys: bool = True
+    merge_values: bool = True
     mass: Tensor | None = None
     memory: Tensor | None = None
 

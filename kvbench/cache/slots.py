@@ -7,7 +7,7 @@ free. Columns (position, kind, mass) lie beside the slots, so statistics follow 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -177,9 +177,15 @@ def _moved(entries: Entries, plan: Plan | None, order: Tensor, length: Tensor) -
 
             buckets = buckets_of(plan.merge_into, entries.position >= 0, order, length)
             mass = None if entries.mass is None else segment_mean(entries.mass[..., None], buckets, add_up=True)[..., 0]
-            keys, values = (_brought(states, plan.merge_source) for states in (entries.keys, entries.values))
-            return segment_mean(keys, buckets), segment_mean(values, buckets), mass
-        entries = _merged(entries, plan.merge_into, plan.merge_source)
+            wide = order[..., None].expand(*order.shape, entries.keys.shape[-1])
+
+            def moved(states: Tensor, is_merged: bool) -> Tensor:
+                if not is_merged:
+                    return states.gather(2, wide)
+                return segment_mean(_brought(states, plan.merge_source), buckets)
+
+            return moved(entries.keys, plan.merge_keys), moved(entries.values, plan.merge_values), mass
+        entries = _merged(entries, plan)
     wide = order[..., None].expand(*order.shape, entries.keys.shape[-1])
     mass = None if entries.mass is None else entries.mass.gather(2, order)
     return entries.keys.gather(2, wide), entries.values.gather(2, wide), mass
@@ -206,22 +212,26 @@ def _brought(states: Tensor, source: Tensor | None) -> Tensor:
     return states if source is None else states.gather(2, source[..., None].expand_as(states))
 
 
-def _merged(entries: Entries, into: Tensor, source: Tensor | None) -> Entries:
-    held = entries.position >= 0
+def _merged(entries: Entries, plan: Plan) -> Entries:
+    held, into = entries.position >= 0, plan.merge_into
+    assert into is not None
     count = torch.zeros_like(into, dtype=torch.float32).scatter_add_(2, into, held.float())
     joined = (count > 1)[..., None]
     wide = into[..., None].expand_as(entries.keys)
 
     def mean(states: Tensor) -> Tensor:
         total = torch.zeros_like(states, dtype=torch.float32)
-        total.scatter_add_(2, wide, _brought(states, source).float() * held[..., None])
+        total.scatter_add_(2, wide, _brought(states, plan.merge_source).float() * held[..., None])
         return torch.where(joined, total / count.clamp(min=1)[..., None], states.float()).to(states.dtype)
 
     mass = entries.mass
     if mass is not None:
         mass = torch.zeros_like(mass).scatter_add_(2, into, mass * held)
-    return Entries(
-        keys=mean(entries.keys), values=mean(entries.values), position=entries.position, kind=entries.kind, mass=mass
+    return replace(
+        entries,
+        keys=mean(entries.keys) if plan.merge_keys else entries.keys,
+        values=mean(entries.values) if plan.merge_values else entries.values,
+        mass=mass,
     )
 
 

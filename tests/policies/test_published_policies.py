@@ -28,6 +28,12 @@ RULES: dict[str, tuple[Policy, Callable[[], Rule]]] = {
     "random": (Random(seed=3), lambda: NaiveRandom(seed=3)),
     "elastic": (Elastic(), NaiveElastic),
     "elastic_middle": (Elastic(fixed_point=8), lambda: NaiveElastic(fixed_point=8)),
+    "elastic_values": (Elastic(merge="values"), lambda: NaiveElastic(merge="values")),
+    "elastic_keys": (Elastic(merge="keys"), lambda: NaiveElastic(merge="keys")),
+    "elastic_recent": (
+        Elastic(merge="none", recent_fraction=0.5, fixed_point=1000),
+        lambda: NaiveElastic(merge="none", recent_fraction=0.5, fixed_point=1000),
+    ),
 }
 
 
