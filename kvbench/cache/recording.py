@@ -38,8 +38,9 @@ from kvbench.cache.attention import ChunkStatistics, Statistics
 from kvbench.cache.cache import PolicyCache
 from kvbench.cache.counts import LayerSetup
 from kvbench.cache.layer import PolicyLayer
-from kvbench.cache.policy import UNLIMITED, Needs, Plan, Policy
+from kvbench.cache.policy import UNLIMITED, Policy, needs_of
 from kvbench.cache.slots import Entries, Slots
+from kvbench.cache.view import Needs, Plan
 
 HELD = -1
 _Rows = tuple[int, str, bool]  # how many queries, which reduction, and whether the policy needs MASS too
@@ -77,7 +78,7 @@ class _Recorded:
 
     def last_rows(self, num_queries: int, reduction: str) -> Tensor:
         """Return the recorded rows (B, H, W, T)."""
-        return self.prompt.rows[num_queries, reduction, Needs.MASS in self.policy.needs].clone()
+        return self.prompt.rows[num_queries, reduction, Needs.MASS in needs_of(self.policy)].clone()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +94,7 @@ class _RecordingLayer(PolicyLayer):
 
     def __init__(self, setup: LayerSetup, policies: Sequence[Policy]) -> None:
         super().__init__(setup)
-        self._masses = {p.reduction for p in policies if Needs.MASS in p.needs}
+        self._masses = {p.reduction for p in policies if Needs.MASS in needs_of(p)}
         self._rows = {row for policy in policies for row in _rows_of(policy)}
         self.recorded: LayerPrompt | None = None
 
@@ -113,10 +114,10 @@ class _RecordingLayer(PolicyLayer):
 
 
 def _rows_of(policy: Policy) -> Iterator[_Rows]:
-    if Needs.WINDOW in policy.needs:
-        yield policy.window_tokens, policy.reduction, Needs.MASS in policy.needs
-    if Needs.PROBS in policy.needs:
-        yield 1, policy.reduction, Needs.MASS in policy.needs
+    if Needs.WINDOW in needs_of(policy):
+        yield policy.window_tokens, policy.reduction, Needs.MASS in needs_of(policy)
+    if Needs.PROBS in needs_of(policy):
+        yield 1, policy.reduction, Needs.MASS in needs_of(policy)
 
 
 class PromptRecorder(Cache):
@@ -124,7 +125,7 @@ class PromptRecorder(Cache):
 
     def __init__(self, model: Any, policies: Iterable[Policy]) -> None:
         chosen, num_layers = list(policies), model.config.get_text_config().num_hidden_layers
-        stand_in = _WithMass() if any(Needs.MASS in policy.needs for policy in chosen) else Policy()
+        stand_in = _WithMass() if any(Needs.MASS in needs_of(policy) for policy in chosen) else Policy()
         setups = (
             LayerSetup(layer=index, num_layers=num_layers, policy=stand_in, budget=UNLIMITED)
             for index in range(num_layers)

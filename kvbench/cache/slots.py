@@ -7,13 +7,14 @@ free. Columns (position, kind, mass) lie beside the slots, so statistics follow 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from kvbench.cache.policy import Plan, Policy
-from kvbench.cache.selection import oldest_first
+from kvbench.cache.policy import Policy
+from kvbench.cache.selection import age_rank, oldest_first
+from kvbench.cache.view import Plan
 from kvbench.errors import NonFiniteChoiceError, PolicyError
 from kvbench.kernels.dispatch import SlotColumns, use_triton
 
@@ -31,6 +32,10 @@ class Entries:
     position: Tensor
     kind: Tensor
     mass: Tensor | None
+
+    def tensors(self) -> list[Tensor]:
+        """Return keys, values and the columns that exist."""
+        return [self.keys, self.values, *self.columns()]
 
     def columns(self) -> list[Tensor]:
         """Return the bookkeeping columns that exist."""
@@ -88,6 +93,26 @@ class Slots:
             self.entries.mass.scatter_(2, at, 0.0)
         self.length += 1
 
+    def append(self, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+        """Put N tokens, (B, H, N, D), at `position` (B, N) into fresh slots; return which, (B, H, N).
+
+        No slot was ever freed, so all below `length` hold tokens, in their order; there is room for N more.
+        """
+        new = torch.arange(position.shape[1], device=position.device)
+        at = self.length[..., None] + new
+        wide = at[..., None].expand_as(keys)
+        self.entries.keys.scatter_(2, wide, keys)
+        self.entries.values.scatter_(2, wide, values)
+        self.entries.position.scatter_(2, at, position[:, None].expand_as(at))
+        self.entries.kind.scatter_(2, at, 0)
+        if self.entries.mass is not None:
+            self.entries.mass.scatter_(2, at, 0.0)
+        if self.rank is not None:
+            self.rank.scatter_(2, at, at.int())
+        self.length += position.shape[1]
+        self.advance()
+        return at
+
     def release(self, victim: Tensor, over: Tensor) -> None:
         """Free `victim` (B, H) where `over` (B, H) holds; the others take a fresh slot next.
 
@@ -115,6 +140,17 @@ class Slots:
     def advance(self) -> None:
         """Take a fresh slot next; every slot below `length` holds a token."""
         self.free.copy_(self.length)
+
+    def cut(self, plan: Plan) -> None:
+        """Free what `plan` does not keep, in place: what was captured over these buffers stays valid."""
+        cut = settle(self.entries, plan, self.capacity, self.memory, self.faults)
+        for buffer, kept in zip(self.entries.tensors(), cut.entries.tensors(), strict=True):
+            buffer.copy_(kept)
+        self.length.copy_(cut.length)
+        self.free.copy_(cut.length)
+        self.memory = cut.memory
+        if self.rank is not None:
+            self.rank.copy_(age_rank(self.entries.position))
 
     def grow(self, capacity: int) -> None:
         """Copy into larger buffers; only where the final length was not announced."""
@@ -145,13 +181,13 @@ def settle(
 ) -> Slots:
     """Move what `plan` keeps into fresh slots in token order; the old storage is let go.
 
-    Merging averages keys and values of a bucket in float32 and adds up its mass; the entry keeps its
-    anchor's position and kind. What lies in a slot that holds no token is not defined. `memory` is what an
+    Merging averages keys and values of a bucket in float32, or adds them up by weight, and adds up its mass; the entry
+    keeps its anchor's position and kind. What lies in a slot that holds no token is not defined. `memory` is what an
     earlier plan left, `faults` what went wrong in earlier steps.
     """
     if plan is not None:
         memory = memory if plan.memory is None else plan.memory
-        entries.mass = entries.mass if plan.mass is None else plan.mass
+        entries = entries if plan.mass is None else replace(entries, mass=plan.mass)
     position = entries.position if plan is None else entries.position.masked_fill(~plan.keep, EMPTY)
     length = (position >= 0).sum(dim=-1)
     order = oldest_first(position)[..., :capacity]
@@ -177,9 +213,19 @@ def _moved(entries: Entries, plan: Plan | None, order: Tensor, length: Tensor) -
 
             buckets = buckets_of(plan.merge_into, entries.position >= 0, order, length)
             mass = None if entries.mass is None else segment_mean(entries.mass[..., None], buckets, add_up=True)[..., 0]
-            keys, values = (_brought(states, plan.merge_source) for states in (entries.keys, entries.values))
-            return segment_mean(keys, buckets), segment_mean(values, buckets), mass
-        entries = _merged(entries, plan.merge_into, plan.merge_source)
+            weight = plan.merge_weight
+
+            def moved(states: Tensor) -> Tensor:
+                brought = _brought(states, plan.merge_source)
+                if weight is None:
+                    return segment_mean(brought, buckets)
+                return segment_mean(brought.float() * weight[..., None], buckets, add_up=True).to(states.dtype)
+
+            if plan.merge_keys:
+                return moved(entries.keys), moved(entries.values), mass
+            wide = order[..., None].expand(*order.shape, entries.keys.shape[-1])
+            return entries.keys.gather(2, wide), moved(entries.values), mass
+        entries = _merged(entries, plan)
     wide = order[..., None].expand(*order.shape, entries.keys.shape[-1])
     mass = None if entries.mass is None else entries.mass.gather(2, order)
     return entries.keys.gather(2, wide), entries.values.gather(2, wide), mass
@@ -206,22 +252,44 @@ def _brought(states: Tensor, source: Tensor | None) -> Tensor:
     return states if source is None else states.gather(2, source[..., None].expand_as(states))
 
 
-def _merged(entries: Entries, into: Tensor, source: Tensor | None) -> Entries:
-    held = entries.position >= 0
+def _merged(entries: Entries, plan: Plan) -> Entries:
+    held, into, weight = entries.position >= 0, plan.merge_into, plan.merge_weight
+    assert into is not None
     count = torch.zeros_like(into, dtype=torch.float32).scatter_add_(2, into, held.float())
     joined = (count > 1)[..., None]
     wide = into[..., None].expand_as(entries.keys)
 
     def mean(states: Tensor) -> Tensor:
         total = torch.zeros_like(states, dtype=torch.float32)
-        total.scatter_add_(2, wide, _brought(states, source).float() * held[..., None])
+        brought = _brought(states, plan.merge_source).float() * held[..., None]
+        if weight is not None:
+            return total.scatter_add_(2, wide, brought * weight[..., None]).to(states.dtype)
+        total.scatter_add_(2, wide, brought)
         return torch.where(joined, total / count.clamp(min=1)[..., None], states.float()).to(states.dtype)
 
     mass = entries.mass
     if mass is not None:
         mass = torch.zeros_like(mass).scatter_add_(2, into, mass * held)
-    return Entries(
-        keys=mean(entries.keys), values=mean(entries.values), position=entries.position, kind=entries.kind, mass=mass
+    keys = mean(entries.keys) if plan.merge_keys else entries.keys
+    return replace(entries, keys=keys, values=mean(entries.values), mass=mass)
+
+
+def only_rows(plan: Plan, rows: Tensor, valid: Tensor) -> Plan:
+    """Return `plan` for the rows (B,) bool; in the others every entry of `valid` (B, H, T) stays as it is."""
+    if bool(rows.all()):
+        return plan
+    others = ~rows[:, None, None]
+    own = torch.arange(valid.shape[-1], device=valid.device).expand(valid.shape)
+
+    def chosen(column: Tensor | None, otherwise: Tensor | float) -> Tensor | None:
+        return None if column is None else torch.where(others, otherwise, column)
+
+    return replace(
+        plan,
+        keep=torch.where(others, valid, plan.keep),
+        merge_into=chosen(plan.merge_into, own),
+        merge_source=chosen(plan.merge_source, own),
+        merge_weight=chosen(plan.merge_weight, 1.0),
     )
 
 

@@ -216,10 +216,13 @@ def _attempts(composed: Composed) -> dict[str, Path]:
 
 def _show_tables(results: Path, keys: set[str]) -> None:
     from kvbench.report.build import refresh_report
+    from kvbench.report.laws import law_rows, print_laws
     from kvbench.report.load import load_results
     from kvbench.report.tables import print_tables
 
-    print_tables(load_results(results, keys=keys))
+    found = load_results(results, keys=keys)
+    print_tables(found)
+    print_laws(law_rows(found))
     refresh_report(results)
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvbench.cache.policy import Plan
+from kvbench.cache import Plan
 from kvbench.cache.slots import EMPTY, Entries, settle
 from tests.covering import share_of
 
