@@ -43,23 +43,57 @@ class Entries:
 
 
 @dataclass(kw_only=True, slots=True)
-class Slots:
-    """A layer's buffer of C slots; `length` (B, H) counts tokens held, `free` (B, H) is the next slot.
+class Books:
+    """What is kept of a layer's slots beside them: `length` (B, H) counts tokens held, `free` (B, H) is the next slot.
 
-    rank (B, H, C) int32 or None: how many entries are older, kept up to date by the kernels where
-    positions count inside the cache. memory (B, H, M) or None: what the policy's last plan left, which
+    memory (B, H, M) or None: what the policy's last plan left, which
     does not follow the tokens. faults (B, H) int32: what went wrong in any step so far, NAN_SCORE and NO_TOKEN,
     to be looked at when the host waits anyway. Everything changes in place, so that a step can be captured.
     ended (B, H) int32 or None: the faults of rows whose answer has ended, as they were then, -1 where it goes on.
     """
 
-    entries: Entries
     length: Tensor
     free: Tensor
     faults: Tensor
-    rank: Tensor | None = None
     memory: Tensor | None = None
     ended: Tensor | None = None
+
+    def end_rows(self, ended: Tensor) -> None:
+        """Note that the answers of rows have ended, (B,) bool: what is chosen in them from now on is no fault."""
+        before = torch.full_like(self.faults, -1) if self.ended is None else self.ended
+        self.ended = torch.where(ended[:, None] & (before < 0), self.faults, before)
+
+    @property
+    def counted_faults(self) -> Tensor:
+        """(B, H) int32: `faults` of rows that go on, and of the others those from before their end."""
+        return self.faults if self.ended is None else torch.where(self.ended < 0, self.faults, self.ended)
+
+    def advance(self) -> None:
+        """Take a fresh slot next; every slot below `length` holds a token."""
+        self.free.copy_(self.length)
+
+    def chosen(self, victim: Tensor, over: Tensor) -> Tensor:
+        """Return `victim` (B, H), slot 0 in place of one that is no slot with a token, which is noted in `faults`."""
+        wrong = (victim < 0) | (victim >= self.length)  # slots have no hole when a step ends
+        self.faults |= torch.where(victim == NO_CHOICE, NAN_SCORE, NO_TOKEN).int() * (wrong & over)
+        return victim.masked_fill(wrong, 0)
+
+
+@dataclass(kw_only=True, slots=True)
+class Slots(Books):
+    """A layer's buffer of C slots for every row and head.
+
+    rank (B, H, C) int32 or None: how many entries are older, kept up to date by the kernels where
+    positions count inside the cache.
+    """
+
+    entries: Entries
+    rank: Tensor | None = None
+
+    @property
+    def position(self) -> Tensor:
+        """(B, H, C) int64: what each slot holds, -1 for nothing."""
+        return self.entries.position
 
     @property
     def capacity(self) -> int:
@@ -79,6 +113,7 @@ class Slots:
             length=self.length,
             free=self.free,
             faults=self.faults,
+            capacity=self.capacity,
         )
 
     def write(self, keys: Tensor, values: Tensor, position: Tensor) -> None:
@@ -118,28 +153,25 @@ class Slots:
 
         One that is no slot with a token is noted in `faults`, and slot 0 goes, so that nothing is written elsewhere.
         """
-        wrong = (victim < 0) | (victim >= self.length)  # slots have no hole when a step ends
-        self.faults |= torch.where(victim == NO_CHOICE, NAN_SCORE, NO_TOKEN).int() * (wrong & over)
-        victim = victim.masked_fill(wrong, 0)
+        victim = self.chosen(victim, over)
         at = victim[..., None]
         kept = self.entries.position.gather(2, at)
         self.entries.position.scatter_(2, at, torch.where(over[..., None], EMPTY, kept))
         self.length -= over.long()
         self.free.copy_(torch.where(over, victim, self.length))
 
-    def end_rows(self, ended: Tensor) -> None:
-        """Note that the answers of rows have ended, (B,) bool: what is chosen in them from now on is no fault."""
-        before = torch.full_like(self.faults, -1) if self.ended is None else self.ended
-        self.ended = torch.where(ended[:, None] & (before < 0), self.faults, before)
+    def over(self, budget: Tensor) -> Tensor:
+        """(B, H) bool: heads that hold more than `budget` (B,)."""
+        return self.length > budget[:, None]
 
-    @property
-    def counted_faults(self) -> Tensor:
-        """(B, H) int32: `faults` of rows that go on, and of the others those from before their end."""
-        return self.faults if self.ended is None else torch.where(self.ended < 0, self.faults, self.ended)
+    def add_mass(self, received: Tensor) -> None:
+        """Add attention (B, H, C) that the slots received."""
+        assert self.entries.mass is not None
+        self.entries.mass += received
 
-    def advance(self) -> None:
-        """Take a fresh slot next; every slot below `length` holds a token."""
-        self.free.copy_(self.length)
+    def has_room(self, held: list[int]) -> bool:
+        """Whether each row's slots suffice for `held` entries."""
+        return max(held) <= self.capacity
 
     def cut(self, plan: Plan) -> None:
         """Free what `plan` does not keep, in place: what was captured over these buffers stays valid."""
@@ -152,8 +184,9 @@ class Slots:
         if self.rank is not None:
             self.rank.copy_(age_rank(self.entries.position))
 
-    def grow(self, capacity: int) -> None:
-        """Copy into larger buffers; only where the final length was not announced."""
+    def grow(self, more: int) -> None:
+        """Copy into buffers of so many slots more; only where the final length was not announced."""
+        capacity = self.capacity + more
         self.entries = _with_capacity(self.entries, capacity)
         if self.rank is not None:
             self.rank = nn.functional.pad(self.rank, (0, capacity - self.rank.shape[-1]))
@@ -162,6 +195,11 @@ class Slots:
         """Return what a step changes in place, keys and values excepted: they change in free slots only."""
         counts = [self.length, self.free, self.faults]
         return [*self.entries.columns(), *counts, *([] if self.rank is None else [self.rank])]
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry's key and value."""
+        return 2 * self.entries.keys.shape[-1] * self.entries.keys.element_size()
 
     def stored_bytes(self) -> int:
         """Return the bytes of keys and values, counted from their storages."""
@@ -193,7 +231,7 @@ def settle(
     order = oldest_first(position)[..., :capacity]
     order = nn.functional.pad(order, (0, capacity - order.shape[-1]))
     filled = torch.arange(capacity, device=order.device) < length[..., None]
-    keys, values, mass = _moved(entries, plan, order, length)
+    keys, values, mass = moved(entries, plan, order, length)
     kept = Entries(
         keys=keys,
         values=values,
@@ -205,7 +243,7 @@ def settle(
     return Slots(entries=kept, length=length, free=length.clone(), faults=faults, memory=memory)
 
 
-def _moved(entries: Entries, plan: Plan | None, order: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def moved(entries: Entries, plan: Plan | None, order: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys, values (B, H, C, D) and mass (B, H, C) of the entries `order` (B, H, C), merged where the plan says so."""
     if plan is not None and plan.merge_into is not None:
         if use_triton(entries.keys):
@@ -216,7 +254,7 @@ def _moved(entries: Entries, plan: Plan | None, order: Tensor, length: Tensor) -
             weight = plan.merge_weight
             wide = order[..., None].expand(*order.shape, entries.keys.shape[-1])
 
-            def moved(states: Tensor, is_merged: bool) -> Tensor:
+            def joined(states: Tensor, is_merged: bool) -> Tensor:
                 if not is_merged:
                     return states.gather(2, wide)
                 brought = _brought(states, plan.merge_source)
@@ -224,7 +262,7 @@ def _moved(entries: Entries, plan: Plan | None, order: Tensor, length: Tensor) -
                     return segment_mean(brought, buckets)
                 return segment_mean(brought.float() * weight[..., None], buckets, add_up=True).to(states.dtype)
 
-            return moved(entries.keys, plan.merge_keys), moved(entries.values, plan.merge_values), mass
+            return joined(entries.keys, plan.merge_keys), joined(entries.values, plan.merge_values), mass
         entries = _merged(entries, plan)
     wide = order[..., None].expand(*order.shape, entries.keys.shape[-1])
     mass = None if entries.mass is None else entries.mass.gather(2, order)

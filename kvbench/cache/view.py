@@ -41,7 +41,8 @@ class View:
     far, entries allowed now; prompt_budget (B,) int64, entries allowed after the first prompt; row_seed
     (B,) int64, a number of the sequence for policies that draw, the same alone and in a batch.
     `new_tokens` is how many tokens came with this step (1 = decode). memory_or_none (B, H, M): what the
-    policy's last plan left beside the slots.
+    policy's last plan left beside the slots. spread_or_none (B, H): where a block of generated tokens is cut and heads
+    hold different numbers, what each was given beside the budget when the prompt was cut.
     """
 
     layer: int
@@ -61,6 +62,7 @@ class View:
     window_or_none: Tensor | None = None
     probs_or_none: Tensor | None = None
     memory_or_none: Tensor | None = None
+    spread_or_none: Tensor | None = None
 
     @property
     def valid(self) -> Tensor:
