@@ -251,17 +251,17 @@ def moved(entries: Entries, plan: Plan | None, order: Tensor, length: Tensor) ->
             buckets = buckets_of(plan.merge_into, entries.position >= 0, order, length)
             mass = None if entries.mass is None else segment_mean(entries.mass[..., None], buckets, add_up=True)[..., 0]
             weight = plan.merge_weight
+            wide = order[..., None].expand(*order.shape, entries.keys.shape[-1])
 
-            def joined(states: Tensor) -> Tensor:
+            def joined(states: Tensor, is_merged: bool) -> Tensor:
+                if not is_merged:
+                    return states.gather(2, wide)
                 brought = _brought(states, plan.merge_source)
                 if weight is None:
                     return segment_mean(brought, buckets)
                 return segment_mean(brought.float() * weight[..., None], buckets, add_up=True).to(states.dtype)
 
-            if plan.merge_keys:
-                return joined(entries.keys), joined(entries.values), mass
-            wide = order[..., None].expand(*order.shape, entries.keys.shape[-1])
-            return entries.keys.gather(2, wide), joined(entries.values), mass
+            return joined(entries.keys, plan.merge_keys), joined(entries.values, plan.merge_values), mass
         entries = _merged(entries, plan)
     wide = order[..., None].expand(*order.shape, entries.keys.shape[-1])
     mass = None if entries.mass is None else entries.mass.gather(2, order)
@@ -308,7 +308,8 @@ def _merged(entries: Entries, plan: Plan) -> Entries:
     if mass is not None:
         mass = torch.zeros_like(mass).scatter_add_(2, into, mass * held)
     keys = mean(entries.keys) if plan.merge_keys else entries.keys
-    return replace(entries, keys=keys, values=mean(entries.values), mass=mass)
+    values = mean(entries.values) if plan.merge_values else entries.values
+    return replace(entries, keys=keys, values=values, mass=mass)
 
 
 def only_rows(plan: Plan, rows: Tensor, valid: Tensor) -> Plan:

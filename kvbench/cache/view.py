@@ -105,7 +105,8 @@ class Plan:
     (B, H, M), kept beside the slots as it is until a later plan gives another one.
 
     Without merge_weight a survivor becomes the plain mean of its bucket. With it, (B, H, T) float, it becomes the sum
-    of what its bucket brings, each times its weight, its own too; keys stay as they are unless merge_keys.
+    of what its bucket brings, each times its weight, its own too. merge_keys, merge_values: False leaves the survivors'
+    own.
     """
 
     keep: Tensor
@@ -115,3 +116,4 @@ class Plan:
     memory: Tensor | None = None
     merge_weight: Tensor | None = None
     merge_keys: bool = True
+    merge_values: bool = True
