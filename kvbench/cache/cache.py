@@ -20,7 +20,7 @@ from kvbench.cache.allocation import Waiting
 from kvbench.cache.attention import is_attached
 from kvbench.cache.counts import CountsShelf, LayerSetup, Ledger, OnPlan
 from kvbench.cache.layer import PolicyLayer
-from kvbench.cache.policy import UNLIMITED, Budget, Policy, ScorePolicy, check_parts, is_ragged, steps_between_cuts
+from kvbench.cache.policy import UNLIMITED, Budget, Policy, ScorePolicy, check_parts, steps_between_cuts
 from kvbench.cache.positions import POSITION_MODES, Places, PositionMode, rotation_of
 from kvbench.cache.released import Pool, departures_of
 from kvbench.cache.slots import check_faults
@@ -127,7 +127,7 @@ class PolicyCache(Cache):
     def takes_answers_whole(self) -> bool:
         """Whether generated tokens may come in one chunk: nothing is freed between two of them."""
         setup = self.policy_layers[0].setup
-        return steps_between_cuts(setup.policy) is None and setup.pool is None and not is_ragged(setup.policy)
+        return steps_between_cuts(setup.policy) is None and setup.pool is None
 
     def expect_answer(self, num_tokens: int) -> None:
         """Take the next `num_tokens` tokens as generated ones in one chunk, after which the cache is as after steps.

@@ -103,9 +103,10 @@ class PolicyLayer(CacheLayerMixin):
         elif self._decodes:
             keys, values = self._write(self.slots, key_states, value_states)
         elif self._appends:
-            held = max(self.ledger.held)
-            keys = torch.cat((self.slots.entries.keys[:, :, :held], key_states), dim=2)
-            values = torch.cat((self.slots.entries.values[:, :, :held], value_states), dim=2)
+            stored = self.slots.entries
+            held = self.slots.capacity if self._is_ragged else max(self.ledger.held)
+            keys = torch.cat((stored.keys[:, :, :held], key_states), dim=2)
+            values = torch.cat((stored.values[:, :, :held], value_states), dim=2)
         else:
             stored = self.slots.entries
             keys = torch.cat((stored.keys, key_states), dim=2)
@@ -125,8 +126,7 @@ class PolicyLayer(CacheLayerMixin):
             else:
                 self.setup.pool.arrive(self.slots.entries, self.setup.num_layers, end)
             return output
-        if self._appends:
-            assert isinstance(self.slots, Slots)  # the cache lets no answer come whole to heads of different lengths
+        if self.slots is not None and self._appends:
             return self._attend_answer(self.slots, query, keys, values, scaling)
         real = _real_tokens(query, padding, seen=self.ledger.seen)
         before = torch.tensor(self.ledger.seen or [0] * real.shape[0], dtype=torch.int64, device=real.device)
@@ -287,7 +287,7 @@ class PolicyLayer(CacheLayerMixin):
             slots.write(keys, values, self.counts.seen - 1)
         return (keys, values) if isinstance(slots, RaggedSlots) else (slots.entries.keys, slots.entries.values)
 
-    def _attend_answer(self, slots: Slots, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    def _attend_answer(self, slots: AnySlots, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
         """Return the output of generated tokens, (B, Hq, Q, D), none of which frees a victim, and take them in.
 
         keys, values (B, H, T, D): what is held, and the new ones. Nothing leaves between two of the tokens, so a causal
@@ -299,7 +299,7 @@ class PolicyLayer(CacheLayerMixin):
             self.counts.advance(self.ledger, new)
         self.ledger.arrive([new] * query.shape[0])
         position = self.counts.seen[:, None] - torch.arange(new, 0, -1, device=query.device)
-        stored = slots.entries.position[..., :held]
+        stored = slots.position[..., :held]
         chunk = Chunk(
             query=query,
             keys=keys,
@@ -310,14 +310,14 @@ class PolicyLayer(CacheLayerMixin):
             plain=False,
         )
         chunk = shifted_chunk(chunk, self.setup.rotation)
-        output, lse = chunk_attention(chunk, wants_lse=slots.entries.mass is not None)
-        if max(self.ledger.held) > slots.capacity:
-            slots.grow(max(self.ledger.held) + GROW_TOKENS)
-        at = slots.append(keys[:, :, held:], values[:, :, held:], position)
-        if slots.entries.mass is not None:
-            mass = ChunkStatistics(chunk, lse).mass(self.setup.policy.reduction).to(slots.entries.mass.dtype)
-            slots.entries.mass[..., :held] += mass[..., :held]
-            slots.entries.mass.scatter_(2, at, mass[..., held:])
+        output, lse = chunk_attention(chunk, wants_lse=Needs.MASS in self._needs)
+        mass = None
+        if Needs.MASS in self._needs:
+            mass = ChunkStatistics(chunk, lse).mass(self.setup.policy.reduction)
+            slots.add_mass(mass[..., :held])
+        if not slots.has_room(self.ledger.held):
+            slots.grow(new + GROW_TOKENS)
+        slots.append(keys[:, :, held:], values[:, :, held:], position, None if mass is None else mass[..., held:])
         return output
 
     def _attend_slots(self, slots: AnySlots, query: Tensor, scaling: float) -> tuple[Tensor, Tensor | None]:
