@@ -16,9 +16,10 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -153,6 +154,24 @@ def _read(path: Path, families: tuple[str, ...], size_bytes: int, changed_ns: in
         sha256=file_sha256(path),
         end_tokens=tuple(sorted({int(end) for end in ends if end is not None})),
     )
+
+
+@contextmanager
+def parsed_once() -> Iterator[None]:
+    """Inside, transformers is given one reader of a file and one table of names, however often it asks the package.
+
+    It parses the same file anew for the config, the weights and the tokenizer, and makes the table anew for every
+    module of the model: for SmolLM2 two thirds of what loading takes.
+    """
+    library = importlib.import_module("gguf")
+    own = {name: getattr(library, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, function in own.items():
+            setattr(library, name, cache(function))
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(library, name, function)
 
 
 def _value(reader: Any, name: str) -> Any:
