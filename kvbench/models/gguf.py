@@ -126,7 +126,7 @@ def _read(path: Path, families: tuple[str, ...], size_bytes: int, changed_ns: in
             raise ConfigError(f"{path} is no GGUF file: it begins with {begin!r}, not with {_MAGIC!r}")
     library = importlib.import_module("gguf")
     try:
-        reader = library.GGUFReader(path)
+        reader = _parsed(path, size_bytes, changed_ns)
         family = _value(reader, "general.architecture")
         types = Counter(tensor.tensor_type for tensor in reader.tensors)
         ends = [_value(reader, f"tokenizer.ggml.{name}_token_id") for name in _ENDS]
@@ -156,22 +156,27 @@ def _read(path: Path, families: tuple[str, ...], size_bytes: int, changed_ns: in
     )
 
 
-@contextmanager
-def parsed_once() -> Iterator[None]:
-    """Inside, transformers is given one reader of a file and one table of names, however often it asks the package.
+@lru_cache(maxsize=1)
+def _parsed(path: Path, size_bytes: int, changed_ns: int) -> Any:
+    return importlib.import_module("gguf").GGUFReader(path)
 
-    It parses the same file anew for the config, the weights and the tokenizer, and makes the table anew for every
-    module of the model: for SmolLM2 two thirds of what loading takes.
+
+@contextmanager
+def parsed_once(path: Path) -> Iterator[None]:
+    """Inside, transformers is given the one reader of `path` and one table of names, however often it asks for them.
+
+    It parses the file anew for the config, the weights and the tokenizer, and makes the table anew for every module of
+    the model: for SmolLM2 two thirds of what loading takes. The reader is let go at the end.
     """
-    library = importlib.import_module("gguf")
-    own = {name: getattr(library, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    library, state = importlib.import_module("gguf"), path.stat()
+    reader, table = library.GGUFReader, library.get_tensor_name_map
+    parsed = _parsed(path, state.st_size, state.st_mtime_ns)
     try:
-        for name, function in own.items():
-            setattr(library, name, cache(function))
+        library.GGUFReader, library.get_tensor_name_map = lambda _: parsed, cache(table)
         yield
     finally:
-        for name, function in own.items():
-            setattr(library, name, function)
+        library.GGUFReader, library.get_tensor_name_map = reader, table
+        _parsed.cache_clear()
 
 
 def _value(reader: Any, name: str) -> Any:

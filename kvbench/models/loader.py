@@ -244,7 +244,7 @@ def _gguf(spec: ModelSpec, path: Path, device: torch.device) -> LoadedModel:
         (Path(alone) / options["gguf_file"]).symlink_to(path.resolve())
         auto, dtype = transformers.AutoModelForCausalLM, getattr(torch, spec.dtype)
         try:
-            with parsed_once():
+            with parsed_once(path):
                 with contextlib.redirect_stderr(io.StringIO()):  # a progress bar of its own, which nothing turns off
                     model = _whole_model(auto, alone, dtype, {**options, **dense}, told=str(path))
                 tokenizer = _processor(alone, model, spec.prompt, options)
