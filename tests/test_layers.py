@@ -76,6 +76,7 @@ A_COMMAND = "a command is called like the package whose door it is"
 AS_RELEASED = "the method as described; in released/ what published code does"
 # A name that two modules or packages have, and why both are found by it.
 ALIKE = {
+    "allocation": "the parts; in the cache, what a part is and how it is carried out",
     "audit": f"{A_COMMAND}; in the package, what runs all checks",
     "base": "what a data set is, what a sink is",
     "build": "a cell from its configuration; a report from its records",
@@ -85,6 +86,7 @@ ALIKE = {
     "files": "rows out of a user's files; how every file of ours is written",
     "frontier": A_COMMAND,
     "h2o": AS_RELEASED,
+    "merge": "the parts; in the cache, what a part is",
     "page": "the page; the autopsy's section of it",
     "released": "the policies; what they do to the cache",
     "report": f"{A_COMMAND}; sinks/wandb/report is W&B's own kind of report",
@@ -207,7 +209,7 @@ def test_tests_lie_under_what_they_test() -> None:
     """Beside the packages stand only what spans them all: whole products, a GPU, a cluster."""
     packages = {path.name for path in (REPO / "kvbench").iterdir() if path.is_dir()} | {"policies"}
     folders = {path.name for path in (REPO / "tests").iterdir() if any(path.rglob("test_*.py"))}
-    assert folders - packages <= {"gpu", "security", "slurm", "trust"}
+    assert folders - packages <= {"gpu", "parity", "security", "slurm", "trust"}
     at_the_root = {path.name for path in (REPO / "tests").glob("test_*.py")}
     allowed = {"covering", "docs", "errors", "layers", "measures", "wheel"}
     assert at_the_root <= {f"test_{name}.py" for name in allowed}
