@@ -41,6 +41,7 @@ kvbench compares KV-cache policies under one definition of everything.
   kvbench -m policy=h2o,elastic budget.fraction=0.1,0.3
                                               run every combination
   kvbench +experiment=NAME                    run a named sweep
+  kvbench +experiment=laws laws=NAME          laws of the field: which hold on a model; all of them without laws=
   kvbench report [FOLDER...] [--format F]     build page, figures and tables again from records; report --help
   kvbench audit [FOLDER] [--sweep NAME]       check that the records hold together; exit code 1 if one does not
   kvbench frontier policy=h2o,elastic         smallest budget as good as full; frontier --help
