@@ -52,7 +52,7 @@ from kvbench.config.checks import (
 )
 from kvbench.config.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError, close_matches
-from kvbench.measures import MEASURES
+from kvbench.measures import MEASURES, measure_named
 from kvbench.models.spec import ModelSpec, takes_images
 from kvbench.sinks.base import SinkGroup
 from kvbench.sweep.cell import (
@@ -375,9 +375,8 @@ def build_objective(
     if not names or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"objective is {asked!r:.80}; it must be the name of a measure, or a list of names")
     known = [name for found in given.values() for name in found or ()]
+    names = [measure_named("objective", name) for name in names]
     for name in names:
-        if name not in MEASURES:
-            raise ConfigError(f"objective is {name!r:.80}; {close_matches(name, MEASURES)}")
         if MEASURES[name].better == "none":
             raise ConfigError(f"objective is {name!r}, of which neither less nor more is better; choose another one")
         if name not in known and None not in given.values():
