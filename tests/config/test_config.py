@@ -51,8 +51,8 @@ WRONG = {
     "+policy.num_sink=3 policy=streaming_llm": "policy.num_sink is no setting of StreamingLLM; did you mean",
     "policy.num_sink=3": "policy.num_sink is no setting of policy=full, which has none; did you mean "
     "'policy.num_sinks' of policy=streaming_llm or ",
-    "-m policy=h2o,snapkv policy.num_sink=3": "of policy=h2o,snapkv, which has policy.kernel_tokens, policy.num_recent, "
-    "policy.pooling, policy.recent_fraction; did you mean 'policy.num_sinks' of policy=streaming_llm ",
+    "-m policy=h2o,snapkv policy.num_sink=3": "of policy=h2o,snapkv, which has policy.kernel_tokens, "
+    "policy.num_recent, policy.pooling, policy.recent_fraction; did you mean 'policy.num_sinks' of policy=streaming",
     "+experiment=quick policy.recent=3": "policy.recent is no setting of policy=full,h2o, which has policy.recent_f",
     "policy=h2o policy.zzz=3": "policy.zzz is no setting of policy=h2o, which has policy.recent_fraction",
     "hydra.nothing=3": "hydra.nothing is no setting; kvbench --help lists settings",
