@@ -301,7 +301,7 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
     device = resolve_device(str(config.device))
     engine = resolve_engine(str(config.engine), device)
     setting = CacheSetting(policy=policy, budget=budget, positions=_positions(config, policy), engine=engine)
-    check_parts(policy)
+    check_parts(policy, setting.positions)
     check_budget_fits(policy, budget)
 
     def check_combination() -> bool:
