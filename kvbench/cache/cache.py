@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from kvbench.cache.allocation import Waiting
 from kvbench.cache.attention import is_attached
 from kvbench.cache.counts import CountsShelf, LayerSetup, Ledger, OnPlan
 from kvbench.cache.layer import PolicyLayer
+from kvbench.cache.parts import Waiting
 from kvbench.cache.policy import UNLIMITED, Budget, Policy, ScorePolicy, check_parts, needs_of, steps_between_cuts
 from kvbench.cache.positions import POSITION_MODES, Places, PositionMode, Rotation, rotation_of
 from kvbench.cache.released import Pool, departures_of
@@ -168,6 +168,8 @@ class PolicyCache(Cache):
 
         by_itself: whether steps do so from now on, as they do at first; a captured step cannot.
         """
+        if self.policy_layers[0].ledger.block_tokens == 1:
+            return
         for layer in self.policy_layers:
             layer.cuts_blocks = layer.cuts_blocks if by_itself is None else by_itself
             layer.cut_block()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvbench.cache.allocation import Waiting
+from kvbench.cache.parts import Waiting
 from kvbench.cache.policy import Budget, Policy, ScorePolicy, When, checked_range, steps_between_cuts
 from kvbench.cache.positions import Places, Rotation
 from kvbench.cache.released import Departures, Pool, departures_of, entries_as_released

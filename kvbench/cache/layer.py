@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvbench.cache.allocation import Room, layer_entries
 from kvbench.cache.attention import LAYER_TAG, ChunkStatistics, Statistics, chunk_attention, decode_step, reduce_group
 from kvbench.cache.counts import GROW_TOKENS, CountsShelf, LayerSetup, Ledger, RowCounts, StepCounts
+from kvbench.cache.parts import Room, layer_entries
 from kvbench.cache.policy import (
     Policy,
     ScorePolicy,
@@ -393,7 +393,7 @@ class PolicyLayer(CacheLayerMixin):
         else:
             self._evict(slots, probs if Needs.PROBS in self._needs else None, by_kernels)
         self.ledger.evicted()
-        if self.cuts_blocks:
+        if self.cuts_blocks and self.ledger.block_tokens > 1:
             self.cut_block()
 
     def cut_block(self) -> None:

@@ -24,8 +24,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvbench.cache.allocation import Allocation, divided_heads
-from kvbench.cache.merge import Merge
+from kvbench.cache.parts import Allocation, Merge, divided_heads
 from kvbench.cache.selection import keep_top, lowest, outside, protected_range
 from kvbench.cache.view import Needs, Plan, View
 from kvbench.errors import ConfigError, NonFiniteChoiceError, NonFiniteError, PolicyError
