@@ -188,21 +188,16 @@ class PolicyLayer(CacheLayerMixin):
 
     def _cut(self, entries: Entries, statistics: Statistics) -> None:
         policy, self._num_heads = self.setup.policy, entries.position.shape[1]
+        cuts = policy.bounded and When.PREFILL in policy.when
         with self.setup.on_settle():
-            if not policy.bounded or When.PREFILL not in policy.when:
-                self._settle(entries, None)
-            elif not self._is_divided():
-                self._settle(
-                    entries, self._plan(entries, self._view(entries, statistics)) if self.ledger.over() else None
-                )
-            elif self.setup.waiting is None:
+            if cuts and self._is_divided():
+                if self.setup.waiting is not None:
+                    self._wait(entries, self._view(entries, statistics))
+                    return
                 rows = range(len(self.ledger.seen))
                 self.ledger.divide([self._layer_entries(row)[self.setup.layer] for row in rows])
-                self._settle(
-                    entries, self._plan(entries, self._view(entries, statistics)) if self.ledger.over() else None
-                )
-            else:
-                self._wait(entries, self._view(entries, statistics))
+            plan = self._plan(entries, self._view(entries, statistics)) if cuts and self.ledger.over() else None
+            self._settle(entries, plan)
 
     def _is_divided(self) -> bool:
         """Whether some row exceeds its budget, and layers are not all given the same."""
