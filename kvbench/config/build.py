@@ -32,7 +32,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from kvbench import installed_version
 from kvbench.autopsy.settings import AutopsySettings
-from kvbench.cache import CACHE_SEMANTICS, Budget, Policy, When
+from kvbench.cache import CACHE_SEMANTICS, Budget, Policy, ScorePolicy, When
 from kvbench.cache.policy import check_parts, is_unset_part
 from kvbench.cache.positions import POSITION_MODES, PositionMode
 from kvbench.cache.released import departures_of
@@ -556,6 +556,9 @@ def _labels(composed: Composed, model: ModelSpec, dataset: Any, setting: CacheSe
     limits = {"budget_fraction": budget.fraction, "budget_tokens": budget.tokens}
     rounds = "up" if departures_of(policy).counts_as_released and budget.fraction is not None else "down"
     rule = {"evicts_at": _EVICTS_AT[policy.when], "budget_rounds": rounds}
+    allocation = policy.allocation if isinstance(policy, ScorePolicy) else None
+    if allocation is not None and allocation.total != "exact":
+        rule["budget_total"] = allocation.total
     bounded = {"budget": budget.describe(), **limits, **rule}
     unbounded = {"budget": "-", **dict.fromkeys(limits)}
     return {**names, **(bounded if policy.bounded else unbounded), "positions": setting.positions}
