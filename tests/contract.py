@@ -14,6 +14,7 @@ from torch import Tensor
 from kvbench.cache import UNLIMITED, Budget, Policy, PolicyCache, ScorePolicy, View, When
 from kvbench.cache.policy import steps_between_cuts
 from kvbench.cache.released import departures_of
+from kvbench.policies.allocation.ada import Ada
 from kvbench.policies.allocation.pyramid import Pyramid
 from tests.covering import POSITIONS as POSITIONS
 from tests.covering import YAMLS as YAMLS
@@ -38,11 +39,13 @@ class MiddleFirst(ScorePolicy):
 
 
 def middle_first(name: str) -> MiddleFirst:
-    """It alone, with its layers divided, or planned in blocks."""
+    """It alone, with its layers or heads divided, or planned in blocks."""
     parts: dict[str, dict[str, Any]] = {
         "middle_first": {},
         "divided": {"allocation": Pyramid(beta=4)},
         "blocks": {"every_tokens": 4},
+        "ragged": {"allocation": Ada(alpha=0.1)},
+        "ragged_blocks": {"allocation": Ada(), "every_tokens": 3},
     }
     return MiddleFirst(**parts[name])
 

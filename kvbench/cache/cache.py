@@ -19,8 +19,8 @@ from transformers import Cache
 from kvbench.cache.allocation import Waiting
 from kvbench.cache.attention import is_attached
 from kvbench.cache.counts import CountsShelf, LayerSetup, Ledger, OnPlan
-from kvbench.cache.layer import PolicyLayer, evicts_at_decode
-from kvbench.cache.policy import UNLIMITED, Budget, Policy, ScorePolicy, check_parts
+from kvbench.cache.layer import PolicyLayer
+from kvbench.cache.policy import UNLIMITED, Budget, Policy, ScorePolicy, check_parts, steps_between_cuts
 from kvbench.cache.positions import POSITION_MODES, Places, PositionMode, rotation_of
 from kvbench.cache.released import Pool, departures_of
 from kvbench.cache.slots import check_faults
@@ -127,7 +127,7 @@ class PolicyCache(Cache):
     def takes_answers_whole(self) -> bool:
         """Whether generated tokens may come in one chunk: nothing is freed between two of them."""
         setup = self.policy_layers[0].setup
-        return not evicts_at_decode(setup.policy) and setup.pool is None
+        return steps_between_cuts(setup.policy) is None and setup.pool is None
 
     def expect_answer(self, num_tokens: int) -> None:
         """Take the next `num_tokens` tokens as generated ones in one chunk, after which the cache is as after steps.
@@ -198,13 +198,12 @@ class PolicyCache(Cache):
             raise ValueError("the cache is empty; run a prompt first")
         lengths = [s.length.float() for s in slots]
         seen = self.policy_layers[0].ledger.seen
-        entry_bytes = [s.entries.keys.shape[-1] * s.entries.keys.element_size() * 2 for s in slots]
         return Occupancy(
             seen_tokens=sum(seen) / len(seen),
             entries_mean=sum(float(length.mean()) for length in lengths) / len(lengths),
             entries_peak=max(int(length.max()) for length in lengths),
             stored_bytes=sum(s.stored_bytes() for s in slots),
-            valid_bytes=sum(int(s.length.sum()) * size for s, size in zip(slots, entry_bytes, strict=True)),
+            valid_bytes=sum(int(s.length.sum()) * s.entry_bytes for s in slots),
             statistics_bytes=sum(s.statistics_bytes() for s in slots),
             bookkeeping_bytes=sum(s.bookkeeping_bytes() for s in slots),
         )

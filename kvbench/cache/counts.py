@@ -252,10 +252,11 @@ class RowCounts:
         window: Tensor | None = None,
         probs: Tensor | None = None,
         memory: Tensor | None = None,
+        spread: Tensor | None = None,
     ) -> View:
         """Return what the policy of layer number `layer` sees; nothing in it comes from the host.
 
-        memory: what the plan of an earlier chunk left.
+        memory: what the plan of an earlier chunk left. spread: what heads of a ragged layer have beside its budget.
         """
         return View(
             layer=layer,
@@ -275,6 +276,7 @@ class RowCounts:
             window_or_none=window,
             probs_or_none=probs,
             memory_or_none=memory,
+            spread_or_none=spread,
         )
 
 

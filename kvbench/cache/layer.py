@@ -11,7 +11,7 @@ elsewhere, and as the reference, plain torch does the same. Which one runs is de
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TypeGuard
@@ -31,16 +31,20 @@ from kvbench.cache.policy import (
     checked_plan,
     checked_score,
     checked_victim,
+    is_ragged,
     needs_of,
     ranking,
     steps_between_cuts,
 )
 from kvbench.cache.positions import shifted_chunk, shifted_step
+from kvbench.cache.ragged import RaggedSlots, settle_ragged, spread_of
 from kvbench.cache.selection import age_rank
 from kvbench.cache.slots import EMPTY, Entries, Slots, check_faults, only_rows, settle
 from kvbench.cache.view import Needs, Plan, View
 from kvbench.errors import ModelSupportError
 from kvbench.kernels.dispatch import Chunk, use_triton
+
+AnySlots = Slots | RaggedSlots
 
 
 class PolicyLayer(CacheLayerMixin):
@@ -49,13 +53,14 @@ class PolicyLayer(CacheLayerMixin):
     cuts_blocks: whether a full block of generated tokens is cut within its step; otherwise by `cut_block`, afterwards.
     """
 
-    slots: Slots | None
+    slots: AnySlots | None
     counts: StepCounts | None
     cuts_blocks = True
 
     def __init__(self, setup: LayerSetup, shelf: CountsShelf | None = None) -> None:
         self.setup = setup
         self._needs, self._cuts_every = needs_of(setup.policy), steps_between_cuts(setup.policy)
+        self._is_ragged = is_ragged(setup.policy)
         self._shelf = shelf or CountsShelf()
         self.reset()
 
@@ -98,12 +103,14 @@ class PolicyLayer(CacheLayerMixin):
         elif self._decodes:
             keys, values = self._write(self.slots, key_states, value_states)
         elif self._appends:
-            held = max(self.ledger.held)
-            keys = torch.cat((self.slots.entries.keys[:, :, :held], key_states), dim=2)
-            values = torch.cat((self.slots.entries.values[:, :, :held], value_states), dim=2)
+            stored = self.slots.entries
+            held = self.slots.capacity if self._is_ragged else max(self.ledger.held)
+            keys = torch.cat((stored.keys[:, :, :held], key_states), dim=2)
+            values = torch.cat((stored.values[:, :, :held], value_states), dim=2)
         else:
-            keys = torch.cat((self.slots.entries.keys, key_states), dim=2)
-            values = torch.cat((self.slots.entries.values, value_states), dim=2)
+            stored = self.slots.entries
+            keys = torch.cat((stored.keys, key_states), dim=2)
+            values = torch.cat((stored.values, value_states), dim=2)
         setattr(keys, LAYER_TAG, weakref.ref(self))
         return keys, values
 
@@ -113,7 +120,11 @@ class PolicyLayer(CacheLayerMixin):
             query = self.setup.places.turned(query)
         if self.slots is not None and self._decodes:
             output, probs = self._attend_slots(self.slots, query, scaling)
-            self._when_pooled(self.slots.entries, partial(self._end_step, self.slots, probs))
+            end = partial(self._end_step, self.slots, probs)
+            if self.setup.pool is None:
+                end()
+            else:
+                self.setup.pool.arrive(self.slots.entries, self.setup.num_layers, end)
             return output
         if self.slots is not None and self._appends:
             return self._attend_answer(self.slots, query, keys, values, scaling)
@@ -159,14 +170,10 @@ class PolicyLayer(CacheLayerMixin):
         """Let the policy plan on a chunk that has attended, and move what stays into slots."""
         if entries.mass is not None:
             entries.mass = (entries.mass + statistics.mass(self.setup.policy.reduction)).to(entries.mass.dtype)
-        self._when_pooled(entries, partial(self._cut, entries, statistics))
-
-    def _when_pooled(self, entries: Entries, cut: Callable[[], None]) -> None:
-        """Cut at once where there is no pool, else when the last layer of the pass has come."""
         if self.setup.pool is None:
-            cut()
-        else:
-            self.setup.pool.arrive(entries, self.setup.num_layers, cut)
+            self._cut(entries, statistics)
+        else:  # when the last layer of the pass has come
+            self.setup.pool.arrive(entries, self.setup.num_layers, partial(self._cut, entries, statistics))
 
     def _cut(self, entries: Entries, statistics: Statistics) -> None:
         policy = self.setup.policy
@@ -244,6 +251,15 @@ class PolicyLayer(CacheLayerMixin):
     def _settle(self, entries: Entries, plan: Plan | None) -> None:
         memory, faults = (None, None) if self.slots is None else (self.slots.memory, self.slots.faults)
         self.slots = None
+        if self._is_ragged:
+            spread, means = spread_of(entries, plan)
+            self.ledger.settle(means)
+            final = self.ledger.allowed(ahead_tokens=self.setup.reserve_tokens)
+            row_slots = [max(pair) + self.ledger.block_tokens for pair in zip(means, final, strict=True)]
+            self.slots = settle_ragged(entries, plan, spread, row_slots, memory, faults)
+            self.slots.rank = self.slots.rank if self.setup.rotation is not None else None
+            self.counts, self._leads = self._shelf.take(self.setup, self.ledger, self.slots.length.device)
+            return
         self.ledger.settle(self.ledger.held if plan is None else plan.keep.sum(dim=-1).amax(dim=1).tolist())
         final = self.ledger.allowed(ahead_tokens=self.setup.reserve_tokens)
         capacity = max(*self.ledger.held, *final) + self.ledger.block_tokens
@@ -252,23 +268,26 @@ class PolicyLayer(CacheLayerMixin):
             self.slots.rank = age_rank(self.slots.entries.position).int()
         self.counts, self._leads = self._shelf.take(self.setup, self.ledger, self.slots.length.device)
 
-    def _write(self, slots: Slots, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the new token (B, H, 1, D) into the free slots; return the buffers of all keys and values."""
+    def _write(self, slots: AnySlots, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the new token (B, H, 1, D) into the free slots; return the buffers of all keys and values.
+
+        Of a ragged layer, whose buffer has another shape, the new token's own: attention finds the slots by the layer.
+        """
         assert self.counts is not None
         if self._leads:
             self.counts.advance(self.ledger)
         self.ledger.arrive([1] * keys.shape[0])
-        if max(self.ledger.held) > slots.capacity:
-            slots.grow(slots.capacity + GROW_TOKENS)
+        if not slots.has_room(self.ledger.held):
+            slots.grow(GROW_TOKENS)
         if use_triton(keys):
             from kvbench.kernels.slot_writes import write_slot
 
             write_slot(slots.columns(), keys, values, self.counts.seen, advance=self._cuts_every != 1)
         else:
             slots.write(keys, values, self.counts.seen - 1)
-        return slots.entries.keys, slots.entries.values
+        return (keys, values) if isinstance(slots, RaggedSlots) else (slots.entries.keys, slots.entries.values)
 
-    def _attend_answer(self, slots: Slots, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    def _attend_answer(self, slots: AnySlots, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
         """Return the output of generated tokens, (B, Hq, Q, D), none of which frees a victim, and take them in.
 
         keys, values (B, H, T, D): what is held, and the new ones. Nothing leaves between two of the tokens, so a causal
@@ -280,7 +299,7 @@ class PolicyLayer(CacheLayerMixin):
             self.counts.advance(self.ledger, new)
         self.ledger.arrive([new] * query.shape[0])
         position = self.counts.seen[:, None] - torch.arange(new, 0, -1, device=query.device)
-        stored = slots.entries.position[..., :held]
+        stored = slots.position[..., :held]
         chunk = Chunk(
             query=query,
             keys=keys,
@@ -291,32 +310,34 @@ class PolicyLayer(CacheLayerMixin):
             plain=False,
         )
         chunk = shifted_chunk(chunk, self.setup.rotation)
-        output, lse = chunk_attention(chunk, wants_lse=slots.entries.mass is not None)
-        if max(self.ledger.held) > slots.capacity:
-            slots.grow(max(self.ledger.held) + GROW_TOKENS)
-        at = slots.append(keys[:, :, held:], values[:, :, held:], position)
-        if slots.entries.mass is not None:
-            mass = ChunkStatistics(chunk, lse).mass(self.setup.policy.reduction).to(slots.entries.mass.dtype)
-            slots.entries.mass[..., :held] += mass[..., :held]
-            slots.entries.mass.scatter_(2, at, mass[..., held:])
+        output, lse = chunk_attention(chunk, wants_lse=Needs.MASS in self._needs)
+        mass = None
+        if Needs.MASS in self._needs:
+            mass = ChunkStatistics(chunk, lse).mass(self.setup.policy.reduction)
+            slots.add_mass(mass[..., :held])
+        if not slots.has_room(self.ledger.held):
+            slots.grow(new + GROW_TOKENS)
+        slots.append(keys[:, :, held:], values[:, :, held:], position, None if mass is None else mass[..., held:])
         return output
 
-    def _attend_slots(self, slots: Slots, query: Tensor, scaling: float) -> tuple[Tensor, Tensor | None]:
+    def _attend_slots(self, slots: AnySlots, query: Tensor, scaling: float) -> tuple[Tensor, Tensor | None]:
         """Return output (B, Hq, 1, D) and the probabilities (B, H, C) a policy asks for; mass grows in place."""
-        policy, entries = self.setup.policy, slots.entries
         if use_triton(query):
             return self._attend_by_kernel(slots, query, scaling)
+        policy, entries = self.setup.policy, slots.entries
         query, keys = shifted_step(query, entries.keys, entries.position, self.setup.rotation)
         output, rows = decode_step(query, keys, entries.values, entries.position >= 0, scaling)
         probs = reduce_group(rows, policy.reduction) if self._needs & (Needs.MASS | Needs.PROBS) else None
         if entries.mass is not None and probs is not None:
-            entries.mass += probs
+            slots.add_mass(probs)
         return output, probs
 
-    def _attend_by_kernel(self, slots: Slots, query: Tensor, scaling: float) -> tuple[Tensor, Tensor | None]:
-        from kvbench.kernels.decode_attention import Turn, decode_attention
+    def _attend_by_kernel(self, slots: AnySlots, query: Tensor, scaling: float) -> tuple[Tensor, Tensor | None]:
+        from kvbench.kernels.decode_attention import Ragged, Turn, decode_attention
 
-        turn, counts, policy, entries = None, self.counts, self.setup.policy, slots.entries
+        turn, ragged, counts, policy, entries = None, None, self.counts, self.setup.policy, slots.columns()
+        if entries.start is not None:
+            ragged = Ragged(entries.start, entries.capacity)
         if self.setup.rotation is not None and slots.rank is not None and counts is not None:
             cosines, sines = counts.turn_tables(self.setup.rotation)
             turn = Turn(position=entries.position, rank=slots.rank, seen=counts.seen, cosines=cosines, sines=sines)
@@ -331,14 +352,15 @@ class PolicyLayer(CacheLayerMixin):
             mass=None if coarse else entries.mass,
             want_probs=coarse or Needs.PROBS in self._needs,
             turn=turn,
+            ragged=ragged,
         )
         if coarse and entries.mass is not None and probs is not None:
-            entries.mass += probs
+            slots.add_mass(probs)
         return output, probs
 
-    def _end_step(self, slots: Slots, probs: Tensor | None) -> None:
+    def _end_step(self, slots: AnySlots, probs: Tensor | None) -> None:
         """Free what is over the budget, or take a fresh slot next; the ledger counts it on the host."""
-        by_kernels = use_triton(slots.entries.keys)
+        by_kernels = use_triton(slots.columns().keys)
         may_ask_host = slots.length.device.type == "cpu" and not by_kernels
         if self._cuts_every != 1:
             if not by_kernels:  # the kernel of `_write` did it already
@@ -358,18 +380,19 @@ class PolicyLayer(CacheLayerMixin):
             return
         counts = RowCounts(self.setup, self.ledger, slots.length.device)
         entries, new_tokens = slots.entries, self.ledger.block_tokens
-        view = counts.view(self.setup.layer, entries, new_tokens=new_tokens, memory=slots.memory)
+        spread = slots.spread if isinstance(slots, RaggedSlots) else None
+        view = counts.view(self.setup.layer, entries, new_tokens=new_tokens, memory=slots.memory, spread=spread)
         plan = only_rows(self._plan(entries, view), torch.tensor(due, device=slots.length.device), view.valid)
         slots.cut(plan)
         self.ledger.cut_block()
 
-    def _evict(self, slots: Slots, probs: Tensor | None, by_kernels: bool) -> None:
+    def _evict(self, slots: AnySlots, probs: Tensor | None, by_kernels: bool) -> None:
         """Free one victim of every row and head that is over its budget."""
         assert self.counts is not None
         policy = self.setup.policy
         view = self.counts.view(self.setup.layer, slots.entries, probs=probs, memory=slots.memory)
         if not by_kernels:
-            victim, over = checked_victim(policy, view), slots.length > view.budget[:, None]
+            victim, over = checked_victim(policy, view), slots.over(view.budget)
             slots.release(victim, over)
             if victim.device.type == "cpu":  # elsewhere looking would wait for the device at every step
                 check_faults(slots.counted_faults, policy, self.setup.layer)
@@ -392,11 +415,12 @@ class PolicyLayer(CacheLayerMixin):
             return None
         if self._cuts_every > 1:
             rows = RowCounts(self.setup, self.ledger, slots.length.device)
-            policy.plan(rows.view(self.setup.layer, slots.entries, memory=slots.memory))
+            spread = slots.spread if isinstance(slots, RaggedSlots) else None
+            policy.plan(rows.view(self.setup.layer, slots.entries, memory=slots.memory, spread=spread))
             return None
-        probs = torch.zeros_like(slots.entries.position, dtype=torch.float32) if Needs.PROBS in self._needs else None
+        probs = torch.zeros_like(slots.position, dtype=torch.float32) if Needs.PROBS in self._needs else None
         view = counts.view(self.setup.layer, slots.entries, probs=probs, memory=slots.memory)
-        if not (use_triton(slots.entries.keys) and _is_plain_score(policy)):
+        if not (use_triton(slots.columns().keys) and _is_plain_score(policy)):
             return policy.victim(view)
         from kvbench.kernels.slot_writes import lowest_slot
 

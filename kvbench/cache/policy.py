@@ -132,7 +132,9 @@ class ScorePolicy(Policy):
     def plan(self, view: View) -> Plan | None:
         """Keep the top entries under the budget. Raises: NonFiniteChoiceError if a score is NaN."""
         score, entries = ranking(self, view), view.budget
-        if self.allocation is not None and self.allocation.ragged:
+        if view.spread_or_none is not None:
+            entries = view.budget[:, None] + view.spread_or_none
+        elif self.allocation is not None and self.allocation.ragged:
             entries = divided_heads(self.allocation, view, score)
         keep = keep_top(score, view.position, entries)
         return Plan(keep=keep) if self.merge is None else self.merge.into(view, keep, keep & (score == torch.inf))

@@ -39,6 +39,7 @@ from kvbench.cache.cache import PolicyCache
 from kvbench.cache.counts import LayerSetup
 from kvbench.cache.layer import PolicyLayer
 from kvbench.cache.policy import UNLIMITED, Policy, needs_of
+from kvbench.cache.ragged import RaggedSlots
 from kvbench.cache.slots import Entries, Slots
 from kvbench.cache.view import Needs, Plan
 
@@ -189,7 +190,7 @@ class EvictionLog:
             held = self._held_now(slots)
             seen = torch.tensor(ledger.seen, device=held.device)[:, None, None]
             gone = ~held & (torch.arange(held.shape[-1], device=held.device) < seen)
-            self._freed.append(self._column(slots.entries.position, HELD)[..., :-1].masked_fill_(gone, 0))
+            self._freed.append(self._column(slots.position, HELD)[..., :-1].masked_fill_(gone, 0))
             self._held.append(held)
 
     def after_step(self, cache: PolicyCache, going: Sequence[bool]) -> None:
@@ -223,13 +224,13 @@ class EvictionLog:
         """(B, H, N + 1) int64; the last place takes what is not to be noted."""
         return position.new_full((*position.shape[:2], self._num_tokens + 1), value)
 
-    def _held_now(self, slots: Slots) -> Tensor:
+    def _held_now(self, slots: Slots | RaggedSlots) -> Tensor:
         """(B, H, N) bool."""
-        position = slots.entries.position
+        position = slots.position
         at = torch.where(position >= 0, position, self._num_tokens)
         return self._column(position, 0).scatter_(-1, at, 1)[..., :-1].bool()
 
 
-def _slots(slots: Slots | None) -> Slots:
+def _slots(slots: Slots | RaggedSlots | None) -> Slots | RaggedSlots:
     assert slots is not None, "the prompt comes first"
     return slots

@@ -43,23 +43,57 @@ class Entries:
 
 
 @dataclass(kw_only=True, slots=True)
-class Slots:
-    """A layer's buffer of C slots; `length` (B, H) counts tokens held, `free` (B, H) is the next slot.
+class Books:
+    """What is kept of a layer's slots beside them: `length` (B, H) counts tokens held, `free` (B, H) is the next slot.
 
-    rank (B, H, C) int32 or None: how many entries are older, kept up to date by the kernels where
-    positions count inside the cache. memory (B, H, M) or None: what the policy's last plan left, which
+    memory (B, H, M) or None: what the policy's last plan left, which
     does not follow the tokens. faults (B, H) int32: what went wrong in any step so far, NAN_SCORE and NO_TOKEN,
     to be looked at when the host waits anyway. Everything changes in place, so that a step can be captured.
     ended (B, H) int32 or None: the faults of rows whose answer has ended, as they were then, -1 where it goes on.
     """
 
-    entries: Entries
     length: Tensor
     free: Tensor
     faults: Tensor
-    rank: Tensor | None = None
     memory: Tensor | None = None
     ended: Tensor | None = None
+
+    def end_rows(self, ended: Tensor) -> None:
+        """Note that the answers of rows have ended, (B,) bool: what is chosen in them from now on is no fault."""
+        before = torch.full_like(self.faults, -1) if self.ended is None else self.ended
+        self.ended = torch.where(ended[:, None] & (before < 0), self.faults, before)
+
+    @property
+    def counted_faults(self) -> Tensor:
+        """(B, H) int32: `faults` of rows that go on, and of the others those from before their end."""
+        return self.faults if self.ended is None else torch.where(self.ended < 0, self.faults, self.ended)
+
+    def advance(self) -> None:
+        """Take a fresh slot next; every slot below `length` holds a token."""
+        self.free.copy_(self.length)
+
+    def chosen(self, victim: Tensor, over: Tensor) -> Tensor:
+        """Return `victim` (B, H), slot 0 in place of one that is no slot with a token, which is noted in `faults`."""
+        wrong = (victim < 0) | (victim >= self.length)  # slots have no hole when a step ends
+        self.faults |= torch.where(victim == NO_CHOICE, NAN_SCORE, NO_TOKEN).int() * (wrong & over)
+        return victim.masked_fill(wrong, 0)
+
+
+@dataclass(kw_only=True, slots=True)
+class Slots(Books):
+    """A layer's buffer of C slots for every row and head.
+
+    rank (B, H, C) int32 or None: how many entries are older, kept up to date by the kernels where
+    positions count inside the cache.
+    """
+
+    entries: Entries
+    rank: Tensor | None = None
+
+    @property
+    def position(self) -> Tensor:
+        """(B, H, C) int64: what each slot holds, -1 for nothing."""
+        return self.entries.position
 
     @property
     def capacity(self) -> int:
@@ -79,6 +113,7 @@ class Slots:
             length=self.length,
             free=self.free,
             faults=self.faults,
+            capacity=self.capacity,
         )
 
     def write(self, keys: Tensor, values: Tensor, position: Tensor) -> None:
@@ -93,8 +128,8 @@ class Slots:
             self.entries.mass.scatter_(2, at, 0.0)
         self.length += 1
 
-    def append(self, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
-        """Put N tokens, (B, H, N, D), at `position` (B, N) into fresh slots; return which, (B, H, N).
+    def append(self, keys: Tensor, values: Tensor, position: Tensor, mass: Tensor | None) -> None:
+        """Put N tokens, (B, H, N, D), at `position` (B, N) into fresh slots; mass (B, H, N): what they received.
 
         No slot was ever freed, so all below `length` hold tokens, in their order; there is room for N more.
         """
@@ -105,41 +140,37 @@ class Slots:
         self.entries.values.scatter_(2, wide, values)
         self.entries.position.scatter_(2, at, position[:, None].expand_as(at))
         self.entries.kind.scatter_(2, at, 0)
-        if self.entries.mass is not None:
-            self.entries.mass.scatter_(2, at, 0.0)
+        if self.entries.mass is not None and mass is not None:
+            self.entries.mass.scatter_(2, at, mass.to(self.entries.mass.dtype))
         if self.rank is not None:
             self.rank.scatter_(2, at, at.int())
         self.length += position.shape[1]
         self.advance()
-        return at
 
     def release(self, victim: Tensor, over: Tensor) -> None:
         """Free `victim` (B, H) where `over` (B, H) holds; the others take a fresh slot next.
 
         One that is no slot with a token is noted in `faults`, and slot 0 goes, so that nothing is written elsewhere.
         """
-        wrong = (victim < 0) | (victim >= self.length)  # slots have no hole when a step ends
-        self.faults |= torch.where(victim == NO_CHOICE, NAN_SCORE, NO_TOKEN).int() * (wrong & over)
-        victim = victim.masked_fill(wrong, 0)
+        victim = self.chosen(victim, over)
         at = victim[..., None]
         kept = self.entries.position.gather(2, at)
         self.entries.position.scatter_(2, at, torch.where(over[..., None], EMPTY, kept))
         self.length -= over.long()
         self.free.copy_(torch.where(over, victim, self.length))
 
-    def end_rows(self, ended: Tensor) -> None:
-        """Note that the answers of rows have ended, (B,) bool: what is chosen in them from now on is no fault."""
-        before = torch.full_like(self.faults, -1) if self.ended is None else self.ended
-        self.ended = torch.where(ended[:, None] & (before < 0), self.faults, before)
+    def over(self, budget: Tensor) -> Tensor:
+        """(B, H) bool: heads that hold more than `budget` (B,)."""
+        return self.length > budget[:, None]
 
-    @property
-    def counted_faults(self) -> Tensor:
-        """(B, H) int32: `faults` of rows that go on, and of the others those from before their end."""
-        return self.faults if self.ended is None else torch.where(self.ended < 0, self.faults, self.ended)
+    def add_mass(self, received: Tensor) -> None:
+        """Add attention (B, H, C') that the first slots received."""
+        assert self.entries.mass is not None
+        self.entries.mass[..., : received.shape[-1]] += received.to(self.entries.mass.dtype)
 
-    def advance(self) -> None:
-        """Take a fresh slot next; every slot below `length` holds a token."""
-        self.free.copy_(self.length)
+    def has_room(self, held: list[int]) -> bool:
+        """Whether each row's slots suffice for `held` entries."""
+        return max(held) <= self.capacity
 
     def cut(self, plan: Plan) -> None:
         """Free what `plan` does not keep, in place: what was captured over these buffers stays valid."""
@@ -152,8 +183,9 @@ class Slots:
         if self.rank is not None:
             self.rank.copy_(age_rank(self.entries.position))
 
-    def grow(self, capacity: int) -> None:
-        """Copy into larger buffers; only where the final length was not announced."""
+    def grow(self, more: int) -> None:
+        """Copy into buffers of so many slots more; only where the final length was not announced."""
+        capacity = self.capacity + more
         self.entries = _with_capacity(self.entries, capacity)
         if self.rank is not None:
             self.rank = nn.functional.pad(self.rank, (0, capacity - self.rank.shape[-1]))
@@ -162,6 +194,11 @@ class Slots:
         """Return what a step changes in place, keys and values excepted: they change in free slots only."""
         counts = [self.length, self.free, self.faults]
         return [*self.entries.columns(), *counts, *([] if self.rank is None else [self.rank])]
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry's key and value."""
+        return 2 * self.entries.keys.shape[-1] * self.entries.keys.element_size()
 
     def stored_bytes(self) -> int:
         """Return the bytes of keys and values, counted from their storages."""
@@ -193,7 +230,7 @@ def settle(
     order = oldest_first(position)[..., :capacity]
     order = nn.functional.pad(order, (0, capacity - order.shape[-1]))
     filled = torch.arange(capacity, device=order.device) < length[..., None]
-    keys, values, mass = _moved(entries, plan, order, length)
+    keys, values, mass = moved(entries, plan, order, length)
     kept = Entries(
         keys=keys,
         values=values,
@@ -205,7 +242,7 @@ def settle(
     return Slots(entries=kept, length=length, free=length.clone(), faults=faults, memory=memory)
 
 
-def _moved(entries: Entries, plan: Plan | None, order: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def moved(entries: Entries, plan: Plan | None, order: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys, values (B, H, C, D) and mass (B, H, C) of the entries `order` (B, H, C), merged where the plan says so."""
     if plan is not None and plan.merge_into is not None:
         if use_triton(entries.keys):
@@ -214,17 +251,17 @@ def _moved(entries: Entries, plan: Plan | None, order: Tensor, length: Tensor) -
             buckets = buckets_of(plan.merge_into, entries.position >= 0, order, length)
             mass = None if entries.mass is None else segment_mean(entries.mass[..., None], buckets, add_up=True)[..., 0]
             weight = plan.merge_weight
+            wide = order[..., None].expand(*order.shape, entries.keys.shape[-1])
 
-            def moved(states: Tensor) -> Tensor:
+            def joined(states: Tensor, is_merged: bool) -> Tensor:
+                if not is_merged:
+                    return states.gather(2, wide)
                 brought = _brought(states, plan.merge_source)
                 if weight is None:
                     return segment_mean(brought, buckets)
                 return segment_mean(brought.float() * weight[..., None], buckets, add_up=True).to(states.dtype)
 
-            if plan.merge_keys:
-                return moved(entries.keys), moved(entries.values), mass
-            wide = order[..., None].expand(*order.shape, entries.keys.shape[-1])
-            return entries.keys.gather(2, wide), moved(entries.values), mass
+            return joined(entries.keys, plan.merge_keys), joined(entries.values, plan.merge_values), mass
         entries = _merged(entries, plan)
     wide = order[..., None].expand(*order.shape, entries.keys.shape[-1])
     mass = None if entries.mass is None else entries.mass.gather(2, order)
@@ -271,7 +308,8 @@ def _merged(entries: Entries, plan: Plan) -> Entries:
     if mass is not None:
         mass = torch.zeros_like(mass).scatter_add_(2, into, mass * held)
     keys = mean(entries.keys) if plan.merge_keys else entries.keys
-    return replace(entries, keys=keys, values=mean(entries.values), mass=mass)
+    values = mean(entries.values) if plan.merge_values else entries.values
+    return replace(entries, keys=keys, values=values, mass=mass)
 
 
 def only_rows(plan: Plan, rows: Tensor, valid: Tensor) -> Plan:

@@ -41,7 +41,8 @@ class View:
     far, entries allowed now; prompt_budget (B,) int64, entries allowed after the first prompt; row_seed
     (B,) int64, a number of the sequence for policies that draw, the same alone and in a batch.
     `new_tokens` is how many tokens came with this step (1 = decode). memory_or_none (B, H, M): what the
-    policy's last plan left beside the slots.
+    policy's last plan left beside the slots. spread_or_none (B, H): where a block of generated tokens is cut and heads
+    hold different numbers, what each was given beside the budget when the prompt was cut.
     """
 
     layer: int
@@ -61,6 +62,7 @@ class View:
     window_or_none: Tensor | None = None
     probs_or_none: Tensor | None = None
     memory_or_none: Tensor | None = None
+    spread_or_none: Tensor | None = None
 
     @property
     def valid(self) -> Tensor:
@@ -103,7 +105,8 @@ class Plan:
     (B, H, M), kept beside the slots as it is until a later plan gives another one.
 
     Without merge_weight a survivor becomes the plain mean of its bucket. With it, (B, H, T) float, it becomes the sum
-    of what its bucket brings, each times its weight, its own too; keys stay as they are unless merge_keys.
+    of what its bucket brings, each times its weight, its own too. merge_keys, merge_values: False leaves the survivors'
+    own.
     """
 
     keep: Tensor
@@ -113,3 +116,4 @@ class Plan:
     memory: Tensor | None = None
     merge_weight: Tensor | None = None
     merge_keys: bool = True
+    merge_values: bool = True

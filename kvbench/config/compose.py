@@ -33,7 +33,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from kvbench.config.checks import check_no_secret_override
-from kvbench.errors import ConfigError, close_matches
+from kvbench.errors import ConfigError, close_matches, did_you_mean, near_names
 
 CONFIG_MODULE = "kvbench.conf"
 CONFIG_NAME = "config"
@@ -43,6 +43,8 @@ _EXTRA = ("joblib", "submitit_local", "submitit_slurm", "optuna")
 _OVERRIDDEN = re.compile(r"Could not override '([^']+)'")
 _GROUPS = ("model", "dataset", "policy", "budget", "task", "weights", "workload", "sink", "autopsy")
 _GROUP_CHOICE = re.compile(rf"({'|'.join(_GROUPS)})=[\w-]+")
+_EXPERIMENT = re.compile(r"\+experiment=[\w-]+")
+_MOST_NAMES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,7 @@ def compose_grid(
 ) -> list[Composed]:
     """Return every cell that `overrides` ask for, in Hydra's order. Raises: ConfigError, one line."""
     check_no_secret_override(overrides)
-    with told_in_one_line(overrides), _searching(config_dir, config_name):
+    with _searching(config_dir, config_name), told_in_one_line(overrides):
         composed: dict[tuple[str, ...], Composed] = {}
         return [_compose_cell(cell, multirun, composed) for cell in _cells(overrides, multirun)]
 
@@ -324,24 +326,65 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     unknown = _OVERRIDDEN.search(str(error))
     if unknown is None:
         return " ".join(str(error).split())
-    known = _known_keys([word for word in overrides if _GROUP_CHOICE.fullmatch(word)])
     if unknown[1] == "experiment":
         return "an experiment is added to the settings, not changed; write +experiment=NAME"
-    return f"{unknown[1]} is no setting; {close_matches(unknown[1], [*known, *_GROUPS])}"
+    is_open = GlobalHydra.instance().is_initialized()  # within `_searching`, so that a folder of one's own counts
+    with contextlib.nullcontext() if is_open else initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+        return f"{unknown[1]} is no setting{_what_is_meant(unknown[1], overrides)}"
 
 
-def _known_keys(choices: list[str]) -> list[str]:
+def _what_is_meant(key: str, overrides: Sequence[str]) -> str:
+    """Return how to go on: a setting of what was chosen in the key's group, else of another choice, else all there are.
+
+    What stands before the first dot is the same in all settings of a group, so only the rest is compared.
+    """
+    group, _, rest = key.partition(".")
+    if group not in _GROUPS or not rest:
+        known = _settings([word for word in overrides if _GROUP_CHOICE.fullmatch(word)])
+        near = near_names(key, {*known, *_GROUPS})
+        return f"; {did_you_mean(near)}" if near else "; kvbench --help lists settings, kvbench --cfg job prints them"
+    names = _chosen(group, overrides)
+    own = sorted({rest for name in names for rest in _rests(group, name)})
+    if near := near_names(rest, own):
+        return f"; {did_you_mean([f'{group}.{name}' for name in near])}"
+    having: dict[str, list[str]] = {}
+    for other in _loader().get_group_options(group):
+        for name in near_names(rest, _rests(group, other))[:1]:
+            having.setdefault(name, []).append(other)
+    told = f" of {group}={','.join(names)}, which has {', '.join(f'{group}.{name}' for name in own) or 'none'}"
+    for name in near_names(rest, having)[:1]:
+        others = sorted(having[name], key=len)[:_MOST_NAMES]
+        return f"{told}; did you mean '{group}.{name}' of {group}={' or '.join(others)}?"
+    return told
+
+
+def _chosen(group: str, overrides: Sequence[str]) -> list[str]:
+    """Return the names chosen in a group: those given, else those an experiment sweeps over, else the default."""
+    given = [word.partition("=")[2] for word in overrides if word.startswith(f"{group}=")]
+    composed = _composed([word for word in overrides if _EXPERIMENT.fullmatch(word)])
+    swept = _sweep_params(composed.hydra).get(group)
+    names = given[-1] if given else swept or str(composed.hydra.runtime.choices[group])
+    known = _loader().get_group_options(group)
+    return [name for name in names.strip("[]").split(",") if name in known]
+
+
+def _rests(group: str, name: str) -> list[str]:
+    """Return the settings of one choice in a group, without the group's name."""
+    keys = _settings([f"{group}={name}"])
+    return [key.removeprefix(f"{group}.") for key in keys if key.startswith(f"{group}.")]
+
+
+def _settings(choices: list[str]) -> list[str]:
     """Return every key that can be set with these group choices, or without where they are wrong too."""
-    with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-        try:
-            return list(_flat_keys(without_hydra(_composed(choices)).config))
-        except (HydraException, OmegaConfBaseException):
-            return list(_flat_keys(without_hydra(_composed([])).config))
+    try:
+        return list(_flat_keys(without_hydra(_composed(choices)).config))
+    except (HydraException, OmegaConfBaseException):
+        return list(_flat_keys(without_hydra(_composed([])).config))
 
 
 def _flat_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
     for name, value in config.items_ex(resolve=False):
         if isinstance(value, DictConfig):
             yield from _flat_keys(value, f"{prefix}{name}.")
-        else:
+        elif name != "_target_":
             yield f"{prefix}{name}"

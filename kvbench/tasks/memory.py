@@ -235,7 +235,8 @@ def _entry_bytes(cache: PolicyCache) -> int:
 
 def _kv_bytes(cache: PolicyCache) -> dict[str, int]:
     held = cache.occupancy()
-    allowed = sum(sum(layer.ledger.allowed()) for layer in cache.policy_layers)
+    ledgers = [layer.ledger for layer in cache.policy_layers]
+    allowed = sum(entries + ledger.block_tokens - 1 for ledger in ledgers for entries in ledger.allowed())
     return {
         "kv_stored_bytes": held.stored_bytes,
         "kv_valid_bytes": held.valid_bytes,

@@ -121,9 +121,9 @@ class Prompts:
     def __len__(self) -> int:
         return len(self._parts)
 
-    def examples_of(self, number: int) -> Sequence[Example]:
-        """Return the examples of the batch `number`."""
-        return self._parts[number].examples
+    def ids_of(self, number: int) -> list[str]:
+        """Return the ids of the examples of the batch `number`."""
+        return [example.id for example in self._parts[number].examples]
 
     def part(self, number: int) -> Part:
         """Return the batch `number`; the part returned before is let go."""
@@ -339,11 +339,13 @@ def joined(payloads: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 class BatchTask(ABC):
     """A quality task: its numbers are a function of the cell, never of the machine or of time.
 
-    Every batch is measured on its own, perhaps in another process, and `summarise` sees only payloads.
+    Every batch is measured on its own, perhaps in another process, and `summarise` sees only payloads. One that lets
+    the model choose tokens, which are fed one by one under every policy, says `generates = True`.
     """
 
     protocol: ClassVar[str]
     is_timed: ClassVar[bool] = False
+    generates: ClassVar[bool] = False
 
     @abstractmethod
     def measure(self, bench: Bench, part: Part) -> Payload:

@@ -38,6 +38,12 @@ RULES: dict[str, tuple[Policy, Callable[[], Rule]]] = {
     "tova": (TOVA(), lambda: NaiveScored(naive_scores.tova)),
     "h2o_mean": (H2OMean(), lambda: NaiveScored(naive_scores.h2o_mean)),
     "scissorhands": (Scissorhands(), lambda: NaiveScored(naive_scores.scissorhands(400), num_recent=10)),
+    "elastic_values": (Elastic(merge="values"), lambda: NaiveElastic(merge="values")),
+    "elastic_keys": (Elastic(merge="keys"), lambda: NaiveElastic(merge="keys")),
+    "elastic_recent": (
+        Elastic(merge="none", recent_fraction=0.5, fixed_point=1000),
+        lambda: NaiveElastic(merge="none", recent_fraction=0.5, fixed_point=1000),
+    ),
 }
 
 
