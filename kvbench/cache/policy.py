@@ -116,7 +116,7 @@ class ScorePolicy(Policy):
     def plan(self, view: View) -> Plan | None:
         """Keep the top entries under the budget. Raises: NonFiniteChoiceError if a score is NaN."""
         score = self._protected_score(view)
-        if bool(torch.isnan(score[view.valid]).any()):
+        if bool((score.isnan() & view.valid).any()):
             raise NonFiniteChoiceError(
                 f"{type(self).__name__}.score returned NaN in layer {view.layer}; scores must be numbers"
             )
