@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests import covering
-from tests.covering import POSITIONS, YAMLS, outside_the_cover
+from tests.covering import HARD, POSITIONS, YAMLS, outside_the_cover
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -111,16 +111,16 @@ def sweep_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return write_sweep(tmp_path_factory.mktemp("results"))
 
 
-@pytest.fixture(params=[*YAMLS, None], ids=lambda path: path.stem if path else "middle_first")
+@pytest.fixture(params=[*YAMLS, *HARD], ids=lambda param: param if isinstance(param, str) else param.stem)
 def policy(request: pytest.FixtureRequest) -> Any:
-    """Each yaml of conf/policy, and one policy made to be hard on the base class."""
+    """Each yaml of conf/policy, and one policy made to be hard on the base class, with parts too."""
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    from tests.contract import MiddleFirst
+    from tests.contract import middle_first
 
-    if request.param is None:
-        return MiddleFirst()
+    if isinstance(request.param, str):
+        return middle_first(request.param)
     return instantiate(OmegaConf.load(request.param), _convert_="object")
 
 

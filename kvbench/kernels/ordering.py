@@ -68,7 +68,7 @@ def _keep_top(score, position, budget, keep, position_b, position_h, heads, entr
     score += row * entries
     keep += row * entries
     position += batch * position_b + head * position_h
-    wanted = tl.load(budget + batch).to(tl.int32)
+    wanted = tl.load(budget + row).to(tl.int32)
     bound, left, having = _bound(score, position, entries, wanted, wanted, False, BLOCK)
     oldest = wanted * 0
     if left < having:
@@ -131,7 +131,7 @@ def _age_rank(position, made, position_b, position_h, heads, entries, ORDER: tl.
 
 
 def keep_top(score: Tensor, position: Tensor, budget: Tensor) -> Tensor:
-    """Return (B, H, T) bool as `selection.keep_top` does; score (B, H, T) in up to 32 bits."""
+    """Return (B, H, T) bool as `selection.keep_top` does; score (B, H, T) in up to 32 bits, budget (B, H) or (B, 1)."""
     batch, heads, entries = position.shape
     keep = torch.empty((batch, heads, entries), dtype=torch.uint8, device=position.device)
     position = position if position.stride(-1) == 1 else position.contiguous()
@@ -139,7 +139,7 @@ def keep_top(score: Tensor, position: Tensor, budget: Tensor) -> Tensor:
     _keep_top[(batch * heads,)](
         score.expand(position.shape).contiguous(),
         position,
-        budget.contiguous(),
+        budget.expand(batch, heads).contiguous(),
         keep,
         *position.stride()[:2],
         heads,

@@ -65,7 +65,7 @@ def test_a_folder_without_records_is_a_mistake_and_nothing_is_written(
 
 
 def test_a_margin_changes_the_verdict_and_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["report", str(folder), "--format", "md", "--margin", "objects_recalled_fraction=0.9"]) == 0
+    assert run(["report", str(folder), "--format", "md", "--margin", "objects_recalled=0.9"]) == 0
     text = capsys.readouterr().out
     assert "Margin: 90.0 points" in text
     assert "equivalent (within 90.0 points)" in text
@@ -75,7 +75,7 @@ def test_a_margin_changes_the_verdict_and_is_printed(folder: Path, capsys: pytes
     ("words", "said"),
     [
         (["--format", "pdf"], "--format"),
-        (["--margin", "rougeL_vs_ful=0.1"], "rougeL_vs_full"),
+        (["--margin", "rougeL_vs_flul=0.1"], "rougeL_vs_full"),
         (["--margin", "ppl=-1"], "above 0"),
         (["--format", "csv", "--out", "."], "must be a file"),
         (["--sweep", "nothing"], "no record belongs"),

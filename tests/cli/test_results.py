@@ -156,6 +156,21 @@ def test_the_table_is_printed(finished: Path, capsys: pytest.CaptureFixture[str]
     assert "snapkv" not in text
 
 
+def test_a_file_or_a_pipe_gets_a_real_table_and_not_a_card_per_cell(
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    lines = printed(capsys, "table", finished).splitlines()
+    (heads,) = [line for line in lines if line.startswith(" policy ") and " budget " in line and " PPL " in line]
+    rows = [line for line in lines if line.startswith(" h2o ") and len(line) == len(heads)]
+    ends = {len(line[: heads.index("PPL") + 3].rstrip()) for line in rows}
+    assert len(rows) == 4, "a cell is a row"
+    assert ends == {heads.index("PPL") + 3}, "of numbers in one column"
+    assert not any(line.startswith("  PPL") for line in lines), "a card has a line per number"
+    monkeypatch.setenv("COLUMNS", "60")
+    assert max(map(len, printed(capsys, "table", finished).splitlines())) <= 60, "who says how wide is heard"
+
+
 def test_a_sound_folder_verifies(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(capsys, "verify", finished) == "24 records and 24 attempts hold; 0 problems\n"
 

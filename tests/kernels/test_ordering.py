@@ -76,6 +76,12 @@ def test_one_score_for_all_heads_is_taken() -> None:
     assert torch.equal(ours, reference)
 
 
+def test_every_head_may_keep_a_number_of_its_own() -> None:
+    score, position, _ = random_entries(2, 30, in_order=False, heads=2)
+    ours, reference = both("keep_top", score, position, torch.tensor([[1, 9], [0, 30], [12, 5]], device=ON))
+    assert torch.equal(ours, reference)
+
+
 def test_nothing_is_kept_where_a_score_of_a_held_entry_is_nan() -> None:
     score, position, budget = random_entries(0, 20, in_order=True, heads=2)
     position[0, 0, 3], position[1, 1, 4] = 7, -1
