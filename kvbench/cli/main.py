@@ -41,6 +41,7 @@ kvbench compares KV-cache policies under one definition of everything.
   kvbench -m policy=h2o,elastic budget.fraction=0.1,0.3
                                               run every combination
   kvbench +experiment=NAME                    run a named sweep
+  kvbench +experiment=laws laws=NAME          laws of the field: which hold on a model; all of them without laws=
   kvbench report [FOLDER...] [--format F]     build page, figures and tables again from records; report --help
   kvbench audit [FOLDER] [--sweep NAME]       check that the records hold together; exit code 1 if one does not
   kvbench frontier policy=h2o,elastic         smallest budget as good as full; frontier --help
@@ -227,10 +228,13 @@ def _attempts(composed: Composed) -> dict[str, Path]:
 
 def _show_tables(results: Path, keys: set[str]) -> None:
     from kvbench.report.build import refresh_report
+    from kvbench.report.laws import law_rows, print_laws
     from kvbench.report.load import load_results
     from kvbench.report.tables import print_tables
 
-    print_tables(load_results(results, keys=keys))
+    found = load_results(results, keys=keys)
+    print_tables(found)
+    print_laws(law_rows(found))
     refresh_report(results)
 
 

@@ -33,6 +33,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from kvbench import installed_version
 from kvbench.autopsy.settings import AutopsySettings
 from kvbench.cache import CACHE_SEMANTICS, Budget, Policy, When
+from kvbench.cache.policy import check_parts, is_unset_part
 from kvbench.cache.positions import POSITION_MODES, PositionMode
 from kvbench.cache.released import departures_of
 from kvbench.config.checks import (
@@ -52,7 +53,7 @@ from kvbench.config.checks import (
 from kvbench.config.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError, close_matches
 from kvbench.measures import MEASURES, measure_named
-from kvbench.models.spec import ModelSpec
+from kvbench.models.spec import ModelSpec, takes_images
 from kvbench.sinks.base import SinkGroup
 from kvbench.sweep.cell import (
     BEYOND_CONTEXT,
@@ -229,11 +230,13 @@ def _holds_installed(folder: Path) -> bool:
 
 
 _ANY_CHECKPOINT = "local"  # the configuration that says nothing of its model
+_PARTS = ("allocation", "merge")  # groups of configurations within the policy's
 _FULL = {"_target_": "kvbench.policies.full.Full"}
 _PATH_SETTINGS = ("path", "images", "answers", "ids", "templates", "filler")  # where a file lies changes nothing
 _OF_THE_CLASS = {"class", "source", "protocol", "fingerprint"}
 _NUMERIC_PACKAGES = ("torch", "transformers")
 _EVICTS_AT = {When.BOTH: "prompt and decode", When.PREFILL: "prompt", When.DECODE: "decode"}
+_AUTO = "auto"
 _SHARED = ("results", "sweep", "force", "sink", "worker", "autopsy", "objective")
 # What kvbench's own tasks measure, as patterns of names, each task's own measure first; FACTS are the names for what a
 # data set knows to be true. Anybody else's class may have `measures` of the kind.
@@ -294,13 +297,19 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
         raise ConfigError("no task is left, so nothing would be measured; choose task=all or another one")
     query_visible = truth(config.query_visible, "query_visible")
     beyond_context = _beyond_context(config)
-    batch_size, seed = _whole(config, "batch_size", at_least=1), _whole(config, "seed", at_least=None)
+    batch_size, seed = _batch_size(config), _whole(config, "seed", at_least=None)
     device = resolve_device(str(config.device))
     engine = resolve_engine(str(config.engine), device)
     setting = CacheSetting(policy=policy, budget=budget, positions=_positions(config, policy), engine=engine)
+    check_parts(policy)
     check_budget_fits(policy, budget)
 
     def check_combination() -> bool:
+        if config.get("laws") is not None and takes_images(model):
+            raise ConfigError(
+                f"laws are of text models, but model.checkpoint {model.checkpoint} reads pictures; choose a model that "
+                "reads text only, such as model=smollm2-135m"
+            )
         check_text(model, dataset, tasks)
         check_model(model, dataset, setting.positions, setting.engine)
         check_fit(dataset, model, tasks, query_visible=query_visible)
@@ -321,7 +330,7 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
         "engine": setting.engine,
         "task": {name: plugin_key(task, config.task[name]) for name, task in tasks.items()},
         "cache_semantics": CACHE_SEMANTICS,
-        "batch_size": batch_size,
+        "batch_size": batch_size or _AUTO,
         "seed": seed,
         "device": device.split(":")[0],
         "versions": dict(_versions()),
@@ -466,14 +475,29 @@ def _checked(plugin: type[Any], arguments: dict[str, Any], name: str) -> dict[st
         if not fits(value, hints[key]):
             finite = " and finite" if isinstance(value, float) and not math.isfinite(value) else ""
             raise ConfigError(f"{name}.{key} is {value!r:.80}; it must be {type_name(hints[key])}{finite}")
-    return {key: typed(value, hints[key]) for key, value in arguments.items()}
+    return {key: _built_part(typed(value, hints[key]), hints[key], f"{name}.{key}") for key, value in arguments.items()}
 
 
-def _whole(config: DictConfig, name: str, *, at_least: int | None) -> int:
+def _built_part(value: Any, hint: Any, name: str) -> Any:
+    """Return a setting that is itself a class with settings, made as `build` makes one; any other as it is."""
+    if not (isinstance(value, dict) and "_target_" in value):
+        return value
+    kinds = [kind for kind in (*typing.get_args(hint), hint) if dataclasses.is_dataclass(kind)]
+    return build(OmegaConf.create(value), name, is_a=typing.cast(Any, kinds[0])) if kinds else value
+
+
+def _batch_size(config: DictConfig) -> int | None:
+    """Return the prompts decoded together, None where they are chosen when the model is loaded."""
+    if config.batch_size == _AUTO:
+        return None
+    return _whole(config, "batch_size", at_least=1, or_else=f", or {_AUTO}")
+
+
+def _whole(config: DictConfig, name: str, *, at_least: int | None, or_else: str = "") -> int:
     value = config[name]
     if not isinstance(value, int) or isinstance(value, bool) or (at_least is not None and value < at_least):
         floor = "" if at_least is None else f" of at least {at_least}"
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number{floor}")
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number{floor}{or_else}")
     if not -(2**63) <= value < 2**63:
         raise ConfigError(f"{name} is {value}; it must fit into 64 bits")
     return value
@@ -496,11 +520,18 @@ def _positions(config: DictConfig, policy: Policy) -> PositionMode:
 def plugin_key(plugin: Any, node: DictConfig, without: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return a plug-in as it stands in a key: its class by name, what that means, and its settings by value.
 
-    What it means is a `protocol` where the class has one, and the source of a class that is not kvbench's.
+    What it means is a `protocol` where the class has one, and the source of a class that is not kvbench's. A part of it
+    stands there the same way, with its source; one that is not set is left out.
     """
     given = typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
     settings = typed_settings(plugin, {name: value for name, value in given.items() if name != "_target_"})
     key: dict[str, Any] = {name: value for name, value in settings.items() if name not in without}
+    for part in dataclasses.fields(plugin) if dataclasses.is_dataclass(plugin) else ():
+        value = getattr(plugin, part.name, None)
+        if is_unset_part(part, value):
+            key.pop(part.name, None)
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type) and part.name in key:
+            key[part.name] |= {"class": class_name(type(value)), "source": source_of(type(value))}
     if taken := sorted(_OF_THE_CLASS & key.keys()):
         raise ConfigError(
             f"{type(plugin).__name__} has a setting {taken[0]!r}, which a key says of the class; rename it"
@@ -519,6 +550,8 @@ def _labels(composed: Composed, model: ModelSpec, dataset: Any, setting: CacheSe
     names = {group: str(composed.choices[group]) for group in ("model", "dataset", "policy")}
     names["model"] = model.checkpoint_name if names["model"] == _ANY_CHECKPOINT else names["model"]
     names["model"] += " (random weights)" if model.is_random else ""
+    parts = [composed.choices.get(f"policy/{part}") for part in _PARTS]
+    names["policy"] = "+".join([names["policy"], *(part for part in parts if part is not None)])
     names["dataset"] = getattr(dataset, "label", names["dataset"])
     limits = {"budget_fraction": budget.fraction, "budget_tokens": budget.tokens}
     rounds = "up" if departures_of(policy).counts_as_released and budget.fraction is not None else "down"

@@ -28,6 +28,7 @@ from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -37,7 +38,7 @@ from kvbench.errors import ConfigError, close_matches, did_you_mean, near_names
 CONFIG_MODULE = "kvbench.conf"
 CONFIG_NAME = "config"
 SUPERVISED = "supervised"
-_GRID = "basic"
+_GRID, _LAWS = "basic", "laws"  # the sweepers that know all their jobs before the first one runs
 _EXTRA = ("joblib", "submitit_local", "submitit_slurm", "optuna")
 _OVERRIDDEN = re.compile(r"Could not override '([^']+)'")
 _GROUPS = ("model", "dataset", "policy", "budget", "task", "weights", "workload", "sink", "autopsy")
@@ -57,7 +58,7 @@ class Composed:
     @property
     def is_search(self) -> bool:
         """Whether a sweeper chooses cells while it runs, so that this holds only what they have in common."""
-        return self.multirun and self.choices.get("hydra/sweeper") != _GRID
+        return self.multirun and self.choices.get("hydra/sweeper") not in (_GRID, _LAWS)
 
     def as_spec(self) -> dict[str, Any]:
         """Return plain data for another process; interpolations stay as they are written."""
@@ -157,6 +158,10 @@ def _cells(overrides: Sequence[str], multirun: bool) -> Iterator[list[str]]:
     hydra = _hydra(parsed)
     if not multirun and hydra.mode != RunMode.MULTIRUN:
         yield list(overrides)
+        return
+    if hydra.runtime.choices.get("hydra/sweeper") == _LAWS:
+        for batch in instantiate(hydra.sweeper).split_arguments(parsed, None):
+            yield from batch
         return
     if hydra.runtime.choices.get("hydra/sweeper") != _GRID:
         yield [str(o.input_line) for o in parsed if not o.is_sweep_override()]

@@ -26,10 +26,11 @@ from kvbench.errors import ConfigError, ModelSupportError, close_matches
 from kvbench.models.chat import TextTokens, default_template, end_token_written
 from kvbench.models.fused import fuse
 from kvbench.models.gguf import SUFFIX as GGUF_SUFFIX
-from kvbench.models.gguf import read_gguf
+from kvbench.models.gguf import parsed_once, read_gguf
 from kvbench.models.spec import (
     FAMILIES,
     LLAVA_V1,
+    PORTED_FAMILIES,
     PROMPTS,
     TEXT_FAMILIES,
     VISION_FAMILIES,
@@ -194,12 +195,14 @@ def random_model(config: Any, *, vision: bool, dtype: torch.dtype, device: torch
 def _checkpoint(spec: ModelSpec, device: torch.device) -> LoadedModel:
     transformers = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()  # the sweep has its own
-    importlib.import_module("kvbench.models.qwen_vl")  # registers the family that transformers does not have
     source = str(spec.folder or spec.checkpoint)
     options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     if spec.trust_remote_code and spec.folder is None:
         check_hub_code(source, spec.revision)
     try:
+        fields, _ = transformers.PretrainedConfig.get_config_dict(source, **options)
+        if fields.get("model_type") in PORTED_FAMILIES:  # only then, because it takes seconds
+            importlib.import_module("kvbench.models.qwen_vl")  # registers the family that transformers does not have
         config = transformers.AutoConfig.from_pretrained(source, **options)
     except ValueError as error:  # an unknown family, or one whose code is not trusted
         raise ModelSupportError(
@@ -241,9 +244,10 @@ def _gguf(spec: ModelSpec, path: Path, device: torch.device) -> LoadedModel:
         (Path(alone) / options["gguf_file"]).symlink_to(path.resolve())
         auto, dtype = transformers.AutoModelForCausalLM, getattr(torch, spec.dtype)
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # a progress bar of its own, which nothing turns off
-                model = _whole_model(auto, alone, dtype, {**options, **dense}, told=str(path))
-            tokenizer = _processor(alone, model, spec.prompt, options)
+            with parsed_once(path):
+                with contextlib.redirect_stderr(io.StringIO()):  # a progress bar of its own, which nothing turns off
+                    model = _whole_model(auto, alone, dtype, {**options, **dense}, told=str(path))
+                tokenizer = _processor(alone, model, spec.prompt, options)
         except (OSError, ValueError, LookupError, NotImplementedError) as error:  # what transformers makes of the file
             raise _not_loaded(str(path), error) from error
     return LoadedModel(

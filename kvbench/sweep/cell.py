@@ -57,7 +57,10 @@ SHARED_SETTINGS = ("model", "dataset", "query_visible", "batch_size", "device", 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """Everything one record is about. `settings` decides the key; labels are for people, as is the autopsy."""
+    """Everything one record is about. `settings` decides the key; labels are for people, as is the autopsy.
+
+    batch_size: None where it is chosen when the model is loaded.
+    """
 
     settings: Mapping[str, Any]
     labels: Mapping[str, Any]
@@ -66,7 +69,7 @@ class Cell:
     setting: CacheSetting
     full_policy: Policy
     tasks: Mapping[str, Task]
-    batch_size: int
+    batch_size: int | None
     seed: int
     device: str
     query_visible: bool = True
@@ -91,7 +94,10 @@ class Cell:
 
 @dataclass(kw_only=True)
 class Attempt:
-    """One try at a cell; `phase` is what runs or ran last, None when everything is done."""
+    """One try at a cell; `phase` is what runs or ran last, None when everything is done.
+
+    batch_size: how many prompts are decoded together, once that is known.
+    """
 
     cell: Cell
     sweep: str
@@ -100,6 +106,7 @@ class Attempt:
     error: dict[str, str] | None = None
     duration_s: float = 0.0
     context: ContextUse | None = None
+    batch_size: int | None = None
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     @property
@@ -146,7 +153,7 @@ class Attempt:
             "skipped_items": [
                 {"item": one.item, "reason": one.reason} for one in _skipped(self.cell.dataset)[:_MOST_NAMES]
             ],
-            "prompts": None if self.context is None else self.context.as_record(),
+            "prompts": None if self.context is None else {**self.context.as_record(), "batch_size": self.batch_size},
         }
 
     def _counts(self) -> dict[str, dict[str, Any]]:
@@ -322,7 +329,7 @@ def resolve_engine(asked: str, device: str) -> Engine:
     return cast(Engine, asked)
 
 
-_PACKAGES = ("torch", "transformers", "hydra-core", "numpy", "rouge-score", "kvbench")
+_PACKAGES = ("torch", "triton", "transformers", "hydra-core", "numpy", "rouge-score", "kvbench")
 
 
 @cache

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import hydra
@@ -32,11 +33,10 @@ def test_a_sweep_is_every_combination_in_order() -> None:
     assert found == [("h2o", 0.1), ("h2o", 0.3), ("elastic", 0.1), ("elastic", 0.3)]
 
 
-def test_the_default_experiment_has_every_described_policy_at_three_budgets() -> None:
-    """But snapkv: its window of 32 tokens is all that a tenth or a fifth of a scene's prompt can hold."""
+def test_the_default_experiment_has_five_policies_at_three_budgets() -> None:
+    """But none of SnapKV's score: its window of 32 tokens is all that a fifth of a scene's prompt can hold."""
     found = cells("+experiment=default")
-    every = sorted(path.stem for path in (REPO / "conf" / "policy").glob("*.yaml"))
-    names = [name for name in every if name != "snapkv" and "release" not in name]
+    names = ["full", "random", "streaming_llm", "h2o", "elastic"]
     assert sorted(found) == sorted((name, fraction) for name in names for fraction in (0.1, 0.2, 0.5))
 
 
@@ -49,14 +49,27 @@ def swept(name: str) -> dict[str, list[str]]:
 def test_positions_are_swept_over_what_is_described_and_what_is_released() -> None:
     pairs = ["streaming_llm", "local_elastic_release", "h2o", "h2o_elastic_release", "elastic", "elastic_released"]
     assert swept("positions") == {
+        "dataset": ["frankenstein", "lectures"],
         "policy": ["full", *pairs],
         "positions": ["original", "in_cache", "released"],
         "budget.fraction": ["0.2", "0.5"],
     }
     words = ["+experiment=positions", "policy=elastic_released", "positions=released"]
     grid = compose_grid(words, multirun=False, config_dir=None)
-    assert [one.config.budget.fraction for one in grid] == [0.2, 0.5]
+    assert [one.config.budget.fraction for one in grid] == [0.2, 0.5] * 2
     assert all(one.config.task.generation.released_rouge for one in grid)
+    assert swept("positions_gpu") == {"dataset": ["frankenstein_long", "lectures_long"]}
+
+
+def test_the_parts_of_elastic_are_taken_out_one_by_one_and_together() -> None:
+    grid = compose_grid(["+experiment=elastic_parts", "dataset=lectures_long"], multirun=False, config_dir=None)
+    parts = {
+        (one.config.policy.merge, one.config.policy.fixed_point, one.config.policy.recent_fraction) for one in grid
+    }
+    assert parts == set(product(("both", "values", "keys", "none"), (25, 1_000_000), (0.0, 0.5)))
+    assert {(one.choices["policy"], one.config.positions, one.config.dataset.num_samples) for one in grid} == {
+        ("elastic", "original", 48)
+    }
 
 
 @pytest.mark.parametrize(("name", "task"), [("paper_ppl", "perplexity_released"), ("paper_rouge", "generation")])
@@ -236,9 +249,9 @@ def test_a_glob_sweeps_over_the_names_of_its_group_and_over_ones_own(tmp_path: P
     (tmp_path / "policy").mkdir()
     (tmp_path / "policy" / "h2o_mine.yaml").write_text("_target_: mine.Mine\n")
     swept = "policy=glob([h2o*,f*],exclude=*release*)"
-    assert cells(swept, multirun=True) == [("full", 0.2), ("h2o", 0.2)]
+    assert cells(swept, multirun=True) == [("full", 0.2), ("h2o", 0.2), ("h2o_mean", 0.2)]
     found = cells(swept, multirun=True, config_dir=tmp_path)
-    assert found == [("full", 0.2), ("h2o", 0.2), ("h2o_mine", 0.2)]
+    assert found == [("full", 0.2), ("h2o", 0.2), ("h2o_mean", 0.2), ("h2o_mine", 0.2)]
 
 
 def test_a_glob_of_an_experiment_is_swept_too(tmp_path: Path) -> None:
@@ -253,7 +266,7 @@ def test_a_glob_of_an_experiment_is_swept_too(tmp_path: Path) -> None:
     ]
     (tmp_path / "experiment" / "mine.yaml").write_text("\n".join(lines))
     found = cells("+experiment=mine", config_dir=tmp_path)
-    assert [name for name, _ in found] == ["h2o", "h2o_elastic_release", "h2o_released"]
+    assert [name for name, _ in found] == ["h2o", "h2o_elastic_release", "h2o_mean", "h2o_released"]
 
 
 @pytest.mark.parametrize("word", ["policy=glob(zzz*)", "batch_size=range(3,1)", "batch_size=glob(*)"])

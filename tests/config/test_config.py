@@ -52,7 +52,7 @@ WRONG = {
     "policy.num_sink=3": "policy.num_sink is no setting of policy=full, which has none; did you mean "
     "'policy.num_sinks' of policy=streaming_llm or ",
     "-m policy=h2o,snapkv policy.num_sink=3": "of policy=h2o,snapkv, which has policy.kernel_tokens, "
-    "policy.num_recent, policy.pooling, policy.recent_fraction; did you mean 'policy.num_sinks' of policy=stream",
+    "policy.num_recent, policy.pooling, policy.recent_fraction; did you mean 'policy.num_sinks' of policy=streaming",
     "+experiment=quick policy.recent=3": "policy.recent is no setting of policy=full,h2o, which has policy.recent_f",
     "policy=h2o policy.zzz=3": "policy.zzz is no setting of policy=h2o, which has policy.recent_fraction",
     "hydra.nothing=3": "hydra.nothing is no setting; kvbench --help lists settings",
@@ -346,8 +346,9 @@ def test_a_setting_that_would_hide_in_the_key_what_the_class_is_is_refused(
 def test_the_registered_names_stay_as_they_are_in_the_keys_of_records() -> None:
     """A class may move; one that is renamed orphans the records of its name, so rename with a reason, and here."""
     names = {
-        "policy": "Elastic ElasticReleased Full H2O H2OElasticRelease H2OReleased LocalElasticRelease Random SnapKV "
-        "StreamingLLM StreamingLLMReleased",
+        "policy": "ChunkKV Elastic ElasticReleased Full H2O H2OElasticRelease H2OMean H2OReleased "
+        "KeyDiff KeyNorm LagKV LocalElasticRelease Random Scissorhands SnapKV StreamingLLM "
+        "StreamingLLMReleased TOVA VATP",
         "dataset": "Conversation LlavaBench LongBench MMVet MTBench Needles Recall Retrieval Scenes Summaries "
         "Synthetic TextWindows",
         "task": "Capacity Fidelity Generation Memory MultiTurn Perplexity PerplexityReleased Speed",
