@@ -189,7 +189,7 @@ class PolicyLayer(CacheLayerMixin):
     def _cut(self, entries: Entries, statistics: Statistics) -> None:
         policy, self._num_heads = self.setup.policy, entries.position.shape[1]
         cuts = policy.bounded and When.PREFILL in policy.when
-        with self.setup.on_settle():
+        with self.setup.on_settle(entries.keys.device):
             if cuts and self._is_divided():
                 if self.setup.waiting is not None:
                     self._wait(entries, self._view(entries, statistics))
@@ -233,7 +233,8 @@ class PolicyLayer(CacheLayerMixin):
         def cut(given: list[int]) -> None:
             self.ledger.divide(given)
             budget = torch.tensor(self.ledger.allowed(), dtype=torch.int64, device=view.budget.device)
-            self._settle(entries, self._plan(entries, replace(view, budget=budget)) if self.ledger.over() else None)
+            with self.setup.on_settle(entries.keys.device):  # the last layer's may be another one
+                self._settle(entries, self._plan(entries, replace(view, budget=budget)) if self.ledger.over() else None)
 
         waiting.arrive(told, self.setup.num_layers, cut, self._layer_entries)
 
