@@ -23,6 +23,7 @@ from kvbench.policies.allocation.lazy_layers import LazyLayers
 from kvbench.policies.allocation.prefix import Prefix
 from kvbench.policies.allocation.threshold import GlobalThreshold
 from kvbench.policies.h2o import H2O
+from kvbench.policies.merge.nearest_cosine import NearestCosine
 from kvbench.policies.snapkv import SnapKV
 from kvbench.policies.streaming_llm import StreamingLLM
 from tests.covering import share_of
@@ -209,3 +210,43 @@ def test_a_statistic_that_only_a_part_needs_is_computed_for_it(monkeypatch: pyte
 def test_settings_that_are_out_of_range_are_refused(kind: Any, setting: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=r"policy\.allocation\."):
         kind(**setting)
+
+
+@settings(max_examples=share_of(60), deadline=None, derandomize=True)
+@given(
+    path=st.sampled_from(PARTS),
+    budget=st.one_of(
+        st.builds(Budget, tokens=st.integers(5, 30)),
+        st.builds(Budget, fraction=st.sampled_from([0.2, 0.5, 0.8]), of=st.sampled_from(["seen", "prompt"])),
+    ),
+    prompt=st.integers(8, 40),
+    turns=st.lists(st.sampled_from([1, 1, 1, 1, 6]), max_size=8),
+    every=st.sampled_from([1, 3]),
+    merging=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_parts_together_never_hold_more_than_the_uniform_total(
+    path: Path, budget: Budget, prompt: int, turns: list[int], every: int, merging: bool, seed: int
+) -> None:
+    allocation, model = allocation_of(path), tiny_model("llama_gqa")
+    every = 1 if isinstance(allocation, LazyLayers) else every  # which reads the newest row
+    policy = H2O(
+        num_sinks=1,
+        num_recent=2,
+        recent_fraction=0.0,
+        allocation=allocation,
+        merge=NearestCosine() if merging else None,
+        every_tokens=every,
+    )
+    cache, seen = PolicyCache(model, policy, budget), 0
+    for number, length in enumerate([prompt, *turns]):
+        trace = drive(model, cache, random_tokens(seed + number, 1, length), length)
+        seen += length
+        allowed = budget.entries(seen_tokens=seen, prompt_tokens=prompt)
+        heads = [head for layer in trace.held[-1] for head in layer[0]]
+        spare = every - 1 if length == 1 else 0
+        if allocation is None or allocation.total != "data_dependent":
+            assert sum(len(head) for head in heads) <= len(heads) * (allowed + spare)
+        for head in heads:
+            assert len(set(head)) == len(head)
+            assert {*range(min(1, allowed - 1)), *range(max(0, seen - min(2, allowed - 1)), seen)} <= set(head)
