@@ -177,7 +177,7 @@ class PolicyLayer(CacheLayerMixin):
 
     def _cut(self, entries: Entries, statistics: Statistics) -> None:
         policy = self.setup.policy
-        with self.setup.on_settle():
+        with self.setup.on_settle(entries.keys.device):
             if not policy.bounded or When.PREFILL not in policy.when:
                 self._settle(entries, None)
             elif not self._is_divided():
@@ -221,7 +221,8 @@ class PolicyLayer(CacheLayerMixin):
         def cut(given: list[int]) -> None:
             self.ledger.divide(given)
             budget = torch.tensor(self.ledger.allowed(), dtype=torch.int64, device=view.budget.device)
-            self._settle(entries, self._plan(entries, replace(view, budget=budget)) if self.ledger.over() else None)
+            with self.setup.on_settle(entries.keys.device):  # the last layer's may be another one
+                self._settle(entries, self._plan(entries, replace(view, budget=budget)) if self.ledger.over() else None)
 
         waiting.arrive(told, self.setup.num_layers, cut, self._layer_entries)
 

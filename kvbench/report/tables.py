@@ -25,7 +25,15 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from kvbench.measures import MEASURES, MISSING, TASK_MEASURES, format_interval, format_value, measure
+from kvbench.measures import (
+    MEASURES,
+    MISSING,
+    TASK_MEASURES,
+    format_interval,
+    format_value,
+    is_of_a_device,
+    measure,
+)
 from kvbench.report.answer import sentences_before
 from kvbench.report.compare import (
     DECLARED,
@@ -411,14 +419,19 @@ def escaped(text: str) -> str:
 
 
 def cells_frame(results: Results) -> pd.DataFrame:
-    """Return one row per cell: labels, status, then value, _low, _high and _n of every measurement."""
+    """Return one row per cell: labels, status, then value, _low, _high and _n of every measurement.
+
+    Those of single devices only where a model lay on several.
+    """
     rows: list[dict[str, object]] = []
     for cell in results.records:
         rows.append({name: getattr(cell, name) for name in (*_LABELS, *_RUN)})
         # A failed cell may have got some numbers before it failed; the status column says how to take them.
         for name, found in cell.measurements.items():
             rows[-1] |= dict(zip(_columns(name), (found.value, found.low, found.high, found.n), strict=True))
-    measured = [column for name in MEASURES for column in _columns(name)]
+    of_devices = {name for cell in results.records for name in cell.measurements}  # most models lie on one
+    names = [name for name in MEASURES if not is_of_a_device(name) or name in of_devices]
+    measured = [column for name in names for column in _columns(name)]
     return _typed(pd.DataFrame(rows, columns=[*_LABELS, *_RUN, *measured]), numbers={*_NUMBERS, *measured})
 
 

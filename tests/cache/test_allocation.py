@@ -242,9 +242,9 @@ def test_until_the_last_layer_came_every_prompt_lies_whole_and_that_is_measured(
 
     model, tokens, peaks = tiny_model("llama_gqa"), random_tokens(3, 1, 400), {}
     for name, allocation in LAYERED.items():
-        counted = PhasePeaks(device=torch.device("cpu"), base_bytes=0)
+        counted = PhasePeaks(devices=[torch.device("cpu")], base_bytes=0)
         cache = PolicyCache(
-            model, H2O(allocation=allocation), Budget(tokens=20), on_settle=lambda c=counted: c.phase("settle")
+            model, H2O(allocation=allocation), Budget(tokens=20), on_settle=lambda device, c=counted: c.phase("settle")
         )
         with counted.phase("prefill"), torch.no_grad():
             model(tokens, **cache_argument(model, cache), logits_to_keep=1)
