@@ -87,6 +87,7 @@ ALIKE = {
     "files": "rows out of a user's files; how every file of ours is written",
     "frontier": A_COMMAND,
     "h2o": AS_RELEASED,
+    "measures": f"{A_COMMAND}; beside the packages, what every one of them may name",
     "merge": "the parts; in the cache, what a part is",
     "page": "the page; the autopsy's section of it",
     "released": "the policies; what they do to the cache",

@@ -211,7 +211,7 @@ def ranking(policy: ScorePolicy, view: View) -> Tensor:
     Raises: NonFiniteChoiceError if the score of an entry that is not protected is NaN.
     """
     score = policy._protected_score(view)
-    if bool(torch.isnan(score[view.valid]).any()):
+    if bool((score.isnan() & view.valid).any()):
         raise NonFiniteChoiceError(
             f"{type(policy).__name__}.score returned NaN in layer {view.layer}; scores must be numbers"
         )

@@ -32,7 +32,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from kvbench import installed_version
 from kvbench.autopsy.settings import AutopsySettings
-from kvbench.cache import CACHE_SEMANTICS, Budget, Policy, When
+from kvbench.cache import CACHE_SEMANTICS, Budget, Policy, ScorePolicy, When
 from kvbench.cache.policy import check_parts, is_unset_part
 from kvbench.cache.positions import POSITION_MODES, PositionMode
 from kvbench.cache.released import departures_of
@@ -52,7 +52,7 @@ from kvbench.config.checks import (
 )
 from kvbench.config.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError, close_matches
-from kvbench.measures import MEASURES
+from kvbench.measures import MEASURES, measure_named
 from kvbench.models.spec import ModelSpec, takes_images
 from kvbench.sinks.base import SinkGroup
 from kvbench.sweep.cell import (
@@ -380,9 +380,8 @@ def build_objective(
     if not names or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"objective is {asked!r:.80}; it must be the name of a measure, or a list of names")
     known = [name for found in given.values() for name in found or ()]
+    names = [measure_named("objective", name) for name in names]
     for name in names:
-        if name not in MEASURES:
-            raise ConfigError(f"objective is {name!r:.80}; {close_matches(name, MEASURES)}")
         if MEASURES[name].better == "none":
             raise ConfigError(f"objective is {name!r}, of which neither less nor more is better; choose another one")
         if name not in known and None not in given.values():
@@ -563,6 +562,9 @@ def _labels(composed: Composed, model: ModelSpec, dataset: Any, setting: CacheSe
     limits = {"budget_fraction": budget.fraction, "budget_tokens": budget.tokens}
     rounds = "up" if departures_of(policy).counts_as_released and budget.fraction is not None else "down"
     rule = {"evicts_at": _EVICTS_AT[policy.when], "budget_rounds": rounds}
+    allocation = policy.allocation if isinstance(policy, ScorePolicy) else None
+    if allocation is not None and allocation.total != "exact":
+        rule["budget_total"] = allocation.total
     bounded = {"budget": budget.describe(), **limits, **rule}
     unbounded = {"budget": "-", **dict.fromkeys(limits)}
     return {**names, **(bounded if policy.bounded else unbounded), "positions": setting.positions}
