@@ -328,6 +328,13 @@ class PolicyLayer(CacheLayerMixin):
         assert self.counts is not None
         return self.slots.state() + (self.counts.state() if self._leads else [])
 
+    def move_into(self, slots: Slots, counts: StepCounts) -> None:
+        """Go on in buffers of the same shapes, into which all that this layer holds was copied."""
+        assert self.counts is not None
+        counts.follow(self.counts)
+        slots.ended = None
+        self.slots, self.counts = slots, counts
+
     @property
     def keys(self) -> Tensor | None:
         """The buffer (B, H, C, D), None before the first token."""

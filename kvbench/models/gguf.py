@@ -168,7 +168,8 @@ def parsed_once(path: Path) -> Iterator[None]:
     It parses the file anew for the config, the weights and the tokenizer, and makes the table anew for every module of
     the model: for SmolLM2 two thirds of what loading takes. The reader is let go at the end.
     """
-    library, state = importlib.import_module("gguf"), path.stat()
+    library: Any = importlib.import_module("gguf")
+    state = path.stat()
     reader, table = library.GGUFReader, library.get_tensor_name_map
     parsed = _parsed(path, state.st_size, state.st_mtime_ns)
     try:
