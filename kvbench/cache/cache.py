@@ -7,9 +7,9 @@ Call `attach(model)` once, then `cache = PolicyCache(model, policy, Budget(fract
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from kvbench.cache.allocation import Waiting
 from kvbench.cache.attention import is_attached
-from kvbench.cache.counts import CountsShelf, LayerSetup, Ledger, OnPlan, StepCounts
-from kvbench.cache.layer import PolicyLayer, evicts_at_decode
-from kvbench.cache.policy import UNLIMITED, Budget, Policy
+from kvbench.cache.counts import CountsShelf, LayerSetup, Ledger, OnPlan, OnSettle, StepCounts
+from kvbench.cache.layer import AnySlots, PolicyLayer
+from kvbench.cache.policy import UNLIMITED, Budget, Policy, ScorePolicy, check_parts, steps_between_cuts
 from kvbench.cache.positions import POSITION_MODES, Places, PositionMode, rotation_of
 from kvbench.cache.released import Pool, departures_of
-from kvbench.cache.slots import Slots, check_faults
+from kvbench.cache.slots import check_faults
 from kvbench.errors import ConfigError, ModelSupportError, close_matches
 
 
@@ -58,7 +59,7 @@ class CacheState:
 class StepBuffers:
     """All that decode steps of one cache read and write, layer by layer, and where it lay at first."""
 
-    slots: list[Slots]
+    slots: list[AnySlots]
     counts: list[StepCounts]
 
     @cached_property
@@ -69,8 +70,7 @@ class StepBuffers:
         """Return every tensor, as it is now."""
         found: list[Tensor] = []
         for slots, counts in zip(self.slots, self.counts, strict=True):
-            memory = [] if slots.memory is None else [slots.memory]
-            found += [slots.entries.keys, slots.entries.values, *slots.state(), *memory, *counts.tensors()]
+            found += [part for part in _parts(slots) if isinstance(part, Tensor)] + counts.tensors()
         return found
 
     def note_places(self) -> StepBuffers:
@@ -97,9 +97,15 @@ class StepBuffers:
         return True
 
     def _shape(self) -> tuple[object, ...]:
-        kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in self.tensors()]
-        parts = [(slots.entries.mass is None, slots.rank is None, slots.memory is None) for slots in self.slots]
-        return kinds, parts, [[one is other for other in self.counts] for one in self.counts]
+        places = [(tensor.shape, tensor.dtype, tensor.device) for tensor in self.tensors()]
+        numbers = [[part for part in _parts(slots) if not isinstance(part, Tensor)] for slots in self.slots]
+        has = [[isinstance(part, Tensor) for part in _parts(slots)] for slots in self.slots]
+        return places, numbers, has, [[one is other for other in self.counts] for one in self.counts]
+
+
+def _parts(slots: AnySlots) -> list[object]:
+    columns = slots.columns()
+    return [*(getattr(columns, field.name) for field in fields(columns)), slots.memory]
 
 
 class PolicyCache(Cache):
@@ -109,8 +115,9 @@ class PolicyCache(Cache):
     are allocated once; more than that still works, by copying. prompt_tokens: length of the prompt, pads included;
     needed where it comes in pieces (generate's prefill_chunk_size), because a last piece of one token is taken for
     a generated token otherwise. prompt_kind (B, T): kind of each prompt token. row_seeds: one number per sequence,
-    for policies that draw. on_settle: entered in every layer around what the policy adds to a prompt. on_plan: told
-    every plan before it is carried out. Raises: ModelSupportError if `attach(model)` was not called.
+    for policies that draw. on_settle: entered in every layer, with its device, around what the policy adds to a
+    prompt. on_plan: told every plan before it is carried out. Raises: ModelSupportError if `attach(model)` was not
+    called.
     """
 
     def __init__(
@@ -124,16 +131,19 @@ class PolicyCache(Cache):
         prompt_tokens: int = 0,
         prompt_kind: Tensor | None = None,
         row_seeds: Sequence[int] | None = None,
-        on_settle: Callable[[], AbstractContextManager[None]] = nullcontext,
+        on_settle: OnSettle = nullcontext,
         on_plan: OnPlan | None = None,
     ) -> None:
         if not is_attached(model.config):
             raise ModelSupportError("the model does not use kvbench's attention; call kvbench.attach(model) first")
         if positions not in POSITION_MODES:
             raise ConfigError(f"positions is {positions!r}; {close_matches(positions, POSITION_MODES)}")
+        check_parts(policy)
         rotation = rotation_of(model.get_decoder(), positions) if positions != "original" else None
         places = Places(rotation=rotation) if rotation is not None and positions == "released" else None
         pool = Pool() if departures_of(policy).pools_layers else None
+        allocation = policy.allocation if isinstance(policy, ScorePolicy) else None
+        waiting = Waiting() if allocation is not None and allocation.waits else None
         num_layers = model.config.get_text_config().num_hidden_layers
         setups = (
             LayerSetup(
@@ -144,6 +154,7 @@ class PolicyCache(Cache):
                 rotation=rotation if places is None else None,
                 places=places,
                 pool=pool,
+                waiting=waiting,
                 reserve_tokens=reserve_tokens,
                 prompt_tokens=prompt_tokens,
                 prompt_kind=prompt_kind,
@@ -172,7 +183,7 @@ class PolicyCache(Cache):
     def takes_answers_whole(self) -> bool:
         """Whether generated tokens may come in one chunk: nothing is freed between two of them."""
         setup = self.policy_layers[0].setup
-        return not evicts_at_decode(setup.policy) and setup.pool is None
+        return steps_between_cuts(setup.policy) is None and setup.pool is None
 
     def expect_answer(self, num_tokens: int) -> None:
         """Take the next `num_tokens` tokens as generated ones in one chunk, after which the cache is as after steps.
@@ -218,10 +229,20 @@ class PolicyCache(Cache):
         for layer in self.policy_layers:
             layer.ledger.replay()
 
-    def decide(self) -> None:
-        """Let the policy name its victim in every layer and apply nothing: what deciding costs, alone."""
+    def cut_blocks(self, *, by_itself: bool | None = None) -> None:
+        """Plan every row whose block of generated tokens is full, in all layers.
+
+        by_itself: whether steps do so from now on, as they do at first; a captured step cannot.
+        """
         for layer in self.policy_layers:
-            layer.decide()
+            layer.cuts_blocks = layer.cuts_blocks if by_itself is None else by_itself
+            layer.cut_block()
+
+    def decide(self, device: torch.device | None = None) -> None:
+        """Let the policy name its victim in every layer, of `device` where given, and apply nothing: its cost alone."""
+        for layer in self.policy_layers:
+            if device is None or (layer.slots is not None and layer.slots.length.device == device):
+                layer.decide()
 
     def end_rows(self, ended: Sequence[bool]) -> None:
         """Note the rows whose answers have ended: what is chosen in them from now on is no fault. Waits for nothing."""
@@ -240,20 +261,29 @@ class PolicyCache(Cache):
             for faults, setup in held:
                 check_faults(faults, setup.policy, setup.layer)
 
-    def occupancy(self) -> Occupancy:
-        """Return what is held now; waits for the device. Raises: ValueError before the first token."""
-        slots = [layer.slots for layer in self.policy_layers if layer.slots is not None]
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where the layers lie, in their order, each device once; empty before the first token."""
+        held = (layer.slots for layer in self.policy_layers if layer.slots is not None)
+        return list(dict.fromkeys(slots.length.device for slots in held))
+
+    def occupancy(self, device: torch.device | None = None) -> Occupancy:
+        """Return what is held now, by the layers on `device` where given; waits for the device.
+
+        Raises: ValueError before the first token, and for a device without layers.
+        """
+        found = [layer.slots for layer in self.policy_layers if layer.slots is not None]
+        slots = [held for held in found if device is None or held.length.device == device]
         if not slots:
             raise ValueError("the cache is empty; run a prompt first")
         lengths = [s.length.float() for s in slots]
         seen = self.policy_layers[0].ledger.seen
-        entry_bytes = [s.entries.keys.shape[-1] * s.entries.keys.element_size() * 2 for s in slots]
         return Occupancy(
             seen_tokens=sum(seen) / len(seen),
             entries_mean=sum(float(length.mean()) for length in lengths) / len(lengths),
             entries_peak=max(int(length.max()) for length in lengths),
             stored_bytes=sum(s.stored_bytes() for s in slots),
-            valid_bytes=sum(int(s.length.sum()) * size for s, size in zip(slots, entry_bytes, strict=True)),
+            valid_bytes=sum(int(s.length.sum()) * s.entry_bytes for s in slots),
             statistics_bytes=sum(s.statistics_bytes() for s in slots),
             bookkeeping_bytes=sum(s.bookkeeping_bytes() for s in slots),
         )

@@ -14,17 +14,22 @@ _NO_POSITION = torch.iinfo(torch.int64).max
 
 
 def keep_top(score: Tensor, position: Tensor, budget: Tensor) -> Tensor:
-    """Return (B, H, T) bool, True for the `budget[b]` entries of highest score in each (b, h).
+    """Return (B, H, T) bool, True for the entries of highest score in each (b, h), `budget[b]` or `budget[b, h]`.
 
-    score (B, H, T); position (B, H, T), -1 = empty slot, never kept; budget (B,). Of a (b, h) where the score
-    of a held entry is NaN nothing is kept, which no plan may do.
+    score (B, H, T); position (B, H, T), -1 = empty slot, never kept; budget (B,) or (B, H). Of a (b, h) where the
+    score of a held entry is NaN nothing is kept, which no plan may do.
     """
+    budget = budget[:, None] if budget.ndim == 1 else budget
+    if use_triton(score):
+        from kvbench.kernels import ordering
+
+        return ordering.keep_top(score, position, budget)
     unknown = (score.isnan() & (position >= 0)).any(dim=-1, keepdim=True)
     score = score.masked_fill(position < 0, -torch.inf)
     newest_first = position.argsort(dim=-1, descending=True)
     best_first = score.gather(-1, newest_first).argsort(dim=-1, descending=True, stable=True)
     order = newest_first.gather(-1, best_first)
-    return (_inverse(order) < budget[:, None, None]) & (position >= 0) & ~unknown
+    return (_inverse(order) < budget[..., None]) & (position >= 0) & ~unknown
 
 
 def lowest(score: Tensor, position: Tensor) -> Tensor:
@@ -71,6 +76,10 @@ def protected_range(
 
 def age_rank(position: Tensor) -> Tensor:
     """Return (B, H, T) int64: how many held entries are older; empty slots come last."""
+    if use_triton(position, any_dtype=True):
+        from kvbench.kernels import ordering
+
+        return ordering.age_rank(position)
     return _inverse(oldest_first(position))
 
 
@@ -82,6 +91,10 @@ def _inverse(order: Tensor) -> Tensor:
 
 def oldest_first(position: Tensor) -> Tensor:
     """Return (B, H, T) int64: the entries from the oldest to the newest; empty slots come last."""
+    if use_triton(position, any_dtype=True):
+        from kvbench.kernels import ordering
+
+        return ordering.oldest_first(position)
     return torch.where(position >= 0, position, _NO_POSITION).argsort(dim=-1, stable=True)
 
 
@@ -116,8 +129,8 @@ def nearest_anchor(anchor: Tensor, member: Tensor, position: Tensor) -> Tensor:
     Elastic Cache's Eq. 2 (arXiv 2407.18121). anchor, member (B, H, T) bool; position (B, H, T).
     """
     length = anchor.shape[-1]
-    rank = age_rank(position)
-    slot = rank.argsort(dim=-1)
+    slot = oldest_first(position)
+    rank = _inverse(slot)
     own = torch.arange(length, device=anchor.device).expand_as(anchor)
     is_anchor = anchor.gather(-1, slot)
     before = torch.where(is_anchor, own, -1).cummax(dim=-1).values

@@ -32,7 +32,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from kvbench import installed_version
 from kvbench.autopsy.settings import AutopsySettings
-from kvbench.cache import CACHE_SEMANTICS, Budget, Policy, When
+from kvbench.cache import CACHE_SEMANTICS, Budget, Policy, ScorePolicy, When
+from kvbench.cache.policy import check_parts, is_unset_part
 from kvbench.cache.positions import POSITION_MODES, PositionMode
 from kvbench.cache.released import departures_of
 from kvbench.config.checks import (
@@ -51,8 +52,8 @@ from kvbench.config.checks import (
 )
 from kvbench.config.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError, close_matches
-from kvbench.measures import MEASURES
-from kvbench.models.spec import ModelSpec
+from kvbench.measures import MEASURES, measure_named
+from kvbench.models.spec import ModelSpec, takes_images
 from kvbench.sinks.base import SinkGroup
 from kvbench.sweep.cell import (
     BEYOND_CONTEXT,
@@ -60,14 +61,16 @@ from kvbench.sweep.cell import (
     Cell,
     check_fit,
     check_windows,
-    resolve_device,
+    resolve_devices,
     resolve_engine,
+    resolve_spread_engine,
 )
 from kvbench.tasks.decode import CacheSetting
 
 _OWN = "kvbench"
 _POLICIES = "kvbench.policies"  # of kvbench's own modules only these are hashed
 _DIGITS = 16
+_MISSING = "???"
 _known: WeakKeyDictionary[type[object], str] = WeakKeyDictionary()  # a sweep asks once per cell
 
 
@@ -228,6 +231,7 @@ def _holds_installed(folder: Path) -> bool:
 
 
 _ANY_CHECKPOINT = "local"  # the configuration that says nothing of its model
+_PARTS = ("allocation", "merge")  # groups of configurations within the policy's
 _FULL = {"_target_": "kvbench.policies.full.Full"}
 _PATH_SETTINGS = ("path", "images", "answers", "ids", "templates", "filler")  # where a file lies changes nothing
 _OF_THE_CLASS = {"class", "source", "protocol", "fingerprint"}
@@ -287,7 +291,10 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
     config, shared = composed.config, shared or Shared()
     policy: Policy = build(config.policy, "policy", is_a=Policy)
     budget: Budget = build(config.budget, "budget", is_a=Budget)
-    model = shared.build(config.model, "model", is_a=ModelSpec)
+    asked: ModelSpec = shared.build(config.model, "model", is_a=ModelSpec)
+    model, device = shared.once(
+        ("devices", id(asked), config.device), lambda: resolve_devices(asked, str(config.device))
+    )
     dataset = shared.build(config.dataset, "dataset", has=("facts_in",))
     tasks = {str(name): build(node, f"task.{name}", has=("run", "protocol")) for name, node in config.task.items()}
     if not tasks:
@@ -295,12 +302,19 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
     query_visible = truth(config.query_visible, "query_visible")
     beyond_context = _beyond_context(config)
     batch_size, seed = _batch_size(config), _whole(config, "seed", at_least=None)
-    device = resolve_device(str(config.device))
-    engine = resolve_engine(str(config.engine), device)
+    engine_asked = str(config.engine)
+    spread = model.devices is not None
+    engine = resolve_spread_engine(engine_asked) if spread else resolve_engine(engine_asked, device)
     setting = CacheSetting(policy=policy, budget=budget, positions=_positions(config, policy), engine=engine)
+    check_parts(policy)
     check_budget_fits(policy, budget)
 
     def check_combination() -> bool:
+        if config.get("laws") is not None and takes_images(model):
+            raise ConfigError(
+                f"laws are of text models, but model.checkpoint {model.checkpoint} reads pictures; choose a model that "
+                "reads text only, such as model=smollm2-135m"
+            )
         check_text(model, dataset, tasks)
         check_model(model, dataset, setting.positions, setting.engine)
         check_fit(dataset, model, tasks, query_visible=query_visible)
@@ -366,9 +380,8 @@ def build_objective(
     if not names or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"objective is {asked!r:.80}; it must be the name of a measure, or a list of names")
     known = [name for found in given.values() for name in found or ()]
+    names = [measure_named("objective", name) for name in names]
     for name in names:
-        if name not in MEASURES:
-            raise ConfigError(f"objective is {name!r:.80}; {close_matches(name, MEASURES)}")
         if MEASURES[name].better == "none":
             raise ConfigError(f"objective is {name!r}, of which neither less nor more is better; choose another one")
         if name not in known and None not in given.values():
@@ -406,7 +419,7 @@ def check_shared(grid: Sequence[Composed]) -> None:
         for name in (*_SHARED, "policy", "budget", "model", "dataset", "task"):
             if name not in settings:
                 raise ConfigError(f"{name} was taken out of the settings, but nothing runs without it; leave it in")
-        for name in sorted(OmegaConf.missing_keys(composed.config)):
+        for name in sorted(OmegaConf.missing_keys(composed.config)) if _MISSING in repr(settings) else ():
             raise ConfigError(f"{name} is not given and has no default; add {name}=...")
     for name in _SHARED:
         values = {str(settings[name]) for settings in resolved}
@@ -467,7 +480,15 @@ def _checked(plugin: type[Any], arguments: dict[str, Any], name: str) -> dict[st
         if not fits(value, hints[key]):
             finite = " and finite" if isinstance(value, float) and not math.isfinite(value) else ""
             raise ConfigError(f"{name}.{key} is {value!r:.80}; it must be {type_name(hints[key])}{finite}")
-    return {key: typed(value, hints[key]) for key, value in arguments.items()}
+    return {key: _built_part(typed(value, hints[key]), hints[key], f"{name}.{key}") for key, value in arguments.items()}
+
+
+def _built_part(value: Any, hint: Any, name: str) -> Any:
+    """Return a setting that is itself a class with settings, made as `build` makes one; any other as it is."""
+    if not (isinstance(value, dict) and "_target_" in value):
+        return value
+    kinds = [kind for kind in (*typing.get_args(hint), hint) if dataclasses.is_dataclass(kind)]
+    return build(OmegaConf.create(value), name, is_a=typing.cast(Any, kinds[0])) if kinds else value
 
 
 def _batch_size(config: DictConfig) -> int | None:
@@ -504,11 +525,18 @@ def _positions(config: DictConfig, policy: Policy) -> PositionMode:
 def plugin_key(plugin: Any, node: DictConfig, without: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return a plug-in as it stands in a key: its class by name, what that means, and its settings by value.
 
-    What it means is a `protocol` where the class has one, and the source of a class that is not kvbench's.
+    What it means is a `protocol` where the class has one, and the source of a class that is not kvbench's. A part of it
+    stands there the same way, with its source; one that is not set is left out.
     """
     given = typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
     settings = typed_settings(plugin, {name: value for name, value in given.items() if name != "_target_"})
     key: dict[str, Any] = {name: value for name, value in settings.items() if name not in without}
+    for part in dataclasses.fields(plugin) if dataclasses.is_dataclass(plugin) else ():
+        value = getattr(plugin, part.name, None)
+        if is_unset_part(part, value):
+            key.pop(part.name, None)
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type) and part.name in key:
+            key[part.name] |= {"class": class_name(type(value)), "source": source_of(type(value))}
     if taken := sorted(_OF_THE_CLASS & key.keys()):
         raise ConfigError(
             f"{type(plugin).__name__} has a setting {taken[0]!r}, which a key says of the class; rename it"
@@ -527,10 +555,16 @@ def _labels(composed: Composed, model: ModelSpec, dataset: Any, setting: CacheSe
     names = {group: str(composed.choices[group]) for group in ("model", "dataset", "policy")}
     names["model"] = model.checkpoint_name if names["model"] == _ANY_CHECKPOINT else names["model"]
     names["model"] += " (random weights)" if model.is_random else ""
+    names["model"] += f" over {len(model.devices)} GPUs" if model.devices is not None else ""
+    parts = [composed.choices.get(f"policy/{part}") for part in _PARTS]
+    names["policy"] = "+".join([names["policy"], *(part for part in parts if part is not None)])
     names["dataset"] = getattr(dataset, "label", names["dataset"])
     limits = {"budget_fraction": budget.fraction, "budget_tokens": budget.tokens}
     rounds = "up" if departures_of(policy).counts_as_released and budget.fraction is not None else "down"
     rule = {"evicts_at": _EVICTS_AT[policy.when], "budget_rounds": rounds}
+    allocation = policy.allocation if isinstance(policy, ScorePolicy) else None
+    if allocation is not None and allocation.total != "exact":
+        rule["budget_total"] = allocation.total
     bounded = {"budget": budget.describe(), **limits, **rule}
     unbounded = {"budget": "-", **dict.fromkeys(limits)}
     return {**names, **(bounded if policy.bounded else unbounded), "positions": setting.positions}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,14 +20,16 @@ from kvbench import installed_version
 from kvbench.errors import ConfigError, KvbenchError
 from kvbench.report.compare import DECLARED, Choices
 from kvbench.report.figures.draw import draw_plots
+from kvbench.report.laws import law_rows, laws_csv, laws_markdown
 from kvbench.report.load import Results, load_folders
 from kvbench.report.page import render_page
-from kvbench.report.tables import csv_and_parquet, markdown_tables
+from kvbench.report.tables import TABLES, csv_and_parquet, markdown_tables
 from kvbench.results.files import locked, replace_file
 from kvbench.results.record import AUTOPSY_FILE
 
-_MADE = ("report/index.html", "report/table.md", "table.csv", "table.parquet", "samples.csv", "samples.parquet")
+_MADE = ("report/index.html", "report/table.md", *(f"{name}.{kind}" for name in TABLES for kind in ("csv", "parquet")))
 _STAMP, _LOCK, _PLOTS = ".built-from", ".lock", "plots"
+_OF_LAWS = ("laws.md", "laws.csv")  # only where the records tell of laws
 MOST_CELLS_DRAWN = 300
 
 
@@ -68,8 +71,9 @@ def refresh_report(results_folder: Path) -> None:
 def write_report(results: Results, folder: Path, tables_folder: Path, choices: Choices = DECLARED) -> ReportPaths:
     """Write index.html, plots/*.svg and table.md into `folder`, table and samples as CSV and Parquet.
 
-    The same records give the same bytes. Figures of an earlier report are removed, and of two writers at once
-    the later one leaves its whole report. Raises: ConfigError if a folder cannot be written to.
+    Where the records tell of laws, laws.md and laws.csv too. The same records give the same bytes. Figures of an
+    earlier report are removed, and of two writers at once the later one leaves its whole report.
+    Raises: ConfigError if a folder cannot be written to.
     """
     files = _rendered(results, folder, tables_folder, choices)
     with _in_one_line(folder), locked(folder / _LOCK):
@@ -99,13 +103,21 @@ def inputs_digest(results_folder: Path) -> str:
 
 def _rendered(results: Results, folder: Path, tables_folder: Path, choices: Choices) -> dict[Path, bytes]:
     """Return the content of every file, by its path."""
-    plots = draw_plots(_drawn(results))
+    plots, laws = draw_plots(_drawn(results)), law_rows(results)
+    of_laws = dict(zip(_OF_LAWS, (laws_markdown(laws), laws_csv(laws)), strict=True)) if laws else {}
     return {
         **{folder / _PLOTS / f"{plot.name}.svg": plot.svg.encode() for plot in plots},
         folder / "table.md": markdown_tables(results, choices).encode(),
-        folder / "index.html": render_page(results, plots, choices).encode(),
+        folder / "index.html": render_page(results, plots, choices, tables=_way(folder, tables_folder)).encode(),
         **{tables_folder / name: data for name, data in csv_and_parquet(results).items()},
+        **{folder / name: text.encode() for name, text in of_laws.items()},
     }
+
+
+def _way(folder: Path, other: Path) -> str:
+    """Return the way from one folder to another, as a link has it."""
+    steps = Path(os.path.relpath(other, folder)).as_posix()
+    return "" if steps == "." else f"{steps}/"
 
 
 def _publish(files: dict[Path, bytes], folder: Path) -> ReportPaths:
@@ -113,7 +125,7 @@ def _publish(files: dict[Path, bytes], folder: Path) -> ReportPaths:
     (folder / _STAMP).unlink(missing_ok=True)
     for path, data in files.items():
         replace_file(path, data)
-    for old in (folder / _PLOTS).glob("*.svg"):
+    for old in (*(folder / _PLOTS).glob("*.svg"), *(folder / name for name in _OF_LAWS)):
         if old not in files:
             old.unlink(missing_ok=True)
     page, markdown = folder / "index.html", folder / "table.md"

@@ -23,7 +23,7 @@ import os
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -43,7 +43,7 @@ from kvbench.models.spec import MOVING_ROTATIONS
 if TYPE_CHECKING:
     from kvbench.cache import PolicyCache
     from kvbench.cache.cache import CacheState
-    from kvbench.cache.counts import OnPlan
+    from kvbench.cache.counts import OnPlan, OnSettle
 
 
 Engine = Literal["eager", "graph"]
@@ -51,7 +51,6 @@ ENGINES: tuple[str, ...] = get_args(Engine)
 _WAITS = "synchronizing CUDA operation"  # in the text of the error that torch's debug mode raises
 _KEPT_FRACTION = 0.25  # of the free memory, for captured steps that wait for their next batch
 _MOST_LOGITS_BYTES = 2**28  # of one chunk of an answer, float32
-OnSettle = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -280,6 +279,7 @@ class GraphDecoding(Decoding):
         check_rotary(loaded.model)
         self._steps = steps
         super().__init__(loaded, *arguments, **options)
+        self.cache.cut_blocks(by_itself=False)  # which waits for the device, so it is done between captured steps
 
     def extend(self, tokens: Tensor) -> Tensor:
         """Feed a chunk as `Decoding` does; the next step is captured anew, over the buffers that the cut laid out."""
@@ -329,11 +329,14 @@ class GraphDecoding(Decoding):
         self.prepare()
         if self._graph is None or self._replays_left == 0:
             self._graph = None
-            return super().step(tokens)
+            super().step(tokens)
+            self.cache.cut_blocks()
+            return self.logits
         self._replays_left -= 1
         self._tokens.copy_(tokens[:, None])
         self._graph.replay()
         self.cache.count_replayed_step()
+        self.cache.cut_blocks()
         self.logits = self._graph.logits
         self._beat()
         return self.logits
