@@ -20,13 +20,14 @@ from kvbench.errors import ConfigError, NonFiniteChoiceError, PolicyError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Room:
-    """What is divided in one row: `budget` entries for every KV head of each of `num_layers` layers.
+    """What is divided in one row: `budget` entries for each of `num_heads` KV heads of each of `num_layers` layers.
 
     tokens: how many the row has seen, and the most that a head can hold. protected: what each head keeps in any case
     (sinks and recent tokens), a part of its budget.
     """
 
     num_layers: int
+    num_heads: int
     budget: int
     tokens: int
     protected: int
@@ -96,6 +97,19 @@ def split(weight: Tensor, total: Tensor, most: Tensor) -> Tensor:
     place = rest.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     missing = (total - whole.sum(dim=-1))[..., None]
     return whole + ((place < missing) & (rest >= 0)).long()
+
+
+def best_of_layer(view: View, candidates: Tensor, count: Tensor) -> Tensor:
+    """Return (B, H) int64: how many of the `count` (B,) best candidates of all heads of a layer lie in each.
+
+    candidates (B, H, T), -inf where there is none; of equal scores the newer one is better, then the earlier head.
+    """
+    rows, heads, _ = candidates.shape
+    newest_first = view.position.flatten(1).argsort(dim=-1, descending=True, stable=True)
+    best_first = candidates.flatten(1).gather(-1, newest_first).argsort(dim=-1, descending=True, stable=True)
+    order = newest_first.gather(-1, best_first)
+    is_best = torch.arange(order.shape[-1], device=order.device) < count[:, None]
+    return torch.zeros_like(order).scatter_(-1, order, is_best.long()).reshape(rows, heads, -1).sum(dim=-1)
 
 
 def layer_entries(

@@ -7,8 +7,8 @@ Call `attach(model)` once, then `cache = PolicyCache(model, policy, Budget(fract
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import Cache
 
 from kvbench.cache.allocation import Waiting
 from kvbench.cache.attention import is_attached
-from kvbench.cache.counts import CountsShelf, LayerSetup, Ledger, OnPlan
+from kvbench.cache.counts import CountsShelf, LayerSetup, Ledger, OnPlan, OnSettle
 from kvbench.cache.layer import PolicyLayer
 from kvbench.cache.policy import UNLIMITED, Budget, Policy, ScorePolicy, check_parts, steps_between_cuts
 from kvbench.cache.positions import POSITION_MODES, Places, PositionMode, rotation_of
@@ -61,8 +61,9 @@ class PolicyCache(Cache):
     are allocated once; more than that still works, by copying. prompt_tokens: length of the prompt, pads included;
     needed where it comes in pieces (generate's prefill_chunk_size), because a last piece of one token is taken for
     a generated token otherwise. prompt_kind (B, T): kind of each prompt token. row_seeds: one number per sequence,
-    for policies that draw. on_settle: entered in every layer around what the policy adds to a prompt. on_plan: told
-    every plan before it is carried out. Raises: ModelSupportError if `attach(model)` was not called.
+    for policies that draw. on_settle: entered in every layer, with its device, around what the policy adds to a
+    prompt. on_plan: told every plan before it is carried out. Raises: ModelSupportError if `attach(model)` was not
+    called.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class PolicyCache(Cache):
         prompt_tokens: int = 0,
         prompt_kind: Tensor | None = None,
         row_seeds: Sequence[int] | None = None,
-        on_settle: Callable[[], AbstractContextManager[None]] = nullcontext,
+        on_settle: OnSettle = nullcontext,
         on_plan: OnPlan | None = None,
     ) -> None:
         if not is_attached(model.config):
@@ -169,10 +170,11 @@ class PolicyCache(Cache):
             layer.cuts_blocks = layer.cuts_blocks if by_itself is None else by_itself
             layer.cut_block()
 
-    def decide(self) -> None:
-        """Let the policy name its victim in every layer and apply nothing: what deciding costs, alone."""
+    def decide(self, device: torch.device | None = None) -> None:
+        """Let the policy name its victim in every layer, of `device` where given, and apply nothing: its cost alone."""
         for layer in self.policy_layers:
-            layer.decide()
+            if device is None or (layer.slots is not None and layer.slots.length.device == device):
+                layer.decide()
 
     def end_rows(self, ended: Sequence[bool]) -> None:
         """Note the rows whose answers have ended: what is chosen in them from now on is no fault. Waits for nothing."""
@@ -191,9 +193,19 @@ class PolicyCache(Cache):
             for faults, setup in held:
                 check_faults(faults, setup.policy, setup.layer)
 
-    def occupancy(self) -> Occupancy:
-        """Return what is held now; waits for the device. Raises: ValueError before the first token."""
-        slots = [layer.slots for layer in self.policy_layers if layer.slots is not None]
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where the layers lie, in their order, each device once; empty before the first token."""
+        held = (layer.slots for layer in self.policy_layers if layer.slots is not None)
+        return list(dict.fromkeys(slots.length.device for slots in held))
+
+    def occupancy(self, device: torch.device | None = None) -> Occupancy:
+        """Return what is held now, by the layers on `device` where given; waits for the device.
+
+        Raises: ValueError before the first token, and for a device without layers.
+        """
+        found = [layer.slots for layer in self.policy_layers if layer.slots is not None]
+        slots = [held for held in found if device is None or held.length.device == device]
         if not slots:
             raise ValueError("the cache is empty; run a prompt first")
         lengths = [s.length.float() for s in slots]

@@ -27,6 +27,7 @@ from kvbench.errors import ModelSupportError
 
 GROW_TOKENS = 64
 OnPlan = Callable[[int, Entries, Plan], None]
+OnSettle = Callable[[torch.device], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +39,9 @@ class LayerSetup:
     cache. reserve_tokens: how many tokens will be
     generated; more than that makes the buffers grow by copying. prompt_tokens: the first tokens, pads included, that
     are the prompt however they come. prompt_kind (B, T) int8 or None for text.
-    row_seeds: one number per sequence for policies that draw, None for zeros. on_settle: entered around
-    what a policy adds to a prompt (plan, check, move into slots), so that it can be measured apart. on_plan:
+    row_seeds: one number per sequence for policies that draw, None for zeros. on_settle: entered, with
+    the layer's device, around what a policy adds to a prompt (plan, check, move into slots), so that it can be
+    measured apart. on_plan:
     told the layer, its entries and the policy's plan before it is carried out; for looking only.
     """
 
@@ -55,7 +57,7 @@ class LayerSetup:
     places: Places | None = None
     pool: Pool | None = None
     waiting: Waiting | None = None
-    on_settle: Callable[[], AbstractContextManager[None]] = nullcontext
+    on_settle: OnSettle = nullcontext
     on_plan: OnPlan | None = None
 
     @cached_property
@@ -304,7 +306,7 @@ class StepCounts(RowCounts):
     def turn_tables(self, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """Return cosines and sines (P, D / 2) for every distance a key can be turned, made once."""
         if self._tables is None:
-            self._tables = rotation.tables(self._num_positions)
+            self._tables = rotation.tables(self._num_positions, self.seen.device)
         return self._tables
 
     def advance(self, ledger: Ledger, num_tokens: int = 1) -> None:
@@ -328,7 +330,7 @@ class StepCounts(RowCounts):
 
 
 class CountsShelf:
-    """The step counts of one cache, made once for all layers whose ledgers agree."""
+    """The step counts of one cache, made once on each device for all layers there whose ledgers agree."""
 
     def __init__(self) -> None:
         self._counts: dict[object, tuple[int, StepCounts]] = {}
@@ -338,8 +340,8 @@ class CountsShelf:
         self._counts.clear()
 
     def take(self, setup: LayerSetup, ledger: Ledger, device: torch.device) -> tuple[StepCounts, bool]:
-        """Return the counts of `ledger`, and whether the asking layer is the first and moves them."""
-        key: tuple[object, ...] = (tuple(ledger.prompt), tuple(ledger.seen), tuple(ledger.settled_seen))
+        """Return the counts of `ledger` on `device`, and whether the asking layer is the first and moves them."""
+        key: tuple[object, ...] = (device, *map(tuple, (ledger.prompt, ledger.seen, ledger.settled_seen)))
         if steps_between_cuts(setup.policy) == 1:  # else no step reads a budget, and layers may differ in theirs
             key += (tuple(ledger.settled_held), tuple(ledger.shift))
         leader, counts = self._counts.get(key, (setup.layer, None))

@@ -69,6 +69,7 @@ class PolicyLayer(CacheLayerMixin):
         self._shelf.clear()
         self.slots = self.counts = None
         self._leads = self._decodes = self._appends = False
+        self._num_heads = 0
         self.ledger = Ledger(
             policy=self.setup.policy,
             budget=self.setup.budget,
@@ -176,8 +177,8 @@ class PolicyLayer(CacheLayerMixin):
             self.setup.pool.arrive(entries, self.setup.num_layers, partial(self._cut, entries, statistics))
 
     def _cut(self, entries: Entries, statistics: Statistics) -> None:
-        policy = self.setup.policy
-        with self.setup.on_settle():
+        policy, self._num_heads = self.setup.policy, entries.position.shape[1]
+        with self.setup.on_settle(entries.keys.device):
             if not policy.bounded or When.PREFILL not in policy.when:
                 self._settle(entries, None)
             elif not self._is_divided():
@@ -206,7 +207,13 @@ class PolicyLayer(CacheLayerMixin):
         if seen <= uniform:
             return [uniform] * self.setup.num_layers
         protected = min(policy.smallest_budget_tokens, uniform)
-        room = Room(num_layers=self.setup.num_layers, budget=uniform, tokens=seen, protected=protected)
+        room = Room(
+            num_layers=self.setup.num_layers,
+            num_heads=self._num_heads,
+            budget=uniform,
+            tokens=seen,
+            protected=protected,
+        )
         return layer_entries(policy.allocation, policy.skip_layers, room, told)
 
     def _wait(self, entries: Entries, view: View) -> None:
@@ -221,7 +228,8 @@ class PolicyLayer(CacheLayerMixin):
         def cut(given: list[int]) -> None:
             self.ledger.divide(given)
             budget = torch.tensor(self.ledger.allowed(), dtype=torch.int64, device=view.budget.device)
-            self._settle(entries, self._plan(entries, replace(view, budget=budget)) if self.ledger.over() else None)
+            with self.setup.on_settle(entries.keys.device):  # the last layer's may be another one
+                self._settle(entries, self._plan(entries, replace(view, budget=budget)) if self.ledger.over() else None)
 
         waiting.arrive(told, self.setup.num_layers, cut, self._layer_entries)
 

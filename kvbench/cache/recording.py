@@ -210,7 +210,7 @@ class EvictionLog:
 
         Entries beyond the tokens that the row has seen are -1 too.
         """
-        return torch.stack([layer[row] for layer in self._freed]).cpu()
+        return torch.stack([layer[row].cpu() for layer in self._freed])
 
     def merged_into(self, row: int) -> Tensor | None:
         """Return (L, H, N) int64: the position of the entry that each one joined, -1 for none; None without merging."""
@@ -218,7 +218,7 @@ class EvictionLog:
             return None
         nothing = torch.full_like(self._freed[0], HELD)
         layers = [self._merged.get(index, nothing)[row, :, : self._num_tokens] for index in range(len(self._freed))]
-        return torch.stack(layers).cpu()
+        return torch.stack([layer.cpu() for layer in layers])
 
     def _column(self, position: Tensor, value: int) -> Tensor:
         """(B, H, N + 1) int64; the last place takes what is not to be noted."""

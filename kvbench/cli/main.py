@@ -242,7 +242,7 @@ def _show_ends(results: Path, num_failed: int, num_cells: int) -> int:
     if num_failed:
         print(f"{num_failed} of {num_cells} cells failed; their records say why")
     print(f"report: {results / 'report' / 'index.html'}")
-    print(f"tables: {results / 'table.csv'}, {results / 'samples.csv'} and both as .parquet")
+    print(f"tables: {results / 'table.csv'}, table_long.csv and samples.csv beside it, and all as .parquet")
     return 1 if num_failed else 0
 
 

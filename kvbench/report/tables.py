@@ -3,10 +3,10 @@
     print_tables(load_results(Path("results")))
 
 `results_table` gives the rows that terminal, Markdown and page draw, `verdict_rows` the comparisons with the full
-cache that were declared before; policies among each other are `standing.leading_matrix`. `cells_frame` and
-`samples_frame` are for whoever wants the numbers: a row per cell, and a row per cell and sample; CSV and Parquet hold
-the same, with the same bytes for the same records. Text that a spreadsheet would run as a formula is made harmless in
-CSV; numbers are untouched. Every Markdown table of kvbench is written by `markdown_table`.
+cache that were declared before; policies among each other are `standing.leading_matrix`. `cells_frame`, `long_frame`
+and `samples_frame` are for whoever wants the numbers: a row per cell, per cell and measurement, per cell and sample;
+CSV and Parquet hold the same, with the same bytes for the same records. Text that a spreadsheet would run as a formula
+is made harmless in CSV; numbers are untouched. Every Markdown table of kvbench is written by `markdown_table`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,7 +27,14 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from kvbench.measures import MEASURES, MISSING, TASK_MEASURES, format_interval, format_value, measure
+from kvbench.measures import (
+    MEASURES,
+    MISSING,
+    TASK_MEASURES,
+    format_interval,
+    format_value,
+    measure,
+)
 from kvbench.report.answer import sentences_before
 from kvbench.report.compare import (
     DECLARED,
@@ -430,7 +437,33 @@ def escaped(text: str) -> str:
 
 
 def cells_frame(results: Results) -> pd.DataFrame:
-    """Return one row per cell: labels, status, then value, _low, _high and _n of every measurement."""
+    """Return one row per cell: labels, status, then value, _low, _high and _n of every measurement; no empty column."""
+    measured = [column for name in MEASURES for column in _columns(name)]
+    return _filled(_cells(results), [*_LABELS, *_RUN, *measured])
+
+
+def quality_frame(results: Results) -> pd.DataFrame:
+    """Return the columns of `cells_frame` that a sweep gives again wherever, whenever and however often it is run."""
+    measured = [column for name, known in MEASURES.items() if known.reproduces for column in _columns(name)]
+    return _filled(_cells(results), [*_SAMPLE_LABELS, *measured])
+
+
+def long_frame(results: Results) -> pd.DataFrame:
+    """Return one row per cell and measurement: which cell, the measure and its unit, value, low, high and n."""
+    rows = [
+        {
+            **{label: getattr(cell, label) for label in _SAMPLE_LABELS},
+            **{"measure": name, "value": found.value, "low": found.low, "high": found.high, "n": found.n},
+            "unit": measure(name).unit,
+        }
+        for cell in results.records
+        for name, found in cell.measurements.items()
+    ]
+    columns = [*_SAMPLE_LABELS, "measure", "value", "low", "high", "n", "unit"]
+    return _typed(pd.DataFrame(rows, columns=columns), numbers={*_NUMBERS, "value", "low", "high", "n"})
+
+
+def _cells(results: Results) -> pd.DataFrame:
     rows: list[dict[str, object]] = []
     for cell in results.records:
         rows.append({name: getattr(cell, name) for name in (*_LABELS, *_RUN)})
@@ -441,10 +474,10 @@ def cells_frame(results: Results) -> pd.DataFrame:
     return _typed(pd.DataFrame(rows, columns=[*_LABELS, *_RUN, *measured]), numbers={*_NUMBERS, *measured})
 
 
-def quality_frame(results: Results) -> pd.DataFrame:
-    """Return the columns of `cells_frame` that a sweep gives again wherever, whenever and however often it is run."""
-    measured = [column for name, known in MEASURES.items() if known.reproduces for column in _columns(name)]
-    return cells_frame(results)[[*_SAMPLE_LABELS, *measured]]
+def _filled(frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Return those of the columns that hold something in some row; of no rows at all the labels, as a head."""
+    has = [name for name in columns if (frame[name].notna() & (frame[name] != "")).any()]
+    return frame[has or list(_SAMPLE_LABELS)]
 
 
 def _columns(name: str) -> tuple[str, ...]:
@@ -482,10 +515,18 @@ def parquet_bytes(frame: pd.DataFrame) -> bytes:
     return bytes(frame.to_parquet(None, engine="pyarrow", index=False))
 
 
+TABLES: Mapping[str, Callable[[Results], pd.DataFrame]] = {
+    "table": cells_frame,
+    "table_long": long_frame,
+    "samples": samples_frame,
+}
+
+
 def csv_and_parquet(results: Results) -> dict[str, bytes]:
-    """Return what table.csv, table.parquet, samples.csv and samples.parquet hold, by these names."""
+    """Return what each of `TABLES` holds as .csv and as .parquet, by file name."""
     files: dict[str, bytes] = {}
-    for name, frame in (("table", cells_frame(results)), ("samples", samples_frame(results))):
+    for name, make in TABLES.items():
+        frame = make(results)
         files |= {f"{name}.csv": csv_text(frame).encode(), f"{name}.parquet": parquet_bytes(frame)}
     return files
 

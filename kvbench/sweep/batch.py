@@ -33,10 +33,11 @@ def auto_batch_size(
 ) -> int:
     """Return the batch size of `cells`, which share their prompts of so many tokens each.
 
-    free_bytes: memory for all of it, that of the device if not given.
+    free_bytes: memory for all of it, that of the devices if not given.
     """
-    free = _free_bytes(loaded.device) if free_bytes is None else free_bytes
-    room = (free * _USED_FRACTION - _FIXED_BYTES) / _prompt_bytes(loaded, cells, max(prompt_tokens, default=1))
+    if free_bytes is None:  # layers are shared out evenly: the fullest device is the limit
+        free_bytes = len(loaded.devices) * min(map(_free_bytes, loaded.devices))
+    room = (free_bytes * _USED_FRACTION - _FIXED_BYTES) / _prompt_bytes(loaded, cells, max(prompt_tokens, default=1))
     most = _MOST_ON_CPU if loaded.device.type == "cpu" else _MOST_ON_GPU
     if not any(_steps(cell) for cell in cells):
         most *= _LARGER

@@ -20,7 +20,7 @@ import contextlib
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -38,14 +38,13 @@ from kvbench.models.spec import MOVING_ROTATIONS
 if TYPE_CHECKING:
     from kvbench.cache import PolicyCache
     from kvbench.cache.cache import CacheState
-    from kvbench.cache.counts import OnPlan
+    from kvbench.cache.counts import OnPlan, OnSettle
 
 
 Engine = Literal["eager", "graph"]
 ENGINES: tuple[str, ...] = get_args(Engine)
 _WAITS = "synchronizing CUDA operation"  # in the text of the error that torch's debug mode raises
 _MOST_LOGITS_BYTES = 2**28  # of one chunk of an answer, float32
-OnSettle = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -267,6 +267,13 @@ class TaskResult:
         """Add a number that has no interval."""
         self.measurements[name] = {"value": value, "low": None, "high": None, "n": n, "unit": unit, "method": method}
 
+    def note_devices(
+        self, name: str, values: Sequence[float], unit: str = "", *, method: str = "observed once"
+    ) -> None:
+        """Add a number of each device, `device0_NAME` and so on, where there are several."""
+        for number, value in enumerate(values if len(values) > 1 else ()):
+            self.note(f"device{number}_{name}", value, unit, method=method)
+
     def measure_means(self, names: Iterable[str], bench: Bench, units: Mapping[str, str] = _NONE) -> None:
         """Add the mean over the examples that have it of each field of `samples`."""
         for name in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,19 @@ def test_several_folders_give_one_page_where_out_says(
     assert "1 from <code>other</code>" in page
     assert (tmp_path / "both" / "table.csv").is_file()
     assert not (folder / "report").exists()
+
+
+@pytest.mark.parametrize("out", [[], ["--out", "elsewhere"]])
+def test_the_page_links_the_tables_wherever_it_lies(
+    folder: Path, out: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kvbench.report.build.draw_plots", lambda results: ())
+    assert run(["report", str(folder), *out]) == 0
+    page = Path(out[1] if out else folder / "report") / "index.html"
+    links = set(re.findall(r'href="([^"#]*/?[a-z_]+\.(?:csv|parquet))"', page.read_text()))
+    assert {Path(link).name for link in links} >= {"table.csv", "table_long.csv", "samples.parquet"}
+    assert all((page.parent / link).is_file() for link in links)
 
 
 @pytest.mark.parametrize(("name", "start"), [("md", "## "), ("csv", "model,"), ("latex", "% Made by")])

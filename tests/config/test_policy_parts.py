@@ -44,6 +44,17 @@ def test_a_part_is_in_the_key_with_its_settings_its_class_and_its_source() -> No
     json.dumps(part)
 
 
+def test_uniform_is_no_allocation() -> None:
+    assert policy_key("policy=h2o", "+policy/allocation=uniform") == policy_key("policy=h2o")
+    assert policy_key("policy=pyramidkv", "+policy/allocation=uniform") == policy_key("policy=snapkv")
+
+
+def test_what_an_allocation_makes_an_outcome_is_labelled() -> None:
+    words = ("policy=streaming_llm", "+policy/allocation=lazy_layers")
+    assert cell_of(*words).labels["budget_total"] == "data_dependent"
+    assert "budget_total" not in cell_of("policy=h2o", "+policy/allocation=cake").labels
+
+
 def test_each_setting_of_a_part_makes_another_cell() -> None:
     words = ("policy=h2o", "+policy/allocation=pyramid")
     keys = {
