@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor
 from transformers import Cache
 
 from kvbench.cache.attention import is_attached
-from kvbench.cache.counts import CountsShelf, LayerSetup, Ledger, OnPlan, OnSettle
-from kvbench.cache.layer import PolicyLayer
+from kvbench.cache.counts import CountsShelf, LayerSetup, Ledger, OnPlan, OnSettle, StepCounts
+from kvbench.cache.layer import AnySlots, PolicyLayer
 from kvbench.cache.parts import Waiting
 from kvbench.cache.policy import UNLIMITED, Budget, Policy, ScorePolicy, check_parts, needs_of, steps_between_cuts
 from kvbench.cache.positions import POSITION_MODES, Places, PositionMode, Rotation, rotation_of
@@ -53,6 +54,59 @@ class CacheState:
     tensors: list[Tensor]
     values: list[Tensor]
     ledgers: list[Ledger]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBuffers:
+    """All that decode steps of one cache read and write, layer by layer, and where it lay at first."""
+
+    slots: list[AnySlots]
+    counts: list[StepCounts]
+
+    @cached_property
+    def _first_places(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in self.tensors()]
+
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor, as it is now."""
+        found: list[Tensor] = []
+        for slots, counts in zip(self.slots, self.counts, strict=True):
+            found += [part for part in _parts(slots) if isinstance(part, Tensor)] + counts.tensors()
+        return found
+
+    def note_places(self) -> StepBuffers:
+        """Remember where everything lies, for `is_where_it_was`; return itself."""
+        assert self._first_places
+        return self
+
+    @property
+    def is_where_it_was(self) -> bool:
+        """Whether nothing had to grow, which would put it elsewhere."""
+        return self._first_places == [tensor.data_ptr() for tensor in self.tensors()]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(slots.stored_bytes() for slots in self.slots)
+
+    def take(self, other: StepBuffers) -> bool:
+        """Copy everything from `other` and return True, if that has the same shapes and shares counts alike."""
+        if self._shape() != other._shape() or not all(map(StepCounts.reaches, self.counts, other.counts)):
+            return False
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(theirs)
+        return True
+
+    def _shape(self) -> tuple[object, ...]:
+        places = [(tensor.shape, tensor.dtype, tensor.device) for tensor in self.tensors()]
+        numbers = [[part for part in _parts(slots) if not isinstance(part, Tensor)] for slots in self.slots]
+        has = [[isinstance(part, Tensor) for part in _parts(slots)] for slots in self.slots]
+        return places, numbers, has, [[one is other for other in self.counts] for one in self.counts]
+
+
+def _parts(slots: AnySlots) -> list[object]:
+    columns = slots.columns()
+    return [*(getattr(columns, field.name) for field in fields(columns)), slots.memory]
 
 
 class PolicyCache(Cache):
@@ -116,6 +170,7 @@ class PolicyCache(Cache):
         shelf = CountsShelf()
         self.policy_layers = [PolicyLayer(setup, shelf) for setup in setups]
         super().__init__(layers=list(self.policy_layers))
+        self._own = {"_own", *vars(self)}
 
     @property
     def steps_announced(self) -> int:
@@ -158,6 +213,19 @@ class PolicyCache(Cache):
             tensor.copy_(value)
         for layer, ledger in zip(self.policy_layers, state.ledgers, strict=True):
             layer.ledger = copy.deepcopy(ledger)
+
+    def step_buffers(self) -> StepBuffers | None:
+        """Return all that decode steps read and write; None where a model keeps something of its own on the cache."""
+        layers = [(layer.slots, layer.counts) for layer in self.policy_layers]
+        held = [(slots, counts) for slots, counts in layers if slots is not None and counts is not None]
+        if len(held) < len(layers) or set(vars(self)) != self._own:
+            return None
+        return StepBuffers(slots=[slots for slots, _ in held], counts=[counts for _, counts in held]).note_places()
+
+    def move_into(self, buffers: StepBuffers) -> None:
+        """Go on in `buffers`, which took all that this cache holds."""
+        for layer, slots, counts in zip(self.policy_layers, buffers.slots, buffers.counts, strict=True):
+            layer.move_into(slots, counts)
 
     def count_replayed_step(self) -> None:
         """Count on the host a step that the device did by itself."""

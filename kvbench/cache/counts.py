@@ -327,6 +327,18 @@ class StepCounts(RowCounts):
         """Return what a step changes, in place."""
         return [self._step, self.seen, self.budget]
 
+    def tensors(self) -> list[Tensor]:
+        """Return all that a step reads, what it changes among it."""
+        return [*self.state(), self._table, self.prompt, self.prompt_budget, self.row_seed]
+
+    def reaches(self, other: StepCounts) -> bool:
+        """Whether what was made once, up to a number of positions, serves the steps of `other` too."""
+        return self._num_positions >= other._num_positions
+
+    def follow(self, other: StepCounts) -> None:
+        """Go on as `other`, whose tensors were copied into these."""
+        self._announced_until = other._announced_until
+
 
 class CountsShelf:
     """The step counts of one cache, made once on each device for all layers there whose ledgers agree."""

@@ -470,6 +470,15 @@ class PolicyLayer(CacheLayerMixin):
         """Bytes of the last queries, where they are kept."""
         return 0 if self._ring is None else self._ring.stored_bytes()
 
+    def move_into(self, slots: AnySlots, counts: StepCounts) -> None:
+        """Go on in buffers of the same shapes, into which all that this layer holds was copied."""
+        assert self.counts is not None
+        counts.follow(self.counts)
+        slots.ended = None
+        if isinstance(slots, RaggedSlots) and isinstance(self.slots, RaggedSlots):
+            slots.row_slots = self.slots.row_slots
+        self.slots, self.counts = slots, counts
+
     @property
     def keys(self) -> Tensor | None:
         """The buffer (B, H, C, D), None before the first token."""
