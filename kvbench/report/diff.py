@@ -336,10 +336,14 @@ def _shown(value: object) -> str:
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
 
 
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def _cells_text(found: Diff) -> str:
     same = sum(pair.before.key == pair.after.key for pair in found.pairs)
     alone = f"{len(found.only_before)} only in A, {len(found.only_after)} only in B"
-    return f"{len(found.pairs)} cells in both ({same} with the same key), {alone}"
+    return f"{_counted(len(found.pairs), 'cell')} in both ({same} with the same key), {alone}"
 
 
 def _change_rows(changes: Sequence[Change]) -> Iterator[tuple[str, str, str, str]]:
@@ -365,9 +369,9 @@ def text_lines(found: Diff, *, num_samples: int = 5) -> Iterator[str]:
     for where, labels in (("A", found.only_before), ("B", found.only_after)):
         yield from (printable(f"  only in {where}: {label}") for label in labels[:_MOST_CHANGES])
     for title, changes in (("settings", found.settings), ("environment", found.environment)):
-        yield f"{title}: {len(changes)} changes" if changes else f"{title}: the same"
+        yield f"{title}: {_counted(len(changes), 'change')}" if changes else f"{title}: the same"
         for name, before, after, cells in _change_rows(changes):
-            yield f"  {name}: {before} -> {after} ({cells} cells)"
+            yield f"  {name}: {before} -> {after} ({_counted(int(cells), 'cell')})"
         if len(changes) > _MOST_CHANGES:
             yield f"  and {len(changes) - _MOST_CHANGES} more; --format json has all"
     yield f"verdicts (B minus A): {verdict_counts(found)}"

@@ -156,8 +156,8 @@ def test_cells_settings_and_environment_that_differ_are_listed(
     text = printed(capsys, before, after, code=0)
     assert "  only in A: streaming_llm, 20 % of seen\n" in text
     assert "  only in B: random, 20 % of seen\n" in text
-    assert "settings: 1 changes\n  policy.source: - -> new (4 cells)\n" in text
-    assert "environment: 1 changes\n  torch: 2.13.0 -> 2.14.0 (4 cells)\n" in text
+    assert "settings: 1 change\n  policy.source: - -> new (4 cells)\n" in text
+    assert "environment: 1 change\n  torch: 2.13.0 -> 2.14.0 (4 cells)\n" in text
 
 
 def test_times_of_another_machine_are_not_compared_and_answers_are(
