@@ -59,7 +59,7 @@ class Measure:
     @property
     def reproduces(self) -> bool:
         """Whether the same cell gives the same number again; times, rates and bytes are observations."""
-        if self.unit in ("ms", "tokens/s", "bytes") or self.name in _OBSERVED:
+        if self.unit in ("ms", "tokens/s", "bytes") or self.name in _OBSERVED or is_of_a_device(self.name):
             return False
         return not self.name.endswith(("_ratio_to_full", "_spread_fraction", "_drift_fraction"))
 
@@ -150,6 +150,10 @@ _ROWS: tuple[tuple[str, Unit, Better, str, str, str], ...] = (
      "Throughput of the full cache at capacity", "The same for the full cache at its own largest batch."),
     ("capacity_throughput_ratio_to_full", "ratio", "higher", "throughput / full at capacity",
      "Throughput at capacity relative to full", "Throughput at its largest batch over the full cache's at its own."),
+    ("capacity_peak_bytes", "bytes", "none", "peak at capacity", "Peak memory at capacity",
+     "Largest total of live tensors in the launches at the policy's largest batch, weights included; on a GPU only."),
+    ("capacity_kv_bytes", "bytes", "none", "KV bytes at capacity", "KV cache stored at capacity",
+     "Bytes of the storages that hold keys and values at the end of a launch at the policy's largest batch."),
     ("ttft_ratio_to_full", "ratio", "lower", "TTFT / full", "Time to first token relative to full",
      "TTFT of the policy over TTFT of the full cache, interleaved in the same process; below 1 is faster."),
     ("tpot_ratio_to_full", "ratio", "lower", "TPOT / full", "Time per output token relative to full",
@@ -216,6 +220,28 @@ MEASURES |= {
     for name, one in list(MEASURES.items())
     if name.startswith(_PER_TURN)
 }
+MAX_DEVICES = 8
+_PER_DEVICE = (
+    *("roof_ms", "full_roof_ms", "copy_bandwidth_bytes_per_s", "peak_memory_bytes", "peak_load_bytes"),
+    *("kv_stored_bytes", "kv_valid_bytes", "capacity_peak_bytes", "capacity_kv_bytes"),
+)
+MEASURES |= {
+    f"device{number}_{name}": replace(
+        MEASURES[name],
+        name=f"device{number}_{name}",
+        better="none",  # of the whole model it is said; where its layers lie is no policy's doing
+        label=f"device {number}: {MEASURES[name].label}",
+        title=f"Device {number}: {MEASURES[name].title}",
+        definition=f"Of the layers on the model's device {number}: {MEASURES[name].definition}",
+    )
+    for number in range(MAX_DEVICES)
+    for name in _PER_DEVICE
+}
+
+
+def is_of_a_device(name: str) -> bool:
+    """Whether the measurement is of one device of several that a model lies on."""
+    return name.startswith("device")
 
 
 def measure(name: str) -> Measure:

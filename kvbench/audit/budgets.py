@@ -56,6 +56,11 @@ def budgeted_curve(cell: Cell) -> list[list[float]]:
     return [[seen, mean, max(most - spare, min(most, 1.0))] for seen, mean, most in rows]
 
 
+def is_outcome(cell: Cell) -> bool:
+    """Whether the allocation of a policy makes what is held an outcome that no budget bounds."""
+    return cell.label("budget_total") == "data_dependent" and bool(cell.setting("policy", "allocation"))
+
+
 def block_tokens(cell: Cell) -> int:
     """Return how many generated tokens come before a plan."""
     asked = cell.setting("policy", "every_tokens")
@@ -150,6 +155,11 @@ def budget(cell: Cell, peers: Peers) -> Iterator[str]:
         yield f"{odd} logged steps are not three numbers"
     if not rows:
         yield "steps were taken, and none is logged"
+        return
+    if is_outcome(cell):
+        held = 100 * (cell.value("realised_budget_fraction") or 0)
+        yield Note(f"what it holds is an outcome and not its budget: {held:.0f} % of the tokens seen")
+        yield from _summary(cell, rows)
         return
     kind, share = kind_of(cell), 100 * (cell.value("realised_budget_fraction") or 0)
     if kind == "none":
@@ -254,6 +264,8 @@ def allowed_share(cell: Cell, peers: Peers) -> tuple[float, float]:
     budget, (shortest, longest) = cell.setting("budget"), seen_tokens(peers)
     if not budget:
         return 1.0, 1.0
+    if is_outcome(cell):
+        return 0.0, 1.0
     steps = (cell.task("Memory") or {}).get("new_tokens", 1)
     if budget.get("tokens") is not None:
         # A budget never reached is the full cache.

@@ -32,7 +32,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from kvbench import installed_version
 from kvbench.autopsy.settings import AutopsySettings
-from kvbench.cache import CACHE_SEMANTICS, Budget, Policy, When
+from kvbench.cache import CACHE_SEMANTICS, Budget, Policy, ScorePolicy, When
 from kvbench.cache.policy import check_parts, is_unset_part
 from kvbench.cache.positions import POSITION_MODES, PositionMode
 from kvbench.cache.released import departures_of
@@ -61,8 +61,9 @@ from kvbench.sweep.cell import (
     Cell,
     check_fit,
     check_windows,
-    resolve_device,
+    resolve_devices,
     resolve_engine,
+    resolve_spread_engine,
 )
 from kvbench.tasks.decode import CacheSetting
 
@@ -290,7 +291,10 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
     config, shared = composed.config, shared or Shared()
     policy: Policy = build(config.policy, "policy", is_a=Policy)
     budget: Budget = build(config.budget, "budget", is_a=Budget)
-    model = shared.build(config.model, "model", is_a=ModelSpec)
+    asked: ModelSpec = shared.build(config.model, "model", is_a=ModelSpec)
+    model, device = shared.once(
+        ("devices", id(asked), config.device), lambda: resolve_devices(asked, str(config.device))
+    )
     dataset = shared.build(config.dataset, "dataset", has=("facts_in",))
     tasks = {str(name): build(node, f"task.{name}", has=("run", "protocol")) for name, node in config.task.items()}
     if not tasks:
@@ -298,10 +302,11 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
     query_visible = truth(config.query_visible, "query_visible")
     beyond_context = _beyond_context(config)
     batch_size, seed = _batch_size(config), _whole(config, "seed", at_least=None)
-    device = resolve_device(str(config.device))
-    engine = resolve_engine(str(config.engine), device)
+    engine_asked = str(config.engine)
+    spread = model.devices is not None
+    engine = resolve_spread_engine(engine_asked) if spread else resolve_engine(engine_asked, device)
     setting = CacheSetting(policy=policy, budget=budget, positions=_positions(config, policy), engine=engine)
-    check_parts(policy)
+    check_parts(policy, setting.positions)
     check_budget_fits(policy, budget)
 
     def check_combination() -> bool:
@@ -550,12 +555,16 @@ def _labels(composed: Composed, model: ModelSpec, dataset: Any, setting: CacheSe
     names = {group: str(composed.choices[group]) for group in ("model", "dataset", "policy")}
     names["model"] = model.checkpoint_name if names["model"] == _ANY_CHECKPOINT else names["model"]
     names["model"] += " (random weights)" if model.is_random else ""
+    names["model"] += f" over {len(model.devices)} GPUs" if model.devices is not None else ""
     parts = [composed.choices.get(f"policy/{part}") for part in _PARTS]
     names["policy"] = "+".join([names["policy"], *(part for part in parts if part is not None)])
     names["dataset"] = getattr(dataset, "label", names["dataset"])
     limits = {"budget_fraction": budget.fraction, "budget_tokens": budget.tokens}
     rounds = "up" if departures_of(policy).counts_as_released and budget.fraction is not None else "down"
     rule = {"evicts_at": _EVICTS_AT[policy.when], "budget_rounds": rounds}
+    allocation = policy.allocation if isinstance(policy, ScorePolicy) else None
+    if allocation is not None and allocation.total != "exact":
+        rule["budget_total"] = allocation.total
     bounded = {"budget": budget.describe(), **limits, **rule}
     unbounded = {"budget": "-", **dict.fromkeys(limits)}
     return {**names, **(bounded if policy.bounded else unbounded), "positions": setting.positions}

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbench.kernels.dispatch import Chunk, interpreted
+from kvbench.kernels.dispatch import Chunk, interpreted, on_its_device
 
 
 def flash_takes(query: Tensor) -> bool:
@@ -418,6 +418,7 @@ def _row_lse(
     tl.store(lse + row * queries + at_q, result, mask=at_q < queries)
 
 
+@on_its_device
 def column_mass(chunk: Chunk, reduction: str, lse: Tensor | None = None) -> Tensor:
     """Return (B, H, T) float32: what each entry receives from all queries of the chunk.
 
@@ -433,6 +434,7 @@ def column_mass(chunk: Chunk, reduction: str, lse: Tensor | None = None) -> Tens
     return mass
 
 
+@on_its_device
 def window_rows(chunk: Chunk, reduction: str, lse: Tensor | None = None) -> Tensor:
     """Return (B, H, Q, T) float32, the rows of all queries of the chunk; `lse` and `reduction` as in `column_mass`."""
     tiles, queries, (batch, heads, entries, _) = tiles_for(chunk.query), chunk.query.shape[2], chunk.keys.shape
@@ -443,6 +445,7 @@ def window_rows(chunk: Chunk, reduction: str, lse: Tensor | None = None) -> Tens
     return rows
 
 
+@on_its_device
 def row_lse(chunk: Chunk) -> Tensor:
     """Return (B, Hq, Q) float32, +inf for a query that sees nothing, so that its weights are zero."""
     tiles, (batch, query_heads, queries, _) = row_tiles_for(chunk.query), chunk.query.shape

@@ -8,17 +8,13 @@ memory changes nothing, and the prompts are spread evenly, so that few batches a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from kvbench.cache import Needs, Policy, When
 from kvbench.models.loader import LoadedModel
 from kvbench.sweep.cell import Cell
+from kvbench.tasks.decode import free_bytes as of_the_device
 from kvbench.tasks.task import BatchTask
 
 _USED_FRACTION = 0.5  # of the free memory: estimates leave out what a vision tower and a library's own buffers take
@@ -33,10 +29,11 @@ def auto_batch_size(
 ) -> int:
     """Return the batch size of `cells`, which share their prompts of so many tokens each.
 
-    free_bytes: memory for all of it, that of the device if not given.
+    free_bytes: memory for all of it, that of the devices if not given.
     """
-    free = _free_bytes(loaded.device) if free_bytes is None else free_bytes
-    room = (free * _USED_FRACTION - _FIXED_BYTES) / _prompt_bytes(loaded, cells, max(prompt_tokens, default=1))
+    if free_bytes is None:  # layers are shared out evenly: the fullest device is the limit
+        free_bytes = len(loaded.devices) * min(map(of_the_device, loaded.devices))
+    room = (free_bytes * _USED_FRACTION - _FIXED_BYTES) / _prompt_bytes(loaded, cells, max(prompt_tokens, default=1))
     most = _MOST_ON_CPU if loaded.device.type == "cpu" else _MOST_ON_GPU
     if not any(_steps(cell) for cell in cells):
         most *= _LARGER
@@ -94,13 +91,3 @@ def _new_tokens(cell: Cell) -> int:
             example.window.scored_tokens if example.window else len(example.reference.encode(errors="replace"))
         )
     return int(max(asked, default=0))
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -25,7 +25,7 @@ from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
 from kvbench.results.record import encode_record
 from kvbench.sweep.batch import auto_batch_size
-from kvbench.sweep.cell import Attempt, Cell, WithoutItems, context_use, environment, rejected_items
+from kvbench.sweep.cell import Attempt, Cell, WithoutItems, context_use, rejected_items
 from kvbench.tasks.memory import free_memory
 from kvbench.tasks.task import BatchTask, Bench, FullAnswers, Payload, Prompts, TaskResult, is_timed
 
@@ -64,12 +64,16 @@ class Batches(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class GroupPlan:
-    """How groups run: where results go, whether prompts are shared, where batches are kept."""
+    """How groups run: where results go, whether prompts are shared, where batches are kept.
+
+    num_workers: how many groups run at once on this machine; what is timed then is timed while the others wait.
+    """
 
     results: Path
     sweep: str
     share_prompts: bool
     batches_of: Callable[[str], Batches]
+    num_workers: int = 1
 
 
 _IDS = "@ids"  # in a payload, beside the names of tasks
@@ -204,7 +208,9 @@ class CellRun:
 
     def _record(self, result: TaskResult) -> dict[str, Any]:
         """Return the body of the record; what no record can hold is one more failure of the cell."""
-        known = environment(self.attempt.cell.device)
+        known = self.attempt.cell.environment()
+        if self._plan.num_workers > 1:
+            known = {**known, "num_workers": self._plan.num_workers}
         try:
             body = self.attempt.body(known, result)
             encode_record(body)

@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvbench.kernels import decode_attention, linear, norm, prefill, segment_mean, slot_writes
+from kvbench.kernels import decode_attention, linear, norm, ordering, prefill, segment_mean, slot_writes
 
 HOPPER = GPUTarget("cuda", 90, 32)
 _TYPES = {"length": "*i64", "seen": "*i64", "position": "*i64", "free": "*i64", "budget": "*i64", "sinks": "*i64"}
@@ -78,6 +78,16 @@ def main() -> None:
         types = {"rank": "*i64", "slot": "*i64", "newer": "i32", "sinks": "i32"}
         compile_kernel(slot_writes.find_rank, search, types, num_warps=1 if one else 4)
     _compile_prefill()
+    _compile_ordering()
+
+
+def _compile_ordering() -> None:
+    """Compile the choice of the best and the ranks, for a short and for a long prompt."""
+    types = {"score": "*fp32", "keep": "*u8", "budget": "*i64"}
+    for block, warps in ((1024, 4), (ordering._BLOCK, 8)):
+        compile_kernel(ordering._keep_top, {"BLOCK": block}, types, num_warps=warps)
+    for order in (False, True):
+        compile_kernel(ordering._age_rank, {"ORDER": order, "BLOCK": ordering._RANKED}, {"made": "*i64"}, num_warps=4)
 
 
 def _compile_prefill() -> None:
