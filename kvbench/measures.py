@@ -262,10 +262,11 @@ def measure_named(what: str, text: str, known: Iterable[str] = tuple(MEASURES)) 
         found = [text] if text in names else []
     else:
         own = {name: (name, MEASURES[name].label, MEASURES[name].title) for name in names}
-        same = [name for name in names if asked in map(_plain, own[name])]
-        begun = [name for name in names if any(_plain(part).startswith(asked) for part in own[name][:2])]
-        within = [name for name in names if any(_plain(word).startswith(asked) for word in _words(own[name]))]
-        found = same or begun or within
+        found = (
+            [name for name in names if asked in map(_plain, own[name])]
+            or [name for name in names if any(_plain(part).startswith(asked) for part in own[name][:2])]
+            or [name for name in names if any(_plain(word).startswith(asked) for word in _words(own[name]))]
+        )
     if len(found) == 1:
         return found[0]
     if found:

@@ -77,7 +77,6 @@ A_COMMAND = "a command is called like the package whose door it is"
 AS_RELEASED = "the method as described; in released/ what published code does"
 # A name that two modules or packages have, and why both are found by it.
 ALIKE = {
-    "allocation": "the parts; in the cache, what a part is and how it is carried out",
     "audit": f"{A_COMMAND}; in the package, what runs all checks",
     "base": "what a data set is, what a sink is",
     "build": "a cell from its configuration; a report from its records",
@@ -88,7 +87,6 @@ ALIKE = {
     "frontier": A_COMMAND,
     "h2o": AS_RELEASED,
     "measures": f"{A_COMMAND}; beside the packages, what every one of them may name",
-    "merge": "the parts; in the cache, what a part is",
     "page": "the page; the autopsy's section of it",
     "released": "the policies; what they do to the cache",
     "report": f"{A_COMMAND}; sinks/wandb/report is W&B's own kind of report",

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from kvbench.cache.allocation import Waiting
 from kvbench.cache.attention import is_attached
 from kvbench.cache.counts import CountsShelf, LayerSetup, Ledger, OnPlan, OnSettle, StepCounts
 from kvbench.cache.layer import AnySlots, PolicyLayer
-from kvbench.cache.policy import UNLIMITED, Budget, Policy, ScorePolicy, check_parts, steps_between_cuts
-from kvbench.cache.positions import POSITION_MODES, Places, PositionMode, rotation_of
+from kvbench.cache.parts import Waiting
+from kvbench.cache.policy import UNLIMITED, Budget, Policy, ScorePolicy, check_parts, needs_of, steps_between_cuts
+from kvbench.cache.positions import POSITION_MODES, Places, PositionMode, Rotation, rotation_of
 from kvbench.cache.released import Pool, departures_of
 from kvbench.cache.slots import check_faults
+from kvbench.cache.view import Needs
 from kvbench.errors import ConfigError, ModelSupportError, close_matches
 
 
@@ -138,7 +139,7 @@ class PolicyCache(Cache):
             raise ModelSupportError("the model does not use kvbench's attention; call kvbench.attach(model) first")
         if positions not in POSITION_MODES:
             raise ConfigError(f"positions is {positions!r}; {close_matches(positions, POSITION_MODES)}")
-        check_parts(policy)
+        check_parts(policy, positions)
         rotation = rotation_of(model.get_decoder(), positions) if positions != "original" else None
         places = Places(rotation=rotation) if rotation is not None and positions == "released" else None
         pool = Pool() if departures_of(policy).pools_layers else None
@@ -155,6 +156,8 @@ class PolicyCache(Cache):
                 places=places,
                 pool=pool,
                 waiting=waiting,
+                unrotation=unrotation_of(model, [policy]),
+                output_weight=output_weight(model, index) if Needs.OUTPUT in needs_of(policy) else None,
                 reserve_tokens=reserve_tokens,
                 prompt_tokens=prompt_tokens,
                 prompt_kind=prompt_kind,
@@ -234,6 +237,8 @@ class PolicyCache(Cache):
 
         by_itself: whether steps do so from now on, as they do at first; a captured step cannot.
         """
+        if self.policy_layers[0].ledger.block_tokens == 1:
+            return
         for layer in self.policy_layers:
             layer.cuts_blocks = layer.cuts_blocks if by_itself is None else by_itself
             layer.cut_block()
@@ -284,6 +289,40 @@ class PolicyCache(Cache):
             entries_peak=max(int(length.max()) for length in lengths),
             stored_bytes=sum(s.stored_bytes() for s in slots),
             valid_bytes=sum(int(s.length.sum()) * s.entry_bytes for s in slots),
-            statistics_bytes=sum(s.statistics_bytes() for s in slots),
+            statistics_bytes=sum(s.statistics_bytes() for s in slots) + sum(x.ring_bytes for x in self.policy_layers),
             bookkeeping_bytes=sum(s.bookkeeping_bytes() for s in slots),
         )
+
+
+def unrotation_of(model: Any, policies: Sequence[Policy]) -> Rotation | None:
+    """Return how `model` rotates queries, where one of the policies reads their moments before it.
+
+    Raises: ModelSupportError for a model whose rotation cannot be taken back.
+    """
+    readers = [policy for policy in policies if Needs.MOMENTS in needs_of(policy)]
+    if not readers:
+        return None
+    try:
+        return rotation_of(model.get_decoder())
+    except ModelSupportError as error:
+        raise ModelSupportError(
+            f"{type(readers[0]).__name__} reads moments of queries before rotation, and {type(model).__name__} does "
+            "not rotate by one fixed embedding that could be taken back; choose another policy or model"
+        ) from error
+
+
+def output_weight(model: Any, layer: int) -> Tensor:
+    """Return the output projection of a layer's attention as (H, G, D, E), a view of its weight.
+
+    Raises: ModelSupportError where there is none under the usual name.
+    """
+    module = getattr(model.get_decoder().layers[layer], "self_attn", None)
+    weight = getattr(getattr(module, "o_proj", None), "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise ModelSupportError(
+            f"{type(model).__name__} has no plain weight self_attn.o_proj, which this policy reads; use another one"
+        )
+    config = model.config.get_text_config()
+    heads = config.num_key_value_heads
+    plain: Tensor = weight.detach().t().unflatten(0, (heads, config.num_attention_heads // heads, -1))
+    return plain

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvbench.cache.allocation import Waiting
+from kvbench.cache.parts import Waiting
 from kvbench.cache.policy import Budget, Policy, ScorePolicy, When, checked_range, steps_between_cuts
 from kvbench.cache.positions import Places, Rotation
 from kvbench.cache.released import Departures, Pool, departures_of, entries_as_released
@@ -36,7 +37,8 @@ class LayerSetup:
 
     rotation: given for positions=in_cache only; places: for positions=released only; pool: for policies
     that pool layers; waiting: for allocations that must see all layers; all three are shared by the layers of a
-    cache. reserve_tokens: how many tokens will be
+    cache. unrotation: how the model rotates, for moments of queries; output_weight (H, G, D, E): for policies that
+    read it. reserve_tokens: how many tokens will be
     generated; more than that makes the buffers grow by copying. prompt_tokens: the first tokens, pads included, that
     are the prompt however they come. prompt_kind (B, T) int8 or None for text.
     row_seeds: one number per sequence for policies that draw, None for zeros. on_settle: entered, with
@@ -57,6 +59,8 @@ class LayerSetup:
     places: Places | None = None
     pool: Pool | None = None
     waiting: Waiting | None = None
+    unrotation: Rotation | None = None
+    output_weight: Tensor | None = None
     on_settle: OnSettle = nullcontext
     on_plan: OnPlan | None = None
 
@@ -251,14 +255,11 @@ class RowCounts:
         *,
         new_tokens: int = 1,
         prefill: bool = False,
-        window: Tensor | None = None,
-        probs: Tensor | None = None,
-        memory: Tensor | None = None,
-        spread: Tensor | None = None,
+        **given: Any,
     ) -> View:
         """Return what the policy of layer number `layer` sees; nothing in it comes from the host.
 
-        memory: what the plan of an earlier chunk left. spread: what heads of a ragged layer have beside its budget.
+        given: what else the view has, by the names of its fields; what is None there is not declared.
         """
         return View(
             layer=layer,
@@ -275,10 +276,8 @@ class RowCounts:
             position=entries.position,
             kind=entries.kind,
             mass_or_none=entries.mass,
-            window_or_none=window,
-            probs_or_none=probs,
-            memory_or_none=memory,
-            spread_or_none=spread,
+            output_weight_or_none=self._setup.output_weight,
+            **given,
         )
 
 

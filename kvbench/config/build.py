@@ -306,7 +306,7 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
     spread = model.devices is not None
     engine = resolve_spread_engine(engine_asked) if spread else resolve_engine(engine_asked, device)
     setting = CacheSetting(policy=policy, budget=budget, positions=_positions(config, policy), engine=engine)
-    check_parts(policy)
+    check_parts(policy, setting.positions)
     check_budget_fits(policy, budget)
 
     def check_combination() -> bool:

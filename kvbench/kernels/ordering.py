@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvbench.kernels.dispatch import on_its_device
+
 _BLOCK = 4096  # entries that one load of the search reads
 _RANKED = 512  # entries that one program ranks, and reads at once
 
@@ -130,6 +132,7 @@ def _age_rank(position, made, position_b, position_h, heads, entries, ORDER: tl.
         tl.store(made + at, rank, mask=at < entries)
 
 
+@on_its_device
 def keep_top(score: Tensor, position: Tensor, budget: Tensor) -> Tensor:
     """Return (B, H, T) bool as `selection.keep_top` does; score (B, H, T) in up to 32 bits, budget (B, H) or (B, 1)."""
     batch, heads, entries = position.shape
@@ -160,6 +163,7 @@ def oldest_first(position: Tensor) -> Tensor:
     return _ranked(position, order=True)
 
 
+@on_its_device
 def _ranked(position: Tensor, *, order: bool) -> Tensor:
     batch, heads, entries = position.shape
     made = torch.empty((batch, heads, entries), dtype=torch.int64, device=position.device)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvbench.cache import Allocation, View
-from kvbench.cache.allocation import best_of_layer, split
+from kvbench.cache.parts import best_of_layer, split
 from kvbench.errors import ConfigError
 
 

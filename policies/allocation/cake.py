@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import Allocation, Needs, Room, View
-from kvbench.cache.allocation import split
+from kvbench.cache.parts import split
 from kvbench.errors import ConfigError
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import Allocation, Room, View
-from kvbench.cache.allocation import best_of_layer, split
+from kvbench.cache.parts import best_of_layer, split
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvbench.cache import Allocation, Budget, PolicyCache, Room, View, cache_argument
-from kvbench.cache.allocation import layer_entries, split
+from kvbench.cache.parts import layer_entries, split
 from kvbench.errors import ConfigError, NonFiniteChoiceError, PolicyError
 from kvbench.policies.allocation.pyramid import Pyramid
 from kvbench.policies.h2o import H2O

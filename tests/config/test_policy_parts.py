@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from kvbench.cache import Room
+from kvbench.cache.parts import layer_entries
 from kvbench.config.build import build_cell
 from kvbench.config.compose import compose_grid
 from kvbench.errors import ConfigError
@@ -123,3 +125,13 @@ def test_parts_of_ones_own_need_a_folder_and_two_yamls(tmp_path: Path, monkeypat
     assert (key["allocation"]["class"], key["merge"]["class"]) == ("Even", "Drop")
     assert key["allocation"]["share"] == 0.25
     assert cell.labels["policy"] == "h2o+mine+mine"
+
+
+def test_the_pages_example_of_an_allocation_keeps_its_word() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "policies.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    made: dict[str, Any] = {}
+    exec(compile(block, "policies.md", "exec"), made)
+    for budget in range(2, 20):
+        room = Room(num_layers=4, num_heads=2, budget=budget, tokens=20, protected=2)
+        assert sum(layer_entries(made["FirstLayers"](), (), room)) == 4 * budget

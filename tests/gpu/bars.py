@@ -1,6 +1,7 @@
 """Measure every bar of the GPU engine in one call, or in one for each model or part, and print a table.
 
-    python -m tests.gpu.bars --out FOLDER [--models 7b 13b 8b] [--parts decode peer ...] [--kvpress-python PYTHON]
+    python -m tests.gpu.bars --out FOLDER [--models 7b 13b 8b] [--parts decode peer ...] [--batches 1 8]
+                             [--kvpress-python PYTHON]
 
 Bars are ratios within this run, on one GPU of 80 GB. Models have random weights, so nothing is
 downloaded. A part that fails, or runs out of memory, is a row with its status; the rest goes on.
@@ -403,12 +404,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/published/gpu-bars"))
     parser.add_argument("--models", nargs="+", choices=PARTS, default=list(PARTS), help="in two calls: some in each")
     parser.add_argument("--parts", nargs="+", choices=PART_NAMES, default=PART_NAMES, help="what to measure of them")
+    parser.add_argument("--batches", nargs="+", type=int, metavar="B", help="batch sizes, instead of 1 8 16")
     parser.add_argument("--kvpress-python", metavar="PYTHON", help="one that has kvpress, to be timed beside snapkv")
     arguments = parser.parse_args()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     scale, rows = Scale(), []
     scale.kvpress_python = arguments.kvpress_python
+    scale.batches = tuple(arguments.batches or scale.batches)
     where = environment(scale.device)
     start_s = time.monotonic()
     for row in measure(scale, arguments.models, arguments.parts):

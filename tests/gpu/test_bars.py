@@ -70,8 +70,11 @@ def test_a_model_that_cannot_be_loaded_is_a_row_and_the_next_is_measured() -> No
 def test_the_command_takes_some_of_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scale = Scale(device="cpu", engine="eager", prompt_tokens=60, long_prompt_tokens=90, spec=small)
     monkeypatch.setattr(bars, "Scale", lambda: scale)
-    monkeypatch.setattr("sys.argv", ["bars", "--out", str(tmp_path), "--models", "8b", "--parts", "long"])
+    monkeypatch.setattr(
+        "sys.argv", ["bars", "--out", str(tmp_path), "--models", "8b", "--parts", "long", "--batches", "2"]
+    )
     bars.main()
     content = json.loads((tmp_path / "bars.json").read_text(encoding="utf-8"))
     assert [row["figure"] for row in content["rows"]] == ["h2o, 8b, 90 tokens"]
     assert content["environment"]["device"] == "cpu"
+    assert scale.batches == (2,)

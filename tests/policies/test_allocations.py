@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvbench.cache import Allocation, Budget, Needs, PolicyCache, Room, View
-from kvbench.cache.allocation import layer_entries
 from kvbench.cache.layer import PolicyLayer
+from kvbench.cache.parts import layer_entries
 from kvbench.errors import ConfigError
 from kvbench.policies.allocation.cake import Cake
 from kvbench.policies.allocation.lazy_layers import LazyLayers

@@ -1,8 +1,8 @@
-"""How the entries of a uniform cache are divided among layers and heads: the part, and how the cache carries it out.
+"""The parts that a score policy may be put together with: how entries are divided, and what becomes of those that go.
 
-An `Allocation` says how; here it is asked, checked, and the arithmetic is exact: whole numbers, none above what a head
-can hold, and together what a uniform cache would hold. What is divided is the room of one row, so a sequence is
-divided alike alone and in a batch.
+An `Allocation` says how many entries layers and heads get; here it is asked, checked, and its arithmetic is exact:
+whole numbers, none above what a head can hold, and together what a uniform cache would hold. What is divided is the
+room of one row, so a sequence is divided alike alone and in a batch. A `Merge` says whom the others join.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvbench.cache.view import Needs, View
+from kvbench.cache.view import Needs, Plan, View
 from kvbench.errors import ConfigError, NonFiniteChoiceError, PolicyError
 
 
@@ -68,6 +68,20 @@ class Allocation:
         candidates (B, H, T): the scores of what is not protected, -inf where there is no candidate.
         """
         raise NotImplementedError(f"{type(self).__name__} is ragged and must define heads(view, candidates, free)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Let entries that go join others that stay, wherever a plan is made. Class flag: `needs`, statistics of `into`."""
+
+    needs: ClassVar[Needs] = Needs.NOTHING
+
+    def into(self, view: View, keep: Tensor, protected: Tensor) -> Plan:
+        """Return the plan that keeps `keep` (B, H, T) and says who joins whom.
+
+        protected (B, H, T) bool: the sinks and recent tokens among what is kept.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define into(view, keep, protected)")
 
 
 def split(weight: Tensor, total: Tensor, most: Tensor) -> Tensor:
