@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
+_CLOSE = 0.6  # share of letters in common; with less "fast" would be close to "default"
+_NEARLY = 0.15
 _MOST_NAMES = 10_000  # looked at in one folder; a folder of pictures may hold millions
 
 
@@ -55,10 +57,20 @@ class RecordError(KvbenchError):
 def close_matches(name: str, known: Iterable[str]) -> str:
     """Return the tail of an unknown-name message: close matches if any, else all names."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    if near:
-        return f"did you mean {' or '.join(repr(match) for match in near)}?"
-    return f"known: {', '.join(names)}"
+    near = near_names(name, names)
+    return did_you_mean(near) if near else f"known: {', '.join(names)}"
+
+
+def did_you_mean(names: Iterable[str]) -> str:
+    """Return the question that names all of `names`."""
+    return f"did you mean {' or '.join(map(repr, names))}?"
+
+
+def near_names(name: str, known: Iterable[str]) -> list[str]:
+    """Return up to three of `known` that `name` may be a misspelling of, the closest and those nearly as close."""
+    near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=_CLOSE)
+    shares = [difflib.SequenceMatcher(None, one, name).ratio() for one in near]
+    return [one for one, share in zip(near, shares, strict=True) if share > shares[0] - _NEARLY]
 
 
 def check_known(what: str, name: str, known: Iterable[str]) -> None:
@@ -71,7 +83,7 @@ def missing_path(path: Path) -> str:
     """Return the tail of a message about a path that does not exist: close matches if any, else where it ends."""
     near = near_paths(path)
     if near:
-        return f"there is no such file or folder; did you mean {' or '.join(repr(str(found)) for found in near)}?"
+        return f"there is no such file or folder; {did_you_mean(map(str, near))}"
     whole = path.absolute()
     last = next((parent for parent in whole.parents if parent.is_dir()), Path(whole.anchor))
     return f"there is no such file or folder: {last} holds no {whole.relative_to(last).parts[0]!r}"
@@ -91,7 +103,7 @@ def _near_names(folder: Path, name: str) -> list[Path]:
     names: list[str] = []
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         names = sorted(entry.name for entry in islice(entries, _MOST_NAMES))
-    return [folder / near for near in difflib.get_close_matches(name, names, n=3, cutoff=0.6)]
+    return [folder / near for near in near_names(name, names)]
 
 
 _CLASSES = ("OutOfMemoryError", "MemoryError")  # torch's own is found by name, so that nobody imports torch for it

@@ -23,6 +23,11 @@ class SnapKV(ScorePolicy):
     and generated tokens are never dropped. The window counts in the budget and takes no part in the
     pooling, as in the paper. Differs in: the query heads of a KV head are averaged (the paper has no
     grouped queries), and the size is the harness's budget instead of a fixed number of entries.
+
+    As released (github.com/FasterDecoding/SnapKV at 395b54d) it has pooling="avg" and kernel_tokens=5, which is
+    the yaml `snapkv_released`. That code chooses per query head and then stores the keys of a KV head once
+    per query head; here it equals the release on models without grouped queries, and has the group's mean,
+    as in SnapKVPress of kvpress, on others.
     """
 
     needs: ClassVar[Needs] = Needs.WINDOW

@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from importlib import metadata
 from typing import Any
 
 import pytest
 
 from tests import covering
-from tests.covering import POSITIONS, YAMLS, outside_the_cover
+from tests.covering import HARD, POSITIONS, YAMLS, outside_the_cover
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,6 +31,26 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, so before anything else is
+        mend_interpreter()
+
+
+def mend_interpreter() -> None:
+    """Let the interpreter of triton 3.6 loop up to a scalar, which numpy 2.4 and later refuse; 3.7 has it so."""
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return
+    if not version.startswith("3.6."):
+        return
+    from triton.runtime import interpreter
+
+    patched = interpreter._patch_lang_tensor
+
+    def with_index(tensor: Any, scope: Any) -> None:
+        patched(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = with_index
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -90,16 +111,16 @@ def sweep_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return write_sweep(tmp_path_factory.mktemp("results"))
 
 
-@pytest.fixture(params=[*YAMLS, None], ids=lambda path: path.stem if path else "middle_first")
+@pytest.fixture(params=[*YAMLS, *HARD], ids=lambda param: param if isinstance(param, str) else param.stem)
 def policy(request: pytest.FixtureRequest) -> Any:
-    """Each yaml of conf/policy, and one policy made to be hard on the base class."""
+    """Each yaml of conf/policy, and one policy made to be hard on the base class, with parts too."""
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    from tests.contract import MiddleFirst
+    from tests.contract import middle_first
 
-    if request.param is None:
-        return MiddleFirst()
+    if isinstance(request.param, str):
+        return middle_first(request.param)
     return instantiate(OmegaConf.load(request.param), _convert_="object")
 
 

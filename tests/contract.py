@@ -6,12 +6,16 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvbench.cache import UNLIMITED, Budget, Policy, PolicyCache, ScorePolicy, View, When
+from kvbench.cache.policy import steps_between_cuts
 from kvbench.cache.released import departures_of
+from kvbench.policies.allocation.ada import Ada
+from kvbench.policies.allocation.pyramid import Pyramid
 from tests.covering import POSITIONS as POSITIONS
 from tests.covering import YAMLS as YAMLS
 from tests.driving import Held, drive
@@ -34,6 +38,18 @@ class MiddleFirst(ScorePolicy):
         return -((view.position - view.seen[:, None, None] // 2).abs() // 2).float()
 
 
+def middle_first(name: str) -> MiddleFirst:
+    """It alone, with its layers or heads divided, or planned in blocks."""
+    parts: dict[str, dict[str, Any]] = {
+        "middle_first": {},
+        "divided": {"allocation": Pyramid(beta=4)},
+        "blocks": {"every_tokens": 4},
+        "ragged": {"allocation": Ada(alpha=0.1)},
+        "ragged_blocks": {"allocation": Ada(), "every_tokens": 3},
+    }
+    return MiddleFirst(**parts[name])
+
+
 def budget_named(name: str, policy: Policy) -> Budget:
     smallest = policy.smallest_budget_tokens
     return {
@@ -45,6 +61,16 @@ def budget_named(name: str, policy: Policy) -> Budget:
         "third_of_prompt": Budget(fraction=0.3, of="prompt"),
         "unlimited": UNLIMITED,
     }[name]
+
+
+def is_divided(policy: Policy) -> bool:
+    """Whether layers or heads are given different numbers, whose sum is what counts."""
+    return isinstance(policy, ScorePolicy) and (policy.allocation is not None or bool(policy.skip_layers))
+
+
+def block(policy: Policy, step: int) -> int:
+    """Entries that a policy which plans in blocks may hold beyond its budget after a decode step."""
+    return (steps_between_cuts(policy) or 1) - 1 if step else 0
 
 
 def allowed(policy: Policy, budget: Budget, prompt: int, seen: int, kept_of_prompt: int) -> int:

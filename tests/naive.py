@@ -19,12 +19,13 @@ from tests.reference import rotated
 
 @dataclass(kw_only=True)
 class Entry:
-    """A token's rotated key and value (D,), and the attention it received."""
+    """A token's rotated key and value (D,), the attention it received in all, and from each query that saw it."""
 
     position: int
     key: Tensor
     value: Tensor
     mass: float = 0.0
+    rows: list[float] = field(default_factory=list)
 
 
 Head = list[Entry]
@@ -58,6 +59,7 @@ class NaiveLayer:
     budget: Budget
     num_heads: int
     bounded: bool = True
+    cuts_at_decode: bool = True
     layer: int = 0
     num_layers: int = 1
     frequencies: Tensor | None = None
@@ -93,13 +95,14 @@ class NaiveLayer:
         reduced: Any = {"mean": rows.mean(0), "sum": rows.sum(0), "max": rows.amax(0)}[self.reduction]
         for entry, received in zip(head, reduced.tolist(), strict=True):
             entry.mass += received
+            entry.rows.append(received)
         return rows @ values
 
     def _evict(self, chunk: bool) -> None:
         base = self.seen if self.budget.of == "seen" else self.prompt
         entries = self.budget.tokens or max(1, math.floor(Fraction(str(self.budget.fraction)) * base))
         where = Where(layer=self.layer, num_layers=self.num_layers, seen=self.seen, budget=entries)
-        if not self.bounded or len(self.heads[0]) <= entries:
+        if not self.bounded or len(self.heads[0]) <= entries or not (chunk or self.cuts_at_decode):
             return
         before = [[e.position for e in head] for head in self.heads]
         if chunk:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
+from torch import Tensor
 
 from tests.naive import Entry, Head, Where
 
@@ -108,21 +109,30 @@ def buckets(anchors: list[int], length: int) -> list[range]:
     return [range(start, end + 1) for start, end in zip(starts, [*ends, length - 1], strict=True)]
 
 
+def _mean(states: list[Tensor]) -> Tensor:
+    return torch.stack(states).mean(0)
+
+
 @dataclass
 class NaiveElastic:
     """Anchors by mean column sum over heads, the mean of each bucket (Eq. 3), then a fixed point.
 
-    The first of all tokens and the newest stay as they are, count in the budget and are no anchors.
+    The first of all tokens and the newest stay as they are, count in the budget and are no anchors; with
+    `recent_fraction` as many of the newest as are that share of the budget. merge: what of a bucket is averaged.
     """
 
     fixed_point: int = 25
+    merge: str = "both"
+    recent_fraction: float = 0.0
     margin: float = math.inf
 
     def plan(self, heads: list[Head], where: Where) -> list[Head]:
         length = len(heads[0])
         if length <= where.budget:
             return heads
-        ends = {length - 1, *(i for i in [0] if heads[0][i].position == 0 and where.budget > 1)}
+        first = {i for i in [0] if heads[0][i].position == 0 and where.budget > 1}
+        num_recent = max(1, math.floor(round(self.recent_fraction * where.budget, 9)))
+        ends = {*first, *range(length - min(num_recent, where.budget - len(first)), length)}
         importance = {i: sum(head[i].mass for head in heads) / len(heads) for i in range(length) if i not in ends}
         ranked = sorted(importance, key=lambda i: (importance[i], i))
         num_anchors = where.budget - len(ends)
@@ -142,9 +152,9 @@ class NaiveElastic:
         parts = [head[i] for i in cells.get(index, [index])]
         return Entry(
             position=head[index].position,
-            key=torch.stack([e.key for e in parts]).mean(0),
-            value=torch.stack([e.value for e in parts]).mean(0),
-            mass=sum(e.mass for e in parts),
+            key=_mean([e.key for e in parts]) if self.merge in ("both", "keys") else head[index].key,
+            value=_mean([e.value for e in parts]) if self.merge in ("both", "values") else head[index].value,
+            mass=head[index].mass if self.merge == "none" else sum(e.mass for e in parts),
         )
 
     def victim(self, heads: list[Head], head: int, where: Where) -> Entry:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from kvbench.autopsy.replay import Replayed, Subject, Watching, full_attention, replay, subject_of, token_pieces
 from kvbench.autopsy.settings import AutopsySettings
-from kvbench.cache import Kind
+from kvbench.cache import Kind, Policy
 from kvbench.errors import is_poisoned
 from kvbench.models.inputs import answer_text
 from kvbench.models.loader import LoadedModel
@@ -42,10 +42,11 @@ class Autopsies:
     """The autopsies of a group of cells, each taken after its cell's record is written, by a prefill of its own.
 
     What is the same for all cells is found once: the samples, and the full cache's attention, both on the host.
+    share: the policies of all cells where one prefill may serve them, none where its prompt must not stay alive.
     """
 
-    def __init__(self, results: Path, watcher: Watcher) -> None:
-        self._results, self._watcher = results, watcher
+    def __init__(self, results: Path, watcher: Watcher, *, share: Sequence[Policy] = ()) -> None:
+        self._results, self._watcher, self._share = results, watcher, share
         self._chosen: dict[AutopsySettings, _Chosen] = {}
 
     def take(self, cell: Cell, loaded: LoadedModel) -> bool:
@@ -60,7 +61,7 @@ class Autopsies:
         try:
             chosen = self._chosen.get(cell.autopsy)
             if chosen is None:
-                chosen = self._chosen[cell.autopsy] = _Chosen(cell, loaded)
+                chosen = self._chosen[cell.autopsy] = _Chosen(cell, loaded, self._share)
             samples = chosen.samples(cell)
             body = {
                 "schema": AUTOPSY_SCHEMA,
@@ -80,7 +81,7 @@ class Autopsies:
 class _Chosen:
     """The samples to look at, and what the full cache attends to in them."""
 
-    def __init__(self, first: Cell, loaded: LoadedModel) -> None:
+    def __init__(self, first: Cell, loaded: LoadedModel, share: Sequence[Policy]) -> None:
         self._loaded = loaded
         subjects = [subject_of(loaded, example) for example in first.autopsy.chosen(first.dataset.examples())]
         most = first.autopsy.max_prompt_tokens
@@ -91,15 +92,17 @@ class _Chosen:
             if len(one.pieces) > most
         ]
         self._attention: dict[tuple[int, int], list[Array]] = {}
+        self._shared = self._prompts(share, first) if share else None
 
     def samples(self, cell: Cell) -> list[dict[str, Any]]:
         """Return the samples of `cell` as they are stored."""
-        examples = [one.example for one in self._subjects.values()]
-        policies = [cell.setting.policy, Watching()]
-        prompts = Prompts(
-            self._loaded, examples, max(1, len(examples)), share=policies, query_visible=cell.query_visible
-        )
+        prompts = self._shared or self._prompts([cell.setting.policy], cell)
         return [row for number in range(len(prompts)) for row in self._of_part(cell, prompts.part(number))]
+
+    def _prompts(self, policies: Sequence[Policy], cell: Cell) -> Prompts:
+        examples = [one.example for one in self._subjects.values()]
+        share, size = [*policies, Watching()], max(1, len(examples))
+        return Prompts(self._loaded, examples, size, share=share, query_visible=cell.query_visible)
 
     def _of_part(self, cell: Cell, part: Part) -> Iterator[dict[str, Any]]:
         # As many steps as the answers that are measured have at most, within the limit.

@@ -8,7 +8,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from kvbench.cache.policy import CACHE_SEMANTICS, UNLIMITED, Budget, Kind, Needs, Plan, Policy, ScorePolicy, View, When
+from kvbench.cache.allocation import Allocation, Room
+from kvbench.cache.merge import Merge
+from kvbench.cache.policy import CACHE_SEMANTICS, UNLIMITED, Budget, Policy, ScorePolicy, When
+from kvbench.cache.view import Kind, Needs, Plan, View
 
 if TYPE_CHECKING:
     from kvbench.cache.attention import attach, cache_argument
@@ -17,13 +20,16 @@ if TYPE_CHECKING:
 __all__ = [
     "CACHE_SEMANTICS",
     "UNLIMITED",
+    "Allocation",
     "Budget",
     "Kind",
+    "Merge",
     "Needs",
     "Occupancy",
     "Plan",
     "Policy",
     "PolicyCache",
+    "Room",
     "ScorePolicy",
     "View",
     "When",

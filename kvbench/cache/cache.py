@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from kvbench.cache.allocation import Waiting
 from kvbench.cache.attention import is_attached
 from kvbench.cache.counts import CountsShelf, LayerSetup, Ledger, OnPlan
 from kvbench.cache.layer import PolicyLayer
-from kvbench.cache.policy import UNLIMITED, Budget, Policy
+from kvbench.cache.policy import UNLIMITED, Budget, Policy, ScorePolicy, check_parts, is_ragged, steps_between_cuts
 from kvbench.cache.positions import POSITION_MODES, Places, PositionMode, rotation_of
 from kvbench.cache.released import Pool, departures_of
 from kvbench.cache.slots import check_faults
@@ -82,9 +83,12 @@ class PolicyCache(Cache):
             raise ModelSupportError("the model does not use kvbench's attention; call kvbench.attach(model) first")
         if positions not in POSITION_MODES:
             raise ConfigError(f"positions is {positions!r}; {close_matches(positions, POSITION_MODES)}")
+        check_parts(policy)
         rotation = rotation_of(model.get_decoder(), positions) if positions != "original" else None
         places = Places(rotation=rotation) if rotation is not None and positions == "released" else None
         pool = Pool() if departures_of(policy).pools_layers else None
+        allocation = policy.allocation if isinstance(policy, ScorePolicy) else None
+        waiting = Waiting() if allocation is not None and allocation.waits else None
         num_layers = model.config.get_text_config().num_hidden_layers
         setups = (
             LayerSetup(
@@ -95,6 +99,7 @@ class PolicyCache(Cache):
                 rotation=rotation if places is None else None,
                 places=places,
                 pool=pool,
+                waiting=waiting,
                 reserve_tokens=reserve_tokens,
                 prompt_tokens=prompt_tokens,
                 prompt_kind=prompt_kind,
@@ -118,6 +123,22 @@ class PolicyCache(Cache):
         for layer in self.policy_layers:
             layer.ledger.prompt_until_tokens = layer.ledger.padded_tokens + num_tokens
 
+    @property
+    def takes_answers_whole(self) -> bool:
+        """Whether generated tokens may come in one chunk: nothing is freed between two of them."""
+        setup = self.policy_layers[0].setup
+        return steps_between_cuts(setup.policy) is None and setup.pool is None and not is_ragged(setup.policy)
+
+    def expect_answer(self, num_tokens: int) -> None:
+        """Take the next `num_tokens` tokens as generated ones in one chunk, after which the cache is as after steps.
+
+        Raises: ValueError for a policy that frees entries between them.
+        """
+        if not self.takes_answers_whole:
+            raise ValueError("the policy frees entries at every decode step; feed its tokens one by one")
+        for layer in self.policy_layers:
+            layer.ledger.answer_until_tokens = layer.ledger.padded_tokens + num_tokens
+
     def snapshot(self) -> CacheState:
         """Return what a decode step changes, on the device and on the host; keys and values of tokens held stay."""
         tensors = [tensor for layer in self.policy_layers for tensor in layer.state()]
@@ -138,6 +159,15 @@ class PolicyCache(Cache):
         """Count on the host a step that the device did by itself."""
         for layer in self.policy_layers:
             layer.ledger.replay()
+
+    def cut_blocks(self, *, by_itself: bool | None = None) -> None:
+        """Plan every row whose block of generated tokens is full, in all layers.
+
+        by_itself: whether steps do so from now on, as they do at first; a captured step cannot.
+        """
+        for layer in self.policy_layers:
+            layer.cuts_blocks = layer.cuts_blocks if by_itself is None else by_itself
+            layer.cut_block()
 
     def decide(self) -> None:
         """Let the policy name its victim in every layer and apply nothing: what deciding costs, alone."""
@@ -168,13 +198,12 @@ class PolicyCache(Cache):
             raise ValueError("the cache is empty; run a prompt first")
         lengths = [s.length.float() for s in slots]
         seen = self.policy_layers[0].ledger.seen
-        entry_bytes = [s.entries.keys.shape[-1] * s.entries.keys.element_size() * 2 for s in slots]
         return Occupancy(
             seen_tokens=sum(seen) / len(seen),
             entries_mean=sum(float(length.mean()) for length in lengths) / len(lengths),
             entries_peak=max(int(length.max()) for length in lengths),
             stored_bytes=sum(s.stored_bytes() for s in slots),
-            valid_bytes=sum(int(s.length.sum()) * size for s, size in zip(slots, entry_bytes, strict=True)),
+            valid_bytes=sum(int(s.length.sum()) * s.entry_bytes for s in slots),
             statistics_bytes=sum(s.statistics_bytes() for s in slots),
             bookkeeping_bytes=sum(s.bookkeeping_bytes() for s in slots),
         )

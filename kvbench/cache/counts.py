@@ -17,10 +17,12 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from kvbench.cache.policy import Budget, Plan, Policy, ScorePolicy, View, When, checked_range
+from kvbench.cache.allocation import Waiting
+from kvbench.cache.policy import Budget, Policy, ScorePolicy, When, checked_range, steps_between_cuts
 from kvbench.cache.positions import Places, Rotation
 from kvbench.cache.released import Departures, Pool, departures_of, entries_as_released
 from kvbench.cache.slots import Entries
+from kvbench.cache.view import Plan, View
 from kvbench.errors import ModelSupportError
 
 GROW_TOKENS = 64
@@ -32,7 +34,8 @@ class LayerSetup:
     """What a layer is told once.
 
     rotation: given for positions=in_cache only; places: for positions=released only; pool: for policies
-    that pool layers; both are shared by the layers of a cache. reserve_tokens: how many tokens will be
+    that pool layers; waiting: for allocations that must see all layers; all three are shared by the layers of a
+    cache. reserve_tokens: how many tokens will be
     generated; more than that makes the buffers grow by copying. prompt_tokens: the first tokens, pads included, that
     are the prompt however they come. prompt_kind (B, T) int8 or None for text.
     row_seeds: one number per sequence for policies that draw, None for zeros. on_settle: entered around
@@ -51,6 +54,7 @@ class LayerSetup:
     row_seeds: tuple[int, ...] | None = None
     places: Places | None = None
     pool: Pool | None = None
+    waiting: Waiting | None = None
     on_settle: Callable[[], AbstractContextManager[None]] = nullcontext
     on_plan: OnPlan | None = None
 
@@ -84,8 +88,10 @@ class Ledger:
     `held` is the largest count over the heads of the row. `settled_*` are the counts when the last
     chunk of several tokens was settled. `padded_tokens` counts pads too, the same for all rows. `prompt` is what
     came first, or the first `prompt_tokens` with pads if that is more; tokens before `prompt_until_tokens` are
-    planned as a prompt, even one by one. most_tokens: how many a row may see, where a position mode holds no further.
-    counts_as_released: as in `Departures`.
+    planned as a prompt, even one by one; those before `answer_until_tokens` are generated ones, even in a chunk.
+    most_tokens: how many a row may see, where a position mode holds no further.
+    counts_as_released: as in `Departures`. shift: how many more entries than the uniform budget an allocation gave this
+    layer when the last chunk was cut, empty for none. block_tokens: how many tokens come before a plan at decode.
     """
 
     policy: Policy
@@ -98,8 +104,11 @@ class Ledger:
     padded_tokens: int = 0
     prompt_tokens: int = 0
     prompt_until_tokens: int = 0
+    answer_until_tokens: int = 0
     most_tokens: int | None = None
     counts_as_released: bool = False
+    shift: list[int] = field(default_factory=list)
+    block_tokens: int = 1
 
     @property
     def steps_since_settled(self) -> int:
@@ -118,6 +127,10 @@ class Ledger:
             and self.padded_tokens >= self.prompt_until_tokens
         )
 
+    def is_answer(self, num_tokens: int) -> bool:
+        """Return whether `num_tokens` more are several generated tokens in one chunk."""
+        return num_tokens > 1 and self.padded_tokens + num_tokens <= self.answer_until_tokens
+
     def arrive(self, added: list[int]) -> None:
         """Count `added` new tokens per row, pads left out. Raises: ModelSupportError for more than `most_tokens`."""
         empty = [0] * len(added)
@@ -134,7 +147,7 @@ class Ledger:
 
     def begin_chunk(self, added: list[int]) -> None:
         """Count a chunk of several tokens; it is planned as a prompt, under the plain budget."""
-        self.settled_seen, self.settled_held = [], []
+        self.settled_seen, self.settled_held, self.shift = [], [], []
         self.arrive(added)
 
     def settle(self, held: list[int]) -> None:
@@ -142,7 +155,9 @@ class Ledger:
         self.held, self.settled_held, self.settled_seen = list(held), list(held), list(self.seen)
 
     def evicted(self) -> None:
-        """Note that every row over its budget lost one entry."""
+        """Note that every row over its budget lost one entry, where one goes at each step."""
+        if self.block_tokens > 1:
+            return
         self.held = [min(h, max(a, h - 1)) for h, a in zip(self.held, self.allowed(), strict=True)]
 
     def replay(self) -> None:
@@ -150,6 +165,25 @@ class Ledger:
         self.padded_tokens += 1
         self.arrive([1] * len(self.seen))
         self.evicted()
+
+    def due(self) -> list[bool]:
+        """Return the rows whose block of generated tokens is full and is planned now."""
+        if self.block_tokens == 1:
+            return [False] * len(self.held)
+        return [h - a >= self.block_tokens for h, a in zip(self.held, self.allowed(), strict=True)]
+
+    def cut_block(self) -> None:
+        """Note that the rows that were due hold what they may."""
+        rows = zip(self.due(), self.held, self.allowed(), strict=True)
+        self.held = [allowed if due else held for due, held, allowed in rows]
+
+    def divide(self, entries: list[int]) -> None:
+        """Note what an allocation gives this layer, per row; it grows as the uniform budget does."""
+        self.shift = [given - uniform for given, uniform in zip(entries, self.uniform(), strict=True)]
+
+    def uniform(self) -> list[int]:
+        """Return the entries each row may hold now were all layers alike."""
+        return self._entries(self.seen)
 
     def over(self) -> bool:
         """Return whether any row holds more than it may."""
@@ -163,14 +197,19 @@ class Ledger:
         """
         if not self.policy.bounded:
             return [seen + ahead_tokens for seen in self.seen]
-        entries = self._entries([seen + ahead_tokens for seen in self.seen])
+        entries = self._shifted(self._entries([seen + ahead_tokens for seen in self.seen]))
         if not self.settled_seen or self.policy.when is When.BOTH:
             return entries
         return [self._after_settling(row, self.seen[row] + ahead_tokens, entries[row]) for row in range(len(entries))]
 
     def allowed_after_prompt(self) -> list[int]:
         """Return the entries each row was allowed when it had seen its first prompt."""
-        return self._entries(self.prompt) if self.policy.bounded else list(self.prompt)
+        return self._shifted(self._entries(self.prompt)) if self.policy.bounded else list(self.prompt)
+
+    def _shifted(self, entries: list[int]) -> list[int]:
+        if not self.shift:
+            return entries
+        return [max(1, uniform + more) for uniform, more in zip(entries, self.shift, strict=True)]
 
     def _entries(self, seen: list[int]) -> list[int]:
         rows = zip(seen, self.prompt, strict=True)
@@ -213,10 +252,11 @@ class RowCounts:
         window: Tensor | None = None,
         probs: Tensor | None = None,
         memory: Tensor | None = None,
+        spread: Tensor | None = None,
     ) -> View:
         """Return what the policy of layer number `layer` sees; nothing in it comes from the host.
 
-        memory: what the plan of an earlier chunk left.
+        memory: what the plan of an earlier chunk left. spread: what heads of a ragged layer have beside its budget.
         """
         return View(
             layer=layer,
@@ -236,6 +276,7 @@ class RowCounts:
             window_or_none=window,
             probs_or_none=probs,
             memory_or_none=memory,
+            spread_or_none=spread,
         )
 
 
@@ -266,12 +307,12 @@ class StepCounts(RowCounts):
             self._tables = rotation.tables(self._num_positions)
         return self._tables
 
-    def advance(self, ledger: Ledger) -> None:
-        """Count one more token in every row; `ledger` has not counted it yet."""
-        if ledger.seen[0] == self._announced_until:
-            self._announce(ledger, GROW_TOKENS)
-        self._step += 1
-        self.seen += 1
+    def advance(self, ledger: Ledger, num_tokens: int = 1) -> None:
+        """Count `num_tokens` more in every row; `ledger` has not counted them yet."""
+        if ledger.seen[0] + num_tokens > self._announced_until:
+            self._announce(ledger, num_tokens)
+        self._step += num_tokens
+        self.seen += num_tokens
         self.budget.copy_(self._table.index_select(0, self._step)[0])
         self._protect()
 
@@ -298,7 +339,9 @@ class CountsShelf:
 
     def take(self, setup: LayerSetup, ledger: Ledger, device: torch.device) -> tuple[StepCounts, bool]:
         """Return the counts of `ledger`, and whether the asking layer is the first and moves them."""
-        key = (tuple(ledger.prompt), tuple(ledger.seen), tuple(ledger.settled_held), tuple(ledger.settled_seen))
+        key: tuple[object, ...] = (tuple(ledger.prompt), tuple(ledger.seen), tuple(ledger.settled_seen))
+        if steps_between_cuts(setup.policy) == 1:  # else no step reads a budget, and layers may differ in theirs
+            key += (tuple(ledger.settled_held), tuple(ledger.shift))
         leader, counts = self._counts.get(key, (setup.layer, None))
         if counts is None or leader == setup.layer:
             leader, counts = self._counts[key] = (setup.layer, StepCounts(setup, ledger, device))

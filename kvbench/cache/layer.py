@@ -1,16 +1,18 @@
 """One layer of the cache: takes tokens, attends, and settles at once.
 
 A prompt (or any chunk of several tokens) attends in full, statistics are reduced, the policy plans, and what stays
-moves into slots before the next layer runs: only one layer's prompt is ever uncompressed. A decode step writes one
-token into the free slot, attends with it, and frees one victim. On a GPU each part of a step is one or two kernels
-that wait for nothing; elsewhere, and as the reference, plain torch does the same. Which one runs is decided in one
-place, `use_triton`.
+moves into slots before the next layer runs: only one layer's prompt is ever uncompressed, unless an allocation must
+see all layers first. A decode step writes one token into the free slot, attends with it, and frees one victim, or plans
+anew once a block of such tokens is full. Where none is ever freed, an answer may come as one chunk too, which leaves
+what its tokens would have left one by one. On a GPU each part of a step is one or two kernels that wait for nothing;
+elsewhere, and as the reference, plain torch does the same. Which one runs is decided in one place, `use_triton`.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TypeGuard
 
@@ -18,29 +20,47 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from kvbench.cache.allocation import Room, layer_entries
 from kvbench.cache.attention import LAYER_TAG, ChunkStatistics, Statistics, chunk_attention, decode_step, reduce_group
 from kvbench.cache.counts import GROW_TOKENS, CountsShelf, LayerSetup, Ledger, RowCounts, StepCounts
-from kvbench.cache.policy import Needs, Plan, Policy, ScorePolicy, When, checked_plan, checked_score, checked_victim
+from kvbench.cache.policy import (
+    Policy,
+    ScorePolicy,
+    When,
+    check_statistics,
+    checked_plan,
+    checked_score,
+    checked_victim,
+    is_ragged,
+    needs_of,
+    ranking,
+    steps_between_cuts,
+)
 from kvbench.cache.positions import shifted_chunk, shifted_step
+from kvbench.cache.ragged import RaggedSlots, settle_ragged, spread_of
 from kvbench.cache.selection import age_rank
-from kvbench.cache.slots import EMPTY, Entries, Slots, check_faults, settle
+from kvbench.cache.slots import EMPTY, Entries, Slots, check_faults, only_rows, settle
+from kvbench.cache.view import Needs, Plan, View
 from kvbench.errors import ModelSupportError
 from kvbench.kernels.dispatch import Chunk, use_triton
 
-
-def evicts_at_decode(policy: Policy) -> bool:
-    """Return whether `policy` can free entries while tokens are generated."""
-    return policy.bounded and When.DECODE in policy.when
+AnySlots = Slots | RaggedSlots
 
 
 class PolicyLayer(CacheLayerMixin):
-    """Slots of one layer under one policy; made by `PolicyCache`, whose layers share a shelf of counts."""
+    """Slots of one layer under one policy; made by `PolicyCache`, whose layers share a shelf of counts.
 
-    slots: Slots | None
+    cuts_blocks: whether a full block of generated tokens is cut within its step; otherwise by `cut_block`, afterwards.
+    """
+
+    slots: AnySlots | None
     counts: StepCounts | None
+    cuts_blocks = True
 
     def __init__(self, setup: LayerSetup, shelf: CountsShelf | None = None) -> None:
         self.setup = setup
+        self._needs, self._cuts_every = needs_of(setup.policy), steps_between_cuts(setup.policy)
+        self._is_ragged = is_ragged(setup.policy)
         self._shelf = shelf or CountsShelf()
         self.reset()
 
@@ -48,7 +68,7 @@ class PolicyLayer(CacheLayerMixin):
         """Forget everything; buffers are let go, and a pass that did not end."""
         self._shelf.clear()
         self.slots = self.counts = None
-        self._leads = self._decodes = False
+        self._leads = self._decodes = self._appends = False
         self.ledger = Ledger(
             policy=self.setup.policy,
             budget=self.setup.budget,
@@ -56,10 +76,13 @@ class PolicyLayer(CacheLayerMixin):
             prompt_until_tokens=self.setup.prompt_tokens,
             most_tokens=self.setup.most_tokens,
             counts_as_released=self.setup.departures.counts_as_released,
+            block_tokens=self._cuts_every or 1,
         )
         self.is_initialized = False
         if self.setup.pool is not None:
             self.setup.pool.waiting.clear()
+        if self.setup.waiting is not None:
+            self.setup.waiting.clear()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -71,6 +94,7 @@ class PolicyLayer(CacheLayerMixin):
         """
         self.is_initialized = True
         self._decodes = self.slots is not None and self.ledger.is_decode_step(key_states.shape[2])
+        self._appends = self.slots is not None and self.ledger.is_answer(key_states.shape[2])
         self.ledger.padded_tokens += key_states.shape[2]
         if self.setup.places is not None and self.slots is not None and self.counts is not None:
             key_states = self.setup.places.arrive(key_states, self.setup.layer, self.slots.length, self.counts.seen)
@@ -78,9 +102,14 @@ class PolicyLayer(CacheLayerMixin):
             keys, values = key_states, value_states
         elif self._decodes:
             keys, values = self._write(self.slots, key_states, value_states)
+        elif self._appends:
+            held = max(self.ledger.held)
+            keys = torch.cat((self.slots.entries.keys[:, :, :held], key_states), dim=2)
+            values = torch.cat((self.slots.entries.values[:, :, :held], value_states), dim=2)
         else:
-            keys = torch.cat((self.slots.entries.keys, key_states), dim=2)
-            values = torch.cat((self.slots.entries.values, value_states), dim=2)
+            stored = self.slots.entries
+            keys = torch.cat((stored.keys, key_states), dim=2)
+            values = torch.cat((stored.values, value_states), dim=2)
         setattr(keys, LAYER_TAG, weakref.ref(self))
         return keys, values
 
@@ -90,8 +119,15 @@ class PolicyLayer(CacheLayerMixin):
             query = self.setup.places.turned(query)
         if self.slots is not None and self._decodes:
             output, probs = self._attend_slots(self.slots, query, scaling)
-            self._when_pooled(self.slots.entries, partial(self._end_step, self.slots, probs))
+            end = partial(self._end_step, self.slots, probs)
+            if self.setup.pool is None:
+                end()
+            else:
+                self.setup.pool.arrive(self.slots.entries, self.setup.num_layers, end)
             return output
+        if self._appends:
+            assert isinstance(self.slots, Slots)  # the cache lets no answer come whole to heads of different lengths
+            return self._attend_answer(self.slots, query, keys, values, scaling)
         real = _real_tokens(query, padding, seen=self.ledger.seen)
         before = torch.tensor(self.ledger.seen or [0] * real.shape[0], dtype=torch.int64, device=real.device)
         position = torch.where(real, real.long().cumsum(-1) - 1 + before[:, None], EMPTY)
@@ -120,7 +156,7 @@ class PolicyLayer(CacheLayerMixin):
             given = _checked_kind(self.setup.prompt_kind, position)
             kind = given.to(keys.device, torch.int8, copy=True)[:, None].expand(wide.shape)
         mass = None
-        if Needs.MASS in self.setup.policy.needs:
+        if Needs.MASS in self._needs:
             dtype = keys.dtype if self.setup.departures.mass_in_model_dtype else torch.float32
             mass = torch.zeros(wide.shape, dtype=dtype, device=keys.device)
         if self.slots is not None:
@@ -134,32 +170,75 @@ class PolicyLayer(CacheLayerMixin):
         """Let the policy plan on a chunk that has attended, and move what stays into slots."""
         if entries.mass is not None:
             entries.mass = (entries.mass + statistics.mass(self.setup.policy.reduction)).to(entries.mass.dtype)
-        self._when_pooled(entries, partial(self._cut, entries, statistics))
-
-    def _when_pooled(self, entries: Entries, cut: Callable[[], None]) -> None:
-        """Cut at once where there is no pool, else when the last layer of the pass has come."""
         if self.setup.pool is None:
-            cut()
-        else:
-            self.setup.pool.arrive(entries, self.setup.num_layers, cut)
+            self._cut(entries, statistics)
+        else:  # when the last layer of the pass has come
+            self.setup.pool.arrive(entries, self.setup.num_layers, partial(self._cut, entries, statistics))
 
     def _cut(self, entries: Entries, statistics: Statistics) -> None:
-        policy, plan = self.setup.policy, None
+        policy = self.setup.policy
         with self.setup.on_settle():
-            if policy.bounded and When.PREFILL in policy.when and self.ledger.over():
-                plan = self._plan(entries, statistics)
-                if self.setup.on_plan is not None:
-                    self.setup.on_plan(self.setup.layer, entries, plan)
-            self._settle(entries, plan)
+            if not policy.bounded or When.PREFILL not in policy.when:
+                self._settle(entries, None)
+            elif not self._is_divided():
+                self._settle(
+                    entries, self._plan(entries, self._view(entries, statistics)) if self.ledger.over() else None
+                )
+            elif self.setup.waiting is None:
+                rows = range(len(self.ledger.seen))
+                self.ledger.divide([self._layer_entries(row)[self.setup.layer] for row in rows])
+                self._settle(
+                    entries, self._plan(entries, self._view(entries, statistics)) if self.ledger.over() else None
+                )
+            else:
+                self._wait(entries, self._view(entries, statistics))
 
-    def _plan(self, entries: Entries, statistics: Statistics) -> Plan:
+    def _is_divided(self) -> bool:
+        """Whether some row exceeds its budget, and layers are not all given the same."""
+        policy = self.setup.policy
+        divides = isinstance(policy, ScorePolicy) and (policy.allocation is not None or policy.skip_layers)
+        return bool(divides) and any(s > u for s, u in zip(self.ledger.seen, self.ledger.uniform(), strict=True))
+
+    def _layer_entries(self, row: int, told: Sequence[Tensor] = ()) -> Sequence[int]:
+        """Return the entries of all layers in a row, per KV head."""
+        policy, uniform, seen = self.setup.policy, self.ledger.uniform()[row], self.ledger.seen[row]
+        assert isinstance(policy, ScorePolicy)
+        if seen <= uniform:
+            return [uniform] * self.setup.num_layers
+        protected = min(policy.smallest_budget_tokens, uniform)
+        room = Room(num_layers=self.setup.num_layers, budget=uniform, tokens=seen, protected=protected)
+        return layer_entries(policy.allocation, policy.skip_layers, room, told)
+
+    def _wait(self, entries: Entries, view: View) -> None:
+        """Hand in what the allocation asks of this layer; it is cut when the last layer has come."""
+        policy, waiting = self.setup.policy, self.setup.waiting
+        assert isinstance(policy, ScorePolicy)
+        assert policy.allocation is not None
+        assert waiting is not None
+        check_statistics(view)
+        told = policy.allocation.tell(view, ranking(policy, view))
+
+        def cut(given: list[int]) -> None:
+            self.ledger.divide(given)
+            budget = torch.tensor(self.ledger.allowed(), dtype=torch.int64, device=view.budget.device)
+            self._settle(entries, self._plan(entries, replace(view, budget=budget)) if self.ledger.over() else None)
+
+        waiting.arrive(told, self.setup.num_layers, cut, self._layer_entries)
+
+    def _plan(self, entries: Entries, view: View) -> Plan:
+        plan = checked_plan(self.setup.policy, view, self.ledger.allowed())
+        if self.setup.on_plan is not None:
+            self.setup.on_plan(self.setup.layer, entries, plan)
+        return plan
+
+    def _view(self, entries: Entries, statistics: Statistics) -> View:
         policy, window, probs = self.setup.policy, None, None
-        if Needs.WINDOW in policy.needs:
+        if Needs.WINDOW in self._needs:
             window = statistics.last_rows(policy.window_tokens, policy.reduction)
-        if Needs.PROBS in policy.needs:
+        if Needs.PROBS in self._needs:
             probs = statistics.last_rows(1, policy.reduction)[:, :, 0]
         stored, memory = (0, None) if self.slots is None else (self.slots.capacity, self.slots.memory)
-        view = RowCounts(self.setup, self.ledger, entries.keys.device).view(
+        return RowCounts(self.setup, self.ledger, entries.keys.device).view(
             self.setup.layer,
             entries,
             new_tokens=entries.position.shape[-1] - stored,
@@ -168,51 +247,97 @@ class PolicyLayer(CacheLayerMixin):
             probs=probs,
             memory=memory,
         )
-        return checked_plan(policy, view, self.ledger.allowed())
 
     def _settle(self, entries: Entries, plan: Plan | None) -> None:
         memory, faults = (None, None) if self.slots is None else (self.slots.memory, self.slots.faults)
         self.slots = None
+        if self._is_ragged:
+            spread, means = spread_of(entries, plan)
+            self.ledger.settle(means)
+            final = self.ledger.allowed(ahead_tokens=self.setup.reserve_tokens)
+            row_slots = [max(pair) + self.ledger.block_tokens for pair in zip(means, final, strict=True)]
+            self.slots = settle_ragged(entries, plan, spread, row_slots, memory, faults)
+            self.slots.rank = self.slots.rank if self.setup.rotation is not None else None
+            self.counts, self._leads = self._shelf.take(self.setup, self.ledger, self.slots.length.device)
+            return
         self.ledger.settle(self.ledger.held if plan is None else plan.keep.sum(dim=-1).amax(dim=1).tolist())
         final = self.ledger.allowed(ahead_tokens=self.setup.reserve_tokens)
-        self.slots = settle(entries, plan, max(*self.ledger.held, *final) + 1, memory, faults)
+        capacity = max(*self.ledger.held, *final) + self.ledger.block_tokens
+        self.slots = settle(entries, plan, capacity, memory, faults)
         if self.setup.rotation is not None and use_triton(self.slots.entries.keys):
             self.slots.rank = age_rank(self.slots.entries.position).int()
         self.counts, self._leads = self._shelf.take(self.setup, self.ledger, self.slots.length.device)
 
-    def _write(self, slots: Slots, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the new token (B, H, 1, D) into the free slots; return the buffers of all keys and values."""
+    def _write(self, slots: AnySlots, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the new token (B, H, 1, D) into the free slots; return the buffers of all keys and values.
+
+        Of a ragged layer, whose buffer has another shape, the new token's own: attention finds the slots by the layer.
+        """
         assert self.counts is not None
         if self._leads:
             self.counts.advance(self.ledger)
         self.ledger.arrive([1] * keys.shape[0])
-        if max(self.ledger.held) > slots.capacity:
-            slots.grow(slots.capacity + GROW_TOKENS)
+        if not slots.has_room(self.ledger.held):
+            slots.grow(GROW_TOKENS)
         if use_triton(keys):
             from kvbench.kernels.slot_writes import write_slot
 
-            advance = not evicts_at_decode(self.setup.policy)
-            write_slot(slots.columns(), keys, values, self.counts.seen, advance=advance)
+            write_slot(slots.columns(), keys, values, self.counts.seen, advance=self._cuts_every != 1)
         else:
             slots.write(keys, values, self.counts.seen - 1)
-        return slots.entries.keys, slots.entries.values
+        return (keys, values) if isinstance(slots, RaggedSlots) else (slots.entries.keys, slots.entries.values)
 
-    def _attend_slots(self, slots: Slots, query: Tensor, scaling: float) -> tuple[Tensor, Tensor | None]:
+    def _attend_answer(self, slots: Slots, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+        """Return the output of generated tokens, (B, Hq, Q, D), none of which frees a victim, and take them in.
+
+        keys, values (B, H, T, D): what is held, and the new ones. Nothing leaves between two of the tokens, so a causal
+        mask shows each what it would have seen alone, and ranks in the cache are those of the end.
+        """
+        assert self.counts is not None
+        new, held = query.shape[2], keys.shape[2] - query.shape[2]
+        if self._leads:
+            self.counts.advance(self.ledger, new)
+        self.ledger.arrive([new] * query.shape[0])
+        position = self.counts.seen[:, None] - torch.arange(new, 0, -1, device=query.device)
+        stored = slots.entries.position[..., :held]
+        chunk = Chunk(
+            query=query,
+            keys=keys,
+            values=values,
+            query_position=position,
+            key_position=torch.cat((stored, position[:, None].expand(*stored.shape[:2], new)), dim=-1),
+            scaling=scaling,
+            plain=False,
+        )
+        chunk = shifted_chunk(chunk, self.setup.rotation)
+        output, lse = chunk_attention(chunk, wants_lse=slots.entries.mass is not None)
+        if max(self.ledger.held) > slots.capacity:
+            slots.grow(max(self.ledger.held) + GROW_TOKENS)
+        at = slots.append(keys[:, :, held:], values[:, :, held:], position)
+        if slots.entries.mass is not None:
+            mass = ChunkStatistics(chunk, lse).mass(self.setup.policy.reduction).to(slots.entries.mass.dtype)
+            slots.entries.mass[..., :held] += mass[..., :held]
+            slots.entries.mass.scatter_(2, at, mass[..., held:])
+        return output
+
+    def _attend_slots(self, slots: AnySlots, query: Tensor, scaling: float) -> tuple[Tensor, Tensor | None]:
         """Return output (B, Hq, 1, D) and the probabilities (B, H, C) a policy asks for; mass grows in place."""
-        policy, entries = self.setup.policy, slots.entries
         if use_triton(query):
             return self._attend_by_kernel(slots, query, scaling)
+        policy, entries = self.setup.policy, slots.entries
         query, keys = shifted_step(query, entries.keys, entries.position, self.setup.rotation)
         output, rows = decode_step(query, keys, entries.values, entries.position >= 0, scaling)
-        probs = reduce_group(rows, policy.reduction) if policy.needs & (Needs.MASS | Needs.PROBS) else None
+        probs = reduce_group(rows, policy.reduction) if self._needs & (Needs.MASS | Needs.PROBS) else None
         if entries.mass is not None and probs is not None:
-            entries.mass += probs
+            slots.add_mass(probs)
         return output, probs
 
-    def _attend_by_kernel(self, slots: Slots, query: Tensor, scaling: float) -> tuple[Tensor, Tensor | None]:
-        from kvbench.kernels.decode_attention import Turn, decode_attention
+    def _attend_by_kernel(self, slots: AnySlots, query: Tensor, scaling: float) -> tuple[Tensor, Tensor | None]:
+        from kvbench.kernels.decode_attention import Ragged, Turn, decode_attention
 
-        turn, counts, policy, entries = None, self.counts, self.setup.policy, slots.entries
+        turn, ragged, counts, policy, entries = None, None, self.counts, self.setup.policy, slots.columns()
+        if entries.start is not None:
+            ragged = Ragged(entries.start, entries.capacity)
         if self.setup.rotation is not None and slots.rank is not None and counts is not None:
             cosines, sines = counts.turn_tables(self.setup.rotation)
             turn = Turn(position=entries.position, rank=slots.rank, seen=counts.seen, cosines=cosines, sines=sines)
@@ -225,33 +350,49 @@ class PolicyLayer(CacheLayerMixin):
             scaling,
             reduction=policy.reduction,
             mass=None if coarse else entries.mass,
-            want_probs=coarse or Needs.PROBS in policy.needs,
+            want_probs=coarse or Needs.PROBS in self._needs,
             turn=turn,
+            ragged=ragged,
         )
         if coarse and entries.mass is not None and probs is not None:
-            entries.mass += probs
+            slots.add_mass(probs)
         return output, probs
 
-    def _end_step(self, slots: Slots, probs: Tensor | None) -> None:
+    def _end_step(self, slots: AnySlots, probs: Tensor | None) -> None:
         """Free what is over the budget, or take a fresh slot next; the ledger counts it on the host."""
-        by_kernels = use_triton(slots.entries.keys)
+        by_kernels = use_triton(slots.columns().keys)
         may_ask_host = slots.length.device.type == "cpu" and not by_kernels
-        if not evicts_at_decode(self.setup.policy):
+        if self._cuts_every != 1:
             if not by_kernels:  # the kernel of `_write` did it already
                 slots.advance()
         elif may_ask_host and not self.ledger.over():
             slots.advance()
         else:
-            self._evict(slots, probs if Needs.PROBS in self.setup.policy.needs else None, by_kernels)
+            self._evict(slots, probs if Needs.PROBS in self._needs else None, by_kernels)
         self.ledger.evicted()
+        if self.cuts_blocks:
+            self.cut_block()
 
-    def _evict(self, slots: Slots, probs: Tensor | None, by_kernels: bool) -> None:
+    def cut_block(self) -> None:
+        """Plan the rows whose block of generated tokens is full, and free in place what they lose."""
+        due, slots = self.ledger.due(), self.slots
+        if slots is None or not any(due):
+            return
+        counts = RowCounts(self.setup, self.ledger, slots.length.device)
+        entries, new_tokens = slots.entries, self.ledger.block_tokens
+        spread = slots.spread if isinstance(slots, RaggedSlots) else None
+        view = counts.view(self.setup.layer, entries, new_tokens=new_tokens, memory=slots.memory, spread=spread)
+        plan = only_rows(self._plan(entries, view), torch.tensor(due, device=slots.length.device), view.valid)
+        slots.cut(plan)
+        self.ledger.cut_block()
+
+    def _evict(self, slots: AnySlots, probs: Tensor | None, by_kernels: bool) -> None:
         """Free one victim of every row and head that is over its budget."""
         assert self.counts is not None
         policy = self.setup.policy
         view = self.counts.view(self.setup.layer, slots.entries, probs=probs, memory=slots.memory)
         if not by_kernels:
-            victim, over = checked_victim(policy, view), slots.length > view.budget[:, None]
+            victim, over = checked_victim(policy, view), slots.over(view.budget)
             slots.release(victim, over)
             if victim.device.type == "cpu":  # elsewhere looking would wait for the device at every step
                 check_faults(slots.counted_faults, policy, self.setup.layer)
@@ -267,14 +408,19 @@ class PolicyLayer(CacheLayerMixin):
     def decide(self) -> Tensor | None:
         """Return the victim (B, H) that the policy would free now, found the way a step does; nothing is freed.
 
-        None for a policy that frees nothing at decode.
+        None for a policy that does not free one at each step; one that frees them in blocks makes its plan.
         """
         policy, slots, counts = self.setup.policy, self.slots, self.counts
-        if slots is None or counts is None or not evicts_at_decode(policy):
+        if slots is None or counts is None or self._cuts_every is None:
             return None
-        probs = torch.zeros_like(slots.entries.position, dtype=torch.float32) if Needs.PROBS in policy.needs else None
+        if self._cuts_every > 1:
+            rows = RowCounts(self.setup, self.ledger, slots.length.device)
+            spread = slots.spread if isinstance(slots, RaggedSlots) else None
+            policy.plan(rows.view(self.setup.layer, slots.entries, memory=slots.memory, spread=spread))
+            return None
+        probs = torch.zeros_like(slots.position, dtype=torch.float32) if Needs.PROBS in self._needs else None
         view = counts.view(self.setup.layer, slots.entries, probs=probs, memory=slots.memory)
-        if not (use_triton(slots.entries.keys) and _is_plain_score(policy)):
+        if not (use_triton(slots.columns().keys) and _is_plain_score(policy)):
             return policy.victim(view)
         from kvbench.kernels.slot_writes import lowest_slot
 

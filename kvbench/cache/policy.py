@@ -6,6 +6,10 @@ window, ties and the victim of a decode step are done here. `Policy` is full con
 policy reads is its `View`, what it answers after a prompt its `Plan`, how much it may keep the `Budget`, which
 counts entries per layer and KV head, with sinks, recent tokens and anchors included.
 
+A score policy may be put together with parts, each a frozen dataclass of its own: an `Allocation` (how entries are
+divided among layers and heads), a `Merge` (what becomes of entries that go) and a rhythm (`every_tokens`). Without
+them it holds the same everywhere, drops what goes, and frees one entry a step.
+
 Tensor letters: B rows of the batch, H KV heads, T entries in the order of storage, W window queries, D head size.
 After the first eviction the order of storage is not the order of tokens: read `position`.
 """
@@ -13,24 +17,18 @@ After the first eviction the order of storage is not the order of tokens: read `
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from enum import Flag, IntEnum, auto
-from typing import ClassVar, Literal
+from dataclasses import Field, dataclass, field
+from enum import Flag, auto
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from kvbench.cache.allocation import Allocation, divided_heads
+from kvbench.cache.merge import Merge
 from kvbench.cache.selection import keep_top, lowest, outside, protected_range
+from kvbench.cache.view import Needs, Plan, View
 from kvbench.errors import ConfigError, NonFiniteChoiceError, NonFiniteError, PolicyError
-
-
-class Needs(Flag):
-    """Attention statistics that a policy declares; what is not declared is not computed."""
-
-    NOTHING = 0
-    MASS = auto()  # attention received so far, summed over all queries
-    WINDOW = auto()  # attention rows of the last queries of the prompt
-    PROBS = auto()  # attention row of the newest query
 
 
 class When(Flag):
@@ -76,17 +74,34 @@ class Policy:
         raise NotImplementedError(f"{type(self).__name__} must define victim(view)")
 
 
+PART = {"is_part": True}
+"""Of a field's metadata: while it has its default, it is in no cell's key, so that records outlive new parts."""
+
+
+def is_unset_part(setting: Field[Any], value: object) -> bool:
+    """Return whether a field of a policy is a part that is not set."""
+    return PART.keys() <= setting.metadata.keys() and value == setting.default
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScorePolicy(Policy):
     """Keep the entries of highest `score`, with sinks and recent tokens protected.
 
     num_sinks: first tokens always kept. num_recent: newest tokens always kept. recent_fraction: the
     same as a share of the budget; the larger of both counts.
+
+    Parts: allocation (None: every layer and head holds the same), merge (None: what goes is dropped), every_tokens
+    (1: an entry goes at each step; n: n tokens more are held, then the cache is planned as after a prompt),
+    skip_layers (their prompt stays whole, and the other layers pay for it; from 0, or from -1 for the last).
     """
 
     num_sinks: int = 0
     num_recent: int = 0
     recent_fraction: float = 0.0
+    allocation: Allocation | None = field(default=None, metadata=PART)
+    merge: Merge | None = field(default=None, metadata=PART)
+    every_tokens: int = field(default=1, metadata=PART)
+    skip_layers: tuple[int, ...] = field(default=(), metadata=PART)
 
     def __post_init__(self) -> None:
         for name in ("num_sinks", "num_recent"):
@@ -94,6 +109,7 @@ class ScorePolicy(Policy):
                 raise ConfigError(f"policy.{name} is {getattr(self, name)}; it must be 0 or more tokens")
         if not 0.0 <= self.recent_fraction <= 1.0:
             raise ConfigError(f"policy.recent_fraction is {self.recent_fraction:g}; it must lie in [0, 1]")
+        object.__setattr__(self, "skip_layers", tuple(self.skip_layers))  # a list in a yaml, and policies are hashed
 
     @property
     def smallest_budget_tokens(self) -> int:
@@ -115,12 +131,13 @@ class ScorePolicy(Policy):
 
     def plan(self, view: View) -> Plan | None:
         """Keep the top entries under the budget. Raises: NonFiniteChoiceError if a score is NaN."""
-        score = self._protected_score(view)
-        if bool(torch.isnan(score[view.valid]).any()):
-            raise NonFiniteChoiceError(
-                f"{type(self).__name__}.score returned NaN in layer {view.layer}; scores must be numbers"
-            )
-        return Plan(keep=keep_top(score, view.position, view.budget))
+        score, entries = ranking(self, view), view.budget
+        if view.spread_or_none is not None:
+            entries = view.budget[:, None] + view.spread_or_none
+        elif self.allocation is not None and self.allocation.ragged:
+            entries = divided_heads(self.allocation, view, score)
+        keep = keep_top(score, view.position, entries)
+        return Plan(keep=keep) if self.merge is None else self.merge.into(view, keep, keep & (score == torch.inf))
 
     def victim(self, view: View) -> Tensor:
         """Free the entry of lowest score, the oldest of equals; -1 where a score is NaN."""
@@ -131,93 +148,6 @@ class ScorePolicy(Policy):
         protected = outside(view.position, *checked_range(self, view.seen, view.budget))
         finite = score.float().clamp(max=torch.finfo(torch.float32).max)  # only what is protected is infinite
         return finite.expand(view.position.shape).masked_fill(protected, torch.inf)
-
-
-class Kind(IntEnum):
-    """What a token is."""
-
-    TEXT = 0
-    IMAGE = 1
-    SPECIAL = 2
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class View:
-    """One layer's cache, read-only, with the newest tokens included.
-
-    keys, values (B, H, T, D), keys rotated where their tokens stood when they came; position (B, H, T) int64,
-    the token's index in its own row (pads not counted), -1 where the slot holds nothing; kind
-    (B, H, T) int8, a `Kind`; prompt, seen, budget (B,) int64: tokens of the prompt, tokens seen so
-    far, entries allowed now; prompt_budget (B,) int64, entries allowed after the first prompt; row_seed
-    (B,) int64, a number of the sequence for policies that draw, the same alone and in a batch.
-    `new_tokens` is how many tokens came with this step (1 = decode). memory_or_none (B, H, M): what the
-    policy's last plan left beside the slots.
-    """
-
-    layer: int
-    num_layers: int
-    new_tokens: int
-    prefill: bool
-    prompt: Tensor
-    seen: Tensor
-    budget: Tensor
-    prompt_budget: Tensor
-    row_seed: Tensor
-    keys: Tensor
-    values: Tensor
-    position: Tensor
-    kind: Tensor
-    mass_or_none: Tensor | None = None
-    window_or_none: Tensor | None = None
-    probs_or_none: Tensor | None = None
-    memory_or_none: Tensor | None = None
-
-    @property
-    def valid(self) -> Tensor:
-        """(B, H, T) bool: the slot holds a token."""
-        return self.position >= 0
-
-    @property
-    def mass(self) -> Tensor:
-        """(B, H, T) float32: attention received from every query so far, reduced to KV heads."""
-        return _declared(self.mass_or_none, "MASS")
-
-    @property
-    def window(self) -> Tensor:
-        """(B, H, W, T) float32: attention rows of the prompt's last W queries; prefill only."""
-        return _declared(self.window_or_none, "WINDOW")
-
-    @property
-    def probs(self) -> Tensor:
-        """(B, H, T) float32: attention row of the newest query."""
-        return _declared(self.probs_or_none, "PROBS")
-
-
-def _declared(statistic: Tensor | None, name: str) -> Tensor:
-    if statistic is None:
-        raise PolicyError(
-            f"the policy reads Needs.{name}, which it did not declare or which this phase does not have. "
-            f"Add `needs: ClassVar[Needs] = Needs.{name}` to the class"
-        )
-    return statistic
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """Which entries stay after a prompt, and where the others go.
-
-    keep (B, H, T) bool; merge_into (B, H, T) int64, the index of the survivor whose mean each entry
-    joins (its own index: none), or None when dropped entries are simply freed. Three more are for code
-    whose books do not follow its tokens: merge_source (B, H, T) int64, whose key and value each entry
-    brings into its bucket (None: its own); mass (B, H, T), the mass that entries go on with; memory
-    (B, H, M), kept beside the slots as it is until a later plan gives another one.
-    """
-
-    keep: Tensor
-    merge_into: Tensor | None = None
-    merge_source: Tensor | None = None
-    mass: Tensor | None = None
-    memory: Tensor | None = None
 
 
 DECIMALS = 9  # 0.29 * 100 is 28.999999999999996; the user meant 29
@@ -275,6 +205,76 @@ UNLIMITED = Budget(fraction=1.0)
 CACHE_SEMANTICS = 1
 
 
+def ranking(policy: ScorePolicy, view: View) -> Tensor:
+    """Return (B, H, T), by what a plan ranks: scores, infinite where protected and at most finite elsewhere.
+
+    Raises: NonFiniteChoiceError if the score of an entry that is not protected is NaN.
+    """
+    score = policy._protected_score(view)
+    if bool(torch.isnan(score[view.valid]).any()):
+        raise NonFiniteChoiceError(
+            f"{type(policy).__name__}.score returned NaN in layer {view.layer}; scores must be numbers"
+        )
+    return score
+
+
+def needs_of(policy: Policy) -> Needs:
+    """Return the statistics of a policy and of its parts."""
+    needs = policy.needs
+    for one in (getattr(policy, "allocation", None), getattr(policy, "merge", None)):
+        if isinstance(one, Allocation | Merge):
+            needs |= one.needs
+    return needs
+
+
+def is_ragged(policy: Policy) -> bool:
+    """Return whether the heads of a layer may hold different numbers of entries."""
+    return isinstance(policy, ScorePolicy) and policy.allocation is not None and policy.allocation.ragged
+
+
+def steps_between_cuts(policy: Policy) -> int | None:
+    """Return how many tokens come before entries are freed at decode, 1 or more; None if none ever are."""
+    if not policy.bounded or When.DECODE not in policy.when:
+        return None
+    return policy.every_tokens if isinstance(policy, ScorePolicy) else 1
+
+
+def check_parts(policy: Policy) -> None:
+    """Raise ConfigError for parts that the policy, or one of them, cannot do its own share with."""
+    if not isinstance(policy, ScorePolicy):
+        return
+    kind = type(policy)
+    for name, own in (("allocation", Allocation), ("merge", Merge)):
+        given = getattr(policy, name)
+        if given is not None and not isinstance(given, own):
+            raise ConfigError(
+                f"policy.{name} is {given!r:.60}; it must be an {own.__name__}: in a yaml a mapping with a _target_, "
+                f"on the command line +policy/{name}=NAME"
+            )
+    divided = [name for name in ("allocation", "merge", "skip_layers") if getattr(policy, name)]
+    if divided and (When.PREFILL not in policy.when or not policy.bounded):
+        raise ConfigError(
+            f"policy.{divided[0]} works where a prompt is cut, and {kind.__name__} cuts none; leave it out"
+        )
+    planned = "merge" if policy.merge is not None else "allocation" if is_ragged(policy) else None
+    if planned is not None and kind.plan is not ScorePolicy.plan:
+        raise ConfigError(
+            f"policy.{planned} is carried out by ScorePolicy.plan, but {kind.__name__} has a plan of its own; leave it "
+            "out, or let the plan do it"
+        )
+    if policy.every_tokens < 1:
+        raise ConfigError(f"policy.every_tokens is {policy.every_tokens}; it must be at least 1")
+    if policy.every_tokens == 1:
+        return
+    if steps_between_cuts(policy) is None:
+        raise ConfigError(f"policy.every_tokens is {policy.every_tokens}, but {kind.__name__} cuts the prompt only")
+    if missing := [need.name for need in (Needs.WINDOW, Needs.PROBS) if need in needs_of(policy)]:
+        raise ConfigError(
+            f"policy.every_tokens is {policy.every_tokens}, but {kind.__name__} reads {missing[0]}, which is not there "
+            "when a block of generated tokens is cut; use every_tokens=1"
+        )
+
+
 def checked_score(policy: ScorePolicy, view: View) -> Tensor:
     """Return `policy.score(view)`. Raises: PolicyError for another shape than (B, H, T) or (B, 1, T)."""
     score = policy.score(view)
@@ -316,7 +316,7 @@ def checked_plan(policy: Policy, view: View, allowed: list[int]) -> Plan:
     Raises: NonFiniteError for attention that is NaN, NonFiniteChoiceError and PolicyError for a plan that breaks
     the contract.
     """
-    _check_statistics(view)
+    check_statistics(view)
     plan, position, name = policy.plan(view), view.position, f"{type(policy).__name__}.plan in layer {view.layer}"
     if plan is None:
         raise PolicyError(f"{name} returned None although the budget {allowed} is exceeded; return a Plan")
@@ -324,11 +324,16 @@ def checked_plan(policy: Policy, view: View, allowed: list[int]) -> Plan:
     if bool((plan.keep & (position < 0)).any()):
         raise PolicyError(f"{name} keeps slots that hold no token; combine keep with view.valid")
     kept, held = plan.keep.sum(dim=-1), (position >= 0).any(dim=-1)  # a row may have had pads only
-    if bool(((kept > torch.tensor(allowed, device=kept.device)[:, None]) | (held & (kept < 1))).any()):
+    most, counted = torch.tensor(allowed, device=kept.device)[:, None], kept
+    if is_ragged(policy):
+        most, counted = most * kept.shape[1], kept.sum(dim=-1, keepdim=True)
+    if bool(((counted > most) | (held & (kept < 1))).any()):
         raise PolicyError(
-            f"{name} keeps {kept.tolist()} entries (rows x heads); allowed per row: 1 to {allowed}. "
-            "keep_top keeps none where a score is NaN"
+            f"{name} keeps {kept.tolist()} entries (rows x heads); allowed per row: 1 to {allowed}"
+            f"{' on average over the heads' if is_ragged(policy) else ''}. keep_top keeps none where a score is NaN"
         )
+    if plan.merge_weight is not None and (plan.merge_into is None or plan.merge_weight.shape != position.shape):
+        raise PolicyError(f"{name} returned merge_weight without a merge_into of the same shape (B, H, T)")
     if plan.merge_into is not None:
         _check_merge(plan.merge_into, plan.keep, name)
     if plan.mass is not None and (plan.mass.shape != position.shape or view.mass_or_none is None):
@@ -344,7 +349,7 @@ def checked_plan(policy: Policy, view: View, allowed: list[int]) -> Plan:
     return plan
 
 
-def _check_statistics(view: View) -> None:
+def check_statistics(view: View) -> None:
     """Raise NonFiniteError if attention that a policy is about to decide by is NaN: the model's numbers are."""
     statistics = {"mass": view.mass_or_none, "window": view.window_or_none, "probs": view.probs_or_none}
     for name, numbers in statistics.items():

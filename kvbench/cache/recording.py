@@ -38,8 +38,10 @@ from kvbench.cache.attention import ChunkStatistics, Statistics
 from kvbench.cache.cache import PolicyCache
 from kvbench.cache.counts import LayerSetup
 from kvbench.cache.layer import PolicyLayer
-from kvbench.cache.policy import UNLIMITED, Needs, Plan, Policy
+from kvbench.cache.policy import UNLIMITED, Policy, needs_of
+from kvbench.cache.ragged import RaggedSlots
 from kvbench.cache.slots import Entries, Slots
+from kvbench.cache.view import Needs, Plan
 
 HELD = -1
 _Rows = tuple[int, str, bool]  # how many queries, which reduction, and whether the policy needs MASS too
@@ -77,7 +79,7 @@ class _Recorded:
 
     def last_rows(self, num_queries: int, reduction: str) -> Tensor:
         """Return the recorded rows (B, H, W, T)."""
-        return self.prompt.rows[num_queries, reduction, Needs.MASS in self.policy.needs].clone()
+        return self.prompt.rows[num_queries, reduction, Needs.MASS in needs_of(self.policy)].clone()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +95,7 @@ class _RecordingLayer(PolicyLayer):
 
     def __init__(self, setup: LayerSetup, policies: Sequence[Policy]) -> None:
         super().__init__(setup)
-        self._masses = {p.reduction for p in policies if Needs.MASS in p.needs}
+        self._masses = {p.reduction for p in policies if Needs.MASS in needs_of(p)}
         self._rows = {row for policy in policies for row in _rows_of(policy)}
         self.recorded: LayerPrompt | None = None
 
@@ -113,10 +115,10 @@ class _RecordingLayer(PolicyLayer):
 
 
 def _rows_of(policy: Policy) -> Iterator[_Rows]:
-    if Needs.WINDOW in policy.needs:
-        yield policy.window_tokens, policy.reduction, Needs.MASS in policy.needs
-    if Needs.PROBS in policy.needs:
-        yield 1, policy.reduction, Needs.MASS in policy.needs
+    if Needs.WINDOW in needs_of(policy):
+        yield policy.window_tokens, policy.reduction, Needs.MASS in needs_of(policy)
+    if Needs.PROBS in needs_of(policy):
+        yield 1, policy.reduction, Needs.MASS in needs_of(policy)
 
 
 class PromptRecorder(Cache):
@@ -124,7 +126,7 @@ class PromptRecorder(Cache):
 
     def __init__(self, model: Any, policies: Iterable[Policy]) -> None:
         chosen, num_layers = list(policies), model.config.get_text_config().num_hidden_layers
-        stand_in = _WithMass() if any(Needs.MASS in policy.needs for policy in chosen) else Policy()
+        stand_in = _WithMass() if any(Needs.MASS in needs_of(policy) for policy in chosen) else Policy()
         setups = (
             LayerSetup(layer=index, num_layers=num_layers, policy=stand_in, budget=UNLIMITED)
             for index in range(num_layers)
@@ -188,7 +190,7 @@ class EvictionLog:
             held = self._held_now(slots)
             seen = torch.tensor(ledger.seen, device=held.device)[:, None, None]
             gone = ~held & (torch.arange(held.shape[-1], device=held.device) < seen)
-            self._freed.append(self._column(slots.entries.position, HELD)[..., :-1].masked_fill_(gone, 0))
+            self._freed.append(self._column(slots.position, HELD)[..., :-1].masked_fill_(gone, 0))
             self._held.append(held)
 
     def after_step(self, cache: PolicyCache, going: Sequence[bool]) -> None:
@@ -222,13 +224,13 @@ class EvictionLog:
         """(B, H, N + 1) int64; the last place takes what is not to be noted."""
         return position.new_full((*position.shape[:2], self._num_tokens + 1), value)
 
-    def _held_now(self, slots: Slots) -> Tensor:
+    def _held_now(self, slots: Slots | RaggedSlots) -> Tensor:
         """(B, H, N) bool."""
-        position = slots.entries.position
+        position = slots.position
         at = torch.where(position >= 0, position, self._num_tokens)
         return self._column(position, 0).scatter_(-1, at, 1)[..., :-1].bool()
 
 
-def _slots(slots: Slots | None) -> Slots:
+def _slots(slots: Slots | RaggedSlots | None) -> Slots | RaggedSlots:
     assert slots is not None, "the prompt comes first"
     return slots

@@ -14,17 +14,18 @@ _NO_POSITION = torch.iinfo(torch.int64).max
 
 
 def keep_top(score: Tensor, position: Tensor, budget: Tensor) -> Tensor:
-    """Return (B, H, T) bool, True for the `budget[b]` entries of highest score in each (b, h).
+    """Return (B, H, T) bool, True for the entries of highest score in each (b, h), `budget[b]` or `budget[b, h]`.
 
-    score (B, H, T); position (B, H, T), -1 = empty slot, never kept; budget (B,). Of a (b, h) where the score
-    of a held entry is NaN nothing is kept, which no plan may do.
+    score (B, H, T); position (B, H, T), -1 = empty slot, never kept; budget (B,) or (B, H). Of a (b, h) where the
+    score of a held entry is NaN nothing is kept, which no plan may do.
     """
+    budget = budget[:, None] if budget.ndim == 1 else budget
     unknown = (score.isnan() & (position >= 0)).any(dim=-1, keepdim=True)
     score = score.masked_fill(position < 0, -torch.inf)
     newest_first = position.argsort(dim=-1, descending=True)
     best_first = score.gather(-1, newest_first).argsort(dim=-1, descending=True, stable=True)
     order = newest_first.gather(-1, best_first)
-    return (_inverse(order) < budget[:, None, None]) & (position >= 0) & ~unknown
+    return (_inverse(order) < budget[..., None]) & (position >= 0) & ~unknown
 
 
 def lowest(score: Tensor, position: Tensor) -> Tensor:

@@ -7,13 +7,14 @@ free. Columns (position, kind, mass) lie beside the slots, so statistics follow 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from kvbench.cache.policy import Plan, Policy
-from kvbench.cache.selection import oldest_first
+from kvbench.cache.policy import Policy
+from kvbench.cache.selection import age_rank, oldest_first
+from kvbench.cache.view import Plan
 from kvbench.errors import NonFiniteChoiceError, PolicyError
 from kvbench.kernels.dispatch import SlotColumns, use_triton
 
@@ -32,29 +33,67 @@ class Entries:
     kind: Tensor
     mass: Tensor | None
 
+    def tensors(self) -> list[Tensor]:
+        """Return keys, values and the columns that exist."""
+        return [self.keys, self.values, *self.columns()]
+
     def columns(self) -> list[Tensor]:
         """Return the bookkeeping columns that exist."""
         return [column for column in (self.position, self.kind, self.mass) if column is not None]
 
 
 @dataclass(kw_only=True, slots=True)
-class Slots:
-    """A layer's buffer of C slots; `length` (B, H) counts tokens held, `free` (B, H) is the next slot.
+class Books:
+    """What is kept of a layer's slots beside them: `length` (B, H) counts tokens held, `free` (B, H) is the next slot.
 
-    rank (B, H, C) int32 or None: how many entries are older, kept up to date by the kernels where
-    positions count inside the cache. memory (B, H, M) or None: what the policy's last plan left, which
+    memory (B, H, M) or None: what the policy's last plan left, which
     does not follow the tokens. faults (B, H) int32: what went wrong in any step so far, NAN_SCORE and NO_TOKEN,
     to be looked at when the host waits anyway. Everything changes in place, so that a step can be captured.
     ended (B, H) int32 or None: the faults of rows whose answer has ended, as they were then, -1 where it goes on.
     """
 
-    entries: Entries
     length: Tensor
     free: Tensor
     faults: Tensor
-    rank: Tensor | None = None
     memory: Tensor | None = None
     ended: Tensor | None = None
+
+    def end_rows(self, ended: Tensor) -> None:
+        """Note that the answers of rows have ended, (B,) bool: what is chosen in them from now on is no fault."""
+        before = torch.full_like(self.faults, -1) if self.ended is None else self.ended
+        self.ended = torch.where(ended[:, None] & (before < 0), self.faults, before)
+
+    @property
+    def counted_faults(self) -> Tensor:
+        """(B, H) int32: `faults` of rows that go on, and of the others those from before their end."""
+        return self.faults if self.ended is None else torch.where(self.ended < 0, self.faults, self.ended)
+
+    def advance(self) -> None:
+        """Take a fresh slot next; every slot below `length` holds a token."""
+        self.free.copy_(self.length)
+
+    def chosen(self, victim: Tensor, over: Tensor) -> Tensor:
+        """Return `victim` (B, H), slot 0 in place of one that is no slot with a token, which is noted in `faults`."""
+        wrong = (victim < 0) | (victim >= self.length)  # slots have no hole when a step ends
+        self.faults |= torch.where(victim == NO_CHOICE, NAN_SCORE, NO_TOKEN).int() * (wrong & over)
+        return victim.masked_fill(wrong, 0)
+
+
+@dataclass(kw_only=True, slots=True)
+class Slots(Books):
+    """A layer's buffer of C slots for every row and head.
+
+    rank (B, H, C) int32 or None: how many entries are older, kept up to date by the kernels where
+    positions count inside the cache.
+    """
+
+    entries: Entries
+    rank: Tensor | None = None
+
+    @property
+    def position(self) -> Tensor:
+        """(B, H, C) int64: what each slot holds, -1 for nothing."""
+        return self.entries.position
 
     @property
     def capacity(self) -> int:
@@ -74,6 +113,7 @@ class Slots:
             length=self.length,
             free=self.free,
             faults=self.faults,
+            capacity=self.capacity,
         )
 
     def write(self, keys: Tensor, values: Tensor, position: Tensor) -> None:
@@ -88,36 +128,65 @@ class Slots:
             self.entries.mass.scatter_(2, at, 0.0)
         self.length += 1
 
+    def append(self, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+        """Put N tokens, (B, H, N, D), at `position` (B, N) into fresh slots; return which, (B, H, N).
+
+        No slot was ever freed, so all below `length` hold tokens, in their order; there is room for N more.
+        """
+        new = torch.arange(position.shape[1], device=position.device)
+        at = self.length[..., None] + new
+        wide = at[..., None].expand_as(keys)
+        self.entries.keys.scatter_(2, wide, keys)
+        self.entries.values.scatter_(2, wide, values)
+        self.entries.position.scatter_(2, at, position[:, None].expand_as(at))
+        self.entries.kind.scatter_(2, at, 0)
+        if self.entries.mass is not None:
+            self.entries.mass.scatter_(2, at, 0.0)
+        if self.rank is not None:
+            self.rank.scatter_(2, at, at.int())
+        self.length += position.shape[1]
+        self.advance()
+        return at
+
     def release(self, victim: Tensor, over: Tensor) -> None:
         """Free `victim` (B, H) where `over` (B, H) holds; the others take a fresh slot next.
 
         One that is no slot with a token is noted in `faults`, and slot 0 goes, so that nothing is written elsewhere.
         """
-        wrong = (victim < 0) | (victim >= self.length)  # slots have no hole when a step ends
-        self.faults |= torch.where(victim == NO_CHOICE, NAN_SCORE, NO_TOKEN).int() * (wrong & over)
-        victim = victim.masked_fill(wrong, 0)
+        victim = self.chosen(victim, over)
         at = victim[..., None]
         kept = self.entries.position.gather(2, at)
         self.entries.position.scatter_(2, at, torch.where(over[..., None], EMPTY, kept))
         self.length -= over.long()
         self.free.copy_(torch.where(over, victim, self.length))
 
-    def end_rows(self, ended: Tensor) -> None:
-        """Note that the answers of rows have ended, (B,) bool: what is chosen in them from now on is no fault."""
-        before = torch.full_like(self.faults, -1) if self.ended is None else self.ended
-        self.ended = torch.where(ended[:, None] & (before < 0), self.faults, before)
+    def over(self, budget: Tensor) -> Tensor:
+        """(B, H) bool: heads that hold more than `budget` (B,)."""
+        return self.length > budget[:, None]
 
-    @property
-    def counted_faults(self) -> Tensor:
-        """(B, H) int32: `faults` of rows that go on, and of the others those from before their end."""
-        return self.faults if self.ended is None else torch.where(self.ended < 0, self.faults, self.ended)
+    def add_mass(self, received: Tensor) -> None:
+        """Add attention (B, H, C) that the slots received."""
+        assert self.entries.mass is not None
+        self.entries.mass += received
 
-    def advance(self) -> None:
-        """Take a fresh slot next; every slot below `length` holds a token."""
-        self.free.copy_(self.length)
+    def has_room(self, held: list[int]) -> bool:
+        """Whether each row's slots suffice for `held` entries."""
+        return max(held) <= self.capacity
 
-    def grow(self, capacity: int) -> None:
-        """Copy into larger buffers; only where the final length was not announced."""
+    def cut(self, plan: Plan) -> None:
+        """Free what `plan` does not keep, in place: what was captured over these buffers stays valid."""
+        cut = settle(self.entries, plan, self.capacity, self.memory, self.faults)
+        for buffer, kept in zip(self.entries.tensors(), cut.entries.tensors(), strict=True):
+            buffer.copy_(kept)
+        self.length.copy_(cut.length)
+        self.free.copy_(cut.length)
+        self.memory = cut.memory
+        if self.rank is not None:
+            self.rank.copy_(age_rank(self.entries.position))
+
+    def grow(self, more: int) -> None:
+        """Copy into buffers of so many slots more; only where the final length was not announced."""
+        capacity = self.capacity + more
         self.entries = _with_capacity(self.entries, capacity)
         if self.rank is not None:
             self.rank = nn.functional.pad(self.rank, (0, capacity - self.rank.shape[-1]))
@@ -126,6 +195,11 @@ class Slots:
         """Return what a step changes in place, keys and values excepted: they change in free slots only."""
         counts = [self.length, self.free, self.faults]
         return [*self.entries.columns(), *counts, *([] if self.rank is None else [self.rank])]
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry's key and value."""
+        return 2 * self.entries.keys.shape[-1] * self.entries.keys.element_size()
 
     def stored_bytes(self) -> int:
         """Return the bytes of keys and values, counted from their storages."""
@@ -145,19 +219,19 @@ def settle(
 ) -> Slots:
     """Move what `plan` keeps into fresh slots in token order; the old storage is let go.
 
-    Merging averages keys and values of a bucket in float32 and adds up its mass; the entry keeps its
-    anchor's position and kind. What lies in a slot that holds no token is not defined. `memory` is what an
+    Merging averages keys and values of a bucket in float32, or adds them up by weight, and adds up its mass; the entry
+    keeps its anchor's position and kind. What lies in a slot that holds no token is not defined. `memory` is what an
     earlier plan left, `faults` what went wrong in earlier steps.
     """
     if plan is not None:
         memory = memory if plan.memory is None else plan.memory
-        entries.mass = entries.mass if plan.mass is None else plan.mass
+        entries = entries if plan.mass is None else replace(entries, mass=plan.mass)
     position = entries.position if plan is None else entries.position.masked_fill(~plan.keep, EMPTY)
     length = (position >= 0).sum(dim=-1)
     order = oldest_first(position)[..., :capacity]
     order = nn.functional.pad(order, (0, capacity - order.shape[-1]))
     filled = torch.arange(capacity, device=order.device) < length[..., None]
-    keys, values, mass = _moved(entries, plan, order, length)
+    keys, values, mass = moved(entries, plan, order, length)
     kept = Entries(
         keys=keys,
         values=values,
@@ -169,7 +243,7 @@ def settle(
     return Slots(entries=kept, length=length, free=length.clone(), faults=faults, memory=memory)
 
 
-def _moved(entries: Entries, plan: Plan | None, order: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def moved(entries: Entries, plan: Plan | None, order: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys, values (B, H, C, D) and mass (B, H, C) of the entries `order` (B, H, C), merged where the plan says so."""
     if plan is not None and plan.merge_into is not None:
         if use_triton(entries.keys):
@@ -177,9 +251,19 @@ def _moved(entries: Entries, plan: Plan | None, order: Tensor, length: Tensor) -
 
             buckets = buckets_of(plan.merge_into, entries.position >= 0, order, length)
             mass = None if entries.mass is None else segment_mean(entries.mass[..., None], buckets, add_up=True)[..., 0]
-            keys, values = (_brought(states, plan.merge_source) for states in (entries.keys, entries.values))
-            return segment_mean(keys, buckets), segment_mean(values, buckets), mass
-        entries = _merged(entries, plan.merge_into, plan.merge_source)
+            weight = plan.merge_weight
+            wide = order[..., None].expand(*order.shape, entries.keys.shape[-1])
+
+            def joined(states: Tensor, is_merged: bool) -> Tensor:
+                if not is_merged:
+                    return states.gather(2, wide)
+                brought = _brought(states, plan.merge_source)
+                if weight is None:
+                    return segment_mean(brought, buckets)
+                return segment_mean(brought.float() * weight[..., None], buckets, add_up=True).to(states.dtype)
+
+            return joined(entries.keys, plan.merge_keys), joined(entries.values, plan.merge_values), mass
+        entries = _merged(entries, plan)
     wide = order[..., None].expand(*order.shape, entries.keys.shape[-1])
     mass = None if entries.mass is None else entries.mass.gather(2, order)
     return entries.keys.gather(2, wide), entries.values.gather(2, wide), mass
@@ -206,22 +290,45 @@ def _brought(states: Tensor, source: Tensor | None) -> Tensor:
     return states if source is None else states.gather(2, source[..., None].expand_as(states))
 
 
-def _merged(entries: Entries, into: Tensor, source: Tensor | None) -> Entries:
-    held = entries.position >= 0
+def _merged(entries: Entries, plan: Plan) -> Entries:
+    held, into, weight = entries.position >= 0, plan.merge_into, plan.merge_weight
+    assert into is not None
     count = torch.zeros_like(into, dtype=torch.float32).scatter_add_(2, into, held.float())
     joined = (count > 1)[..., None]
     wide = into[..., None].expand_as(entries.keys)
 
     def mean(states: Tensor) -> Tensor:
         total = torch.zeros_like(states, dtype=torch.float32)
-        total.scatter_add_(2, wide, _brought(states, source).float() * held[..., None])
+        brought = _brought(states, plan.merge_source).float() * held[..., None]
+        if weight is not None:
+            return total.scatter_add_(2, wide, brought * weight[..., None]).to(states.dtype)
+        total.scatter_add_(2, wide, brought)
         return torch.where(joined, total / count.clamp(min=1)[..., None], states.float()).to(states.dtype)
 
     mass = entries.mass
     if mass is not None:
         mass = torch.zeros_like(mass).scatter_add_(2, into, mass * held)
-    return Entries(
-        keys=mean(entries.keys), values=mean(entries.values), position=entries.position, kind=entries.kind, mass=mass
+    keys = mean(entries.keys) if plan.merge_keys else entries.keys
+    values = mean(entries.values) if plan.merge_values else entries.values
+    return replace(entries, keys=keys, values=values, mass=mass)
+
+
+def only_rows(plan: Plan, rows: Tensor, valid: Tensor) -> Plan:
+    """Return `plan` for the rows (B,) bool; in the others every entry of `valid` (B, H, T) stays as it is."""
+    if bool(rows.all()):
+        return plan
+    others = ~rows[:, None, None]
+    own = torch.arange(valid.shape[-1], device=valid.device).expand(valid.shape)
+
+    def chosen(column: Tensor | None, otherwise: Tensor | float) -> Tensor | None:
+        return None if column is None else torch.where(others, otherwise, column)
+
+    return replace(
+        plan,
+        keep=torch.where(others, valid, plan.keep),
+        merge_into=chosen(plan.merge_into, own),
+        merge_source=chosen(plan.merge_source, own),
+        merge_weight=chosen(plan.merge_weight, 1.0),
     )
 
 

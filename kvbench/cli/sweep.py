@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from kvbench.config.compose import Composed, without_hydra
+from kvbench.config.compose import Composed, copied, without_hydra
 from kvbench.measures import to_minimise
 
 if TYPE_CHECKING:
@@ -106,10 +106,11 @@ class App:
         from kvbench.config.build import Shared, build_cell, build_objective, check_shared
         from kvbench.sweep.supervisor import Ticket
 
-        check_shared([*self._first, *grid])
+        specs = [composed.as_spec() for composed in grid]
+        new = [composed for composed, spec in zip(grid, specs, strict=True) if repr(spec) not in self._jobs]
+        check_shared([*self._first, *new])
         shared, jobs = Shared(), []
-        for composed in grid:
-            spec = composed.as_spec()
+        for composed, spec in zip(grid, specs, strict=True):
             known = self._jobs.get(repr(spec))
             if known is None:
                 cell = build_cell(composed, shared)
@@ -141,7 +142,7 @@ class App:
 
     def composed(self, job: Any) -> Composed:
         """Return the cell of a job's whole configuration, Hydra's own settings included."""
-        return without_hydra(job.copy())
+        return without_hydra(copied(job))
 
     def _objective(self, sweep: Sweep, job: _Job) -> Objective:
         key = job.ticket.cell.key

@@ -33,6 +33,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from kvbench import installed_version
 from kvbench.autopsy.settings import AutopsySettings
 from kvbench.cache import CACHE_SEMANTICS, Budget, Policy, When
+from kvbench.cache.policy import check_parts, is_unset_part
 from kvbench.cache.positions import POSITION_MODES, PositionMode
 from kvbench.cache.released import departures_of
 from kvbench.config.checks import (
@@ -52,7 +53,7 @@ from kvbench.config.checks import (
 from kvbench.config.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError, close_matches
 from kvbench.measures import MEASURES
-from kvbench.models.spec import ModelSpec
+from kvbench.models.spec import ModelSpec, takes_images
 from kvbench.sinks.base import SinkGroup
 from kvbench.sweep.cell import (
     BEYOND_CONTEXT,
@@ -68,6 +69,7 @@ from kvbench.tasks.decode import CacheSetting
 _OWN = "kvbench"
 _POLICIES = "kvbench.policies"  # of kvbench's own modules only these are hashed
 _DIGITS = 16
+_MISSING = "???"
 _known: WeakKeyDictionary[type[object], str] = WeakKeyDictionary()  # a sweep asks once per cell
 
 
@@ -228,6 +230,7 @@ def _holds_installed(folder: Path) -> bool:
 
 
 _ANY_CHECKPOINT = "local"  # the configuration that says nothing of its model
+_PARTS = ("allocation", "merge")  # groups of configurations within the policy's
 _FULL = {"_target_": "kvbench.policies.full.Full"}
 _PATH_SETTINGS = ("path", "images", "answers", "ids", "templates", "filler")  # where a file lies changes nothing
 _OF_THE_CLASS = {"class", "source", "protocol", "fingerprint"}
@@ -297,9 +300,15 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
     device = resolve_device(str(config.device))
     engine = resolve_engine(str(config.engine), device)
     setting = CacheSetting(policy=policy, budget=budget, positions=_positions(config, policy), engine=engine)
+    check_parts(policy)
     check_budget_fits(policy, budget)
 
     def check_combination() -> bool:
+        if config.get("laws") is not None and takes_images(model):
+            raise ConfigError(
+                f"laws are of text models, but model.checkpoint {model.checkpoint} reads pictures; choose a model that "
+                "reads text only, such as model=smollm2-135m"
+            )
         check_text(model, dataset, tasks)
         check_model(model, dataset, setting.positions, setting.engine)
         check_fit(dataset, model, tasks, query_visible=query_visible)
@@ -405,7 +414,7 @@ def check_shared(grid: Sequence[Composed]) -> None:
         for name in (*_SHARED, "policy", "budget", "model", "dataset", "task"):
             if name not in settings:
                 raise ConfigError(f"{name} was taken out of the settings, but nothing runs without it; leave it in")
-        for name in sorted(OmegaConf.missing_keys(composed.config)):
+        for name in sorted(OmegaConf.missing_keys(composed.config)) if _MISSING in repr(settings) else ():
             raise ConfigError(f"{name} is not given and has no default; add {name}=...")
     for name in _SHARED:
         values = {str(settings[name]) for settings in resolved}
@@ -466,7 +475,15 @@ def _checked(plugin: type[Any], arguments: dict[str, Any], name: str) -> dict[st
         if not fits(value, hints[key]):
             finite = " and finite" if isinstance(value, float) and not math.isfinite(value) else ""
             raise ConfigError(f"{name}.{key} is {value!r:.80}; it must be {type_name(hints[key])}{finite}")
-    return {key: typed(value, hints[key]) for key, value in arguments.items()}
+    return {key: _built_part(typed(value, hints[key]), hints[key], f"{name}.{key}") for key, value in arguments.items()}
+
+
+def _built_part(value: Any, hint: Any, name: str) -> Any:
+    """Return a setting that is itself a class with settings, made as `build` makes one; any other as it is."""
+    if not (isinstance(value, dict) and "_target_" in value):
+        return value
+    kinds = [kind for kind in (*typing.get_args(hint), hint) if dataclasses.is_dataclass(kind)]
+    return build(OmegaConf.create(value), name, is_a=typing.cast(Any, kinds[0])) if kinds else value
 
 
 def _whole(config: DictConfig, name: str, *, at_least: int | None) -> int:
@@ -496,11 +513,18 @@ def _positions(config: DictConfig, policy: Policy) -> PositionMode:
 def plugin_key(plugin: Any, node: DictConfig, without: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return a plug-in as it stands in a key: its class by name, what that means, and its settings by value.
 
-    What it means is a `protocol` where the class has one, and the source of a class that is not kvbench's.
+    What it means is a `protocol` where the class has one, and the source of a class that is not kvbench's. A part of it
+    stands there the same way, with its source; one that is not set is left out.
     """
     given = typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
     settings = typed_settings(plugin, {name: value for name, value in given.items() if name != "_target_"})
     key: dict[str, Any] = {name: value for name, value in settings.items() if name not in without}
+    for part in dataclasses.fields(plugin) if dataclasses.is_dataclass(plugin) else ():
+        value = getattr(plugin, part.name, None)
+        if is_unset_part(part, value):
+            key.pop(part.name, None)
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type) and part.name in key:
+            key[part.name] |= {"class": class_name(type(value)), "source": source_of(type(value))}
     if taken := sorted(_OF_THE_CLASS & key.keys()):
         raise ConfigError(
             f"{type(plugin).__name__} has a setting {taken[0]!r}, which a key says of the class; rename it"
@@ -519,6 +543,8 @@ def _labels(composed: Composed, model: ModelSpec, dataset: Any, setting: CacheSe
     names = {group: str(composed.choices[group]) for group in ("model", "dataset", "policy")}
     names["model"] = model.checkpoint_name if names["model"] == _ANY_CHECKPOINT else names["model"]
     names["model"] += " (random weights)" if model.is_random else ""
+    parts = [composed.choices.get(f"policy/{part}") for part in _PARTS]
+    names["policy"] = "+".join([names["policy"], *(part for part in parts if part is not None)])
     names["dataset"] = getattr(dataset, "label", names["dataset"])
     limits = {"budget_fraction": budget.fraction, "budget_tokens": budget.tokens}
     rounds = "up" if departures_of(policy).counts_as_released and budget.fraction is not None else "down"

@@ -237,6 +237,8 @@ def fits(value: Any, hint: Any) -> bool:
         return value in options
     if origin is dict:
         return isinstance(value, dict)
+    if origin is tuple and options[1:] == (...,):
+        return isinstance(value, list | tuple) and all(fits(item, options[0]) for item in value)
     if hint in (int, float, bool, str):
         allowed = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}[hint]
         if isinstance(value, float) and not math.isfinite(value):
@@ -302,6 +304,8 @@ def type_name(hint: Any) -> str:
         return "one of " + ", ".join(repr(option) for option in options)
     if typing.get_origin(hint) is dict:
         return "a mapping"
+    if typing.get_origin(hint) is tuple:
+        return f"a list, of each {type_name(options[0])}"
     if options:
         return " or ".join(type_name(option) for option in options)
     return _TYPE_NAMES.get(hint, str(hint))

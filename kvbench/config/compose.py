@@ -8,8 +8,9 @@ of its jobs have in common is composed, and each batch again where it is launche
 from __future__ import annotations
 
 import contextlib
-import copy
+import functools
 import itertools
+import pickle
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextvars import ContextVar
@@ -27,20 +28,23 @@ from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from kvbench.config.checks import check_no_secret_override
-from kvbench.errors import ConfigError, close_matches
+from kvbench.errors import ConfigError, close_matches, did_you_mean, near_names
 
 CONFIG_MODULE = "kvbench.conf"
 CONFIG_NAME = "config"
 SUPERVISED = "supervised"
-_GRID = "basic"
+_GRID, _LAWS = "basic", "laws"  # the sweepers that know all their jobs before the first one runs
 _EXTRA = ("joblib", "submitit_local", "submitit_slurm", "optuna")
 _OVERRIDDEN = re.compile(r"Could not override '([^']+)'")
 _GROUPS = ("model", "dataset", "policy", "budget", "task", "weights", "workload", "sink", "autopsy")
 _GROUP_CHOICE = re.compile(rf"({'|'.join(_GROUPS)})=[\w-]+")
+_EXPERIMENT = re.compile(r"\+experiment=[\w-]+")
+_MOST_NAMES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,7 @@ class Composed:
     @property
     def is_search(self) -> bool:
         """Whether a sweeper chooses cells while it runs, so that this holds only what they have in common."""
-        return self.multirun and self.choices.get("hydra/sweeper") != _GRID
+        return self.multirun and self.choices.get("hydra/sweeper") not in (_GRID, _LAWS)
 
     def as_spec(self) -> dict[str, Any]:
         """Return plain data for another process; interpolations stay as they are written."""
@@ -74,7 +78,7 @@ def compose_grid(
 ) -> list[Composed]:
     """Return every cell that `overrides` ask for, in Hydra's order. Raises: ConfigError, one line."""
     check_no_secret_override(overrides)
-    with told_in_one_line(overrides), _searching(config_dir, config_name):
+    with _searching(config_dir, config_name), told_in_one_line(overrides):
         composed: dict[tuple[str, ...], Composed] = {}
         return [_compose_cell(cell, multirun, composed) for cell in _cells(overrides, multirun)]
 
@@ -86,6 +90,12 @@ def check_overrides(
     compose_grid(overrides, multirun=False, config_dir=config_dir, config_name=config_name)
     with _searching(config_dir, config_name):
         return _sweep_params(_hydra(_parsed(overrides)))
+
+
+def copied(config: DictConfig) -> DictConfig:
+    """Return a copy that shares nothing. OmegaConf's own takes five times as long, most of a large sweep's start."""
+    copy: DictConfig = pickle.loads(pickle.dumps(config))
+    return copy
 
 
 def without_hydra(config: DictConfig, *, multirun: bool = False) -> Composed:
@@ -149,6 +159,10 @@ def _cells(overrides: Sequence[str], multirun: bool) -> Iterator[list[str]]:
     if not multirun and hydra.mode != RunMode.MULTIRUN:
         yield list(overrides)
         return
+    if hydra.runtime.choices.get("hydra/sweeper") == _LAWS:
+        for batch in instantiate(hydra.sweeper).split_arguments(parsed, None):
+            yield from batch
+        return
     if hydra.runtime.choices.get("hydra/sweeper") != _GRID:
         yield [str(o.input_line) for o in parsed if not o.is_sweep_override()]
         return
@@ -209,12 +223,12 @@ def _compose_cell(overrides: Sequence[str], multirun: bool, composed: dict[tuple
 
     Hydra reads every yaml again for each cell, which takes longer than all the rest of a large sweep's start.
     """
-    values, rest = _split_values(_parsed(overrides))
+    values, rest = _split_values(_parsed(overrides), _loader())
     lines = tuple(str(override.input_line) for override in rest)
     if lines not in composed:
         composed[lines] = without_hydra(_composed(list(lines)), multirun=multirun)
     base = composed[lines]
-    config = copy.deepcopy(base.config)
+    config = copied(base.config)
     OmegaConf.set_struct(config, True)
     _set_values(config, values)
     OmegaConf.set_struct(config, False)
@@ -238,11 +252,11 @@ class SharingLoader:
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         """Return the job of these words in a sweep of `master_config`."""
         parsed = OverridesParser.create(config_loader=self._loader).parse_overrides(list(sweep_overrides))
-        values, rest = _split_values(parsed)
+        values, rest = _split_values(parsed, self._loader)
         lines = tuple(str(override.input_line) for override in rest)
         if lines not in self._composed:
             self._composed[lines] = self._loader.load_sweep_config(master_config, list(lines))
-        job = copy.deepcopy(self._composed[lines])
+        job = copied(self._composed[lines])
         _set_values(job, values)
         words = [str(o.input_line) for o in parsed if not o.is_hydra_override()]
         form = job.hydra.job.config.override_dirname
@@ -267,14 +281,14 @@ def _set_values(config: DictConfig, values: Iterable[Override]) -> None:
             raise ConfigCompositionException(f"Error merging override {override.input_line}") from error
 
 
-def _split_values(overrides: Sequence[Override]) -> tuple[list[Override], list[Override]]:
-    """Return the overrides that change one value, as `budget.fraction=0.1` does, and the others.
+def _split_values(overrides: Sequence[Override], loader: ConfigLoader) -> tuple[list[Override], list[Override]]:
+    """Return the overrides that change one value, as `budget.fraction=0.1` or `seed=3` do, and the others.
 
     The others choose, add or delete, or are Hydra's own. Where one of them concerns the same key as a value, the
     order counts, and all are left together.
     """
-    values = [o for o in overrides if _changes_a_value(o)]
-    rest = [o for o in overrides if not _changes_a_value(o)]
+    values = [o for o in overrides if _changes_a_value(o, loader)]
+    rest = [o for o in overrides if o not in values]
     for other in (o.key_or_group for o in rest):
         for key in (o.key_or_group for o in values):
             if f"{other}.".startswith(f"{key}.") or ("." in other and f"{key}.".startswith(f"{other}.")):
@@ -282,10 +296,15 @@ def _split_values(overrides: Sequence[Override]) -> tuple[list[Override], list[O
     return values, rest
 
 
-def _changes_a_value(override: Override) -> bool:
+def _changes_a_value(override: Override, loader: ConfigLoader) -> bool:
     key = override.key_or_group
     plain = override.type == OverrideType.CHANGE and override.package is None and "/" not in key and "@" not in key
-    return plain and "." in key and not override.is_hydra_override()
+    return plain and not override.is_hydra_override() and ("." in key or not _is_group(loader, key))
+
+
+@functools.lru_cache(maxsize=64)
+def _is_group(loader: ConfigLoader, name: str) -> bool:
+    return bool(loader.get_group_options(name))
 
 
 def _unknown_choice(error: MissingConfigException) -> str:
@@ -307,24 +326,65 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     unknown = _OVERRIDDEN.search(str(error))
     if unknown is None:
         return " ".join(str(error).split())
-    known = _known_keys([word for word in overrides if _GROUP_CHOICE.fullmatch(word)])
     if unknown[1] == "experiment":
         return "an experiment is added to the settings, not changed; write +experiment=NAME"
-    return f"{unknown[1]} is no setting; {close_matches(unknown[1], [*known, *_GROUPS])}"
+    is_open = GlobalHydra.instance().is_initialized()  # within `_searching`, so that a folder of one's own counts
+    with contextlib.nullcontext() if is_open else initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+        return f"{unknown[1]} is no setting{_what_is_meant(unknown[1], overrides)}"
 
 
-def _known_keys(choices: list[str]) -> list[str]:
+def _what_is_meant(key: str, overrides: Sequence[str]) -> str:
+    """Return how to go on: a setting of what was chosen in the key's group, else of another choice, else all there are.
+
+    What stands before the first dot is the same in all settings of a group, so only the rest is compared.
+    """
+    group, _, rest = key.partition(".")
+    if group not in _GROUPS or not rest:
+        known = _settings([word for word in overrides if _GROUP_CHOICE.fullmatch(word)])
+        near = near_names(key, {*known, *_GROUPS})
+        return f"; {did_you_mean(near)}" if near else "; kvbench --help lists settings, kvbench --cfg job prints them"
+    names = _chosen(group, overrides)
+    own = sorted({rest for name in names for rest in _rests(group, name)})
+    if near := near_names(rest, own):
+        return f"; {did_you_mean([f'{group}.{name}' for name in near])}"
+    having: dict[str, list[str]] = {}
+    for other in _loader().get_group_options(group):
+        for name in near_names(rest, _rests(group, other))[:1]:
+            having.setdefault(name, []).append(other)
+    told = f" of {group}={','.join(names)}, which has {', '.join(f'{group}.{name}' for name in own) or 'none'}"
+    for name in near_names(rest, having)[:1]:
+        others = sorted(having[name], key=len)[:_MOST_NAMES]
+        return f"{told}; did you mean '{group}.{name}' of {group}={' or '.join(others)}?"
+    return told
+
+
+def _chosen(group: str, overrides: Sequence[str]) -> list[str]:
+    """Return the names chosen in a group: those given, else those an experiment sweeps over, else the default."""
+    given = [word.partition("=")[2] for word in overrides if word.startswith(f"{group}=")]
+    composed = _composed([word for word in overrides if _EXPERIMENT.fullmatch(word)])
+    swept = _sweep_params(composed.hydra).get(group)
+    names = given[-1] if given else swept or str(composed.hydra.runtime.choices[group])
+    known = _loader().get_group_options(group)
+    return [name for name in names.strip("[]").split(",") if name in known]
+
+
+def _rests(group: str, name: str) -> list[str]:
+    """Return the settings of one choice in a group, without the group's name."""
+    keys = _settings([f"{group}={name}"])
+    return [key.removeprefix(f"{group}.") for key in keys if key.startswith(f"{group}.")]
+
+
+def _settings(choices: list[str]) -> list[str]:
     """Return every key that can be set with these group choices, or without where they are wrong too."""
-    with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-        try:
-            return list(_flat_keys(without_hydra(_composed(choices)).config))
-        except (HydraException, OmegaConfBaseException):
-            return list(_flat_keys(without_hydra(_composed([])).config))
+    try:
+        return list(_flat_keys(without_hydra(_composed(choices)).config))
+    except (HydraException, OmegaConfBaseException):
+        return list(_flat_keys(without_hydra(_composed([])).config))
 
 
 def _flat_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
     for name, value in config.items_ex(resolve=False):
         if isinstance(value, DictConfig):
             yield from _flat_keys(value, f"{prefix}{name}.")
-        else:
+        elif name != "_target_":
             yield f"{prefix}{name}"

@@ -20,8 +20,8 @@ from kvbench.datasets.files import FileDataset, Row, read_rows, read_text
 from kvbench.datasets.pictures import confined
 from kvbench.errors import ConfigError, DataError
 
-BUNDLED = "bundled"
-_BOOK = Path(__file__).parent / "texts" / "frankenstein.txt"  # its source and licence lie beside it
+_TEXTS = Path(__file__).parent / "texts"  # source and licence of each lie beside it
+_BUNDLED = {"bundled": _TEXTS / "frankenstein.txt", "bundled_lectures": _TEXTS / "lectures.txt"}
 _SEARCH_CHARS = 200  # how far a window's begin may move to stand at a space
 
 
@@ -29,7 +29,7 @@ _SEARCH_CHARS = 200  # how far a window's begin may move to stand at a space
 class TextWindows(FileDataset):
     """Windows of a text file, of a table's text column, or of every .txt file in a folder (each a cluster).
 
-    path `bundled` is the novel that comes with kvbench, which is in the public domain.
+    path `bundled` is the novel that comes with kvbench, `bundled_lectures` the lectures, both in the public domain.
     num_samples counts windows. windows_per_file: at most so many of each file, null for all. column, joiner:
     for a table, the field that holds the text, and what stands between rows. Raises as FileDataset, and
     DataError for a file too short for one window.
@@ -54,7 +54,7 @@ class TextWindows(FileDataset):
 
     @property
     def _place(self) -> Path:
-        return _BOOK if self.path == BUNDLED else Path(self.path).expanduser()
+        return _BUNDLED.get(self.path) or Path(self.path).expanduser()
 
     def _rows(self) -> Iterator[Row]:
         path = self._place

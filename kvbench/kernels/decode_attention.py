@@ -1,10 +1,11 @@
 """Decode attention over slots: split over the sequence, then joined, with the probabilities.
 
 One query token per row attends to the first `length[b, h]` slots of each KV head (slots have no hole
-when a step attends). A program takes one (row, KV head) and one part of the slots and serves the whole
-group of query heads, so keys and values are read once whatever the group. The second kernel joins the
-parts; where a policy wants the probabilities it makes them from the stored logits and adds them to
-the mass in place, or writes them out, without another pass over the keys.
+when a step attends), which lie one head after the other, in a ragged buffer from `start[b, h]` on. A
+program takes one (row, KV head) and one part of the slots and serves the whole group of query heads, so
+keys and values are read once whatever the group. The second kernel joins the parts; where a policy
+wants the probabilities it makes them from the stored logits and adds them to the mass in place, or
+writes them out, without another pass over the keys.
 
 For positions inside the cache, stored keys are turned on the way in: by how far each entry's rank lies
 before its position, from a table of cosines and sines. Only differences count: an entry that no eviction
@@ -61,6 +62,7 @@ def attend_part(
     peaks,
     sums,
     logits,
+    head_start,
     scaling,
     heads,
     capacity,
@@ -75,6 +77,7 @@ def attend_part(
     WANT_LOGITS: tl.constexpr,
     TURN: tl.constexpr,
     UPCAST: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):
     """Attend to one part of the slots; partial results are (pair, part, group), logits (pair, group, C)."""
     pair, part = tl.program_id(0), tl.program_id(1)
@@ -89,7 +92,8 @@ def attend_part(
     d = tl.arange(0, BLOCK_D)[None, :]
     in_group = g < GROUP
     q_at = query + row * query_row + (head * GROUP + g) * query_head
-    base = pair.to(tl.int64) * capacity
+    row_base = pair.to(tl.int64) * capacity
+    base = tl.load(head_start + pair) if RAGGED else row_base
     if TURN:
         half = width // 2
         h = tl.arange(0, BLOCK_D // 2)[None, :]
@@ -133,7 +137,7 @@ def attend_part(
         v = _wide(tl.load(values + at + d, mask=inside[:, None] & (d < width), other=0.0), UPCAST)
         s = tl.where(inside[None, :], s * scaling, float("-inf"))
         if WANT_LOGITS:
-            tl.store(logits + (base * GROUP + g * capacity) + slot[None, :], s, mask=in_group & inside[None, :])
+            tl.store(logits + (row_base * GROUP + g * capacity) + slot[None, :], s, mask=in_group & inside[None, :])
         new_peak = tl.maximum(peak, tl.max(s, 1))
         shrink = tl.exp(peak - new_peak)
         p = tl.exp(s - new_peak[:, None])
@@ -166,6 +170,7 @@ def join_parts(
     output,
     mass,
     probs,
+    head_start,
     capacity,
     width,
     PARTS: tl.constexpr,
@@ -176,6 +181,7 @@ def join_parts(
     REDUCTION: tl.constexpr,
     ADD_MASS: tl.constexpr,
     WANT_PROBS: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):
     """Join the parts of one (row, KV head); output (pair, group, D); mass and probs (pair, C) float32."""
     pair, block = tl.program_id(0), tl.program_id(1)
@@ -191,11 +197,12 @@ def join_parts(
     elif ADD_MASS or WANT_PROBS:
         slot = (block - GROUP) * BLOCK_C + tl.arange(0, BLOCK_C)
         inside = slot < tl.load(length + pair)
-        base = pair.to(tl.int64) * capacity
+        row_base = pair.to(tl.int64) * capacity
+        base = tl.load(head_start + pair) if RAGGED else row_base
         reduced = tl.zeros((BLOCK_C,), tl.float32)
         for g in tl.static_range(GROUP):
             peak, weight, total = _weights(peaks, sums, (pair * PARTS + p) * GROUP + g, p < PARTS)
-            s = tl.load(logits + base * GROUP + g * capacity + slot, mask=inside, other=float("-inf"))
+            s = tl.load(logits + row_base * GROUP + g * capacity + slot, mask=inside, other=float("-inf"))
             row = tl.exp(s - peak) / total
             if REDUCTION == "max":
                 reduced = tl.maximum(reduced, row)
@@ -207,7 +214,7 @@ def join_parts(
             old = tl.load(mass + base + slot, mask=inside, other=0.0)
             tl.store(mass + base + slot, old + reduced, mask=inside)
         if WANT_PROBS:
-            tl.store(probs + base + slot, reduced, mask=slot < capacity)
+            tl.store(probs + row_base + slot, reduced, mask=slot < capacity)
 
 
 _BLOCK_SLOTS, _STAGES = 64, 3
@@ -227,6 +234,13 @@ class Turn(NamedTuple):
     sines: Tensor
 
 
+class Ragged(NamedTuple):
+    """Where heads of different lengths lie in one buffer: start (B, H) int64, and the slots of the largest."""
+
+    start: Tensor
+    capacity: int
+
+
 def decode_attention(
     query: Tensor,
     keys: Tensor,
@@ -238,13 +252,18 @@ def decode_attention(
     mass: Tensor | None = None,
     want_probs: bool = False,
     turn: Turn | None = None,
+    ragged: Ragged | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return output (B, Hq, 1, D) and probabilities (B, H, C) float32 or None; `mass` grows in place.
 
     query (B, Hq, 1, D) with a dense last dimension; keys, values (B, H, C, D) contiguous; length (B, H)
     int64: the first slots of each head hold tokens. With `turn`, query and keys are taken at their ranks.
+
+    ragged: then keys and values are (N, D), mass and the columns of `turn` (N,); C is its capacity.
     """
-    batch, heads, capacity, width = keys.shape
+    (batch, heads), width = length.shape, keys.shape[-1]
+    capacity = keys.shape[2] if ragged is None else ragged.capacity
+    head_start = length if ragged is None else ragged.start
     group = query.shape[1] // heads
     pairs = batch * heads
     block_slots, stages = (_TURN_SLOTS, _TURN_STAGES) if turn else (_BLOCK_SLOTS, _STAGES)
@@ -267,6 +286,7 @@ def decode_attention(
         peaks,
         sums,
         logits,
+        head_start,
         scaling,
         heads,
         capacity,
@@ -280,6 +300,7 @@ def decode_attention(
         WANT_LOGITS=want_rows,
         TURN=turn is not None,
         UPCAST=interpreted(),
+        RAGGED=ragged is not None,
         num_warps=4,
         num_stages=stages,
     )
@@ -292,6 +313,7 @@ def decode_attention(
         output,
         partial if mass is None else mass,
         partial if probs is None else probs,
+        head_start,
         capacity,
         width,
         PARTS=parts,
@@ -302,6 +324,7 @@ def decode_attention(
         REDUCTION=reduction,
         ADD_MASS=mass is not None,
         WANT_PROBS=want_probs,
+        RAGGED=ragged is not None,
         num_warps=4,
     )
     return output, probs

@@ -97,6 +97,9 @@ class SlotColumns:
 
     keys, values (B, H, C, D); position (B, H, C) int64, kind int8, mass float32 or None, rank int32 or
     None; length and free (B, H) int64; faults (B, H) int32.
+
+    Ragged: keys, values (N, D) and columns (N,), where `start` (B, H) int64 says at which slot a head begins, and
+    `spread` (B, H) int64 how many entries more than its row it may hold; capacity: slots of the largest head.
     """
 
     keys: Tensor
@@ -108,3 +111,6 @@ class SlotColumns:
     length: Tensor
     free: Tensor
     faults: Tensor
+    capacity: int
+    start: Tensor | None = None
+    spread: Tensor | None = None

@@ -1,9 +1,10 @@
 """Write the new token into the free slot, find a victim by rank or score, free its slot: a launch each, nothing waits.
 
-A program takes one (row, KV head). `rank` is kept only where positions count inside the cache: the
-new token is the youngest, and freeing a victim moves everyone younger than it one place down. The
-entry with a given number of older ones is found without sorting, by halving the range of positions; slots that fit
-into one block are read once and stay in registers meanwhile.
+A program takes one (row, KV head), whose slots begin after those of the ones before it, in a ragged buffer
+where its start says. `rank` is kept only where positions count inside the cache: the new token is the
+youngest, and freeing a victim moves everyone younger than it one place down. The entry with a given number
+of older ones is found without sorting, by halving the range of positions; slots that fit into one block are
+read once and stay in registers meanwhile.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def write_token(
     length,
     free,
     seen,
+    head_start,
     heads,
     capacity,
     width,
@@ -43,6 +45,7 @@ def write_token(
     HAS_MASS: tl.constexpr,
     HAS_RANK: tl.constexpr,
     ADVANCE: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):
     """Put one token (row, head, D) at position seen - 1 into slot `free`; with ADVANCE the next slot is free."""
     pair = tl.program_id(0)
@@ -50,7 +53,7 @@ def write_token(
     d = tl.arange(0, BLOCK_D)
     slot = tl.load(free + pair)
     held = tl.load(length + pair)
-    entry = pair.to(tl.int64) * capacity + slot
+    entry = (tl.load(head_start + pair) if RAGGED else pair.to(tl.int64) * capacity) + slot
     k = tl.load(new_keys + row * key_row + head * key_head + d, mask=d < width)
     v = tl.load(new_values + row * value_row + head * value_head + d, mask=d < width)
     tl.store(keys + entry * width + d, k, mask=d < width)
@@ -78,6 +81,8 @@ def free_victim(
     budget,
     sinks,
     recent_from,
+    head_start,
+    spread,
     heads,
     capacity,
     score_row,
@@ -86,6 +91,7 @@ def free_victim(
     GIVEN: tl.constexpr,
     HAS_RANK: tl.constexpr,
     APPLY: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):
     """Free a slot of each pair that is over its budget: `victim`, or the lowest score, the oldest of equals.
 
@@ -98,8 +104,13 @@ def free_victim(
     pair = tl.program_id(0)
     row, head = pair // heads, pair % heads
     held = tl.load(length + pair)
-    over = (held > tl.load(budget + row)) | (not APPLY)
-    base = pair.to(tl.int64) * capacity
+    if RAGGED:
+        allowed = tl.load(budget + row) + tl.load(spread + pair)
+        base = tl.load(head_start + pair)
+    else:
+        allowed = tl.load(budget + row)
+        base = pair.to(tl.int64) * capacity
+    over = (held > allowed) | (not APPLY)
     c = tl.arange(0, BLOCK_C)
     chosen = held * 0
     if over:
@@ -158,7 +169,7 @@ _MOST_SLOTS = 4096  # a block reads so many at once: each block more waits for m
 
 def write_slot(columns: SlotColumns, keys: Tensor, values: Tensor, seen: Tensor, *, advance: bool) -> None:
     """Put one token, (B, H, 1, D), at position `seen` - 1 into the free slots; `advance` frees the next slot."""
-    batch, heads, capacity, width = columns.keys.shape
+    (batch, heads), width = columns.length.shape, columns.keys.shape[-1]
     write_token[(batch * heads,)](
         keys,
         values,
@@ -171,8 +182,9 @@ def write_slot(columns: SlotColumns, keys: Tensor, values: Tensor, seen: Tensor,
         columns.length,
         columns.free,
         seen,
+        columns.length if columns.start is None else columns.start,
         heads,
-        capacity,
+        columns.capacity,
         width,
         *keys.stride()[:2],
         *values.stride()[:2],
@@ -180,6 +192,7 @@ def write_slot(columns: SlotColumns, keys: Tensor, values: Tensor, seen: Tensor,
         HAS_MASS=columns.mass is not None,
         HAS_RANK=columns.rank is not None,
         ADVANCE=advance,
+        RAGGED=columns.start is not None,
         num_warps=1,
     )
 
@@ -219,7 +232,7 @@ def _free(
     given: bool,
     apply: bool = True,
 ) -> None:
-    batch, heads, capacity = columns.position.shape
+    (batch, heads), capacity = columns.length.shape, columns.capacity
     score = score if score.stride(-1) == 1 else score.contiguous()
     block = 512 if given and columns.rank is None else min(max(512, triton.next_power_of_2(capacity)), _MOST_SLOTS)
     free_victim[(batch * heads,)](
@@ -233,14 +246,17 @@ def _free(
         budget,
         sinks,
         recent_from,
+        columns.length if columns.start is None else columns.start,
+        columns.length if columns.spread is None else columns.spread,
         heads,
         capacity,
-        score.stride(0),
-        0 if score.shape[1] == 1 else score.stride(1),
+        score.stride(0) if score.ndim == 3 else 0,
+        0 if score.ndim < 3 or score.shape[1] == 1 else score.stride(1),
         BLOCK_C=block,
         GIVEN=given,
         HAS_RANK=columns.rank is not None,
         APPLY=apply,
+        RAGGED=columns.start is not None,
         num_warps=1 if given and columns.rank is None else max(4, block // 256),  # one warp waits for no other
     )
 

@@ -19,6 +19,7 @@ from kvbench import installed_version
 from kvbench.errors import ConfigError, KvbenchError
 from kvbench.report.compare import DECLARED, Choices
 from kvbench.report.figures.draw import draw_plots
+from kvbench.report.laws import law_rows, laws_csv, laws_markdown
 from kvbench.report.load import Results, load_folders
 from kvbench.report.page import render_page
 from kvbench.report.tables import csv_and_parquet, markdown_tables
@@ -27,6 +28,7 @@ from kvbench.results.record import AUTOPSY_FILE
 
 _MADE = ("report/index.html", "report/table.md", "table.csv", "table.parquet", "samples.csv", "samples.parquet")
 _STAMP, _LOCK, _PLOTS = ".built-from", ".lock", "plots"
+_OF_LAWS = ("laws.md", "laws.csv")  # only where the records tell of laws
 MOST_CELLS_DRAWN = 300
 
 
@@ -68,8 +70,9 @@ def refresh_report(results_folder: Path) -> None:
 def write_report(results: Results, folder: Path, tables_folder: Path, choices: Choices = DECLARED) -> ReportPaths:
     """Write index.html, plots/*.svg and table.md into `folder`, table and samples as CSV and Parquet.
 
-    The same records give the same bytes. Figures of an earlier report are removed, and of two writers at once
-    the later one leaves its whole report. Raises: ConfigError if a folder cannot be written to.
+    Where the records tell of laws, laws.md and laws.csv too. The same records give the same bytes. Figures of an
+    earlier report are removed, and of two writers at once the later one leaves its whole report.
+    Raises: ConfigError if a folder cannot be written to.
     """
     files = _rendered(results, folder, tables_folder, choices)
     with _in_one_line(folder), locked(folder / _LOCK):
@@ -99,12 +102,14 @@ def inputs_digest(results_folder: Path) -> str:
 
 def _rendered(results: Results, folder: Path, tables_folder: Path, choices: Choices) -> dict[Path, bytes]:
     """Return the content of every file, by its path."""
-    plots = draw_plots(_drawn(results))
+    plots, laws = draw_plots(_drawn(results)), law_rows(results)
+    of_laws = dict(zip(_OF_LAWS, (laws_markdown(laws), laws_csv(laws)), strict=True)) if laws else {}
     return {
         **{folder / _PLOTS / f"{plot.name}.svg": plot.svg.encode() for plot in plots},
         folder / "table.md": markdown_tables(results, choices).encode(),
         folder / "index.html": render_page(results, plots, choices).encode(),
         **{tables_folder / name: data for name, data in csv_and_parquet(results).items()},
+        **{folder / name: text.encode() for name, text in of_laws.items()},
     }
 
 
@@ -113,7 +118,7 @@ def _publish(files: dict[Path, bytes], folder: Path) -> ReportPaths:
     (folder / _STAMP).unlink(missing_ok=True)
     for path, data in files.items():
         replace_file(path, data)
-    for old in (folder / _PLOTS).glob("*.svg"):
+    for old in (*(folder / _PLOTS).glob("*.svg"), *(folder / name for name in _OF_LAWS)):
         if old not in files:
             old.unlink(missing_ok=True)
     page, markdown = folder / "index.html", folder / "table.md"

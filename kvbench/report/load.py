@@ -526,15 +526,19 @@ def _with_distinct_names(cells: list[CellResult], part: str) -> list[CellResult]
     return named
 
 
-def _with_variants(cells: list[CellResult], by_budget: Iterable[list[CellResult]]) -> list[CellResult]:
+def _with_variants(cells: list[CellResult], by_budget: Collection[list[CellResult]]) -> list[CellResult]:
     """Name the settings in which cells with the same labels differ; the key if there is no such setting.
 
-    Where only the tasks differ, the cell with most of them needs no name.
+    Two settings name a cell, more where two do not tell all of them apart. Where only the tasks differ, the cell with
+    most of them needs no name.
     """
     flat = {cell.key: dict(_told(cell.settings)) for cell in cells}
     differing = set().union(*(_differing_names([flat[cell.key] for cell in same]) for same in by_budget))
-    shown = sorted(differing)[:2]
-    texts = {cell.key: " ".join(f"{name}={flat[cell.key].get(name)}" for name in shown) for cell in cells}
+    for count in range(2, max(2, len(differing)) + 1):
+        shown = sorted(differing)[:count]
+        texts = {cell.key: " ".join(f"{name}={flat[cell.key].get(name)}" for name in shown) for cell in cells}
+        if all(len({texts[cell.key] for cell in same}) == len(same) for same in by_budget):
+            break
     if shown == ["tasks"]:
         texts |= {max(same, key=lambda cell: len(cell.settings.get("task") or ())).key: "" for same in by_budget}
     return [replace(cell, variant=texts[cell.key] if shown else f"key {cell.key[:8]}") for cell in cells]

@@ -1,7 +1,7 @@
 """One HTML file that explains a results folder to a stranger; nothing is loaded from anywhere.
 
-Order: the answer, the verdicts behind it, policy against policy, what to be careful about, figures and tables, samples,
-how it was measured.
+Order: the answer, the verdicts behind it, policy against policy, laws of the field, what to be careful about, figures
+and tables, samples, how it was measured.
 
 Every section is a function that builds plain data and renders a template of `templates/`; `page.html.j2` puts them
 together with the style sheets and the scripts that lie there. The content policy loads nothing and lets that one script
@@ -26,6 +26,7 @@ from kvbench.report.compare import DECLARED, Choices, size_with_unit
 from kvbench.report.figures.draw import Plot
 from kvbench.report.figures.style import PLOT_STYLE, THEME_COLOURS
 from kvbench.report.findings import notes_of
+from kvbench.report.laws import law_rows, laws_html
 from kvbench.report.load import Results
 from kvbench.report.markup import Head, TableView, listed, render, resource
 from kvbench.report.page_tables import (
@@ -178,6 +179,7 @@ def _contents(
         "answer": answers or Markup("<p>No usable record was found; see Problems while reading.</p>"),
         "verdicts": verdicts_html(all_rows(judged)) if judged else Markup(),
         "policies": _per_group(judged, matrices_html),
+        "laws": laws_html(law_rows(results)),
         "care": _per_group(judged, lambda one: render("care.html.j2", notes=notes_of(one.group))),
         "frontier": frontier_html(results.frontiers, choices, results.groups) if judged else Markup(),
         "figures": figures,

@@ -281,7 +281,7 @@ def print_tables(results: Results, console: Console | None = None, choices: Choi
 
 def _rich(table: Table, *, joined: bool, padding: int) -> RichTable:
     """Draw the table; `joined` puts the budget below the policy, which saves a column."""
-    drawn = _ruled(f"{table.title} ({table.counts})", reading_note(table), padding)
+    drawn = ruled(f"{table.title} ({table.counts})", reading_note(table), padding)
     for head in ("policy\nbudget",) if joined else ("policy", "budget"):
         drawn.add_column(head, no_wrap=True, vertical="top")
     for name in table.columns:
@@ -294,7 +294,8 @@ def _rich(table: Table, *, joined: bool, padding: int) -> RichTable:
     return drawn
 
 
-def _ruled(title: str, caption: str, padding: int) -> RichTable:
+def ruled(title: str, caption: str, padding: int) -> RichTable:
+    """Return an empty table in the look of all tables in a terminal."""
     return RichTable(
         title=Text(title), caption=Text(caption), title_justify="left", caption_justify="left", box=box.HORIZONTALS,
         padding=(0, padding, 0, 0),
@@ -312,7 +313,7 @@ def _print_verdicts(rows: tuple[VerdictRow, ...], console: Console) -> None:
     if not rows:
         return
     title, caption = "Compared with full", _declared_text(rows)
-    drawn = _ruled(title, caption, 1)
+    drawn = ruled(title, caption, 1)
     for head, justify in _VERDICT_HEADS.items():
         drawn.add_column(head, justify=justify, no_wrap=True)
     for row, following in zip(rows, (*rows[1:], None), strict=True):
@@ -331,7 +332,7 @@ def _print_matrix(group: Group, choices: Choices, console: Console) -> None:
     rows = [] if matrix is None else [row for row in matrix.rows if row.budget == budget]
     if matrix is None or not rows:
         return
-    drawn = _ruled(f"{matrix.title}, {budget}", matrix.note, 1)
+    drawn = ruled(f"{matrix.title}, {budget}", matrix.note, 1)
     for head in ("row against column", *matrix.columns):
         drawn.add_column(Text(head), no_wrap=True, vertical="top")
     for row in rows:

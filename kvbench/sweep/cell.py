@@ -322,7 +322,7 @@ def resolve_engine(asked: str, device: str) -> Engine:
     return cast(Engine, asked)
 
 
-_PACKAGES = ("torch", "transformers", "hydra-core", "numpy", "rouge-score", "kvbench")
+_PACKAGES = ("torch", "triton", "transformers", "hydra-core", "numpy", "rouge-score", "kvbench")
 
 
 @cache

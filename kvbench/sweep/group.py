@@ -216,7 +216,9 @@ def run_group(cells: Sequence[Cell], plan: GroupPlan, *, shelf: ModelShelf, watc
 
     Cells are left over where nothing works in this process any more: they need a fresh one.
     """
-    autopsies = Autopsies(plan.results, watcher)
+    in_batches = all(isinstance(task, BatchTask) for cell in cells for task in cell.tasks.values())
+    share = [cell.setting.policy for cell in cells] if plan.share_prompts and in_batches else []
+    autopsies = Autopsies(plan.results, watcher, share=share)
     for some in [cells] if plan.share_prompts else [[cell] for cell in cells]:
         runs = [CellRun(cell, plan, watcher) for cell in some]
         loaded, prompts = _load(runs, plan, shelf, watcher)

@@ -1,7 +1,8 @@
 """Prefill and decode: the two things every task does, with true positions.
 
 A `CacheSetting` prefills a batch and hands out its `Decoding`: the logits of the next token, and `step`. The same
-loop serves every policy, the full cache included; `model.generate` with a `PolicyCache` gives the same tokens.
+loop serves every policy, the full cache included; `model.generate` with a `PolicyCache` gives the same tokens. A text
+that is known already is fed in chunks where the policy frees nothing between two tokens (`forced`).
 
 `engine: eager` runs a step operation by operation and is the reference. `engine: graph` captures it in a CUDA graph:
 one launch a token, whatever the policy. The graph holds the unmodified model's forward over the slot cache, the
@@ -18,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 Engine = Literal["eager", "graph"]
 ENGINES: tuple[str, ...] = get_args(Engine)
 _WAITS = "synchronizing CUDA operation"  # in the text of the error that torch's debug mode raises
+_MOST_LOGITS_BYTES = 2**28  # of one chunk of an answer, float32
 OnSettle = Callable[[], AbstractContextManager[None]]
 
 
@@ -118,7 +120,7 @@ class Decoding:
         self._tokens = torch.zeros_like(batch.tensors["input_ids"][:, -1:])
         self._position = batch.last_position_ids.clone()
         if prompt_logits is None:
-            prompt_logits = self._pass(batch.position_ids, **batch.tensors)
+            prompt_logits = self._pass(batch.position_ids, batch.tensors)[:, -1]
             self._beat()
         self.logits = prompt_logits
         if batch.question_ids is not None:
@@ -132,7 +134,7 @@ class Decoding:
         """
         self.cache.expect_prompt(tokens.shape[1])
         steps = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
-        self.logits = self._pass(self._position + steps, input_ids=tokens)
+        self.logits = self._pass(self._position + steps, {"input_ids": tokens})[:, -1]
         self._position += tokens.shape[1]
         self._beat()
         return self.logits
@@ -147,17 +149,36 @@ class Decoding:
         self._beat()
         return self.logits
 
+    def feed(self, tokens: Tensor) -> Tensor:
+        """Feed tokens of an answer, (B, N), in one pass; return the logits (B, N, V) float32 after each of them.
+
+        The cache is then as N steps leave it. Raises: ValueError unless it `takes_answers_whole`.
+        """
+        num_tokens = tokens.shape[1]
+        self.cache.expect_answer(num_tokens)
+        steps = torch.arange(1, num_tokens + 1, device=tokens.device)
+        logits = self._pass(self._position + steps, {"input_ids": tokens}, num_tokens)
+        self._position += num_tokens
+        self._beat()
+        self.logits = logits[:, -1]
+        return logits
+
+    @property
+    def tokens_per_pass(self) -> int:
+        """How many tokens of a known answer are fed together: 1 where an entry may go between two of them."""
+        return max(1, _MOST_LOGITS_BYTES // self.logits.nbytes) if self.cache.takes_answers_whole else 1
+
     def _forward(self) -> Tensor:
         """One decode step; it reads and changes tensors in place only, so that it can be captured."""
         self._position += 1
-        return self._pass(self._position, input_ids=self._tokens)
+        return self._pass(self._position, {"input_ids": self._tokens})[:, -1]
 
-    def _pass(self, position_ids: Tensor, **inputs: Tensor) -> Tensor:
-        """Run the model over new tokens; return the logits (B, V) float32 after the last one."""
+    def _pass(self, position_ids: Tensor, inputs: Mapping[str, Tensor], num_logits: int = 1) -> Tensor:
+        """Run the model over new tokens; return the logits (B, N, V) float32 after the last `num_logits` of them."""
         output = self._model(
-            **inputs, position_ids=position_ids, **self._cache_argument, use_cache=True, logits_to_keep=1
+            **inputs, position_ids=position_ids, **self._cache_argument, use_cache=True, logits_to_keep=num_logits
         )
-        logits: Tensor = output.logits[:, -1].float()
+        logits: Tensor = output.logits[:, -num_logits:].float()
         return logits
 
 
@@ -197,11 +218,16 @@ def greedy(
     return answers
 
 
-def forced(decoding: Decoding, tokens: Tensor, lengths: Sequence[int]) -> Iterator[Tensor]:
-    """Feed `tokens` (B, N), padded right, one after the other; yield the logits (B, V) float32 after each.
+def forced(decoding: Decoding, tokens: Tensor, lengths: Sequence[int], *, one_by_one: bool = False) -> Iterator[Tensor]:
+    """Feed `tokens` (B, N), padded right; yield the logits (B, V) float32 after each.
 
+    They go in chunks of `Decoding.tokens_per_pass`, or one after the other: what each sees is the same.
     lengths: the tokens of each row that count; what is wrong in a row after them is nobody's fault.
     """
+    if decoding.tokens_per_pass > 1 and not one_by_one:
+        for chunk in tokens.split(decoding.tokens_per_pass, dim=1):
+            yield from decoding.feed(chunk).unbind(dim=1)
+        return
     before = [False] * len(lengths)
     for number in range(tokens.shape[1]):
         ended = [length <= number for length in lengths]
@@ -233,11 +259,17 @@ class GraphDecoding(Decoding):
         """Take the prompt as `Decoding` does. Raises: ModelSupportError for a model whose step cannot be captured."""
         check_rotary(loaded.model)
         super().__init__(loaded, *arguments, **options)
+        self.cache.cut_blocks(by_itself=False)  # which waits for the device, so it is done between captured steps
 
     def extend(self, tokens: Tensor) -> Tensor:
         """Feed a chunk as `Decoding` does; the next step is captured anew, over the buffers that the cut laid out."""
         self._graph = None
         return super().extend(tokens)
+
+    def feed(self, tokens: Tensor) -> Tensor:
+        """Feed an answer as `Decoding` does; the next step is captured anew, as buffers may have grown."""
+        self._graph = None
+        return super().feed(tokens)
 
     def prepare(self) -> None:
         """Capture the step. Steps are run for warm-up and undone, so nothing is seen of them afterwards.
@@ -275,11 +307,14 @@ class GraphDecoding(Decoding):
         self.prepare()
         if self._graph is None or self._replays_left == 0:
             self._graph = None
-            return super().step(tokens)
+            super().step(tokens)
+            self.cache.cut_blocks()
+            return self.logits
         self._replays_left -= 1
         self._tokens.copy_(tokens[:, None])
         self._graph.replay()
         self.cache.count_replayed_step()
+        self.cache.cut_blocks()
         self.logits = self._captured
         self._beat()
         return self.logits

@@ -1,7 +1,8 @@
 """How far the policy's next-token distribution is from the full cache's, along one text.
 
 Both caches are fed the full cache's own greedy answer, so every step compares two distributions over
-the same history.
+the same history. Both are fed alike, in chunks where the policy frees nothing between two tokens, else one by one, so
+that no rounding of one way is taken for a difference (`kl_tokens_per_pass`, 1: one by one).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Fidelity(BatchTask):
 
     def measure(self, bench: Bench, part: Part) -> Payload:
         """Compare on one batch. Raises: MeasureError if the full cache differs from itself."""
-        answers = full_answers(bench, self.max_new_tokens)
+        answers = full_answers(bench, part, self.max_new_tokens)
         bench.prompts.once(("equals itself", self), lambda: _check_itself(bench, part, answers, self.check_tokens))
         rows = _compare(bench, part, answers, bench.setting, self.max_new_tokens)
         return {example.id: row for example, row in zip(part.examples, rows, strict=True)}
@@ -60,22 +61,23 @@ class Fidelity(BatchTask):
 
 
 def _check_itself(bench: Bench, part: Part, answers: Answers, check_tokens: int) -> None:
-    first = part if part.number == 0 else bench.own_prompts().part(0)
-    if any(row["kl_sum"] != 0.0 for row in _compare(bench, first, answers, bench.full, check_tokens)):
+    rows = _compare(bench, part, answers, bench.full, check_tokens, one_by_one=True)
+    if any(row["kl_sum"] != 0.0 for row in rows):
         raise MeasureError("the full cache differs from itself (KL is not 0); the machine does not compute reliably")
 
 
 @torch.inference_mode()
 def _compare(
-    bench: Bench, part: Part, answers: Answers, setting: CacheSetting, max_tokens: int
+    bench: Bench, part: Part, answers: Answers, setting: CacheSetting, max_tokens: int, *, one_by_one: bool = False
 ) -> list[dict[str, Any]]:
     texts = [(answers[example.id] or [bench.loaded.eos_token_id])[:max_tokens] for example in part.examples]
     fed, real = padded_targets(texts, bench.loaded.eos_token_id, bench.loaded.device)
     lengths = [len(text) for text in texts]
     policy = part.decoding(setting, fed.shape[1])
     divergences, agreements = [], []
-    full = _expected(bench, part, fed, lengths, max_tokens, policy.logits.nbytes)
-    for expected, got in zip(full, forced(policy, fed, lengths), strict=True):
+    per_pass = 1 if one_by_one else max(1, min(policy.tokens_per_pass, fed.shape[1]))
+    full = _expected(bench, part, fed, lengths, max_tokens, policy.logits.nbytes, one_by_one=per_pass == 1)
+    for expected, got in zip(full, forced(policy, fed, lengths, one_by_one=per_pass == 1), strict=True):
         divergences.append(_kl(expected, got))
         agreements.append(expected.argmax(dim=-1) == got.argmax(dim=-1))
     kl = torch.stack(divergences, dim=1).masked_fill(~real, 0.0)
@@ -86,13 +88,25 @@ def _compare(
     agrees = torch.stack(agreements, dim=1) & real
     sums = (kl.double().sum(-1).tolist(), agrees.sum(-1).tolist(), real.sum(-1).tolist())
     return [
-        {"kl_sum": total, "num_agreeing_tokens": same, "num_compared_tokens": count}
+        {
+            "kl_sum": total,
+            "num_agreeing_tokens": same,
+            "num_compared_tokens": count,
+            "kl_tokens_per_pass": per_pass,
+        }
         for total, same, count in zip(*sums, strict=True)
     ]
 
 
 def _expected(
-    bench: Bench, part: Part, fed: Tensor, lengths: list[int], max_tokens: int, logits_bytes: int
+    bench: Bench,
+    part: Part,
+    fed: Tensor,
+    lengths: list[int],
+    max_tokens: int,
+    logits_bytes: int,
+    *,
+    one_by_one: bool,
 ) -> Iterable[Tensor]:
     """Return the full cache's logits after each fed token: kept for the next cell if they are not too large.
 
@@ -101,12 +115,14 @@ def _expected(
     """
 
     def steps() -> Iterator[Tensor]:
-        return forced(part.decoding(bench.full, fed.shape[1]), fed, lengths)
+        return forced(part.decoding(bench.full, fed.shape[1]), fed, lengths, one_by_one=one_by_one)
 
     if not part.shares or logits_bytes * fed.shape[1] > _KEPT_BYTES:
         return steps()
     # A graph writes its next logits over these, so they are copied.
-    kept: list[Tensor] = part.once(("full logits", max_tokens), lambda: [logits.clone() for logits in steps()])
+    kept: list[Tensor] = part.once(
+        ("full logits", max_tokens, one_by_one), lambda: [logits.clone() for logits in steps()]
+    )
     return kept
 
 

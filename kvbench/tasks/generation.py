@@ -18,7 +18,7 @@ from kvbench.models.inputs import answer_text, reference_text
 from kvbench.models.loader import LoadedModel
 from kvbench.tasks.decode import CacheSetting, greedy
 from kvbench.tasks.rouge import fact_scores, first_divergence, length_ratio, rouge_l_released, rouge_scores
-from kvbench.tasks.task import Answers, BatchTask, Bench, Part, Payload, TaskResult, joined
+from kvbench.tasks.task import Answers, BatchTask, Bench, Part, Payload, TaskResult, check_complete, joined
 
 if TYPE_CHECKING:
     from kvbench.cache import PolicyCache
@@ -85,7 +85,7 @@ _DESCRIPTIVE = ("text", "full_text", "reference", "num_new_tokens", *PLACES)
 class Generation(BatchTask):
     """Greedy decoding up to `max_new_tokens`, scored per example.
 
-    In every run the full cache must give its stored answers to the first batch again, token for token.
+    In every run the full cache must give its answers to the first batch again, token for token.
     `released_rouge` adds the ROUGE-L of Elastic Cache's code (kvbench.tasks.rouge).
     """
 
@@ -101,7 +101,7 @@ class Generation(BatchTask):
 
     def measure(self, bench: Bench, part: Part) -> Payload:
         """Answer one batch, compare, and note how many entries were really held at every step."""
-        full = full_answers(bench, self.max_new_tokens)
+        full = full_answers(bench, part, self.max_new_tokens)
         bench.prompts.once(
             ("reproduces", self.max_new_tokens), lambda: _check_reproduces(bench, part, full, self.max_new_tokens)
         )
@@ -154,28 +154,40 @@ def _greedy(
     )
 
 
-def full_answers(bench: Bench, max_new_tokens: int) -> Answers:
-    """Return the full cache's answers by example id, from the store or computed now."""
+def full_answers(bench: Bench, part: Part, max_new_tokens: int) -> Answers:
+    """Return the full cache's answers to `part`, and to what else is known, by example id: stored, or given now.
 
-    def compute() -> Answers:
-        answers: Answers = {}
-        prompts = bench.own_prompts()
-        for part in map(prompts.part, range(len(prompts))):
-            texts = _greedy(bench, part, bench.full, max_new_tokens)
-            answers |= {example.id: text for example, text in zip(part.examples, texts, strict=True)}
+    They are given batch by batch, after the prompt that the cells share, and stored when the last batch is answered.
+    """
+    name = ("full answers", max_new_tokens)
+    answers: Answers = bench.prompts.once(name, lambda: _stored_answers(bench, max_new_tokens))
+    if all(example.id in answers for example in part.examples):
         return answers
-
-    needed = {example.id: example.id for example in bench.examples}
-    answers: Answers = bench.prompts.once(
-        ("full answers", max_new_tokens), lambda: bench.answers.get(max_new_tokens, compute, needed)
-    )
+    answers |= _answered(bench, part, max_new_tokens)
+    if part.number == len(bench.prompts) - 1:
+        again = bench.own_prompts()  # for batches that were measured before a kill, whose answers went with it
+        for other in range(len(again) - 1):
+            if any(example.id not in answers for example in again.examples_of(other)):
+                answers |= _answered(bench, again.part(other), max_new_tokens)
+        bench.answers.write(max_new_tokens, answers)
     return answers
 
 
+def _stored_answers(bench: Bench, max_new_tokens: int) -> Answers:
+    stored = bench.answers.read(max_new_tokens)
+    if stored is not None:
+        check_complete(stored, {example.id: example.id for example in bench.examples})
+    return stored or {}
+
+
+def _answered(bench: Bench, part: Part, max_new_tokens: int) -> Answers:
+    texts = _greedy(bench, part, bench.full, max_new_tokens)
+    return {example.id: text for example, text in zip(part.examples, texts, strict=True)}
+
+
 def _check_reproduces(bench: Bench, part: Part, full: Answers, max_new_tokens: int) -> None:
-    first = part if part.number == 0 else bench.own_prompts().part(0)
-    again = _greedy(bench, first, bench.full, max_new_tokens)
-    for example, answer in zip(first.examples, again, strict=True):
+    again = _greedy(bench, part, bench.full, max_new_tokens)
+    for example, answer in zip(part.examples, again, strict=True):
         if answer != full[example.id]:
             raise MeasureError(
                 f"the full cache does not reproduce its stored answer to {example.id} (first difference at token "

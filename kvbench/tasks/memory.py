@@ -235,13 +235,13 @@ def _entry_bytes(cache: PolicyCache) -> int:
 
 def _kv_bytes(cache: PolicyCache) -> dict[str, int]:
     held = cache.occupancy()
-    allowed = sum(cache.policy_layers[0].ledger.allowed())
+    allowed = sum(sum(layer.ledger.allowed()) for layer in cache.policy_layers)
     return {
         "kv_stored_bytes": held.stored_bytes,
         "kv_valid_bytes": held.valid_bytes,
         "statistics_bytes": held.statistics_bytes,
         "bookkeeping_bytes": held.bookkeeping_bytes,
-        "kv_theoretical_bytes": _entry_bytes(cache) * len(cache.policy_layers) * allowed,
+        "kv_theoretical_bytes": _entry_bytes(cache) * allowed,
     }
 
 

@@ -1,5 +1,8 @@
 """Perplexity of the reference answers, teacher-forced through the policy's own decode.
 
+Where nothing is freed between two tokens an answer is fed in chunks, which is the same text over the same entries with
+other rounding; a row says how (`nll_tokens_per_pass`, 1: step by step).
+
 `Perplexity` is the number to compare by. `PerplexityReleased` is the loop of Elastic Cache's code, every departure from
 the former an option.
 """
@@ -26,7 +29,7 @@ from kvbench.tasks.task import BatchTask, Bench, Part, Payload, TaskResult, join
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity(BatchTask):
-    """Every answer token and the end token is scored, one at a time, after the cache was cut.
+    """Every answer token and the end token is scored, each over what the cache then held, after it was cut.
 
     ppl = exp(sum of negative log-likelihoods / number of tokens), float32 log-softmax; the first
     token's distribution is the prompt's, before any cut, and counts. Per-sample sums are stored.
@@ -39,12 +42,17 @@ class Perplexity(BatchTask):
     def measure(self, bench: Bench, part: Part) -> Payload:
         """Score one batch. Raises: NonFiniteError when a likelihood is not finite."""
         answers = [answer_tokens(bench.loaded, example) for example in part.examples]
-        nll = _scored(
+        nll, per_pass = _scored(
             bench, part, answers, lambda logits, target: -logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
         )
         sums = (nll.double().sum(dim=-1).tolist(), nll[:, 0].tolist(), map(len, answers))
         return {
-            example.id: {"nll_sum": total, "nll_first_token": first, "num_scored_tokens": count}
+            example.id: {
+                "nll_sum": total,
+                "nll_first_token": first,
+                "num_scored_tokens": count,
+                "nll_tokens_per_pass": per_pass,
+            }
             for example, total, first, count in zip(part.examples, *sums, strict=True)
         }
 
@@ -56,10 +64,12 @@ class Perplexity(BatchTask):
 
 
 @torch.inference_mode()
-def _scored(bench: Bench, part: Part, answers: list[list[int]], nll: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Return `nll` of each token of `answers`, (B, N), 0 after a row's end; nll takes logits (B, V) and tokens (B,).
+def _scored(
+    bench: Bench, part: Part, answers: list[list[int]], nll: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, int]:
+    """Return `nll` of each token of `answers`, (B, N), 0 after a row's end, and how many were fed together at most.
 
-    Raises: NonFiniteError where one is not finite.
+    nll takes logits (B, V) and tokens (B,). Raises: NonFiniteError where one is not finite.
     """
     targets, real = padded_targets(answers, bench.loaded.eos_token_id, bench.loaded.device)
     decoding = part.decoding(bench.setting, targets.shape[1])
@@ -71,7 +81,7 @@ def _scored(bench: Bench, part: Part, answers: list[list[int]], nll: Callable[[T
         row, token = torch.nonzero(~nlls.isfinite())[0].tolist()
         raise NonFiniteError(f"the likelihood of token {token} of {part.examples[row].id} is not finite")
     decoding.cache.check()
-    return nlls
+    return nlls, max(1, min(decoding.tokens_per_pass, targets.shape[1] - 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +118,16 @@ class PerplexityReleased(BatchTask):
         def nll(logits: Tensor, target: Tensor) -> Tensor:
             return functional.cross_entropy(logits.to(dtype), target, reduction="none")
 
-        sums = (
-            _scored(bench, part, answers, nll).double().sum(dim=-1).tolist() if any(answers) else [0.0] * len(answers)
-        )
+        sums, per_pass = [0.0] * len(answers), 1
+        if any(answers):
+            nlls, per_pass = _scored(bench, part, answers, nll)
+            sums = nlls.double().sum(dim=-1).tolist()
         return {
-            example.id: {"released_nll_sum": total, "released_num_scored_tokens": len(answer)}
+            example.id: {
+                "released_nll_sum": total,
+                "released_num_scored_tokens": len(answer),
+                "released_tokens_per_pass": per_pass,
+            }
             for example, total, answer in zip(part.examples, sums, answers, strict=True)
         }
 

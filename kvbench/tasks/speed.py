@@ -115,13 +115,15 @@ def deciding_ms(cache: PolicyCache, policy: Policy, device: torch.device) -> Int
     On CUDA the work is captured in a CUDA graph and replayed, so that launching it costs nothing; what
     cannot be captured is run as it is, and the method says so. 0 for a policy that decides nothing.
     """
-    from kvbench.cache.layer import evicts_at_decode  # which imports transformers
+    from kvbench.cache.policy import steps_between_cuts
 
-    if not evicts_at_decode(policy):
+    steps = steps_between_cuts(policy)
+    if steps is None:
         return Interval(value=0.0, low=None, high=None, n=1, method="nothing is decided at decode")
     work, how = (cache.decide, "run") if device.type != "cuda" else _captured(cache, device)
     work()
-    median = statistics.median(repeated_ms(work, _NUM_REPEATS, device))
+    median = statistics.median(repeated_ms(work, _NUM_REPEATS, device)) / steps
+    how += f", a plan every {steps} steps" if steps > 1 else ""
     return Interval(value=median, low=None, high=None, n=_NUM_REPEATS, method=f"median of repeats, {how}")
 
 

@@ -121,6 +121,10 @@ class Prompts:
     def __len__(self) -> int:
         return len(self._parts)
 
+    def examples_of(self, number: int) -> Sequence[Example]:
+        """Return the examples of the batch `number`."""
+        return self._parts[number].examples
+
     def part(self, number: int) -> Part:
         """Return the batch `number`; the part returned before is let go."""
         if self._part is None or self._part.number != number:
@@ -155,19 +159,34 @@ class FullAnswers:
 
         needed: names that must be among them, each with its example's id. Raises: MeasureError if one is not.
         """
-        settings = {**self.settings, "max_new_tokens": max_new_tokens}
-        path = self.folder / f"{cell_key(settings)[:16]}.json"
-        stored = _read(path, settings)
+        stored = self.read(max_new_tokens)
         if stored is None:
             stored = compute()
-            content = {"settings": settings, "answers": stored, "sha256": _digest(stored)}
-            replace_file(path, canonical_json(content).encode())
-        for name, example_id in needed.items():
-            if name not in stored:
-                raise MeasureError(
-                    f"the stored full answers lack {example_id}; delete results/full_answers and run again"
-                )
+            self.write(max_new_tokens, stored)
+        check_complete(stored, needed)
         return stored
+
+    def read(self, max_new_tokens: int) -> Answers | None:
+        """Return what is stored, None where nothing is or it cannot be read."""
+        path, settings = self._place(max_new_tokens)
+        return _read(path, settings)
+
+    def write(self, max_new_tokens: int, answers: Answers) -> None:
+        """Store the answers to all examples."""
+        path, settings = self._place(max_new_tokens)
+        content = {"settings": settings, "answers": answers, "sha256": _digest(answers)}
+        replace_file(path, canonical_json(content).encode())
+
+    def _place(self, max_new_tokens: int) -> tuple[Path, dict[str, Any]]:
+        settings = {**self.settings, "max_new_tokens": max_new_tokens}
+        return self.folder / f"{cell_key(settings)[:16]}.json", settings
+
+
+def check_complete(stored: Answers, needed: Mapping[str, str]) -> None:
+    """Raise MeasureError if a name of `needed`, each with its example's id, is not among the stored answers."""
+    for name, example_id in needed.items():
+        if name not in stored:
+            raise MeasureError(f"the stored full answers lack {example_id}; delete results/full_answers and run again")
 
 
 def _read(path: Path, settings: Mapping[str, Any]) -> Answers | None:

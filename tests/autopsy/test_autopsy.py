@@ -311,6 +311,22 @@ def test_a_cell_is_looked_at_after_its_record_is_told(
     assert looked_at_with(*given) == (["a", "b"], [["a"], ["a", "b"]])
 
 
+@pytest.mark.parametrize(("tasks", "prefills"), [({}, 1), ({"alone": Alone()}, 3)], ids=["batches", "timed"])
+def test_one_prefill_serves_the_autopsies_of_cells_that_time_nothing(
+    tmp_path: Path, shelf: ModelShelf, monkeypatch: pytest.MonkeyPatch, tasks: Any, prefills: int
+) -> None:
+    """Beside timed tasks no prompt may stay alive, so each is looked at by a prefill of its own."""
+    seen: list[int] = []
+    record = Part._record
+    monkeypatch.setattr(Part, "_record", lambda part: [record(part), seen.append(1)][0])
+    cells = [
+        replace(looked_at(FULL, name, {"nothing": Nothing(), **tasks}), dataset=Scenes(num_samples=1)) for name in "abc"
+    ]
+    run_cells(cells, tmp_path, shelf=shelf)
+    assert all(autopsy_path(tmp_path, cell.key).exists() for cell in cells)
+    assert len(seen) == prefills
+
+
 def test_a_device_that_breaks_while_a_cell_is_looked_at_leaves_the_others_to_a_fresh_process(
     tmp_path: Path, shelf: ModelShelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:

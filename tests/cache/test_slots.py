@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvbench.cache.policy import Plan
+from kvbench.cache import Plan
 from kvbench.cache.slots import EMPTY, Entries, settle
 from tests.covering import share_of
 
@@ -83,7 +83,7 @@ def test_the_victims_slot_takes_the_next_token_and_starts_from_nothing() -> None
     assert slots.free.tolist() == [[0, 1], [2, 5]]
     assert slots.length.tolist() == [[4, 4], [4, 5]]
     assert slots.entries.position.gather(2, victim[..., None])[..., 0].tolist() == [[-1, -1], [-1, 3]]
-    slots.grow(6)
+    slots.grow(1)
     slots.write(torch.full((2, 2, 1, 3), 7.0), torch.ones(2, 2, 1, 3), torch.tensor([5, 5]))
     assert slots.entries.mass is not None
     for b, h, slot in ((0, 0, 0), (0, 1, 1), (1, 0, 2), (1, 1, 5)):

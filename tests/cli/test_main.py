@@ -71,6 +71,16 @@ def test_help_needs_no_more_than_a_few_imports_of_the_standard_library() -> None
         assert word in printed
 
 
+def test_the_word_help_prints_what_the_flag_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [run([word]) for word in ("--help", "help")] == [0, 0]
+    whole = capsys.readouterr().out
+    assert whole == 2 * whole[: len(whole) // 2]
+    with pytest.raises(SystemExit) as ended:
+        run(["help", "audit"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: kvbench audit")
+
+
 @pytest.mark.parametrize("flag", ["-h", "--help", "--version"])
 def test_a_flag_that_only_prints_ends_with_zero(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([flag]) == 0

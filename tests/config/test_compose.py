@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import hydra
@@ -32,11 +33,10 @@ def test_a_sweep_is_every_combination_in_order() -> None:
     assert found == [("h2o", 0.1), ("h2o", 0.3), ("elastic", 0.1), ("elastic", 0.3)]
 
 
-def test_the_default_experiment_has_every_described_policy_at_three_budgets() -> None:
-    """But snapkv: its window of 32 tokens is all that a tenth or a fifth of a scene's prompt can hold."""
+def test_the_default_experiment_has_five_policies_at_three_budgets() -> None:
+    """But none of SnapKV's score: its window of 32 tokens is all that a fifth of a scene's prompt can hold."""
     found = cells("+experiment=default")
-    every = sorted(path.stem for path in (REPO / "conf" / "policy").glob("*.yaml"))
-    names = [name for name in every if name != "snapkv" and "release" not in name]
+    names = ["full", "random", "streaming_llm", "h2o", "elastic"]
     assert sorted(found) == sorted((name, fraction) for name in names for fraction in (0.1, 0.2, 0.5))
 
 
@@ -49,14 +49,27 @@ def swept(name: str) -> dict[str, list[str]]:
 def test_positions_are_swept_over_what_is_described_and_what_is_released() -> None:
     pairs = ["streaming_llm", "local_elastic_release", "h2o", "h2o_elastic_release", "elastic", "elastic_released"]
     assert swept("positions") == {
+        "dataset": ["frankenstein", "lectures"],
         "policy": ["full", *pairs],
         "positions": ["original", "in_cache", "released"],
         "budget.fraction": ["0.2", "0.5"],
     }
     words = ["+experiment=positions", "policy=elastic_released", "positions=released"]
     grid = compose_grid(words, multirun=False, config_dir=None)
-    assert [one.config.budget.fraction for one in grid] == [0.2, 0.5]
+    assert [one.config.budget.fraction for one in grid] == [0.2, 0.5] * 2
     assert all(one.config.task.generation.released_rouge for one in grid)
+    assert swept("positions_gpu") == {"dataset": ["frankenstein_long", "lectures_long"]}
+
+
+def test_the_parts_of_elastic_are_taken_out_one_by_one_and_together() -> None:
+    grid = compose_grid(["+experiment=elastic_parts", "dataset=lectures_long"], multirun=False, config_dir=None)
+    parts = {
+        (one.config.policy.merge, one.config.policy.fixed_point, one.config.policy.recent_fraction) for one in grid
+    }
+    assert parts == set(product(("both", "values", "keys", "none"), (25, 1_000_000), (0.0, 0.5)))
+    assert {(one.choices["policy"], one.config.positions, one.config.dataset.num_samples) for one in grid} == {
+        ("elastic", "original", 48)
+    }
 
 
 @pytest.mark.parametrize(("name", "task"), [("paper_ppl", "perplexity_released"), ("paper_rouge", "generation")])
@@ -162,7 +175,8 @@ def test_jobs_of_a_sweep_that_choose_alike_are_composed_once(monkeypatch: pytest
         monkeypatch.setattr(plain, "load_sweep_config", lambda *given: asked.append(given) or real(*given))
         sharing = SharingLoader(plain)
         for share in range(1, 10):
-            assert sharing.load_sweep_config(sweep, ["policy=h2o", f"budget.fraction=0.{share}"]).policy
+            words = ["policy=h2o", f"budget.fraction=0.{share}", f"seed={share}"]
+            assert sharing.load_sweep_config(sweep, words).seed == share
     assert len(asked) == 1
 
 
@@ -176,10 +190,10 @@ def test_what_cells_choose_alike_is_composed_once_and_no_cell_changes_another(mo
 
     monkeypatch.setattr(compose_module, "_composed", counted)
     budgets = [round(0.01 * number, 2) for number in range(1, 51)]
-    words = ["policy=h2o,elastic", f"budget.fraction={','.join(map(str, budgets))}", "task.speed.new_tokens=4"]
-    grid = compose_grid(words, multirun=True, config_dir=None)
-    assert [(one.choices["policy"], one.config.budget.fraction) for one in grid] == [
-        (policy, budget) for policy in ("h2o", "elastic") for budget in budgets
+    swept = ["policy=h2o,elastic", f"budget.fraction={','.join(map(str, budgets))}", "seed=7,8"]
+    grid = compose_grid([*swept, "task.speed.new_tokens=4"], multirun=True, config_dir=None)
+    assert [(one.choices["policy"], one.config.budget.fraction, one.config.seed) for one in grid] == [
+        (policy, budget, seed) for policy in ("h2o", "elastic") for budget in budgets for seed in (7, 8)
     ]
     assert len(composed) == 1 + 2, "Hydra's own settings, and each policy once"
     grid[0].config.task.speed.new_tokens = 5
@@ -235,9 +249,9 @@ def test_a_glob_sweeps_over_the_names_of_its_group_and_over_ones_own(tmp_path: P
     (tmp_path / "policy").mkdir()
     (tmp_path / "policy" / "h2o_mine.yaml").write_text("_target_: mine.Mine\n")
     swept = "policy=glob([h2o*,f*],exclude=*release*)"
-    assert cells(swept, multirun=True) == [("full", 0.2), ("h2o", 0.2)]
+    assert cells(swept, multirun=True) == [("full", 0.2), ("h2o", 0.2), ("h2o_mean", 0.2)]
     found = cells(swept, multirun=True, config_dir=tmp_path)
-    assert found == [("full", 0.2), ("h2o", 0.2), ("h2o_mine", 0.2)]
+    assert found == [("full", 0.2), ("h2o", 0.2), ("h2o_mean", 0.2), ("h2o_mine", 0.2)]
 
 
 def test_a_glob_of_an_experiment_is_swept_too(tmp_path: Path) -> None:
@@ -252,7 +266,7 @@ def test_a_glob_of_an_experiment_is_swept_too(tmp_path: Path) -> None:
     ]
     (tmp_path / "experiment" / "mine.yaml").write_text("\n".join(lines))
     found = cells("+experiment=mine", config_dir=tmp_path)
-    assert [name for name, _ in found] == ["h2o", "h2o_elastic_release", "h2o_released"]
+    assert [name for name, _ in found] == ["h2o", "h2o_elastic_release", "h2o_mean", "h2o_released"]
 
 
 @pytest.mark.parametrize("word", ["policy=glob(zzz*)", "batch_size=range(3,1)", "batch_size=glob(*)"])

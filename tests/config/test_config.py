@@ -39,6 +39,7 @@ WRONG = {
     "budget=token": "budget is 'token'; did you mean 'tokens'?",
     "sink=consol": "sink is 'consol'; did you mean 'console'?",
     "+experiment=quik": "experiment is 'quik'; did you mean 'quick'?",
+    "+experiment=fast": "experiment is 'fast'; known: default, paper_ppl, paper_rouge, positions, quick, ",
     "budget=0.2": "budget=0.2 chooses no budget; give a name",
     "autopsy=of": "autopsy is 'of'; did you mean 'off'?",
     "autopsy.num_samples=-1": "autopsy.num_samples is -1; it must be 0 (no autopsy) or more",
@@ -48,6 +49,13 @@ WRONG = {
     "bugdet.fraction=0.2": "bugdet.fraction is no setting; did you mean 'budget.fraction'",
     "policy=streaming_llm policy.num_sink=3": "policy.num_sink is no setting; did you mean 'policy.num_sinks'",
     "+policy.num_sink=3 policy=streaming_llm": "policy.num_sink is no setting of StreamingLLM; did you mean",
+    "policy.num_sink=3": "policy.num_sink is no setting of policy=full, which has none; did you mean "
+    "'policy.num_sinks' of policy=streaming_llm or ",
+    "-m policy=h2o,snapkv policy.num_sink=3": "of policy=h2o,snapkv, which has policy.kernel_tokens, policy.num_recent, "
+    "policy.pooling, policy.recent_fraction; did you mean 'policy.num_sinks' of policy=streaming_llm ",
+    "+experiment=quick policy.recent=3": "policy.recent is no setting of policy=full,h2o, which has policy.recent_f",
+    "policy=h2o policy.zzz=3": "policy.zzz is no setting of policy=h2o, which has policy.recent_fraction",
+    "hydra.nothing=3": "hydra.nothing is no setting; kvbench --help lists settings",
     "task.sped.new_tokens=4": "task.sped.new_tokens is no setting; did you mean 'task.speed.new_tokens'",
     "experiment=quick": "write +experiment=NAME",
     # budgets
@@ -142,7 +150,19 @@ WRONG = {
     "policy._target_=pathlib.Path": "policy._target_ is pathlib.Path; the class must derive from Policy",
     "dataset._target_=pathlib.Path": "dataset._target_ is pathlib.Path; the class must have",
     # syntax
-    "policy": "policy cannot be read as KEY=VALUE",
+    "policy": "policy cannot be read as KEY=VALUE; give a name, policy=NAME: elastic, ",
+    "repot": "repot is no command and cannot be read as KEY=VALUE; did you mean 'report'?",
+    "help repot": "repot is no command and cannot be read as KEY=VALUE; did you mean 'report'?",
+    "policy=h2o report": "report is a command, which comes first: kvbench report ...",
+    "-m h2o": "h2o is no command and cannot be read as KEY=VALUE; did you mean 'policy=h2o'?",
+    "quick": "did you mean 'task=quick' or '+experiment=quick'?",
+    "zzzzz": "zzzzz is no command and cannot be read as KEY=VALUE; commands: audit, ",
+    "--polcy h2o": "--polcy is no flag; did you mean 'policy=h2o'?",
+    "--policy=h2o": "--policy=h2o is no flag; did you mean 'policy=h2o'?",
+    "--budget.fraction 0.2 -m": "--budget.fraction is no flag; did you mean 'budget.fraction=0.2'?",
+    "--experiment seed=3": "--experiment is no flag; did you mean '+experiment=VALUE'?",
+    "--mutlirun policy=h2o": "--mutlirun is no flag; did you mean '--multirun'?",
+    "-x": "-x is no flag; kvbench --help lists flags and settings",
     "budget.fraction=[": "budget.fraction=[ cannot be read as KEY=VALUE",
     "=h2o": "Could not override ''",
     "-m budget=0.1,0.2": "must be a string",
@@ -326,8 +346,9 @@ def test_a_setting_that_would_hide_in_the_key_what_the_class_is_is_refused(
 def test_the_registered_names_stay_as_they_are_in_the_keys_of_records() -> None:
     """A class may move; one that is renamed orphans the records of its name, so rename with a reason, and here."""
     names = {
-        "policy": "Elastic ElasticReleased Full H2O H2OElasticRelease H2OReleased LocalElasticRelease Random SnapKV "
-        "StreamingLLM StreamingLLMReleased",
+        "policy": "ChunkKV Elastic ElasticReleased Full H2O H2OElasticRelease H2OMean H2OReleased "
+        "KeyDiff KeyNorm LagKV LocalElasticRelease Random Scissorhands SnapKV StreamingLLM "
+        "StreamingLLMReleased TOVA VATP",
         "dataset": "Conversation LlavaBench LongBench MMVet MTBench Needles Recall Retrieval Scenes Summaries "
         "Synthetic TextWindows",
         "task": "Capacity Fidelity Generation Memory MultiTurn Perplexity PerplexityReleased Speed",

@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvbench.config.build import build
+from kvbench.config.compose import compose_grid
 from kvbench.datasets.base import Window
 from kvbench.datasets.retrieval import Needles, Recall
-from kvbench.datasets.text import _BOOK, TextWindows
+from kvbench.datasets.text import _BUNDLED, TextWindows
 from tests.covering import share_of
 from tests.datasets.files import refusal
 
@@ -182,19 +184,33 @@ def test_wrong_recall_is_refused(change: dict[str, int]) -> None:
     assert f"{name}={value}" in refusal(lambda: Recall(**change))
 
 
-def test_the_novel_that_comes_along_is_whole_and_has_its_source_and_licence_beside_it() -> None:
-    text = _BOOK.read_text(encoding="utf-8")
-    assert 400_000 < len(text) < 1_000_000
-    assert text.startswith("Letter 1\n\n_To Mrs. Saville")
-    assert text.endswith("lost in darkness and distance.\n")
+@pytest.mark.parametrize(
+    ("path", "begin", "end"),
+    [
+        ("bundled", "Letter 1\n\n_To Mrs. Saville", "lost in darkness and distance.\n"),
+        ("bundled_lectures", "THE ORIGIN OF MUSIC\n\nDarwin's theory", "in the musical acceptance of the word.\n"),
+    ],
+)
+def test_a_text_that_comes_along_is_whole_and_has_its_source_and_licence_beside_it(
+    path: str, begin: str, end: str
+) -> None:
+    text = _BUNDLED[path].read_text(encoding="utf-8")
+    assert text.startswith(begin)
+    assert text.endswith(end)
     assert "Gutenberg" not in text
-    source = _BOOK.with_suffix(".md").read_text(encoding="utf-8")
+    source = _BUNDLED[path].with_suffix(".md").read_text(encoding="utf-8")
     assert "public domain" in source
     assert f"{len(text):,} characters" in source
 
 
-@pytest.mark.parametrize(("given", "scored", "number"), [(512, 64, 8), (1024, 256, 48)])
-def test_the_novel_has_windows_for_both_sizes_of_the_experiment(given: int, scored: int, number: int) -> None:
-    data = TextWindows(path="bundled", prompt_tokens=given, scored_tokens=scored, num_samples=number)
+def test_the_texts_that_come_along_take_less_than_a_megabyte() -> None:
+    assert sum(path.stat().st_size for path in _BUNDLED.values()) < 1_000_000
+
+
+@pytest.mark.parametrize(("name", "number"), [("", 8), ("_long", 48)])
+@pytest.mark.parametrize("text", ["frankenstein", "lectures"])
+def test_each_text_has_windows_for_both_sizes_of_the_experiments(text: str, name: str, number: int) -> None:
+    (grid,) = compose_grid([f"dataset={text}{name}"], multirun=False, config_dir=None)
+    data = build(grid.config.dataset, "dataset")
     assert len(data.examples()) == number
-    assert data.examples()[-1].id == f"frankenstein.txt/{number - 1}"
+    assert data.examples()[-1].id == f"{text}.txt/{number - 1}"

@@ -1,6 +1,6 @@
-"""Measure every bar of the GPU engine in one call of a few minutes, or in one for each model, and print a table.
+"""Measure every bar of the GPU engine in one call, or in one for each model or part, and print a table.
 
-    python -m tests.gpu.bars --out FOLDER [--models 7b 13b 8b]
+    python -m tests.gpu.bars --out FOLDER [--models 7b 13b 8b] [--parts decode peer ...] [--kvpress-python PYTHON]
 
 Bars are ratios within this run, on one GPU of 80 GB. Models have random weights, so nothing is
 downloaded. A part that fails, or runs out of memory, is a row with its status; the rest goes on.
@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,15 @@ from kvbench.policies.full import Full
 from kvbench.policies.h2o import H2O
 from kvbench.policies.snapkv import SnapKV
 from kvbench.policies.streaming_llm import StreamingLLM
+from kvbench.stats.intervals import launch_interval, ratio_interval
 from kvbench.sweep.cell import environment
 from kvbench.tasks.decode import CacheSetting, Engine
 from kvbench.tasks.memory import Memory, free_memory
-from kvbench.tasks.speed import Speed, launch, repeated
+from kvbench.tasks.speed import Launch, Speed, deciding_ms, launch, repeated
 from kvbench.tasks.task import Bench, FullAnswers, TaskResult
+from tests.gpu.peers import FixedCache, GrowingCache, KvpressProcess, ReleasedH2O, other_attention, stock_twin, timed
 
-CONF = Path(__file__).parents[2] / "conf" / "model"
+CONF = Path(__file__).parents[2] / "conf"
 WARM = "compiling kernels excluded: launches before it did that"
 FIFTH = Budget(fraction=0.2)
 PAPER = [("13b", 8, 1024, 512), ("13b", 16, 624, 256), ("7b", 16, 1024, 512), ("7b", 48, 624, 256)]
@@ -63,7 +66,10 @@ class Scale:
     long_prompt_tokens: int = 131_072
     batches: tuple[int, ...] = (1, 8, 16)
     new_tokens: int = 48
+    peer_tokens: int = 24
     num_blocks: int = 1
+    compiler: str = "inductor"
+    kvpress_python: str | None = None
     paper: list[tuple[str, int, int, int]] = field(default_factory=lambda: list(PAPER))
     spec: Callable[[str], ModelSpec] = field(default_factory=lambda: published_spec)
 
@@ -75,7 +81,7 @@ class Scale:
 def published_spec(name: str) -> ModelSpec:
     """Return the full-size architecture with random weights in bfloat16."""
     yaml_name = {"7b": "llava-1.5-7b", "13b": "llava-1.5-13b", "8b": "llama-3.1-8b"}[name]
-    content = yaml.safe_load((CONF / f"{yaml_name}.yaml").read_text(encoding="utf-8"))
+    content = yaml.safe_load((CONF / "model" / f"{yaml_name}.yaml").read_text(encoding="utf-8"))
     return ModelSpec(checkpoint=content["checkpoint"], dtype="bfloat16", weights="random", config=content["config"])
 
 
@@ -177,34 +183,162 @@ def interleaved(
     return [statistics.median(ours for arm, ours in runs if arm == wanted) for wanted in (0, 1)]
 
 
-PARTS: dict[str, tuple[Callable[[LoadedModel, str, Scale], Iterator[Row]], ...]] = {
-    "7b": (decode_rows, policy_rows, prefill_rows, memory_rows, paper_rows),
+def deciding_rows(loaded: LoadedModel, name: str, scale: Scale) -> Iterator[Row]:
+    """What naming victims takes of a step, for every policy that has a yaml, the way a step does it."""
+    from hydra.utils import instantiate
+
+    size = scale.batches[-1]
+    batch = prompt_batch(
+        loaded, repeated(bench(loaded, scale, scale.setting(Full()), scale.prompt_tokens).examples, size)
+    )
+    for path in sorted((CONF / "policy").glob("*.yaml")):
+        figure = f"deciding, {path.stem}, {name} B{size}"
+        try:
+            policy = instantiate(yaml.safe_load(path.read_text(encoding="utf-8")), _convert_="object")
+            run = partial(
+                launch, loaded, batch, scale.setting(policy, positions=policy.native_positions), scale.new_tokens
+            )
+            seen: list[Any] = []
+            run(observe=seen.append)
+            deciding = deciding_ms(seen[-1], policy, loaded.device)
+            seen.clear()
+            tpot_ms = statistics.median(run().tpot_ms for _ in range(3))
+        except Exception as error:  # a policy that a graph does not take must not cost the others
+            yield _failed(figure, error)
+            continue
+        share = (deciding.value or 0.0) / tpot_ms
+        note = f"{deciding.value:.3f} of {tpot_ms:.2f} ms; {deciding.method}"
+        yield Row(figure=figure, bar="<= 0.03", value=share, met=share <= 0.03, note=note)
+
+
+@dataclass(kw_only=True)
+class Entrant:
+    """One of those that are timed in turn: what makes a launch of it, and those it made."""
+
+    name: str
+    run: Callable[[], Launch]
+    first_s: float = 0.0
+    launches: list[Launch] = field(default_factory=list)
+
+
+def peer_rows(loaded: LoadedModel, name: str, scale: Scale) -> Iterator[Row]:
+    """Times of ours over those of each peer (`tests/gpu/peers.py`), launches in turn, there and back."""
+    spec = scale.spec(name)
+    stock = stock_twin(loaded, spec, "sdpa")
+    eager = other_attention(stock, "eager")
+    free_memory()
+    kvpress = None
+    try:
+        if scale.kvpress_python is not None:
+            press = {"class": "SnapKVPress", "compression_ratio": 0.8}
+            kvpress = KvpressProcess(scale.kvpress_python, spec, scale.device, press)
+    except RuntimeError as error:
+        yield _failed(f"kvpress, {name}", error)
+    for size in scale.batches:
+        yield from _beside_peers(loaded, f"{name} B{size}", scale, size, (stock, eager), kvpress)
+        free_memory()
+    if kvpress is not None:
+        kvpress.close()
+
+
+def _beside_peers(
+    loaded: LoadedModel, where: str, scale: Scale, size: int, models: tuple[Any, Any], kvpress: KvpressProcess | None
+) -> Iterator[Row]:
+    length, tokens, h2o_tokens = scale.prompt_tokens, scale.peer_tokens, 2 * max(4, scale.prompt_tokens // 10)
+    examples = bench(loaded, scale, scale.setting(Full()), length).examples
+    batch = prompt_batch(loaded, repeated(examples, size))
+
+    def ours(policy: Policy, budget: Budget = UNLIMITED) -> Callable[[], Launch]:
+        return partial(launch, loaded, batch, scale.setting(policy, budget), tokens)
+
+    def theirs(peer: Any) -> Callable[[], Launch]:
+        return lambda: timed(peer, batch.tensors["input_ids"], tokens)[0]
+
+    full = Entrant(name="full", run=ours(Full()))
+    h2o = Entrant(name="h2o", run=ours(H2O(), Budget(tokens=h2o_tokens)))
+    fixed = theirs(FixedCache(model=models[0], backend=scale.compiler))
+    compiled = Entrant(name="StaticCache + compile", run=fixed)
+    pairs = [
+        (full, Entrant(name="DynamicCache", run=theirs(GrowingCache(model=models[0])))),
+        (full, compiled),
+        (h2o, Entrant(name="H2O of the releases", run=theirs(ReleasedH2O(model=models[1], budget_tokens=h2o_tokens)))),
+    ]
+    if kvpress is not None:
+        snapkv = Entrant(name="snapkv", run=ours(SnapKV(), FIFTH))
+        pairs.append((snapkv, Entrant(name="kvpress", run=partial(kvpress.launch, size, length, tokens))))
+    entrants = list({id(one): one for pair in pairs for one in pair}.values())
+    for one in list(entrants):
+        try:
+            for _ in range(2):
+                start_s = time.monotonic()
+                one.run()
+                one.first_s = one.first_s or time.monotonic() - start_s
+        except Exception as error:  # most likely out of memory
+            entrants.remove(one)
+            yield _failed(f"{one.name}, {where}", error)
+            free_memory()
+    for number in range(6 * scale.num_blocks):
+        for one in entrants[:: 1 if number % 2 == 0 else -1]:
+            one.launches.append(one.run())
+    for mine, peer in pairs:
+        if mine.launches and peer.launches:
+            yield from _ratio_rows(mine, peer, where)
+    if compiled in entrants:
+        note = "seconds; the whole first launch, in no other number"
+        figure = f"warm-up of {compiled.name}, {where}"
+        yield Row(figure=figure, bar="measured", value=compiled.first_s, met=None, note=note)
+
+
+def _ratio_rows(mine: Entrant, peer: Entrant, where: str) -> Iterator[Row]:
+    for kind, bar in (("tpot_ms", "< 1"), ("ttft_ms", "measured")):
+        both = [[getattr(one, kind) for one in arm.launches] for arm in (mine, peer)]
+        ratio = ratio_interval(*both)
+        assert ratio.value is not None
+        note = f"{_told(launch_interval(both[0]))} beside {_told(launch_interval(both[1]))} ms; ratio {_told(ratio)}"
+        met = ratio.high is not None and ratio.high < 1 if bar == "< 1" else None
+        figure = f"{kind[:4].upper()} of {mine.name} over {peer.name}, {where}"
+        yield Row(figure=figure, bar=bar, value=ratio.value, met=met, note=note)
+
+
+def _told(interval: Any) -> str:
+    return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+Part = Callable[[LoadedModel, str, Scale], Iterator[Row]]
+PARTS: dict[str, tuple[Part, ...]] = {
+    "7b": (decode_rows, policy_rows, deciding_rows, prefill_rows, memory_rows, peer_rows, paper_rows),
     "13b": (decode_rows, paper_rows),
     "8b": (long_rows,),
 }
+PART_NAMES = sorted({part.__name__.removesuffix("_rows") for parts in PARTS.values() for part in parts})
 
 
-def measure(scale: Scale, models: Sequence[str] = tuple(PARTS)) -> Iterator[Row]:
-    """Yield every row of `models`, each loaded once; an error becomes a row."""
+def measure(
+    scale: Scale, models: Sequence[str] = tuple(PARTS), part_names: Sequence[str] = tuple(PART_NAMES)
+) -> Iterator[Row]:
+    """Yield every row of those parts of `models`, each loaded once; an error becomes a row."""
     for name in models:
+        wanted = [part for part in PARTS[name] if part.__name__.removesuffix("_rows") in part_names]
+        if not wanted:
+            continue
         try:
             loaded = load_model(scale.spec(name), scale.device)
         except Exception as error:  # one model or bar that fails must not cost the others
-            yield _failed("load", name, error)
+            yield _failed(f"load, {name}", error)
             continue
-        for part in PARTS[name]:
+        for part in wanted:
             try:
                 yield from part(loaded, name, scale)
             except Exception as error:
-                yield _failed(part.__name__, name, error)
+                yield _failed(f"{part.__name__}, {name}", error)
             free_memory()
         del loaded
         free_memory()
 
 
-def _failed(part: str, name: str, error: Exception) -> Row:
+def _failed(figure: str, error: Exception) -> Row:
     text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return Row(figure=f"{part}, {name}", bar="-", value=None, met=False, note=text)
+    return Row(figure=figure, bar="-", value=None, met=False, note=text)
 
 
 def markdown(rows: list[Row]) -> str:
@@ -222,13 +356,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/published/gpu-bars"))
     parser.add_argument("--models", nargs="+", choices=PARTS, default=list(PARTS), help="in two calls: some in each")
+    parser.add_argument("--parts", nargs="+", choices=PART_NAMES, default=PART_NAMES, help="what to measure of them")
+    parser.add_argument("--kvpress-python", metavar="PYTHON", help="one that has kvpress, to be timed beside snapkv")
     arguments = parser.parse_args()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     scale, rows = Scale(), []
+    scale.kvpress_python = arguments.kvpress_python
     where = environment(scale.device)
     start_s = time.monotonic()
-    for row in measure(scale, arguments.models):
+    for row in measure(scale, arguments.models, arguments.parts):
         rows.append(row)
         print(f"{time.monotonic() - start_s:6.1f} s  {row.figure}: {row.value}  {row.note}", flush=True)
         content = {"environment": where, "rows": [vars(row) for row in rows]}

@@ -15,6 +15,7 @@ from kvbench.kernels import decode_attention, linear, norm, prefill, segment_mea
 
 HOPPER = GPUTarget("cuda", 90, 32)
 _TYPES = {"length": "*i64", "seen": "*i64", "position": "*i64", "free": "*i64", "budget": "*i64", "sinks": "*i64"}
+_TYPES |= {"head_start": "*i64", "spread": "*i64"}
 _TYPES |= {"faults": "*i32", "recent_from": "*i64", "victim": "*i64", "rank": "*i32", "kind": "*i8", "scaling": "fp32"}
 _FLOATS = ("cosines", "sines", "partial", "peaks", "sums", "logits", "mass", "probs", "score")
 _TYPES |= dict.fromkeys(_FLOATS, "*fp32")
@@ -47,18 +48,20 @@ def main() -> None:
     """Compile all, with the constants that the launchers use."""
     part = {"PARTS": 4, "GROUP": 4, "BLOCK_G": 16, "BLOCK_C": 64, "BLOCK_D": 128, "UPCAST": False}
     for turn in (False, True):
-        constants = {**part, "WANT_LOGITS": True, "TURN": turn}
+        constants = {**part, "WANT_LOGITS": True, "TURN": turn, "RAGGED": turn}
         compile_kernel(decode_attention.attend_part, constants, num_warps=4, num_stages=3)
-    narrow = {**part, "BLOCK_D": 32, "WANT_LOGITS": True, "TURN": True}
+    narrow = {**part, "BLOCK_D": 32, "WANT_LOGITS": True, "TURN": True, "RAGGED": False}
     compile_kernel(decode_attention.attend_part, narrow, num_warps=4, num_stages=3)
     join = {"PARTS": 4, "GROUP": 4, "BLOCK_P": 4, "BLOCK_C": 1024, "BLOCK_D": 128, "REDUCTION": "mean"}
-    compile_kernel(decode_attention.join_parts, {**join, "ADD_MASS": True, "WANT_PROBS": True}, num_warps=4)
-    write = {"BLOCK_D": 128, "HAS_MASS": True, "HAS_RANK": True, "ADVANCE": False}
+    compile_kernel(
+        decode_attention.join_parts, {**join, "ADD_MASS": True, "WANT_PROBS": True, "RAGGED": True}, num_warps=4
+    )
+    write = {"BLOCK_D": 128, "HAS_MASS": True, "HAS_RANK": True, "ADVANCE": False, "RAGGED": True}
     compile_kernel(slot_writes.write_token, write, num_warps=1)
     for given in (False, True):
         compile_kernel(
             slot_writes.free_victim,
-            {"BLOCK_C": 512, "GIVEN": given, "HAS_RANK": True, "APPLY": not given},
+            {"BLOCK_C": 512, "GIVEN": given, "HAS_RANK": True, "APPLY": not given, "RAGGED": given},
             num_warps=1 if given else 4,
         )
     for rows, (size, depth, stages, warps) in _ROWS.items():

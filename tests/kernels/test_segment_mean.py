@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvbench.cache.policy import Plan
+from kvbench.cache import Plan
 from kvbench.cache.slots import EMPTY, Entries, settle
 from kvbench.kernels.dispatch import kernels_forced
 from tests.covering import share_of

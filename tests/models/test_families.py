@@ -25,7 +25,7 @@ from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import FAMILIES as SUPPORTED
 from kvbench.models.spec import TEXT_FAMILIES, VISION_FAMILIES, ModelSpec
 from kvbench.tasks.decode import CacheSetting, Decoding
-from tests.contract import YAMLS, allowed
+from tests.contract import YAMLS, allowed, is_divided
 from tests.driving import held_positions
 from tests.models.answering import answers_to
 from tests.models.checkpoints import FAMILIES, IN_CACHE_FAMILIES, save_checkpoint
@@ -94,13 +94,18 @@ def test_a_policy_holds_what_it_may_at_every_step(
         for _ in range(NEW_TOKENS):
             assert bool(decoding.logits.isfinite().all())
             decoding.step(decoding.logits.argmax(dim=-1))
-    for layer_before, layer in zip(after_prompt, held_positions(decoding.cache), strict=True):
-        for prompt, before, row in zip(batch.prompt_tokens, layer_before, layer, strict=True):
-            seen = prompt + NEW_TOKENS
-            for kept, head in zip(before, row, strict=True):
-                assert 1 <= len(head) <= allowed(policy, BUDGET, prompt, seen, len(kept))
-                assert not policy.bounded or len(head) < seen
+    held = held_positions(decoding.cache)
+    for number, prompt in enumerate(batch.prompt_tokens):
+        seen, sizes, most = prompt + NEW_TOKENS, [], []
+        for layer_before, layer in zip(after_prompt, held, strict=True):
+            for kept, head in zip(layer_before[number], layer[number], strict=True):
+                sizes.append(len(head))
+                most.append(allowed(policy, BUDGET, prompt, seen, len(kept)))
+                assert len(head) >= 1
+                assert is_divided(policy) or len(head) <= most[-1]
+                assert not policy.bounded or is_divided(policy) or len(head) < seen
                 assert policy.bounded or head == tuple(range(seen))
+        assert sum(sizes) <= sum(most)
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvbench.cache import UNLIMITED, Budget, Policy, PolicyCache, ScorePolicy, When
 from kvbench.cache.layer import PolicyLayer
-from tests.contract import BUDGETS, CLOSE, PROMPT, STEPS, allowed, budget_named, cells
+from tests.contract import BUDGETS, CLOSE, PROMPT, STEPS, allowed, block, budget_named, cells, is_divided
 from tests.driving import drive, storage_bytes, tensors_of
 from tests.tiny_models import random_tokens, tiny_model
 
@@ -36,8 +36,12 @@ def test_no_layer_or_head_ever_holds_more_than_the_budget(policy: Policy, positi
     assert all(bool(torch.isfinite(step).all()) for step in trace.logits)
     kept_of_prompt = cells(trace.held[0])
     for step, held in enumerate(trace.held):
-        for head, kept in zip(cells(held), kept_of_prompt, strict=True):
-            assert 1 <= len(head) <= allowed(policy, budget, PROMPT, PROMPT + step, len(kept))
+        most = [
+            allowed(policy, budget, PROMPT, PROMPT + step, len(kept)) + block(policy, step) for kept in kept_of_prompt
+        ]
+        assert all(cells(held))
+        assert sum(len(head) for head in cells(held)) <= sum(most)
+        assert is_divided(policy) or all(len(head) <= one for head, one in zip(cells(held), most, strict=True))
 
 
 @pytest.mark.parametrize("budget_name", BUDGETS)
@@ -48,8 +52,10 @@ def test_a_score_policy_uses_its_whole_budget(policy: Policy, budget_name: str) 
     trace = drive(model, PolicyCache(model, policy, budget), random_tokens(4, 1, PROMPT + STEPS), PROMPT)
     before = PROMPT
     for step, held in enumerate(trace.held):
-        before = min(before + (step > 0), allowed(policy, budget, PROMPT, PROMPT + step, before))
-        assert {len(head) for head in cells(held)} == {before}
+        most = allowed(policy, budget, PROMPT, PROMPT + step, before)
+        before = before + 1 if step and before + 1 - most <= block(policy, step) else min(before + (step > 0), most)
+        assert is_divided(policy) or {len(head) for head in cells(held)} == {before}
+        assert sum(len(head) for head in cells(held)) == before * len(cells(held))
 
 
 @pytest.mark.parametrize("prompt", [1, 8, 9, 10, 36])
@@ -58,8 +64,11 @@ def test_prompts_may_be_shorter_or_longer_than_the_budget(policy: Policy, positi
     trace = drive(model, PolicyCache(model, policy, budget, positions=positions), tokens, prompt)
     whole = drive(model, PolicyCache(model, policy, UNLIMITED, positions=positions), tokens, prompt)
     for step, held in enumerate(trace.held):
-        most = allowed(policy, budget, prompt, prompt + step, max(len(head) for head in cells(trace.held[0])))
-        assert max(len(head) for head in cells(held)) <= most
+        kept = [len(head) for head in cells(trace.held[0])]
+        most = allowed(policy, budget, prompt, prompt + step, math.ceil(sum(kept) / len(kept)))
+        most, sizes = most + block(policy, step), [len(head) for head in cells(held)]
+        assert sum(sizes) <= most * len(sizes)
+        assert is_divided(policy) or max(sizes) <= most
         if prompt + step <= 9:
             assert held == whole.held[step]
     assert torch.equal(trace.prompt_logits, whole.prompt_logits)
@@ -88,13 +97,16 @@ def test_sinks_and_recent_tokens_stay_as_the_policy_promises(policy: Policy, bud
     trace = drive(model, PolicyCache(model, policy, budget), random_tokens(6, 1, PROMPT + STEPS), PROMPT)
     kept_of_prompt = min(len(head) for head in cells(trace.held[0]))
     for step, held in enumerate(trace.held):
-        seen = PROMPT + step
-        size = allowed(policy, budget, PROMPT, seen, kept_of_prompt)
-        sinks = min(policy.num_sinks, size - 1)
-        share = math.floor(Fraction(str(policy.recent_fraction)) * size)
-        recent = min(max(policy.num_recent, share), size - sinks)
-        for head in cells(held):
-            assert {*range(sinks), *range(max(0, seen - recent), seen)} <= set(head)
+        cut_at = PROMPT + step if When.DECODE in policy.when else PROMPT  # what came after the last cut all stays
+        for layer in held:
+            size = allowed(policy, budget, PROMPT, cut_at, kept_of_prompt)
+            if is_divided(policy):  # a layer's own budget, which its heads share
+                size = min(size, sum(len(head) for head in layer[0]) // len(layer[0]))
+            sinks = min(policy.num_sinks, size - 1)
+            share = math.floor(Fraction(str(policy.recent_fraction)) * size)
+            recent = min(max(policy.num_recent, share), size - sinks)
+            for head in layer[0]:
+                assert {*range(sinks), *range(max(0, cut_at - recent), PROMPT + step)} <= set(head)
 
 
 @pytest.mark.parametrize("reserve_tokens", [0, STEPS])
@@ -108,7 +120,7 @@ def test_bytes_are_really_freed(policy: Policy, positions: Any, reserve_tokens: 
     peak = max(len(head) for held in trace.held for head in cells(held))
     full_bytes = 2 * slot_bytes * (prompt + STEPS)
     slack = 0 if reserve_tokens or When.DECODE in policy.when else 64
-    assert cache.occupancy().stored_bytes <= 2 * slot_bytes * (peak + 1 + slack)
+    assert cache.occupancy().stored_bytes <= 2 * slot_bytes * (peak + 1 + block(policy, 1) + slack)
     held_tensors = tensors_of(cache)
     assert cache.occupancy().stored_bytes <= storage_bytes(held_tensors) < full_bytes / 4 + 2 * slot_bytes * slack
     assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in held_tensors)

@@ -110,7 +110,7 @@ def test_shared_prompts_give_the_same_records_with_one_prefill_for_all(
     alone = run_cells(cells, tmp_path / "alone", shelf=shelf, share=False)
     assert [told(shared.bodies[cell.key]) for cell in cells] == [told(alone.bodies[cell.key]) for cell in cells]
     assert {body["status"] for body in shared.bodies.values()} == {"ok"}
-    assert num_shared == 2 + 2, "two batches for all cells, and two for the full cache's own answers"
+    assert num_shared == 2, "two batches for all cells, and for the full cache's own answers"
     assert len(prefills) - num_shared > num_settings * 2 * 4
     assert shared.tasks == {cell.key: pytest.approx(3.0) for cell in cells}
     assert shared.num_beats > num_settings * 4

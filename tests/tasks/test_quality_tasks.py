@@ -113,6 +113,19 @@ def test_full_answers_are_computed_once(bundled: LoadedModel, tmp_path: Path) ->
         bench.answers.get(25, never)
 
 
+def test_full_answers_are_stored_with_the_last_batch_those_of_batches_before_a_kill_among_them(
+    bundled: LoadedModel, tmp_path: Path
+) -> None:
+    through, resumed = (bench_of(bundled, tmp_path / name, cut()) for name in ("through", "resumed"))
+    SHORT.measure(through, through.prompts.part(0))
+    assert not list((tmp_path / "through").glob("*/*.json"))
+    SHORT.measure(through, through.prompts.part(1))
+    SHORT.measure(resumed, resumed.prompts.part(1))
+    whole, again = (json.loads(stored_file(tmp_path / name).read_text()) for name in ("through", "resumed"))
+    assert whole["answers"] == again["answers"]
+    assert set(whole["answers"]) == {example.id for example in SCENES.examples()}
+
+
 def changed(answers: dict[str, list[int]]) -> None:
     answers["scenes-v1/test/0"][3] += 1
 

@@ -7,8 +7,8 @@ says anything alone: marker and line style say it a second time.
 
 A policy is drawn with a colour, a marker and a line style that are its own in every figure and report. They follow from
 its name alone, so they do not change with what else is shown. What a paper describes and what its release does share a
-colour and differ in marker and line. Policies that are not bundled draw theirs from colours and markers that no bundled
-one has.
+colour and differ in marker and line. Policies that are not in `BUNDLED` (no shipped experiment names them) draw theirs
+from colours and markers that no policy there has.
 """
 
 from __future__ import annotations

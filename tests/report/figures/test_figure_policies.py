@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from kvbench.report.figures.style import (
     BUNDLED,
@@ -55,9 +56,13 @@ def test_everything_stands_out_from_the_paper(theme: Theme) -> None:
     assert all(contrast(text, theme.paper) >= 4.5 for text in (theme.ink, theme.muted))
 
 
-def test_every_bundled_policy_has_a_look_of_its_own() -> None:
+def test_a_policy_of_the_shipped_experiments_has_a_look_of_its_own_in_every_report() -> None:
     """Readable in grey: a marker says it alone, and policies of one colour differ in their line too."""
-    assert set(BUNDLED) == {path.stem for path in (REPO / "conf/policy").glob("*.yaml")}
+    swept: set[str] = set()
+    for path in (REPO / "conf/experiment").glob("*.yaml"):
+        chosen = OmegaConf.select(OmegaConf.load(path), "hydra.sweeper.params.policy", default="")
+        swept |= {name for name in chosen.split(",") if name and name != "glob(*)"}
+    assert swept <= set(BUNDLED) <= {path.stem for path in (REPO / "conf/policy").glob("*.yaml")}
     assert len({shape.marker for shape in BUNDLED.values()}) == len(BUNDLED)
     looks = [(shape.colour, str(shape.line)) for shape in BUNDLED.values()]
     assert len(set(looks)) == len(looks)

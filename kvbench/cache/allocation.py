@@ -1,0 +1,219 @@
+"""How the entries of a uniform cache are divided among layers and heads: the part, and how the cache carries it out.
+
+An `Allocation` says how; here it is asked, checked, and the arithmetic is exact: whole numbers, none above what a head
+can hold, and together what a uniform cache would hold. What is divided is the room of one row, so a sequence is
+divided alike alone and in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kvbench.cache.view import Needs, View
+from kvbench.errors import ConfigError, NonFiniteChoiceError, PolicyError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Room:
+    """What is divided in one row: `budget` entries for every KV head of each of `num_layers` layers.
+
+    tokens: how many the row has seen, and the most that a head can hold. protected: what each head keeps in any case
+    (sinks and recent tokens), a part of its budget.
+    """
+
+    num_layers: int
+    budget: int
+    tokens: int
+    protected: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """Divide the entries of a uniform cache among layers (override `layers`) or among a layer's heads (`heads`).
+
+    Class flags: `total` (`exact`: as many as a uniform cache holds; `bounded`: never more; `data_dependent`: an
+    outcome, and what came out is the cell's place on the axis), `needs` (statistics of `tell` and `heads`), `waits`
+    (every layer must be seen before any is divided; until then the prompt of all of them lies uncompressed) and
+    `ragged` (heads of a layer differ, in real bytes).
+
+    It is asked when a prompt is cut, in rows that exceed the budget. What a layer or head then has more or less than
+    the budget stays so while the budget grows with the tokens seen.
+    """
+
+    total: ClassVar[Literal["exact", "bounded", "data_dependent"]] = "exact"
+    needs: ClassVar[Needs] = Needs.NOTHING
+    waits: ClassVar[bool] = False
+    ragged: ClassVar[bool] = False
+
+    def layers(self, room: Room, told: Sequence[Tensor]) -> Sequence[int]:
+        """Return the entries of each layer per KV head, each from `room.protected` to `room.tokens`.
+
+        told: what `tell` returned in each layer for this row, (N,) float64 on the CPU; empty unless `waits`.
+        """
+        return [room.budget] * room.num_layers
+
+    def tell(self, view: View, ranking: Tensor) -> Tensor:
+        """Return (B, N), what a layer's share hangs on; ranking (B, H, T): scores, infinite where protected."""
+        raise NotImplementedError(f"{type(self).__name__} waits for all layers and must define tell(view, ranking)")
+
+    def heads(self, view: View, candidates: Tensor, free: Tensor) -> Tensor:
+        """Return (B, H) int64: how many of its candidates each head keeps, `free` (B,) in all the heads of the layer.
+
+        candidates (B, H, T): the scores of what is not protected, -inf where there is no candidate.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is ragged and must define heads(view, candidates, free)")
+
+
+def split(weight: Tensor, total: Tensor, most: Tensor) -> Tensor:
+    """Return int64 shares (..., N) of `total` (...) in proportion to `weight` (..., N), none above `most` (..., N).
+
+    What a full one cannot take goes to the others. Shares sum up to the total, or to all of `most` if that is less;
+    of rests the largest fraction is served first, of equal ones the earlier. Weights are numbers of 0 or more; where
+    all that is left weigh nothing, they weigh the same. Raises: NonFiniteChoiceError for a weight that is no number.
+    """
+    weight = weight.double()
+    if not bool((weight.isfinite() & (weight >= 0)).all()):
+        raise NonFiniteChoiceError("an allocation weighs layers or heads by NaN, infinity or less than 0")
+    total, full = total.minimum(most.sum(dim=-1)), torch.zeros_like(most, dtype=torch.bool)
+    share = torch.zeros_like(weight)
+    for _ in range(weight.shape[-1] + 1):
+        left = (total - most.masked_fill(~full, 0).sum(dim=-1)).clamp(min=0)[..., None].double()
+        open_weight = weight.masked_fill(full, 0.0)
+        weighs = open_weight.sum(dim=-1, keepdim=True) > 0
+        open_weight = torch.where(weighs, open_weight, (~full).double())
+        share = left * open_weight / open_weight.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+        newly = ~full & (share >= most)
+        if not bool(newly.any()):
+            break
+        full |= newly
+    whole = torch.where(full, most, share.floor().long())
+    rest = (share - share.floor()).masked_fill(full | (whole >= most), -1.0)
+    place = rest.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    missing = (total - whole.sum(dim=-1))[..., None]
+    return whole + ((place < missing) & (rest >= 0)).long()
+
+
+def layer_entries(
+    allocation: Allocation | None, skip_layers: Sequence[int], room: Room, told: Sequence[Tensor] = ()
+) -> tuple[int, ...]:
+    """Return the entries of each layer per KV head in a row that exceeds its budget; `skip_layers` keep all.
+
+    Raises: ConfigError where the others cannot pay for those, PolicyError for an allocation that breaks its word.
+    """
+    skipped = _skipped(skip_layers, room.num_layers)
+    rest = [layer for layer in range(room.num_layers) if layer not in skipped]
+    budget, more = divmod(room.num_layers * room.budget - len(skipped) * room.tokens, len(rest))
+    if skipped and budget < room.protected:
+        raise ConfigError(
+            f"policy.skip_layers leaves {len(skipped)} of {room.num_layers} layers uncut, {room.tokens} entries each, "
+            f"and a budget of {room.budget} leaves the others {budget}, but {room.protected} are protected; give a "
+            "larger budget or skip fewer layers"
+        )
+    shares = [budget] * len(rest)
+    if allocation is not None:
+        divided = replace(room, num_layers=len(rest), budget=budget)
+        shares = list(allocation.layers(divided, [told[layer] for layer in rest] if told else ()))
+        _check_layers(allocation, divided, shares)
+    for index, share in enumerate(shares):
+        if more > 0 and share < room.tokens:
+            shares[index], more = share + 1, more - 1
+    entries = dict.fromkeys(skipped, room.tokens) | dict(zip(rest, shares, strict=True))
+    return tuple(entries[layer] for layer in range(room.num_layers))
+
+
+def _skipped(skip_layers: Sequence[int], num_layers: int) -> set[int]:
+    """Return the layers to skip, from 0. Raises: ConfigError for one that is not there, or if none is left."""
+    wrong = [layer for layer in skip_layers if not -num_layers <= layer < num_layers]
+    skipped = {layer % num_layers for layer in skip_layers}
+    if wrong or len(skipped) == num_layers:
+        raise ConfigError(
+            f"policy.skip_layers is {list(skip_layers)}, but the model has {num_layers} layers; give some of them, "
+            "from 0, or from -1 for the last"
+        )
+    return skipped
+
+
+def _check_layers(allocation: Allocation, room: Room, shares: Sequence[int]) -> None:
+    name, most = f"{type(allocation).__name__}.layers", room.num_layers * room.budget
+    total = sum(shares)
+    if len(shares) != room.num_layers or not all(room.protected <= share <= room.tokens for share in shares):
+        raise PolicyError(
+            f"{name} returned {list(shares)}; it must be {room.num_layers} numbers from {room.protected} to "
+            f"{room.tokens}, entries per KV head"
+        )
+    if (total > most and allocation.total != "data_dependent") or (total != most and allocation.total == "exact"):
+        raise PolicyError(
+            f"{name} divided {total} entries per KV head over the layers where {most} are to be divided; its total is "
+            f"declared {allocation.total!r}"
+        )
+
+
+def divided_heads(allocation: Allocation, view: View, ranking: Tensor) -> Tensor:
+    """Return (B, H) int64, the entries of each head; ranking (B, H, T): scores, infinite where protected.
+
+    A head keeps what is protected, and its best entry where nothing is. Raises: PolicyError for shares that break the
+    word of the allocation.
+    """
+    protected = view.valid & (ranking == torch.inf)
+    bare = ~protected.any(dim=-1, keepdim=True)
+    best = ranking.masked_fill(~view.valid, -torch.inf).argmax(dim=-1, keepdim=True)
+    places = torch.arange(ranking.shape[-1], device=ranking.device)
+    protected = protected | (bare & (places == best) & view.valid)
+    candidate = view.valid & ~protected
+    kept, most = protected.sum(dim=-1), candidate.sum(dim=-1)
+    free = (view.budget * kept.shape[1] - kept.sum(dim=-1)).clamp(min=0).minimum(most.sum(dim=-1))
+    finite = ranking.clamp(min=torch.finfo(ranking.dtype).min).masked_fill(~candidate, -torch.inf)
+    shares = allocation.heads(view, finite, free)
+    total = shares.sum(dim=-1)
+    amiss = total > free if allocation.total != "exact" else total != free
+    if shares.shape != kept.shape or bool((amiss[:, None] | (shares < 0) | (shares > most)).any()):
+        raise PolicyError(
+            f"{type(allocation).__name__}.heads returned {shares.tolist()} in layer {view.layer}; it must be (B, H) = "
+            f"{tuple(kept.shape)}, from 0 to the candidates of each head, {free.tolist()} in all per row "
+            f"(total: {allocation.total!r})"
+        )
+    return kept + shares
+
+
+@dataclass(kw_only=True, slots=True)
+class Waiting:
+    """The layers of a pass whose allocation must see all of them; until the last one came, none is cut."""
+
+    told: list[Tensor] = field(default_factory=list)
+    cuts: list[Callable[[list[int]], None]] = field(default_factory=list)
+
+    def arrive(
+        self,
+        told: Tensor,
+        num_layers: int,
+        cut: Callable[[list[int]], None],
+        divide: Callable[[int, list[Tensor]], Sequence[int]],
+    ) -> None:
+        """Hand in what a layer tells, (B, N). The last one has `divide` called for each row, and all cut.
+
+        divide: the entries of all layers of a row, from what each of them told. cut: gets those of its layer, by row.
+        """
+        self.told.append(told.detach().cpu().double())
+        self.cuts.append(cut)
+        if len(self.cuts) < num_layers:
+            return
+        all_told, cuts = self.told, self.cuts
+        self.clear()
+        rows = [divide(row, [layer[row] for layer in all_told]) for row in range(told.shape[0])]
+        for layer, cut_layer in enumerate(cuts):
+            cuts[layer] = _done  # what waited is let go layer by layer
+            cut_layer([entries[layer] for entries in rows])
+            del cut_layer
+
+    def clear(self) -> None:
+        """Forget what waits."""
+        self.told, self.cuts = [], []
+
+
+def _done(_: list[int]) -> None:
+    """Stand for a layer that was cut."""

@@ -1,0 +1,119 @@
+"""What a policy reads and what it answers: its `View` of one layer, the statistics it `Needs`, and its `Plan`.
+
+Tensor letters: B rows of the batch, H KV heads, T entries in the order of storage, W window queries, D head size.
+After the first eviction the order of storage is not the order of tokens: read `position`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Flag, IntEnum, auto
+
+from torch import Tensor
+
+from kvbench.errors import PolicyError
+
+
+class Needs(Flag):
+    """Attention statistics that a policy declares; what is not declared is not computed."""
+
+    NOTHING = 0
+    MASS = auto()  # attention received so far, summed over all queries
+    WINDOW = auto()  # attention rows of the last queries of the prompt
+    PROBS = auto()  # attention row of the newest query
+
+
+class Kind(IntEnum):
+    """What a token is."""
+
+    TEXT = 0
+    IMAGE = 1
+    SPECIAL = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class View:
+    """One layer's cache, read-only, with the newest tokens included.
+
+    keys, values (B, H, T, D), keys rotated where their tokens stood when they came; position (B, H, T) int64,
+    the token's index in its own row (pads not counted), -1 where the slot holds nothing; kind
+    (B, H, T) int8, a `Kind`; prompt, seen, budget (B,) int64: tokens of the prompt, tokens seen so
+    far, entries allowed now; prompt_budget (B,) int64, entries allowed after the first prompt; row_seed
+    (B,) int64, a number of the sequence for policies that draw, the same alone and in a batch.
+    `new_tokens` is how many tokens came with this step (1 = decode). memory_or_none (B, H, M): what the
+    policy's last plan left beside the slots. spread_or_none (B, H): where a block of generated tokens is cut and heads
+    hold different numbers, what each was given beside the budget when the prompt was cut.
+    """
+
+    layer: int
+    num_layers: int
+    new_tokens: int
+    prefill: bool
+    prompt: Tensor
+    seen: Tensor
+    budget: Tensor
+    prompt_budget: Tensor
+    row_seed: Tensor
+    keys: Tensor
+    values: Tensor
+    position: Tensor
+    kind: Tensor
+    mass_or_none: Tensor | None = None
+    window_or_none: Tensor | None = None
+    probs_or_none: Tensor | None = None
+    memory_or_none: Tensor | None = None
+    spread_or_none: Tensor | None = None
+
+    @property
+    def valid(self) -> Tensor:
+        """(B, H, T) bool: the slot holds a token."""
+        return self.position >= 0
+
+    @property
+    def mass(self) -> Tensor:
+        """(B, H, T) float32: attention received from every query so far, reduced to KV heads."""
+        return _declared(self.mass_or_none, "MASS")
+
+    @property
+    def window(self) -> Tensor:
+        """(B, H, W, T) float32: attention rows of the prompt's last W queries; prefill only."""
+        return _declared(self.window_or_none, "WINDOW")
+
+    @property
+    def probs(self) -> Tensor:
+        """(B, H, T) float32: attention row of the newest query."""
+        return _declared(self.probs_or_none, "PROBS")
+
+
+def _declared(statistic: Tensor | None, name: str) -> Tensor:
+    if statistic is None:
+        raise PolicyError(
+            f"the policy reads Needs.{name}, which it did not declare or which this phase does not have. "
+            f"Add `needs: ClassVar[Needs] = Needs.{name}` to the class"
+        )
+    return statistic
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Which entries stay after a prompt, and where the others go.
+
+    keep (B, H, T) bool; merge_into (B, H, T) int64, the index of the survivor whose mean each entry
+    joins (its own index: none), or None when dropped entries are simply freed. Three more are for code
+    whose books do not follow its tokens: merge_source (B, H, T) int64, whose key and value each entry
+    brings into its bucket (None: its own); mass (B, H, T), the mass that entries go on with; memory
+    (B, H, M), kept beside the slots as it is until a later plan gives another one.
+
+    Without merge_weight a survivor becomes the plain mean of its bucket. With it, (B, H, T) float, it becomes the sum
+    of what its bucket brings, each times its weight, its own too. merge_keys, merge_values: False leaves the survivors'
+    own.
+    """
+
+    keep: Tensor
+    merge_into: Tensor | None = None
+    merge_source: Tensor | None = None
+    mass: Tensor | None = None
+    memory: Tensor | None = None
+    merge_weight: Tensor | None = None
+    merge_keys: bool = True
+    merge_values: bool = True

@@ -1,0 +1,58 @@
+"""The tables of docs/speed.md are what the published records give, GPU by GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.gpu import speed_table
+from tests.gpu.speed_table import BEGIN, END, PAGE, published_folders, speed_tables, with_tables
+
+H100 = Path(__file__).parents[2] / "results" / "published" / "speed_h100"
+
+
+def test_the_page_shows_what_the_records_give() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == with_tables(page, speed_tables(published_folders())), "python -m tests.gpu.speed_table --write"
+
+
+def test_a_row_is_its_record() -> None:
+    lines = [line for line in speed_tables([H100]).splitlines() if line.startswith("| 7B B16 1,024+64 | h2o ")]
+    bodies = [json.loads(path.read_text(encoding="utf-8"))["body"] for path in H100.glob("cells/*/record.json")]
+    (body,) = (
+        one for one in bodies if (one["labels"]["policy"], one["labels"]["model"][:12]) == ("h2o", "llava-1.5-7b")
+    )
+    found = body["measurements"]
+    (line,) = lines
+    assert f"| {found['tpot_ms']['value']:.2f} ms |" in line
+    assert f"| {found['ttft_ratio_to_full']['value']:.3f} [" in line
+    assert f"| {found['peak_memory_bytes']['value'] / 2**30:.2f} GiB |" in line
+
+
+def test_every_gpu_has_a_table_under_its_name_and_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = speed_table.load_results
+
+    def on_an_h200(folder: Path) -> object:
+        results = real(H100)
+        if folder == tmp_path:
+            for cell in results.records:
+                changed = {**cell.environment, "gpu": "NVIDIA H200", "triton": "3.6.0"}
+                object.__setattr__(cell, "environment", changed)
+        return results
+
+    monkeypatch.setattr(speed_table, "load_results", on_an_h200)
+    text = speed_tables([H100, tmp_path])
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        "#### NVIDIA H100 80GB HBM3",
+        "#### NVIDIA H200",
+    ]
+    assert "torch 2.11.0, triton 3.6.0, transformers 5.17.0" in text
+    assert "triton not recorded" in text
+
+
+def test_a_page_without_the_marks_is_refused() -> None:
+    with pytest.raises(ValueError, match="once each"):
+        with_tables(f"{BEGIN} but no end", "tables")
+    assert with_tables(f"a {BEGIN} old {END} z", "new\n") == f"a {BEGIN}\n\nnew\n\n{END} z"

@@ -1,0 +1,160 @@
+"""The score of each policy that only scores, one entry at a time and in plain Python, and the `Rule` made of it.
+
+Written from the papers' definitions. A score gets the heads of a layer, each from its oldest entry to its newest.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+
+from torch import Tensor
+
+from tests.naive import Entry, Head, Where
+
+Scores = list[list[float]]
+Score = Callable[[list[Head]], Scores]
+
+
+def key_norm(heads: list[Head]) -> Scores:
+    return [[-_length(e.key) for e in head] for head in heads]
+
+
+def vatp(heads: list[Head]) -> Scores:
+    return [[e.mass * sum(abs(x) for x in e.value.tolist()) for e in head] for head in heads]
+
+
+def tova(heads: list[Head]) -> Scores:
+    means = [statistics.fmean(head[index].rows[-1] for head in heads) for index in range(len(heads[0]))]
+    return [means for _ in heads]
+
+
+def h2o_mean(heads: list[Head]) -> Scores:
+    return [[e.mass / len(e.rows) for e in head] for head in heads]
+
+
+def keydiff(heads: list[Head]) -> Scores:
+    found = []
+    for head in heads:
+        directions = [[x / _length(e.key) for x in e.key.tolist()] for e in head]
+        anchor = [statistics.fmean(channel) for channel in zip(*directions, strict=True)]
+        size = math.hypot(*anchor)
+        found.append([-sum(a * b for a, b in zip(one, anchor, strict=True)) / size for one in directions])
+    return found
+
+
+def scissorhands(history: int) -> Score:
+    """Count the queries of the history that gave an entry its even share or more."""
+
+    def pivotal(entry: Entry, head: Head, back: int) -> bool:
+        visible = sum(len(other.rows) >= back for other in head)
+        return len(entry.rows) >= back and Fraction(entry.rows[-back]) >= Fraction(1, visible)
+
+    def score(heads: list[Head]) -> Scores:
+        return [
+            [sum(pivotal(e, head, back) for back in range(1, min(history, len(head)) + 1)) for e in head]
+            for head in heads
+        ]
+
+    return score
+
+
+def lagkv(sinks: int, lag: int) -> Score:
+    """Rank each partition against the next; what has none after it gets 1."""
+
+    def score(heads: list[Head]) -> Scores:
+        found = []
+        for head in heads:
+            parts = [head[at : at + lag] for at in range(sinks, len(head), lag)]
+            whole = [part for part in parts if len(part) == lag]
+            by_entry = {e.position: 1.0 for e in head}
+            for part, reference in itertools.pairwise(whole):
+                both = [
+                    _softmax([_spread(take(e), [take(r) for r in reference]) for e in part])
+                    for take in (lambda e: e.key.tolist(), lambda e: e.value.tolist())
+                ]
+                total = [sum(pair) for pair in zip(*both, strict=True)]
+                for e, mine in zip(part, total, strict=True):
+                    by_entry[e.position] = sum(other < mine for other in total) / lag
+            found.append([by_entry[e.position] for e in head])
+        return found
+
+    return score
+
+
+def chunkkv(window: int, chunk: int) -> Score:
+    """Sum the attention of the window over each chunk and all heads."""
+
+    def score(heads: list[Head]) -> Scores:
+        votes = [sum(sum(head[index].rows[-window:]) for head in heads) for index in range(len(heads[0]))]
+        sums = [sum(votes[at : at + chunk]) for at in range(0, len(votes), chunk)]
+        return [[sums[index // chunk] for index in range(len(votes))] for _ in heads]
+
+    return score
+
+
+@dataclass
+class NaiveScored:
+    """The first `num_sinks` and the newest stay, then the best; of equal scores the older goes.
+
+    `margin` is the smallest gap between two scores of which one stayed; exact ties do not count.
+    """
+
+    score: Score
+    num_sinks: int = 0
+    num_recent: int = 0
+    recent_fraction: float = 0.0
+    margin: float = math.inf
+
+    def plan(self, heads: list[Head], where: Where) -> list[Head]:
+        kept = []
+        for head, scores in zip(heads, self.score(heads), strict=True):
+            order = self._worst_first(head, scores, where)
+            drop = len(head) - where.budget
+            self._note(order, drop, scores)
+            kept.append([head[index] for index in sorted(order[drop:])])
+        return kept
+
+    def victim(self, heads: list[Head], head: int, where: Where) -> Entry:
+        scores = self.score(heads)[head]
+        order = self._worst_first(heads[head], scores, where)
+        self._note(order, 1, scores)
+        return heads[head][order[0]]
+
+    def _worst_first(self, head: Head, scores: list[float], where: Where) -> list[int]:
+        sinks = min(self.num_sinks, where.budget - 1)
+        share = math.floor(Fraction(str(self.recent_fraction)) * where.budget)
+        recent = min(max(self.num_recent, share), where.budget - sinks)
+
+        def worth(index: int) -> tuple[bool, float, int]:
+            position = head[index].position
+            return position < sinks or position >= where.seen - recent, scores[index], position
+
+        self._others = [i for i in range(len(head)) if not worth(i)[0]]
+        return sorted(range(len(head)), key=worth)
+
+    def _note(self, order: list[int], drop: int, scores: list[float]) -> None:
+        others = set(self._others)
+        if 0 < drop < len(order) and order[drop] in others and order[drop - 1] in others:
+            gap = scores[order[drop]] - scores[order[drop - 1]]
+            self.margin = min(self.margin, gap or math.inf)
+
+
+def _length(vector: Tensor) -> float:
+    return math.hypot(*vector.tolist())
+
+
+def _softmax(numbers: list[float]) -> list[float]:
+    powers = [math.exp(number - max(numbers)) for number in numbers]
+    return [power / sum(powers) for power in powers]
+
+
+def _spread(vector: list[float], reference: list[list[float]]) -> float:
+    """Return the deviation over channels of `vector` scaled to the least and the largest of the reference."""
+    channels = list(zip(*reference, strict=True))
+    scaled = [(x - min(c)) / (max(c) - min(c)) for x, c in zip(vector, channels, strict=True)]
+    return statistics.stdev(scaled)
