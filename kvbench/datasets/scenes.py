@@ -1,6 +1,6 @@
 """Procedural pictures whose truth is known exactly: scenes drawn from a seed, with text about them.
 
-A scene is 3 to 6 objects on a 4 x 4 grid. A picture is 144 x 144 pixels; an object covers 6 to 30 of its 576 patches
+A scene is 3 to 6 objects on a 4 x 4 grid. A picture is 144 x 144 pixels; an object covers 8 to 32 of its 576 patches
 of 6 x 6 pixels, so that most patches show nothing and no object hangs on one patch. Everything is drawn from
 `random.Random(name)`, whose streams are stable over versions; numpy's is not promised to be. What is said follows one
 fixed grammar: a cell is a letter for its row and a number for its column, a description names every object in
@@ -66,7 +66,7 @@ DESCRIBE_PROMPTS = (
     "What does the picture show?",
 )
 _OBJECT_PATTERN = re.compile(rf"\b([{ROWS}])([{COLUMNS}]) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b")
-_ASK = ("describe", "follow_up")
+_ASK = ("describe", "follow_up", "both")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)
@@ -258,13 +258,14 @@ class Scenes:
     """`num_samples` scenes of `split`, from scene `first` on; any number exists.
 
     ask: `describe` gives one example per scene, `follow_up` one per follow-up question (they share
-    the scene as cluster). num_follow_ups: questions per scene. Raises: ConfigError.
+    the scene as cluster), `both` the description of a scene and then its questions. num_follow_ups:
+    questions per scene. Raises: ConfigError.
     """
 
     num_samples: int = 32
     split: str = "test"
     first: int = 0
-    ask: Literal["describe", "follow_up"] = "describe"
+    ask: Literal["describe", "follow_up", "both"] = "describe"
     num_follow_ups: int = 3
 
     def __post_init__(self) -> None:
@@ -285,11 +286,12 @@ class Scenes:
 
     def examples(self) -> Sequence[Example]:
         """Return the examples; pictures are drawn when asked for."""
-        scenes = [scene_at(self.split, self.first + k) for k in range(self.num_samples)]
-        if self.ask == "follow_up":
-            return [example for scene in scenes for example in self._questions(scene)]
-        return [
-            Example(
+        scenes = (scene_at(self.split, self.first + k) for k in range(self.num_samples))
+        return [example for scene in scenes for example in self._of_scene(scene)]
+
+    def _of_scene(self, scene: Scene) -> Iterator[Example]:
+        if self.ask != "follow_up":
+            yield Example(
                 id=scene.name,
                 cluster=scene.name,
                 question=describe_prompt(scene),
@@ -298,8 +300,8 @@ class Scenes:
                 facts=frozenset(scene.objects),
                 follow_ups=tuple(follow_up_turns(scene, self.num_follow_ups)),
             )
-            for scene in scenes
-        ]
+        if self.ask != "describe":
+            yield from self._questions(scene)
 
     def _questions(self, scene: Scene) -> Iterator[Example]:
         for number, turn in enumerate(follow_up_turns(scene, self.num_follow_ups)):
@@ -308,6 +310,7 @@ class Scenes:
                 cluster=scene.name,
                 question=turn.question,
                 reference=turn.answer,
+                one_answer=True,
                 load_image=partial(draw_scene, scene),
             )
 

@@ -127,11 +127,11 @@ def test_full_answers_are_stored_with_the_last_batch_those_of_batches_before_a_k
 
 
 def changed(answers: dict[str, list[int]]) -> None:
-    answers["scenes-v1/test/0"][3] += 1
+    answers["scenes-v2/test/0"][3] += 1
 
 
 def shortened(answers: dict[str, list[int]]) -> None:
-    del answers["scenes-v1/test/2"]
+    del answers["scenes-v2/test/2"]
 
 
 @pytest.mark.cover("one")
