@@ -15,12 +15,15 @@ from kvbench.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvbench.cache import (
+        Allocation,
         Budget,
         Kind,
+        Merge,
         Needs,
         Plan,
         Policy,
         PolicyCache,
+        Room,
         ScorePolicy,
         View,
         When,
@@ -29,12 +32,15 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Allocation",
     "Budget",
     "Kind",
+    "Merge",
     "Needs",
     "Plan",
     "Policy",
     "PolicyCache",
+    "Room",
     "ScorePolicy",
     "View",
     "When",

@@ -10,10 +10,13 @@ are stored in base units (bytes, milliseconds, fractions of one); only printing 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
-from kvbench.errors import ConfigError, close_matches
+from kvbench.errors import ConfigError, close_matches, did_you_mean, near_names
 
 Better = Literal["higher", "lower", "none"]
 _Counts = Literal["tokens", "entries", "prompts"]
@@ -39,6 +42,8 @@ _ONE_AND_MORE = ("roof_share_fraction", "spread_fraction", "drift_fraction")  # 
 FACT_MEASURES = ("needles_recalled_fraction", "objects_recalled_fraction", "answers_right_fraction")
 TASK_MEASURES = (*FACT_MEASURES, "exact_fraction")
 NEAR_LENGTH_FRACTION = 0.1  # ROUGE against full follows the answer's length, so what is further from it is told
+_NO_WORD = re.compile(r"[^A-Za-z0-9]+")
+_MOST_NAMED = 6
 _SIGNIFICANT = {"ppl": 4, "tokens": 3, "entries": 4}
 
 
@@ -56,7 +61,7 @@ class Measure:
     @property
     def reproduces(self) -> bool:
         """Whether the same cell gives the same number again; times, rates and bytes are observations."""
-        if self.unit in ("ms", "tokens/s", "bytes") or self.name in _OBSERVED:
+        if self.unit in ("ms", "tokens/s", "bytes") or self.name in _OBSERVED or is_of_a_device(self.name):
             return False
         return not self.name.endswith(("_ratio_to_full", "_spread_fraction", "_drift_fraction"))
 
@@ -149,6 +154,10 @@ _ROWS: tuple[tuple[str, Unit, Better, str, str, str], ...] = (
      "Throughput of the full cache at capacity", "The same for the full cache at its own largest batch."),
     ("capacity_throughput_ratio_to_full", "ratio", "higher", "throughput / full at capacity",
      "Throughput at capacity relative to full", "Throughput at its largest batch over the full cache's at its own."),
+    ("capacity_peak_bytes", "bytes", "none", "peak at capacity", "Peak memory at capacity",
+     "Largest total of live tensors in the launches at the policy's largest batch, weights included; on a GPU only."),
+    ("capacity_kv_bytes", "bytes", "none", "KV bytes at capacity", "KV cache stored at capacity",
+     "Bytes of the storages that hold keys and values at the end of a launch at the policy's largest batch."),
     ("ttft_ratio_to_full", "ratio", "lower", "TTFT / full", "Time to first token relative to full",
      "TTFT of the policy over TTFT of the full cache, interleaved in the same process; below 1 is faster."),
     ("tpot_ratio_to_full", "ratio", "lower", "TPOT / full", "Time per output token relative to full",
@@ -215,6 +224,28 @@ MEASURES |= {
     for name, one in list(MEASURES.items())
     if name.startswith(_PER_TURN)
 }
+MAX_DEVICES = 8
+_PER_DEVICE = (
+    *("roof_ms", "full_roof_ms", "copy_bandwidth_bytes_per_s", "peak_memory_bytes", "peak_load_bytes"),
+    *("kv_stored_bytes", "kv_valid_bytes", "capacity_peak_bytes", "capacity_kv_bytes"),
+)
+MEASURES |= {
+    f"device{number}_{name}": replace(
+        MEASURES[name],
+        name=f"device{number}_{name}",
+        better="none",  # of the whole model it is said; where its layers lie is no policy's doing
+        label=f"device {number}: {MEASURES[name].label}",
+        title=f"Device {number}: {MEASURES[name].title}",
+        definition=f"Of the layers on the model's device {number}: {MEASURES[name].definition}",
+    )
+    for number in range(MAX_DEVICES)
+    for name in _PER_DEVICE
+}
+
+
+def is_of_a_device(name: str) -> bool:
+    """Whether the measurement is of one device of several that a model lies on."""
+    return name.startswith("device")
 
 
 def measure(name: str) -> Measure:
@@ -222,6 +253,44 @@ def measure(name: str) -> Measure:
     if name not in MEASURES:
         raise ConfigError(f"there is no measurement {name!r}; {close_matches(name, MEASURES)}")
     return MEASURES[name]
+
+
+def measure_named(what: str, text: str, known: Iterable[str] = tuple(MEASURES)) -> str:
+    """Return the one measure of `known` that `text` means: by name, label or title, or by how one of them begins.
+
+    Case and what is no letter or digit do not count: "tpot", "kl" and "ROUGE-L vs full" are enough. Raises:
+    ConfigError, with the measures that it may be where there are several, with close ones where there is none.
+    """
+    names, asked = list(known), _plain(text)
+    if text in MEASURES or not asked:
+        found = [text] if text in names else []
+    else:
+        own = {name: (name, MEASURES[name].label, MEASURES[name].title) for name in names}
+        found = (
+            [name for name in names if asked in map(_plain, own[name])]
+            or [name for name in names if any(_plain(part).startswith(asked) for part in own[name][:2])]
+            or [name for name in names if any(_plain(word).startswith(asked) for word in _words(own[name]))]
+        )
+    if len(found) == 1:
+        return found[0]
+    if found:
+        more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
+        shown = f"{', '.join(found[:_MOST_NAMED])}{more}"
+        raise ConfigError(f"{what} is {text!r:.80}, which may be any of {shown}; give one of them")
+    begins = near_names(text, {name[: len(text) + 1] for name in names})[:1]
+    near = near_names(text, names) or [name for name in names if name.startswith(tuple(begins))][:3]
+    raise ConfigError(f"{what} is {text!r:.80}; {did_you_mean(near) if near else 'kvbench measures lists them'}")
+
+
+@cache
+def _plain(text: str) -> str:
+    return _NO_WORD.sub("", text).lower()
+
+
+def _words(names: tuple[str, ...]) -> Iterator[str]:
+    """Yield each of the names from each of its words on."""
+    for name in names:
+        yield from (name[found.end() :] for found in _NO_WORD.finditer(name))
 
 
 def has_other_length(ratio: float) -> bool:

@@ -18,9 +18,10 @@ class KeyNorm(ScorePolicy):
 
     Source: A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression (arXiv 2406.11430): small
     norms go with large attention. `keep="large"` is its counterpart, which should fail. A rotation leaves
-    lengths as they are. Differs in: every layer is cut, where the paper leaves the first ones whole
-    (`skip_layers` in its code, l2compress at 6d84d6e), and at any length, where that code waits for 2,048
-    tokens and rounds up what stays. KnormPress of kvpress is this score for the prompt alone.
+    lengths as they are. Differs in: every layer is cut, where the paper leaves the first ones whole, which is
+    skip_layers=[0,1] and paid for by the other layers here; and at any length, where its code (l2compress at
+    6d84d6e) waits for 2,048 tokens and rounds up what stays. KnormPress of kvpress is this score for the prompt
+    alone.
     """
 
     keep: Literal["small", "large"] = "small"

@@ -70,13 +70,13 @@ ONLY_IN = {
     "wandb_workspaces": ["kvbench/sinks/wandb/report.py"],
     "matplotlib": ["kvbench/report/figures/*.py"],
     "triton": ["kvbench/kernels/*.py"],
+    "accelerate": ["kvbench/models/*.py"],
     "transformers": ["kvbench/cache/*.py", "kvbench/models/*.py", "kvbench/bundled/*.py"],
 }
 A_COMMAND = "a command is called like the package whose door it is"
 AS_RELEASED = "the method as described; in released/ what published code does"
 # A name that two modules or packages have, and why both are found by it.
 ALIKE = {
-    "allocation": "the parts; in the cache, what a part is and how it is carried out",
     "audit": f"{A_COMMAND}; in the package, what runs all checks",
     "base": "what a data set is, what a sink is",
     "build": "a cell from its configuration; a report from its records",
@@ -86,7 +86,7 @@ ALIKE = {
     "files": "rows out of a user's files; how every file of ours is written",
     "frontier": A_COMMAND,
     "h2o": AS_RELEASED,
-    "merge": "the parts; in the cache, what a part is",
+    "measures": f"{A_COMMAND}; beside the packages, what every one of them may name",
     "page": "the page; the autopsy's section of it",
     "released": "the policies; what they do to the cache",
     "report": f"{A_COMMAND}; sinks/wandb/report is W&B's own kind of report",
@@ -275,3 +275,23 @@ def test_the_cells_of_a_sweep_are_checked_without_transformers() -> None:
         "sys.exit(len(keys) < 2 or bool(heavy))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 0
+
+
+def test_every_kernel_is_launched_on_the_device_of_its_tensors() -> None:
+    launches = 0
+    for file in (file for file in FILES if file.startswith("kvbench/kernels/")):
+        for function in (node for node in ast.walk(tree_of(file)) if isinstance(node, ast.FunctionDef)):
+            decorators = {ast.unparse(one) for one in function.decorator_list}
+            grids = [node for node in ast.walk(function) if isinstance(node, ast.Call) and _is_launch(node)]
+            if any("jit" in one for one in decorators):
+                continue
+            launches += len(grids)
+            assert not grids or "on_its_device" in decorators, f"{file}: {function.name} launches on the current device"
+    assert launches >= 10
+
+
+def _is_launch(call: ast.Call) -> bool:
+    """`kernel[grid](...)`, or a kernel with its grid handed to `_launch`."""
+    if isinstance(call.func, ast.Subscript):
+        return True
+    return ast.unparse(call.func) == "_launch"

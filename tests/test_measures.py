@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from kvbench.errors import ConfigError
@@ -11,6 +13,7 @@ from kvbench.measures import (
     format_value,
     format_with_interval,
     measure,
+    measure_named,
     printed_scale,
 )
 
@@ -103,3 +106,47 @@ def test_no_interval_goes_beyond_what_the_measure_can_be(
 
 def test_a_value_that_rounding_put_off_the_scale_stays_in_its_interval() -> None:
     assert bounds_on_scale("kl_to_full", -1e-9, -2e-9, 0.1) == (-1e-9, 0.1)
+
+
+def test_a_measure_is_meant_by_its_name_its_label_and_its_title() -> None:
+    for name, known in MEASURES.items():
+        for text in (name, name.upper(), known.label, known.title):
+            assert measure_named("--measure", text) == name
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("tpot", "tpot_ms"), ("kl", "kl_to_full"), ("rouge-1 vs f", "rouge1_vs_full"), ("kv_stor", "kv_stored_bytes"),
+     ("agreement", "top1_agreement_fraction"), ("Perplexity", "ppl"), ("turn2_ex", "turn2_exact_fraction"),
+     ("TPOT / full", "tpot_ratio_to_full"), ("divergent", "first_divergence_tokens")],
+)  # fmt: skip
+def test_an_unambiguous_beginning_is_enough(text: str, name: str) -> None:
+    assert measure_named("--measure", text) == name
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("rougeL_vs", "which may be any of rougeL_vs_full, rougeL_vs_reference; give one of them"),
+        ("rouge", "which may be any of rougeL_released_vs_full, rouge1_vs_full, rouge2_vs_full, rougeL_vs_full, "),
+        ("divergence", "which may be any of first_divergence_tokens, kl_to_full; give one of them"),
+        ("turn", "more; give one of them"),
+        ("pppl", "did you mean 'ppl'?"),
+        ("rougL", "did you mean 'rougeL_released_vs_full' or 'rougeL_vs_full' or 'rougeL_vs_reference'?"),
+        ("quality", "--measure is 'quality'; kvbench measures lists them"),
+        ("", "--measure is ''; kvbench measures lists them"),
+        ("--", "kvbench measures lists them"),
+    ],
+)
+def test_a_name_that_is_several_measures_or_none_is_refused_in_one_line(text: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(told)) as error:
+        measure_named("--measure", text)
+    assert "\n" not in str(error.value)
+
+
+def test_a_measure_that_may_not_be_asked_for_there_is_not_taken_for_another_one() -> None:
+    with pytest.raises(ConfigError, match="measure is 'tpot_ms'"):
+        measure_named("measure", "tpot_ms", ["ppl"])
+    with pytest.raises(ConfigError, match="measure is 'ppl'"):
+        measure_named("measure", "ppl", ["ppl_released"])
+    assert measure_named("measure", "rougeL", ["ppl", "rougeL_vs_full"]) == "rougeL_vs_full"

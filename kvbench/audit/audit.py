@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 from kvbench.audit import bookkeeping, budgets, numbers, scoring, times
-from kvbench.audit.evidence import Check, Finding, Outcome, read_evidence, run_check
+from kvbench.audit.evidence import Check, Finding, Outcome, Verdict, read_evidence, run_check
 from kvbench.results.redaction import printable
 
 KIND = "kvbench_audit"
@@ -31,6 +31,7 @@ _NEED_THE_MODEL = (
     Outcome(id="A1", title="5 % of the samples answered again, while timed", meaning="", verdict="not run"),
     Outcome(id="A2", title="one sample repeated is at most 10 % faster than the mix", meaning="", verdict="not run"),
 )
+VERDICTS: tuple[Verdict, ...] = ("failed", "passed", "not run", "not applicable")
 _WIDTH = 118
 _SHOWN_NOTES = 5
 _BADGE = """\
@@ -59,7 +60,7 @@ class Audit:
         """Those that failed."""
         return tuple(outcome for outcome in self.outcomes if outcome.verdict == "failed")
 
-    def count(self, verdict: str) -> int:
+    def count(self, verdict: Verdict) -> int:
         """Return how many checks ended so."""
         return sum(outcome.verdict == verdict for outcome in self.outcomes)
 
@@ -82,7 +83,8 @@ def audit_body(result: Audit, *, version: str, sweep: str | None) -> dict[str, A
     for one in checks:
         del one["meaning"]
     head = {"digest": result.digest, "kvbench": version, "sweep": sweep, "num_cells": result.num_cells}
-    return {**head, "passed": not result.failed, "checks": checks}
+    counts = {verdict: result.count(verdict) for verdict in VERDICTS}
+    return {**head, "passed": not result.failed, "counts": counts, "checks": checks}
 
 
 def table_lines(result: Audit) -> Iterator[str]:
@@ -106,7 +108,8 @@ def table_lines(result: Audit) -> Iterator[str]:
         if len(outcome.notes) > _SHOWN_NOTES:
             yield f"  {outcome.id} and {len(outcome.notes) - _SHOWN_NOTES} more cells, see the JSON"
     yield ""
-    yield f"{summary(result)}; {result.num_cells} cells, digest {result.digest[:16]}"
+    cells = f"{result.num_cells} cell{'' if result.num_cells == 1 else 's'}"
+    yield f"{summary(result)}; {cells}, digest {result.digest[:16]}"
 
 
 def _indented(text: str, indent: str = " " * 19) -> str:
@@ -114,16 +117,19 @@ def _indented(text: str, indent: str = " " * 19) -> str:
 
 
 def summary(result: Audit) -> str:
-    """Return the verdict in one line."""
-    made = result.count("passed") + result.count("failed")
-    if result.failed:
-        return f"{len(result.failed)} of {made} checks failed: {', '.join(outcome.id for outcome in result.failed)}"
-    return f"{made} of {made} checks passed"
+    """Return in one line how many checks ended how, and which failed: "1 failed (A7), 19 passed, 2 not run"."""
+    failed = f" failed ({', '.join(outcome.id for outcome in result.failed)})"
+    return counts_text(result).replace(" failed", failed, 1)
+
+
+def counts_text(result: Audit) -> str:
+    """Return "20 passed, 2 not run": what was not run or had nothing to look at is no check passed."""
+    return ", ".join(f"{number} {verdict}" for verdict in VERDICTS if (number := result.count(verdict)))
 
 
 def badge_svg(result: Audit) -> str:
     """Return the badge as SVG; no server is asked."""
-    text = summary(result).split(":")[0]
+    text = counts_text(result)
     width = 110 + round(6.4 * len(text))
     colour = "#b3261e" if result.failed else "#2e7d32"
     return _BADGE.format(width=width, rest=width - 99, text=text, colour=colour)
@@ -131,4 +137,4 @@ def badge_svg(result: Audit) -> str:
 
 def badge_line(result: Audit, badge: str, report: str) -> str:
     """Return the Markdown for a README; paths as they are seen from there."""
-    return f"[![kvbench audit: {summary(result).split(':')[0]}]({quote(badge)})]({quote(report)})"
+    return f"[![kvbench audit: {counts_text(result)}]({quote(badge)})]({quote(report)})"

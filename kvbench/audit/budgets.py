@@ -28,6 +28,7 @@ _NOT_SHOWN_BY: dict[object, tuple[Kind, ...]] = {
     "prompt and decode": ("prompt only", "decode only"),
     "prompt": ("decode only",),
 }
+_DIVIDES = ("allocation", "skip_layers")
 _ROUNDING = 1e-9
 _PHASES = tuple(f"peak_{phase}_bytes" for phase in ("vision", "prefill", "settle", "decode"))
 _SPARE_SLOTS = 4  # the free slot, and what a growing share of one launch may reserve
@@ -41,6 +42,29 @@ _Rows = Sequence[Sequence[float]]
 def entries_curve(cell: Cell) -> list[list[float]]:
     """Return [seen, mean, peak] of every logged step."""
     return cell.curve("entries", 3)
+
+
+@lru_cache(maxsize=65536)
+def budgeted_curve(cell: Cell) -> list[list[float]]:
+    """Return [seen, mean, most] of every logged step, where `most` is what the budget bounds.
+
+    That is the fullest head, or the mean where a policy divides the same total unevenly; and a policy that plans in
+    blocks may hold all of a block but its last token beyond the budget.
+    """
+    divides, spare = any(cell.setting("policy", part) for part in _DIVIDES), block_tokens(cell) - 1
+    rows = ((seen, mean, mean if divides else peak) for seen, mean, peak in entries_curve(cell))
+    return [[seen, mean, max(most - spare, min(most, 1.0))] for seen, mean, most in rows]
+
+
+def is_outcome(cell: Cell) -> bool:
+    """Whether the allocation of a policy makes what is held an outcome that no budget bounds."""
+    return cell.label("budget_total") == "data_dependent" and bool(cell.setting("policy", "allocation"))
+
+
+def block_tokens(cell: Cell) -> int:
+    """Return how many generated tokens come before a plan."""
+    asked = cell.setting("policy", "every_tokens")
+    return asked if isinstance(asked, int) and asked > 1 else 1
 
 
 def steps_taken(cell: Cell) -> int:
@@ -70,7 +94,7 @@ def allowed_entries(budget: Mapping[str, Any], seen: float, *, up: bool = False,
 @lru_cache(maxsize=65536)
 def kind_of(cell: Cell) -> Kind:
     """Return the kind whose rule every step keeps; "none" if there is no such kind."""
-    rows, budget = entries_curve(cell), cell.setting("budget")
+    rows, budget = budgeted_curve(cell), cell.setting("budget")
     if not budget:
         return "everything" if all(mean == peak == seen for seen, mean, peak in rows) else "none"
     kind = _KINDS.get(cell.label("evicts_at"))
@@ -132,9 +156,14 @@ def budget(cell: Cell, peers: Peers) -> Iterator[str]:
     if not rows:
         yield "steps were taken, and none is logged"
         return
+    if is_outcome(cell):
+        held = 100 * (cell.value("realised_budget_fraction") or 0)
+        yield Note(f"what it holds is an outcome and not its budget: {held:.0f} % of the tokens seen")
+        yield from _summary(cell, rows)
+        return
     kind, share = kind_of(cell), 100 * (cell.value("realised_budget_fraction") or 0)
     if kind == "none":
-        yield _over(cell.setting("budget"), rows)
+        yield _over(cell.setting("budget"), budgeted_curve(cell))
     elif kind == "prompt only":
         yield Note(f"cuts the prompt only and keeps what it generates: {share:.0f} % of the tokens seen are held")
     elif kind == "decode only":
@@ -190,6 +219,7 @@ def cache_bytes(cell: Cell, peers: Peers) -> Iterator[str]:
     full = full_bytes(cell, peers)
     if full is not None:
         low, high = allowed_share(cell, peers)
+        high += (block_tokens(cell) - 1) / (seen_tokens(peers)[0] or 1)
         if not low <= theory / full <= high:
             yield (
                 f"its budget is said to be {theory:g} bytes, {100 * theory / full:.1f} % of the full cache's, "
@@ -234,6 +264,8 @@ def allowed_share(cell: Cell, peers: Peers) -> tuple[float, float]:
     budget, (shortest, longest) = cell.setting("budget"), seen_tokens(peers)
     if not budget:
         return 1.0, 1.0
+    if is_outcome(cell):
+        return 0.0, 1.0
     steps = (cell.task("Memory") or {}).get("new_tokens", 1)
     if budget.get("tokens") is not None:
         # A budget never reached is the full cache.

@@ -102,14 +102,14 @@ def full_attention(part: Part, *, end_token_ids: Collection[int], max_new_tokens
     latest = [mass.clone() for mass in before]
 
     def on_step(cache: PolicyCache, going: list[bool]) -> None:
-        rows = torch.tensor(going, device=latest[0].device)
         for known, mass in zip(latest, _masses(cache), strict=True):
+            rows = torch.tensor(going, device=known.device)
             known[rows] = mass[rows]
 
     greedy(decoding, end_token_ids=end_token_ids, max_new_tokens=max_new_tokens, on_step=on_step)
-    decoded = torch.stack([after - first for first, after in zip(before, latest, strict=True)], dim=1)
+    decoded = torch.stack([(after - first).cpu() for first, after in zip(before, latest, strict=True)], dim=1)
     nothing = (decoded.sum(dim=(1, 2, 3)) <= 0)[:, None, None, None]
-    found = torch.where(nothing, torch.stack(before, dim=1), decoded).float().cpu()
+    found = torch.where(nothing, torch.stack([mass.cpu() for mass in before], dim=1), decoded).float()
     return list(found.numpy())
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from kvbench.cache.allocation import Allocation, Room
-from kvbench.cache.merge import Merge
+from kvbench.cache.parts import Allocation, Merge, Room
 from kvbench.cache.policy import CACHE_SEMANTICS, UNLIMITED, Budget, Policy, ScorePolicy, When
 from kvbench.cache.view import Kind, Needs, Plan, View
 

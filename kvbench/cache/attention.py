@@ -23,6 +23,8 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, create_causal_mask
 
+from kvbench.cache.positions import Rotation
+from kvbench.cache.queries import query_moments
 from kvbench.errors import ModelSupportError
 from kvbench.kernels.dispatch import MAX_WIDTH, Chunk, use_triton
 
@@ -291,7 +293,7 @@ def _probabilities(chunk: Chunk, start: int, end: int) -> Tensor:
 
 
 class Statistics(Protocol):
-    """The statistics of one chunk in one layer, reduced to KV heads by `mean`, `sum` or `max`."""
+    """The statistics of one chunk in one layer, reduced to KV heads by `mean`, `sum` or `max` where one is named."""
 
     def mass(self, reduction: str) -> Tensor:
         """Return (B, H, T) float32: attention each entry receives from all real queries."""
@@ -299,13 +301,26 @@ class Statistics(Protocol):
     def last_rows(self, num_queries: int, reduction: str) -> Tensor:
         """Return (B, H, W, T) float32: attention rows of the last W = min(num_queries, Q) queries."""
 
+    def head_rows(self, num_queries: int) -> Tensor:
+        """Return (B, H, G, W, T) float32: the same rows of each query head."""
+
+    def moments(self, rotation: Rotation, skip_tokens: int) -> tuple[Tensor, Tensor]:
+        """Return mean (B, H, G, D) and covariance (B, H, G, D, D) of the chunk's queries before rotation."""
+
+    def last_queries(self, num_queries: int) -> tuple[Tensor, Tensor, float]:
+        """Return the last W queries (B, Hq, W, D), their positions (B, W), and the scaling of their products."""
+
 
 @dataclass(frozen=True, slots=True)
 class ChunkStatistics:
-    """Computed from the chunk when asked for; `lse` is what `chunk_attention` returned with the output."""
+    """Computed from the chunk when asked for; `lse` is what `chunk_attention` returned with the output.
+
+    query: that of the chunk as the model rotated it, where the chunk's own was turned to another place.
+    """
 
     chunk: Chunk
     lse: Tensor | None
+    query: Tensor | None = None
 
     def mass(self, reduction: str) -> Tensor:
         """Return (B, H, T) float32."""
@@ -314,3 +329,20 @@ class ChunkStatistics:
     def last_rows(self, num_queries: int, reduction: str) -> Tensor:
         """Return (B, H, W, T) float32."""
         return last_rows(self.chunk, num_queries, reduction, self.lse)
+
+    def head_rows(self, num_queries: int) -> Tensor:
+        """Return (B, H, G, W, T) float32."""
+        end = self.chunk.query.shape[2]
+        return _probabilities(self.chunk, max(0, end - num_queries), end)
+
+    def moments(self, rotation: Rotation, skip_tokens: int) -> tuple[Tensor, Tensor]:
+        """Return (B, H, G, D) and (B, H, G, D, D) float32."""
+        query = self.chunk.query if self.query is None else self.query
+        found = query_moments(query, self.chunk.query_position, rotation, skip_tokens)
+        mean, covariance = (one.unflatten(1, (-1, self.chunk.group)) for one in found)
+        return mean, covariance
+
+    def last_queries(self, num_queries: int) -> tuple[Tensor, Tensor, float]:
+        """Return (B, Hq, W, D), (B, W) and the scaling."""
+        chunk = self.chunk
+        return chunk.query[:, :, -num_queries:], chunk.query_position[:, -num_queries:], chunk.scaling

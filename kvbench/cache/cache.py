@@ -7,23 +7,25 @@ Call `attach(model)` once, then `cache = PolicyCache(model, policy, Budget(fract
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from kvbench.cache.allocation import Waiting
 from kvbench.cache.attention import is_attached
-from kvbench.cache.counts import CountsShelf, LayerSetup, Ledger, OnPlan
-from kvbench.cache.layer import PolicyLayer
-from kvbench.cache.policy import UNLIMITED, Budget, Policy, ScorePolicy, check_parts, is_ragged, steps_between_cuts
-from kvbench.cache.positions import POSITION_MODES, Places, PositionMode, rotation_of
+from kvbench.cache.counts import CountsShelf, LayerSetup, Ledger, OnPlan, OnSettle, StepCounts
+from kvbench.cache.layer import AnySlots, PolicyLayer
+from kvbench.cache.parts import Waiting
+from kvbench.cache.policy import UNLIMITED, Budget, Policy, ScorePolicy, check_parts, needs_of, steps_between_cuts
+from kvbench.cache.positions import POSITION_MODES, Places, PositionMode, Rotation, rotation_of
 from kvbench.cache.released import Pool, departures_of
 from kvbench.cache.slots import check_faults
+from kvbench.cache.view import Needs
 from kvbench.errors import ConfigError, ModelSupportError, close_matches
 
 
@@ -54,6 +56,59 @@ class CacheState:
     ledgers: list[Ledger]
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepBuffers:
+    """All that decode steps of one cache read and write, layer by layer, and where it lay at first."""
+
+    slots: list[AnySlots]
+    counts: list[StepCounts]
+
+    @cached_property
+    def _first_places(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in self.tensors()]
+
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor, as it is now."""
+        found: list[Tensor] = []
+        for slots, counts in zip(self.slots, self.counts, strict=True):
+            found += [part for part in _parts(slots) if isinstance(part, Tensor)] + counts.tensors()
+        return found
+
+    def note_places(self) -> StepBuffers:
+        """Remember where everything lies, for `is_where_it_was`; return itself."""
+        assert self._first_places
+        return self
+
+    @property
+    def is_where_it_was(self) -> bool:
+        """Whether nothing had to grow, which would put it elsewhere."""
+        return self._first_places == [tensor.data_ptr() for tensor in self.tensors()]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(slots.stored_bytes() for slots in self.slots)
+
+    def take(self, other: StepBuffers) -> bool:
+        """Copy everything from `other` and return True, if that has the same shapes and shares counts alike."""
+        if self._shape() != other._shape() or not all(map(StepCounts.reaches, self.counts, other.counts)):
+            return False
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(theirs)
+        return True
+
+    def _shape(self) -> tuple[object, ...]:
+        places = [(tensor.shape, tensor.dtype, tensor.device) for tensor in self.tensors()]
+        numbers = [[part for part in _parts(slots) if not isinstance(part, Tensor)] for slots in self.slots]
+        has = [[isinstance(part, Tensor) for part in _parts(slots)] for slots in self.slots]
+        return places, numbers, has, [[one is other for other in self.counts] for one in self.counts]
+
+
+def _parts(slots: AnySlots) -> list[object]:
+    columns = slots.columns()
+    return [*(getattr(columns, field.name) for field in fields(columns)), slots.memory]
+
+
 class PolicyCache(Cache):
     """A cache of slots under `policy` and `budget` for one batch of sequences.
 
@@ -61,8 +116,9 @@ class PolicyCache(Cache):
     are allocated once; more than that still works, by copying. prompt_tokens: length of the prompt, pads included;
     needed where it comes in pieces (generate's prefill_chunk_size), because a last piece of one token is taken for
     a generated token otherwise. prompt_kind (B, T): kind of each prompt token. row_seeds: one number per sequence,
-    for policies that draw. on_settle: entered in every layer around what the policy adds to a prompt. on_plan: told
-    every plan before it is carried out. Raises: ModelSupportError if `attach(model)` was not called.
+    for policies that draw. on_settle: entered in every layer, with its device, around what the policy adds to a
+    prompt. on_plan: told every plan before it is carried out. Raises: ModelSupportError if `attach(model)` was not
+    called.
     """
 
     def __init__(
@@ -76,14 +132,14 @@ class PolicyCache(Cache):
         prompt_tokens: int = 0,
         prompt_kind: Tensor | None = None,
         row_seeds: Sequence[int] | None = None,
-        on_settle: Callable[[], AbstractContextManager[None]] = nullcontext,
+        on_settle: OnSettle = nullcontext,
         on_plan: OnPlan | None = None,
     ) -> None:
         if not is_attached(model.config):
             raise ModelSupportError("the model does not use kvbench's attention; call kvbench.attach(model) first")
         if positions not in POSITION_MODES:
             raise ConfigError(f"positions is {positions!r}; {close_matches(positions, POSITION_MODES)}")
-        check_parts(policy)
+        check_parts(policy, positions)
         rotation = rotation_of(model.get_decoder(), positions) if positions != "original" else None
         places = Places(rotation=rotation) if rotation is not None and positions == "released" else None
         pool = Pool() if departures_of(policy).pools_layers else None
@@ -100,6 +156,8 @@ class PolicyCache(Cache):
                 places=places,
                 pool=pool,
                 waiting=waiting,
+                unrotation=unrotation_of(model, [policy]),
+                output_weight=output_weight(model, index) if Needs.OUTPUT in needs_of(policy) else None,
                 reserve_tokens=reserve_tokens,
                 prompt_tokens=prompt_tokens,
                 prompt_kind=prompt_kind,
@@ -112,6 +170,7 @@ class PolicyCache(Cache):
         shelf = CountsShelf()
         self.policy_layers = [PolicyLayer(setup, shelf) for setup in setups]
         super().__init__(layers=list(self.policy_layers))
+        self._own = {"_own", *vars(self)}
 
     @property
     def steps_announced(self) -> int:
@@ -127,7 +186,7 @@ class PolicyCache(Cache):
     def takes_answers_whole(self) -> bool:
         """Whether generated tokens may come in one chunk: nothing is freed between two of them."""
         setup = self.policy_layers[0].setup
-        return steps_between_cuts(setup.policy) is None and setup.pool is None and not is_ragged(setup.policy)
+        return steps_between_cuts(setup.policy) is None and setup.pool is None
 
     def expect_answer(self, num_tokens: int) -> None:
         """Take the next `num_tokens` tokens as generated ones in one chunk, after which the cache is as after steps.
@@ -155,6 +214,19 @@ class PolicyCache(Cache):
         for layer, ledger in zip(self.policy_layers, state.ledgers, strict=True):
             layer.ledger = copy.deepcopy(ledger)
 
+    def step_buffers(self) -> StepBuffers | None:
+        """Return all that decode steps read and write; None where a model keeps something of its own on the cache."""
+        layers = [(layer.slots, layer.counts) for layer in self.policy_layers]
+        held = [(slots, counts) for slots, counts in layers if slots is not None and counts is not None]
+        if len(held) < len(layers) or set(vars(self)) != self._own:
+            return None
+        return StepBuffers(slots=[slots for slots, _ in held], counts=[counts for _, counts in held]).note_places()
+
+    def move_into(self, buffers: StepBuffers) -> None:
+        """Go on in `buffers`, which took all that this cache holds."""
+        for layer, slots, counts in zip(self.policy_layers, buffers.slots, buffers.counts, strict=True):
+            layer.move_into(slots, counts)
+
     def count_replayed_step(self) -> None:
         """Count on the host a step that the device did by itself."""
         for layer in self.policy_layers:
@@ -165,14 +237,17 @@ class PolicyCache(Cache):
 
         by_itself: whether steps do so from now on, as they do at first; a captured step cannot.
         """
+        if self.policy_layers[0].ledger.block_tokens == 1:
+            return
         for layer in self.policy_layers:
             layer.cuts_blocks = layer.cuts_blocks if by_itself is None else by_itself
             layer.cut_block()
 
-    def decide(self) -> None:
-        """Let the policy name its victim in every layer and apply nothing: what deciding costs, alone."""
+    def decide(self, device: torch.device | None = None) -> None:
+        """Let the policy name its victim in every layer, of `device` where given, and apply nothing: its cost alone."""
         for layer in self.policy_layers:
-            layer.decide()
+            if device is None or (layer.slots is not None and layer.slots.length.device == device):
+                layer.decide()
 
     def end_rows(self, ended: Sequence[bool]) -> None:
         """Note the rows whose answers have ended: what is chosen in them from now on is no fault. Waits for nothing."""
@@ -191,9 +266,19 @@ class PolicyCache(Cache):
             for faults, setup in held:
                 check_faults(faults, setup.policy, setup.layer)
 
-    def occupancy(self) -> Occupancy:
-        """Return what is held now; waits for the device. Raises: ValueError before the first token."""
-        slots = [layer.slots for layer in self.policy_layers if layer.slots is not None]
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where the layers lie, in their order, each device once; empty before the first token."""
+        held = (layer.slots for layer in self.policy_layers if layer.slots is not None)
+        return list(dict.fromkeys(slots.length.device for slots in held))
+
+    def occupancy(self, device: torch.device | None = None) -> Occupancy:
+        """Return what is held now, by the layers on `device` where given; waits for the device.
+
+        Raises: ValueError before the first token, and for a device without layers.
+        """
+        found = [layer.slots for layer in self.policy_layers if layer.slots is not None]
+        slots = [held for held in found if device is None or held.length.device == device]
         if not slots:
             raise ValueError("the cache is empty; run a prompt first")
         lengths = [s.length.float() for s in slots]
@@ -204,6 +289,40 @@ class PolicyCache(Cache):
             entries_peak=max(int(length.max()) for length in lengths),
             stored_bytes=sum(s.stored_bytes() for s in slots),
             valid_bytes=sum(int(s.length.sum()) * s.entry_bytes for s in slots),
-            statistics_bytes=sum(s.statistics_bytes() for s in slots),
+            statistics_bytes=sum(s.statistics_bytes() for s in slots) + sum(x.ring_bytes for x in self.policy_layers),
             bookkeeping_bytes=sum(s.bookkeeping_bytes() for s in slots),
         )
+
+
+def unrotation_of(model: Any, policies: Sequence[Policy]) -> Rotation | None:
+    """Return how `model` rotates queries, where one of the policies reads their moments before it.
+
+    Raises: ModelSupportError for a model whose rotation cannot be taken back.
+    """
+    readers = [policy for policy in policies if Needs.MOMENTS in needs_of(policy)]
+    if not readers:
+        return None
+    try:
+        return rotation_of(model.get_decoder())
+    except ModelSupportError as error:
+        raise ModelSupportError(
+            f"{type(readers[0]).__name__} reads moments of queries before rotation, and {type(model).__name__} does "
+            "not rotate by one fixed embedding that could be taken back; choose another policy or model"
+        ) from error
+
+
+def output_weight(model: Any, layer: int) -> Tensor:
+    """Return the output projection of a layer's attention as (H, G, D, E), a view of its weight.
+
+    Raises: ModelSupportError where there is none under the usual name.
+    """
+    module = getattr(model.get_decoder().layers[layer], "self_attn", None)
+    weight = getattr(getattr(module, "o_proj", None), "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise ModelSupportError(
+            f"{type(model).__name__} has no plain weight self_attn.o_proj, which this policy reads; use another one"
+        )
+    config = model.config.get_text_config()
+    heads = config.num_key_value_heads
+    plain: Tensor = weight.detach().t().unflatten(0, (heads, config.num_attention_heads // heads, -1))
+    return plain

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvbench.cache.allocation import Waiting
+from kvbench.cache.parts import Waiting
 from kvbench.cache.policy import Budget, Policy, ScorePolicy, When, checked_range, steps_between_cuts
 from kvbench.cache.positions import Places, Rotation
 from kvbench.cache.released import Departures, Pool, departures_of, entries_as_released
@@ -27,6 +28,7 @@ from kvbench.errors import ModelSupportError
 
 GROW_TOKENS = 64
 OnPlan = Callable[[int, Entries, Plan], None]
+OnSettle = Callable[[torch.device], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +37,13 @@ class LayerSetup:
 
     rotation: given for positions=in_cache only; places: for positions=released only; pool: for policies
     that pool layers; waiting: for allocations that must see all layers; all three are shared by the layers of a
-    cache. reserve_tokens: how many tokens will be
+    cache. unrotation: how the model rotates, for moments of queries; output_weight (H, G, D, E): for policies that
+    read it. reserve_tokens: how many tokens will be
     generated; more than that makes the buffers grow by copying. prompt_tokens: the first tokens, pads included, that
     are the prompt however they come. prompt_kind (B, T) int8 or None for text.
-    row_seeds: one number per sequence for policies that draw, None for zeros. on_settle: entered around
-    what a policy adds to a prompt (plan, check, move into slots), so that it can be measured apart. on_plan:
+    row_seeds: one number per sequence for policies that draw, None for zeros. on_settle: entered, with
+    the layer's device, around what a policy adds to a prompt (plan, check, move into slots), so that it can be
+    measured apart. on_plan:
     told the layer, its entries and the policy's plan before it is carried out; for looking only.
     """
 
@@ -55,7 +59,9 @@ class LayerSetup:
     places: Places | None = None
     pool: Pool | None = None
     waiting: Waiting | None = None
-    on_settle: Callable[[], AbstractContextManager[None]] = nullcontext
+    unrotation: Rotation | None = None
+    output_weight: Tensor | None = None
+    on_settle: OnSettle = nullcontext
     on_plan: OnPlan | None = None
 
     @cached_property
@@ -249,14 +255,11 @@ class RowCounts:
         *,
         new_tokens: int = 1,
         prefill: bool = False,
-        window: Tensor | None = None,
-        probs: Tensor | None = None,
-        memory: Tensor | None = None,
-        spread: Tensor | None = None,
+        **given: Any,
     ) -> View:
         """Return what the policy of layer number `layer` sees; nothing in it comes from the host.
 
-        memory: what the plan of an earlier chunk left. spread: what heads of a ragged layer have beside its budget.
+        given: what else the view has, by the names of its fields; what is None there is not declared.
         """
         return View(
             layer=layer,
@@ -273,10 +276,8 @@ class RowCounts:
             position=entries.position,
             kind=entries.kind,
             mass_or_none=entries.mass,
-            window_or_none=window,
-            probs_or_none=probs,
-            memory_or_none=memory,
-            spread_or_none=spread,
+            output_weight_or_none=self._setup.output_weight,
+            **given,
         )
 
 
@@ -304,7 +305,7 @@ class StepCounts(RowCounts):
     def turn_tables(self, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """Return cosines and sines (P, D / 2) for every distance a key can be turned, made once."""
         if self._tables is None:
-            self._tables = rotation.tables(self._num_positions)
+            self._tables = rotation.tables(self._num_positions, self.seen.device)
         return self._tables
 
     def advance(self, ledger: Ledger, num_tokens: int = 1) -> None:
@@ -326,9 +327,21 @@ class StepCounts(RowCounts):
         """Return what a step changes, in place."""
         return [self._step, self.seen, self.budget]
 
+    def tensors(self) -> list[Tensor]:
+        """Return all that a step reads, what it changes among it."""
+        return [*self.state(), self._table, self.prompt, self.prompt_budget, self.row_seed]
+
+    def reaches(self, other: StepCounts) -> bool:
+        """Whether what was made once, up to a number of positions, serves the steps of `other` too."""
+        return self._num_positions >= other._num_positions
+
+    def follow(self, other: StepCounts) -> None:
+        """Go on as `other`, whose tensors were copied into these."""
+        self._announced_until = other._announced_until
+
 
 class CountsShelf:
-    """The step counts of one cache, made once for all layers whose ledgers agree."""
+    """The step counts of one cache, made once on each device for all layers there whose ledgers agree."""
 
     def __init__(self) -> None:
         self._counts: dict[object, tuple[int, StepCounts]] = {}
@@ -338,8 +351,8 @@ class CountsShelf:
         self._counts.clear()
 
     def take(self, setup: LayerSetup, ledger: Ledger, device: torch.device) -> tuple[StepCounts, bool]:
-        """Return the counts of `ledger`, and whether the asking layer is the first and moves them."""
-        key: tuple[object, ...] = (tuple(ledger.prompt), tuple(ledger.seen), tuple(ledger.settled_seen))
+        """Return the counts of `ledger` on `device`, and whether the asking layer is the first and moves them."""
+        key: tuple[object, ...] = (device, *map(tuple, (ledger.prompt, ledger.seen, ledger.settled_seen)))
         if steps_between_cuts(setup.policy) == 1:  # else no step reads a budget, and layers may differ in theirs
             key += (tuple(ledger.settled_held), tuple(ledger.shift))
         leader, counts = self._counts.get(key, (setup.layer, None))

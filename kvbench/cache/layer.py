@@ -14,15 +14,15 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvbench.cache.allocation import Room, layer_entries
 from kvbench.cache.attention import LAYER_TAG, ChunkStatistics, Statistics, chunk_attention, decode_step, reduce_group
 from kvbench.cache.counts import GROW_TOKENS, CountsShelf, LayerSetup, Ledger, RowCounts, StepCounts
+from kvbench.cache.parts import Room, layer_entries
 from kvbench.cache.policy import (
     Policy,
     ScorePolicy,
@@ -32,11 +32,13 @@ from kvbench.cache.policy import (
     checked_score,
     checked_victim,
     is_ragged,
+    keeps_ring,
     needs_of,
     ranking,
     steps_between_cuts,
 )
 from kvbench.cache.positions import shifted_chunk, shifted_step
+from kvbench.cache.queries import QueryRing, ring_after
 from kvbench.cache.ragged import RaggedSlots, settle_ragged, spread_of
 from kvbench.cache.selection import age_rank
 from kvbench.cache.slots import EMPTY, Entries, Slots, check_faults, only_rows, settle
@@ -68,7 +70,9 @@ class PolicyLayer(CacheLayerMixin):
         """Forget everything; buffers are let go, and a pass that did not end."""
         self._shelf.clear()
         self.slots = self.counts = None
+        self._ring: QueryRing | None = None
         self._leads = self._decodes = self._appends = False
+        self._num_heads = 0
         self.ledger = Ledger(
             policy=self.setup.policy,
             budget=self.setup.budget,
@@ -103,9 +107,10 @@ class PolicyLayer(CacheLayerMixin):
         elif self._decodes:
             keys, values = self._write(self.slots, key_states, value_states)
         elif self._appends:
-            held = max(self.ledger.held)
-            keys = torch.cat((self.slots.entries.keys[:, :, :held], key_states), dim=2)
-            values = torch.cat((self.slots.entries.values[:, :, :held], value_states), dim=2)
+            stored = self.slots.entries
+            held = self.slots.capacity if self._is_ragged else max(self.ledger.held)
+            keys = torch.cat((stored.keys[:, :, :held], key_states), dim=2)
+            values = torch.cat((stored.values[:, :, :held], value_states), dim=2)
         else:
             stored = self.slots.entries
             keys = torch.cat((stored.keys, key_states), dim=2)
@@ -115,18 +120,20 @@ class PolicyLayer(CacheLayerMixin):
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, padding: Tensor | None) -> Tensor:
         """Return the output (B, Hq, Q, D) and settle. `padding` (B, seen) bool is False at pads."""
+        asked = query
         if self.slots is not None and self.setup.places is not None:
             query = self.setup.places.turned(query)
         if self.slots is not None and self._decodes:
             output, probs = self._attend_slots(self.slots, query, scaling)
+            if self._ring is not None and self.counts is not None:
+                self._ring.put(query, self.counts.seen - 1)
             end = partial(self._end_step, self.slots, probs)
             if self.setup.pool is None:
                 end()
             else:
                 self.setup.pool.arrive(self.slots.entries, self.setup.num_layers, end)
             return output
-        if self._appends:
-            assert isinstance(self.slots, Slots)  # the cache lets no answer come whole to heads of different lengths
+        if self.slots is not None and self._appends:
             return self._attend_answer(self.slots, query, keys, values, scaling)
         real = _real_tokens(query, padding, seen=self.ledger.seen)
         before = torch.tensor(self.ledger.seen or [0] * real.shape[0], dtype=torch.int64, device=real.device)
@@ -144,7 +151,7 @@ class PolicyLayer(CacheLayerMixin):
         )
         chunk = shifted_chunk(chunk, self.setup.rotation)
         output, lse = chunk_attention(chunk, wants_lse=entries.mass is not None)
-        self.settle_chunk(entries, ChunkStatistics(chunk, lse))
+        self.settle_chunk(entries, ChunkStatistics(chunk, lse, asked))
         return output
 
     def entries_of(self, keys: Tensor, values: Tensor, position: Tensor) -> Entries:
@@ -170,28 +177,27 @@ class PolicyLayer(CacheLayerMixin):
         """Let the policy plan on a chunk that has attended, and move what stays into slots."""
         if entries.mass is not None:
             entries.mass = (entries.mass + statistics.mass(self.setup.policy.reduction)).to(entries.mass.dtype)
+        if keeps_ring(self.setup.policy):
+            size = self.setup.policy.window_tokens
+            query, position, scaling = statistics.last_queries(size)
+            self._ring = ring_after(self._ring, query, position, size, scaling)
         if self.setup.pool is None:
             self._cut(entries, statistics)
         else:  # when the last layer of the pass has come
             self.setup.pool.arrive(entries, self.setup.num_layers, partial(self._cut, entries, statistics))
 
     def _cut(self, entries: Entries, statistics: Statistics) -> None:
-        policy = self.setup.policy
-        with self.setup.on_settle():
-            if not policy.bounded or When.PREFILL not in policy.when:
-                self._settle(entries, None)
-            elif not self._is_divided():
-                self._settle(
-                    entries, self._plan(entries, self._view(entries, statistics)) if self.ledger.over() else None
-                )
-            elif self.setup.waiting is None:
+        policy, self._num_heads = self.setup.policy, entries.position.shape[1]
+        cuts = policy.bounded and When.PREFILL in policy.when
+        with self.setup.on_settle(entries.keys.device):
+            if cuts and self._is_divided():
+                if self.setup.waiting is not None:
+                    self._wait(entries, self._view(entries, statistics))
+                    return
                 rows = range(len(self.ledger.seen))
                 self.ledger.divide([self._layer_entries(row)[self.setup.layer] for row in rows])
-                self._settle(
-                    entries, self._plan(entries, self._view(entries, statistics)) if self.ledger.over() else None
-                )
-            else:
-                self._wait(entries, self._view(entries, statistics))
+            plan = self._plan(entries, self._view(entries, statistics)) if cuts and self.ledger.over() else None
+            self._settle(entries, plan)
 
     def _is_divided(self) -> bool:
         """Whether some row exceeds its budget, and layers are not all given the same."""
@@ -206,7 +212,13 @@ class PolicyLayer(CacheLayerMixin):
         if seen <= uniform:
             return [uniform] * self.setup.num_layers
         protected = min(policy.smallest_budget_tokens, uniform)
-        room = Room(num_layers=self.setup.num_layers, budget=uniform, tokens=seen, protected=protected)
+        room = Room(
+            num_layers=self.setup.num_layers,
+            num_heads=self._num_heads,
+            budget=uniform,
+            tokens=seen,
+            protected=protected,
+        )
         return layer_entries(policy.allocation, policy.skip_layers, room, told)
 
     def _wait(self, entries: Entries, view: View) -> None:
@@ -221,7 +233,8 @@ class PolicyLayer(CacheLayerMixin):
         def cut(given: list[int]) -> None:
             self.ledger.divide(given)
             budget = torch.tensor(self.ledger.allowed(), dtype=torch.int64, device=view.budget.device)
-            self._settle(entries, self._plan(entries, replace(view, budget=budget)) if self.ledger.over() else None)
+            with self.setup.on_settle(entries.keys.device):  # the last layer's may be another one
+                self._settle(entries, self._plan(entries, replace(view, budget=budget)) if self.ledger.over() else None)
 
         waiting.arrive(told, self.setup.num_layers, cut, self._layer_entries)
 
@@ -232,20 +245,26 @@ class PolicyLayer(CacheLayerMixin):
         return plan
 
     def _view(self, entries: Entries, statistics: Statistics) -> View:
-        policy, window, probs = self.setup.policy, None, None
-        if Needs.WINDOW in self._needs:
-            window = statistics.last_rows(policy.window_tokens, policy.reduction)
-        if Needs.PROBS in self._needs:
-            probs = statistics.last_rows(1, policy.reduction)[:, :, 0]
+        policy, needs = self.setup.policy, self._needs
+        given: dict[str, Any] = {}
+        if Needs.WINDOW in needs:
+            given["window_or_none"] = statistics.last_rows(policy.window_tokens, policy.reduction)
+        if Needs.PROBS in needs:
+            given["probs_or_none"] = statistics.last_rows(1, policy.reduction)[:, :, 0]
+        if Needs.HEAD_ROWS in needs:
+            given["head_rows_or_none"] = statistics.head_rows(policy.window_tokens)
+        if self.setup.unrotation is not None:
+            mean, covariance = statistics.moments(self.setup.unrotation, policy.moments_from)
+            given |= {"query_mean_or_none": mean, "query_covariance_or_none": covariance}
+            given["rotation_or_none"] = self.setup.unrotation
         stored, memory = (0, None) if self.slots is None else (self.slots.capacity, self.slots.memory)
         return RowCounts(self.setup, self.ledger, entries.keys.device).view(
             self.setup.layer,
             entries,
             new_tokens=entries.position.shape[-1] - stored,
             prefill=True,
-            window=window,
-            probs=probs,
-            memory=memory,
+            memory_or_none=memory,
+            **given,
         )
 
     def _settle(self, entries: Entries, plan: Plan | None) -> None:
@@ -287,7 +306,7 @@ class PolicyLayer(CacheLayerMixin):
             slots.write(keys, values, self.counts.seen - 1)
         return (keys, values) if isinstance(slots, RaggedSlots) else (slots.entries.keys, slots.entries.values)
 
-    def _attend_answer(self, slots: Slots, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    def _attend_answer(self, slots: AnySlots, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
         """Return the output of generated tokens, (B, Hq, Q, D), none of which frees a victim, and take them in.
 
         keys, values (B, H, T, D): what is held, and the new ones. Nothing leaves between two of the tokens, so a causal
@@ -299,7 +318,7 @@ class PolicyLayer(CacheLayerMixin):
             self.counts.advance(self.ledger, new)
         self.ledger.arrive([new] * query.shape[0])
         position = self.counts.seen[:, None] - torch.arange(new, 0, -1, device=query.device)
-        stored = slots.entries.position[..., :held]
+        stored = slots.position[..., :held]
         chunk = Chunk(
             query=query,
             keys=keys,
@@ -310,14 +329,14 @@ class PolicyLayer(CacheLayerMixin):
             plain=False,
         )
         chunk = shifted_chunk(chunk, self.setup.rotation)
-        output, lse = chunk_attention(chunk, wants_lse=slots.entries.mass is not None)
-        if max(self.ledger.held) > slots.capacity:
-            slots.grow(max(self.ledger.held) + GROW_TOKENS)
-        at = slots.append(keys[:, :, held:], values[:, :, held:], position)
-        if slots.entries.mass is not None:
-            mass = ChunkStatistics(chunk, lse).mass(self.setup.policy.reduction).to(slots.entries.mass.dtype)
-            slots.entries.mass[..., :held] += mass[..., :held]
-            slots.entries.mass.scatter_(2, at, mass[..., held:])
+        output, lse = chunk_attention(chunk, wants_lse=Needs.MASS in self._needs)
+        mass = None
+        if Needs.MASS in self._needs:
+            mass = ChunkStatistics(chunk, lse).mass(self.setup.policy.reduction)
+            slots.add_mass(mass[..., :held])
+        if not slots.has_room(self.ledger.held):
+            slots.grow(new + GROW_TOKENS)
+        slots.append(keys[:, :, held:], values[:, :, held:], position, None if mass is None else mass[..., held:])
         return output
 
     def _attend_slots(self, slots: AnySlots, query: Tensor, scaling: float) -> tuple[Tensor, Tensor | None]:
@@ -370,7 +389,7 @@ class PolicyLayer(CacheLayerMixin):
         else:
             self._evict(slots, probs if Needs.PROBS in self._needs else None, by_kernels)
         self.ledger.evicted()
-        if self.cuts_blocks:
+        if self.cuts_blocks and self.ledger.block_tokens > 1:
             self.cut_block()
 
     def cut_block(self) -> None:
@@ -380,17 +399,29 @@ class PolicyLayer(CacheLayerMixin):
             return
         counts = RowCounts(self.setup, self.ledger, slots.length.device)
         entries, new_tokens = slots.entries, self.ledger.block_tokens
-        spread = slots.spread if isinstance(slots, RaggedSlots) else None
-        view = counts.view(self.setup.layer, entries, new_tokens=new_tokens, memory=slots.memory, spread=spread)
+        view = counts.view(self.setup.layer, entries, new_tokens=new_tokens, **self._block_statistics(slots, entries))
         plan = only_rows(self._plan(entries, view), torch.tensor(due, device=slots.length.device), view.valid)
         slots.cut(plan)
         self.ledger.cut_block()
+
+    def _block_statistics(self, slots: AnySlots, entries: Entries) -> dict[str, Any]:
+        """Return what the view of a block has beside the entries, by field."""
+        given: dict[str, Any] = {"memory_or_none": slots.memory}
+        if isinstance(slots, RaggedSlots):
+            given["spread_or_none"] = slots.spread
+        if self._ring is not None:
+            rows = self._ring.rows(entries.keys, entries.position)
+            if Needs.WINDOW in self._needs:
+                given["window_or_none"] = reduce_group(rows, self.setup.policy.reduction)
+            if Needs.HEAD_ROWS in self._needs:
+                given["head_rows_or_none"] = rows
+        return given
 
     def _evict(self, slots: AnySlots, probs: Tensor | None, by_kernels: bool) -> None:
         """Free one victim of every row and head that is over its budget."""
         assert self.counts is not None
         policy = self.setup.policy
-        view = self.counts.view(self.setup.layer, slots.entries, probs=probs, memory=slots.memory)
+        view = self.counts.view(self.setup.layer, slots.entries, probs_or_none=probs, memory_or_none=slots.memory)
         if not by_kernels:
             victim, over = checked_victim(policy, view), slots.over(view.budget)
             slots.release(victim, over)
@@ -415,11 +446,11 @@ class PolicyLayer(CacheLayerMixin):
             return None
         if self._cuts_every > 1:
             rows = RowCounts(self.setup, self.ledger, slots.length.device)
-            spread = slots.spread if isinstance(slots, RaggedSlots) else None
-            policy.plan(rows.view(self.setup.layer, slots.entries, memory=slots.memory, spread=spread))
+            entries = slots.entries
+            policy.plan(rows.view(self.setup.layer, entries, **self._block_statistics(slots, entries)))
             return None
         probs = torch.zeros_like(slots.position, dtype=torch.float32) if Needs.PROBS in self._needs else None
-        view = counts.view(self.setup.layer, slots.entries, probs=probs, memory=slots.memory)
+        view = counts.view(self.setup.layer, slots.entries, probs_or_none=probs, memory_or_none=slots.memory)
         if not (use_triton(slots.columns().keys) and _is_plain_score(policy)):
             return policy.victim(view)
         from kvbench.kernels.slot_writes import lowest_slot
@@ -431,7 +462,22 @@ class PolicyLayer(CacheLayerMixin):
         """Return the tensors that a decode step changes in place, keys and values excepted."""
         assert self.slots is not None
         assert self.counts is not None
-        return self.slots.state() + (self.counts.state() if self._leads else [])
+        shared = self.counts.state() if self._leads else []
+        return [*self.slots.state(), *shared, *([] if self._ring is None else self._ring.state())]
+
+    @property
+    def ring_bytes(self) -> int:
+        """Bytes of the last queries, where they are kept."""
+        return 0 if self._ring is None else self._ring.stored_bytes()
+
+    def move_into(self, slots: AnySlots, counts: StepCounts) -> None:
+        """Go on in buffers of the same shapes, into which all that this layer holds was copied."""
+        assert self.counts is not None
+        counts.follow(self.counts)
+        slots.ended = None
+        if isinstance(slots, RaggedSlots) and isinstance(self.slots, RaggedSlots):
+            slots.row_slots = self.slots.row_slots
+        self.slots, self.counts = slots, counts
 
     @property
     def keys(self) -> Tensor | None:

@@ -24,8 +24,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvbench.cache.allocation import Allocation, divided_heads
-from kvbench.cache.merge import Merge
+from kvbench.cache.parts import Allocation, Merge, divided_heads
 from kvbench.cache.selection import keep_top, lowest, outside, protected_range
 from kvbench.cache.view import Needs, Plan, View
 from kvbench.errors import ConfigError, NonFiniteChoiceError, NonFiniteError, PolicyError
@@ -45,8 +44,9 @@ class Policy:
 
     Class flags: `needs` (statistics computed for it), `when` (phases in which it cuts), `granularity`
     (do the heads of a layer share their entries), `reduction` (query heads to KV heads), `bounded`
-    (False: it ignores the budget, as the full cache does), `window_tokens` (queries of WINDOW) and
-    `native_positions` (the position mode its authors describe, used unless another is asked for).
+    (False: it ignores the budget, as the full cache does), `window_tokens` (queries of WINDOW and HEAD_ROWS),
+    `moments_from` (so many first tokens are not in MOMENTS) and `native_positions` (the position mode its
+    authors describe, used unless another is asked for).
     """
 
     needs: ClassVar[Needs] = Needs.NOTHING
@@ -55,6 +55,7 @@ class Policy:
     reduction: ClassVar[Literal["mean", "sum", "max"]] = "mean"
     bounded: ClassVar[bool] = True
     window_tokens: ClassVar[int] = 32
+    moments_from: ClassVar[int] = 0
     native_positions: ClassVar[Literal["original", "in_cache", "released"]] = "original"
 
     @property
@@ -211,7 +212,7 @@ def ranking(policy: ScorePolicy, view: View) -> Tensor:
     Raises: NonFiniteChoiceError if the score of an entry that is not protected is NaN.
     """
     score = policy._protected_score(view)
-    if bool(torch.isnan(score[view.valid]).any()):
+    if bool((score.isnan() & view.valid).any()):
         raise NonFiniteChoiceError(
             f"{type(policy).__name__}.score returned NaN in layer {view.layer}; scores must be numbers"
         )
@@ -239,7 +240,12 @@ def steps_between_cuts(policy: Policy) -> int | None:
     return policy.every_tokens if isinstance(policy, ScorePolicy) else 1
 
 
-def check_parts(policy: Policy) -> None:
+def keeps_ring(policy: Policy) -> bool:
+    """Return whether the last queries are kept while tokens are generated: rows are read where a block is cut."""
+    return (steps_between_cuts(policy) or 1) > 1 and bool(needs_of(policy) & (Needs.WINDOW | Needs.HEAD_ROWS))
+
+
+def check_parts(policy: Policy, positions: str = "original") -> None:
     """Raise ConfigError for parts that the policy, or one of them, cannot do its own share with."""
     if not isinstance(policy, ScorePolicy):
         return
@@ -268,7 +274,12 @@ def check_parts(policy: Policy) -> None:
         return
     if steps_between_cuts(policy) is None:
         raise ConfigError(f"policy.every_tokens is {policy.every_tokens}, but {kind.__name__} cuts the prompt only")
-    if missing := [need.name for need in (Needs.WINDOW, Needs.PROBS) if need in needs_of(policy)]:
+    if keeps_ring(policy) and positions != "original":
+        raise ConfigError(
+            f"policy.every_tokens is {policy.every_tokens} and {kind.__name__} reads rows of the last queries, which "
+            f"are kept as they were rotated, but positions is {positions!r}; use positions=original"
+        )
+    if missing := [need.name for need in (Needs.PROBS, Needs.MOMENTS) if need in needs_of(policy)]:
         raise ConfigError(
             f"policy.every_tokens is {policy.every_tokens}, but {kind.__name__} reads {missing[0]}, which is not there "
             "when a block of generated tokens is cut; use every_tokens=1"
@@ -352,6 +363,7 @@ def checked_plan(policy: Policy, view: View, allowed: list[int]) -> Plan:
 def check_statistics(view: View) -> None:
     """Raise NonFiniteError if attention that a policy is about to decide by is NaN: the model's numbers are."""
     statistics = {"mass": view.mass_or_none, "window": view.window_or_none, "probs": view.probs_or_none}
+    statistics["head_rows"] = None if view.head_rows_or_none is None else view.head_rows_or_none.flatten(2, 3)
     for name, numbers in statistics.items():
         valid = view.valid if numbers is None or numbers.ndim == 3 else view.valid[:, :, None]
         if numbers is not None and bool((numbers.isnan() & valid).any()):

@@ -10,7 +10,7 @@ it stands before much of the context, and several tokens share a place.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -36,20 +36,30 @@ class Rotation:
 
     frequencies: Tensor
     most_tokens: int | None = None
+    _elsewhere: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def on(self, device: torch.device) -> Tensor:
+        """Return the frequencies on `device`, copied there once: a step that copied would break a capture."""
+        if device == self.frequencies.device:
+            return self.frequencies
+        if device not in self._elsewhere:
+            self._elsewhere[device] = self.frequencies.to(device)
+        return self._elsewhere[device]
 
     def turn(self, states: Tensor, by: Tensor) -> Tensor:
         """Return `states` (..., T, D) turned by `by` (..., T) positions, in the dtype of `states`."""
-        angles = by[..., None].float() * self.frequencies.to(by.device)
+        angles = by[..., None].float() * self.on(by.device)
         cos, sin = angles.cos(), angles.sin()
         half = self.frequencies.shape[0]
         first, second, rest = states.float().tensor_split((half, 2 * half), dim=-1)
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
         return turned.to(states.dtype)
 
-    def tables(self, num_positions: int) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines (num_positions, D / 2) float32 of turning by 0, 1, ... positions."""
-        by = torch.arange(num_positions, device=self.frequencies.device)
-        angles = by[:, None].float() * self.frequencies
+    def tables(self, num_positions: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines (num_positions, D / 2) float32 on `device` of turning by 0, 1, ... positions."""
+        frequencies = self.frequencies if device is None else self.on(device)
+        by = torch.arange(num_positions, device=frequencies.device)
+        angles = by[:, None].float() * frequencies
         return angles.cos(), angles.sin()
 
 
@@ -91,11 +101,13 @@ class Places:
     """Where the tokens of a pass stand in positions=released; one object for the layers of a cache.
 
     transformers 4.31, which that code ran on, takes the length of the first layer's cache for the
-    position of a new token in every layer. `by` (B,) is that length minus the true position.
+    position of a new token in every layer. `by` (B,) is that length minus the true position, on the first
+    layer's device, and copied to the others once a pass.
     """
 
     rotation: Rotation
     by: Tensor | None = None
+    _elsewhere: dict[torch.device, Tensor] = field(default_factory=dict)
 
     def arrive(self, keys: Tensor, layer: int, length: Tensor, seen: Tensor) -> Tensor:
         """Return new keys (B, H, Q, D) where they stand from now on.
@@ -104,12 +116,18 @@ class Places:
         """
         if layer == 0 or self.by is None:
             self.by = length.amax(dim=-1) - seen
+            self._elsewhere.clear()
         return self.turned(keys)
 
     def turned(self, states: Tensor) -> Tensor:
         """Return the states (B, H, Q, D) of the tokens that arrived last where these stand."""
         assert self.by is not None
-        return self.rotation.turn(states, self.by[:, None, None].expand(states.shape[:3]))
+        by = self.by
+        if states.device != by.device:
+            if states.device not in self._elsewhere:
+                self._elsewhere[states.device] = by.to(states.device)
+            by = self._elsewhere[states.device]
+        return self.rotation.turn(states, by[:, None, None].expand(states.shape[:3]))
 
 
 def shifted_step(query: Tensor, keys: Tensor, position: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:

@@ -92,6 +92,21 @@ class RaggedSlots(Books):
             self.flat.mass.index_fill_(0, at, 0.0)
         self.length += 1
 
+    def append(self, keys: Tensor, values: Tensor, position: Tensor, mass: Tensor | None) -> None:
+        """Put N tokens, (B, H, N, D), at `position` (B, N) into fresh slots, as `Slots.append` does."""
+        within = self.length[..., None] + torch.arange(position.shape[1], device=position.device)
+        at = (self.start[..., None] + within).flatten()
+        self.flat.keys.index_copy_(0, at, keys.flatten(0, 2))
+        self.flat.values.index_copy_(0, at, values.flatten(0, 2))
+        self.flat.position.index_copy_(0, at, position[:, None].expand_as(within).flatten())
+        self.flat.kind.index_fill_(0, at, 0)
+        if self.flat.mass is not None and mass is not None:
+            self.flat.mass.index_copy_(0, at, mass.flatten().to(self.flat.mass.dtype))
+        if self.rank is not None:
+            self.rank.index_copy_(0, at, within.flatten().int())
+        self.length += position.shape[1]
+        self.advance()
+
     def release(self, victim: Tensor, over: Tensor) -> None:
         """Free `victim` (B, H), the slot of a head, where `over` (B, H) holds, as `Slots.release` does."""
         victim = self.chosen(victim, over)
@@ -109,7 +124,8 @@ class RaggedSlots(Books):
         """Add attention (B, H, C) that the slots received."""
         assert self.flat.mass is not None
         places, inside = self._places()
-        self.flat.mass.index_add_(0, places.flatten(), torch.where(inside, received, 0.0).flatten())
+        received = torch.where(inside, received, 0.0).to(self.flat.mass.dtype)
+        self.flat.mass.index_add_(0, places.flatten(), received.flatten())
 
     def has_room(self, held: list[int]) -> bool:
         """Whether the slots suffice where the heads of each row hold `held` entries on average."""

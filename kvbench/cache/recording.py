@@ -35,10 +35,11 @@ from torch import Tensor
 from transformers import Cache
 
 from kvbench.cache.attention import ChunkStatistics, Statistics
-from kvbench.cache.cache import PolicyCache
+from kvbench.cache.cache import PolicyCache, unrotation_of
 from kvbench.cache.counts import LayerSetup
 from kvbench.cache.layer import PolicyLayer
-from kvbench.cache.policy import UNLIMITED, Policy, needs_of
+from kvbench.cache.policy import UNLIMITED, Policy, keeps_ring, needs_of
+from kvbench.cache.positions import Rotation
 from kvbench.cache.ragged import RaggedSlots
 from kvbench.cache.slots import Entries, Slots
 from kvbench.cache.view import Needs, Plan
@@ -64,6 +65,9 @@ class LayerPrompt:
     lengths: tuple[int, ...]
     masses: dict[str, Tensor]
     rows: dict[_Rows, Tensor]
+    head_rows: dict[int, Tensor]
+    moments: dict[int, tuple[Tensor, Tensor]]
+    queries: dict[int, tuple[Tensor, Tensor, float]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +85,19 @@ class _Recorded:
         """Return the recorded rows (B, H, W, T)."""
         return self.prompt.rows[num_queries, reduction, Needs.MASS in needs_of(self.policy)].clone()
 
+    def head_rows(self, num_queries: int) -> Tensor:
+        """Return the recorded rows (B, H, G, W, T)."""
+        return self.prompt.head_rows[num_queries].clone()
+
+    def moments(self, rotation: Rotation, skip_tokens: int) -> tuple[Tensor, Tensor]:
+        """Return the recorded mean (B, H, G, D) and covariance (B, H, G, D, D)."""
+        mean, covariance = self.prompt.moments[skip_tokens]
+        return mean.clone(), covariance.clone()
+
+    def last_queries(self, num_queries: int) -> tuple[Tensor, Tensor, float]:
+        """Return the recorded queries (B, Hq, W, D), their positions (B, W) and the scaling."""
+        return self.prompt.queries[num_queries]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recording:
@@ -97,13 +114,16 @@ class _RecordingLayer(PolicyLayer):
         super().__init__(setup)
         self._masses = {p.reduction for p in policies if Needs.MASS in needs_of(p)}
         self._rows = {row for policy in policies for row in _rows_of(policy)}
+        self._head_rows = {p.window_tokens for p in policies if Needs.HEAD_ROWS in needs_of(p)}
+        self._skips = {p.moments_from for p in policies if Needs.MOMENTS in needs_of(p)}
+        self._rings = {p.window_tokens for p in policies if keeps_ring(p)}
         self.recorded: LayerPrompt | None = None
 
     def settle_chunk(self, entries: Entries, statistics: Statistics) -> None:
         """Keep what every policy may ask for."""
         assert isinstance(statistics, ChunkStatistics)
         # Kernels reuse what the forward gave for MASS; a policy without it computes its rows anew, and so does this.
-        alone = ChunkStatistics(statistics.chunk, None)
+        alone, unrotation = ChunkStatistics(statistics.chunk, None), self.setup.unrotation
         self.recorded = LayerPrompt(
             keys=entries.keys,
             values=entries.values,
@@ -111,7 +131,15 @@ class _RecordingLayer(PolicyLayer):
             lengths=tuple(self.ledger.seen),
             masses={reduction: statistics.mass(reduction) for reduction in self._masses},
             rows={row: (statistics if row[2] else alone).last_rows(row[0], row[1]) for row in self._rows},
+            head_rows={size: statistics.head_rows(size) for size in self._head_rows},
+            moments={} if unrotation is None else {skip: statistics.moments(unrotation, skip) for skip in self._skips},
+            queries={size: _copied(statistics.last_queries(size)) for size in self._rings},
         )
+
+
+def _copied(last: tuple[Tensor, Tensor, float]) -> tuple[Tensor, Tensor, float]:
+    """Return the last queries by themselves, so that the others are let go."""
+    return last[0].clone(), last[1].clone(), last[2]
 
 
 def _rows_of(policy: Policy) -> Iterator[_Rows]:
@@ -126,9 +154,10 @@ class PromptRecorder(Cache):
 
     def __init__(self, model: Any, policies: Iterable[Policy]) -> None:
         chosen, num_layers = list(policies), model.config.get_text_config().num_hidden_layers
+        unrotation = unrotation_of(model, chosen)
         stand_in = _WithMass() if any(Needs.MASS in needs_of(policy) for policy in chosen) else Policy()
         setups = (
-            LayerSetup(layer=index, num_layers=num_layers, policy=stand_in, budget=UNLIMITED)
+            LayerSetup(layer=index, num_layers=num_layers, policy=stand_in, budget=UNLIMITED, unrotation=unrotation)
             for index in range(num_layers)
         )
         self._recording = [_RecordingLayer(setup, chosen) for setup in setups]
@@ -210,7 +239,7 @@ class EvictionLog:
 
         Entries beyond the tokens that the row has seen are -1 too.
         """
-        return torch.stack([layer[row] for layer in self._freed]).cpu()
+        return torch.stack([layer[row].cpu() for layer in self._freed])
 
     def merged_into(self, row: int) -> Tensor | None:
         """Return (L, H, N) int64: the position of the entry that each one joined, -1 for none; None without merging."""
@@ -218,7 +247,7 @@ class EvictionLog:
             return None
         nothing = torch.full_like(self._freed[0], HELD)
         layers = [self._merged.get(index, nothing)[row, :, : self._num_tokens] for index in range(len(self._freed))]
-        return torch.stack(layers).cpu()
+        return torch.stack([layer.cpu() for layer in layers])
 
     def _column(self, position: Tensor, value: int) -> Tensor:
         """(B, H, N + 1) int64; the last place takes what is not to be noted."""

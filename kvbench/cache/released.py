@@ -82,5 +82,6 @@ class Pool:
 
 def _mean_mass(layers: list[Entries]) -> Tensor:
     """(B, H, T): the mean over layers and heads, the same for each head."""
-    masses = torch.stack([layer.mass for layer in layers if layer.mass is not None])
+    found = [layer.mass for layer in layers if layer.mass is not None]
+    masses = torch.stack([mass.to(found[0].device) for mass in found])  # layers may lie on several devices
     return masses.mean(dim=(0, 2)).unsqueeze(1).expand(masses.shape[1:])

@@ -20,6 +20,10 @@ def keep_top(score: Tensor, position: Tensor, budget: Tensor) -> Tensor:
     score of a held entry is NaN nothing is kept, which no plan may do.
     """
     budget = budget[:, None] if budget.ndim == 1 else budget
+    if use_triton(score):
+        from kvbench.kernels import ordering
+
+        return ordering.keep_top(score, position, budget)
     unknown = (score.isnan() & (position >= 0)).any(dim=-1, keepdim=True)
     score = score.masked_fill(position < 0, -torch.inf)
     newest_first = position.argsort(dim=-1, descending=True)
@@ -72,6 +76,10 @@ def protected_range(
 
 def age_rank(position: Tensor) -> Tensor:
     """Return (B, H, T) int64: how many held entries are older; empty slots come last."""
+    if use_triton(position, any_dtype=True):
+        from kvbench.kernels import ordering
+
+        return ordering.age_rank(position)
     return _inverse(oldest_first(position))
 
 
@@ -83,6 +91,10 @@ def _inverse(order: Tensor) -> Tensor:
 
 def oldest_first(position: Tensor) -> Tensor:
     """Return (B, H, T) int64: the entries from the oldest to the newest; empty slots come last."""
+    if use_triton(position, any_dtype=True):
+        from kvbench.kernels import ordering
+
+        return ordering.oldest_first(position)
     return torch.where(position >= 0, position, _NO_POSITION).argsort(dim=-1, stable=True)
 
 
@@ -117,8 +129,8 @@ def nearest_anchor(anchor: Tensor, member: Tensor, position: Tensor) -> Tensor:
     Elastic Cache's Eq. 2 (arXiv 2407.18121). anchor, member (B, H, T) bool; position (B, H, T).
     """
     length = anchor.shape[-1]
-    rank = age_rank(position)
-    slot = rank.argsort(dim=-1)
+    slot = oldest_first(position)
+    rank = _inverse(slot)
     own = torch.arange(length, device=anchor.device).expand_as(anchor)
     is_anchor = anchor.gather(-1, slot)
     before = torch.where(is_anchor, own, -1).cummax(dim=-1).values

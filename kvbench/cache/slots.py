@@ -128,8 +128,8 @@ class Slots(Books):
             self.entries.mass.scatter_(2, at, 0.0)
         self.length += 1
 
-    def append(self, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
-        """Put N tokens, (B, H, N, D), at `position` (B, N) into fresh slots; return which, (B, H, N).
+    def append(self, keys: Tensor, values: Tensor, position: Tensor, mass: Tensor | None) -> None:
+        """Put N tokens, (B, H, N, D), at `position` (B, N) into fresh slots; mass (B, H, N): what they received.
 
         No slot was ever freed, so all below `length` hold tokens, in their order; there is room for N more.
         """
@@ -140,13 +140,12 @@ class Slots(Books):
         self.entries.values.scatter_(2, wide, values)
         self.entries.position.scatter_(2, at, position[:, None].expand_as(at))
         self.entries.kind.scatter_(2, at, 0)
-        if self.entries.mass is not None:
-            self.entries.mass.scatter_(2, at, 0.0)
+        if self.entries.mass is not None and mass is not None:
+            self.entries.mass.scatter_(2, at, mass.to(self.entries.mass.dtype))
         if self.rank is not None:
             self.rank.scatter_(2, at, at.int())
         self.length += position.shape[1]
         self.advance()
-        return at
 
     def release(self, victim: Tensor, over: Tensor) -> None:
         """Free `victim` (B, H) where `over` (B, H) holds; the others take a fresh slot next.
@@ -165,9 +164,9 @@ class Slots(Books):
         return self.length > budget[:, None]
 
     def add_mass(self, received: Tensor) -> None:
-        """Add attention (B, H, C) that the slots received."""
+        """Add attention (B, H, C') that the first slots received."""
         assert self.entries.mass is not None
-        self.entries.mass += received
+        self.entries.mass[..., : received.shape[-1]] += received.to(self.entries.mass.dtype)
 
     def has_room(self, held: list[int]) -> bool:
         """Whether each row's slots suffice for `held` entries."""

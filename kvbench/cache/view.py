@@ -8,10 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Flag, IntEnum, auto
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
 from kvbench.errors import PolicyError
+
+if TYPE_CHECKING:
+    from kvbench.cache.positions import Rotation
+
+_T = TypeVar("_T")
 
 
 class Needs(Flag):
@@ -19,8 +25,11 @@ class Needs(Flag):
 
     NOTHING = 0
     MASS = auto()  # attention received so far, summed over all queries
-    WINDOW = auto()  # attention rows of the last queries of the prompt
+    WINDOW = auto()  # attention rows of the last queries: of the prompt, and where a block of tokens is cut
     PROBS = auto()  # attention row of the newest query
+    HEAD_ROWS = auto()  # as WINDOW, of each query head by itself
+    MOMENTS = auto()  # mean and covariance of the prompt's queries before rotation
+    OUTPUT = auto()  # the weight of the layer's output projection
 
 
 class Kind(IntEnum):
@@ -63,6 +72,11 @@ class View:
     probs_or_none: Tensor | None = None
     memory_or_none: Tensor | None = None
     spread_or_none: Tensor | None = None
+    head_rows_or_none: Tensor | None = None
+    query_mean_or_none: Tensor | None = None
+    query_covariance_or_none: Tensor | None = None
+    rotation_or_none: Rotation | None = None
+    output_weight_or_none: Tensor | None = None
 
     @property
     def valid(self) -> Tensor:
@@ -76,8 +90,33 @@ class View:
 
     @property
     def window(self) -> Tensor:
-        """(B, H, W, T) float32: attention rows of the prompt's last W queries; prefill only."""
+        """(B, H, W, T) float32: attention rows of the last W queries, where a prompt or a block of tokens is cut."""
         return _declared(self.window_or_none, "WINDOW")
+
+    @property
+    def head_rows(self) -> Tensor:
+        """(B, H, G, W, T) float32: attention rows of the last W queries, of each of a KV head's G query heads."""
+        return _declared(self.head_rows_or_none, "HEAD_ROWS")
+
+    @property
+    def query_mean(self) -> Tensor:
+        """(B, H, G, D) float32: mean of the prompt's queries before rotation, without the first `moments_from`."""
+        return _declared(self.query_mean_or_none, "MOMENTS")
+
+    @property
+    def query_covariance(self) -> Tensor:
+        """(B, H, G, D, D) float32: covariance of the same queries, over their number."""
+        return _declared(self.query_covariance_or_none, "MOMENTS")
+
+    @property
+    def rotation(self) -> Rotation:
+        """How the model rotates queries and keys, by which means can be turned to a place."""
+        return _declared(self.rotation_or_none, "MOMENTS")
+
+    @property
+    def output_weight(self) -> Tensor:
+        """(H, G, D, E): the output projection of each query head, from its D numbers to the model's E; a view of it."""
+        return _declared(self.output_weight_or_none, "OUTPUT")
 
     @property
     def probs(self) -> Tensor:
@@ -85,7 +124,7 @@ class View:
         return _declared(self.probs_or_none, "PROBS")
 
 
-def _declared(statistic: Tensor | None, name: str) -> Tensor:
+def _declared(statistic: _T | None, name: str) -> _T:
     if statistic is None:
         raise PolicyError(
             f"the policy reads Needs.{name}, which it did not declare or which this phase does not have. "

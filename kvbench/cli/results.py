@@ -47,6 +47,7 @@ def _parser() -> Parser:
             command.add_argument("--status", action="append", help=f"only this status: {', '.join(STATUSES)}")
         if name in ("csv", "parquet"):
             command.add_argument("--samples", action="store_true", help="a row per cell and sample")
+            command.add_argument("--long", action="store_true", help="a row per cell and measurement, with its unit")
             command.add_argument("--quality", action="store_true", help="only what a second run gives again")
             command.add_argument("--out", type=Path, help="file to write")
         if name == "show":
@@ -121,12 +122,15 @@ def _table(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from kvbench.report import tables
 
-    if args.samples and args.quality:
-        raise ConfigError("--samples and --quality are two different tables; give one of them")
-    make = tables.samples_frame if args.samples else tables.quality_frame if args.quality else tables.cells_frame
+    kinds = {"samples": tables.samples_frame, "long": tables.long_frame, "quality": tables.quality_frame}
+    asked = [name for name in kinds if getattr(args, name)]
+    if len(asked) > 1:
+        raise ConfigError(f"{' and '.join(f'--{name}' for name in asked)} are different tables; give one of them")
+    make = kinds[asked[0]] if asked else tables.cells_frame
     frame = make(_selected(args))
     if args.command == "parquet":
-        path = args.out or args.folder / ("samples.parquet" if args.samples else "table.parquet")
+        name = "samples" if args.samples else "table_long" if args.long else "table"
+        path = args.out or args.folder / f"{name}.parquet"
         print(write_out(path, tables.parquet_bytes(frame)))
     elif args.out is None:
         print(tables.csv_text(frame), end="")
@@ -158,7 +162,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], int | None]]] = {
     "list": ("one line per cell: key, status, policy, budget, sweep, when", _list),
     "show": ("everything about one cell: settings, numbers, environment, attempts", _show),
     "table": ("the results table", _table),
-    "csv": ("a row per cell, or per cell and sample, to the terminal or a file", _export),
+    "csv": ("a row per cell, per cell and measurement, or per cell and sample, to the terminal or a file", _export),
     "parquet": ("the same as a Parquet file", _export),
     "verify": ("check every file; exit code 1 if one must not be believed", _verify),
     "gc": ("list what killed processes left behind; --delete removes it", _gc),

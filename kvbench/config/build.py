@@ -32,7 +32,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from kvbench import installed_version
 from kvbench.autopsy.settings import AutopsySettings
-from kvbench.cache import CACHE_SEMANTICS, Budget, Policy, When
+from kvbench.cache import CACHE_SEMANTICS, Budget, Policy, ScorePolicy, When
 from kvbench.cache.policy import check_parts, is_unset_part
 from kvbench.cache.positions import POSITION_MODES, PositionMode
 from kvbench.cache.released import departures_of
@@ -52,7 +52,7 @@ from kvbench.config.checks import (
 )
 from kvbench.config.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError, close_matches
-from kvbench.measures import FACT_MEASURES, MEASURES
+from kvbench.measures import FACT_MEASURES, MEASURES, measure_named
 from kvbench.models.spec import ModelSpec, takes_images
 from kvbench.sinks.base import SinkGroup
 from kvbench.sweep.cell import (
@@ -61,8 +61,9 @@ from kvbench.sweep.cell import (
     Cell,
     check_fit,
     check_windows,
-    resolve_device,
+    resolve_devices,
     resolve_engine,
+    resolve_spread_engine,
 )
 from kvbench.tasks.decode import CacheSetting
 
@@ -236,6 +237,7 @@ _PATH_SETTINGS = ("path", "images", "answers", "ids", "templates", "filler")  # 
 _OF_THE_CLASS = {"class", "source", "protocol", "fingerprint"}
 _NUMERIC_PACKAGES = ("torch", "transformers")
 _EVICTS_AT = {When.BOTH: "prompt and decode", When.PREFILL: "prompt", When.DECODE: "decode"}
+_AUTO = "auto"
 _SHARED = ("results", "sweep", "force", "sink", "worker", "autopsy", "objective")
 # What kvbench's own tasks measure, as patterns of names, each task's own measure first; FACTS are the names for what a
 # data set knows to be true. Anybody else's class may have `measures` of the kind.
@@ -289,18 +291,22 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
     config, shared = composed.config, shared or Shared()
     policy: Policy = build(config.policy, "policy", is_a=Policy)
     budget: Budget = build(config.budget, "budget", is_a=Budget)
-    model = shared.build(config.model, "model", is_a=ModelSpec)
+    asked: ModelSpec = shared.build(config.model, "model", is_a=ModelSpec)
+    model, device = shared.once(
+        ("devices", id(asked), config.device), lambda: resolve_devices(asked, str(config.device))
+    )
     dataset = shared.build(config.dataset, "dataset", has=("facts_in",))
     tasks = {str(name): build(node, f"task.{name}", has=("run", "protocol")) for name, node in config.task.items()}
     if not tasks:
         raise ConfigError("no task is left, so nothing would be measured; choose task=all or another one")
     query_visible = truth(config.query_visible, "query_visible")
     beyond_context = _beyond_context(config)
-    batch_size, seed = _whole(config, "batch_size", at_least=1), _whole(config, "seed", at_least=None)
-    device = resolve_device(str(config.device))
-    engine = resolve_engine(str(config.engine), device)
+    batch_size, seed = _batch_size(config), _whole(config, "seed", at_least=None)
+    engine_asked = str(config.engine)
+    spread = model.devices is not None
+    engine = resolve_spread_engine(engine_asked) if spread else resolve_engine(engine_asked, device)
     setting = CacheSetting(policy=policy, budget=budget, positions=_positions(config, policy), engine=engine)
-    check_parts(policy)
+    check_parts(policy, setting.positions)
     check_budget_fits(policy, budget)
 
     def check_combination() -> bool:
@@ -329,7 +335,7 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
         "engine": setting.engine,
         "task": {name: plugin_key(task, config.task[name]) for name, task in tasks.items()},
         "cache_semantics": CACHE_SEMANTICS,
-        "batch_size": batch_size,
+        "batch_size": batch_size or _AUTO,
         "seed": seed,
         "device": device.split(":")[0],
         "versions": dict(_versions()),
@@ -374,9 +380,8 @@ def build_objective(
     if not names or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"objective is {asked!r:.80}; it must be the name of a measure, or a list of names")
     known = [name for found in given.values() for name in found or ()]
+    names = [measure_named("objective", name) for name in names]
     for name in names:
-        if name not in MEASURES:
-            raise ConfigError(f"objective is {name!r:.80}; {close_matches(name, MEASURES)}")
         if MEASURES[name].better == "none":
             raise ConfigError(f"objective is {name!r}, of which neither less nor more is better; choose another one")
         if name not in known and None not in given.values():
@@ -490,11 +495,18 @@ def _built_part(value: Any, hint: Any, name: str) -> Any:
     return build(OmegaConf.create(value), name, is_a=typing.cast(Any, kinds[0])) if kinds else value
 
 
-def _whole(config: DictConfig, name: str, *, at_least: int | None) -> int:
+def _batch_size(config: DictConfig) -> int | None:
+    """Return the prompts decoded together, None where they are chosen when the model is loaded."""
+    if config.batch_size == _AUTO:
+        return None
+    return _whole(config, "batch_size", at_least=1, or_else=f", or {_AUTO}")
+
+
+def _whole(config: DictConfig, name: str, *, at_least: int | None, or_else: str = "") -> int:
     value = config[name]
     if not isinstance(value, int) or isinstance(value, bool) or (at_least is not None and value < at_least):
         floor = "" if at_least is None else f" of at least {at_least}"
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number{floor}")
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number{floor}{or_else}")
     if not -(2**63) <= value < 2**63:
         raise ConfigError(f"{name} is {value}; it must fit into 64 bits")
     return value
@@ -547,12 +559,16 @@ def _labels(composed: Composed, model: ModelSpec, dataset: Any, setting: CacheSe
     names = {group: str(composed.choices[group]) for group in ("model", "dataset", "policy")}
     names["model"] = model.checkpoint_name if names["model"] == _ANY_CHECKPOINT else names["model"]
     names["model"] += " (random weights)" if model.is_random else ""
+    names["model"] += f" over {len(model.devices)} GPUs" if model.devices is not None else ""
     parts = [composed.choices.get(f"policy/{part}") for part in _PARTS]
     names["policy"] = "+".join([names["policy"], *(part for part in parts if part is not None)])
     names["dataset"] = getattr(dataset, "label", names["dataset"])
     limits = {"budget_fraction": budget.fraction, "budget_tokens": budget.tokens}
     rounds = "up" if departures_of(policy).counts_as_released and budget.fraction is not None else "down"
     rule = {"evicts_at": _EVICTS_AT[policy.when], "budget_rounds": rounds}
+    allocation = policy.allocation if isinstance(policy, ScorePolicy) else None
+    if allocation is not None and allocation.total != "exact":
+        rule["budget_total"] = allocation.total
     bounded = {"budget": budget.describe(), **limits, **rule}
     unbounded = {"budget": "-", **dict.fromkeys(limits)}
     return {**names, **(bounded if policy.bounded else unbounded), "positions": setting.positions}

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvbench.config.compose import Composed
-from kvbench.errors import ConfigError, KvbenchError, close_matches
+from kvbench.errors import ConfigError, KvbenchError
 from kvbench.frontier.table import Frontier, Look, Outcome, Search, SearchStatus
-from kvbench.measures import MEASURES, measure
+from kvbench.measures import MEASURES, measure, measure_named
 from kvbench.report.compare import Ability, Choices, Comparison, compare
 from kvbench.report.load import CellResult, Group, load_results
 from kvbench.results.files import canonical_json
@@ -47,10 +47,7 @@ def task_words(name: str) -> list[str]:
 
 def asked(own: Mapping[str, str]) -> tuple[str, float]:
     """Return measure and margin. Raises: ConfigError."""
-    name = own.get("measure", "rougeL_vs_full")
-    known = [one for one in MEASURES if is_quality(one)]
-    if name not in known:
-        raise ConfigError(f"measure is {name!r}; {close_matches(name, known)}")
+    name = measure_named("measure", own.get("measure", "rougeL_vs_full"), filter(is_quality, MEASURES))
     margin = _number("margin", own["margin"]) if "margin" in own else smallest_margin(name)
     assert margin is not None
     if not _SMALLEST_MARGIN <= margin < 10:

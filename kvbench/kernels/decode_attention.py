@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbench.kernels.dispatch import interpreted
+from kvbench.kernels.dispatch import interpreted, on_its_device
 
 # mypy: ignore-errors
 # Kernels are written in Triton's language, not Python's.
@@ -241,6 +241,7 @@ class Ragged(NamedTuple):
     capacity: int
 
 
+@on_its_device
 def decode_attention(
     query: Tensor,
     keys: Tensor,

@@ -6,11 +6,12 @@ Modules that import triton are imported only after `use_triton` said yes, so kvb
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from importlib.util import find_spec
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 256  # numbers in a head that one tile of the prefill kernels holds
 MAX_ROWS = 64  # batch of a decode step up to which the matrix kernels beat the library
 _forced: list[bool] = []
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 @cache
@@ -61,6 +64,24 @@ def kernels_forced(to_triton: bool) -> Iterator[None]:
         yield
     finally:
         _forced.pop()
+
+
+def on_its_device(launcher: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Make the device of the first argument (a tensor, `Chunk` or `SlotColumns`) the current one while `launcher` runs.
+
+    Triton launches on the current device whatever its arguments lie on; torch's own operations look at them.
+    """
+
+    @wraps(launcher)
+    def launched(*args: _P.args, **options: _P.kwargs) -> _R:
+        first = args[0]
+        device = (first if isinstance(first, Tensor) else first.keys).device  # type: ignore[attr-defined]
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return launcher(*args, **options)
+        with torch.cuda.device(device):
+            return launcher(*args, **options)
+
+    return launched
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

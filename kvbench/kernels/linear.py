@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbench.kernels.dispatch import interpreted
+from kvbench.kernels.dispatch import interpreted, on_its_device
 
 # mypy: ignore-errors
 # Kernels are written in Triton's language, not Python's.
@@ -139,6 +139,7 @@ def gate_up(
     _store(g * tl.sigmoid(g) * u, x, out, first, size, rows, BLOCK_M, BLOCK_N, False)
 
 
+@on_its_device
 def project_rows(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
     """Return x (B, 1, K) times each of one to three weights (N, K), each (B, 1, N); all have a bias or none has."""
     rows, _, width = x.shape
@@ -152,6 +153,7 @@ def project_rows(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor |
     return outputs
 
 
+@on_its_device
 def gated_rows(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(x gate^T) * (x up^T), (B, 1, N): x (B, 1, K), gate and up (N, K)."""
     rows, _, width = x.shape

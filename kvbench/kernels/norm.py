@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvbench.kernels.dispatch import on_its_device
+
 # mypy: ignore-errors
 # Kernels are written in Triton's language, not Python's.
 
@@ -94,6 +96,7 @@ def add_and_norm_rows(x: Tensor, delta: Tensor, weight: Tensor, epsilon: float) 
     return total, normed
 
 
+@on_its_device
 def rotate_rows(queries: Tensor, keys: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
     """Return both turned: queries (B, Hq, 1, D), keys (B, H, 1, D), tables (B or 1, 1, D)."""
     queries, keys = (states if states.stride(-1) == 1 else states.contiguous() for states in (queries, keys))
@@ -123,6 +126,7 @@ def rotate_rows(queries: Tensor, keys: Tensor, cosines: Tensor, sines: Tensor) -
     return turned_queries, turned_keys
 
 
+@on_its_device
 def _norm(
     x: Tensor, delta: Tensor, weight: Tensor, total: Tensor, normed: Tensor, epsilon: float, *, add: bool
 ) -> None:

@@ -3,11 +3,12 @@
 The statistics are passes over tiles of QK^T that never store a matrix of queries by keys; none adds up by atomics, so
 a result is the same every time. A row's log-sum-exp (`row_lse`) is worked out where the fused forward does not hand it
 out: pads, stored entries, float32. From it one pass gives what each entry receives (`column_mass`, which H2O and
-Elastic need) and another the rows of a few queries, reduced to KV heads at once (`window_rows`). The references are
-the plain branches of `column_mass` and `last_rows` in `kvbench.cache.attention`.
+Elastic need; it makes half of the forward's products and as many powers of two) and another the rows of a few queries,
+reduced to KV heads at once (`window_rows`). The references are the plain branches of `column_mass` and `last_rows` in
+`kvbench.cache.attention`.
 
-Block sizes are constants by dtype and head size: no search at run time, so results and warm-up do not depend on what
-ran before.
+Block sizes are constants by dtype, head size and length: no search at run time, so results and warm-up do not depend
+on what ran before.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbench.kernels.dispatch import Chunk, interpreted
+from kvbench.kernels.dispatch import Chunk, interpreted, on_its_device
 
 
 def flash_takes(query: Tensor) -> bool:
@@ -73,12 +74,17 @@ def _flash(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tiles:
-    """Queries and keys of one tile, warps of a program, and loads in flight."""
+    """Queries and keys of one tile, warps of a program, and loads in flight.
+
+    max_registers: those a thread may take, so that more programs run beside one another; ahead: `_column_mass`.
+    """
 
     block_q: int
     block_k: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+    ahead: bool = False
 
 
 _HALF = {
@@ -91,6 +97,28 @@ _SINGLE = {
     128: Tiles(block_q=32, block_k=64, num_warps=4, num_stages=2),
     256: Tiles(block_q=32, block_k=32, num_warps=4, num_stages=1),
 }
+
+
+_MASS = {
+    64: Tiles(block_q=64, block_k=128, num_warps=4, num_stages=3),
+    128: Tiles(block_q=64, block_k=128, num_warps=4, num_stages=2),
+    256: Tiles(block_q=64, block_k=64, num_warps=4, num_stages=2),
+}
+_LONG_MASS = Tiles(block_q=64, block_k=256, num_warps=8, num_stages=2, max_registers=128)
+_LONG_TOKENS = 4096
+
+
+def mass_tiles_for(query: Tensor, entries: int, reduction: str) -> Tiles:
+    """Return the block sizes of the walk over queries (B, Hq, Q, D) by blocks of keys.
+
+    Over long prompts a program takes twice the keys, so that queries are read half as often; over short ones half of
+    such a block would lie beyond the diagonal. `max` holds two tiles, for which a long block has no registers.
+    """
+    if query.dtype == torch.float32:
+        return tiles_for(query)
+    if entries >= _LONG_TOKENS and query.shape[-1] <= 128 and reduction != "max":
+        return _LONG_MASS
+    return next(tiles for width, tiles in _MASS.items() if query.shape[-1] <= width)
 
 
 def tiles_for(query: Tensor) -> Tiles:
@@ -142,12 +170,58 @@ def _sees(held_at, asks_at, PLAIN: tl.constexpr):
 
 
 @triton.jit
-def _logits(left, right, scale, UPCAST: tl.constexpr):
-    """Return left (M, D) times right (D, N) times scale, accumulated in float32, never in TF32."""
+def _products(left, right, UPCAST: tl.constexpr):
+    """Return left (M, D) times right (D, N), accumulated in float32, never in TF32."""
     if UPCAST:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
-    return tl.dot(left, right, input_precision="ieee") * scale
+    return tl.dot(left, right, input_precision="ieee")
+
+
+@triton.jit
+def _logits(left, right, scale, UPCAST: tl.constexpr):
+    """Return their products times scale."""
+    return _products(left, right, UPCAST) * scale
+
+
+@triton.jit
+def _tile_of_queries(
+    query,
+    lse,
+    step,
+    last_block,
+    query_h,
+    query_t,
+    queries,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Return a KV head's tile number `step`: queries (BLOCK_D, BLOCK_Q), log-sum-exp as a power of two, their numbers.
+
+    Newest first, so that neighbours read the same queries; of a block one query head of the group after the other.
+    """
+    member = step % GROUP
+    first_query = (last_block - step // GROUP) * BLOCK_Q
+    at_q = first_query + tl.arange(0, BLOCK_Q)
+    q = _loaded_across(query + member * query_h, first_query, queries, query_t, BLOCK_Q, WIDTH, BLOCK_D)
+    normaliser = tl.load(lse + tl.cast(member, tl.int64) * queries + at_q, mask=at_q < queries, other=float("inf"))
+    return q, normaliser * 1.4426950408889634, at_q
+
+
+@triton.jit
+def _weights(products, scale, normaliser):
+    """Return the softmax weights of products (BLOCK_K, BLOCK_Q): a multiplication, a subtraction, a power of two."""
+    return tl.exp2(products * scale - normaliser[None, :])
+
+
+@triton.jit
+def _added(total, lost, weights):
+    """Return the sum per key and what it is in excess by (Kahan): the walk over a long prompt is one long sum."""
+    more = tl.sum(weights, axis=1) - lost
+    larger = total + more
+    return larger, (larger - total) - more
 
 
 @triton.jit(do_not_specialize=["queries", "entries"])
@@ -178,10 +252,12 @@ def _column_mass(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """One program owns a block of keys of one KV head and walks the queries that may see it.
+    """One program owns a block of keys of one KV head and walks the queries that may see it, of all its query heads.
 
-    Newest first, so that neighbours read the same queries.
+    First the blocks of a plain prompt that see all of these keys, without a mask; AHEAD: the products of a tile are
+    made while the tile before is added up, which takes twice the registers. Then the others, query by query.
     """
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
@@ -189,29 +265,50 @@ def _column_mass(
     at_k = first_key + tl.arange(0, BLOCK_K)
     k = _loaded(keys + batch * keys_b + head * keys_h, first_key, entries, keys_t, BLOCK_K, WIDTH, BLOCK_D)
     held_at = _stands_at(key_position + batch * position_b + head * position_h, at_k, entries, at_k, PLAIN)
+    query += batch * query_b + head * GROUP * query_h
+    lse += row * GROUP * queries
+    scale *= 1.4426950408889634
     first_block = tl.maximum(first_key - stored, 0) // BLOCK_Q
     last_block = tl.cdiv(queries, BLOCK_Q) - 1
-    total = tl.zeros((BLOCK_K, BLOCK_Q), dtype=tl.float32)
-    largest = tl.zeros((BLOCK_K, BLOCK_Q), dtype=tl.float32)
-    for step in range(0, (last_block - first_block + 1) * GROUP):
-        member = step % GROUP
-        first_query = (last_block - step // GROUP) * BLOCK_Q
-        at_q = first_query + tl.arange(0, BLOCK_Q)
-        states = query + batch * query_b + (head * GROUP + member) * query_h
-        q = _loaded_across(states, first_query, queries, query_t, BLOCK_Q, WIDTH, BLOCK_D)
-        normaliser = tl.load(lse + (row * GROUP + member) * queries + at_q, mask=at_q < queries, other=float("inf"))
+    whole = 0
+    if PLAIN and REDUCTION != "max":
+        first_whole = tl.cdiv(tl.maximum(first_key + BLOCK_K - 1 - stored, 0), BLOCK_Q)
+        whole = tl.maximum(last_block + 1 - first_whole, 0) * GROUP
+    total = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    lost = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    if AHEAD:
+        products = tl.zeros((BLOCK_K, BLOCK_Q), dtype=tl.float32)
+        normaliser = tl.full((BLOCK_Q,), float("inf"), dtype=tl.float32)
+        for step in range(0, whole):
+            q, coming, _ = _tile_of_queries(
+                query, lse, step, last_block, query_h, query_t, queries, GROUP, WIDTH, BLOCK_Q, BLOCK_D
+            )
+            made = _products(k, q, UPCAST)
+            total, lost = _added(total, lost, _weights(products, scale, normaliser))
+            products, normaliser = made, coming
+        total, lost = _added(total, lost, _weights(products, scale, normaliser))
+    else:
+        for step in range(0, whole):
+            q, normaliser, _ = _tile_of_queries(
+                query, lse, step, last_block, query_h, query_t, queries, GROUP, WIDTH, BLOCK_Q, BLOCK_D
+            )
+            total, lost = _added(total, lost, _weights(_products(k, q, UPCAST), scale, normaliser))
+    if REDUCTION == "max":
+        largest = tl.zeros((BLOCK_K, BLOCK_Q), dtype=tl.float32)
+    for step in range(whole, (last_block - first_block + 1) * GROUP):
+        q, normaliser, at_q = _tile_of_queries(
+            query, lse, step, last_block, query_h, query_t, queries, GROUP, WIDTH, BLOCK_Q, BLOCK_D
+        )
         asks_at = _stands_at(query_position + batch * queries, at_q, queries, stored + at_q, PLAIN)
-        weights = tl.exp(_logits(k, q, scale, UPCAST) - normaliser[None, :])
+        weights = _weights(_products(k, q, UPCAST), scale, normaliser)
         weights = tl.where(_sees(held_at[:, None], asks_at[None, :], PLAIN), weights, 0.0)
         if REDUCTION == "max":
-            largest = tl.maximum(tl.where(member == 0, 0.0, largest), weights)
-            total += tl.where(member == GROUP - 1, largest, 0.0)
-        else:
-            total += weights
-    received = tl.sum(total, axis=1)
+            largest = tl.maximum(tl.where(step % GROUP == 0, 0.0, largest), weights)
+            weights = tl.where(step % GROUP == GROUP - 1, largest, 0.0)
+        total, lost = _added(total, lost, weights)
     if REDUCTION == "mean":
-        received = received / GROUP
-    tl.store(mass + row * entries + at_k, received, mask=at_k < entries)
+        total = total / GROUP
+    tl.store(mass + row * entries + at_k, total, mask=at_k < entries)
 
 
 @triton.jit(do_not_specialize=["queries", "entries"])
@@ -321,20 +418,23 @@ def _row_lse(
     tl.store(lse + row * queries + at_q, result, mask=at_q < queries)
 
 
+@on_its_device
 def column_mass(chunk: Chunk, reduction: str, lse: Tensor | None = None) -> Tensor:
     """Return (B, H, T) float32: what each entry receives from all queries of the chunk.
 
     lse (B, Hq, Q) float32, worked out where it is not given; +inf for a query that does not count. The query heads of
     a group are reduced by `mean`, `sum` or `max`, the last per query before queries are summed.
     """
-    tiles, (batch, heads, entries, _) = tiles_for(chunk.query), chunk.keys.shape
+    batch, heads, entries, _ = chunk.keys.shape
+    tiles = mass_tiles_for(chunk.query, entries, reduction)
     mass = torch.empty((batch, heads, entries), dtype=torch.float32, device=chunk.keys.device)
     grid = (triton.cdiv(entries, tiles.block_k), batch * heads)
     lse = row_lse(chunk) if lse is None else lse.contiguous()
-    _launch(_column_mass[grid], chunk, tiles, mass, lse, REDUCTION=reduction)
+    _launch(_column_mass[grid], chunk, tiles, mass, lse, REDUCTION=reduction, AHEAD=tiles.ahead)
     return mass
 
 
+@on_its_device
 def window_rows(chunk: Chunk, reduction: str, lse: Tensor | None = None) -> Tensor:
     """Return (B, H, Q, T) float32, the rows of all queries of the chunk; `lse` and `reduction` as in `column_mass`."""
     tiles, queries, (batch, heads, entries, _) = tiles_for(chunk.query), chunk.query.shape[2], chunk.keys.shape
@@ -345,6 +445,7 @@ def window_rows(chunk: Chunk, reduction: str, lse: Tensor | None = None) -> Tens
     return rows
 
 
+@on_its_device
 def row_lse(chunk: Chunk) -> Tensor:
     """Return (B, Hq, Q) float32, +inf for a query that sees nothing, so that its weights are zero."""
     tiles, (batch, query_heads, queries, _) = row_tiles_for(chunk.query), chunk.query.shape
@@ -354,7 +455,7 @@ def row_lse(chunk: Chunk) -> Tensor:
     return lse
 
 
-def _launch(kernel: Any, chunk: Chunk, tiles: Tiles, written: Tensor, *lse: Tensor, **constants: str) -> None:
+def _launch(kernel: Any, chunk: Chunk, tiles: Tiles, written: Tensor, *lse: Tensor, **constants: str | bool) -> None:
     """Launch one of the three kernels, which writes `written` and may read the rows' log-sum-exp."""
     query, keys, key_position = _in_line(chunk.query), _in_line(chunk.keys), _in_line(chunk.key_position)
     width = query.shape[-1]
@@ -381,6 +482,7 @@ def _launch(kernel: Any, chunk: Chunk, tiles: Tiles, written: Tensor, *lse: Tens
         UPCAST=interpreted() and query.dtype != torch.float32,  # numpy, which interprets, has no bfloat16
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        **({} if tiles.max_registers is None else {"maxnreg": tiles.max_registers}),
         **constants,
     )
 

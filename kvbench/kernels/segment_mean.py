@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvbench.kernels.dispatch import on_its_device
+
 _MEMBERS = 32
 
 
@@ -38,6 +40,7 @@ def buckets_of(into: Tensor, held: Tensor, order: Tensor, length: Tensor) -> Buc
     return Buckets(members=members, start=start, end=end, order=order, length=length.contiguous())
 
 
+@on_its_device
 def segment_mean(states: Tensor, buckets: Buckets, *, add_up: bool = False) -> Tensor:
     """Return (B, H, C, D) in the dtype of `states` (B, H, T, D): the mean of each slot's bucket, 0 in slots not filled.
 

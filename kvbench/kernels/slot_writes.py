@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbench.kernels.dispatch import SlotColumns
+from kvbench.kernels.dispatch import SlotColumns, on_its_device
 
 # mypy: ignore-errors
 # Kernels are written in Triton's language, not Python's.
@@ -167,6 +167,7 @@ def free_victim(
 _MOST_SLOTS = 4096  # a block reads so many at once: each block more waits for memory once more
 
 
+@on_its_device
 def write_slot(columns: SlotColumns, keys: Tensor, values: Tensor, seen: Tensor, *, advance: bool) -> None:
     """Put one token, (B, H, 1, D), at position `seen` - 1 into the free slots; `advance` frees the next slot."""
     (batch, heads), width = columns.length.shape, columns.keys.shape[-1]
@@ -221,6 +222,7 @@ def free_given(columns: SlotColumns, victim: Tensor, budget: Tensor) -> None:
     _free(columns, columns.position, victim, budget, budget, budget, given=True)
 
 
+@on_its_device
 def _free(
     columns: SlotColumns,
     score: Tensor,
@@ -325,6 +327,7 @@ _MOST_IN_REGISTERS = 2048
 _ONE_WARP = 512
 
 
+@on_its_device
 def find_slot(position: Tensor, rank: Tensor | None = None, *, newer: int = 0, sinks: int = 0) -> Tensor:
     """Return (B, H) int64: the slot with `rank` (B, H) older entries; position (B, H, C) int64, -1 is empty.
 

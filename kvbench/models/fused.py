@@ -93,7 +93,8 @@ def _extended(by: Any, stock: Any) -> Any:
 
 
 def _takes(x: Tensor, *weights: Tensor) -> bool:
-    return is_decode_row(x) and all(weight.dtype == x.dtype for weight in weights)
+    # The norm after the last layer of a device lies on the next one.
+    return is_decode_row(x) and all(weight.dtype == x.dtype and weight.device == x.device for weight in weights)
 
 
 class _Product(nn.Linear):

@@ -13,7 +13,7 @@ import importlib
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,12 +24,14 @@ from safetensors import SafetensorError
 
 from kvbench.errors import ConfigError, ModelSupportError, close_matches
 from kvbench.models.chat import TextTokens, default_template, end_token_written
+from kvbench.models.devices import chosen_devices, free_bytes, gathered, place_of, placement, spread
 from kvbench.models.fused import fuse
 from kvbench.models.gguf import SUFFIX as GGUF_SUFFIX
-from kvbench.models.gguf import read_gguf
+from kvbench.models.gguf import parsed_once, read_gguf
 from kvbench.models.spec import (
     FAMILIES,
     LLAVA_V1,
+    PORTED_FAMILIES,
     PROMPTS,
     TEXT_FAMILIES,
     VISION_FAMILIES,
@@ -54,7 +56,8 @@ class LoadedModel:
 
     Random weights come without either: both are None. declared_ends: the end tokens that generation_config.json and
     config.json of the checkpoint name. beat: called after every pass of the model by what runs it, for a watchdog; it
-    costs next to nothing.
+    costs next to nothing. spread_over: the devices that the layers lie on, where there are several; `device` is the
+    first of them, which inputs are given to and logits come from.
     """
 
     model: Any
@@ -64,6 +67,12 @@ class LoadedModel:
     image_token_id: int | None
     beat: Callable[[], None] = nobody_watches
     declared_ends: tuple[int, ...] = ()
+    spread_over: tuple[torch.device, ...] = ()
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Every device that the model lies on."""
+        return self.spread_over or (self.device,)
 
     @property
     def takes_images(self) -> bool:
@@ -106,10 +115,12 @@ class LoadedModel:
 
 
 def load_model(spec: ModelSpec, device: str) -> LoadedModel:
-    """Load `spec` onto `device`, which becomes the current one.
+    """Load `spec` onto `device`, which becomes the current one, or over its `devices`, of which that is the first.
 
-    Raises: ModelSupportError for a family that is not supported.
+    Raises: ModelSupportError for a family that is not supported, or weights that fit no split.
     """
+    if spec.devices == "auto":
+        spec = replace(spec, devices=chosen_devices("auto", torch.cuda.device_count()))
     where = torch.device(device)
     if where.type == "cuda" and where.index is not None:  # what names no device, such as a kernel's launch, uses this
         torch.cuda.set_device(where)
@@ -118,25 +129,41 @@ def load_model(spec: ModelSpec, device: str) -> LoadedModel:
     return _checkpoint(spec, where) if spec.gguf is None else _gguf(spec, spec.gguf, where)
 
 
-def _ready(model: Any, spec: ModelSpec, device: torch.device) -> Any:
+def _ready(model: Any, spec: ModelSpec, device: torch.device, places: Mapping[str, int] | None) -> Any:
     from kvbench.cache import attach  # needs transformers
 
     attach(model)
     if spec.fused and device.type == "cuda":
         fuse(model)
-    return model.to(device).eval()
+    return model.to(device).eval() if places is None else spread(model.eval(), places, device.index)
+
+
+def _devices(spec: ModelSpec) -> tuple[torch.device, ...]:
+    return tuple(torch.device("cuda", number) for number in spec.devices or () if isinstance(number, int))
+
+
+def _places(spec: ModelSpec, config: Any, *, vision: bool, **options: Any) -> dict[str, int] | None:
+    """Return where the blocks of the model of `config` go, told from its sizes alone; None for a single device."""
+    devices = _devices(spec)
+    if not devices:
+        return None
+    shape = empty_model(config, vision=vision, dtype=getattr(torch, spec.dtype), **options)
+    return placement(shape, free_bytes(devices), told=f"model.checkpoint {spec.checkpoint}")
 
 
 def _random(spec: ModelSpec, device: torch.device) -> LoadedModel:
     config = architecture(spec.known_config() or {})
     vision = config.model_type in VISION_FAMILIES
-    model = random_model(config, vision=vision, dtype=getattr(torch, spec.dtype), device=device, seed=spec.weights_seed)
+    places = _places(spec, config, vision=vision)
+    of = {"vision": vision, "dtype": getattr(torch, spec.dtype), "seed": spec.weights_seed}
+    model = random_model(config, **of, device=device, places=places)
     return LoadedModel(
-        model=_ready(model, spec, device),
+        model=_ready(model, spec, device, places),
         processor=None,
         tokenizer=None,
         device=device,
         image_token_id=config.image_token_id if vision else None,
+        spread_over=_devices(spec),
     )
 
 
@@ -166,40 +193,78 @@ def _check_fields(made: Any, fields: Mapping[str, Any], path: str) -> None:
             _check_fields(getattr(made, name), value, f"{path}.{name}")
 
 
-def random_model(config: Any, *, vision: bool, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
+def empty_model(config: Any, *, vision: bool, dtype: torch.dtype, **options: Any) -> Any:
+    """Return the model of a transformers config with its weights on "meta" and real buffers; needs accelerate."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = _auto(vision).from_config(config, dtype=dtype, **options)
+    model.tie_weights()  # what was tied inside was made anew
+    return model
+
+
+def _auto(vision: bool) -> Any:
+    transformers = importlib.import_module("transformers")
+    return transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
+
+
+def random_model(
+    config: Any,
+    *,
+    vision: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    places: Mapping[str, int] | None = None,
+) -> Any:
     """Return the model of a transformers config, built on `device` in `dtype` and filled there.
 
     Norms are the identity, everything else is normal with deviation 0.02, drawn from `seed`: the same
     device gives the same weights, another kind of device others. Buffers (rotary frequencies) are real.
-    On the device "meta" nothing is allocated, which serves to count parameters.
+    On the device "meta" nothing is allocated, which serves to count parameters. places: the device number of each
+    block where they lie on several of the kind of `device`; every weight is made where it stays, the same as on one.
     """
-    transformers = importlib.import_module("transformers")
-    auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
-    with device:
-        model = auto.from_config(config, dtype=dtype)
+    if places is None:
+        with device:
+            model = _auto(vision).from_config(config, dtype=dtype)
+    else:
+        model = empty_model(config, vision=vision, dtype=dtype)
     if device.type == "meta":
         return model
     norms = [module for module in model.modules() if "Norm" in type(module).__name__]
     identity = {id(parameter) for norm in norms for parameter in norm.parameters(recurse=False)}
     generator = torch.Generator(device).manual_seed(seed)
+    made: dict[int, torch.nn.Parameter] = {}
     with torch.no_grad():
-        for name, parameter in model.named_parameters():  # a tied one is met once
-            if id(parameter) in identity:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        for name, parameter in list(model.named_parameters()):  # a tied one is met once
+            if places is None:
+                where, filled = device, parameter
             else:
-                parameter.normal_(std=_STANDARD_DEVIATION, generator=generator)
+                where = torch.device(device.type, place_of(name, places))
+                filled = torch.nn.Parameter(torch.empty_like(parameter, device=where))
+            made[id(parameter)] = filled
+            if id(parameter) in identity:
+                filled.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            if where != generator.device:  # another device goes on in the same stream of numbers
+                generator = torch.Generator(where).set_state(generator.get_state())
+            filled.normal_(std=_STANDARD_DEVIATION, generator=generator)
+    for module in model.modules() if places is not None else ():
+        module._parameters |= {name: made[id(old)] for name, old in module._parameters.items() if old is not None}
     return model
 
 
 def _checkpoint(spec: ModelSpec, device: torch.device) -> LoadedModel:
     transformers = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()  # the sweep has its own
-    importlib.import_module("kvbench.models.qwen_vl")  # registers the family that transformers does not have
     source = str(spec.folder or spec.checkpoint)
     options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     if spec.trust_remote_code and spec.folder is None:
         check_hub_code(source, spec.revision)
     try:
+        fields, _ = transformers.PretrainedConfig.get_config_dict(source, **options)
+        if fields.get("model_type") in PORTED_FAMILIES:  # only then, because it takes seconds
+            importlib.import_module("kvbench.models.qwen_vl")  # registers the family that transformers does not have
         config = transformers.AutoConfig.from_pretrained(source, **options)
     except ValueError as error:  # an unknown family, or one whose code is not trusted
         raise ModelSupportError(
@@ -214,19 +279,23 @@ def _checkpoint(spec: ModelSpec, device: torch.device) -> LoadedModel:
     vision = family in VISION_FAMILIES
     if spec.folder is not None:
         check_weight_files(spec.folder)
-    auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
-    model = _whole_model(auto, source, getattr(torch, spec.dtype), options, told=source)
+    trusted = {"trust_remote_code": True} if spec.trust_remote_code else {}
+    places = _places(spec, config, vision=vision, **trusted)
+    placed = {} if places is None else {"device_map": places}
+    model = _whole_model(_auto(vision), source, getattr(torch, spec.dtype), {**options, **placed}, told=source)
+    model = model if places is None else gathered(model)
     try:
         processor = _processor(source, model, spec.prompt, options)
     except (OSError, ValueError) as error:  # a file of tokenizer or processor that is missing or of another form
         raise _not_loaded(source, error) from error
     return LoadedModel(
-        model=_ready(model, spec, device),
+        model=_ready(model, spec, device, places),
         processor=processor,
         tokenizer=processor.tokenizer if vision else processor,
         device=device,
         image_token_id=config.image_token_id if vision else None,
         declared_ends=tuple(sorted(set(_declared_ends(source, options)))),
+        spread_over=_devices(spec),
     )
 
 
@@ -241,17 +310,22 @@ def _gguf(spec: ModelSpec, path: Path, device: torch.device) -> LoadedModel:
         (Path(alone) / options["gguf_file"]).symlink_to(path.resolve())
         auto, dtype = transformers.AutoModelForCausalLM, getattr(torch, spec.dtype)
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # a progress bar of its own, which nothing turns off
-                model = _whole_model(auto, alone, dtype, {**options, **dense}, told=str(path))
-            tokenizer = _processor(alone, model, spec.prompt, options)
+            with parsed_once(path):
+                with contextlib.redirect_stderr(io.StringIO()):  # a progress bar of its own, which nothing turns off
+                    model = _whole_model(auto, alone, dtype, {**options, **dense}, told=str(path))
+                tokenizer = _processor(alone, model, spec.prompt, options)
         except (OSError, ValueError, LookupError, NotImplementedError) as error:  # what transformers makes of the file
             raise _not_loaded(str(path), error) from error
+    devices = _devices(spec)
+    told = f"model.checkpoint {path}"
+    places = placement(model, free_bytes(devices), told=told) if devices else None  # dequantised on the host
     return LoadedModel(
-        model=_ready(model, spec, device),
+        model=_ready(model, spec, device, places),
         processor=tokenizer,
         tokenizer=tokenizer,
         device=device,
         image_token_id=None,
+        spread_over=devices,
         declared_ends=read_gguf(path, TEXT_FAMILIES).end_tokens,
     )
 

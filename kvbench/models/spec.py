@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvbench.errors import ConfigError, close_matches, missing_path, near_paths
+from kvbench.models.devices import Devices, checked_devices
 from kvbench.models.gguf import SUFFIX as GGUF_SUFFIX
 from kvbench.models.gguf import WheelFile, command_to_fetch, read_gguf, wheel_file
 from kvbench.results.files import canonical_json
@@ -99,7 +100,8 @@ class ModelSpec:
     said here. prompt: a prompt format by name, None for the checkpoint's own. weights="random" builds the
     architecture of `config` (fields of its transformers config, else those of the folder) from
     `weights_seed`, for speed and memory alone: no checkpoint is read and there is no tokenizer. fused: on
-    a GPU in half precision, decode steps run fused kernels (`fuse`). Raises: ConfigError.
+    a GPU in half precision, decode steps run fused kernels (`fuse`). devices: GPUs that the layers are spread over,
+    their numbers or "auto" for all; None for one device. Raises: ConfigError.
     """
 
     checkpoint: str
@@ -111,8 +113,10 @@ class ModelSpec:
     weights_seed: int = 0
     config: dict[str, Any] | None = field(default=None, hash=False)
     fused: bool = True
+    devices: Devices = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "devices", checked_devices(self.devices))
         if self.dtype not in DTYPES:
             raise ConfigError(f"model.dtype is {self.dtype!r}; {close_matches(self.dtype, DTYPES)}")
         if self.prompt is not None and self.prompt not in PROMPTS:
@@ -244,7 +248,10 @@ class ModelSpec:
         prompt = {} if self.prompt is None else {"prompt": self.prompt}
         rules = {} if self.is_random else {"prompt_rules": PROMPT_RULES}  # without a tokenizer there is no text
         held = {} if self.gguf is None else {"gguf_types": dict(read_gguf(self.gguf, TEXT_FAMILIES).types)}
-        return {"fingerprint": self.fingerprint(), "dtype": self.dtype, "fused": self.fused, **prompt, **rules, **held}
+        # How many share the layers, not which: those of a machine are alike, and one is what it always was.
+        spread = {"devices": len(self.devices)} if isinstance(self.devices, tuple) else {}
+        whole = {"fingerprint": self.fingerprint(), "dtype": self.dtype, "fused": self.fused}
+        return {**whole, **prompt, **rules, **held, **spread}
 
     def fingerprint(self) -> str:
         """Return what the weights are: hub commit, hash of the folder's files, or of config and seed of random ones.

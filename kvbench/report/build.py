@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,11 +23,11 @@ from kvbench.report.figures.draw import draw_plots
 from kvbench.report.laws import law_rows, laws_csv, laws_markdown
 from kvbench.report.load import Results, load_folders
 from kvbench.report.page import render_page
-from kvbench.report.tables import csv_and_parquet, markdown_tables
+from kvbench.report.tables import TABLES, csv_and_parquet, markdown_tables
 from kvbench.results.files import locked, replace_file
 from kvbench.results.record import AUTOPSY_FILE
 
-_MADE = ("report/index.html", "report/table.md", "table.csv", "table.parquet", "samples.csv", "samples.parquet")
+_MADE = ("report/index.html", "report/table.md", *(f"{name}.{kind}" for name in TABLES for kind in ("csv", "parquet")))
 _STAMP, _LOCK, _PLOTS = ".built-from", ".lock", "plots"
 _OF_LAWS = ("laws.md", "laws.csv")  # only where the records tell of laws
 MOST_CELLS_DRAWN = 300
@@ -107,10 +108,16 @@ def _rendered(results: Results, folder: Path, tables_folder: Path, choices: Choi
     return {
         **{folder / _PLOTS / f"{plot.name}.svg": plot.svg.encode() for plot in plots},
         folder / "table.md": markdown_tables(results, choices).encode(),
-        folder / "index.html": render_page(results, plots, choices).encode(),
+        folder / "index.html": render_page(results, plots, choices, tables=_way(folder, tables_folder)).encode(),
         **{tables_folder / name: data for name, data in csv_and_parquet(results).items()},
         **{folder / name: text.encode() for name, text in of_laws.items()},
     }
+
+
+def _way(folder: Path, other: Path) -> str:
+    """Return the way from one folder to another, as a link has it."""
+    steps = Path(os.path.relpath(other, folder)).as_posix()
+    return "" if steps == "." else f"{steps}/"
 
 
 def _publish(files: dict[Path, bytes], folder: Path) -> ReportPaths:

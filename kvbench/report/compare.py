@@ -46,6 +46,9 @@ _WITHHELD = (
     "Scores and differences are shown, but no policy is called better, worse or safe by them; times and bytes are "
     "compared as ever."
 )
+_RUNNING_TEXT = (
+    "kvbench:TextWindows"  # how a window goes on is no answer, right or wrong: its perplexity is the measure
+)
 _TURN = re.compile(r"turn\d+_")
 
 
@@ -306,7 +309,7 @@ class Ability:
     def _findings(self) -> dict[str, str]:
         """Return by turn ("" outside of conversations) what is wrong, "" where nothing is."""
         full = self._full
-        if full is None:
+        if full is None or is_running_text(full):
             return {}
         turns = {match[0] for name in full.measurements if (match := _TURN.match(name))}
         found = {prefix: _wrong(full, prefix) for prefix in ("", *sorted(turns))}
@@ -349,12 +352,18 @@ def _floor(full: CellResult, prefix: str) -> tuple[float, float]:
     return chance, floor_of(chance)
 
 
+def is_running_text(cell: CellResult) -> bool:
+    """Tell whether the cell was measured on windows of a text, of which nothing is asked."""
+    dataset = cell.settings.get("dataset")
+    return isinstance(dataset, dict) and dataset.get("class") == _RUNNING_TEXT
+
+
 def leading_quality(group: Group) -> str | None:
     """Return the measure that verdicts, headlines and the answer speak of, None where no quality was measured.
 
     The task's own leads where there is one: what the answer states of the facts asked for, or whether it is the short
     reference. Closeness to the full cache's answer, which follows the answer's length, is next, then perplexity. What
-    ranks nobody leads only where nothing else does.
+    ranks nobody leads only where nothing else does. On running text it is perplexity.
     """
     ability = Ability(group)
     prefixes = ("", *(f"turn{turn}_" for turn in range(1, MAX_TURNS + 1)))
@@ -362,6 +371,8 @@ def leading_quality(group: Group) -> str | None:
     exact = [f"{prefix}{_EXACT}" for prefix in prefixes if ability.answers_exactly(prefix)]
     for cells in (group.budgeted, group.cells):
         measured = {name for cell in cells if not cell.failed for name in cell.measurements}
+        if "ppl" in measured and all(map(is_running_text, cells)):
+            return "ppl"
         if names := [name for name in (*facts, *exact, *PRIMARY_QUALITIES) if name in measured]:
             return next((name for name in names if not ability.reason(name)), names[0])
     return None

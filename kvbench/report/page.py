@@ -16,6 +16,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
+from urllib.parse import quote
 
 from markupsafe import Markup
 
@@ -44,6 +45,7 @@ from kvbench.report.tables import counts_text, results_table
 from kvbench.report.verdicts import all_rows
 from kvbench.stats.tests import smallest_margin
 
+BESIDE = "../"  # where a results folder has its tables, seen from its report
 _UNITS = {"score": "0 to 1", "ppl": "perplexity", "fraction": "%", "ratio": "x full"}
 
 
@@ -119,8 +121,8 @@ def inline_svg(plot: Plot) -> Markup:
 _MOST_CHOICES = 50
 
 
-def again_html(results: Results, choices: Choices = DECLARED) -> Markup:
-    """Return commands and, where several folders were read, which one each shared cell was taken from.
+def again_html(results: Results, choices: Choices = DECLARED, tables: str = BESIDE) -> Markup:
+    """Return commands, links to the tables and, of several folders, which one each shared cell was taken from.
 
     The commands hold the options without which the page would be another one.
     """
@@ -135,6 +137,7 @@ def again_html(results: Results, choices: Choices = DECLARED) -> Markup:
         first=shlex.quote(results.folders[0] or "FOLDER"),
         counts=[(name, sum(cell.folder == name for cell in results.records)) for name in several],
         choices=results.choices[:_MOST_CHOICES] if several else (),
+        tables=quote(tables),
         num_more=len(results.choices) - _MOST_CHOICES if several else 0,
         labels={cell.key: f"{cell.policy}, {cell.budget}" for cell in results.records},
     )
@@ -145,8 +148,8 @@ _STYLES = ("page.css", "autopsy.css", "samples.css", "print.css")
 _SCRIPTS = ("page.js", "autopsy.js", "samples.js")
 
 
-def render_page(results: Results, plots: Sequence[Plot], choices: Choices = DECLARED) -> str:
-    """Return the whole page; the same records give the same text."""
+def render_page(results: Results, plots: Sequence[Plot], choices: Choices = DECLARED, *, tables: str = BESIDE) -> str:
+    """Return the whole page; the same records give the same text. `tables` is the way to the folder of table.csv."""
     judged = [judge(group, choices) for group in results.groups]
     script = "".join(map(resource, _SCRIPTS))
     drawn = render(
@@ -154,14 +157,14 @@ def render_page(results: Results, plots: Sequence[Plot], choices: Choices = DECL
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         style="".join(map(resource, _STYLES)) + PLOT_STYLE,
         summary=_summary(results),
-        contents=_contents(results, judged, plots, choices),
+        contents=_contents(results, judged, plots, choices, tables),
         script=script,
     )
     return str(drawn)
 
 
 def _contents(
-    results: Results, judged: Sequence[Judged], plots: Sequence[Plot], choices: Choices
+    results: Results, judged: Sequence[Judged], plots: Sequence[Plot], choices: Choices, tables: str
 ) -> Mapping[str, Markup]:
     """Return every section by its name; one without content is left out of the page."""
     sizes = accumulate(len(plot.svg) for plot in plots)
@@ -188,11 +191,11 @@ def _contents(
         "autopsy": autopsy_section(results),
         "memory": _per_group(judged, lambda one: memory_html(one.group)),
         "latency": _per_group(judged, lambda one: latency_html(one.group)),
-        "numbers": _per_group(judged, numbers_html),
+        "numbers": _per_group(judged, lambda one: numbers_html(one, quote(tables))),
         "measures": methods_html(results, judged, choices),
         "environment": environment_html(results),
         "problems": render("problems.html.j2", problems=results.problems),
-        "again": again_html(results, choices),
+        "again": again_html(results, choices, tables),
     }
 
 

@@ -313,12 +313,16 @@ def memory_html(group: Group) -> Markup:
 _MOST_CELLS_IN_FULL = 100
 
 
-def numbers_html(judged: Judged) -> Markup:
-    """Return the results table of a group and, folded, every measurement unless there are very many cells."""
+def numbers_html(judged: Judged, tables: str) -> Markup:
+    """Return the results table of a group and, folded, every measurement unless there are very many cells.
+
+    `tables` is the way to the folder of table.csv, as a link has it.
+    """
     group = judged.group
     main, every = results_table(group), results_table(group, every_measure=True)
     return render(
         "numbers.html.j2",
+        tables=tables,
         counts=main.counts,
         interval_note=INTERVAL_NOTE,
         main=_results(main, f"Results, {group.title}"),

@@ -3,18 +3,20 @@
     print_tables(load_results(Path("results")))
 
 `results_table` gives the rows that terminal, Markdown and page draw, `verdict_rows` the comparisons with the full
-cache that were declared before; policies among each other are `standing.leading_matrix`. `cells_frame` and
-`samples_frame` are for whoever wants the numbers: a row per cell, and a row per cell and sample; CSV and Parquet hold
-the same, with the same bytes for the same records. Text that a spreadsheet would run as a formula is made harmless in
-CSV; numbers are untouched. Every Markdown table of kvbench is written by `markdown_table`.
+cache that were declared before; policies among each other are `standing.leading_matrix`. `cells_frame`, `long_frame`
+and `samples_frame` are for whoever wants the numbers: a row per cell, per cell and measurement, per cell and sample;
+CSV and Parquet hold the same, with the same bytes for the same records. Text that a spreadsheet would run as a formula
+is made harmless in CSV; numbers are untouched. Every Markdown table of kvbench is written by `markdown_table`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,7 +27,14 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from kvbench.measures import MEASURES, MISSING, TASK_MEASURES, format_interval, format_value, measure
+from kvbench.measures import (
+    MEASURES,
+    MISSING,
+    TASK_MEASURES,
+    format_interval,
+    format_value,
+    measure,
+)
 from kvbench.report.answer import sentences_before
 from kvbench.report.compare import (
     DECLARED,
@@ -63,6 +72,8 @@ INTERVAL_NOTE = (
     "[low, high] is the 95 % interval; a number without one is observed once, counted or the same in every sample."
 )
 _RATIOS_NOTE = " Times are medians of launches; a ratio to full is the geometric mean over pairs of launches."
+_FILE_COLUMNS = 120  # at least, where there is no terminal
+_DECLARED_TITLE = "Compared with full"
 _NARROW_COLUMNS, _MATCH_COLUMNS = 100, 10  # a match is wider
 _LAYOUTS = ((False, 1), (True, 1), (True, 0))  # from roomy to tight: budget below the policy, blanks between columns
 _STYLES = {"number": "", "missing": "dim", "failed": "bold red", "noisy": "dim"}
@@ -261,17 +272,24 @@ def _declared_text(rows: tuple[VerdictRow, ...]) -> str:
 
 
 def print_tables(results: Results, console: Console | None = None, choices: Choices = DECLARED) -> None:
-    """Print one table per model and data set; plain stacked lines where no table fits the terminal."""
+    """Print one table per model and data set; plain stacked lines where no table fits the terminal.
+
+    A file or a pipe has no width of its own: there a table is as wide as it needs, unless COLUMNS says how wide.
+    """
+    found = [(group, results_table(group), verdict_rows(group, choices)) for group in results.groups]
     console = console or Console()
-    for group in results.groups:
-        table = results_table(group)
+    if not console.is_terminal and "COLUMNS" not in os.environ and console.file is sys.stdout:
+        drawn = [_rich(table, joined=False, padding=1) for _, table, _ in found]
+        drawn += [_verdicts(rows) for _, _, rows in found if rows]
+        console = Console(width=max([_FILE_COLUMNS, *(_needed(one, console) for one in drawn)]))
+    for group, table, rows in found:
         drawings = (_rich(table, joined=joined, padding=padding) for joined, padding in _LAYOUTS)
         fitting = next((drawn for drawn in drawings if _fits(drawn, console)), None)
         console.print(fitting or Text("\n".join(_stacked(table))))
         console.print()
         for sentence in sentences_before(group, choices):
             console.print(Text(sentence), end="\n\n")
-        _print_verdicts(verdict_rows(group, choices), console)
+        _print_verdicts(rows, console)
         _print_matrix(group, choices, console)
     if not results.records:
         console.print(Text("No usable record was found."))
@@ -303,25 +321,33 @@ def ruled(title: str, caption: str, padding: int) -> RichTable:
 
 
 def _fits(drawn: RichTable, console: Console) -> bool:
-    """Tell whether the table has room; measured on a wide page, since rich cuts off at the console's width."""
-    width = Measurement.get(console, console.options.update(width=10_000), drawn).maximum
-    return width <= console.width and console.width >= _NARROW_COLUMNS
+    return _needed(drawn, console) <= console.width and console.width >= _NARROW_COLUMNS
+
+
+def _needed(drawn: RichTable, console: Console) -> int:
+    """Return the table's width, measured on a wide page, since rich cuts off at the console's width."""
+    return Measurement.get(console, console.options.update(width=10_000), drawn).maximum
 
 
 def _print_verdicts(rows: tuple[VerdictRow, ...], console: Console) -> None:
     """Print the comparisons with full, as a table or as lines where that does not fit."""
     if not rows:
         return
-    title, caption = "Compared with full", _declared_text(rows)
-    drawn = ruled(title, caption, 1)
+    drawn = _verdicts(rows)
+    lines = (f"{row.policy}, {row.budget}: {' '.join(row.texts[2:4])} {row.verdict}" for row in rows)
+    text = Text("\n".join((_DECLARED_TITLE, *lines, _declared_text(rows))))
+    console.print(drawn if _fits(drawn, console) else text)
+    console.print()
+
+
+def _verdicts(rows: tuple[VerdictRow, ...]) -> RichTable:
+    drawn = ruled(_DECLARED_TITLE, _declared_text(rows), 1)
     for head, justify in _VERDICT_HEADS.items():
         drawn.add_column(head, justify=justify, no_wrap=True)
     for row, following in zip(rows, (*rows[1:], None), strict=True):
         ends = following is None or (following.policy, following.measure) != (row.policy, row.measure)
         drawn.add_row(*map(Text, row.texts), end_section=ends)
-    lines = (f"{row.policy}, {row.budget}: {' '.join(row.texts[2:4])} {row.verdict}" for row in rows)
-    console.print(drawn if _fits(drawn, console) else Text("\n".join((title, *lines, caption))))
-    console.print()
+    return drawn
 
 
 def _print_matrix(group: Group, choices: Choices, console: Console) -> None:
@@ -411,7 +437,33 @@ def escaped(text: str) -> str:
 
 
 def cells_frame(results: Results) -> pd.DataFrame:
-    """Return one row per cell: labels, status, then value, _low, _high and _n of every measurement."""
+    """Return one row per cell: labels, status, then value, _low, _high and _n of every measurement; no empty column."""
+    measured = [column for name in MEASURES for column in _columns(name)]
+    return _filled(_cells(results), [*_LABELS, *_RUN, *measured])
+
+
+def quality_frame(results: Results) -> pd.DataFrame:
+    """Return the columns of `cells_frame` that a sweep gives again wherever, whenever and however often it is run."""
+    measured = [column for name, known in MEASURES.items() if known.reproduces for column in _columns(name)]
+    return _filled(_cells(results), [*_SAMPLE_LABELS, *measured])
+
+
+def long_frame(results: Results) -> pd.DataFrame:
+    """Return one row per cell and measurement: which cell, the measure and its unit, value, low, high and n."""
+    rows = [
+        {
+            **{label: getattr(cell, label) for label in _SAMPLE_LABELS},
+            **{"measure": name, "value": found.value, "low": found.low, "high": found.high, "n": found.n},
+            "unit": measure(name).unit,
+        }
+        for cell in results.records
+        for name, found in cell.measurements.items()
+    ]
+    columns = [*_SAMPLE_LABELS, "measure", "value", "low", "high", "n", "unit"]
+    return _typed(pd.DataFrame(rows, columns=columns), numbers={*_NUMBERS, "value", "low", "high", "n"})
+
+
+def _cells(results: Results) -> pd.DataFrame:
     rows: list[dict[str, object]] = []
     for cell in results.records:
         rows.append({name: getattr(cell, name) for name in (*_LABELS, *_RUN)})
@@ -422,10 +474,10 @@ def cells_frame(results: Results) -> pd.DataFrame:
     return _typed(pd.DataFrame(rows, columns=[*_LABELS, *_RUN, *measured]), numbers={*_NUMBERS, *measured})
 
 
-def quality_frame(results: Results) -> pd.DataFrame:
-    """Return the columns of `cells_frame` that a sweep gives again wherever, whenever and however often it is run."""
-    measured = [column for name, known in MEASURES.items() if known.reproduces for column in _columns(name)]
-    return cells_frame(results)[[*_SAMPLE_LABELS, *measured]]
+def _filled(frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Return those of the columns that hold something in some row; of no rows at all the labels, as a head."""
+    has = [name for name in columns if (frame[name].notna() & (frame[name] != "")).any()]
+    return frame[has or list(_SAMPLE_LABELS)]
 
 
 def _columns(name: str) -> tuple[str, ...]:
@@ -463,10 +515,18 @@ def parquet_bytes(frame: pd.DataFrame) -> bytes:
     return bytes(frame.to_parquet(None, engine="pyarrow", index=False))
 
 
+TABLES: Mapping[str, Callable[[Results], pd.DataFrame]] = {
+    "table": cells_frame,
+    "table_long": long_frame,
+    "samples": samples_frame,
+}
+
+
 def csv_and_parquet(results: Results) -> dict[str, bytes]:
-    """Return what table.csv, table.parquet, samples.csv and samples.parquet hold, by these names."""
+    """Return what each of `TABLES` holds as .csv and as .parquet, by file name."""
     files: dict[str, bytes] = {}
-    for name, frame in (("table", cells_frame(results)), ("samples", samples_frame(results))):
+    for name, make in TABLES.items():
+        frame = make(results)
         files |= {f"{name}.csv": csv_text(frame).encode(), f"{name}.parquet": parquet_bytes(frame)}
     return files
 

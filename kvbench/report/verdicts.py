@@ -2,25 +2,34 @@
 
     verdicts_latex([judge(group) for group in results.groups])
 
-`cell_rows` are the rows before they are drawn, which the page draws too. `verdict_table` makes text of them, one
-wording in two notations, Markdown and LaTeX, and each policy against each other (`standing.matrices`) follows in both;
-CSV holds the numbers in base units and full precision. The same records
-give the same bytes.
+`cell_rows` are the rows before they are drawn, which the page draws too. `verdict_table` makes text of them for
+Markdown, `verdicts_latex` what fits a column of a paper, and each policy against each other (`standing.matrices`)
+follows in both; CSV holds the numbers in base units and full precision. The same records give the same bytes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any
 
 import pandas as pd
 
 from kvbench.measures import format_value, format_with_interval, measure
 from kvbench.report.answer import sentences_before
-from kvbench.report.compare import Comparison, difference_text, size_text, size_with_unit, verdict_remark
+from kvbench.report.compare import (
+    PRIMARY_LATENCY,
+    Comparison,
+    difference_interval,
+    difference_text,
+    difference_unit,
+    difference_value,
+    size_text,
+    size_with_unit,
+    timing_noise,
+    verdict_remark,
+)
 from kvbench.report.load import CellResult, Estimate
 from kvbench.report.standing import BEHIND, LENGTH, Judged, losses_of, matrices
 from kvbench.report.tables import csv_text, escaped, markdown_table, matrix_markdown
@@ -37,8 +46,10 @@ _NOTE = (
     f"{RATIO_NOTE}"
 )
 _NUM_TEXT = 3  # policy, budget and verdict are text, all other columns numbers
-_LEFT_OUT = ("collapses",)  # a page of a paper is narrower than a screen
-_WITHOUT_INTERVAL = ("TPOT", "TTFT")  # there; the ratio beside them has one
+_COLUMN_NOTE = (
+    "Minus full: the difference paired by sample, with its 95 % interval. TPOT / full: geometric mean over pairs of "
+    "launches, under 1 is faster. Bold: the best of its budget as printed, clear of the next or not."
+)
 _MARKS = {
     "better": r"$\uparrow$ ", "worse": r"$\downarrow$ ", "equivalent": r"$\approx$ ", "undecided": "? ",
     "noisy": r"$\sim$ ", "not ranked": r"$\varnothing$ ",
@@ -279,52 +290,119 @@ def _at(row: CellRow, path: str) -> object:
 
 
 def verdicts_latex(groups: Sequence[Judged]) -> str:
-    """Return the same tables, for a document that uses booktabs (and graphicx, to fit its width)."""
+    """Return a table that fits a column per group, and each policy against each other across the page; booktabs."""
     head = "% Made by kvbench report --format latex; needs \\usepackage{booktabs} and \\usepackage{graphicx}.\n"
     # Of tables without text between them LaTeX holds back 52 at most.
     return head + "\\clearpage\n".join("\n".join(_latex_tables(judged)) for judged in groups)
 
 
 def _latex_tables(judged: Judged) -> Iterator[str]:
-    yield _latex(verdict_table(judged))
+    yield _column_table(judged)
     for found in matrices(judged):
-        caption = f"{found.title}, {judged.group.title}. {found.note}"
-        yield _tabular(caption, "l" * len(found.heads), map(tex, found.heads), (map(tex, row) for row in found.texts))
+        caption = tex(f"{found.title}, {judged.group.title}. {found.note}")
+        rows = (f"{' & '.join(map(tex, row))} \\\\" for row in found.texts)
+        yield _floating("table*", caption, "l" * len(found.heads), map(tex, found.heads), rows)
 
 
-def _latex(table: VerdictTable) -> str:
-    kept = [index for index, head in enumerate(table.heads) if head not in _LEFT_OUT]
-    columns = "l" * _NUM_TEXT + "r" * (len(kept) - _NUM_TEXT)
-    heads = (tex(table.heads[index]) for index in kept)
-    marks = (_MARKS.get(row[_NUM_TEXT - 1].partition(" (")[0], "") for row in table.rows)
-    body = (
-        ((mark if index == _NUM_TEXT - 1 else "") + tex(texts[index]) for index in kept)
-        for mark, texts in zip(marks, map(_in_paper, repeat(table.heads), table.rows), strict=True)
-    )
-    return _tabular(f"{table.title}. {table.note}", columns, heads, body)
+def _column_table(judged: Judged) -> str:
+    """Return the cells budget by budget: what a reader of a paper compares, the best of each budget in bold."""
+    rows = cell_rows(judged)
+    primary = judged.primary
+    length = [LENGTH] if primary and primary.endswith(BEHIND) and LENGTH in behind_of(rows) else []
+    unit = difference_unit(primary)[0] if primary else ""
+    heads = ["policy", measure(primary).label if primary else "quality", f"minus full{f' ({unit})' if unit else ''}"]
+    heads += [*(measure(name).label for name in length), "TPOT / full", "KV / full"]
+    by_budget: dict[str, list[CellRow]] = {}
+    for row in sorted(rows, key=lambda row: (not row.cell.is_full, row.cell.budget_order)):
+        by_budget.setdefault("" if row.cell.is_full else row.cell.budget, []).append(row)
+    lines: list[str] = []
+    for budget, same in by_budget.items():
+        lines += [r"\midrule"] if lines else []
+        lines += [rf"\multicolumn{{{len(heads)}}}{{@{{}}l}}{{\emph{{{tex(budget)}}}}} \\"] if budget else []
+        best = _best(judged, same)
+        lines += [f"{' & '.join(_column_cells(row, best, length=bool(length)))} \\\\" for row in same]
+    said = {row.verdict for row in rows} | {"noisy" for row in rows if _noisy_ratio(row)}
+    marks = ", ".join(f"{mark.strip()} {word}" for word, mark in _MARKS.items() if word in said)
+    told = " ".join([*sentences_before(judged.group, judged.choices), f"{_COLUMN_NOTE}{_margins(rows)}"])
+    caption = f"{tex(f'{judged.group.title}. {told}')}{f' {marks}.' if marks else ''}"
+    return _floating("table", caption, "@{}l" + "r" * (len(heads) - 1) + "@{}", map(tex, heads), lines)
 
 
-def _tabular(caption: str, columns: str, heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Return a table whose entries are LaTeX already, under a caption that is plain text."""
-    body = "\n".join(f"{' & '.join(row)} \\\\" for row in rows)
-    return f"""\\begin{{table}}[t]
-\\centering
-\\caption{{{tex(caption)}}}
-\\resizebox{{\\linewidth}}{{!}}{{%
-\\begin{{tabular}}{{{columns}}}
-\\toprule
-{" & ".join(heads)} \\\\
-\\midrule
+def _best(judged: Judged, rows: Sequence[CellRow]) -> dict[str, str]:
+    """Return the best printed entry of quality, TPOT and KV among the rows of one budget.
+
+    None where all are alike, times are noisy, or nobody is ranked.
+    """
+    name, best = judged.primary, {}
+    ranked = [] if name is None or judged.ability.reason(name) else [row for row in rows if row.quality]
+    texts = {
+        "quality": [(row.quality.value, _value(name, row.quality)) for row in ranked if row.quality],
+        "tpot": [(ratio.value, _ratio(row)) for row in rows if (ratio := row.times[0].ratio) and not _noisy_ratio(row)],
+        "kv": [(row.stored_share, _share(row)) for row in rows if row.stored_share is not None],
+    }
+    for kind, found in texts.items():
+        higher = kind == "quality" and name is not None and measure(name).better == "higher"
+        if len({text for _, text in found}) > 1:
+            best[kind] = (max if higher else min)(found)[1]
+    return best
+
+
+def _column_cells(row: CellRow, best: Mapping[str, str], *, length: bool) -> Iterator[str]:
+    yield tex(row.policy)
+    if row.cell.failed:
+        yield from (tex(row.cell.status), *["--"] * (4 if length else 3))
+        return
+    yield _bold(_value(row.measure, row.quality), best.get("quality"))
+    if row.comparison is None:
+        yield "--" if row.verdict != REFERENCE else REFERENCE
+    else:
+        interval = difference_interval(row.comparison)
+        small = f" {{\\scriptsize {tex(interval)}}}" if interval else ""
+        yield f"{_MARKS.get(row.verdict, '')}{tex(difference_value(row.comparison))}{small}"
+    if length:
+        yield _value(LENGTH, row.length)
+    noisy = _noisy_ratio(row)
+    yield f"{_MARKS['noisy']}{_ratio(row)}" if noisy else _bold(_ratio(row), best.get("tpot"))
+    yield _bold(_share(row), best.get("kv"))
+
+
+def _noisy_ratio(row: CellRow) -> bool:
+    return row.times[0].ratio is not None and bool(timing_noise(row.cell))
+
+
+def _ratio(row: CellRow) -> str:
+    return _value(PRIMARY_LATENCY, row.times[0].ratio)
+
+
+def _share(row: CellRow) -> str:
+    return "--" if row.stored_share is None else tex(f"{row.stored_share:.2f}x")
+
+
+def _value(name: str | None, found: Estimate | None) -> str:
+    return "--" if name is None or found is None else tex(format_value(name, found.value))
+
+
+def _bold(text: str, best: str | None) -> str:
+    return rf"\textbf{{{text}}}" if text == best else text
+
+
+def _floating(kind: str, caption: str, columns: str, heads: Iterable[str], lines: Iterable[str]) -> str:
+    """Return a float of what is LaTeX already; the table is made smaller where it is wider than its column."""
+    body = "\n".join(lines)
+    return rf"""\begin{{{kind}}}[t]
+\centering
+\caption{{{caption}}}
+\sbox0{{\footnotesize\setlength{{\tabcolsep}}{{3pt}}%
+\begin{{tabular}}{{{columns}}}
+\toprule
+{" & ".join(heads)} \\
+\midrule
 {body}
-\\bottomrule
-\\end{{tabular}}}}
-\\end{{table}}
+\bottomrule
+\end{{tabular}}}}%
+\ifdim\wd0>\linewidth\resizebox{{\linewidth}}{{!}}{{\usebox0}}\else\usebox0\fi
+\end{{{kind}}}
 """
-
-
-def _in_paper(heads: Sequence[str], row: Sequence[str]) -> list[str]:
-    pairs = zip(heads, row, strict=True)
-    return [text.partition(" [")[0] if head in _WITHOUT_INTERVAL else text for head, text in pairs]
 
 
 def tex(text: str) -> str:

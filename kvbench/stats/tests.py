@@ -19,8 +19,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from kvbench.errors import ConfigError, close_matches
-from kvbench.measures import MEASURES, Measure
+from kvbench.errors import ConfigError
+from kvbench.measures import MEASURES, Measure, measure_named
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -151,10 +151,8 @@ def parse_margins(words: list[str]) -> dict[str, float]:
     """Return margins given as "rougeL_vs_full=0.01". Raises: ConfigError."""
     found: dict[str, float] = {}
     for word in words:
-        name, _, text = word.partition("=")
-        if smallest_margin(name) is None:
-            known = [one for one in MEASURES if smallest_margin(one) is not None]
-            raise ConfigError(f"--margin names {name!r}; {close_matches(name, known)}")
+        asked, _, text = word.partition("=")
+        name = measure_named("--margin", asked, (one for one in MEASURES if smallest_margin(one) is not None))
         try:
             value = float(text)
         except ValueError:

@@ -18,7 +18,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +31,7 @@ from kvbench.autopsy.settings import AutopsySettings
 from kvbench.datasets.base import Dataset, Example, OnBadItem, SkippedItem
 from kvbench.errors import ConfigError, DataError, ModelSupportError, NonFiniteError, close_matches, ran_out_of_memory
 from kvbench.models.chat import next_turn_tokens
+from kvbench.models.devices import chosen_devices
 from kvbench.models.inputs import GivenPrompts, answer_tokens, prompt_batch
 from kvbench.models.loader import LoadedModel
 from kvbench.models.spec import ModelSpec, takes_images
@@ -57,7 +58,10 @@ SHARED_SETTINGS = ("model", "dataset", "query_visible", "batch_size", "device", 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """Everything one record is about. `settings` decides the key; labels are for people, as is the autopsy."""
+    """Everything one record is about. `settings` decides the key; labels are for people, as is the autopsy.
+
+    batch_size: None where it is chosen when the model is loaded.
+    """
 
     settings: Mapping[str, Any]
     labels: Mapping[str, Any]
@@ -66,7 +70,7 @@ class Cell:
     setting: CacheSetting
     full_policy: Policy
     tasks: Mapping[str, Task]
-    batch_size: int
+    batch_size: int | None
     seed: int
     device: str
     query_visible: bool = True
@@ -84,6 +88,15 @@ class Cell:
         return {name: self.settings[name] for name in SHARED_SETTINGS}
 
     @property
+    def spread_over(self) -> tuple[int, ...]:
+        """The numbers of the GPUs that the model's layers are spread over; empty on one device."""
+        return self.model.devices if isinstance(self.model.devices, tuple) else ()
+
+    def environment(self) -> dict[str, Any]:
+        """Return what the cell is measured on."""
+        return environment(self.device, self.spread_over)
+
+    @property
     def name(self) -> str:
         """Policy and budget, as progress bars and messages call the cell."""
         return f"{self.labels['policy']} at {self.labels['budget']}"
@@ -91,7 +104,10 @@ class Cell:
 
 @dataclass(kw_only=True)
 class Attempt:
-    """One try at a cell; `phase` is what runs or ran last, None when everything is done."""
+    """One try at a cell; `phase` is what runs or ran last, None when everything is done.
+
+    batch_size: how many prompts are decoded together, once that is known.
+    """
 
     cell: Cell
     sweep: str
@@ -100,6 +116,7 @@ class Attempt:
     error: dict[str, str] | None = None
     duration_s: float = 0.0
     context: ContextUse | None = None
+    batch_size: int | None = None
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     @property
@@ -146,7 +163,7 @@ class Attempt:
             "skipped_items": [
                 {"item": one.item, "reason": one.reason} for one in _skipped(self.cell.dataset)[:_MOST_NAMES]
             ],
-            "prompts": None if self.context is None else self.context.as_record(),
+            "prompts": None if self.context is None else {**self.context.as_record(), "batch_size": self.batch_size},
         }
 
     def _counts(self) -> dict[str, dict[str, Any]]:
@@ -310,6 +327,22 @@ def resolve_device(asked: str) -> str:
     return f"cuda:{number}"
 
 
+def resolve_devices(model: ModelSpec, asked: str) -> tuple[ModelSpec, str]:
+    """Return the model with its devices by number, None for a single one, and the first device. Raises: ConfigError.
+
+    The host's torch is asked how many GPUs there are, and no GPU is touched.
+    """
+    if model.devices is None:
+        return model, resolve_device(asked)
+    if asked not in ("auto", "cuda"):
+        raise ConfigError(
+            f"device is {asked!r}, but model.devices says which GPUs the model is spread over; use device=auto, or "
+            "leave model.devices out"
+        )
+    numbers = chosen_devices(model.devices, torch.cuda.device_count())
+    return replace(model, devices=numbers if len(numbers) > 1 else None), f"cuda:{numbers[0]}"
+
+
 def resolve_engine(asked: str, device: str) -> Engine:
     """Return "eager" or "graph"; "auto" takes the graph on a GPU. Raises: ConfigError."""
     on_gpu = device.startswith("cuda")
@@ -322,12 +355,25 @@ def resolve_engine(asked: str, device: str) -> Engine:
     return cast(Engine, asked)
 
 
+def resolve_spread_engine(asked: str) -> Engine:
+    """Return "eager" for a model over several GPUs, whose step is not captured. Raises: ConfigError."""
+    if asked == "graph":
+        raise ConfigError(
+            "engine is 'graph', which captures a step on one GPU, but model.devices spreads the model over several; "
+            "use engine=eager (what engine=auto takes there)"
+        )
+    return resolve_engine("eager" if asked == "auto" else asked, "cuda:0")
+
+
 _PACKAGES = ("torch", "triton", "transformers", "hydra-core", "numpy", "rouge-score", "kvbench")
 
 
 @cache
-def environment(device: str) -> dict[str, Any]:
-    """Return versions, hardware and the code's commit; None for the version of what runs without being installed."""
+def environment(device: str, spread_over: tuple[int, ...] = ()) -> dict[str, Any]:
+    """Return versions, hardware and the code's commit; None for the version of what runs without being installed.
+
+    spread_over: the GPUs that a model is spread over, each of which is named.
+    """
     info: dict[str, Any] = {name.replace("-", "_"): _version(name) for name in _PACKAGES}
     info |= {
         "python": platform.python_version(),
@@ -341,6 +387,12 @@ def environment(device: str) -> dict[str, Any]:
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
         info |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+    if spread_over:
+        each = [torch.cuda.get_device_properties(number) for number in spread_over]
+        info["devices"] = [f"cuda:{number}" for number in spread_over]
+        info["gpus"] = [one.name for one in each]
+        info["gpus_memory_bytes"] = [one.total_memory for one in each]
+        info["accelerate"] = _version("accelerate")
     return info
 
 

@@ -24,7 +24,8 @@ from kvbench.models.inputs import GivenPrompts, given_prompts
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
 from kvbench.results.record import encode_record
-from kvbench.sweep.cell import Attempt, Cell, WithoutItems, context_use, environment, rejected_items
+from kvbench.sweep.batch import auto_batch_size
+from kvbench.sweep.cell import Attempt, Cell, WithoutItems, context_use, rejected_items
 from kvbench.tasks.memory import free_memory
 from kvbench.tasks.task import BatchTask, Bench, FullAnswers, Payload, Prompts, TaskResult, is_timed
 
@@ -63,14 +64,19 @@ class Batches(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class GroupPlan:
-    """How groups run: where results go, whether prompts are shared, where batches are kept."""
+    """How groups run: where results go, whether prompts are shared, where batches are kept.
+
+    num_workers: how many groups run at once on this machine; what is timed then is timed while the others wait.
+    """
 
     results: Path
     sweep: str
     share_prompts: bool
     batches_of: Callable[[str], Batches]
+    num_workers: int = 1
 
 
+_IDS = "@ids"  # in a payload, beside the names of tasks
 _log = logging.getLogger(__name__)
 
 
@@ -95,13 +101,21 @@ class CellRun:
         self._watcher.active(self.attempt.cell.key, phase, timed=timed)
         return self.attempt.during(phase)
 
-    def begin(self, loaded: LoadedModel, prompts: Prompts, given: GivenPrompts, rejected: Mapping[str, str]) -> None:
+    def begin(
+        self,
+        loaded: LoadedModel,
+        prompts: Prompts,
+        given: GivenPrompts,
+        rejected: Mapping[str, str],
+        *,
+        batch_size: int,
+    ) -> None:
         """Look whether the prompts fit into the context, set the bench, and take up what was committed before.
 
         rejected: reasons by the ids of items that the processor does not take, which the record names as skipped. The
         prompts' digest is part of what the full cache's answers are stored by: to other prompts there are others.
         """
-        cell = self.attempt.cell
+        cell, self.attempt.batch_size = self.attempt.cell, batch_size
         if rejected:
             cell = self.attempt.cell = replace(cell, dataset=WithoutItems(whole=cell.dataset, reasons=rejected))
         examples = cell.dataset.examples()
@@ -109,7 +123,7 @@ class CellRun:
             self.attempt.context = context_use(loaded, examples, given, cell.setting, cell.tasks)
             if cell.beyond_context == "refuse":
                 self.attempt.context.check()
-        stored_by = {**cell.shared_settings, "prompts": given.digest}
+        stored_by = {**cell.shared_settings, "prompts": given.digest, "batch_size": batch_size}
         self._bench = Bench(
             loaded=loaded,
             dataset=cell.dataset,
@@ -117,18 +131,27 @@ class CellRun:
             setting=cell.setting,
             full_policy=cell.full_policy,
             answers=FullAnswers(folder=self._plan.results / "full_answers", settings=stored_by),
-            batch_size=cell.batch_size,
+            batch_size=batch_size,
             advance=lambda tasks: self._watcher.advance(cell.key, tasks),
             shared_prompts=prompts,
             query_visible=cell.query_visible,
         )
         if self._batched:
             kept = self._kept.batches().items()
-            self._payloads = {n: p for n, p in kept if n < len(prompts) and set(p) == set(self._batched)}
+            self._payloads = {n: p for n, p in kept if n < len(prompts) and self._is_of(n, p, prompts)}
             if self._payloads:
                 self._tell_batches(len(self._payloads))
             else:
                 self._watcher.batches(cell.key, 0, len(prompts))
+
+    def _is_of(self, number: int, payload: Payload, prompts: Prompts) -> bool:
+        """Whether a kept payload is that of the batch `number` as it is planned now."""
+        told = self._told_of(number, prompts)
+        return set(payload) == {*told, *self._batched} and all(payload[name] == told[name] for name in told)
+
+    def _told_of(self, number: int, prompts: Prompts) -> Payload:
+        """Return what a payload says of its batch: the examples, where another try may choose another size."""
+        return {} if self.attempt.cell.batch_size is not None else {_IDS: prompts.ids_of(number)}
 
     def _tell_batches(self, num_new: int) -> None:
         assert self._bench is not None
@@ -141,7 +164,7 @@ class CellRun:
         if self.is_told or not self._batched or self._bench is None:
             return
         if number not in self._payloads and not self.attempt.failed:
-            payload: Payload = {}
+            payload = self._told_of(number, self._bench.prompts)
             for name, task in self._batched.items():
                 if not self.attempt.failed:
                     with self.during(name):
@@ -185,7 +208,9 @@ class CellRun:
 
     def _record(self, result: TaskResult) -> dict[str, Any]:
         """Return the body of the record; what no record can hold is one more failure of the cell."""
-        known = environment(self.attempt.cell.device)
+        known = self.attempt.cell.environment()
+        if self._plan.num_workers > 1:
+            known = {**known, "num_workers": self._plan.num_workers}
         try:
             body = self.attempt.body(known, result)
             encode_record(body)
@@ -246,16 +271,17 @@ def _load(
         policies = [run.attempt.cell.setting.policy for run in runs] + [cell.full_policy]
         rejected = rejected_items(loaded, cell.dataset, watcher.beat)
         examples = [example for example in cell.dataset.examples() if example.id not in rejected]
+        given = given_prompts(loaded, examples)
+        size = cell.batch_size or auto_batch_size(loaded, [run.attempt.cell for run in runs], given.num_tokens.values())
         prompts = Prompts(
             loaded,
             examples,
-            cell.batch_size,
+            size,
             share=policies if plan.share_prompts else None,
             query_visible=cell.query_visible,
         )
-        given = given_prompts(loaded, examples)
         for run in runs:
-            run.begin(loaded, prompts, given, rejected)
+            run.begin(loaded, prompts, given, rejected, batch_size=size)
         return loaded, prompts
     for run in runs[1:]:
         run.attempt.status, run.attempt.error = first.attempt.status, first.attempt.error

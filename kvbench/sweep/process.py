@@ -285,6 +285,7 @@ class Watchdog:
     spent_s: dict[str, float] = field(default_factory=dict)
     active: tuple[str, str] | None = None
     waits: bool = False
+    waits_from_s: float = 0.0
 
     def __post_init__(self) -> None:
         self._heard_s = self._counted_s = self.now_s
@@ -308,7 +309,7 @@ class Watchdog:
 
     def wait(self) -> None:
         """Note that the worker waits for its parent: until `resume` no time is its own."""
-        self.waits = True
+        self.waits, self.waits_from_s = True, self._heard_s
 
     def resume(self, now_s: float) -> None:
         """Note that the parent has answered."""

@@ -5,7 +5,8 @@ and phase it was in: that cell gets a record with the reason, and a fresh worker
 was killed or ran out of memory is tried once more, alone.
 
 This process sleeps until a worker says something or ends, a signal comes, or a deadline passes: it runs on the cores
-that workers time on. A worker asks before it times, and is answered when what had to be done here is done.
+that workers time on. A worker asks before it times, and is answered when what had to be done here is done and no other
+worker of this machine is at work.
 
 `WorkerSettings` are what a user says of it (the settings below `worker`), `HeldClaims` the claims that this process
 holds, kept alive while their cells run.
@@ -88,6 +89,7 @@ class WorkerPlan:
             "results": str(self.results.absolute()),
             "sweep": self.sweep,
             "share_prompts": self.share_prompts,
+            "num_workers": len(self.slots),
             "entry": self.entry,
         }
 
@@ -142,15 +144,21 @@ class Supervisor:
             self._selector.register(number, selectors.EVENT_READ)
 
     def _let_time(self) -> None:
-        """Do what had to wait if no worker is timing, and answer those that want to."""
+        """Do what had to wait if no worker is timing; then answer one that wants to, if every worker does.
+
+        Workers of one machine share its processors, memory bus and power, whatever GPU each has: of those that want to
+        time the one that has waited longest goes first, alone, and the others wait with nothing to do.
+        """
         workers = list(self._running.values())
-        if not any(worker.is_timing for worker in workers):
-            self._events.quiet()
-        for worker in workers:
-            if worker.waits:
-                worker.go()
+        if any(worker.is_timing for worker in workers):
+            return
+        self._events.quiet()
+        if workers and all(worker.waits for worker in workers):
+            min(workers, key=lambda worker: worker.watchdog.waits_from_s).go()
 
     def _fill_slots(self) -> None:
+        if any(worker.waits or worker.is_timing for worker in self._running.values()):
+            return  # what starts now would work beside it
         for slot in range(len(self._plan.slots)):
             if slot not in self._running and self._queue:
                 self._start(slot, self._queue.popleft())
@@ -347,9 +355,14 @@ class WorkerSettings:
 
 
 def slots_of(tickets: Sequence[Ticket], environment: Mapping[str, str] = os.environ) -> list[dict[str, str]]:
-    """Return the environment of each worker that may run at the same time: one per GPU with device=auto."""
+    """Return the environment of each worker that may run at the same time: one per GPU with device=auto.
+
+    One that sees all GPUs where a model is spread over several.
+    """
     asked: Any = {str(ticket.spec["config"].get("device")) for ticket in tickets}
     if asked != {"auto"} or not all(ticket.cell.device.startswith("cuda") for ticket in tickets):
+        return [{}]
+    if any(ticket.cell.spread_over for ticket in tickets):
         return [{}]
     return gpu_slots(_num_gpus(), environment.get("CUDA_VISIBLE_DEVICES"))
 

@@ -37,7 +37,6 @@ def main(job: dict[str, Any]) -> None:
     from kvbench.config.build import build_cells
     from kvbench.config.compose import Composed
     from kvbench.results.store import PartialStore
-    from kvbench.sweep.cell import environment
     from kvbench.sweep.group import GroupPlan, ModelShelf, run_group
 
     quiet_libraries()
@@ -50,9 +49,10 @@ def main(job: dict[str, Any]) -> None:
         results=results,
         sweep=job["sweep"],
         share_prompts=job["share_prompts"],
+        num_workers=job["num_workers"],
         batches_of=lambda key: PartialStore(results, key),
     )
-    watcher.hello(environment(cells[0].device))
+    watcher.hello(cells[0].environment())
     run_group(cells, plan, shelf=ModelShelf(), watcher=watcher)
     watcher.bye()
     os._exit(0)

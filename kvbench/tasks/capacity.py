@@ -7,9 +7,10 @@ largest batch of the policy and that of the full cache are searched and each is 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -21,6 +22,9 @@ from kvbench.tasks.memory import empty_allocator
 from kvbench.tasks.speed import Launch, launch, repeated
 from kvbench.tasks.task import Bench, TaskResult, check_least
 
+if TYPE_CHECKING:
+    from kvbench.cache import PolicyCache
+
 _ARMS = ("", "full_")
 
 
@@ -30,7 +34,8 @@ class Capacity:
 
     A batch fits if its launch of `new_tokens` ends; out of memory is an answer, and every try is in the
     curve `capacity_tries`. The search stops at `max_batch_size`, which on a CPU is the only limit that
-    does not end the process. Then each arm runs `num_launches` at its own largest batch, interleaved.
+    does not end the process. Then each arm runs `num_launches` at its own largest batch, interleaved; what
+    those of the policy hold is noted, of each device too.
     Raises: torch.OutOfMemoryError if not even one prompt fits with the policy.
     """
 
@@ -62,18 +67,28 @@ class Capacity:
         if sizes[0] == 0:
             raise torch.OutOfMemoryError("not even one prompt fits beside the weights")
         launches: list[list[Launch]] = [[], []]
+        held = Held(devices=bench.loaded.devices)
         for _ in range(self.num_launches):
-            for setting, size, done in zip(arms, sizes, launches, strict=True):
-                if size:
-                    done.append(self._launch(bench, setting, size))
+            with held.watched():
+                launches[0].append(self._launch(bench, arms[0], sizes[0], observe=held.look))
+            if sizes[1]:
+                launches[1].append(self._launch(bench, arms[1], sizes[1]))
         self._summarise(result, sizes, launches)
+        held.note(result)
         bench.advance(0.2)
         return result
 
-    def _launch(self, bench: Bench, setting: CacheSetting, size: int) -> Launch:
+    def _launch(
+        self,
+        bench: Bench,
+        setting: CacheSetting,
+        size: int,
+        *,
+        observe: Callable[[PolicyCache], None] = lambda cache: None,
+    ) -> Launch:
         empty_allocator(bench.loaded.device)
         batch = prompt_batch(bench.loaded, repeated(bench.examples, size))
-        return launch(bench.loaded, batch, setting, self.new_tokens)
+        return launch(bench.loaded, batch, setting, self.new_tokens, observe=observe)
 
     def _try(self, bench: Bench, setting: CacheSetting, size: int) -> Launch | None:
         """Return None when memory does not suffice; what the launch held is let go outside of the handler."""
@@ -98,6 +113,38 @@ class Capacity:
         if sizes[1]:
             result.note("capacity_ratio_to_full", sizes[0] / sizes[1], method="of two counts")
             result.measure("capacity_throughput_ratio_to_full", ratio_interval(rates[0], rates[1]))
+
+
+@dataclass(kw_only=True)
+class Held:
+    """What launches held on each device: the most of all tensors, which only a GPU's allocator tells, and the cache."""
+
+    devices: Sequence[torch.device]
+
+    def __post_init__(self) -> None:
+        self._peaks = dict.fromkeys(self.devices, 0)
+        self._kv = dict.fromkeys(self.devices, 0)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Take the peaks of a launch that runs inside."""
+        on_gpus = [device for device in self.devices if device.type == "cuda"]
+        for device in on_gpus:
+            torch.cuda.reset_peak_memory_stats(device)
+        yield
+        for device in on_gpus:
+            self._peaks[device] = max(self._peaks[device], torch.cuda.max_memory_allocated(device))
+
+    def look(self, cache: PolicyCache) -> None:
+        """Take what the cache stores now, after the prompt or at the end."""
+        self._kv |= {device: cache.occupancy(device).stored_bytes for device in cache.devices}
+
+    def note(self, result: TaskResult) -> None:
+        """Add the sums, and the numbers of each device where there are several."""
+        for name, found in (("capacity_peak_bytes", self._peaks), ("capacity_kv_bytes", self._kv)):
+            if any(found.values()):
+                result.note(name, sum(found.values()), "bytes")
+                result.note_devices(name, list(found.values()), "bytes")
 
 
 def largest_that_fits(fits: Callable[[int], bool], limit: int) -> int:

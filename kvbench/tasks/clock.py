@@ -2,7 +2,8 @@
 
 `Marks` note points in the work of any device without waiting for it. `copy_bandwidth` and `step_weight_bytes` make the
 memory roof of a decode step: it reads the decoder's weights and the entries it attends to at least once, and at the
-batch sizes of decoding nothing else is as slow. `reference_ms` is the same work at the start and at the end of a timing
+batch sizes of decoding nothing else is as slow. Where layers lie on several devices each is read at its own device's
+bandwidth, one after the other. `reference_ms` is the same work at the start and at the end of a timing
 pass, `foreign_gpu_processes` who else is there. `around_vision` finds where pictures are encoded in a model's forward.
 """
 
@@ -63,6 +64,29 @@ class Marks:
         return sum(self.between_ms()[::2])
 
 
+class DeviceMarks:
+    """The marks of each device by itself: an event lies in the work of one."""
+
+    def __init__(self) -> None:
+        self._marks: dict[torch.device, Marks] = {}
+        self._open: set[torch.device] = set()
+
+    @contextmanager
+    def around(self, device: torch.device) -> Iterator[None]:
+        """Mark on `device` before and after what runs inside; inside of another one there it is part of that."""
+        if device in self._open:
+            yield
+            return
+        self._open.add(device)
+        with self._marks.setdefault(device, Marks(device)).around():
+            yield
+        self._open.remove(device)
+
+    def inside_ms(self) -> float:
+        """Return the time that passed inside, the devices' added up: the layers of a model run one after the other."""
+        return sum(marks.inside_ms() for marks in self._marks.values())
+
+
 def _elapsed_ms(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:
     if isinstance(before, float) or isinstance(after, float):
         assert isinstance(before, float)
@@ -86,8 +110,8 @@ _CPU_BYTES = 64 * 2**20
 _NUM_COPIES = 9
 
 
-def step_weight_bytes(model: Any) -> int:
-    """Return the bytes of weights that one decode step reads.
+def step_weight_bytes(model: Any, device: torch.device | None = None) -> int:
+    """Return the bytes of weights that one decode step reads, on `device` alone where given.
 
     Everything in the text decoder and the output head; of an embedding table a step reads some rows
     only, so it counts only where it is the head too. The vision tower does not run at decode.
@@ -96,7 +120,7 @@ def step_weight_bytes(model: Any) -> int:
     parameters = {id(p): p for part in (model.get_decoder(), head) for p in part.parameters()}
     if model.get_input_embeddings().weight is not head.weight:
         parameters.pop(id(model.get_input_embeddings().weight), None)
-    return sum(p.numel() * p.element_size() for p in parameters.values())
+    return sum(p.numel() * p.element_size() for p in parameters.values() if device in (None, p.device))
 
 
 def copy_bandwidth(device: torch.device) -> float:

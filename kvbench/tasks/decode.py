@@ -5,7 +5,8 @@ loop serves every policy, the full cache included; `model.generate` with a `Poli
 that is known already is fed in chunks where the policy frees nothing between two tokens (`forced`).
 
 `engine: eager` runs a step operation by operation and is the reference. `engine: graph` captures it in a CUDA graph:
-one launch a token, whatever the policy. The graph holds the unmodified model's forward over the slot cache, the
+one launch a token, whatever the policy; batches of one shape under one setting use one graph and its buffers
+(`CapturedSteps`). The graph holds the unmodified model's forward over the slot cache, the
 policy's choice of victim included; every number that changes from step to step lives on the device. What a step would
 do on the host, counting, is caught up with after each launch.
 
@@ -17,13 +18,17 @@ first run with waiting forbidden, and nothing is left behind where capturing fai
 from __future__ import annotations
 
 import contextlib
+import copy
+import os
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -38,14 +43,14 @@ from kvbench.models.spec import MOVING_ROTATIONS
 if TYPE_CHECKING:
     from kvbench.cache import PolicyCache
     from kvbench.cache.cache import CacheState
-    from kvbench.cache.counts import OnPlan
+    from kvbench.cache.counts import OnPlan, OnSettle
 
 
 Engine = Literal["eager", "graph"]
 ENGINES: tuple[str, ...] = get_args(Engine)
 _WAITS = "synchronizing CUDA operation"  # in the text of the error that torch's debug mode raises
+_KEPT_FRACTION = 0.25  # of the free memory, for captured steps that wait for their next batch
 _MOST_LOGITS_BYTES = 2**28  # of one chunk of an answer, float32
-OnSettle = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,17 +70,28 @@ class CacheSetting:
         *,
         on_settle: OnSettle = nullcontext,
         on_plan: OnPlan | None = None,
+        steps: CapturedSteps | None = None,
     ) -> Decoding:
         """Prefill `batch` into a fresh cache and return it ready for `reserve_tokens` decode steps."""
         cache = self.cache(loaded, batch, reserve_tokens, on_settle=on_settle, on_plan=on_plan)
-        return self.decoding_with(loaded, batch, cache)
+        return self.decoding_with(loaded, batch, cache, steps=steps)
 
     def decoding_with(
-        self, loaded: LoadedModel, batch: PromptBatch, cache: PolicyCache, *, prompt_logits: Tensor | None = None
+        self,
+        loaded: LoadedModel,
+        batch: PromptBatch,
+        cache: PolicyCache,
+        *,
+        prompt_logits: Tensor | None = None,
+        steps: CapturedSteps | None = None,
     ) -> Decoding:
-        """Return `batch` ready to be decoded with `cache`; prompt_logits where it has taken the prompt already."""
+        """Return `batch` ready to be decoded with `cache`; prompt_logits where it has taken the prompt already.
+
+        steps: those captured for other batches of `loaded`, which may serve this one.
+        """
         if self.engine == "graph":
-            return GraphDecoding(loaded, batch, cache, prompt_logits=prompt_logits)
+            kept = None if steps is None else steps.of(self)
+            return GraphDecoding(loaded, batch, cache, prompt_logits=prompt_logits, steps=kept)
         return Decoding(loaded, batch, cache, prompt_logits=prompt_logits)
 
     def cache(
@@ -248,16 +264,20 @@ def padded_targets(answers: list[list[int]], pad: int, device: torch.device) -> 
 class GraphDecoding(Decoding):
     """A `Decoding` that replays its step. `logits` are overwritten by the next step.
 
-    The graph is captured by `prepare`, or by the first step, and once more after each `extend`. After the steps
-    that were announced (`reserve_tokens`) buffers would have to grow, so further steps run one by one.
+    The graph is captured by `prepare`, or by the first step, and once more after each `extend`; or it is one of
+    `steps`, in whose buffers the cache then goes on. After the steps that were announced (`reserve_tokens`) buffers
+    would have to grow, so further steps run one by one.
     """
 
-    _graph: torch.cuda.CUDAGraph | None = None
+    _graph: CapturedStep | None = None
     _replays_left = 0
 
-    def __init__(self, loaded: LoadedModel, *arguments: Any, **options: Any) -> None:
+    def __init__(
+        self, loaded: LoadedModel, *arguments: Any, steps: StepsOfSetting | None = None, **options: Any
+    ) -> None:
         """Take the prompt as `Decoding` does. Raises: ModelSupportError for a model whose step cannot be captured."""
         check_rotary(loaded.model)
+        self._steps = steps
         super().__init__(loaded, *arguments, **options)
         self.cache.cut_blocks(by_itself=False)  # which waits for the device, so it is done between captured steps
 
@@ -279,11 +299,16 @@ class GraphDecoding(Decoding):
         if self._graph is not None or self.cache.steps_announced < 1:
             return
         self._replays_left = self.cache.steps_announced
+        if self._steps is not None and (found := self._steps.take(self)) is not None:
+            self._graph, self._tokens, self._position = found, found.tokens, found.position
+            return
         counts = self._warmed_up()
         self._beat()
-        self._graph = captured(self._keep_logits, self._tokens.device)
+        self._graph = CapturedStep(self)
         self._beat()
         self.cache.restore(counts)
+        if self._steps is not None:
+            self._steps.keep(self._graph)
 
     def _warmed_up(self) -> CacheState:
         """Return the counts on the host as they were; copies of tensors are let go, so that no graph is held up."""
@@ -299,9 +324,6 @@ class GraphDecoding(Decoding):
         warm_up(self._forward, self._tokens.device, undo=undo)
         return replace(before, tensors=[], values=[])
 
-    def _keep_logits(self) -> None:
-        self._captured = self._forward()
-
     def step(self, tokens: Tensor) -> Tensor:
         """Feed one token per row, (B,); return the next logits (B, V) float32, valid until the next step."""
         self.prepare()
@@ -315,9 +337,117 @@ class GraphDecoding(Decoding):
         self._graph.replay()
         self.cache.count_replayed_step()
         self.cache.cut_blocks()
-        self.logits = self._captured
+        self.logits = self._graph.logits
         self._beat()
         return self.logits
+
+
+class CapturedStep:
+    """The step of one decoding in a CUDA graph, with all that it reads and writes: its user is who goes on in that."""
+
+    logits: Tensor
+
+    def __init__(self, decoding: GraphDecoding) -> None:
+        # A copy of it, so that the decoding itself ends with its batch, which tells that nobody uses this any more.
+        self._decoding, self._user = copy.copy(decoding), ref(decoding)
+        self.cache, self.tokens, self.position = decoding.cache, decoding._tokens, decoding._position
+        self._graph = captured(self._keep_logits, self.tokens.device)
+        self.buffers = self.cache.step_buffers()
+
+    def _keep_logits(self) -> None:
+        self.logits = self._decoding._forward()
+
+    def replay(self) -> None:
+        """Run the step; `logits` are then those of the next token."""
+        self._graph.replay()
+
+    @property
+    def is_free(self) -> bool:
+        """Whether no decoding that goes on in these buffers is alive."""
+        return self._user() is None
+
+    def take(self, decoding: GraphDecoding) -> bool:
+        """Let `decoding`, of the same setting, go on here and return True, if it is of the same shape."""
+        given, mine = decoding.cache.step_buffers(), self.buffers
+        if given is None or mine is None or not (self.is_free and mine.is_where_it_was):
+            return False
+        if self.tokens.shape != decoding._tokens.shape or self.position.shape != decoding._position.shape:
+            return False
+        if not mine.take(given):
+            return False
+        self.tokens.copy_(decoding._tokens)
+        self.position.copy_(decoding._position)
+        decoding.cache.move_into(mine)
+        self._user = ref(decoding)
+        return True
+
+
+class CapturedSteps:
+    """Steps captured for the batches of one model, kept for those to come while they take little of the memory.
+
+    A capture takes as long as many steps. One serves all batches of a shape under a setting, one after the other; two
+    that are decoded at the same time get one each. most_bytes: keys and values that are kept, of all settings; a share
+    of the device's free memory if not given. What was used least lately goes first.
+    """
+
+    def __init__(self, *, most_bytes: int | None = None) -> None:
+        self._most_bytes = most_bytes
+        self._kept: list[tuple[CacheSetting, CapturedStep]] = []
+
+    def of(self, setting: CacheSetting) -> StepsOfSetting:
+        """Return those of one setting."""
+        return StepsOfSetting(self, setting)
+
+    def take(self, setting: CacheSetting, decoding: GraphDecoding) -> CapturedStep | None:
+        """Return a step in whose buffers `decoding` goes on from now on, None if there is none for it."""
+        for place, (other, step) in enumerate(self._kept):
+            if other == setting and step.take(decoding):
+                self._kept.append(self._kept.pop(place))
+                return step
+        return None
+
+    def keep(self, setting: CacheSetting, step: CapturedStep) -> None:
+        """Keep a step that was captured, and let others go where they take too much."""
+        if step.buffers is None:
+            return
+        self._kept.append((setting, step))
+        sizes = [0 if one.buffers is None else one.buffers.num_bytes for _, one in self._kept]
+        most = self._most_bytes
+        if most is None:
+            most = int(_KEPT_FRACTION * (free_bytes(step.tokens.device) + sum(sizes[:-1])))
+        while self._kept and sum(sizes) > most:
+            del self._kept[0], sizes[0]
+
+    def clear(self) -> None:
+        """Let all go."""
+        self._kept.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class StepsOfSetting:
+    """The captured steps of one setting."""
+
+    steps: CapturedSteps
+    setting: CacheSetting
+
+    def take(self, decoding: GraphDecoding) -> CapturedStep | None:
+        """As `CapturedSteps.take`."""
+        return self.steps.take(self.setting, decoding)
+
+    def keep(self, step: CapturedStep) -> None:
+        """As `CapturedSteps.keep`."""
+        self.steps.keep(self.setting, step)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory of `device` that nothing alive uses."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def check_rotary(model: Any) -> None:

@@ -101,6 +101,7 @@ class Generation(BatchTask):
     """
 
     protocol: ClassVar[str] = "greedy_v2"
+    generates: ClassVar[bool] = True
     hides_question: ClassVar[bool] = True
 
     max_new_tokens: int = 160
@@ -178,7 +179,7 @@ def full_answers(bench: Bench, part: Part, max_new_tokens: int) -> Answers:
     if part.number == len(bench.prompts) - 1:
         again = bench.own_prompts()  # for batches that were measured before a kill, whose answers went with it
         for other in range(len(again) - 1):
-            if any(example.id not in answers for example in again.examples_of(other)):
+            if any(name not in answers for name in again.ids_of(other)):
                 answers |= _answered(bench, again.part(other), max_new_tokens)
         bench.answers.write(max_new_tokens, answers)
     return answers

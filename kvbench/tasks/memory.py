@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,24 +40,36 @@ class PhasePeaks:
     """Peak bytes by phase. `base_bytes`: what was alive before, and on a CPU is not counted by itself.
 
     A phase inside another one interrupts it: each moment belongs to the innermost phase only, and a
-    phase that is entered many times has the largest of its peaks. reserved_bytes: the most that the
-    allocator of a GPU held, 0 on a CPU.
+    phase that is entered many times has the largest of its peaks. by_device: the peaks of each device, by phase;
+    devices reach theirs one after the other, so what they add up to is what they must hold, not a moment's total.
     """
 
-    device: torch.device
+    devices: Sequence[torch.device]
     base_bytes: int
-    peak_bytes: dict[str, int] = field(default_factory=dict)
-    reserved_bytes: int = 0
+    by_device: dict[torch.device, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._counter = StorageCounter()
         self._open: list[str] = []
+        self._reserved_bytes = dict.fromkeys(self.devices, 0)
+        self.by_device = {device: {} for device in self.devices}
+
+    @property
+    def peak_bytes(self) -> dict[str, int]:
+        """The peak of each phase, those of the devices added up."""
+        phases = dict.fromkeys(name for peaks in self.by_device.values() for name in peaks)
+        return {name: sum(peaks.get(name, 0) for peaks in self.by_device.values()) for name in phases}
+
+    @property
+    def reserved_bytes(self) -> int:
+        """The most that the allocators of GPUs held, 0 on a CPU."""
+        return sum(self._reserved_bytes.values())
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Note the peak of what runs inside under `name`, weights and earlier tensors included."""
         self._boundary()
-        outermost = not self._open and self.device.type != "cuda"
+        outermost = not self._open and self.devices[0].type != "cuda"
         self._open.append(name)
         try:
             with self._counter if outermost else nullcontext():
@@ -68,16 +80,18 @@ class PhasePeaks:
 
     def _boundary(self) -> None:
         """Give the peak since the last boundary to the phase that was running, and start a new one."""
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device)
+        for device, peaks in self.by_device.items():
+            if device.type == "cuda":
+                peak = torch.cuda.max_memory_allocated(device)
+                if self._open:
+                    reserved = torch.cuda.max_memory_reserved(device)
+                    self._reserved_bytes[device] = max(self._reserved_bytes[device], reserved)
+                torch.cuda.reset_peak_memory_stats(device)
+            else:
+                peak = self.base_bytes + self._counter.peak_bytes
+                self._counter.peak_bytes = self._counter.live_bytes
             if self._open:
-                self.reserved_bytes = max(self.reserved_bytes, torch.cuda.max_memory_reserved(self.device))
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            peak = self.base_bytes + self._counter.peak_bytes
-            self._counter.peak_bytes = self._counter.live_bytes
-        if self._open:
-            self.peak_bytes[self._open[-1]] = max(peak, self.peak_bytes.get(self._open[-1], 0))
+                peaks[self._open[-1]] = max(peak, peaks.get(self._open[-1], 0))
 
 
 class StorageCounter(TorchDispatchMode):
@@ -115,9 +129,9 @@ class StorageCounter(TorchDispatchMode):
         self.live_bytes -= size
 
 
-def parameter_bytes(model: torch.nn.Module) -> int:
-    """Return the bytes of weights and buffers, shared storages once."""
-    tensors = (*model.parameters(), *model.buffers())
+def parameter_bytes(model: torch.nn.Module, device: torch.device | None = None) -> int:
+    """Return the bytes of weights and buffers, on `device` alone where given; shared storages once."""
+    tensors = (t for t in (*model.parameters(), *model.buffers()) if device in (None, t.device))
     return sum({_storage_id(t): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -178,7 +192,7 @@ class Memory:
         weights_bytes = parameter_bytes(loaded.model)
         inputs_bytes = sum(tensor.untyped_storage().nbytes() for tensor in batch.tensors.values())
         activation_bytes = _plain_activation_bytes(loaded, batch, weights_bytes + inputs_bytes)
-        peaks = PhasePeaks(device=loaded.device, base_bytes=weights_bytes + inputs_bytes)
+        peaks = PhasePeaks(devices=loaded.devices, base_bytes=weights_bytes + inputs_bytes)
         resident_is_fresh = reset_resident_peak()
         cache = self._launch(loaded, batch, bench.setting, peaks)
         bench.advance(1.0)
@@ -194,6 +208,8 @@ class Memory:
         result = TaskResult()
         for name, value in numbers.items():
             result.note(name, value, "bytes")
+        for name, values in _device_bytes(loaded, peaks, cache).items():
+            result.note_devices(name, values, "bytes")
         bound = weights_bytes + inputs_bytes + activation_bytes + numbers["kv_theoretical_bytes"]
         bound += _entry_bytes(cache) * batch.kind.numel()
         result.note("peak_over_bound_ratio", numbers["peak_memory_bytes"] / bound)
@@ -203,7 +219,7 @@ class Memory:
     def _launch(self, loaded: LoadedModel, batch: PromptBatch, setting: CacheSetting, peaks: PhasePeaks) -> PolicyCache:
         empty_allocator(loaded.device, collect=True)
         with peaks.phase("prefill"), around_vision(loaded.model, peaks.phase("vision")):
-            decoding = setting.decoding(loaded, batch, self.new_tokens, on_settle=lambda: peaks.phase("settle"))
+            decoding = setting.decoding(loaded, batch, self.new_tokens, on_settle=lambda device: peaks.phase("settle"))
             token = decoding.logits.argmax(dim=-1)
         with peaks.phase("decode"):
             decoding.prepare()
@@ -217,8 +233,10 @@ class Memory:
 def _plain_activation_bytes(loaded: LoadedModel, batch: PromptBatch, base_bytes: int) -> int:
     """Return the peak of the prompt's forward without any cache, above weights and inputs."""
     empty_allocator(loaded.device, collect=True)
-    alive = torch.cuda.memory_allocated(loaded.device) if loaded.device.type == "cuda" else base_bytes
-    peaks = PhasePeaks(device=loaded.device, base_bytes=base_bytes)
+    alive = base_bytes
+    if loaded.device.type == "cuda":
+        alive = sum(torch.cuda.memory_allocated(device) for device in loaded.devices)
+    peaks = PhasePeaks(devices=loaded.devices, base_bytes=base_bytes)
     with peaks.phase("plain"):
         loaded.model(**batch.tensors, position_ids=batch.position_ids, use_cache=False, logits_to_keep=1)
     loaded.beat()
@@ -235,13 +253,26 @@ def _entry_bytes(cache: PolicyCache) -> int:
 
 def _kv_bytes(cache: PolicyCache) -> dict[str, int]:
     held = cache.occupancy()
-    allowed = sum(sum(layer.ledger.allowed()) for layer in cache.policy_layers)
+    ledgers = [layer.ledger for layer in cache.policy_layers]
+    allowed = sum(entries + ledger.block_tokens - 1 for ledger in ledgers for entries in ledger.allowed())
     return {
         "kv_stored_bytes": held.stored_bytes,
         "kv_valid_bytes": held.valid_bytes,
         "statistics_bytes": held.statistics_bytes,
         "bookkeeping_bytes": held.bookkeeping_bytes,
         "kv_theoretical_bytes": _entry_bytes(cache) * allowed,
+    }
+
+
+def _device_bytes(loaded: LoadedModel, peaks: PhasePeaks, cache: PolicyCache) -> dict[str, list[int]]:
+    """Return the numbers that every device has by itself, in the order of the devices."""
+    has_layers = cache.devices
+    held = [cache.occupancy(device) if device in has_layers else None for device in loaded.devices]
+    return {
+        "peak_memory_bytes": [max(peaks.by_device[device].values()) for device in loaded.devices],
+        "peak_load_bytes": [parameter_bytes(loaded.model, device) for device in loaded.devices],
+        "kv_stored_bytes": [0 if one is None else one.stored_bytes for one in held],
+        "kv_valid_bytes": [0 if one is None else one.valid_bytes for one in held],
     }
 
 
@@ -253,7 +284,7 @@ def free_memory() -> None:
 
 
 def empty_allocator(device: torch.device, *, collect: bool = False) -> None:
-    """Give back what a GPU's allocator keeps for later, and what lies in a cycle; a CPU has no such thing."""
+    """Give back what the GPUs' allocators keep for later, and what lies in a cycle; a CPU has no such thing."""
     if device.type == "cuda":
         if collect:
             gc.collect()

@@ -11,7 +11,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -23,6 +24,7 @@ from kvbench.models.loader import LoadedModel
 from kvbench.stats.intervals import Interval, launch_interval, ratio_interval
 from kvbench.stats.latency import noise_reason, spread_fraction
 from kvbench.tasks.clock import (
+    DeviceMarks,
     Marks,
     copy_bandwidth,
     foreign_gpu_processes,
@@ -81,7 +83,7 @@ def launch(
     PolicyError if a victim was no choice (`PolicyCache.check`).
     """
     device = loaded.device
-    prompt, settling, steps = Marks(device), Marks(device), Marks(device)
+    prompt, settling, steps = Marks(device), DeviceMarks(), Marks(device)  # every pass begins and ends on `device`
     synchronised_ms(device)
     with prompt.around():
         decoding = setting.decoding(loaded, batch, new_tokens, on_settle=settling.around)
@@ -109,49 +111,66 @@ def repeated(examples: Sequence[Example], number: int) -> list[Example]:
 _NUM_REPEATS = 15
 
 
-def deciding_ms(cache: PolicyCache, policy: Policy, device: torch.device) -> Interval:
+def deciding_ms(cache: PolicyCache, policy: Policy) -> Interval:
     """Return the median time in which all layers name their victims; nothing is applied.
 
     On CUDA the work is captured in a CUDA graph and replayed, so that launching it costs nothing; what
-    cannot be captured is run as it is, and the method says so. 0 for a policy that decides nothing.
+    cannot be captured is run as it is, and the method says so. 0 for a policy that decides nothing. Of several
+    devices the times are added up.
     """
     from kvbench.cache.policy import steps_between_cuts
 
     steps = steps_between_cuts(policy)
     if steps is None:
         return Interval(value=0.0, low=None, high=None, n=1, method="nothing is decided at decode")
-    work, how = (cache.decide, "run") if device.type != "cuda" else _captured(cache, device)
-    work()
-    median = statistics.median(repeated_ms(work, _NUM_REPEATS, device)) / steps
-    how += f", a plan every {steps} steps" if steps > 1 else ""
-    return Interval(value=median, low=None, high=None, n=_NUM_REPEATS, method=f"median of repeats, {how}")
+    medians, ways = [], []
+    for device in cache.devices:
+        decide = partial(cache.decide, device)
+        work, how = (decide, "run") if device.type != "cuda" else _captured(decide, device)
+        work()
+        medians.append(statistics.median(repeated_ms(work, _NUM_REPEATS, device)))
+        ways.append(how)
+    how = " and ".join(dict.fromkeys(ways)) + (f", a plan every {steps} steps" if steps > 1 else "")
+    return Interval(value=sum(medians) / steps, low=None, high=None, n=_NUM_REPEATS, method=f"median of repeats, {how}")
 
 
-def _captured(cache: PolicyCache, device: torch.device) -> tuple[Callable[[], None], str]:
+def _captured(decide: Callable[[], None], device: torch.device) -> tuple[Callable[[], None], str]:
     try:
-        warm_up(cache.decide, device)
-        graph = captured(cache.decide, device)
+        warm_up(decide, device)
+        graph = captured(decide, device)
     except (PolicyError, RuntimeError) as error:  # a copy from the host, or a wait for the device
         if ran_out_of_memory(error):
             raise
         torch.cuda.synchronize(device)
-        return cache.decide, "launched kernel by kernel"
+        return decide, "launched kernel by kernel"
     return graph.replay, "CUDA graph"
 
 
 @dataclass(kw_only=True)
 class Arm:
-    """One of the two settings that are compared: its launches, and what its cache held in the first warm-up."""
+    """One of the two settings that are compared: its launches, and what its cache held in the first warm-up.
+
+    valid_bytes: by device, after the prompt and after the last step.
+    """
 
     setting: CacheSetting
     launches: list[Launch] = field(default_factory=list)
-    valid_bytes: list[int] = field(default_factory=list)
+    valid_bytes: list[dict[torch.device, int]] = field(default_factory=list)
     deciding: Interval | None = None
 
-    def roof_ms(self, weight_bytes: int, bandwidth: float) -> float:
-        """Return the time to read the weights and the mean of the valid entries once, at the bandwidth of a copy."""
-        kv_bytes = sum(self.valid_bytes) / len(self.valid_bytes)
-        return (weight_bytes + kv_bytes) / bandwidth * 1e3
+    def roofs_ms(self, reads: Sequence[Reads]) -> list[float]:
+        """Return, for each device, the time to read its weights and the mean of its valid entries once."""
+        held = [sum(moment.get(one.device, 0) for moment in self.valid_bytes) / len(self.valid_bytes) for one in reads]
+        return [(one.weight_bytes + kv) / one.bandwidth * 1e3 for one, kv in zip(reads, held, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reads:
+    """What a decode step reads of the weights on a device, and how many bytes a copy moves there per second."""
+
+    device: torch.device
+    weight_bytes: int
+    bandwidth: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +203,7 @@ class Speed:
 
     def run(self, bench: Bench) -> TaskResult:
         """Time both arms; the first examples are the prompts, the same for both."""
-        bandwidth = copy_bandwidth(bench.loaded.device)
+        reads = [_reads(bench.loaded.model, device) for device in bench.loaded.devices]
         batch = prompt_batch(bench.loaded, repeated(bench.examples, self.batch_size))
         policy, full = Arm(setting=bench.setting), Arm(setting=bench.full)
         self._warm_up(bench, batch, (policy, full))
@@ -195,23 +214,25 @@ class Speed:
         result = TaskResult(is_noisy=_is_noisy(policy, full, quiet))
         self._latency(result, policy, full)
         _noise(result, policy, full, quiet)
-        _roof(result, policy, full, step_weight_bytes(bench.loaded.model), bandwidth)
+        _roof(result, policy, full, reads)
         return result
 
     def _blocks(self, bench: Bench, batch: PromptBatch, policy: Arm, full: Arm) -> Quiet:
         """Time all blocks; launches of a pass before are forgotten whole, never some of them."""
-        before_ms = reference_ms(bench.loaded.device)
+        devices = bench.loaded.devices
+        before_ms = [reference_ms(device) for device in devices]
         policy.launches, full.launches = [], []
         for _ in range(self.num_blocks):
             for arm in (policy, full, full, policy):
                 arm.launches.append(launch(bench.loaded, batch, arm.setting, self.new_tokens))
-        drift = abs(reference_ms(bench.loaded.device) / before_ms - 1)
-        return Quiet(drift_fraction=drift, num_foreign=foreign_gpu_processes(bench.loaded.device))
+        drifts = [abs(reference_ms(device) / before - 1) for device, before in zip(devices, before_ms, strict=True)]
+        foreign = [found for found in map(foreign_gpu_processes, devices) if found is not None]
+        return Quiet(drift_fraction=max(drifts), num_foreign=max(foreign, default=None))
 
     def _warm_up(self, bench: Bench, batch: PromptBatch, arms: Sequence[Arm]) -> None:
         """Run both arms untimed; the first round looks into the caches, which would disturb a timed one."""
         for arm in arms:
-            launch(bench.loaded, batch, arm.setting, self.new_tokens, observe=_observer(arm, bench))
+            launch(bench.loaded, batch, arm.setting, self.new_tokens, observe=_observer(arm))
         for _ in range(self.num_warmups - 1):
             for arm in arms:
                 launch(bench.loaded, batch, arm.setting, self.new_tokens)
@@ -257,20 +278,35 @@ def _noise(result: TaskResult, policy: Arm, full: Arm, quiet: Quiet) -> None:
             result.note(name, float(value))
 
 
-def _observer(arm: Arm, bench: Bench) -> Callable[[PolicyCache], None]:
+def _observer(arm: Arm) -> Callable[[PolicyCache], None]:
     """Note the entries held after the prompt and after the last step, and then what deciding costs."""
 
     def observe(cache: PolicyCache) -> None:
-        arm.valid_bytes.append(cache.occupancy().valid_bytes)
+        arm.valid_bytes.append({device: cache.occupancy(device).valid_bytes for device in cache.devices})
         if len(arm.valid_bytes) == 2:
-            arm.deciding = deciding_ms(cache, arm.setting.policy, bench.loaded.device)
+            arm.deciding = deciding_ms(cache, arm.setting.policy)
 
     return observe
 
 
-def _roof(result: TaskResult, policy: Arm, full: Arm, weight_bytes: int, bandwidth: float) -> None:
+def _reads(model: Any, device: torch.device) -> Reads:
+    return Reads(device=device, weight_bytes=step_weight_bytes(model, device), bandwidth=copy_bandwidth(device))
+
+
+def _roof(result: TaskResult, policy: Arm, full: Arm, reads: Sequence[Reads]) -> None:
+    """Note the roofs: the layers of several devices run one after the other, so theirs add up."""
     for prefix, arm in (("", policy), ("full_", full)):
-        roof_ms = arm.roof_ms(weight_bytes, bandwidth)
+        each_ms = arm.roofs_ms(reads)
+        roof_ms = sum(each_ms)
         result.note(f"{prefix}roof_ms", roof_ms, "ms", method="computed")
         result.measure(f"{prefix}roof_share_fraction", launch_interval([roof_ms / a.tpot_ms for a in arm.launches]))
-    result.note("copy_bandwidth_bytes_per_s", bandwidth, "bytes/s", method="median of copies")
+        result.note_devices(f"{prefix}roof_ms", each_ms, "ms", method="computed")
+    bandwidths = [one.bandwidth for one in reads]
+    weights, method = sum(one.weight_bytes for one in reads), "median of copies"
+    if len(reads) > 1:
+        whole = weights / sum(one.weight_bytes / one.bandwidth for one in reads)
+        method += ", the weights' bytes over the time to read them device by device"
+    else:
+        whole = bandwidths[0]
+    result.note("copy_bandwidth_bytes_per_s", whole, "bytes/s", method=method)
+    result.note_devices("copy_bandwidth_bytes_per_s", bandwidths, "bytes/s", method="median of copies")

@@ -30,7 +30,7 @@ from kvbench.models.loader import LoadedModel
 from kvbench.results.files import canonical_json, replace_file
 from kvbench.results.record import cell_key
 from kvbench.stats.intervals import Interval, mean_interval, pooled_ratio_interval
-from kvbench.tasks.decode import CacheSetting, Decoding
+from kvbench.tasks.decode import CacheSetting, CapturedSteps, Decoding
 
 if TYPE_CHECKING:
     from kvbench.cache.counts import OnPlan
@@ -48,7 +48,15 @@ class Planned:
 class Part:
     """One planned batch. `policies` None: nothing is shared, every decoding runs its own prefill."""
 
-    def __init__(self, loaded: LoadedModel, planned: Planned, number: int, policies: Sequence[Policy] | None) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        planned: Planned,
+        number: int,
+        policies: Sequence[Policy] | None,
+        steps: CapturedSteps | None = None,
+    ) -> None:
+        self._steps = steps
         self.number = number
         self.examples = planned.examples
         self.batch: PromptBatch = prompt_batch(
@@ -68,12 +76,12 @@ class Part:
         """Return the batch after its prompt, under `setting`; the numbers are the same shared or not."""
         loaded, batch = self._loaded, self.batch
         if self._policies is None:
-            return setting.decoding(loaded, batch, reserve_tokens, on_plan=on_plan)
+            return setting.decoding(loaded, batch, reserve_tokens, on_plan=on_plan, steps=self._steps)
         from kvbench.cache.recording import cache_after  # needs transformers
 
         recorder, logits = self.once("prompt", self._record)
         cache = cache_after(recorder.prompt, setting.cache(loaded, batch, reserve_tokens, on_plan=on_plan))
-        return setting.decoding_with(loaded, batch, cache, prompt_logits=logits)
+        return setting.decoding_with(loaded, batch, cache, prompt_logits=logits, steps=self._steps)
 
     def _record(self) -> tuple[PromptRecorder, torch.Tensor]:
         assert self._policies is not None
@@ -115,21 +123,22 @@ class Prompts:
             for start in range(0, len(group), batch_size)
         ]
         self._policies = share
+        self._steps = CapturedSteps()
         self._part: Part | None = None
         self._kept: dict[Hashable, Any] = {}
 
     def __len__(self) -> int:
         return len(self._parts)
 
-    def examples_of(self, number: int) -> Sequence[Example]:
-        """Return the examples of the batch `number`."""
-        return self._parts[number].examples
+    def ids_of(self, number: int) -> list[str]:
+        """Return the ids of the examples of the batch `number`."""
+        return [example.id for example in self._parts[number].examples]
 
     def part(self, number: int) -> Part:
         """Return the batch `number`; the part returned before is let go."""
         if self._part is None or self._part.number != number:
             self._part = None
-            self._part = Part(self._loaded, self._parts[number], number, self._policies)
+            self._part = Part(self._loaded, self._parts[number], number, self._policies, self._steps)
         return self._part
 
     def once(self, name: Hashable, compute: Callable[[], Any]) -> Any:
@@ -139,8 +148,9 @@ class Prompts:
         return self._kept[name]
 
     def forget(self) -> None:
-        """Let the part in use go, with everything that is kept for it."""
+        """Let the part in use go, with everything that is kept for it, and the captured steps."""
         self._part = None
+        self._steps.clear()
 
 
 Answers = dict[str, list[int]]
@@ -267,6 +277,13 @@ class TaskResult:
         """Add a number that has no interval."""
         self.measurements[name] = {"value": value, "low": None, "high": None, "n": n, "unit": unit, "method": method}
 
+    def note_devices(
+        self, name: str, values: Sequence[float], unit: str = "", *, method: str = "observed once"
+    ) -> None:
+        """Add a number of each device, `device0_NAME` and so on, where there are several."""
+        for number, value in enumerate(values if len(values) > 1 else ()):
+            self.note(f"device{number}_{name}", value, unit, method=method)
+
     def measure_means(self, names: Iterable[str], bench: Bench, units: Mapping[str, str] = _NONE) -> None:
         """Add the mean over the examples that have it of each field of `samples`."""
         for name in names:
@@ -339,11 +356,13 @@ def joined(payloads: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 class BatchTask(ABC):
     """A quality task: its numbers are a function of the cell, never of the machine or of time.
 
-    Every batch is measured on its own, perhaps in another process, and `summarise` sees only payloads.
+    Every batch is measured on its own, perhaps in another process, and `summarise` sees only payloads. One that lets
+    the model choose tokens, which are fed one by one under every policy, says `generates = True`.
     """
 
     protocol: ClassVar[str]
     is_timed: ClassVar[bool] = False
+    generates: ClassVar[bool] = False
 
     @abstractmethod
     def measure(self, bench: Bench, part: Part) -> Payload:

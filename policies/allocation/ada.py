@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from kvbench.cache import Allocation, View
-from kvbench.cache.allocation import split
+from kvbench.cache.parts import best_of_layer, split
 from kvbench.errors import ConfigError
 
 
@@ -33,11 +32,6 @@ class Ada(Allocation):
 
     def heads(self, view: View, candidates: Tensor, free: Tensor) -> Tensor:
         """Count the best of the layer in each head."""
-        rows, heads, _ = candidates.shape
-        newest_first = view.position.flatten(1).argsort(dim=-1, descending=True, stable=True)
-        best_first = candidates.flatten(1).gather(-1, newest_first).argsort(dim=-1, descending=True, stable=True)
-        order = newest_first.gather(-1, best_first)
-        among_best = torch.arange(order.shape[-1], device=order.device) < free[:, None]
-        counts = torch.zeros_like(order).scatter_(-1, order, among_best.long()).reshape(rows, heads, -1).sum(dim=-1)
-        even = (free.double() / heads)[:, None]
+        counts = best_of_layer(view, candidates, free)
+        even = (free.double() / counts.shape[1])[:, None]
         return split((1 - self.alpha) * counts + self.alpha * even, free, candidates.isfinite().sum(dim=-1))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvbench.cache import Allocation, Budget, PolicyCache, Room, View, cache_argument
-from kvbench.cache.allocation import layer_entries, split
+from kvbench.cache.parts import layer_entries, split
 from kvbench.errors import ConfigError, NonFiniteChoiceError, PolicyError
 from kvbench.policies.allocation.pyramid import Pyramid
 from kvbench.policies.h2o import H2O
@@ -76,7 +76,7 @@ def test_a_weight_that_is_no_number_is_refused(weight: float) -> None:
 
 ROOMS = st.builds(
     lambda layers, protected, free, more: Room(
-        num_layers=layers, budget=protected + free, tokens=protected + free + more, protected=protected
+        num_layers=layers, num_heads=2, budget=protected + free, tokens=protected + free + more, protected=protected
     ),
     st.integers(1, 9),
     st.integers(1, 8),
@@ -140,7 +140,7 @@ class WrongButFree(Wrong):
 
 
 def test_an_allocation_is_held_to_the_total_that_it_declares() -> None:
-    room = Room(num_layers=3, budget=10, tokens=20, protected=2)
+    room = Room(num_layers=3, num_heads=2, budget=10, tokens=20, protected=2)
     assert layer_entries(Wrong(shares=(20, 8, 2)), (), room) == (20, 8, 2)
     assert layer_entries(WrongButBounded(shares=(9, 8, 2)), (), room) == (9, 8, 2)
     assert layer_entries(WrongButFree(shares=(20, 20, 2)), (), room) == (20, 20, 2)
@@ -242,9 +242,9 @@ def test_until_the_last_layer_came_every_prompt_lies_whole_and_that_is_measured(
 
     model, tokens, peaks = tiny_model("llama_gqa"), random_tokens(3, 1, 400), {}
     for name, allocation in LAYERED.items():
-        counted = PhasePeaks(device=torch.device("cpu"), base_bytes=0)
+        counted = PhasePeaks(devices=[torch.device("cpu")], base_bytes=0)
         cache = PolicyCache(
-            model, H2O(allocation=allocation), Budget(tokens=20), on_settle=lambda c=counted: c.phase("settle")
+            model, H2O(allocation=allocation), Budget(tokens=20), on_settle=lambda device, c=counted: c.phase("settle")
         )
         with counted.phase("prefill"), torch.no_grad():
             model(tokens, **cache_argument(model, cache), logits_to_keep=1)

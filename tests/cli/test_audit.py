@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,10 +39,10 @@ def test_a_folder_that_holds_together_gives_zero_and_says_what_was_not_run(
     assert [line.split()[0] for line in lines[:4]] == ["A1", "A2", "A3", "A4"]
     assert "(not run: needs the model)" in lines[0]
     assert lines[2].startswith("A3  passed")
-    assert "20 of 20 checks passed; 5 cells" in printed
+    assert "20 passed, 2 not run; 5 cells" in printed
     key = honest()["h2o 0.2"]["key"][:8]
     assert f"A4 {key} h2o, 20 % of seen: answers of 59 % of the full cache's length: outside of 10 %" in printed
-    assert f"[![kvbench audit: 20 of 20 checks passed]({folder}/audit.svg)]({folder}/audit.json)" in printed
+    assert f"[![kvbench audit: 20 passed, 2 not run]({folder}/audit.svg)]({folder}/audit.json)" in printed
 
 
 def test_a_failed_check_gives_one_names_the_cell_and_what_it_means(
@@ -52,8 +53,25 @@ def test_a_failed_check_gives_one_names_the_cell_and_what_it_means(
     at = next(number for number, line in enumerate(lines) if line.startswith("A7  failed"))
     assert "h2o, 20 % of seen: after 163 tokens it holds 33 entries, the budget allows 32" in lines[at + 1]
     assert lines[at + 2].strip() == "means: the policy held more entries than it says"
-    assert "1 of 20 checks failed: A7; 5 cells" in "\n".join(lines)
-    assert "1 of 20 checks failed" in (doctored / "audit.svg").read_text()
+    assert "1 failed (A7), 19 passed, 2 not run; 5 cells" in "\n".join(lines)
+    assert ">1 failed, 19 passed, 2 not run</text>" in (doctored / "audit.svg").read_text()
+
+
+def test_what_had_nothing_to_look_at_is_not_counted_as_passed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = {name: body for name, body in honest().items() if name == "full"}
+    assert len(alone) == 1
+    assert run(["audit", str(write_folder(tmp_path, list(alone.values())))]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    verdicts = [line[4:19].strip() for line in lines if re.match(r"[AR]\d+ ", line)]
+    counted = {verdict: verdicts.count(verdict) for verdict in set(verdicts)}
+    assert counted["not applicable"] > 0
+    assert sum(counted.values()) == 22
+    told = (
+        f"{counted['passed']} passed, {counted['not run']} not run, {counted['not applicable']} not applicable; 1 cell,"
+    )
+    assert any(line.startswith(told) for line in lines)
 
 
 def test_the_json_is_sealed_and_the_same_bytes_each_time(folder: Path, tmp_path: Path) -> None:
@@ -65,6 +83,7 @@ def test_the_json_is_sealed_and_the_same_bytes_each_time(folder: Path, tmp_path:
     assert body["passed"] is True
     assert body["num_cells"] == 5
     assert {check["verdict"] for check in body["checks"]} == {"passed", "not run"}
+    assert body["counts"] == {"failed": 0, "passed": 20, "not run": 2, "not applicable": 0}
     ElementTree.fromstring((folder / "audit.svg").read_text())
 
 

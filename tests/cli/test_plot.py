@@ -91,7 +91,7 @@ def test_groups_and_policies_are_chosen_by_name(tmp_path: Path, capsys: pytest.C
     assert "other on scenes; tiny-llava on scenes" in capsys.readouterr().err
     chosen = ["--model", "tiny-llava", "--dataset", "scenes", "--policies", "h2o,elastic", "--measure", "ppl"]
     assert run(["plot", "quality", str(folder), *chosen, "--out", "one.svg"]) == 0
-    assert run(["plot", "quality", str(folder), *chosen[:4], "--measure", "ppl", "--out", "all.svg"]) == 0
+    assert run(["plot", "quality", str(folder), *chosen[:4], "--measure", "Perplexity", "--out", "all.svg"]) == 0
     some, every = Path("one.svg").read_text(), Path("all.svg").read_text()
     assert "#eb8900" in every, "streaming_llm is orange"
     assert "#eb8900" not in some
@@ -108,7 +108,7 @@ def test_groups_and_policies_are_chosen_by_name(tmp_path: Path, capsys: pytest.C
         (["qualty"], "figure is 'qualty'; did you mean 'quality'?"),
         (["quality", "--width", "sngle"], "did you mean 'single'?"),
         (["quality", "--style", "drak"], "did you mean 'dark'?"),
-        (["quality", "--measure", "ppl,rougeL_vs_ful"], "did you mean 'rougeL_vs_full'"),
+        (["quality", "--measure", "ppl,rougeL_vs_flul"], "did you mean 'rougeL_vs_full'"),
         (["memory", "--measure", "ppl"], "it is for quality, pareto, differences"),
         (["quality", "--out", "a.gif"], "a file ends in .svg, .pdf, .png, a folder in /"),
         (["quality", "--out", "a.svg", "--format", "pdf"], "give one of them"),

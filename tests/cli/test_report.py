@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,19 @@ def test_several_folders_give_one_page_where_out_says(
     assert not (folder / "report").exists()
 
 
+@pytest.mark.parametrize("out", [[], ["--out", "elsewhere"]])
+def test_the_page_links_the_tables_wherever_it_lies(
+    folder: Path, out: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kvbench.report.build.draw_plots", lambda results: ())
+    assert run(["report", str(folder), *out]) == 0
+    page = Path(out[1] if out else folder / "report") / "index.html"
+    links = set(re.findall(r'href="([^"#]*/?[a-z_]+\.(?:csv|parquet))"', page.read_text()))
+    assert {Path(link).name for link in links} >= {"table.csv", "table_long.csv", "samples.parquet"}
+    assert all((page.parent / link).is_file() for link in links)
+
+
 @pytest.mark.parametrize(("name", "start"), [("md", "## "), ("csv", "model,"), ("latex", "% Made by")])
 def test_other_formats_go_to_the_terminal_or_a_file(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, start: str
@@ -65,7 +79,7 @@ def test_a_folder_without_records_is_a_mistake_and_nothing_is_written(
 
 
 def test_a_margin_changes_the_verdict_and_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["report", str(folder), "--format", "md", "--margin", "objects_recalled_fraction=0.9"]) == 0
+    assert run(["report", str(folder), "--format", "md", "--margin", "objects_recalled=0.9"]) == 0
     text = capsys.readouterr().out
     assert "Margin: 90.0 points" in text
     assert "equivalent (within 90.0 points)" in text
@@ -75,7 +89,7 @@ def test_a_margin_changes_the_verdict_and_is_printed(folder: Path, capsys: pytes
     ("words", "said"),
     [
         (["--format", "pdf"], "--format"),
-        (["--margin", "rougeL_vs_ful=0.1"], "rougeL_vs_full"),
+        (["--margin", "rougeL_vs_flul=0.1"], "rougeL_vs_full"),
         (["--margin", "ppl=-1"], "above 0"),
         (["--format", "csv", "--out", "."], "must be a file"),
         (["--sweep", "nothing"], "no record belongs"),

@@ -77,7 +77,8 @@ def test_list_shows_a_line_per_cell_and_selects(finished: Path, capsys: pytest.C
         ("verify nowhere", "the results folder nowhere does not exist"),
         ("gc nowhere", "the results folder nowhere does not exist"),
         ("show FOLDER zzzz", "key is 'zzzz'; no cell has it"),
-        ("csv FOLDER --samples --quality", "two different tables"),
+        ("csv FOLDER --samples --quality", "--samples and --quality are different tables; give one of them"),
+        ("csv FOLDER --samples --long", "--samples and --long are different tables"),
         ("csv FOLDER --out /dev/null/x.csv", "cannot write /dev/null/x.csv: File exists; choose another --out"),
         ("parquet FOLDER --out /dev/null/x", "cannot write /dev/null/x: "),
         ("list FOLDER --all", "unrecognized arguments: --all"),
@@ -130,7 +131,9 @@ def test_a_later_failure_is_shown_and_every_table_keeps_the_measured_numbers(
     assert "this later attempt" in render_page(load_results(folder), [])
 
 
-@pytest.mark.parametrize("kinds", [[[]], pytest.param([["--samples"], ["--quality"]], marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "kinds", [[[]], pytest.param([["--samples"], ["--quality"], ["--long"]], marks=pytest.mark.long)]
+)
 def test_csv_and_parquet_hold_the_same_and_have_the_same_bytes_each_time(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kinds: list[list[str]]
 ) -> None:
@@ -141,9 +144,8 @@ def test_csv_and_parquet_hold_the_same_and_have_the_same_bytes_each_time(
         assert (tmp_path / "t.csv").read_text() == text
         printed(capsys, "parquet", finished, *options, "--out", tmp_path / "t.parquet")
         table = pd.read_csv(io.StringIO(text))
-        assert (
-            len(table) == len(pd.read_parquet(tmp_path / "t.parquet")) == (24 * 128 if "--samples" in options else 24)
-        )
+        num_rows = {"--samples": 24 * 128, "--long": 24 * 2}.get("".join(options), 24)
+        assert len(table) == len(pd.read_parquet(tmp_path / "t.parquet")) == num_rows
     quality = pd.read_csv(io.StringIO(printed(capsys, "csv", finished, "--quality")))
     assert not {"tpot_ms", "sweep", "started_utc", "duration_s", "kv_stored_bytes"} & set(quality.columns)
     assert quality["ppl"].notna().all()
@@ -154,6 +156,21 @@ def test_the_table_is_printed(finished: Path, capsys: pytest.CaptureFixture[str]
     assert "PPL" in text
     assert "h2o" in text
     assert "snapkv" not in text
+
+
+def test_a_file_or_a_pipe_gets_a_real_table_and_not_a_card_per_cell(
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    lines = printed(capsys, "table", finished).splitlines()
+    (heads,) = [line for line in lines if line.startswith(" policy ") and " budget " in line and " PPL " in line]
+    rows = [line for line in lines if line.startswith(" h2o ") and len(line) == len(heads)]
+    ends = {len(line[: heads.index("PPL") + 3].rstrip()) for line in rows}
+    assert len(rows) == 4, "a cell is a row"
+    assert ends == {heads.index("PPL") + 3}, "of numbers in one column"
+    assert not any(line.startswith("  PPL") for line in lines), "a card has a line per number"
+    monkeypatch.setenv("COLUMNS", "60")
+    assert max(map(len, printed(capsys, "table", finished).splitlines())) <= 60, "who says how wide is heard"
 
 
 def test_a_sound_folder_verifies(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,6 +185,13 @@ def test_what_is_published_holds_by_the_schema_that_it_states(published: Path) -
     seen = verify(published)
     assert seen.num_records == len(list(published.glob("cells/*/record.json"))) > 0
     assert not seen.problems
+
+
+@pytest.mark.parametrize("published", PUBLISHED, ids=lambda path: path.name)
+def test_a_published_table_is_what_its_command_prints_of_the_records_beside_it(
+    published: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert printed(capsys, "csv", published) == (published / "table.csv").read_text(encoding="utf-8")
 
 
 def test_a_record_whose_classes_have_moved_since_holds_and_nothing_of_it_is_imported(tmp_path: Path) -> None:

@@ -172,7 +172,10 @@ def test_the_app_begins_anew_in_another_process() -> None:
     [
         ("objective=pppl", "objective is 'pppl'; did you mean 'ppl'"),
         ("objective=length_ratio task=generation", "objective is 'length_ratio', of which neither less nor more"),
-        ("objective=ttft_ms", "which task perplexity does not measure here; these are measured: ppl"),
+        (
+            "objective=ttft",
+            "objective is 'ttft_ms', which task perplexity does not measure here; these are measured: ppl",
+        ),
         ("objective=rougeL_released_vs_full task=generation", "which task generation does not measure here"),
         ("objective=needles_f1 task=generation", "measured: objects_recalled_fraction, objects_f1, rougeL_vs_full"),
         ("objective=3", "objective is 3; it must be the name of a measure"),

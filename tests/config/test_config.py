@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 import kvbench.config.build
+import kvbench.sweep.cell
 from kvbench.cli.main import run
 from kvbench.config.build import build, build_cell, build_cells, check_shared, class_name, plugin_key
 from kvbench.config.compose import Composed, compose_grid
@@ -51,8 +53,8 @@ WRONG = {
     "+policy.num_sink=3 policy=streaming_llm": "policy.num_sink is no setting of StreamingLLM; did you mean",
     "policy.num_sink=3": "policy.num_sink is no setting of policy=full, which has none; did you mean "
     "'policy.num_sinks' of policy=streaming_llm or ",
-    "-m policy=h2o,snapkv policy.num_sink=3": "of policy=h2o,snapkv, which has policy.kernel_tokens, policy.num_recent, "
-    "policy.pooling, policy.recent_fraction; did you mean 'policy.num_sinks' of policy=streaming_llm ",
+    "-m policy=h2o,snapkv policy.num_sink=3": "of policy=h2o,snapkv, which has policy.kernel_tokens, "
+    "policy.num_recent, policy.pooling, policy.recent_fraction; did you mean 'policy.num_sinks' of policy=streaming",
     "+experiment=quick policy.recent=3": "policy.recent is no setting of policy=full,h2o, which has policy.recent_f",
     "policy=h2o policy.zzz=3": "policy.zzz is no setting of policy=h2o, which has policy.recent_fraction",
     "hydra.nothing=3": "hydra.nothing is no setting; kvbench --help lists settings",
@@ -85,6 +87,10 @@ WRONG = {
     "positions=orignal": "positions is 'orignal'; did you mean 'original'?",
     "device=gpu": "device is 'gpu'; it must be auto, cpu, cuda or cuda:N",
     "device=cuda:99": "device is 'cuda:99', but torch sees",
+    "model.devices=[0,99]": "model.devices is [0, 99], but torch sees",
+    "model.devices=[1,0,1]": "model.devices is [1, 0, 1], which names GPU 1 more than once; it must be null",
+    "model.devices=two": "model.devices is 'two'; it must be null (one device), auto (all GPUs), or a list",
+    "model.devices=auto device=cpu": "device is 'cpu', but model.devices says which GPUs the model is spread over",
     "dataset.num_samples=0": "num_samples=0",
     "dataset.num_samples=9999999999999999": "num_follow_ups=3; allowed: 1 to 100000, >= 0, 1 to 100000",
     "dataset.split=tst": "dataset.split is 'tst'; did you mean 'test'?",
@@ -275,7 +281,7 @@ def test_numbers_that_go_beyond_the_context_are_not_taken_where_that_is_refused(
     ],
 )
 def test_what_does_not_change_the_answer_leaves_the_key(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kvbench.config.build, "resolve_device", lambda asked: "cpu")
+    monkeypatch.setattr(kvbench.sweep.cell, "resolve_device", lambda asked: "cpu")
     assert key("policy=h2o", *overrides) == key_of_h2o("cpu")
 
 
@@ -371,9 +377,19 @@ def test_the_semantics_of_the_cache_are_in_the_key(monkeypatch: pytest.MonkeyPat
 def test_the_number_of_a_gpu_leaves_the_key_and_its_kind_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = []
     for device in ("cuda:0", "cuda:1", "cpu"):
-        monkeypatch.setattr(kvbench.config.build, "resolve_device", lambda asked, device=device: device)
+        monkeypatch.setattr(kvbench.sweep.cell, "resolve_device", lambda asked, device=device: device)
         keys.append(key())
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_model_over_several_gpus_is_eager_and_a_cell_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    words = ["workload=8b_b1_1k", "device=cuda", "model.devices=null,auto"]
+    one, wide = map(build_cell, compose_grid(words, multirun=True, config_dir=None))
+    assert (one.spread_over, one.device, one.setting.engine) == ((), "cuda:0", "graph")
+    assert (wide.spread_over, wide.device, wide.setting.engine) == ((0, 1), "cuda:0", "eager")
+    assert wide.key != one.key
+    assert wide.labels["model"] == f"{one.labels['model']} over 2 GPUs"
 
 
 def test_the_full_cache_has_one_key_for_every_budget() -> None:

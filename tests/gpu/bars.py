@@ -1,6 +1,7 @@
 """Measure every bar of the GPU engine in one call, or in one for each model or part, and print a table.
 
-    python -m tests.gpu.bars --out FOLDER [--models 7b 13b 8b] [--parts decode peer ...] [--kvpress-python PYTHON]
+    python -m tests.gpu.bars --out FOLDER [--models 7b 13b 8b] [--parts decode peer ...] [--batches 1 8]
+                             [--kvpress-python PYTHON]
 
 Bars are ratios within this run, on one GPU of 80 GB. Models have random weights, so nothing is
 downloaded. A part that fails, or runs out of memory, is a row with its status; the rest goes on.
@@ -42,6 +43,12 @@ from tests.gpu.peers import FixedCache, GrowingCache, KvpressProcess, ReleasedH2
 CONF = Path(__file__).parents[2] / "conf"
 WARM = "compiling kernels excluded: launches before it did that"
 FIFTH = Budget(fraction=0.2)
+POLICIES: dict[str, Policy] = {"h2o": H2O(), "elastic": Elastic(), "snapkv": SnapKV(), "streaming_llm": StreamingLLM()}
+# model: batch, tokens of a prompt, and what a policy's time to the first token may be, over full's
+FIRST_TOKENS: dict[str, tuple[int, int, dict[str, float]]] = {
+    "7b": (16, 1024, dict.fromkeys(POLICIES, 1.05)),
+    "8b": (1, 32_768, {"h2o": 1.08, "elastic": 1.12, "snapkv": 1.02}),
+}
 PAPER = [("13b", 8, 1024, 512), ("13b", 16, 624, 256), ("7b", 16, 1024, 512), ("7b", 48, 624, 256)]
 
 
@@ -71,6 +78,7 @@ class Scale:
     compiler: str = "inductor"
     kvpress_python: str | None = None
     paper: list[tuple[str, int, int, int]] = field(default_factory=lambda: list(PAPER))
+    first: dict[str, tuple[int, int, dict[str, float]]] = field(default_factory=lambda: dict(FIRST_TOKENS))
     spec: Callable[[str], ModelSpec] = field(default_factory=lambda: published_spec)
 
     def setting(self, policy: Policy, budget: Budget = FIFTH, positions: Any = "original") -> CacheSetting:
@@ -195,14 +203,13 @@ def deciding_rows(loaded: LoadedModel, name: str, scale: Scale) -> Iterator[Row]
         figure = f"deciding, {path.stem}, {name} B{size}"
         try:
             policy = instantiate(yaml.safe_load(path.read_text(encoding="utf-8")), _convert_="object")
-            run = partial(
-                launch, loaded, batch, scale.setting(policy, positions=policy.native_positions), scale.new_tokens
-            )
+            setting = scale.setting(policy, positions=policy.native_positions)
+            run = partial(launch, loaded, batch, setting, scale.peer_tokens)
             seen: list[Any] = []
             run(observe=seen.append)
             deciding = deciding_ms(seen[-1], policy, loaded.device)
             seen.clear()
-            tpot_ms = statistics.median(run().tpot_ms for _ in range(3))
+            tpot_ms = statistics.median(run().tpot_ms for _ in range(2))
         except Exception as error:  # a policy that a graph does not take must not cost the others
             yield _failed(figure, error)
             continue
@@ -267,26 +274,57 @@ def _beside_peers(
         snapkv = Entrant(name="snapkv", run=ours(SnapKV(), FIFTH))
         pairs.append((snapkv, Entrant(name="kvpress", run=partial(kvpress.launch, size, length, tokens))))
     entrants = list({id(one): one for pair in pairs for one in pair}.values())
-    for one in list(entrants):
+    yield from _in_turn(entrants, where, scale)
+    for mine, peer in pairs:
+        if mine.launches and peer.launches:
+            yield from _ratio_rows(mine, peer, where)
+    if compiled.launches:
+        note = "seconds; the whole first launch, in no other number"
+        figure = f"warm-up of {compiled.name}, {where}"
+        yield Row(figure=figure, bar="measured", value=compiled.first_s, met=None, note=note)
+
+
+def _in_turn(entrants: Sequence[Entrant], where: str, scale: Scale) -> Iterator[Row]:
+    """Make launches of all, there and back, after two of each; one that fails is a row and takes no part."""
+    running = list(entrants)
+    for one in entrants:
         try:
             for _ in range(2):
                 start_s = time.monotonic()
                 one.run()
                 one.first_s = one.first_s or time.monotonic() - start_s
         except Exception as error:  # most likely out of memory
-            entrants.remove(one)
+            running.remove(one)
             yield _failed(f"{one.name}, {where}", error)
             free_memory()
     for number in range(6 * scale.num_blocks):
-        for one in entrants[:: 1 if number % 2 == 0 else -1]:
+        for one in running[:: 1 if number % 2 == 0 else -1]:
             one.launches.append(one.run())
-    for mine, peer in pairs:
-        if mine.launches and peer.launches:
-            yield from _ratio_rows(mine, peer, where)
-    if compiled in entrants:
-        note = "seconds; the whole first launch, in no other number"
-        figure = f"warm-up of {compiled.name}, {where}"
-        yield Row(figure=figure, bar="measured", value=compiled.first_s, met=None, note=note)
+
+
+def first_token_rows(loaded: LoadedModel, name: str, scale: Scale) -> Iterator[Row]:
+    """Time to the first token of policies at a fifth of the tokens over the full cache's."""
+    size, length, bars = scale.first[name]
+    batch = prompt_batch(loaded, repeated(bench(loaded, scale, scale.setting(Full()), length).examples, size))
+
+    def entrant(label: str, policy: Policy) -> Entrant:
+        setting = scale.setting(policy, positions=policy.native_positions)
+        return Entrant(name=label, run=partial(launch, loaded, batch, setting, 3))
+
+    full, others = entrant("full", Full()), {label: entrant(label, POLICIES[label]) for label in bars}
+    where = f"{name} B{size} {length}"
+    yield from _in_turn([full, *others.values()], where, scale)
+    for label, one in others.items():
+        if not one.launches or not full.launches:
+            continue
+        both = [[done.ttft_ms for done in arm.launches] for arm in (one, full)]
+        ratio = ratio_interval(*both)
+        assert ratio.value is not None
+        settle_ms = statistics.median(done.settle_ms for done in one.launches)
+        note = f"{_told(launch_interval(both[0]))} beside {_told(launch_interval(both[1]))} ms, of it settling "
+        note += f"{settle_ms:.1f} beside {statistics.median(done.settle_ms for done in full.launches):.1f}"
+        met, figure = ratio.value <= bars[label], f"TTFT of {label} over full, {where}"
+        yield Row(figure=figure, bar=f"<= {bars[label]}", value=ratio.value, met=met, note=note)
 
 
 def _ratio_rows(mine: Entrant, peer: Entrant, where: str) -> Iterator[Row]:
@@ -306,9 +344,18 @@ def _told(interval: Any) -> str:
 
 Part = Callable[[LoadedModel, str, Scale], Iterator[Row]]
 PARTS: dict[str, tuple[Part, ...]] = {
-    "7b": (decode_rows, policy_rows, deciding_rows, prefill_rows, memory_rows, peer_rows, paper_rows),
+    "7b": (
+        decode_rows,
+        policy_rows,
+        deciding_rows,
+        prefill_rows,
+        first_token_rows,
+        memory_rows,
+        peer_rows,
+        paper_rows,
+    ),
     "13b": (decode_rows, paper_rows),
-    "8b": (long_rows,),
+    "8b": (first_token_rows, long_rows),
 }
 PART_NAMES = sorted({part.__name__.removesuffix("_rows") for parts in PARTS.values() for part in parts})
 
@@ -357,12 +404,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/published/gpu-bars"))
     parser.add_argument("--models", nargs="+", choices=PARTS, default=list(PARTS), help="in two calls: some in each")
     parser.add_argument("--parts", nargs="+", choices=PART_NAMES, default=PART_NAMES, help="what to measure of them")
+    parser.add_argument("--batches", nargs="+", type=int, metavar="B", help="batch sizes, instead of 1 8 16")
     parser.add_argument("--kvpress-python", metavar="PYTHON", help="one that has kvpress, to be timed beside snapkv")
     arguments = parser.parse_args()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     scale, rows = Scale(), []
     scale.kvpress_python = arguments.kvpress_python
+    scale.batches = tuple(arguments.batches or scale.batches)
     where = environment(scale.device)
     start_s = time.monotonic()
     for row in measure(scale, arguments.models, arguments.parts):

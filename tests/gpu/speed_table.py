@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
+from kvbench.measures import MAX_DEVICES
 from kvbench.report.compare import timing_noise
 from kvbench.report.load import CellResult, Estimate, load_results
 from kvbench.report.tables import markdown_table
@@ -56,7 +57,9 @@ def with_tables(page: str, tables: str) -> str:
 
 
 def _machine(cell: CellResult) -> str:
-    return str(cell.environment.get("gpu") or cell.environment["cpu_model"])
+    gpus = cell.environment.get("gpus") or ()
+    several = f"{len(gpus)} x " if gpus else ""
+    return several + str(cell.environment.get("gpu") or cell.environment["cpu_model"])
 
 
 def _order(cell: CellResult) -> tuple[object, ...]:
@@ -88,8 +91,15 @@ def _row(cell: CellResult) -> list[str]:
         f"{found['tpot_ms'].value:.2f} ms",
         _ratio(found["tpot_ratio_to_full"]),
         f"{found['roof_share_fraction'].value:.0%}".replace("%", " %"),
-        *(_gibibytes(found.get(name)) for name in ("kv_stored_bytes", "peak_memory_bytes")),
+        *(_of_all_devices(cell, name) for name in ("kv_stored_bytes", "peak_memory_bytes")),
     ]
+
+
+def _of_all_devices(cell: CellResult, name: str) -> str:
+    """Return the bytes in all, and of each device where there are several."""
+    each = [cell.measurements.get(f"device{number}_{name}") for number in range(MAX_DEVICES)]
+    shares = " + ".join(f"{one.value / 2**30:.2f}" for one in each if one is not None)
+    return _gibibytes(cell.measurements.get(name)) + (f" ({shares})" if shares else "")
 
 
 def _ratio(estimate: Estimate) -> str:

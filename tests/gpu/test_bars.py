@@ -34,13 +34,14 @@ def test_every_bar_is_measured_by_one_call() -> None:
         peer_tokens=4,
         compiler="eager",
         paper=paper,
+        first={"7b": (2, 60, {"h2o": 9.0, "streaming_llm": 9.0}), "8b": (1, 90, {"elastic": 9.0})},
         spec=small,
     )
     rows = list(measure(scale))
     failed = [row for row in rows if row.value is None or not math.isfinite(row.value)]
     assert not failed
     bars = {row.bar for row in rows}
-    assert bars == {">= 0.80", "<= 3 s", "<= 0.03", "<= 1.05", "<= 1.03", "< 1", "runs", "measured"}
+    assert bars == {">= 0.80", "<= 3 s", "<= 0.03", "<= 1.05", "<= 1.03", "< 1", "<= 9.0", "runs", "measured"}
     assert len({row.figure for row in rows}) == len(rows)
     assert markdown(rows).count("\n") == len(rows) + 2
 
@@ -61,7 +62,7 @@ def test_a_model_that_cannot_be_loaded_is_a_row_and_the_next_is_measured() -> No
         return small(name)
 
     scale = Scale(device="cpu", engine="eager", prompt_tokens=60, long_prompt_tokens=90, spec=spec)
-    rows = list(measure(scale, ["13b", "8b"]))
+    rows = list(measure(scale, ["13b", "8b"], ["decode", "paper", "long"]))
     assert [row.figure for row in rows] == ["load, 13b", "h2o, 8b, 90 tokens"]
     assert rows[0].note == "ModelSupportError: no such model"
 
@@ -69,8 +70,11 @@ def test_a_model_that_cannot_be_loaded_is_a_row_and_the_next_is_measured() -> No
 def test_the_command_takes_some_of_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scale = Scale(device="cpu", engine="eager", prompt_tokens=60, long_prompt_tokens=90, spec=small)
     monkeypatch.setattr(bars, "Scale", lambda: scale)
-    monkeypatch.setattr("sys.argv", ["bars", "--out", str(tmp_path), "--models", "8b"])
+    monkeypatch.setattr(
+        "sys.argv", ["bars", "--out", str(tmp_path), "--models", "8b", "--parts", "long", "--batches", "2"]
+    )
     bars.main()
     content = json.loads((tmp_path / "bars.json").read_text(encoding="utf-8"))
     assert [row["figure"] for row in content["rows"]] == ["h2o, 8b, 90 tokens"]
     assert content["environment"]["device"] == "cpu"
+    assert scale.batches == (2,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,25 @@ def test_a_page_without_the_marks_is_refused() -> None:
     with pytest.raises(ValueError, match="once each"):
         with_tables(f"{BEGIN} but no end", "tables")
     assert with_tables(f"a {BEGIN} old {END} z", "new\n") == f"a {BEGIN}\n\nnew\n\n{END} z"
+
+
+def test_a_model_over_several_gpus_has_a_table_of_its_own_with_the_bytes_of_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = speed_table.load_results
+
+    def over_two(folder: Path) -> object:
+        results = real(H100)
+        for cell in results.records:
+            peak = cell.measurements["peak_memory_bytes"]
+            halves = {f"device{n}_peak_memory_bytes": replace(peak, value=(n + 1) * 2**30) for n in (0, 1)}
+            object.__setattr__(cell, "measurements", {**cell.measurements, **halves})
+            object.__setattr__(cell, "environment", {**cell.environment, "gpus": [cell.environment["gpu"]] * 2})
+        return results
+
+    monkeypatch.setattr(speed_table, "load_results", over_two)
+    text = speed_tables([tmp_path])
+    assert "#### 2 x NVIDIA H100 80GB HBM3" in text
+    rows = [line for line in text.splitlines() if line.startswith("| 7B")]
+    assert rows
+    assert all(line.endswith("GiB (1.00 + 2.00) |") for line in rows)

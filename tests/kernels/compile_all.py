@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvbench.kernels import decode_attention, linear, norm, prefill, segment_mean, slot_writes
+from kvbench.kernels import decode_attention, linear, norm, ordering, prefill, segment_mean, slot_writes
 
 HOPPER = GPUTarget("cuda", 90, 32)
 _TYPES = {"length": "*i64", "seen": "*i64", "position": "*i64", "free": "*i64", "budget": "*i64", "sinks": "*i64"}
@@ -77,6 +78,16 @@ def main() -> None:
         types = {"rank": "*i64", "slot": "*i64", "newer": "i32", "sinks": "i32"}
         compile_kernel(slot_writes.find_rank, search, types, num_warps=1 if one else 4)
     _compile_prefill()
+    _compile_ordering()
+
+
+def _compile_ordering() -> None:
+    """Compile the choice of the best and the ranks, for a short and for a long prompt."""
+    types = {"score": "*fp32", "keep": "*u8", "budget": "*i64"}
+    for block, warps in ((1024, 4), (ordering._BLOCK, 8)):
+        compile_kernel(ordering._keep_top, {"BLOCK": block}, types, num_warps=warps)
+    for order in (False, True):
+        compile_kernel(ordering._age_rank, {"ORDER": order, "BLOCK": ordering._RANKED}, {"made": "*i64"}, num_warps=4)
 
 
 def _compile_prefill() -> None:
@@ -88,12 +99,23 @@ def _compile_prefill() -> None:
         constants = {**block, "PLAIN": plain, "UPCAST": False}
         compile_kernel(prefill._row_lse, constants, **launch)
         for reduction in ("mean", "max"):
-            reduced = {**constants, "REDUCTION": reduction}
-            compile_kernel(prefill._column_mass, reduced, **launch)
-        compile_kernel(prefill._window_rows, reduced, {"rows": "*fp32"}, **launch)
+            for entries in (900, 32_768):
+                _compile_mass({**constants, "REDUCTION": reduction}, entries)
+        compile_kernel(prefill._window_rows, {**constants, "REDUCTION": "max"}, {"rows": "*fp32"}, **launch)
     bucket = dict.fromkeys(("members", "start", "end", "order"), "*i64")
     constants = {"ADD_UP": False, "WIDTH": 128, "BLOCK_D": 128, "MEMBERS": segment_mean._MEMBERS}
     compile_kernel(segment_mean._segment_mean, constants, bucket, num_warps=4)
+
+
+def _compile_mass(constants: dict[str, Any], entries: int) -> None:
+    """Compile the walk over queries with the tiles it has for so many entries."""
+    query = torch.empty(1, 1, 1, constants["WIDTH"], dtype=torch.bfloat16)
+    tiles = prefill.mass_tiles_for(query, entries, constants["REDUCTION"])
+    sizes = {"BLOCK_Q": tiles.block_q, "BLOCK_K": tiles.block_k, "AHEAD": tiles.ahead}
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    if tiles.max_registers is not None:
+        options["maxnreg"] = tiles.max_registers
+    compile_kernel(prefill._column_mass, {**constants, **sizes}, **options)
 
 
 if __name__ == "__main__":

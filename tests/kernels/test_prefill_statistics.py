@@ -88,11 +88,68 @@ def test_mass_is_the_same_every_time() -> None:
         assert torch.equal(column_mass(chunk, "mean"), column_mass(chunk, "mean"))
 
 
+@pytest.mark.cover("one")
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("pads", [0, 21])  # plain prompts have blocks of queries that see every key of a block
+@pytest.mark.parametrize("seed", range(3))
+def test_mass_over_many_blocks_is_the_plain_one(
+    seed: int, pads: int, reduction: str, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvbench.kernels import prefill
+
+    block_q, block_k = ((16, 32), (32, 16), (16, 16))[seed]
+    tiles = prefill.Tiles(block_q=block_q, block_k=block_k, num_warps=4, num_stages=2, ahead=ahead)
+    monkeypatch.setattr(prefill, "mass_tiles_for", lambda *arguments: tiles)
+    group, queries = (1, 3, 2)[seed], 44 + 9 * seed
+    chunk = chunk_of((1, group, 16, queries, 0, pads), torch.float32)
+    with kernels_forced(True):
+        mass = column_mass(chunk, reduction)
+    with kernels_forced(False):
+        reference = column_mass(chunk, reduction)
+    torch.testing.assert_close(mass, reference, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_blocks_of_queries_that_see_all_keys_of_a_block_need_no_mask(
+    ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvbench.kernels import prefill
+
+    tiles = prefill.Tiles(block_q=16, block_k=32, num_warps=4, num_stages=2, ahead=ahead)
+    monkeypatch.setattr(prefill, "mass_tiles_for", lambda *arguments: tiles)
+    chunk = chunk_of((1, 2, 16, 75, 0, 0), torch.float32)
+    with kernels_forced(True):
+        mass = column_mass(chunk, "mean")
+    with kernels_forced(False):
+        torch.testing.assert_close(mass, column_mass(chunk, "mean"), rtol=2e-6, atol=2e-6)
+
+
+def test_long_prompts_get_blocks_of_more_keys_where_registers_allow() -> None:
+    from kvbench.kernels.prefill import mass_tiles_for
+
+    def keys(width: int, entries: int, reduction: str, dtype: torch.dtype = torch.bfloat16) -> int:
+        return mass_tiles_for(torch.empty(1, 1, 1, width, dtype=dtype), entries, reduction).block_k
+
+    assert keys(128, 32_768, "mean") == 2 * keys(128, 900, "mean")
+    assert keys(128, 32_768, "max") == keys(128, 900, "max")
+    assert keys(256, 32_768, "mean") == keys(256, 900, "mean")
+    assert keys(128, 32_768, "mean", torch.float32) == keys(128, 900, "mean", torch.float32)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "shape", [(8, 1, 128, 900, 0, 0), (2, 4, 128, 1500, 0, 300), (2, 7, 64, 700, 0, 0), (2, 4, 128, 256, 500, 0)]
+    "shape",
+    [
+        (8, 1, 128, 900, 0, 0),
+        (2, 4, 128, 1500, 0, 300),
+        (2, 7, 64, 700, 0, 0),
+        (2, 4, 128, 256, 500, 0),
+        (1, 4, 128, 4200, 0, 0),
+        (1, 2, 64, 4100, 0, 100),
+    ],
 )
 def test_statistics_at_real_sizes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     chunk = chunk_of(shape, dtype)
@@ -104,3 +161,14 @@ def test_statistics_at_real_sizes(shape: tuple[int, ...], dtype: torch.dtype) ->
             reference = chunk_attention(replace(chunk), wants_lse=False)[0]
         real = (chunk.query_position >= 0)[:, None, :, None]
         torch.testing.assert_close(output * real, reference * real, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_sum_over_a_long_prompt_loses_nothing() -> None:
+    length = 20_000
+    chunk = chunk_of((1, 2, 128, length, 0, 0), torch.bfloat16)
+    chunk.keys.zero_()  # so that query number i gives 1 / (i + 1) to each key it sees
+    mass = column_mass(chunk, "mean", chunk_attention(chunk, wants_lse=True)[1])[:, :, 0].double()
+    exact = (1 / torch.arange(1, length + 1, dtype=torch.float64)).sum()
+    assert float((mass / exact - 1).abs().max()) <= 1e-6

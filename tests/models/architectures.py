@@ -13,7 +13,7 @@ _YAMLS = sorted((Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))
 _CONFIGS: dict[str, Any] = {path.stem: OmegaConf.to_container(OmegaConf.load(path)) for path in _YAMLS}
 SMALL = tuple(name for name, content in _CONFIGS.items() if content["config"] is not None)
 _TEXT = {"vocab_size": 301, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-_HEADS = {1: (4, 4), 4: (8, 2), 7: (7, 1)}  # query heads, KV heads, by query heads per KV head
+_HEADS = {1: (4, 4), 4: (8, 2), 7: (7, 1), 8: (8, 1)}  # query heads, KV heads, by query heads per KV head
 _VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 _PICTURE = {"image_size": 28, "patch_size": 14}
 

@@ -16,6 +16,7 @@ from kvbench.config.build import build_cell
 from kvbench.config.compose import compose_grid
 from kvbench.datasets.base import Example
 from kvbench.errors import ConfigError, ModelSupportError
+from kvbench.models.gguf import parsed_once
 from kvbench.models.inputs import answer_tokens, prompt_batch, prompt_ids
 from kvbench.models.loader import load_model
 from kvbench.models.spec import ModelSpec
@@ -157,6 +158,24 @@ def test_nothing_beside_the_file_is_read_and_no_progress_is_printed(
     assert "%|" not in capsys.readouterr().err
     assert loaded.chat_template == WITH_LINES
     assert loaded.model.config.hidden_size == written.config.hidden_size
+
+
+def test_a_file_is_parsed_once_for_loading_and_the_package_is_left_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_gguf(tmp_path / "model.gguf")
+    asked: list[Any] = []
+    tables: list[Any] = []
+    reader, table = gguf.GGUFReader, gguf.get_tensor_name_map
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: [reader(path), asked.append(path)][0])
+    monkeypatch.setattr(gguf, "get_tensor_name_map", lambda *what: [table(*what), tables.append(what)][0])
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    load_model(ModelSpec(checkpoint=str(tmp_path / "model.gguf")), "cpu")
+    assert (len(asked), len(tables)) == (1, 1)
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
+    with pytest.raises(ZeroDivisionError), parsed_once(tmp_path / "model.gguf"):
+        raise ZeroDivisionError
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
 
 
 def test_a_cell_of_a_file_is_built_from_the_command_line(tmp_path: Path) -> None:

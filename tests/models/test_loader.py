@@ -13,6 +13,7 @@ from PIL import Image
 from kvbench.cache import UNLIMITED, Budget, Policy, PolicyCache, ScorePolicy, View, cache_argument
 from kvbench.datasets.base import Example
 from kvbench.errors import ModelSupportError
+from kvbench.models import loader
 from kvbench.models.inputs import PromptBatch, answer_tokens, prompt_batch, prompt_text
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
@@ -57,6 +58,19 @@ def examples(with_picture: bool) -> list[Example]:
         Example(id=str(k), cluster=str(k), question=question, reference="A red dot.", load_image=load)
         for k, question in enumerate(questions)
     ]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen"])
+def test_the_port_of_qwen_vl_is_imported_for_that_family_only(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, asked = save_checkpoint(family, tmp_path), []
+    imported = loader.importlib.import_module
+    monkeypatch.setattr(loader.importlib, "import_module", lambda name: [imported(name), asked.append(name)][0])
+    load_model(ModelSpec(checkpoint=str(folder)), "cpu")
+    assert "transformers" in asked
+    assert ("kvbench.models.qwen_vl" in asked) == (family == "qwen")
+    assert ("kvbench.models.processors" in asked) == (family == "qwen")
 
 
 @pytest.mark.cover

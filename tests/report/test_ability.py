@@ -14,7 +14,7 @@ from rich.console import Console
 
 from kvbench.frontier.table import Frontier, Look, Search
 from kvbench.report.answer import answer_html, answer_sentences
-from kvbench.report.compare import DECLARED, Ability, group_comparisons
+from kvbench.report.compare import DECLARED, Ability, group_comparisons, leading_quality
 from kvbench.report.figures.draw import palette_of
 from kvbench.report.figures.pareto import pareto_figure
 from kvbench.report.figures.style import Look as PlotLook
@@ -278,3 +278,16 @@ def test_every_place_answers_for_costs_alone(tmp_path: Path, place: str) -> None
         one["samples"] = []
         one["measurements"] = {name: one["measurements"][name] for name in ("tpot_ms", "tpot_ratio_to_full")}
     assert "this is about speed and memory alone." in SHOWN[place](results_of(tmp_path, *cells))
+
+
+def test_windows_of_running_text_rank_by_perplexity_however_the_full_cache_goes_on(tmp_path: Path) -> None:
+    """A continuation is no answer; a data set that asks something stays under the rule."""
+    cells = [record("full", None, found=(0, 20), name="rougeL_vs_reference"), record("h2o", found=(0, 20))]
+    asked = group_of(tmp_path / "asked", *cells)
+    assert Ability(asked).reason("ppl") == "the full cache itself does not do this task"
+    for one in cells:
+        one["cell"]["dataset"] = {"class": "kvbench:TextWindows"}
+    text = group_of(tmp_path / "text", *cells)
+    assert Ability(text).reason("ppl") == ""
+    assert leading_quality(text) == "ppl"
+    assert {one.verdict for one in group_comparisons(text) if one.measure == "ppl"} <= {"better", "worse", "equivalent"}

@@ -27,7 +27,9 @@ def models_drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         ]
 
     monkeypatch.setattr(build, "draw_plots", draw)
-    monkeypatch.setattr(build, "render_page", lambda results, plots, choices: " ".join(plot.svg for plot in plots))
+    monkeypatch.setattr(
+        build, "render_page", lambda results, plots, choices, tables: " ".join(plot.svg for plot in plots)
+    )
     monkeypatch.setattr(build, "markdown_tables", lambda results, choices: str(len(results.records)))
     monkeypatch.setattr(build, "csv_and_parquet", tables)
     return drawn
@@ -35,7 +37,7 @@ def models_drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 def tables(results: Results) -> dict[str, bytes]:
     rows = "".join(f"{cell.model}\n" for cell in results.records).encode()
-    return {f"{name}.{kind}": rows for name in ("table", "samples") for kind in ("csv", "parquet")}
+    return {f"{name}.{kind}": rows for name in ("table", "table_long", "samples") for kind in ("csv", "parquet")}
 
 
 def folder_of(folder: Path, *models: str) -> Path:

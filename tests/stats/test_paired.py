@@ -215,7 +215,8 @@ def test_margins_are_declared_and_can_be_changed() -> None:
         with pytest.raises(ConfigError, match="number above 0"):
             parse_margins([wrong])
     with pytest.raises(ConfigError, match="rougeL_vs_full"):
-        parse_margins(["rougeLvsfull=0.1"])
+        parse_margins(["rougeLvsflul=0.1"])
+    assert parse_margins(["rougeLvsfull=0.1", "perplexity=0.2"]) == {"rougeL_vs_full": 0.1, "ppl": 0.2}
     assert all(smallest_margin(name) is None for name, one in MEASURES.items() if one.better == "none")
 
 

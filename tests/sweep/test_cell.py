@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from kvbench.errors import ConfigError, DataError, ModelSupportError, NonFiniteE
 from kvbench.models.spec import ModelSpec
 from kvbench.stats.intervals import mean_interval
 from kvbench.sweep import cell as environment
-from kvbench.sweep.cell import Cell
+from kvbench.sweep.cell import Cell, resolve_devices, resolve_spread_engine
 from kvbench.sweep.group import ModelShelf
 from kvbench.tasks.task import Bench, TaskResult
 from tests.sweep.watching import run_cells
@@ -138,3 +138,25 @@ def test_code_that_runs_without_being_installed_has_no_version(monkeypatch: pyte
     environment.environment.cache_clear()
     assert told["kvbench"] is None
     assert told["torch"] == torch.__version__
+
+
+def test_a_list_of_devices_is_resolved_to_the_gpus_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    plain = ModelSpec(checkpoint="bundled")
+    for asked, numbers, first in (("auto", (0, 1, 2), "cuda:0"), ((2, 1), (1, 2), "cuda:1"), ((1,), None, "cuda:1")):
+        found, device = resolve_devices(replace(plain, devices=asked), "auto")  # type: ignore[arg-type]
+        assert (found.devices, device) == (numbers, first)
+    wide, _ = resolve_devices(replace(plain, devices=(0, 1)), "cuda")
+    assert wide.key() == replace(plain, devices=(0, 2)).key() != plain.key()
+    assert replace(plain, devices=None).key() == plain.key()
+    for asked in ("cpu", "cuda:1"):
+        with pytest.raises(ConfigError, match=rf"device is '{asked}', but model\.devices says .*use device=auto"):
+            resolve_devices(wide, asked)
+
+
+def test_a_model_over_several_gpus_is_never_captured() -> None:
+    assert resolve_spread_engine("auto") == resolve_spread_engine("eager") == "eager"
+    with pytest.raises(ConfigError, match=r"engine is 'graph', which captures a step on one GPU.*use engine=eager"):
+        resolve_spread_engine("graph")
+    with pytest.raises(ConfigError, match="did you mean 'graph'"):
+        resolve_spread_engine("graf")

@@ -13,9 +13,10 @@ import pytest
 
 from kvbench.results.claims import Claims
 from kvbench.results.record import check_body
+from kvbench.sweep import supervisor
 from kvbench.sweep.cell import Attempt
 from kvbench.sweep.process import Limits
-from kvbench.sweep.supervisor import Events, HeldClaims, Supervisor, Ticket, WorkerPlan
+from kvbench.sweep.supervisor import Events, HeldClaims, Supervisor, Ticket, WorkerPlan, WorkerSettings
 from tests.sweep.simulated import Simulated, simulate
 from tests.tasks.benches import cell_of
 
@@ -247,8 +248,10 @@ def said(pause_s: float, event: str, **content: Any) -> tuple[float, dict[str, A
 class Quiet:
     """What a sweep is told by simulated workers, in order; claims with a lease of a minute."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, slots: int = 1, **limits: Any) -> None:
-        self.cells = [cell_of({}, number=number) for number in range(3)]
+    def __init__(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, slots: int = 1, num_cells: int = 3, **limits: Any
+    ) -> None:
+        self.cells = [cell_of({}, number=number) for number in range(num_cells)]
         self.keys = [cell.key for cell in self.cells]
         self.bodies = [Attempt(cell=cell, sweep="s", phase=None).body({}) for cell in self.cells]
         self.scripts: dict[str, Any] = {}
@@ -359,7 +362,7 @@ def test_a_worker_begins_to_time_after_what_had_to_wait_is_done(
     assert quiet.told == ["0 ok at 6, shown at 6", "1 ok at 246, shown at 246"], "and its waiting is no silence"
 
 
-def test_sinks_wait_for_every_worker_that_is_timing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_time_one_after_the_other_and_beside_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quiet = Quiet(tmp_path, monkeypatch, slots=2)
     quiet.scripts[quiet.keys[0]] = [
         *(quiet.active(1.0, 0), quiet.done(4.0, 0), quiet.active(1.0, 1, timed=True)),
@@ -372,4 +375,36 @@ def test_sinks_wait_for_every_worker_that_is_timing(tmp_path: Path, monkeypatch:
         (0.1, None),
     ]
     quiet.run([0, 1], [2])
-    assert quiet.told == [f"{what}, shown at 50" for what in ("0 ok at 5", "2 ok at 30", "1 ok at 50")]
+    # The second worker asked at 1 s, when the first was at work until 6 s; then it went first, and for 29 s.
+    assert quiet.told == ["0 ok at 5, shown at 5", "2 ok at 35, shown at 35", "1 ok at 79, shown at 79"]
+
+
+def test_no_worker_is_started_beside_one_that_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet = Quiet(tmp_path, monkeypatch, slots=2)
+    ends = [said(0.0, "bye"), (0.0, None)]
+    quiet.scripts[quiet.keys[0]] = [quiet.active(1.0, 0, timed=True), quiet.done(50.0, 0), *ends]
+    quiet.scripts[quiet.keys[1]] = [quiet.active(1.0, 1), quiet.done(9.0, 1), *ends]
+    quiet.scripts[quiet.keys[2]] = [quiet.active(2.0, 2), quiet.done(3.0, 2), *ends]
+    quiet.run([0], [1], [2])
+    assert quiet.told == ["1 ok at 10, shown at 10", "0 ok at 60, shown at 60", "2 ok at 65, shown at 65"]
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_what_is_not_timed_is_shared_out_and_takes_its_part_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slots: int
+) -> None:
+    quiet = Quiet(tmp_path, monkeypatch, slots=slots, num_cells=6)
+    for number in range(6):  # whichever worker gets a cell first, its script goes on with the cells after it
+        size = 6 // slots
+        mine = range(number, number + size)
+        quiet.scripts[quiet.keys[number]] = [
+            *(message for cell in mine if cell < 6 for message in (quiet.active(0.0, cell), quiet.done(100.0, cell))),
+            *(said(0.0, "bye"), (0.0, None)),
+        ]
+    monkeypatch.setattr(supervisor, "slots_of", lambda tickets: [{}] * slots)
+    tickets = [Ticket(cell=cell, spec={}) for cell in quiet.cells]
+    groups = WorkerSettings().groups(tickets)
+    assert [len(group) for group in groups] == [6 // slots] * slots
+    quiet.run(*([quiet.cells.index(ticket.cell) for ticket in group] for group in groups))
+    assert len(quiet.told) == 6
+    assert quiet.clock.now_s == pytest.approx(600 / slots, abs=1.0)

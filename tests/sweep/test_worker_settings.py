@@ -40,6 +40,14 @@ def test_every_gpu_gets_a_share_with_device_auto(monkeypatch: pytest.MonkeyPatch
     assert WorkerSettings().most_claims(tickets("a")) is None
 
 
+def test_a_model_over_several_gpus_has_one_worker_that_sees_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_num_gpus", lambda: 2)
+    given = tickets(*"aab", device="cuda:0")
+    wide = [replace(one, cell=replace(one.cell, model=replace(one.cell.model, devices=(0, 1)))) for one in given]
+    assert slots_of(wide, {}) == slots_of([given[0], wide[1]], {}) == [{}]
+    assert sizes(WorkerSettings(), wide) == [["a", "a"], ["b"]]
+
+
 def test_a_gpu_keeps_the_name_it_was_given_under() -> None:
     assert gpu_slots(2, "5,7") == [{"CUDA_VISIBLE_DEVICES": "5"}, {"CUDA_VISIBLE_DEVICES": "7"}]
     assert gpu_slots(1, "5") == [{}]

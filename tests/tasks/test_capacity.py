@@ -42,13 +42,14 @@ def with_room_for(entries: int, monkeypatch: pytest.MonkeyPatch, error: Exceptio
     """Give the device room for so many entries of 2 layers, 2 KV heads of width 8; a real launch stores them."""
     real = capacity.launch
 
-    def launch(*arguments: Any, **options: Any) -> Any:
-        def observe(cache: Any) -> None:
+    def launch(*arguments: Any, observe: Any, **options: Any) -> Any:
+        def look(cache: Any) -> None:
+            observe(cache)
             held = cache.occupancy()
             if held.stored_bytes > entries * 2 * 2 * 2 * 8 * 4:
                 raise error or torch.OutOfMemoryError("no room")
 
-        return real(*arguments, **options, observe=observe)
+        return real(*arguments, **options, observe=look)
 
     monkeypatch.setattr(capacity, "launch", launch)
 

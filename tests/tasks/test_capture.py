@@ -172,7 +172,7 @@ def test_deciding_that_waits_is_run_as_it_is(cuda: FakeCuda, waits: bool, how: s
     class Cache:
         decide = Step(cuda, lambda run: waits)
 
-    work, told = deciding._captured(Cache(), DEVICE)  # type: ignore[arg-type]
+    work, told = deciding._captured(Cache.decide, DEVICE)
     assert told == how
     assert (work is Cache.decide) == waits
     work()
@@ -185,4 +185,4 @@ def test_deciding_that_runs_out_of_memory_is_not_hidden(cuda: FakeCuda) -> None:
             raise RuntimeError("CUDA error: out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        deciding._captured(Cache(), DEVICE)  # type: ignore[arg-type]
+        deciding._captured(Cache.decide, DEVICE)

@@ -39,6 +39,8 @@ def at_the_prompt_only(policy: Policy) -> Policy:
         type(policy).__name__, [], bases=(type(policy),), frozen=True, kw_only=True, namespace={"when": When.PREFILL}
     )
     fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
+    if "every_tokens" in fields:  # which is a rhythm of decode
+        fields["every_tokens"] = 1
     made: Policy = kind(**fields)
     return made
 

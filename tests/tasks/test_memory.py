@@ -54,7 +54,7 @@ def test_many_short_lives_end_at_zero() -> None:
 
 
 def test_a_phase_counts_weights_and_what_earlier_phases_left() -> None:
-    peaks = PhasePeaks(device=torch.device("cpu"), base_bytes=10_000)
+    peaks = PhasePeaks(devices=[torch.device("cpu")], base_bytes=10_000)
     with peaks.phase("prefill"):
         kept = torch.zeros(KIB)
         big = torch.zeros(4, 256)
@@ -70,7 +70,7 @@ def test_a_phase_counts_weights_and_what_earlier_phases_left() -> None:
 
 
 def test_a_phase_inside_another_takes_its_moments_away_from_it() -> None:
-    peaks = PhasePeaks(device=torch.device("cpu"), base_bytes=0)
+    peaks = PhasePeaks(devices=[torch.device("cpu")], base_bytes=0)
     with peaks.phase("prefill"):
         kept = torch.zeros(KIB)
         for size in (8, 2):
@@ -82,7 +82,7 @@ def test_a_phase_inside_another_takes_its_moments_away_from_it() -> None:
 
 
 def test_a_phase_that_fails_leaves_the_counters_usable() -> None:
-    peaks = PhasePeaks(device=torch.device("cpu"), base_bytes=0)
+    peaks = PhasePeaks(devices=[torch.device("cpu")], base_bytes=0)
     with pytest.raises(ValueError, match="stop"), peaks.phase("prefill"), peaks.phase("settle"):
         raise ValueError("stop")
     with peaks.phase("decode"):

@@ -17,6 +17,7 @@ from kvbench.datasets.scenes import describe, describe_prompt, draw_scene, scene
 from kvbench.errors import ConfigError, MeasureError, NonFiniteChoiceError, NonFiniteError
 from kvbench.models.loader import LoadedModel
 from kvbench.models.spec import BUNDLED_FOLDER
+from kvbench.policies.streaming_llm import StreamingLLM
 from kvbench.results.files import canonical_json
 from kvbench.tasks.capacity import Capacity
 from kvbench.tasks.conversation import MultiTurn
@@ -35,7 +36,7 @@ SHORT_FIDELITY = Fidelity(max_new_tokens=24, check_tokens=4)
 @torch.no_grad()
 def stock_nll(index: int) -> tuple[float, int]:
     """Return the summed loss and the number of scored tokens by one forward of the stock model."""
-    model = AutoModelForImageTextToText.from_pretrained(BUNDLED_FOLDER).eval()
+    model = AutoModelForImageTextToText.from_pretrained(BUNDLED_FOLDER, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(BUNDLED_FOLDER)
     scene = scene_at("test", index)
     prompt = f"<s>USER: <image>\n{describe_prompt(scene)} ASSISTANT:"
@@ -81,7 +82,7 @@ def test_the_full_cache_equals_itself(bundled: LoadedModel, tmp_path: Path) -> N
 
 
 def test_a_cut_cache_differs_and_holds_what_its_budget_says(bundled: LoadedModel, tmp_path: Path) -> None:
-    bench = bench_of(bundled, tmp_path, cut(Budget(fraction=0.2)))
+    bench = bench_of(bundled, tmp_path, cut(Budget(fraction=0.2), StreamingLLM()))
     generated, compared = SHORT.run(bench), SHORT_FIDELITY.run(bench)
     assert compared.measurements["kl_to_full"]["value"] > 1e-3
     assert compared.measurements["top1_agreement_fraction"]["value"] <= 1.0

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from kvbench.cache import Room
+from kvbench.cache.parts import layer_entries
 from kvbench.config.build import build_cell
 from kvbench.config.compose import compose_grid
 from kvbench.errors import ConfigError
@@ -42,6 +44,17 @@ def test_a_part_is_in_the_key_with_its_settings_its_class_and_its_source() -> No
     assert (part["beta"], part["class"]) == (20, "kvbench:Pyramid")
     assert re.fullmatch("[0-9a-f]{16}", part["source"])
     json.dumps(part)
+
+
+def test_uniform_is_no_allocation() -> None:
+    assert policy_key("policy=h2o", "+policy/allocation=uniform") == policy_key("policy=h2o")
+    assert policy_key("policy=pyramidkv", "+policy/allocation=uniform") == policy_key("policy=snapkv")
+
+
+def test_what_an_allocation_makes_an_outcome_is_labelled() -> None:
+    words = ("policy=streaming_llm", "+policy/allocation=lazy_layers")
+    assert cell_of(*words).labels["budget_total"] == "data_dependent"
+    assert "budget_total" not in cell_of("policy=h2o", "+policy/allocation=cake").labels
 
 
 def test_each_setting_of_a_part_makes_another_cell() -> None:
@@ -112,3 +125,13 @@ def test_parts_of_ones_own_need_a_folder_and_two_yamls(tmp_path: Path, monkeypat
     assert (key["allocation"]["class"], key["merge"]["class"]) == ("Even", "Drop")
     assert key["allocation"]["share"] == 0.25
     assert cell.labels["policy"] == "h2o+mine+mine"
+
+
+def test_the_pages_example_of_an_allocation_keeps_its_word() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "policies.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    made: dict[str, Any] = {}
+    exec(compile(block, "policies.md", "exec"), made)
+    for budget in range(2, 20):
+        room = Room(num_layers=4, num_heads=2, budget=budget, tokens=20, protected=2)
+        assert sum(layer_entries(made["FirstLayers"](), (), room)) == 4 * budget

@@ -1,8 +1,8 @@
-"""How the entries of a uniform cache are divided among layers and heads: the part, and how the cache carries it out.
+"""The parts that a score policy may be put together with: how entries are divided, and what becomes of those that go.
 
-An `Allocation` says how; here it is asked, checked, and the arithmetic is exact: whole numbers, none above what a head
-can hold, and together what a uniform cache would hold. What is divided is the room of one row, so a sequence is
-divided alike alone and in a batch.
+An `Allocation` says how many entries layers and heads get; here it is asked, checked, and its arithmetic is exact:
+whole numbers, none above what a head can hold, and together what a uniform cache would hold. What is divided is the
+room of one row, so a sequence is divided alike alone and in a batch. A `Merge` says whom the others join.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvbench.cache.view import Needs, View
+from kvbench.cache.view import Needs, Plan, View
 from kvbench.errors import ConfigError, NonFiniteChoiceError, PolicyError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Room:
-    """What is divided in one row: `budget` entries for every KV head of each of `num_layers` layers.
+    """What is divided in one row: `budget` entries for each of `num_heads` KV heads of each of `num_layers` layers.
 
     tokens: how many the row has seen, and the most that a head can hold. protected: what each head keeps in any case
     (sinks and recent tokens), a part of its budget.
     """
 
     num_layers: int
+    num_heads: int
     budget: int
     tokens: int
     protected: int
@@ -69,6 +70,20 @@ class Allocation:
         raise NotImplementedError(f"{type(self).__name__} is ragged and must define heads(view, candidates, free)")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Let entries that go join others that stay, wherever a plan is made. Class flag: `needs`, statistics of `into`."""
+
+    needs: ClassVar[Needs] = Needs.NOTHING
+
+    def into(self, view: View, keep: Tensor, protected: Tensor) -> Plan:
+        """Return the plan that keeps `keep` (B, H, T) and says who joins whom.
+
+        protected (B, H, T) bool: the sinks and recent tokens among what is kept.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define into(view, keep, protected)")
+
+
 def split(weight: Tensor, total: Tensor, most: Tensor) -> Tensor:
     """Return int64 shares (..., N) of `total` (...) in proportion to `weight` (..., N), none above `most` (..., N).
 
@@ -96,6 +111,19 @@ def split(weight: Tensor, total: Tensor, most: Tensor) -> Tensor:
     place = rest.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     missing = (total - whole.sum(dim=-1))[..., None]
     return whole + ((place < missing) & (rest >= 0)).long()
+
+
+def best_of_layer(view: View, candidates: Tensor, count: Tensor) -> Tensor:
+    """Return (B, H) int64: how many of the `count` (B,) best candidates of all heads of a layer lie in each.
+
+    candidates (B, H, T), -inf where there is none; of equal scores the newer one is better, then the earlier head.
+    """
+    rows, heads, _ = candidates.shape
+    newest_first = view.position.flatten(1).argsort(dim=-1, descending=True, stable=True)
+    best_first = candidates.flatten(1).gather(-1, newest_first).argsort(dim=-1, descending=True, stable=True)
+    order = newest_first.gather(-1, best_first)
+    is_best = torch.arange(order.shape[-1], device=order.device) < count[:, None]
+    return torch.zeros_like(order).scatter_(-1, order, is_best.long()).reshape(rows, heads, -1).sum(dim=-1)
 
 
 def layer_entries(

@@ -1,0 +1,175 @@
+"""Which entries are best, and which are older, without sorting: one launch where plain torch takes twenty.
+
+`keep_top` finds the score of the last entry that stays digit by digit, by counting how many have each (radix select),
+and among equal scores its age the same way; then every entry knows by itself whether it stays. `age_rank` counts: where
+entries lie in the order of their tokens, as after a prompt, those held before; where slots were used again, those that
+are older. The references are the plain branches in `kvbench.cache.selection`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvbench.kernels.dispatch import on_its_device
+
+_BLOCK = 4096  # entries that one load of the search reads
+_RANKED = 512  # entries that one program ranks, and reads at once
+
+
+@triton.jit
+def _entries_at(score, position, first, entries, BLOCK: tl.constexpr):
+    """Return, as int32, scores in an order of their own (NaN is 0), positions, whether held, and whether NaN."""
+    at = first + tl.arange(0, BLOCK)
+    stands_at = tl.load(position + at, mask=at < entries, other=-1).to(tl.int32)
+    number = tl.load(score + at, mask=at < entries, other=0.0).to(tl.float32)
+    unknown = (number != number) & (stands_at >= 0)
+    bits = tl.where((number == 0.0) | unknown, 0.0, number).to(tl.int32, bitcast=True)  # of two zeros none is larger
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF), stands_at, stands_at >= 0, unknown
+
+
+@triton.jit
+def _bound(score, position, entries, wanted, tied, BY_AGE: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the `wanted`-th largest key, how many that have it are wanted, and how many have it.
+
+    Keys are scores, or BY_AGE the positions of those whose score is `tied`; the least there is where fewer are held.
+    """
+    bins = tl.arange(0, 256)
+    bound = wanted * 0
+    left = wanted
+    having = wanted
+    for digit in tl.static_range(4):
+        counts = tl.zeros((256,), dtype=tl.int32)
+        for first in range(0, entries, BLOCK):
+            key, stands_at, held, _ = _entries_at(score, position, first, entries, BLOCK)
+            if BY_AGE:
+                held = held & (key == tied)
+                key = stands_at
+            value = key >> (24 - 8 * digit)
+            if digit == 0:
+                value = value + 128
+            else:
+                held = held & ((value >> 8) == bound)
+                value = value & 255
+            counts += tl.histogram(value, 256, mask=held)
+        larger = tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0)
+        found = tl.minimum(tl.sum((larger >= left).to(tl.int32), axis=0), 255)
+        left -= tl.sum(tl.where(bins == found, larger, 0), axis=0)
+        having = tl.sum(tl.where(bins == found, counts, 0), axis=0)
+        bound = found - 128 if digit == 0 else bound * 256 + found
+    return bound, left, having
+
+
+@triton.jit(do_not_specialize=["entries"])
+def _keep_top(score, position, budget, keep, position_b, position_h, heads, entries, BLOCK: tl.constexpr):
+    """One program chooses in one row and head."""
+    row = tl.program_id(0).to(tl.int64)
+    batch, head = row // heads, row % heads
+    score += row * entries
+    keep += row * entries
+    position += batch * position_b + head * position_h
+    wanted = tl.load(budget + row).to(tl.int32)
+    bound, left, having = _bound(score, position, entries, wanted, wanted, False, BLOCK)
+    oldest = wanted * 0
+    if left < having:
+        oldest, left, having = _bound(score, position, entries, left, bound, True, BLOCK)
+        oldest += (left < having).to(tl.int32)  # none of the equals is wanted
+    num_unknown = wanted * 0
+    for first in range(0, entries, BLOCK):
+        _, _, _, unknown = _entries_at(score, position, first, entries, BLOCK)
+        num_unknown += tl.sum(unknown.to(tl.int32), axis=0)
+    for first in range(0, entries, BLOCK):
+        key, stands_at, held, _ = _entries_at(score, position, first, entries, BLOCK)
+        stays = held & ((key > bound) | ((key == bound) & (stands_at >= oldest))) & (num_unknown == 0)
+        at = first + tl.arange(0, BLOCK)
+        tl.store(keep + at, stays.to(tl.uint8), mask=at < entries)
+
+
+@triton.jit
+def _larger(one, other):
+    return tl.maximum(one, other)
+
+
+@triton.jit(do_not_specialize=["entries"])
+def _age_rank(position, made, position_b, position_h, heads, entries, ORDER: tl.constexpr, BLOCK: tl.constexpr):
+    """One program ranks a block of entries of one row and head; ORDER: it writes who has each rank instead."""
+    row = tl.program_id(1).to(tl.int64)
+    position += row // heads * position_b + row % heads * position_h
+    made += row * entries
+    mine_from = tl.program_id(0) * BLOCK
+    number = tl.arange(0, BLOCK)
+    at = mine_from + number
+    mine = tl.load(position + at, mask=at < entries, other=-1).to(tl.int32)
+    newest = mine_from * 0 - 1
+    held, before, unordered = newest + 1, newest + 1, newest + 1
+    for first in range(0, entries, BLOCK):
+        there = tl.load(position + first + number, mask=first + number < entries, other=-1).to(tl.int32)
+        so_far = tl.maximum(tl.associative_scan(there, 0, _larger), newest)
+        unordered += tl.sum(((there >= 0) & (there < so_far)).to(tl.int32), axis=0)
+        newest = tl.maximum(newest, tl.max(there, axis=0))
+        num = tl.sum((there >= 0).to(tl.int32), axis=0)
+        before += tl.where(first < mine_from, num, 0)
+        held += num
+    is_held = (mine >= 0).to(tl.int32)
+    held_before = before + tl.cumsum(is_held, axis=0) - is_held
+    rank = held_before
+    if unordered > 0:
+        rank = is_held * 0
+        for first in range(0, entries, BLOCK):
+            for part in range(0, BLOCK, 16):
+                other_at = first + part + tl.arange(0, 16)
+                other = tl.load(position + other_at, mask=other_at < entries, other=-1).to(tl.int32)
+                older = (other[None, :] < mine[:, None]) | (
+                    (other[None, :] == mine[:, None]) & (other_at[None, :] < at[:, None])
+                )
+                rank += tl.sum((older & (other >= 0)[None, :]).to(tl.int32), axis=1)
+    rank = tl.where(mine >= 0, rank, held + at - held_before).to(tl.int64)
+    if ORDER:
+        tl.store(made + rank, at.to(tl.int64), mask=at < entries)
+    else:
+        tl.store(made + at, rank, mask=at < entries)
+
+
+@on_its_device
+def keep_top(score: Tensor, position: Tensor, budget: Tensor) -> Tensor:
+    """Return (B, H, T) bool as `selection.keep_top` does; score (B, H, T) in up to 32 bits, budget (B, H) or (B, 1)."""
+    batch, heads, entries = position.shape
+    keep = torch.empty((batch, heads, entries), dtype=torch.uint8, device=position.device)
+    position = position if position.stride(-1) == 1 else position.contiguous()
+    block = min(max(16, int(triton.next_power_of_2(entries))), _BLOCK)
+    _keep_top[(batch * heads,)](
+        score.expand(position.shape).contiguous(),
+        position,
+        budget.expand(batch, heads).contiguous(),
+        keep,
+        *position.stride()[:2],
+        heads,
+        entries,
+        BLOCK=block,
+        num_warps=8 if block == _BLOCK else 4,
+    )
+    return keep.view(torch.bool)
+
+
+def age_rank(position: Tensor) -> Tensor:
+    """Return (B, H, T) int64 as `selection.age_rank` does."""
+    return _ranked(position, order=False)
+
+
+def oldest_first(position: Tensor) -> Tensor:
+    """Return (B, H, T) int64 as `selection.oldest_first` does."""
+    return _ranked(position, order=True)
+
+
+@on_its_device
+def _ranked(position: Tensor, *, order: bool) -> Tensor:
+    batch, heads, entries = position.shape
+    made = torch.empty((batch, heads, entries), dtype=torch.int64, device=position.device)
+    position = position if position.stride(-1) == 1 else position.contiguous()
+    block = min(max(16, int(triton.next_power_of_2(entries))), _RANKED)
+    _age_rank[(triton.cdiv(entries, block), batch * heads)](
+        position, made, *position.stride()[:2], heads, entries, ORDER=order, BLOCK=block, num_warps=4
+    )
+    return made

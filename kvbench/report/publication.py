@@ -1,0 +1,181 @@
+"""What is published is made again from records that lie in the repository, by one command.
+
+    python -m kvbench.report.publication              results/published, and the tables in the pages of docs
+    python -m kvbench.report.publication --check      changes nothing; exit code 1 if something would be another one
+
+A folder of `results/published` that holds cells shows some files of its own report (a table, figures, laws): those that
+lie there are made again. A page of `docs` says which table of which records stands where:
+
+    <!-- table: records=results/published/laws-smollm2 kind=laws -->
+    ...
+    <!-- end of table -->
+
+Between the two lines everything is made. Records that are not there yet leave a sentence that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from kvbench.errors import ConfigError, KvbenchError, check_known
+from kvbench.measures import MISSING, format_with_interval, measure
+from kvbench.report.build import write_report
+from kvbench.report.compare import compare, difference_text
+from kvbench.report.laws import law_rows, laws_markdown
+from kvbench.report.load import CellResult, Results, load_results
+from kvbench.report.tables import markdown_table
+from kvbench.results.files import replace_file
+
+_BLOCK = re.compile(r"(<!-- table: ([^>]*) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+_NOT_YET = "Not measured yet: `{}` holds no records."
+_MODES = ("original", "in_cache", "released")
+
+
+def published(root: Path) -> dict[Path, bytes]:
+    """Return the content of everything below `root` that is made from published records, by its path.
+
+    Raises: ConfigError for a block of a page that cannot be made.
+    """
+    made: dict[Path, bytes] = {}
+    for folder in sorted((root / "results" / "published").glob("*/cells")):
+        made |= _files_of(folder.parent)
+    for page in sorted((root / "docs").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        if _BLOCK.search(text):
+            made[page] = _BLOCK.sub(lambda block: _filled(root, block), text).encode()
+    return made
+
+
+def _files_of(folder: Path) -> dict[Path, bytes]:
+    """Return the files of the folder that its report has too."""
+    shown = sorted(path for path in folder.iterdir() if path.is_file())
+    if not shown:
+        return {}
+    with tempfile.TemporaryDirectory() as place:
+        write_report(load_results(folder), Path(place), Path(place))
+        found = {path.name: path for path in Path(place).rglob("*") if path.is_file()}
+        return {path: found[path.name].read_bytes() for path in shown if path.name in found}
+
+
+def _filled(root: Path, block: re.Match[str]) -> str:
+    words = dict(word.split("=", 1) for word in block[2].split())
+    place = words.get("records", "")
+    check_known("the kind of a table", words.get("kind", ""), _KINDS)
+    has_records = bool(place) and any((root / place / "cells").glob("*/record.json"))
+    lines = _KINDS[words["kind"]](load_results(root / place), words) if has_records else [_NOT_YET.format(place)]
+    return f"{block[1]}\n{chr(10).join(lines)}\n\n{block[3]}"
+
+
+def _laws(results: Results, words: Mapping[str, str]) -> Iterable[str]:
+    return laws_markdown(law_rows(results)).strip().split("\n")[4:]
+
+
+def _positions(results: Results, words: Mapping[str, str]) -> Iterator[str]:
+    """Yield `measure`, one or several, of every policy at one budget, a column for each position mode."""
+    cells, names = _chosen(results, words), words["measure"].split(",")
+    rows = []
+    for policy in dict.fromkeys(cell.labels["policy"] for cell in cells):
+        found = (_one(cells, policy, mode) for mode in _MODES)
+        rows.append([policy, *("; ".join(_estimate(cell, name) for name in names) for cell in found)])
+    label = "; ".join(measure(name).label for name in names)
+    yield from markdown_table([label, *_MODES], rows, "lrrr")
+
+
+def _differences(results: Results, words: Mapping[str, str]) -> Iterator[str]:
+    """Yield the paired differences of `pairs`, "elastic-h2o,h2o-full", a column for each position mode."""
+    cells, name = _chosen(results, words), words["measure"]
+    rows = []
+    for pair in words["pairs"].split(","):
+        names = pair.split("-")
+        arms = ([_one(cells, policy, mode) for policy in names] for mode in _MODES)
+        rows.append([f"{names[0]} minus {names[1]}", *(_difference(first, second, name) for first, second in arms)])
+    yield from markdown_table([measure(name).label, *_MODES], rows, "lrrr")
+
+
+def _parts(results: Results, words: Mapping[str, str]) -> Iterator[str]:
+    """Yield `measure` of every cell of a policy's parts, and its paired differences to the policies of `against`."""
+    cells, name = _chosen(results, words), words["measure"]
+    names = words["settings"].split(",")
+    others = [
+        _native(_chosen(results, {**words, "sweep": words["beside"]}), one) for one in words["against"].split(",")
+    ]
+    heads = [*names, measure(name).label, *(f"minus {one}" for one in words["against"].split(","))]
+    rows = [
+        [
+            *(str(cell.settings["policy"].get(one)) for one in names),
+            _estimate(cell, name),
+            *(_difference(cell, other, name) for other in others),
+        ]
+        for cell in cells
+    ]
+    yield from markdown_table(heads, rows, "l" * len(names) + "r" * (len(heads) - len(names)))
+
+
+_KINDS: Mapping[str, Callable[[Results, Mapping[str, str]], Iterable[str]]] = {
+    "laws": _laws,
+    "positions": _positions,
+    "differences": _differences,
+    "parts": _parts,
+}
+
+
+def _chosen(results: Results, words: Mapping[str, str]) -> list[CellResult]:
+    """Return the cells of the table's sweep and data set, at its budget; the full cache has none."""
+    return [
+        cell
+        for cell in results.records
+        if cell.sweep == words["sweep"]
+        and cell.labels["dataset"] == words["dataset"]
+        and (cell.is_full or cell.budget_fraction == float(words["budget"]))
+    ]
+
+
+def _one(cells: Iterable[CellResult], policy: str, mode: str) -> CellResult | None:
+    return next((cell for cell in cells if (cell.labels["policy"], cell.positions) == (policy, mode)), None)
+
+
+def _native(cells: Sequence[CellResult], policy: str) -> CellResult | None:
+    """Return the policy's cell in the position mode of its authors."""
+    return _one(cells, policy, "in_cache" if policy == "streaming_llm" else "original")
+
+
+def _estimate(cell: CellResult | None, name: str) -> str:
+    found = None if cell is None else cell.estimate(name)
+    return MISSING if found is None else format_with_interval(name, found.value, found.low, found.high)
+
+
+def _difference(first: CellResult | None, second: CellResult | None, name: str) -> str:
+    found = None if first is None or second is None else compare(first, second, name)
+    return MISSING if found is None else difference_text(found)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make or check everything; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kvbench.report.publication", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("root", nargs="?", type=Path, default=Path(), help="the repository (default: this folder)")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if something is out of date")
+    args = parser.parse_args(arguments)
+    try:
+        if not (args.root / "results" / "published").is_dir():
+            raise ConfigError(f"{args.root} holds no results/published; give the folder of the repository")
+        made = published(args.root)
+    except KvbenchError as error:
+        sys.stderr.write(f"kvbench: {error}\n")
+        return 2
+    stale = [path for path, data in made.items() if path.read_bytes() != data]
+    for path in stale:
+        sys.stdout.write(f"{'out of date' if args.check else 'made again'}: {path.relative_to(args.root)}\n")
+        if not args.check:
+            replace_file(path, made[path])
+    return 1 if stale and args.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

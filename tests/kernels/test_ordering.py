@@ -1,0 +1,105 @@
+"""Choosing the best and ranking by age without sorting is what sorting gives."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvbench.cache import selection
+from kvbench.kernels.dispatch import kernels_forced
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from kvbench.kernels import ordering
+
+ON = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def random_entries(seed: int, length: int, *, in_order: bool, heads: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Score with many ties and infinities, position with empty slots, budgets below, at and above what is held."""
+    random = torch.Generator().manual_seed(seed)
+    score = (
+        torch.randint(-6, 7, (3, heads, length), generator=random).float()
+        / 4
+        * torch.tensor([1.0, -0.0, 1e-30])[seed % 3]
+    )
+    score = score.masked_fill(torch.rand(score.shape, generator=random) < 0.1, -math.inf)
+    score = score.masked_fill(torch.rand(score.shape, generator=random) < 0.1, math.inf)
+    position = torch.rand((3, heads, length), generator=random).argsort(-1) * 3
+    position = position.sort(-1).values if in_order else position
+    position = position.masked_fill(torch.rand(position.shape, generator=random) < 0.3, -1)
+    return score.to(ON), position.to(ON), torch.tensor([max(1, length // 5), length, 1], device=ON)
+
+
+def both(function: str, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+    with kernels_forced(True):
+        ours = getattr(selection, function)(*arguments)
+    with kernels_forced(False):
+        return ours, getattr(selection, function)(*arguments)
+
+
+@pytest.mark.parametrize("length", [1, 40, pytest.param(130, marks=pytest.mark.long)])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("in_order", [True, False])
+def test_what_is_kept_and_every_rank_are_those_of_sorting(
+    length: int, seed: int, in_order: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ordering, "_BLOCK", 32)  # so that a row is read in several loads
+    monkeypatch.setattr(ordering, "_RANKED", 32)
+    score, position, budget = random_entries(seed, length, in_order=in_order)
+    for function, arguments in (
+        ("keep_top", (score.to(DTYPES[seed]), position, budget)),
+        ("age_rank", (position,)),
+        ("oldest_first", (position,)),
+    ):
+        ours, reference = both(function, *arguments)
+        assert ours.dtype == reference.dtype
+        assert torch.equal(ours, reference), function
+
+
+def test_random_scores_are_chosen_bit_for_bit() -> None:
+    score = torch.randn(2, 2, 300, generator=torch.Generator().manual_seed(5)).to(ON)
+    position = torch.arange(300, device=ON).expand(2, 2, 300)  # a view without strides over rows and heads
+    ours, reference = both("keep_top", score, position, torch.tensor([60, 299], device=ON))
+    assert torch.equal(ours, reference)
+    assert ours.sum(-1).tolist() == [[60, 60], [299, 299]]
+
+
+def test_one_score_for_all_heads_is_taken() -> None:
+    score = torch.randn(2, 1, 50, generator=torch.Generator().manual_seed(6)).to(ON)
+    position = torch.arange(50, device=ON).expand(2, 3, 50)
+    ours, reference = both("keep_top", score.expand(2, 3, 50), position, torch.tensor([9, 20], device=ON))
+    assert torch.equal(ours, reference)
+
+
+def test_every_head_may_keep_a_number_of_its_own() -> None:
+    score, position, _ = random_entries(2, 30, in_order=False, heads=2)
+    ours, reference = both("keep_top", score, position, torch.tensor([[1, 9], [0, 30], [12, 5]], device=ON))
+    assert torch.equal(ours, reference)
+
+
+def test_nothing_is_kept_where_a_score_of_a_held_entry_is_nan() -> None:
+    score, position, budget = random_entries(0, 20, in_order=True, heads=2)
+    position[0, 0, 3], position[1, 1, 4] = 7, -1
+    score[0, 0, 3] = score[1, 1, 4] = math.nan
+    position[0, 0, 4:] += 100
+    ours, reference = both("keep_top", score, position, budget)
+    assert torch.equal(ours, reference)
+    assert not bool(ours[0, 0].any())
+    assert bool(ours[1, 1].any()), "NaN in an empty slot is no score"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("length", [900, 1024, 5000, 32_768, 131_072])
+@pytest.mark.parametrize("in_order", [True, False])
+def test_at_real_sizes(length: int, in_order: bool) -> None:
+    score, position, budget = random_entries(1, length, in_order=in_order)
+    score += torch.rand_like(score)
+    for function, arguments in (("keep_top", (score, position, budget)), ("age_rank", (position,))):
+        ours, reference = both(function, *arguments)
+        assert torch.equal(ours, reference), function

@@ -1,0 +1,92 @@
+"""Published files and the tables inside pages are made from records, and nothing else of a page is touched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvbench.report.load import load_results
+from kvbench.report.publication import main
+from tests.report.synthetic import write_sweep
+
+REPO = Path(__file__).parents[2]
+PAGE = "# Page\n\nBefore.\n\n<!-- table: {} -->\nold\n<!-- end of table -->\n\nAfter.\n"
+OF = "records=results/published/one sweep=first dataset=scenes budget=0.2"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_sweep(tmp_path / "results" / "published" / "one")
+    (tmp_path / "docs").mkdir()
+    return tmp_path
+
+
+def page_of(root: Path, words: str, *more: str) -> str:
+    (root / "docs" / "page.md").write_text(PAGE.format(words))
+    assert main([str(root), *more]) == 0
+    return (root / "docs" / "page.md").read_text()
+
+
+def test_a_table_in_a_page_says_what_the_records_say(root: Path) -> None:
+    page = page_of(root, f"kind=positions measure=rougeL_vs_full,length_ratio {OF}")
+    assert page.startswith("# Page\n\nBefore.\n\n<!-- table: kind=positions ")
+    assert page.endswith("<!-- end of table -->\n\nAfter.\n")
+    assert "old" not in page
+    cells = load_results(root / "results" / "published" / "one").records
+    (h2o,) = (cell for cell in cells if cell.policy == "h2o" and cell.budget_fraction == 0.2)
+    found = h2o.estimate("rougeL_vs_full")
+    assert found is not None
+    (line,) = (line for line in page.splitlines() if line.startswith("| h2o |"))
+    assert line.startswith(f"| h2o | {found.value:.3f} [{found.low:.3f}, {found.high:.3f}]; ")
+    assert line.endswith("| -; - | -; - |")
+    assert page == page_of(root, f"kind=positions measure=rougeL_vs_full,length_ratio {OF}")
+
+
+def test_differences_are_paired_and_what_was_not_measured_is_a_dash(root: Path) -> None:
+    page = page_of(root, f"kind=differences measure=ppl pairs=elastic-h2o,h2o-nobody {OF}")
+    (line,) = (line for line in page.splitlines() if line.startswith("| elastic minus h2o |"))
+    assert "nats/token" in line
+    assert "| h2o minus nobody | - | - | - |" in page
+
+
+def test_the_parts_of_a_policy_stand_beside_others(root: Path) -> None:
+    words = f"kind=parts measure=ppl settings=name,seed against=h2o,full beside=first {OF}"
+    page = page_of(root, words)
+    assert "| name | seed | PPL | minus h2o | minus full |" in page
+    (line,) = (line for line in page.splitlines() if line.startswith("| random | 0 |"))
+    assert line.count("nats/token") == 2
+
+
+def test_records_that_are_not_there_yet_are_said_to_be_missing(root: Path) -> None:
+    page = page_of(root, "records=results/published/two kind=laws")
+    assert "\nNot measured yet: `results/published/two` holds no records.\n" in page
+
+
+def test_a_wrong_table_and_a_wrong_folder_are_one_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "docs" / "page.md").write_text(PAGE.format("records=x kind=postions"))
+    assert main([str(root)]) == 2
+    assert capsys.readouterr().err == "kvbench: the kind of a table is 'postions'; did you mean 'positions'?\n"
+    assert main([str(root / "docs")]) == 2
+    assert "holds no results/published; give the folder of the repository\n" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_only_files_that_lie_in_a_published_folder_are_made_again(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = root / "results" / "published" / "one"
+    (folder / "table.md").write_text("old")
+    (folder / "note.txt").write_text("mine")
+    assert main([str(root), "--check"]) == 1
+    assert (folder / "table.md").read_text() == "old"
+    assert capsys.readouterr().out == "out of date: results/published/one/table.md\n"
+    assert main([str(root)]) == 0
+    assert (folder / "table.md").read_text().startswith("## tiny-llava on scenes")
+    assert {path.name for path in folder.iterdir()} == {"cells", "table.md", "note.txt"}
+    assert main([str(root), "--check"]) == 0
+
+
+@pytest.mark.long
+def test_what_is_published_here_is_what_its_records_give() -> None:
+    assert main([str(REPO), "--check"]) == 0
