@@ -137,8 +137,9 @@ class Lessons(IterableDataset[Lesson]):
         self.first_index = first_index
 
     def loaded(self, num_workers: int) -> Iterator[Lesson]:
-        """Yield the batches, drawn up ahead by `num_workers` processes."""
-        return iter(DataLoader(self, batch_size=None, num_workers=num_workers, prefetch_factor=8))
+        """Yield the batches, drawn up ahead by `num_workers` processes; with 0, here."""
+        ahead = 8 if num_workers else None
+        return iter(DataLoader(self, batch_size=None, num_workers=num_workers, prefetch_factor=ahead))
 
     def __iter__(self) -> Iterator[Lesson]:
         torch.set_num_threads(1)

@@ -113,7 +113,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4, help="of the decoder (default 4)")
     parser.add_argument("--kv-heads", type=int, default=2, help="of the decoder (default 2)")
     parser.add_argument("--attention-weight", type=float, default=0.1, help="of the loss on attention (default 0.1)")
-    parser.add_argument("--workers", type=int, default=4, help="processes that draw up scenes (default 4)")
+    parser.add_argument("--workers", type=int, default=4, help="processes that draw up scenes, 0: none (default 4)")
     parser.add_argument("--score-every-s", type=float, default=60.0, help="between scores (default 60)")
     parser.add_argument("--scenes", type=int, default=64, help="validation scenes of a score (default 64)")
     parser.add_argument("--final-scenes", type=int, default=256, help="validation scenes of the last one (default 256)")

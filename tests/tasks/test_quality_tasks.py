@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from kvbench.cache import Budget
 from kvbench.cache import layer as decode_step
-from kvbench.datasets.scenes import describe, describe_prompt, draw_scene, scene_at
+from kvbench.datasets.scenes import Scenes, describe, describe_prompt, draw_scene, scene_at
 from kvbench.errors import ConfigError, MeasureError, NonFiniteChoiceError, NonFiniteError
 from kvbench.models.loader import LoadedModel
 from kvbench.models.spec import BUNDLED_FOLDER
@@ -22,7 +22,7 @@ from kvbench.results.files import canonical_json
 from kvbench.tasks.capacity import Capacity
 from kvbench.tasks.conversation import MultiTurn
 from kvbench.tasks.fidelity import Fidelity
-from kvbench.tasks.generation import Generation
+from kvbench.tasks.generation import Generation, says_the_same
 from kvbench.tasks.memory import Memory
 from kvbench.tasks.perplexity import Perplexity, PerplexityReleased
 from kvbench.tasks.speed import Speed
@@ -91,6 +91,29 @@ def test_a_cut_cache_differs_and_holds_what_its_budget_says(bundled: LoadedModel
         assert mean <= most <= 0.2 * seen
     assert generated.measurements["entries_peak"]["value"] == max(row[2] for row in generated.curves["entries"])
     assert {"text", "full_text", "reference", "objects_f1"} <= set(next(iter(generated.samples.values())))
+
+
+def test_descriptions_recall_objects_and_questions_are_right_or_wrong(bundled: LoadedModel, tmp_path: Path) -> None:
+    scenes = Scenes(num_samples=1, split="validation", ask="both", num_follow_ups=2)
+    bench = replace(bench_of(bundled, tmp_path, FULL, batch_size=3), dataset=scenes, examples=scenes.examples())
+    result = Generation(max_new_tokens=48).run(bench)
+    described, *asked = (result.samples[example.id] for example in bench.examples)
+    assert described["objects_recalled_fraction"] == 1.0
+    assert "answers_right_fraction" not in described
+    for row in asked:
+        assert row["answers_right_fraction"] == float(row["text"] == row["reference"])
+        assert "objects_recalled_fraction" not in row
+    right = sum(row["answers_right_fraction"] for row in asked) / 2
+    assert result.measurements["objects_recalled_fraction"]["value"] == 1.0
+    assert result.measurements["answers_right_fraction"]["value"] == right
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "same"),
+    [("In A1.", "in  a1", True), ("Two.", "Two", True), ("Two.", "Three.", False), ("", "Two.", False)],
+)
+def test_an_answer_is_right_but_for_case_space_and_a_full_stop(text: str, other: str, same: bool) -> None:
+    assert says_the_same(text, other) == same
 
 
 def stored_file(folder: Path) -> Path:
