@@ -174,10 +174,15 @@ def _of_times(base: Comparison, one: Estimate, two: Estimate | None) -> Comparis
     )  # fmt: skip
 
 
+def is_timed(name: str) -> bool:
+    """Whether a clock is in the measure; how many prompts fit is the same on any."""
+    is_time = measure(name).unit in ("ms", "tokens/s") or name.endswith(_OF_TIMES)
+    return is_time and name != "capacity_ratio_to_full"
+
+
 def timing_noise(cell: CellResult, name: str = "tpot_ratio_to_full") -> str:
     """Return why a time or rate of the cell is noisy; empty where it is not, or the measure is neither."""
-    is_time = measure(name).unit in ("ms", "tokens/s") or name.endswith(_OF_TIMES)
-    if not is_time or name == "capacity_ratio_to_full":  # how many prompts fit, on any clock
+    if not is_timed(name):
         return ""
     # A whole launch has both parts.
     parts = ("tpot", "ttft") if "throughput" in name else ("ttft",) if "ttft" in name else ("tpot",)

@@ -241,7 +241,8 @@ def forced(decoding: Decoding, tokens: Tensor, lengths: Sequence[int], *, one_by
     lengths: the tokens of each row that count; what is wrong in a row after them is nobody's fault.
     """
     if decoding.tokens_per_pass > 1 and not one_by_one:
-        for chunk in tokens.split(decoding.tokens_per_pass, dim=1):
+        for start in range(0, tokens.shape[1], decoding.tokens_per_pass):
+            chunk = tokens[:, start : start + decoding.tokens_per_pass]
             yield from decoding.feed(chunk).unbind(dim=1)
         return
     before = [False] * len(lengths)

@@ -129,6 +129,19 @@ def test_a_chunk_is_as_long_as_its_logits_may_be_large(
     assert torch.equal(decoding.logits, logits[-1])
 
 
+@pytest.mark.parametrize("num_tokens", [0, 1, 2])
+def test_a_short_answer_is_fed_as_any_other(num_tokens: int) -> None:
+    """An answer of one token feeds nothing at all: it is scored by what the prompt says."""
+    tokens, runs = random_tokens(5, 2, num_tokens), []
+    with torch.inference_mode():
+        for one_by_one in (True, False):
+            decoding = decoding_of(Full(), "original")
+            given = list(forced(decoding, tokens, [num_tokens] * 2, one_by_one=one_by_one))
+            assert len(given) == num_tokens
+            runs.append(torch.stack([*given, decoding.logits]))
+    torch.testing.assert_close(runs[1], runs[0], **CLOSE)
+
+
 def test_a_policy_that_frees_entries_at_decode_gets_its_tokens_one_by_one() -> None:
     decoding = decoding_of(H2O(), "original")
     assert decoding.tokens_per_pass == 1
