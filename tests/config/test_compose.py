@@ -47,7 +47,7 @@ def test_the_default_experiment_describes_scenes_and_asks_about_them_and_takes_o
         compose_grid([*one_cell, *words], multirun=False, config_dir=None) for words in ([], ["dataset=synthetic"])
     )
     examples = build_cell(asked).dataset.examples()
-    assert [example.one_answer for example in examples] == [False, True] * 32
+    assert [example.one_answer for example in examples] == [False, True] * 24
     assert "ask" not in other.config.dataset
 
 
