@@ -29,8 +29,8 @@ from kvbench.tasks.speed import Speed
 from kvbench.tasks.task import Task, TaskResult
 from tests.tasks.benches import FULL, SCENES, NanAtDecode, NotANumber, bench_of, cut
 
-SHORT = Generation(max_new_tokens=24)
-SHORT_FIDELITY = Fidelity(max_new_tokens=24, check_tokens=4)
+SHORT = Generation(max_new_tokens=14)
+SHORT_FIDELITY = Fidelity(max_new_tokens=14, check_tokens=4)
 
 
 @torch.no_grad()
@@ -132,9 +132,9 @@ def test_full_answers_are_computed_once(bundled: LoadedModel, tmp_path: Path) ->
     def never() -> dict[str, list[int]]:
         raise AssertionError("the stored answers must be used")
 
-    assert set(bench.answers.get(24, never)) == set(first.samples)
+    assert set(bench.answers.get(14, never)) == set(first.samples)
     with pytest.raises(AssertionError):
-        bench.answers.get(25, never)
+        bench.answers.get(15, never)
 
 
 def test_full_answers_are_stored_with_the_last_batch_those_of_batches_before_a_kill_among_them(
