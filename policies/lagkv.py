@@ -47,7 +47,7 @@ class LagKV(ScorePolicy):
             end = self.num_sinks + most * self.lag_tokens
             parts = oldest[:, :, self.num_sinks : end, None]
             score = self._lag_score(view.keys.float(), parts) + self._lag_score(view.values.float(), parts)
-            place = score.argsort(dim=-1).argsort(dim=-1) / self.lag_tokens
+            place = score.argsort(dim=-1, stable=True).argsort(dim=-1) / self.lag_tokens
             number = torch.arange(most - 1, device=oldest.device)[:, None]
             place = torch.where(number < judged[:, :, None, None], place, 1.0)
             by_age[:, :, self.num_sinks : end - self.lag_tokens] = place.flatten(2)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests import covering
-from tests.covering import HARD, POSITIONS, YAMLS, outside_the_cover
+from tests.covering import HARD, HARDER, POSITIONS, YAMLS, outside_the_cover
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -111,7 +111,10 @@ def sweep_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return write_sweep(tmp_path_factory.mktemp("results"))
 
 
-@pytest.fixture(params=[*YAMLS, *HARD], ids=lambda param: param if isinstance(param, str) else param.stem)
+@pytest.fixture(
+    params=[*YAMLS, *HARD, *(pytest.param(name, marks=pytest.mark.long) for name in HARDER)],
+    ids=lambda param: param if isinstance(param, str) else param.stem,
+)
 def policy(request: pytest.FixtureRequest) -> Any:
     """Each yaml of conf/policy, and one policy made to be hard on the base class, with parts too."""
     from hydra.utils import instantiate

@@ -34,7 +34,7 @@ _SHARED = ("model", "dataset", "query_visible", "batch_size", "device", "version
 # A sealed record may hold text where a number belongs, here or in a cell it is compared with.
 _WRONG_TYPES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
 _TARGET = re.compile(r"^_target_:\s*(\S+)", re.MULTILINE)
-_CUTS_THE_PROMPT_ONLY = ("kvbench:SnapKV",)
+_CUTS_THE_PROMPT_ONLY = tuple(f"kvbench:{name}" for name in ("ChunkKV", "H2OMean", "LagKV", "Scissorhands", "SnapKV"))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -215,10 +215,14 @@ class PolicyCache(Cache):
             layer.ledger = copy.deepcopy(ledger)
 
     def step_buffers(self) -> StepBuffers | None:
-        """Return all that decode steps read and write; None where a model keeps something of its own on the cache."""
+        """Return all that decode steps read and write; None where that is not all.
+
+        A model may keep something of its own on the cache, and a layer the last queries.
+        """
         layers = [(layer.slots, layer.counts) for layer in self.policy_layers]
         held = [(slots, counts) for slots, counts in layers if slots is not None and counts is not None]
-        if len(held) < len(layers) or set(vars(self)) != self._own:
+        has_ring = any(layer.ring_bytes for layer in self.policy_layers)
+        if len(held) < len(layers) or set(vars(self)) != self._own or has_ring:
             return None
         return StepBuffers(slots=[slots for slots, _ in held], counts=[counts for _, counts in held]).note_places()
 

@@ -236,7 +236,7 @@ def test_a_buffer_that_grows_holds_what_one_with_room_holds(name: str, positions
     torch.testing.assert_close(torch.stack(grown.logits), torch.stack(announced.logits), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.cover("one")
+@pytest.mark.long
 @pytest.mark.parametrize("positions", ["original", "in_cache", "released"])
 @pytest.mark.parametrize("name", DIVIDED)
 def test_kernels_read_and_write_a_ragged_buffer_as_plain_torch_does(name: str, positions: Any) -> None:

@@ -15,7 +15,7 @@ from kvbench.cache.selection import age_rank
 pytest.importorskip("triton", reason="triton is not installed")
 
 from kvbench.kernels import decode_attention as kernel
-from kvbench.kernels.decode_attention import Turn, decode_attention
+from kvbench.kernels.decode_attention import Ragged, Turn, decode_attention
 
 ON = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(2, 4, 2, 37, 16), (1, 2, 2, 130, 32), (3, 8, 1, 70, 64), (1, 4, 4, 5, 80)]
@@ -110,6 +110,38 @@ def test_keys_are_turned_to_their_ranks_on_the_way_in(shape: tuple[int, ...], le
     assert error(output, exact) < 2e-5
     assert probs is not None
     assert error(probs, reduce_group(rows, "mean")) < 2e-5
+
+
+@pytest.mark.parametrize("with_turn", [False, True])
+def test_heads_of_different_lengths_in_one_buffer_are_read_as_padded_ones(with_turn: bool) -> None:
+    query, keys, values, length, held = slots((2, 4, 2, 37, 16), torch.float32, seed=5)
+    random = torch.Generator().manual_seed(2)
+    room = (length.cpu() + torch.randint(0, 4, length.shape, generator=random)).clamp(max=37)
+    ends = room.flatten().cumsum(0)
+    start = (ends - room.flatten()).view_as(room).to(ON)
+
+    def flat(padded: Tensor) -> Tensor:
+        heads = zip(padded.flatten(0, 1), room.flatten().tolist(), strict=True)
+        return torch.cat([head[:count] for head, count in heads])
+
+    mass = torch.rand(held.shape, device=ON)
+    flat_mass, turn, flat_turn = flat(mass), None, None
+    if with_turn:
+        position = scattered(held, length, 90)
+        rank = age_rank(position).int()
+        tables = Rotation(frequencies=torch.ones(8, device=ON)).tables(91)
+        seen = torch.full((2,), 90, device=ON)
+        turn = Turn(seen=seen, position=position, rank=rank, cosines=tables[0], sines=tables[1])
+        flat_turn = turn._replace(position=flat(position), rank=flat(rank))
+    output, probs = decode_attention(query, keys, values, length, 0.3, mass=mass, want_probs=True, turn=turn)
+    ragged = Ragged(start, 37)
+    again, probs_again = decode_attention(
+        query, flat(keys), flat(values), length, 0.3, mass=flat_mass, want_probs=True, turn=flat_turn, ragged=ragged
+    )
+    assert probs is not None
+    assert probs_again is not None
+    for one, other in ((again, output), (probs_again, probs), (flat_mass, flat(mass))):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("width", "with_turn", "size"), [(16, True, 32), (16, False, 16), (80, True, 128)])

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvbench.cache import Allocation, Budget, Needs, PolicyCache, Room, View
+from kvbench.cache import Allocation, Budget, Kind, Needs, PolicyCache, Room, View
 from kvbench.cache.layer import PolicyLayer
 from kvbench.cache.parts import layer_entries
 from kvbench.errors import ConfigError
@@ -22,7 +22,9 @@ from kvbench.policies.allocation.cake import Cake
 from kvbench.policies.allocation.lazy_layers import LazyLayers
 from kvbench.policies.allocation.prefix import Prefix
 from kvbench.policies.allocation.threshold import GlobalThreshold
+from kvbench.policies.allocation.vl_cache import VLCache
 from kvbench.policies.h2o import H2O
+from kvbench.policies.merge.nearest_cosine import NearestCosine
 from kvbench.policies.snapkv import SnapKV
 from kvbench.policies.streaming_llm import StreamingLLM
 from tests.covering import share_of
@@ -139,6 +141,25 @@ def test_cakes_preference_is_its_equation(seed: int, budget: int, taus: tuple[fl
 
 
 @quick
+@given(seed=st.integers(0, 2**32), share=st.sampled_from([0.01, 0.2, 0.9]), last=st.integers(-1, TOKENS - 1))
+def test_density_is_counted_in_the_rows_after_the_picture(seed: int, share: float, last: int) -> None:
+    views, rankings = random_views(seed, 2)
+    for view, ranking in zip(views, rankings, strict=True):
+        if last >= 0:
+            view.kind[:, :, last] = Kind.IMAGE
+        counted = [
+            sum(a >= share * max(row) and a > 0 for a in row) / (TOKENS - 4 + query + 1)
+            for head in view.window[0].tolist()
+            for query, row in enumerate(head)
+            if TOKENS - 4 + query > last
+        ]
+        density = sum(counted) / max(1, len(counted))
+        assert float(VLCache(share=share).tell(view, ranking)) == pytest.approx(density, rel=1e-6)
+    shares = divided(VLCache(share=share), views, rankings, room_of(8, 2))
+    assert sum(shares) == LAYERS * 8
+
+
+@quick
 @given(seed=st.integers(0, 2**32), threshold=st.sampled_from([0.0, 0.1, 0.3, 1.0]))
 def test_lazy_layers_keep_what_is_protected_and_the_others_all(seed: int, threshold: float) -> None:
     views, rankings = random_views(seed, 3)
@@ -205,7 +226,49 @@ def test_a_statistic_that_only_a_part_needs_is_computed_for_it(monkeypatch: pyte
     assert seen == [Needs.MASS, Needs.MASS, Needs.NOTHING, Needs.NOTHING]
 
 
-@pytest.mark.parametrize(("kind", "setting"), [(Cake, {"tau_spread": 0.0}), (LazyLayers, {"threshold": 1.5})])
+@pytest.mark.parametrize(
+    ("kind", "setting"), [(Cake, {"tau_spread": 0.0}), (LazyLayers, {"threshold": 1.5}), (VLCache, {"share": 0.0})]
+)
 def test_settings_that_are_out_of_range_are_refused(kind: Any, setting: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=r"policy\.allocation\."):
         kind(**setting)
+
+
+@settings(max_examples=share_of(60), deadline=None, derandomize=True)
+@given(
+    path=st.sampled_from(PARTS),
+    budget=st.one_of(
+        st.builds(Budget, tokens=st.integers(5, 30)),
+        st.builds(Budget, fraction=st.sampled_from([0.2, 0.5, 0.8]), of=st.sampled_from(["seen", "prompt"])),
+    ),
+    prompt=st.integers(8, 40),
+    turns=st.lists(st.sampled_from([1, 1, 1, 1, 6]), max_size=8),
+    every=st.sampled_from([1, 3]),
+    merging=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_parts_together_never_hold_more_than_the_uniform_total(
+    path: Path, budget: Budget, prompt: int, turns: list[int], every: int, merging: bool, seed: int
+) -> None:
+    allocation, model = allocation_of(path), tiny_model("llama_gqa")
+    every = 1 if isinstance(allocation, LazyLayers) else every  # which reads the newest row
+    policy = H2O(
+        num_sinks=1,
+        num_recent=2,
+        recent_fraction=0.0,
+        allocation=allocation,
+        merge=NearestCosine() if merging else None,
+        every_tokens=every,
+    )
+    cache, seen = PolicyCache(model, policy, budget), 0
+    for number, length in enumerate([prompt, *turns]):
+        trace = drive(model, cache, random_tokens(seed + number, 1, length), length)
+        seen += length
+        allowed = budget.entries(seen_tokens=seen, prompt_tokens=prompt)
+        heads = [head for layer in trace.held[-1] for head in layer[0]]
+        spare = every - 1 if length == 1 else 0
+        if allocation is None or allocation.total != "data_dependent":
+            assert sum(len(head) for head in heads) <= len(heads) * (allowed + spare)
+        for head in heads:
+            assert len(set(head)) == len(head)
+            assert {*range(min(1, allowed - 1)), *range(max(0, seen - min(2, allowed - 1)), seen)} <= set(head)

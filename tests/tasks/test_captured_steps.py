@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
-from kvbench.cache import Budget, Policy
+from kvbench.cache import Budget, Needs, Policy, ScorePolicy, View
 from kvbench.cache.policy import is_ragged
 from kvbench.kernels.dispatch import kernels_forced
 from kvbench.models.inputs import PromptBatch
@@ -110,6 +110,28 @@ def test_ragged_buffers_serve_a_batch_whose_heads_hold_as_many(captures: list[in
     for number in (1, 2, 1):
         same_answers(setting_of(SnapKV(num_recent=3, allocation=Ada())), batch(number), steps)
     assert 1 <= len(captures) <= 2, "the batch that came again needs no capture"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LooksBack(ScorePolicy):
+    """Reads the rows of the last queries wherever it plans, so that they are kept."""
+
+    needs: ClassVar[Needs] = Needs.WINDOW
+    window_tokens: ClassVar[int] = 3
+
+    def score(self, view: View) -> Tensor:
+        return view.window.sum(dim=2)
+
+
+@on_the_cpu
+@torch.inference_mode()
+@pytest.mark.parametrize(("policy", "num_captures"), [(H2O(every_tokens=2), 1), (LooksBack(every_tokens=2), 2)])
+def test_blocks_are_cut_between_captured_steps(captures: list[int], policy: ScorePolicy, num_captures: int) -> None:
+    """Buffers that were cut in place serve the next batch; kept queries lie outside of them, so a capture is anew."""
+    steps = CapturedSteps()
+    for number in (1, 2):
+        same_answers(setting_of(policy), batch(number), steps)
+    assert len(captures) == num_captures
 
 
 @on_the_cpu

@@ -18,7 +18,7 @@ from kvbench.tasks.speed import Launch, Speed
 from tests.models.architectures import SMALL, small_spec
 from tests.tasks.benches import FULL, SCENES, bench_of, cut
 
-ENTRY_BYTES = 2 * 4 * 2 * 32 * 4  # keys and values, 4 layers, 2 KV heads of width 32, float32
+ENTRY_BYTES = 2 * 3 * 2 * 32 * 4  # keys and values, 3 layers, 2 KV heads of width 32, float32
 PER_LAUNCH = {
     *("ttft_ms", "tpot_ms", "tpot_p90_ms", "settle_ms", "prepare_ms", "full_ttft_ms", "full_tpot_ms"),
     *("throughput_tokens_per_s", "ttft_ratio_to_full", "tpot_ratio_to_full", "throughput_ratio_to_full"),

@@ -218,7 +218,7 @@ def test_counting_a_replayed_step_is_what_a_step_counts(policy: Policy) -> None:
             for _ in range(STEPS):
                 if by_device:
                     decoding.cache.count_replayed_step()
-                    decoding.cache.cut_blocks()  # as a captured step does after each replay
+                    decoding.cache.cut_blocks()
                 else:
                     decoding.step(torch.tensor([5, 6], device=ON))
             caches.append(decoding.cache)
