@@ -235,7 +235,11 @@ def _turn_fields(cell: Cell, peers: Peers, row: Mapping[str, Any]) -> Iterator[s
 
 def _evicts(cell: Cell) -> bool:
     share = cell.value("realised_budget_fraction")
-    return bool(cell.setting("budget")) and bool(cell.samples) and (share is None or share < 1)
+    if share is None:  # a perplexity alone tells no entries, but what may hold all that was seen lets nothing go
+        keeps_all = (cell.setting("budget", "of"), cell.setting("budget", "fraction")) == ("seen", 1)
+    else:
+        keeps_all = share >= 1
+    return bool(cell.setting("budget")) and bool(cell.samples) and not keeps_all
 
 
 @check(

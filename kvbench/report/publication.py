@@ -20,20 +20,25 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from functools import cache
+from itertools import product
 from pathlib import Path
 
 from kvbench.errors import ConfigError, KvbenchError, check_known
 from kvbench.measures import MISSING, format_with_interval, measure
 from kvbench.report.build import write_report
 from kvbench.report.compare import compare, difference_text
-from kvbench.report.laws import law_rows, laws_markdown
-from kvbench.report.load import CellResult, Results, load_results
+from kvbench.report.laws import law_rows, laws_csv, laws_markdown, load_laws
+from kvbench.report.load import CellResult, Results, clusters_of, load_results, scores_of
 from kvbench.report.tables import markdown_table
 from kvbench.results.files import replace_file
+from kvbench.stats.paired import Inference, infer, paired_sums
 
 _BLOCK = re.compile(r"(<!-- table: ([^>]*) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 _NOT_YET = "Not measured yet: `{}` holds no records."
 _MODES = ("original", "in_cache", "released")
+_LAWS = {"laws.md": laws_markdown, "laws.csv": laws_csv}
 
 
 def published(root: Path) -> dict[Path, bytes]:
@@ -45,34 +50,50 @@ def published(root: Path) -> dict[Path, bytes]:
     for folder in sorted((root / "results" / "published").glob("*/cells")):
         made |= _files_of(folder.parent)
     for page in sorted((root / "docs").glob("*.md")):
-        text = page.read_text(encoding="utf-8")
-        if _BLOCK.search(text):
-            made[page] = _BLOCK.sub(lambda block: _filled(root, block), text).encode()
+        if text := filled_page(root, page):
+            made[page] = text.encode()
     return made
+
+
+def filled_page(root: Path, page: Path) -> str:
+    """Return the page with its tables made from the records below `root`; "" where it has none.
+
+    Raises: ConfigError for a block that cannot be made.
+    """
+    text, read = page.read_text(encoding="utf-8"), cache(load_results)
+    return _BLOCK.sub(lambda block: _filled(root, block, read), text) if _BLOCK.search(text) else ""
 
 
 def _files_of(folder: Path) -> dict[Path, bytes]:
     """Return the files of the folder that its report has too."""
     shown = sorted(path for path in folder.iterdir() if path.is_file())
-    if not shown:
-        return {}
+    if {path.name for path in shown} <= set(_LAWS):  # no figure need be drawn for them
+        rows = law_rows(load_results(folder)) if shown else []
+        return {path: _LAWS[path.name](rows).encode() for path in shown}
     with tempfile.TemporaryDirectory() as place:
         write_report(load_results(folder), Path(place), Path(place))
         found = {path.name: path for path in Path(place).rglob("*") if path.is_file()}
         return {path: found[path.name].read_bytes() for path in shown if path.name in found}
 
 
-def _filled(root: Path, block: re.Match[str]) -> str:
+def _filled(root: Path, block: re.Match[str], read: Callable[[Path], Results]) -> str:
     words = dict(word.split("=", 1) for word in block[2].split())
     place = words.get("records", "")
     check_known("the kind of a table", words.get("kind", ""), _KINDS)
     has_records = bool(place) and any((root / place / "cells").glob("*/record.json"))
-    lines = _KINDS[words["kind"]](load_results(root / place), words) if has_records else [_NOT_YET.format(place)]
+    lines = _KINDS[words["kind"]](read(root / place), words) if has_records else [_NOT_YET.format(place)]
     return f"{block[1]}\n{chr(10).join(lines)}\n\n{block[3]}"
 
 
-def _laws(results: Results, words: Mapping[str, str]) -> Iterable[str]:
-    return laws_markdown(law_rows(results)).strip().split("\n")[4:]
+def _laws(results: Results, words: Mapping[str, str]) -> Iterator[str]:
+    """Yield what the records say of every expectation of every law, of which the page has statement and source."""
+    found, rows = law_rows(results), []
+    for law in load_laws():
+        for one in law.expects:
+            told = [row for row in found if row.law.name == law.name and row.expectation.says == one.says]
+            verdicts = [[row.measured, row.verdict] for row in told] or [[MISSING, "not run yet"]]
+            rows += [[f"{law.number}. {law.name}", one.says, one.text, *verdict] for verdict in verdicts]
+    yield from markdown_table(["law", "expectation", "expected", "measured [95 %]", "verdict"], rows)
 
 
 def _positions(results: Results, words: Mapping[str, str]) -> Iterator[str]:
@@ -97,18 +118,30 @@ def _differences(results: Results, words: Mapping[str, str]) -> Iterator[str]:
     yield from markdown_table([measure(name).label, *_MODES], rows, "lrrr")
 
 
+def _shifts(results: Results, words: Mapping[str, str]) -> Iterator[str]:
+    """Yield what each other position mode adds to a policy's original positions, paired."""
+    cells, name = _chosen(results, words), words["measure"]
+    rows = []
+    for policy in dict.fromkeys(cell.labels["policy"] for cell in cells if not cell.is_full):
+        first, *others = (_one(cells, policy, mode) for mode in _MODES)
+        rows.append([policy, *(_difference(other, first, name) for other in others)])
+    heads = [measure(name).label, *(f"{mode} minus {_MODES[0]}" for mode in _MODES[1:])]
+    yield from markdown_table(heads, rows, "lrr")
+
+
 def _parts(results: Results, words: Mapping[str, str]) -> Iterator[str]:
-    """Yield `measure` of every cell of a policy's parts, and its paired differences to the policies of `against`."""
+    """Yield `measure` of every cell of a policy's parts, and its paired differences to the first and to `against`."""
     cells, name = _chosen(results, words), words["measure"]
     names = words["settings"].split(",")
     others = [
         _native(_chosen(results, {**words, "sweep": words["beside"]}), one) for one in words["against"].split(",")
     ]
-    heads = [*names, measure(name).label, *(f"minus {one}" for one in words["against"].split(","))]
+    heads = [*names, measure(name).label, "minus the first", *(f"minus {one}" for one in words["against"].split(","))]
     rows = [
         [
             *(str(cell.settings["policy"].get(one)) for one in names),
             _estimate(cell, name),
+            MISSING if cell is cells[0] else _difference(cell, cells[0], name),
             *(_difference(cell, other, name) for other in others),
         ]
         for cell in cells
@@ -116,11 +149,34 @@ def _parts(results: Results, words: Mapping[str, str]) -> Iterator[str]:
     yield from markdown_table(heads, rows, "l" * len(names) + "r" * (len(heads) - len(names)))
 
 
+def _effects(results: Results, words: Mapping[str, str]) -> Iterator[str]:
+    """Yield what the second value of each setting adds to its first: alone, over all values of the others, and last.
+
+    `settings` gives the values, "merge:both:none,fixed_point:25:1000000"; all combinations have the same samples.
+    """
+    cells, name = _chosen(results, words), words["measure"]
+    levels = {one: values for one, *values in (part.split(":") for part in words["settings"].split(","))}
+    found = {tuple(str(cell.settings["policy"].get(one)) for one in levels): cell for cell in cells}
+    pairs = list(product(*levels.values()))
+    if missing := [values for values in pairs if values not in found]:
+        yield f"Not measured yet: {len(missing)} of {len(pairs)} combinations."
+        return
+    rows = []
+    for place, one in enumerate(levels):
+        arms = [[found[values] for values in pairs if values[place] == value] for value in levels[one]]
+        alone, last = (_difference(arms[1][at], arms[0][at], name) for at in (0, -1))
+        rows.append([one, *levels[one], alone, _average(arms[1], arms[0], name), last])
+    heads = ["setting", "from", "to", "alone", "on average", "with the others changed"]
+    yield from markdown_table(heads, rows, "lllrrr")
+
+
 _KINDS: Mapping[str, Callable[[Results, Mapping[str, str]], Iterable[str]]] = {
     "laws": _laws,
     "positions": _positions,
     "differences": _differences,
+    "shifts": _shifts,
     "parts": _parts,
+    "effects": _effects,
 }
 
 
@@ -152,6 +208,23 @@ def _estimate(cell: CellResult | None, name: str) -> str:
 def _difference(first: CellResult | None, second: CellResult | None, name: str) -> str:
     found = None if first is None or second is None else compare(first, second, name)
     return MISSING if found is None else difference_text(found)
+
+
+def _average(firsts: Sequence[CellResult], seconds: Sequence[CellResult], name: str) -> str:
+    """Return the difference of what two sets of cells have on average, every sample's taken together."""
+    base = compare(firsts[0], seconds[0], name)
+    scores = [[scores_of(cell, name) for cell in arm] for arm in (firsts, seconds)]
+    clusters = clusters_of(firsts[0])
+    if base is None or any(one.keys() != clusters.keys() for arm in scores for one in arm):
+        return MISSING
+    mine, theirs = ([_added(one[name] for one in arm) for name in clusters] for arm in scores)
+    found = infer(paired_sums(mine, theirs, list(clusters.values())))
+    return difference_text(replace(base, **{part.name: getattr(found, part.name) for part in fields(Inference)}))
+
+
+def _added(scores: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    totals, weights = zip(*scores, strict=True)
+    return sum(totals), sum(weights)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+from kvbench.report.compare import compare, difference_text
+from kvbench.report.laws import law_rows, load_laws
 from kvbench.report.load import load_results
-from kvbench.report.publication import main
-from tests.report.synthetic import write_sweep
+from kvbench.report.publication import filled_page, main
+from tests.report.synthetic import body, write_cell, write_sweep
 
 REPO = Path(__file__).parents[2]
 PAGE = "# Page\n\nBefore.\n\n<!-- table: {} -->\nold\n<!-- end of table -->\n\nAfter.\n"
@@ -53,9 +56,41 @@ def test_differences_are_paired_and_what_was_not_measured_is_a_dash(root: Path) 
 def test_the_parts_of_a_policy_stand_beside_others(root: Path) -> None:
     words = f"kind=parts measure=ppl settings=name,seed against=h2o,full beside=first {OF}"
     page = page_of(root, words)
-    assert "| name | seed | PPL | minus h2o | minus full |" in page
+    assert "| name | seed | PPL | minus the first | minus h2o | minus full |" in page
     (line,) = (line for line in page.splitlines() if line.startswith("| random | 0 |"))
-    assert line.count("nats/token") == 2
+    assert line.count("nats/token") == 3
+
+
+def test_effects_of_settings_are_alone_on_average_and_last(root: Path) -> None:
+    folder = root / "results" / "published" / "one"
+    words = f"kind=effects measure=ppl settings=name:elastic:h2o,seed:0:1 {OF}"
+    assert "Not measured yet: 2 of 4 combinations." in page_of(root, words)
+    for policy in ("elastic", "h2o"):
+        write_cell(folder, body(policy=policy, budget=0.2, seed=1))
+    page = page_of(root, words)
+    cells = {
+        (cell.policy, cell.settings["policy"]["seed"]): cell
+        for cell in load_results(folder).records
+        if cell.budget_fraction == 0.2
+    }
+    found = [compare(cells["h2o", seed], cells["elastic", seed], "ppl") for seed in (0, 1)]
+    alone, last = (one for one in found if one is not None)
+    (line,) = (line for line in page.splitlines() if line.startswith("| name | elastic | h2o | "))
+    shown = line.split(" | ")[3:]
+    assert shown[0] == difference_text(alone)
+    assert shown[2] == f"{difference_text(last)} |"
+    assert float(shown[1].split()[0]) == pytest.approx((alone.value + last.value) / 2, abs=0.0006)
+
+
+def test_position_modes_are_taken_from_the_same_policys_original_one(root: Path) -> None:
+    folder = root / "results" / "published" / "one"
+    moved = write_cell(folder, body(policy="h2o", budget=0.2, positions="released", seed=1))
+    page = page_of(root, f"kind=shifts measure=ppl {OF}")
+    assert moved.exists()
+    (line,) = (line for line in page.splitlines() if line.startswith("| h2o |"))
+    assert line.startswith("| h2o | - | ")
+    assert line.endswith(" nats/token |")
+    assert "| full |" not in page
 
 
 def test_records_that_are_not_there_yet_are_said_to_be_missing(root: Path) -> None:
@@ -85,6 +120,26 @@ def test_only_files_that_lie_in_a_published_folder_are_made_again(
     assert (folder / "table.md").read_text().startswith("## tiny-llava on scenes")
     assert {path.name for path in folder.iterdir()} == {"cells", "table.md", "note.txt"}
     assert main([str(root), "--check"]) == 0
+
+
+def test_the_page_of_laws_says_what_the_published_records_say() -> None:
+    """Table and prose: which laws hold, which do not, and which nobody has run."""
+    page = REPO / "docs" / "laws.md"
+    text = page.read_text(encoding="utf-8")
+    assert filled_page(REPO, page) == text
+    shown = text.partition("## What SmolLM2-135M shows")[2]
+    rows = law_rows(load_results(REPO / "results" / "published" / "laws-smollm2"))
+    told = {law.number: {row.verdict for row in rows if row.law.number == law.number} for law in load_laws()}
+    of = {str(verdicts): [number for number in told if told[number] == verdicts] for verdicts in told.values()}
+    assert of == {
+        "{'holds'}": [1, 2, 6],
+        str(told[3]): [3],
+        "{'does not'}": [4],
+        "set()": [9, 15],
+    }
+    assert told[3] == {"holds", "does not"}
+    assert "Laws 1, 2 and 6 hold, law 3 in one half, law 4 does not; laws 9 and 15 have not been run yet." in shown
+    assert re.findall(r"\| (\d+)\. \w+ .* \| not run yet \|", shown) == ["9", "9", "15"]
 
 
 @pytest.mark.long
