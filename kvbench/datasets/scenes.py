@@ -1,14 +1,10 @@
-"""The data set `scenes`: procedural pictures, decided by code from a seed, with descriptions or follow-up questions.
+"""Procedural pictures whose truth is known exactly: scenes drawn from a seed, with text about them.
 
-A scene is a 4 x 4 grid with at most one object per cell. Everything about it follows from
-(split, index), so a data set of any size needs no file, and train and test never share a seed.
-The truth is known exactly, which allows a score that no text-overlap metric gives: how many
-objects an answer still recalls after the cache was cut.
-
-Every random choice (background, jitter, noise) comes from the scene's name through Python's own
-generator, whose stream is stable over versions; numpy's is not promised to be. What is said follows one fixed
-grammar: a description names every object with its cell and its four attributes, and `parse_objects` finds them again
-in generated text.
+A scene is 3 to 6 objects on a 4 x 4 grid. A picture is 144 x 144 pixels; an object covers 8 to 32 of its 576 patches
+of 6 x 6 pixels, so that most patches show nothing and no object hangs on one patch. Everything is drawn from
+`random.Random(name)`, whose streams are stable over versions; numpy's is not promised to be. What is said follows one
+fixed grammar: a cell is a letter for its row and a number for its column, a description names every object in
+reading order with cell, colour and shape, and `parse_objects` finds them again in generated text.
 """
 
 from __future__ import annotations
@@ -22,7 +18,7 @@ from functools import cache, partial
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw
+from PIL import Image, ImageDraw
 
 from kvbench.datasets.base import MOST_MADE, Example, Turn
 from kvbench.errors import ConfigError, close_matches
@@ -30,11 +26,10 @@ from kvbench.errors import ConfigError, close_matches
 GRID_CELLS = 4
 CELL_PIXELS = 36
 IMAGE_PIXELS = GRID_CELLS * CELL_PIXELS
-MIN_OBJECTS = 4
-MAX_OBJECTS = 8
+MIN_OBJECTS = 3
+MAX_OBJECTS = 6
 
-_RADIUS = {"small": 8, "large": 14}
-_RGB = {
+RGB = {
     "red": (220, 40, 40),
     "green": (40, 170, 60),
     "blue": (50, 80, 230),
@@ -44,27 +39,34 @@ _RGB = {
     "cyan": (60, 210, 220),
     "white": (245, 245, 245),
 }
-_BACKGROUNDS = ((24, 24, 28), (44, 40, 36), (34, 46, 54), (58, 58, 58))
-_SCALE = 2  # drawn larger and averaged down: smooth edges
-_NOISE_LEVELS = 17
+BACKGROUNDS = ((24, 24, 28), (44, 40, 36), (34, 46, 54), (58, 58, 58))
+RADII = (11, 12, 13, 14, 15, 16)
+NOISE_LEVELS = 17
+_SCALE = 4  # drawn larger and averaged down: smooth edges
 
-SIZES = tuple(_RADIUS)
-TEXTURES = ("plain", "striped", "dotted")
-COLOURS = tuple(_RGB)
-SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
-SPLITS = ("train", "test")
-SCENES_VERSION = 1
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
+COLOURS = tuple(RGB)
+PLURALS = {
+    "circle": "circles",
+    "square": "squares",
+    "triangle": "triangles",
+    "cross": "crosses",
+    "ring": "rings",
+    "diamond": "diamonds",
+    "star": "stars",
+}
+SHAPES = tuple(PLURALS)
+ROWS = "ABCD"
+COLUMNS = "1234"
+SPLITS = ("train", "validation", "test")
+SCENES_VERSION = 2
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 DESCRIBE_PROMPTS = (
     "Describe the scene.",
     "Describe every object in the picture.",
     "What does the picture show?",
 )
-_OBJECT_PATTERN = re.compile(
-    rf"row ({'|'.join(NUMBERS)}), column ({'|'.join(NUMBERS)}), there is a "
-    rf"({'|'.join(SIZES)}) ({'|'.join(TEXTURES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b"
-)
-_ASK = ("describe", "follow_up")
+_OBJECT_PATTERN = re.compile(rf"\b([{ROWS}])([{COLUMNS}]) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b")
+_ASK = ("describe", "follow_up", "both")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)
@@ -73,20 +75,18 @@ class SceneObject:
 
     row: int
     column: int
-    size: str
-    texture: str
     colour: str
     shape: str
 
     @property
     def cell(self) -> str:
         """Where it is, in words."""
-        return f"row {NUMBERS[self.row + 1]}, column {NUMBERS[self.column + 1]}"
+        return cell_name(self.row, self.column)
 
     @property
     def look(self) -> str:
         """What it is, in words."""
-        return f"{self.size} {self.texture} {self.colour} {self.shape}"
+        return f"{self.colour} {self.shape}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +95,20 @@ class Scene:
 
     name: str
     objects: tuple[SceneObject, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drawing:
+    """How a scene is drawn: which background, and per object its radius and its centre, pixels (x, y)."""
+
+    background: int
+    radii: tuple[int, ...]
+    centres: tuple[tuple[int, int], ...]
+
+
+def cell_name(row: int, column: int) -> str:
+    """Return a cell in words: B3 is the third of the second row."""
+    return f"{ROWS[row]}{COLUMNS[column]}"
 
 
 def scene_at(split: str, index: int) -> Scene:
@@ -107,46 +121,54 @@ def scene_at(split: str, index: int) -> Scene:
     name = f"scenes-v{SCENES_VERSION}/{split}/{index}"
     rng = random.Random(name)
     cells = rng.sample(range(GRID_CELLS**2), rng.randint(MIN_OBJECTS, MAX_OBJECTS))
-    looks: dict[tuple[str, str, str, str], None] = {}  # unique, so that "where is the ...?" has one answer
+    looks: dict[tuple[str, str], None] = {}  # unique, so that "where is the ...?" has one answer
     while len(looks) < len(cells):
-        looks[(rng.choice(SIZES), rng.choice(TEXTURES), rng.choice(COLOURS), rng.choice(SHAPES))] = None
+        looks[(rng.choice(COLOURS), rng.choice(SHAPES))] = None
     objects = tuple(
-        SceneObject(row=cell // GRID_CELLS, column=cell % GRID_CELLS, size=s, texture=t, colour=c, shape=f)
-        for cell, (s, t, c, f) in zip(sorted(cells), looks, strict=True)
+        SceneObject(row=cell // GRID_CELLS, column=cell % GRID_CELLS, colour=colour, shape=shape)
+        for cell, (colour, shape) in zip(sorted(cells), looks, strict=True)
     )
     return Scene(name=name, objects=objects)
 
 
+def drawing_of(scene: Scene) -> Drawing:
+    """Return how `scene` is drawn; an object stays within its cell."""
+    rng = random.Random(scene.name + "/drawing")
+    background = rng.randrange(len(BACKGROUNDS))
+    radii, centres = [], []
+    for item in scene.objects:
+        radius = rng.choice(RADII)
+        slack = CELL_PIXELS // 2 - radius - 1
+        x, y = (cell * CELL_PIXELS + CELL_PIXELS // 2 + rng.randint(-slack, slack) for cell in (item.column, item.row))
+        radii.append(radius)
+        centres.append((x, y))
+    return Drawing(background=background, radii=tuple(radii), centres=tuple(centres))
+
+
 def draw_scene(scene: Scene) -> Image.Image:
     """Return the picture of `scene`, mode RGB, 144 x 144 pixels."""
-    rng = random.Random(scene.name + "/drawing")
-    canvas = Image.new("RGB", (IMAGE_PIXELS * _SCALE,) * 2, rng.choice(_BACKGROUNDS))
-    for item in scene.objects:
-        radius = _RADIUS[item.size]
-        reach = (radius + 1) * _SCALE
-        left, top = (pixel * _SCALE - reach for pixel in _centre(item, rng))
-        mask = Image.new("L", (2 * reach, 2 * reach), 0)
-        _draw_shape(ImageDraw.Draw(mask), item.shape, reach, radius * _SCALE)
-        if item.texture != "plain":
-            mask = ImageChops.multiply(mask, _texture(item.texture, reach))
-        canvas.paste(_RGB[item.colour], (left, top), mask)
-    pixels = np.asarray(canvas.resize((IMAGE_PIXELS,) * 2, Image.Resampling.BOX), dtype=np.int16)
-    noise = np.frombuffer(rng.randbytes(pixels.size), dtype=np.uint8).reshape(pixels.shape)
-    noisy = pixels + noise % _NOISE_LEVELS - _NOISE_LEVELS // 2
+    drawing = drawing_of(scene)
+    canvas = np.empty((IMAGE_PIXELS, IMAGE_PIXELS, 3), dtype=np.int32)
+    canvas[:] = BACKGROUNDS[drawing.background]
+    half = CELL_PIXELS // 2
+    for item, radius, (x, y) in zip(scene.objects, drawing.radii, drawing.centres, strict=True):
+        top, left = item.row * CELL_PIXELS, item.column * CELL_PIXELS
+        cell = canvas[top : top + CELL_PIXELS, left : left + CELL_PIXELS]
+        shift = (y % CELL_PIXELS - half, x % CELL_PIXELS - half)  # rolls nothing but background over the edge
+        cover = np.roll(sprite(item.shape, radius), shift, axis=(0, 1)).astype(np.int32)[:, :, None]
+        cell += (np.array(RGB[item.colour], dtype=np.int32) - cell) * cover // 255
+    raw = random.Random(scene.name + "/noise").randbytes(canvas.size)
+    noise = np.frombuffer(raw, dtype=np.uint8).reshape(canvas.shape).astype(np.int32)
+    noisy = canvas + noise % NOISE_LEVELS - NOISE_LEVELS // 2
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
-def object_centres(scene: Scene) -> list[tuple[int, int]]:
-    """Return where each object is drawn, as pixels (x, y) of the picture."""
-    rng = random.Random(scene.name + "/drawing")
-    rng.choice(_BACKGROUNDS)
-    return [_centre(item, rng) for item in scene.objects]
-
-
-def _centre(item: SceneObject, rng: random.Random) -> tuple[int, int]:
-    slack = CELL_PIXELS // 2 - _RADIUS[item.size] - 1
-    x, y = (cell * CELL_PIXELS + CELL_PIXELS // 2 + rng.randint(-slack, slack) for cell in (item.column, item.row))
-    return x, y
+@cache
+def sprite(shape: str, radius: int) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+    """Return how much of each pixel of a cell the shape covers, 0 to 255, its centre in the middle."""
+    mask = Image.new("L", (CELL_PIXELS * _SCALE,) * 2, 0)
+    _draw_shape(ImageDraw.Draw(mask), shape, CELL_PIXELS * _SCALE // 2, radius * _SCALE)
+    return np.asarray(mask.resize((CELL_PIXELS,) * 2, Image.Resampling.BOX), dtype=np.uint8)
 
 
 def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, at: int, r: int) -> None:
@@ -161,24 +183,21 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, at: int, r: int) -> None:
         draw.rectangle(box(r, r // 3), fill=255)
         draw.rectangle(box(r // 3, r), fill=255)
     else:
-        number, turn_degrees = {"square": (4, 45.0), "diamond": (4, 0.0), "triangle": (3, 30.0)}[shape]
+        number, turn_degrees = {"square": (4, 45.0), "diamond": (4, 0.0), "triangle": (3, 30.0), "star": (10, 18.0)}[
+            shape
+        ]
+        reach = [r if shape != "star" or k % 2 else 0.42 * r for k in range(number)]
         angles = [math.radians(turn_degrees + 360 * k / number) for k in range(number)]
-        draw.polygon([(at + r * math.cos(a), at + r * math.sin(a)) for a in angles], fill=255)
-
-
-@cache
-def _texture(name: str, reach: int) -> Image.Image:
-    """Stripes or dots in pixels of the large canvas, fixed to the object's centre."""
-    x = np.arange(2 * reach)[None, :] - reach
-    y = np.arange(2 * reach)[:, None] - reach
-    solid = (x + y) % 10 < 6 if name == "striped" else (x % 10 - 5) ** 2 + (y % 10 - 5) ** 2 > 8
-    return Image.fromarray(np.where(solid, 255, 60).astype(np.uint8))
+        draw.polygon([(at + d * math.cos(a), at + d * math.sin(a)) for d, a in zip(reach, angles, strict=True)], 255)
 
 
 def describe(scene: Scene) -> str:
     """Return the full description: the number of objects, then each in reading order."""
-    sentences = [f"In {item.cell}, there is a {item.look}." for item in scene.objects]
-    return f"There are {NUMBERS[len(scene.objects)]} objects. " + " ".join(sentences)
+    return f"{NUMBERS[len(scene.objects)].capitalize()} objects: {_listed(scene.objects)}."
+
+
+def _listed(objects: Sequence[SceneObject]) -> str:
+    return ", ".join(f"{item.cell} {item.look}" for item in objects)
 
 
 def describe_prompt(scene: Scene) -> str:
@@ -187,17 +206,17 @@ def describe_prompt(scene: Scene) -> str:
 
 
 def follow_up_turns(scene: Scene, count: int) -> list[Turn]:
-    """Return `count` follow-up questions: look a cell up, find an object, count a colour."""
+    """Return `count` follow-up questions: what a cell or a row holds, where an object is, how many there are."""
     rng = random.Random(scene.name + "/follow-up")
-    kinds = (_ask_cell, _ask_where, _ask_count)
-    return [kinds[rng.choice((0, 0, 1, 1, 2))](scene, rng) for _ in range(count)]
+    kinds = (_ask_cell, _ask_where, _ask_count, _ask_row)
+    return [rng.choice(kinds)(scene, rng) for _ in range(count)]
 
 
 def parse_objects(text: str) -> frozenset[SceneObject]:
     """Return every object that `text` states in the grammar of `describe`."""
     return frozenset(
-        SceneObject(row=NUMBERS.index(row) - 1, column=NUMBERS.index(column) - 1, size=s, texture=t, colour=c, shape=f)
-        for row, column, s, t, c, f in _OBJECT_PATTERN.findall(text)
+        SceneObject(row=ROWS.index(row), column=COLUMNS.index(column), colour=colour, shape=shape)
+        for row, column, colour, shape in _OBJECT_PATTERN.findall(text)
     )
 
 
@@ -206,8 +225,8 @@ def _ask_cell(scene: Scene, rng: random.Random) -> Turn:
     by_cell = {(item.row, item.column): item for item in scene.objects}
     cell = rng.choice(list(by_cell)) if rng.random() < 0.75 else tuple(rng.choices(range(GRID_CELLS), k=2))
     found = by_cell.get((cell[0], cell[1]))
-    answer = f"There is a {found.look}." if found else "There is nothing."
-    return Turn(question=f"What is in row {NUMBERS[cell[0] + 1]}, column {NUMBERS[cell[1] + 1]}?", answer=answer)
+    name = cell_name(cell[0], cell[1])
+    return Turn(question=f"What is in {name}?", answer=f"{name} {found.look}." if found else f"{name} nothing.")
 
 
 def _ask_where(scene: Scene, rng: random.Random) -> Turn:
@@ -216,9 +235,22 @@ def _ask_where(scene: Scene, rng: random.Random) -> Turn:
 
 
 def _ask_count(scene: Scene, rng: random.Random) -> Turn:
-    colour = rng.choice(COLOURS)
-    number = sum(item.colour == colour for item in scene.objects)
-    return Turn(question=f"How many {colour} objects are there?", answer=f"{NUMBERS[number].capitalize()}.")
+    """Half of the questions count a colour, half a shape; half of them one that an object has."""
+    item = rng.choice(scene.objects)
+    there = rng.random() < 0.5
+    if rng.random() < 0.5:
+        colour = item.colour if there else rng.choice(COLOURS)
+        number, what = sum(other.colour == colour for other in scene.objects), f"{colour} objects"
+    else:
+        shape = item.shape if there else rng.choice(SHAPES)
+        number, what = sum(other.shape == shape for other in scene.objects), PLURALS[shape]
+    return Turn(question=f"How many {what} are there?", answer=f"{NUMBERS[number].capitalize()}.")
+
+
+def _ask_row(scene: Scene, rng: random.Random) -> Turn:
+    row = rng.choice(scene.objects).row
+    held = [item for item in scene.objects if item.row == row]
+    return Turn(question=f"Describe row {ROWS[row]}.", answer=f"{_listed(held)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,13 +258,14 @@ class Scenes:
     """`num_samples` scenes of `split`, from scene `first` on; any number exists.
 
     ask: `describe` gives one example per scene, `follow_up` one per follow-up question (they share
-    the scene as cluster). num_follow_ups: questions per scene. Raises: ConfigError.
+    the scene as cluster), `both` the description of a scene and then its questions. num_follow_ups:
+    questions per scene. Raises: ConfigError.
     """
 
     num_samples: int = 32
     split: str = "test"
     first: int = 0
-    ask: Literal["describe", "follow_up"] = "describe"
+    ask: Literal["describe", "follow_up", "both"] = "describe"
     num_follow_ups: int = 3
 
     def __post_init__(self) -> None:
@@ -253,11 +286,12 @@ class Scenes:
 
     def examples(self) -> Sequence[Example]:
         """Return the examples; pictures are drawn when asked for."""
-        scenes = [scene_at(self.split, self.first + k) for k in range(self.num_samples)]
-        if self.ask == "follow_up":
-            return [example for scene in scenes for example in self._questions(scene)]
-        return [
-            Example(
+        scenes = (scene_at(self.split, self.first + k) for k in range(self.num_samples))
+        return [example for scene in scenes for example in self._of_scene(scene)]
+
+    def _of_scene(self, scene: Scene) -> Iterator[Example]:
+        if self.ask != "follow_up":
+            yield Example(
                 id=scene.name,
                 cluster=scene.name,
                 question=describe_prompt(scene),
@@ -266,8 +300,8 @@ class Scenes:
                 facts=frozenset(scene.objects),
                 follow_ups=tuple(follow_up_turns(scene, self.num_follow_ups)),
             )
-            for scene in scenes
-        ]
+        if self.ask != "describe":
+            yield from self._questions(scene)
 
     def _questions(self, scene: Scene) -> Iterator[Example]:
         for number, turn in enumerate(follow_up_turns(scene, self.num_follow_ups)):
@@ -276,6 +310,7 @@ class Scenes:
                 cluster=scene.name,
                 question=turn.question,
                 reference=turn.answer,
+                one_answer=True,
                 load_image=partial(draw_scene, scene),
             )
 

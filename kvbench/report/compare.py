@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import combinations
 
-from kvbench.measures import MAX_TURNS, MEASURES, TASK_MEASURES, format_value, format_with_interval, measure
+from kvbench.measures import FACT_MEASURES, MAX_TURNS, MEASURES, format_value, format_with_interval, measure
 from kvbench.report.load import AGAINST_FULL, CellResult, Estimate, Group, clusters_of, scores_of
 from kvbench.stats.latency import between, from_interval, noise_reason
 from kvbench.stats.paired import CONFIDENCE, Inference, infer, paired_sums
@@ -40,8 +40,7 @@ _PRIMARY_BUDGET = 0.2
 _NOT_OF_THE_POLICY = ("full_", "copy_bandwidth_")
 TIMES = ("tpot_ms", "ttft_ms")
 _OF_TIMES = ("_ratio_to_full", "roof_share_fraction")
-_FACTS = TASK_MEASURES[:2]  # decide alone where a data set knows facts
-_EXACT = TASK_MEASURES[2]
+_EXACT = "exact_fraction"
 _TEXTS = (_EXACT, "rougeL_vs_reference")  # else one of these is enough: long references are never met exactly
 _WITHHELD = (
     "Scores and differences are shown, but no policy is called better, worse or safe by them; times and bytes are "
@@ -334,7 +333,7 @@ def _wrong(full: CellResult, prefix: str) -> str | None:
     if empty > MOST_EMPTY_FRACTION * num:
         return f"the full cache's answer is empty on {empty} of {num} samples"
     own: dict[str, Estimate] = {}
-    for names in (_FACTS, _TEXTS):
+    for names in (FACT_MEASURES, _TEXTS):
         known = ((f"{prefix}{name}", full.estimate(f"{prefix}{name}")) for name in names)
         own = own or {name: found for name, found in known if found is not None}
     if not own:
@@ -373,7 +372,7 @@ def leading_quality(group: Group) -> str | None:
     """
     ability = Ability(group)
     prefixes = ("", *(f"turn{turn}_" for turn in range(1, MAX_TURNS + 1)))
-    facts = [f"{prefix}{name}" for prefix in prefixes for name in _FACTS]
+    facts = [f"{prefix}{name}" for prefix in prefixes for name in FACT_MEASURES]
     exact = [f"{prefix}{_EXACT}" for prefix in prefixes if ability.answers_exactly(prefix)]
     for cells in (group.budgeted, group.cells):
         measured = {name for cell in cells if not cell.failed for name in cell.measurements}

@@ -50,6 +50,7 @@ _ORDER: tuple[Verdict, ...] = (
 _LISTED = _ORDER[:4]  # the others are counted; --format json has all
 _MACHINE = (*MACHINE, "device")
 _OTHER_MACHINE = "measured on another machine"
+_NOT_MEASURED = "not measured in B"
 _NO_SAMPLE = "no sample in common"
 
 
@@ -125,7 +126,8 @@ class Diff:
     @property
     def is_empty(self) -> bool:
         """Whether no number of a cell could be set beside another one, so that nothing was shown."""
-        return not any(pair.same or pair.comparisons or pair.fails_now for pair in self.pairs)
+        compared = (one.verdict != "not comparable" for pair in self.pairs for one in pair.comparisons)
+        return not (any(compared) or any(pair.same or pair.fails_now for pair in self.pairs))
 
 
 def is_beyond(one: Comparison) -> bool:
@@ -209,7 +211,10 @@ def _pair(
     comparisons: list[Comparison] = []
     is_same_record = all(getattr(before, part) == getattr(after, part) for part in _OF_A_RECORD)
     for name in sorted(names, key=list(MEASURES).index):
-        if before.estimate(name) is None or after.estimate(name) is None:
+        if before.estimate(name) is None or after.failed:
+            continue
+        if after.estimate(name) is None:
+            comparisons.append(_not_comparable(before, after, name, _NOT_MEASURED))
             continue
         if is_same_record:
             same.append(name)

@@ -38,7 +38,12 @@ from kvbench.stats.tests import is_quality
 
 _REFERENCE = "rougeL_vs_reference"  # answers may be nearer to it at a smaller budget, so no step of one is odd in it
 _RECALL = "objects_recalled_fraction"
-_STEP_QUALITIES = (_RECALL, "needles_recalled_fraction", *(name for name in PRIMARY_QUALITIES if name != _REFERENCE))
+_STEP_QUALITIES = (
+    _RECALL,
+    "needles_recalled_fraction",
+    "answers_right_fraction",
+    *(name for name in PRIMARY_QUALITIES if name != _REFERENCE),
+)
 QUALITIES = (*_STEP_QUALITIES, _REFERENCE)
 DECLARED_QUALITIES = tuple(name for name in MEASURES if is_quality(name))
 _POSITION_ONLY = ("streaming", "local", "window", "recent")

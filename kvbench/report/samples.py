@@ -16,7 +16,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from kvbench.measures import MEASURES, TASK_MEASURES, format_value, measure
+from kvbench.measures import FACT_MEASURES, MEASURES, format_value, measure
 from kvbench.report.compare import PRIMARY_QUALITIES
 from kvbench.report.load import CellResult, Group, Results, is_better, sample_score
 from kvbench.report.markup import MINUS, SampleLink, render, safe_json
@@ -49,11 +49,11 @@ def short_name(group: Group, sample: str) -> str:
 
 _TURN = re.compile(r"turn(\d+)_(.+)")
 _WORD = re.compile(r"\S+")
-_JUDGED_BY = (*TASK_MEASURES[:2], *PRIMARY_QUALITIES[:1], *OTHER_QUALITIES)
+_JUDGED_BY = (*FACT_MEASURES, *PRIMARY_QUALITIES[:1], *OTHER_QUALITIES)
 FIRST_TURN = ", turn 1"  # the end of its answer's id
 COLLAPSE_RULE = (
-    "Collapsed: under half of the full cache's score in what the task asks for (needles or objects), without that in "
-    "the next quality that was measured; in perplexity, more than one nat per token worse."
+    "Collapsed: under half of the full cache's score in what the task asks for (needles, objects, questions), without "
+    "that in the next quality that was measured; in perplexity, more than one nat per token worse."
 )
 
 Mark = tuple[int, int]

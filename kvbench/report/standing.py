@@ -23,9 +23,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from kvbench.measures import (
+    FACT_MEASURES,
     MAX_TURNS,
     NEAR_LENGTH_FRACTION,
-    TASK_MEASURES,
     format_value,
     has_other_length,
     measure,
@@ -56,7 +56,7 @@ from kvbench.report.markup import listed
 from kvbench.stats.tests import is_latency_ratio, turned
 
 OTHER_QUALITIES = (
-    *(*TASK_MEASURES[:2], "ppl", "rougeL_vs_full", "rougeL_vs_reference", "kl_to_full"),
+    *(*FACT_MEASURES, "ppl", "rougeL_vs_full", "rougeL_vs_reference", "kl_to_full"),
     *("ppl_released", *(f"turn{turn}_rougeL_vs_full" for turn in range(2, MAX_TURNS + 1))),
 )
 MOST_PAIRS = 500

@@ -57,9 +57,9 @@ from kvbench.report.standing import BEHIND, LENGTH, Matrix, leading_matrix
 
 _QUALITIES = ("objects_recalled_fraction", "rougeL_vs_full", "rougeL_vs_reference", "ppl")
 MAIN_COLUMNS = (*_QUALITIES, "ttft_ms", "tpot_ms", "peak_memory_bytes", "kv_stored_bytes")
-_EXTRA_COLUMNS = ("needles_recalled_fraction", "num_skipped_items")
+_EXTRA_COLUMNS = ("needles_recalled_fraction", "answers_right_fraction", "num_skipped_items")
 _TURN_COLUMN = re.compile(
-    r"turn\d+_(rougeL_vs_full|exact_fraction|objects_recalled_fraction|needles_recalled_fraction)"
+    r"turn\d+_(rougeL_vs_full|exact_fraction|objects_recalled_fraction|needles_recalled_fraction|answers_right_fraction)"
 )
 _COST_COLUMNS = (
     *("ttft_ms", "tpot_ms", "full_tpot_ms", "tpot_ratio_to_full", "throughput_tokens_per_s", "roof_share_fraction"),

@@ -15,7 +15,7 @@ from kvbench.results.redaction import printable
 
 _HEADLINES = (
     *("ppl", "rougeL_vs_full", "turn1_rougeL_vs_full", "turn2_rougeL_vs_full", "objects_recalled_fraction"),
-    *("needles_recalled_fraction", "tpot_ms", "kv_stored_bytes"),
+    *("needles_recalled_fraction", "answers_right_fraction", "tpot_ms", "kv_stored_bytes"),
 )
 
 

@@ -8,16 +8,17 @@ memory changes nothing, and the prompts are spread evenly, so that few batches a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from kvbench.cache import Needs, Policy, When
+from kvbench.cache.policy import needs_of
 from kvbench.models.loader import LoadedModel
 from kvbench.sweep.cell import Cell
 from kvbench.tasks.decode import free_bytes as of_the_device
 from kvbench.tasks.task import BatchTask
 
-_USED_FRACTION = 0.5  # of the free memory: estimates leave out what a vision tower and a library's own buffers take
+_USED_FRACTION = 0.5  # of the free memory: captured steps may keep a quarter, and a vision tower is not in the estimate
 _FIXED_BYTES = 2**30  # chunks of logits, blocks of attention, kept logits of the full cache
 _MOST_ON_CPU = 32  # from here on a step takes nearly twice the time for twice the prompts
 _MOST_ON_GPU = 64  # rows that the kernels of a decode step are made for (kernels.dispatch.MAX_ROWS)
@@ -60,10 +61,9 @@ def _prompt_bytes(loaded: LoadedModel, cells: Sequence[Cell], prompt: int) -> in
     entry_bytes = 2 * layers * heads * head * number_bytes
     whole = prompt + max((_new_tokens(cell) for cell in cells), default=0)
     held = [_most_entries(cell, prompt, whole) for cell in cells]
-    # A captured step keeps its cell's cache for the next batch; beside it there is the full cache's, to compare with.
-    caches = whole + (sum(held) if any(cell.setting.engine == "graph" for cell in cells) else max(held, default=0))
+    caches = whole + max(held, default=0)  # the full cache's, to compare with; captured steps keep theirs elsewhere
     activations = prompt * (6 * width + 3 * getattr(config, "intermediate_size", 4 * width)) * number_bytes
-    statistics = 4 * prompt * layers * heads * sum(_rows(policy) for policy in {cell.setting.policy for cell in cells})
+    statistics = 4 * prompt * layers * heads * _recorded_rows(cell.setting.policy for cell in cells)
     logits = 4 * 4 * config.vocab_size
     return int((prompt + caches) * entry_bytes + activations + statistics + logits)
 
@@ -78,10 +78,14 @@ def _most_entries(cell: Cell, prompt: int, whole: int) -> int:
     return entries if When.DECODE in policy.when else min(whole, entries + whole - prompt)
 
 
-def _rows(policy: Policy) -> int:
-    """Rows of attention over the prompt that are recorded for a policy, per layer and head."""
-    window = policy.window_tokens if Needs.WINDOW in policy.needs else 0
-    return window + (Needs.MASS in policy.needs) + (Needs.PROBS in policy.needs)
+def _recorded_rows(policies: Iterable[Policy]) -> int:
+    """Return how many rows of attention over the prompt are recorded for all of them, per layer and head."""
+    rows: set[tuple[Needs, int, str, bool]] = set()
+    for policy in policies:
+        needs, counts = needs_of(policy), {Needs.WINDOW: policy.window_tokens, Needs.PROBS: 1, Needs.MASS: 1}
+        for need in needs:
+            rows.add((need, counts.get(need, policy.window_tokens), policy.reduction, Needs.MASS in needs))
+    return sum(count for _, count, _, _ in rows)
 
 
 def _new_tokens(cell: Cell) -> int:

@@ -18,7 +18,7 @@ from kvbench.measures import MAX_TURNS, MEASURES
 from kvbench.models.chat import next_turn_tokens
 from kvbench.models.inputs import PromptBatch, num_question_tokens, prompt_batch
 from kvbench.tasks.decode import CacheSetting, Decoding
-from kvbench.tasks.generation import answer_fields, fact_fields
+from kvbench.tasks.generation import answer_fields, fact_fields, says_the_same
 from kvbench.tasks.task import Answers, Bench, FullAnswers, TaskResult
 
 
@@ -138,12 +138,8 @@ def _row(bench: Bench, example: Example, said: list[Said], full: Mapping[str, li
         fields = {"question": turn.question, **answer_fields(bench.loaded, one.tokens, theirs, turn.answer)}
         fields["realised_budget_fraction"] = one.held_fraction
         if turn.answer:
-            fields["exact_fraction"] = float(_plain(fields["text"]) == _plain(turn.answer))
+            fields["exact_fraction"] = float(says_the_same(fields["text"], turn.answer))
         if number == 0:
             fields |= fact_fields(bench.dataset, example, fields["text"])
         row |= {f"turn{number + 1}_{name}": value for name, value in fields.items()}
     return row
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split()).rstrip(".")

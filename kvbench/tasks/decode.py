@@ -388,7 +388,8 @@ class CapturedSteps:
 
     A capture takes as long as many steps. One serves all batches of a shape under a setting, one after the other; two
     that are decoded at the same time get one each. most_bytes: keys and values that are kept, of all settings; a share
-    of the device's free memory if not given. What was used least lately goes first.
+    of the device's free memory if not given. What came first stays: cells take turns, so that of what was used least
+    lately nothing would ever be met again.
     """
 
     def __init__(self, *, most_bytes: int | None = None) -> None:
@@ -401,23 +402,18 @@ class CapturedSteps:
 
     def take(self, setting: CacheSetting, decoding: GraphDecoding) -> CapturedStep | None:
         """Return a step in whose buffers `decoding` goes on from now on, None if there is none for it."""
-        for place, (other, step) in enumerate(self._kept):
-            if other == setting and step.take(decoding):
-                self._kept.append(self._kept.pop(place))
-                return step
-        return None
+        return next((step for other, step in self._kept if other == setting and step.take(decoding)), None)
 
     def keep(self, setting: CacheSetting, step: CapturedStep) -> None:
-        """Keep a step that was captured, and let others go where they take too much."""
+        """Keep a step that was captured, unless all would take too much."""
         if step.buffers is None:
             return
-        self._kept.append((setting, step))
-        sizes = [0 if one.buffers is None else one.buffers.num_bytes for _, one in self._kept]
+        kept = sum(one.buffers.num_bytes for _, one in self._kept if one.buffers is not None)
         most = self._most_bytes
         if most is None:
-            most = int(_KEPT_FRACTION * (free_bytes(step.tokens.device) + sum(sizes[:-1])))
-        while self._kept and sum(sizes) > most:
-            del self._kept[0], sizes[0]
+            most = int(_KEPT_FRACTION * (free_bytes(step.tokens.device) + kept))
+        if kept + step.buffers.num_bytes <= most:
+            self._kept.append((setting, step))
 
     def clear(self) -> None:
         """Let all go."""

@@ -71,10 +71,21 @@ def answer_fields(loaded: LoadedModel, tokens: Sequence[int], full: Sequence[int
 
 
 def fact_fields(dataset: Dataset, example: Example, text: str) -> dict[str, float]:
-    """Return which facts of `example` the answer states; nothing where none are known."""
+    """Return which facts of `example` the answer states, or whether it is the one right answer, where that is known."""
+    if example.one_answer:
+        return {"answers_right_fraction": float(says_the_same(text, example.reference))}
     if example.facts is None:
         return {}
     return fact_scores(stated=dataset.facts_in(text), true=example.facts, noun=example.fact_noun)
+
+
+def says_the_same(text: str, other: str) -> bool:
+    """Tell whether the texts are equal but for case, white space and a final full stop."""
+    return _plain(text) == _plain(other)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split()).rstrip(".")
 
 
 _UNITS = {"first_divergence_tokens": "tokens"}

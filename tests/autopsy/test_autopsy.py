@@ -148,7 +148,9 @@ def assert_statistics(sample: dict[str, Any], held: list[Any], freed: Any) -> No
                 assert abs(numbers["image_kept_permille"][at] - share) <= 0.51
                 age = sum(prompt + step - 1 - p for p in positions) / len(positions)
                 assert abs(numbers["mean_age_tokens"][at] - age) <= 0.51
-                assert (numbers["attention_permille"][at] == 1000) == bool((freed[layer, head, :prompt] > step).all())
+                attention = numbers["attention_permille"][at]
+                assert attention <= 1000
+                assert attention == 1000 or bool((freed[layer, head, :prompt] <= step).any()), "all of it is held"
 
 
 def test_attention_held_is_the_full_caches_attention_to_what_is_kept(
@@ -223,8 +225,8 @@ def test_words_picture_and_places_are_those_of_the_prompt(
     assert "Describe every object in the picture. ASSISTANT:" in "".join(sample["tokens"])
     picture = sample["picture"]
     places = unpack(picture["places"])
-    assert [tuple(place) for place in places[:13]] == [(0, c) for c in range(12)] + [(1, 0)]
-    assert len(places) == 144
+    assert [tuple(place) for place in places[:25]] == [(0, c) for c in range(24)] + [(1, 0)]
+    assert len(places) == 576
     stored = Image.open(io.BytesIO(base64.b64decode(picture["data"]))).convert("RGB")
     original = SCENES.examples()[0].load_image
     assert original is not None
@@ -339,7 +341,7 @@ def test_a_long_prompt_is_left_out_and_the_file_says_so(tmp_path: Path, shelf: M
     run_cells([cell], tmp_path, shelf=shelf)
     body = read_autopsy(autopsy_path(tmp_path, cell.key))
     assert body["samples"] == []
-    assert body["left_out"] == [{"id": SCENES.examples()[0].id, "reason": "its prompt has 158 tokens, more than 20"}]
+    assert body["left_out"] == [{"id": SCENES.examples()[0].id, "reason": "its prompt has 590 tokens, more than 20"}]
 
 
 def test_a_hidden_question_is_part_of_the_story(tmp_path: Path, shelf: ModelShelf, bundled: LoadedModel) -> None:
@@ -400,12 +402,12 @@ def test_the_divergent_token_is_found_in_both_texts(bundled: LoadedModel) -> Non
     def ids(text: str) -> list[int]:
         return list(bundled.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    answer, full = ids("There are six objects."), ids("There are eight objects.")
+    answer, full = ids("How many stars are there?"), ids("How many circles are there?")
     found = divergence(bundled, answer, full)
     start, token = found["divergence_starts_at"], found["first_divergence_tokens"]
     assert answer[:token] == full[:token] != []
-    assert "There are six objects."[start : found["divergence_ends_at"]].strip() == "six"
-    assert "There are eight objects."[start : found["full_divergence_ends_at"]].strip() == "eight"
+    assert "How many stars are there?"[start : found["divergence_ends_at"]].strip() == "stars"
+    assert "How many circles are there?"[start : found["full_divergence_ends_at"]].strip() == "circles"
     assert divergence(bundled, full, full) == {"first_divergence_tokens": None}
     ended: dict[str, Any] = divergence(bundled, full[:2], full)
     assert ended["divergence_starts_at"] == ended["divergence_ends_at"] < ended["full_divergence_ends_at"]

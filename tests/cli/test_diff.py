@@ -197,6 +197,21 @@ def test_the_samples_that_both_have_are_compared_and_only_where_they_ask_the_sam
     assert reasons == {"no sample in common"}, "never the two means beside each other"
 
 
+def test_what_is_measured_no_more_is_told_and_nothing_in_common_opens_no_gate(
+    before: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def less(record: dict[str, Any]) -> None:
+        record["started_utc"] = "2026-12-02T00:00:00+00:00"
+        del record["measurements"][RECALLED]
+
+    after = write(tmp_path / "after", less)
+    text = printed(capsys, before, after, code=0)
+    assert len(re.findall(r"not comparable  .*objects recalled .*not measured in B\n", text)) == len(CELLS)
+    assert run(["diff", str(before), str(after), "--measure", "objects_recalled"]) == 2
+    assert "4 of which both have, and no number of them can be compared" in capsys.readouterr().err
+    assert run(["diff", str(after), str(before), "--measure", "objects_recalled"]) == 2
+
+
 def test_cells_of_equal_labels_are_paired_with_the_most_alike(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -135,6 +135,19 @@ def test_where_more_is_better_the_objective_is_negative_so_that_every_search_min
     assert (to_minimise("ppl", 3.0), to_minimise("capacity_prompts", 3.0)) == (3.0, -3.0)
 
 
+@pytest.mark.parametrize(
+    ("ask", "first"),
+    [
+        ("describe", "objects_recalled_fraction"),
+        ("follow_up", "answers_right_fraction"),
+        ("both", "objects_recalled_fraction"),
+    ],
+)
+def test_of_a_generation_the_tasks_own_measure_is_the_objective(ask: str, first: str) -> None:
+    (composed,) = compose_grid(["task=generation", f"dataset.ask={ask}"], multirun=False, config_dir=None)
+    assert build_objective(composed.config, build_cell(composed), is_needed=True) == (first,)
+
+
 def test_several_objectives_are_returned_together() -> None:
     words = ("task=quality", "objective=[ppl,top1_agreement_fraction]")
     assert search(*words, "hydra.sweeper.budgets=[0.5]") == [(2.0, -0.5)]

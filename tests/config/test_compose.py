@@ -13,6 +13,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 import kvbench.config.compose as compose_module
+from kvbench.config.build import build_cell
 from kvbench.config.compose import Composed, SharingLoader, compose_grid
 from kvbench.errors import ConfigError
 
@@ -34,10 +35,20 @@ def test_a_sweep_is_every_combination_in_order() -> None:
 
 
 def test_the_default_experiment_has_five_policies_at_three_budgets() -> None:
-    """But none of SnapKV's score: its window of 32 tokens is all that a fifth of a scene's prompt can hold."""
+    """More would take `make run` over its three minutes."""
     found = cells("+experiment=default")
     names = ["full", "random", "streaming_llm", "h2o", "elastic"]
     assert sorted(found) == sorted((name, fraction) for name in names for fraction in (0.1, 0.2, 0.5))
+
+
+def test_the_default_experiment_describes_scenes_and_asks_about_them_and_takes_other_data_as_well() -> None:
+    one_cell = ["+experiment=default", "hydra.mode=RUN", "policy=h2o"]
+    (asked,), (other,) = (
+        compose_grid([*one_cell, *words], multirun=False, config_dir=None) for words in ([], ["dataset=synthetic"])
+    )
+    examples = build_cell(asked).dataset.examples()
+    assert [example.one_answer for example in examples] == [False, True] * 24
+    assert "ask" not in other.config.dataset
 
 
 def swept(name: str) -> dict[str, list[str]]:

@@ -2,29 +2,38 @@ from __future__ import annotations
 
 import hashlib
 import re
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvbench.bundled.tiny_llava import PATCH_PIXELS
 from kvbench.datasets.scenes import (
+    CELL_PIXELS,
     COLOURS,
+    GRID_CELLS,
+    MAX_OBJECTS,
+    MIN_OBJECTS,
     NUMBERS,
+    PLURALS,
+    RADII,
     SHAPES,
-    SIZES,
-    TEXTURES,
+    SPLITS,
     Scene,
     Scenes,
     describe,
     draw_scene,
+    drawing_of,
     follow_up_turns,
     parse_objects,
     scene_at,
+    sprite,
 )
 from kvbench.errors import ConfigError
 from tests.covering import share_of
 
-SCENES = st.builds(scene_at, st.sampled_from(("train", "test")), st.integers(0, 10**9))
+SCENES = st.builds(scene_at, st.sampled_from(SPLITS), st.integers(0, 10**9))
 few = settings(max_examples=share_of(60), deadline=None, derandomize=True)
 
 
@@ -32,39 +41,54 @@ few = settings(max_examples=share_of(60), deadline=None, derandomize=True)
 @few
 def test_objects_have_cells_and_looks_of_their_own(scene: Scene) -> None:
     cells = [(item.row, item.column) for item in scene.objects]
-    looks = {(item.size, item.texture, item.colour, item.shape) for item in scene.objects}
     assert cells == sorted(set(cells))
-    assert len(looks) == len(cells)
-    assert 4 <= len(cells) <= 8
-    assert all(0 <= row < 4 and 0 <= column < 4 for row, column in cells)
-    for item in scene.objects:
-        assert item.size in SIZES
-        assert item.texture in TEXTURES
-        assert item.colour in COLOURS
-        assert item.shape in SHAPES
+    assert len({item.look for item in scene.objects}) == len(cells)
+    assert MIN_OBJECTS <= len(cells) <= MAX_OBJECTS
+    assert all(0 <= row < GRID_CELLS and 0 <= column < GRID_CELLS for row, column in cells)
+    assert all(item.colour in COLOURS and item.shape in SHAPES for item in scene.objects)
+
+
+@given(SCENES)
+@few
+def test_an_object_stays_within_its_cell(scene: Scene) -> None:
+    drawing = drawing_of(scene)
+    half = CELL_PIXELS // 2
+    for item, radius, (x, y) in zip(scene.objects, drawing.radii, drawing.centres, strict=True):
+        assert abs(x - item.column * CELL_PIXELS - half) + radius < half
+        assert abs(y - item.row * CELL_PIXELS - half) + radius < half
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_shape_covers_many_patches_and_grows_with_its_radius(shape: str) -> None:
+    side = CELL_PIXELS // PATCH_PIXELS
+    shares = [sprite(shape, radius).reshape(side, PATCH_PIXELS, side, PATCH_PIXELS) / 255 for radius in RADII]
+    covered = [int((share.mean(axis=(1, 3)) > 0.1).sum()) for share in shares]
+    assert covered[0] >= 8
+    assert covered[-1] <= 32
+    assert all(before.sum() < after.sum() for before, after in pairwise(shares))
 
 
 @given(SCENES)
 @few
 def test_a_description_is_read_back_as_the_truth(scene: Scene) -> None:
     assert parse_objects(describe(scene)) == frozenset(scene.objects)
-    assert describe(scene).startswith(f"There are {NUMBERS[len(scene.objects)]} objects. ")
+    assert describe(scene).startswith(f"{NUMBERS[len(scene.objects)].capitalize()} objects: ")
 
 
-@given(SCENES, st.text("rowclumn twhe,. \n", max_size=80))
+@given(SCENES, st.text("ABrowed 12,. \n", max_size=80))
 @few
 def test_reading_back_ignores_other_text(scene: Scene, text: str) -> None:
     assert parse_objects(describe(scene) + "\n" + text) >= frozenset(scene.objects)
-    assert parse_objects(describe(scene)[:-1].replace("row", "raw")) == frozenset()
+    assert parse_objects(re.sub(r"([A-D])([1-4])", r"\1 \2", describe(scene))) == frozenset()
 
 
 @given(st.integers(0, 10**6))
 @few
-def test_train_and_test_share_no_seed(index: int) -> None:
-    train, test = scene_at("train", index), scene_at("test", index)
-    assert train.name != test.name
-    assert train.objects != test.objects
-    assert scene_at("test", index) == test
+def test_splits_share_no_seed(index: int) -> None:
+    scenes = [scene_at(split, index) for split in SPLITS]
+    assert len({scene.name for scene in scenes}) == len(SPLITS)
+    assert len({scene.objects for scene in scenes}) == len(SPLITS)
+    assert scenes == [scene_at(split, index) for split in SPLITS]
 
 
 @given(SCENES)
@@ -79,31 +103,37 @@ def test_a_follow_up_answer_follows_from_the_truth(scene: Scene) -> None:
 def _answer(scene: Scene, question: str) -> str:
     """Work the answer out again, from the question's words and the truth alone."""
     if match := re.fullmatch(r"How many (\w+) objects are there\?", question):
-        return NUMBERS[len([item for item in scene.objects if item.colour == match[1]])].capitalize() + "."
-    if match := re.fullmatch(r"What is in row (\w+), column (\w+)\?", question):
-        place = (NUMBERS.index(match[1]), NUMBERS.index(match[2]))
-        for item in scene.objects:
-            if (item.row + 1, item.column + 1) == place:
-                return f"There is a {item.size} {item.texture} {item.colour} {item.shape}."
-        return "There is nothing."
-    match = re.fullmatch(r"Where is the (\w+) (\w+) (\w+) (\w+)\?", question)
+        return NUMBERS[[item.colour for item in scene.objects].count(match[1])].capitalize() + "."
+    if match := re.fullmatch(r"How many (\w+) are there\?", question):
+        return NUMBERS[[PLURALS[item.shape] for item in scene.objects].count(match[1])].capitalize() + "."
+    if match := re.fullmatch(r"What is in (\w\d)\?", question):
+        found = [item.look for item in scene.objects if item.cell == match[1]]
+        return f"{match[1]} {found[0] if found else 'nothing'}."
+    if match := re.fullmatch(r"Describe row (\w)\.", question):
+        return ", ".join(f"{item.cell} {item.look}" for item in scene.objects if item.cell[0] == match[1]) + "."
+    match = re.fullmatch(r"Where is the (\w+) (\w+)\?", question)
     assert match is not None, question
-    (item,) = (i for i in scene.objects if (i.size, i.texture, i.colour, i.shape) == match.groups())
-    return f"In row {NUMBERS[item.row + 1]}, column {NUMBERS[item.column + 1]}."
+    (item,) = (item for item in scene.objects if (item.colour, item.shape) == match.groups())
+    return f"In {item.cell}."
+
+
+def test_every_kind_of_question_is_asked() -> None:
+    asked = {turn.question.split()[0] for index in range(20) for turn in follow_up_turns(scene_at("test", index), 3)}
+    assert asked == {"What", "Where", "How", "Describe"}
 
 
 def test_scenes_are_the_same_for_ever() -> None:
     truth = "".join(
         scene.name + describe(scene) + str(follow_up_turns(scene, 3))
-        for split in ("train", "test")
+        for split in SPLITS
         for scene in (scene_at(split, index) for index in range(20))
     )
-    assert hashlib.sha256(truth.encode()).hexdigest()[:16] == "56c32f908b95f9b3"
+    assert hashlib.sha256(truth.encode()).hexdigest()[:16] == "ef10a144885ea82a"
 
 
 @pytest.mark.parametrize(
     ("split", "index", "digest"),
-    [("train", 0, "8739a8f47a7d3b26"), ("test", 0, "35cc1f9859fe04db"), ("test", 7, "b0f881d7539eb76e")],
+    [("train", 0, "5077c7180727704b"), ("test", 0, "94936adc670f5745"), ("test", 7, "58eda0117234b11e")],
 )
 def test_drawings_are_the_same_for_ever(split: str, index: int, digest: str) -> None:
     picture = draw_scene(scene_at(split, index))
@@ -113,7 +143,7 @@ def test_drawings_are_the_same_for_ever(split: str, index: int, digest: str) -> 
 
 def test_examples_are_what_was_asked_for() -> None:
     examples = Scenes(num_samples=3, first=5).examples()
-    assert [example.id for example in examples] == [f"scenes-v1/test/{index}" for index in (5, 6, 7)]
+    assert [example.id for example in examples] == [f"scenes-v2/test/{index}" for index in (5, 6, 7)]
     for example in examples:
         assert example.facts == parse_objects(example.reference)
         assert example.load_image is not None
@@ -123,8 +153,17 @@ def test_examples_are_what_was_asked_for() -> None:
 def test_follow_up_examples_share_the_cluster_of_their_scene() -> None:
     examples = Scenes(num_samples=2, ask="follow_up", num_follow_ups=3).examples()
     assert len({example.id for example in examples}) == 6
-    assert [example.cluster for example in examples] == ["scenes-v1/test/0"] * 3 + ["scenes-v1/test/1"] * 3
-    assert all(example.facts is None for example in examples)
+    assert [example.cluster for example in examples] == ["scenes-v2/test/0"] * 3 + ["scenes-v2/test/1"] * 3
+    assert all(example.facts is None and example.one_answer for example in examples)
+
+
+def test_both_are_the_description_of_a_scene_and_then_its_questions() -> None:
+    alone, asked, both = (Scenes(num_samples=2, ask=ask).examples() for ask in ("describe", "follow_up", "both"))
+    assert not any(example.one_answer for example in alone)
+    assert [example.id for example in both] == [
+        name for number in range(2) for name in (alone[number].id, *(one.id for one in asked[3 * number :][:3]))
+    ]
+    assert {example.cluster for example in both} == {example.cluster for example in alone}
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,9 @@ def test_the_port_of_qwen_vl_is_imported_for_that_family_only(
 ) -> None:
     folder, asked = save_checkpoint(family, tmp_path), []
     imported = loader.importlib.import_module
-    monkeypatch.setattr(loader.importlib, "import_module", lambda name: [imported(name), asked.append(name)][0])
+    monkeypatch.setattr(
+        loader.importlib, "import_module", lambda name, *package: [imported(name, *package), asked.append(name)][0]
+    )
     load_model(ModelSpec(checkpoint=str(folder)), "cpu")
     assert "transformers" in asked
     assert ("kvbench.models.qwen_vl" in asked) == (family == "qwen")

@@ -108,6 +108,19 @@ def test_chance_is_what_a_constant_answer_scores(tmp_path: Path) -> None:
     assert Ability(group_of(tmp_path / "better", *cells)).sentence == ""
 
 
+@pytest.mark.parametrize(("found", "ranks"), [((18, 20), True), ((4, 20), False)])
+def test_questions_answered_right_lead_and_must_be_clear_of_the_commonest_answer(
+    tmp_path: Path, found: tuple[int, int], ranks: bool
+) -> None:
+    fields: dict[str, Any] = {"reference": lambda number: ("One.", "Two.", "In A1.")[number % 3]}
+    records = [record("full", None, found=found, name="answers_right_fraction", **fields)]
+    records.append(record("h2o", found=(2, 20), name="answers_right_fraction", **fields))
+    group = group_of(tmp_path, *records)
+    assert leading_quality(group) == "answers_right_fraction"
+    assert (Ability(group).sentence == "") == ranks
+    assert ranks or "reaches answers right 20.0 %" in Ability(group).sentence
+
+
 def test_a_long_reference_need_not_be_met_exactly(tmp_path: Path) -> None:
     """Where no facts are known, closeness to the reference is enough."""
     assert Ability(group_of(tmp_path, record("full", None, found=(0, 20), name="exact_fraction"))).sentence == ""

@@ -16,6 +16,7 @@ from kvbench.kernels.dispatch import MAX_ROWS
 from kvbench.models.inputs import PromptBatch
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
+from kvbench.policies.full import Full
 from kvbench.policies.h2o import H2O
 from kvbench.policies.snapkv import SnapKV
 from kvbench.sweep import batch, group
@@ -76,14 +77,16 @@ def test_batches_are_larger_where_every_answer_goes_in_chunks(llama: LoadedModel
     assert size(llama, cells(SnapKV(), tasks=generated)) == size(llama, cells(H2O()))
 
 
-def test_every_captured_cell_counts_and_eager_ones_take_turns(llama: LoadedModel) -> None:
+def test_the_larger_of_two_caches_decides_and_not_their_number(llama: LoadedModel) -> None:
     few, many = cells(H2O()), cells(*[H2O(num_sinks=number) for number in range(40)])
-    free = 2**31 + 2**24
-    assert size(llama, many, free_bytes=free) == size(llama, few, free_bytes=free)
-    few, many = (
-        [replace(cell, setting=replace(cell.setting, engine="graph")) for cell in some] for some in (few, many)
+    frees = [2**31 + number * 2**21 for number in range(1, 40)]
+    sizes, same, tight = (
+        [size(llama, some, free_bytes=free) for free in frees]
+        for some in (few, many, [replace(few[0], setting=under(Full()))])
     )
-    assert size(llama, many, free_bytes=free) < size(llama, few, free_bytes=free)
+    assert same == sizes
+    assert tight < sizes
+    assert all(fits <= other for fits, other in zip(tight, sizes, strict=True))
 
 
 @dataclass(frozen=True)

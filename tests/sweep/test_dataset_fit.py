@@ -62,7 +62,7 @@ def test_a_checkpoint_says_whether_it_takes_pictures(text_only: ModelSpec) -> No
 
 
 def test_pictures_for_a_text_model_are_refused(text_only: ModelSpec) -> None:
-    with pytest.raises(ConfigError, match=r"has pictures \(scenes-v1/test/0\), but the model .* takes text only"):
+    with pytest.raises(ConfigError, match=r"has pictures \(scenes-v2/test/0\), but the model .* takes text only"):
         check_fit(Scenes(num_samples=1), text_only, {}, query_visible=True)
     check_fit(Needles(num_samples=1), text_only, {}, query_visible=True)
     check_fit(Needles(num_samples=1), BUNDLED, {}, query_visible=True)

@@ -192,23 +192,19 @@ def test_what_a_model_keeps_on_the_cache_is_not_shared(captures: list[int]) -> N
 
 @on_the_cpu
 @torch.inference_mode()
-def test_what_was_used_least_lately_goes_where_all_take_too_much(captures: list[int]) -> None:
+def test_what_came_first_stays_where_all_would_take_too_much(captures: list[int]) -> None:
     settings = [replace(setting_of(SNAP), budget=Budget(tokens=number)) for number in (8, 9, 10)]
     model = loaded("llama_gqa", torch.float32)
     sizes = [setting.decoding(model, batch(1), STEPS).cache.occupancy().stored_bytes for setting in settings]
-    steps = CapturedSteps(most_bytes=sizes[1] + sizes[2])
-    for place in (0, 1, 0, 1, 2):
-        answered(settings[place], batch(place), steps)
-    assert len(captures) == 3
-    answered(settings[1], batch(1), steps)
-    answered(settings[2], batch(1), steps)
-    assert len(captures) == 3
-    answered(settings[0], batch(1), steps)
-    assert len(captures) == 4
+    steps = CapturedSteps(most_bytes=sizes[0] + sizes[1])
+    for number, expected in ((1, 3), (2, 4), (3, 5)):
+        for setting in settings:
+            answered(setting, batch(number), steps)
+        assert len(captures) == expected, "only the third setting is captured for every batch"
     nothing = CapturedSteps(most_bytes=0)
     for number in (1, 2):
         same_answers(settings[0], batch(number), nothing)
-    assert len(captures) == 6
+    assert len(captures) == 7
 
 
 def test_steps_that_are_let_go_leave_nothing(captures: list[int]) -> None:

@@ -81,7 +81,7 @@ def test_a_policy_sees_the_picture_without_the_question(bundled: LoadedModel, tm
 
 
 def test_a_cut_cache_answers_differently_when_the_question_is_hidden(bundled: LoadedModel, tmp_path: Path) -> None:
-    bench = bench_of(bundled, tmp_path, cut())
+    bench = bench_of(bundled, tmp_path, cut(Budget(fraction=0.02)))
     seen, unseen = Perplexity().run(bench), Perplexity().run(hidden(bench))
     assert abs(seen.measurements["ppl"]["value"] - unseen.measurements["ppl"]["value"]) > 1e-3
 

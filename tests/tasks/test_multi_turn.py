@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from kvbench.models.inputs import PromptBatch, prompt_batch, prompt_text
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
 from kvbench.policies.snapkv import SnapKV
+from kvbench.policies.streaming_llm import StreamingLLM
 from kvbench.tasks import decode as graph
 from kvbench.tasks.conversation import MultiTurn
 from kvbench.tasks.decode import Decoding, greedy
@@ -133,21 +135,19 @@ def test_every_turn_is_scored_and_the_full_cache_equals_itself(bundled: LoadedMo
 
 
 def test_the_trained_model_understands_its_second_question(bundled: LoadedModel, tmp_path: Path) -> None:
-    """It finds half of the places it is asked for; but its answers have the form that each question asks for."""
+    """It does not find every place it is asked for; but its answers have the form that each question asks for."""
     bench = bench_for(bundled, tmp_path, FULL, num_examples=1)
     first, *later = MultiTurn(max_new_tokens=200, max_turns=4).talk(bench, EXAMPLE, FULL)
     assert bundled.tokenizer.decode(first.tokens).strip() == EXAMPLE.reference
-    begins = {"Where": "In row ", "What i": "There is ", "How ma": ""}
+    forms = {"Where": r"In \w\d\.", "What": r"\w\d .+\.", "How": r"\w+\.", "Describe": r"\w\d \w+ \w+.*\."}
     for turn, asked in zip(later, EXAMPLE.follow_ups, strict=True):
-        (begin,) = (answer for question, answer in begins.items() if asked.question.startswith(question))
         text = bundled.tokenizer.decode(turn.tokens).strip()
-        assert text.startswith(begin)
-        assert text.endswith(".")
+        assert re.fullmatch(forms[asked.question.split()[0]], text)
         assert len(turn.tokens) < 40
 
 
 def test_the_cache_stays_compressed_over_all_turns(bundled: LoadedModel, tmp_path: Path) -> None:
-    result = TASK.run(bench_for(bundled, tmp_path, cut(Budget(fraction=0.2))))
+    result = TASK.run(bench_for(bundled, tmp_path, cut(Budget(fraction=0.2), StreamingLLM()), num_examples=1))
     for turn in (1, 2, 3):
         assert 0.18 < result.measurements[f"turn{turn}_realised_budget_fraction"]["value"] <= 0.2
     assert result.measurements["turn1_rougeL_vs_full"]["value"] < 1.0

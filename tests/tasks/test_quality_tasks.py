@@ -13,29 +13,30 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from kvbench.cache import Budget
 from kvbench.cache import layer as decode_step
-from kvbench.datasets.scenes import describe, describe_prompt, draw_scene, scene_at
+from kvbench.datasets.scenes import Scenes, describe, describe_prompt, draw_scene, scene_at
 from kvbench.errors import ConfigError, MeasureError, NonFiniteChoiceError, NonFiniteError
 from kvbench.models.loader import LoadedModel
 from kvbench.models.spec import BUNDLED_FOLDER
+from kvbench.policies.streaming_llm import StreamingLLM
 from kvbench.results.files import canonical_json
 from kvbench.tasks.capacity import Capacity
 from kvbench.tasks.conversation import MultiTurn
 from kvbench.tasks.fidelity import Fidelity
-from kvbench.tasks.generation import Generation
+from kvbench.tasks.generation import Generation, says_the_same
 from kvbench.tasks.memory import Memory
 from kvbench.tasks.perplexity import Perplexity, PerplexityReleased
 from kvbench.tasks.speed import Speed
 from kvbench.tasks.task import Task, TaskResult
 from tests.tasks.benches import FULL, SCENES, NanAtDecode, NotANumber, bench_of, cut
 
-SHORT = Generation(max_new_tokens=24)
-SHORT_FIDELITY = Fidelity(max_new_tokens=24, check_tokens=4)
+SHORT = Generation(max_new_tokens=14)
+SHORT_FIDELITY = Fidelity(max_new_tokens=14, check_tokens=4)
 
 
 @torch.no_grad()
 def stock_nll(index: int) -> tuple[float, int]:
     """Return the summed loss and the number of scored tokens by one forward of the stock model."""
-    model = AutoModelForImageTextToText.from_pretrained(BUNDLED_FOLDER).eval()
+    model = AutoModelForImageTextToText.from_pretrained(BUNDLED_FOLDER, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(BUNDLED_FOLDER)
     scene = scene_at("test", index)
     prompt = f"<s>USER: <image>\n{describe_prompt(scene)} ASSISTANT:"
@@ -81,7 +82,7 @@ def test_the_full_cache_equals_itself(bundled: LoadedModel, tmp_path: Path) -> N
 
 
 def test_a_cut_cache_differs_and_holds_what_its_budget_says(bundled: LoadedModel, tmp_path: Path) -> None:
-    bench = bench_of(bundled, tmp_path, cut(Budget(fraction=0.2)))
+    bench = bench_of(bundled, tmp_path, cut(Budget(fraction=0.2), StreamingLLM()))
     generated, compared = SHORT.run(bench), SHORT_FIDELITY.run(bench)
     assert compared.measurements["kl_to_full"]["value"] > 1e-3
     assert compared.measurements["top1_agreement_fraction"]["value"] <= 1.0
@@ -90,6 +91,29 @@ def test_a_cut_cache_differs_and_holds_what_its_budget_says(bundled: LoadedModel
         assert mean <= most <= 0.2 * seen
     assert generated.measurements["entries_peak"]["value"] == max(row[2] for row in generated.curves["entries"])
     assert {"text", "full_text", "reference", "objects_f1"} <= set(next(iter(generated.samples.values())))
+
+
+def test_descriptions_recall_objects_and_questions_are_right_or_wrong(bundled: LoadedModel, tmp_path: Path) -> None:
+    scenes = Scenes(num_samples=1, split="validation", ask="both", num_follow_ups=2)
+    bench = replace(bench_of(bundled, tmp_path, FULL, batch_size=3), dataset=scenes, examples=scenes.examples())
+    result = Generation(max_new_tokens=48).run(bench)
+    described, *asked = (result.samples[example.id] for example in bench.examples)
+    assert described["objects_recalled_fraction"] == 1.0
+    assert "answers_right_fraction" not in described
+    for row in asked:
+        assert row["answers_right_fraction"] == float(row["text"] == row["reference"])
+        assert "objects_recalled_fraction" not in row
+    right = sum(row["answers_right_fraction"] for row in asked) / 2
+    assert result.measurements["objects_recalled_fraction"]["value"] == 1.0
+    assert result.measurements["answers_right_fraction"]["value"] == right
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "same"),
+    [("In A1.", "in  a1", True), ("Two.", "Two", True), ("Two.", "Three.", False), ("", "Two.", False)],
+)
+def test_an_answer_is_right_but_for_case_space_and_a_full_stop(text: str, other: str, same: bool) -> None:
+    assert says_the_same(text, other) == same
 
 
 def stored_file(folder: Path) -> Path:
@@ -108,9 +132,9 @@ def test_full_answers_are_computed_once(bundled: LoadedModel, tmp_path: Path) ->
     def never() -> dict[str, list[int]]:
         raise AssertionError("the stored answers must be used")
 
-    assert set(bench.answers.get(24, never)) == set(first.samples)
+    assert set(bench.answers.get(14, never)) == set(first.samples)
     with pytest.raises(AssertionError):
-        bench.answers.get(25, never)
+        bench.answers.get(15, never)
 
 
 def test_full_answers_are_stored_with_the_last_batch_those_of_batches_before_a_kill_among_them(
@@ -127,11 +151,11 @@ def test_full_answers_are_stored_with_the_last_batch_those_of_batches_before_a_k
 
 
 def changed(answers: dict[str, list[int]]) -> None:
-    answers["scenes-v1/test/0"][3] += 1
+    answers["scenes-v2/test/0"][3] += 1
 
 
 def shortened(answers: dict[str, list[int]]) -> None:
-    del answers["scenes-v1/test/2"]
+    del answers["scenes-v2/test/2"]
 
 
 @pytest.mark.cover("one")

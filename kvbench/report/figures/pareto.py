@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from kvbench.frontier.table import Frontier, Search
-from kvbench.measures import TASK_MEASURES, measure
+from kvbench.measures import FACT_MEASURES, measure
 from kvbench.report.compare import Ability, timing_noise
 from kvbench.report.figures.axes import (
     artist_name,
@@ -35,7 +35,7 @@ from kvbench.report.figures.style import Look, Mark, legend_above, listed, new_f
 from kvbench.report.load import CellResult, Estimate, Group, is_better
 
 _QUALITIES = (
-    *TASK_MEASURES[:2], "rougeL_vs_full", "ppl", "rougeL_released_vs_full", "ppl_released",
+    *FACT_MEASURES, "rougeL_vs_full", "ppl", "rougeL_released_vs_full", "ppl_released",
 )  # fmt: skip
 _BYTES = ("kv_stored_bytes", "kv_valid_bytes", "kv_theoretical_bytes")
 _LOG_RATIO = 3.0

@@ -57,7 +57,7 @@ _COMPARED_COLUMNS = (
 # The measures that become keys of the summary; a key per measure and cell of a large sweep would be too many for W&B.
 _SUMMARISED = (
     *("ppl", "rougeL_vs_full", "rougeL_vs_reference", "kl_to_full", "objects_recalled_fraction"),
-    *("needles_recalled_fraction", "exact_fraction"),
+    *("needles_recalled_fraction", "answers_right_fraction", "exact_fraction"),
     *("tpot_ratio_to_full", "ttft_ratio_to_full", "throughput_ratio_to_full"),
 )
 
