@@ -21,11 +21,12 @@ class LawSweeper(BasicSweeper):
 
     def split_arguments(self, overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
         """Return the jobs in batches. Raises: ConfigError for a law that is not known, or a word that laws set."""
-        jobs = list(_jobs(overrides))
+        jobs = list(law_jobs(overrides))
         return [list(batch) for batch in self.split_overrides_to_chunks(jobs, max_batch_size)]
 
 
-def _jobs(overrides: Sequence[Override]) -> Iterator[list[str]]:
+def law_jobs(overrides: Sequence[Override]) -> Iterator[list[str]]:
+    """Give the words of each job. Raises: ConfigError as `split_arguments` does."""
     from kvbench.report.laws import load_laws
 
     asked = [name for override in overrides if override.get_key_element() == _LAWS for name in _names(override)]

@@ -28,7 +28,6 @@ from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -160,8 +159,9 @@ def _cells(overrides: Sequence[str], multirun: bool) -> Iterator[list[str]]:
         yield list(overrides)
         return
     if hydra.runtime.choices.get("hydra/sweeper") == _LAWS:
-        for batch in instantiate(hydra.sweeper).split_arguments(parsed, None):
-            yield from batch
+        from hydra_plugins.kvbench_laws import law_jobs
+
+        yield from law_jobs(parsed)
         return
     if hydra.runtime.choices.get("hydra/sweeper") != _GRID:
         yield [str(o.input_line) for o in parsed if not o.is_sweep_override()]
