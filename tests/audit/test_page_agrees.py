@@ -32,7 +32,7 @@ def scored(**changes: Any) -> dict[str, Any]:
 
 
 def test_the_published_sweep_is_warned_of_alike() -> None:
-    folder = PUBLISHED / "default-sweep"
+    folder = PUBLISHED / "first-edition"
     lengths = [text for text in audited(folder) if "of the full cache's length" in text]
     page = notes_on(folder)
     assert len(lengths) == 11
