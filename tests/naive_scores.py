@@ -63,14 +63,22 @@ def scissorhands(history: int) -> Score:
     return score
 
 
-def lagkv(sinks: int, lag: int) -> Score:
-    """Rank each partition against the next; what has none after it gets 1."""
+@dataclass
+class LagKVRule:
+    """Rank each partition against the next; what has none after it gets 1.
 
-    def score(heads: list[Head]) -> Scores:
-        found = []
+    margin: the closest that two entries of a partition came when last asked; below rounding the place of neither is sure.
+    """
+
+    sinks: int
+    lag: int
+    margin: float = math.inf
+
+    def __call__(self, heads: list[Head]) -> Scores:
+        found, self.margin = [], math.inf
         for head in heads:
-            parts = [head[at : at + lag] for at in range(sinks, len(head), lag)]
-            whole = [part for part in parts if len(part) == lag]
+            parts = [head[at : at + self.lag] for at in range(self.sinks, len(head), self.lag)]
+            whole = [part for part in parts if len(part) == self.lag]
             by_entry = {e.position: 1.0 for e in head}
             for part, reference in itertools.pairwise(whole):
                 both = [
@@ -78,12 +86,11 @@ def lagkv(sinks: int, lag: int) -> Score:
                     for take in (lambda e: e.key.tolist(), lambda e: e.value.tolist())
                 ]
                 total = [sum(pair) for pair in zip(*both, strict=True)]
+                self.margin = min(self.margin, *(b - a for a, b in itertools.pairwise(sorted(total))))
                 for e, mine in zip(part, total, strict=True):
-                    by_entry[e.position] = sum(other < mine for other in total) / lag
+                    by_entry[e.position] = sum(other < mine for other in total) / self.lag
             found.append([by_entry[e.position] for e in head])
         return found
-
-    return score
 
 
 def chunkkv(window: int, chunk: int) -> Score:
@@ -101,7 +108,8 @@ def chunkkv(window: int, chunk: int) -> Score:
 class NaiveScored:
     """The first `num_sinks` and the newest stay, then the best; of equal scores the older goes.
 
-    `margin` is the smallest gap between two scores of which one stayed; exact ties do not count.
+    `margin` is the smallest gap between two scores of which one stayed; exact ties do not count. A score may have a
+    smaller margin of its own.
     """
 
     score: Score
@@ -138,6 +146,7 @@ class NaiveScored:
         return sorted(range(len(head)), key=worth)
 
     def _note(self, order: list[int], drop: int, scores: list[float]) -> None:
+        self.margin = min(self.margin, getattr(self.score, "margin", math.inf))
         others = set(self._others)
         if 0 < drop < len(order) and order[drop] in others and order[drop - 1] in others:
             gap = scores[order[drop]] - scores[order[drop - 1]]

@@ -33,8 +33,8 @@ PAIRS: dict[str, tuple[ScorePolicy, naive.Score]] = {
     "keydiff": (KeyDiff(), naive.keydiff),
     "scissorhands": (Scissorhands(num_recent=3, history_tokens=6), naive.scissorhands(6)),
     "scissorhands_all": (Scissorhands(), naive.scissorhands(WINDOW)),
-    "lagkv": (LagKV(num_sinks=2, lag_tokens=5), naive.lagkv(2, 5)),
-    "lagkv_of_two": (LagKV(num_sinks=0, lag_tokens=2), naive.lagkv(0, 2)),
+    "lagkv": (LagKV(num_sinks=2, lag_tokens=5), naive.LagKVRule(2, 5)),
+    "lagkv_of_two": (LagKV(num_sinks=0, lag_tokens=2), naive.LagKVRule(0, 2)),
     "chunkkv": (ChunkKV(num_recent=4, chunk_tokens=3), naive.chunkkv(4, 3)),
     "chunkkv_of_one": (ChunkKV(num_recent=2, chunk_tokens=1), naive.chunkkv(2, 1)),
 }
