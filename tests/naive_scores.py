@@ -67,7 +67,7 @@ def scissorhands(history: int) -> Score:
 class LagKVRule:
     """Rank each partition against the next; what has none after it gets 1.
 
-    margin: the closest that two entries of a partition came when last asked; below rounding the place of neither is sure.
+    margin: the closest that two entries of a partition came when last asked; below rounding neither's place is sure.
     """
 
     sinks: int
