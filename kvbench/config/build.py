@@ -63,7 +63,6 @@ from kvbench.sweep.cell import (
     check_windows,
     resolve_devices,
     resolve_engine,
-    resolve_spread_engine,
 )
 from kvbench.tasks.decode import CacheSetting
 
@@ -302,9 +301,7 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
     query_visible = truth(config.query_visible, "query_visible")
     beyond_context = _beyond_context(config)
     batch_size, seed = _batch_size(config), _whole(config, "seed", at_least=None)
-    engine_asked = str(config.engine)
-    spread = model.devices is not None
-    engine = resolve_spread_engine(engine_asked) if spread else resolve_engine(engine_asked, device)
+    engine = resolve_engine(str(config.engine), device, is_spread=model.devices is not None)
     setting = CacheSetting(policy=policy, budget=budget, positions=_positions(config, policy), engine=engine)
     check_parts(policy, setting.positions)
     check_budget_fits(policy, budget)

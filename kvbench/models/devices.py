@@ -10,9 +10,11 @@ on both.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvbench.errors import ConfigError, ModelSupportError
@@ -65,11 +67,17 @@ def chosen_devices(asked: Literal["auto"] | tuple[int, ...], num_gpus: int) -> t
     return numbers
 
 
-def free_bytes(devices: Sequence[torch.device]) -> dict[int, int]:
-    """Return the free memory of each device by its number."""
+def free_bytes(device: torch.device) -> int:
+    """Return the memory of `device` that nothing alive uses."""
     import torch
 
-    return {device.index: torch.cuda.mem_get_info(device)[0] for device in devices}
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def placement(model: nn.Module, free: Mapping[int, int], *, told: str) -> dict[str, int]:

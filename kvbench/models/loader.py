@@ -148,7 +148,11 @@ def _places(spec: ModelSpec, config: Any, *, vision: bool, **options: Any) -> di
     if not devices:
         return None
     shape = empty_model(config, vision=vision, dtype=getattr(torch, spec.dtype), **options)
-    return placement(shape, free_bytes(devices), told=f"model.checkpoint {spec.checkpoint}")
+    return _placed(shape, devices, told=spec.checkpoint)
+
+
+def _placed(model: Any, devices: Sequence[torch.device], *, told: object) -> dict[str, int]:
+    return placement(model, {one.index: free_bytes(one) for one in devices}, told=f"model.checkpoint {told}")
 
 
 def _random(spec: ModelSpec, device: torch.device) -> LoadedModel:
@@ -317,8 +321,7 @@ def _gguf(spec: ModelSpec, path: Path, device: torch.device) -> LoadedModel:
         except (OSError, ValueError, LookupError, NotImplementedError) as error:  # what transformers makes of the file
             raise _not_loaded(str(path), error) from error
     devices = _devices(spec)
-    told = f"model.checkpoint {path}"
-    places = placement(model, free_bytes(devices), told=told) if devices else None  # dequantised on the host
+    places = _placed(model, devices, told=path) if devices else None  # dequantised on the host
     return LoadedModel(
         model=_ready(model, spec, device, places),
         processor=tokenizer,

@@ -12,10 +12,10 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from kvbench.cache import Needs, Policy, When
-from kvbench.cache.policy import needs_of
+from kvbench.cache.policy import needs_of, steps_between_cuts
+from kvbench.models.devices import free_bytes as of_the_device
 from kvbench.models.loader import LoadedModel
 from kvbench.sweep.cell import Cell
-from kvbench.tasks.decode import free_bytes as of_the_device
 from kvbench.tasks.task import BatchTask
 
 _USED_FRACTION = 0.5  # of the free memory: captured steps may keep a quarter, and a vision tower is not in the estimate
@@ -47,7 +47,7 @@ def auto_batch_size(
 
 def _steps(cell: Cell) -> bool:
     """Whether the quality passes of a cell feed single tokens; otherwise every answer is known and goes in chunks."""
-    evicts = cell.setting.policy.bounded and When.DECODE in cell.setting.policy.when
+    evicts = steps_between_cuts(cell.setting.policy) is not None
     return any(isinstance(task, BatchTask) and (evicts or task.generates) for task in cell.tasks.values())
 
 

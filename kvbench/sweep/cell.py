@@ -343,26 +343,24 @@ def resolve_devices(model: ModelSpec, asked: str) -> tuple[ModelSpec, str]:
     return replace(model, devices=numbers if len(numbers) > 1 else None), f"cuda:{numbers[0]}"
 
 
-def resolve_engine(asked: str, device: str) -> Engine:
-    """Return "eager" or "graph"; "auto" takes the graph on a GPU. Raises: ConfigError."""
+def resolve_engine(asked: str, device: str, *, is_spread: bool = False) -> Engine:
+    """Return "eager" or "graph"; "auto" takes the graph on a GPU. Raises: ConfigError.
+
+    is_spread: the model's layers lie on several GPUs, where no step is captured.
+    """
     on_gpu = device.startswith("cuda")
     if asked == "auto":
-        return "graph" if on_gpu else "eager"
+        return "graph" if on_gpu and not is_spread else "eager"
     if asked not in ENGINES:
         raise ConfigError(f"engine is {asked!r}; {close_matches(asked, ('auto', *ENGINES))}")
     if asked == "graph" and not on_gpu:
         raise ConfigError(f"engine is 'graph', which needs a CUDA device, but device is {device!r}; use engine=auto")
-    return cast(Engine, asked)
-
-
-def resolve_spread_engine(asked: str) -> Engine:
-    """Return "eager" for a model over several GPUs, whose step is not captured. Raises: ConfigError."""
-    if asked == "graph":
+    if asked == "graph" and is_spread:
         raise ConfigError(
             "engine is 'graph', which captures a step on one GPU, but model.devices spreads the model over several; "
             "use engine=eager (what engine=auto takes there)"
         )
-    return resolve_engine("eager" if asked == "auto" else asked, "cuda:0")
+    return cast(Engine, asked)
 
 
 _PACKAGES = ("torch", "triton", "transformers", "hydra-core", "numpy", "rouge-score", "kvbench")

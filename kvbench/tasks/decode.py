@@ -19,14 +19,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 from weakref import ref
 
@@ -36,6 +34,7 @@ from torch import Tensor
 from kvbench.cache import Budget, Policy
 from kvbench.cache.positions import PositionMode
 from kvbench.errors import ModelSupportError, NonFiniteError, PolicyError, ran_out_of_memory
+from kvbench.models.devices import free_bytes
 from kvbench.models.inputs import PromptBatch
 from kvbench.models.loader import LoadedModel
 from kvbench.models.spec import MOVING_ROTATIONS
@@ -90,8 +89,7 @@ class CacheSetting:
         steps: those captured for other batches of `loaded`, which may serve this one.
         """
         if self.engine == "graph":
-            kept = None if steps is None else steps.of(self)
-            return GraphDecoding(loaded, batch, cache, prompt_logits=prompt_logits, steps=kept)
+            return GraphDecoding(loaded, batch, cache, prompt_logits=prompt_logits, setting=self, steps=steps)
         return Decoding(loaded, batch, cache, prompt_logits=prompt_logits)
 
     def cache(
@@ -274,11 +272,16 @@ class GraphDecoding(Decoding):
     _replays_left = 0
 
     def __init__(
-        self, loaded: LoadedModel, *arguments: Any, steps: StepsOfSetting | None = None, **options: Any
+        self,
+        loaded: LoadedModel,
+        *arguments: Any,
+        setting: CacheSetting,
+        steps: CapturedSteps | None = None,
+        **options: Any,
     ) -> None:
         """Take the prompt as `Decoding` does. Raises: ModelSupportError for a model whose step cannot be captured."""
         check_rotary(loaded.model)
-        self._steps = steps
+        self._setting, self._steps = setting, steps
         super().__init__(loaded, *arguments, **options)
         self.cache.cut_blocks(by_itself=False)  # which waits for the device, so it is done between captured steps
 
@@ -300,7 +303,7 @@ class GraphDecoding(Decoding):
         if self._graph is not None or self.cache.steps_announced < 1:
             return
         self._replays_left = self.cache.steps_announced
-        if self._steps is not None and (found := self._steps.take(self)) is not None:
+        if self._steps is not None and (found := self._steps.take(self._setting, self)) is not None:
             self._graph, self._tokens, self._position = found, found.tokens, found.position
             return
         counts = self._warmed_up()
@@ -309,7 +312,7 @@ class GraphDecoding(Decoding):
         self._beat()
         self.cache.restore(counts)
         if self._steps is not None:
-            self._steps.keep(self._graph)
+            self._steps.keep(self._setting, self._graph)
 
     def _warmed_up(self) -> CacheState:
         """Return the counts on the host as they were; copies of tensors are let go, so that no graph is held up."""
@@ -396,12 +399,8 @@ class CapturedSteps:
         self._most_bytes = most_bytes
         self._kept: list[tuple[CacheSetting, CapturedStep]] = []
 
-    def of(self, setting: CacheSetting) -> StepsOfSetting:
-        """Return those of one setting."""
-        return StepsOfSetting(self, setting)
-
     def take(self, setting: CacheSetting, decoding: GraphDecoding) -> CapturedStep | None:
-        """Return a step in whose buffers `decoding` goes on from now on, None if there is none for it."""
+        """Return a step of `setting` in whose buffers `decoding` goes on from now on, None if there is none for it."""
         return next((step for other, step in self._kept if other == setting and step.take(decoding)), None)
 
     def keep(self, setting: CacheSetting, step: CapturedStep) -> None:
@@ -418,33 +417,6 @@ class CapturedSteps:
     def clear(self) -> None:
         """Let all go."""
         self._kept.clear()
-
-
-@dataclass(frozen=True, slots=True)
-class StepsOfSetting:
-    """The captured steps of one setting."""
-
-    steps: CapturedSteps
-    setting: CacheSetting
-
-    def take(self, decoding: GraphDecoding) -> CapturedStep | None:
-        """As `CapturedSteps.take`."""
-        return self.steps.take(self.setting, decoding)
-
-    def keep(self, step: CapturedStep) -> None:
-        """As `CapturedSteps.keep`."""
-        self.steps.keep(self.setting, step)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return the memory of `device` that nothing alive uses."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def check_rotary(model: Any) -> None:

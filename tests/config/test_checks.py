@@ -129,7 +129,7 @@ def test_a_moving_rotation_is_not_captured(kind: str, allowed: bool, monkeypatch
     words = ["model=local", "model.checkpoint=model", "dataset=conversation", "dataset.path=data.json"]
     (composed,) = compose_grid([*words, "policy=h2o", "positions=original"], multirun=False, config_dir=None)
     assert build_cell(composed).setting.engine == "eager"
-    monkeypatch.setattr(config, "resolve_engine", lambda asked, device: "graph")
+    monkeypatch.setattr(config, "resolve_engine", lambda asked, device, *, is_spread: "graph")
     with nullcontext() if allowed else pytest.raises(ConfigError, match=rf"kind {kind}.* use engine=eager"):
         assert build_cell(composed).setting.engine == "graph"
 

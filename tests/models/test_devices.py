@@ -218,7 +218,7 @@ def test_the_split_is_asked_for_before_any_weight_is_made(monkeypatch: pytest.Mo
 
     from kvbench.models import loader
 
-    monkeypatch.setattr(loader, "free_bytes", lambda found: {device.index: 1000 for device in found})
+    monkeypatch.setattr(loader, "free_bytes", lambda device: 1000)
     monkeypatch.setattr(loader, "random_model", lambda *args, **options: pytest.fail("weights were made"))
     with pytest.raises(ModelSupportError, match="fit no split") as raised:
         loader.load_model(replace(small_spec("llama-3.1-8b"), devices=(0, 1)), "cpu")

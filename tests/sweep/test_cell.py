@@ -15,7 +15,7 @@ from kvbench.errors import ConfigError, DataError, ModelSupportError, NonFiniteE
 from kvbench.models.spec import ModelSpec
 from kvbench.stats.intervals import mean_interval
 from kvbench.sweep import cell as environment
-from kvbench.sweep.cell import Cell, resolve_devices, resolve_spread_engine
+from kvbench.sweep.cell import Cell, resolve_devices, resolve_engine
 from kvbench.sweep.group import ModelShelf
 from kvbench.tasks.task import Bench, TaskResult
 from tests.sweep.watching import run_cells
@@ -155,8 +155,8 @@ def test_a_list_of_devices_is_resolved_to_the_gpus_that_there_are(monkeypatch: p
 
 
 def test_a_model_over_several_gpus_is_never_captured() -> None:
-    assert resolve_spread_engine("auto") == resolve_spread_engine("eager") == "eager"
+    assert [resolve_engine(asked, "cuda:0", is_spread=True) for asked in ("auto", "eager")] == ["eager", "eager"]
     with pytest.raises(ConfigError, match=r"engine is 'graph', which captures a step on one GPU.*use engine=eager"):
-        resolve_spread_engine("graph")
+        resolve_engine("graph", "cuda:0", is_spread=True)
     with pytest.raises(ConfigError, match="did you mean 'graph'"):
-        resolve_spread_engine("graf")
+        resolve_engine("graf", "cuda:0", is_spread=True)
