@@ -106,15 +106,11 @@ class PolicyLayer(CacheLayerMixin):
             keys, values = key_states, value_states
         elif self._decodes:
             keys, values = self._write(self.slots, key_states, value_states)
-        elif self._appends:
-            stored = self.slots.entries
-            held = self.slots.capacity if self._is_ragged else max(self.ledger.held)
+        else:
+            stored, in_order = self.slots.entries, self._appends and not self._is_ragged
+            held = max(self.ledger.held) if in_order else self.slots.capacity  # the slots behind hold nothing
             keys = torch.cat((stored.keys[:, :, :held], key_states), dim=2)
             values = torch.cat((stored.values[:, :, :held], value_states), dim=2)
-        else:
-            stored = self.slots.entries
-            keys = torch.cat((stored.keys, key_states), dim=2)
-            values = torch.cat((stored.values, value_states), dim=2)
         setattr(keys, LAYER_TAG, weakref.ref(self))
         return keys, values
 

@@ -113,6 +113,13 @@ def split(weight: Tensor, total: Tensor, most: Tensor) -> Tensor:
     return whole + ((place < missing) & (rest >= 0)).long()
 
 
+def split_layers(weight: Tensor, room: Room) -> list[int]:
+    """Return the entries of each layer per KV head: what is protected, and by `weight` (L,) a share of the rest."""
+    free = torch.tensor(room.num_layers * (room.budget - room.protected))
+    most = torch.full((room.num_layers,), room.tokens - room.protected)
+    return [room.protected + share for share in split(weight, free, most).tolist()]
+
+
 def best_of_layer(view: View, candidates: Tensor, count: Tensor) -> Tensor:
     """Return (B, H) int64: how many of the `count` (B,) best candidates of all heads of a layer lie in each.
 

@@ -23,7 +23,7 @@ class RaggedSlots(Books):
     """A layer's N slots in one buffer; those of a row and head begin at `start` (B, H).
 
     flat: keys, values (N, D) and columns (N,). spread (B, H): how many entries more or less than its row's mean a head
-    was given. row_slots: slots of a head of each row, beside its spread. rank (N,) int32 or None, as in `Slots`.
+    was given. row_slots: slots of a head of each row, beside its spread.
     """
 
     flat: Entries
@@ -31,7 +31,15 @@ class RaggedSlots(Books):
     spread: Tensor
     row_slots: list[int]
     capacity: int
-    rank: Tensor | None = None
+
+    @property
+    def buffers(self) -> Entries:
+        """Keys, values (N, D) and columns (N,)."""
+        return self.flat
+
+    def fixed(self) -> list[Tensor]:
+        """Return where the heads begin, and their spread."""
+        return [self.start, self.spread]
 
     def _places(self) -> tuple[Tensor, Tensor]:
         """Return (B, H, C) each: where in the buffer a head's slots lie, and whether it has so many."""
@@ -134,11 +142,7 @@ class RaggedSlots(Books):
     def cut(self, plan: Plan) -> None:
         """Free what `plan` does not keep, in place; every head keeps its slots."""
         cut = settle_ragged(self.entries, plan, self.spread, self.row_slots, self.memory, self.faults)
-        for buffer, kept in zip(self.flat.tensors(), cut.flat.tensors(), strict=True):
-            buffer.copy_(kept)
-        self.length.copy_(cut.length)
-        self.free.copy_(cut.length)
-        self.memory = cut.memory
+        self.take(cut)
         if self.rank is not None and cut.rank is not None:
             self.rank.copy_(cut.rank)
 
@@ -153,29 +157,6 @@ class RaggedSlots(Books):
 
     def _padded_rank(self) -> Tensor | None:
         return None if self.rank is None else self.rank[self._places()[0]]
-
-    def state(self) -> list[Tensor]:
-        """Return what a step changes in place, keys and values excepted: they change in free slots only."""
-        counts = [self.length, self.free, self.faults]
-        return [*self.flat.columns(), *counts, *([] if self.rank is None else [self.rank])]
-
-    @property
-    def entry_bytes(self) -> int:
-        """Bytes of one entry's key and value."""
-        return 2 * self.flat.keys.shape[-1] * self.flat.keys.element_size()
-
-    def stored_bytes(self) -> int:
-        """Return the bytes of keys and values, counted from their storages."""
-        return sum(t.untyped_storage().nbytes() for t in (self.flat.keys, self.flat.values))
-
-    def statistics_bytes(self) -> int:
-        """Return the bytes of what attention statistics leave beside the tokens: mass, and the memory of a plan."""
-        return sum(t.untyped_storage().nbytes() for t in (self.flat.mass, self.memory) if t is not None)
-
-    def bookkeeping_bytes(self) -> int:
-        """Return the bytes of columns and counts, and of where the heads begin, counted from their storages."""
-        own = [t for t in self.state() if t is not self.flat.mass]
-        return sum(t.untyped_storage().nbytes() for t in (*own, self.start, self.spread))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

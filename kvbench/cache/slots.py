@@ -46,7 +46,8 @@ class Entries:
 class Books:
     """What is kept of a layer's slots beside them: `length` (B, H) counts tokens held, `free` (B, H) is the next slot.
 
-    memory (B, H, M) or None: what the policy's last plan left, which
+    rank int32, of the shape of positions, or None: how many entries are older, kept up to date by the kernels where
+    positions count inside the cache. memory (B, H, M) or None: what the policy's last plan left, which
     does not follow the tokens. faults (B, H) int32: what went wrong in any step so far, NAN_SCORE and NO_TOKEN,
     to be looked at when the host waits anyway. Everything changes in place, so that a step can be captured.
     ended (B, H) int32 or None: the faults of rows whose answer has ended, as they were then, -1 where it goes on.
@@ -55,8 +56,14 @@ class Books:
     length: Tensor
     free: Tensor
     faults: Tensor
+    rank: Tensor | None = None
     memory: Tensor | None = None
     ended: Tensor | None = None
+
+    @property
+    def buffers(self) -> Entries:
+        """Keys, values and columns as they are stored."""
+        raise NotImplementedError
 
     def end_rows(self, ended: Tensor) -> None:
         """Note that the answers of rows have ended, (B,) bool: what is chosen in them from now on is no fault."""
@@ -78,17 +85,52 @@ class Books:
         self.faults |= torch.where(victim == NO_CHOICE, NAN_SCORE, NO_TOKEN).int() * (wrong & over)
         return victim.masked_fill(wrong, 0)
 
+    def take(self, cut: Books) -> None:
+        """Copy what a cut left of these slots into them, in place: what was captured over them stays valid."""
+        for buffer, kept in zip(self.buffers.tensors(), cut.buffers.tensors(), strict=True):
+            buffer.copy_(kept)
+        self.length.copy_(cut.length)
+        self.free.copy_(cut.length)
+        self.memory = cut.memory
+
+    def state(self) -> list[Tensor]:
+        """Return what a step changes in place, keys and values excepted: they change in free slots only."""
+        counts = [self.length, self.free, self.faults]
+        return [*self.buffers.columns(), *counts, *([] if self.rank is None else [self.rank])]
+
+    def fixed(self) -> list[Tensor]:
+        """Return the counts that stay as a cut made them."""
+        return []
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry's key and value."""
+        return 2 * self.buffers.keys.shape[-1] * self.buffers.keys.element_size()
+
+    def stored_bytes(self) -> int:
+        """Return the bytes of keys and values, counted from their storages."""
+        return sum(t.untyped_storage().nbytes() for t in (self.buffers.keys, self.buffers.values))
+
+    def statistics_bytes(self) -> int:
+        """Return the bytes of what attention statistics leave beside the tokens: mass, and the memory of a plan."""
+        return sum(t.untyped_storage().nbytes() for t in (self.buffers.mass, self.memory) if t is not None)
+
+    def bookkeeping_bytes(self) -> int:
+        """Return the bytes of positions, kinds, ranks and counts, counted from their storages."""
+        own = [t for t in self.state() if t is not self.buffers.mass]
+        return sum(t.untyped_storage().nbytes() for t in (*own, *self.fixed()))
+
 
 @dataclass(kw_only=True, slots=True)
 class Slots(Books):
-    """A layer's buffer of C slots for every row and head.
-
-    rank (B, H, C) int32 or None: how many entries are older, kept up to date by the kernels where
-    positions count inside the cache.
-    """
+    """A layer's buffer of C slots for every row and head."""
 
     entries: Entries
-    rank: Tensor | None = None
+
+    @property
+    def buffers(self) -> Entries:
+        """Keys, values (B, H, C, D) and columns (B, H, C)."""
+        return self.entries
 
     @property
     def position(self) -> Tensor:
@@ -173,13 +215,8 @@ class Slots(Books):
         return max(held) <= self.capacity
 
     def cut(self, plan: Plan) -> None:
-        """Free what `plan` does not keep, in place: what was captured over these buffers stays valid."""
-        cut = settle(self.entries, plan, self.capacity, self.memory, self.faults)
-        for buffer, kept in zip(self.entries.tensors(), cut.entries.tensors(), strict=True):
-            buffer.copy_(kept)
-        self.length.copy_(cut.length)
-        self.free.copy_(cut.length)
-        self.memory = cut.memory
+        """Free what `plan` does not keep, in place."""
+        self.take(settle(self.entries, plan, self.capacity, self.memory, self.faults))
         if self.rank is not None:
             self.rank.copy_(age_rank(self.entries.position))
 
@@ -189,28 +226,6 @@ class Slots(Books):
         self.entries = _with_capacity(self.entries, capacity)
         if self.rank is not None:
             self.rank = nn.functional.pad(self.rank, (0, capacity - self.rank.shape[-1]))
-
-    def state(self) -> list[Tensor]:
-        """Return what a step changes in place, keys and values excepted: they change in free slots only."""
-        counts = [self.length, self.free, self.faults]
-        return [*self.entries.columns(), *counts, *([] if self.rank is None else [self.rank])]
-
-    @property
-    def entry_bytes(self) -> int:
-        """Bytes of one entry's key and value."""
-        return 2 * self.entries.keys.shape[-1] * self.entries.keys.element_size()
-
-    def stored_bytes(self) -> int:
-        """Return the bytes of keys and values, counted from their storages."""
-        return sum(t.untyped_storage().nbytes() for t in (self.entries.keys, self.entries.values))
-
-    def statistics_bytes(self) -> int:
-        """Return the bytes of what attention statistics leave beside the tokens: mass, and the memory of a plan."""
-        return sum(t.untyped_storage().nbytes() for t in (self.entries.mass, self.memory) if t is not None)
-
-    def bookkeeping_bytes(self) -> int:
-        """Return the bytes of positions, kinds, ranks, lengths, free slots and faults, counted from their storages."""
-        return sum(t.untyped_storage().nbytes() for t in self.state() if t is not self.entries.mass)
 
 
 def settle(

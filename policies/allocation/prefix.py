@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import Allocation, Needs, Room, View
-from kvbench.cache.parts import split
+from kvbench.cache.parts import split_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,5 +42,4 @@ class Prefix(Allocation):
         before = torch.cat(list(told))
         first = before.argsort(stable=True)[:free]
         counts = torch.bincount(layer[first[before[first].isfinite()]], minlength=room.num_layers)
-        most = torch.full_like(counts, room.tokens - room.protected)
-        return [room.protected + share for share in split(counts, torch.tensor(free), most).tolist()]
+        return split_layers(counts, room)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import Allocation, Room, View
-from kvbench.cache.parts import best_of_layer, split
+from kvbench.cache.parts import best_of_layer, split_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,7 @@ class GlobalThreshold(Allocation):
         scores = torch.cat(list(told))
         best = scores.argsort(descending=True, stable=True)[: room.num_heads * free]
         counts = torch.bincount(layer[best[scores[best].isfinite()]], minlength=room.num_layers)
-        most = torch.full_like(counts, room.tokens - room.protected)
-        return [room.protected + share for share in split(counts, torch.tensor(free), most).tolist()]
+        return split_layers(counts, room)
 
     def heads(self, view: View, candidates: Tensor, free: Tensor) -> Tensor:
         """Count the best of the layer in each head."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import Allocation, Kind, Needs, Room, View
-from kvbench.cache.parts import split
+from kvbench.cache.parts import split_layers
 from kvbench.errors import ConfigError
 
 
@@ -47,6 +47,4 @@ class VLCache(Allocation):
 
     def layers(self, room: Room, told: Sequence[Tensor]) -> Sequence[int]:
         """Split what is not protected by density."""
-        free = torch.tensor(room.num_layers * (room.budget - room.protected))
-        most = torch.full((room.num_layers,), room.tokens - room.protected)
-        return [room.protected + share for share in split(torch.cat(list(told)), free, most).tolist()]
+        return split_layers(torch.cat(list(told)), room)
