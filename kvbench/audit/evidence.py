@@ -12,6 +12,7 @@ cannot rename them and no class is loaded.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import re
 from collections import Counter
@@ -34,7 +35,7 @@ _SHARED = ("model", "dataset", "query_visible", "batch_size", "device", "version
 # A sealed record may hold text where a number belongs, here or in a cell it is compared with.
 _WRONG_TYPES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
 _TARGET = re.compile(r"^_target_:\s*(\S+)", re.MULTILINE)
-_CUTS_THE_PROMPT_ONLY = tuple(f"kvbench:{name}" for name in ("ChunkKV", "H2OMean", "LagKV", "Scissorhands", "SnapKV"))
+_POLICIES = "kvbench.policies"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -214,14 +215,33 @@ def targets(group: Group) -> Mapping[str, str]:
     return {name: class_at(found[1]) for name, text in texts.items() if (found := _TARGET.search(text))}
 
 
+@cache
+def prompt_only() -> frozenset[str]:
+    """Return kvbench's own policies that say in their source that they cut the prompt only; none is imported."""
+    classes = (
+        node
+        for file in files(_POLICIES).iterdir()
+        if file.name.endswith(".py")
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    )
+    return frozenset(
+        f"kvbench:{one.name}"
+        for one in classes
+        for line in one.body
+        if isinstance(line, ast.AnnAssign) and ast.unparse(line).startswith("when: ") and line.value is not None
+        if ast.unparse(line.value) == "When.PREFILL"
+    )
+
+
 def rule_of(cell: Cell) -> Mapping[str, str]:
     """Return what evicts_at and budget_rounds must say; empty for policies of others and without a budget."""
     policy, budget = cell.setting("policy") or {}, cell.setting("budget")
     if not budget or class_of(policy) not in targets("policy").values():
         return {}
     up = policy.get("target_rounded_up") is True and budget.get("tokens") is None
-    prompt_only = class_of(policy) in _CUTS_THE_PROMPT_ONLY
-    return {"evicts_at": "prompt" if prompt_only else "prompt and decode", "budget_rounds": "up" if up else "down"}
+    evicts_at = "prompt" if class_of(policy) in prompt_only() else "prompt and decode"
+    return {"evicts_at": evicts_at, "budget_rounds": "up" if up else "down"}
 
 
 class Note(str):
