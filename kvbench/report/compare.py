@@ -46,9 +46,8 @@ _WITHHELD = (
     "Scores and differences are shown, but no policy is called better, worse or safe by them; times and bytes are "
     "compared as ever."
 )
-_RUNNING_TEXT = (
-    "kvbench:TextWindows"  # how a window goes on is no answer, right or wrong: its perplexity is the measure
-)
+# How a window goes on is no answer, right or wrong: its perplexity is the measure.
+_RUNNING_TEXT = "kvbench:TextWindows"
 _TURN = re.compile(r"turn\d+_")
 
 

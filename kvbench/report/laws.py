@@ -340,18 +340,18 @@ def print_laws(rows: Sequence[LawRow], console: Console | None = None) -> None:
         console.print()
 
 
-def _by_model(rows: Iterable[LawRow]) -> Iterator[tuple[str, list[LawRow]]]:
+def _by_model(rows: Iterable[LawRow]) -> Iterable[tuple[str, list[LawRow]]]:
     found: dict[str, list[LawRow]] = {}
     for row in rows:
         found.setdefault(row.model, []).append(row)
-    yield from found.items()
+    return found.items()
 
 
 def laws_markdown(rows: Sequence[LawRow]) -> str:
     """Return a table per model, with the data set of each row."""
     parts = []
     for title, same in _by_model(rows):
-        heads = (_HEADS[0], *_HEADS[1:], "data", "published, other models")
+        heads = (*_HEADS, "data", "published, other models")
         table = markdown_table(heads, ((*row.texts, row.dataset, row.law.published) for row in same))
         parts.append("\n".join([f"## Laws of the field: {title}", "", NOTE, "", *table]) + "\n")
     return "\n".join(parts)

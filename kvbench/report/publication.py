@@ -19,6 +19,7 @@ import argparse
 import re
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cache
@@ -72,8 +73,15 @@ def _files_of(folder: Path) -> dict[Path, bytes]:
         return {path: _LAWS[path.name](rows).encode() for path in shown}
     with tempfile.TemporaryDirectory() as place:
         write_report(load_results(folder), Path(place), Path(place))
-        found = {path.name: path for path in Path(place).rglob("*") if path.is_file()}
+        made = [path for path in Path(place).rglob("*") if path.is_file()]
+        kinds = Counter(map(_kind, made))
+        found = {path.name: path for path in made} | {_kind(path): path for path in made if kinds[_kind(path)] == 1}
         return {path: found[path.name].read_bytes() for path in shown if path.name in found}
+
+
+def _kind(path: Path) -> str:
+    """Return the name of a report's file, of a figure without its group's: a folder of one group leaves that out."""
+    return path.name.rpartition("-")[2] if path.suffix == ".svg" else path.name
 
 
 def _filled(root: Path, block: re.Match[str], read: Callable[[Path], Results]) -> str:

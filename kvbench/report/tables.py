@@ -27,14 +27,7 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from kvbench.measures import (
-    MEASURES,
-    MISSING,
-    TASK_MEASURES,
-    format_interval,
-    format_value,
-    measure,
-)
+from kvbench.measures import MEASURES, MISSING, TASK_MEASURES, format_interval, format_value, measure
 from kvbench.report.answer import sentences_before
 from kvbench.report.compare import (
     DECLARED,

@@ -145,3 +145,12 @@ def test_the_page_of_laws_says_what_the_published_records_say() -> None:
 @pytest.mark.long
 def test_what_is_published_here_is_what_its_records_give() -> None:
     assert main([str(REPO), "--check"]) == 0
+
+
+@pytest.mark.long
+def test_a_figure_of_the_one_group_is_made_again_under_its_own_name(root: Path) -> None:
+    folder = root / "results" / "published" / "one"
+    (folder / "quality.svg").write_text("")
+    assert main([str(root)]) == 0
+    assert (folder / "quality.svg").read_text().startswith("<?xml")
+    assert main([str(root), "--check"]) == 0
