@@ -70,10 +70,10 @@ _BEHIND_HEADS = {
 }
 _COST_HEADS = (
     Head("TPOT", "ms per token", group=_TIMES),
-    Head("full's TPOT", "same launches", group=_TIMES),
+    Head("full's TPOT", "same runs", group=_TIMES),
     Head("TPOT / full", "under 1 is faster", group=_TIMES),
     Head("TTFT", "ms", group=_TIMES),
-    Head("full's TTFT", "same launches", group=_TIMES),
+    Head("full's TTFT", "same runs", group=_TIMES),
     Head("TTFT / full", "under 1 is faster", group=_TIMES),
     Head("stored", "bytes", group=_BYTES),
     Head("of full", "stored", group=_BYTES),
@@ -224,20 +224,20 @@ def _estimate(name: str, found: Estimate | None, *, above: str = "", word: str =
     )
 
 
-_FIRST, _STEP, _ROOF = "first token", "one decode step", "roof of the memory"
+_FIRST, _STEP, _ROOF = "first token", "one decode step", "memory bandwidth"
 _LATENCY_COLUMNS = (
     ("ttft_ms", Head("TTFT", "vision, prompt, cut", group=_FIRST)),
-    ("full_ttft_ms", Head("full's", "same launches", group=_FIRST)),
+    ("full_ttft_ms", Head("full's", "same runs", group=_FIRST)),
     ("ttft_ratio_to_full", Head("/ full", "over pairs", group=_FIRST)),
-    ("settle_ms", Head("settle", "policy's part of it", group=_FIRST)),
+    ("settle_ms", Head("compression", "policy's part of it", group=_FIRST)),
     ("tpot_ms", Head("TPOT", "median step", group=_STEP)),
-    ("full_tpot_ms", Head("full's", "same launches", group=_STEP)),
+    ("full_tpot_ms", Head("full's", "same runs", group=_STEP)),
     ("tpot_ratio_to_full", Head("/ full", "over pairs", group=_STEP)),
     ("tpot_p90_ms", Head("p90", "slow steps", group=_STEP)),
     ("policy_ms", Head("policy", "naming victims, alone", group=_STEP)),
     ("roof_ms", Head("roof", "weights and entries read once", group=_ROOF)),
-    ("roof_share_fraction", Head("reached", "roof over TPOT", group=_ROOF)),
-    ("throughput_tokens_per_s", Head("throughput", "prompt included", group="whole launch")),
+    ("roof_share_fraction", Head("MBU", "roof over TPOT", group=_ROOF)),
+    ("throughput_tokens_per_s", Head("throughput", "prompt included", group="whole run")),
 )
 _NOISE_OF = {  # the measurement whose noise is in another one
     "settle_ms": "ttft_ms",
@@ -285,7 +285,7 @@ _MEMORY_COLUMNS = (
     ("kv_stored_bytes", Head("stored", "from storages", group=_BYTES)),
     ("peak_vision_bytes", Head("vision", group=_PEAKS)),
     ("peak_prefill_bytes", Head("prefill", group=_PEAKS)),
-    ("peak_settle_bytes", Head("settle", "policy on the prompt", group=_PEAKS)),
+    ("peak_settle_bytes", Head("compression", "policy on the prompt", group=_PEAKS)),
     ("peak_decode_bytes", Head("decode", group=_PEAKS)),
     ("peak_memory_bytes", Head("whole", "largest of all", group=_PEAKS)),
     ("peak_reserved_bytes", Head("reserved", "by the allocator", group=_PEAKS)),

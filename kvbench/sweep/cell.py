@@ -30,6 +30,7 @@ import torch
 from kvbench.autopsy.settings import AutopsySettings
 from kvbench.datasets.base import Dataset, Example, OnBadItem, SkippedItem
 from kvbench.errors import ConfigError, DataError, ModelSupportError, NonFiniteError, close_matches, ran_out_of_memory
+from kvbench.measures import budget_words
 from kvbench.models.chat import next_turn_tokens
 from kvbench.models.devices import chosen_devices
 from kvbench.models.inputs import GivenPrompts, answer_tokens, prompt_batch
@@ -99,7 +100,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Policy and budget, as progress bars and messages call the cell."""
-        return f"{self.labels['policy']} at {self.labels['budget']}"
+        return f"{self.labels['policy']} at {budget_words(self.labels['budget'])}"
 
 
 @dataclass(kw_only=True)

@@ -75,7 +75,7 @@ def test_patterns_of_merging_take_room_too(tmp_path: Path, monkeypatch: pytest.M
 
 def test_budgets_stand_by_size_whichever_policy_has_them(tmp_path: Path) -> None:
     drawn = section_of(write(tmp_path, ("elastic", 0.5), ("h2o", 0.2), ("random", 0.1), ("random", 0.5), ("h2o", 0.1)))
-    assert data_of(drawn)["budgets"] == ["10 % of seen", "20 % of seen", "50 % of seen"]
+    assert data_of(drawn)["budgets"] == ["10 % tokens kept", "20 % tokens kept", "50 % tokens kept"]
     assert [text[:2] for text in re.findall(r"<caption>At (\d+)", drawn)] == ["10", "50"]
     tokens = section_of(write(tmp_path / "tokens", *(("h2o", size) for size in (32, 1024, 64, 128))))
     assert data_of(tokens)["budgets"] == ["32 tokens", "64 tokens", "128 tokens", "1024 tokens"]

@@ -85,7 +85,7 @@ def test_the_slider_and_the_layer_change_what_is_veiled(page: Page) -> None:
     assert one_layer != later
     choose(page, "ap-head", "0")
     assert set(page.run(VEILS).split(",")) <= {"0.000", "0.900"}, "one layer and head hold a patch or do not"
-    choose(page, "ap-budget", "10 % of seen")
+    choose(page, "ap-budget", "10 % tokens kept")
     assert page.run(VEILS) != one_layer
 
 
@@ -148,7 +148,7 @@ def test_nothing_is_wider_than_a_phone(browser: Browser, path: Path, dark: bool)
 
 def test_filters_keys_and_links_lead_to_samples(page: Page, browser: Browser, path: Path) -> None:
     choose(page, "sb-policy", "random")
-    choose(page, "sb-budget", "10 % of seen")
+    choose(page, "sb-budget", "10 % tokens kept")
     every = page.run("document.getElementById('sb-sample').options.length")
     choose(page, "sb-which", "collapsed")
     lost = page.run("document.getElementById('sb-sample').options.length")
@@ -158,11 +158,11 @@ def test_filters_keys_and_links_lead_to_samples(page: Page, browser: Browser, pa
     choose(page, "sb-sample", "0")
     page.run("document.getElementById('sb-shown').focus()")
     page.run("document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight', bubbles: true}))")
-    assert page.run("document.getElementById('sb-name').textContent") == "scenes/test/1: random, 10 % of seen"
+    assert page.run("document.getElementById('sb-name').textContent") == "scenes/test/1: random, 10 % tokens kept"
     link = page.run("location.hash")
     other = browser.open(path)
     other.run(f"location.hash = {link!r}; new Promise(done => setTimeout(done, 100))")
-    assert other.run("document.getElementById('sb-name').textContent") == "scenes/test/1: random, 10 % of seen"
+    assert other.run("document.getElementById('sb-name').textContent") == "scenes/test/1: random, 10 % tokens kept"
     assert other.run("document.querySelectorAll('#sb-full mark, #sb-text mark').length") == 2
     assert other.complaints() == []
 

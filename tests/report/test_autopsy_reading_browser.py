@@ -63,11 +63,11 @@ def test_stripes_are_what_lives_on_at_every_moment(page: Page, folder: Path) -> 
 
 def test_only_samples_that_were_looked_at_can_be_chosen(page: Page) -> None:
     assert page.run(SAMPLES) == ["a"]
-    set_to(page, "ap-budget", "20 % of seen")
+    set_to(page, "ap-budget", "20 % tokens kept")
     assert page.run(SAMPLES) == ["a", "b"]
     set_to(page, "ap-sample", "b")
     assert page.run("document.querySelectorAll('.ap-panel').length") == 2
-    set_to(page, "ap-budget", "10 % of seen")
+    set_to(page, "ap-budget", "10 % tokens kept")
     assert page.run("document.getElementById('ap-sample').value") == "a"
     assert page.run("document.querySelectorAll('.ap-panel').length") == 3
 

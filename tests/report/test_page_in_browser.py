@@ -138,7 +138,7 @@ def test_dark_follows_the_system_and_the_button_and_has_contrast(browser: Browse
     assert page.run(colours) == dark  # what was chosen is remembered
     for paper, ink in (light, dark):
         assert contrast(paper, ink) > 7
-    figure = "getComputedStyle(document.querySelector('.plot')).backgroundColor"
+    figure = "getComputedStyle(document.querySelector('.chart').parentNode).getPropertyValue('--plot-paper')"
     assert contrast(page.run(figure), light[0]) > 7
 
 
@@ -177,7 +177,7 @@ def test_on_paper_tables_break_between_rows_and_small_figures_share_a_sheet(brow
     assert sheets > 5
     page.run(
         "document.head.append(Object.assign(document.createElement('style'), {textContent:"
-        " '@media print { .scroll { break-inside: avoid; } .plot svg { max-height: 150mm; } }'}))"
+        " '@media print { .scroll { break-inside: avoid; } }'}))"
     )
     assert page.pdf().count(b"/Type /Page\n") > sheets
 

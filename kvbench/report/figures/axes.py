@@ -21,7 +21,7 @@ from kvbench.report.load import CellResult, Group
 from kvbench.report.tables import samples_text
 
 _LOG_FROM = 8.0
-_SHARES = {"seen": "% of tokens seen", "prompt": "% of the prompt"}
+_SHARES = {"tokens kept": "tokens kept (%)", "prompt tokens kept": "prompt tokens kept (%)"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,10 +55,10 @@ def budget_axis(cells: Sequence[CellResult]) -> BudgetAxis:
     """
     if cells and all(cell.budget_fraction is not None for cell in cells):
         shares = {cell.key: cell.budget_fraction or 0.0 for cell in cells}
-        kinds = {cell.budget.partition("% of ")[2] for cell in cells}
-        what = _SHARES.get(kinds.pop() if len(kinds) == 1 else "", "%")
+        kinds = {cell.budget.partition("% ")[2] for cell in cells}
+        what = _SHARES.get(kinds.pop() if len(kinds) == 1 else "", "budget (%)")
         places = {cell.key: _realised(cell, shares[cell.key]) for cell in cells}
-        return _numeric(f"budget ({what})", places, sorted(set(shares.values())), 100.0)
+        return _numeric(what, places, sorted(set(shares.values())), 100.0)
     if cells and all(cell.budget_tokens is not None for cell in cells):
         places = {cell.key: float(cell.budget_tokens or 0) for cell in cells}
         return _numeric("budget (entries per layer and KV head)", places, sorted(set(places.values())), 1.0)
@@ -186,7 +186,7 @@ def row_figure(group: Group, look: Look, num_panels: int) -> tuple[Figure, list[
     called = series_names(group)
     names = [called[group.series_label(cell)] for cell in group.cells]
     for row, cell in enumerate(group.cells):
-        names[row] += "" if cell.is_full else f", {cell.budget.removesuffix(' of seen')}"
+        names[row] += "" if cell.is_full else f", {cell.budget.removesuffix(' tokens kept')}"
     for index, axes in enumerate(panels):
         axes.set_ylim(len(group.cells) - 0.4, -0.6)
         axes.yaxis.set_major_locator(FixedLocator(list(range(len(group.cells)))))

@@ -34,7 +34,11 @@ from kvbench.report.load import CellResult, Estimate, Group
 _Marks = Mapping[str, Mark]
 _LATENCIES = ("ttft_ms", "tpot_ms", "roof_share_fraction", "tpot_ratio_to_full", "ttft_ratio_to_full")
 _POLICY_PART = {"ttft_ms": "settle_ms", "tpot_ms": "policy_ms"}
-_LATENCY_AXES = {"ms": "ms, lower is better", "fraction": "% of the memory roof", "ratio": "x full, lower is better"}
+_LATENCY_AXES = {
+    "ms": "ms, lower is better",
+    "fraction": "MBU (%), higher is better",
+    "ratio": "x full, lower is better",
+}
 
 
 def latency_figure(group: Group, look: Look) -> Figure | None:
@@ -102,7 +106,7 @@ _REST = ("rest", "statistics and all else", "orange", "\\\\\\\\")
 _PHASES = (
     ("peak_vision_bytes", "vision", "^", "sky"),
     ("peak_prefill_bytes", "prefill", "D", "green"),
-    ("peak_settle_bytes", "settle", "s", "purple"),
+    ("peak_settle_bytes", "compression", "s", "purple"),
     ("peak_decode_bytes", "decode", "o", "vermilion"),
 )
 _KV = ("kv_stored_bytes", "kv_valid_bytes", "kv_theoretical_bytes")
@@ -259,7 +263,7 @@ def _throughput(axes: Axes, lines: _Lines, marks: _Marks, look: Look) -> list[Na
     for (label, budget), points in lines.items():
         mark = marks[label]
         xs, ys = [batch for batch, _ in points], [rate.value for _, rate in points]
-        text = label if budget == "-" else f"{label}, {budget.removesuffix(' of seen')}"
+        text = label if budget == "-" else f"{label}, {budget.removesuffix(' tokens kept')}"
         axes.vlines(xs, [rate.bounds[0] for _, rate in points], [rate.bounds[1] for _, rate in points],
                     color=mark.colour, linewidth=1.3, label=artist_name(_RATE, text))  # fmt: skip
         axes.plot(xs, ys, linestyle=mark.line, linewidth=1.4, label=artist_name(_RATE, text),
@@ -290,7 +294,7 @@ def _largest(axes: Axes, group: Group, marks: _Marks, look: Look) -> list[Named]
             axes.plot(xs, ys, linestyle=mark.line, linewidth=1.2, label=title, **style_of(mark, look.theme))
             x, y = xs[-1], ys[-1]
         ends.append(Named(text=label, x=x, y=y, colour=mark.colour))
-    axes.set_xticks(range(len(budgets)), [budget.removesuffix(" of seen") for budget in budgets])
+    axes.set_xticks(range(len(budgets)), [budget.removesuffix(" tokens kept") for budget in budgets])
     axes.set_ylim(bottom=0)
     axes.set_title("Largest batch that fits")
     axes.set_xlabel("budget")

@@ -149,7 +149,7 @@ class _Panel:
         largest = {self.group.series_label(p.cell): p for p in self.points}  # points come by growing budget
         texts = {} if legend else {p.cell.key: called[label] for label, p in largest.items()}
         for cell in (point.cell for point in self.front if not point.cell.is_full):
-            parts = texts.get(cell.key, ""), cell.budget.removesuffix(" of seen")
+            parts = texts.get(cell.key, ""), cell.budget.removesuffix(" tokens kept")
             texts[cell.key] = " ".join(part for part in parts if part)
         return texts | {p.cell.key: f"{texts.get(p.cell.key, '')} (noisy)".strip() for p in self.points if p.noise}
 

@@ -274,5 +274,5 @@ def _curve(axes: Axes, group: Group, cell: CellResult, mark: Mark) -> Named:
     axes.plot(seen, mean, color=mark.colour, linestyle=mark.line, linewidth=1.5, label=title)
     axes.fill_between(seen, mean, most, color=mark.colour, alpha=0.15, linewidth=0, label=title)
     axes.plot(seen[-1:], mean[-1:], color=mark.colour, marker=mark.marker, markersize=4, linestyle="none")
-    text = "full" if cell.is_full else cell.budget.removesuffix(" of seen")
+    text = "full" if cell.is_full else cell.budget.removesuffix(" tokens kept")
     return Named(text=text, x=seen[-1], y=mean[-1], colour=mark.colour)

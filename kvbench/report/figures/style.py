@@ -56,8 +56,8 @@ DARK = Theme(
 )  # fmt: skip
 THEMES = dict(zip(STYLES, (LIGHT, DARK), strict=True))
 _NAMES = tuple(field.name for field in fields(Theme))
-# A page that holds the SVG inline swaps every light colour for a variable, so figures follow its own light and dark.
-THEME_COLOURS = {getattr(LIGHT, name): f"var(--plot-{name}, {getattr(LIGHT, name)})" for name in _NAMES}
+# The page names its colours, so that its figures follow light and dark.
+COLOUR_NAMES = {getattr(LIGHT, name): name for name in _NAMES}
 
 
 _LIGHT_STYLE, _DARK_STYLE = (

@@ -1,17 +1,5 @@
 if (document.getElementById("autopsy-data")) (() => {
-const SVG = "http://www.w3.org/2000/svg", NEVER = 65535;
-const make = (name, attributes, ...children) => {
-  const made = document.createElementNS(SVG, name);
-  for (const [key, value] of Object.entries(attributes || {})) made.setAttribute(key, value);
-  made.append(...children);
-  return made;
-};
-const tag = (name, kind, ...children) => {
-  const made = document.createElement(name);
-  if (kind) made.className = kind;
-  made.append(...children);
-  return made;
-};
+const NEVER = 65535;
 const decoded = new Map();
 const numbersOf = (text, wide) => {
   const known = decoded.get(text);

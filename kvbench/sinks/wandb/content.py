@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvbench import installed_version
-from kvbench.measures import MEASURES, measure
+from kvbench.measures import MEASURES, budget_words, measure
 from kvbench.results.files import canonical_json, replace_file
 from kvbench.results.record import MEASURED, encode_record, read_cell
 from kvbench.results.redaction import hide_known, redacted_body
@@ -38,7 +38,7 @@ _MEMORY_UNITS = ("bytes", "entries")
 _MEMORY_ENDINGS = ("realised_budget_fraction", "peak_over_bound_ratio")
 _NAMED = {"model": "models", "dataset": "datasets", "policy": "policies"}
 _ENDINGS = {"": "value", "_low": "low", "_high": "high"}
-_SHOWN = 2  # one more whenever a run comes to show its record otherwise, so that it is sent again
+_SHOWN = 3  # one more whenever a run comes to show its record otherwise, so that it is sent again
 # Curve of a record: its prefix here, and its columns, of which the first is the horizontal axis.
 _CURVES = {
     "entries": ("entries", ("seen_tokens", "mean", "max")),
@@ -48,7 +48,7 @@ _CURVES = {
 _COUNTED = ("launches_ms", "capacity_tries")  # their axis is their order
 
 _ARTIFACT_TYPE = "kvbench-records"
-_SUMMARY_SHOWN = 1  # one more whenever a summary comes to show the same records otherwise
+_SUMMARY_SHOWN = 2  # one more whenever a summary comes to show the same records otherwise
 _CELL_COLUMNS = ("key", "model", "dataset", "policy", "budget", "positions", "status")
 _COMPARED_COLUMNS = (
     *("value", "low", "high", "verdict", "margin", "p_holm", "minimum_detectable", "num_samples", "num_clusters"),
@@ -89,7 +89,7 @@ def run_config(body: dict[str, Any]) -> dict[str, Any]:
     limits = {part: labels.get(f"budget_{part}") for part in ("fraction", "tokens")}
     nested = {
         **{part: {"name": labels[part], **settings[part]} for part in _NAMED},
-        "budget": {**settings["budget"], "name": labels["budget"], **limits},
+        "budget": {**settings["budget"], "name": budget_words(labels["budget"]), **limits},
         "positions": labels.get("positions"),
     }
     return {**cell, **nested, "key": body["key"], "sweep": body["sweep"], "environment": body["environment"]}
@@ -101,7 +101,7 @@ def cell_run(body: dict[str, Any], *, group: str = "") -> RunSpec:
     return RunSpec(
         id=body["key"][:16],
         digest=cell_digest(body),
-        name=f"{labels['policy']}@{labels['budget']}",
+        name=f"{labels['policy']}@{budget_words(labels['budget'])}",
         group=group or body["sweep"],
         job_type="cell",
         # Runs are filtered by them; wandb refuses empty tags and tags over 64 letters.

@@ -12,7 +12,7 @@ import pytest
 from kvbench.report.figures.draw import DRAW, draw_plots
 from kvbench.report.figures.kinds import FIGURES, FORMATS, WIDTHS
 from kvbench.report.figures.labels import Box
-from kvbench.report.figures.style import LIGHT, THEME_COLOURS
+from kvbench.report.figures.style import COLOUR_NAMES, LIGHT
 from kvbench.report.load import load_results
 from tests.report.figures.figure_data import draw, plots_of, svg_of, texts
 from tests.report.synthetic import body, write_cell, write_sweep
@@ -141,7 +141,7 @@ def test_failed_and_noisy_cells_are_marked(tmp_path: Path) -> None:
     write_cell(tmp_path, body(policy="elastic", status="noisy"))
     _, quality = draw(tmp_path, "quality")
     assert "oom" in texts(quality)
-    assert any(line.get_label() == "failed: h2o, 20 % of seen" for line in quality.axes[0].lines)
+    assert any(line.get_label() == "failed: h2o, 20 % tokens kept" for line in quality.axes[0].lines)
     for name in ("latency", "pareto"):
         _, figure = draw(tmp_path, name)
         assert any("noisy" in text for text in texts(figure)), name
@@ -194,11 +194,11 @@ def test_a_policy_looks_the_same_in_a_figure_of_some_policies(sweep_folder: Path
     "name", [IN_A_SWEEP[0], *(pytest.param(one, marks=pytest.mark.long) for one in IN_A_SWEEP[1:])]
 )
 def test_only_colours_of_the_theme_are_used(sweep_folder: Path, name: str) -> None:
-    """So that a page can swap every one of them."""
+    """Colours that mean something are chosen in one place."""
     for svg in (svg_of(sweep_folder, name) or "",):
         used = {svg[i : i + 7] for i in range(len(svg)) if svg[i] == "#" and svg[i + 1 : i + 7].isalnum()}
         used = {colour for colour in used if len(colour) == 7 and set(colour[1:]) <= set("0123456789abcdef")}
-        assert used <= set(THEME_COLOURS)
+        assert used <= set(COLOUR_NAMES)
         assert LIGHT.ink in used
 
 

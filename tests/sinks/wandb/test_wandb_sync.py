@@ -85,13 +85,13 @@ def test_a_cell_is_one_run_with_nested_settings_that_can_be_grouped_by(offline: 
     assert (config["policy"]["name"], config["model"]["name"], config["dataset"]["name"]) == (
         *("h2o", "tiny-llava", "scenes"),
     )
-    assert config["budget"] == {"name": "20 % of seen", "fraction": 0.2, "tokens": None}
+    assert config["budget"] == {"name": "20 % tokens kept", "fraction": 0.2, "tokens": None}
     assert (config["key"], config["sweep"], config["positions"]) == (BODIES[1]["key"], "first", "original")
     assert len(list((offline / "wandb").glob("offline-run-*"))) == 5, "four cells, and a summary of the one sweep"
 
 
 def test_the_summary_says_how_each_cell_compares_to_the_full_cache(summary: dict[str, Any]) -> None:
-    numbers, start = summary["summary"], "to_full/h2o@20 % of seen/"
+    numbers, start = summary["summary"], "to_full/h2o@20 % tokens kept/"
     assert numbers[f"{start}quality/rougeL_vs_full_verdict"] == "worse"
     low, value, high = (numbers[f"{start}quality/ppl{end}"] for end in ("_low", "", "_high"))
     assert 0 < low < value < high
