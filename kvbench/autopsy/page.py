@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from kvbench.autopsy.read import Autopsy, Sample, chance_overlap, kept, load_autopsy, overlap, percent, sentence
 from kvbench.errors import RecordError
+from kvbench.report.compare import declared_budget
 from kvbench.report.load import CellResult, Group, Results, natural_key
 from kvbench.report.markup import Head, TableCell, TableView, render, row_head, safe_json, text_cell
 from kvbench.results.files import Array
@@ -62,7 +63,14 @@ def group_data(group: Group, pairs: Pairs, room_bytes: int) -> tuple[dict[str, A
     # The budgets at which there is something to see, smallest first; "" is the full cache's.
     seen = [cell for (cell, _), shown in zip(pairs, cells, strict=True) if shown["budget"] and shown["views"]]
     budgets = list(dict.fromkeys(cell.budget for cell in sorted(seen, key=lambda cell: cell.budget_order))) or [""]
-    data = {"title": group.title, "budgets": budgets, "ids": list(items), "items": items, "cells": cells}
+    data = {
+        "title": group.title,
+        "asked": declared_budget(group) or "",
+        "budgets": budgets,
+        "ids": list(items),
+        "items": items,
+        "cells": cells,
+    }
     return data, spent
 
 

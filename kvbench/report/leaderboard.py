@@ -157,9 +157,8 @@ def headline(judged: Judged, budget: str) -> list[str]:
     elif unusable:
         lead = "no policy is usable; the best value is that of"
     if rivals:
-        many = f"{len(rivals)} others" if len(rivals) > 2 else " and ".join(rivals)
-        sure = f"not shown to be better than {many}"
-        sure += f" (but than {len(standing.beaten)} more)" if standing.beaten else ""
+        sure = f"not shown to be better than {f'{len(rivals)} others' if len(rivals) > 2 else ' and '.join(rivals)}"
+        sure += f", but better than {len(standing.beaten)} more" if standing.beaten else ""
     elif standing.beaten:
         several = len(standing.beaten) > 1
         who = f"each of the {len(standing.beaten)} others" if several else f"`{group.series_label(standing.beaten[0])}`"

@@ -378,7 +378,7 @@ def is_collapsed(name: str, score: float, full: float) -> bool:
     return score - full > _LOST_NATS
 
 
-MOST_SIDE = 20  # policies of a matrix that a reader still finds a pair in
+MOST_SIDE = 33  # policies of a matrix that a reader still finds a pair in
 _MOST_REASONS = 3
 _LIKE = ("positions", "variant")
 _TOLD = ("better", "worse", "equivalent", "undecided")

@@ -144,6 +144,10 @@ const draw = () => {
     ...answer.scores.map(([name, value, other, difference, verdict]) =>
       row("td", [group().labels[name]], [value], [other || "-"],
         [difference + (verdict ? ` (${verdict})` : ""), verdict === "worse" ? "failed" : ""])));
+  at("sb-why").replaceChildren();
+  const first = at("sb-text").querySelector("mark"), moment = answer.token;
+  const reason = first && moment !== undefined && Autopsy.why(group().title, answer.id, cell.policy, cell.budget, moment);
+  if (reason) explain(first, reason, cell, answer);
   const pictured = pictures.find(other => other.title === group().title);
   const found = pictured && pictured.items[answer.id.replace(/, turn \d+$/, "")];
   const box = at("sb-picture"), source = found && found.picture ? found.picture.source : item.picture;
@@ -154,6 +158,27 @@ const draw = () => {
   image.src = source;
   image.alt = `Picture of ${answer.id}`;
   box.append(image);
+};
+// A click on the first different word says what the policy had let go that the full cache looks at.
+const explain = (first, reason, cell, answer) => {
+  const ask = tag("button", "sb-pick", "Why?");
+  ask.type = "button";
+  const act = () => {
+    const more = tag("button", "sb-pick", "Show it");
+    more.type = "button";
+    more.addEventListener("click", () => Autopsy.show(group().title, answer.id, cell.budget, answer.token, reason.place));
+    at("sb-why").replaceChildren(reason.says, " ", more);
+    const box = at("sb-picture");
+    if (!reason.patch || box.hidden) return;
+    const { row, column, rows, columns } = reason.patch, spot = tag("span", "sb-spot");
+    spot.style.cssText = `left: ${100 * column / columns}%; top: ${100 * row / rows}%; width: ${100 / columns}%; height: ${100 / rows}%`;
+    box.querySelectorAll(".sb-spot").forEach(one => one.remove());
+    box.append(spot);
+  };
+  ask.addEventListener("click", act);
+  first.addEventListener("click", act);
+  first.classList.add("sb-first");
+  at("sb-differs").append(" ", ask);
 };
 const remember = () => {
   const one = listed[pick.sample.value];
