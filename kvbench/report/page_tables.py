@@ -190,11 +190,13 @@ def _cost_cells(row: CellRow) -> Iterator[TableCell]:
 
 
 def _verdict(one: Comparison | None, word: str) -> TableCell:
-    """Return a cell with mark and word, and below it what is missing or why."""
+    """Return a cell with mark and word, and below it the difference, and what is missing or why."""
     if not word:
         return TableCell("no quality", kind="missing")
     kind = f"name verdict v-{word.replace(' ', '-')}" if word in _MARKS else "name failed"
-    return TableCell(word, verdict_remark(one) if one else "", sort=word, kind=kind, mark=_MARKS.get(word, _FAILED))
+    numbers = f"{difference_value(one)} {difference_interval(one)}".strip() if one else ""
+    below = "\n".join(filter(None, (numbers, verdict_remark(one)))) if one else ""
+    return TableCell(word, below, sort=word, kind=kind, mark=_MARKS.get(word, _FAILED))
 
 
 def _difference(one: Comparison) -> TableCell:

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from kvbench.measures import MISSING, measure, printed_scale
-from kvbench.report.compare import timing_noise
+from kvbench.report.compare import declared_budget, leading_quality, timing_noise
 from kvbench.report.figures.style import Look, Mark, Palette, listed, new_figure, shortened, style_of
 from kvbench.report.load import CellResult, Group
 from kvbench.report.tables import samples_text
@@ -178,10 +178,33 @@ def keys_above(
     figure.legend(handles=list(keys), loc="outside upper left", ncols=columns[look.width], **style)
 
 
+_MOST_NARROW_ROWS = 20
+
+
+def narrowed(group: Group, look: Look) -> Group:
+    """Return the group, for a single column the full cache and the headline's budget alone, the best of very many."""
+    if look.width != "single":
+        return group
+    budget, name = declared_budget(group), leading_quality(group)
+    kept = [cell for cell in group.cells if cell.is_full or cell.budget == budget]
+    if name is not None and len(kept) > _MOST_NARROW_ROWS:
+        sign = -1.0 if measure(name).better == "higher" else 1.0
+        values = {cell.key: sign * found.value if (found := cell.estimate(name)) else math.inf for cell in kept}
+        best = {cell.key for cell in sorted(kept, key=lambda cell: values[cell.key])[:_MOST_NARROW_ROWS]}
+        kept = [cell for cell in kept if cell.key in best or cell.is_full]
+    return replace(group, cells=tuple(kept)) if kept else group
+
+
+def row_inches(group: Group, look: Look) -> float:
+    """Return the height of a panel with a row per cell."""
+    least, by_row = (0.85, 0.024) if look.width == "single" else (1.1, 0.03)
+    return least + by_row * look.font_points * max(len(group.cells), 2)
+
+
 def row_figure(group: Group, look: Look, num_panels: int) -> tuple[Figure, list[Axes]]:
     """Return panels side by side that share the rows of `group`; below each other in a single column."""
     columns = {"page": num_panels, "double": min(num_panels, 3), "single": 1}[look.width]
-    height = 1.1 + 0.03 * look.font_points * max(len(group.cells), 2)
+    height = row_inches(group, look)
     figure, panels = new_figure(look, num_panels, height, columns=columns)
     called = series_names(group)
     names = [called[group.series_label(cell)] for cell in group.cells]
@@ -214,7 +237,7 @@ def interval_dots(
     axes: Axes, group: Group, name: str, factor: float, marks: Mapping[str, Mark], look: Look, *, shift: float = 0.0,
     tick: bool = False,
 ) -> None:  # fmt: skip
-    """Draw a measure of every cell as its mark, or an upright tick, with its interval; noisy times pale and named."""
+    """Draw a measure of every cell as its mark, or an upright tick, with its interval; noisy times are pale."""
     for row, cell in enumerate(group.cells):
         found = cell.estimate(name)
         if found is None:
@@ -229,8 +252,3 @@ def interval_dots(
         if tick:
             style |= {"marker": "|", "markersize": 7.0, "markeredgewidth": 1.4}
         axes.plot([value], [row + shift], linestyle="none", zorder=4, alpha=pale, label=title, **style)
-        if noisy and not tick:
-            axes.annotate(
-                "noisy", (value, row), xytext=(0, 5), textcoords="offset points", ha="center",
-                fontsize=look.small_points - 1, style="italic", zorder=6,
-            )  # fmt: skip

@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
 from kvbench.measures import measure, printed_scale
+from kvbench.report.compare import timing_noise
 from kvbench.report.figures.axes import (
     artist_name,
     axis_scale,
@@ -23,12 +24,14 @@ from kvbench.report.figures.axes import (
     keys_above,
     marks_of,
     measured,
+    narrowed,
     panel_title,
     row_figure,
+    row_inches,
     status_text,
 )
 from kvbench.report.figures.labels import DirectLabels, Named, labelled
-from kvbench.report.figures.style import Look, Mark, legend_above, new_figure, style_of
+from kvbench.report.figures.style import Look, Mark, fitting, legend_above, new_figure, style_of
 from kvbench.report.load import CellResult, Estimate, Group
 
 _Marks = Mapping[str, Mark]
@@ -43,9 +46,13 @@ _LATENCY_AXES = {
 
 def latency_figure(group: Group, look: Look) -> Figure | None:
     """Draw a panel per part of the latency that any cell has; rows are cells."""
-    shown = measured(group.cells, *_LATENCIES)
-    if not shown:
+    group = narrowed(group, look)
+    names = measured(group.cells, *_LATENCIES)
+    if not names:
         return None
+    if look.width == "single":  # the step first: it is what most of an answer's time is
+        names.sort(key=lambda name: not name.startswith("tpot"))
+    shown = fitting(look, names, row_inches(group, look))
     figure, panels = row_figure(group, look, len(shown))
     marks = marks_of(group, look.palette)
     for axes, name in zip(panels, shown, strict=True):
@@ -63,7 +70,9 @@ def latency_figure(group: Group, look: Look) -> Figure | None:
         keys.append(Patch(color=theme.muted, alpha=0.35, label="bar: the policy's own time"))
     if measured(group.cells, "roof_ms"):
         keys.append(_tick_key("memory roof", theme.ink, markersize=9, markeredgewidth=1.8))
-    keys_above(figure, keys, look, {"page": 4, "double": 2, "single": 1}, handlelength=1.4)
+    if any(timing_noise(cell, name) for cell in group.cells for name in shown):
+        keys.append(Line2D([], [], linestyle="none", marker="o", color=theme.muted, alpha=0.35, label="pale: noisy"))
+    keys_above(figure, keys, look, {"page": 5, "double": 3, "single": 2}, handlelength=1.4)
     return figure
 
 
@@ -98,29 +107,30 @@ def _tick_key(label: str, colour: str, **style: Any) -> Line2D:
 
 
 _PARTS = (
-    ("peak_load_bytes", "weights", "grey", ""),
-    ("plain_activation_bytes", "activations and vision", "sky", "////"),
-    ("kv_stored_bytes", "KV stored", "blue", ""),
-)
-_REST = ("rest", "statistics and all else", "orange", "\\\\\\\\")
+    ("peak_load_bytes", "weights", "grid", ""),
+    ("plain_activation_bytes", "activations and vision", "grid", "////"),
+    ("kv_stored_bytes", "KV stored", "ink", ""),
+)  # greys, since every colour is a policy's
+_REST = ("rest", "statistics and all else", "muted", "\\\\\\\\")
 _PHASES = (
-    ("peak_vision_bytes", "vision", "^", "sky"),
-    ("peak_prefill_bytes", "prefill", "D", "green"),
-    ("peak_settle_bytes", "compression", "s", "purple"),
-    ("peak_decode_bytes", "decode", "o", "vermilion"),
+    ("peak_vision_bytes", "vision", "$V$", "muted"),
+    ("peak_prefill_bytes", "prefill", "$P$", "ink"),
+    ("peak_settle_bytes", "compression", "$C$", "muted"),
+    ("peak_decode_bytes", "decode", "$D$", "ink"),
 )
 _KV = ("kv_stored_bytes", "kv_valid_bytes", "kv_theoretical_bytes")
 
 
 def memory_figure(group: Group, look: Look) -> Figure | None:
     """Draw the panels whose numbers any cell has."""
+    group = narrowed(group, look)
     has_load = bool(measured(group.cells, "peak_load_bytes"))
     wanted: tuple[tuple[object, Callable[[Axes, Group, _Marks, Look], None]], ...] = (
         (has_load and measured(group.cells, "peak_memory_bytes"), _peak_parts),
         (has_load and measured(group.cells, *(name for name, *_ in _PHASES)), _phases),
         (measured(group.cells, *_KV), _kv),
     )
-    shown = [draw for names, draw in wanted if names]
+    shown = list(fitting(look, [draw for names, draw in wanted if names], row_inches(group, look)))
     if not shown:
         return None
     figure, panels = row_figure(group, look, len(shown))
@@ -136,11 +146,12 @@ def memory_figure(group: Group, look: Look) -> Figure | None:
                  for _, label, colour, hatch in (*_PARTS, _REST)]  # fmt: skip
         keys.append(_tick_key("measured peak", theme.ink, markersize=10, markeredgewidth=1.8))
     if _phases in shown:
-        keys += [Line2D([], [], color=getattr(theme, colour), marker=marker, linestyle="none", label=f"peak, {label}")
+        keys += [Line2D([], [], color=getattr(theme, colour), marker=marker, linestyle="none", label=f"peak, {label}",
+                        markeredgewidth=0.1)
                  for _, label, marker, colour in _PHASES]  # fmt: skip
     if _kv in shown:
         keys.append(_tick_key("right: KV stored (bar), in theory (tick)", theme.ink))
-    keys_above(figure, keys, look, {"page": 5, "double": 3, "single": 1}, handlelength=1.6, columnspacing=1.4)
+    keys_above(figure, keys, look, {"page": 5, "double": 3, "single": 2}, handlelength=1.6, columnspacing=1.4)
     return figure
 
 
@@ -185,7 +196,7 @@ def _phases(axes: Axes, group: Group, marks: _Marks, look: Look) -> None:
             continue
         axes.hlines([row], [0], [max(peaks.values())], color=look.theme.grid, linewidth=2.0, zorder=1.5)
         for (name, _, marker, colour), value in peaks.items():
-            axes.plot([value], [row], linestyle="none", marker=marker, markersize=5.5,
+            axes.plot([value], [row], linestyle="none", marker=marker, markersize=6.5, markeredgewidth=0.1,
                       color=getattr(look.theme, colour), zorder=3, label=artist_name(name, label))  # fmt: skip
     axes.set_title("Peak of each phase")
     axes.set_xlabel(f"{unit} above the weights, lower is better")
@@ -240,7 +251,9 @@ def _rates(cell: CellResult) -> list[tuple[float, Estimate]]:
 
 
 def _capacity(group: Group, look: Look, lines: _Lines, legend: bool, largest: bool) -> DirectLabels:
-    figure, panels = new_figure(look, bool(lines) + largest, 3.4 if look.width == "page" else 2.6, columns=2)
+    figure, panels = new_figure(
+        look, bool(lines) + largest, {"page": 3.4, "double": 2.6, "single": 1.9}[look.width], columns=2
+    )
     labels = DirectLabels(figure=figure, look=look)
     marks = marks_of(group, look.palette)
     if lines:

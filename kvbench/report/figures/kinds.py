@@ -31,7 +31,7 @@ _KINDS = (
         summary="each quality measure over the budget, a line with its 95 % band per policy, full as reference",
         caption="Quality against budget. Bands are 95 % intervals over samples; the dashed line is the full cache with "
         "its own. Ticks are budget settings, points stand at the budget really kept where that is near its setting. "
-        "Crosses are failed cells.",
+        "Daggers are failed cells.",
         needs="a quality measure and a cell with a budget", takes_measures=True,
     ),
     FigureKind(

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, ScalarFormatter
 
 from kvbench.measures import TASK_MEASURES, measure
+from kvbench.report.compare import declared_budget
 from kvbench.report.figures.axes import (
     BudgetAxis,
     Scale,
@@ -28,7 +29,16 @@ from kvbench.report.figures.axes import (
     series_names,
 )
 from kvbench.report.figures.labels import DirectLabels, Named, labelled
-from kvbench.report.figures.style import Look, Mark, legend_above, new_figure, style_of
+from kvbench.report.figures.style import (
+    FAILED,
+    MOST_HEIGHT_INCHES,
+    Look,
+    Mark,
+    fitting,
+    legend_above,
+    new_figure,
+    style_of,
+)
 from kvbench.report.findings import QUALITIES, budgets_of
 from kvbench.report.load import CellResult, Group, mean_scores
 
@@ -41,7 +51,7 @@ _MOST_SAMPLES = 48
 
 
 def quality_figure(group: Group, look: Look) -> Figure | None:
-    """Draw a panel per measure; failed cells stand as crosses at the bottom with their status."""
+    """Draw a panel per measure; failed cells stand as daggers at the bottom with their status."""
     names = measured(group.cells, *(look.measures or _QUALITY_PANELS))
     if not names or not group.budgeted:
         return None
@@ -49,7 +59,9 @@ def quality_figure(group: Group, look: Look) -> Figure | None:
 
 
 def _build(group: Group, look: Look, names: list[str], legend: bool) -> DirectLabels:
-    figure, panels = new_figure(look, len(names), 3.1 if look.width == "page" else 2.4, columns=3)
+    height = 3.1 if look.width == "page" else 2.4
+    names = list(fitting(look, names, height))
+    figure, panels = new_figure(look, len(names), height, columns=3)
     labels = DirectLabels(figure=figure, look=look)
     marks = marks_of(group, look.palette)
     axis = budget_axis(group.budgeted)
@@ -129,7 +141,7 @@ def _scale_y(axes: Axes, group: Group, name: str, scale: Scale) -> None:
 
 
 def _failed(axes: Axes, group: Group, marks: Mapping[str, Mark], axis: BudgetAxis, look: Look) -> None:
-    """Stack crosses of failed cells from the bottom edge, and write upright above them what happened."""
+    """Stack daggers of failed cells from the bottom edge, and write upright above them what happened."""
     at = axes.get_xaxis_transform()
     stacks: dict[float, list[CellResult]] = {}
     for cell in (cell for cell in group.cells if cell.failed):
@@ -141,7 +153,7 @@ def _failed(axes: Axes, group: Group, marks: Mapping[str, Mark], axis: BudgetAxi
     for place, cells in stacks.items():
         for step, cell in enumerate(cells):
             axes.plot([place], [0.04 + 0.06 * step], transform=at, color=marks[group.series_label(cell)].colour,
-                      marker="x", markersize=6, markeredgewidth=2, zorder=6,
+                      marker=FAILED, markersize=7, markeredgewidth=0.3, zorder=6, clip_on=False,
                       label=artist_name("failed", group.cell_label(cell)))  # fmt: skip
         said = ", ".join(dict.fromkeys(cell.status for cell in cells))
         axes.text(place, 0.02 + 0.06 * len(cells), said, transform=at, ha="center", va="bottom", rotation=90,
@@ -177,9 +189,12 @@ def differences_figure(group: Group, look: Look) -> Figure | None:
     name, by_cell = found
     kept = {budget: [cell for cell in cells if cell.key in by_cell] for budget, cells in budgets_of(group).items()}
     budgets = {budget: cells for budget, cells in kept.items() if cells}
+    if look.width == "single" and budgets:  # the budget of the headline alone fits a column
+        asked = declared_budget(group) or ""
+        budgets = {asked: budgets[asked]} if asked in budgets else dict([next(iter(budgets.items()))])
     columns = 1 if look.width == "single" else 2
     rows = len(budgets) * (2 // columns)
-    height = (2.1 if look.width == "page" else 1.8) * rows + 0.6
+    height = (2.1 if look.width == "page" else 1.8 if columns > 1 else 1.5) * rows + 0.6
     figure = Figure(figsize=(look.width_inches, height), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, width_ratios=[3.2, 1][:columns])
     pairs = list(zip(grid.flat[::2], grid.flat[1::2], strict=True))
@@ -250,7 +265,9 @@ def entries_figure(group: Group, look: Look) -> Figure | None:
 
 def _entries(group: Group, look: Look, series: Mapping[str, list[CellResult]]) -> DirectLabels:
     columns = 4 if look.width == "page" else 3
-    figure, panels = new_figure(look, len(series), 2.5, columns=columns, sharex=True, sharey=True)
+    height = 1.3 if look.width == "single" else 2.5
+    series = dict(list(series.items())[: 2 * int(MOST_HEIGHT_INCHES / height)]) if look.width == "single" else series
+    figure, panels = new_figure(look, len(series), height, columns=columns, narrow=2, sharex=True, sharey=True)
     labels = DirectLabels(figure=figure, look=look)
     marks, called = marks_of(group, look.palette), series_names(group)
     fulls = [cell for cell in group.cells if cell.is_full and _entries_curve(cell)]
@@ -260,8 +277,8 @@ def _entries(group: Group, look: Look, series: Mapping[str, list[CellResult]]) -
         axes.set_title(called[label])
         axes.tick_params(labelbottom=True)
         axes.set_xlabel("tokens seen")
-        if place % columns == 0 or look.width == "single":
-            axes.set_ylabel("entries per layer and KV head")
+        if place % (2 if look.width == "single" else columns) == 0:
+            axes.set_ylabel("entries" if look.width == "single" else "entries per layer and KV head")
         axes.set_ylim(bottom=0)
     footnote(figure, group, look)
     return labels

@@ -110,5 +110,15 @@ let unfolded = [];
 addEventListener("beforeprint", () => {
   unfolded = [...document.querySelectorAll("main details:not([open])")].filter(one => one.textContent.length < 60000);
   for (const one of unfolded) one.open = true;
+  for (const table of document.querySelectorAll("main table")) {  // a head is repeated on every sheet, a caption is not
+    if (!table.tHead || !table.caption || table.tHead.querySelector(".printed-name")) continue;
+    const name = tag("th", "name", table.caption.textContent), row = tag("tr", "printed-name", name);
+    name.colSpan = 99;
+    table.tHead.prepend(row);
+  }
 });
-addEventListener("afterprint", () => { for (const one of unfolded) one.open = false; unfolded = []; });
+addEventListener("afterprint", () => {
+  for (const one of unfolded) one.open = false;
+  for (const row of document.querySelectorAll(".printed-name")) row.remove();
+  unfolded = [];
+});

@@ -4,17 +4,19 @@ import itertools
 import os
 import subprocess
 import sys
+import warnings
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from matplotlib.colors import to_hex
 
 from kvbench.report.figures.draw import DRAW, draw_plots
 from kvbench.report.figures.kinds import FIGURES, FORMATS, WIDTHS
 from kvbench.report.figures.labels import Box
-from kvbench.report.figures.style import COLOUR_NAMES, LIGHT
+from kvbench.report.figures.style import BUNDLED, COLOUR_NAMES, FAILED, LIGHT, OTHERS
 from kvbench.report.load import load_results
-from tests.report.figures.figure_data import draw, plots_of, svg_of, texts
+from tests.report.figures.figure_data import draw, drawn_once, plots_of, svg_of, texts
 from tests.report.synthetic import body, write_cell, write_sweep
 
 REPO = Path(__file__).parents[3]
@@ -144,7 +146,8 @@ def test_failed_and_noisy_cells_are_marked(tmp_path: Path) -> None:
     assert any(line.get_label() == "failed: h2o, 20 % tokens kept" for line in quality.axes[0].lines)
     for name in ("latency", "pareto"):
         _, figure = draw(tmp_path, name)
-        assert any("noisy" in text for text in texts(figure)), name
+        keys = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+        assert sum("noisy" in text for text in [*texts(figure), *keys]) == 1, f"{name} says it once"
     assert "oom" in texts(draw(tmp_path, "latency")[1])
     assert "oom" in texts(draw(tmp_path, "memory")[1])
 
@@ -158,6 +161,41 @@ def test_a_noisy_cell_is_never_on_the_front_over_time(tmp_path: Path) -> None:
     by_bytes, by_time = ([len(line.get_xdata()) for line in axes.lines if line.get_label() == "front"]
                          for axes in figure.axes)  # fmt: skip
     assert (by_bytes, by_time) == ([2], [1])
+
+
+@pytest.mark.parametrize("name", IN_A_SWEEP)
+def test_a_figure_for_a_column_is_at_most_four_inches_high(sweep_folder: Path, name: str) -> None:
+    _, figure = draw(sweep_folder, name, width="single")
+    width, height = figure.get_size_inches()
+    assert (width, height <= 4.0) == (3.4, True)
+
+
+@pytest.mark.long
+def test_many_policies_with_long_names_leave_room_for_the_panels(tmp_path: Path) -> None:
+    for index in range(24):
+        write_cell(tmp_path, body(policy=f"a_policy_with_a_name_as_long_as_those_of_variants_{index:02}"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, figure = draw(tmp_path, "quality")
+    assert all(axes.get_window_extent().height > 100 for axes in figure.axes if axes.get_visible())
+
+
+def test_what_failed_has_a_mark_that_no_policy_has(tmp_path: Path) -> None:
+    markers = {shape.marker for shape in (*BUNDLED.values(), *OTHERS)}
+    assert FAILED not in markers
+    write_cell(tmp_path, body(policy="full", budget=None))
+    write_cell(tmp_path, body(policy="h2o", status="oom"))
+    _, figure = draw(tmp_path, "quality")
+    failed = [line for line in figure.axes[0].lines if str(line.get_label()).startswith("failed")]
+    assert {line.get_marker() for line in failed} == {FAILED}
+
+
+def test_the_parts_of_memory_have_no_colour_of_a_policy(sweep_folder: Path) -> None:
+    _, figure = drawn_once(sweep_folder, "memory")
+    colours = {getattr(LIGHT, shape.colour) for shape in (*BUNDLED.values(), *OTHERS) if shape.colour != "ink"}
+    bars = [patch for patch in figure.axes[0].patches if patch.get_width() > 0]
+    assert bars
+    assert not {to_hex(patch.get_facecolor()) for patch in bars} & colours
 
 
 @pytest.mark.cover("one")

@@ -112,6 +112,13 @@ def test_the_summary_run_shows_every_cell_and_verdict_and_the_best_policy(
     verdicts = shown_table(offline, summary, "verdicts")
     pairs = {(row["policy"], row["against"]) for row in verdicts}
     assert pairs == {("h2o", "full"), ("random", "full"), ("h2o", "random")}
+    board = shown_table(offline, summary, "leaderboard")
+    assert [(row["rank"], row["policy"], row["against the next"]) for row in board] == [
+        *((None, "full", "reference"), (1, "h2o", "better"), (2, "random", "")),
+    ]
+    failing = shown_table(offline, summary, "failing")
+    assert {row["policy"] for row in failing} <= {"h2o", "random"}
+    assert failing[0]["answer"] != failing[0]["full cache"]
     best = {row["measure"]: row for row in shown_table(offline, summary, "best")}
     assert (best["PPL"]["policy"], best["PPL"]["next policy"]) == ("h2o", "random")
     assert best["PPL"]["verdict against it"] == "better"
