@@ -126,7 +126,10 @@ def test_the_text_has_the_verdicts_and_the_panels_only_keys_that_runs_have(recor
     verdicts, matrix = table.split("### Policy against policy: ")
     assert "| budget | policy | against h2o | against random |" in matrix
     assert "| 20 % tokens kept | random | worse: -" in matrix
-    assert "against" not in verdicts
+    assert "against h2o" not in verdicts
+    assert "**Leaderboard at 20 % tokens kept by objects recalled**" in verdicts
+    assert re.search(r"\n\| 1 \| h2o \| .* \| better: \+", verdicts)
+    assert re.search(r"\n\| 2 \| random \| ", verdicts)
     assert "**Perplexity**: exp of" in definitions
     assert blocks[1]["type"] == "table-of-contents"
     known = set[str]()
