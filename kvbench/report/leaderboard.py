@@ -208,17 +208,27 @@ def _texts(place: Place, name: str) -> dict[str, Any]:
         "interval": format_interval(name, own.value, own.low, own.high) if own else "",
         "n": "" if own is None or own.n is None else f"n = {own.n}",
         "share": share or MISSING,
-        "stored": format_value(STORED, place.stored.value) if place.stored else MISSING,
-        "stored_share": "" if place.stored_share is None else f"{place.stored_share:.2f}x",
-        "step": format_value(STEP, place.step.value) if place.step else MISSING,
-        "step_ratio": format_value(STEP_RATIO, place.step_ratio.value) if place.step_ratio else "",
-        "noise": place.noise,
+        **_costs(place),
         "word": place.word,
         "numbers": [] if one is None else [difference_value(one), difference_interval(one)],
         "unit": unit,
         "remark": "" if one is None else "; ".join(filter(None, (p_text(one.p_holm), verdict_remark(one)))),
         "lost": "" if place.num_collapsed is None else f"{place.num_collapsed} of {place.num_samples}",
     }
+
+
+COST_TEXTS = ("stored", "stored_share", "step", "step_ratio", "noise")
+
+
+def _costs(place: Place) -> dict[str, str]:
+    texts = (
+        format_value(STORED, place.stored.value) if place.stored else MISSING,
+        "" if place.stored_share is None else f"{place.stored_share:.2f}x",
+        format_value(STEP, place.step.value) if place.step else MISSING,
+        format_value(STEP_RATIO, place.step_ratio.value) if place.step_ratio else "",
+        place.noise,
+    )
+    return dict(zip(COST_TEXTS, texts, strict=True))
 
 
 def _is_share(name: str) -> bool:

@@ -127,7 +127,7 @@ def _match(one: Match | None) -> TableCell:
         return TableCell("-", kind="name missing", title="the same policy")
     word, found = one.word, one.comparison
     kind = f"name verdict v-{word.replace(' ', '-')}"
-    title = "; ".join(filter(None, (one.reason, f"{found.method}, n = {found.num_samples}" if found else "")))
+    title = one.reason or (f"n = {found.num_samples}" if found else "")
     below = "\n".join(number.replace(" ", "\u00a0") for number in one.numbers)  # breaks between numbers alone
     return TableCell(word, below, kind=kind, title=title, mark=_MARKS.get(word, _FAILED))
 

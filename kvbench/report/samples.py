@@ -230,7 +230,7 @@ def _value(name: str, value: float) -> str:
 
 
 _MOST_SAMPLES = 4000
-_MOST_BYTES = 1_200_000  # of answers, so that a page of a hundred cells stays under three million
+_MOST_BYTES = 1_000_000  # of answers, so that a page of a hundred cells stays under three million
 _LEFT_OUT = re.compile(r"(turn\d+_)?rouge[12]_")  # which say what ROUGE-L says; all scores are in samples.csv
 
 

@@ -7,7 +7,7 @@ colours, markers and lines.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from kvbench.measures import TASK_MEASURES, format_value, measure
 from kvbench.report.compare import Ability, timing_noise
 from kvbench.report.figures.axes import axis_scale, marks_of
 from kvbench.report.figures.style import COLOUR_NAMES, Mark, Palette
-from kvbench.report.leaderboard import board_measures, board_rows
+from kvbench.report.leaderboard import COST_TEXTS, board_measures, board_rows
 from kvbench.report.load import CellResult, Estimate, Group, mean_scores, natural_key
 from kvbench.report.markup import budget_size
 from kvbench.report.standing import Judged, asked_budget
@@ -49,6 +49,9 @@ def group_data(judged: Judged, palette: Palette) -> dict[str, Any]:
         if any(cell.estimate(name) for cell in group.cells)
     ]
     ability = Ability(group)
+    boards = {budget: {name: board_rows(judged, budget, name) for name in ranked} for budget in group.by_budget}
+    every = [row for board in boards.values() for rows in list(board.values())[:1] for row in rows]
+    costs = {row["cell"]: {part: row[part] for part in COST_TEXTS if row[part]} for row in every}
     return {
         "title": group.title,
         "asked": asked_budget(judged) or "",
@@ -59,9 +62,17 @@ def group_data(judged: Judged, palette: Palette) -> dict[str, Any]:
         "costs": [name for name in COSTS if name in names],
         "measures": {name: _measure(name, group, reason=ability.reason(name)) for name in names},
         "cells": [_cell(group, cell, series, names) for cell in group.cells],
-        "boards": {budget: {name: board_rows(judged, budget, name) for name in ranked} for budget in group.by_budget},
+        "boards": {
+            budget: {name: list(map(_lean, rows)) for name, rows in board.items()} for budget, board in boards.items()
+        },
+        "costs_of": costs,
         "lost": _lost(judged),
     }
+
+
+def _lean(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a leaderboard's row without what is empty, and what is the cell's own and stands once."""
+    return {part: found for part, found in row.items() if found not in ("", []) and part not in COST_TEXTS}
 
 
 def look_of(mark: Mark) -> dict[str, Any]:

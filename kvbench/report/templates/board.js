@@ -108,7 +108,9 @@ const lost = () => {
       [{ x: index + 1, y: value / factor, cell, sample: order[index], place: index, says: `${order[index]} under ${labelOf(cell)}: ${plus(value / factor)} against full` }])) })) };
 };
 const plus = value => `${value > 0 ? "+" : ""}${Number(value.toPrecision(3))}`.replace("-", "\u2212");
-const boardRows = () => ((group().boards[budget()] || {})[measureName()] || []).filter(row => isOn(group().cells[row.cell]));
+const placesOf = name => ((group().boards[budget()] || {})[name] || []).map(row => ({ rank: "", numbers: [], word: "", share: "-", interval: "", lost: "", n: "",
+  remark: "", value: "-", stored: "-", stored_share: "", step: "-", step_ratio: "", noise: "", ...group().costs_of[row.cell], ...row }));
+const boardRows = () => placesOf(measureName()).filter(row => isOn(group().cells[row.cell]));
 const costs = () => {
   const name = pick.cost.value, rows = name ? boardRows().map(row => group().cells[row.cell]).filter(cell => cell.numbers[name]) : [];
   if (rows.length < 2) return null;
@@ -185,7 +187,7 @@ const barOf = (row, look, rule) => {
 const cell = (kind, ...parts) => tag("td", kind, ...parts);
 const small = words => words ? [tag("small", "", words.replaceAll("-", "\u2212").replaceAll(", ", ",\u00a0"))] : [];
 const drawBoard = box => {
-  const name = measureName(), rows = (group().boards[budget()] || {})[name] || [], off = hidden();
+  const name = measureName(), rows = placesOf(name), off = hidden();
   const reference = rows.find(row => row.word === "reference"), rule = reference && reference.at ? reference.at[1] : undefined;
   const table = box.querySelector("table"), more = State.get("places") === "all" || rows.length <= SHOWN_PLACES + 3;
   table.caption.textContent = `Leaderboard at ${budget()} by ${known(name).label}${known(name).better === "none" ? "" : `, ${known(name).better} is better`}`;

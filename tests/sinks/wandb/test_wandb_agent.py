@@ -47,7 +47,7 @@ def test_an_agent_s_command_lines_are_cells_of_ours() -> None:
     for line in lines:
         at = line.index("kvbench")
         assert [word for word in line[:at] if word not in ("${env}", "/usr/bin/env")] == []
-        (composed,) = compose_grid(line[at + 1 :])
+        (composed,) = compose_grid(line[at + 1 :], multirun=False, config_dir=None)
         cell = build_cell(composed)
         assert [cell.labels["policy"], str(cell.labels["budget_fraction"])] == [
             word.partition("=")[2] for word in line[at + 1 : at + 3]
