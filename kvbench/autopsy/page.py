@@ -7,6 +7,7 @@ samples share once, eviction as short texts per head), and what every policy kep
 from __future__ import annotations
 
 import base64
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -191,6 +192,18 @@ def _overlaps(group: Group, pairs: Pairs, budget: str) -> TableView:
     )
     heads = [Head("policy", kind="text"), *(Head(group.series_label(cell)) for cell, _ in pairs)]
     return TableView(caption=caption, heads=heads, rows=rows)
+
+
+def asked_of(results: Results) -> dict[str, dict[str, tuple[str, str]]]:
+    """Return, by a group's title and a sample's id, what was asked and the small picture; a damaged file has none."""
+    found: dict[str, dict[str, tuple[str, str]]] = {}
+    for group in results.groups:
+        for cell in (cell for cell in group.cells if cell.is_full):
+            with contextlib.suppress(RecordError):
+                autopsy = load_autopsy(cell)
+                for sample, glance in (autopsy.glances if autopsy else {}).items():
+                    found.setdefault(group.title, {})[sample] = (glance.question, glance.source)
+    return found
 
 
 _MOST_NAMES = 5

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from kvbench.autopsy.page import autopsy_section
+from kvbench.autopsy.page import asked_of, autopsy_section
 from kvbench.measures import MEASURES, measure
 from kvbench.report.answer import answer_html, failures_html
 from kvbench.report.compare import DECLARED, Choices, size_with_unit
@@ -145,7 +145,7 @@ def _contents(
         "frontier": frontier_html(results.frontiers, choices, results.groups) if judged else Markup(),
         "figures": figures if judged else Markup(),
         "failures": failures,
-        "samples": sample_browser(results, linked_samples(answers + failures), openings(judged)),
+        "samples": sample_browser(results, linked_samples(answers + failures), openings(judged), asked_of(results)),
         "autopsy": autopsy_section(results),
         "memory": _per_group(judged, lambda one: memory_html(one.group)),
         "latency": _per_group(judged, lambda one: latency_html(one.group)),

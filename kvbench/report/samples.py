@@ -238,10 +238,12 @@ def sample_browser(
     results: Results,
     linked: Mapping[tuple[str, str], Collection[str]] = NO_LINKS,
     openings: Mapping[str, tuple[str, str]] = MappingProxyType({}),
+    asked: Mapping[str, Mapping[str, tuple[str, str]]] = MappingProxyType({}),
 ) -> Markup:
     """Return filters and panes, and the data they show; `linked` samples are among them whatever else is.
 
-    openings: by the title of a group the policy and the budget whose answers are shown first.
+    openings: by the title of a group the policy and the budget whose answers are shown first. asked: by title and
+    sample what was asked, and its picture, where the record does not say it.
     """
     groups = [group for group in results.groups if any(cell.samples for cell in group.cells)]
     if not groups:
@@ -249,6 +251,11 @@ def sample_browser(
     most = max(2, _MOST_SAMPLES // max(1, sum(bool(cell.samples) for cell in results.records)))
     while True:
         data = [group_data(group, most, linked) | {"opening": openings.get(group.title)} for group in groups]
+        for group in data:
+            for name, item in group["items"].items():
+                question, picture = asked.get(group["title"], {}).get(name.removesuffix(FIRST_TURN), ("", ""))
+                shown = {"question": question, "picture": picture}
+                group["items"][name] = {part: found for part, found in shown.items() if found} | item
         text = safe_json(data)
         if len(text) <= _MOST_BYTES or most <= 2:
             break

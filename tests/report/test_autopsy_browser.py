@@ -90,7 +90,7 @@ def test_the_slider_and_the_layer_change_what_is_veiled(page: Page) -> None:
 
 
 def test_a_layer_that_a_policy_has_not_stored_is_called_so(page: Page) -> None:
-    said = "[...document.querySelectorAll('.ap-panel h4 small')].map(small => small.textContent)"
+    said = "[...document.querySelectorAll('.ap-panel h3 small')].map(small => small.textContent)"
     for layer, expected in (("1", ["", " (layer not stored)"]), ("2", ["", ""]), ("-1", ["", ""])):
         choose(page, "ap-layer", layer)
         assert page.run(said) == expected
@@ -123,7 +123,7 @@ def test_keys_read_single_patches_heads_and_words(page: Page) -> None:
     page.run("document.querySelector('.ap-panel:nth-child(2) .ap-heat').focus()")
     page.press("ArrowDown")
     said = page.run("document.getElementById('ap-readout').textContent")
-    assert said.startswith("Layer 1, head 1, entries held: h2o ")
+    assert said.startswith("Layer 1, head 1, attention held: h2o ")
     assert page.run("document.querySelectorAll('.ap-panel:nth-child(2) .ap-heat-square').length") == LAYERS * HEADS
     page.run("document.querySelector('.ap-panel:nth-child(2) .ap-words').focus()")
     page.run("document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight', bubbles: true}))")

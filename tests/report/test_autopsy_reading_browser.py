@@ -37,6 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def page(browser: Browser, folder: Path) -> Iterator[Page]:
     opened = browser.open(folder / "index.html", width=800, height=900)
+    set_to(opened, "ap-budget", "10 % tokens kept")
     yield opened
     assert opened.complaints() == []
 
@@ -74,6 +75,9 @@ def test_only_samples_that_were_looked_at_can_be_chosen(page: Page) -> None:
 
 def test_a_finger_reads_a_place_and_what_it_read_stays_when_it_is_lifted(browser: Browser, folder: Path) -> None:
     phone = browser.open(folder / "index.html", width=390, height=844, phone=True)
+    assert phone.run("document.getElementById('ap-budget').value") == "20 % tokens kept", "where the answer is"
+    assert phone.run("document.getElementById('ap-measure').value") == "attention_permille"
+    set_to(phone, "ap-budget", "10 % tokens kept")
     for selector, start in ((".ap-panel:nth-child(2) .ap-picture", "Patch row 3, column 3, held in"),
                             (".ap-panel:nth-child(3) .ap-heat", "Layer 2, head"),
                             (".ap-panel:nth-child(2) .ap-word", "elastic: ")):  # fmt: skip
@@ -92,8 +96,8 @@ def test_what_is_read_is_read_again_when_the_moment_changes(page: Page) -> None:
     first = page.run(SAID)
     set_to(page, "ap-step", STEPS, "input")
     second = page.run(SAID)
-    assert first.startswith("Layer 1, head 1, entries held: elastic ")
-    assert second.startswith("Layer 1, head 1, entries held: elastic ")
+    assert first.startswith("Layer 1, head 1, attention held: elastic ")
+    assert second.startswith("Layer 1, head 1, attention held: elastic ")
     assert second != first
     page.press("Escape")
     assert page.run(SAID) == ""
