@@ -231,7 +231,7 @@ def test_other_data_and_other_settings_are_no_evidence() -> None:
 
 
 def test_a_part_that_a_law_wants_unset_is_no_other_one() -> None:
-    """Records name a part only where it is set, and a law that cuts every layer must not be told by one that does not."""
+    """Records name a part only where it is set; a law that cuts every layer is not told by one that does not."""
 
     def norms(keep: str, nll: float, layers: list[int] | None = None) -> dict[str, Any]:
         policy = {"class": "kvbench:KeyNorm", "keep": keep, **({"skip_layers": layers} if layers else {})}
