@@ -29,6 +29,8 @@ from kvbench.errors import ConfigError, KvbenchError, did_you_mean, near_names
 from kvbench.results.redaction import redact
 
 if TYPE_CHECKING:
+    from hydra_plugins.kvbench_shards import Listing
+    from kvbench.cli.sweep import App
     from kvbench.config.compose import Composed
     from kvbench.sweep.sweep import Sweep
 
@@ -163,11 +165,14 @@ def _sweep(words: argparse.Namespace, overrides: list[str]) -> int:
     launcher, is_search = str(grid[0].choices["hydra/launcher"]), grid[0].is_search
     if launcher != SUPERVISED and not grid[0].multirun:
         raise ConfigError(f"hydra/launcher is {launcher!r}, which starts the jobs of a sweep; add -m, or leave it out")
-    app = App(is_search=is_search)
+    app, share = App(is_search=is_search), None
     if not is_search:
         app.take(grid)
+        if (share := _share(grid[0], overrides, words.config_dir, name)) is not None:
+            print(f"{grid[0].config.sweep}: {share.sentence}")
+        _show_left_out(app)
         if app.sweep is not None and not app.sweep.missing:
-            return _show(app.sweep)
+            return _show(app.sweep, share)
     before = app.sweep.attempt_ids if app.sweep is not None else set(_attempts(grid[0]))
     try:
         with told_in_one_line(overrides) if is_search else contextlib.nullcontext():
@@ -186,16 +191,39 @@ def _sweep(words: argparse.Namespace, overrides: list[str]) -> int:
         return _show_found(grid[0], before)
     if launcher != SUPERVISED:
         app.sweep.gather(before)
-    return _show(app.sweep)
+    return _show(app.sweep, share)
 
 
-def _show(sweep: Sweep) -> int:
+def _share(composed: Composed, overrides: list[str], config_dir: str | None, name: str) -> Listing | None:
+    from kvbench.config.compose import SHARDS, listed
+
+    if composed.choices.get("hydra/sweeper") != SHARDS:
+        return None
+    return listed(overrides, config_dir=config_dir, config_name=name)
+
+
+def _show_left_out(app: App) -> None:
+    """Print which cells cannot run, by why. Raises: ConfigError where none can."""
+    for reason, names in app.left_out.items():
+        if app.sweep is None:
+            raise ConfigError(reason)
+        print(f"left out: {', '.join(names)}: {reason}")
+
+
+def _show(sweep: Sweep, share: Listing | None = None) -> int:
+    """Show what a sweep measured; of one share of it only how many cells, as they are compared with the others'."""
     results, num_cells = sweep.results, len(sweep.tickets)
     if sweep.num_reused:
         print(
             f"{sweep.num_reused} of {num_cells} cells were done already (records under {results}/cells); "
             "force=true measures again"
         )
+    if share is not None and not share.is_whole:
+        if sweep.num_failed:
+            print(f"{sweep.num_failed} of {num_cells} cells failed; their records say why")
+        print(f"{num_cells} cells of shard {share.shard} under {results}/cells; with those of the others copied there, "
+              f"kvbench report {results} makes tables and page")  # fmt: skip
+        return 1 if sweep.num_failed else 0
     _show_tables(results, set(sweep.tickets))
     sweep.summarise(lambda: _wandb_summary(sweep))
     return _show_ends(results, sweep.num_failed, num_cells)
