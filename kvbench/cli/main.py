@@ -44,6 +44,7 @@ kvbench compares KV-cache policies under one definition of everything.
                                               run every combination
   kvbench +experiment=NAME                    run a named sweep
   kvbench +experiment=laws laws=NAME          laws of the field: which hold on a model; all of them without laws=
+  kvbench +experiment=leaderboard             every policy on two models; in shares: leaderboard.shard=1/4
   kvbench report [FOLDER...] [--format F]     build page, figures and tables again from records; report --help
   kvbench audit [FOLDER] [--sweep NAME]       check that the records hold together; exit code 1 if one does not
   kvbench diff A B [--format F]               what changed between two folders; exit code 1 if something is worse
@@ -59,6 +60,7 @@ settings (KEY=VALUE):
 {groups}
   positions    native, original, in_cache, released
   query_visible  true, false (picture or context is compressed before the question comes)
+  refused      fail, leave_out (cells that cannot run are named, and the others run)
   beyond_context  refuse, allow (prompts that with their answer are longer than the model's context)
   engine       auto, eager, graph (the decode step as one CUDA graph); worker.* (processes, time limits)
   batch_size, seed, device (auto, cpu, cuda:N), results (folder), sweep (name), force (true: measure again)
