@@ -5,8 +5,11 @@ Ties are decided once, here: of two entries with equal scores the older one goes
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kvbench.kernels.dispatch import use_triton
 
@@ -87,6 +90,18 @@ def _inverse(order: Tensor) -> Tensor:
     """Return the place of each entry in `order`, a permutation along the last dimension."""
     places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def pooled(votes: Tensor, position: Tensor, kernel_tokens: int, pooling: Literal["max", "avg"]) -> Tensor:
+    """Return (B, H, T): each entry's largest or mean vote of `kernel_tokens`, odd, neighbours by age; none counts as 0.
+
+    votes (B, H, T) of 0 or more; empty slots have none.
+    """
+    rank = age_rank(position)
+    by_age = torch.zeros_like(votes).scatter_(-1, rank, votes.masked_fill(position < 0, 0.0))
+    pool = functional.max_pool1d if pooling == "max" else functional.avg_pool1d
+    found: Tensor = pool(by_age, kernel_tokens, stride=1, padding=kernel_tokens // 2)
+    return found.gather(-1, rank)
 
 
 def oldest_first(position: Tensor) -> Tensor:
