@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kvbench.cache import Needs, ScorePolicy, View
+from kvbench.cache import Needs, ScorePolicy, View, When
 from kvbench.cache.selection import pooled
 from kvbench.errors import ConfigError
 
@@ -45,7 +45,7 @@ class RKV(ScorePolicy):
         super().__post_init__()
         if not 1 <= self.num_recent <= self.window_tokens:
             raise ConfigError(f"policy.num_recent is {self.num_recent}; it must lie in 1 to {self.window_tokens}")
-        if self.every_tokens < 2:
+        if self.every_tokens < 2 and When.DECODE in self.when:
             raise ConfigError(
                 f"policy.every_tokens is {self.every_tokens}; rows of the last queries are there where a block of 2 or "
                 "more tokens is cut"

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from kvbench.cache import Needs, ScorePolicy, View
+from kvbench.cache import Needs, ScorePolicy, View, When
 from kvbench.cache.selection import pooled
 from kvbench.errors import ConfigError
 
@@ -38,7 +38,7 @@ class SnapKVDecode(ScorePolicy):
             raise ConfigError(f"policy.kernel_tokens is {self.kernel_tokens}; it must be odd and at least 1")
         if self.pooling not in ("max", "avg"):
             raise ConfigError(f"policy.pooling is {self.pooling!r}; it must be 'max' or 'avg'")
-        if self.every_tokens < 2:
+        if self.every_tokens < 2 and When.DECODE in self.when:
             raise ConfigError(
                 f"policy.every_tokens is {self.every_tokens}; rows of the last queries are there where a block of 2 or "
                 "more tokens is cut"

@@ -143,6 +143,46 @@ def snapkv(recent: int, kernel: int, take: Callable[[list[float]], float]) -> Sc
     return score
 
 
+def keyformer(noise: Callable[[int, int, int, int], float], prompt: int, seen: int, step: float) -> Score:
+    """Softmax of logit and noise(head, member, query, token), warmer with each generated query."""
+
+    def score(heads: list[Head]) -> Scores:
+        found = []
+        for number, head in enumerate(heads):
+            totals = [0.0] * len(head)
+            for member, rows in enumerate(zip(*(e.by_head for e in head), strict=True)):
+                for back in range(1, len(rows[0]) + 1):
+                    query, weights = seen - back, [row[-back] for row in rows]
+                    warmth = 1.0 + step * max(0, query - prompt + 1)
+                    powers = [
+                        (weight * math.exp(noise(number, member, query, e.position))) ** (1 / warmth)
+                        for weight, e in zip(weights, head, strict=True)
+                    ]
+                    for at, power in enumerate(powers):
+                        totals[at] += power / sum(powers) / len(heads[0][0].by_head) if sum(powers) else 0.0
+            found.append(totals)
+        return found
+
+    return score
+
+
+def nacl(noise: Callable[[int, int], float], sinks: int, recent_from: int, proxies: int, best: int) -> Score:
+    """Take the `best` of what is not protected by the proxies' attention, and draw the others by noise(head, token)."""
+
+    def score(heads: list[Head]) -> Scores:
+        found = []
+        for number, head in enumerate(heads):
+            votes = [sum(e.rows[-proxies:]) for e in head]
+            others = [at for at, e in enumerate(head) if sinks <= e.position < recent_from]
+            chosen = sorted(others, key=lambda at: (-votes[at], -head[at].position))[:best]
+            found.append([
+                math.inf if at in chosen else votes[at] + noise(number, e.position) for at, e in enumerate(head)
+            ])  # fmt: skip
+        return found
+
+    return score
+
+
 def cake(recent: int, gamma: float, kernel: int) -> Score:
     """Mean and variance of a column over the window, of each query head."""
 

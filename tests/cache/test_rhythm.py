@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kvbench.cache import Budget, Needs, PolicyCache, ScorePolicy, View
 from kvbench.errors import ConfigError
 from kvbench.policies.h2o import H2O
+from kvbench.policies.keyformer import Keyformer
 from kvbench.policies.merge.nearest_cosine import NearestCosine
 from kvbench.policies.r_kv import RKV
 from kvbench.policies.random import Random
@@ -85,6 +86,7 @@ def test_what_a_block_holds_beyond_the_budget_is_counted() -> None:
         H2O(every_tokens=5, merge=NearestCosine()),
         RKV(num_recent=4, every_tokens=5),
         SnapKVDecode(num_recent=6, every_tokens=5),
+        Keyformer(history_tokens=6, every_tokens=5),
     ],
 )
 def test_a_block_is_cut_alike_alone_and_in_a_padded_batch(policy: ScorePolicy) -> None:
@@ -111,6 +113,7 @@ def test_a_block_is_cut_alike_alone_and_in_a_padded_batch(policy: ScorePolicy) -
         H2O(every_tokens=4, merge=NearestCosine()),
         RKV(num_recent=4, every_tokens=4),
         SnapKVDecode(num_recent=4, every_tokens=4),
+        Keyformer(history_tokens=4, every_tokens=4),
     ],
 )
 def test_cutting_between_steps_is_cutting_within_them_and_moves_no_buffer(policy: ScorePolicy) -> None:

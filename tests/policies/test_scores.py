@@ -15,6 +15,7 @@ from torch import Tensor
 from kvbench.cache import Policy, ScorePolicy, View
 from kvbench.cache.policy import steps_between_cuts
 from kvbench.cache.positions import Rotation
+from kvbench.cache.selection import draws
 from kvbench.errors import ConfigError
 from kvbench.policies.cake import Cake
 from kvbench.policies.chunkkv import ChunkKV
@@ -23,8 +24,11 @@ from kvbench.policies.expected_attention import ExpectedAttention
 from kvbench.policies.h2o_mean import H2OMean
 from kvbench.policies.key_norm import KeyNorm
 from kvbench.policies.keydiff import KeyDiff
+from kvbench.policies.keyformer import Keyformer
 from kvbench.policies.lagkv import LagKV
+from kvbench.policies.nacl import NACL
 from kvbench.policies.r_kv import RKV
+from kvbench.policies.random import Random
 from kvbench.policies.scissorhands import Scissorhands
 from kvbench.policies.snapkv_decode import SnapKVDecode
 from kvbench.policies.tova import TOVA
@@ -32,6 +36,7 @@ from kvbench.policies.vatp import VATP
 from tests import naive_scores as naive
 from tests.covering import share_of
 from tests.naive import Entry, Head, Where
+from tests.naive_rules import drawn_bits
 
 ROWS, HEADS, GROUP, WIDTH, WINDOW = 2, 2, 2, 4, 7
 PAIRS: dict[str, tuple[ScorePolicy, naive.Score]] = {
@@ -249,6 +254,92 @@ def test_expected_attention_is_that_of_the_mean_query_turned_to_each_place_to_co
             assert bool((score[row, head][sinks] == torch.inf).all())
 
 
+def noise_of(stream: int, token: int) -> float:
+    """Gumbel noise from what a sequence with seed 0 draws for a token in the one layer."""
+    return -math.log(-math.log(max(drawn_bits(token, stream), 0.5) / 2.0**24))
+
+
+@settings(max_examples=share_of(24), deadline=None)
+@given(
+    seed=st.integers(0, 2**20),
+    lengths=st.lists(st.integers(WINDOW + 1, 20), min_size=ROWS, max_size=ROWS),
+    generated=st.integers(0, 4),
+)
+def test_keyformer_is_a_gumbel_softmax_of_each_query_that_grows_warmer(
+    seed: int, lengths: list[int], generated: int
+) -> None:
+    policy = Keyformer(temperature_step=0.2, seed=3)
+    cache = cache_of(seed, lengths, policy, evicted=0, over=None)
+    view = replace(cache.view, prompt=cache.view.seen - generated)
+    score = policy.score(view)
+
+    def noise(head: int, member: int, query: int, token: int) -> float:
+        return noise_of((3 * GROUP + member) * HEADS + head, token + (query << 32))
+
+    for row in range(ROWS):
+        seen = lengths[row]
+        wanted = naive.keyformer(noise, seen - generated, seen, 0.2)(cache.heads[row])
+        for head in range(HEADS):
+            slots = {int(at): slot for slot, at in enumerate(view.position[row, head]) if at >= 0}
+            for entry, share in zip(cache.heads[row][head], wanted[head], strict=True):
+                assert float(score[row, head, slots[entry.position]]) == pytest.approx(share, rel=1e-3, abs=1e-5)
+
+
+@settings(max_examples=share_of(40), deadline=None)
+@given(
+    seed=st.integers(0, 2**20),
+    lengths=st.lists(st.integers(WINDOW + 1, 30), min_size=ROWS, max_size=ROWS),
+    share=st.sampled_from([0.0, 0.37, 1.0]),
+)
+def test_nacl_keeps_the_best_by_its_proxies_and_draws_the_others(seed: int, lengths: list[int], share: float) -> None:
+    policy = NACL(num_sinks=2, recent_fraction=0.25, proxy_fraction=0.2, random_share=share, seed=5)
+    cache = cache_of(seed, lengths, policy, evicted=0, over=None)
+    plan = policy.plan(cache.view)
+    assert plan is not None
+    for row in range(ROWS):
+        where = cache.where(row)
+        sinks = min(2, where.budget - 1)
+        recent = min(math.floor(Fraction(1, 4) * where.budget), where.budget - sinks)
+        free, proxies = where.budget - sinks - recent, max(1, math.floor(Fraction(1, 5) * where.seen))
+        best = free - math.floor(Fraction(str(share)) * free)
+
+        rule = rule_of(
+            policy,
+            naive.nacl(
+                lambda head, token: noise_of(5 * HEADS + head, token), sinks, where.seen - recent, proxies, best
+            ),
+        )
+        kept = rule.plan(cache.heads[row], where)
+        if rule.margin < 1e-5:
+            continue
+        for head in range(HEADS):
+            found = sorted(cache.view.position[row, head][plan.keep[row, head]].tolist())
+            assert found == [entry.position for entry in kept[head]]
+
+
+def test_nacl_draws_by_the_softmax_of_scores() -> None:
+    """One of twenty is drawn, by two thousand seeds."""
+    view = cache_of(3, [20, 20], NACL(), evicted=0, over=None).view
+    policy, budget = NACL(num_sinks=0, recent_fraction=0.0, proxy_fraction=0.2, random_share=1.0), torch.tensor([1, 1])
+    count = torch.zeros(ROWS, HEADS, 22)
+    for seed in range(2000):
+        plan = replace(policy, seed=seed).plan(replace(view, budget=budget))
+        assert plan is not None
+        count += plan.keep
+    wanted = view.window[:, :, -4:].sum(dim=2).masked_fill(~view.valid, -torch.inf).softmax(dim=-1) * 2000
+    chi_square = ((count - wanted) ** 2 / wanted.clamp(min=1e-9)).masked_fill(~view.valid, 0.0).sum(dim=-1)
+    assert float(chi_square.max()) < 46  # 99.95 % quantile with 19 degrees of freedom
+
+
+def test_draws_are_those_of_the_policy_random() -> None:
+    view = cache_of(3, [20, 9], KeyNorm(), evicted=0, over=None).view
+    view = replace(view, row_seed=torch.tensor([7, -2]), layer=2, num_layers=4)
+    drawn = draws(view.position, view.row_seed, 5 * 4 + 2)
+    assert torch.equal(drawn, Random(seed=5).score(view))
+    wide = draws(view.position[:, :, None].expand(-1, -1, 3, -1), view.row_seed, 5 * 4 + 2)
+    assert torch.equal(wide[:, :, 1], drawn)
+
+
 def test_large_keys_stay_where_they_are_asked_for() -> None:
     cache = cache_of(3, [20, 20], KeyNorm(), evicted=0, over=None)
     small, large = KeyNorm().score(cache.view), KeyNorm(keep="large").score(cache.view)
@@ -288,6 +379,12 @@ def test_a_channel_that_does_not_vary_says_nothing() -> None:
         (ExpectedAttention, {"epsilon": -1.0}),
         (CriticalKV, {"first_share": 1.1}),
         (CriticalKV, {"epsilon": math.nan}),
+        (Keyformer, {"history_tokens": 0}),
+        (Keyformer, {"temperature": 0.0}),
+        (Keyformer, {"temperature_step": -1.0}),
+        (Keyformer, {"every_tokens": 1}),
+        (NACL, {"proxy_fraction": 1.5}),
+        (NACL, {"random_share": -0.5}),
         (Cake, {"num_recent": 33}),
         (Cake, {"gamma": -1.0}),
         (Cake, {"kernel_tokens": 2}),
