@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class CriticalKV(ScorePolicy):
 
     num_recent: int = 32
     kernel_tokens: int = 7
+    pooling: Literal["max", "avg"] = "max"
     first_share: float = 0.5
     epsilon: float = 1e-4
 
@@ -40,6 +41,8 @@ class CriticalKV(ScorePolicy):
             raise ConfigError(f"policy.num_recent is {self.num_recent}; it must lie in 1 to {self.window_tokens}")
         if self.kernel_tokens < 1 or self.kernel_tokens % 2 == 0:
             raise ConfigError(f"policy.kernel_tokens is {self.kernel_tokens}; it must be odd and at least 1")
+        if self.pooling not in ("max", "avg"):
+            raise ConfigError(f"policy.pooling is {self.pooling!r}; it must be 'max' or 'avg'")
         if not 0.0 <= self.first_share <= 1.0:
             raise ConfigError(f"policy.first_share is {self.first_share:g}; it must lie in [0, 1]")
         if not self.epsilon >= 0.0:
@@ -50,7 +53,7 @@ class CriticalKV(ScorePolicy):
         older = view.valid & (view.position < (view.seen - self.num_recent)[:, None, None])
         rows = view.window[:, :, -self.num_recent :]
         votes = (rows.sum(dim=2) / rows.shape[2]).masked_fill(~older, 0.0)
-        score = pooled(votes, view.position, self.kernel_tokens, "max")
+        score = pooled(votes, view.position, self.kernel_tokens, self.pooling)
         free = (view.budget - self.num_recent).clamp(min=0)
         first = (free.double() * self.first_share).round(decimals=9).floor().long()  # as in Budget
         chosen = keep_top(score, torch.where(older, view.position, -1), first)

@@ -372,6 +372,7 @@ def test_a_channel_that_does_not_vary_says_nothing() -> None:
         (SnapKVDecode, {"pooling": "sum"}),
         (CriticalKV, {"num_recent": 0}),
         (CriticalKV, {"kernel_tokens": 2}),
+        (CriticalKV, {"pooling": "sum"}),
         (RKV, {"weight": 1.5}),
         (RKV, {"kernel_tokens": 4}),
         (RKV, {"similar": -0.1}),
