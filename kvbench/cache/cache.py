@@ -117,7 +117,8 @@ class PolicyCache(Cache):
     needed where it comes in pieces (generate's prefill_chunk_size), because a last piece of one token is taken for
     a generated token otherwise. prompt_kind (B, T): kind of each prompt token. row_seeds: one number per sequence,
     for policies that draw. on_settle: entered in every layer, with its device, around what the policy adds to a
-    prompt. on_plan: told every plan before it is carried out. Raises: ModelSupportError if `attach(model)` was not
+    prompt. on_plan: told every plan before it is carried out. future: of each layer, (B, H, P), what a policy that sees
+    the future is told about each position of the prompt. Raises: ModelSupportError if `attach(model)` was not
     called.
     """
 
@@ -134,12 +135,19 @@ class PolicyCache(Cache):
         row_seeds: Sequence[int] | None = None,
         on_settle: OnSettle = nullcontext,
         on_plan: OnPlan | None = None,
+        future: Sequence[Tensor] | None = None,
     ) -> None:
         if not is_attached(model.config):
             raise ModelSupportError("the model does not use kvbench's attention; call kvbench.attach(model) first")
         if positions not in POSITION_MODES:
             raise ConfigError(f"positions is {positions!r}; {close_matches(positions, POSITION_MODES)}")
         check_parts(policy, positions)
+        foresees = Needs.FUTURE in needs_of(policy)
+        if foresees and future is None:
+            raise ConfigError(
+                f"{type(policy).__name__} sees the future, which only a task can tell that scores tokens it knows: "
+                "perplexity or fidelity; choose another policy"
+            )
         rotation = rotation_of(model.get_decoder(), positions) if positions != "original" else None
         places = Places(rotation=rotation) if rotation is not None and positions == "released" else None
         pool = Pool() if departures_of(policy).pools_layers else None
@@ -158,6 +166,7 @@ class PolicyCache(Cache):
                 waiting=waiting,
                 unrotation=unrotation_of(model, [policy]),
                 output_weight=output_weight(model, index) if Needs.OUTPUT in needs_of(policy) else None,
+                future=future[index] if foresees and future is not None else None,
                 reserve_tokens=reserve_tokens,
                 prompt_tokens=prompt_tokens,
                 prompt_kind=prompt_kind,

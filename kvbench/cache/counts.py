@@ -38,9 +38,9 @@ class LayerSetup:
     rotation: given for positions=in_cache only; places: for positions=released only; pool: for policies
     that pool layers; waiting: for allocations that must see all layers; all three are shared by the layers of a
     cache. unrotation: how the model rotates, for moments of queries; output_weight (H, G, D, E): for policies that
-    read it. reserve_tokens: how many tokens will be
-    generated; more than that makes the buffers grow by copying. prompt_tokens: the first tokens, pads included, that
-    are the prompt however they come. prompt_kind (B, T) int8 or None for text.
+    read it; future (B, H, P): for each position of a prompt, what `View.future` tells. reserve_tokens: how many tokens
+    will be generated; more than that makes the buffers grow by copying. prompt_tokens: the first tokens, pads
+    included, that are the prompt however they come. prompt_kind (B, T) int8 or None for text.
     row_seeds: one number per sequence for policies that draw, None for zeros. on_settle: entered, with
     the layer's device, around what a policy adds to a prompt (plan, check, move into slots), so that it can be
     measured apart. on_plan:
@@ -61,6 +61,7 @@ class LayerSetup:
     waiting: Waiting | None = None
     unrotation: Rotation | None = None
     output_weight: Tensor | None = None
+    future: Tensor | None = None
     on_settle: OnSettle = nullcontext
     on_plan: OnPlan | None = None
 

@@ -249,6 +249,9 @@ class PolicyLayer(CacheLayerMixin):
             given["probs_or_none"] = statistics.last_rows(1, policy.reduction)[:, :, 0]
         if Needs.HEAD_ROWS in needs:
             given["head_rows_or_none"] = statistics.head_rows(policy.window_tokens)
+        if self.setup.future is not None:
+            known = entries.position.clamp(min=0, max=self.setup.future.shape[-1] - 1)
+            given["future_or_none"] = self.setup.future.gather(-1, known).masked_fill(entries.position < 0, 0.0)
         if self.setup.unrotation is not None:
             mean, covariance = statistics.moments(self.setup.unrotation, policy.moments_from)
             given |= {"query_mean_or_none": mean, "query_covariance_or_none": covariance}

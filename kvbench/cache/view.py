@@ -30,6 +30,7 @@ class Needs(Flag):
     HEAD_ROWS = auto()  # as WINDOW, of each query head by itself
     MOMENTS = auto()  # mean and covariance of the prompt's queries before rotation
     OUTPUT = auto()  # the weight of the layer's output projection
+    FUTURE = auto()  # attention from tokens that are still to come, told by a task that scores tokens it knows
 
 
 class Kind(IntEnum):
@@ -77,6 +78,7 @@ class View:
     query_covariance_or_none: Tensor | None = None
     rotation_or_none: Rotation | None = None
     output_weight_or_none: Tensor | None = None
+    future_or_none: Tensor | None = None
 
     @property
     def valid(self) -> Tensor:
@@ -117,6 +119,11 @@ class View:
     def output_weight(self) -> Tensor:
         """(H, G, D, E): the output projection of each query head, from its D numbers to the model's E; a view of it."""
         return _declared(self.output_weight_or_none, "OUTPUT")
+
+    @property
+    def future(self) -> Tensor:
+        """(B, H, T) float32: attention that entries will receive in the full cache from the tokens that are scored."""
+        return _declared(self.future_or_none, "FUTURE")
 
     @property
     def probs(self) -> Tensor:

@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 import torch
 
 from kvbench.autopsy.settings import AutopsySettings
+from kvbench.cache import Needs, Policy
+from kvbench.cache.policy import needs_of
 from kvbench.datasets.base import Dataset, Example, OnBadItem, SkippedItem
 from kvbench.errors import ConfigError, DataError, ModelSupportError, NonFiniteError, close_matches, ran_out_of_memory
 from kvbench.models.chat import next_turn_tokens
@@ -240,6 +242,16 @@ def check_fit(dataset: Dataset, model: ModelSpec, tasks: Mapping[str, Any], *, q
                 raise DataError(text.format(task=name, example=bad.id))
     if not query_visible:
         _check_hidden(examples, tasks)
+
+
+def check_foresight(policy: Policy, tasks: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a policy that sees the future and a task which cannot tell it."""
+    blind = [name for name, task in tasks.items() if not getattr(task, "knows_tokens", False)]
+    if blind and Needs.FUTURE in needs_of(policy):
+        raise ConfigError(
+            f"policy {type(policy).__name__} sees the tokens that are scored, which perplexity and fidelity know "
+            f"beforehand; leave {', '.join(f'~task.{name}' for name in blind)} out, or choose task=perplexity"
+        )
 
 
 def _check_hidden(examples: Sequence[Example], tasks: Mapping[str, Any]) -> None:

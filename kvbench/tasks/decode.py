@@ -69,10 +69,11 @@ class CacheSetting:
         *,
         on_settle: OnSettle = nullcontext,
         on_plan: OnPlan | None = None,
+        future: Sequence[Tensor] | None = None,
         steps: CapturedSteps | None = None,
     ) -> Decoding:
         """Prefill `batch` into a fresh cache and return it ready for `reserve_tokens` decode steps."""
-        cache = self.cache(loaded, batch, reserve_tokens, on_settle=on_settle, on_plan=on_plan)
+        cache = self.cache(loaded, batch, reserve_tokens, on_settle=on_settle, on_plan=on_plan, future=future)
         return self.decoding_with(loaded, batch, cache, steps=steps)
 
     def decoding_with(
@@ -100,6 +101,7 @@ class CacheSetting:
         *,
         on_settle: OnSettle = nullcontext,
         on_plan: OnPlan | None = None,
+        future: Sequence[Tensor] | None = None,
     ) -> PolicyCache:
         """Return an empty cache for `batch`, with room for `reserve_tokens` more."""
         from kvbench.cache import PolicyCache  # needs transformers
@@ -114,6 +116,7 @@ class CacheSetting:
             row_seeds=batch.row_seeds,
             on_settle=on_settle,
             on_plan=on_plan,
+            future=future,
         )
 
 
