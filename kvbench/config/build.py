@@ -32,8 +32,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from kvbench import installed_version
 from kvbench.autopsy.settings import AutopsySettings
-from kvbench.cache import CACHE_SEMANTICS, Budget, Policy, ScorePolicy, When
-from kvbench.cache.policy import check_parts, is_unset_part
+from kvbench.cache import CACHE_SEMANTICS, Budget, Needs, Policy, ScorePolicy, When
+from kvbench.cache.policy import check_parts, is_unset_part, needs_of
 from kvbench.cache.positions import POSITION_MODES, PositionMode
 from kvbench.cache.released import departures_of
 from kvbench.config.checks import (
@@ -60,6 +60,7 @@ from kvbench.sweep.cell import (
     BeyondContext,
     Cell,
     check_fit,
+    check_spans,
     check_windows,
     resolve_devices,
     resolve_engine,
@@ -321,6 +322,8 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
 
     combination = (id(model), id(dataset), repr(tasks), setting.positions, engine, query_visible, beyond_context)
     shared.once(combination, check_combination)
+    if needs_of(policy) & (Needs.PICTURE | Needs.QUESTION):
+        check_spans(policy, dataset, model, query_visible=query_visible)
     fingerprint = shared.once(id(dataset), lambda: dataset.fingerprint)
     settings = {
         "model": _model_key(model),
