@@ -79,6 +79,22 @@ class LayerSetup:
         rotation = self.places.rotation if self.places is not None else self.rotation
         return None if rotation is None else rotation.most_tokens
 
+    def kinds(self, position: Tensor, end: int) -> Tensor:
+        """Return the kinds (B, Q) int8 of tokens at `position` (B, Q), of which the last is token number `end`.
+
+        Raises: ModelSupportError if there is not one for each token of the prompt.
+        """
+        rows, new = position.shape
+        given, length = self.prompt_kind, max(new, self.prompt_tokens)
+        if given is None or end > length:
+            return torch.zeros_like(position, dtype=torch.int8)
+        if given.shape != (rows, length):
+            raise ModelSupportError(
+                f"prompt_kind has shape {tuple(given.shape)}, the first prompt {(rows, length)}; give one kind per "
+                "prompt token, pads included, and prompt_tokens where the prompt comes in pieces"
+            )
+        return given[:, end - new : end].to(position.device, torch.int8, copy=True)
+
     def seeds_of(self, num_rows: int) -> list[int]:
         """Return the seed of each of `num_rows` rows. Raises: ModelSupportError if there are not as many."""
         if self.row_seeds is None:

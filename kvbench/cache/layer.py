@@ -158,10 +158,7 @@ class PolicyLayer(CacheLayerMixin):
         batch, heads, _, _ = keys.shape
         wide = position[:, None].expand(batch, heads, position.shape[1])
         end = position.shape[1] if self.slots is None else self.ledger.padded_tokens
-        kind = torch.zeros(wide.shape, dtype=torch.int8, device=keys.device)
-        if self.setup.prompt_kind is not None and (self.slots is None or end <= self.setup.prompt_tokens):
-            given = _kind_of_piece(self.setup.prompt_kind, position, end, self.setup.prompt_tokens)
-            kind = given.to(keys.device, torch.int8, copy=True)[:, None].expand(wide.shape)
+        kind = self.setup.kinds(position, end)[:, None].expand(wide.shape)
         mass = None
         if Needs.MASS in self._needs:
             dtype = keys.dtype if self.setup.departures.mass_in_model_dtype else torch.float32
@@ -569,14 +566,3 @@ def _real_tokens(query: Tensor, padding: Tensor | None, *, seen: list[int]) -> T
             f"chunk: {counts} of {new}); set padding_side='left'"
         )
     return real
-
-
-def _kind_of_piece(kind: Tensor, position: Tensor, end: int, prompt_tokens: int) -> Tensor:
-    """Return the columns of `kind` (B, T) for a piece of the prompt, `position` (B, Q), that goes up to token `end`."""
-    rows, new = position.shape
-    if kind.shape != (rows, max(new, prompt_tokens)):
-        raise ModelSupportError(
-            f"prompt_kind has shape {tuple(kind.shape)}, the first prompt {(rows, max(new, prompt_tokens))}; "
-            "give one kind per prompt token, pads included, and prompt_tokens where the prompt comes in pieces"
-        )
-    return kind[:, end - new : end]
