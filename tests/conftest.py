@@ -27,6 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
     get_absl_handler().python_handler.stream = sys.__stderr__
     settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("any machine")
+    # The contract runs every yaml on prompts of plain tokens, those too that read pictures or the question.
+    config.addinivalue_line("filterwarnings", "ignore:.*so the prompt is taken for one that has none:UserWarning")
     torch.set_num_threads(1)
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, so before anything else is

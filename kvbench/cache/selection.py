@@ -48,6 +48,23 @@ def lowest(score: Tensor, position: Tensor) -> Tensor:
     return oldest.masked_fill(least[..., 0].isnan(), -1)
 
 
+_HALF = 0x3FC00000  # half of the bits of infinity
+
+
+def ranked_above(score: Tensor, first: Tensor) -> Tensor:
+    """Return finite float32 scores in which all of `first` is above all else, and each of both in its own order.
+
+    score (B, H, T) or (B, 1, T); first (B, H, T) bool. Floats are in the order of their bits, and each part gets one
+    half of these, so that scores which differ in the last bit alone count as equal. NaN stays NaN.
+    """
+    most = torch.finfo(torch.float32).max / 2
+    bits = (score.float().clamp(-most, most) + 0.0).view(torch.int32)  # minus zero is zero
+    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) >> 1
+    order = torch.where(first, order + _HALF, order - _HALF)
+    ranked = torch.where(order < 0, order ^ 0x7FFFFFFF, order).view(torch.float32)
+    return torch.where(score.isnan(), torch.nan, ranked)
+
+
 def protected_entries(
     position: Tensor, seen: Tensor, budget: Tensor, *, num_sinks: int, num_recent: int, recent_fraction: float
 ) -> Tensor:

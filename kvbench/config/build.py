@@ -61,6 +61,7 @@ from kvbench.sweep.cell import (
     Cell,
     check_fit,
     check_foresight,
+    check_spans,
     check_windows,
     resolve_devices,
     resolve_engine,
@@ -323,6 +324,8 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
 
     combination = (id(model), id(dataset), repr(tasks), setting.positions, engine, query_visible, beyond_context)
     shared.once(combination, check_combination)
+    if needs_of(policy) & (Needs.PICTURE | Needs.QUESTION):
+        check_spans(policy, dataset, model, query_visible=query_visible)
     fingerprint = shared.once(id(dataset), lambda: dataset.fingerprint)
     settings = {
         "model": _model_key(model),

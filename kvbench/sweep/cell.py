@@ -254,6 +254,39 @@ def check_foresight(policy: Policy, tasks: Mapping[str, Any]) -> None:
         )
 
 
+def check_spans(policy: Policy, dataset: Dataset, model: ModelSpec, *, query_visible: bool) -> None:
+    """Raise ConfigError, in one line, if the policy reads where pictures or the question stand and data cannot say."""
+    needs, examples = needs_of(policy), dataset.examples()
+    name = type(policy).__name__
+    if Needs.PICTURE in needs:
+        drawn = takes_images(model) is not False
+        bare = next((example for example in examples if not _has_picture(example, drawn)), None)
+        if bare is not None:
+            raise ConfigError(
+                f"policy {name} ranks the tokens of pictures apart, and {bare.id} has no picture; choose a dataset "
+                "with pictures (dataset=scenes), or another policy"
+            )
+    if Needs.QUESTION not in needs:
+        return
+    if not query_visible:
+        raise ConfigError(
+            f"policy {name} reads where the question stands when it cuts the prompt, and query_visible=false hides it "
+            "until then; use query_visible=true, or another policy"
+        )
+    bare = next((example for example in examples if not example.has_question), None)
+    if bare is not None:
+        raise ConfigError(
+            f"policy {name} reads where the question stands, and {bare.id} has none; choose a dataset that asks "
+            "(dataset=recall, dataset=needles, dataset=scenes), or another policy"
+        )
+
+
+def _has_picture(example: Example, draws: bool) -> bool:
+    if example.token_prompt is None:
+        return example.load_image is not None
+    return draws and example.token_prompt.num_images != 0
+
+
 def _check_hidden(examples: Sequence[Example], tasks: Mapping[str, Any]) -> None:
     blind = [name for name, task in tasks.items() if not getattr(task, "hides_question", False)]
     if blind:

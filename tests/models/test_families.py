@@ -113,6 +113,37 @@ def test_a_policy_holds_what_it_may_at_every_step(
         assert sum(sizes) <= sum(most)
 
 
+@pytest.mark.long
+@torch.inference_mode()
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_pictures_and_questions_are_found_and_what_stays_respects_them(
+    loaded: Callable[[str], LoadedModel], family: str
+) -> None:
+    ours = loaded(family)
+    batch, budget = prompt_batch(ours, examples(True)), Budget(fraction=0.7)
+    ids, lengths = batch.tensors["input_ids"], batch.prompt_tokens
+    assert batch.find_question_tokens is not None
+    asked = batch.find_question_tokens()
+    spans = []
+    for row, (length, number) in enumerate(zip(lengths, asked, strict=True)):
+        told = ours.tokenizer.decode(ids[row, -number:]).lstrip()
+        assert told.startswith(QUESTIONS[row])
+        text = {p for p, token in enumerate(ids[row, -length:].tolist()) if token != ours.image_token_id}
+        spans.append({"text": text, "question": set(range(length - number, length))})
+        spans[-1]["picture"] = set(range(length)) - text
+        assert spans[-1]["picture"]
+    for span in ("text", "picture", "question"):
+        policy = instantiate(OmegaConf.load(next(path for path in YAMLS if path.stem == "key_norm")), protect=span)
+        held = held_positions(setting_of(policy, budget=budget).decoding(ours, batch, 1).cache)
+        for layer in held:
+            for row, heads in enumerate(layer):
+                room = int(budget.fraction * lengths[row])
+                for head in heads:
+                    mine = spans[row][span]
+                    assert len(head) == room
+                    assert mine <= set(head) if len(mine) <= room else set(head) <= mine
+
+
 @torch.inference_mode()
 def drive(ours: LoadedModel, batch: PromptBatch, tokens: Tensor) -> Tensor:
     """Logits (N + 1, B, V) of the full cache, with `tokens` (B, N) forced in."""
