@@ -5,14 +5,14 @@
 
 A place is that of the estimate; whether it is one is said by the verdict against the next, of a paired difference with
 its interval. All neighbours of one table share one correction (Holm's), and so do all differences to the full cache.
-What holds as much as it finds to hold (`data_dependent`) has no place: its budget is not the others'. Nor has a cell
-that failed. No time is compared: cells of several shards come from several processes.
+What holds as much as it finds to hold (`data_dependent`) has no place: its budget is not the others'. Nor has what sees
+the future, nor a cell that failed. No time is compared: cells of several shards come from several processes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from itertools import pairwise
 
@@ -24,34 +24,40 @@ from kvbench.report.figures.forest import Row, forest_svg
 from kvbench.report.load import CellResult, Group, Results
 from kvbench.report.tables import csv_text, markdown_table
 
+TEXT_MEASURE = "ppl"
 HELD, LENGTH = "realised_budget_fraction", "length_ratio"
-_UNPLACED = "data_dependent"
+_UNPLACED, _SEES = "data_dependent", "(sees the future)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """What a part of the leaderboard was measured on, `question` being seen or hidden while the prompt was cut."""
+    """What a part of the leaderboard was measured on and by, `question` being seen or hidden while a prompt was cut."""
 
     title: str
     dataset: str
+    task: str
     question: str = "seen"
 
     def has(self, cell: CellResult) -> bool:
         """Whether the cell belongs to it."""
         is_seen = bool(cell.settings.get("query_visible", True))
-        return cell.labels.get("dataset") == self.dataset and is_seen == (self.question == "seen")
+        tasks = cell.settings.get("task") or {self.task: {}}
+        return (
+            cell.labels.get("dataset") == self.dataset and self.task in tasks and is_seen == (self.question == "seen")
+        )
 
 
-TEXT = Part(title="text", dataset="frankenstein_long")
-RECALL = Part(title="recall", dataset="recall_many")
-HIDDEN = Part(title="recall, question hidden", dataset="recall_many", question="hidden")
-PICTURES = Part(title="pictures", dataset="scenes_asked")
-PARTS = (TEXT, RECALL, HIDDEN, PICTURES)
+TEXT = Part(title="text", dataset="frankenstein_long", task="perplexity")
+RECALL = Part(title="recall", dataset="recall_many", task="generation")
+HIDDEN = Part(title="recall, question hidden", dataset="recall_many", task="generation", question="hidden")
+GOING_ON = Part(title="text that is gone on with", dataset="frankenstein_long", task="generation")
+PICTURES = Part(title="pictures", dataset="scenes_asked", task="generation")
+PARTS = (TEXT, RECALL, HIDDEN, GOING_ON, PICTURES)
 RANKED = (
-    (TEXT, "ppl"),
+    (TEXT, TEXT_MEASURE),
     (RECALL, "needles_recalled_fraction"),
     (HIDDEN, "needles_recalled_fraction"),
-    (TEXT, "rougeL_vs_full"),
+    (GOING_ON, "rougeL_vs_full"),
     (PICTURES, "objects_recalled_fraction"),
     (PICTURES, "answers_right_fraction"),
 )
@@ -76,7 +82,7 @@ def board(group: Group, name: str) -> list[BoardRow]:
     """
     unable = Ability(group).reason(name)
     usable = [cell for cell in group.budgeted if cell.estimate(name)]
-    placed = [cell for cell in usable if cell.budget_total != _UNPLACED and not unable]
+    placed = [cell for cell in usable if not unable and not _unplaced(cell)]
     sign = -1.0 if measure(name).better == "higher" else 1.0
     placed.sort(key=lambda cell: (sign * cell.measurements[name].value, cell.sort_key))
     full = group.full
@@ -91,11 +97,18 @@ def board(group: Group, name: str) -> list[BoardRow]:
     ]  # fmt: skip
     for cell in group.budgeted:
         if cell not in placed:
-            why = f"failed: {cell.status}" if cell.failed else unable or "its budget is what it finds to hold"
+            why = f"failed: {cell.status}" if cell.failed else unable or _unplaced(cell)
             if cell.failed or cell in usable:
                 against = to_full.get(cell.key)
                 rows.append(BoardRow(name=group.series_label(cell), cell=cell, against_full=against, remark=why))
     return rows
+
+
+def _unplaced(cell: CellResult) -> str:
+    """Return why a cell is not to be ranked with others of its budget, "" where it is."""
+    if _SEES in cell.policy:
+        return "sees the future: a bound, no method"
+    return "its budget is what it finds to hold" if cell.budget_total == _UNPLACED else ""
 
 
 def _by_first(found: Iterable[Comparison | None]) -> dict[str, Comparison]:
@@ -105,14 +118,21 @@ def _by_first(found: Iterable[Comparison | None]) -> dict[str, Comparison]:
 def chosen_group(results: Results, part: Part, budget: float) -> Group | None:
     """Return the cells of a part at one budget, and the full cache's; None where there is none."""
     cells = [cell for cell in results.records if part.has(cell) and (cell.is_full or cell.budget_fraction == budget)]
+    if len({(cell.policy, cell.positions) for cell in cells}) == len(cells):  # told apart from cells of other parts
+        cells = [replace(cell, variant="") for cell in cells]
     return Group(model=cells[0].model, dataset=cells[0].dataset, cells=tuple(cells)) if cells else None
+
+
+def part_of(words: Mapping[str, str]) -> Part:
+    """Return the part of a table's `dataset`, `question` and `measure`."""
+    task = "perplexity" if words["measure"] == TEXT_MEASURE else "generation"
+    return Part(title="", dataset=words["dataset"], task=task, question=words.get("question", "seen"))
 
 
 def board_markdown(results: Results, words: Mapping[str, str]) -> Iterator[str]:
     """Yield the table of `measure` at `budget`, the full cache's value above it."""
     name, budget = words["measure"], float(words["budget"])
-    part = Part(title="", dataset=words["dataset"], question=words.get("question", "seen"))
-    group = chosen_group(results, part, budget)
+    group = chosen_group(results, part_of(words), budget)
     if group is None or not group.budgeted:
         yield "Not measured yet."
         return
@@ -183,7 +203,7 @@ def missing_markdown(results: Results, words: Mapping[str, str]) -> Iterator[str
 def board_svg(results: Results, words: Mapping[str, str]) -> bytes:
     """Return every policy's difference to full in `measure`, a panel per budget, by the places of the middle one."""
     name, budgets = words["measure"], [float(budget) for budget in words["budget"].split(",")]
-    part = Part(title="", dataset=words["dataset"], question=words.get("question", "seen"))
+    part = part_of(words)
     order: list[str] = []
     panels: dict[str, dict[str, Row]] = {}
     for budget in sorted(budgets, key=lambda budget: budget != float(words["by"])):

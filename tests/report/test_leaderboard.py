@@ -11,11 +11,11 @@ import pytest
 
 from kvbench.report.compare import compare, difference_text
 from kvbench.report.leaderboard import Part, board, board_markdown, boards_csv, chosen_group, missing_markdown
-from kvbench.report.load import Group, Results, load_results, parse_cell
+from kvbench.report.load import Group, Results, _ordered, load_results, parse_cell
 from kvbench.report.publication import main
 from tests.report.synthetic import body, write_cell
 
-SCENES = Part(title="scenes", dataset="scenes_asked")
+SCENES = Part(title="scenes", dataset="scenes_asked", task="generation")
 POLICIES = ("random", "streaming_llm", "h2o", "elastic")
 
 
@@ -58,12 +58,13 @@ def test_a_perplexity_is_better_where_it_is_less() -> None:
 def test_what_holds_as_much_as_it_finds_and_what_failed_has_no_place() -> None:
     group = group_of(
         record("h2o"), record("elastic", budget_total="data_dependent"), record("random", status="oom"),
-        record("streaming_llm", budget_total="bounded"),
+        record("streaming_llm", budget_total="bounded"), record("oracle (sees the future)"),
     )  # fmt: skip
     rows = {row.name: row for row in board(group, "ppl")}
     assert (rows["h2o"].place, rows["streaming_llm"].place) == (1, 2)
     assert (rows["elastic"].place, rows["elastic"].remark) == (None, "its budget is what it finds to hold")
     assert rows["elastic"].against_full is not None
+    assert (rows["oracle (sees the future)"].place, rows["oracle (sees the future)"].against_next) == (None, None)
     assert (rows["random"].place, rows["random"].remark) == (None, "failed: oom")
 
 
@@ -85,9 +86,27 @@ def test_a_question_that_is_hidden_is_another_part() -> None:
     hidden["cell"] |= {"query_visible": False}
     results = results_of(record("full", None), record("h2o"), hidden)
     for question, visible in (("seen", True), ("hidden", False)):
-        group = chosen_group(results, Part(title="", dataset="scenes_asked", question=question), 0.2)
+        group = chosen_group(results, Part(title="", dataset="scenes_asked", task="generation", question=question), 0.2)
         assert group is not None
         assert [cell.settings["query_visible"] for cell in group.budgeted] == [visible]
+
+
+def test_a_text_that_is_scored_and_gone_on_with_by_two_cells_makes_two_tables() -> None:
+    def one_of(policy: str, task: str, measures: tuple[str, ...]) -> dict[str, Any]:
+        budget = None if policy == "full" else 0.2
+        made = body(policy=policy, budget=budget, dataset="frankenstein_long", seed=len(task))
+        made["cell"] |= {"task": {task: {}}, "query_visible": True, "dataset": {"class": "kvbench:TextWindows"}}
+        made["measurements"] = {name: made["measurements"][name] for name in measures}
+        return made
+
+    tasks = {"perplexity": ("ppl",), "generation": ("rougeL_vs_full", "length_ratio")}
+    made = [one_of(policy, *task) for policy in ("full", "h2o", "random") for task in tasks.items()]
+    results = Results(records=_ordered([parse_cell(one) for one in made]), problems=())
+    for name in ("ppl", "rougeL_vs_full"):
+        lines = list(board_markdown(results, {"measure": name, "dataset": "frankenstein_long", "budget": "0.2"}))
+        assert lines[0].startswith("Full cache: ")
+        assert [line.split(" | ")[:2] for line in lines[4:]] == [["| 1", "h2o"], ["| 2", "random"]]
+        assert lines[4].endswith("| better |")
 
 
 def test_a_row_says_what_the_records_say() -> None:
