@@ -11,6 +11,8 @@ from torch import Tensor
 from kvbench.kernels.dispatch import use_triton
 
 _NO_POSITION = torch.iinfo(torch.int64).max
+_MIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)  # of SplitMix64
+_SALT = 0x2545F4914F6CDD1D
 
 
 def keep_top(score: Tensor, position: Tensor, budget: Tensor) -> Tensor:
@@ -139,3 +141,27 @@ def nearest_anchor(anchor: Tensor, member: Tensor, position: Tensor) -> Tensor:
     nearest = torch.where(to_earlier, before, after)
     nearest = torch.where(member.gather(-1, slot) & (nearest < length), nearest, own)
     return slot.gather(-1, nearest).gather(-1, rank)
+
+
+def drawn(position: Tensor, row_seed: Tensor, layer: int, seed: int) -> Tensor:
+    """Return (B, H, T) float32 in [0, 1): one number for each token, head, layer and seed, a hash of them.
+
+    position (B, H, T); row_seed (B,), so that a sequence draws the same alone and in a batch. They are others than
+    those of the policy `random`.
+    """
+    heads = torch.arange(position.shape[1], device=position.device)[None, :, None]
+    stream = _mixed((seed * 4096 + layer) * 4096 + heads ^ _SALT)
+    return _shifted(_mixed(_mixed(stream + row_seed[:, None, None]) + position), 40).float() / 2.0**24
+
+
+def _mixed(number: Tensor) -> Tensor:
+    """SplitMix64's next number on int64, wrapping."""
+    number = number + _MIX[0]
+    number = (number ^ _shifted(number, 30)) * _MIX[1]
+    number = (number ^ _shifted(number, 27)) * _MIX[2]
+    return number ^ _shifted(number, 31)
+
+
+def _shifted(number: Tensor, bits: int) -> Tensor:
+    """Logical right shift; torch's is arithmetic."""
+    return (number >> bits) & ((1 << (64 - bits)) - 1)
