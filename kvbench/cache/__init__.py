@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvbench.cache.parts import Allocation, Merge, Room
 from kvbench.cache.policy import CACHE_SEMANTICS, UNLIMITED, Budget, Policy, ScorePolicy, When
-from kvbench.cache.view import Kind, Needs, Plan, View
+from kvbench.cache.view import Joining, Kind, Needs, Plan, View
 
 if TYPE_CHECKING:
     from kvbench.cache.attention import attach, cache_argument
@@ -21,6 +21,7 @@ __all__ = [
     "UNLIMITED",
     "Allocation",
     "Budget",
+    "Joining",
     "Kind",
     "Merge",
     "Needs",

@@ -176,7 +176,7 @@ class Plan:
 
     Without merge_weight a survivor becomes the plain mean of its bucket. With it, (B, H, T) float, it becomes the sum
     of what its bucket brings, each times its weight, its own too. merge_keys, merge_values: False leaves the survivors'
-    own.
+    own. values (B, H, T, D): what entries go on with, for a merge into several; None: their own.
     """
 
     keep: Tensor
@@ -187,3 +187,20 @@ class Plan:
     merge_weight: Tensor | None = None
     merge_keys: bool = True
     merge_values: bool = True
+    values: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Joining:
+    """What the entry that a decode step frees leaves in others.
+
+    into (B, H, M) int64: slots, none twice in a head; weight, own (B, H, M): each becomes `own` times its value and
+    `weight` times that of the entry that goes, and its key too if `keys`. One of weight 0 and own 1 stays as it is,
+    whatever slot is named. memory (B, H, N) or None: what is remembered from now on in heads that free an entry.
+    """
+
+    into: Tensor
+    weight: Tensor
+    own: Tensor
+    keys: bool = True
+    memory: Tensor | None = None
