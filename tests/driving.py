@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kvbench.cache import Policy, PolicyCache, cache_argument
+from kvbench.cache.second_pass import read_again
 
 Held = list[list[list[tuple[int, ...]]]]
 """Positions held, ascending: [layer][row][head]."""
@@ -49,6 +50,8 @@ def drive(model: Any, cache: Any, tokens: Tensor, prompt_tokens: int, mask: Tens
             **cache_argument(model, cache),
         )
         logits.append(out.logits)
+        if isinstance(cache, PolicyCache) and cache.awaits_second_pass:
+            read_again(model, cache, tokens[:, :end], None if mask is None else mask[:, :end])
         if isinstance(cache, PolicyCache):
             held.append(held_positions(cache))
     return Trace(cache=cache, prompt_logits=logits[0], logits=[step[:, -1] for step in logits[1:]], held=held)

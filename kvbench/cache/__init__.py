@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from kvbench.cache.artefact import Calibrated, Layout, Sample
 from kvbench.cache.parts import Allocation, Merge, Room
 from kvbench.cache.policy import CACHE_SEMANTICS, UNLIMITED, Budget, Policy, ScorePolicy, When
 from kvbench.cache.view import Kind, Needs, Plan, View
@@ -21,7 +22,9 @@ __all__ = [
     "UNLIMITED",
     "Allocation",
     "Budget",
+    "Calibrated",
     "Kind",
+    "Layout",
     "Merge",
     "Needs",
     "Occupancy",
@@ -29,6 +32,7 @@ __all__ = [
     "Policy",
     "PolicyCache",
     "Room",
+    "Sample",
     "ScorePolicy",
     "View",
     "When",

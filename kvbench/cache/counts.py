@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvbench.cache.artefact import Artefact
 from kvbench.cache.parts import Waiting
 from kvbench.cache.policy import Budget, Policy, ScorePolicy, When, checked_range, steps_between_cuts
 from kvbench.cache.positions import Places, Rotation
 from kvbench.cache.released import Departures, Pool, departures_of, entries_as_released
+from kvbench.cache.second_pass import SecondPass
 from kvbench.cache.slots import Entries
 from kvbench.cache.view import Plan, View
 from kvbench.errors import ModelSupportError
@@ -36,11 +38,11 @@ class LayerSetup:
     """What a layer is told once.
 
     rotation: given for positions=in_cache only; places: for positions=released only; pool: for policies
-    that pool layers; waiting: for allocations that must see all layers; all three are shared by the layers of a
-    cache. unrotation: how the model rotates, for moments of queries; output_weight (H, G, D, E): for policies that
-    read it. reserve_tokens: how many tokens will be
-    generated; more than that makes the buffers grow by copying. prompt_tokens: the first tokens, pads included, that
-    are the prompt however they come. prompt_kind (B, T) int8 or None for text.
+    that pool layers; waiting: for allocations that must see all layers; second_pass: for policies that have the prompt
+    repeated; these four are shared by the layers of a cache. unrotation: how the model rotates, for moments of queries;
+    output_weight (H, G, D, E): for policies that read it; artefact: for policies that learnt something offline.
+    reserve_tokens: how many tokens will be generated; more than that makes the buffers grow by copying. prompt_tokens:
+    the first tokens, pads included, that are the prompt however they come. prompt_kind (B, T) int8 or None for text.
     row_seeds: one number per sequence for policies that draw, None for zeros. on_settle: entered, with
     the layer's device, around what a policy adds to a prompt (plan, check, move into slots), so that it can be
     measured apart. on_plan:
@@ -59,8 +61,10 @@ class LayerSetup:
     places: Places | None = None
     pool: Pool | None = None
     waiting: Waiting | None = None
+    second_pass: SecondPass | None = None
     unrotation: Rotation | None = None
     output_weight: Tensor | None = None
+    artefact: Artefact | None = None
     on_settle: OnSettle = nullcontext
     on_plan: OnPlan | None = None
 
@@ -261,6 +265,7 @@ class RowCounts:
 
         given: what else the view has, by the names of its fields; what is None there is not declared.
         """
+        artefact = self._setup.artefact
         return View(
             layer=layer,
             num_layers=self._setup.num_layers,
@@ -277,6 +282,7 @@ class RowCounts:
             kind=entries.kind,
             mass_or_none=entries.mass,
             output_weight_or_none=self._setup.output_weight,
+            artefact_or_none=None if artefact is None else artefact.of_layer(layer, entries.keys.device),
             **given,
         )
 

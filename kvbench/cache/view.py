@@ -6,6 +6,7 @@ After the first eviction the order of storage is not the order of tokens: read `
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Flag, IntEnum, auto
 from typing import TYPE_CHECKING, TypeVar
@@ -30,6 +31,8 @@ class Needs(Flag):
     HEAD_ROWS = auto()  # as WINDOW, of each query head by itself
     MOMENTS = auto()  # mean and covariance of the prompt's queries before rotation
     OUTPUT = auto()  # the weight of the layer's output projection
+    ARTEFACT = auto()  # what `kvbench calibrate` wrote for the model
+    REPEATED = auto()  # attention received while the prompt is repeated, in a second pass over it
 
 
 class Kind(IntEnum):
@@ -77,6 +80,8 @@ class View:
     query_covariance_or_none: Tensor | None = None
     rotation_or_none: Rotation | None = None
     output_weight_or_none: Tensor | None = None
+    artefact_or_none: Mapping[str, Tensor] | None = None
+    repeated_or_none: Tensor | None = None
 
     @property
     def valid(self) -> Tensor:
@@ -117,6 +122,16 @@ class View:
     def output_weight(self) -> Tensor:
         """(H, G, D, E): the output projection of each query head, from its D numbers to the model's E; a view of it."""
         return _declared(self.output_weight_or_none, "OUTPUT")
+
+    @property
+    def artefact(self) -> Mapping[str, Tensor]:
+        """The tensors by name that the policy learnt of this layer offline."""
+        return _declared(self.artefact_or_none, "ARTEFACT")
+
+    @property
+    def repeated(self) -> Tensor:
+        """(B, H, T) float32: the largest attention received, of any query head, while the prompt is repeated."""
+        return _declared(self.repeated_or_none, "REPEATED")
 
     @property
     def probs(self) -> Tensor:
