@@ -31,12 +31,12 @@ class KVzip(ScorePolicy):
     num_sinks: int = 4
 
     def remembered(self, view: View) -> Tensor:
-        """Return (B, H, P) scores by position, of all that was repeated."""
+        """Return (B, H, P) scores by position, infinite where nothing was repeated."""
         if view.repeated_or_none is None and view.memory_or_none is not None:
             return view.memory_or_none
         length = view.repeated.shape[-1]
         at = torch.where(view.valid, view.position, length)
-        by_position = view.repeated.new_zeros((*at.shape[:2], length + 1))
+        by_position = view.repeated.new_full((*at.shape[:2], length + 1), torch.inf)
         return by_position.scatter_(-1, at, view.repeated)[..., :-1].clone()
 
     def score(self, view: View) -> Tensor:
