@@ -1,285 +1,260 @@
-"""Every policy ranked at one budget in one measure: what a reader of a report sees first.
+"""Everyone at one budget in one measure, the best first: `+experiment=leaderboard` as tables.
 
-    board = leaderboard(judged, "20 % tokens kept", "ppl")
-    for place in board: print(place.rank, place.policy, place.word)
+    for row in board(Group(model=..., dataset=..., cells=...), "ppl"):
+        print(row.place, row.name, row.against_next and row.against_next.verdict)
 
-Behind each place stands the verdict against the next one, so that an order which the samples do not show is not taken
-for one. `headline` says the same in two sentences: what to take and how sure that is; what it costs and where it fails.
-Where the full cache can not do the task, or no answer was scored, nobody is ranked by quality.
+A place is that of the estimate; whether it is one is said by the verdict against the next, of a paired difference with
+its interval. All neighbours of one table share one correction (Holm's), and so do all differences to the full cache.
+What holds as much as it finds to hold (`data_dependent`) has no place: its budget is not the others'. Nor has what sees
+the future, nor a cell that failed. No time is compared: cells of several shards come from several processes.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib.resources import files
 from itertools import pairwise
-from typing import Any
 
-from markupsafe import Markup
+import pandas as pd
 
-from kvbench.measures import MISSING, format_interval, format_value, measure
-from kvbench.report.answer import value_text
-from kvbench.report.compare import (
-    Comparison,
-    difference_interval,
-    difference_text,
-    difference_unit,
-    difference_value,
-    p_text,
-    timing_noise,
-    verdict_remark,
-)
-from kvbench.report.load import CellResult, Estimate
-from kvbench.report.markup import render
-from kvbench.report.standing import (
-    TIME_RATIOS,
-    Judged,
-    asked_budget,
-    best_unusable,
-    losses_of,
-    standing_at,
-    telling_quality,
-)
-from kvbench.report.tables import markdown_table
+from kvbench.measures import MISSING, format_value, format_with_interval, measure
+from kvbench.report.compare import Ability, Comparison, compare, corrected, difference_text, difference_unit
+from kvbench.report.figures.forest import Row, forest_svg
+from kvbench.report.load import CellResult, Group, Results
+from kvbench.report.tables import csv_text, markdown_table
 
-STORED, STEP, STEP_RATIO = "kv_stored_bytes", "tpot_ms", "tpot_ratio_to_full"
-_LOG_FROM = 5.0
-_MOST_MEASURES = 8
-_AGAINST = {
-    "equivalent": "equivalent to",
-    "undecided": "undecided against",
-    "not comparable": "not comparable with",
-    "not ranked": "not ranked against",
-}
+TEXT_MEASURE = "ppl"
+HELD, LENGTH = "realised_budget_fraction", "length_ratio"
+_UNPLACED, _SEES = "data_dependent", "(sees the future)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
-    """One cell on a leaderboard; `rank` is None for the full cache and for what can not be ranked, with the `reason`.
+class Part:
+    """What a part of the leaderboard was measured on and by, `question` being seen or hidden while a prompt was cut."""
 
-    `share` is the cell's number over the full cache's, `next` the comparison with the place behind this one.
-    """
+    title: str
+    dataset: str
+    task: str
+    question: str = "seen"
 
-    rank: int | None
+    def has(self, cell: CellResult) -> bool:
+        """Whether the cell belongs to it."""
+        is_seen = bool(cell.settings.get("query_visible", True))
+        tasks = cell.settings.get("task") or {self.task: {}}
+        return (
+            cell.labels.get("dataset") == self.dataset and self.task in tasks and is_seen == (self.question == "seen")
+        )
+
+
+TEXT = Part(title="text", dataset="frankenstein_long", task="perplexity")
+RECALL = Part(title="recall", dataset="recall_many", task="generation")
+HIDDEN = Part(title="recall, question hidden", dataset="recall_many", task="generation", question="hidden")
+GOING_ON = Part(title="text that is gone on with", dataset="frankenstein_long", task="generation")
+PICTURES = Part(title="pictures", dataset="scenes_asked", task="generation")
+PARTS = (TEXT, RECALL, HIDDEN, GOING_ON, PICTURES)
+RANKED = (
+    (TEXT, TEXT_MEASURE),
+    (RECALL, "needles_recalled_fraction"),
+    (HIDDEN, "needles_recalled_fraction"),
+    (GOING_ON, "rougeL_vs_full"),
+    (PICTURES, "objects_recalled_fraction"),
+    (PICTURES, "answers_right_fraction"),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BoardRow:
+    """One policy at the table's budget; `place` is None where it has none, and `remark` says why."""
+
+    name: str
     cell: CellResult
-    policy: str
-    quality: Estimate | None
-    share: float | None
-    stored: Estimate | None
-    stored_share: float | None
-    step: Estimate | None
-    step_ratio: Estimate | None
-    noise: str
-    next: Comparison | None
-    num_collapsed: int | None
-    num_samples: int
-    reason: str
-
-    @property
-    def word(self) -> str:
-        """Return the verdict against the next place in a word, or why the cell has no rank."""
-        return self.next.verdict if self.next else self.reason
+    place: int | None = None
+    against_full: Comparison | None = None
+    against_next: Comparison | None = None
+    remark: str = ""
 
 
-def board_measures(judged: Judged) -> tuple[str, ...]:
-    """Return what policies can be ranked by here: the leading quality first, then the others, then times."""
-    times = (name for name in TIME_RATIOS if any(cell.estimate(name) for cell in judged.group.budgeted))
-    return (*judged.qualities[:_MOST_MEASURES], *times)
+def board(group: Group, name: str) -> list[BoardRow]:
+    """Return the cells of one budget in the measure `name`, placed ones first, then those without a place.
 
-
-def leaderboard(judged: Judged, budget: str, name: str) -> tuple[Place, ...]:
-    """Return the full cache, then the cells of the budget, the best value first, then those that have no rank."""
-    group = judged.group
-    cells, full = group.by_budget.get(budget, []), group.full
-    standing = standing_at(judged, cells, name)
-    ranked = list(standing.ranked) if standing else []
-    follows = {one.key: judged.between(one, other, name) for one, other in pairwise(ranked)}
-    found = [_place(judged, full, name, None, "reference", None)] if full is not None else []
-    found += [_place(judged, cell, name, rank, "", follows.get(cell.key)) for rank, cell in enumerate(ranked, 1)]
-    for cell in (cell for cell in cells if cell not in ranked):
-        found.append(_place(judged, cell, name, None, _why_not(judged, cell, name), None))
-    return tuple(found)
-
-
-def _why_not(judged: Judged, cell: CellResult, name: str) -> str:
-    """Return in a word or two why a cell has no rank."""
-    if cell.failed:
-        return cell.status
-    if judged.ability.reason(name):
-        return "not ranked"
-    return "noisy" if timing_noise(cell, name) else "not measured"
-
-
-def _place(
-    judged: Judged, cell: CellResult, name: str, rank: int | None, reason: str, after: Comparison | None
-) -> Place:
-    group, own, stored = judged.group, cell.estimate(name), cell.estimate(STORED)
-    full, is_ratio = group.full, name.endswith("_ratio_to_full")
-    best, held = (full and full.estimate(one) for one in (name, STORED))
-    losses = losses_of(group, cell, name) if not cell.is_full and name in judged.qualities else ()
-    return Place(
-        rank=rank,
-        cell=cell,
-        policy=group.series_label(cell),
-        quality=own,
-        share=own.value / best.value if own and best and best.value > 0 and not is_ratio else None,
-        stored=stored,
-        stored_share=stored.value / held.value if stored and held and held.value > 0 else None,
-        step=cell.estimate(STEP),
-        step_ratio=None if cell.is_full else cell.estimate(STEP_RATIO),
-        noise=timing_noise(cell, STEP_RATIO),
-        next=after,
-        num_collapsed=sum(loss.collapsed for loss in losses) if losses else None,
-        num_samples=len(losses),
-        reason=reason,
-    )
-
-
-def headline(judged: Judged, budget: str) -> list[str]:
-    """Return what to take at a budget and how sure that is, and what it costs and where it fails; a sentence each.
-
-    Empty where nothing was measured that ranks.
+    group: the full cache's cell, and those of one budget.
     """
-    group = judged.group
-    cells = group.by_budget.get(budget, [])
-    name = telling_quality(judged, cells) if judged.primary else TIME_RATIOS[0]
-    standing = standing_at(judged, cells, name) if name else None
-    if standing is None or name is None:
-        return [judged.ability.sentence] if judged.ability.sentence else []
-    first, label = standing.first, measure(name).label
-    unusable = judged.primary is not None and bool(best_unusable(group, cells, name))
-    value, policy = f"{label} {value_text(first, name)}", f"`{group.series_label(first)}`"
-    rivals = [f"`{group.series_label(cell)}`" for cell, _ in standing.rivals]
-    lead = "take" if not rivals else "the best value is"
-    if judged.primary is None:
-        lead = "the shortest step is that of"
-    elif unusable:
-        lead = "no policy is usable; the best value is that of"
-    if rivals:
-        sure = f"not shown to be better than {f'{len(rivals)} others' if len(rivals) > 2 else ' and '.join(rivals)}"
-        sure += f", but better than {len(standing.beaten)} more" if standing.beaten else ""
-    elif standing.beaten:
-        several = len(standing.beaten) > 1
-        who = f"each of the {len(standing.beaten)} others" if several else f"`{group.series_label(standing.beaten[0])}`"
-        sure = f"shown to be better than {who}"
-    else:
-        sure = "with nothing to compare it with"
-    return [f"At {budget} {lead} {policy} ({value}), {sure}.", _second(judged, first, name)]
+    unable = Ability(group).reason(name)
+    usable = [cell for cell in group.budgeted if cell.estimate(name)]
+    placed = [cell for cell in usable if not unable and not _unplaced(cell)]
+    sign = -1.0 if measure(name).better == "higher" else 1.0
+    placed.sort(key=lambda cell: (sign * cell.measurements[name].value, cell.sort_key))
+    full = group.full
+    to_full = _by_first(compare(cell, full, name) for cell in usable if full is not None)
+    to_next = _by_first(compare(one, other, name) for one, other in pairwise(placed))
+    rows = [
+        BoardRow(
+            name=group.series_label(cell), cell=cell, place=place, against_full=to_full.get(cell.key),
+            against_next=to_next.get(cell.key),
+        )
+        for place, cell in enumerate(placed, 1)
+    ]  # fmt: skip
+    for cell in group.budgeted:
+        if cell not in placed:
+            why = f"failed: {cell.status}" if cell.failed else unable or _unplaced(cell)
+            if cell.failed or cell in usable:
+                against = to_full.get(cell.key)
+                rows.append(BoardRow(name=group.series_label(cell), cell=cell, against_full=against, remark=why))
+    return rows
 
 
-def _second(judged: Judged, first: CellResult, name: str) -> str:
-    """Say how far the first is from the full cache, what it costs, and on how many samples it fails."""
-    parts = []
-    if judged.primary and (found := judged.against_full(first, name)):
-        remark = verdict_remark(found)
-        verdict = _AGAINST.get(found.verdict, f"{found.verdict} than")
-        parts.append(f"it is {verdict} the full cache ({difference_text(found)}{f', {remark}' if remark else ''})")
-    place = _place(judged, first, name, None, "", None)
-    if place.stored is not None:
-        share = f", {place.stored_share:.2f}x of full's" if place.stored_share is not None else ""
-        parts.append(f"stores {format_value(STORED, place.stored.value)} of keys and values{share}")
-    if place.step is not None:
-        ratio = f", {format_value(STEP_RATIO, place.step_ratio.value)} of full's time" if place.step_ratio else ""
-        noisy = " (noisy)" if place.noise else ""
-        parts.append(f"takes {format_value(STEP, place.step.value)} per token{ratio}{noisy}")
-    if place.num_collapsed is not None:
-        parts.append(f"fails on {place.num_collapsed} of {place.num_samples} samples")
-    text = ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1] if parts else "nothing else is known"
-    return f"{text[:1].upper()}{text[1:]}." if text.startswith("it is") else f"It {text}."
+def _unplaced(cell: CellResult) -> str:
+    """Return why a cell is not to be ranked with others of its budget, "" where it is."""
+    if _SEES in cell.policy:
+        return "sees the future: a bound, no method"
+    return "its budget is what it finds to hold" if cell.budget_total == _UNPLACED else ""
 
 
-def board_rows(judged: Judged, budget: str, name: str) -> list[dict[str, Any]]:
-    """Return the leaderboard as texts, for the page and for its script; numbers only where a bar is drawn."""
-    places = leaderboard(judged, budget, name)
-    at = _scale([place.quality for place in places if place.quality], name)
-    indices = {cell.key: index for index, cell in enumerate(judged.group.cells)}
-    return [{"cell": indices[place.cell.key], **_texts(place, name), **at(place.quality)} for place in places]
+def _by_first(found: Iterable[Comparison | None]) -> dict[str, Comparison]:
+    return {one.first.key: one for one in corrected([one for one in found if one is not None])}
 
 
-def _texts(place: Place, name: str) -> dict[str, Any]:
-    own, one = place.quality, place.next
-    share = "" if place.share is None else f"{100 * place.share:.0f} %" if _is_share(name) else f"{place.share:.2f}x"
-    unit = difference_unit(name)[0]
-    return {
-        "rank": "" if place.rank is None else str(place.rank),
-        "policy": place.policy,
-        "value": format_value(name, own.value) if own else MISSING,
-        "interval": format_interval(name, own.value, own.low, own.high) if own else "",
-        "n": "" if own is None or own.n is None else f"n = {own.n}",
-        "share": share or MISSING,
-        **_costs(place),
-        "word": place.word,
-        "numbers": [] if one is None else [difference_value(one), difference_interval(one)],
-        "unit": unit,
-        "remark": "" if one is None else "; ".join(filter(None, (p_text(one.p_holm), verdict_remark(one)))),
-        "lost": "" if place.num_collapsed is None else f"{place.num_collapsed} of {place.num_samples}",
-    }
+def chosen_group(results: Results, part: Part, budget: float) -> Group | None:
+    """Return the cells of a part at one budget, and the full cache's; None where there is none."""
+    cells = [cell for cell in results.records if part.has(cell) and (cell.is_full or cell.budget_fraction == budget)]
+    if len({(cell.policy, cell.positions) for cell in cells}) == len(cells):  # told apart from cells of other parts
+        cells = [replace(cell, variant="") for cell in cells]
+    return Group(model=cells[0].model, dataset=cells[0].dataset, cells=tuple(cells)) if cells else None
 
 
-COST_TEXTS = ("stored", "stored_share", "step", "step_ratio", "noise")
+def part_of(words: Mapping[str, str]) -> Part:
+    """Return the part of a table's `dataset`, `question` and `measure`."""
+    task = "perplexity" if words["measure"] == TEXT_MEASURE else "generation"
+    return Part(title="", dataset=words["dataset"], task=task, question=words.get("question", "seen"))
 
 
-def _costs(place: Place) -> dict[str, str]:
-    texts = (
-        format_value(STORED, place.stored.value) if place.stored else MISSING,
-        "" if place.stored_share is None else f"{place.stored_share:.2f}x",
-        format_value(STEP, place.step.value) if place.step else MISSING,
-        format_value(STEP_RATIO, place.step_ratio.value) if place.step_ratio else "",
-        place.noise,
-    )
-    return dict(zip(COST_TEXTS, texts, strict=True))
+def board_markdown(results: Results, words: Mapping[str, str]) -> Iterator[str]:
+    """Yield the table of `measure` at `budget`, the full cache's value above it."""
+    name, budget = words["measure"], float(words["budget"])
+    group = chosen_group(results, part_of(words), budget)
+    if group is None or not group.budgeted:
+        yield "Not measured yet."
+        return
+    full = group.full
+    if full is not None:
+        yield f"Full cache: {_shown(full, name)}."
+        yield ""
+    with_length = name.endswith("_vs_full")
+    heads = ["place", "policy", measure(name).label, "held", *(["length / full"] if with_length else [])]
+    heads += ["minus full", "minus the next", "against the next"]
+    rows = [
+        [
+            MISSING if row.place is None else str(row.place),
+            row.name,
+            _shown(row.cell, name),
+            _value(row.cell, HELD),
+            *([_value(row.cell, LENGTH)] if with_length else []),
+            MISSING if row.against_full is None else difference_text(row.against_full),
+            MISSING if row.against_next is None else difference_text(row.against_next),
+            row.remark or (MISSING if row.against_next is None else row.against_next.verdict),
+        ]
+        for row in board(group, name)
+    ]
+    yield from markdown_table(heads, rows, "rl" + "r" * (len(heads) - 3) + "l")
 
 
-def _is_share(name: str) -> bool:
-    return measure(name).unit in ("score", "fraction")
+def overview_markdown(results: Results, words: Mapping[str, str]) -> Iterator[str]:
+    """Yield every policy's values at `budget` in all that is ranked, by its place in the first of them."""
+    budget = float(words["budget"])
+    names: dict[str, None] = {}
+    found: list[dict[str, str]] = []
+    heads = ["policy"]
+    for part, name in RANKED:
+        if (group := chosen_group(results, part, budget)) is None:
+            continue
+        heads.append(f"{measure(name).label}, {part.title}")
+        shown = {"full": _shown(group.full, name)} if group.full is not None else {}
+        for row in board(group, name):
+            place = "" if row.place is None else f" ({row.place})"
+            shown[row.name] = f"{_value(row.cell, name)}{place}" if row.cell.estimate(name) else row.remark
+        names |= dict.fromkeys(shown)
+        found.append(shown)
+    rows = [[one, *(shown.get(one, MISSING) for shown in found)] for one in names]
+    yield from markdown_table(heads, rows, "l" + "r" * len(found))
 
 
-def _scale(shown: Sequence[Estimate], name: str) -> Callable[[Estimate | None], dict[str, Any]]:
-    """Return what places a number and its interval on the bars of one board, in per cent of their width."""
-    ends = [bound for one in shown for bound in (*one.bounds, one.value)]
-    low, high = min(ends, default=0.0), max(ends, default=1.0)
-    if _is_share(name):
-        low, high = min(0.0, low), max(1.0, high)
-    is_log = low > 0 and high / low > _LOG_FROM
-
-    def along(number: float) -> float:
-        if high <= low:
-            return 50.0
-        share = math.log(number / low) / math.log(high / low) if is_log else (number - low) / (high - low)
-        return round(100 * share, 2)
-
-    def at(found: Estimate | None) -> dict[str, Any]:
-        if found is None:
-            return {}
-        low, high = found.bounds
-        return {"at": [along(low), along(found.value), along(high)]}
-
-    return at
-
-
-def board_markdown(judged: Judged, budget: str, name: str) -> list[str]:
-    """Return the leaderboard as lines of a markdown table."""
-    heads = ("", "policy", measure(name).label, "of full", "KV bytes", "TPOT", "against the next")
+def missing_markdown(results: Results, words: Mapping[str, str]) -> Iterator[str]:
+    """Yield which policies of conf/policy have no record of a part, or one that failed, and how."""
+    names = [entry.name for entry in (files("kvbench.conf") / "policy").iterdir()]
+    known = sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
     rows = []
-    for row in board_rows(judged, budget, name):
-        numbers = " ".join(row["numbers"])
-        verdict = f"{row['word']}: {numbers}" if numbers else row["word"]
-        beside = (f"{row['value']} {row['interval']}".strip(), row["share"])
-        costs = (f"{row['stored']} {row['stored_share']}".strip(), f"{row['step']} {row['step_ratio']}".strip())
-        rows.append((row["rank"], row["policy"], *beside, *costs, verdict))
-    return list(markdown_table(heads, rows, "rlrrrrl"))
+    for part in PARTS:
+        cells = [cell for cell in results.records if part.has(cell)]
+        there = {cell.labels["policy"] for cell in cells}
+        if absent := [name for name in known if name not in there]:
+            rows.append([part.title, ", ".join(absent), "no record: left out, or not run"])
+        rows += [
+            [part.title, f"{cell.policy}, {cell.budget}", f"{cell.status}: {cell.error[:160]}"]
+            for cell in cells
+            if cell.failed
+        ]
+    if rows:
+        yield from markdown_table(["part", "policies", "why"], rows)
+    else:
+        yield "Every policy there is has a record in every part."
 
 
-def board_html(judged: Judged, number: int) -> Markup:
-    """Return the first screen of a group: two sentences per budget, controls, the leaderboard and room for a figure."""
-    asked, names = asked_budget(judged), board_measures(judged)
-    if asked is None or not names:
-        return Markup()
-    sentences = {budget: headline(judged, budget) for budget in judged.group.by_budget}
-    name = names[0]
-    label, better = measure(name).label, measure(name).better
-    return render(
-        "leaderboard.html.j2", number=number, title=judged.group.title, asked=asked, label=label,
-        way=f"{better} is better", sentences=sentences, rows=board_rows(judged, asked, name),
-    )  # fmt: skip
+def board_svg(results: Results, words: Mapping[str, str]) -> bytes:
+    """Return every policy's difference to full in `measure`, a panel per budget, by the places of the middle one."""
+    name, budgets = words["measure"], [float(budget) for budget in words["budget"].split(",")]
+    part = part_of(words)
+    order: list[str] = []
+    panels: dict[str, dict[str, Row]] = {}
+    for budget in sorted(budgets, key=lambda budget: budget != float(words["by"])):
+        group = chosen_group(results, part, budget)
+        rows = [] if group is None else board(group, name)
+        order += [row.name for row in rows if row.name not in order]
+        panels[f"{100 * budget:g} % of the tokens"] = {
+            row.name: Row(value=found.value, low=found.low, high=found.high)
+            for row in rows
+            if (found := row.against_full) is not None
+        }
+    unit = difference_unit(name)[0]
+    label = f"{measure(name).label} minus full{f', {unit}' if unit == 'nats/token' else ''}"
+    return forest_svg(order, panels, label=label)
+
+
+def boards_csv(results: Results) -> str:
+    """Return a row per policy, budget and measure, in base units and full precision."""
+    budgets = sorted({cell.budget_fraction for cell in results.records if cell.budget_fraction is not None})
+    rows = [
+        {
+            "dataset": part.dataset, "question": part.question, "budget": budget, "measure": name,
+            "place": row.place, "policy": row.name, "key": row.cell.key, "status": row.cell.status,
+            **_numbers("", row.cell.estimate(name)), "held": _number(row.cell, HELD),
+            "length_ratio": _number(row.cell, LENGTH), **_numbers("minus_full_", row.against_full),
+            "verdict_against_full": None if row.against_full is None else row.against_full.verdict,
+            **_numbers("minus_next_", row.against_next),
+            "verdict_against_next": None if row.against_next is None else row.against_next.verdict,
+            "shard": row.cell.environment.get("shard"), "gpu": row.cell.environment.get("gpu"), "remark": row.remark,
+        }
+        for part, name in RANKED
+        for budget in budgets
+        if (group := chosen_group(results, part, budget)) is not None
+        for row in board(group, name)
+    ]  # fmt: skip
+    return csv_text(pd.DataFrame(rows))
+
+
+def _numbers(prefix: str, found: object) -> dict[str, float | None]:
+    return {f"{prefix}{part}": getattr(found, part, None) for part in ("value", "low", "high")}
+
+
+def _number(cell: CellResult, name: str) -> float | None:
+    found = cell.estimate(name)
+    return None if found is None else found.value
+
+
+def _value(cell: CellResult, name: str) -> str:
+    return format_value(name, _number(cell, name))
+
+
+def _shown(cell: CellResult, name: str) -> str:
+    found = cell.estimate(name)
+    return MISSING if found is None else format_with_interval(name, found.value, found.low, found.high)

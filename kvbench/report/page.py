@@ -26,8 +26,8 @@ from kvbench.report.figures.draw import Plot, palette_of
 from kvbench.report.figures.living import group_data
 from kvbench.report.figures.style import PLOT_STYLE
 from kvbench.report.findings import notes_of
+from kvbench.report.first_screen import board_html, board_measures, leaderboard
 from kvbench.report.laws import law_rows, laws_html
-from kvbench.report.leaderboard import board_html, board_measures, leaderboard
 from kvbench.report.load import Results
 from kvbench.report.markup import Head, TableView, listed, render, resource, safe_json
 from kvbench.report.page_tables import (

@@ -177,3 +177,48 @@ def test_a_pictured_sample_shows_its_thumbnail_and_a_conversation_its_turns(page
              " s.dispatchEvent(new Event('change')); })()")  # fmt: skip
     assert page.run("document.getElementById('sb-name').textContent").startswith("t/1, turn 1")
     assert page.run("document.getElementById('sb-question').textContent") == "question 1"
+
+
+def test_the_first_wrong_word_leads_to_what_the_policy_had_let_go(page: Page) -> None:
+    choose(page, "sb-policy", "random")
+    choose(page, "sb-budget", "10 % tokens kept")
+    choose(page, "sb-sample", "0")
+    page.click("#sb-text mark")
+    said = page.run("document.getElementById('sb-why').textContent")
+    assert said.startswith("Of what random had let go by then, the full cache attends most to ")
+    token = page.run(
+        "(() => { const one = Autopsy.why('tiny-llava on scenes', 'scenes/test/0', 'random', '10 % tokens kept', 0);"
+        " return [one.token, one.layer, one.head, one.step]; })()"
+    )
+    assert token[0] >= 1
+    assert token[1] in (1, 3), "of the layers that are stored"
+    assert token[3] == 0, "gone with the prompt's cut"
+    page.click("#sb-why .sb-pick")
+    assert page.run("document.getElementById('ap-budget').value") == "10 % tokens kept"
+    assert page.run("document.getElementById('ap-sample').value") == "scenes/test/0"
+
+
+def test_the_address_holds_the_moment_of_the_answer(page: Page, browser: Browser, path: Path) -> None:
+    move_to(page, 5)
+    page.run("document.getElementById('ap-step').dispatchEvent(new Event('change'))")
+    address = page.run("location.hash")
+    assert "step=5" in address
+    other = browser.open(path)
+    other.run(f"location.hash = {address!r}; new Promise(done => setTimeout(done, 50))")
+    assert other.run("document.getElementById('ap-step').value") == "5"
+    assert other.run(VEILS) == page.run(VEILS)
+
+
+def test_a_heat_map_whose_numbers_are_equal_gives_way_to_the_number(browser: Browser, tmp_path: Path) -> None:
+    record = body(policy="h2o", budget=0.2, num_samples=1)
+    same = np.full((3, LAYERS, HEADS), 310, dtype=np.uint16)
+    statistics = {"statistics": {"attention_permille": pack(same), "entries": pack(same)}}
+    write_autopsy(write_cell(tmp_path, record).with_name("autopsy.json"), autopsy_body(record["key"], **statistics))
+    file = tmp_path / "index.html"
+    file.write_text(render_page(load_results(tmp_path), []), encoding="utf-8")
+    page = browser.open(file)
+    assert page.run("document.querySelector('.ap-heat').getBoundingClientRect().height") == 0
+    assert "attention held: 31 % in every layer and head" in page.run(
+        "document.querySelector('.ap-panels').textContent"
+    )
+    assert page.complaints() == []

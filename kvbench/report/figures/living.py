@@ -18,7 +18,7 @@ from kvbench.measures import TASK_MEASURES, format_value, measure
 from kvbench.report.compare import Ability, timing_noise
 from kvbench.report.figures.axes import axis_scale, marks_of
 from kvbench.report.figures.style import COLOUR_NAMES, Mark, Palette
-from kvbench.report.leaderboard import COST_TEXTS, board_measures, board_rows
+from kvbench.report.first_screen import COST_TEXTS, board_measures, board_rows
 from kvbench.report.load import CellResult, Estimate, Group, mean_scores, natural_key
 from kvbench.report.markup import budget_size
 from kvbench.report.standing import Judged, asked_budget

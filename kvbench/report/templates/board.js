@@ -54,7 +54,8 @@ const within = name => known(name).share ? [0, 1 / known(name).factor] : null;
 
 const pareto = () => {
   const cost = pick.cost.value, name = measureName();
-  const cells = cost ? withBoth(cost, name) : [];
+  if (!cost) return againstBudget();  // what is kept is what it costs, where nothing else was measured
+  const cells = withBoth(cost, name);
   if (cells.length < 2 || cost === name) return null;
   const lit = strong(), front = frontOf(cells, cost, name), best = new Set(front), here = budget();
   const point = cell => {
@@ -73,7 +74,8 @@ const pareto = () => {
     front: front.map(cell => [cell.numbers[cost][0] / known(cost).factor, cell.numbers[name][0] / known(name).factor]),
     series: bySeries(cells).map(one => ({ ...one, pale: !lit.has(one.policy), joined: true, points: one.cells.map(point) })) };
 };
-const quality = () => {
+const quality = () => pick.cost.value ? againstBudget() : null;
+const againstBudget = () => {
   const name = measureName(), f = known(name).factor, cells = usable().filter(cell => cell.budget && cell.numbers[name] && cell.size !== null);
   const places = [...new Set(cells.map(cell => cell.size))].sort((a, b) => a - b);
   if (places.length < 2) return null;
@@ -186,6 +188,15 @@ const barOf = (row, look, rule) => {
 };
 const cell = (kind, ...parts) => tag("td", kind, ...parts);
 const small = words => words ? [tag("small", "", words.replaceAll("-", "\u2212").replaceAll(", ", ",\u00a0"))] : [];
+// How many samples fail, and the way to the first of them.
+const failures = (row, one) => {
+  if (!/^[1-9]/.test(row.lost) || !Samples.has(one.key)) return cell("", row.lost);
+  const button = tag("button", "sb-pick", row.lost);
+  button.type = "button";
+  button.title = "Read the answers that fail";
+  button.addEventListener("click", () => Samples.failing(one.key));
+  return cell("", button);
+};
 const drawBoard = box => {
   const name = measureName(), rows = placesOf(name), off = hidden();
   const reference = rows.find(row => row.word === "reference"), rule = reference && reference.at ? reference.at[1] : undefined;
@@ -216,7 +227,7 @@ const drawBoard = box => {
     const step = cell(row.noise ? "noisy" : "", row.step, ...small(row.step_ratio));
     step.title = row.noise;
     const drawn = tag("tr", off.has(look.name) ? "off" : "", cell("", row.rank), head, value, ...(has.share ? [cell("", row.share)] : []),
-      ...(has.stored ? [cell("", row.stored, ...small(row.stored_share))] : []), ...(has.step ? [step] : []), word, ...(has.lost ? [cell("", row.lost)] : []));
+      ...(has.stored ? [cell("", row.stored, ...small(row.stored_share))] : []), ...(has.step ? [step] : []), word, ...(has.lost ? [failures(row, one)] : []));
     drawn.dataset.policy = row.policy;
     return drawn;
   }));

@@ -1,6 +1,6 @@
 // Every policy's answer to one sample, word by word beside the full cache's; those that say the same share a pane.
 const Samples = (() => {
-const none = { has: () => false, show: () => {}, keep: () => {} };
+const none = { has: () => false, show: () => {}, failing: () => {}, keep: () => {} };
 if (!document.getElementById("sample-data")) return none;
 const at = id => document.getElementById(id);
 const groups = JSON.parse(at("sample-data").textContent);
@@ -245,6 +245,12 @@ fill(pick.group, groups.map((one, index) => [index, one.title]));
 at("sb-group-label").hidden = groups.length < 2;
 pickGroup();
 if (State.get("sample")) openLink();
-return { show, has: key => groups.some(one => one.cells.some(cell => cell.key === key && cell.samples.length)),
+const failing = key => {
+  const found = groups.flatMap(one => one.cells).find(cell => cell.key === key), first = found && found.samples.find(answer => answer.collapsed);
+  show(key, first && first.id);
+  pick.which.value = "collapsed";
+  list(key, first && first.id);
+};
+return { show, failing, has: key => groups.some(one => one.cells.some(cell => cell.key === key && cell.samples.length)),
   keep: ids => { kept = new Set(ids); list(); } };
 })();

@@ -256,7 +256,7 @@ def _best(compared: _Compared) -> tuple[list[str], list[list[Any]]]:
 
 def _leaderboard(results: Results) -> tuple[list[str], list[list[Any]]]:
     """Return the places of every group and budget in its leading measure, as the page's first screen has them."""
-    from kvbench.report.leaderboard import board_measures, leaderboard
+    from kvbench.report.first_screen import board_measures, leaderboard
     from kvbench.report.standing import judge
 
     columns = ["group", "budget", "measure", "rank", "policy", "value", "low", "high", "share of full"]

@@ -23,7 +23,7 @@ from kvbench.measures import MEASURES, TASK_MEASURES, format_with_interval, meas
 from kvbench.report.answer import sentences_before
 from kvbench.report.compare import DECLARED, Ability, Choices, Comparison, group_comparisons, leading_quality
 from kvbench.report.figures.draw import png_names
-from kvbench.report.leaderboard import board_markdown, board_measures, headline
+from kvbench.report.first_screen import board_markdown, board_measures, headline
 from kvbench.report.load import Group, Results, flat_settings
 from kvbench.report.standing import asked_budget, best_policies, is_usable, judge, leading_matrix
 from kvbench.report.tables import markdown_table, matrix_markdown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tests.report.synthetic import body, write_cell, write_sweep
 ROWS = "[...document.querySelectorAll('.board-group:not([hidden]) .places tbody tr')]"
 NAMES = f"{ROWS}.map(row => row.dataset.policy)"
 TIP = "document.querySelector('[data-figure=pareto] .chart-tip').textContent"
+BUDGET = "20 % tokens kept"
 HASH = "decodeURIComponent(location.hash)"
 
 
@@ -141,6 +143,37 @@ def test_a_link_of_an_older_report_still_opens_its_sample(browser: Browser, page
     other.run(f"location.hash = '#sample={key}/' + encodeURIComponent({json.dumps(sample)})")
     other.run("new Promise(done => setTimeout(done, 50))")
     assert other.run("document.getElementById('sb-name').textContent") == name
+
+
+def test_a_figure_is_saved_as_a_drawing_of_its_own_and_as_numbers(page: Page) -> None:
+    page.run(
+        "window.saved = []; URL.createObjectURL = blob => { window.saved.push(blob); return 'data:,'; };"
+        " HTMLAnchorElement.prototype.click = () => {};"
+        " [...document.querySelectorAll('[data-figure=pareto] .chart-tools button')].forEach(one => one.click());"
+        " new Promise(done => { const wait = () => window.saved.length > 2 ? done() : setTimeout(wait, 20); wait(); })"
+    )
+    kinds = page.run("window.saved.map(blob => blob.type)")
+    assert sorted(kinds) == ["image/png", "image/svg+xml", "text/csv"]
+    drawing, numbers = (
+        page.run(f"window.saved.find(blob => blob.type === '{kind}').text()") for kind in ("image/svg+xml", "text/csv")
+    )
+    root = ElementTree.fromstring(drawing)
+    assert not [one for one in root.iter() if "class" in one.attrib or "var(" in one.attrib.get("style", "")]
+    assert "h2o" in {"".join(one.itertext()).split()[0] for one in root.iter() if one.tag.endswith("text")}
+    head, *rows = numbers.strip().split("\n")
+    assert head.startswith("policy,budget,kv_stored_bytes,kv_stored_bytes_low,")
+    assert len(rows) == 13
+    assert page.complaints() == []
+
+
+def test_the_count_of_failures_leads_to_the_first_of_them(page: Page) -> None:
+    told = page.run(
+        "(() => { const one = document.querySelector('.places .sb-pick'); one.click(); return one.textContent; })()"
+    )
+    count, name = (page.run(f"document.getElementById('sb-{part}').textContent") for part in ("count", "name"))
+    assert count.split()[0] == told.split()[0], "as many as the leaderboard says"
+    assert page.run("document.getElementById('sb-which').value") == "collapsed"
+    assert BUDGET in name
 
 
 def test_answers_stand_side_by_side_with_what_they_leave_out_and_add(page: Page) -> None:
