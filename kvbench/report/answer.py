@@ -45,6 +45,7 @@ from kvbench.report.standing import (
     safe_cells,
     standing_at,
     telling_quality,
+    unplaced,
     usable_text,
 )
 from kvbench.stats.tests import is_latency_ratio, smallest_margin
@@ -352,7 +353,7 @@ def _sure(judged: Judged, standing: Standing) -> Iterator[str]:
     if len(standing.ranked) == 1:
         yield "Nothing to compare it with at this budget."
     if standing.left_out:
-        why = ((cell, cell.status if cell.failed else "noisy times") for cell in standing.left_out)
+        why = ((cell, cell.status if cell.failed else unplaced(cell) or "noisy times") for cell in standing.left_out)
         cells = ", ".join(f"`{judged.group.series_label(cell)}` ({reason})" for cell, reason in why)
         yield f"Not ranked: {cells}."
 

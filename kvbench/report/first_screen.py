@@ -40,12 +40,17 @@ from kvbench.report.standing import (
     losses_of,
     standing_at,
     telling_quality,
+    unplaced,
 )
 from kvbench.report.tables import markdown_table
 
 STORED, STEP, STEP_RATIO = "kv_stored_bytes", "tpot_ms", "tpot_ratio_to_full"
 _LOG_FROM = 5.0
 _MOST_MEASURES = 8
+_SHORT = {
+    "sees the future: a bound, no method": "a bound, sees the future",
+    "its budget is what it finds to hold": "own budget",
+}
 _AGAINST = {
     "equivalent": "equivalent to",
     "undecided": "undecided against",
@@ -108,7 +113,9 @@ def _why_not(judged: Judged, cell: CellResult, name: str) -> str:
         return cell.status
     if judged.ability.reason(name):
         return "not ranked"
-    return "noisy" if timing_noise(cell, name) else "not measured"
+    if timing_noise(cell, name):
+        return "noisy"
+    return _SHORT.get(unplaced(cell), unplaced(cell)) if cell.estimate(name) else "not measured"
 
 
 def _place(

@@ -212,7 +212,8 @@ def test_the_address_holds_the_moment_of_the_answer(page: Page, browser: Browser
 def test_a_heat_map_whose_numbers_are_equal_gives_way_to_the_number(browser: Browser, tmp_path: Path) -> None:
     record = body(policy="h2o", budget=0.2, num_samples=1)
     same = np.full((3, LAYERS, HEADS), 310, dtype=np.uint16)
-    statistics = {"statistics": {"attention_permille": pack(same), "entries": pack(same)}}
+    names = ("attention_permille", "entries", "mean_age_tokens")
+    statistics = {"statistics": {name: pack(same) for name in names}}
     write_autopsy(write_cell(tmp_path, record).with_name("autopsy.json"), autopsy_body(record["key"], **statistics))
     file = tmp_path / "index.html"
     file.write_text(render_page(load_results(tmp_path), []), encoding="utf-8")

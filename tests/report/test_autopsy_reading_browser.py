@@ -91,13 +91,14 @@ def test_a_finger_reads_a_place_and_what_it_read_stays_when_it_is_lifted(browser
 
 
 def test_what_is_read_is_read_again_when_the_moment_changes(page: Page) -> None:
+    set_to(page, "ap-measure", "entries")
     page.run("document.querySelector('.ap-panel:nth-child(2) .ap-heat').focus()")
     page.press("ArrowDown")
     first = page.run(SAID)
     set_to(page, "ap-step", STEPS, "input")
     second = page.run(SAID)
-    assert first.startswith("Layer 1, head 1, attention held: elastic ")
-    assert second.startswith("Layer 1, head 1, attention held: elastic ")
+    assert first.startswith("Layer 1, head 1, entries held: elastic ")
+    assert second.startswith("Layer 1, head 1, entries held: elastic ")
     assert second != first
     page.press("Escape")
     assert page.run(SAID) == ""

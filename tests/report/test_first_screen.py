@@ -68,6 +68,22 @@ def test_what_failed_was_noisy_or_not_measured_has_no_rank_and_says_why(tmp_path
     assert times["elastic"] == (None, "noisy")
 
 
+def test_what_sees_the_future_or_takes_its_own_budget_has_no_rank_and_is_never_to_be_taken(tmp_path: Path) -> None:
+    write_cell(tmp_path, body(policy="full", budget=None))
+    write_cell(tmp_path, body(policy="h2o"))
+    write_cell(tmp_path, body(policy="random"))
+    for policy, labels in (("oracle (sees the future)", {}), ("sized", {"budget_total": "data_dependent"})):
+        best = body(policy="full", budget=0.2)
+        write_cell(tmp_path, body(policy=policy, **labels) | {part: best[part] for part in ("measurements", "samples")})
+    judged = judged_of(tmp_path)
+    words = {place.policy: (place.rank, place.word) for place in leaderboard(judged, BUDGET, RECALL)}
+    assert words["oracle (sees the future)"] == (None, "a bound, sees the future")
+    assert words["sized"] == (None, "own budget")
+    assert words["h2o"][0] == 1
+    assert "`h2o`" in headline(judged, BUDGET)[0]
+    assert "oracle" not in " ".join(headline(judged, BUDGET))
+
+
 def test_nobody_is_ranked_where_the_full_cache_can_not_do_the_task(tmp_path: Path) -> None:
     for policy, budget in (("full", None), ("h2o", 0.2), ("random", 0.2)):
         record = body(policy=policy, budget=budget)

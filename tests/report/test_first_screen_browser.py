@@ -149,7 +149,7 @@ def test_a_figure_is_saved_as_a_drawing_of_its_own_and_as_numbers(page: Page) ->
     page.run(
         "window.saved = []; URL.createObjectURL = blob => { window.saved.push(blob); return 'data:,'; };"
         " HTMLAnchorElement.prototype.click = () => {};"
-        " [...document.querySelectorAll('[data-figure=pareto] .chart-tools button')].forEach(one => one.click());"
+        " [...document.querySelectorAll('.board-group:not([hidden]) .chart-tools button')].forEach(one => one.click());"
         " new Promise(done => { const wait = () => window.saved.length > 2 ? done() : setTimeout(wait, 20); wait(); })"
     )
     kinds = page.run("window.saved.map(blob => blob.type)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from matplotlib.axes import Axes
@@ -178,7 +178,31 @@ def keys_above(
     figure.legend(handles=list(keys), loc="outside upper left", ncols=columns[look.width], **style)
 
 
-_MOST_NARROW_ROWS = 20
+_MOST_NARROW_ROWS = 18
+MANY, _BEST = 12, 6  # series that a reader tells apart, and how many of more than those are named
+
+
+def emphasised(group: Group, name: str | None = None) -> frozenset[str]:
+    """Return the series to draw in their colours: all, of very many full, random and the best at the headline's budget.
+
+    name: the measure by which they are the best, by default the leading one.
+    """
+    series = group.by_series()
+    name = name or leading_quality(group)
+    if len(series) <= MANY or name is None:
+        return frozenset(series)
+    sign, budget = -1.0 if measure(name).better == "higher" else 1.0, declared_budget(group)
+    here = [(sign * found.value, cell) for cell in group.budgeted
+            if cell.budget == budget and (found := cell.estimate(name))]  # fmt: skip
+    best = [cell for _, cell in sorted(here, key=lambda pair: (pair[0], pair[1].sort_key))[:_BEST]]
+    kept = {group.series_label(cell) for cell in best}
+    return frozenset({*kept, *(label for label, cells in series.items() if cells[0].policy in ("full", "random"))})
+
+
+def rest_text(group: Group, shown: Collection[str]) -> tuple[str, ...]:
+    """Return what a footnote says of series that are grey; nothing where none is."""
+    count = len(group.by_series()) - len(shown)
+    return (f"grey: {count} other policies; named: the best at {declared_budget(group)}",) if count > 0 else ()
 
 
 def narrowed(group: Group, look: Look) -> Group:

@@ -22,12 +22,14 @@ from kvbench.report.compare import Ability, timing_noise
 from kvbench.report.figures.axes import (
     artist_name,
     axis_scale,
+    emphasised,
     footnote,
     hide_ticks_outside,
     keys_above,
     marks_of,
     measured,
     panel_title,
+    rest_text,
     series_names,
     sparse,
 )
@@ -88,10 +90,12 @@ def _pareto(group: Group, look: Look, shown: Sequence[_Panel], legend: bool) -> 
     for axes, panel in zip(panels, shown, strict=True):
         axes.set_title(panel_title(panel.name, group.cells))
         panel.draw(axes, labels, legend)
+    shown_series = frozenset().union(*(panel.shown for panel in shown))
     if legend:
-        legend_above(figure, marks_of(group, look.palette), look)
+        marks = marks_of(group, look.palette)
+        legend_above(figure, {label: mark for label, mark in marks.items() if label in shown_series}, look)
     noisy = any(point.noise for panel in shown for point in panel.points)
-    footnote(figure, group, look, *(("pale: noisy times",) if noisy else ()))
+    footnote(figure, group, look, *rest_text(group, shown_series), *(("pale: noisy times",) if noisy else ()))
     return labels
 
 
@@ -108,6 +112,7 @@ class _Panel:
             if (paid := cell.estimate(cost)) and (quality := cell.estimate(name))
         ]
         quiet = [point for point in self.points if not point.noise]
+        self.shown = emphasised(group, name)
         self.front = [] if Ability(group).reason(name) else pareto_front(quiet, name)
 
     def place(self, point: Point) -> tuple[float, float]:
@@ -123,6 +128,10 @@ class _Panel:
         for label in self.group.by_series():
             mine = [point for point in self.points if self.group.series_label(point.cell) == label]
             mark = self.marks[label]
+            if label not in self.shown and not any(point in self.front for point in mine):
+                axes.plot(*zip(*map(self.place, mine), strict=True), linestyle="none", marker="o", markersize=3,
+                          color=self.look.theme.grid, zorder=1.8)  # fmt: skip
+                continue
             if len(mine) > 1:
                 axes.plot(*zip(*map(self.place, mine), strict=True), color=mark.colour, linestyle=mark.line,
                           linewidth=0.9, alpha=0.6, zorder=2.2)  # fmt: skip
@@ -173,7 +182,8 @@ class _Panel:
     def _texts(self, legend: bool) -> dict[str, str]:
         """Return what to write beside which cell: budgets on the front, each policy once, at its largest budget."""
         called = series_names(self.group)
-        largest = {self.group.series_label(p.cell): p for p in self.points}  # points come by growing budget
+        # points come by growing budget
+        largest = {label: p for p in self.points if (label := self.group.series_label(p.cell)) in self.shown}
         texts = {} if legend else {p.cell.key: called[label] for label, p in largest.items()}
         for cell in (point.cell for point in self.front if not point.cell.is_full):
             parts = texts.get(cell.key, ""), cell.budget.removesuffix(" tokens kept")

@@ -21,11 +21,13 @@ from kvbench.report.figures.axes import (
     artist_name,
     axis_scale,
     budget_axis,
+    emphasised,
     footnote,
     hide_ticks_outside,
     marks_of,
     measured,
     panel_title,
+    rest_text,
     series_names,
 )
 from kvbench.report.figures.labels import DirectLabels, Named, labelled
@@ -65,14 +67,15 @@ def _build(group: Group, look: Look, names: list[str], legend: bool) -> DirectLa
     labels = DirectLabels(figure=figure, look=look)
     marks = marks_of(group, look.palette)
     axis = budget_axis(group.budgeted)
+    shown = emphasised(group)
     for axes, name in zip(panels, names, strict=True):
         axes.set_title(panel_title(name, group.cells))
         ends = _panel(axes, group, name, marks, axis, look)
         if not legend:
             labels.right_of(axes, ends)
-    footnote(figure, group, look)
+    footnote(figure, group, look, *rest_text(group, shown))
     if legend:
-        legend_above(figure, marks, look)
+        legend_above(figure, {label: mark for label, mark in marks.items() if label in shown}, look)
     return labels
 
 
@@ -80,7 +83,7 @@ def _panel(axes: Axes, group: Group, name: str, marks: Mapping[str, Mark], axis:
     """Draw one measure and return the right ends of its lines; full is a reference line with its band."""
     scale = axis_scale(name, group.cells)
     axis.apply(axes)
-    called = series_names(group)
+    called, shown = series_names(group), emphasised(group)
     ends: list[Named] = []
     for label, cells in group.by_series().items():
         mark, title = marks[label], artist_name(name, label)
@@ -97,7 +100,10 @@ def _panel(axes: Axes, group: Group, name: str, marks: Mapping[str, Mark], axis:
             for cell in cells
             if cell.key in axis.places and (found := cell.estimate(name))
         )
-        if points:
+        if points and label not in shown:
+            axes.plot([point[0] for point in points], [point[1] for point in points], color=look.theme.grid,
+                      linewidth=1.0, zorder=1.2, label=title)  # fmt: skip
+        elif points:
             _series(axes, points, title, mark, look)
             ends.append(Named(text=called[label], x=points[-1][0], y=points[-1][1], colour=mark.colour))
     _scale_y(axes, group, name, scale)
@@ -188,6 +194,8 @@ def differences_figure(group: Group, look: Look) -> Figure | None:
         return None
     name, by_cell = found
     kept = {budget: [cell for cell in cells if cell.key in by_cell] for budget, cells in budgets_of(group).items()}
+    named = emphasised(group, name)
+    kept = {budget: [cell for cell in cells if group.series_label(cell) in named] for budget, cells in kept.items()}
     budgets = {budget: cells for budget, cells in kept.items() if cells}
     if look.width == "single" and budgets:  # the budget of the headline alone fits a column
         asked = declared_budget(group) or ""
@@ -229,7 +237,8 @@ def differences_figure(group: Group, look: Look) -> Figure | None:
     _sample_names(pairs[-1][0], order, look)
     pairs[-1][1].set_xlabel(f"difference{', nats/token' if is_ppl else ' to full'} or below")
     shown = {group.series_label(cell) for cells in budgets.values() for cell in cells}
-    footnote(figure, group, look)
+    left = len(group.by_series()) - len(named)
+    footnote(figure, group, look, *((f"left out: {left} other policies",) if left > 0 else ()))
     legend_above(figure, {called[label]: mark for label, mark in marks.items() if label in shown}, look)
     return figure
 

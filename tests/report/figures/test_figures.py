@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib.colors import to_hex
+from matplotlib.text import Text
 
 from kvbench.report.figures.draw import DRAW, draw_plots
 from kvbench.report.figures.kinds import FIGURES, FORMATS, WIDTHS
@@ -19,6 +20,7 @@ from kvbench.report.load import load_results
 from tests.report.figures.figure_data import draw, drawn_once, plots_of, svg_of, texts
 from tests.report.synthetic import body, write_cell, write_sweep
 
+RECALL = "objects_recalled_fraction"
 REPO = Path(__file__).parents[3]
 IN_A_SWEEP = ["quality", "pareto", "latency", "memory", "entries", "differences"]
 EVERY_FORMAT = """
@@ -146,8 +148,8 @@ def test_failed_and_noisy_cells_are_marked(tmp_path: Path) -> None:
     assert any(line.get_label() == "failed: h2o, 20 % tokens kept" for line in quality.axes[0].lines)
     for name in ("latency", "pareto"):
         _, figure = draw(tmp_path, name)
-        keys = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
-        assert sum("noisy" in text for text in [*texts(figure), *keys]) == 1, f"{name} says it once"
+        said = [text.get_text() for text in figure.findobj(Text)]
+        assert sum("noisy" in text for text in said) == 1, f"{name} says it once"
     assert "oom" in texts(draw(tmp_path, "latency")[1])
     assert "oom" in texts(draw(tmp_path, "memory")[1])
 
@@ -168,6 +170,21 @@ def test_a_figure_for_a_column_is_at_most_four_inches_high(sweep_folder: Path, n
     _, figure = draw(sweep_folder, name, width="single")
     width, height = figure.get_size_inches()
     assert (width, height <= 4.0) == (3.4, True)
+
+
+def test_of_very_many_policies_the_best_have_colours_and_names_and_the_rest_is_grey(tmp_path: Path) -> None:
+    write_cell(tmp_path, body(policy="full", budget=None))
+    for index in range(20):
+        for budget in (0.1, 0.2):
+            write_cell(tmp_path, body(policy=f"policy_{index:02}", budget=budget))
+    group, figure = draw(tmp_path, "quality", measures=("ppl",))
+    lines_by_name = {str(line.get_label()): line for line in figure.axes[0].lines}
+    grey = {name for name, line in lines_by_name.items() if line.get_color() == LIGHT.grid}
+    assert len(grey) == 14
+    best = sorted(group.by_budget["20 % tokens kept"], key=lambda cell: -cell.measurements[RECALL].value)[:6]
+    assert not grey & {f"ppl: {cell.policy}" for cell in best}, "the best in what leads"
+    assert not figure.legends
+    assert {text for text in texts(figure) if text.startswith("policy")} == {cell.policy for cell in best}
 
 
 @pytest.mark.long
@@ -212,7 +229,8 @@ def test_labels_cover_neither_each_other_nor_leave_the_figure(sweep_folder: Path
         assert all(box.left >= 0 and box.right <= figure.bbox.width for box in boxes)
 
 
-def test_a_legend_takes_over_where_names_do_not_fit(tmp_path: Path) -> None:
+def test_a_legend_takes_over_where_names_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvbench.report.figures.axes.MANY", 100)
     for index in range(40):
         write_cell(tmp_path, body(policy=f"policy_{index:02}"))
     _, figure = draw(tmp_path, "quality", measures=("ppl",), width="single")
