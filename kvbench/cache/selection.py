@@ -150,7 +150,7 @@ def drawn(position: Tensor, row_seed: Tensor, layer: int, seed: int) -> Tensor:
     those of the policy `random`.
     """
     heads = torch.arange(position.shape[1], device=position.device)[None, :, None]
-    stream = _mixed((seed * 4096 + layer) * 4096 + heads ^ _SALT)
+    stream = _mixed((seed * 4096 + layer) * 4096 % 2**62 + heads ^ _SALT)
     return _shifted(_mixed(_mixed(stream + row_seed[:, None, None]) + position), 40).float() / 2.0**24
 
 
