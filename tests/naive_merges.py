@@ -14,6 +14,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from tests.naive import Entry, Head, Rule, Where
+from tests.naive_rules import drawn_bits
 
 Merged = tuple[Head, float]
 
@@ -33,17 +34,12 @@ def naive_cam(head: Head, keep: set[int], draw: Callable[[int], float], spread: 
     return list(kept.values()), margin
 
 
-def naive_draw(position: int, *, seed: int, layer: int, head: int, row_seed: int) -> float:
-    """The number that a token draws, in Python's integers."""
-
-    def mixed(number: int) -> int:
-        number = (number + 0x9E3779B97F4A7C15) % 2**64
-        number = (number ^ (number >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        number = (number ^ (number >> 27)) * 0x94D049BB133111EB % 2**64
-        return number ^ (number >> 31)
-
-    stream = mixed(((seed * 4096 + layer) * 4096 + head) ^ 0x2545F4914F6CDD1D)
-    return (mixed(mixed(stream + row_seed) + position) >> 40) / 2**24
+def naive_draw(
+    position: int, *, seed: int, layer: int, num_layers: int, head: int, num_heads: int, row_seed: int
+) -> float:
+    """The number that a token draws for a merge, in Python's integers."""
+    stream = (2**40 + seed * num_layers + layer) * num_heads + head
+    return drawn_bits(position + row_seed * 0xBF58476D1CE4E5B9, stream) / 2**24
 
 
 def naive_d2o(
@@ -110,6 +106,7 @@ class NaiveMerge:
     at_steps: bool
     tolerance: float = 1e-6
     merge_margin: float = math.inf
+    num_heads: int = 0
 
     def merged(self, head: Head, keep: set[int], index: int, where: Where) -> Merged:
         """Return the entries that stay."""
@@ -121,6 +118,7 @@ class NaiveMerge:
         return self.rule.margin if self.merge_margin > self.tolerance else 0.0
 
     def plan(self, heads: list[Head], where: Where) -> list[Head]:
+        self.num_heads = len(heads)
         kept = self.rule.plan([[replace(e) for e in head] for head in heads], where)
         return [
             self._noted(*self.merged(head, {e.position for e in stay}, index, where))
@@ -128,7 +126,7 @@ class NaiveMerge:
         ]
 
     def victim(self, heads: list[Head], head: int, where: Where) -> Entry:
-        gone = self.rule.victim(heads, head, where)
+        self.num_heads, gone = len(heads), self.rule.victim(heads, head, where)
         if self.at_steps:
             stay = {e.position for e in heads[head]} - {gone.position}
             merged = {e.position: e for e in self._noted(*self.merged(heads[head], stay, head, where))}
@@ -151,7 +149,15 @@ class NaiveCaM(NaiveMerge):
 
     def merged(self, head: Head, keep: set[int], index: int, where: Where) -> Merged:
         def draw(position: int) -> float:
-            return naive_draw(position, seed=self.seed, layer=where.layer, head=index, row_seed=0)
+            return naive_draw(
+                position,
+                seed=self.seed,
+                layer=where.layer,
+                num_layers=where.num_layers,
+                head=index,
+                num_heads=self.num_heads,
+                row_seed=0,
+            )
 
         return naive_cam(head, keep, draw, self.spread)
 

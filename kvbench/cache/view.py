@@ -30,6 +30,9 @@ class Needs(Flag):
     HEAD_ROWS = auto()  # as WINDOW, of each query head by itself
     MOMENTS = auto()  # mean and covariance of the prompt's queries before rotation
     OUTPUT = auto()  # the weight of the layer's output projection
+    FUTURE = auto()  # attention from tokens that are still to come, told by a task that scores tokens it knows
+    PICTURE = auto()  # which entries are of a picture: only for prompts that have one
+    QUESTION = auto()  # which entries are of the question: only for prompts of which it is known
 
 
 class Kind(IntEnum):
@@ -51,7 +54,8 @@ class View:
     (B,) int64, a number of the sequence for policies that draw, the same alone and in a batch.
     `new_tokens` is how many tokens came with this step (1 = decode). memory_or_none (B, H, M): what the
     policy's last plan left beside the slots. spread_or_none (B, H): where a block of generated tokens is cut and heads
-    hold different numbers, what each was given beside the budget when the prompt was cut.
+    hold different numbers, what each was given beside the budget when the prompt was cut. handed: what the policy's
+    `hand_over` returned in an earlier layer of this prompt, None before that and at decode.
     """
 
     layer: int
@@ -77,6 +81,10 @@ class View:
     query_covariance_or_none: Tensor | None = None
     rotation_or_none: Rotation | None = None
     output_weight_or_none: Tensor | None = None
+    future_or_none: Tensor | None = None
+    picture_or_none: Tensor | None = None
+    question_or_none: Tensor | None = None
+    handed: Tensor | None = None
 
     @property
     def valid(self) -> Tensor:
@@ -117,6 +125,29 @@ class View:
     def output_weight(self) -> Tensor:
         """(H, G, D, E): the output projection of each query head, from its D numbers to the model's E; a view of it."""
         return _declared(self.output_weight_or_none, "OUTPUT")
+
+    @property
+    def future(self) -> Tensor:
+        """(B, H, T) float32: attention that entries will receive in the full cache from the tokens that are scored."""
+        return _declared(self.future_or_none, "FUTURE")
+
+    @property
+    def picture(self) -> Tensor:
+        """(B, H, T) bool: the entry is a token of a picture."""
+        return _declared(self.picture_or_none, "PICTURE")
+
+    @property
+    def question(self) -> Tensor:
+        """(B, H, T) bool: the entry is of the question, or of what the chat template writes after it.
+
+        Once a further chunk has come (a question that was hidden, a later turn), it is that chunk.
+        """
+        return _declared(self.question_or_none, "QUESTION")
+
+    @property
+    def text(self) -> Tensor:
+        """(B, H, T) bool: the entry is of the prompt's text, its question included."""
+        return self.valid & (self.position < self.prompt[:, None, None]) & ~self.picture
 
     @property
     def probs(self) -> Tensor:

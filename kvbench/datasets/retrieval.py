@@ -186,24 +186,23 @@ class Needles:
 # value of one token (version 1) is found by every policy that is shown the question.
 _RECALL_VERSION = 2
 _STATED = "Here is {}'s {} {}."
-_VALUE = "{} from {}"
-_FIRST_VALUE = re.compile(r"\W*(\w+ from \w+)")
+_FIRST_VALUE = re.compile(r"\W*(\w+ \w+)")
 # A value stands right after its key, and each fits after every key: what a small model can do.
 _OWNERS = (
     *("Anna", "Bruno", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Irene"),
     *("Jacob", "Karen", "Louis", "Maria", "Nathan", "Olivia", "Peter", "Rachel", "Simon"),
 )
 _COLOURS = (
-    *("amber", "black", "blue", "brown", "copper", "golden", "green", "grey", "ivory"),
+    *("amber", "black", "blue", "brown", "crimson", "golden", "green", "grey", "ivory"),
     *("lilac", "orange", "pink", "purple", "red", "silver", "violet", "white", "yellow"),
 )
 _THINGS = (
     *("anchor", "basket", "bottle", "button", "candle", "carpet", "chair", "clock", "drum"),
     *("feather", "hammer", "kettle", "ladder", "lantern", "mirror", "needle", "pillow", "ribbon"),
 )
-_PLACES = (
-    *("Athens", "Berlin", "Boston", "Cairo", "Dublin", "Geneva", "Havana", "Lisbon", "London"),
-    *("Madrid", "Moscow", "Naples", "Oxford", "Paris", "Prague", "Rome", "Tokyo", "Vienna"),
+_MATERIALS = (
+    *("bamboo", "brass", "clay", "copper", "cotton", "glass", "iron", "leather", "linen"),
+    *("marble", "paper", "plastic", "rubber", "silk", "steel", "stone", "straw", "wool"),
 )
 
 
@@ -211,9 +210,9 @@ _PLACES = (
 class Recall:
     """`num_samples` texts of `num_keys` things, each somebody's and of its own colour, which begin to state one again.
 
-    "Here is Anna's red" goes on with what it was and whence, "ribbon from Lisbon": a text to be completed, without chat
-    template, so that a model that was never taught to answer can do it. Only what comes after the first token is read
-    from a cache that was cut. The question is that last begin; hidden, the text before it is compressed alone. Which
+    "Here is Anna's red" goes on with what it was, "silk ribbon": a text to be completed, without chat template, so that
+    a model that was never taught to answer can do it. Only what comes after the first token is read from a cache that
+    was cut. The question is that last begin; hidden, the text before it is compressed alone. Which
     thing is asked for steps through the places, so that every depth comes equally often; the id holds it.
     filler_words: after each thing, at least. Raises: ConfigError.
     """
@@ -248,7 +247,8 @@ class Recall:
         rng = random.Random(f"recall-v{_RECALL_VERSION}/{self.seed}/{number}")
         place = number % self.num_keys
         owners, colours = (rng.sample(words, self.num_keys) for words in (_OWNERS, _COLOURS))
-        values = list(map(_VALUE.format, rng.sample(_THINGS, self.num_keys), rng.sample(_PLACES, self.num_keys)))
+        materials, things = (rng.sample(words, self.num_keys) for words in (_MATERIALS, _THINGS))
+        values = [f"{material} {thing}" for material, thing in zip(materials, things, strict=True)]
         sentences: list[str] = []
         for stated in zip(owners, colours, values, strict=True):
             sentences.append(_STATED.format(*stated))
@@ -269,6 +269,6 @@ class Recall:
         )
 
     def facts_in(self, text: str) -> frozenset[Hashable]:
-        """Return what `text` begins with if it is a thing and its place: the text goes on, and that is no answer."""
+        """Return the two words that `text` begins with: the text goes on, and that is no answer."""
         value = _FIRST_VALUE.match(text)
         return frozenset(value.groups()) if value else frozenset()

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import Joining, Merge, Needs, Plan, View
-from kvbench.cache.selection import drawn, oldest_first
+from kvbench.cache.selection import draws, oldest_first
 from kvbench.errors import ConfigError
 
 _BLOCK = 512  # entries whose share of all others lies in memory at once
 _NO_POSITION = torch.iinfo(torch.int64).max
+_STREAM = 1 << 40  # others than those by which a policy draws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class CaM(Merge):
         mean = torch.zeros_like(row).scatter_(-1, order, newer_sum / newer)
         older = torch.zeros_like(number).scatter_(-1, order, number - kept.long())  # of the survivors
         chance = (view.probs.double() / mean).masked_fill(~(view.valid & ~keep), 0.0)
-        merged = drawn(view.position, view.row_seed, view.layer, self.seed) < chance
+        merged = draws(view.position, view.row_seed, self._stream(view)) < chance
         return Plan(keep=keep, values=self._added(view.values, older, merged, keep))
 
     def _added(self, values: Tensor, older: Tensor, merged: Tensor, keep: Tensor) -> Tensor:
@@ -66,13 +67,16 @@ class CaM(Merge):
             given.append(torch.matmul(takes.to(number), brought))
         return torch.cat(given, dim=2).add_(values).to(values.dtype)
 
+    def _stream(self, view: View) -> int:
+        return _STREAM + self.seed * view.num_layers + view.layer
+
     def joining(self, view: View, victim: Tensor) -> Joining:
         """Draw for the victim, and name the values after it."""
         at = view.position.gather(-1, victim[..., None])
         newer = view.position > at
         mean = view.probs.double().masked_fill(~newer, 0.0).sum(dim=-1, keepdim=True) / newer.sum(dim=-1, keepdim=True)
         chance = view.probs.gather(-1, victim[..., None]).double() / mean
-        merged = drawn(at, view.row_seed, view.layer, self.seed) < chance
+        merged = draws(at, view.row_seed, self._stream(view)) < chance
         most = min(self.spread_tokens, view.position.shape[-1])
         next_ones = view.position.masked_fill(~newer, _NO_POSITION).topk(most, dim=-1, largest=False)
         takes = merged & (next_ones.values < _NO_POSITION)

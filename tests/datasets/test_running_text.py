@@ -165,9 +165,9 @@ def test_a_text_begins_to_state_a_thing_again_and_every_place_comes_equally_ofte
         assert example.can_hide_question
         assert example.id == f"recall/{number}/depth-{number % 4 / 3:.2f}"
         assert data.facts_in(f" {example.reference}. Here is Anna's") == example.facts == {example.reference}
-        assert len(example.reference.split()) == 3, "one token of it is decided before any cut; the rest is not"
-    assert data.facts_in("anchor from Rome. Here is Anna's red drum from Oslo.") == {"anchor from Rome"}, "the first"
-    assert data.facts_in("a small anchor from Rome") == data.facts_in("anchor of Rome") == frozenset()
+        assert len(example.reference.split()) == 2, "one token of it is decided before any cut; the rest is not"
+    assert data.facts_in("silk anchor. Here is Anna's red tin drum.") == {"silk anchor"}, "the text goes on"
+    assert data.facts_in("anchor.") == data.facts_in("anchor, silk") == data.facts_in("") == frozenset()
 
 
 def test_recall_follows_from_the_seed_alone() -> None:

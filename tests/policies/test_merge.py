@@ -194,7 +194,7 @@ def same_as_lists(
 def test_values_are_spread_over_those_after_them_as_plain_loops_do(seed: int, length: int, spread: int) -> None:
     def naive(head: Head, keep: set[int], protected: set[int], row: int, index: int) -> Merged:
         def draw(position: int) -> float:
-            return naive_draw(position, seed=5, layer=0, head=index, row_seed=length)
+            return naive_draw(position, seed=5, layer=0, num_layers=1, head=index, num_heads=HEADS, row_seed=length)
 
         return naive_cam(head, keep, draw, spread)
 
