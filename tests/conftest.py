@@ -118,16 +118,20 @@ def sweep_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     params=[*YAMLS, *HARD, *(pytest.param(name, marks=pytest.mark.long) for name in HARDER)],
     ids=lambda param: param if isinstance(param, str) else param.stem,
 )
-def policy(request: pytest.FixtureRequest) -> Any:
-    """Each yaml of conf/policy, and one policy made to be hard on the base class, with parts too."""
+def policy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Each yaml of conf/policy, and one policy made to be hard on the base class, with parts too.
+
+    One that reads an artefact learns it of each model in this process.
+    """
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
+    from tests.calibrating import in_process
     from tests.contract import middle_first
 
     if isinstance(request.param, str):
         return middle_first(request.param)
-    return instantiate(OmegaConf.load(request.param), _convert_="object")
+    return in_process(monkeypatch, instantiate(OmegaConf.load(request.param), _convert_="object"))
 
 
 @pytest.fixture(params=POSITIONS)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kvbench.cache import Policy, PolicyCache, cache_argument
+from kvbench.cache.second_pass import read_again
 
 Held = list[list[list[tuple[int, ...]]]]
 """Positions held, ascending: [layer][row][head]."""
@@ -49,9 +50,16 @@ def drive(model: Any, cache: Any, tokens: Tensor, prompt_tokens: int, mask: Tens
             **cache_argument(model, cache),
         )
         logits.append(out.logits)
+        repeat_where_asked(model, cache, tokens[:, :end], None if mask is None else mask[:, :end])
         if isinstance(cache, PolicyCache):
             held.append(held_positions(cache))
     return Trace(cache=cache, prompt_logits=logits[0], logits=[step[:, -1] for step in logits[1:]], held=held)
+
+
+def repeat_where_asked(model: Any, cache: Any, tokens: Tensor, mask: Tensor | None = None) -> None:
+    """Give the prompt, all that came so far, a second pass if the policy waits for it."""
+    if isinstance(cache, PolicyCache) and cache.awaits_second_pass:
+        read_again(model, cache, tokens, mask)
 
 
 def tensors_of(root: object) -> list[Tensor]:

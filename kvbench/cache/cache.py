@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from kvbench.cache import artefact
 from kvbench.cache.attention import is_attached
 from kvbench.cache.counts import CountsShelf, LayerSetup, Ledger, OnPlan, OnSettle, Relay, StepCounts
 from kvbench.cache.layer import AnySlots, PolicyLayer
@@ -25,6 +26,7 @@ from kvbench.cache.parts import Waiting
 from kvbench.cache.policy import UNLIMITED, Budget, Policy, ScorePolicy, check_parts, needs_of, steps_between_cuts
 from kvbench.cache.positions import POSITION_MODES, Places, PositionMode, Rotation, rotation_of
 from kvbench.cache.released import Pool, departures_of
+from kvbench.cache.second_pass import SecondPass
 from kvbench.cache.slots import check_faults
 from kvbench.cache.view import Needs
 from kvbench.errors import ConfigError, ModelSupportError, close_matches
@@ -161,6 +163,8 @@ class PolicyCache(Cache):
         waiting = Waiting() if allocation is not None and allocation.waits else None
         relay = None if type(policy).hand_over is Policy.hand_over else Relay()
         num_layers = model.config.get_text_config().num_hidden_layers
+        learnt = artefact.artefact_of(model, policy)
+        self.second_pass = SecondPass()
         setups = (
             LayerSetup(
                 layer=index,
@@ -171,9 +175,11 @@ class PolicyCache(Cache):
                 places=places,
                 pool=pool,
                 waiting=waiting,
+                second_pass=self.second_pass,
                 unrotation=unrotation_of(model, [policy]),
                 output_weight=output_weight(model, index) if Needs.OUTPUT in needs_of(policy) else None,
                 future=future[index] if foresees and future is not None else None,
+                artefact=learnt,
                 reserve_tokens=reserve_tokens,
                 prompt_tokens=prompt_tokens,
                 prompt_kind=prompt_kind,
@@ -194,6 +200,11 @@ class PolicyCache(Cache):
     def steps_announced(self) -> int:
         """Decode steps that the buffers have room for without growing."""
         return min(layer.setup.reserve_tokens - layer.ledger.steps_since_settled for layer in self.policy_layers)
+
+    @property
+    def awaits_second_pass(self) -> bool:
+        """Whether the prompt lies uncut until `read_again` was called for it."""
+        return any(layer.awaits_second_pass for layer in self.policy_layers)
 
     def expect_prompt(self, num_tokens: int) -> None:
         """Take the next `num_tokens` tokens as part of the prompt, even a single one."""

@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvbench.cache.artefact import Artefact
 from kvbench.cache.parts import Waiting
 from kvbench.cache.policy import Budget, Policy, ScorePolicy, When, checked_range, needs_of, steps_between_cuts
 from kvbench.cache.positions import Places, Rotation
 from kvbench.cache.released import Departures, Pool, departures_of, entries_as_released
+from kvbench.cache.second_pass import SecondPass
 from kvbench.cache.slots import Entries
 from kvbench.cache.view import Kind, Needs, Plan, View
 from kvbench.errors import ModelSupportError
@@ -38,11 +40,12 @@ class LayerSetup:
     question_tokens: how many at the end of each row's prompt are its question, None where that is not known. relay:
     what a policy hands over from layer to layer, shared by the layers of a cache, None where it hands nothing over.
     rotation: given for positions=in_cache only; places: for positions=released only; pool: for policies
-    that pool layers; waiting: for allocations that must see all layers; all three are shared by the layers of a
-    cache. unrotation: how the model rotates, for moments of queries; output_weight (H, G, D, E): for policies that
-    read it; future (B, H, P): for each position of a prompt, what `View.future` tells. reserve_tokens: how many tokens
-    will be generated; more than that makes the buffers grow by copying. prompt_tokens: the first tokens, pads
-    included, that are the prompt however they come. prompt_kind (B, T) int8 or None for text.
+    that pool layers; waiting: for allocations that must see all layers; second_pass: for policies that have the prompt
+    repeated; these four are shared by the layers of a cache. unrotation: how the model rotates, for moments of queries;
+    output_weight (H, G, D, E): for policies that read it; future (B, H, P): for each position of a prompt, what
+    `View.future` tells; artefact: for policies that learnt something offline. reserve_tokens: how many tokens will be
+    generated; more than that makes the buffers grow by copying. prompt_tokens: the first tokens, pads included, that
+    are the prompt however they come. prompt_kind (B, T) int8 or None for text.
     row_seeds: one number per sequence for policies that draw, None for zeros. on_settle: entered, with
     the layer's device, around what a policy adds to a prompt (plan, check, move into slots), so that it can be
     measured apart. on_plan:
@@ -61,11 +64,13 @@ class LayerSetup:
     places: Places | None = None
     pool: Pool | None = None
     waiting: Waiting | None = None
+    second_pass: SecondPass | None = None
     unrotation: Rotation | None = None
     output_weight: Tensor | None = None
     future: Tensor | None = None
     question_tokens: tuple[int, ...] | None = None
     relay: Relay | None = None
+    artefact: Artefact | None = None
     on_settle: OnSettle = nullcontext
     on_plan: OnPlan | None = None
 
@@ -315,6 +320,7 @@ class RowCounts:
         if self.question is not None:
             begin, end = self.question[:, :1, None], self.question[:, 1:, None]
             given["question_or_none"] = (position >= begin) & (position < end)
+        artefact = self._setup.artefact
         return View(
             layer=layer,
             num_layers=self._setup.num_layers,
@@ -331,6 +337,7 @@ class RowCounts:
             kind=entries.kind,
             mass_or_none=entries.mass,
             output_weight_or_none=self._setup.output_weight,
+            artefact_or_none=None if artefact is None else artefact.of_layer(layer, entries.keys.device),
             **given,
         )
 

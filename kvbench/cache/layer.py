@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvbench.cache.attention import LAYER_TAG, ChunkStatistics, Statistics, chunk_attention, decode_step, reduce_group
+from kvbench.cache.attention import (
+    LAYER_TAG,
+    ChunkStatistics,
+    Statistics,
+    chunk_attention,
+    column_peak,
+    decode_step,
+    reduce_group,
+)
 from kvbench.cache.counts import GROW_TOKENS, CountsShelf, LayerSetup, Ledger, Relay, RowCounts, StepCounts
 from kvbench.cache.parts import Room, layer_entries
 from kvbench.cache.policy import (
@@ -45,7 +53,7 @@ from kvbench.cache.ragged import RaggedSlots, settle_ragged, spread_of
 from kvbench.cache.selection import age_rank
 from kvbench.cache.slots import EMPTY, Entries, Slots, check_faults, only_rows, settle
 from kvbench.cache.view import Joining, Needs, Plan, View
-from kvbench.errors import ModelSupportError
+from kvbench.errors import ModelSupportError, PolicyError
 from kvbench.kernels.dispatch import Chunk, use_triton
 
 AnySlots = Slots | RaggedSlots
@@ -75,6 +83,9 @@ class PolicyLayer(CacheLayerMixin):
         self._ring: QueryRing | None = None
         self._leads = self._decodes = self._appends = False
         self._num_heads = 0
+        self._unread: tuple[Entries, Statistics] | None = None
+        self._repeated: Tensor | None = None
+        self._was_read = False
         self.ledger = Ledger(
             policy=self.setup.policy,
             budget=self.setup.budget,
@@ -102,6 +113,8 @@ class PolicyLayer(CacheLayerMixin):
         layer by the tag; so no hook, no patch and no global state is needed.
         """
         self.is_initialized = True
+        if self._unread is not None:
+            return self._update_repeated(self._unread[0], key_states, value_states)
         self._decodes = self.slots is not None and self.ledger.is_decode_step(key_states.shape[2])
         self._appends = self.slots is not None and self.ledger.is_answer(key_states.shape[2])
         self.ledger.padded_tokens += key_states.shape[2]
@@ -122,6 +135,8 @@ class PolicyLayer(CacheLayerMixin):
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, padding: Tensor | None) -> Tensor:
         """Return the output (B, Hq, Q, D) and settle. `padding` (B, seen) bool is False at pads."""
         asked = query
+        if self._unread is not None:
+            return self._attend_repeated(self._unread[0], query, keys, values, scaling)
         if self.slots is not None and self.setup.places is not None:
             query = self.setup.places.turned(query)
         if self.slots is not None and self._decodes:
@@ -190,6 +205,10 @@ class PolicyLayer(CacheLayerMixin):
     def _cut(self, entries: Entries, statistics: Statistics) -> None:
         policy, self._num_heads = self.setup.policy, entries.position.shape[1]
         cuts = policy.bounded and When.PREFILL in policy.when
+        if cuts and Needs.REPEATED in self._needs and not self._was_read and self.ledger.over():
+            self._unread, self._was_read = (entries, statistics), True
+            self._repeated = torch.zeros(entries.position.shape, dtype=torch.float32, device=entries.keys.device)
+            return
         with self.setup.on_settle(entries.keys.device):
             if cuts and self.setup.relay is not None:
                 self._hand_over(self.setup.relay, entries, statistics)
@@ -206,6 +225,59 @@ class PolicyLayer(CacheLayerMixin):
         """Let later layers know what the policy tells them, whether this one is cut or not."""
         told = self.setup.policy.hand_over(self._view(entries, statistics))
         relay.handed = relay.handed if told is None else told
+
+    @property
+    def awaits_second_pass(self) -> bool:
+        """Whether the prompt lies here until it was repeated."""
+        return self._unread is not None
+
+    def _update_repeated(self, held: Entries, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Hand out the prompt and the tokens that repeat it, which are not taken in."""
+        if self.setup.second_pass is None or self.setup.second_pass.chunk is None:
+            raise PolicyError(
+                f"{type(self.setup.policy).__name__} has the prompt repeated before it is cut, and other tokens came; "
+                "call kvbench.cache.second_pass.read_again(model, cache, tokens) right after the prompt"
+            )
+        keys = torch.cat((held.keys, key_states), dim=2)
+        setattr(keys, LAYER_TAG, weakref.ref(self))
+        return keys, torch.cat((held.values, value_states), dim=2)
+
+    def _attend_repeated(self, held: Entries, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+        """Return the output (B, Hq, Q, D) of tokens that repeat a chunk, and note what they looked at of it.
+
+        Shares are of the sinks, the chunk itself and the repeating tokens, as if the prompt were no longer than that.
+        """
+        policy, second = self.setup.policy, self.setup.second_pass
+        assert second is not None
+        assert second.chunk is not None
+        assert self._repeated is not None
+        real = second.chunk.real.to(query.device)
+        seen = torch.tensor(self.ledger.seen, dtype=torch.int64, device=query.device)[:, None]
+        position = torch.where(real, real.long().cumsum(dim=-1) - 1 + seen, EMPTY)
+        new = position[:, None].expand(*held.position.shape[:2], position.shape[1])
+        chunk = Chunk(
+            query=query,
+            keys=keys,
+            values=values,
+            query_position=position,
+            key_position=torch.cat((held.position, new), dim=-1),
+            scaling=scaling,
+            plain=False,
+        )
+        output, _ = chunk_attention(chunk, wants_lse=False)
+        repeats = (held.position >= second.chunk.start) & (held.position < second.chunk.end)
+        sinks = (held.position >= 0) & (held.position < getattr(policy, "num_sinks", 0))
+        told = held.position.masked_fill(~(repeats | sinks), EMPTY)
+        peak = column_peak(replace(chunk, key_position=torch.cat((told, new), dim=-1)))[..., : chunk.stored]
+        torch.where(repeats, peak, self._repeated, out=self._repeated)
+        return output
+
+    def cut_repeated(self) -> None:
+        """Cut the prompt that was repeated."""
+        if self._unread is not None:
+            (entries, statistics), self._unread = self._unread, None
+            self._cut(entries, statistics)
+            self._repeated = None
 
     def _is_divided(self) -> bool:
         """Whether some row exceeds its budget, and layers are not all given the same."""
@@ -226,6 +298,7 @@ class PolicyLayer(CacheLayerMixin):
             budget=uniform,
             tokens=seen,
             protected=protected,
+            artefact=None if self.setup.artefact is None else self.setup.artefact.layers,
         )
         return layer_entries(policy.allocation, policy.skip_layers, room, told)
 
@@ -270,6 +343,7 @@ class PolicyLayer(CacheLayerMixin):
             given["rotation_or_none"] = self.setup.unrotation
         if self.setup.relay is not None and self.setup.relay.handed is not None:
             given["handed"] = self.setup.relay.handed.to(entries.keys.device)
+        given["repeated_or_none"] = self._repeated
         stored, memory = (0, None) if self.slots is None else (self.slots.capacity, self.slots.memory)
         return RowCounts(self.setup, self.ledger, entries.keys.device).view(
             self.setup.layer,

@@ -7,7 +7,7 @@ room of one row, so a sequence is divided alike alone and in a batch. A `Merge` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -23,7 +23,7 @@ class Room:
     """What is divided in one row: `budget` entries for each of `num_heads` KV heads of each of `num_layers` layers.
 
     tokens: how many the row has seen, and the most that a head can hold. protected: what each head keeps in any case
-    (sinks and recent tokens), a part of its budget.
+    (sinks and recent tokens), a part of its budget. artefact: what the policy learnt offline, layer by layer.
     """
 
     num_layers: int
@@ -31,6 +31,7 @@ class Room:
     budget: int
     tokens: int
     protected: int
+    artefact: Sequence[Mapping[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

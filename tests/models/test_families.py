@@ -16,8 +16,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from kvbench.cache import UNLIMITED, Budget, Kind, Policy
+from kvbench.cache import UNLIMITED, Budget, Kind, Needs, Policy
 from kvbench.cache.cache import unrotation_of
+from kvbench.cache.policy import needs_of
 from kvbench.datasets.base import PICTURE_MARKS, Example, without_marks
 from kvbench.datasets.pictures import MAX_SIDES
 from kvbench.errors import DataError, ModelSupportError
@@ -26,6 +27,7 @@ from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import FAMILIES as SUPPORTED
 from kvbench.models.spec import TEXT_FAMILIES, VISION_FAMILIES, ModelSpec
 from kvbench.tasks.decode import CacheSetting, Decoding
+from tests.calibrating import in_process
 from tests.contract import YAMLS, allowed, block, is_divided
 from tests.driving import held_positions
 from tests.models.answering import answers_to
@@ -85,10 +87,10 @@ def test_every_supported_family_has_a_checkpoint_here() -> None:
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_policy_holds_what_it_may_at_every_step(
-    loaded: Callable[..., LoadedModel], family: str, path: Path, engine: str
+    loaded: Callable[..., LoadedModel], monkeypatch: pytest.MonkeyPatch, family: str, path: Path, engine: str
 ) -> None:
-    ours, policy = loaded(family, "cuda" if engine == "graph" else "cpu"), policy_of(path)
-    batch = prompt_batch(ours, examples(ours.takes_images))
+    ours, policy = loaded(family, "cuda" if engine == "graph" else "cpu"), in_process(monkeypatch, policy_of(path))
+    batch = prompt_batch(ours, examples(ours.takes_images and Needs.REPEATED not in needs_of(policy)))
     try:
         unrotation_of(ours.model, [policy])
     except ModelSupportError as error:

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvbench.cache import UNLIMITED, Budget, Policy, PolicyCache, ScorePolicy, When
+from kvbench.cache import UNLIMITED, Budget, Needs, Policy, PolicyCache, ScorePolicy, When
 from kvbench.cache.layer import PolicyLayer
+from kvbench.cache.policy import needs_of
 from tests.contract import BUDGETS, CLOSE, PROMPT, STEPS, allowed, block, budget_named, cells, is_divided, is_outcome
 from tests.driving import drive, storage_bytes, tensors_of
 from tests.tiny_models import random_tokens, tiny_model
@@ -55,7 +56,9 @@ def test_a_score_policy_uses_its_whole_budget(policy: Policy, budget_name: str) 
         most = allowed(policy, budget, PROMPT, PROMPT + step, before)
         before = before + 1 if step and before + 1 - most <= block(policy, step) else min(before + (step > 0), most)
         assert is_divided(policy) or {len(head) for head in cells(held)} == {before}
-        assert sum(len(head) for head in cells(held)) == before * len(cells(held))
+        sizes, exact = sum(len(head) for head in cells(held)), not is_divided(policy) or policy.allocation is None
+        exact = exact or (policy.allocation is not None and policy.allocation.total == "exact")
+        assert sizes == before * len(cells(held)) if exact else sizes <= before * len(cells(held))
 
 
 @pytest.mark.parametrize("prompt", [1, 8, 9, 10, 36])
@@ -142,7 +145,7 @@ def test_nothing_keeps_the_prompt_alive(policy: Policy, positions: Any, monkeypa
     cache = PolicyCache(model, policy, Budget(tokens=6), positions=positions)
     drive(model, cache, random_tokens(8, 1, PROMPT), PROMPT)
     gc.collect()
-    assert len(storages) == 4
+    assert len(storages) == (8 if Needs.REPEATED in needs_of(policy) else 4)  # with what repeats the prompt
     assert all(storage() is None for storage in storages)
 
 

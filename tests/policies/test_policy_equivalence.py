@@ -26,7 +26,7 @@ from tests.contract import (
     left_padded,
     merges,
 )
-from tests.driving import Trace, drive, held_positions
+from tests.driving import Trace, drive, held_positions, repeat_where_asked
 from tests.reference import visible_entries, visible_logits
 from tests.tiny_models import random_tokens, tiny_model
 
@@ -78,10 +78,12 @@ def test_interleaved_sequences_do_not_touch_each_other(policy: Policy, positions
         for start, end in [(0, 14), (14, 15), (15, 16), (16, 20)]:
             for logits, tokens, cache in zip(steps, prompts, caches, strict=True):
                 logits.append(model(tokens[:, start:end], **cache_argument(model, cache)).logits)
+                repeat_where_asked(model, cache, tokens[:, :end])
         for logits, tokens in zip(steps, prompts, strict=True):
             cache = PolicyCache(model, policy, Budget(fraction=0.3), positions=positions)
             for start, end, interleaved in [(0, 14, 0), (14, 15, 1), (15, 16, 2), (16, 20, 3)]:
                 alone = model(tokens[:, start:end], **cache_argument(model, cache)).logits
+                repeat_where_asked(model, cache, tokens[:, :end])
                 assert torch.equal(alone, logits[interleaved])
 
 
@@ -153,6 +155,7 @@ def test_a_second_turn_keeps_the_budget_and_sees_what_was_held(
         before = [layer[0] for layer in held_positions(cache)] if start else [[()] * 2] * 2
         with torch.no_grad():
             logits.append(model(tokens[:, start : start + turn], **cache_argument(model, cache)).logits[0])
+            repeat_where_asked(model, cache, tokens[:, : start + turn])
         for at in range(start, start + turn):
             sees.append([[(*head, *range(start, at + 1)) for head in layer] for layer in before])
         start += turn
@@ -181,11 +184,13 @@ def test_a_second_turn_in_a_left_padded_batch_is_that_of_the_row_alone(
         given = {"attention_mask": mask[:, :end], "position_ids": place[:, start:end]}
         with torch.no_grad():
             together = model(tokens[:, start:end], **cache_argument(model, caches[2]), **given).logits
+            repeat_where_asked(model, caches[2], tokens[:, :end], mask[:, :end])
             for index, length in enumerate(lengths):
                 first = max(0, start - PROMPT + length)
                 alone = model(
                     rows[index][None, first : end - PROMPT + length], **cache_argument(model, caches[index])
                 ).logits
+                repeat_where_asked(model, caches[index], rows[index][None, : end - PROMPT + length])
                 torch.testing.assert_close(together[index, -alone.shape[1] :], alone[0], **CLOSE)
                 assert [layer[index] for layer in held_positions(caches[2])] == [
                     layer[0] for layer in held_positions(caches[index])
