@@ -44,7 +44,7 @@ def decode(policy: Policy, positions: Any, by_kernels: bool, reserve_tokens: int
     ("policy", "positions"),
     [
         (H2O(), "in_cache"),
-        (H2O(merge=D2O()), "original"),
+        pytest.param(H2O(merge=D2O()), "original", marks=pytest.mark.long),
         pytest.param(StreamingLLM(merge=CaM(spread_tokens=2)), "in_cache", marks=pytest.mark.long),
         pytest.param(Elastic(), "released", marks=pytest.mark.long),
         pytest.param(StreamingLLM(), "original", marks=pytest.mark.long),
