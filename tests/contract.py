@@ -68,6 +68,12 @@ def is_divided(policy: Policy) -> bool:
     return isinstance(policy, ScorePolicy) and (policy.allocation is not None or bool(policy.skip_layers))
 
 
+def is_outcome(policy: Policy) -> bool:
+    """Whether how much is held is an outcome that no budget bounds."""
+    parts = policy.allocation if isinstance(policy, ScorePolicy) else None
+    return parts is not None and parts.total == "data_dependent"
+
+
 def block(policy: Policy, step: int) -> int:
     """Entries that a policy which plans in blocks may hold beyond its budget after a decode step."""
     return (steps_between_cuts(policy) or 1) - 1 if step else 0
@@ -75,7 +81,7 @@ def block(policy: Policy, step: int) -> int:
 
 def allowed(policy: Policy, budget: Budget, prompt: int, seen: int, kept_of_prompt: int) -> int:
     """Entries a head may hold, from the words of the contract and in exact arithmetic."""
-    if not policy.bounded:
+    if not policy.bounded or is_outcome(policy):
         return seen
     if seen > prompt and When.DECODE not in policy.when:
         return kept_of_prompt + seen - prompt

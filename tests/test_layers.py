@@ -81,6 +81,7 @@ ALIKE = {
     "base": "what a data set is, what a sink is",
     "build": "a cell from its configuration; a report from its records",
     "cache": "the package; in it the class that a model is given",
+    "cake": "CAKE's score; its division among layers",
     "conversation": "a data set of turns; the task that asks them",
     "diff": f"{A_COMMAND}; what changed, and how it is said",
     "elastic": AS_RELEASED,

@@ -29,7 +29,7 @@ from kvbench.cache.attention import (
     decode_step,
     reduce_group,
 )
-from kvbench.cache.counts import GROW_TOKENS, CountsShelf, LayerSetup, Ledger, RowCounts, StepCounts
+from kvbench.cache.counts import GROW_TOKENS, CountsShelf, LayerSetup, Ledger, Relay, RowCounts, StepCounts
 from kvbench.cache.parts import Room, layer_entries
 from kvbench.cache.policy import (
     Policy,
@@ -92,12 +92,15 @@ class PolicyLayer(CacheLayerMixin):
             most_tokens=self.setup.most_tokens,
             counts_as_released=self.setup.departures.counts_as_released,
             block_tokens=self._cuts_every or 1,
+            question_tokens=self.setup.question_tokens or (),
         )
         self.is_initialized = False
         if self.setup.pool is not None:
             self.setup.pool.waiting.clear()
         if self.setup.waiting is not None:
             self.setup.waiting.clear()
+        if self.setup.relay is not None:
+            self.setup.relay.handed = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -169,10 +172,8 @@ class PolicyLayer(CacheLayerMixin):
         """Return stored and new tokens together; keys, values (B, H, T, D) hold both, position (B, Q) is of the new."""
         batch, heads, _, _ = keys.shape
         wide = position[:, None].expand(batch, heads, position.shape[1])
-        kind = torch.zeros(wide.shape, dtype=torch.int8, device=keys.device)
-        if self.slots is None and self.setup.prompt_kind is not None:
-            given = _checked_kind(self.setup.prompt_kind, position)
-            kind = given.to(keys.device, torch.int8, copy=True)[:, None].expand(wide.shape)
+        end = position.shape[1] if self.slots is None else self.ledger.padded_tokens
+        kind = self.setup.kinds(position, end)[:, None].expand(wide.shape)
         mass = None
         if Needs.MASS in self._needs:
             dtype = keys.dtype if self.setup.departures.mass_in_model_dtype else torch.float32
@@ -194,6 +195,8 @@ class PolicyLayer(CacheLayerMixin):
             self._ring = ring_after(self._ring, query, position, size, scaling)
         if self.setup.pool is None:
             self._cut(entries, statistics)
+            if self.setup.relay is not None and self.setup.layer == self.setup.num_layers - 1:
+                self.setup.relay.handed = None
         else:  # when the last layer of the pass has come
             self.setup.pool.arrive(entries, self.setup.num_layers, partial(self._cut, entries, statistics))
 
@@ -205,6 +208,8 @@ class PolicyLayer(CacheLayerMixin):
             self._repeated = torch.zeros(entries.position.shape, dtype=torch.float32, device=entries.keys.device)
             return
         with self.setup.on_settle(entries.keys.device):
+            if cuts and self.setup.relay is not None:
+                self._hand_over(self.setup.relay, entries, statistics)
             if cuts and self._is_divided():
                 if self.setup.waiting is not None:
                     self._wait(entries, self._view(entries, statistics))
@@ -267,6 +272,11 @@ class PolicyLayer(CacheLayerMixin):
             self._cut(entries, statistics)
             self._repeated = None
 
+    def _hand_over(self, relay: Relay, entries: Entries, statistics: Statistics) -> None:
+        """Let later layers know what the policy tells them, whether this one is cut or not."""
+        told = self.setup.policy.hand_over(self._view(entries, statistics))
+        relay.handed = relay.handed if told is None else told
+
     def _is_divided(self) -> bool:
         """Whether some row exceeds its budget, and layers are not all given the same."""
         policy = self.setup.policy
@@ -322,11 +332,16 @@ class PolicyLayer(CacheLayerMixin):
             given["probs_or_none"] = statistics.last_rows(1, policy.reduction)[:, :, 0]
         if Needs.HEAD_ROWS in needs:
             given["head_rows_or_none"] = statistics.head_rows(policy.window_tokens)
+        if self.setup.future is not None:
+            known = entries.position.clamp(min=0, max=self.setup.future.shape[-1] - 1)
+            given["future_or_none"] = self.setup.future.gather(-1, known).masked_fill(entries.position < 0, 0.0)
         if self.setup.unrotation is not None:
             mean, covariance = statistics.moments(self.setup.unrotation, policy.moments_from)
             given |= {"query_mean_or_none": mean, "query_covariance_or_none": covariance}
             given["rotation_or_none"] = self.setup.unrotation
         given["repeated_or_none"] = self._repeated
+        if self.setup.relay is not None and self.setup.relay.handed is not None:
+            given["handed"] = self.setup.relay.handed.to(entries.keys.device)
         stored, memory = (0, None) if self.slots is None else (self.slots.capacity, self.slots.memory)
         return RowCounts(self.setup, self.ledger, entries.keys.device).view(
             self.setup.layer,
@@ -628,12 +643,3 @@ def _real_tokens(query: Tensor, padding: Tensor | None, *, seen: list[int]) -> T
             f"chunk: {counts} of {new}); set padding_side='left'"
         )
     return real
-
-
-def _checked_kind(kind: Tensor, position: Tensor) -> Tensor:
-    if kind.shape != position.shape:
-        raise ModelSupportError(
-            f"prompt_kind has shape {tuple(kind.shape)}, the first prompt {tuple(position.shape)}; "
-            "give one kind per prompt token, pads included, and prefill in one piece"
-        )
-    return kind

@@ -19,15 +19,15 @@ from __future__ import annotations
 import math
 from dataclasses import Field, dataclass, field, replace
 from enum import Flag, auto
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from kvbench.cache.parts import Allocation, Merge, divided_heads
-from kvbench.cache.selection import keep_top, lowest, outside, protected_range
+from kvbench.cache.selection import keep_top, lowest, outside, protected_range, ranked_above
 from kvbench.cache.view import Needs, Plan, View
-from kvbench.errors import ConfigError, NonFiniteChoiceError, NonFiniteError, PolicyError
+from kvbench.errors import ConfigError, NonFiniteChoiceError, NonFiniteError, PolicyError, close_matches
 
 
 class When(Flag):
@@ -75,6 +75,14 @@ class Policy:
         """
         raise NotImplementedError(f"{type(self).__name__} must define victim(view)")
 
+    def hand_over(self, view: View) -> Tensor | None:
+        """Return (B, ...), what later layers read of this one as `view.handed`; None leaves there what it is.
+
+        Called in every layer of a prompt, before the layer is cut. What it is about is best told by position: layers
+        may hold different entries.
+        """
+        return None
+
 
 PART = {"is_part": True}
 """Of a field's metadata: while it has its default, it is in no cell's key, so that records outlive new parts."""
@@ -83,6 +91,10 @@ PART = {"is_part": True}
 def is_unset_part(setting: Field[Any], value: object) -> bool:
     """Return whether a field of a policy is a part that is not set."""
     return PART.keys() <= setting.metadata.keys() and value == setting.default
+
+
+Span = Literal["text", "picture", "question"]
+"""A part of a prompt: its text, the question included; its pictures; its question, with what a template adds to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +106,8 @@ class ScorePolicy(Policy):
 
     Parts: allocation (None: every layer and head holds the same), merge (None: what goes is dropped), every_tokens
     (1: an entry goes at each step; n: n tokens more are held, then the cache is planned as after a prompt),
-    skip_layers (their prompt stays whole, and the other layers pay for it; from 0, or from -1 for the last).
+    skip_layers (their prompt stays whole, and the other layers pay for it; from 0, or from -1 for the last), protect
+    (None; a `Span`: its entries are kept before all others, the best of them where the budget does not hold all).
     """
 
     num_sinks: int = 0
@@ -104,6 +117,7 @@ class ScorePolicy(Policy):
     merge: Merge | None = field(default=None, metadata=PART)
     every_tokens: int = field(default=1, metadata=PART)
     skip_layers: tuple[int, ...] = field(default=(), metadata=PART)
+    protect: Span | None = field(default=None, metadata=PART)
 
     def __post_init__(self) -> None:
         for name in ("num_sinks", "num_recent"):
@@ -111,6 +125,10 @@ class ScorePolicy(Policy):
                 raise ConfigError(f"policy.{name} is {getattr(self, name)}; it must be 0 or more tokens")
         if not 0.0 <= self.recent_fraction <= 1.0:
             raise ConfigError(f"policy.recent_fraction is {self.recent_fraction:g}; it must lie in [0, 1]")
+        if self.protect not in (None, *get_args(Span)):
+            raise ConfigError(
+                f"policy.protect is {self.protect!r:.60}; {close_matches(str(self.protect), get_args(Span))}"
+            )
         object.__setattr__(self, "skip_layers", tuple(self.skip_layers))  # a list in a yaml, and policies are hashed
 
     @property
@@ -229,6 +247,8 @@ def ranking(policy: ScorePolicy, view: View) -> Tensor:
 def needs_of(policy: Policy) -> Needs:
     """Return the statistics of a policy and of its parts."""
     needs = policy.needs
+    if isinstance(policy, ScorePolicy) and policy.protect is not None:
+        needs |= Needs.QUESTION if policy.protect == "question" else Needs.PICTURE
     for one in (getattr(policy, "allocation", None), getattr(policy, "merge", None)):
         if isinstance(one, Allocation | Merge):
             needs |= one.needs
@@ -275,6 +295,11 @@ def check_parts(policy: Policy, positions: str = "original") -> None:
             f"policy.{planned} is carried out by ScorePolicy.plan, but {kind.__name__} has a plan of its own; leave it "
             "out, or let the plan do it"
         )
+    if policy.protect is not None and (kind.plan, kind.victim) != (ScorePolicy.plan, ScorePolicy.victim):
+        raise ConfigError(
+            f"policy.protect is carried out by ScorePolicy.plan and victim, but {kind.__name__} has one of its own; "
+            "leave it out"
+        )
     if policy.every_tokens < 1:
         raise ConfigError(f"policy.every_tokens is {policy.every_tokens}; it must be at least 1")
     if policy.every_tokens == 1:
@@ -302,7 +327,7 @@ def checked_score(policy: ScorePolicy, view: View) -> Tensor:
             f"{type(policy).__name__}.score returned shape {tuple(score.shape)}; "
             f"it must be (B, H, T) = {tuple(view.position.shape)} or (B, 1, T)"
         )
-    return score
+    return score if policy.protect is None else ranked_above(score, getattr(view, policy.protect))
 
 
 def checked_range(policy: ScorePolicy, seen: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,9 @@ class Needs(Flag):
     OUTPUT = auto()  # the weight of the layer's output projection
     ARTEFACT = auto()  # what `kvbench calibrate` wrote for the model
     REPEATED = auto()  # attention received while the prompt is repeated, in a second pass over it
+    FUTURE = auto()  # attention from tokens that are still to come, told by a task that scores tokens it knows
+    PICTURE = auto()  # which entries are of a picture: only for prompts that have one
+    QUESTION = auto()  # which entries are of the question: only for prompts of which it is known
 
 
 class Kind(IntEnum):
@@ -54,7 +57,8 @@ class View:
     (B,) int64, a number of the sequence for policies that draw, the same alone and in a batch.
     `new_tokens` is how many tokens came with this step (1 = decode). memory_or_none (B, H, M): what the
     policy's last plan left beside the slots. spread_or_none (B, H): where a block of generated tokens is cut and heads
-    hold different numbers, what each was given beside the budget when the prompt was cut.
+    hold different numbers, what each was given beside the budget when the prompt was cut. handed: what the policy's
+    `hand_over` returned in an earlier layer of this prompt, None before that and at decode.
     """
 
     layer: int
@@ -82,6 +86,10 @@ class View:
     output_weight_or_none: Tensor | None = None
     artefact_or_none: Mapping[str, Tensor] | None = None
     repeated_or_none: Tensor | None = None
+    future_or_none: Tensor | None = None
+    picture_or_none: Tensor | None = None
+    question_or_none: Tensor | None = None
+    handed: Tensor | None = None
 
     @property
     def valid(self) -> Tensor:
@@ -132,6 +140,29 @@ class View:
     def repeated(self) -> Tensor:
         """(B, H, T) float32: the largest attention received, of any query head, while the prompt is repeated."""
         return _declared(self.repeated_or_none, "REPEATED")
+
+    @property
+    def future(self) -> Tensor:
+        """(B, H, T) float32: attention that entries will receive in the full cache from the tokens that are scored."""
+        return _declared(self.future_or_none, "FUTURE")
+
+    @property
+    def picture(self) -> Tensor:
+        """(B, H, T) bool: the entry is a token of a picture."""
+        return _declared(self.picture_or_none, "PICTURE")
+
+    @property
+    def question(self) -> Tensor:
+        """(B, H, T) bool: the entry is of the question, or of what the chat template writes after it.
+
+        Once a further chunk has come (a question that was hidden, a later turn), it is that chunk.
+        """
+        return _declared(self.question_or_none, "QUESTION")
+
+    @property
+    def text(self) -> Tensor:
+        """(B, H, T) bool: the entry is of the prompt's text, its question included."""
+        return self.valid & (self.position < self.prompt[:, None, None]) & ~self.picture
 
     @property
     def probs(self) -> Tensor:

@@ -32,8 +32,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from kvbench import installed_version
 from kvbench.autopsy.settings import AutopsySettings
-from kvbench.cache import CACHE_SEMANTICS, Budget, Calibrated, Policy, ScorePolicy, When
-from kvbench.cache.policy import check_parts, is_unset_part
+from kvbench.cache import CACHE_SEMANTICS, Budget, Calibrated, Needs, Policy, ScorePolicy, When
+from kvbench.cache.policy import check_parts, is_unset_part, needs_of
 from kvbench.cache.positions import POSITION_MODES, PositionMode
 from kvbench.cache.released import departures_of
 from kvbench.config.checks import (
@@ -62,6 +62,8 @@ from kvbench.sweep.cell import (
     BeyondContext,
     Cell,
     check_fit,
+    check_foresight,
+    check_spans,
     check_windows,
     resolve_devices,
     resolve_engine,
@@ -309,6 +311,7 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
     engine = resolve_engine(str(config.engine), device, is_spread=model.devices is not None)
     setting = CacheSetting(policy=policy, budget=budget, positions=_positions(config, policy), engine=engine)
     check_parts(policy, setting.positions)
+    check_foresight(policy, tasks)
     check_budget_fits(policy, budget)
 
     def check_combination() -> bool:
@@ -327,6 +330,8 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
     check_repeats(policy, dataset)
     combination = (id(model), id(dataset), repr(tasks), setting.positions, engine, query_visible, beyond_context)
     shared.once(combination, check_combination)
+    if needs_of(policy) & (Needs.PICTURE | Needs.QUESTION):
+        check_spans(policy, dataset, model, query_visible=query_visible)
     fingerprint = shared.once(id(dataset), lambda: dataset.fingerprint)
     settings = {
         "model": _model_key(model),
@@ -578,6 +583,7 @@ def _labels(composed: Composed, model: ModelSpec, dataset: Any, setting: CacheSe
     names["model"] += f" over {len(model.devices)} GPUs" if model.devices is not None else ""
     parts = [composed.choices.get(f"policy/{part}") for part in _PARTS]
     names["policy"] = "+".join([names["policy"], *(part for part in parts if part is not None)])
+    names["policy"] += " (sees the future)" if Needs.FUTURE in needs_of(policy) else ""
     names["dataset"] = getattr(dataset, "label", names["dataset"])
     limits = {"budget_fraction": budget.fraction, "budget_tokens": budget.tokens}
     rounds = "up" if departures_of(policy).counts_as_released and budget.fraction is not None else "down"

@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 import torch
 
 from kvbench.autopsy.settings import AutopsySettings
+from kvbench.cache import Needs, Policy
+from kvbench.cache.policy import needs_of
 from kvbench.datasets.base import Dataset, Example, OnBadItem, SkippedItem
 from kvbench.errors import ConfigError, DataError, ModelSupportError, NonFiniteError, close_matches, ran_out_of_memory
 from kvbench.models.chat import next_turn_tokens
@@ -240,6 +242,49 @@ def check_fit(dataset: Dataset, model: ModelSpec, tasks: Mapping[str, Any], *, q
                 raise DataError(text.format(task=name, example=bad.id))
     if not query_visible:
         _check_hidden(examples, tasks)
+
+
+def check_foresight(policy: Policy, tasks: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a policy that sees the future and a task which cannot tell it."""
+    blind = [name for name, task in tasks.items() if not getattr(task, "knows_tokens", False)]
+    if blind and Needs.FUTURE in needs_of(policy):
+        raise ConfigError(
+            f"policy {type(policy).__name__} sees the tokens that are scored, which perplexity and fidelity know "
+            f"beforehand; leave {', '.join(f'~task.{name}' for name in blind)} out, or choose task=perplexity"
+        )
+
+
+def check_spans(policy: Policy, dataset: Dataset, model: ModelSpec, *, query_visible: bool) -> None:
+    """Raise ConfigError, in one line, if the policy reads where pictures or the question stand and data cannot say."""
+    needs, examples = needs_of(policy), dataset.examples()
+    name = type(policy).__name__
+    if Needs.PICTURE in needs:
+        drawn = takes_images(model) is not False
+        bare = next((example for example in examples if not _has_picture(example, drawn)), None)
+        if bare is not None:
+            raise ConfigError(
+                f"policy {name} ranks the tokens of pictures apart, and {bare.id} has no picture; choose a dataset "
+                "with pictures (dataset=scenes), or another policy"
+            )
+    if Needs.QUESTION not in needs:
+        return
+    if not query_visible:
+        raise ConfigError(
+            f"policy {name} reads where the question stands when it cuts the prompt, and query_visible=false hides it "
+            "until then; use query_visible=true, or another policy"
+        )
+    bare = next((example for example in examples if not example.has_question), None)
+    if bare is not None:
+        raise ConfigError(
+            f"policy {name} reads where the question stands, and {bare.id} has none; choose a dataset that asks "
+            "(dataset=recall, dataset=needles, dataset=scenes), or another policy"
+        )
+
+
+def _has_picture(example: Example, draws: bool) -> bool:
+    if example.token_prompt is None:
+        return example.load_image is not None
+    return draws and example.token_prompt.num_images != 0
 
 
 def _check_hidden(examples: Sequence[Example], tasks: Mapping[str, Any]) -> None:

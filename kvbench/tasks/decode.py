@@ -31,7 +31,8 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from kvbench.cache import Budget, Policy
+from kvbench.cache import Budget, Needs, Policy
+from kvbench.cache.policy import needs_of
 from kvbench.cache.positions import PositionMode
 from kvbench.errors import ModelSupportError, NonFiniteError, PolicyError, ran_out_of_memory
 from kvbench.models.devices import free_bytes
@@ -71,10 +72,11 @@ class CacheSetting:
         *,
         on_settle: OnSettle = nullcontext,
         on_plan: OnPlan | None = None,
+        future: Sequence[Tensor] | None = None,
         steps: CapturedSteps | None = None,
     ) -> Decoding:
         """Prefill `batch` into a fresh cache and return it ready for `reserve_tokens` decode steps."""
-        cache = self.cache(loaded, batch, reserve_tokens, on_settle=on_settle, on_plan=on_plan)
+        cache = self.cache(loaded, batch, reserve_tokens, on_settle=on_settle, on_plan=on_plan, future=future)
         return self.decoding_with(loaded, batch, cache, steps=steps)
 
     def decoding_with(
@@ -102,6 +104,7 @@ class CacheSetting:
         *,
         on_settle: OnSettle = nullcontext,
         on_plan: OnPlan | None = None,
+        future: Sequence[Tensor] | None = None,
     ) -> PolicyCache:
         """Return an empty cache for `batch`, with room for `reserve_tokens` more."""
         from kvbench.cache import PolicyCache  # needs transformers
@@ -113,10 +116,18 @@ class CacheSetting:
             positions=self.positions,
             reserve_tokens=reserve_tokens,
             prompt_kind=batch.kind,
+            question_tokens=self._question_tokens(batch),
             row_seeds=batch.row_seeds,
             on_settle=on_settle,
             on_plan=on_plan,
+            future=future,
         )
+
+    def _question_tokens(self, batch: PromptBatch) -> tuple[int, ...] | None:
+        """Return the tokens of each row's question where the policy reads them: finding them takes a while."""
+        if batch.find_question_tokens is None or Needs.QUESTION not in needs_of(self.policy):
+            return None
+        return batch.find_question_tokens()
 
 
 class Decoding:

@@ -16,7 +16,7 @@ from torch import Tensor
 from kvbench.cache import UNLIMITED, Budget, Needs, Policy, PolicyCache, ScorePolicy, When
 from kvbench.cache.layer import PolicyLayer
 from kvbench.cache.policy import needs_of
-from tests.contract import BUDGETS, CLOSE, PROMPT, STEPS, allowed, block, budget_named, cells, is_divided
+from tests.contract import BUDGETS, CLOSE, PROMPT, STEPS, allowed, block, budget_named, cells, is_divided, is_outcome
 from tests.driving import drive, storage_bytes, tensors_of
 from tests.tiny_models import random_tokens, tiny_model
 
@@ -47,7 +47,7 @@ def test_no_layer_or_head_ever_holds_more_than_the_budget(policy: Policy, positi
 
 @pytest.mark.parametrize("budget_name", BUDGETS)
 def test_a_score_policy_uses_its_whole_budget(policy: Policy, budget_name: str) -> None:
-    if not isinstance(policy, ScorePolicy):
+    if not isinstance(policy, ScorePolicy) or is_outcome(policy):
         pytest.skip("may keep less")
     model, budget = tiny_model("llama_gqa"), budget_named(budget_name, policy)
     trace = drive(model, PolicyCache(model, policy, budget), random_tokens(4, 1, PROMPT + STEPS), PROMPT)
@@ -116,7 +116,7 @@ def test_sinks_and_recent_tokens_stay_as_the_policy_promises(policy: Policy, bud
 
 @pytest.mark.parametrize("reserve_tokens", [0, STEPS])
 def test_bytes_are_really_freed(policy: Policy, positions: Any, reserve_tokens: int) -> None:
-    if not policy.bounded:
+    if not policy.bounded or is_outcome(policy):
         pytest.skip("ignores the budget")
     model, prompt, budget = tiny_model("llama_gqa"), 240, 12
     cache = PolicyCache(model, policy, Budget(tokens=budget), positions=positions, reserve_tokens=reserve_tokens)
@@ -126,8 +126,10 @@ def test_bytes_are_really_freed(policy: Policy, positions: Any, reserve_tokens: 
     full_bytes = 2 * slot_bytes * (prompt + STEPS)
     slack = block(policy, 1) + (0 if reserve_tokens or When.DECODE in policy.when else 64)
     assert cache.occupancy().stored_bytes <= 2 * slot_bytes * (peak + 1 + slack)
-    held_tensors = tensors_of(cache)
-    assert cache.occupancy().stored_bytes <= storage_bytes(held_tensors) < full_bytes / 4 + 2 * slot_bytes * slack
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}  # a policy may read the model's
+    held_tensors = [t for t in tensors_of(cache) if t.untyped_storage().data_ptr() not in weights]
+    most = full_bytes / 4 + 2 * slot_bytes * slack + sum(layer.ring_bytes for layer in cache.policy_layers)
+    assert cache.occupancy().stored_bytes <= storage_bytes(held_tensors) < most
     assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in held_tensors)
 
 
