@@ -97,7 +97,9 @@ def allowed(policy: Policy, budget: Budget, prompt: int, seen: int, kept_of_prom
 
 @cache
 def merges(policy: Policy) -> bool:
-    """Whether the policy merges prompt entries, seen from the stored keys of a prompt over budget."""
+    """Whether the policy merges entries: by a part, or seen from the stored keys of a prompt over budget."""
+    if isinstance(policy, ScorePolicy) and policy.merge is not None:
+        return True
     model, tokens = tiny_model("llama_gqa"), random_tokens(3, 1, PROMPT)
     full = drive(model, PolicyCache(model, policy), tokens, PROMPT).cache
     cut = drive(model, PolicyCache(model, policy, Budget(tokens=5)), tokens, PROMPT).cache

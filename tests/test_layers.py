@@ -83,6 +83,7 @@ ALIKE = {
     "cache": "the package; in it the class that a model is given",
     "cake": "CAKE's score; its division among layers",
     "conversation": "a data set of turns; the task that asks them",
+    "d2o": "the two parts of one method: how much layers hold, and what becomes of the rest",
     "diff": f"{A_COMMAND}; what changed, and how it is said",
     "elastic": AS_RELEASED,
     "files": "rows out of a user's files; how every file of ours is written",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kvbench.cache.artefact import Calibrated, Layout, Sample
 from kvbench.cache.parts import Allocation, Merge, Room
 from kvbench.cache.policy import CACHE_SEMANTICS, UNLIMITED, Budget, Policy, ScorePolicy, When
-from kvbench.cache.view import Kind, Needs, Plan, View
+from kvbench.cache.view import Joining, Kind, Needs, Plan, View
 
 if TYPE_CHECKING:
     from kvbench.cache.attention import attach, cache_argument
@@ -23,6 +23,7 @@ __all__ = [
     "Allocation",
     "Budget",
     "Calibrated",
+    "Joining",
     "Kind",
     "Layout",
     "Merge",

@@ -42,10 +42,10 @@ class LayerSetup:
     rotation: given for positions=in_cache only; places: for positions=released only; pool: for policies
     that pool layers; waiting: for allocations that must see all layers; second_pass: for policies that have the prompt
     repeated; these four are shared by the layers of a cache. unrotation: how the model rotates, for moments of queries;
-    output_weight (H, G, D, E): for policies that read it; artefact: for policies that learnt something offline;
-    future (B, H, P): for each position of a prompt, what `View.future` tells.
-    reserve_tokens: how many tokens will be generated; more than that makes the buffers grow by copying. prompt_tokens:
-    the first tokens, pads included, that are the prompt however they come. prompt_kind (B, T) int8 or None for text.
+    output_weight (H, G, D, E): for policies that read it; future (B, H, P): for each position of a prompt, what
+    `View.future` tells; artefact: for policies that learnt something offline. reserve_tokens: how many tokens will be
+    generated; more than that makes the buffers grow by copying. prompt_tokens: the first tokens, pads included, that
+    are the prompt however they come. prompt_kind (B, T) int8 or None for text.
     row_seeds: one number per sequence for policies that draw, None for zeros. on_settle: entered, with
     the layer's device, around what a policy adds to a prompt (plan, check, move into slots), so that it can be
     measured apart. on_plan:
@@ -67,10 +67,10 @@ class LayerSetup:
     second_pass: SecondPass | None = None
     unrotation: Rotation | None = None
     output_weight: Tensor | None = None
-    artefact: Artefact | None = None
     future: Tensor | None = None
     question_tokens: tuple[int, ...] | None = None
     relay: Relay | None = None
+    artefact: Artefact | None = None
     on_settle: OnSettle = nullcontext
     on_plan: OnPlan | None = None
 
@@ -314,13 +314,13 @@ class RowCounts:
 
         given: what else the view has, by the names of its fields; what is None there is not declared.
         """
-        artefact = self._setup.artefact
         position = entries.position
         if Needs.PICTURE in self._needs:
             given["picture_or_none"] = (entries.kind == int(Kind.IMAGE)) & (position >= 0)
         if self.question is not None:
             begin, end = self.question[:, :1, None], self.question[:, 1:, None]
             given["question_or_none"] = (position >= begin) & (position < end)
+        artefact = self._setup.artefact
         return View(
             layer=layer,
             num_layers=self._setup.num_layers,

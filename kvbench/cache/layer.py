@@ -36,11 +36,13 @@ from kvbench.cache.policy import (
     ScorePolicy,
     When,
     check_statistics,
+    checked_joining,
     checked_plan,
     checked_score,
     checked_victim,
     is_ragged,
     keeps_ring,
+    merge_at_decode,
     needs_of,
     ranking,
     steps_between_cuts,
@@ -50,7 +52,7 @@ from kvbench.cache.queries import QueryRing, ring_after
 from kvbench.cache.ragged import RaggedSlots, settle_ragged, spread_of
 from kvbench.cache.selection import age_rank
 from kvbench.cache.slots import EMPTY, Entries, Slots, check_faults, only_rows, settle
-from kvbench.cache.view import Needs, Plan, View
+from kvbench.cache.view import Joining, Needs, Plan, View
 from kvbench.errors import ModelSupportError, PolicyError
 from kvbench.kernels.dispatch import Chunk, use_triton
 
@@ -70,7 +72,7 @@ class PolicyLayer(CacheLayerMixin):
     def __init__(self, setup: LayerSetup, shelf: CountsShelf | None = None) -> None:
         self.setup = setup
         self._needs, self._cuts_every = needs_of(setup.policy), steps_between_cuts(setup.policy)
-        self._is_ragged = is_ragged(setup.policy)
+        self._is_ragged, self._merge = is_ragged(setup.policy), merge_at_decode(setup.policy)
         self._shelf = shelf or CountsShelf()
         self.reset()
 
@@ -219,6 +221,11 @@ class PolicyLayer(CacheLayerMixin):
             plan = self._plan(entries, self._view(entries, statistics)) if cuts and self.ledger.over() else None
             self._settle(entries, plan)
 
+    def _hand_over(self, relay: Relay, entries: Entries, statistics: Statistics) -> None:
+        """Let later layers know what the policy tells them, whether this one is cut or not."""
+        told = self.setup.policy.hand_over(self._view(entries, statistics))
+        relay.handed = relay.handed if told is None else told
+
     @property
     def awaits_second_pass(self) -> bool:
         """Whether the prompt lies here until it was repeated."""
@@ -271,11 +278,6 @@ class PolicyLayer(CacheLayerMixin):
             (entries, statistics), self._unread = self._unread, None
             self._cut(entries, statistics)
             self._repeated = None
-
-    def _hand_over(self, relay: Relay, entries: Entries, statistics: Statistics) -> None:
-        """Let later layers know what the policy tells them, whether this one is cut or not."""
-        told = self.setup.policy.hand_over(self._view(entries, statistics))
-        relay.handed = relay.handed if told is None else told
 
     def _is_divided(self) -> bool:
         """Whether some row exceeds its budget, and layers are not all given the same."""
@@ -339,9 +341,9 @@ class PolicyLayer(CacheLayerMixin):
             mean, covariance = statistics.moments(self.setup.unrotation, policy.moments_from)
             given |= {"query_mean_or_none": mean, "query_covariance_or_none": covariance}
             given["rotation_or_none"] = self.setup.unrotation
-        given["repeated_or_none"] = self._repeated
         if self.setup.relay is not None and self.setup.relay.handed is not None:
             given["handed"] = self.setup.relay.handed.to(entries.keys.device)
+        given["repeated_or_none"] = self._repeated
         stored, memory = (0, None) if self.slots is None else (self.slots.capacity, self.slots.memory)
         return RowCounts(self.setup, self.ledger, entries.keys.device).view(
             self.setup.layer,
@@ -354,6 +356,7 @@ class PolicyLayer(CacheLayerMixin):
 
     def _settle(self, entries: Entries, plan: Plan | None) -> None:
         memory, faults = (None, None) if self.slots is None else (self.slots.memory, self.slots.faults)
+        memory = self._blank_memory(entries) if memory is None else memory
         self.slots = None
         if self._is_ragged:
             spread, means = spread_of(entries, plan)
@@ -371,6 +374,14 @@ class PolicyLayer(CacheLayerMixin):
         if self.setup.rotation is not None and use_triton(self.slots.entries.keys):
             self.slots.rank = age_rank(self.slots.entries.position).int()
         self.counts, self._leads = self._shelf.take(self.setup, self.ledger, self.slots.length.device)
+
+    def _blank_memory(self, entries: Entries) -> Tensor | None:
+        """Return (B, H, N), what a merge remembers before it did anything; None where it remembers nothing."""
+        merge = self.setup.policy.merge if isinstance(self.setup.policy, ScorePolicy) else None
+        if merge is None or not merge.remembers:
+            return None
+        shape = (*entries.position.shape[:2], merge.remembers)
+        return torch.full(shape, torch.nan, device=entries.position.device)
 
     def _write(self, slots: AnySlots, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put the new token (B, H, 1, D) into the free slots; return the buffers of all keys and values.
@@ -485,7 +496,7 @@ class PolicyLayer(CacheLayerMixin):
         counts = RowCounts(self.setup, self.ledger, slots.length.device)
         entries, new_tokens = slots.entries, self.ledger.block_tokens
         view = counts.view(self.setup.layer, entries, new_tokens=new_tokens, **self._block_statistics(slots, entries))
-        plan = only_rows(self._plan(entries, view), torch.tensor(due, device=slots.length.device), view.valid)
+        plan = only_rows(self._plan(entries, view), torch.tensor(due, device=slots.length.device), view)
         slots.cut(plan)
         self.ledger.cut_block()
 
@@ -507,19 +518,29 @@ class PolicyLayer(CacheLayerMixin):
         assert self.counts is not None
         policy = self.setup.policy
         view = self.counts.view(self.setup.layer, slots.entries, probs_or_none=probs, memory_or_none=slots.memory)
-        if not by_kernels:
-            victim, over = checked_victim(policy, view), slots.over(view.budget)
-            slots.release(victim, over)
-            if victim.device.type == "cpu":  # elsewhere looking would wait for the device at every step
-                check_faults(slots.counted_faults, policy, self.setup.layer)
-            return
-        from kvbench.kernels.slot_writes import free_given, free_lowest
+        if by_kernels and self._merge is None and _is_plain_score(policy):
+            from kvbench.kernels.slot_writes import free_lowest
 
-        if _is_plain_score(policy):
             score, bounds = checked_score(policy, view), (self.counts.sinks, self.counts.recent_from)
             free_lowest(slots.columns(), score, view.budget, *bounds)
-        else:
-            free_given(slots.columns(), checked_victim(policy, view), view.budget)
+            return
+        victim = checked_victim(policy, view)
+        if self._merge is not None:
+            slots.join(*self._joining(view, victim), slots.over(view.budget))
+        if by_kernels:
+            from kvbench.kernels.slot_writes import free_given
+
+            free_given(slots.columns(), victim, view.budget)
+            return
+        slots.release(victim, slots.over(view.budget))
+        if victim.device.type == "cpu":  # elsewhere looking would wait for the device at every step
+            check_faults(slots.counted_faults, policy, self.setup.layer)
+
+    def _joining(self, view: View, victim: Tensor) -> tuple[Joining, Tensor]:
+        """Return what the victim (B, H) leaves in others, and the victim, slot 0 in place of one that is none."""
+        assert self._merge is not None
+        victim = torch.where((victim < 0) | (victim >= view.position.shape[-1]), 0, victim)
+        return checked_joining(self._merge, view, victim), victim
 
     def decide(self) -> Tensor | None:
         """Return the victim (B, H) that the policy would free now, found the way a step does; nothing is freed.
@@ -536,6 +557,10 @@ class PolicyLayer(CacheLayerMixin):
             return None
         probs = torch.zeros_like(slots.position, dtype=torch.float32) if Needs.PROBS in self._needs else None
         view = counts.view(self.setup.layer, slots.entries, probs_or_none=probs, memory_or_none=slots.memory)
+        if self._merge is not None:
+            victim = policy.victim(view)
+            self._joining(view, victim)
+            return victim
         if not (use_triton(slots.columns().keys) and _is_plain_score(policy)):
             return policy.victim(view)
         from kvbench.kernels.slot_writes import lowest_slot
@@ -544,11 +569,15 @@ class PolicyLayer(CacheLayerMixin):
         return lowest_slot(slots.columns(), score, view.budget, counts.sinks, counts.recent_from)
 
     def state(self) -> list[Tensor]:
-        """Return the tensors that a decode step changes in place, keys and values excepted."""
+        """Return the tensors that a decode step changes in place, keys and values only where entries join others."""
         assert self.slots is not None
         assert self.counts is not None
         shared = self.counts.state() if self._leads else []
-        return [*self.slots.state(), *shared, *([] if self._ring is None else self._ring.state())]
+        joined: list[Tensor] = []
+        if self._merge is not None:
+            memory = self.slots.memory
+            joined = [self.slots.buffers.keys, self.slots.buffers.values, *([] if memory is None else [memory])]
+        return [*self.slots.state(), *shared, *joined, *([] if self._ring is None else self._ring.state())]
 
     @property
     def ring_bytes(self) -> int:

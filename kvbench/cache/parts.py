@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvbench.cache.view import Needs, Plan, View
+from kvbench.cache.view import Joining, Needs, Plan, View
 from kvbench.errors import ConfigError, NonFiniteChoiceError, PolicyError
 
 
@@ -73,9 +73,15 @@ class Allocation:
 
 @dataclass(frozen=True, kw_only=True)
 class Merge:
-    """Let entries that go join others that stay, wherever a plan is made. Class flag: `needs`, statistics of `into`."""
+    """Let entries that go join others that stay, wherever a plan is made, and at decode steps if it says so.
+
+    Class flags: `needs` (statistics of `into` and `joining`), `at_decode` (the entry that a decode step frees joins
+    others too) and `remembers` (numbers kept for each head from one of them to the next, NaN at first: `memory`).
+    """
 
     needs: ClassVar[Needs] = Needs.NOTHING
+    at_decode: ClassVar[bool] = False
+    remembers: ClassVar[int] = 0
 
     def into(self, view: View, keep: Tensor, protected: Tensor) -> Plan:
         """Return the plan that keeps `keep` (B, H, T) and says who joins whom.
@@ -83,6 +89,13 @@ class Merge:
         protected (B, H, T) bool: the sinks and recent tokens among what is kept.
         """
         raise NotImplementedError(f"{type(self).__name__} must define into(view, keep, protected)")
+
+    def joining(self, view: View, victim: Tensor) -> Joining:
+        """Return what slot `victim` (B, H), about to be freed, leaves in others; nothing in it may ask the host.
+
+        It is asked of every head, and carried out in those that are over their budget.
+        """
+        raise NotImplementedError(f"{type(self).__name__} merges at decode and must define joining(view, victim)")
 
 
 def split(weight: Tensor, total: Tensor, most: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kvbench.cache.parts import Allocation, Merge, divided_heads
 from kvbench.cache.selection import keep_top, lowest, outside, protected_range, ranked_above
-from kvbench.cache.view import Needs, Plan, View
+from kvbench.cache.view import Joining, Needs, Plan, View
 from kvbench.errors import ConfigError, NonFiniteChoiceError, NonFiniteError, PolicyError, close_matches
 
 
@@ -267,6 +267,12 @@ def steps_between_cuts(policy: Policy) -> int | None:
     return policy.every_tokens if isinstance(policy, ScorePolicy) else 1
 
 
+def merge_at_decode(policy: Policy) -> Merge | None:
+    """Return the merge that entries freed at a decode step take part in, None where they are dropped."""
+    merge = policy.merge if isinstance(policy, ScorePolicy) else None
+    return merge if merge is not None and merge.at_decode and steps_between_cuts(policy) == 1 else None
+
+
 def keeps_ring(policy: Policy) -> bool:
     """Return whether the last queries are kept while tokens are generated: rows are read where a block is cut."""
     return (steps_between_cuts(policy) or 1) > 1 and bool(needs_of(policy) & (Needs.WINDOW | Needs.HEAD_ROWS))
@@ -353,6 +359,28 @@ def checked_victim(policy: Policy, view: View) -> Tensor:
     return victim
 
 
+def checked_joining(merge: Merge, view: View, victim: Tensor) -> Joining:
+    """Return `merge.joining(view, victim)`, looked at where that does not wait. Raises: PolicyError if it is amiss."""
+    joining, name, (rows, heads, entries) = merge.joining(view, victim), type(merge).__name__, view.position.shape
+    into = joining.into
+    if into.shape[:2] != (rows, heads) or not into.shape == joining.weight.shape == joining.own.shape:
+        raise PolicyError(
+            f"{name}.joining returned into, weight and own of {tuple(into.shape)}, {tuple(joining.weight.shape)} "
+            f"and {tuple(joining.own.shape)}; each must be (B, H, M) = ({rows}, {heads}, M)"
+        )
+    takes = (joining.weight != 0) | (joining.own != 1)
+    if into.device.type == "cpu" and bool(takes.any()):
+        inside = (into >= 0) & (into < entries) & (into != victim[..., None])
+        holds = view.valid.gather(-1, into.clamp(0, entries - 1))
+        times = torch.zeros(rows, heads, entries).scatter_add_(-1, into.clamp(0, entries - 1), takes.float())
+        if bool((takes & ~(inside & holds)).any()) or bool((times > 1).any()):
+            raise PolicyError(
+                f"{name}.joining merges into {into[takes].tolist()[:8]} in layer {view.layer}; each must be a slot "
+                "that holds a token and stays, and at most once in a head"
+            )
+    return joining
+
+
 def checked_plan(policy: Policy, view: View, allowed: list[int]) -> Plan:
     """Return `policy.plan(view)`; `allowed` has one number per row.
 
@@ -386,6 +414,11 @@ def checked_plan(policy: Policy, view: View, allowed: list[int]) -> Plan:
         )
     if plan.mass is not None and bool((plan.mass.isnan() & plan.keep).any()):
         raise NonFiniteChoiceError(f"{name} returned a mass that is NaN for entries that it keeps; it must be numbers")
+    if plan.values is not None and plan.values.shape != view.values.shape:
+        raise PolicyError(
+            f"{name} returned values of shape {tuple(plan.values.shape)}; it must be (B, H, T, D) = "
+            f"{tuple(view.values.shape)}"
+        )
     source = plan.merge_source
     if source is not None and (plan.merge_into is None or source.shape != position.shape):
         raise PolicyError(f"{name} returned merge_source without a merge_into of the same shape {tuple(source.shape)}")

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from kvbench.kernels.dispatch import use_triton
 
-_MIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
+_MIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)  # of SplitMix64
 _NO_POSITION = torch.iinfo(torch.int64).max
 
 
@@ -182,7 +182,8 @@ def draws(position: Tensor, row_seed: Tensor, stream: int) -> Tensor:
     """
     rest = (1,) * (position.ndim - 2)
     heads = torch.arange(position.shape[1], device=position.device).view(1, -1, *rest)
-    number = position + (stream * position.shape[1] + heads + 1) * _MIX[0] + row_seed.view(-1, 1, *rest) * _MIX[1]
+    first = stream % (1 << 48) * position.shape[1]  # any seed, within 64 bits
+    number = position + (first + heads + 1) * _MIX[0] + row_seed.view(-1, 1, *rest) * _MIX[1]
     mixed = (number ^ _shift(number, 30)) * _MIX[1]  # SplitMix64's finalizer, wrapping
     mixed = (mixed ^ _shift(mixed, 27)) * _MIX[2]
     return _shift(mixed ^ _shift(mixed, 31), 40).float() / 2.0**24

@@ -31,11 +31,11 @@ class Needs(Flag):
     HEAD_ROWS = auto()  # as WINDOW, of each query head by itself
     MOMENTS = auto()  # mean and covariance of the prompt's queries before rotation
     OUTPUT = auto()  # the weight of the layer's output projection
-    ARTEFACT = auto()  # what `kvbench calibrate` wrote for the model
-    REPEATED = auto()  # attention received while the prompt is repeated, in a second pass over it
     FUTURE = auto()  # attention from tokens that are still to come, told by a task that scores tokens it knows
     PICTURE = auto()  # which entries are of a picture: only for prompts that have one
     QUESTION = auto()  # which entries are of the question: only for prompts of which it is known
+    ARTEFACT = auto()  # what `kvbench calibrate` wrote for the model
+    REPEATED = auto()  # attention received while the prompt is repeated, in a second pass over it
 
 
 class Kind(IntEnum):
@@ -84,12 +84,12 @@ class View:
     query_covariance_or_none: Tensor | None = None
     rotation_or_none: Rotation | None = None
     output_weight_or_none: Tensor | None = None
-    artefact_or_none: Mapping[str, Tensor] | None = None
-    repeated_or_none: Tensor | None = None
     future_or_none: Tensor | None = None
     picture_or_none: Tensor | None = None
     question_or_none: Tensor | None = None
     handed: Tensor | None = None
+    artefact_or_none: Mapping[str, Tensor] | None = None
+    repeated_or_none: Tensor | None = None
 
     @property
     def valid(self) -> Tensor:
@@ -132,16 +132,6 @@ class View:
         return _declared(self.output_weight_or_none, "OUTPUT")
 
     @property
-    def artefact(self) -> Mapping[str, Tensor]:
-        """The tensors by name that the policy learnt of this layer offline."""
-        return _declared(self.artefact_or_none, "ARTEFACT")
-
-    @property
-    def repeated(self) -> Tensor:
-        """(B, H, T) float32: the largest attention received, of any query head, while the prompt is repeated."""
-        return _declared(self.repeated_or_none, "REPEATED")
-
-    @property
     def future(self) -> Tensor:
         """(B, H, T) float32: attention that entries will receive in the full cache from the tokens that are scored."""
         return _declared(self.future_or_none, "FUTURE")
@@ -163,6 +153,16 @@ class View:
     def text(self) -> Tensor:
         """(B, H, T) bool: the entry is of the prompt's text, its question included."""
         return self.valid & (self.position < self.prompt[:, None, None]) & ~self.picture
+
+    @property
+    def artefact(self) -> Mapping[str, Tensor]:
+        """The tensors by name that the policy learnt of this layer offline."""
+        return _declared(self.artefact_or_none, "ARTEFACT")
+
+    @property
+    def repeated(self) -> Tensor:
+        """(B, H, T) float32: the largest attention received, of any query head, while the prompt is repeated."""
+        return _declared(self.repeated_or_none, "REPEATED")
 
     @property
     def probs(self) -> Tensor:
@@ -191,7 +191,7 @@ class Plan:
 
     Without merge_weight a survivor becomes the plain mean of its bucket. With it, (B, H, T) float, it becomes the sum
     of what its bucket brings, each times its weight, its own too. merge_keys, merge_values: False leaves the survivors'
-    own.
+    own. values (B, H, T, D): what entries go on with, for a merge into several; None: their own.
     """
 
     keep: Tensor
@@ -202,3 +202,20 @@ class Plan:
     merge_weight: Tensor | None = None
     merge_keys: bool = True
     merge_values: bool = True
+    values: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Joining:
+    """What the entry that a decode step frees leaves in others.
+
+    into (B, H, M) int64: slots, none twice in a head; weight, own (B, H, M): each becomes `own` times its value and
+    `weight` times that of the entry that goes, and its key too if `keys`. One of weight 0 and own 1 stays as it is,
+    whatever slot is named. memory (B, H, N) or None: what is remembered from now on in heads that free an entry.
+    """
+
+    into: Tensor
+    weight: Tensor
+    own: Tensor
+    keys: bool = True
+    memory: Tensor | None = None

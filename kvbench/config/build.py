@@ -51,8 +51,8 @@ from kvbench.config.checks import (
     typed,
     typed_settings,
 )
-from kvbench.config.compose import Composed
-from kvbench.errors import ConfigError, KvbenchError, close_matches
+from kvbench.config.compose import LEFT_OUT, Composed
+from kvbench.errors import ConfigError, KvbenchError, check_known, close_matches
 from kvbench.measures import FACT_MEASURES, MEASURES, measure_named
 from kvbench.models.calibration import artefact_path, stored_artefact
 from kvbench.models.spec import ModelSpec, takes_images
@@ -241,6 +241,7 @@ _OF_THE_CLASS = {"class", "source", "protocol", "fingerprint"}
 _NUMERIC_PACKAGES = ("torch", "transformers")
 _EVICTS_AT = {When.BOTH: "prompt and decode", When.PREFILL: "prompt", When.DECODE: "decode"}
 _AUTO = "auto"
+_IN_SHARDS = ("leaderboard", "factorial")  # the experiments whose settings say which share of their cells runs
 _SHARED = ("results", "sweep", "force", "sink", "worker", "autopsy", "objective")
 # What kvbench's own tasks measure, as patterns of names, each task's own measure first; FACTS are the names for what a
 # data set knows to be true. Anybody else's class may have `measures` of the kind.
@@ -364,6 +365,7 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
         query_visible=query_visible,
         beyond_context=beyond_context,
         autopsy=build(config.autopsy, "autopsy", is_a=AutopsySettings),
+        shard=next((str(config[one].shard) for one in _IN_SHARDS if config.get(one) is not None), None),
     )
 
 
@@ -451,6 +453,12 @@ def check_shared(grid: Sequence[Composed]) -> None:
         if len(values) > 1:
             raise ConfigError(f"{name} has {len(values)} values in one sweep; it holds for all cells, give one")
     check_settings(*resolved)
+
+
+def check_refused(grid: Sequence[Composed]) -> None:
+    """Raise ConfigError where it is not said, or in an unknown word, what becomes of a cell that cannot run."""
+    for word in {str(composed.config.get("refused")) for composed in grid}:
+        check_known("refused", word, ("fail", LEFT_OUT))
 
 
 def results_folder(config: DictConfig) -> Path:

@@ -62,7 +62,7 @@ SHARED_SETTINGS = ("model", "dataset", "query_visible", "batch_size", "device", 
 class Cell:
     """Everything one record is about. `settings` decides the key; labels are for people, as is the autopsy.
 
-    batch_size: None where it is chosen when the model is loaded.
+    batch_size: None where it is chosen when the model is loaded. shard: which share of a sweep it is measured in.
     """
 
     settings: Mapping[str, Any]
@@ -78,6 +78,7 @@ class Cell:
     query_visible: bool = True
     beyond_context: BeyondContext = "refuse"
     autopsy: AutopsySettings = field(default_factory=AutopsySettings)
+    shard: str | None = None
 
     @cached_property
     def key(self) -> str:
@@ -95,8 +96,9 @@ class Cell:
         return self.model.devices if isinstance(self.model.devices, tuple) else ()
 
     def environment(self) -> dict[str, Any]:
-        """Return what the cell is measured on."""
-        return environment(self.device, self.spread_over)
+        """Return what the cell is measured on, and in which share of its sweep."""
+        found = environment(self.device, self.spread_over)
+        return found if self.shard is None else {**found, "shard": self.shard}
 
     @property
     def name(self) -> str:
