@@ -12,7 +12,7 @@ lie there are made again. A page of `docs` says which table of which records sta
 
 Between the two lines everything is made. Records that are not there yet leave a sentence that says so. A figure beside
 a page is asked for in the same way, in one line: `<!-- figure: file=positions.svg records=... kind=positions ... -->`.
-Where the cells of a folder are hundreds they may lie in it packed, as `cells.zip`.
+Where the cells of a folder are hundreds they may lie in it packed, as `cells.tar.xz`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import tarfile
 import tempfile
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
@@ -58,7 +58,7 @@ from kvbench.stats.paired import Inference, infer, paired_sums
 _BLOCK = re.compile(r"(<!-- table: ([^>]*) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 _FIGURE = re.compile(r"<!-- figure: ([^>]*) -->")
 _NOT_YET = "Not measured yet: `{}` holds no records."
-_PACKED = "cells.zip"  # in the place of `cells`, where there are hundreds
+_PACKED = "cells.tar.xz"  # in the place of `cells`, where there are hundreds
 _ALONE: Mapping[str, Callable[[Results], str]] = {  # files for which no figure need be drawn
     "laws.md": lambda results: laws_markdown(law_rows(results)),
     "laws.csv": lambda results: laws_csv(law_rows(results)),
@@ -88,8 +88,8 @@ def _load(folder: Path) -> Results:
     """Return what lies in a folder as it is, or packed."""
     if not (folder / _PACKED).is_file():
         return load_results(folder)
-    with tempfile.TemporaryDirectory() as place, zipfile.ZipFile(folder / _PACKED) as packed:
-        packed.extractall(place)
+    with tempfile.TemporaryDirectory() as place, tarfile.open(folder / _PACKED) as packed:
+        packed.extractall(place, filter="data")
         return load_results(Path(place))
 
 
