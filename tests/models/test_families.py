@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from kvbench.cache import UNLIMITED, Budget, Kind, Needs, Policy
+from kvbench.cache import UNLIMITED, Budget, Kind, Needs, Policy, artefact
 from kvbench.cache.cache import unrotation_of
 from kvbench.cache.policy import needs_of
 from kvbench.datasets.base import PICTURE_MARKS, Example, without_marks
@@ -93,6 +93,7 @@ def test_a_policy_holds_what_it_may_at_every_step(
     batch = prompt_batch(ours, examples(ours.takes_images and Needs.REPEATED not in needs_of(policy)))
     try:
         unrotation_of(ours.model, [policy])
+        artefact.artefact_of(ours.model, policy)
     except ModelSupportError as error:
         pytest.skip(str(error))
     with torch.inference_mode():
