@@ -22,7 +22,7 @@ from tests.driving import Held, drive
 from tests.tiny_models import random_tokens, tiny_model
 
 BUDGETS = ("one", "smallest", "below_smallest", "tokens", "third_of_seen", "third_of_prompt")
-PROMPT, STEPS = 24, 14
+PROMPT, STEPS = 24, 10
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 

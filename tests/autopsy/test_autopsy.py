@@ -116,7 +116,7 @@ def replayed(loaded: LoadedModel, setting: CacheSetting, index: int, pieces: lis
     return [[[tuple(head) for head in layer[0]] for layer in step] for step in held]
 
 
-@pytest.mark.parametrize("name", one_in(3, [path.stem for path in YAMLS]))
+@pytest.mark.parametrize("name", one_in(5, [path.stem for path in YAMLS]))
 def test_what_is_stored_is_what_a_replay_of_the_sample_alone_holds(
     bundled: LoadedModel, bodies: dict[str, dict[str, Any]], name: str
 ) -> None:

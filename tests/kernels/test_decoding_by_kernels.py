@@ -25,7 +25,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="on a GPU tests/tasks/test_graph.py compares whole decodes")
 
-STEPS = 5
+STEPS = 3
 
 
 def decode(policy: Policy, positions: Any, by_kernels: bool, reserve_tokens: int) -> Trace:

@@ -154,7 +154,7 @@ def test_the_same_input_gives_the_same_result_and_a_used_policy_is_as_good_as_ne
     policy: Policy, positions: Any, budget_name: str
 ) -> None:
     model, budget = tiny_model("llama_gqa"), budget_named(budget_name, policy)
-    tokens, other = random_tokens(9, 1, PROMPT + STEPS), random_tokens(10, 1, 31)
+    tokens, other = random_tokens(9, 1, PROMPT + STEPS), random_tokens(10, 1, 23)
     first = drive(model, PolicyCache(model, policy, budget, positions=positions), tokens, PROMPT)
     drive(model, PolicyCache(model, policy, budget, positions=positions), other, 19)
     again = drive(model, PolicyCache(model, policy, budget, positions=positions), tokens, PROMPT)

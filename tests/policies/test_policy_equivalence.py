@@ -87,12 +87,16 @@ def test_interleaved_sequences_do_not_touch_each_other(policy: Policy, positions
                 assert torch.equal(alone, logits[interleaved])
 
 
+@cache
+def rounded_model() -> Any:
+    """Return a tiny model in bfloat16, once for all."""
+    return copy.deepcopy(tiny_model("llama_gqa")).bfloat16()
+
+
 def test_a_model_in_bfloat16_stores_bfloat16_under_the_budget(policy: Policy, positions: Any) -> None:
-    model = copy.deepcopy(tiny_model("llama_gqa")).bfloat16()
-    trace = drive(
-        model, PolicyCache(model, policy, Budget(tokens=9), positions=positions), random_tokens(4, 1, 38), PROMPT
-    )
-    whole = drive(model, PolicyCache(model, policy, UNLIMITED), random_tokens(4, 1, 38), PROMPT)
+    model, tokens = rounded_model(), random_tokens(4, 1, PROMPT + STEPS)
+    trace = drive(model, PolicyCache(model, policy, Budget(tokens=9), positions=positions), tokens, PROMPT)
+    whole = drive(model, PolicyCache(model, policy, UNLIMITED), tokens[:, :PROMPT], PROMPT)
     keys = trace.cache.policy_layers[0].keys
     assert keys is not None
     assert keys.dtype == torch.bfloat16
