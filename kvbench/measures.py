@@ -73,9 +73,9 @@ def _rouge(kind: str, what: str, against: str, target: str) -> tuple[str, Unit, 
     )  # fmt: skip
 
 
-def _peak(phase: str, when: str) -> tuple[str, Unit, Better, str, str, str]:
+def _peak(phase: str, when: str, called: str = "") -> tuple[str, Unit, Better, str, str, str]:
     return (
-        f"peak_{phase}_bytes", "bytes", "lower", f"peak {phase}", f"Peak memory, {phase}",
+        f"peak_{phase}_bytes", "bytes", "lower", f"peak {called or phase}", f"Peak memory, {called or phase}",
         f"Largest total of live tensors {when}, weights and inputs included; on a GPU what its allocator reports.",
     )  # fmt: skip
 
@@ -119,52 +119,52 @@ _ROWS: tuple[tuple[str, Unit, Better, str, str, str], ...] = (
     ("tpot_p90_ms", "ms", "lower", "TPOT p90", "Time per output token, 90th percentile",
      "90th percentile of the time of one decode step in the same timed pass."),
     ("throughput_tokens_per_s", "tokens/s", "higher", "throughput", "Throughput",
-     "Tokens made per second of a whole launch, prompt included, over the whole batch."),
+     "Tokens made per second of a whole run, prompt included, over the whole batch."),
     ("policy_ms", "ms", "lower", "policy cost", "Policy cost per token",
      "Time in which all layers of the policy name their victims once, alone, with nothing applied; per decode step."),
-    ("settle_ms", "ms", "lower", "settle", "Policy cost of the prompt",
+    ("settle_ms", "ms", "lower", "compression time", "Compression time of the prompt",
      "Part of TTFT in which the policy plans and what it keeps moves into slots, over all layers."),
     ("prepare_ms", "ms", "lower", "prepare", "Preparation of the engine",
      "What the engine does once before the first decode step (capturing a CUDA graph); in no other number."),
     ("roof_ms", "ms", "lower", "roof", "Memory roof of a decode step",
      "Bytes of the decoder's weights and of the valid entries over the copy bandwidth: on a GPU no step is faster."),
-    ("roof_share_fraction", "fraction", "higher", "of roof", "Share of the memory roof reached",
-     "Memory roof over TPOT; below 50 % the step is overhead-bound: most of it is not reading weights and entries."),
+    ("roof_share_fraction", "fraction", "higher", "MBU", "Memory-bandwidth utilisation (MBU)",
+     "Memory roof over TPOT: the share of the copy bandwidth used; below 50 % the step is overhead-bound."),
     ("copy_bandwidth_bytes_per_s", "bytes/s", "higher", "copy bandwidth", "Copy bandwidth",
      "Bytes read and written per second by copying a large buffer, median over the cells of a machine and sweep."),
     ("full_ttft_ms", "ms", "lower", "TTFT of full", "Time to first token of the full cache",
-     "TTFT of the full cache in the same interleaved launches."),
+     "TTFT of the full cache in the same interleaved runs."),
     ("full_tpot_ms", "ms", "lower", "TPOT of full", "Time per output token of the full cache",
-     "TPOT of the full cache in the same interleaved launches."),
+     "TPOT of the full cache in the same interleaved runs."),
     ("full_roof_ms", "ms", "lower", "roof of full", "Memory roof of the full cache",
      "Memory roof of a decode step of the full cache."),
-    ("full_roof_share_fraction", "fraction", "higher", "of roof, full", "Share of the memory roof, full cache",
-     "Memory roof over TPOT of the full cache in the same interleaved launches."),
+    ("full_roof_share_fraction", "fraction", "higher", "MBU of full", "Memory-bandwidth utilisation of the full cache",
+     "Memory roof over TPOT of the full cache in the same interleaved runs."),
     ("throughput_ratio_to_full", "ratio", "higher", "throughput / full", "Throughput relative to full",
      "Throughput of the policy over that of the full cache, interleaved in the same process; above 1 is faster."),
     ("capacity_prompts", "prompts", "higher", "capacity", "Largest batch that fits",
-     "Largest number of prompts together whose whole launch runs in the device's memory."),
+     "Largest number of prompts together whose whole run fits in the device's memory."),
     ("full_capacity_prompts", "prompts", "higher", "capacity of full", "Largest batch of the full cache",
-     "Largest number of prompts together whose whole launch runs with the full cache, in the same process."),
+     "Largest number of prompts together whose whole run fits with the full cache, in the same process."),
     ("capacity_ratio_to_full", "ratio", "higher", "capacity / full", "Largest batch relative to full",
      "Largest batch of the policy over that of the full cache."),
     ("capacity_throughput_tokens_per_s", "tokens/s", "higher", "throughput at capacity", "Throughput at capacity",
-     "Tokens made per second of a whole launch at the policy's largest batch, prompts included."),
+     "Tokens made per second of a whole run at the policy's largest batch, prompts included."),
     ("full_capacity_throughput_tokens_per_s", "tokens/s", "higher", "throughput of full at capacity",
      "Throughput of the full cache at capacity", "The same for the full cache at its own largest batch."),
     ("capacity_throughput_ratio_to_full", "ratio", "higher", "throughput / full at capacity",
      "Throughput at capacity relative to full", "Throughput at its largest batch over the full cache's at its own."),
     ("capacity_peak_bytes", "bytes", "none", "peak at capacity", "Peak memory at capacity",
-     "Largest total of live tensors in the launches at the policy's largest batch, weights included; on a GPU only."),
+     "Largest total of live tensors in the runs at the policy's largest batch, weights included; on a GPU only."),
     ("capacity_kv_bytes", "bytes", "none", "KV bytes at capacity", "KV cache stored at capacity",
-     "Bytes of the storages that hold keys and values at the end of a launch at the policy's largest batch."),
+     "Bytes of the storages that hold keys and values at the end of a run at the policy's largest batch."),
     ("ttft_ratio_to_full", "ratio", "lower", "TTFT / full", "Time to first token relative to full",
      "TTFT of the policy over TTFT of the full cache, interleaved in the same process; below 1 is faster."),
     ("tpot_ratio_to_full", "ratio", "lower", "TPOT / full", "Time per output token relative to full",
      "TPOT of the policy over TPOT of the full cache, interleaved in the same process; below 1 is faster."),
-    ("tpot_spread_fraction", "fraction", "none", "spread of TPOT", "Spread of TPOT between launches",
-     "Largest standard deviation over mean of one setting's launches, policy or full; above 3 % the cell is noisy."),
-    ("ttft_spread_fraction", "fraction", "none", "spread of TTFT", "Spread of TTFT between launches",
+    ("tpot_spread_fraction", "fraction", "none", "spread of TPOT", "Spread of TPOT between runs",
+     "Largest standard deviation over mean of one setting's runs, policy or full; above 3 % the cell is noisy."),
+    ("ttft_spread_fraction", "fraction", "none", "spread of TTFT", "Spread of TTFT between runs",
      "The same for the time to first token."),
     ("reference_drift_fraction", "fraction", "none", "reference drift", "Drift of a reference kernel",
      "Change of the time of a fixed matrix product from start to end of the timing; above 2 % the cell is noisy."),
@@ -178,7 +178,7 @@ _ROWS: tuple[tuple[str, Unit, Better, str, str, str], ...] = (
      "Bytes of weights and buffers."),
     _peak("vision", "while the picture is encoded"),
     _peak("prefill", "while the prompt is processed, outside of picture and policy"),
-    _peak("settle", "while the policy plans and what it keeps moves into slots"),
+    _peak("settle", "while the policy plans and what it keeps moves into slots", "compression"),
     _peak("decode", "while the answer is made, the engine's preparation included"),
     ("peak_reserved_bytes", "bytes", "lower", "peak reserved", "Peak memory reserved by the allocator",
      "Most memory that the GPU's allocator held in any phase, its unused parts included."),
@@ -324,6 +324,11 @@ def bounds_on_scale(name: str, value: float, low: float, high: float) -> tuple[f
     """Return the interval cut to what can be: a t interval of two samples knows no bounds. It keeps its value."""
     least, most = scale_of(name)
     return min(max(low, least), value), max(min(high, most), value)
+
+
+def budget_words(label: str) -> str:
+    """Return a record's label of a budget as a reader is told: "20 % tokens kept" for "20 % of seen"."""
+    return label.replace("% of seen", "% tokens kept").replace("% of prompt", "% prompt tokens kept")
 
 
 def format_value(name: str, value: float | None) -> str:

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "tasks": "errors measures cache datasets stats results models",
     "autopsy": "errors cache datasets results models tasks",
     "sinks": "errors measures results",
-    "sweep": "errors cache datasets results models tasks autopsy sinks",
+    "sweep": "errors measures cache datasets results models tasks autopsy sinks",
     "config": "errors __init__ measures cache datasets results models tasks autopsy sinks sweep",
     "frontier.table": "errors measures results",  # what a search leaves: a file, as a record is
     "report": "errors __init__ measures stats results frontier.table",

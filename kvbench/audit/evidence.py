@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from kvbench.errors import ConfigError, RecordError, close_matches
+from kvbench.measures import budget_words
 from kvbench.results.files import canonical_json
 from kvbench.results.record import MEASURED, check_results_folder, read_record
 
@@ -53,7 +54,7 @@ class Cell:
     def name(self) -> str:
         """First digits of the key, policy and budget."""
         parts = [self.label(part) for part in ("policy", "budget", "positions")]
-        shown = [str(part) for part in parts if part not in (None, "-", "original")]
+        shown = [budget_words(str(part)) for part in parts if part not in (None, "-", "original")]
         return f"{self.folder[:8]} {', '.join(shown)}"
 
     @property

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvbench.autopsy.replay import Replayed, Subject, full_attention, replay, subject_of, token_pieces
+from kvbench.autopsy.replay import Replayed, Subject, full_attention, glance_of, replay, subject_of, token_pieces
 from kvbench.autopsy.settings import AutopsySettings
 from kvbench.cache import Kind, Needs, Policy
 from kvbench.cache.policy import needs_of
+from kvbench.datasets.base import Example
 from kvbench.errors import is_poisoned
 from kvbench.models.inputs import answer_text
 from kvbench.models.loader import LoadedModel
@@ -37,6 +38,7 @@ PHASE = "autopsy"
 NUM_CHECKPOINTS, FEW_CHECKPOINTS = 9, 5  # after the prompt, and at steps of the answer up to its end
 MANY_HEADS = 256  # over all layers; then numbers are stored at few moments
 _MOST_BYTES = 22_000  # of one sample's patterns, compressed
+_MOST_GLANCE_BYTES = 500_000  # of the small pictures of all samples
 _log = logging.getLogger(__name__)
 
 
@@ -75,12 +77,26 @@ class Autopsies:
                 "num_heads": int(samples[0]["statistics"]["entries"]["shape"][-1]) if samples else 0,
                 "samples": samples,
                 "left_out": chosen.left_out,
+                "glances": glances(cell.dataset.examples()) if cell.labels["policy"] == "full" else [],
             }
             write_autopsy(autopsy_path(self._results, cell.key), body)
         except BaseException as error:  # a policy may do anything, once more
             _log.warning("no autopsy of %s: %s: %s", cell.name, type(error).__name__, error)
             return not is_poisoned(str(error))
         return True
+
+
+def glances(examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """Return the question and a small picture of every sample, so that a reader of answers sees what was asked.
+
+    They are the same for every policy and stand beside the full cache's record; where room ends, questions alone.
+    """
+    found, size = [], 0
+    for example in examples:
+        glance = glance_of(example, with_picture=size < _MOST_GLANCE_BYTES)
+        size += len(glance["data"] or "")
+        found.append(redacted_body(glance))
+    return found
 
 
 class _Chosen:

@@ -7,6 +7,7 @@ samples share once, eviction as short texts per head), and what every policy kep
 from __future__ import annotations
 
 import base64
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from markupsafe import Markup
 
 from kvbench.autopsy.read import Autopsy, Sample, chance_overlap, kept, load_autopsy, overlap, percent, sentence
 from kvbench.errors import RecordError
+from kvbench.report.compare import declared_budget
 from kvbench.report.load import CellResult, Group, Results, natural_key
 from kvbench.report.markup import Head, TableCell, TableView, render, row_head, safe_json, text_cell
 from kvbench.results.files import Array
@@ -62,7 +64,14 @@ def group_data(group: Group, pairs: Pairs, room_bytes: int) -> tuple[dict[str, A
     # The budgets at which there is something to see, smallest first; "" is the full cache's.
     seen = [cell for (cell, _), shown in zip(pairs, cells, strict=True) if shown["budget"] and shown["views"]]
     budgets = list(dict.fromkeys(cell.budget for cell in sorted(seen, key=lambda cell: cell.budget_order))) or [""]
-    data = {"title": group.title, "budgets": budgets, "ids": list(items), "items": items, "cells": cells}
+    data = {
+        "title": group.title,
+        "asked": declared_budget(group) or "",
+        "budgets": budgets,
+        "ids": list(items),
+        "items": items,
+        "cells": cells,
+    }
     return data, spent
 
 
@@ -183,6 +192,18 @@ def _overlaps(group: Group, pairs: Pairs, budget: str) -> TableView:
     )
     heads = [Head("policy", kind="text"), *(Head(group.series_label(cell)) for cell, _ in pairs)]
     return TableView(caption=caption, heads=heads, rows=rows)
+
+
+def asked_of(results: Results) -> dict[str, dict[str, tuple[str, str]]]:
+    """Return, by a group's title and a sample's id, what was asked and the small picture; a damaged file has none."""
+    found: dict[str, dict[str, tuple[str, str]]] = {}
+    for group in results.groups:
+        for cell in (cell for cell in group.cells if cell.is_full):
+            with contextlib.suppress(RecordError):
+                autopsy = load_autopsy(cell)
+                for sample, glance in (autopsy.glances if autopsy else {}).items():
+                    found.setdefault(group.title, {})[sample] = (glance.question, glance.source)
+    return found
 
 
 _MOST_NAMES = 5

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -68,13 +68,25 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Glance:
+    """What a sample asks, and its picture, "" for text."""
+
+    question: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Autopsy:
-    """What one cell's file says; `left_out` are items too long to look at, with the reason."""
+    """What one cell's file says; `left_out` are items too long to look at, with the reason.
+
+    glances: by id the question and, where there is one, the small picture of every sample; beside the full cache's.
+    """
 
     num_layers: int
     num_heads: int
     samples: tuple[Sample, ...]
     left_out: tuple[str, ...]
+    glances: Mapping[str, Glance] = field(default_factory=dict)
 
 
 def load_autopsy(cell: CellResult) -> Autopsy | None:
@@ -86,9 +98,23 @@ def load_autopsy(cell: CellResult) -> Autopsy | None:
     try:
         samples = tuple(_sample(sample, body["num_layers"], body["num_heads"]) for sample in body["samples"])
         left_out = tuple(f"{one['id']}: {one['reason']}" for one in body["left_out"])
+        glances = {str(one["id"]): _glance(one) for one in body.get("glances", ())}
     except (RecordError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise RecordError(f"{path} does not hold what it should ({type(error).__name__}: {error!s:.60}).") from error
-    return Autopsy(num_layers=body["num_layers"], num_heads=body["num_heads"], samples=samples, left_out=left_out)
+    return Autopsy(
+        num_layers=body["num_layers"],
+        num_heads=body["num_heads"],
+        samples=samples,
+        left_out=left_out,
+        glances=glances,
+    )
+
+
+def _glance(glance: Mapping[str, Any]) -> Glance:
+    if glance["data"] is None:
+        return Glance(question=str(glance["question"]), source="")
+    _require(glance["media"] in _MEDIA and _BASE64.fullmatch(glance["data"]) is not None, "a small picture")
+    return Glance(question=str(glance["question"]), source=f"data:{glance['media']};base64,{glance['data']}")
 
 
 def _sample(sample: Mapping[str, Any], num_layers: int, num_heads: int) -> Sample:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 Place = tuple[int, int]
 THUMBNAIL_PIXELS = 336
+GLANCE_PIXELS, _MOST_LETTERS = 112, 2000
 _MOST_BYTES = 16_000
 _QUALITIES = (90, 75, 60, 45, 30, 15)
 _HALF = "\ufffd"  # what decoders write for a character whose last bytes are missing
@@ -221,6 +222,17 @@ def _stored(picture: SeenPicture) -> dict[str, Any]:
     places = np.array([place or (NEVER, NEVER) for place in picture.places], dtype=np.uint16).reshape(-1, 2)
     size = {"width": small.width, "height": small.height, "rows": picture.rows, "columns": picture.columns}
     return {"media": media, "data": base64.b64encode(data).decode(), **size, "places": pack(places)}
+
+
+def glance_of(example: Example, *, with_picture: bool) -> dict[str, Any]:
+    """Return what a sample asks, and its picture as small as a reader still recognises it."""
+    glance = {"id": example.id, "question": example.question[:_MOST_LETTERS], "media": None, "data": None}
+    if example.load_image is None or not with_picture:
+        return glance
+    small = example.load_image().convert("RGB")
+    small.thumbnail((GLANCE_PIXELS, GLANCE_PIXELS))
+    media, data = thumbnail_file(small)
+    return glance | {"media": media, "data": base64.b64encode(data).decode()}
 
 
 def thumbnail_file(image: Image.Image) -> tuple[str, bytes]:

@@ -45,6 +45,7 @@ from kvbench.report.standing import (
     safe_cells,
     standing_at,
     telling_quality,
+    unplaced,
     usable_text,
 )
 from kvbench.stats.tests import is_latency_ratio, smallest_margin
@@ -270,9 +271,9 @@ def value_text(cell: CellResult, name: str) -> str:
 
 
 _BUDGET_KINDS = (
-    ("of seen", "`of seen` is a share of all tokens seen so far"),
-    ("of prompt", "`of prompt` is a share of the prompt"),
-    ("tokens", "`tokens` is a fixed number"),
+    ("% tokens kept", "`tokens kept` is a share of all tokens seen so far"),
+    ("% prompt tokens kept", "`prompt tokens kept` is a share of the prompt"),
+    (" tokens", "`tokens` is a fixed number"),
 )
 _MOST_OPEN = 6
 
@@ -352,7 +353,7 @@ def _sure(judged: Judged, standing: Standing) -> Iterator[str]:
     if len(standing.ranked) == 1:
         yield "Nothing to compare it with at this budget."
     if standing.left_out:
-        why = ((cell, cell.status if cell.failed else "noisy times") for cell in standing.left_out)
+        why = ((cell, cell.status if cell.failed else unplaced(cell) or "noisy times") for cell in standing.left_out)
         cells = ", ".join(f"`{judged.group.series_label(cell)}` ({reason})" for cell, reason in why)
         yield f"Not ranked: {cells}."
 
@@ -364,9 +365,9 @@ def _evidence(judged: Judged, standing: Standing) -> str:
     if not p_values:
         return ""
     num = min(one.num_samples for one in found)
-    p_text = "p < 0.001" if max(p_values) < 0.001 else f"p up to {max(p_values):.3f}"
+    p_text = "p < 0.001" if max(p_values) < 0.001 else f"p <= {max(p_values):.3f}"
     who = "Holm" if judged.num_pairs <= MOST_PAIRS else "Bonferroni"
-    what = "launches" if is_latency_ratio(measure(standing.measure)) else "samples"
+    what = "runs" if is_latency_ratio(measure(standing.measure)) else "samples"
     return f" (paired over {num} {what}, {p_text} after {who}'s correction)"
 
 
@@ -396,7 +397,7 @@ def _memory(judged: Judged, cell: CellResult) -> Iterator[str]:
 
 
 _MOST_ROWS = 32
-_MOST_ROWS_OF_MANY, _MANY_CELLS = 8, 60
+_MOST_ROWS_OF_MANY, _MANY_CELLS = 8, 30
 _MOST_LINKS = 8
 _COLLAPSED = "\u2715"
 

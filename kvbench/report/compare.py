@@ -4,7 +4,7 @@
         print(one.first.policy, one.measure, one.verdict, one.value, one.low, one.high)
 
 Two cells are compared sample by sample, the same sample under both, so that its difficulty cancels. Times are compared
-with the full cache's in the same launches, or two policies by their ratios to it. What has no samples is compared by
+with the full cache's in the same runs, or two policies by their ratios to it. What has no samples is compared by
 the two cells' own intervals. Where the full cache itself can not do the task (`Ability`), numbers are shown but nobody
 is ranked. `difference_text` and its neighbours are the one wording for terminal, page, Markdown, CSV and LaTeX.
 """
@@ -166,7 +166,7 @@ def _of_times(base: Comparison, one: Estimate, two: Estimate | None) -> Comparis
         return replace(base, method="single observations: no interval", reason=_ONCE)
     found = mine if against_full else between(mine, other)
     low, high = found.bounds()
-    method = "t of paired log ratios of launches" + ("" if against_full else ", each to its own full cache")
+    method = "t of paired log ratios of runs" + ("" if against_full else ", each to its own full cache")
     return replace(
         base, value=math.expm1(found.mean), verdict="undecided", low=low, high=high, method=method,
         p_value=found.p_value(), minimum_detectable=found.minimum_detectable(),
@@ -183,7 +183,7 @@ def timing_noise(cell: CellResult, name: str = "tpot_ratio_to_full") -> str:
     """Return why a time or rate of the cell is noisy; empty where it is not, or the measure is neither."""
     if not is_timed(name):
         return ""
-    # A whole launch has both parts.
+    # A whole run has both parts.
     parts = ("tpot", "ttft") if "throughput" in name else ("ttft",) if "ttft" in name else ("tpot",)
     spreads = [found.value for part in parts if (found := cell.estimate(f"{part}_spread_fraction"))]
     drift, foreign = cell.estimate("reference_drift_fraction"), cell.estimate("foreign_gpu_processes")
@@ -484,6 +484,6 @@ def verdict_remark(one: Comparison) -> str:
     if one.verdict == "equivalent" and one.margin is not None:
         return f"within {size_with_unit(one.measure, one.margin)}"
     if one.verdict == "undecided" and one.more_samples is not None:
-        many, single = ("launches", "launch") if is_latency_ratio(measure(one.measure)) else ("samples", "sample")
+        many, single = ("runs", "run") if is_latency_ratio(measure(one.measure)) else ("samples", "sample")
         return f"needs about {one.more_samples:,} more {single if one.more_samples == 1 else many}"
     return one.reason

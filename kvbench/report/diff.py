@@ -330,7 +330,7 @@ def _said(one: Comparison) -> tuple[str, str, str]:
     margin = f"margin {size_with_unit(one.measure, one.margin)}" if one.margin is not None else ""
     is_small = one.verdict == "worse" and not is_beyond(one)
     remark = verdict_remark(one) if one.verdict != "worse" else p_text(one.p_holm)
-    units = "launches" if is_latency_ratio(measure(one.measure)) else "samples"
+    units = "runs" if is_latency_ratio(measure(one.measure)) else "samples"
     counted = f"{one.num_samples} {units}" if one.num_samples else ""
     parts = [remark, "" if one.verdict == "equivalent" else margin, counted]
     return difference_text(one), "worse, within its margin" if is_small else one.verdict, ", ".join(filter(None, parts))

@@ -221,7 +221,7 @@ def _random_notes(group: Group) -> Iterator[Note]:
 
 
 def _where(contrasts: Iterable[Contrast]) -> str:
-    """Return the budgets of the clear ones, each with its measures: "10 % of seen (PPL)"."""
+    """Return the budgets of the clear ones, each with its measures: "10 % tokens kept (PPL)"."""
     found: dict[str, list[str]] = {}
     for one in contrasts:
         if one.is_clear:
@@ -392,7 +392,7 @@ def _overhang(cell: CellResult) -> str:
     found, asked = cell.estimate("realised_budget_fraction"), cell.budget_fraction
     if found is None or cell.is_full:
         return ""
-    is_more = asked is not None and cell.budget.endswith("of seen") and found.value > asked * _OVER_BUDGET
+    is_more = asked is not None and cell.budget.endswith("% tokens kept") and found.value > asked * _OVER_BUDGET
     return f"{found.value:.0%} of the tokens seen".replace("%", " %") if is_more or cell.evicts_at in _ONE_PART else ""
 
 

@@ -22,11 +22,11 @@ from kvbench.measures import MISSING, format_value, format_with_interval, measur
 from kvbench.report.compare import Ability, Comparison, compare, corrected, difference_text, difference_unit
 from kvbench.report.figures.forest import Row, forest_svg
 from kvbench.report.load import CellResult, Group, Results
+from kvbench.report.standing import unplaced
 from kvbench.report.tables import csv_text, markdown_table
 
 TEXT_MEASURE = "ppl"
 HELD, LENGTH = "realised_budget_fraction", "length_ratio"
-_UNPLACED, _SEES = "data_dependent", "(sees the future)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +82,7 @@ def board(group: Group, name: str) -> list[BoardRow]:
     """
     unable = Ability(group).reason(name)
     usable = [cell for cell in group.budgeted if cell.estimate(name)]
-    placed = [cell for cell in usable if not unable and not _unplaced(cell)]
+    placed = [cell for cell in usable if not unable and not unplaced(cell)]
     sign = -1.0 if measure(name).better == "higher" else 1.0
     placed.sort(key=lambda cell: (sign * cell.measurements[name].value, cell.sort_key))
     full = group.full
@@ -97,18 +97,11 @@ def board(group: Group, name: str) -> list[BoardRow]:
     ]  # fmt: skip
     for cell in group.budgeted:
         if cell not in placed:
-            why = f"failed: {cell.status}" if cell.failed else unable or _unplaced(cell)
+            why = f"failed: {cell.status}" if cell.failed else unable or unplaced(cell)
             if cell.failed or cell in usable:
                 against = to_full.get(cell.key)
                 rows.append(BoardRow(name=group.series_label(cell), cell=cell, against_full=against, remark=why))
     return rows
-
-
-def _unplaced(cell: CellResult) -> str:
-    """Return why a cell is not to be ranked with others of its budget, "" where it is."""
-    if _SEES in cell.policy:
-        return "sees the future: a bound, no method"
-    return "its budget is what it finds to hold" if cell.budget_total == _UNPLACED else ""
 
 
 def _by_first(found: Iterable[Comparison | None]) -> dict[str, Comparison]:

@@ -23,7 +23,7 @@ import numpy as np
 
 from kvbench.errors import ConfigError, RecordError, close_matches
 from kvbench.frontier.table import Frontier, load_frontier
-from kvbench.measures import MEASURES, bounds_on_scale, measure, score_scale
+from kvbench.measures import MEASURES, bounds_on_scale, budget_words, measure, score_scale
 from kvbench.results.files import canonical_json
 from kvbench.results.record import MEASURED, CellRecord, Problem, check_results_folder, read_cell
 from kvbench.stats.intervals import (
@@ -156,7 +156,7 @@ def parse_cell(body: Mapping[str, Any]) -> CellResult:
         raise RecordError("a sample is not a JSON object. Run the cell again.")
     texts, tokens = {name: labels[name] for name in _TEXT_LABELS}, _number(labels.get("budget_tokens"))
     cell = CellResult(
-        **texts,
+        **texts | {"budget": budget_words(texts["budget"])},
         labels=texts,
         evicts_at=str(labels.get("evicts_at") or ""),
         budget_total=str(labels.get("budget_total") or ""),

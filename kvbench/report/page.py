@@ -1,7 +1,7 @@
 """One HTML file that explains a results folder to a stranger; nothing is loaded from anywhere.
 
-Order: the answer, the verdicts behind it, policy against policy, laws of the field, what to be careful about, figures
-and tables, samples, how it was measured.
+Order: a leaderboard and the Pareto front, figures, samples and what the cache kept, then the tables behind them, and
+folded at the end how it was measured. Figures are drawn by the page's own script from the numbers that stand in it.
 
 Every section is a function that builds plain data and renders a template of `templates/`; `page.html.j2` puts them
 together with the style sheets and the scripts that lie there. The content policy loads nothing and lets that one script
@@ -12,24 +12,24 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Mapping, Sequence
 from urllib.parse import quote
 
 from markupsafe import Markup
 
-from kvbench.autopsy.page import autopsy_section
+from kvbench.autopsy.page import asked_of, autopsy_section
 from kvbench.measures import MEASURES, measure
 from kvbench.report.answer import answer_html, failures_html
 from kvbench.report.compare import DECLARED, Choices, size_with_unit
-from kvbench.report.figures.draw import Plot
-from kvbench.report.figures.style import PLOT_STYLE, THEME_COLOURS
+from kvbench.report.figures.draw import Plot, palette_of
+from kvbench.report.figures.living import group_data
+from kvbench.report.figures.style import PLOT_STYLE
 from kvbench.report.findings import notes_of
+from kvbench.report.first_screen import board_html, board_measures, leaderboard
 from kvbench.report.laws import law_rows, laws_html
 from kvbench.report.load import Results
-from kvbench.report.markup import Head, TableView, listed, render, resource
+from kvbench.report.markup import Head, TableView, listed, render, resource, safe_json
 from kvbench.report.page_tables import (
     environment_html,
     frontier_html,
@@ -40,7 +40,7 @@ from kvbench.report.page_tables import (
     verdicts_html,
 )
 from kvbench.report.samples import linked_samples, sample_browser
-from kvbench.report.standing import Judged, judge, rule_text
+from kvbench.report.standing import Judged, asked_budget, judge, rule_text
 from kvbench.report.tables import counts_text, results_table
 from kvbench.report.verdicts import all_rows
 from kvbench.stats.tests import smallest_margin
@@ -82,42 +82,6 @@ def _margins_text(choices: Choices) -> str:
     return f"was chosen for this page in {listed(chosen)} and declared before measuring elsewhere"
 
 
-_MOST_CHARACTERS = 6_000_000  # of figures, so that the page stays quick; of a very large folder the first ones
-_TALL = 0.9  # height over width
-_STYLE = re.compile(r"<style\b.*?</style>", re.DOTALL)
-_SIZE = re.compile(r'viewBox="0 0 ([0-9.]+) ([0-9.]+)"')
-_METADATA = re.compile(r"<metadata>.*?</metadata>", re.DOTALL)
-
-
-def figures_html(plots: Iterable[Plot], group_title: str) -> Markup:
-    """Return the figures of one group; a tall one takes a sheet of its own on paper, which lies across."""
-    figures = [
-        {
-            "label": f"{plot.title}, {plot.group_title}",
-            "caption": plot.caption,
-            "drawing": inline_svg(plot),
-            "is_tall": (size := _SIZE.search(plot.svg)) is not None and float(size[2]) > _TALL * float(size[1]),
-        }
-        for plot in plots
-        if plot.group_title == group_title
-    ]
-    return render("figures.html.j2", figures=figures)
-
-
-def inline_svg(plot: Plot) -> Markup:
-    """Return the drawing for use inside the page: own ids, the page's colours, no prologue, no style of its own.
-
-    The style sheet inside an SVG would reach the whole page; what it says is said once in the page's own.
-    """
-    svg = _STYLE.sub("", _METADATA.sub("", plot.svg[plot.svg.index("<svg") :]))
-    prefix = f"{plot.name}-"
-    svg = re.sub(r'\bid="', f'id="{prefix}', svg)
-    svg = svg.replace('href="#', f'href="#{prefix}').replace("url(#", f"url(#{prefix}")
-    for colour, variable in THEME_COLOURS.items():
-        svg = svg.replace(colour, variable)
-    return Markup(svg)
-
-
 _MOST_CHOICES = 50
 
 
@@ -144,8 +108,8 @@ def again_html(results: Results, choices: Choices = DECLARED, tables: str = BESI
 
 
 _MOST_OPEN_GROUPS = 4
-_STYLES = ("page.css", "autopsy.css", "samples.css", "print.css")
-_SCRIPTS = ("page.js", "autopsy.js", "samples.js")
+_STYLES = ("page.css", "autopsy.css", "samples.css", "charts.css", "print.css")
+_SCRIPTS = ("page.js", "autopsy.js", "samples.js", "charts.js", "board.js")
 
 
 def render_page(results: Results, plots: Sequence[Plot], choices: Choices = DECLARED, *, tables: str = BESIDE) -> str:
@@ -167,17 +131,11 @@ def _contents(
     results: Results, judged: Sequence[Judged], plots: Sequence[Plot], choices: Choices, tables: str
 ) -> Mapping[str, Markup]:
     """Return every section by its name; one without content is left out of the page."""
-    sizes = accumulate(len(plot.svg) for plot in plots)
-    shown = [plot for plot, size in zip(plots, sizes, strict=True) if size <= _MOST_CHARACTERS]
-    answers, failures = _per_group(judged, answer_html), _per_group(judged, failures_html)
+    failures = _per_group(judged, failures_html)
+    answers = answer_section(results, judged)
     titles = {plot.group_title for plot in plots}
-    figures = render(
-        "figures_cut.html.j2",
-        drawn=_per_group(judged, lambda one: figures_html(shown, one.group.title)),
-        num_left=len(plots) - len(shown),
-        num_undrawn=sum(one.group.title not in titles for one in judged),
-        num_groups=len(judged),
-    )
+    undrawn = sum(one.group.title not in titles for one in judged) if plots else 0
+    figures = render("figures.html.j2", num_files=len(plots), num_undrawn=undrawn)
     return {
         "answer": answers or Markup("<p>No usable record was found; see Problems while reading.</p>"),
         "verdicts": verdicts_html(all_rows(judged)) if judged else Markup(),
@@ -185,9 +143,9 @@ def _contents(
         "laws": laws_html(law_rows(results)),
         "care": _per_group(judged, lambda one: render("care.html.j2", notes=notes_of(one.group))),
         "frontier": frontier_html(results.frontiers, choices, results.groups) if judged else Markup(),
-        "figures": figures,
+        "figures": figures if judged else Markup(),
         "failures": failures,
-        "samples": sample_browser(results, linked_samples(answers + failures)),
+        "samples": sample_browser(results, linked_samples(answers + failures), openings(judged), asked_of(results)),
         "autopsy": autopsy_section(results),
         "memory": _per_group(judged, lambda one: memory_html(one.group)),
         "latency": _per_group(judged, lambda one: latency_html(one.group)),
@@ -197,6 +155,31 @@ def _contents(
         "problems": render("problems.html.j2", problems=results.problems),
         "again": again_html(results, choices, tables),
     }
+
+
+def answer_section(results: Results, judged: Sequence[Judged]) -> Markup:
+    """Return the first screen: leaderboards, one figure, and folded below what stands behind each budget."""
+    boards = [board_html(one, number) for number, one in enumerate(judged)]
+    if not any(boards):
+        return _per_group(judged, answer_html)
+    palette = palette_of(results)
+    return render(
+        "board.html.j2",
+        boards=Markup().join(boards),
+        more=_per_group(judged, answer_html),
+        data=safe_json([group_data(one, palette) for one in judged]),
+    )
+
+
+def openings(judged: Sequence[Judged]) -> dict[str, tuple[str, str]]:
+    """Return by group the policy and the budget that its answer speaks of, at which samples open."""
+    found = {}
+    for one in judged:
+        budget, name = asked_budget(one), next(iter(board_measures(one)), None)
+        places = leaderboard(one, budget, name) if budget and name else ()
+        for place in (place for place in places if place.rank == 1):
+            found[one.group.title] = (place.policy, place.cell.budget)
+    return found
 
 
 def _per_group(judged: Sequence[Judged], part: Callable[[Judged], Markup]) -> Markup:

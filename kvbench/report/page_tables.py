@@ -70,10 +70,10 @@ _BEHIND_HEADS = {
 }
 _COST_HEADS = (
     Head("TPOT", "ms per token", group=_TIMES),
-    Head("full's TPOT", "same launches", group=_TIMES),
+    Head("full's TPOT", "same runs", group=_TIMES),
     Head("TPOT / full", "under 1 is faster", group=_TIMES),
     Head("TTFT", "ms", group=_TIMES),
-    Head("full's TTFT", "same launches", group=_TIMES),
+    Head("full's TTFT", "same runs", group=_TIMES),
     Head("TTFT / full", "under 1 is faster", group=_TIMES),
     Head("stored", "bytes", group=_BYTES),
     Head("of full", "stored", group=_BYTES),
@@ -127,7 +127,7 @@ def _match(one: Match | None) -> TableCell:
         return TableCell("-", kind="name missing", title="the same policy")
     word, found = one.word, one.comparison
     kind = f"name verdict v-{word.replace(' ', '-')}"
-    title = "; ".join(filter(None, (one.reason, f"{found.method}, n = {found.num_samples}" if found else "")))
+    title = one.reason or (f"n = {found.num_samples}" if found else "")
     below = "\n".join(number.replace(" ", "\u00a0") for number in one.numbers)  # breaks between numbers alone
     return TableCell(word, below, kind=kind, title=title, mark=_MARKS.get(word, _FAILED))
 
@@ -190,11 +190,13 @@ def _cost_cells(row: CellRow) -> Iterator[TableCell]:
 
 
 def _verdict(one: Comparison | None, word: str) -> TableCell:
-    """Return a cell with mark and word, and below it what is missing or why."""
+    """Return a cell with mark and word, and below it the difference, and what is missing or why."""
     if not word:
         return TableCell("no quality", kind="missing")
     kind = f"name verdict v-{word.replace(' ', '-')}" if word in _MARKS else "name failed"
-    return TableCell(word, verdict_remark(one) if one else "", sort=word, kind=kind, mark=_MARKS.get(word, _FAILED))
+    numbers = f"{difference_value(one)} {difference_interval(one)}".strip() if one else ""
+    below = "\n".join(filter(None, (numbers, verdict_remark(one)))) if one else ""
+    return TableCell(word, below, sort=word, kind=kind, mark=_MARKS.get(word, _FAILED))
 
 
 def _difference(one: Comparison) -> TableCell:
@@ -224,20 +226,20 @@ def _estimate(name: str, found: Estimate | None, *, above: str = "", word: str =
     )
 
 
-_FIRST, _STEP, _ROOF = "first token", "one decode step", "roof of the memory"
+_FIRST, _STEP, _ROOF = "first token", "one decode step", "memory bandwidth"
 _LATENCY_COLUMNS = (
     ("ttft_ms", Head("TTFT", "vision, prompt, cut", group=_FIRST)),
-    ("full_ttft_ms", Head("full's", "same launches", group=_FIRST)),
+    ("full_ttft_ms", Head("full's", "same runs", group=_FIRST)),
     ("ttft_ratio_to_full", Head("/ full", "over pairs", group=_FIRST)),
-    ("settle_ms", Head("settle", "policy's part of it", group=_FIRST)),
+    ("settle_ms", Head("compression", "policy's part of it", group=_FIRST)),
     ("tpot_ms", Head("TPOT", "median step", group=_STEP)),
-    ("full_tpot_ms", Head("full's", "same launches", group=_STEP)),
+    ("full_tpot_ms", Head("full's", "same runs", group=_STEP)),
     ("tpot_ratio_to_full", Head("/ full", "over pairs", group=_STEP)),
     ("tpot_p90_ms", Head("p90", "slow steps", group=_STEP)),
     ("policy_ms", Head("policy", "naming victims, alone", group=_STEP)),
     ("roof_ms", Head("roof", "weights and entries read once", group=_ROOF)),
-    ("roof_share_fraction", Head("reached", "roof over TPOT", group=_ROOF)),
-    ("throughput_tokens_per_s", Head("throughput", "prompt included", group="whole launch")),
+    ("roof_share_fraction", Head("MBU", "roof over TPOT", group=_ROOF)),
+    ("throughput_tokens_per_s", Head("throughput", "prompt included", group="whole run")),
 )
 _NOISE_OF = {  # the measurement whose noise is in another one
     "settle_ms": "ttft_ms",
@@ -285,7 +287,7 @@ _MEMORY_COLUMNS = (
     ("kv_stored_bytes", Head("stored", "from storages", group=_BYTES)),
     ("peak_vision_bytes", Head("vision", group=_PEAKS)),
     ("peak_prefill_bytes", Head("prefill", group=_PEAKS)),
-    ("peak_settle_bytes", Head("settle", "policy on the prompt", group=_PEAKS)),
+    ("peak_settle_bytes", Head("compression", "policy on the prompt", group=_PEAKS)),
     ("peak_decode_bytes", Head("decode", group=_PEAKS)),
     ("peak_memory_bytes", Head("whole", "largest of all", group=_PEAKS)),
     ("peak_reserved_bytes", Head("reserved", "by the allocator", group=_PEAKS)),

@@ -17,7 +17,7 @@ from typing import Any
 from markupsafe import Markup
 
 from kvbench.measures import FACT_MEASURES, MEASURES, format_value, measure
-from kvbench.report.compare import PRIMARY_QUALITIES
+from kvbench.report.compare import PRIMARY_QUALITIES, leading_quality
 from kvbench.report.load import CellResult, Group, Results, is_better, sample_score
 from kvbench.report.markup import MINUS, SampleLink, render, safe_json
 from kvbench.report.standing import OTHER_QUALITIES, is_collapsed
@@ -177,7 +177,8 @@ def group_data(group: Group, most: int, linked: Mapping[tuple[str, str], Collect
     labels = {name: measure(name).label for name in names}
     if "ppl" in labels:
         labels["ppl"] = "log-loss, nats per reference token"
-    return {"title": group.title, "cells": cells, "items": items, "labels": labels}
+    lead = leading_quality(group)
+    return {"title": group.title, "cells": cells, "items": items, "labels": labels, "lead": lead}
 
 
 def _kept(names: Sequence[str], lost: Collection[int], most: int, linked: Collection[str]) -> list[int]:
@@ -196,7 +197,9 @@ def _data(answer: Answer, full: Answer | None, items: dict[str, dict[str, Any]],
         if getattr(answer, name) is not None:
             item.setdefault(name, getattr(answer, name))
     others: Mapping[str, float] = {} if full is None else full.scores
-    scores = [_score(name, value, others.get(name)) for name, value in answer.scores.items()]
+    scores = [
+        _score(name, value, others.get(name)) for name, value in answer.scores.items() if not _LEFT_OUT.match(name)
+    ]
     data = {"id": answer.id, "scores": scores}
     optional = {
         "text": answer.text,
@@ -227,14 +230,35 @@ def _value(name: str, value: float) -> str:
 
 
 _MOST_SAMPLES = 4000
+_MOST_BYTES = 1_000_000  # of answers, so that a page of a hundred cells stays under three million
+_LEFT_OUT = re.compile(r"(turn\d+_)?rouge[12]_")  # which say what ROUGE-L says; all scores are in samples.csv
 
 
-def sample_browser(results: Results, linked: Mapping[tuple[str, str], Collection[str]] = NO_LINKS) -> Markup:
-    """Return filters and panes, and the data they show; `linked` samples are among them whatever else is."""
+def sample_browser(
+    results: Results,
+    linked: Mapping[tuple[str, str], Collection[str]] = NO_LINKS,
+    openings: Mapping[str, tuple[str, str]] = MappingProxyType({}),
+    asked: Mapping[str, Mapping[str, tuple[str, str]]] = MappingProxyType({}),
+) -> Markup:
+    """Return filters and panes, and the data they show; `linked` samples are among them whatever else is.
+
+    openings: by the title of a group the policy and the budget whose answers are shown first. asked: by title and
+    sample what was asked, and its picture, where the record does not say it.
+    """
     groups = [group for group in results.groups if any(cell.samples for cell in group.cells)]
     if not groups:
         return Markup("<p>No record carries samples.</p>")
     most = max(2, _MOST_SAMPLES // max(1, sum(bool(cell.samples) for cell in results.records)))
-    data = [group_data(group, most, linked) for group in groups]
+    while True:
+        data = [group_data(group, most, linked) | {"opening": openings.get(group.title)} for group in groups]
+        for group in data:
+            for name, item in group["items"].items():
+                question, picture = asked.get(group["title"], {}).get(name.removesuffix(FIRST_TURN), ("", ""))
+                shown = {"question": question, "picture": picture}
+                group["items"][name] = {part: found for part, found in shown.items() if found} | item
+        text = safe_json(data)
+        if len(text) <= _MOST_BYTES or most <= 2:
+            break
+        most = max(2, min(most - 1, most * _MOST_BYTES // len(text)))
     is_cut = any(cell["num"] > most for group in data for cell in group["cells"])
-    return render("samples.html.j2", rule=COLLAPSE_RULE, is_cut=is_cut, most=most, data=safe_json(data))
+    return render("samples.html.j2", rule=COLLAPSE_RULE, is_cut=is_cut, most=most, data=text)

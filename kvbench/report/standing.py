@@ -67,6 +67,7 @@ LENGTH = "length_ratio"
 _FULL_KEPT = ("better", "equivalent")
 KEPT_SHARE = 0.5  # of the full cache's score: with less, more of what that gets right is lost than kept
 _LOST_NATS = 1.0
+_DATA_DEPENDENT, _SEES = "data_dependent", "(sees the future)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,11 +166,19 @@ class Standing:
         return self.ranked[0]
 
 
+def unplaced(cell: CellResult) -> str:
+    """Return why a cell is not to be ranked with others of its budget, "" where it is."""
+    if _SEES in cell.policy:
+        return "sees the future: a bound, no method"
+    return "its budget is what it finds to hold" if cell.budget_total == _DATA_DEPENDENT else ""
+
+
 def standing_at(judged: Judged, cells: list[CellResult], name: str) -> Standing | None:
     """Return how the cells of one budget stand in the measure; None where none can be ranked."""
     if judged.ability.reason(name):
         return None
-    if not (ranked := _ranked((cell for cell in cells if not timing_noise(cell, name)), name)):
+    fair = (cell for cell in cells if not timing_noise(cell, name) and not unplaced(cell))
+    if not (ranked := _ranked(fair, name)):
         return None
     first, *others = ranked
     seen = [(cell, judged.between(first, cell, name)) for cell in others]
@@ -328,7 +337,8 @@ def best_policies(group: Group, compared: Iterable[Comparison]) -> tuple[Best, .
     names = dict.fromkeys(name for name, *_ in verdicts if measure(name).better != "none" and not ability.reason(name))
     for budget in dict.fromkeys(cell.budget for cell in group.budgeted if not cell.failed):
         for name in names:
-            cells = (cell for cell in group.budgeted if cell.budget == budget and not timing_noise(cell, name))
+            here = (cell for cell in group.budgeted if cell.budget == budget and not unplaced(cell))
+            cells = (cell for cell in here if not timing_noise(cell, name))
             ranked = _ranked(cells, name)
             if len(ranked) > 1:
                 first, second, best = ranked[0], ranked[1], ranked[0].measurements[name]
@@ -378,7 +388,7 @@ def is_collapsed(name: str, score: float, full: float) -> bool:
     return score - full > _LOST_NATS
 
 
-MOST_SIDE = 40  # policies of a matrix that a reader still finds a pair in
+MOST_SIDE = 33  # policies of a matrix that a reader still finds a pair in
 _MOST_REASONS = 3
 _LIKE = ("positions", "variant")
 _TOLD = ("better", "worse", "equivalent", "undecided")

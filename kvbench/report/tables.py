@@ -64,7 +64,7 @@ _OVERHEAD_BOUND_SHARE = 0.5
 INTERVAL_NOTE = (
     "[low, high] is the 95 % interval; a number without one is observed once, counted or the same in every sample."
 )
-_RATIOS_NOTE = " Times are medians of launches; a ratio to full is the geometric mean over pairs of launches."
+_RATIOS_NOTE = " Times are medians of runs; a ratio to full is the geometric mean over pairs of runs."
 _FILE_COLUMNS = 120  # at least, where there is no terminal
 _DECLARED_TITLE = "Compared with full"
 _NARROW_COLUMNS, _MATCH_COLUMNS = 100, 10  # a match is wider
@@ -206,7 +206,7 @@ def reading_note(table: Table) -> str:
     # Where the decode step is mostly not reading, TPOT says little about the cache.
     shares = ((row.policy, row.cell.estimate("roof_share_fraction")) for row in table.rows)
     bound = dict.fromkeys(policy for policy, share in shares if share and share.value < _OVERHEAD_BOUND_SHARE)
-    overhead = f" Overhead-bound (under {_OVERHEAD_BOUND_SHARE:.0%} of the memory roof): {', '.join(bound)}."
+    overhead = f" Overhead-bound (under {_OVERHEAD_BOUND_SHARE:.0%} MBU): {', '.join(bound)}."
     is_told = bound and "roof_share_fraction" in table.columns
     ratios = _RATIOS_NOTE if PRIMARY_LATENCY in table.columns else ""
     return f"{INTERVAL_NOTE}{f' {counts}.' if counts else ''}{ratios}{overhead if is_told else ''}"
@@ -259,7 +259,7 @@ def _declared_text(rows: tuple[VerdictRow, ...]) -> str:
     return (
         f"Declared before: {names}, each policy against full, Holm's correction within a measure. "
         "[low, high] is the 95 % interval of the paired difference, uncorrected; detects: the difference that "
-        "these samples find in 80 % of repetitions. Times are compared with the full cache's in the same launches, not "
+        "these samples find in 80 % of repetitions. Times are compared with the full cache's in the same runs, not "
         "with those of its own row. Noisy times are in no ranking."
     )
 

@@ -37,7 +37,7 @@ from kvbench.report.tables import csv_text, escaped, markdown_table, matrix_mark
 REFERENCE = "reference"
 _TIMES = ("tpot", "ttft")
 RATIO_NOTE = (
-    "Times are medians of launches, full's time is that of the full cache in the same launches, and the ratio is the "
+    "Times are medians of runs, full's time is that of the full cache in the same runs, and the ratio is the "
     "geometric mean over their pairs; where the quotient of the two medians is another number, it stands beside it."
 )
 _NOTE = (
@@ -48,7 +48,7 @@ _NOTE = (
 _NUM_TEXT = 3  # policy, budget and verdict are text, all other columns numbers
 _COLUMN_NOTE = (
     "Minus full: the difference paired by sample, with its 95 % interval. TPOT / full: geometric mean over pairs of "
-    "launches, under 1 is faster. Bold: the best of its budget as printed, clear of the next or not."
+    "runs, under 1 is faster. Bold: the best of its budget as printed, clear of the next or not."
 )
 _MARKS = {
     "better": r"$\uparrow$ ", "worse": r"$\downarrow$ ", "equivalent": r"$\approx$ ", "undecided": "? ",
@@ -88,7 +88,7 @@ _CSV = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Time:
-    """A time, the full cache's in the same launches, its ratio to that, and what follows from it."""
+    """A time, the full cache's in the same runs, its ratio to that, and what follows from it."""
 
     own: Estimate | None
     full: Estimate | None

@@ -1,6 +1,6 @@
 """One line per finished cell in the terminal, printed above any progress bar.
 
-[3/13] ok         h2o            20 % of seen   PPL 1.234  ROUGE-L vs full 0.912  TPOT 2.26 ms  12.3 s
+[3/13] ok         h2o            20 % tokens kept  PPL 1.234  ROUGE-L vs full 0.912  TPOT 2.26 ms  12.3 s
 [4/13] oom        full           -              prefill: OutOfMemoryError: tried to allocate 2 GiB
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any, ClassVar
 
-from kvbench.measures import format_value, measure
+from kvbench.measures import budget_words, format_value, measure
 from kvbench.results.record import MEASURED
 from kvbench.results.redaction import printable
 
@@ -56,7 +56,7 @@ def cell_line(body: dict[str, Any]) -> str:
     """Return the line for one record body: numbers if it has some, else what went wrong."""
     labels = body["labels"]
     status = body["status"] + ("*" if body.get("tries", 1) > 1 else "")  # it took a second try
-    head = f"{status:<10} {labels.get('policy', '?'):<14} {labels.get('budget', '-'):<14}"
+    head = f"{status:<10} {labels.get('policy', '?'):<14} {budget_words(labels.get('budget', '-')):<16}"
     if body["status"] in MEASURED:
         # Without intervals, which are in the table at the end: a line has no room for them.
         values = {name: body["measurements"].get(name, {}).get("value") for name in _HEADLINES}

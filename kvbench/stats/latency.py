@@ -81,7 +81,7 @@ def noise_reason(spread: float | None, drift: float | None, num_foreign: int | N
     """Return why times are noisy, empty where they are not; None is what was not measured."""
     reasons = []
     if spread is not None and spread > MAX_SPREAD_FRACTION:
-        reasons.append(f"launches of one setting spread by {spread:.1%}, over {MAX_SPREAD_FRACTION:.0%}")
+        reasons.append(f"runs of one setting spread by {spread:.1%}, over {MAX_SPREAD_FRACTION:.0%}")
     if drift is not None and drift > _MAX_DRIFT_FRACTION:
         reasons.append(f"a reference kernel drifted by {drift:.1%}, over {_MAX_DRIFT_FRACTION:.0%}")
     if num_foreign:

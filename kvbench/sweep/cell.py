@@ -32,6 +32,7 @@ from kvbench.cache import Needs, Policy
 from kvbench.cache.policy import needs_of
 from kvbench.datasets.base import Dataset, Example, OnBadItem, SkippedItem
 from kvbench.errors import ConfigError, DataError, ModelSupportError, NonFiniteError, close_matches, ran_out_of_memory
+from kvbench.measures import budget_words
 from kvbench.models.chat import next_turn_tokens
 from kvbench.models.devices import chosen_devices
 from kvbench.models.inputs import GivenPrompts, answer_tokens, prompt_batch
@@ -103,7 +104,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Policy and budget, as progress bars and messages call the cell."""
-        return f"{self.labels['policy']} at {self.labels['budget']}"
+        return f"{self.labels['policy']} at {budget_words(self.labels['budget'])}"
 
 
 @dataclass(kw_only=True)

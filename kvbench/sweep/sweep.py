@@ -4,7 +4,7 @@
 is: two bars on a terminal, the sweep's cells and the cell that is running now; elsewhere plain lines, from the first
 batch on and then seldom enough to leave a log readable:
 
-    0 of 16 cells, 5 of 320 batches, 1.2 batches/s, about 4 min left: h2o at 20 % of seen
+    0 of 16 cells, 5 of 320 batches, 1.2 batches/s, about 4 min left: h2o at 20 % tokens kept
 
 What became of cells whose jobs ran elsewhere is told from the records they left, by names, never by times: the clocks
 of other machines may be wrong by minutes.

@@ -45,13 +45,13 @@ def test_the_published_sweep_is_warned_of_alike() -> None:
 @pytest.mark.parametrize(
     ("audit_says", "page_says"),
     [
-        ("answers of 40 % of the full cache's length", "h2o, 20 % of seen: length / full 0.40x"),
+        ("answers of 40 % of the full cache's length", "h2o, 20 % tokens kept: length / full 0.40x"),
         ("changes that no commit holds", "changes that no commit holds"),
         ("was timed where gpu differ", "gpu: another, one"),
         ("32 samples of 64 asked for, in every cell", "32 samples of 64 asked for, in every cell"),
-        ("2 items were left out", "h2o, 20 % of seen: 2"),
-        ("measured 2 times", "h2o, 20 % of seen: 2 times"),
-        ("cuts the prompt only", "h2o, 20 % of seen: 25 % of the tokens seen"),
+        ("2 items were left out", "h2o, 20 % tokens kept: 2"),
+        ("measured 2 times", "h2o, 20 % tokens kept: 2 times"),
+        ("cuts the prompt only", "h2o, 20 % tokens kept: 25 % of the tokens seen"),
     ],
 )
 def test_what_the_audit_finds_worth_knowing_is_a_note_on_the_page(

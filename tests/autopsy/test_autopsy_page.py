@@ -72,7 +72,7 @@ def test_the_script_gets_what_is_stored(folder: Path) -> None:
             assert shown == stored.freed[layer, head].tolist()
     assert view["statistics"]["entries"] == stored.statistics["entries"].ravel().tolist()
     assert data[0]["items"]["scenes/test/0"]["picture"]["places"] == list(range(GRID**2))
-    assert data[0]["budgets"] == ["20 % of seen"]
+    assert data[0]["budgets"] == ["20 % tokens kept"]
 
 
 def test_many_steps_take_two_bytes_each(folder: Path) -> None:

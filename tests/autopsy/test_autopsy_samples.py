@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from kvbench.autopsy.page import autopsy_section
+from kvbench.autopsy.body import glances
+from kvbench.autopsy.page import asked_of, autopsy_section
+from kvbench.autopsy.replay import GLANCE_PIXELS
+from kvbench.datasets.scenes import Scenes
 from kvbench.report.load import load_results
+from kvbench.report.samples import sample_browser
 from kvbench.results.record import write_autopsy
 from tests.autopsy.autopsies import PROMPT, STEPS, add_autopsies, autopsy_body, merged_array, patterns
 from tests.report.synthetic import body, write_cell
@@ -75,7 +82,7 @@ def test_patterns_of_merging_take_room_too(tmp_path: Path, monkeypatch: pytest.M
 
 def test_budgets_stand_by_size_whichever_policy_has_them(tmp_path: Path) -> None:
     drawn = section_of(write(tmp_path, ("elastic", 0.5), ("h2o", 0.2), ("random", 0.1), ("random", 0.5), ("h2o", 0.1)))
-    assert data_of(drawn)["budgets"] == ["10 % of seen", "20 % of seen", "50 % of seen"]
+    assert data_of(drawn)["budgets"] == ["10 % tokens kept", "20 % tokens kept", "50 % tokens kept"]
     assert [text[:2] for text in re.findall(r"<caption>At (\d+)", drawn)] == ["10", "50"]
     tokens = section_of(write(tmp_path / "tokens", *(("h2o", size) for size in (32, 1024, 64, 128))))
     assert data_of(tokens)["budgets"] == ["32 tokens", "64 tokens", "128 tokens", "1024 tokens"]
@@ -98,3 +105,37 @@ def test_the_end_of_each_answer_is_told(tmp_path: Path) -> None:
     assert "answer tokens" in drawn
     assert f'data-v="{float(STEPS)}">{STEPS}</td>' in drawn
     assert PROMPT > STEPS
+
+
+def test_every_sample_shows_what_was_asked_and_a_small_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = Scenes(num_samples=4).examples()
+    shown = glances(examples)
+    assert [one["id"] for one in shown] == [example.id for example in examples]
+    assert [one["question"] for one in shown] == [example.question for example in examples]
+    for one in shown:
+        picture = Image.open(io.BytesIO(base64.b64decode(one["data"])))
+        assert max(picture.size) <= GLANCE_PIXELS
+    full = body(policy="full", budget=None, num_samples=4)
+    for sample, example in zip(full["samples"], examples, strict=True):
+        sample["id"] = example.id
+    path = write_cell(tmp_path, full)
+    write_autopsy(path.with_name("autopsy.json"), autopsy_body(full["key"]) | {"glances": shown})
+    results = load_results(tmp_path)
+    asked = asked_of(results)
+    drawn = sample_browser(results, asked=asked)
+    data = json.loads(re.search(r'id="sample-data">(.*?)</script>', drawn, re.DOTALL)[1])  # type: ignore[index]
+    items = data[0]["items"]
+    assert {items[example.id]["question"] for example in examples} == {example.question for example in examples}
+    assert all(item["picture"].startswith("data:image/") for item in items.values())
+    monkeypatch.setattr("kvbench.autopsy.body._MOST_GLANCE_BYTES", 1)
+    assert [one["data"] is None for one in glances(examples)] == [False, True, True, True], "questions need no room"
+
+
+def test_a_damaged_small_picture_costs_its_file_alone(tmp_path: Path) -> None:
+    full = body(policy="full", budget=None, num_samples=1)
+    path = write_cell(tmp_path, full)
+    broken = {"id": "a", "question": "what?", "media": "text/html", "data": "PHNjcmlwdD4="}
+    write_autopsy(path.with_name("autopsy.json"), autopsy_body(full["key"]) | {"glances": [broken]})
+    results = load_results(tmp_path)
+    assert asked_of(results) == {}
+    assert "does not hold what it should" in autopsy_section(results)

@@ -41,7 +41,7 @@ def test_a_folder_that_holds_together_gives_zero_and_says_what_was_not_run(
     assert lines[2].startswith("A3  passed")
     assert "20 passed, 2 not run; 5 cells" in printed
     key = honest()["h2o 0.2"]["key"][:8]
-    assert f"A4 {key} h2o, 20 % of seen: answers of 59 % of the full cache's length: outside of 10 %" in printed
+    assert f"A4 {key} h2o, 20 % tokens kept: answers of 59 % of the full cache's length: outside of 10 %" in printed
     assert f"[![kvbench audit: 20 passed, 2 not run]({folder}/audit.svg)]({folder}/audit.json)" in printed
 
 
@@ -51,7 +51,7 @@ def test_a_failed_check_gives_one_names_the_cell_and_what_it_means(
     assert run(["audit", str(doctored)]) == 1
     lines = capsys.readouterr().out.splitlines()
     at = next(number for number, line in enumerate(lines) if line.startswith("A7  failed"))
-    assert "h2o, 20 % of seen: after 163 tokens it holds 33 entries, the budget allows 32" in lines[at + 1]
+    assert "h2o, 20 % tokens kept: after 163 tokens it holds 33 entries, the budget allows 32" in lines[at + 1]
     assert lines[at + 2].strip() == "means: the policy held more entries than it says"
     assert "1 failed (A7), 19 passed, 2 not run; 5 cells" in "\n".join(lines)
     assert ">1 failed, 19 passed, 2 not run</text>" in (doctored / "audit.svg").read_text()

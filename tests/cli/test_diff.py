@@ -80,10 +80,10 @@ def test_a_cell_that_became_worse_closes_the_gate_and_is_told_first_with_its_sam
     at = next(number for number, line in enumerate(lines) if line.startswith("verdicts"))
     assert " objects recalled " in lines[at + 1]
     assert lines[at + 1].startswith("  worse ")
-    assert "h2o, 20 % of seen" in lines[at + 1]
+    assert "h2o, 20 % tokens kept" in lines[at + 1]
     assert re.search(r" -30\.0 \[-3\d\.\d, -2\d\.\d\] points ", lines[at + 1])
     assert "margin 2.0 points, 32 samples" in lines[at + 1]
-    head = lines.index("  h2o, 20 % of seen: objects recalled worse in 32, better in 0, of 32")
+    head = lines.index("  h2o, 20 % tokens kept: objects recalled worse in 32, better in 0, of 32")
     assert lines[head + 1].startswith("    scenes/test/")
     assert " -> " in lines[head + 3]
     assert len([line for line in lines if line.startswith("    scenes/test/")]) == 3
@@ -96,7 +96,7 @@ def test_what_is_within_the_margin_leaves_the_gate_open_and_another_margin_close
 ) -> None:
     after = write(tmp_path / "after", shifted(0.01))
     found = told(capsys, before, after, code=0)
-    (h2o,) = (cell for cell in found["cells"] if cell["cell"] == "h2o, 20 % of seen")
+    (h2o,) = (cell for cell in found["cells"] if cell["cell"] == "h2o, 20 % tokens kept")
     (one,) = (one for one in h2o["comparisons"] if one["measure"] == RECALLED)
     assert (one["verdict"], one["num_samples"]) == ("equivalent", 32)
     assert one["value"] == pytest.approx(-0.01)
@@ -136,7 +136,7 @@ def test_a_cell_that_fails_now_closes_the_gate(
         (other / path.relative_to(before)).write_bytes(path.read_bytes())
     write_cell(other, body(policy="snapkv", status="oom", sweep="second"))
     text = printed(capsys, after, other, code=1)
-    assert "  fails now: snapkv, 20 % of seen: oom: OutOfMemoryError: tried to allocate" in text
+    assert "  fails now: snapkv, 20 % tokens kept: oom: OutOfMemoryError: tried to allocate" in text
     assert text.endswith("worse: 1 that fail now\n")
     assert "fails now" in printed(capsys, after, other, "--format", "markdown", code=1)
     assert "fails now" not in printed(capsys, other, after, code=0)
@@ -154,8 +154,8 @@ def test_cells_settings_and_environment_that_differ_are_listed(
     write_cell(after, body(policy="random"))
     write_cell(before, body(policy="streaming_llm"))
     text = printed(capsys, before, after, code=0)
-    assert "  only in A: streaming_llm, 20 % of seen\n" in text
-    assert "  only in B: random, 20 % of seen\n" in text
+    assert "  only in A: streaming_llm, 20 % tokens kept\n" in text
+    assert "  only in B: random, 20 % tokens kept\n" in text
     assert "settings: 1 change\n  policy.source: - -> new (4 cells)\n" in text
     assert "environment: 1 change\n  torch: 2.13.0 -> 2.14.0 (4 cells)\n" in text
 
@@ -184,7 +184,7 @@ def test_the_samples_that_both_have_are_compared_and_only_where_they_ask_the_sam
         record["samples"][0]["reference"] = "another picture"
 
     found = told(capsys, before, write(tmp_path / "after", fewer), code=1)
-    (h2o,) = (cell for cell in found["cells"] if cell["cell"] == "h2o, 20 % of seen")
+    (h2o,) = (cell for cell in found["cells"] if cell["cell"] == "h2o, 20 % tokens kept")
     assert {one["num_samples"] for one in h2o["comparisons"] if one["measure"] == RECALLED} == {23}
     assert h2o["num_shared_samples"] == 23
 
@@ -240,7 +240,7 @@ def test_markdown_has_the_outcome_first_and_every_row_of_a_table_as_many_columns
     before = write(tmp_path / "named", shifted(0.0), model="a|b")
     text = printed(capsys, before, after, "--format", "markdown", code=1)
     assert text.startswith("**worse: 1 worse beyond the margin**\n")
-    assert re.search(r"\| h2o, 20 % of seen \| objects recalled \| -30\.0 \[[^]]*\] points \| worse \| ", text)
+    assert re.search(r"\| h2o, 20 % tokens kept \| objects recalled \| -30\.0 \[[^]]*\] points \| worse \| ", text)
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {line.count(" | ") for line in rows if "objects recalled |" in line or "cell |" in line} == {4}
 

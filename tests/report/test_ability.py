@@ -215,7 +215,7 @@ SHOWN: dict[str, Callable[[Results], str]] = {
 def test_every_place_says_so_and_names_no_winner(unable: Results, place: str) -> None:
     text = SHOWN[place](unable)
     assert SENTENCE in text.replace("<b>", "").replace("</b>", "")
-    for claim in ("is best with", "At 20 % of seen take", "below `random`", "worse than the full cache ("):
+    for claim in ("is best with", "At 20 % tokens kept take", "below `random`", "worse than the full cache ("):
         assert claim not in text
 
 
@@ -279,7 +279,7 @@ def test_every_place_says_that_no_policy_is_usable_and_how_long_the_answers_are(
     full, cut = record("full", None, found=(19, 20)), record("h2o", found=(2, 20))
     cut["measurements"]["length_ratio"] |= {"value": 0.4}
     text = SHOWN[place](results_of(tmp_path, full, cut)).replace(r"\%", "%").replace("&nbsp;", " ")
-    assert "No policy is usable at 20 % of seen: best needles found 10.0 %" in text
+    assert "No policy is usable at 20 % tokens kept: best needles found 10.0 %" in text
     if "in words" not in place:
         assert "1 of 2 cells have 40 % of the full cache's length" in text.replace("&#x27;", "'")
 

@@ -44,7 +44,7 @@ def test_a_policy_that_beats_all_others_is_recommended_with_its_loss(tmp_path: P
     for policy, score in (("h2o", 0.8), ("elastic", 0.5), ("random", 0.2)):
         cell(tmp_path, policy, score)
     text = text_of(judged_of(tmp_path))
-    assert "At 20 % of seen take `h2o`" in text
+    assert "At 20 % tokens kept take `h2o`" in text
     assert "better than each of the 2 other policies" in text
     assert re.search(r"worse than the full cache \(-0\.2\d\d \[", text)
     assert "No policy is shown to keep" in text
@@ -67,7 +67,7 @@ def test_rivals_that_are_not_beaten_are_named_and_nothing_is_recommended(tmp_pat
     assert "`h2o`" in text
     assert "`elastic`" in text
     assert "more samples" in answer_html(judged)
-    standing = standing_at(judged, judged.group.by_budget["20 % of seen"], "rougeL_vs_full")
+    standing = standing_at(judged, judged.group.by_budget["20 % tokens kept"], "rougeL_vs_full")
     assert standing is not None
     assert [one.policy for one in standing.beaten] == ["random"]
     assert len(standing.rivals) == 1
@@ -81,7 +81,7 @@ def test_a_policy_inside_the_margin_is_called_equivalent_and_its_budget_the_smal
     text = text_of(judged_of(tmp_path))
     assert "equivalent to the full cache" in text
     assert "within 0.020" in text
-    assert text.endswith("shown to be kept (margin 0.020): 20 % of seen, with `h2o`.")
+    assert text.endswith("shown to be kept (margin 0.020): 20 % tokens kept, with `h2o`.")
 
 
 def test_another_measure_that_clearly_prefers_another_policy_is_said_in_the_headline(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_failed_cells_are_named_and_left_out(tmp_path: Path) -> None:
     cell(tmp_path, "h2o", 0.8)
     write_cell(tmp_path, body(policy="elastic", status="oom"))
     judged = judged_of(tmp_path)
-    standing = standing_at(judged, judged.group.by_budget["20 % of seen"], "rougeL_vs_full")
+    standing = standing_at(judged, judged.group.by_budget["20 % tokens kept"], "rougeL_vs_full")
     assert standing is not None
     assert [one.policy for one in standing.ranked] == ["h2o"]
     assert [one.status for one in standing.left_out] == ["oom"]
@@ -176,7 +176,7 @@ def test_what_the_task_asks_for_leads_and_rouge_stands_behind_it_with_its_length
     recalls(tmp_path, "elastic", 0.9, rouge=0.8)
     judged = judged_of(tmp_path)
     assert judged.primary == "objects_recalled_fraction"
-    assert "At 20 % of seen take `elastic`: objects recalled 90.0 %" in text_of(judged)
+    assert "At 20 % tokens kept take `elastic`: objects recalled 90.0 %" in text_of(judged)
     drawn = answer_html(judged)
     assert re.search(r"ROUGE-L vs full 0\.800 \[\S+\], length / full 0\.97x", drawn)
     assert "ROUGE-L vs full <code>h2o</code> has the better value" in drawn
@@ -189,7 +189,7 @@ def test_where_no_policy_is_usable_the_answer_says_so_and_counts_the_collapses(t
     judged = judged_of(tmp_path)
     (text,) = answer_sentences(judged)
     assert re.sub(r" \[[^]]*\]", "", text) == (
-        "No policy is usable at 20 % of seen: best objects recalled 3.0 % (`h2o`), where the full cache reaches "
+        "No policy is usable at 20 % tokens kept: best objects recalled 3.0 % (`h2o`), where the full cache reaches "
         "98.0 %; usable is at least 50 % of the full cache's score. `h2o` collapses on 24 of 24 samples."
     )
     assert "no policy is usable; best value with <code>h2o</code>" in answer_html(judged)
@@ -197,7 +197,9 @@ def test_where_no_policy_is_usable_the_answer_says_so_and_counts_the_collapses(t
     assert "None is usable at any other budget measured: best objects recalled 10.0 %" in text_of(judged_of(tmp_path))
     recalls(tmp_path, "h2o", 0.7, budget=0.5)
     text = text_of(judged_of(tmp_path))
-    assert "Smallest budget measured at which a policy is usable: 50 % of seen, best objects recalled 70.0 %" in text
+    assert (
+        "Smallest budget measured at which a policy is usable: 50 % tokens kept, best objects recalled 70.0 %" in text
+    )
     assert "No policy is shown to keep the full cache's objects recalled" in text
 
 
@@ -244,7 +246,7 @@ def test_costs_alone_get_an_answer_about_speed_and_memory(tmp_path: Path) -> Non
     assert "It is faster than `random`; equivalent within the margin to `elastic`." in text
     assert "the least KV cache is stored by `elastic` and `h2o`: 200 MiB, 0.20x of full's 1,000 MiB" in text
     drawn = answer_html(judged)
-    assert "20 % of seen: fastest step: <code>h2o</code> or <code>elastic</code>" in drawn
+    assert "20 % tokens kept: fastest step: <code>h2o</code> or <code>elastic</code>" in drawn
     assert "Not ranked: <code>snapkv</code> (noisy times)" in drawn
     assert "ranked here" not in drawn
     page = render_page(load_results(tmp_path), [])

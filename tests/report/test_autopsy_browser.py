@@ -85,12 +85,12 @@ def test_the_slider_and_the_layer_change_what_is_veiled(page: Page) -> None:
     assert one_layer != later
     choose(page, "ap-head", "0")
     assert set(page.run(VEILS).split(",")) <= {"0.000", "0.900"}, "one layer and head hold a patch or do not"
-    choose(page, "ap-budget", "10 % of seen")
+    choose(page, "ap-budget", "10 % tokens kept")
     assert page.run(VEILS) != one_layer
 
 
 def test_a_layer_that_a_policy_has_not_stored_is_called_so(page: Page) -> None:
-    said = "[...document.querySelectorAll('.ap-panel h4 small')].map(small => small.textContent)"
+    said = "[...document.querySelectorAll('.ap-panel h3 small')].map(small => small.textContent)"
     for layer, expected in (("1", ["", " (layer not stored)"]), ("2", ["", ""]), ("-1", ["", ""])):
         choose(page, "ap-layer", layer)
         assert page.run(said) == expected
@@ -123,7 +123,7 @@ def test_keys_read_single_patches_heads_and_words(page: Page) -> None:
     page.run("document.querySelector('.ap-panel:nth-child(2) .ap-heat').focus()")
     page.press("ArrowDown")
     said = page.run("document.getElementById('ap-readout').textContent")
-    assert said.startswith("Layer 1, head 1, entries held: h2o ")
+    assert said.startswith("Layer 1, head 1, attention held: h2o ")
     assert page.run("document.querySelectorAll('.ap-panel:nth-child(2) .ap-heat-square').length") == LAYERS * HEADS
     page.run("document.querySelector('.ap-panel:nth-child(2) .ap-words').focus()")
     page.run("document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight', bubbles: true}))")
@@ -148,7 +148,7 @@ def test_nothing_is_wider_than_a_phone(browser: Browser, path: Path, dark: bool)
 
 def test_filters_keys_and_links_lead_to_samples(page: Page, browser: Browser, path: Path) -> None:
     choose(page, "sb-policy", "random")
-    choose(page, "sb-budget", "10 % of seen")
+    choose(page, "sb-budget", "10 % tokens kept")
     every = page.run("document.getElementById('sb-sample').options.length")
     choose(page, "sb-which", "collapsed")
     lost = page.run("document.getElementById('sb-sample').options.length")
@@ -158,11 +158,11 @@ def test_filters_keys_and_links_lead_to_samples(page: Page, browser: Browser, pa
     choose(page, "sb-sample", "0")
     page.run("document.getElementById('sb-shown').focus()")
     page.run("document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight', bubbles: true}))")
-    assert page.run("document.getElementById('sb-name').textContent") == "scenes/test/1: random, 10 % of seen"
+    assert page.run("document.getElementById('sb-name').textContent") == "scenes/test/1: random, 10 % tokens kept"
     link = page.run("location.hash")
     other = browser.open(path)
     other.run(f"location.hash = {link!r}; new Promise(done => setTimeout(done, 100))")
-    assert other.run("document.getElementById('sb-name').textContent") == "scenes/test/1: random, 10 % of seen"
+    assert other.run("document.getElementById('sb-name').textContent") == "scenes/test/1: random, 10 % tokens kept"
     assert other.run("document.querySelectorAll('#sb-full mark, #sb-text mark').length") == 2
     assert other.complaints() == []
 
@@ -177,3 +177,49 @@ def test_a_pictured_sample_shows_its_thumbnail_and_a_conversation_its_turns(page
              " s.dispatchEvent(new Event('change')); })()")  # fmt: skip
     assert page.run("document.getElementById('sb-name').textContent").startswith("t/1, turn 1")
     assert page.run("document.getElementById('sb-question').textContent") == "question 1"
+
+
+def test_the_first_wrong_word_leads_to_what_the_policy_had_let_go(page: Page) -> None:
+    choose(page, "sb-policy", "random")
+    choose(page, "sb-budget", "10 % tokens kept")
+    choose(page, "sb-sample", "0")
+    page.click("#sb-text mark")
+    said = page.run("document.getElementById('sb-why').textContent")
+    assert said.startswith("Of what random had let go by then, the full cache attends most to ")
+    token = page.run(
+        "(() => { const one = Autopsy.why('tiny-llava on scenes', 'scenes/test/0', 'random', '10 % tokens kept', 0);"
+        " return [one.token, one.layer, one.head, one.step]; })()"
+    )
+    assert token[0] >= 1
+    assert token[1] in (1, 3), "of the layers that are stored"
+    assert token[3] == 0, "gone with the prompt's cut"
+    page.click("#sb-why .sb-pick")
+    assert page.run("document.getElementById('ap-budget').value") == "10 % tokens kept"
+    assert page.run("document.getElementById('ap-sample').value") == "scenes/test/0"
+
+
+def test_the_address_holds_the_moment_of_the_answer(page: Page, browser: Browser, path: Path) -> None:
+    move_to(page, 5)
+    page.run("document.getElementById('ap-step').dispatchEvent(new Event('change'))")
+    address = page.run("location.hash")
+    assert "step=5" in address
+    other = browser.open(path)
+    other.run(f"location.hash = {address!r}; new Promise(done => setTimeout(done, 50))")
+    assert other.run("document.getElementById('ap-step').value") == "5"
+    assert other.run(VEILS) == page.run(VEILS)
+
+
+def test_a_heat_map_whose_numbers_are_equal_gives_way_to_the_number(browser: Browser, tmp_path: Path) -> None:
+    record = body(policy="h2o", budget=0.2, num_samples=1)
+    same = np.full((3, LAYERS, HEADS), 310, dtype=np.uint16)
+    names = ("attention_permille", "entries", "mean_age_tokens")
+    statistics = {"statistics": {name: pack(same) for name in names}}
+    write_autopsy(write_cell(tmp_path, record).with_name("autopsy.json"), autopsy_body(record["key"], **statistics))
+    file = tmp_path / "index.html"
+    file.write_text(render_page(load_results(tmp_path), []), encoding="utf-8")
+    page = browser.open(file)
+    assert page.run("document.querySelector('.ap-heat').getBoundingClientRect().height") == 0
+    assert "attention held: 31 % in every layer and head" in page.run(
+        "document.querySelector('.ap-panels').textContent"
+    )
+    assert page.complaints() == []

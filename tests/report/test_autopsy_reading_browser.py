@@ -37,6 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def page(browser: Browser, folder: Path) -> Iterator[Page]:
     opened = browser.open(folder / "index.html", width=800, height=900)
+    set_to(opened, "ap-budget", "10 % tokens kept")
     yield opened
     assert opened.complaints() == []
 
@@ -63,17 +64,20 @@ def test_stripes_are_what_lives_on_at_every_moment(page: Page, folder: Path) -> 
 
 def test_only_samples_that_were_looked_at_can_be_chosen(page: Page) -> None:
     assert page.run(SAMPLES) == ["a"]
-    set_to(page, "ap-budget", "20 % of seen")
+    set_to(page, "ap-budget", "20 % tokens kept")
     assert page.run(SAMPLES) == ["a", "b"]
     set_to(page, "ap-sample", "b")
     assert page.run("document.querySelectorAll('.ap-panel').length") == 2
-    set_to(page, "ap-budget", "10 % of seen")
+    set_to(page, "ap-budget", "10 % tokens kept")
     assert page.run("document.getElementById('ap-sample').value") == "a"
     assert page.run("document.querySelectorAll('.ap-panel').length") == 3
 
 
 def test_a_finger_reads_a_place_and_what_it_read_stays_when_it_is_lifted(browser: Browser, folder: Path) -> None:
     phone = browser.open(folder / "index.html", width=390, height=844, phone=True)
+    assert phone.run("document.getElementById('ap-budget').value") == "20 % tokens kept", "where the answer is"
+    assert phone.run("document.getElementById('ap-measure').value") == "attention_permille"
+    set_to(phone, "ap-budget", "10 % tokens kept")
     for selector, start in ((".ap-panel:nth-child(2) .ap-picture", "Patch row 3, column 3, held in"),
                             (".ap-panel:nth-child(3) .ap-heat", "Layer 2, head"),
                             (".ap-panel:nth-child(2) .ap-word", "elastic: ")):  # fmt: skip
@@ -87,6 +91,7 @@ def test_a_finger_reads_a_place_and_what_it_read_stays_when_it_is_lifted(browser
 
 
 def test_what_is_read_is_read_again_when_the_moment_changes(page: Page) -> None:
+    set_to(page, "ap-measure", "entries")
     page.run("document.querySelector('.ap-panel:nth-child(2) .ap-heat').focus()")
     page.press("ArrowDown")
     first = page.run(SAID)

@@ -281,7 +281,7 @@ def test_one_budget_is_primary_as_declared_even_where_cells_fail(tmp_path: Path)
             write_cell(tmp_path, body(policy=policy, budget=share, status="oom" if share == 0.1 else "ok"))
     (group,) = load_results(tmp_path).groups
     budgets = {one.first.budget for one in group_comparisons(group) if one.primary}
-    assert budgets == {"30 % of seen"} == {declared_budget(group)} == {asked_budget(judge(group))}
+    assert budgets == {"30 % tokens kept"} == {declared_budget(group)} == {asked_budget(judge(group))}
 
 
 def test_the_middle_one_of_absolute_budgets_is_primary(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_a_policy_below_random_in_any_declared_measure_alone_is_found(tmp_path: 
         record["measurements"]["top1_agreement_fraction"] |= {"value": agreeing / 100 + 0.02}
     group = group_of(tmp_path, baseline, other)
     assert [one.name for one in below_random(group)["h2o"] if one.is_clear] == ["top1_agreement_fraction"]
-    assert "`random` is not the worst policy: `h2o` scores below it at 20 % of seen (top-1 agreement). " in text_of(
+    assert "`random` is not the worst policy: `h2o` scores below it at 20 % tokens kept (top-1 agreement). " in text_of(
         group
     )
 
@@ -87,7 +87,7 @@ def test_random_at_the_bottom_is_said_of_what_was_compared_and_how_clearly(tmp_p
     records = [scored(0.2, policy="random"), scored(0.5, policy="elastic"), scored(0.9, policy="elastic", budget=0.5)]
     text = text_of(group_of(tmp_path, *records, scored(0.201, spread=0.1, policy="h2o")))
     assert (
-        "No policy scores below `random` in ROUGE-L vs full at 20 % of seen, as it should be; "
+        "No policy scores below `random` in ROUGE-L vs full at 20 % tokens kept, as it should be; "
         "1 of 2 differences are clear after Holm's correction for all of them, the others may be chance."
     ) in text
     assert "Quality (ROUGE-L vs full) never rises where the budget shrinks, as it should be; 1 of 1 steps" in text
@@ -108,8 +108,8 @@ def test_policies_are_named_below_random_only_where_that_is_clear(tmp_path: Path
     records = [scored(0.5, policy="random", budget=budget) for budget in (0.1, 0.2)]
     records += [scored(0.2, policy="h2o", budget=0.1), scored(0.499, spread=0.1, policy="h2o", budget=0.2)]
     text = text_of(group_of(tmp_path, *records))
-    assert "`h2o` scores below it at 10 % of seen (ROUGE-L vs full). " in text
-    assert "20 % of seen, ROUGE-L vs full: 0.499" in text, "the other one stays in the details"
+    assert "`h2o` scores below it at 10 % tokens kept (ROUGE-L vs full). " in text
+    assert "20 % tokens kept, ROUGE-L vs full: 0.499" in text, "the other one stays in the details"
     assert "undecided" in text
     assert "which tokens were kept was not recorded" in text
     add_autopsies(tmp_path)
@@ -123,8 +123,8 @@ def test_noise_of_the_first_token_is_named_as_that_of_the_steps_is(tmp_path: Pat
     details = [note.details for note in notes_of(group_of(tmp_path, record, drifting)) if "noisy" in note.text]
     assert details == [
         (
-            "h2o, 20 % of seen: TTFT: launches of one setting spread by 5.0%, over 3%",
-            "random, 20 % of seen: a reference kernel drifted by 4.0%, over 2%",
+            "h2o, 20 % tokens kept: TTFT: runs of one setting spread by 5.0%, over 3%",
+            "random, 20 % tokens kept: a reference kernel drifted by 4.0%, over 2%",
         )
     ]
 
@@ -166,7 +166,7 @@ def test_a_copy_that_is_far_off_those_of_its_machine_and_sweep_is_named(tmp_path
         (
             "A copy was far off the bandwidth of its machine and sweep, 32.0 GB/s [12.0, 34.0], n = 7; "
             "the roofs use that median.",
-            ("own3, 20 % of seen: 12.0 GB/s",),
+            ("own3, 20 % tokens kept: 12.0 GB/s",),
         )
     ]
 

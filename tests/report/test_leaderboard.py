@@ -130,7 +130,7 @@ def test_policies_without_a_record_are_named_and_so_is_a_failure() -> None:
     (line,) = (line for line in lines if line.startswith("| pictures |") and "no record" in line)
     assert "snapkv" in line
     assert " h2o," not in line
-    assert any("h2o, 20 % of seen" in line and "oom: OutOfMemoryError" in line for line in lines)
+    assert any("h2o, 20 % tokens kept" in line and "oom: OutOfMemoryError" in line for line in lines)
 
 
 @pytest.mark.parametrize("packed", [False, True])

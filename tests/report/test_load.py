@@ -160,7 +160,7 @@ def test_a_cell_measured_again_with_fewer_tasks_is_named_by_them_and_full_is_the
         ("-", ""),
         ("-", "tasks=generation"),
     ]
-    called = [(cell.budget.removesuffix(" of seen"), cell.variant) for cell in group.budgeted]
+    called = [(cell.budget.removesuffix(" tokens kept"), cell.variant) for cell in group.budgeted]
     assert called == [("20 %", ""), ("50 %", ""), ("80 %", ""), ("20 %", "tasks=generation")]
     assert group.full is not None
     assert group.full.estimate("ppl") is not None

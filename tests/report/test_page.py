@@ -125,7 +125,7 @@ def test_every_link_inside_the_page_leads_somewhere(sweep_page: str) -> None:
     ids = {attrs["id"] for _, attrs in tags if "id" in attrs}
     links = {str(attrs["href"]) for tag, attrs in tags if tag == "a" and attrs.get("href")}
     targets = {link[1:] for link in links - TABLE_LINKS}
-    assert {"answer", "verdicts", "failures", "memory", "latency", "measures", "samples"} <= targets <= ids
+    assert {"answer", "figures", "samples", "verdicts", "numbers", "measures"} <= targets <= ids
 
 
 def test_what_a_record_lacks_is_called_not_measured(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_figures_of_very_many_cells_are_left_to_the_plot_command(
     report = build_report(tmp_path)
     assert report.plots
     assert all("-a-scenes" in path.name for path in report.plots)
-    assert "Not drawn here: 1 of 2 groups" in report.page.read_text(encoding="utf-8")
+    assert "1 large group is not among them" in report.page.read_text(encoding="utf-8")
 
 
 def test_of_very_many_pairs_a_claim_is_corrected_at_least_as_strictly(

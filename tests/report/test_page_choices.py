@@ -11,10 +11,9 @@ from kvbench.frontier.table import Frontier
 from kvbench.measures import measure
 from kvbench.report.answer import answer_html, answer_sentences
 from kvbench.report.compare import Choices
-from kvbench.report.figures.draw import Plot
 from kvbench.report.figures.kinds import FIGURES
 from kvbench.report.load import load_results
-from kvbench.report.page import again_html, figures_html, methods_html, render_page
+from kvbench.report.page import again_html, methods_html, render_page
 from kvbench.report.page_tables import frontier_html, latency_html
 from kvbench.report.standing import judge
 from tests.report.synthetic import body, without_facts, write_cell
@@ -32,7 +31,7 @@ def test_a_margin_that_was_not_declared_is_called_so_wherever_it_counts(tmp_path
     results = load_results(sweep(tmp_path))
     (group,) = results.groups
     text = " ".join(answer_sentences(judge(group, WIDE)))
-    assert "is shown to be kept (margin 0.500, chosen for this page; declared: 0.020): 20 % of seen, with" in text
+    assert "is shown to be kept (margin 0.500, chosen for this page; declared: 0.020): 20 % tokens kept, with" in text
     methods = methods_html(results, [judge(group, WIDE)], WIDE)
     assert "margin, which was chosen for this page in ROUGE-L vs full (0.500 instead of 0.020) and declared" in methods
     assert "margin, which was declared before measuring." in methods_html(results, [judge(group)])
@@ -102,19 +101,3 @@ def test_figures_and_definitions_hold_on_a_dark_page_and_on_a_cpu() -> None:
     assert not any("black" in kind.caption.lower() for kind in FIGURES.values())
     for text in (FIGURES["latency"].caption, measure("roof_ms").definition):
         assert "on a GPU no step" in text
-
-
-def test_a_figure_of_many_rows_gets_a_sheet_of_its_own() -> None:
-    wide, tall = (
-        Plot(
-            name="f",
-            kind="quality",
-            title="F",
-            group_title="g",
-            caption="c",
-            svg=f'<svg viewBox="0 0 720 {height}"></svg>',
-        )
-        for height in (400, 1400.5)
-    )
-    assert "class=tall" in figures_html([tall], "g")
-    assert "class=tall" not in figures_html([wide], "g")

@@ -33,7 +33,7 @@ def test_a_link_to_a_conversation_opens_its_first_turn(browser: Browser, tmp_pat
     page.run("document.querySelector('#failures details').open = true")
     sample = page.run("document.querySelector('#failures td a[data-sample]').dataset.sample")
     page.click("#failures td a[data-sample]")
-    assert page.run(NAME) == f"{sample}, turn 1: h2o, 20 % of seen"
+    assert page.run(NAME) == f"{sample}, turn 1: h2o, 20 % tokens kept"
     assert page.run(COUNT) == "24 of 24 samples"
     assert page.complaints() == []
 

@@ -36,7 +36,7 @@ def test_the_best_value_at_each_budget_wins_and_the_runner_up_is_compared_with_i
     cells = [body(policy=name, budget=None if name == "full" else at) for name in policies for at in (0.2, 0.5)]
     group = group_of(tmp_path, *{one["key"]: one for one in cells}.values())
     found = {(one.budget, one.measure): one for one in best_policies(group, group_comparisons(group))}
-    assert {budget for budget, _ in found} == {"20 % of seen", "50 % of seen"}
+    assert {budget for budget, _ in found} == {"20 % tokens kept", "50 % tokens kept"}
     for (budget, name), one in found.items():
         values = {cell.policy: cell.estimate(name) for cell in group.budgeted if cell.budget == budget}
         known = {policy: estimate.value for policy, estimate in values.items() if estimate}
@@ -44,7 +44,7 @@ def test_the_best_value_at_each_budget_wins_and_the_runner_up_is_compared_with_i
         assert known[one.cell.policy] == choose(known.values())
         del known[one.cell.policy]
         assert known[one.runner_up.policy] == choose(known.values())
-    clear = found["20 % of seen", "ppl"]
+    clear = found["20 % tokens kept", "ppl"]
     assert (clear.cell.policy, clear.runner_up.policy, clear.verdict) == ("elastic", "h2o", "better")
     (direct,) = (
         one
@@ -66,13 +66,13 @@ def test_noisy_times_are_never_the_best_and_one_policy_alone_has_nobody_to_beat(
         body(policy="h2o", budget=0.5),
     )
     found = best_policies(group, group_comparisons(group))
-    assert {one.budget for one in found} == {"20 % of seen"}
+    assert {one.budget for one in found} == {"20 % tokens kept"}
     ranked = {name: {cell.policy for one in found if one.measure == name for cell in (one.cell, one.runner_up)}
               for name in ("tpot_ratio_to_full", "ppl")}  # fmt: skip
     assert ranked == {"tpot_ratio_to_full": {"h2o", "random"}, "ppl": {"elastic", "h2o"}}
 
 
-def match_of(matrix: Matrix, row: str, column: str, budget: str = "20 % of seen") -> Match | None:
+def match_of(matrix: Matrix, row: str, column: str, budget: str = "20 % tokens kept") -> Match | None:
     (found,) = (one for one in matrix.rows if (one.policy, one.budget) == (row, budget))
     return found.matches[matrix.columns.index(column)]
 
@@ -141,9 +141,9 @@ def test_a_pair_that_can_not_be_told_says_why(tmp_path: Path) -> None:
     time = match_of(found["tpot_ratio_to_full"], "h2o", "elastic")
     assert time is not None
     assert time.word == "noisy"
-    assert time.reason.startswith("elastic: launches of one setting spread by 8.0%")
+    assert time.reason.startswith("elastic: runs of one setting spread by 8.0%")
     assert " p " not in time.text
-    absent = match_of(found["rougeL_vs_full"], "h2o", "elastic", "50 % of seen")
+    absent = match_of(found["rougeL_vs_full"], "h2o", "elastic", "50 % tokens kept")
     assert absent is not None
     assert absent.reason == "elastic was not measured at this budget"
     drawn = render_page(load_results(tmp_path), [])
@@ -174,7 +174,7 @@ def test_the_page_has_a_matrix_per_measure_and_budget_with_the_leading_one_open(
     assert folds[0] == (" open", f"{leading}, higher is better")
     assert {state for state, _ in folds[1:]} == {""}
     assert drawn.count("<table><caption>") == 3 * len(folds) == drawn.count("class=scroll tabindex=0 role=region")
-    assert "<caption>PPL at 20&nbsp;% of seen, tiny-llava on scenes</caption>" in drawn
+    assert "<caption>PPL at 20&nbsp;% tokens kept, tiny-llava on scenes</caption>" in drawn
     assert drawn.count("<th scope=row") == 12 * len(folds)
     assert drawn.count('title="the same policy"') == 12 * len(folds)
     assert "<button" not in drawn

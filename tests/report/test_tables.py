@@ -25,7 +25,7 @@ def printed(folder: Path, width: int) -> str:
 def test_nothing_is_cut_at_any_width(sweep_folder: Path, width: int) -> None:
     text = printed(sweep_folder, width)
     assert max(len(line) for line in text.splitlines()) <= width
-    for wanted in ("streaming_llm", "50 % of seen", "MiB", "objects", "[1.001, 1.085]"):
+    for wanted in ("streaming_llm", "50 % tokens kept", "MiB", "objects", "[1.001, 1.085]"):
         assert wanted in text
     assert "\u2026" not in text
 
@@ -49,7 +49,7 @@ def test_a_missing_measurement_is_a_dash(tmp_path: Path) -> None:
 def test_markdown_survives_bars_in_names(tmp_path: Path) -> None:
     write_cell(tmp_path, body(policy="a|b"))
     row = markdown_tables(load_results(tmp_path)).splitlines()[6]
-    assert row.startswith("| a\\|b | 20 % of seen |")
+    assert row.startswith("| a\\|b | 20 % tokens kept |")
 
 
 def test_markup_in_names_is_printed_as_it_is(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_policies_stand_against_each_other_in_markdown_and_in_a_wide_terminal(
     rows = [line for line in matrix.splitlines() if line.startswith("| ")][2:]
     assert len(rows) == 12, "four policies at three budgets, in the leading measure alone"
     wide, narrow = printed(sweep_folder, 140), printed(sweep_folder, 60)
-    assert re.search(r"Policy against policy: .* \(higher is better\), 20 % of seen", wide)
+    assert re.search(r"Policy against policy: .* \(higher is better\), 20 % tokens kept", wide)
     assert "Holm's correction over all pairs" in " ".join(wide.split())
     assert "Policy against policy" not in narrow
 

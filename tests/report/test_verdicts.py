@@ -59,7 +59,7 @@ def test_each_policy_against_each_other_is_a_table_of_its_own_in_latex(sweep_fol
     assert text.count(r"\begin{table*}") == text.count(r"\bottomrule") - 1 == text.count("Policy against policy: ") > 3
     assert r"budget & policy & against elastic & against h2o & against random & against streaming\_llm \\" in text
     better = r"better: \+0\.\d+ \{\[\}\+0\.\d+, \+0\.\d+\], p \\textless\{\} 0\.001"
-    assert re.search(rf"\n20 \\% of seen & h2o & \w+: [^&]+ &  & {better} & {better} \\\\\n", text)
+    assert re.search(rf"\n20 \\% tokens kept & h2o & \w+: [^&]+ &  & {better} & {better} \\\\\n", text)
 
 
 def test_csv_holds_intervals_in_base_units_for_every_quality_measure(sweep_folder: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_latex_table_has_a_column_for_what_is_compared_and_rules_of_booktabs(s
     assert r"\hline" not in text
     assert "|" not in text[text.index(r"\begin{tabular}") :]
     found = column_rows(text)
-    assert list(found) == ["", r"10 \% of seen", r"20 \% of seen", r"50 \% of seen"]
+    assert list(found) == ["", r"10 \% tokens kept", r"20 \% tokens kept", r"50 \% tokens kept"]
     assert {len(entries) for rows in found.values() for entries in rows.values()} <= {4, 5}
     assert found[""]["full"][1] == "reference"
     fit = r"\ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\usebox0}\else\usebox0\fi"

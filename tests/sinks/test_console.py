@@ -14,7 +14,7 @@ def test_a_finished_cell_is_one_line_with_its_headline_numbers(capsys: pytest.Ca
     line = capsys.readouterr().out
     assert line.startswith("[1/13] ok ")
     assert line.count("\n") == 1
-    for part in ("h2o", "20 % of seen", "PPL 1.250", "TPOT 3.50 ms", "KV bytes 1.00 MiB", "1.5 s"):
+    for part in ("h2o", "20 % tokens kept", "PPL 1.250", "TPOT 3.50 ms", "KV bytes 1.00 MiB", "1.5 s"):
         assert part in line
 
 

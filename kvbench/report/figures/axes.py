@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,13 +15,13 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from kvbench.measures import MISSING, measure, printed_scale
-from kvbench.report.compare import timing_noise
+from kvbench.report.compare import declared_budget, leading_quality, timing_noise
 from kvbench.report.figures.style import Look, Mark, Palette, listed, new_figure, shortened, style_of
 from kvbench.report.load import CellResult, Group
 from kvbench.report.tables import samples_text
 
 _LOG_FROM = 8.0
-_SHARES = {"seen": "% of tokens seen", "prompt": "% of the prompt"}
+_SHARES = {"tokens kept": "tokens kept (%)", "prompt tokens kept": "prompt tokens kept (%)"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,10 +55,10 @@ def budget_axis(cells: Sequence[CellResult]) -> BudgetAxis:
     """
     if cells and all(cell.budget_fraction is not None for cell in cells):
         shares = {cell.key: cell.budget_fraction or 0.0 for cell in cells}
-        kinds = {cell.budget.partition("% of ")[2] for cell in cells}
-        what = _SHARES.get(kinds.pop() if len(kinds) == 1 else "", "%")
+        kinds = {cell.budget.partition("% ")[2] for cell in cells}
+        what = _SHARES.get(kinds.pop() if len(kinds) == 1 else "", "budget (%)")
         places = {cell.key: _realised(cell, shares[cell.key]) for cell in cells}
-        return _numeric(f"budget ({what})", places, sorted(set(shares.values())), 100.0)
+        return _numeric(what, places, sorted(set(shares.values())), 100.0)
     if cells and all(cell.budget_tokens is not None for cell in cells):
         places = {cell.key: float(cell.budget_tokens or 0) for cell in cells}
         return _numeric("budget (entries per layer and KV head)", places, sorted(set(places.values())), 1.0)
@@ -178,15 +178,62 @@ def keys_above(
     figure.legend(handles=list(keys), loc="outside upper left", ncols=columns[look.width], **style)
 
 
+_MOST_NARROW_ROWS = 18
+MANY, _BEST = 12, 6  # series that a reader tells apart, and how many of more than those are named
+
+
+def emphasised(group: Group, name: str | None = None) -> frozenset[str]:
+    """Return the series to draw in their colours: all, of very many full, random and the best at the headline's budget.
+
+    name: the measure by which they are the best, by default the leading one.
+    """
+    series = group.by_series()
+    name = name or leading_quality(group)
+    if len(series) <= MANY or name is None:
+        return frozenset(series)
+    sign, budget = -1.0 if measure(name).better == "higher" else 1.0, declared_budget(group)
+    here = [(sign * found.value, cell) for cell in group.budgeted
+            if cell.budget == budget and (found := cell.estimate(name))]  # fmt: skip
+    best = [cell for _, cell in sorted(here, key=lambda pair: (pair[0], pair[1].sort_key))[:_BEST]]
+    kept = {group.series_label(cell) for cell in best}
+    return frozenset({*kept, *(label for label, cells in series.items() if cells[0].policy in ("full", "random"))})
+
+
+def rest_text(group: Group, shown: Collection[str]) -> tuple[str, ...]:
+    """Return what a footnote says of series that are grey; nothing where none is."""
+    count = len(group.by_series()) - len(shown)
+    return (f"grey: {count} other policies; named: the best at {declared_budget(group)}",) if count > 0 else ()
+
+
+def narrowed(group: Group, look: Look) -> Group:
+    """Return the group, for a single column the full cache and the headline's budget alone, the best of very many."""
+    if look.width != "single":
+        return group
+    budget, name = declared_budget(group), leading_quality(group)
+    kept = [cell for cell in group.cells if cell.is_full or cell.budget == budget]
+    if name is not None and len(kept) > _MOST_NARROW_ROWS:
+        sign = -1.0 if measure(name).better == "higher" else 1.0
+        values = {cell.key: sign * found.value if (found := cell.estimate(name)) else math.inf for cell in kept}
+        best = {cell.key for cell in sorted(kept, key=lambda cell: values[cell.key])[:_MOST_NARROW_ROWS]}
+        kept = [cell for cell in kept if cell.key in best or cell.is_full]
+    return replace(group, cells=tuple(kept)) if kept else group
+
+
+def row_inches(group: Group, look: Look) -> float:
+    """Return the height of a panel with a row per cell."""
+    least, by_row = (0.85, 0.024) if look.width == "single" else (1.1, 0.03)
+    return least + by_row * look.font_points * max(len(group.cells), 2)
+
+
 def row_figure(group: Group, look: Look, num_panels: int) -> tuple[Figure, list[Axes]]:
     """Return panels side by side that share the rows of `group`; below each other in a single column."""
     columns = {"page": num_panels, "double": min(num_panels, 3), "single": 1}[look.width]
-    height = 1.1 + 0.03 * look.font_points * max(len(group.cells), 2)
+    height = row_inches(group, look)
     figure, panels = new_figure(look, num_panels, height, columns=columns)
     called = series_names(group)
     names = [called[group.series_label(cell)] for cell in group.cells]
     for row, cell in enumerate(group.cells):
-        names[row] += "" if cell.is_full else f", {cell.budget.removesuffix(' of seen')}"
+        names[row] += "" if cell.is_full else f", {cell.budget.removesuffix(' tokens kept')}"
     for index, axes in enumerate(panels):
         axes.set_ylim(len(group.cells) - 0.4, -0.6)
         axes.yaxis.set_major_locator(FixedLocator(list(range(len(group.cells)))))
@@ -214,7 +261,7 @@ def interval_dots(
     axes: Axes, group: Group, name: str, factor: float, marks: Mapping[str, Mark], look: Look, *, shift: float = 0.0,
     tick: bool = False,
 ) -> None:  # fmt: skip
-    """Draw a measure of every cell as its mark, or an upright tick, with its interval; noisy times pale and named."""
+    """Draw a measure of every cell as its mark, or an upright tick, with its interval; noisy times are pale."""
     for row, cell in enumerate(group.cells):
         found = cell.estimate(name)
         if found is None:
@@ -229,8 +276,3 @@ def interval_dots(
         if tick:
             style |= {"marker": "|", "markersize": 7.0, "markeredgewidth": 1.4}
         axes.plot([value], [row + shift], linestyle="none", zorder=4, alpha=pale, label=title, **style)
-        if noisy and not tick:
-            axes.annotate(
-                "noisy", (value, row), xytext=(0, 5), textcoords="offset points", ha="center",
-                fontsize=look.small_points - 1, style="italic", zorder=6,
-            )  # fmt: skip

@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
 from kvbench.measures import measure, printed_scale
+from kvbench.report.compare import timing_noise
 from kvbench.report.figures.axes import (
     artist_name,
     axis_scale,
@@ -23,25 +24,35 @@ from kvbench.report.figures.axes import (
     keys_above,
     marks_of,
     measured,
+    narrowed,
     panel_title,
     row_figure,
+    row_inches,
     status_text,
 )
 from kvbench.report.figures.labels import DirectLabels, Named, labelled
-from kvbench.report.figures.style import Look, Mark, legend_above, new_figure, style_of
+from kvbench.report.figures.style import Look, Mark, fitting, legend_above, new_figure, style_of
 from kvbench.report.load import CellResult, Estimate, Group
 
 _Marks = Mapping[str, Mark]
 _LATENCIES = ("ttft_ms", "tpot_ms", "roof_share_fraction", "tpot_ratio_to_full", "ttft_ratio_to_full")
 _POLICY_PART = {"ttft_ms": "settle_ms", "tpot_ms": "policy_ms"}
-_LATENCY_AXES = {"ms": "ms, lower is better", "fraction": "% of the memory roof", "ratio": "x full, lower is better"}
+_LATENCY_AXES = {
+    "ms": "ms, lower is better",
+    "fraction": "MBU (%), higher is better",
+    "ratio": "x full, lower is better",
+}
 
 
 def latency_figure(group: Group, look: Look) -> Figure | None:
     """Draw a panel per part of the latency that any cell has; rows are cells."""
-    shown = measured(group.cells, *_LATENCIES)
-    if not shown:
+    group = narrowed(group, look)
+    names = measured(group.cells, *_LATENCIES)
+    if not names:
         return None
+    if look.width == "single":  # the step first: it is what most of an answer's time is
+        names.sort(key=lambda name: not name.startswith("tpot"))
+    shown = fitting(look, names, row_inches(group, look))
     figure, panels = row_figure(group, look, len(shown))
     marks = marks_of(group, look.palette)
     for axes, name in zip(panels, shown, strict=True):
@@ -59,7 +70,9 @@ def latency_figure(group: Group, look: Look) -> Figure | None:
         keys.append(Patch(color=theme.muted, alpha=0.35, label="bar: the policy's own time"))
     if measured(group.cells, "roof_ms"):
         keys.append(_tick_key("memory roof", theme.ink, markersize=9, markeredgewidth=1.8))
-    keys_above(figure, keys, look, {"page": 4, "double": 2, "single": 1}, handlelength=1.4)
+    if any(timing_noise(cell, name) for cell in group.cells for name in shown):
+        keys.append(Line2D([], [], linestyle="none", marker="o", color=theme.muted, alpha=0.35, label="pale: noisy"))
+    keys_above(figure, keys, look, {"page": 5, "double": 3, "single": 2}, handlelength=1.4)
     return figure
 
 
@@ -94,29 +107,30 @@ def _tick_key(label: str, colour: str, **style: Any) -> Line2D:
 
 
 _PARTS = (
-    ("peak_load_bytes", "weights", "grey", ""),
-    ("plain_activation_bytes", "activations and vision", "sky", "////"),
-    ("kv_stored_bytes", "KV stored", "blue", ""),
-)
-_REST = ("rest", "statistics and all else", "orange", "\\\\\\\\")
+    ("peak_load_bytes", "weights", "grid", ""),
+    ("plain_activation_bytes", "activations and vision", "grid", "////"),
+    ("kv_stored_bytes", "KV stored", "ink", ""),
+)  # greys, since every colour is a policy's
+_REST = ("rest", "statistics and all else", "muted", "\\\\\\\\")
 _PHASES = (
-    ("peak_vision_bytes", "vision", "^", "sky"),
-    ("peak_prefill_bytes", "prefill", "D", "green"),
-    ("peak_settle_bytes", "settle", "s", "purple"),
-    ("peak_decode_bytes", "decode", "o", "vermilion"),
+    ("peak_vision_bytes", "vision", "$V$", "muted"),
+    ("peak_prefill_bytes", "prefill", "$P$", "ink"),
+    ("peak_settle_bytes", "compression", "$C$", "muted"),
+    ("peak_decode_bytes", "decode", "$D$", "ink"),
 )
 _KV = ("kv_stored_bytes", "kv_valid_bytes", "kv_theoretical_bytes")
 
 
 def memory_figure(group: Group, look: Look) -> Figure | None:
     """Draw the panels whose numbers any cell has."""
+    group = narrowed(group, look)
     has_load = bool(measured(group.cells, "peak_load_bytes"))
     wanted: tuple[tuple[object, Callable[[Axes, Group, _Marks, Look], None]], ...] = (
         (has_load and measured(group.cells, "peak_memory_bytes"), _peak_parts),
         (has_load and measured(group.cells, *(name for name, *_ in _PHASES)), _phases),
         (measured(group.cells, *_KV), _kv),
     )
-    shown = [draw for names, draw in wanted if names]
+    shown = list(fitting(look, [draw for names, draw in wanted if names], row_inches(group, look)))
     if not shown:
         return None
     figure, panels = row_figure(group, look, len(shown))
@@ -132,11 +146,12 @@ def memory_figure(group: Group, look: Look) -> Figure | None:
                  for _, label, colour, hatch in (*_PARTS, _REST)]  # fmt: skip
         keys.append(_tick_key("measured peak", theme.ink, markersize=10, markeredgewidth=1.8))
     if _phases in shown:
-        keys += [Line2D([], [], color=getattr(theme, colour), marker=marker, linestyle="none", label=f"peak, {label}")
+        keys += [Line2D([], [], color=getattr(theme, colour), marker=marker, linestyle="none", label=f"peak, {label}",
+                        markeredgewidth=0.1)
                  for _, label, marker, colour in _PHASES]  # fmt: skip
     if _kv in shown:
         keys.append(_tick_key("right: KV stored (bar), in theory (tick)", theme.ink))
-    keys_above(figure, keys, look, {"page": 5, "double": 3, "single": 1}, handlelength=1.6, columnspacing=1.4)
+    keys_above(figure, keys, look, {"page": 5, "double": 3, "single": 2}, handlelength=1.6, columnspacing=1.4)
     return figure
 
 
@@ -181,7 +196,7 @@ def _phases(axes: Axes, group: Group, marks: _Marks, look: Look) -> None:
             continue
         axes.hlines([row], [0], [max(peaks.values())], color=look.theme.grid, linewidth=2.0, zorder=1.5)
         for (name, _, marker, colour), value in peaks.items():
-            axes.plot([value], [row], linestyle="none", marker=marker, markersize=5.5,
+            axes.plot([value], [row], linestyle="none", marker=marker, markersize=6.5, markeredgewidth=0.1,
                       color=getattr(look.theme, colour), zorder=3, label=artist_name(name, label))  # fmt: skip
     axes.set_title("Peak of each phase")
     axes.set_xlabel(f"{unit} above the weights, lower is better")
@@ -236,7 +251,9 @@ def _rates(cell: CellResult) -> list[tuple[float, Estimate]]:
 
 
 def _capacity(group: Group, look: Look, lines: _Lines, legend: bool, largest: bool) -> DirectLabels:
-    figure, panels = new_figure(look, bool(lines) + largest, 3.4 if look.width == "page" else 2.6, columns=2)
+    figure, panels = new_figure(
+        look, bool(lines) + largest, {"page": 3.4, "double": 2.6, "single": 1.9}[look.width], columns=2
+    )
     labels = DirectLabels(figure=figure, look=look)
     marks = marks_of(group, look.palette)
     if lines:
@@ -259,7 +276,7 @@ def _throughput(axes: Axes, lines: _Lines, marks: _Marks, look: Look) -> list[Na
     for (label, budget), points in lines.items():
         mark = marks[label]
         xs, ys = [batch for batch, _ in points], [rate.value for _, rate in points]
-        text = label if budget == "-" else f"{label}, {budget.removesuffix(' of seen')}"
+        text = label if budget == "-" else f"{label}, {budget.removesuffix(' tokens kept')}"
         axes.vlines(xs, [rate.bounds[0] for _, rate in points], [rate.bounds[1] for _, rate in points],
                     color=mark.colour, linewidth=1.3, label=artist_name(_RATE, text))  # fmt: skip
         axes.plot(xs, ys, linestyle=mark.line, linewidth=1.4, label=artist_name(_RATE, text),
@@ -290,7 +307,7 @@ def _largest(axes: Axes, group: Group, marks: _Marks, look: Look) -> list[Named]
             axes.plot(xs, ys, linestyle=mark.line, linewidth=1.2, label=title, **style_of(mark, look.theme))
             x, y = xs[-1], ys[-1]
         ends.append(Named(text=label, x=x, y=y, colour=mark.colour))
-    axes.set_xticks(range(len(budgets)), [budget.removesuffix(" of seen") for budget in budgets])
+    axes.set_xticks(range(len(budgets)), [budget.removesuffix(" tokens kept") for budget in budgets])
     axes.set_ylim(bottom=0)
     axes.set_title("Largest batch that fits")
     axes.set_xlabel("budget")

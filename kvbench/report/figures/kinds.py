@@ -31,25 +31,25 @@ _KINDS = (
         summary="each quality measure over the budget, a line with its 95 % band per policy, full as reference",
         caption="Quality against budget. Bands are 95 % intervals over samples; the dashed line is the full cache with "
         "its own. Ticks are budget settings, points stand at the budget really kept where that is near its setting. "
-        "Crosses are failed cells.",
+        "Daggers are failed cells.",
         needs="a quality measure and a cell with a budget", takes_measures=True,
     ),
     FigureKind(
         name="pareto", title="Quality against cost",
-        summary="quality over KV bytes and over TPOT with both intervals, the front drawn",
+        summary="quality over KV bytes and over TPOT with both intervals, the Pareto front drawn",
         caption="Quality against the KV bytes stored and against the time per output token. Bars are 95 % intervals in "
-        "both directions. The grey line is the front: no other cell has both lower cost and better quality; its points "
-        "are larger, ringed and carry their budget. Thin lines join the budgets of one policy. Cells whose timing was "
-        "noisy are pale and never on the front over time.",
+        "both directions. The grey line is the Pareto front: no other cell has both lower cost and better quality; its "
+        "points are larger, ringed and carry their budget. Thin lines join the budgets of one policy. Cells whose "
+        "timing was noisy are pale and never on the front over time.",
         needs="a quality measure, and KV bytes or TPOT", takes_measures=True,
     ),
     FigureKind(
         name="latency", title="Where the time goes",
-        summary="TTFT, TPOT (p50, p90) with the policy's own time and the memory roof, share of it, ratios to full",
-        caption="Time to first token and per output token; lines through the points are 95 % intervals over launches. "
+        summary="TTFT, TPOT (p50, p90) with the policy's own time and the memory roof, share of it (MBU), to full",
+        caption="Time to first token and per output token; lines through the points are 95 % intervals over runs. "
         "Bars are the policy's own part of it. The thick tick is the memory roof: on a GPU no step can be faster. The "
         "thin tick below a point is the 90th percentile of TPOT. Ratios compare with the full cache in the same "
-        "process; the dashed line at 1 is its speed. Pale cells were noisy. n counts launches.",
+        "process; the dashed line at 1 is its speed. Pale cells were noisy. n counts runs.",
         needs="the speed task", takes_measures=False,
     ),
     FigureKind(
@@ -80,7 +80,7 @@ _KINDS = (
     FigureKind(
         name="capacity", title="Throughput and the largest batch",
         summary="throughput over the batch, and the largest batch that fits, per policy",
-        caption="Left: tokens per second of a whole launch over the prompts that run together, with 95 % intervals. "
+        caption="Left: tokens per second of a whole run over the prompts that run together, with 95 % intervals. "
         "Right: the largest batch that fits, full as reference.",
         needs="the capacity task, or the speed task at several batch sizes", takes_measures=False,
     ),

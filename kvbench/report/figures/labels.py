@@ -10,6 +10,7 @@ an axis, `place` for boxes around points. `DirectLabels` holds the labels of a f
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 
 from kvbench.report.figures.style import Look
 
@@ -26,6 +28,7 @@ Segment = tuple[tuple[float, float], tuple[float, float]]
 _GAP_PIXELS = 16.0
 _POINT_PIXELS = 5.0
 _FAR_SHARE = 0.12
+_MOST_TRIES, _TALLER = 4, 1.4
 _TITLE_SHARE = 0.96  # glyphs are a little wider at another resolution
 
 
@@ -176,19 +179,34 @@ class DirectLabels:
     ) -> None:
         """Name points inside `axes`, over no point in `spots` (data), and over no upright or level line if possible."""
         texts = [axes.text(0, 0, point.text, fontsize=self.look.small_points, zorder=8) for point in points]
+        halo = withStroke(linewidth=2.4, foreground=self.look.theme.paper)  # a line behind a name stops before it
         for text in texts:
+            text.set_path_effects([halo])
             text.set_in_layout(False)
         self.around.append((axes, list(zip(points, texts, strict=True)), list(spots), list(lines)))
 
     def settle(self) -> None:
         """Lay the figure out, then place every label. `unplaced` holds the texts that found no room."""
-        self.figure.draw_without_rendering()
+        for _ in range(_MOST_TRIES):
+            if self._laid_out():
+                break
+            if self.columns:  # names beside the panels left no room for them
+                self.unplaced.update(end.text for _, column in self.columns for end, _ in column)
+                break
+            self.figure.set_figheight(_TALLER * self.figure.get_figheight())  # a legend did
         self.figure.set_layout_engine("none")
         _fit_titles(self.figure)
         for axes, column in self.columns:
             self._settle_column(axes, column)
         for axes, labels, spots, lines in self.around:
             self._settle_around(axes, labels, spots, lines)
+
+    def _laid_out(self) -> bool:
+        """Lay the figure out, and tell whether its panels have any size."""
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            self.figure.draw_without_rendering()
+        return not any("collapsed" in str(one.message) for one in said)
 
     def _settle_column(self, axes: Axes, column: list[tuple[Named, Any]]) -> None:
         frame = axes.get_window_extent()

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,17 +22,29 @@ from kvbench.report.compare import Ability, timing_noise
 from kvbench.report.figures.axes import (
     artist_name,
     axis_scale,
+    emphasised,
     footnote,
     hide_ticks_outside,
     keys_above,
     marks_of,
     measured,
     panel_title,
+    rest_text,
     series_names,
     sparse,
 )
-from kvbench.report.figures.labels import DirectLabels, Named, labelled
-from kvbench.report.figures.style import Look, Mark, legend_above, listed, new_figure, shortened, style_of
+from kvbench.report.figures.labels import DirectLabels, Named, Segment, labelled
+from kvbench.report.figures.style import (
+    FAILED,
+    Look,
+    Mark,
+    fitting,
+    legend_above,
+    listed,
+    new_figure,
+    shortened,
+    style_of,
+)
 from kvbench.report.load import CellResult, Estimate, Group, is_better
 
 _QUALITIES = (
@@ -41,11 +54,12 @@ _BYTES = ("kv_stored_bytes", "kv_valid_bytes", "kv_theoretical_bytes")
 _LOG_RATIO = 3.0
 _LADDER_LOG_RATIO = 32.0
 _MORE_HELD = 0.01
+_PIECES = 24  # of a line that is neither upright nor level
 _LOOKS: dict[str, tuple[str, Any]] = {
     "safe": ("o", "full"),
-    "worse": ("x", "full"),
+    "worse": ("v", "full"),
     "undecided": ("o", "none"),
-    "failed": ("_", "full"),
+    "failed": (FAILED, "full"),
 }
 
 
@@ -69,14 +83,19 @@ def pareto_figure(group: Group, look: Look) -> Figure | None:
 
 
 def _pareto(group: Group, look: Look, shown: Sequence[_Panel], legend: bool) -> DirectLabels:
-    figure, panels = new_figure(look, len(shown), 3.6 if look.width == "page" else 2.7, columns=2)
+    height = 3.6 if look.width == "page" else 2.7
+    shown = fitting(look, shown, height)
+    figure, panels = new_figure(look, len(shown), height, columns=2)
     labels = DirectLabels(figure=figure, look=look)
     for axes, panel in zip(panels, shown, strict=True):
         axes.set_title(panel_title(panel.name, group.cells))
         panel.draw(axes, labels, legend)
+    shown_series = frozenset().union(*(panel.shown for panel in shown))
     if legend:
-        legend_above(figure, marks_of(group, look.palette), look)
-    footnote(figure, group, look)
+        marks = marks_of(group, look.palette)
+        legend_above(figure, {label: mark for label, mark in marks.items() if label in shown_series}, look)
+    noisy = any(point.noise for panel in shown for point in panel.points)
+    footnote(figure, group, look, *rest_text(group, shown_series), *(("pale: noisy times",) if noisy else ()))
     return labels
 
 
@@ -93,6 +112,7 @@ class _Panel:
             if (paid := cell.estimate(cost)) and (quality := cell.estimate(name))
         ]
         quiet = [point for point in self.points if not point.noise]
+        self.shown = emphasised(group, name)
         self.front = [] if Ability(group).reason(name) else pareto_front(quiet, name)
 
     def place(self, point: Point) -> tuple[float, float]:
@@ -108,6 +128,10 @@ class _Panel:
         for label in self.group.by_series():
             mine = [point for point in self.points if self.group.series_label(point.cell) == label]
             mark = self.marks[label]
+            if label not in self.shown and not any(point in self.front for point in mine):
+                axes.plot(*zip(*map(self.place, mine), strict=True), linestyle="none", marker="o", markersize=3,
+                          color=self.look.theme.grid, zorder=1.8)  # fmt: skip
+                continue
             if len(mine) > 1:
                 axes.plot(*zip(*map(self.place, mine), strict=True), color=mark.colour, linestyle=mark.line,
                           linewidth=0.9, alpha=0.6, zorder=2.2)  # fmt: skip
@@ -128,6 +152,7 @@ class _Panel:
             (x, y), (left, right, low, high) = self.place(point), self.bounds(point)
             lines += [((x, low), (x, high)), ((left, y), (right, y))]
         lines += [((x, y), (after, y)) for (x, y), after in zip(steps, xs[1:], strict=False)]
+        lines += [piece for cells in self.group.by_series().values() for piece in self._joined(cells)]
         labels.beside(axes, named, [self.place(point) for point in self.points], lines)
         axes.set_xlabel(f"{measure(self.cost).label} ({self.across.label})")
         axes.set_ylabel(self.up.label)
@@ -143,15 +168,27 @@ class _Panel:
         style |= {"markeredgecolor": theme.ink, "markeredgewidth": 1.0} if on_front else {}
         axes.plot([x], [y], linestyle="none", alpha=pale, zorder=5 if on_front else 4, label=title, **style)
 
+    def _joined(self, cells: Sequence[CellResult]) -> list[Segment]:
+        """Return the line that joins a policy's budgets in short pieces, which a name is kept off."""
+        places = [self.place(point) for point in self.points if point.cell in cells]
+        shares = [step / _PIECES for step in range(_PIECES + 1)]
+        dots = [
+            (x + (u - x) * share, y + (v - y) * share)
+            for (x, y), (u, v) in itertools.pairwise(places)
+            for share in shares
+        ]
+        return [(dot, dot) for dot in dots]
+
     def _texts(self, legend: bool) -> dict[str, str]:
         """Return what to write beside which cell: budgets on the front, each policy once, at its largest budget."""
         called = series_names(self.group)
-        largest = {self.group.series_label(p.cell): p for p in self.points}  # points come by growing budget
+        # points come by growing budget
+        largest = {label: p for p in self.points if (label := self.group.series_label(p.cell)) in self.shown}
         texts = {} if legend else {p.cell.key: called[label] for label, p in largest.items()}
         for cell in (point.cell for point in self.front if not point.cell.is_full):
-            parts = texts.get(cell.key, ""), cell.budget.removesuffix(" of seen")
+            parts = texts.get(cell.key, ""), cell.budget.removesuffix(" tokens kept")
             texts[cell.key] = " ".join(part for part in parts if part)
-        return texts | {p.cell.key: f"{texts.get(p.cell.key, '')} (noisy)".strip() for p in self.points if p.noise}
+        return texts
 
     def _frame(self, axes: Axes) -> None:
         """Leave room around the points for their labels."""

@@ -14,21 +14,33 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, ScalarFormatter
 
 from kvbench.measures import TASK_MEASURES, measure
+from kvbench.report.compare import declared_budget
 from kvbench.report.figures.axes import (
     BudgetAxis,
     Scale,
     artist_name,
     axis_scale,
     budget_axis,
+    emphasised,
     footnote,
     hide_ticks_outside,
     marks_of,
     measured,
     panel_title,
+    rest_text,
     series_names,
 )
 from kvbench.report.figures.labels import DirectLabels, Named, labelled
-from kvbench.report.figures.style import Look, Mark, legend_above, new_figure, style_of
+from kvbench.report.figures.style import (
+    FAILED,
+    MOST_HEIGHT_INCHES,
+    Look,
+    Mark,
+    fitting,
+    legend_above,
+    new_figure,
+    style_of,
+)
 from kvbench.report.findings import QUALITIES, budgets_of
 from kvbench.report.load import CellResult, Group, mean_scores
 
@@ -41,7 +53,7 @@ _MOST_SAMPLES = 48
 
 
 def quality_figure(group: Group, look: Look) -> Figure | None:
-    """Draw a panel per measure; failed cells stand as crosses at the bottom with their status."""
+    """Draw a panel per measure; failed cells stand as daggers at the bottom with their status."""
     names = measured(group.cells, *(look.measures or _QUALITY_PANELS))
     if not names or not group.budgeted:
         return None
@@ -49,18 +61,21 @@ def quality_figure(group: Group, look: Look) -> Figure | None:
 
 
 def _build(group: Group, look: Look, names: list[str], legend: bool) -> DirectLabels:
-    figure, panels = new_figure(look, len(names), 3.1 if look.width == "page" else 2.4, columns=3)
+    height = 3.1 if look.width == "page" else 2.4
+    names = list(fitting(look, names, height))
+    figure, panels = new_figure(look, len(names), height, columns=3)
     labels = DirectLabels(figure=figure, look=look)
     marks = marks_of(group, look.palette)
     axis = budget_axis(group.budgeted)
+    shown = emphasised(group)
     for axes, name in zip(panels, names, strict=True):
         axes.set_title(panel_title(name, group.cells))
         ends = _panel(axes, group, name, marks, axis, look)
         if not legend:
             labels.right_of(axes, ends)
-    footnote(figure, group, look)
+    footnote(figure, group, look, *rest_text(group, shown))
     if legend:
-        legend_above(figure, marks, look)
+        legend_above(figure, {label: mark for label, mark in marks.items() if label in shown}, look)
     return labels
 
 
@@ -68,7 +83,7 @@ def _panel(axes: Axes, group: Group, name: str, marks: Mapping[str, Mark], axis:
     """Draw one measure and return the right ends of its lines; full is a reference line with its band."""
     scale = axis_scale(name, group.cells)
     axis.apply(axes)
-    called = series_names(group)
+    called, shown = series_names(group), emphasised(group)
     ends: list[Named] = []
     for label, cells in group.by_series().items():
         mark, title = marks[label], artist_name(name, label)
@@ -85,7 +100,10 @@ def _panel(axes: Axes, group: Group, name: str, marks: Mapping[str, Mark], axis:
             for cell in cells
             if cell.key in axis.places and (found := cell.estimate(name))
         )
-        if points:
+        if points and label not in shown:
+            axes.plot([point[0] for point in points], [point[1] for point in points], color=look.theme.grid,
+                      linewidth=1.0, zorder=1.2, label=title)  # fmt: skip
+        elif points:
             _series(axes, points, title, mark, look)
             ends.append(Named(text=called[label], x=points[-1][0], y=points[-1][1], colour=mark.colour))
     _scale_y(axes, group, name, scale)
@@ -129,7 +147,7 @@ def _scale_y(axes: Axes, group: Group, name: str, scale: Scale) -> None:
 
 
 def _failed(axes: Axes, group: Group, marks: Mapping[str, Mark], axis: BudgetAxis, look: Look) -> None:
-    """Stack crosses of failed cells from the bottom edge, and write upright above them what happened."""
+    """Stack daggers of failed cells from the bottom edge, and write upright above them what happened."""
     at = axes.get_xaxis_transform()
     stacks: dict[float, list[CellResult]] = {}
     for cell in (cell for cell in group.cells if cell.failed):
@@ -141,7 +159,7 @@ def _failed(axes: Axes, group: Group, marks: Mapping[str, Mark], axis: BudgetAxi
     for place, cells in stacks.items():
         for step, cell in enumerate(cells):
             axes.plot([place], [0.04 + 0.06 * step], transform=at, color=marks[group.series_label(cell)].colour,
-                      marker="x", markersize=6, markeredgewidth=2, zorder=6,
+                      marker=FAILED, markersize=7, markeredgewidth=0.3, zorder=6, clip_on=False,
                       label=artist_name("failed", group.cell_label(cell)))  # fmt: skip
         said = ", ".join(dict.fromkeys(cell.status for cell in cells))
         axes.text(place, 0.02 + 0.06 * len(cells), said, transform=at, ha="center", va="bottom", rotation=90,
@@ -176,10 +194,15 @@ def differences_figure(group: Group, look: Look) -> Figure | None:
         return None
     name, by_cell = found
     kept = {budget: [cell for cell in cells if cell.key in by_cell] for budget, cells in budgets_of(group).items()}
+    named = emphasised(group, name)
+    kept = {budget: [cell for cell in cells if group.series_label(cell) in named] for budget, cells in kept.items()}
     budgets = {budget: cells for budget, cells in kept.items() if cells}
+    if look.width == "single" and budgets:  # the budget of the headline alone fits a column
+        asked = declared_budget(group) or ""
+        budgets = {asked: budgets[asked]} if asked in budgets else dict([next(iter(budgets.items()))])
     columns = 1 if look.width == "single" else 2
     rows = len(budgets) * (2 // columns)
-    height = (2.1 if look.width == "page" else 1.8) * rows + 0.6
+    height = (2.1 if look.width == "page" else 1.8 if columns > 1 else 1.5) * rows + 0.6
     figure = Figure(figsize=(look.width_inches, height), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, width_ratios=[3.2, 1][:columns])
     pairs = list(zip(grid.flat[::2], grid.flat[1::2], strict=True))
@@ -214,7 +237,8 @@ def differences_figure(group: Group, look: Look) -> Figure | None:
     _sample_names(pairs[-1][0], order, look)
     pairs[-1][1].set_xlabel(f"difference{', nats/token' if is_ppl else ' to full'} or below")
     shown = {group.series_label(cell) for cells in budgets.values() for cell in cells}
-    footnote(figure, group, look)
+    left = len(group.by_series()) - len(named)
+    footnote(figure, group, look, *((f"left out: {left} other policies",) if left > 0 else ()))
     legend_above(figure, {called[label]: mark for label, mark in marks.items() if label in shown}, look)
     return figure
 
@@ -250,7 +274,9 @@ def entries_figure(group: Group, look: Look) -> Figure | None:
 
 def _entries(group: Group, look: Look, series: Mapping[str, list[CellResult]]) -> DirectLabels:
     columns = 4 if look.width == "page" else 3
-    figure, panels = new_figure(look, len(series), 2.5, columns=columns, sharex=True, sharey=True)
+    height = 1.3 if look.width == "single" else 2.5
+    series = dict(list(series.items())[: 2 * int(MOST_HEIGHT_INCHES / height)]) if look.width == "single" else series
+    figure, panels = new_figure(look, len(series), height, columns=columns, narrow=2, sharex=True, sharey=True)
     labels = DirectLabels(figure=figure, look=look)
     marks, called = marks_of(group, look.palette), series_names(group)
     fulls = [cell for cell in group.cells if cell.is_full and _entries_curve(cell)]
@@ -260,8 +286,8 @@ def _entries(group: Group, look: Look, series: Mapping[str, list[CellResult]]) -
         axes.set_title(called[label])
         axes.tick_params(labelbottom=True)
         axes.set_xlabel("tokens seen")
-        if place % columns == 0 or look.width == "single":
-            axes.set_ylabel("entries per layer and KV head")
+        if place % (2 if look.width == "single" else columns) == 0:
+            axes.set_ylabel("entries" if look.width == "single" else "entries per layer and KV head")
         axes.set_ylim(bottom=0)
     footnote(figure, group, look)
     return labels
@@ -274,5 +300,5 @@ def _curve(axes: Axes, group: Group, cell: CellResult, mark: Mark) -> Named:
     axes.plot(seen, mean, color=mark.colour, linestyle=mark.line, linewidth=1.5, label=title)
     axes.fill_between(seen, mean, most, color=mark.colour, alpha=0.15, linewidth=0, label=title)
     axes.plot(seen[-1:], mean[-1:], color=mark.colour, marker=mark.marker, markersize=4, linestyle="none")
-    text = "full" if cell.is_full else cell.budget.removesuffix(" of seen")
+    text = "full" if cell.is_full else cell.budget.removesuffix(" tokens kept")
     return Named(text=text, x=seen[-1], y=mean[-1], colour=mark.colour)

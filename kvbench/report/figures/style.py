@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from matplotlib import rcParamsDefault
 from matplotlib.figure import Figure
@@ -56,8 +56,8 @@ DARK = Theme(
 )  # fmt: skip
 THEMES = dict(zip(STYLES, (LIGHT, DARK), strict=True))
 _NAMES = tuple(field.name for field in fields(Theme))
-# A page that holds the SVG inline swaps every light colour for a variable, so figures follow its own light and dark.
-THEME_COLOURS = {getattr(LIGHT, name): f"var(--plot-{name}, {getattr(LIGHT, name)})" for name in _NAMES}
+# The page names its colours, so that its figures follow light and dark.
+COLOUR_NAMES = {getattr(LIGHT, name): name for name in _NAMES}
 
 
 _LIGHT_STYLE, _DARK_STYLE = (
@@ -141,6 +141,9 @@ class Palette:
         return Mark(colour=getattr(self.theme, shape.colour), marker=shape.marker, line=shape.line, fill=fill)
 
 
+FAILED = "$\\dagger$"  # no policy's marker: a cell without a number is not a number
+MOST_HEIGHT_INCHES = 4.0  # of a figure in a column, so that it fits a page with its caption
+_Panel = TypeVar("_Panel")
 _PROCESS_WIDE = (
     *("backend", "interactive", "toolbar", "timezone", "datapath", "webagg", "docstring", "savefig.directory"),
 )
@@ -212,9 +215,16 @@ class Look:
         }
 
 
-def new_figure(look: Look, num_panels: int, panel_inches: float, *, columns: int, **layout: Any) -> tuple[Figure, Any]:
-    """Return a figure with rows of at most `columns` panels (one a row in a single column), and its axes in order."""
-    columns = 1 if look.width == "single" else min(columns, num_panels)
+def fitting(look: Look, panels: Sequence[_Panel], inches: float) -> Sequence[_Panel]:
+    """Return the first panels of this height that fit below each other in a column; all where there is more room."""
+    return panels[: max(1, int(MOST_HEIGHT_INCHES / inches))] if look.width == "single" else panels
+
+
+def new_figure(
+    look: Look, num_panels: int, panel_inches: float, *, columns: int, narrow: int = 1, **layout: Any
+) -> tuple[Figure, Any]:
+    """Return a figure with rows of at most `columns` panels (`narrow` in a single column), and its axes in order."""
+    columns = min(narrow if look.width == "single" else columns, num_panels)
     rows = math.ceil(num_panels / columns)
     engine = ConstrainedLayoutEngine(h_pad=0.05, w_pad=0.05)
     figure = Figure(figsize=(look.width_inches, rows * panel_inches), layout=engine)
@@ -231,7 +241,7 @@ def style_of(mark: Mark, theme: Theme, *, size: float = 6.0) -> dict[str, Any]:
     return {
         "color": mark.colour, "marker": mark.marker, "markersize": size, "fillstyle": mark.fill,
         "markerfacecolor": mark.colour if mark.fill != "none" else theme.paper,
-        "markerfacecoloralt": theme.paper, "markeredgecolor": mark.colour, "markeredgewidth": edge,
+        "clip_on": False, "markerfacecoloralt": theme.paper, "markeredgecolor": mark.colour, "markeredgewidth": edge,
     }  # fmt: skip
 
 
@@ -243,7 +253,8 @@ def legend_above(figure: Figure, marks: Mapping[str, Mark], look: Look) -> None:
     letters = int(look.width_inches * 72 / (0.6 * look.font_points))
     num_columns = max(1, min(len(handles), letters // (max(map(len, marks), default=1) + 6)))
     rows = math.ceil(len(handles) / num_columns)
-    figure.set_figheight(figure.get_figheight() + rows * look.font_points * 1.5 / 72)
+    height = figure.get_figheight() + rows * look.font_points * 1.5 / 72
+    figure.set_figheight(min(height, MOST_HEIGHT_INCHES) if look.width == "single" else height)
     figure.legend(handles=handles, loc="outside upper left", ncols=num_columns, handlelength=2.4, columnspacing=1.6)
 
 

@@ -1,17 +1,6 @@
-if (document.getElementById("autopsy-data")) (() => {
-const SVG = "http://www.w3.org/2000/svg", NEVER = 65535;
-const make = (name, attributes, ...children) => {
-  const made = document.createElementNS(SVG, name);
-  for (const [key, value] of Object.entries(attributes || {})) made.setAttribute(key, value);
-  made.append(...children);
-  return made;
-};
-const tag = (name, kind, ...children) => {
-  const made = document.createElement(name);
-  if (kind) made.className = kind;
-  made.append(...children);
-  return made;
-};
+const Autopsy = (() => {
+if (!document.getElementById("autopsy-data")) return { why: () => null, show: () => {} };
+const NEVER = 65535;
 const decoded = new Map();
 const numbersOf = (text, wide) => {
   const known = decoded.get(text);
@@ -160,7 +149,7 @@ const wordsOf = (item, view) => {
     span.classList.toggle("ap-later", later);
     span.classList.toggle("ap-gone", !later && now.pairs > 0 && share === 0);
     span.classList.toggle("ap-merged", !later && now.joined[start] * 2 > now.pairs);
-    span.style.opacity = later ? "" : .4 + .6 * share;
+    span.style.setProperty("--held", later ? "" : `${Math.round(100 * share)}%`);
   });
   return { box, spans, show };
 };
@@ -269,6 +258,8 @@ const step = () => Number(slider.value);
 const capped = (panel, moment) => Math.min(moment, panel.view.steps);
 const pickGroup = () => {
   fill(pick.budget, group().budgets.map(budget => [budget, budget || "everything"]));
+  const wanted = [State.get("budget"), group().asked].find(one => group().budgets.includes(one));
+  if (wanted) pick.budget.value = wanted;
   pickBudget();
 };
 const pickBudget = () => {
@@ -285,30 +276,34 @@ const pickSample = () => {
   fill(pick.head, [[-1, `all ${heads}`], ...Array.from({ length: heads }, (_, h) => [h, `head ${h + 1}`])]);
   const views = cells.map(cell => cell.views[pick.sample.value]);
   const measures = Object.keys(SCALES).filter(name => views.some(view => view.statistics[name]));
+  const before = pick.measure.value;
   fill(pick.measure, measures.map(name => [name, SCALES[name].name]));
+  if (!before && measures.includes("attention_permille")) pick.measure.value = "attention_permille";
   slider.max = Math.max(0, ...views.map(view => view.steps));
   reference = item.picture ? pictureOf(item, "full cache") : null;
   shown = cells.map((cell, index) => {
     const view = views[index];
     return { cell, view, picture: item.picture ? pictureOf(item, cell.label) : null,
-      heat: heatMap(cell, cell.label), words: wordsOf(item, view), ended: tag("small", "") };
+      heat: heatMap(cell, cell.label), same: tag("p", "ap-says"), words: wordsOf(item, view), ended: tag("small", "") };
   });
   build();
   draw();
 };
 const build = () => {
-  const made = shown.map(({ cell, view, picture, heat, words, ended }) => {
+  const made = shown.map(({ cell, view, picture, heat, same, words, ended }) => {
     const says = tag("p", "ap-says", view.says.replaceAll(" %", "\u00a0%"));
     if (view.differs) says.append(tag("span", "failed", " This replay's answer is not the measured one."));
-    const drawn = [...(picture ? [picture.box] : []), heat.box, words.box];
-    return tag("div", "ap-panel", tag("h4", "", cell.label, ended), ...drawn, says);
+    const drawn = [...(picture ? [picture.box] : []), heat.box, same, words.box];
+    return tag("div", "ap-panel", tag("h3", "", cell.label, ended), ...drawn, says);
   });
   if (reference) {
     const note = "Clearer patches get more of the full cache's attention while it answers. Policies do not see this.";
-    made.unshift(tag("div", "ap-panel ap-reference", tag("h4", "", "full: where it looks"), reference.box,
+    made.unshift(tag("div", "ap-panel ap-reference", tag("h3", "", "full: where it looks"), reference.box,
       tag("p", "ap-says", note)));
   }
+  shown.forEach((panel, index) => { panel.box = made[index + (reference ? 1 : 0)]; });
   panels.replaceChildren(...made);
+  hide();
   shown.forEach(panel => {
     if (panel.picture) follow(panel.picture.box, item.picture.columns, item.picture.rows, showPatch);
     const { box, columns, count } = panel.heat;
@@ -318,6 +313,10 @@ const build = () => {
   if (reference) follow(reference.box, item.picture.columns, item.picture.rows, showPatch);
   reading = null;
   say("");
+};
+const hide = () => {
+  const off = new Set((State.get("off") || "").split("~"));
+  shown.forEach(panel => { panel.box.hidden = off.has(panel.cell.label); });
 };
 const draw = () => {
   const now = step(), total = Number(slider.max), measure = pick.measure.value;
@@ -337,6 +336,11 @@ const draw = () => {
         `${panel.cell.label}, ${moment.textContent}: ${held.toFixed(1)} of ${tokens.length} image patches held`);
     }
     panel.heat.show(panel.view, measure, seen, most);
+    const values = Array.from({ length: panel.heat.count }, (_, index) => panel.heat.value(panel.view, measure, seen, index));
+    const isSame = values.every(one => one === values[0]);  // then a map of layers and heads says no more than its number
+    panel.heat.box.style.display = isSame ? "none" : "";
+    panel.same.hidden = !isSame || values[0] === undefined;
+    panel.same.textContent = panel.same.hidden ? "" : `${SCALES[measure].name}: ${SCALES[measure].text(values[0])} in every layer and head`;
     panel.heat.box.setAttribute("aria-label", `${panel.cell.label}: ${SCALES[measure].name}, layers by heads; ` +
       "arrow keys read single numbers");
   });
@@ -369,14 +373,66 @@ play.addEventListener("click", () => {
   }, 150);
 });
 slider.addEventListener("input", () => { stop(); draw(); });
+slider.addEventListener("change", () => State.set("step", slider.value === "0" ? "" : slider.value));
 pick.group.addEventListener("change", pickGroup);
 pick.budget.addEventListener("change", pickBudget);
-pick.sample.addEventListener("change", pickSample);
+pick.sample.addEventListener("change", () => { pickSample(); State.set("kept", pick.sample.value); });
 for (const select of [pick.layer, pick.head, pick.measure]) select.addEventListener("change", draw);
 let before = null;  // paper shows the end
 addEventListener("beforeprint", () => { stop(); before = slider.value; slider.value = slider.max; draw(); });
 addEventListener("afterprint", () => { if (before !== null) { slider.value = before; before = null; draw(); } });
 fill(pick.group, data.map((one, index) => [index, one.title]));
 at("ap-group-label").hidden = data.length < 2;
-pickGroup();
+// Where a link says which sample, budget and moment.
+const linked = () => {
+  const id = State.get("kept"), index = data.findIndex(one => one.title === State.get("group"));
+  if (index >= 0) pick.group.value = index;
+  pickGroup();
+  if (id && group().items[id]) { pick.sample.value = id; pickSample(); }
+  slider.value = State.get("step") || 0;
+  draw();
+};
+State.listen(["budget", "group"], linked);
+State.listen(["kept", "step"], by => { if (by) linked(); });
+State.listen(["off"], () => { hide(); });
+linked();
+
+// Of what a policy had let go when it wrote an answer's token: what the full cache's own answer attends to most.
+const why = (title, id, label, budget, moment) => {
+  const found = data.find(one => one.title === title), item = found && found.items[id];
+  const cell = found && found.cells.find(one => one.label === label && one.budget === budget), view = cell && cell.views[id];
+  if (!item || !view) return null;
+  let best = null;
+  view.freed.of.forEach((heads, s) => {
+    const place = item.layers.indexOf(view.layers[s]);
+    if (place < 0) return;
+    const looked = bytes(item.attention[place]);
+    heads.forEach((pattern, h) => {
+      const row = numbersOf(view.freed.patterns[pattern], view.freed.wide);
+      for (let p = 1; p < item.tokens.length; p++)  // the first token is looked at whatever it says
+        if (row[p] <= moment && looked[p] && (!best || looked[p] > best.weight)) best = { weight: looked[p], token: p, layer: view.layers[s] + 1, head: h + 1, step: row[p] };
+    });
+  });
+  if (!best) return null;
+  const image = imageTokens(item).indexOf(best.token), place = image < 0 || !item.picture ? -1 : item.picture.places[image];
+  const columns = place < 0 ? 1 : item.picture.columns, patch = place < 0 ? null : { row: Math.floor(place / columns), column: place % columns, rows: item.picture.rows, columns };
+  const what = patch ? `the patch in row ${patch.row + 1}, column ${patch.column + 1}` : item.kinds[best.token] === "1" ? "an image token" : `the word "${item.tokens[best.token].trim()}"`;
+  const when = best.step ? `at answer token ${best.step}` : "with the prompt's cut";
+  return { ...best, patch, place, says: `Of what ${label} had let go by then, the full cache attends most to ${what}; it left layer ${best.layer}, head ${best.head} ${when}.` };
+};
+const show = (title, id, budget, moment, place) => {
+  const index = data.findIndex(one => one.title === title);
+  if (index < 0) return;
+  pick.group.value = index;
+  pickGroup();
+  pick.budget.value = budget;
+  pickBudget();
+  pick.sample.value = id;
+  pickSample();
+  slider.value = moment;
+  draw();
+  if (place >= 0) showPatch(place);
+  at("autopsy").scrollIntoView();
+};
+return { why, show };
 })();

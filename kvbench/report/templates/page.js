@@ -1,4 +1,41 @@
 "use strict";
+const make = (name, attributes, ...children) => {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes || {})) if (key !== "at") made.setAttribute(key, value);
+  made.append(...children);
+  return made;
+};
+const tag = (name, kind, ...children) => {
+  const made = document.createElement(name);
+  if (kind) made.className = kind;
+  made.append(...children);
+  return made;
+};
+// What is chosen stands in the address behind the hash, so that a link shows the same page: #budget=...&sample=KEY/ID
+const State = (() => {
+  const decoded = words => { try { return decodeURIComponent(words); } catch { return words; } };
+  const read = () => new Map(location.hash.includes("=") ? location.hash.slice(1).split("&").map(part => {
+    const at = part.indexOf("=");
+    return [part.slice(0, at), decoded(part.slice(at + 1))];
+  }) : []);
+  let values = read();
+  const listeners = [];
+  const tell = (names, linked) => { for (const [wanted, act] of listeners) if (wanted.some(name => names.includes(name))) act(linked); };
+  const set = (name, value) => {
+    if ((values.get(name) || "") === String(value)) return;
+    if (value === "") values.delete(name); else values.set(name, String(value));
+    const parts = [...values].map(([one, words]) => `${one}=${encodeURIComponent(words).replace("%2F", "/")}`);
+    history.replaceState(null, "", `#${parts.join("&")}`);
+    tell([name], false);
+  };
+  addEventListener("hashchange", () => {
+    if (!location.hash.includes("=")) return;  // a link to a section changes nothing else
+    const before = values;
+    values = read();
+    tell([...new Set([...before.keys(), ...values.keys()])].filter(name => before.get(name) !== values.get(name) || name === "sample"), true);
+  });
+  return { get: name => values.get(name), set, listen: (names, act) => listeners.push([names, act]) };
+})();
 const root = document.documentElement, themes = document.getElementById("theme");
 const systemDark = matchMedia("(prefers-color-scheme: dark)");
 const isDark = () => root.dataset.theme ? root.dataset.theme === "dark" : systemDark.matches;
@@ -17,11 +54,11 @@ nameTheme();
 themes.hidden = false;
 
 const names = new Intl.Collator("en", { numeric: true });  // item 2 before item 10
-for (const button of document.querySelectorAll("th button")) {
-  button.addEventListener("click", () => {
+const sortable = [...document.querySelectorAll("th[aria-sort] button")];
+for (const [number, button] of sortable.entries()) {
+  const sort = up => {
     const head = button.closest("th"), body = head.closest("table").tBodies[0];
     const column = [...head.parentNode.children].indexOf(head);
-    const up = head.getAttribute("aria-sort") !== "ascending";
     for (const other of head.parentNode.children) if (other.hasAttribute("aria-sort")) other.ariaSort = "none";
     head.ariaSort = up ? "ascending" : "descending";
     const numeric = head.dataset.kind === "number", value = row => row.children[column].dataset.v;
@@ -31,7 +68,15 @@ for (const button of document.querySelectorAll("th button")) {
       return (up ? 1 : -1) * (numeric ? x - y : names.compare(x, y));
     });
     body.append(...rows);
+  };
+  button.addEventListener("click", () => {
+    const up = button.closest("th").getAttribute("aria-sort") !== "ascending";
+    sort(up);
+    State.set("sort", `${number}${up ? "" : "-"}`);
   });
+  const linked = () => { const part = /^(\d+)(-?)$/.exec(State.get("sort") || ""); if (part && Number(part[1]) === number) sort(!part[2]); };
+  State.listen(["sort"], by => { if (by) linked(); });
+  linked();
 }
 const filters = document.getElementById("filters");
 if (filters) {
@@ -50,10 +95,30 @@ if (filters) {
     });
     count.textContent = `${shown} of ${rows.length} rows`;
   };
-  filters.addEventListener("input", choose);
+  const remember = () => State.set("rows", [...selects.map(one => one.value), typed.value].join("~").replace(/^~+$/, ""));
+  filters.addEventListener("input", () => { choose(); remember(); });
   filters.addEventListener("submit", event => event.preventDefault());
-  filters.addEventListener("reset", () => setTimeout(choose));
+  filters.addEventListener("reset", () => setTimeout(() => { choose(); remember(); }));
+  const linked = State.get("rows");
   filters.reset();
+  (linked || "").split("~").forEach((value, index) => { if (index < selects.length) selects[index].value = value; else typed.value = value; });
   filters.hidden = false;
   choose();
 }
+// Paper shows what is folded, and folds it again afterwards.
+let unfolded = [];
+addEventListener("beforeprint", () => {
+  unfolded = [...document.querySelectorAll("main details:not([open])")].filter(one => one.textContent.length < 60000);
+  for (const one of unfolded) one.open = true;
+  for (const table of document.querySelectorAll("main table")) {  // a head is repeated on every sheet, a caption is not
+    if (!table.tHead || !table.caption || table.tHead.querySelector(".printed-name")) continue;
+    const name = tag("th", "name", table.caption.textContent), row = tag("tr", "printed-name", name);
+    name.colSpan = 99;
+    table.tHead.prepend(row);
+  }
+});
+addEventListener("afterprint", () => {
+  for (const one of unfolded) one.open = false;
+  for (const row of document.querySelectorAll(".printed-name")) row.remove();
+  unfolded = [];
+});

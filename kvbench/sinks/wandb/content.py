@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvbench import installed_version
-from kvbench.measures import MEASURES, measure
+from kvbench.measures import MEASURES, budget_words, measure
 from kvbench.results.files import canonical_json, replace_file
 from kvbench.results.record import MEASURED, encode_record, read_cell
 from kvbench.results.redaction import hide_known, redacted_body
@@ -38,7 +38,7 @@ _MEMORY_UNITS = ("bytes", "entries")
 _MEMORY_ENDINGS = ("realised_budget_fraction", "peak_over_bound_ratio")
 _NAMED = {"model": "models", "dataset": "datasets", "policy": "policies"}
 _ENDINGS = {"": "value", "_low": "low", "_high": "high"}
-_SHOWN = 2  # one more whenever a run comes to show its record otherwise, so that it is sent again
+_SHOWN = 3  # one more whenever a run comes to show its record otherwise, so that it is sent again
 # Curve of a record: its prefix here, and its columns, of which the first is the horizontal axis.
 _CURVES = {
     "entries": ("entries", ("seen_tokens", "mean", "max")),
@@ -48,7 +48,8 @@ _CURVES = {
 _COUNTED = ("launches_ms", "capacity_tries")  # their axis is their order
 
 _ARTIFACT_TYPE = "kvbench-records"
-_SUMMARY_SHOWN = 1  # one more whenever a summary comes to show the same records otherwise
+_MOST_FAILING = 4  # samples of a cell whose answers the summary shows
+_SUMMARY_SHOWN = 2  # one more whenever a summary comes to show the same records otherwise
 _CELL_COLUMNS = ("key", "model", "dataset", "policy", "budget", "positions", "status")
 _COMPARED_COLUMNS = (
     *("value", "low", "high", "verdict", "margin", "p_holm", "minimum_detectable", "num_samples", "num_clusters"),
@@ -89,7 +90,7 @@ def run_config(body: dict[str, Any]) -> dict[str, Any]:
     limits = {part: labels.get(f"budget_{part}") for part in ("fraction", "tokens")}
     nested = {
         **{part: {"name": labels[part], **settings[part]} for part in _NAMED},
-        "budget": {**settings["budget"], "name": labels["budget"], **limits},
+        "budget": {**settings["budget"], "name": budget_words(labels["budget"]), **limits},
         "positions": labels.get("positions"),
     }
     return {**cell, **nested, "key": body["key"], "sweep": body["sweep"], "environment": body["environment"]}
@@ -101,15 +102,24 @@ def cell_run(body: dict[str, Any], *, group: str = "") -> RunSpec:
     return RunSpec(
         id=body["key"][:16],
         digest=cell_digest(body),
-        name=f"{labels['policy']}@{labels['budget']}",
+        name=f"{labels['policy']}@{budget_words(labels['budget'])}",
         group=group or body["sweep"],
         job_type="cell",
         # Runs are filtered by them; wandb refuses empty tags and tags over 64 letters.
-        tags=sorted({str(name)[:64] for name in [*map(labels.get, _NAMED), body["status"]] if name}),
+        tags=sorted({str(name)[:64] for name in [*map(labels.get, _NAMED), _storage(body), body["status"]] if name}),
         config=run_config(body),
         fill=lambda run: _fill_cell(run, body),
         exit_code=0 if body["status"] in MEASURED else 1,
     )
+
+
+def _storage(body: dict[str, Any]) -> str:
+    """Return how the cache's entries are stored: by a format of their own, else in the model's type."""
+    cell: dict[str, Any] = body["cell"]
+    own, model = cell.get("storage"), cell.get("model")
+    name = own.get("name") if isinstance(own, dict) else own
+    kind = name or (model.get("dtype") if isinstance(model, dict) else None)
+    return f"storage {kind}" if kind else ""
 
 
 def cell_digest(body: dict[str, Any]) -> str:
@@ -166,7 +176,10 @@ def summary_of(folder: Path, sweep: str, keys: Collection[str], *, to: Path | No
     stored = [read_cell(RecordStore(folder).cell_folder(cell.key)).body for cell in results.records]
     bodies, shown = [redacted_body(body) for body in stored], hide_known(sweep)
     # A table's key has no slash: W&B would give its artifact a new name, and so a new one, at each upload.
-    tables = {"cells": _cells(results), "verdicts": _verdicts(compared), "best": _best(compared)}
+    tables = {
+        **{"leaderboard": _leaderboard(results), "failing": _failing(results)},
+        **{"cells": _cells(results), "verdicts": _verdicts(compared), "best": _best(compared)},
+    }
     figures, numbers = draw_pngs(results), dict(_to_full(compared))
 
     def fill(run: wandb.Run) -> None:
@@ -238,6 +251,43 @@ def _best(compared: _Compared) -> tuple[list[str], list[list[Any]]]:
             labels = (group.title, best.budget, measure(best.measure).label, group.series_label(best.cell))
             found = (best.estimate.value, best.estimate.low, best.estimate.high)
             rows.append([*labels, *found, group.series_label(best.runner_up), best.verdict])
+    return columns, rows
+
+
+def _leaderboard(results: Results) -> tuple[list[str], list[list[Any]]]:
+    """Return the places of every group and budget in its leading measure, as the page's first screen has them."""
+    from kvbench.report.first_screen import board_measures, leaderboard
+    from kvbench.report.standing import judge
+
+    columns = ["group", "budget", "measure", "rank", "policy", "value", "low", "high", "share of full"]
+    columns += ["kv_stored_bytes", "tpot_ms", "against the next", "failing samples"]
+    rows: list[list[Any]] = []
+    for group in results.groups:
+        judged = judge(group, leading_alone=True)
+        for budget, name in ((budget, name) for budget in group.by_budget for name in board_measures(judged)[:1]):
+            for place in leaderboard(judged, budget, name):
+                own, stored, step = place.quality, place.stored, place.step
+                labels = [group.title, budget, measure(name).label, place.rank, place.policy]
+                numbers = [own and own.value, own and own.low, own and own.high, place.share]
+                costs = [stored and stored.value, step and step.value]
+                rows.append([*labels, *numbers, *costs, place.word, place.num_collapsed])
+    return columns, rows
+
+
+def _failing(results: Results) -> tuple[list[str], list[list[Any]]]:
+    """Return the samples that lose most under every cell, with what was asked and answered."""
+    from kvbench.report.compare import leading_quality
+    from kvbench.report.standing import losses_of
+
+    columns = ["group", "policy", "budget", "sample", "loss", "question", "full cache", "answer", "reference"]
+    rows = []
+    for group in results.groups:
+        name = leading_quality(group)
+        for cell in group.budgeted if name else ():
+            samples = {str(one.get("id")): one for one in cell.samples}
+            for loss in [one for one in losses_of(group, cell, name or "") if one.collapsed][:_MOST_FAILING]:
+                told = (samples[loss.sample].get(part) for part in ("question", "full_text", "text", "reference"))
+                rows.append([group.title, group.series_label(cell), cell.budget, loss.sample, loss.loss, *told])
     return columns, rows
 
 

@@ -23,8 +23,9 @@ from kvbench.measures import MEASURES, TASK_MEASURES, format_with_interval, meas
 from kvbench.report.answer import sentences_before
 from kvbench.report.compare import DECLARED, Ability, Choices, Comparison, group_comparisons, leading_quality
 from kvbench.report.figures.draw import png_names
+from kvbench.report.first_screen import board_markdown, board_measures, headline
 from kvbench.report.load import Group, Results, flat_settings
-from kvbench.report.standing import best_policies, is_usable, leading_matrix
+from kvbench.report.standing import asked_budget, best_policies, is_usable, judge, leading_matrix
 from kvbench.report.tables import markdown_table, matrix_markdown
 from kvbench.results.files import replace_file
 from kvbench.results.redaction import hide_known
@@ -58,6 +59,7 @@ _LATENCY = ("tpot_ms", "ttft_ms", "tpot_ratio_to_full", "throughput_tokens_per_s
 _MEMORY = ("kv_stored_bytes", "peak_memory_bytes")
 _COMPARED = (*_QUALITY, "tpot_ratio_to_full")
 _CURVES = {"entries": "entries", "launches_ms": "launches"}
+_TABLES = ("leaderboard", "failing", "best", "verdicts", "cells")  # of the summary run
 _HEADLINES = 2  # measures of quality that the headline names
 _WIDTH, _HEIGHT, _PER_ROW = 8, 7, 3  # of a panel, in the report's 24 columns
 _BUDGET = "memory/realised_budget_fraction"
@@ -177,10 +179,11 @@ def _chapter(group: Group, compared: Sequence[Comparison], groups: Sequence[Grou
         [(f"{measure_group(name)}/{name}", measure(name).title) for name in names if name in measured]
         for names in (_QUALITY, _LATENCY, _MEMORY)
     )
+    parts = [*_board(group, choices), _verdict_table(group, compared), *_matrix(group, choices)]
     return Chapter(
         title=group.title,
         chosen=_chosen(group, groups),
-        text=hide_known("\n\n".join([_verdict_table(group, compared), *_matrix(group, choices)])),
+        text=hide_known("\n\n".join(parts)),
         quality=quality,
         latency=latency,
         memory=memory,
@@ -217,6 +220,17 @@ def _verdict_table(group: Group, compared: Sequence[Comparison]) -> str:
         texts.append((*names, label, *numbers, one.verdict, "primary" if one.primary else ""))
     before = (line for sentence in sentences_before(group) for line in (sentence, ""))
     return "\n".join([*before, *markdown_table(heads, texts)])
+
+
+def _board(group: Group, choices: Choices) -> Iterator[str]:
+    """Yield the page's first screen: its two sentences and the leaderboard of the headline's budget."""
+    judged = judge(group, choices, leading_alone=True)
+    budget, name = asked_budget(judged), next(iter(board_measures(judged)), None)
+    if budget is None or name is None:
+        return
+    yield " ".join(headline(judged, budget))
+    title = f"**Leaderboard at {budget} by {measure(name).label}**"
+    yield "\n".join([title, "", *board_markdown(judged, budget, name)])
 
 
 def _matrix(group: Group, choices: Choices) -> Iterator[str]:
@@ -275,9 +289,10 @@ def _report(outline: Outline, project: str, entity: str, *, on_server: bool) -> 
 def _panels(wr: Any, chapter: Chapter) -> dict[str, list[Any]]:
     """Return the panels by heading, laid out in rows; `wr` is wandb-workspaces' module of reports."""
     known = {key for key, _ in (*chapter.latency, *chapter.memory)}
-    pairs = [(_BUDGET, key, f"{title} against realised budget") for key, title in chapter.quality]
+    pairs = []  # what the page's Pareto figure shows comes first
     for cost, name in _COSTS.items():
         pairs += [(cost, key, f"{title} against {name}") for key, title in chapter.quality[:1] if cost in known]
+    pairs += [(_BUDGET, key, f"{title} against realised budget") for key, title in chapter.quality]
     keys = [_BUDGET, *(key for some in (chapter.memory, chapter.latency, chapter.quality) for key, _ in some[:1])]
     columns = [wr.ParallelCoordinatesPlotColumn(wr.Config("policy.name"), display_name="policy")]
     columns += [wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(key)) for key in keys]
@@ -290,7 +305,7 @@ def _panels(wr: Any, chapter: Chapter) -> dict[str, list[Any]]:
         return [wr.LinePlot(title=title, x=x, y=y)] if curve in chapter.curves else []
 
     times = (
-        "Time per token by launch, the full cache's beside it",
+        "Time per token by run, the full cache's beside it",
         "launch",
         ["launches/tpot_ms", "launches/full_tpot_ms"],
     )
@@ -326,7 +341,7 @@ def _of(sweeps: Sequence[str]) -> str:
 def _summary_grid(wr: Any, outline: Outline, place: dict[str, str]) -> wr.PanelGrid:
     filters = f'{_of(outline.sweeps)} and Metric("JobType") == "summary"'
     panels = [wr.MediaBrowser(title="Figures", media_keys=[*outline.figures], num_columns=2)]
-    panels += [wr.WeavePanelSummaryTable(table_name=name) for name in ("best", "verdicts", "cells")]
+    panels += [wr.WeavePanelSummaryTable(table_name=name) for name in _TABLES]
     for row, panel in enumerate(panels):
         panel.layout = wr.Layout(x=0, y=row * 2 * _HEIGHT, w=_WIDTH * _PER_ROW, h=2 * _HEIGHT)
     return wr.PanelGrid(runsets=[wr.Runset(**place, name="summary", filters=filters)], panels=panels)

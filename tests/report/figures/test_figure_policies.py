@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from kvbench.report.figures.living import look_of
 from kvbench.report.figures.style import (
     BUNDLED,
+    COLOUR_NAMES,
     DARK,
     LIGHT,
     OTHERS,
     PLOT_STYLE,
-    THEME_COLOURS,
     THEMES,
     Palette,
     Theme,
@@ -62,7 +65,8 @@ def test_a_policy_of_the_shipped_experiments_has_a_look_of_its_own_in_every_repo
     for path in (REPO / "conf/experiment").glob("*.yaml"):
         params = OmegaConf.select(OmegaConf.load(path), "hydra.sweeper.params") or {}
         if not any(name.startswith("+policy/") for name in params):  # a score with parts is another policy
-            swept |= {name for name in params.get("policy", "").split(",") if name and name != "glob(*)"}
+            named = str(params.get("policy", ""))
+            swept |= set() if named.startswith("glob(") else {name for name in named.split(",") if name}
     assert swept <= set(BUNDLED) <= {path.stem for path in (REPO / "conf/policy").glob("*.yaml")}
     assert len({shape.marker for shape in BUNDLED.values()}) == len(BUNDLED)
     looks = [(shape.colour, str(shape.line)) for shape in BUNDLED.values()]
@@ -115,8 +119,19 @@ def test_more_policies_than_looks_still_get_one() -> None:
 
 
 def test_a_page_can_swap_every_colour() -> None:
-    assert len(THEME_COLOURS) == len({*THEME_COLOURS}) == 12
-    for colour, variable in THEME_COLOURS.items():
-        name = variable.partition("--plot-")[2].partition(",")[0]
+    assert len(COLOUR_NAMES) == 12
+    for colour, name in COLOUR_NAMES.items():
         assert getattr(LIGHT, name) == colour
         assert PLOT_STYLE.count(f"--plot-{name}: {getattr(DARK, name)};") == 2
+
+
+def test_every_marker_is_an_outline_that_the_page_can_draw() -> None:
+    palette = Palette([*BUNDLED, *(f"p{i}" for i in range(len(OTHERS)))])
+    for name in BUNDLED:
+        look = look_of(palette.mark(name))
+        assert look["colour"] in COLOUR_NAMES.values()
+        numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", look["outline"])]
+        assert look["outline"].startswith("M")
+        assert 0.3 < max(map(abs, numbers)) <= 0.72, name
+    looks = {json.dumps(look_of(palette.mark(f"p{i}"))) for i in range(len(OTHERS))}
+    assert len(looks) == len(OTHERS)

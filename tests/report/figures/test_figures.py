@@ -4,19 +4,23 @@ import itertools
 import os
 import subprocess
 import sys
+import warnings
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from matplotlib.colors import to_hex
+from matplotlib.text import Text
 
 from kvbench.report.figures.draw import DRAW, draw_plots
 from kvbench.report.figures.kinds import FIGURES, FORMATS, WIDTHS
 from kvbench.report.figures.labels import Box
-from kvbench.report.figures.style import LIGHT, THEME_COLOURS
+from kvbench.report.figures.style import BUNDLED, COLOUR_NAMES, FAILED, LIGHT, OTHERS
 from kvbench.report.load import load_results
-from tests.report.figures.figure_data import draw, plots_of, svg_of, texts
+from tests.report.figures.figure_data import draw, drawn_once, plots_of, svg_of, texts
 from tests.report.synthetic import body, write_cell, write_sweep
 
+RECALL = "objects_recalled_fraction"
 REPO = Path(__file__).parents[3]
 IN_A_SWEEP = ["quality", "pareto", "latency", "memory", "entries", "differences"]
 EVERY_FORMAT = """
@@ -141,10 +145,11 @@ def test_failed_and_noisy_cells_are_marked(tmp_path: Path) -> None:
     write_cell(tmp_path, body(policy="elastic", status="noisy"))
     _, quality = draw(tmp_path, "quality")
     assert "oom" in texts(quality)
-    assert any(line.get_label() == "failed: h2o, 20 % of seen" for line in quality.axes[0].lines)
+    assert any(line.get_label() == "failed: h2o, 20 % tokens kept" for line in quality.axes[0].lines)
     for name in ("latency", "pareto"):
         _, figure = draw(tmp_path, name)
-        assert any("noisy" in text for text in texts(figure)), name
+        said = [text.get_text() for text in figure.findobj(Text)]
+        assert sum("noisy" in text for text in said) == 1, f"{name} says it once"
     assert "oom" in texts(draw(tmp_path, "latency")[1])
     assert "oom" in texts(draw(tmp_path, "memory")[1])
 
@@ -158,6 +163,56 @@ def test_a_noisy_cell_is_never_on_the_front_over_time(tmp_path: Path) -> None:
     by_bytes, by_time = ([len(line.get_xdata()) for line in axes.lines if line.get_label() == "front"]
                          for axes in figure.axes)  # fmt: skip
     assert (by_bytes, by_time) == ([2], [1])
+
+
+@pytest.mark.parametrize("name", IN_A_SWEEP)
+def test_a_figure_for_a_column_is_at_most_four_inches_high(sweep_folder: Path, name: str) -> None:
+    _, figure = draw(sweep_folder, name, width="single")
+    width, height = figure.get_size_inches()
+    assert (width, height <= 4.0) == (3.4, True)
+
+
+def test_of_very_many_policies_the_best_have_colours_and_names_and_the_rest_is_grey(tmp_path: Path) -> None:
+    write_cell(tmp_path, body(policy="full", budget=None))
+    for index in range(20):
+        for budget in (0.1, 0.2):
+            write_cell(tmp_path, body(policy=f"policy_{index:02}", budget=budget))
+    group, figure = draw(tmp_path, "quality", measures=("ppl",))
+    lines_by_name = {str(line.get_label()): line for line in figure.axes[0].lines}
+    grey = {name for name, line in lines_by_name.items() if line.get_color() == LIGHT.grid}
+    assert len(grey) == 14
+    best = sorted(group.by_budget["20 % tokens kept"], key=lambda cell: -cell.measurements[RECALL].value)[:6]
+    assert not grey & {f"ppl: {cell.policy}" for cell in best}, "the best in what leads"
+    assert not figure.legends
+    assert {text for text in texts(figure) if text.startswith("policy")} == {cell.policy for cell in best}
+
+
+@pytest.mark.long
+def test_many_policies_with_long_names_leave_room_for_the_panels(tmp_path: Path) -> None:
+    for index in range(24):
+        write_cell(tmp_path, body(policy=f"a_policy_with_a_name_as_long_as_those_of_variants_{index:02}"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, figure = draw(tmp_path, "quality")
+    assert all(axes.get_window_extent().height > 100 for axes in figure.axes if axes.get_visible())
+
+
+def test_what_failed_has_a_mark_that_no_policy_has(tmp_path: Path) -> None:
+    markers = {shape.marker for shape in (*BUNDLED.values(), *OTHERS)}
+    assert FAILED not in markers
+    write_cell(tmp_path, body(policy="full", budget=None))
+    write_cell(tmp_path, body(policy="h2o", status="oom"))
+    _, figure = draw(tmp_path, "quality")
+    failed = [line for line in figure.axes[0].lines if str(line.get_label()).startswith("failed")]
+    assert {line.get_marker() for line in failed} == {FAILED}
+
+
+def test_the_parts_of_memory_have_no_colour_of_a_policy(sweep_folder: Path) -> None:
+    _, figure = drawn_once(sweep_folder, "memory")
+    colours = {getattr(LIGHT, shape.colour) for shape in (*BUNDLED.values(), *OTHERS) if shape.colour != "ink"}
+    bars = [patch for patch in figure.axes[0].patches if patch.get_width() > 0]
+    assert bars
+    assert not {to_hex(patch.get_facecolor()) for patch in bars} & colours
 
 
 @pytest.mark.cover("one")
@@ -174,7 +229,8 @@ def test_labels_cover_neither_each_other_nor_leave_the_figure(sweep_folder: Path
         assert all(box.left >= 0 and box.right <= figure.bbox.width for box in boxes)
 
 
-def test_a_legend_takes_over_where_names_do_not_fit(tmp_path: Path) -> None:
+def test_a_legend_takes_over_where_names_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvbench.report.figures.axes.MANY", 100)
     for index in range(40):
         write_cell(tmp_path, body(policy=f"policy_{index:02}"))
     _, figure = draw(tmp_path, "quality", measures=("ppl",), width="single")
@@ -194,11 +250,11 @@ def test_a_policy_looks_the_same_in_a_figure_of_some_policies(sweep_folder: Path
     "name", [IN_A_SWEEP[0], *(pytest.param(one, marks=pytest.mark.long) for one in IN_A_SWEEP[1:])]
 )
 def test_only_colours_of_the_theme_are_used(sweep_folder: Path, name: str) -> None:
-    """So that a page can swap every one of them."""
+    """Colours that mean something are chosen in one place."""
     for svg in (svg_of(sweep_folder, name) or "",):
         used = {svg[i : i + 7] for i in range(len(svg)) if svg[i] == "#" and svg[i + 1 : i + 7].isalnum()}
         used = {colour for colour in used if len(colour) == 7 and set(colour[1:]) <= set("0123456789abcdef")}
-        assert used <= set(THEME_COLOURS)
+        assert used <= set(COLOUR_NAMES)
         assert LIGHT.ink in used
 
 

@@ -84,7 +84,7 @@ def test_nothing_of_wandb_runs_but_while_a_run_is_written(tmp_path: Path) -> Non
 
 def _check_run(run: dict[str, Any], body: dict[str, Any]) -> None:
     assert run["run_id"] == body["key"][:16]
-    assert run["name"] == "h2o@20 % of seen"
+    assert run["name"] == "h2o@20 % tokens kept"
     assert run["tags"] == ["h2o", "ok", "scenes", "tiny-llava"]
     assert run["config"]["policy"] == body["cell"]["policy"]
     assert run["config"]["dataset"] == {"name": "scenes"}

@@ -119,14 +119,17 @@ def test_the_same_records_give_the_same_bytes(
 def test_the_text_has_the_verdicts_and_the_panels_only_keys_that_runs_have(records: Path, spec: dict[str, Any]) -> None:
     blocks = spec["spec"]["blocks"]
     headline, table, definitions = (block["content"] for block in blocks if block["type"] == "markdown-block")
-    assert "20 % of seen, objects recalled: `h2o` is best with " in headline
+    assert "20 % tokens kept, objects recalled: `h2o` is best with " in headline
     assert ", shown to be better than `random`." in headline
-    assert "| h2o | 20 % of seen | log-loss of PPL, nats per token | +" in table
+    assert "| h2o | 20 % tokens kept | log-loss of PPL, nats per token | +" in table
     assert " | worse | primary |" in table
     verdicts, matrix = table.split("### Policy against policy: ")
     assert "| budget | policy | against h2o | against random |" in matrix
-    assert "| 20 % of seen | random | worse: -" in matrix
-    assert "against" not in verdicts
+    assert "| 20 % tokens kept | random | worse: -" in matrix
+    assert "against h2o" not in verdicts
+    assert "**Leaderboard at 20 % tokens kept by objects recalled**" in verdicts
+    assert re.search(r"\n\| 1 \| h2o \| .* \| better: \+", verdicts)
+    assert re.search(r"\n\| 2 \| random \| ", verdicts)
     assert "**Perplexity**: exp of" in definitions
     assert blocks[1]["type"] == "table-of-contents"
     known = set[str]()
@@ -203,7 +206,7 @@ def test_with_an_account_it_is_saved_and_the_next_time_saved_over(records: Path,
         server.close()
     (first_id, first), (second_id, second) = server.reports
     assert (first_id, second_id) == (None, "view")
-    assert "20 % of seen, objects recalled: `h2o` is best" in first
+    assert "20 % tokens kept, objects recalled: `h2o` is best" in first
     made_up = r'"(?:__)?id(?:__)?":"[^"]*"'
     assert re.sub(made_up, "", first) == re.sub(made_up, "", second)
     assert told[0].stdout.count(f"report saved: http://127.0.0.1:{server.port}/e/kvbench/reports/") == 2

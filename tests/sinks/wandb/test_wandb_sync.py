@@ -85,13 +85,13 @@ def test_a_cell_is_one_run_with_nested_settings_that_can_be_grouped_by(offline: 
     assert (config["policy"]["name"], config["model"]["name"], config["dataset"]["name"]) == (
         *("h2o", "tiny-llava", "scenes"),
     )
-    assert config["budget"] == {"name": "20 % of seen", "fraction": 0.2, "tokens": None}
+    assert config["budget"] == {"name": "20 % tokens kept", "fraction": 0.2, "tokens": None}
     assert (config["key"], config["sweep"], config["positions"]) == (BODIES[1]["key"], "first", "original")
     assert len(list((offline / "wandb").glob("offline-run-*"))) == 5, "four cells, and a summary of the one sweep"
 
 
 def test_the_summary_says_how_each_cell_compares_to_the_full_cache(summary: dict[str, Any]) -> None:
-    numbers, start = summary["summary"], "to_full/h2o@20 % of seen/"
+    numbers, start = summary["summary"], "to_full/h2o@20 % tokens kept/"
     assert numbers[f"{start}quality/rougeL_vs_full_verdict"] == "worse"
     low, value, high = (numbers[f"{start}quality/ppl{end}"] for end in ("_low", "", "_high"))
     assert 0 < low < value < high
@@ -112,6 +112,13 @@ def test_the_summary_run_shows_every_cell_and_verdict_and_the_best_policy(
     verdicts = shown_table(offline, summary, "verdicts")
     pairs = {(row["policy"], row["against"]) for row in verdicts}
     assert pairs == {("h2o", "full"), ("random", "full"), ("h2o", "random")}
+    board = shown_table(offline, summary, "leaderboard")
+    assert [(row["rank"], row["policy"], row["against the next"]) for row in board] == [
+        *((None, "full", "reference"), (1, "h2o", "better"), (2, "random", "")),
+    ]
+    failing = shown_table(offline, summary, "failing")
+    assert {row["policy"] for row in failing} <= {"h2o", "random"}
+    assert failing[0]["answer"] != failing[0]["full cache"]
     best = {row["measure"]: row for row in shown_table(offline, summary, "best")}
     assert (best["PPL"]["policy"], best["PPL"]["next policy"]) == ("h2o", "random")
     assert best["PPL"]["verdict against it"] == "better"
