@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "sinks": "errors measures results",
     "sweep": "errors cache datasets results models tasks autopsy sinks",
     "config": "errors __init__ measures cache datasets results models tasks autopsy sinks sweep",
+    "contract": "errors cache",
     "frontier.table": "errors measures results",  # what a search leaves: a file, as a record is
     "report": "errors __init__ measures stats results frontier.table",
     "autopsy.read": "errors results report",  # what the page shows of an autopsy
@@ -71,7 +72,7 @@ ONLY_IN = {
     "matplotlib": ["kvbench/report/figures/*.py"],
     "triton": ["kvbench/kernels/*.py"],
     "accelerate": ["kvbench/models/*.py"],
-    "transformers": ["kvbench/cache/*.py", "kvbench/models/*.py", "kvbench/bundled/*.py"],
+    "transformers": ["kvbench/cache/*.py", "kvbench/models/*.py", "kvbench/bundled/*.py", "kvbench/contract/*.py"],
 }
 A_COMMAND = "a command is called like the package whose door it is"
 AS_RELEASED = "the method as described; in released/ what published code does"
