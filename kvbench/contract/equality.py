@@ -258,9 +258,9 @@ def reads_the_attention_given(policy: Policy, *, budget: str, model: str) -> Non
     views: list[View] = []
 
     def noted(view: View, ask: Callable[[], Any]) -> Any:
-        given = {field.name: getattr(view, field.name) for field in dataclasses.fields(view)}
-        # later steps go on in the same tensors
-        views.append(View(**{name: one.clone() if isinstance(one, Tensor) else one for name, one in given.items()}))
+        shown = {field.name: getattr(view, field.name) for field in dataclasses.fields(view)}
+        copies: Any = {name: one.clone() if isinstance(one, Tensor) else one for name, one in shown.items()}
+        views.append(View(**copies))  # later steps go on in the same tensors
         return ask()
 
     tokens = random_tokens(30, 1, PROMPT + STEPS)
