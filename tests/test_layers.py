@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "sinks": "errors measures results",
     "sweep": "errors cache datasets results models tasks autopsy sinks",
     "config": "errors __init__ measures cache datasets results models tasks autopsy sinks sweep",
-    "contract": "errors cache config",
+    "contract": "errors cache datasets stats models tasks config",
     "frontier.table": "errors measures results",  # what a search leaves: a file, as a record is
     "report": "errors __init__ measures stats results frontier.table",
     "autopsy.read": "errors results report",  # what the page shows of an autopsy

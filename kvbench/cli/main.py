@@ -90,10 +90,12 @@ def _names(group: str) -> list[str]:
 # Each takes the words after its name and returns the exit code; imported only when asked for.
 SUBCOMMANDS = {
     "audit": "kvbench.cli.audit:audit_command",
+    "check-policy": "kvbench.cli.check_policy:check_policy_command",
     "diff": "kvbench.cli.diff:diff_command",
     "fetch": "kvbench.cli.fetch:fetch_command",
     "frontier": "kvbench.cli.frontier:frontier_command",
     "measures": "kvbench.cli.measures:measures_command",
+    "new-policy": "kvbench.cli.new_policy:new_policy_command",
     "plot": "kvbench.cli.plot:plot_command",
     "policies": "kvbench.cli.policies:policies_command",
     "report": "kvbench.cli.report:report_command",

@@ -6,6 +6,7 @@ parts are, the class and the settings say. One function makes the table of every
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 from collections.abc import Iterator, Sequence
@@ -38,8 +39,8 @@ class PolicyFacts:
     """One line of the list.
 
     what: the yaml's own first sentence. sources: arXiv numbers, or the code that is followed; empty for what nobody
-    published. score, allocation, merge, rhythm: its parts; `own plan` stands for a policy that is no score policy. cuts:
-    when entries go. total: whether the budget is used exactly, never exceeded, or an outcome. status: `as described`,
+    published. score, allocation, merge, rhythm: its parts; `own plan`: it is no score policy. cuts: when
+    entries go. total: whether the budget is used exactly, never exceeded, or an outcome. status: `as described`,
     `as released`, `baseline`, or `your own` for a yaml of another folder.
     """
 
@@ -75,6 +76,27 @@ def policy_named(name: str, config_dir: str | None = None) -> Policy:
         node = compose_grid([f"policy={name}"], multirun=False, config_dir=config_dir)[0].config.policy
     found: Policy = build(node, "policy", is_a=Policy)
     return found
+
+
+def policy_in_module(path: Path) -> Policy:
+    """Return the one policy of a module, its settings as the class has them. Raises: ConfigError, one line."""
+    try:
+        module = importlib.import_module(path.stem)
+    except Exception as error:
+        raise ConfigError(
+            f"{path} cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
+    if module.__file__ is None or Path(module.__file__).resolve() != path.resolve():
+        raise ConfigError(f"{path} has the name of another module, {module.__file__}; give it another one")
+    kinds = [one for one in vars(module).values() if isinstance(one, type) and issubclass(one, Policy)]
+    own = [kind for kind in kinds if kind.__module__ == module.__name__]
+    if len(own) != 1:
+        names = ", ".join(kind.__name__ for kind in own) or "none"
+        raise ConfigError(f"{path} has {len(own)} policy classes ({names}); give the yaml that names one of them")
+    try:
+        return own[0]()
+    except TypeError as error:
+        raise ConfigError(f"{own[0].__name__} has settings without a default ({error}); give its yaml") from error
 
 
 def facts_of(name: str, config_dir: str | None = None) -> PolicyFacts:

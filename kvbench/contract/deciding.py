@@ -105,7 +105,7 @@ class _NothingRead(TorchFunctionMode):
 
 @rule(
     "a decode step waits for no number of the device",
-    "or the graph engine cannot capture it",
+    "the graph engine captures the step, and nothing can be read while it does",
     budget=("tokens", "third_of_seen"),
 )
 def waits_for_nothing(policy: Policy, *, budget: str) -> None:
