@@ -25,8 +25,7 @@ from typing import Any
 
 REPO = Path(__file__).parents[1]
 KEPT = REPO / "runs" / "mutants.json"
-YAMLS = ("h2o", "snapkv", "elastic", "pyramidkv", "adakv")
-HARD = ("middle_first", "blocks", "ragged", "ragged_blocks")
+TRIED = ("middle_first", "h2o", "adakv", "pyramidkv", "blocks", "ragged", "elastic", "snapkv", "ragged_blocks")
 SURVIVED = "SURVIVED"
 
 
@@ -53,12 +52,13 @@ def _in(file: str, right: str, wrong: str) -> Mutant:
 MUTANTS: dict[str, Mutant] = {
     "an argsort is taken for ranks": _in("selection", "(_inverse(order) < budget", "(order < budget"),
     "one entry too few is kept": _in("selection", "< budget[..., None]) &", "< budget[..., None] - 1) &"),
-    "the sinks' offset is missing": _in("selection", "position < first[:, None, None],", "position < first[:, None, None] - 1,"),
+    "the sinks' offset is missing": _in(
+        "selection", "position < first[:, None, None],", "position < first[:, None, None] - 1,"
+    ),
     "scores are not moved with their entries": _in(
         "slots",
         "mass = None if entries.mass is None else entries.mass.gather(2, order)\n",
-        "mass = None if entries.mass is None else entries.mass.gather(2, torch.arange(order.shape[-1]).expand_as(order) "
-        "% entries.mass.shape[-1])\n",
+        "mass = None if entries.mass is None else entries.mass.gather(2, order.argsort(dim=-1))\n",
     ),
     "what is evicted is masked, and stays": _in(
         "layer",
@@ -67,8 +67,8 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "a view keeps the whole storage": _in(
         "slots",
-        "return entries.keys.gather(2, wide), entries.values.gather(2, wide), mass",
-        "return entries.keys.gather(2, wide), entries.values.gather(2, wide).repeat(1, 1, 2, 1)[:, :, : wide.shape[2]], mass",
+        "entries.values.gather(2, wide), mass",
+        "entries.values.gather(2, wide).repeat(1, 1, 2, 1)[:, :, : wide.shape[2]], mass",
     ),
     "the first row decides for the batch": _in(
         "selection", "return (_inverse(order) < budget[..., None])", "return (_inverse(order) < budget[..., None])[:1]"
@@ -77,22 +77,30 @@ MUTANTS: dict[str, Mutant] = {
         "layer", "self._layer_entries(row)[self.setup.layer]", "self._layer_entries(row)[0]"
     ),
     "the state of the last sequence stays": _in(
-        "layer", "self.slots = self.counts = None\n", 'self.counts = None\n        self.slots = getattr(self, "slots", None)\n'
+        "layer",
+        "self.slots = self.counts = None\n",
+        'self.counts = None\n        self.slots = getattr(self, "slots", None)\n',
     ),
     "a window of none is a window of all": _in(
         "selection", "return sinks, seen - recent", "return sinks, torch.where(recent == 0, 0, seen - recent)"
     ),
     "keys are gathered in another order than their positions": _in(
-        "slots", "keys, values, mass = moved(entries, plan, order, length)", "keys, values, mass = moved(entries, plan, order.sort(-1, descending=True).values, length)"
+        "slots",
+        "keys, values, mass = moved(entries, plan, order, length)",
+        "keys, values, mass = moved(entries, plan, order.sort(-1, descending=True).values, length)",
     ),
     "of equals the older stays": _in(
-        "selection", "newest_first = position.argsort(dim=-1, descending=True)", "newest_first = position.argsort(dim=-1)"
+        "selection",
+        "newest_first = position.argsort(dim=-1, descending=True)",
+        "newest_first = position.argsort(dim=-1)",
     ),
     "positions drift by one at decode": _in(
         "layer", "slots.write(keys, values, self.counts.seen - 1)", "slots.write(keys, values, self.counts.seen)"
     ),
     "the budget of query heads is given to KV heads": _in(
-        "policy", "score, entries = ranking(self, view), view.budget\n", "score, entries = ranking(self, view), 2 * view.budget\n"
+        "policy",
+        "score, entries = ranking(self, view), view.budget\n",
+        "score, entries = ranking(self, view), 2 * view.budget\n",
     ),
     "allocation: what rounding leaves is lost": _in(
         "parts", "return whole + ((place < missing) & (rest >= 0)).long()", "return whole"
@@ -112,18 +120,18 @@ MUTANTS: dict[str, Mutant] = {
     "rhythm: a block is cut one token late": _in(
         "counts", "return [h - a >= self.block_tokens for", "return [h - a > self.block_tokens for"
     ),
-}  # fmt: skip
+}
 
 
 def caught_by(mutant: Mutant) -> str:
     """Return which policy breaks which rule with the mistake in this process; `SURVIVED` if none does."""
     _plant(REPO / mutant.file, mutant.text())
-    from kvbench.contract.catalogue import policy_named
+    from kvbench.contract.catalogue import policy_named, policy_names
     from kvbench.contract.trial import findings
     from tests.contract import middle_first
 
-    for name in (*YAMLS, *HARD):
-        for finding in findings(policy_named(name) if name in YAMLS else middle_first(name)):
+    for name in TRIED:
+        for finding in findings(policy_named(name) if name in policy_names() else middle_first(name)):
             if finding.outcome == "broken":
                 return f"{finding.rule.name} ({name})"
     return SURVIVED

@@ -117,7 +117,7 @@ def facts_of(name: str, config_dir: str | None = None) -> PolicyFacts:
         name=name,
         what=what,
         sources=sources,
-        score=type(policy).__name__ if is_score else "own plan" if policy.bounded else "",
+        score=type(policy).__name__ if is_score else "own plan" if policy.bounded else "keeps all",
         allocation=_part(policy, "allocation") or "uniform",
         merge=_part(policy, "merge") or ("own" if "merge_into=" in inspect.getsource(type(policy)) else "drop"),
         rhythm=_rhythm(policy),

@@ -46,7 +46,7 @@ def no_total(policy: Policy) -> str | None:
 def is_frozen(policy: Policy) -> None:
     """Raise BrokenRuleError for what can be changed, or is not a dataclass."""
     kind = type(policy)
-    settings = getattr(kind, "__dataclass_params__", None)
+    settings = vars(kind).get("__dataclass_params__")  # not those of a base
     demand(
         settings is not None and settings.frozen,
         f"{kind.__name__} is no frozen dataclass; write @dataclass(frozen=True)",
