@@ -182,21 +182,27 @@ class Needles:
         return frozenset(example.reference for example in self._examples if example.reference in numbers)
 
 
-_RECALL_VERSION = 1
+# 2: a value is several words. The first token of an answer comes from the prompt's own forward, before any cut, so a
+# value of one token (version 1) is found by every policy that is shown the question.
+_RECALL_VERSION = 2
 _STATED = "Here is {}'s {} {}."
-_WORD = re.compile(r"\w+")
+_FIRST_VALUE = re.compile(r"\W*(\w+ \w+)")
 # A value stands right after its key, and each fits after every key: what a small model can do.
 _OWNERS = (
     *("Anna", "Bruno", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Irene"),
     *("Jacob", "Karen", "Louis", "Maria", "Nathan", "Olivia", "Peter", "Rachel", "Simon"),
 )
 _COLOURS = (
-    *("amber", "black", "blue", "brown", "copper", "golden", "green", "grey", "ivory"),
+    *("amber", "black", "blue", "brown", "crimson", "golden", "green", "grey", "ivory"),
     *("lilac", "orange", "pink", "purple", "red", "silver", "violet", "white", "yellow"),
 )
 _THINGS = (
     *("anchor", "basket", "bottle", "button", "candle", "carpet", "chair", "clock", "drum"),
     *("feather", "hammer", "kettle", "ladder", "lantern", "mirror", "needle", "pillow", "ribbon"),
+)
+_MATERIALS = (
+    *("bamboo", "brass", "clay", "copper", "cotton", "glass", "iron", "leather", "linen"),
+    *("marble", "paper", "plastic", "rubber", "silk", "steel", "stone", "straw", "wool"),
 )
 
 
@@ -204,9 +210,10 @@ _THINGS = (
 class Recall:
     """`num_samples` texts of `num_keys` things, each somebody's and of its own colour, which begin to state one again.
 
-    "Here is Anna's red" goes on with what it was: a text to be completed, without chat template, so that a model that
-    was never taught to answer can do it. The question is that last begin; hidden, the text before it is compressed
-    alone. Which thing is asked for steps through the places, so that every depth comes equally often; the id holds it.
+    "Here is Anna's red" goes on with what it was, "silk ribbon": a text to be completed, without chat template, so that
+    a model that was never taught to answer can do it. Only what comes after the first token is read from a cache that
+    was cut. The question is that last begin; hidden, the text before it is compressed alone. Which
+    thing is asked for steps through the places, so that every depth comes equally often; the id holds it.
     filler_words: after each thing, at least. Raises: ConfigError.
     """
 
@@ -239,10 +246,12 @@ class Recall:
     def _text(self, number: int) -> Example:
         rng = random.Random(f"recall-v{_RECALL_VERSION}/{self.seed}/{number}")
         place = number % self.num_keys
-        owners, colours, things = (rng.sample(words, self.num_keys) for words in (_OWNERS, _COLOURS, _THINGS))
+        owners, colours = (rng.sample(words, self.num_keys) for words in (_OWNERS, _COLOURS))
+        materials, things = (rng.sample(words, self.num_keys) for words in (_MATERIALS, _THINGS))
+        values = [f"{material} {thing}" for material, thing in zip(materials, things, strict=True)]
         sentences: list[str] = []
-        for key in zip(owners, colours, things, strict=True):
-            sentences.append(_STATED.format(*key))
+        for stated in zip(owners, colours, values, strict=True):
+            sentences.append(_STATED.format(*stated))
             num_words = 0
             while num_words < self.filler_words:
                 sentences.append(_filler_sentence(rng))
@@ -253,13 +262,13 @@ class Recall:
             cluster=name,
             context=" ".join(sentences) + " ",
             question=_STATED.format(owners[place], colours[place], "").removesuffix(" ."),
-            reference=things[place],
-            facts=frozenset((things[place],)),
+            reference=values[place],
+            facts=frozenset((values[place],)),
             fact_noun="needles",
             completes=True,
         )
 
     def facts_in(self, text: str) -> frozenset[Hashable]:
-        """Return the first word of `text` if it is one of the things: the text goes on, and that is no answer."""
-        first = _WORD.search(text)
-        return frozenset((first[0],)).intersection(_THINGS) if first else frozenset()
+        """Return the two words that `text` begins with: the text goes on, and that is no answer."""
+        value = _FIRST_VALUE.match(text)
+        return frozenset(value.groups()) if value else frozenset()

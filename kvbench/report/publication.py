@@ -10,7 +10,8 @@ lie there are made again. A page of `docs` says which table of which records sta
     ...
     <!-- end of table -->
 
-Between the two lines everything is made. Records that are not there yet leave a sentence that says so.
+Between the two lines everything is made. Records that are not there yet leave a sentence that says so. A figure beside
+a page is asked for in the same way, in one line: `<!-- figure: file=positions.svg records=... kind=positions ... -->`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from kvbench.errors import ConfigError, KvbenchError, check_known
 from kvbench.measures import MISSING, format_with_interval, measure
 from kvbench.report.build import write_report
 from kvbench.report.compare import compare, difference_text
+from kvbench.report.figures.modes import MODES, positions_svg
 from kvbench.report.laws import law_rows, laws_csv, laws_markdown, load_laws
 from kvbench.report.load import CellResult, Results, clusters_of, load_results, scores_of
 from kvbench.report.tables import markdown_table
@@ -37,8 +39,8 @@ from kvbench.results.files import replace_file
 from kvbench.stats.paired import Inference, infer, paired_sums
 
 _BLOCK = re.compile(r"(<!-- table: ([^>]*) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+_FIGURE = re.compile(r"<!-- figure: ([^>]*) -->")
 _NOT_YET = "Not measured yet: `{}` holds no records."
-_MODES = ("original", "in_cache", "released")
 _LAWS = {"laws.md": laws_markdown, "laws.csv": laws_csv}
 
 
@@ -53,6 +55,7 @@ def published(root: Path) -> dict[Path, bytes]:
     for page in sorted((root / "docs").glob("*.md")):
         if text := filled_page(root, page):
             made[page] = text.encode()
+        made |= _figures_of(root, page)
     return made
 
 
@@ -63,6 +66,17 @@ def filled_page(root: Path, page: Path) -> str:
     """
     text, read = page.read_text(encoding="utf-8"), cache(load_results)
     return _BLOCK.sub(lambda block: _filled(root, block, read), text) if _BLOCK.search(text) else ""
+
+
+def _figures_of(root: Path, page: Path) -> dict[Path, bytes]:
+    """Return the figures that a page asks for; none where there are no records."""
+    made: dict[Path, bytes] = {}
+    for asked in _FIGURE.findall(page.read_text(encoding="utf-8")):
+        words = _words(asked)
+        check_known("the kind of a figure", words.get("kind", ""), _FIGURES)
+        if _has_records(root, words):
+            made[page.parent / words["file"]] = _FIGURES[words["kind"]](load_results(root / words["records"]), words)
+    return made
 
 
 def _files_of(folder: Path) -> dict[Path, bytes]:
@@ -85,12 +99,20 @@ def _kind(path: Path) -> str:
 
 
 def _filled(root: Path, block: re.Match[str], read: Callable[[Path], Results]) -> str:
-    words = dict(word.split("=", 1) for word in block[2].split())
-    place = words.get("records", "")
+    words = _words(block[2])
     check_known("the kind of a table", words.get("kind", ""), _KINDS)
-    has_records = bool(place) and any((root / place / "cells").glob("*/record.json"))
-    lines = _KINDS[words["kind"]](read(root / place), words) if has_records else [_NOT_YET.format(place)]
+    place = words.get("records", "")
+    lines = _KINDS[words["kind"]](read(root / place), words) if _has_records(root, words) else [_NOT_YET.format(place)]
     return f"{block[1]}\n{chr(10).join(lines)}\n\n{block[3]}"
+
+
+def _words(asked: str) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in asked.split())
+
+
+def _has_records(root: Path, words: Mapping[str, str]) -> bool:
+    place = words.get("records", "")
+    return bool(place) and any((root / place / "cells").glob("*/record.json"))
 
 
 def _laws(results: Results, words: Mapping[str, str]) -> Iterator[str]:
@@ -109,10 +131,10 @@ def _positions(results: Results, words: Mapping[str, str]) -> Iterator[str]:
     cells, names = _chosen(results, words), words["measure"].split(",")
     rows = []
     for policy in dict.fromkeys(cell.labels["policy"] for cell in cells):
-        found = (_one(cells, policy, mode) for mode in _MODES)
+        found = (_one(cells, policy, mode) for mode in MODES)
         rows.append([policy, *("; ".join(_estimate(cell, name) for name in names) for cell in found)])
     label = "; ".join(measure(name).label for name in names)
-    yield from markdown_table([label, *_MODES], rows, "lrrr")
+    yield from markdown_table([label, *MODES], rows, "lrrr")
 
 
 def _differences(results: Results, words: Mapping[str, str]) -> Iterator[str]:
@@ -121,9 +143,9 @@ def _differences(results: Results, words: Mapping[str, str]) -> Iterator[str]:
     rows = []
     for pair in words["pairs"].split(","):
         names = pair.split("-")
-        arms = ([_one(cells, policy, mode) for policy in names] for mode in _MODES)
+        arms = ([_one(cells, policy, mode) for policy in names] for mode in MODES)
         rows.append([f"{names[0]} minus {names[1]}", *(_difference(first, second, name) for first, second in arms)])
-    yield from markdown_table([measure(name).label, *_MODES], rows, "lrrr")
+    yield from markdown_table([measure(name).label, *MODES], rows, "lrrr")
 
 
 def _shifts(results: Results, words: Mapping[str, str]) -> Iterator[str]:
@@ -131,9 +153,9 @@ def _shifts(results: Results, words: Mapping[str, str]) -> Iterator[str]:
     cells, name = _chosen(results, words), words["measure"]
     rows = []
     for policy in dict.fromkeys(cell.labels["policy"] for cell in cells if not cell.is_full):
-        first, *others = (_one(cells, policy, mode) for mode in _MODES)
+        first, *others = (_one(cells, policy, mode) for mode in MODES)
         rows.append([policy, *(_difference(other, first, name) for other in others)])
-    heads = [measure(name).label, *(f"{mode} minus {_MODES[0]}" for mode in _MODES[1:])]
+    heads = [measure(name).label, *(f"{mode} minus {MODES[0]}" for mode in MODES[1:])]
     yield from markdown_table(heads, rows, "lrr")
 
 
@@ -185,6 +207,9 @@ _KINDS: Mapping[str, Callable[[Results, Mapping[str, str]], Iterable[str]]] = {
     "shifts": _shifts,
     "parts": _parts,
     "effects": _effects,
+}
+_FIGURES: Mapping[str, Callable[[Results, Mapping[str, str]], bytes]] = {
+    "positions": lambda results, words: positions_svg(_chosen(results, words), words["measure"]),
 }
 
 
@@ -250,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KvbenchError as error:
         sys.stderr.write(f"kvbench: {error}\n")
         return 2
-    stale = [path for path, data in made.items() if path.read_bytes() != data]
+    stale = [path for path, data in made.items() if not path.is_file() or path.read_bytes() != data]
     for path in stale:
         sys.stdout.write(f"{'out of date' if args.check else 'made again'}: {path.relative_to(args.root)}\n")
         if not args.check:

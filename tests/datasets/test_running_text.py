@@ -160,13 +160,14 @@ def test_a_text_begins_to_state_a_thing_again_and_every_place_comes_equally_ofte
         assert len(stated) == 2, "the key has one value, and the question begins to state it"
         assert stated[0].count("Here is ") == number % 4
         assert example.context.count("Here is ") == 4
-        assert 80 <= len(example.context.split()) < 140
+        assert 80 <= len(example.context.split()) < 150
         assert example.completes
         assert example.can_hide_question
         assert example.id == f"recall/{number}/depth-{number % 4 / 3:.2f}"
         assert data.facts_in(f" {example.reference}. Here is Anna's") == example.facts == {example.reference}
-    assert data.facts_in("anchor. Here is Anna's red basket.") == {"anchor"}, "the first word is the answer"
-    assert data.facts_in("small anchor") == data.facts_in("anchors") == data.facts_in("") == frozenset()
+        assert len(example.reference.split()) == 2, "one token of it is decided before any cut; the rest is not"
+    assert data.facts_in("silk anchor. Here is Anna's red tin drum.") == {"silk anchor"}, "the text goes on"
+    assert data.facts_in("anchor.") == data.facts_in("anchor, silk") == data.facts_in("") == frozenset()
 
 
 def test_recall_follows_from_the_seed_alone() -> None:

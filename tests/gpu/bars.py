@@ -207,7 +207,7 @@ def deciding_rows(loaded: LoadedModel, name: str, scale: Scale) -> Iterator[Row]
             run = partial(launch, loaded, batch, setting, scale.peer_tokens)
             seen: list[Any] = []
             run(observe=seen.append)
-            deciding = deciding_ms(seen[-1], policy, loaded.device)
+            deciding = deciding_ms(seen[-1], policy)
             seen.clear()
             tpot_ms = statistics.median(run().tpot_ms for _ in range(2))
         except Exception as error:  # a policy that a graph does not take must not cost the others

@@ -125,16 +125,16 @@ def test_blocks_of_queries_that_see_all_keys_of_a_block_need_no_mask(
         torch.testing.assert_close(mass, column_mass(chunk, "mean"), rtol=2e-6, atol=2e-6)
 
 
-def test_long_prompts_get_blocks_of_more_keys_where_registers_allow() -> None:
+def test_long_prompts_get_one_more_stage_where_shared_memory_allows() -> None:
     from kvbench.kernels.prefill import mass_tiles_for
 
-    def keys(width: int, entries: int, reduction: str, dtype: torch.dtype = torch.bfloat16) -> int:
-        return mass_tiles_for(torch.empty(1, 1, 1, width, dtype=dtype), entries, reduction).block_k
+    def stages(width: int, entries: int, reduction: str, dtype: torch.dtype = torch.bfloat16) -> int:
+        return mass_tiles_for(torch.empty(1, 1, 1, width, dtype=dtype), entries, reduction).num_stages
 
-    assert keys(128, 32_768, "mean") == 2 * keys(128, 900, "mean")
-    assert keys(128, 32_768, "max") == keys(128, 900, "max")
-    assert keys(256, 32_768, "mean") == keys(256, 900, "mean")
-    assert keys(128, 32_768, "mean", torch.float32) == keys(128, 900, "mean", torch.float32)
+    assert stages(128, 32_768, "mean") == stages(128, 900, "mean") + 1
+    assert stages(128, 32_768, "max") == stages(128, 900, "max")
+    assert stages(256, 32_768, "mean") == stages(256, 900, "mean")
+    assert stages(128, 32_768, "mean", torch.float32) == stages(128, 900, "mean", torch.float32)
 
 
 @pytest.mark.gpu
