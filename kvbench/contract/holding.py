@@ -97,7 +97,8 @@ def uses_its_budget(policy: Policy, *, budget: str) -> None:
         sizes = [len(head) for head in cells(held)]
         told = f"{step} steps after the prompt the heads hold {sizes} entries, where each is given {before}"
         demand(is_divided(policy) or set(sizes) == {before}, told)
-        demand(sum(sizes) == before * len(sizes) or total_of(policy) == "bounded", told)
+        most_in_all = before * len(sizes)
+        demand(sum(sizes) == most_in_all or (total_of(policy) == "bounded" and sum(sizes) < most_in_all), told)
 
 
 @rule(
@@ -186,14 +187,15 @@ def frees_bytes(policy: Policy, *, reserve: int, positions: Any) -> None:
     slot_bytes = 2 * 2 * 8 * 4  # key and value, KV heads, head size, float32
     heads = [len(head) for held in trace.held for head in cells(held)]
     full_bytes = 2 * slot_bytes * (prompt + STEPS)
-    slack = 0 if reserve or When.DECODE in policy.when else 64
-    stored, most = cache.occupancy().stored_bytes, 2 * slot_bytes * (max(heads) + 1 + block(policy, 1) + slack)
+    slack = block(policy, 1) + (0 if reserve or When.DECODE in policy.when else 64)
+    stored, most = cache.occupancy().stored_bytes, 2 * slot_bytes * (max(heads) + 1 + slack)
     demand(
         stored <= most,
         f"keys and values take {stored:,} bytes where {max(heads)} entries a head are held; at most {most:,}",
     )
-    tensors = tensors_of(cache)
-    reached = storage_bytes(tensors)
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}  # a policy may read the model's
+    tensors = [tensor for tensor in tensors_of(cache) if tensor.untyped_storage().data_ptr() not in weights]
+    reached = storage_bytes(tensors) - sum(layer.ring_bytes for layer in cache.policy_layers)
     demand(
         stored <= reached < full_bytes / 4 + 2 * slot_bytes * slack,
         f"the cache reaches {reached:,} bytes, a full one of {prompt + STEPS} tokens {full_bytes:,}",
@@ -202,7 +204,7 @@ def frees_bytes(policy: Policy, *, reserve: int, positions: Any) -> None:
     demand(not larger, f"{len(larger)} tensors of the cache are views of larger ones, which stay alive")
     if is_divided(policy):
         held = sum(len(head) for head in cells(trace.held[-1]))
-        spare = 4 * (2 + block(policy, 1) + slack)  # of 2 layers with 2 heads: a free slot, and one for rounding up
+        spare = 4 * (2 + slack)  # of 2 layers with 2 heads: a free slot, and one for rounding up
         demand(
             stored <= slot_bytes // 2 * (held + spare), f"keys and values take {stored:,} bytes for {held} entries held"
         )
@@ -223,4 +225,4 @@ def lets_the_prompt_go(policy: Policy, *, positions: Any) -> None:
         drive(model, cache, random_tokens(8, 1, PROMPT), PROMPT)
     gc.collect()
     alive = sum(storage() is not None for storage in storages)
-    demand(len(storages) == 4 and not alive, f"{alive} of 4 keys and values of the prompt are still reachable")
+    demand(len(storages) >= 4 and not alive, f"{alive} of {len(storages)} keys and values are still reachable")

@@ -148,7 +148,9 @@ def protected_counts(policy: ScorePolicy, size: int) -> tuple[int, int]:
 
 @cache
 def merges(policy: Policy) -> bool:
-    """Return whether the policy merges prompt entries, seen from the stored keys of a prompt over budget."""
+    """Return whether the policy merges entries: by a part, or seen from the stored keys of a prompt over budget."""
+    if isinstance(policy, ScorePolicy) and policy.merge is not None:
+        return True
     model, tokens = tiny_model("llama_gqa"), random_tokens(3, 1, PROMPT)
     full = drive(model, PolicyCache(model, policy), tokens, PROMPT).cache
     cut = drive(model, PolicyCache(model, policy, Budget(tokens=5)), tokens, PROMPT).cache
