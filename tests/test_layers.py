@@ -90,6 +90,7 @@ ALIKE = {
     "frontier": A_COMMAND,
     "h2o": AS_RELEASED,
     "measures": f"{A_COMMAND}; beside the packages, what every one of them may name",
+    "policies": A_COMMAND,
     "page": "the page; the autopsy's section of it",
     "released": "the policies; what they do to the cache",
     "report": f"{A_COMMAND}; sinks/wandb/report is W&B's own kind of report",

@@ -3,6 +3,7 @@
 kvbench policies
 kvbench policies snap --json
 kvbench policies --config-dir conf
+kvbench policies snap --costs       what each takes on this machine, beside the model
 kvbench policies --update .         the lists in README.md and docs/policies.md of a checkout
 """
 
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from kvbench.cli import Parser
 from kvbench.cli.sweep import make_importable, quiet_libraries
-from kvbench.errors import ConfigError, close_matches
+from kvbench.errors import ConfigError, KvbenchError, close_matches
+from kvbench.measures import format_bytes
 from kvbench.results.files import replace_file
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ def policies_command(arguments: Sequence[str]) -> int:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="all facts as JSON")
     form.add_argument("--markdown", action="store_true", help="the same table in Markdown")
+    form.add_argument("--costs", action="store_true", help="measure what each takes on this machine, as Markdown")
     form.add_argument("--update", metavar="CHECKOUT", type=Path, help="make the lists of its pages anew")
     args = parser.parse_args(list(arguments))
     quiet_libraries()
@@ -49,6 +52,8 @@ def policies_command(arguments: Sequence[str]) -> int:
         print(json.dumps([asdict(one) for one in found], indent=2))
     elif args.markdown:
         print("\n".join(full_markdown(found)))
+    elif args.costs:
+        _print_costs([one.name for one in found], args.config_dir)
     else:
         _print_table(found)
     return 0
@@ -79,6 +84,27 @@ def _print_table(facts: Sequence[PolicyFacts]) -> None:
         drawn.add_row(*row)
     console = Console()
     (console if console.is_terminal else Console(width=240)).print(drawn)
+
+
+def _print_costs(names: Sequence[str], config_dir: str | None) -> None:
+    """Measure policy after policy on the bundled model, and print a row for each as it comes."""
+    from kvbench.contract.catalogue import policy_named
+    from kvbench.contract.standing import BATCH_SIZE, FRACTION, costs, small_model
+
+    loaded = small_model()
+    print(f"{BATCH_SIZE} prompts of scenes, bundled model, {FRACTION:.0%} of the tokens seen, CPU\n")
+    print(
+        "| policy | reads | per prompt, ms | per step, ms | statistics | keys and values |\n|---|---|---|---|---|---|"
+    )
+    for name in names:
+        try:
+            found = costs(policy_named(name, config_dir), loaded)
+        except KvbenchError as error:
+            print(f"| `{name}` | {' '.join(str(error).split())} | | | | |", flush=True)
+            continue
+        times = f"{found.prompt_ms:.2f} | {found.step_ms:.3f}"
+        held = f"{format_bytes(found.statistics_bytes)} | {format_bytes(found.kv_bytes)}"
+        print(f"| `{name}` | {', '.join(found.needs).lower()} | {times} | {held} |", flush=True)
 
 
 def _update(checkout: Path, facts: Sequence[PolicyFacts]) -> int:

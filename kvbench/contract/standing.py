@@ -30,7 +30,7 @@ BESIDE = ("full", "h2o", "snapkv", "random")
 FRACTION = 0.2
 NUM_SCENES = 12
 _REPEATS = 5
-_BATCH_SIZE = 4
+BATCH_SIZE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def small_model() -> LoadedModel:
 
 def costs(policy: Policy, loaded: LoadedModel) -> Costs:
     """Measure what a policy costs beside the model. Raises: KvbenchError."""
-    batch = prompt_batch(loaded, Scenes(num_samples=_BATCH_SIZE).examples())
+    batch = prompt_batch(loaded, Scenes(num_samples=BATCH_SIZE).examples())
     caches: list[PolicyCache] = []
     settled: list[float] = []
     for _ in range(_REPEATS):
@@ -67,7 +67,7 @@ def costs(policy: Policy, loaded: LoadedModel) -> Costs:
     held = cache.occupancy()
     return Costs(
         needs=tuple(need.name for need in Needs if need in needs_of(policy) and need.name is not None),
-        batch_size=_BATCH_SIZE,
+        batch_size=BATCH_SIZE,
         prompt_tokens=max(batch.prompt_tokens),
         prompt_ms=statistics.median(settled),
         step_ms=deciding_ms(cache, policy).value or 0.0,
