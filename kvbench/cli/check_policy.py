@@ -21,7 +21,6 @@ from kvbench.errors import ConfigError, missing_path
 from kvbench.measures import format_bytes
 
 if TYPE_CHECKING:
-    from kvbench.cache import Policy
     from kvbench.contract.trial import Finding
 
 _OUTCOMES = {"holds": "holds", "broken": "BROKEN", "not asked": "not asked"}
@@ -62,7 +61,7 @@ def check_policy_command(arguments: Sequence[str]) -> int:
     return 1 if broken else 0
 
 
-def _policy(asked: str, config_dir: str | None) -> tuple[str, Policy]:
+def _policy(asked: str, config_dir: str | None) -> tuple[str, Any]:
     """Return name and policy of a name, a yaml or a module. Raises: ConfigError, one line."""
     from kvbench.contract.catalogue import policy_in_module, policy_named
 
@@ -102,9 +101,9 @@ def _plain(finding: Finding) -> dict[str, Any]:
     return {**told, "outcome": finding.outcome, "line": finding.line, "num_cases": finding.num_cases}
 
 
-def _measured(name: str, policy: Policy, *, show: bool) -> dict[str, Any]:
+def _measured(name: str, policy: Any, *, show: bool) -> dict[str, Any]:
     """Measure costs and standing, print them as they come, and return them as plain data."""
-    from kvbench.contract.standing import FRACTION, NUM_SCENES, costs, neighbours, small_model, standing
+    from kvbench.contract.costs import FRACTION, NUM_SCENES, costs, neighbours, small_model, standing
 
     loaded = small_model()
     cost = costs(policy, loaded)
