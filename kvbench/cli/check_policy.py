@@ -103,7 +103,7 @@ def _plain(finding: Finding) -> dict[str, Any]:
 
 def _measured(name: str, policy: Any, *, show: bool) -> dict[str, Any]:
     """Measure costs and standing, print them as they come, and return them as plain data."""
-    from kvbench.contract.costs import FRACTION, NUM_SCENES, costs, neighbours, small_model, standing
+    from kvbench.contract.comparison import FRACTION, NUM_SCENES, costs, neighbours, small_model, standing
 
     loaded = small_model()
     cost = costs(policy, loaded)

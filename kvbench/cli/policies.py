@@ -89,7 +89,7 @@ def _print_table(facts: Sequence[PolicyFacts]) -> None:
 def _print_costs(names: Sequence[str], config_dir: str | None) -> None:
     """Measure policy after policy on the bundled model, and print a row for each as it comes."""
     from kvbench.contract.catalogue import policy_named
-    from kvbench.contract.costs import BATCH_SIZE, FRACTION, costs, small_model
+    from kvbench.contract.comparison import BATCH_SIZE, FRACTION, costs, small_model
 
     loaded = small_model()
     print(f"{BATCH_SIZE} prompts of scenes, bundled model, {FRACTION:.0%} of the tokens seen, CPU\n")

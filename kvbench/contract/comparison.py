@@ -1,4 +1,4 @@
-"""What a policy costs on this machine, and where it stands beside others on a small set, in seconds.
+"""A policy compared: what it costs on this machine, and where it stands beside others on a small set, in seconds.
 
 The bundled picture model answers a few held-out scenes with a fifth of the cache: perplexity, teacher-forced through
 the policy's own decode, with its interval. Costs are of the same prompts. It says whether a policy works, not how it
