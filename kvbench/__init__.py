@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvbench.cache import (
         Allocation,
         Budget,
+        Joining,
         Kind,
         Merge,
         Needs,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Allocation",
     "Budget",
+    "Joining",
     "Kind",
     "Merge",
     "Needs",

@@ -29,6 +29,11 @@ from tests.covering import YAMLS as YAMLS
 CLOSE = dict(zip(("rtol", "atol"), terms.CLOSE, strict=True))
 
 
+def is_outcome(policy: Policy) -> bool:
+    """Whether how much is held is an outcome that no budget bounds."""
+    return terms.total_of(policy) == "data_dependent"
+
+
 def keep(rule: Rule, policy: Policy, **case: Any) -> None:
     """Try a rule of the contract on a policy, unless it asks nothing of it."""
     if why := rule.spares(policy):

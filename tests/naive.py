@@ -19,13 +19,17 @@ from tests.reference import rotated
 
 @dataclass(kw_only=True)
 class Entry:
-    """A token's rotated key and value (D,), the attention it received in all, and from each query that saw it."""
+    """A token's rotated key and value (D,), the attention it received in all, and from each query that saw it.
+
+    by_head: the same of each query head of its group, where a score asks for it.
+    """
 
     position: int
     key: Tensor
     value: Tensor
     mass: float = 0.0
     rows: list[float] = field(default_factory=list)
+    by_head: list[list[float]] = field(default_factory=list)
 
 
 Head = list[Entry]

@@ -75,6 +75,14 @@ class NaiveH2O:
         return others[0]
 
 
+def drawn_bits(token: int, stream: int) -> int:
+    """SplitMix64's finalizer of a token in one of many streams, 24 bits."""
+    mixed = (token + (stream + 1) * 0x9E3779B97F4A7C15) % 2**64
+    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
+    return (mixed ^ (mixed >> 31)) >> 40
+
+
 @dataclass
 class NaiveRandom:
     """A fixed priority per (seed, layer, head, position): SplitMix64 in Python integers."""
@@ -84,10 +92,7 @@ class NaiveRandom:
 
     def _priority(self, entry: Entry, head: int, heads: int, where: Where) -> tuple[int, int]:
         stream = (self.seed * where.num_layers + where.layer) * heads + head
-        mixed = (entry.position + (stream + 1) * 0x9E3779B97F4A7C15) % 2**64
-        mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
-        return (mixed ^ (mixed >> 31)) >> 40, entry.position
+        return drawn_bits(entry.position, stream), entry.position
 
     def plan(self, heads: list[Head], where: Where) -> list[Head]:
         kept = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -82,7 +82,7 @@ class LagKVRule:
             by_entry = {e.position: 1.0 for e in head}
             for part, reference in itertools.pairwise(whole):
                 both = [
-                    _softmax([_spread(take(e), [take(r) for r in reference]) for e in part])
+                    softmax([_spread(take(e), [take(r) for r in reference]) for e in part])
                     for take in (lambda e: e.key.tolist(), lambda e: e.value.tolist())
                 ]
                 total = [sum(pair) for pair in zip(*both, strict=True)]
@@ -100,6 +100,121 @@ def chunkkv(window: int, chunk: int) -> Score:
         votes = [sum(sum(head[index].rows[-window:]) for head in heads) for index in range(len(heads[0]))]
         sums = [sum(votes[at : at + chunk]) for at in range(0, len(votes), chunk)]
         return [[sums[index // chunk] for index in range(len(votes))] for _ in heads]
+
+    return score
+
+
+def r_kv(recent: int, weight: float, kernel: int, similar: float) -> Score:
+    """Weigh what the last queries attend to against how much others repeat a key."""
+
+    def importance(head: Head) -> list[float]:
+        older, rows = head[: len(head) - recent], []
+        for back in range(1, recent + 1):
+            largest = [max(row[-back] for row in e.by_head) for e in older]
+            if sum(largest) > 0:
+                rows.append([one / sum(largest) for one in largest])
+        means = [statistics.fmean(column) for column in zip(*rows, strict=True)] or [0.0] * len(older)
+        return _neighbours(means, kernel, max) + [0.0] * recent
+
+    def redundancy(head: Head) -> list[float]:
+        column = [0.0] * len(head)
+        for one in head:
+            cosines = {at: _cosine(one.key, e.key) for at, e in enumerate(head) if e is not one}
+            near = [at for at, cosine in cosines.items() if cosine > similar]
+            cosines.pop(max(near, default=-1), None)
+            for at, cosine in cosines.items():
+                column[at] += cosine / len(head)
+        return softmax(column)
+
+    def score(heads: list[Head]) -> Scores:
+        pairs = [zip(importance(head), redundancy(head), strict=True) for head in heads]
+        return [[weight * wanted - (1 - weight) * known for wanted, known in pair] for pair in pairs]
+
+    return score
+
+
+def snapkv(recent: int, kernel: int, take: Callable[[list[float]], float]) -> Score:
+    """Sum the attention of the window, and take that of neighbours."""
+
+    def score(heads: list[Head]) -> Scores:
+        votes = [[sum(e.rows[-recent:]) for e in head[: len(head) - recent]] for head in heads]
+        return [_neighbours(one, kernel, take) + [0.0] * recent for one in votes]
+
+    return score
+
+
+def keyformer(noise: Callable[[int, int, int, int], float], prompt: int, seen: int, step: float) -> Score:
+    """Softmax of logit and noise(head, member, query, token), warmer with each generated query."""
+
+    def score(heads: list[Head]) -> Scores:
+        found = []
+        for number, head in enumerate(heads):
+            totals = [0.0] * len(head)
+            for member, rows in enumerate(zip(*(e.by_head for e in head), strict=True)):
+                for back in range(1, len(rows[0]) + 1):
+                    query, weights = seen - back, [row[-back] for row in rows]
+                    warmth = 1.0 + step * max(0, query - prompt + 1)
+                    powers = [
+                        (weight * math.exp(noise(number, member, query, e.position))) ** (1 / warmth)
+                        for weight, e in zip(weights, head, strict=True)
+                    ]
+                    for at, power in enumerate(powers):
+                        totals[at] += power / sum(powers) / len(heads[0][0].by_head) if sum(powers) else 0.0
+            found.append(totals)
+        return found
+
+    return score
+
+
+def nacl(noise: Callable[[int, int], float], sinks: int, recent_from: int, proxies: int, best: int) -> Score:
+    """Take the `best` of what is not protected by the proxies' attention, and draw the others by noise(head, token)."""
+
+    def score(heads: list[Head]) -> Scores:
+        found = []
+        for number, head in enumerate(heads):
+            votes = [sum(e.rows[-proxies:]) for e in head]
+            others = [at for at, e in enumerate(head) if sinks <= e.position < recent_from]
+            chosen = sorted(others, key=lambda at: (-votes[at], -head[at].position))[:best]
+            found.append([
+                math.inf if at in chosen else votes[at] + noise(number, e.position) for at, e in enumerate(head)
+            ])  # fmt: skip
+        return found
+
+    return score
+
+
+def cake(recent: int, gamma: float, kernel: int) -> Score:
+    """Mean and variance of a column over the window, of each query head."""
+
+    def score(heads: list[Head]) -> Scores:
+        found = []
+        for head in heads:
+            votes = []
+            for e in head[: len(head) - recent]:
+                columns = [row[-recent:] for row in e.by_head]
+                votes.append(statistics.fmean(statistics.fmean(c) + gamma * statistics.variance(c) for c in columns))
+            found.append(_neighbours(votes, kernel, lambda near: sum(near) / kernel) + [0.0] * recent)
+        return found
+
+    return score
+
+
+def criticalkv(recent: int, kernel: int, first: int, epsilon: float, weights: Tensor) -> Score:
+    """Take the `first` by SnapKV's score, and let the projected value speak in the others; weights (H, G, D, E)."""
+
+    def score(heads: list[Head]) -> Scores:
+        found = []
+        for head, weight in zip(heads, weights.tolist(), strict=True):
+            older = head[: len(head) - recent]
+            pooled = _neighbours([sum(e.rows[-recent:]) / recent for e in older], kernel, max)
+            best = sorted(range(len(older)), key=lambda at: (-pooled[at], -older[at].position))[:first]
+            scores = []
+            for at, e in enumerate(older):
+                columns = [list(zip(*one, strict=True)) for one in weight]
+                norms = [sum(abs(_product(e.value.tolist(), column)) for column in one) for one in columns]
+                scores.append(math.inf if at in best else (pooled[at] + epsilon) * statistics.fmean(norms))
+            found.append(scores + [0.0] * recent)
+        return found
 
     return score
 
@@ -157,7 +272,45 @@ def _length(vector: Tensor) -> float:
     return math.hypot(*vector.tolist())
 
 
-def _softmax(numbers: list[float]) -> list[float]:
+def mean_rotation(places: list[int], frequencies: list[float]) -> list[list[float]]:
+    """Return the mean over `places` of the matrix that turns a column of two halves to a place."""
+    half = len(frequencies)
+    matrix = [[0.0] * (2 * half) for _ in range(2 * half)]
+    for at, frequency in enumerate(frequencies):
+        cosine = statistics.fmean(math.cos(place * frequency) for place in places)
+        sine = statistics.fmean(math.sin(place * frequency) for place in places)
+        matrix[at][at] = matrix[half + at][half + at] = cosine
+        matrix[at][half + at], matrix[half + at][at] = -sine, sine
+    return matrix
+
+
+def expected_logit(
+    key: list[float], turned: list[list[float]], mean: list[float], spread: list[list[float]] | None
+) -> float:
+    """Return m' k / sqrt(d) + k' S k / 2d of a mean and covariance that are turned first."""
+    width = len(key)
+    back = [sum(turned[row][at] * key[row] for row in range(width)) for at in range(width)]
+    logit = sum(m * b for m, b in zip(mean, back, strict=True)) / math.sqrt(width)
+    if spread is None:
+        return logit
+    return logit + sum(back[i] * spread[i][j] * back[j] for i in range(width) for j in range(width)) / (2 * width)
+
+
+def _cosine(one: Tensor, other: Tensor) -> float:
+    return _product(one.tolist(), other.tolist()) / (_length(one) * _length(other))
+
+
+def _product(one: Sequence[float], other: Sequence[float]) -> float:
+    return sum(a * b for a, b in zip(one, other, strict=True))
+
+
+def _neighbours(numbers: list[float], kernel: int, take: Callable[[list[float]], float]) -> list[float]:
+    """Return what `take` makes of each number and its neighbours on both sides, `kernel` in all where there are."""
+    half = kernel // 2
+    return [take(numbers[max(0, at - half) : at + half + 1]) for at in range(len(numbers))]
+
+
+def softmax(numbers: list[float]) -> list[float]:
     powers = [math.exp(number - max(numbers)) for number in numbers]
     return [power / sum(powers) for power in powers]
 

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvbench.autopsy.replay import Replayed, Subject, Watching, full_attention, replay, subject_of, token_pieces
+from kvbench.autopsy.replay import Replayed, Subject, full_attention, replay, subject_of, token_pieces
 from kvbench.autopsy.settings import AutopsySettings
-from kvbench.cache import Kind, Policy
+from kvbench.cache import Kind, Needs, Policy
+from kvbench.cache.policy import needs_of
 from kvbench.errors import is_poisoned
 from kvbench.models.inputs import answer_text
 from kvbench.models.loader import LoadedModel
@@ -25,6 +26,7 @@ from kvbench.results.files import Array, pack
 from kvbench.results.record import AUTOPSY_SCHEMA, GENERATED, NEVER, autopsy_path, write_autopsy
 from kvbench.results.redaction import hide_known, redacted_body
 from kvbench.sweep.cell import Cell
+from kvbench.tasks.foresight import Watching
 from kvbench.tasks.task import BatchTask, Part, Prompts
 
 if TYPE_CHECKING:
@@ -52,9 +54,12 @@ class Autopsies:
     def take(self, cell: Cell, loaded: LoadedModel) -> bool:
         """Write the autopsy of `cell`, if it wants one; return False if nothing works in this process any more.
 
-        One that measures quality wants one, where autopsies are on.
+        One that measures quality wants one, where autopsies are on; a policy that sees the future has none, as its own
+        answer is not known before it is given.
         """
         measures_quality = any(isinstance(task, BatchTask) for task in cell.tasks.values())
+        if Needs.FUTURE in needs_of(cell.setting.policy):
+            return True
         if cell.autopsy.num_samples < 1 or not measures_quality or loaded.tokenizer is None:
             return True
         self._watcher.active(cell.key, PHASE)

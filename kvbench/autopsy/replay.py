@@ -13,14 +13,14 @@ import base64
 import io
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from kvbench.cache import UNLIMITED, Kind, Needs, Policy
+from kvbench.cache import UNLIMITED, Kind
 from kvbench.cache.recording import EvictionLog
 from kvbench.datasets.base import Example
 from kvbench.models.inputs import PromptBatch, prompt_batch
@@ -28,6 +28,7 @@ from kvbench.models.loader import LoadedModel
 from kvbench.results.files import Array, pack
 from kvbench.results.record import NEVER
 from kvbench.tasks.decode import CacheSetting, greedy
+from kvbench.tasks.foresight import Watching
 from kvbench.tasks.task import Part
 
 if TYPE_CHECKING:
@@ -39,14 +40,6 @@ THUMBNAIL_PIXELS = 336
 _MOST_BYTES = 16_000
 _QUALITIES = (90, 75, 60, 45, 30, 15)
 _HALF = "\ufffd"  # what decoders write for a character whose last bytes are missing
-
-
-@dataclass(frozen=True, kw_only=True)
-class Watching(Policy):
-    """The full cache, with the attention that each entry receives summed up."""
-
-    needs: ClassVar[Needs] = Needs.MASS
-    bounded: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from kvbench.cache.artefact import Calibrated, Layout, Sample
 from kvbench.cache.parts import Allocation, Merge, Room
 from kvbench.cache.policy import CACHE_SEMANTICS, UNLIMITED, Budget, Policy, ScorePolicy, When
-from kvbench.cache.view import Kind, Needs, Plan, View
+from kvbench.cache.view import Joining, Kind, Needs, Plan, View
 
 if TYPE_CHECKING:
     from kvbench.cache.attention import attach, cache_argument
@@ -21,7 +22,10 @@ __all__ = [
     "UNLIMITED",
     "Allocation",
     "Budget",
+    "Calibrated",
+    "Joining",
     "Kind",
+    "Layout",
     "Merge",
     "Needs",
     "Occupancy",
@@ -29,6 +33,7 @@ __all__ = [
     "Policy",
     "PolicyCache",
     "Room",
+    "Sample",
     "ScorePolicy",
     "View",
     "When",

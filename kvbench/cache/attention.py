@@ -220,6 +220,16 @@ def column_mass(chunk: Chunk, reduction: str, lse: Tensor | None = None) -> Tens
     return mass
 
 
+def column_peak(chunk: Chunk) -> Tensor:
+    """Return (B, H, T) float32: the largest attention each entry receives from any real query of any query head."""
+    peak = torch.zeros(chunk.key_position.shape, dtype=torch.float32, device=chunk.keys.device)
+    for start, end in _query_blocks(chunk):
+        rows = _probabilities(chunk, start, end).amax(dim=(2, 3)).float()
+        seen = peak[:, :, : chunk.stored + end]
+        torch.maximum(seen, rows, out=seen)
+    return peak
+
+
 def last_rows(chunk: Chunk, num_queries: int, reduction: str, lse: Tensor | None = None) -> Tensor:
     """Return (B, H, W, T) float32: attention rows of the chunk's last W = min(num_queries, Q) queries.
 

@@ -7,6 +7,7 @@ Call `attach(model)` once, then `cache = PolicyCache(model, policy, Budget(fract
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
@@ -17,13 +18,15 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from kvbench.cache import artefact
 from kvbench.cache.attention import is_attached
-from kvbench.cache.counts import CountsShelf, LayerSetup, Ledger, OnPlan, OnSettle, StepCounts
+from kvbench.cache.counts import CountsShelf, LayerSetup, Ledger, OnPlan, OnSettle, Relay, StepCounts
 from kvbench.cache.layer import AnySlots, PolicyLayer
 from kvbench.cache.parts import Waiting
 from kvbench.cache.policy import UNLIMITED, Budget, Policy, ScorePolicy, check_parts, needs_of, steps_between_cuts
 from kvbench.cache.positions import POSITION_MODES, Places, PositionMode, Rotation, rotation_of
 from kvbench.cache.released import Pool, departures_of
+from kvbench.cache.second_pass import SecondPass
 from kvbench.cache.slots import check_faults
 from kvbench.cache.view import Needs
 from kvbench.errors import ConfigError, ModelSupportError, close_matches
@@ -115,9 +118,13 @@ class PolicyCache(Cache):
     positions: `original`, `in_cache` or `released`. reserve_tokens: tokens that will be generated, so that buffers
     are allocated once; more than that still works, by copying. prompt_tokens: length of the prompt, pads included;
     needed where it comes in pieces (generate's prefill_chunk_size), because a last piece of one token is taken for
-    a generated token otherwise. prompt_kind (B, T): kind of each prompt token. row_seeds: one number per sequence,
+    a generated token otherwise. prompt_kind (B, T): kind of each prompt token, pads included; None: text alone.
+    question_tokens: how many tokens at the end of each row's prompt are its question and what follows that; 0 where it
+    comes as a further chunk, None where it is not known. A policy that reads what is None is told so by a warning.
+    row_seeds: one number per sequence,
     for policies that draw. on_settle: entered in every layer, with its device, around what the policy adds to a
-    prompt. on_plan: told every plan before it is carried out. Raises: ModelSupportError if `attach(model)` was not
+    prompt. on_plan: told every plan before it is carried out. future: of each layer, (B, H, P), what a policy that sees
+    the future is told about each position of the prompt. Raises: ModelSupportError if `attach(model)` was not
     called.
     """
 
@@ -131,21 +138,33 @@ class PolicyCache(Cache):
         reserve_tokens: int = 0,
         prompt_tokens: int = 0,
         prompt_kind: Tensor | None = None,
+        question_tokens: Sequence[int] | None = None,
         row_seeds: Sequence[int] | None = None,
         on_settle: OnSettle = nullcontext,
         on_plan: OnPlan | None = None,
+        future: Sequence[Tensor] | None = None,
     ) -> None:
         if not is_attached(model.config):
             raise ModelSupportError("the model does not use kvbench's attention; call kvbench.attach(model) first")
         if positions not in POSITION_MODES:
             raise ConfigError(f"positions is {positions!r}; {close_matches(positions, POSITION_MODES)}")
         check_parts(policy, positions)
+        foresees = Needs.FUTURE in needs_of(policy)
+        if foresees and future is None:
+            raise ConfigError(
+                f"{type(policy).__name__} sees the future, which only a task can tell that scores tokens it knows: "
+                "perplexity or fidelity; choose another policy"
+            )
+        _warn_of_unknown(policy, prompt_kind, question_tokens)
         rotation = rotation_of(model.get_decoder(), positions) if positions != "original" else None
         places = Places(rotation=rotation) if rotation is not None and positions == "released" else None
         pool = Pool() if departures_of(policy).pools_layers else None
         allocation = policy.allocation if isinstance(policy, ScorePolicy) else None
         waiting = Waiting() if allocation is not None and allocation.waits else None
+        relay = None if type(policy).hand_over is Policy.hand_over else Relay()
         num_layers = model.config.get_text_config().num_hidden_layers
+        learnt = artefact.artefact_of(model, policy)
+        self.second_pass = SecondPass()
         setups = (
             LayerSetup(
                 layer=index,
@@ -156,11 +175,16 @@ class PolicyCache(Cache):
                 places=places,
                 pool=pool,
                 waiting=waiting,
+                second_pass=self.second_pass,
                 unrotation=unrotation_of(model, [policy]),
                 output_weight=output_weight(model, index) if Needs.OUTPUT in needs_of(policy) else None,
+                future=future[index] if foresees and future is not None else None,
+                artefact=learnt,
                 reserve_tokens=reserve_tokens,
                 prompt_tokens=prompt_tokens,
                 prompt_kind=prompt_kind,
+                question_tokens=None if question_tokens is None else tuple(question_tokens),
+                relay=relay,
                 row_seeds=None if row_seeds is None else tuple(row_seeds),
                 on_settle=on_settle,
                 on_plan=on_plan,
@@ -176,6 +200,11 @@ class PolicyCache(Cache):
     def steps_announced(self) -> int:
         """Decode steps that the buffers have room for without growing."""
         return min(layer.setup.reserve_tokens - layer.ledger.steps_since_settled for layer in self.policy_layers)
+
+    @property
+    def awaits_second_pass(self) -> bool:
+        """Whether the prompt lies uncut until `read_again` was called for it."""
+        return any(layer.awaits_second_pass for layer in self.policy_layers)
 
     def expect_prompt(self, num_tokens: int) -> None:
         """Take the next `num_tokens` tokens as part of the prompt, even a single one."""
@@ -296,6 +325,20 @@ class PolicyCache(Cache):
             statistics_bytes=sum(s.statistics_bytes() for s in slots) + sum(x.ring_bytes for x in self.policy_layers),
             bookkeeping_bytes=sum(s.bookkeeping_bytes() for s in slots),
         )
+
+
+def _warn_of_unknown(policy: Policy, prompt_kind: Tensor | None, question_tokens: Sequence[int] | None) -> None:
+    """Say what a policy reads and was not given: it takes the prompt for one that has none of it."""
+    for need, what, given in (
+        (Needs.PICTURE, "prompt_kind", prompt_kind),
+        (Needs.QUESTION, "question_tokens", question_tokens),
+    ):
+        if need in needs_of(policy) and given is None:
+            warnings.warn(
+                f"{type(policy).__name__} reads Needs.{need.name}, but {what} is not given, so the prompt is taken for "
+                "one that has none",
+                stacklevel=3,
+            )
 
 
 def unrotation_of(model: Any, policies: Sequence[Policy]) -> Rotation | None:

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvbench.cache.artefact import Artefact
 from kvbench.cache.parts import Waiting
-from kvbench.cache.policy import Budget, Policy, ScorePolicy, When, checked_range, steps_between_cuts
+from kvbench.cache.policy import Budget, Policy, ScorePolicy, When, checked_range, needs_of, steps_between_cuts
 from kvbench.cache.positions import Places, Rotation
 from kvbench.cache.released import Departures, Pool, departures_of, entries_as_released
+from kvbench.cache.second_pass import SecondPass
 from kvbench.cache.slots import Entries
-from kvbench.cache.view import Plan, View
+from kvbench.cache.view import Kind, Needs, Plan, View
 from kvbench.errors import ModelSupportError
 
 GROW_TOKENS = 64
@@ -35,10 +37,13 @@ OnSettle = Callable[[torch.device], AbstractContextManager[object]]
 class LayerSetup:
     """What a layer is told once.
 
+    question_tokens: how many at the end of each row's prompt are its question, None where that is not known. relay:
+    what a policy hands over from layer to layer, shared by the layers of a cache, None where it hands nothing over.
     rotation: given for positions=in_cache only; places: for positions=released only; pool: for policies
-    that pool layers; waiting: for allocations that must see all layers; all three are shared by the layers of a
-    cache. unrotation: how the model rotates, for moments of queries; output_weight (H, G, D, E): for policies that
-    read it. reserve_tokens: how many tokens will be
+    that pool layers; waiting: for allocations that must see all layers; second_pass: for policies that have the prompt
+    repeated; these four are shared by the layers of a cache. unrotation: how the model rotates, for moments of queries;
+    output_weight (H, G, D, E): for policies that read it; future (B, H, P): for each position of a prompt, what
+    `View.future` tells; artefact: for policies that learnt something offline. reserve_tokens: how many tokens will be
     generated; more than that makes the buffers grow by copying. prompt_tokens: the first tokens, pads included, that
     are the prompt however they come. prompt_kind (B, T) int8 or None for text.
     row_seeds: one number per sequence for policies that draw, None for zeros. on_settle: entered, with
@@ -59,8 +64,13 @@ class LayerSetup:
     places: Places | None = None
     pool: Pool | None = None
     waiting: Waiting | None = None
+    second_pass: SecondPass | None = None
     unrotation: Rotation | None = None
     output_weight: Tensor | None = None
+    future: Tensor | None = None
+    question_tokens: tuple[int, ...] | None = None
+    relay: Relay | None = None
+    artefact: Artefact | None = None
     on_settle: OnSettle = nullcontext
     on_plan: OnPlan | None = None
 
@@ -75,6 +85,22 @@ class LayerSetup:
         rotation = self.places.rotation if self.places is not None else self.rotation
         return None if rotation is None else rotation.most_tokens
 
+    def kinds(self, position: Tensor, end: int) -> Tensor:
+        """Return the kinds (B, Q) int8 of tokens at `position` (B, Q), of which the last is token number `end`.
+
+        Raises: ModelSupportError if there is not one for each token of the prompt.
+        """
+        rows, new = position.shape
+        given, length = self.prompt_kind, max(new, self.prompt_tokens)
+        if given is None or end > length:
+            return torch.zeros_like(position, dtype=torch.int8)
+        if given.shape != (rows, length):
+            raise ModelSupportError(
+                f"prompt_kind has shape {tuple(given.shape)}, the first prompt {(rows, length)}; give one kind per "
+                "prompt token, pads included, and prompt_tokens where the prompt comes in pieces"
+            )
+        return given[:, end - new : end].to(position.device, torch.int8, copy=True)
+
     def seeds_of(self, num_rows: int) -> list[int]:
         """Return the seed of each of `num_rows` rows. Raises: ModelSupportError if there are not as many."""
         if self.row_seeds is None:
@@ -88,6 +114,13 @@ class LayerSetup:
 
 
 @dataclass(kw_only=True, slots=True)
+class Relay:
+    """What a policy handed over in an earlier layer of the prompt that runs."""
+
+    handed: Tensor | None = None
+
+
+@dataclass(kw_only=True, slots=True)
 class Ledger:
     """One layer's counts; every list has one number per row of the batch.
 
@@ -98,6 +131,8 @@ class Ledger:
     most_tokens: how many a row may see, where a position mode holds no further.
     counts_as_released: as in `Departures`. shift: how many more entries than the uniform budget an allocation gave this
     layer when the last chunk was cut, empty for none. block_tokens: how many tokens come before a plan at decode.
+    question: positions of each row from which on and below which the question stands; `question_tokens` of the prompt,
+    later the chunk that came last.
     """
 
     policy: Policy
@@ -115,6 +150,8 @@ class Ledger:
     counts_as_released: bool = False
     shift: list[int] = field(default_factory=list)
     block_tokens: int = 1
+    question_tokens: tuple[int, ...] = ()
+    question: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def steps_since_settled(self) -> int:
@@ -154,7 +191,19 @@ class Ledger:
     def begin_chunk(self, added: list[int]) -> None:
         """Count a chunk of several tokens; it is planned as a prompt, under the plain budget."""
         self.settled_seen, self.settled_held, self.shift = [], [], []
+        before, is_prompt = list(self.seen), not self.seen or self.padded_tokens <= self.prompt_tokens
         self.arrive(added)
+        if is_prompt:
+            left = max(self.prompt_tokens, self.padded_tokens) - self.padded_tokens  # of it that is still to come
+            ends = [seen + left for seen in self.seen]
+            lengths = self.question_tokens or (0,) * len(ends)
+            if len(lengths) != len(ends):
+                raise ModelSupportError(
+                    f"question_tokens has {len(lengths)} numbers, the prompt {len(ends)} rows; give one per row"
+                )
+            self.question = [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+        else:
+            self.question = list(zip(before, self.seen, strict=True))
 
     def settle(self, held: list[int]) -> None:
         """Note what a chunk left behind."""
@@ -247,6 +296,10 @@ class RowCounts:
         self.prompt, self.prompt_budget = rows(ledger.prompt), rows(ledger.allowed_after_prompt())
         self.seen, self.budget = rows(ledger.seen), rows(ledger.allowed())
         self.row_seed = rows(setup.seeds_of(len(ledger.seen)))
+        self._needs = needs_of(setup.policy)
+        self.question = None
+        if Needs.QUESTION in self._needs:
+            self.question = torch.tensor(ledger.question, dtype=torch.int64, device=device)
 
     def view(
         self,
@@ -261,6 +314,13 @@ class RowCounts:
 
         given: what else the view has, by the names of its fields; what is None there is not declared.
         """
+        position = entries.position
+        if Needs.PICTURE in self._needs:
+            given["picture_or_none"] = (entries.kind == int(Kind.IMAGE)) & (position >= 0)
+        if self.question is not None:
+            begin, end = self.question[:, :1, None], self.question[:, 1:, None]
+            given["question_or_none"] = (position >= begin) & (position < end)
+        artefact = self._setup.artefact
         return View(
             layer=layer,
             num_layers=self._setup.num_layers,
@@ -273,10 +333,11 @@ class RowCounts:
             row_seed=self.row_seed,
             keys=entries.keys,
             values=entries.values,
-            position=entries.position,
+            position=position,
             kind=entries.kind,
             mass_or_none=entries.mass,
             output_weight_or_none=self._setup.output_weight,
+            artefact_or_none=None if artefact is None else artefact.of_layer(layer, entries.keys.device),
             **given,
         )
 
@@ -329,7 +390,8 @@ class StepCounts(RowCounts):
 
     def tensors(self) -> list[Tensor]:
         """Return all that a step reads, what it changes among it."""
-        return [*self.state(), self._table, self.prompt, self.prompt_budget, self.row_seed]
+        fixed = [self._table, self.prompt, self.prompt_budget, self.row_seed]
+        return [*self.state(), *fixed, *([] if self.question is None else [self.question])]
 
     def reaches(self, other: StepCounts) -> bool:
         """Whether what was made once, up to a number of positions, serves the steps of `other` too."""

@@ -20,19 +20,29 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvbench.cache.attention import LAYER_TAG, ChunkStatistics, Statistics, chunk_attention, decode_step, reduce_group
-from kvbench.cache.counts import GROW_TOKENS, CountsShelf, LayerSetup, Ledger, RowCounts, StepCounts
+from kvbench.cache.attention import (
+    LAYER_TAG,
+    ChunkStatistics,
+    Statistics,
+    chunk_attention,
+    column_peak,
+    decode_step,
+    reduce_group,
+)
+from kvbench.cache.counts import GROW_TOKENS, CountsShelf, LayerSetup, Ledger, Relay, RowCounts, StepCounts
 from kvbench.cache.parts import Room, layer_entries
 from kvbench.cache.policy import (
     Policy,
     ScorePolicy,
     When,
     check_statistics,
+    checked_joining,
     checked_plan,
     checked_score,
     checked_victim,
     is_ragged,
     keeps_ring,
+    merge_at_decode,
     needs_of,
     ranking,
     steps_between_cuts,
@@ -42,8 +52,8 @@ from kvbench.cache.queries import QueryRing, ring_after
 from kvbench.cache.ragged import RaggedSlots, settle_ragged, spread_of
 from kvbench.cache.selection import age_rank
 from kvbench.cache.slots import EMPTY, Entries, Slots, check_faults, only_rows, settle
-from kvbench.cache.view import Needs, Plan, View
-from kvbench.errors import ModelSupportError
+from kvbench.cache.view import Joining, Needs, Plan, View
+from kvbench.errors import ModelSupportError, PolicyError
 from kvbench.kernels.dispatch import Chunk, use_triton
 
 AnySlots = Slots | RaggedSlots
@@ -62,7 +72,7 @@ class PolicyLayer(CacheLayerMixin):
     def __init__(self, setup: LayerSetup, shelf: CountsShelf | None = None) -> None:
         self.setup = setup
         self._needs, self._cuts_every = needs_of(setup.policy), steps_between_cuts(setup.policy)
-        self._is_ragged = is_ragged(setup.policy)
+        self._is_ragged, self._merge = is_ragged(setup.policy), merge_at_decode(setup.policy)
         self._shelf = shelf or CountsShelf()
         self.reset()
 
@@ -73,6 +83,9 @@ class PolicyLayer(CacheLayerMixin):
         self._ring: QueryRing | None = None
         self._leads = self._decodes = self._appends = False
         self._num_heads = 0
+        self._unread: tuple[Entries, Statistics] | None = None
+        self._repeated: Tensor | None = None
+        self._was_read = False
         self.ledger = Ledger(
             policy=self.setup.policy,
             budget=self.setup.budget,
@@ -81,12 +94,15 @@ class PolicyLayer(CacheLayerMixin):
             most_tokens=self.setup.most_tokens,
             counts_as_released=self.setup.departures.counts_as_released,
             block_tokens=self._cuts_every or 1,
+            question_tokens=self.setup.question_tokens or (),
         )
         self.is_initialized = False
         if self.setup.pool is not None:
             self.setup.pool.waiting.clear()
         if self.setup.waiting is not None:
             self.setup.waiting.clear()
+        if self.setup.relay is not None:
+            self.setup.relay.handed = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -97,6 +113,8 @@ class PolicyLayer(CacheLayerMixin):
         layer by the tag; so no hook, no patch and no global state is needed.
         """
         self.is_initialized = True
+        if self._unread is not None:
+            return self._update_repeated(self._unread[0], key_states, value_states)
         self._decodes = self.slots is not None and self.ledger.is_decode_step(key_states.shape[2])
         self._appends = self.slots is not None and self.ledger.is_answer(key_states.shape[2])
         self.ledger.padded_tokens += key_states.shape[2]
@@ -117,6 +135,8 @@ class PolicyLayer(CacheLayerMixin):
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, padding: Tensor | None) -> Tensor:
         """Return the output (B, Hq, Q, D) and settle. `padding` (B, seen) bool is False at pads."""
         asked = query
+        if self._unread is not None:
+            return self._attend_repeated(self._unread[0], query, keys, values, scaling)
         if self.slots is not None and self.setup.places is not None:
             query = self.setup.places.turned(query)
         if self.slots is not None and self._decodes:
@@ -154,10 +174,8 @@ class PolicyLayer(CacheLayerMixin):
         """Return stored and new tokens together; keys, values (B, H, T, D) hold both, position (B, Q) is of the new."""
         batch, heads, _, _ = keys.shape
         wide = position[:, None].expand(batch, heads, position.shape[1])
-        kind = torch.zeros(wide.shape, dtype=torch.int8, device=keys.device)
-        if self.slots is None and self.setup.prompt_kind is not None:
-            given = _checked_kind(self.setup.prompt_kind, position)
-            kind = given.to(keys.device, torch.int8, copy=True)[:, None].expand(wide.shape)
+        end = position.shape[1] if self.slots is None else self.ledger.padded_tokens
+        kind = self.setup.kinds(position, end)[:, None].expand(wide.shape)
         mass = None
         if Needs.MASS in self._needs:
             dtype = keys.dtype if self.setup.departures.mass_in_model_dtype else torch.float32
@@ -179,13 +197,21 @@ class PolicyLayer(CacheLayerMixin):
             self._ring = ring_after(self._ring, query, position, size, scaling)
         if self.setup.pool is None:
             self._cut(entries, statistics)
+            if self.setup.relay is not None and self.setup.layer == self.setup.num_layers - 1:
+                self.setup.relay.handed = None
         else:  # when the last layer of the pass has come
             self.setup.pool.arrive(entries, self.setup.num_layers, partial(self._cut, entries, statistics))
 
     def _cut(self, entries: Entries, statistics: Statistics) -> None:
         policy, self._num_heads = self.setup.policy, entries.position.shape[1]
         cuts = policy.bounded and When.PREFILL in policy.when
+        if cuts and Needs.REPEATED in self._needs and not self._was_read and self.ledger.over():
+            self._unread, self._was_read = (entries, statistics), True
+            self._repeated = torch.zeros(entries.position.shape, dtype=torch.float32, device=entries.keys.device)
+            return
         with self.setup.on_settle(entries.keys.device):
+            if cuts and self.setup.relay is not None:
+                self._hand_over(self.setup.relay, entries, statistics)
             if cuts and self._is_divided():
                 if self.setup.waiting is not None:
                     self._wait(entries, self._view(entries, statistics))
@@ -194,6 +220,64 @@ class PolicyLayer(CacheLayerMixin):
                 self.ledger.divide([self._layer_entries(row)[self.setup.layer] for row in rows])
             plan = self._plan(entries, self._view(entries, statistics)) if cuts and self.ledger.over() else None
             self._settle(entries, plan)
+
+    def _hand_over(self, relay: Relay, entries: Entries, statistics: Statistics) -> None:
+        """Let later layers know what the policy tells them, whether this one is cut or not."""
+        told = self.setup.policy.hand_over(self._view(entries, statistics))
+        relay.handed = relay.handed if told is None else told
+
+    @property
+    def awaits_second_pass(self) -> bool:
+        """Whether the prompt lies here until it was repeated."""
+        return self._unread is not None
+
+    def _update_repeated(self, held: Entries, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Hand out the prompt and the tokens that repeat it, which are not taken in."""
+        if self.setup.second_pass is None or self.setup.second_pass.chunk is None:
+            raise PolicyError(
+                f"{type(self.setup.policy).__name__} has the prompt repeated before it is cut, and other tokens came; "
+                "call kvbench.cache.second_pass.read_again(model, cache, tokens) right after the prompt"
+            )
+        keys = torch.cat((held.keys, key_states), dim=2)
+        setattr(keys, LAYER_TAG, weakref.ref(self))
+        return keys, torch.cat((held.values, value_states), dim=2)
+
+    def _attend_repeated(self, held: Entries, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+        """Return the output (B, Hq, Q, D) of tokens that repeat a chunk, and note what they looked at of it.
+
+        Shares are of the sinks, the chunk itself and the repeating tokens, as if the prompt were no longer than that.
+        """
+        policy, second = self.setup.policy, self.setup.second_pass
+        assert second is not None
+        assert second.chunk is not None
+        assert self._repeated is not None
+        real = second.chunk.real.to(query.device)
+        seen = torch.tensor(self.ledger.seen, dtype=torch.int64, device=query.device)[:, None]
+        position = torch.where(real, real.long().cumsum(dim=-1) - 1 + seen, EMPTY)
+        new = position[:, None].expand(*held.position.shape[:2], position.shape[1])
+        chunk = Chunk(
+            query=query,
+            keys=keys,
+            values=values,
+            query_position=position,
+            key_position=torch.cat((held.position, new), dim=-1),
+            scaling=scaling,
+            plain=False,
+        )
+        output, _ = chunk_attention(chunk, wants_lse=False)
+        repeats = (held.position >= second.chunk.start) & (held.position < second.chunk.end)
+        sinks = (held.position >= 0) & (held.position < getattr(policy, "num_sinks", 0))
+        told = held.position.masked_fill(~(repeats | sinks), EMPTY)
+        peak = column_peak(replace(chunk, key_position=torch.cat((told, new), dim=-1)))[..., : chunk.stored]
+        torch.where(repeats, peak, self._repeated, out=self._repeated)
+        return output
+
+    def cut_repeated(self) -> None:
+        """Cut the prompt that was repeated."""
+        if self._unread is not None:
+            (entries, statistics), self._unread = self._unread, None
+            self._cut(entries, statistics)
+            self._repeated = None
 
     def _is_divided(self) -> bool:
         """Whether some row exceeds its budget, and layers are not all given the same."""
@@ -214,6 +298,7 @@ class PolicyLayer(CacheLayerMixin):
             budget=uniform,
             tokens=seen,
             protected=protected,
+            artefact=None if self.setup.artefact is None else self.setup.artefact.layers,
         )
         return layer_entries(policy.allocation, policy.skip_layers, room, told)
 
@@ -249,10 +334,16 @@ class PolicyLayer(CacheLayerMixin):
             given["probs_or_none"] = statistics.last_rows(1, policy.reduction)[:, :, 0]
         if Needs.HEAD_ROWS in needs:
             given["head_rows_or_none"] = statistics.head_rows(policy.window_tokens)
+        if self.setup.future is not None:
+            known = entries.position.clamp(min=0, max=self.setup.future.shape[-1] - 1)
+            given["future_or_none"] = self.setup.future.gather(-1, known).masked_fill(entries.position < 0, 0.0)
         if self.setup.unrotation is not None:
             mean, covariance = statistics.moments(self.setup.unrotation, policy.moments_from)
             given |= {"query_mean_or_none": mean, "query_covariance_or_none": covariance}
             given["rotation_or_none"] = self.setup.unrotation
+        if self.setup.relay is not None and self.setup.relay.handed is not None:
+            given["handed"] = self.setup.relay.handed.to(entries.keys.device)
+        given["repeated_or_none"] = self._repeated
         stored, memory = (0, None) if self.slots is None else (self.slots.capacity, self.slots.memory)
         return RowCounts(self.setup, self.ledger, entries.keys.device).view(
             self.setup.layer,
@@ -265,6 +356,7 @@ class PolicyLayer(CacheLayerMixin):
 
     def _settle(self, entries: Entries, plan: Plan | None) -> None:
         memory, faults = (None, None) if self.slots is None else (self.slots.memory, self.slots.faults)
+        memory = self._blank_memory(entries) if memory is None else memory
         self.slots = None
         if self._is_ragged:
             spread, means = spread_of(entries, plan)
@@ -282,6 +374,14 @@ class PolicyLayer(CacheLayerMixin):
         if self.setup.rotation is not None and use_triton(self.slots.entries.keys):
             self.slots.rank = age_rank(self.slots.entries.position).int()
         self.counts, self._leads = self._shelf.take(self.setup, self.ledger, self.slots.length.device)
+
+    def _blank_memory(self, entries: Entries) -> Tensor | None:
+        """Return (B, H, N), what a merge remembers before it did anything; None where it remembers nothing."""
+        merge = self.setup.policy.merge if isinstance(self.setup.policy, ScorePolicy) else None
+        if merge is None or not merge.remembers:
+            return None
+        shape = (*entries.position.shape[:2], merge.remembers)
+        return torch.full(shape, torch.nan, device=entries.position.device)
 
     def _write(self, slots: AnySlots, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put the new token (B, H, 1, D) into the free slots; return the buffers of all keys and values.
@@ -396,7 +496,7 @@ class PolicyLayer(CacheLayerMixin):
         counts = RowCounts(self.setup, self.ledger, slots.length.device)
         entries, new_tokens = slots.entries, self.ledger.block_tokens
         view = counts.view(self.setup.layer, entries, new_tokens=new_tokens, **self._block_statistics(slots, entries))
-        plan = only_rows(self._plan(entries, view), torch.tensor(due, device=slots.length.device), view.valid)
+        plan = only_rows(self._plan(entries, view), torch.tensor(due, device=slots.length.device), view)
         slots.cut(plan)
         self.ledger.cut_block()
 
@@ -418,19 +518,29 @@ class PolicyLayer(CacheLayerMixin):
         assert self.counts is not None
         policy = self.setup.policy
         view = self.counts.view(self.setup.layer, slots.entries, probs_or_none=probs, memory_or_none=slots.memory)
-        if not by_kernels:
-            victim, over = checked_victim(policy, view), slots.over(view.budget)
-            slots.release(victim, over)
-            if victim.device.type == "cpu":  # elsewhere looking would wait for the device at every step
-                check_faults(slots.counted_faults, policy, self.setup.layer)
-            return
-        from kvbench.kernels.slot_writes import free_given, free_lowest
+        if by_kernels and self._merge is None and _is_plain_score(policy):
+            from kvbench.kernels.slot_writes import free_lowest
 
-        if _is_plain_score(policy):
             score, bounds = checked_score(policy, view), (self.counts.sinks, self.counts.recent_from)
             free_lowest(slots.columns(), score, view.budget, *bounds)
-        else:
-            free_given(slots.columns(), checked_victim(policy, view), view.budget)
+            return
+        victim = checked_victim(policy, view)
+        if self._merge is not None:
+            slots.join(*self._joining(view, victim), slots.over(view.budget))
+        if by_kernels:
+            from kvbench.kernels.slot_writes import free_given
+
+            free_given(slots.columns(), victim, view.budget)
+            return
+        slots.release(victim, slots.over(view.budget))
+        if victim.device.type == "cpu":  # elsewhere looking would wait for the device at every step
+            check_faults(slots.counted_faults, policy, self.setup.layer)
+
+    def _joining(self, view: View, victim: Tensor) -> tuple[Joining, Tensor]:
+        """Return what the victim (B, H) leaves in others, and the victim, slot 0 in place of one that is none."""
+        assert self._merge is not None
+        victim = torch.where((victim < 0) | (victim >= view.position.shape[-1]), 0, victim)
+        return checked_joining(self._merge, view, victim), victim
 
     def decide(self) -> Tensor | None:
         """Return the victim (B, H) that the policy would free now, found the way a step does; nothing is freed.
@@ -447,6 +557,10 @@ class PolicyLayer(CacheLayerMixin):
             return None
         probs = torch.zeros_like(slots.position, dtype=torch.float32) if Needs.PROBS in self._needs else None
         view = counts.view(self.setup.layer, slots.entries, probs_or_none=probs, memory_or_none=slots.memory)
+        if self._merge is not None:
+            victim = policy.victim(view)
+            self._joining(view, victim)
+            return victim
         if not (use_triton(slots.columns().keys) and _is_plain_score(policy)):
             return policy.victim(view)
         from kvbench.kernels.slot_writes import lowest_slot
@@ -455,11 +569,15 @@ class PolicyLayer(CacheLayerMixin):
         return lowest_slot(slots.columns(), score, view.budget, counts.sinks, counts.recent_from)
 
     def state(self) -> list[Tensor]:
-        """Return the tensors that a decode step changes in place, keys and values excepted."""
+        """Return the tensors that a decode step changes in place, keys and values only where entries join others."""
         assert self.slots is not None
         assert self.counts is not None
         shared = self.counts.state() if self._leads else []
-        return [*self.slots.state(), *shared, *([] if self._ring is None else self._ring.state())]
+        joined: list[Tensor] = []
+        if self._merge is not None:
+            memory = self.slots.memory
+            joined = [self.slots.buffers.keys, self.slots.buffers.values, *([] if memory is None else [memory])]
+        return [*self.slots.state(), *shared, *joined, *([] if self._ring is None else self._ring.state())]
 
     @property
     def ring_bytes(self) -> int:
@@ -554,12 +672,3 @@ def _real_tokens(query: Tensor, padding: Tensor | None, *, seen: list[int]) -> T
             f"chunk: {counts} of {new}); set padding_side='left'"
         )
     return real
-
-
-def _checked_kind(kind: Tensor, position: Tensor) -> Tensor:
-    if kind.shape != position.shape:
-        raise ModelSupportError(
-            f"prompt_kind has shape {tuple(kind.shape)}, the first prompt {tuple(position.shape)}; "
-            "give one kind per prompt token, pads included, and prefill in one piece"
-        )
-    return kind

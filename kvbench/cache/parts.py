@@ -7,14 +7,14 @@ room of one row, so a sequence is divided alike alone and in a batch. A `Merge` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from kvbench.cache.view import Needs, Plan, View
+from kvbench.cache.view import Joining, Needs, Plan, View
 from kvbench.errors import ConfigError, NonFiniteChoiceError, PolicyError
 
 
@@ -23,7 +23,7 @@ class Room:
     """What is divided in one row: `budget` entries for each of `num_heads` KV heads of each of `num_layers` layers.
 
     tokens: how many the row has seen, and the most that a head can hold. protected: what each head keeps in any case
-    (sinks and recent tokens), a part of its budget.
+    (sinks and recent tokens), a part of its budget. artefact: what the policy learnt offline, layer by layer.
     """
 
     num_layers: int
@@ -31,6 +31,7 @@ class Room:
     budget: int
     tokens: int
     protected: int
+    artefact: Sequence[Mapping[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +73,15 @@ class Allocation:
 
 @dataclass(frozen=True, kw_only=True)
 class Merge:
-    """Let entries that go join others that stay, wherever a plan is made. Class flag: `needs`, statistics of `into`."""
+    """Let entries that go join others that stay, wherever a plan is made, and at decode steps if it says so.
+
+    Class flags: `needs` (statistics of `into` and `joining`), `at_decode` (the entry that a decode step frees joins
+    others too) and `remembers` (numbers kept for each head from one of them to the next, NaN at first: `memory`).
+    """
 
     needs: ClassVar[Needs] = Needs.NOTHING
+    at_decode: ClassVar[bool] = False
+    remembers: ClassVar[int] = 0
 
     def into(self, view: View, keep: Tensor, protected: Tensor) -> Plan:
         """Return the plan that keeps `keep` (B, H, T) and says who joins whom.
@@ -82,6 +89,13 @@ class Merge:
         protected (B, H, T) bool: the sinks and recent tokens among what is kept.
         """
         raise NotImplementedError(f"{type(self).__name__} must define into(view, keep, protected)")
+
+    def joining(self, view: View, victim: Tensor) -> Joining:
+        """Return what slot `victim` (B, H), about to be freed, leaves in others; nothing in it may ask the host.
+
+        It is asked of every head, and carried out in those that are over their budget.
+        """
+        raise NotImplementedError(f"{type(self).__name__} merges at decode and must define joining(view, victim)")
 
 
 def split(weight: Tensor, total: Tensor, most: Tensor) -> Tensor:

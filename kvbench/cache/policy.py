@@ -17,17 +17,17 @@ After the first eviction the order of storage is not the order of tokens: read `
 from __future__ import annotations
 
 import math
-from dataclasses import Field, dataclass, field
+from dataclasses import Field, dataclass, field, replace
 from enum import Flag, auto
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from kvbench.cache.parts import Allocation, Merge, divided_heads
-from kvbench.cache.selection import keep_top, lowest, outside, protected_range
-from kvbench.cache.view import Needs, Plan, View
-from kvbench.errors import ConfigError, NonFiniteChoiceError, NonFiniteError, PolicyError
+from kvbench.cache.selection import keep_top, lowest, outside, protected_range, ranked_above
+from kvbench.cache.view import Joining, Needs, Plan, View
+from kvbench.errors import ConfigError, NonFiniteChoiceError, NonFiniteError, PolicyError, close_matches
 
 
 class When(Flag):
@@ -45,8 +45,8 @@ class Policy:
     Class flags: `needs` (statistics computed for it), `when` (phases in which it cuts), `granularity`
     (do the heads of a layer share their entries), `reduction` (query heads to KV heads), `bounded`
     (False: it ignores the budget, as the full cache does), `window_tokens` (queries of WINDOW and HEAD_ROWS),
-    `moments_from` (so many first tokens are not in MOMENTS) and `native_positions` (the position mode its
-    authors describe, used unless another is asked for).
+    `moments_from` (so many first tokens are not in MOMENTS), `repeat_tokens` (of a chunk of REPEATED) and
+    `native_positions` (the position mode its authors describe, used unless another is asked for).
     """
 
     needs: ClassVar[Needs] = Needs.NOTHING
@@ -56,6 +56,7 @@ class Policy:
     bounded: ClassVar[bool] = True
     window_tokens: ClassVar[int] = 32
     moments_from: ClassVar[int] = 0
+    repeat_tokens: ClassVar[int] = 2048
     native_positions: ClassVar[Literal["original", "in_cache", "released"]] = "original"
 
     @property
@@ -74,6 +75,14 @@ class Policy:
         """
         raise NotImplementedError(f"{type(self).__name__} must define victim(view)")
 
+    def hand_over(self, view: View) -> Tensor | None:
+        """Return (B, ...), what later layers read of this one as `view.handed`; None leaves there what it is.
+
+        Called in every layer of a prompt, before the layer is cut. What it is about is best told by position: layers
+        may hold different entries.
+        """
+        return None
+
 
 PART = {"is_part": True}
 """Of a field's metadata: while it has its default, it is in no cell's key, so that records outlive new parts."""
@@ -82,6 +91,10 @@ PART = {"is_part": True}
 def is_unset_part(setting: Field[Any], value: object) -> bool:
     """Return whether a field of a policy is a part that is not set."""
     return PART.keys() <= setting.metadata.keys() and value == setting.default
+
+
+Span = Literal["text", "picture", "question"]
+"""A part of a prompt: its text, the question included; its pictures; its question, with what a template adds to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +106,8 @@ class ScorePolicy(Policy):
 
     Parts: allocation (None: every layer and head holds the same), merge (None: what goes is dropped), every_tokens
     (1: an entry goes at each step; n: n tokens more are held, then the cache is planned as after a prompt),
-    skip_layers (their prompt stays whole, and the other layers pay for it; from 0, or from -1 for the last).
+    skip_layers (their prompt stays whole, and the other layers pay for it; from 0, or from -1 for the last), protect
+    (None; a `Span`: its entries are kept before all others, the best of them where the budget does not hold all).
     """
 
     num_sinks: int = 0
@@ -103,6 +117,7 @@ class ScorePolicy(Policy):
     merge: Merge | None = field(default=None, metadata=PART)
     every_tokens: int = field(default=1, metadata=PART)
     skip_layers: tuple[int, ...] = field(default=(), metadata=PART)
+    protect: Span | None = field(default=None, metadata=PART)
 
     def __post_init__(self) -> None:
         for name in ("num_sinks", "num_recent"):
@@ -110,6 +125,10 @@ class ScorePolicy(Policy):
                 raise ConfigError(f"policy.{name} is {getattr(self, name)}; it must be 0 or more tokens")
         if not 0.0 <= self.recent_fraction <= 1.0:
             raise ConfigError(f"policy.recent_fraction is {self.recent_fraction:g}; it must lie in [0, 1]")
+        if self.protect not in (None, *get_args(Span)):
+            raise ConfigError(
+                f"policy.protect is {self.protect!r:.60}; {close_matches(str(self.protect), get_args(Span))}"
+            )
         object.__setattr__(self, "skip_layers", tuple(self.skip_layers))  # a list in a yaml, and policies are hashed
 
     @property
@@ -138,7 +157,13 @@ class ScorePolicy(Policy):
         elif self.allocation is not None and self.allocation.ragged:
             entries = divided_heads(self.allocation, view, score)
         keep = keep_top(score, view.position, entries)
-        return Plan(keep=keep) if self.merge is None else self.merge.into(view, keep, keep & (score == torch.inf))
+        plan = Plan(keep=keep) if self.merge is None else self.merge.into(view, keep, keep & (score == torch.inf))
+        memory = self.remembered(view)
+        return plan if memory is None else replace(plan, memory=memory)
+
+    def remembered(self, view: View) -> Tensor | None:
+        """Return (B, H, M), what later plans find as `view.memory_or_none`; None for nothing new."""
+        return None
 
     def victim(self, view: View) -> Tensor:
         """Free the entry of lowest score, the oldest of equals; -1 where a score is NaN."""
@@ -222,6 +247,8 @@ def ranking(policy: ScorePolicy, view: View) -> Tensor:
 def needs_of(policy: Policy) -> Needs:
     """Return the statistics of a policy and of its parts."""
     needs = policy.needs
+    if isinstance(policy, ScorePolicy) and policy.protect is not None:
+        needs |= Needs.QUESTION if policy.protect == "question" else Needs.PICTURE
     for one in (getattr(policy, "allocation", None), getattr(policy, "merge", None)):
         if isinstance(one, Allocation | Merge):
             needs |= one.needs
@@ -238,6 +265,12 @@ def steps_between_cuts(policy: Policy) -> int | None:
     if not policy.bounded or When.DECODE not in policy.when:
         return None
     return policy.every_tokens if isinstance(policy, ScorePolicy) else 1
+
+
+def merge_at_decode(policy: Policy) -> Merge | None:
+    """Return the merge that entries freed at a decode step take part in, None where they are dropped."""
+    merge = policy.merge if isinstance(policy, ScorePolicy) else None
+    return merge if merge is not None and merge.at_decode and steps_between_cuts(policy) == 1 else None
 
 
 def keeps_ring(policy: Policy) -> bool:
@@ -268,6 +301,11 @@ def check_parts(policy: Policy, positions: str = "original") -> None:
             f"policy.{planned} is carried out by ScorePolicy.plan, but {kind.__name__} has a plan of its own; leave it "
             "out, or let the plan do it"
         )
+    if policy.protect is not None and (kind.plan, kind.victim) != (ScorePolicy.plan, ScorePolicy.victim):
+        raise ConfigError(
+            f"policy.protect is carried out by ScorePolicy.plan and victim, but {kind.__name__} has one of its own; "
+            "leave it out"
+        )
     if policy.every_tokens < 1:
         raise ConfigError(f"policy.every_tokens is {policy.every_tokens}; it must be at least 1")
     if policy.every_tokens == 1:
@@ -295,7 +333,7 @@ def checked_score(policy: ScorePolicy, view: View) -> Tensor:
             f"{type(policy).__name__}.score returned shape {tuple(score.shape)}; "
             f"it must be (B, H, T) = {tuple(view.position.shape)} or (B, 1, T)"
         )
-    return score
+    return score if policy.protect is None else ranked_above(score, getattr(view, policy.protect))
 
 
 def checked_range(policy: ScorePolicy, seen: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
@@ -319,6 +357,28 @@ def checked_victim(policy: Policy, view: View) -> Tensor:
             f"it must be int64 of shape (B, H) = {tuple(shape)}"
         )
     return victim
+
+
+def checked_joining(merge: Merge, view: View, victim: Tensor) -> Joining:
+    """Return `merge.joining(view, victim)`, looked at where that does not wait. Raises: PolicyError if it is amiss."""
+    joining, name, (rows, heads, entries) = merge.joining(view, victim), type(merge).__name__, view.position.shape
+    into = joining.into
+    if into.shape[:2] != (rows, heads) or not into.shape == joining.weight.shape == joining.own.shape:
+        raise PolicyError(
+            f"{name}.joining returned into, weight and own of {tuple(into.shape)}, {tuple(joining.weight.shape)} "
+            f"and {tuple(joining.own.shape)}; each must be (B, H, M) = ({rows}, {heads}, M)"
+        )
+    takes = (joining.weight != 0) | (joining.own != 1)
+    if into.device.type == "cpu" and bool(takes.any()):
+        inside = (into >= 0) & (into < entries) & (into != victim[..., None])
+        holds = view.valid.gather(-1, into.clamp(0, entries - 1))
+        times = torch.zeros(rows, heads, entries).scatter_add_(-1, into.clamp(0, entries - 1), takes.float())
+        if bool((takes & ~(inside & holds)).any()) or bool((times > 1).any()):
+            raise PolicyError(
+                f"{name}.joining merges into {into[takes].tolist()[:8]} in layer {view.layer}; each must be a slot "
+                "that holds a token and stays, and at most once in a head"
+            )
+    return joining
 
 
 def checked_plan(policy: Policy, view: View, allowed: list[int]) -> Plan:
@@ -354,6 +414,11 @@ def checked_plan(policy: Policy, view: View, allowed: list[int]) -> Plan:
         )
     if plan.mass is not None and bool((plan.mass.isnan() & plan.keep).any()):
         raise NonFiniteChoiceError(f"{name} returned a mass that is NaN for entries that it keeps; it must be numbers")
+    if plan.values is not None and plan.values.shape != view.values.shape:
+        raise PolicyError(
+            f"{name} returned values of shape {tuple(plan.values.shape)}; it must be (B, H, T, D) = "
+            f"{tuple(view.values.shape)}"
+        )
     source = plan.merge_source
     if source is not None and (plan.merge_into is None or source.shape != position.shape):
         raise PolicyError(f"{name} returned merge_source without a merge_into of the same shape {tuple(source.shape)}")

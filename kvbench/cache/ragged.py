@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache.selection import oldest_first
-from kvbench.cache.slots import EMPTY, Books, Entries, moved
+from kvbench.cache.slots import EMPTY, Books, Entries, moved, renewed
 from kvbench.cache.view import Plan
 from kvbench.kernels.dispatch import SlotColumns
 
@@ -51,6 +51,10 @@ class RaggedSlots(Books):
         """(B, H) int64: slots of each head."""
         ends = torch.cat((self.start.flatten()[1:], self.start.new_full((1,), self.flat.position.shape[0])))
         return ends.view_as(self.start) - self.start
+
+    def places(self, slot: Tensor) -> Tensor:
+        """(B, H, M): where the slots (B, H, M) of heads lie in the buffer."""
+        return self.start[..., None] + slot
 
     @property
     def position(self) -> Tensor:
@@ -221,7 +225,7 @@ def settle_ragged(
     """
     if plan is not None:
         memory = memory if plan.memory is None else plan.memory
-        entries = entries if plan.mass is None else replace(entries, mass=plan.mass)
+        entries = renewed(entries, plan)
     position = entries.position if plan is None else entries.position.masked_fill(~plan.keep, EMPTY)
     length = (position >= 0).sum(dim=-1)
     order = oldest_first(position)[..., : int(length.max())]

@@ -9,7 +9,8 @@ values, positions and the statistics that the given policies declare; `cache_aft
     model(**inputs, **cache_argument(model, recorder), use_cache=True)
     cache = cache_after(recorder.prompt, PolicyCache(model, policy, budget, reserve_tokens=64))
 
-The recording holds the whole prompt uncompressed, in all layers: drop it before the next batch.
+The recording holds the whole prompt uncompressed, in all layers: drop it before the next batch. In the same way a
+`CalibrationCache` lets a policy gather what it learns from, batch by batch.
 
 `EvictionLog` is for looking, never for deciding. Nothing that was evicted comes back, so one number per layer, head
 and token tells the whole story; it is kept on the device of the cache, and nothing waits for the host before `freed`
@@ -25,8 +26,9 @@ is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -34,15 +36,17 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from kvbench.cache.artefact import Calibrated, Sample
 from kvbench.cache.attention import ChunkStatistics, Statistics
 from kvbench.cache.cache import PolicyCache, unrotation_of
 from kvbench.cache.counts import LayerSetup
 from kvbench.cache.layer import PolicyLayer
 from kvbench.cache.policy import UNLIMITED, Policy, keeps_ring, needs_of
-from kvbench.cache.positions import Rotation
+from kvbench.cache.positions import Rotation, rotation_of
 from kvbench.cache.ragged import RaggedSlots
 from kvbench.cache.slots import Entries, Slots
 from kvbench.cache.view import Needs, Plan
+from kvbench.errors import ModelSupportError
 
 HELD = -1
 _Rows = tuple[int, str, bool]  # how many queries, which reduction, and whether the policy needs MASS too
@@ -190,6 +194,43 @@ def cache_after(prompt: Recording, cache: PolicyCache) -> PolicyCache:
     for name, value in prompt.kept_by_model.items():
         setattr(cache, name, copy.deepcopy(value))
     return cache
+
+
+class _GatheringLayer(PolicyLayer):
+    """Attends as every layer does, and gathers for a policy that learns instead of settling."""
+
+    gathered: Mapping[str, Tensor]
+
+    def __init__(self, setup: LayerSetup, policy: Calibrated) -> None:
+        super().__init__(setup)
+        self._learner = policy
+
+    def settle_chunk(self, entries: Entries, statistics: Statistics) -> None:
+        """Keep what the policy sums up."""
+        assert isinstance(statistics, ChunkStatistics)
+        chunk, rotation = statistics.chunk, self.setup.unrotation
+        sample = Sample(query=chunk.query, keys=chunk.keys, position=chunk.query_position, rotation=rotation)
+        self.gathered = self._learner.gather(sample)
+
+
+class CalibrationCache(Cache):
+    """Takes one batch of calibration data in one piece; `gathered` is what `policy` sums up of each layer."""
+
+    def __init__(self, model: Any, policy: Calibrated) -> None:
+        num_layers, rotation = model.config.get_text_config().num_hidden_layers, None
+        with contextlib.suppress(ModelSupportError):  # who needs it says so
+            rotation = rotation_of(model.get_decoder())
+        setups = (
+            LayerSetup(layer=n, num_layers=num_layers, policy=Policy(), budget=UNLIMITED, unrotation=rotation)
+            for n in range(num_layers)
+        )
+        self._gathering = [_GatheringLayer(setup, policy) for setup in setups]
+        super().__init__(layers=list(self._gathering))
+
+    @property
+    def gathered(self) -> list[Mapping[str, Tensor]]:
+        """What the policy sums up, layer by layer, after the batch."""
+        return [layer.gathered for layer in self._gathering]
 
 
 class EvictionLog:

@@ -5,11 +5,15 @@ Ties are decided once, here: of two entries with equal scores the older one goes
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kvbench.kernels.dispatch import use_triton
 
+_MIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)  # of SplitMix64
 _NO_POSITION = torch.iinfo(torch.int64).max
 
 
@@ -42,6 +46,23 @@ def lowest(score: Tensor, position: Tensor) -> Tensor:
     tied = (score == least) & (position >= 0)
     oldest = torch.where(tied, position, _NO_POSITION).argmin(dim=-1)
     return oldest.masked_fill(least[..., 0].isnan(), -1)
+
+
+_HALF = 0x3FC00000  # half of the bits of infinity
+
+
+def ranked_above(score: Tensor, first: Tensor) -> Tensor:
+    """Return finite float32 scores in which all of `first` is above all else, and each of both in its own order.
+
+    score (B, H, T) or (B, 1, T); first (B, H, T) bool. Floats are in the order of their bits, and each part gets one
+    half of these, so that scores which differ in the last bit alone count as equal. NaN stays NaN.
+    """
+    most = torch.finfo(torch.float32).max / 2
+    bits = (score.float().clamp(-most, most) + 0.0).view(torch.int32)  # minus zero is zero
+    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) >> 1
+    order = torch.where(first, order + _HALF, order - _HALF)
+    ranked = torch.where(order < 0, order ^ 0x7FFFFFFF, order).view(torch.float32)
+    return torch.where(score.isnan(), torch.nan, ranked)
 
 
 def protected_entries(
@@ -87,6 +108,18 @@ def _inverse(order: Tensor) -> Tensor:
     """Return the place of each entry in `order`, a permutation along the last dimension."""
     places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def pooled(votes: Tensor, position: Tensor, kernel_tokens: int, pooling: Literal["max", "avg"]) -> Tensor:
+    """Return (B, H, T): each entry's largest or mean vote of `kernel_tokens`, odd, neighbours by age; none counts as 0.
+
+    votes (B, H, T) of 0 or more; empty slots have none.
+    """
+    rank = age_rank(position)
+    by_age = torch.zeros_like(votes).scatter_(-1, rank, votes.masked_fill(position < 0, 0.0))
+    pool = functional.max_pool1d if pooling == "max" else functional.avg_pool1d
+    found: Tensor = pool(by_age, kernel_tokens, stride=1, padding=kernel_tokens // 2)
+    return found.gather(-1, rank)
 
 
 def oldest_first(position: Tensor) -> Tensor:
@@ -139,3 +172,28 @@ def nearest_anchor(anchor: Tensor, member: Tensor, position: Tensor) -> Tensor:
     nearest = torch.where(to_earlier, before, after)
     nearest = torch.where(member.gather(-1, slot) & (nearest < length), nearest, own)
     return slot.gather(-1, nearest).gather(-1, rank)
+
+
+def draws(position: Tensor, row_seed: Tensor, stream: int) -> Tensor:
+    """Return float32 in [0, 1) like `position` (B, H, ...): a number for each token of a head, whenever it is asked.
+
+    row_seed (B,) is the sequence's, so that it draws the same alone and in a batch; stream: another one draws others.
+    With the number of the layer and a seed for it, these are what the policy `random` ranks by.
+    """
+    rest = (1,) * (position.ndim - 2)
+    heads = torch.arange(position.shape[1], device=position.device).view(1, -1, *rest)
+    first = stream % (1 << 48) * position.shape[1]  # any seed, within 64 bits
+    number = position + (first + heads + 1) * _MIX[0] + row_seed.view(-1, 1, *rest) * _MIX[1]
+    mixed = (number ^ _shift(number, 30)) * _MIX[1]  # SplitMix64's finalizer, wrapping
+    mixed = (mixed ^ _shift(mixed, 27)) * _MIX[2]
+    return _shift(mixed ^ _shift(mixed, 31), 40).float() / 2.0**24
+
+
+def gumbel(unit: Tensor) -> Tensor:
+    """Return draws in [0, 1) as standard Gumbel numbers: added to logits, the largest is a draw by their softmax."""
+    return -(-unit.clamp(min=2.0**-25).log()).log()
+
+
+def _shift(number: Tensor, bits: int) -> Tensor:
+    """Logical right shift; torch's is arithmetic."""
+    return (number >> bits) & ((1 << (64 - bits)) - 1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kvbench.cache.policy import Policy
 from kvbench.cache.selection import age_rank, oldest_first
-from kvbench.cache.view import Plan
+from kvbench.cache.view import Joining, Plan, View
 from kvbench.errors import NonFiniteChoiceError, PolicyError
 from kvbench.kernels.dispatch import SlotColumns, use_triton
 
@@ -85,13 +85,35 @@ class Books:
         self.faults |= torch.where(victim == NO_CHOICE, NAN_SCORE, NO_TOKEN).int() * (wrong & over)
         return victim.masked_fill(wrong, 0)
 
+    def places(self, slot: Tensor) -> Tensor:
+        """(B, H, M): where in `rows_of` the slots (B, H, M) of heads lie."""
+        raise NotImplementedError
+
+    def join(self, joining: Joining, victim: Tensor, over: Tensor) -> None:
+        """Let slot `victim` (B, H) join others, in place, where `over` (B, H) holds; it is still to be freed."""
+        takes = over[..., None] & ((joining.weight != 0) | (joining.own != 1))
+        into = self.places(torch.where(takes, joining.into, victim[..., None]))  # the others write the victim onto it
+        at, gone_at = into.flatten(), self.places(victim[..., None]).flatten()
+        for states in [self.buffers.values, *([self.buffers.keys] if joining.keys else [])]:
+            flat = states.view(-1, states.shape[-1])
+            number = torch.promote_types(flat.dtype, torch.float32)
+            gone = flat[gone_at].view(*victim.shape, 1, -1).to(number)
+            joined = joining.own[..., None].to(number) * flat[at].view(*into.shape, -1)
+            joined = torch.where(takes[..., None], joined + joining.weight[..., None].to(number) * gone, gone)
+            flat.index_copy_(0, at, joined.flatten(0, 2).to(flat.dtype))
+        if joining.memory is not None and self.memory is not None:
+            self.memory.copy_(torch.where(over[..., None], joining.memory, self.memory))
+
     def take(self, cut: Books) -> None:
         """Copy what a cut left of these slots into them, in place: what was captured over them stays valid."""
         for buffer, kept in zip(self.buffers.tensors(), cut.buffers.tensors(), strict=True):
             buffer.copy_(kept)
         self.length.copy_(cut.length)
         self.free.copy_(cut.length)
-        self.memory = cut.memory
+        if self.memory is None or cut.memory is None or self.memory.shape != cut.memory.shape:
+            self.memory = cut.memory
+        else:
+            self.memory.copy_(cut.memory)
 
     def state(self) -> list[Tensor]:
         """Return what a step changes in place, keys and values excepted: they change in free slots only."""
@@ -141,6 +163,11 @@ class Slots(Books):
     def capacity(self) -> int:
         """Slots per row and head."""
         return self.entries.position.shape[-1]
+
+    def places(self, slot: Tensor) -> Tensor:
+        """(B, H, M): where the slots (B, H, M) lie in the buffer seen as (B H C, D)."""
+        pairs = torch.arange(self.length.numel(), device=slot.device).view(*self.length.shape, 1)
+        return pairs * self.capacity + slot
 
     def columns(self) -> SlotColumns:
         """Return the tensors as the kernels take them."""
@@ -239,7 +266,7 @@ def settle(
     """
     if plan is not None:
         memory = memory if plan.memory is None else plan.memory
-        entries = entries if plan.mass is None else replace(entries, mass=plan.mass)
+        entries = renewed(entries, plan)
     position = entries.position if plan is None else entries.position.masked_fill(~plan.keep, EMPTY)
     length = (position >= 0).sum(dim=-1)
     order = oldest_first(position)[..., :capacity]
@@ -255,6 +282,12 @@ def settle(
     )
     faults = torch.zeros_like(length, dtype=torch.int32) if faults is None else faults
     return Slots(entries=kept, length=length, free=length.clone(), faults=faults, memory=memory)
+
+
+def renewed(entries: Entries, plan: Plan) -> Entries:
+    """Return `entries` with the mass and the values that `plan` says they go on with."""
+    values = entries.values if plan.values is None else plan.values.to(entries.values.dtype)
+    return replace(entries, values=values, mass=entries.mass if plan.mass is None else plan.mass)
 
 
 def moved(entries: Entries, plan: Plan | None, order: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -327,22 +360,26 @@ def _merged(entries: Entries, plan: Plan) -> Entries:
     return replace(entries, keys=keys, values=values, mass=mass)
 
 
-def only_rows(plan: Plan, rows: Tensor, valid: Tensor) -> Plan:
-    """Return `plan` for the rows (B,) bool; in the others every entry of `valid` (B, H, T) stays as it is."""
+def only_rows(plan: Plan, rows: Tensor, view: View) -> Plan:
+    """Return `plan`, made for `view`, for the rows (B,) bool; in the others every entry stays as it is."""
     if bool(rows.all()):
         return plan
-    others = ~rows[:, None, None]
+    others, valid = ~rows[:, None, None], view.valid
     own = torch.arange(valid.shape[-1], device=valid.device).expand(valid.shape)
 
     def chosen(column: Tensor | None, otherwise: Tensor | float) -> Tensor | None:
         return None if column is None else torch.where(others, otherwise, column)
 
+    mass, memory = view.mass_or_none, view.memory_or_none
     return replace(
         plan,
         keep=torch.where(others, valid, plan.keep),
         merge_into=chosen(plan.merge_into, own),
         merge_source=chosen(plan.merge_source, own),
         merge_weight=chosen(plan.merge_weight, 1.0),
+        mass=plan.mass if mass is None else chosen(plan.mass, mass),
+        memory=plan.memory if memory is None else chosen(plan.memory, memory),
+        values=None if plan.values is None else torch.where(others[..., None], view.values, plan.values),
     )
 
 

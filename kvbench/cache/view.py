@@ -6,6 +6,7 @@ After the first eviction the order of storage is not the order of tokens: read `
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Flag, IntEnum, auto
 from typing import TYPE_CHECKING, TypeVar
@@ -30,6 +31,11 @@ class Needs(Flag):
     HEAD_ROWS = auto()  # as WINDOW, of each query head by itself
     MOMENTS = auto()  # mean and covariance of the prompt's queries before rotation
     OUTPUT = auto()  # the weight of the layer's output projection
+    FUTURE = auto()  # attention from tokens that are still to come, told by a task that scores tokens it knows
+    PICTURE = auto()  # which entries are of a picture: only for prompts that have one
+    QUESTION = auto()  # which entries are of the question: only for prompts of which it is known
+    ARTEFACT = auto()  # what `kvbench calibrate` wrote for the model
+    REPEATED = auto()  # attention received while the prompt is repeated, in a second pass over it
 
 
 class Kind(IntEnum):
@@ -51,7 +57,8 @@ class View:
     (B,) int64, a number of the sequence for policies that draw, the same alone and in a batch.
     `new_tokens` is how many tokens came with this step (1 = decode). memory_or_none (B, H, M): what the
     policy's last plan left beside the slots. spread_or_none (B, H): where a block of generated tokens is cut and heads
-    hold different numbers, what each was given beside the budget when the prompt was cut.
+    hold different numbers, what each was given beside the budget when the prompt was cut. handed: what the policy's
+    `hand_over` returned in an earlier layer of this prompt, None before that and at decode.
     """
 
     layer: int
@@ -77,6 +84,12 @@ class View:
     query_covariance_or_none: Tensor | None = None
     rotation_or_none: Rotation | None = None
     output_weight_or_none: Tensor | None = None
+    future_or_none: Tensor | None = None
+    picture_or_none: Tensor | None = None
+    question_or_none: Tensor | None = None
+    handed: Tensor | None = None
+    artefact_or_none: Mapping[str, Tensor] | None = None
+    repeated_or_none: Tensor | None = None
 
     @property
     def valid(self) -> Tensor:
@@ -119,6 +132,39 @@ class View:
         return _declared(self.output_weight_or_none, "OUTPUT")
 
     @property
+    def future(self) -> Tensor:
+        """(B, H, T) float32: attention that entries will receive in the full cache from the tokens that are scored."""
+        return _declared(self.future_or_none, "FUTURE")
+
+    @property
+    def picture(self) -> Tensor:
+        """(B, H, T) bool: the entry is a token of a picture."""
+        return _declared(self.picture_or_none, "PICTURE")
+
+    @property
+    def question(self) -> Tensor:
+        """(B, H, T) bool: the entry is of the question, or of what the chat template writes after it.
+
+        Once a further chunk has come (a question that was hidden, a later turn), it is that chunk.
+        """
+        return _declared(self.question_or_none, "QUESTION")
+
+    @property
+    def text(self) -> Tensor:
+        """(B, H, T) bool: the entry is of the prompt's text, its question included."""
+        return self.valid & (self.position < self.prompt[:, None, None]) & ~self.picture
+
+    @property
+    def artefact(self) -> Mapping[str, Tensor]:
+        """The tensors by name that the policy learnt of this layer offline."""
+        return _declared(self.artefact_or_none, "ARTEFACT")
+
+    @property
+    def repeated(self) -> Tensor:
+        """(B, H, T) float32: the largest attention received, of any query head, while the prompt is repeated."""
+        return _declared(self.repeated_or_none, "REPEATED")
+
+    @property
     def probs(self) -> Tensor:
         """(B, H, T) float32: attention row of the newest query."""
         return _declared(self.probs_or_none, "PROBS")
@@ -145,7 +191,7 @@ class Plan:
 
     Without merge_weight a survivor becomes the plain mean of its bucket. With it, (B, H, T) float, it becomes the sum
     of what its bucket brings, each times its weight, its own too. merge_keys, merge_values: False leaves the survivors'
-    own.
+    own. values (B, H, T, D): what entries go on with, for a merge into several; None: their own.
     """
 
     keep: Tensor
@@ -156,3 +202,20 @@ class Plan:
     merge_weight: Tensor | None = None
     merge_keys: bool = True
     merge_values: bool = True
+    values: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Joining:
+    """What the entry that a decode step frees leaves in others.
+
+    into (B, H, M) int64: slots, none twice in a head; weight, own (B, H, M): each becomes `own` times its value and
+    `weight` times that of the entry that goes, and its key too if `keys`. One of weight 0 and own 1 stays as it is,
+    whatever slot is named. memory (B, H, N) or None: what is remembered from now on in heads that free an entry.
+    """
+
+    into: Tensor
+    weight: Tensor
+    own: Tensor
+    keys: bool = True
+    memory: Tensor | None = None

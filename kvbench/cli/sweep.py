@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from kvbench.config.compose import Composed, copied, without_hydra
+from kvbench.config.compose import LEFT_OUT, Composed, copied, without_hydra
 from kvbench.measures import to_minimise
 
 if TYPE_CHECKING:
+    from kvbench.config.build import Shared
     from kvbench.sweep.supervisor import Ticket
     from kvbench.sweep.sweep import Sweep
 
@@ -88,7 +89,8 @@ class App:
         self.sweep: Sweep | None = None
         self._elsewhere, self._is_search = elsewhere, is_search
         self._first: list[Composed] = []
-        self._jobs: dict[str, _Job] = {}
+        self._jobs: dict[str, _Job | None] = {}
+        self.left_out: dict[str, list[str]] = {}  # the names of cells that cannot run, by the reason
 
     def __reduce__(self) -> Any:
         return _elsewhere, (self._is_search,)
@@ -101,39 +103,57 @@ class App:
         (objective,) = self.measure([Composed(config=config, choices=dict(runtime.choices))])
         return objective
 
-    def take(self, grid: Sequence[Composed]) -> list[_Job]:
-        """Add cells to the sweep, everything checked and finished ones taken. Raises: ConfigError, DataError."""
-        from kvbench.config.build import Shared, build_cell, build_objective, check_shared
-        from kvbench.sweep.supervisor import Ticket
+    def take(self, grid: Sequence[Composed]) -> list[_Job | None]:
+        """Add cells to the sweep, everything checked and finished ones taken; None for one that is left out.
+
+        Raises: ConfigError, DataError.
+        """
+        from kvbench.config.build import Shared, check_refused, check_shared
 
         specs = [composed.as_spec() for composed in grid]
         new = [composed for composed, spec in zip(grid, specs, strict=True) if repr(spec) not in self._jobs]
-        check_shared([*self._first, *new])
-        shared, jobs = Shared(), []
+        check_refused(new)
+        check_shared([*self._first, *(composed for composed in new if not composed.may_be_left_out)])
+        shared, jobs, usable = Shared(), [], []
         for composed, spec in zip(grid, specs, strict=True):
-            known = self._jobs.get(repr(spec))
-            if known is None:
-                cell = build_cell(composed, shared)
-                objective = build_objective(composed.config, cell, shared, is_needed=self._is_search)
-                known = _Job(ticket=Ticket(cell=cell, spec=spec), objective=objective)
-                self._jobs[repr(spec)] = known
-            jobs.append(known)
-        self._first = self._first or list(grid[:1])
-        tickets = {job.ticket.cell.key: job.ticket for job in jobs}
-        if self.sweep is None:
-            self.sweep = _opened(self._first[0].config, tickets)
-        else:
+            known = repr(spec)
+            if known not in self._jobs:
+                self._jobs[known] = self._job(composed, spec, shared)
+            jobs.append(self._jobs[known])
+            usable += [composed] if jobs[-1] is not None else []
+        check_shared([*self._first, *usable])
+        self._first = self._first or usable[:1]
+        tickets = {job.ticket.cell.key: job.ticket for job in jobs if job is not None}
+        if self.sweep is not None:
             self.sweep.add(tickets)
+        elif usable:
+            self.sweep = _opened(self._first[0].config, tickets)
         return jobs
+
+    def _job(self, composed: Composed, spec: dict[str, Any], shared: Shared) -> _Job | None:
+        from kvbench.config.build import build_cell, build_objective
+        from kvbench.errors import KvbenchError
+        from kvbench.sweep.supervisor import Ticket
+
+        try:
+            cell = build_cell(composed, shared)
+            objective = build_objective(composed.config, cell, shared, is_needed=self._is_search)
+        except KvbenchError as error:
+            if not composed.may_be_left_out:
+                raise
+            self.left_out.setdefault(str(error), []).append(_name(composed))
+            return None
+        return _Job(ticket=Ticket(cell=cell, spec=spec), objective=objective)
 
     def measure(self, grid: Sequence[Composed]) -> list[Objective]:
         """Return the objective of each cell; what has no record yet is measured. Raises: Stopped, KvbenchError."""
         from kvbench.sweep.sweep import StopRequest
 
         jobs = self.take(grid)
-        assert self.sweep is not None
+        if self.sweep is None:
+            return [Unmeasured(LEFT_OUT) for _ in jobs]
         with StopRequest().watching() as stop:
-            self.sweep.run(stop, [job.ticket.cell.key for job in jobs])
+            self.sweep.run(stop, [job.ticket.cell.key for job in jobs if job is not None])
         if stop.number is not None:
             if self._elsewhere:
                 os._exit(stop.exit_code)
@@ -144,7 +164,9 @@ class App:
         """Return the cell of a job's whole configuration, Hydra's own settings included."""
         return without_hydra(copied(job))
 
-    def _objective(self, sweep: Sweep, job: _Job) -> Objective:
+    def _objective(self, sweep: Sweep, job: _Job | None) -> Objective:
+        if job is None:
+            return Unmeasured(LEFT_OUT)
         key = job.ticket.cell.key
         found, status = sweep.measurements(key), sweep.statuses[key]
         values = [None if found is None else found.get(name, {}).get("value") for name in job.objective]
@@ -153,6 +175,14 @@ class App:
             for name, value in zip(job.objective, values, strict=True)
         )
         return signed if len(signed) > 1 else next(iter(signed), Unmeasured(status))
+
+
+def _name(composed: Composed) -> str:
+    """Return "h2o+ada at 0.2 on frankenstein" of a cell that was not made."""
+    names = [composed.choices.get(group) for group in ("policy", "policy/allocation", "policy/merge")]
+    budget, dataset = composed.config.get("budget") or {}, composed.choices.get("dataset")
+    size = budget.get("fraction") or budget.get("tokens")
+    return f"{'+'.join(name for name in names if name)} at {size} on {dataset}"
 
 
 def _elsewhere(is_search: bool) -> App:

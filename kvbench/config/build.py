@@ -32,14 +32,15 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from kvbench import installed_version
 from kvbench.autopsy.settings import AutopsySettings
-from kvbench.cache import CACHE_SEMANTICS, Budget, Policy, ScorePolicy, When
-from kvbench.cache.policy import check_parts, is_unset_part
+from kvbench.cache import CACHE_SEMANTICS, Budget, Calibrated, Needs, Policy, ScorePolicy, When
+from kvbench.cache.policy import check_parts, is_unset_part, needs_of
 from kvbench.cache.positions import POSITION_MODES, PositionMode
 from kvbench.cache.released import departures_of
 from kvbench.config.checks import (
     check_budget_fits,
     check_installed,
     check_model,
+    check_repeats,
     check_settings,
     check_text,
     fits,
@@ -50,9 +51,10 @@ from kvbench.config.checks import (
     typed,
     typed_settings,
 )
-from kvbench.config.compose import Composed
-from kvbench.errors import ConfigError, KvbenchError, close_matches
+from kvbench.config.compose import LEFT_OUT, Composed
+from kvbench.errors import ConfigError, KvbenchError, check_known, close_matches
 from kvbench.measures import FACT_MEASURES, MEASURES, measure_named
+from kvbench.models.calibration import artefact_path, stored_artefact
 from kvbench.models.spec import ModelSpec, takes_images
 from kvbench.sinks.base import SinkGroup
 from kvbench.sweep.cell import (
@@ -60,6 +62,8 @@ from kvbench.sweep.cell import (
     BeyondContext,
     Cell,
     check_fit,
+    check_foresight,
+    check_spans,
     check_windows,
     resolve_devices,
     resolve_engine,
@@ -237,6 +241,7 @@ _OF_THE_CLASS = {"class", "source", "protocol", "fingerprint"}
 _NUMERIC_PACKAGES = ("torch", "transformers")
 _EVICTS_AT = {When.BOTH: "prompt and decode", When.PREFILL: "prompt", When.DECODE: "decode"}
 _AUTO = "auto"
+_IN_SHARDS = ("leaderboard", "factorial")  # the experiments whose settings say which share of their cells runs
 _SHARED = ("results", "sweep", "force", "sink", "worker", "autopsy", "objective")
 # What kvbench's own tasks measure, as patterns of names, each task's own measure first; FACTS are the names for what a
 # data set knows to be true. Anybody else's class may have `measures` of the kind.
@@ -294,6 +299,9 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
     model, device = shared.once(
         ("devices", id(asked), config.device), lambda: resolve_devices(asked, str(config.device))
     )
+    learnt: dict[str, str] = {}
+    if isinstance(policy, Calibrated):
+        policy, learnt["artefact"] = with_artefact(policy, model, composed)
     dataset = shared.build(config.dataset, "dataset", has=("facts_in",))
     tasks = {str(name): build(node, f"task.{name}", has=("run", "protocol")) for name, node in config.task.items()}
     if not tasks:
@@ -304,6 +312,7 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
     engine = resolve_engine(str(config.engine), device, is_spread=model.devices is not None)
     setting = CacheSetting(policy=policy, budget=budget, positions=_positions(config, policy), engine=engine)
     check_parts(policy, setting.positions)
+    check_foresight(policy, tasks)
     check_budget_fits(policy, budget)
 
     def check_combination() -> bool:
@@ -319,13 +328,16 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
             check_windows(known_config(model), dataset.examples(), tasks)
         return True
 
+    check_repeats(policy, dataset)
     combination = (id(model), id(dataset), repr(tasks), setting.positions, engine, query_visible, beyond_context)
     shared.once(combination, check_combination)
+    if needs_of(policy) & (Needs.PICTURE | Needs.QUESTION):
+        check_spans(policy, dataset, model, query_visible=query_visible)
     fingerprint = shared.once(id(dataset), lambda: dataset.fingerprint)
     settings = {
         "model": _model_key(model),
         "dataset": {**plugin_key(dataset, config.dataset, without=_PATH_SETTINGS), "fingerprint": fingerprint},
-        "policy": {**plugin_key(policy, config.policy), "source": source_of(type(policy))},
+        "policy": {**plugin_key(policy, config.policy), "source": source_of(type(policy)), **learnt},
         "budget": plugin_key(budget, config.budget) if policy.bounded else None,
         "positions": setting.positions,
         "query_visible": query_visible,
@@ -353,7 +365,21 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
         query_visible=query_visible,
         beyond_context=beyond_context,
         autopsy=build(config.autopsy, "autopsy", is_a=AutopsySettings),
+        shard=next((str(config[one].shard) for one in _IN_SHARDS if config.get(one) is not None), None),
     )
+
+
+def with_artefact(policy: Calibrated, model: ModelSpec, composed: Composed) -> tuple[Calibrated, str]:
+    """Return `policy` with the file that it reads for `model`, and the SHA-256 of that.
+
+    Raises: ConfigError, one line, for a file that is missing, torn, of another model or of another policy.
+    """
+    maker = {"policy": class_name(type(policy)), "source": source_of(type(policy))}
+    path = artefact_path(policy, model, maker) if policy.artefact is None else Path(policy.artefact).expanduser()
+    names = {group: composed.choices.get(group) or "NAME" for group in ("policy", "model")}
+    command = f"kvbench calibrate {names['policy']} model={names['model']} dataset=NAME"
+    stored = stored_artefact(path, model, maker, command)
+    return dataclasses.replace(policy, artefact=str(path.absolute())), stored.sha256
 
 
 def build_objective(
@@ -427,6 +453,12 @@ def check_shared(grid: Sequence[Composed]) -> None:
         if len(values) > 1:
             raise ConfigError(f"{name} has {len(values)} values in one sweep; it holds for all cells, give one")
     check_settings(*resolved)
+
+
+def check_refused(grid: Sequence[Composed]) -> None:
+    """Raise ConfigError where it is not said, or in an unknown word, what becomes of a cell that cannot run."""
+    for word in {str(composed.config.get("refused")) for composed in grid}:
+        check_known("refused", word, ("fail", LEFT_OUT))
 
 
 def results_folder(config: DictConfig) -> Path:
@@ -559,6 +591,7 @@ def _labels(composed: Composed, model: ModelSpec, dataset: Any, setting: CacheSe
     names["model"] += f" over {len(model.devices)} GPUs" if model.devices is not None else ""
     parts = [composed.choices.get(f"policy/{part}") for part in _PARTS]
     names["policy"] = "+".join([names["policy"], *(part for part in parts if part is not None)])
+    names["policy"] += " (sees the future)" if Needs.FUTURE in needs_of(policy) else ""
     names["dataset"] = getattr(dataset, "label", names["dataset"])
     limits = {"budget_fraction": budget.fraction, "budget_tokens": budget.tokens}
     rounds = "up" if departures_of(policy).counts_as_released and budget.fraction is not None else "down"

@@ -208,6 +208,18 @@ def check_budget_fits(policy: Policy, budget: Budget) -> None:
         )
 
 
+def check_repeats(policy: Policy, dataset: Dataset) -> None:
+    """Raise ConfigError for pictures under a policy that has the prompt repeated, which is done in words."""
+    from kvbench.cache import Needs
+    from kvbench.cache.policy import needs_of
+
+    if Needs.REPEATED in needs_of(policy) and any(example.load_image is not None for example in dataset.examples()):
+        raise ConfigError(
+            f"{type(policy).__name__} has the prompt repeated in a second pass, and the data set shows pictures, which "
+            "cannot be repeated in words; choose a text data set, or another policy"
+        )
+
+
 def check_text(model: ModelSpec, dataset: Dataset, tasks: Mapping[str, Task]) -> None:
     """Raise ConfigError where a task needs text and there is none, or a picture does not fit the prompt."""
     has_text = getattr(dataset, "has_text", True)

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_loader import ConfigLoader
@@ -34,10 +34,14 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from kvbench.config.checks import check_no_secret_override
 from kvbench.errors import ConfigError, close_matches, did_you_mean, near_names
 
+if TYPE_CHECKING:
+    from hydra_plugins.kvbench_shards import Listing
+
 CONFIG_MODULE = "kvbench.conf"
 CONFIG_NAME = "config"
+LEFT_OUT = "leave_out"
 SUPERVISED = "supervised"
-_GRID, _LAWS = "basic", "laws"  # the sweepers that know all their jobs before the first one runs
+_GRID, _LAWS, SHARDS = "basic", "laws", "shards"  # the sweepers that know all their jobs before the first one runs
 _EXTRA = ("joblib", "submitit_local", "submitit_slurm", "optuna")
 _OVERRIDDEN = re.compile(r"Could not override '([^']+)'")
 _GROUPS = ("model", "dataset", "policy", "budget", "task", "weights", "workload", "sink", "autopsy")
@@ -57,7 +61,12 @@ class Composed:
     @property
     def is_search(self) -> bool:
         """Whether a sweeper chooses cells while it runs, so that this holds only what they have in common."""
-        return self.multirun and self.choices.get("hydra/sweeper") not in (_GRID, _LAWS)
+        return self.multirun and self.choices.get("hydra/sweeper") not in (_GRID, _LAWS, SHARDS)
+
+    @property
+    def may_be_left_out(self) -> bool:
+        """Whether a sweep goes on without this cell where it cannot run; raises nothing for a wrong word."""
+        return self.config.get("refused") == LEFT_OUT and self.choices.get("policy") != "full"
 
     def as_spec(self) -> dict[str, Any]:
         """Return plain data for another process; interpolations stay as they are written."""
@@ -80,6 +89,13 @@ def compose_grid(
     with _searching(config_dir, config_name), told_in_one_line(overrides):
         composed: dict[tuple[str, ...], Composed] = {}
         return [_compose_cell(cell, multirun, composed) for cell in _cells(overrides, multirun)]
+
+
+def listed(overrides: Sequence[str], *, config_dir: str | None, config_name: str = CONFIG_NAME) -> Listing | None:
+    """Return which share of its cells a sweep in shards runs, None for another sweep. Raises: ConfigError, one line."""
+    with _searching(config_dir, config_name), told_in_one_line(overrides):
+        hydra = _hydra(_parsed(overrides))
+        return _listing(hydra, overrides) if hydra.runtime.choices.get("hydra/sweeper") == SHARDS else None
 
 
 def check_overrides(
@@ -163,16 +179,32 @@ def _cells(overrides: Sequence[str], multirun: bool) -> Iterator[list[str]]:
 
         yield from law_jobs(parsed)
         return
+    if hydra.runtime.choices.get("hydra/sweeper") == SHARDS:
+        yield from _listing(hydra, overrides).jobs
+        return
     if hydra.runtime.choices.get("hydra/sweeper") != _GRID:
         yield [str(o.input_line) for o in parsed if not o.is_sweep_override()]
         return
     words: dict[str, list[str]] = {}
-    for o in _parsed([*(f"{name}={values}" for name, values in _sweep_params(hydra).items()), *overrides]):
-        _check_swept(o)
+    for o in _swept(hydra, overrides):
         key = o.get_key_element()
         swept = o.sweep_string_iterator() if o.is_sweep_override() else [o.get_value_element_as_str()]
         words[key] = [f"{key}={value}" for value in swept]
     yield from map(list, itertools.product(*words.values()))
+
+
+def _swept(hydra: Any, overrides: Sequence[str]) -> list[Override]:
+    """Return what an experiment sweeps over, then what was given, of which the last of a key counts."""
+    found = _parsed([*(f"{name}={values}" for name, values in _sweep_params(hydra).items()), *overrides])
+    for override in found:
+        _check_swept(override)
+    return found
+
+
+def _listing(hydra: Any, overrides: Sequence[str]) -> Listing:
+    from hydra_plugins.kvbench_shards import listing
+
+    return listing(_swept(hydra, overrides), hydra.sweeper)
 
 
 def _check_swept(override: Override) -> None:

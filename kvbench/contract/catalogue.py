@@ -26,7 +26,7 @@ from kvbench.config.compose import compose_grid
 from kvbench.contract.terms import total_of
 from kvbench.errors import ConfigError, check_known
 
-_PAPER = re.compile(r"\d{4}\.\d{5}")
+_PAPER = re.compile(r"\d{4}\.\d{5}|[A-Z]\w+ et al\., [A-Z]\w+ \d{4}")
 _CODE = re.compile(r"(?:github\.com/)?([\w./-]+ at [0-9a-f]{7,40})")
 _RELEASED = re.compile(r"released|'s? code|its code|script|kvpress")
 _BLOCK = re.compile(r"(<!-- policies: (\w+) -->\n).*?(<!-- end of policies -->)", re.DOTALL)
@@ -127,6 +127,11 @@ def facts_of(name: str, config_dir: str | None = None) -> PolicyFacts:
         positions=policy.native_positions,
         status=status if _is_shipped(name) else "your own",
     )
+
+
+def reads(policy: Policy, need: str) -> bool:
+    """Return whether a policy or one of its parts declares a need of that name."""
+    return Needs[need] in needs_of(policy)
 
 
 def _shipped() -> Traversable:

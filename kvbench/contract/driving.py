@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import gc
 import types
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from unittest import mock
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +26,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from kvbench.cache import Policy, PolicyCache, attach, cache_argument
+from kvbench.cache import Calibrated, Layout, Policy, PolicyCache, artefact, attach, cache_argument
+from kvbench.cache.artefact import Artefact, checked_layers
+from kvbench.cache.recording import CalibrationCache
+from kvbench.cache.second_pass import read_again
 
 VOCABULARY = 97
 PICTURE_TOKEN = VOCABULARY - 1  # no text has it
@@ -115,6 +121,37 @@ def held_positions(cache: PolicyCache) -> Held:
     return layers
 
 
+_learnt: WeakKeyDictionary[Any, dict[Policy, Artefact]] = WeakKeyDictionary()
+
+
+def artefacts_learnt() -> AbstractContextManager[Any]:
+    """Inside, a policy that reads an artefact reads what it learns of its model here; no file is looked for."""
+    return mock.patch.object(artefact, "artefact_of", learnt_artefact)
+
+
+def learnt_artefact(model: Any, policy: Policy) -> Artefact | None:
+    """Return what `kvbench.cache.artefact.artefact_of` reads from a file, learnt from random tokens."""
+    if not isinstance(policy, Calibrated):
+        return None
+    known = _learnt.setdefault(model, {})
+    if policy not in known:
+        known[policy] = _calibrated(model, policy)
+    return known[policy]
+
+
+@torch.no_grad()
+def _calibrated(model: Any, policy: Calibrated) -> Artefact:
+    config, layout = model.config, Layout.of(model)
+    pictures = {getattr(config, f"{kind}_token_id", None) for kind in ("image", "video", "vision_start", "vision_end")}
+    words = [token for token in range(2, min(90, config.get_text_config().vocab_size)) if token not in pictures]
+    drawn = torch.randint(len(words), (2, 40), generator=torch.Generator().manual_seed(11))
+    cache = CalibrationCache(model, policy)
+    model(torch.tensor(words)[drawn].to(model.device), **cache_argument(model, cache), use_cache=True)
+    layers = [policy.learn(sums) for sums in cache.gathered]
+    named = {f"layers.{n}.{name}": one.cpu() for n, layer in enumerate(layers) for name, one in layer.items()}
+    return checked_layers(policy, named, layout, "what was learnt here")
+
+
 @torch.no_grad()
 def drive(model: Any, cache: Any, tokens: Tensor, prompt_tokens: int, mask: Tensor | None = None) -> Trace:
     """Prefill `prompt_tokens`, then force the rest of `tokens` (B, N) in one by one; mask (B, N) is 0 at left pads."""
@@ -129,9 +166,16 @@ def drive(model: Any, cache: Any, tokens: Tensor, prompt_tokens: int, mask: Tens
             **cache_argument(model, cache),
         )
         logits.append(out.logits)
+        repeat_where_asked(model, cache, tokens[:, :end], None if mask is None else mask[:, :end])
         if isinstance(cache, PolicyCache):
             held.append(held_positions(cache))
     return Trace(cache=cache, prompt_logits=logits[0], logits=[step[:, -1] for step in logits[1:]], held=held)
+
+
+def repeat_where_asked(model: Any, cache: Any, tokens: Tensor, mask: Tensor | None = None) -> None:
+    """Give the prompt, all that came so far, a second pass if the policy waits for it."""
+    if isinstance(cache, PolicyCache) and cache.awaits_second_pass:
+        read_again(model, cache, tokens, mask)
 
 
 def tensors_of(root: object) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvbench.cache import UNLIMITED, Budget, Needs, Policy, PolicyCache, View, When, cache_argument
-from kvbench.cache.policy import needs_of
+from kvbench.cache.policy import merge_at_decode, needs_of
 from kvbench.cache.released import Departures, departures_of
 from kvbench.contract.driving import (
     TINY_MODELS,
@@ -22,6 +22,7 @@ from kvbench.contract.driving import (
     held_positions,
     left_padded,
     random_tokens,
+    repeat_where_asked,
     tiny_model,
 )
 from kvbench.contract.reference import visible_entries, visible_logits, visible_pass
@@ -95,10 +96,12 @@ def keeps_sequences_apart(policy: Policy, *, positions: Any) -> None:
         for start, end in spans:
             for logits, tokens, one in zip(steps, prompts, caches, strict=True):
                 logits.append(model(tokens[:, start:end], **cache_argument(model, one)).logits)
+                repeat_where_asked(model, one, tokens[:, :end])
         for logits, tokens in zip(steps, prompts, strict=True):
             own = PolicyCache(model, policy, Budget(fraction=0.3), positions=positions)
             for (start, end), interleaved in zip(spans, logits, strict=True):
                 alone = model(tokens[:, start:end], **cache_argument(model, own)).logits
+                repeat_where_asked(model, own, tokens[:, :end])
                 demand(
                     torch.equal(alone, interleaved),
                     f"tokens {start} to {end} have other logits beside another sequence",
@@ -155,12 +158,18 @@ def sees_no_pads(policy: Policy, *, budget: str, model: str, positions: Any) -> 
         same(batch.prompt_logits[index, -length:], alone.prompt_logits[0], CLOSE, "prompt logits of a padded row")
 
 
+def merging_at_decode(policy: Policy) -> str | None:
+    """Spare policies whose evicted entries are seen in others."""
+    return "what it evicts is seen in what it merged it into" if merge_at_decode(policy) is not None else None
+
+
 @rule(
     "eviction equals attention that cannot see what was evicted",
     "plain attention over all tokens, in float64, with exactly what was held in sight of each query",
     budget=("one", "smallest", "tokens", "third_of_seen"),
     model=("llama_gqa_8_2", "llama_mha"),
     positions=POSITIONS,
+    spares=merging_at_decode,
 )
 def equals_masked_attention(policy: Policy, *, budget: str, model: str, positions: Any) -> None:
     """Raise BrokenRuleError where logits differ from the reference's."""
@@ -192,6 +201,7 @@ def goes_on_with_a_second_turn(policy: Policy, *, budget: str, positions: Any) -
         before = [layer[0] for layer in held_positions(cache)] if start else [[()] * 2] * 2
         with torch.no_grad():
             logits.append(model(tokens[:, start : start + turn], **cache_argument(model, cache)).logits[0])
+            repeat_where_asked(model, cache, tokens[:, : start + turn])
         sees += [
             [[(*head, *range(start, at + 1)) for head in layer] for layer in before]
             for at in range(start, start + turn)
@@ -227,10 +237,12 @@ def goes_on_beside_longer_rows(policy: Policy, *, budget: str, positions: Any) -
         told = {"attention_mask": mask[:, :end], "position_ids": place[:, start:end]}
         with torch.no_grad():
             together = model(tokens[:, start:end], **cache_argument(model, caches[2]), **told).logits
+            repeat_where_asked(model, caches[2], tokens[:, :end], mask[:, :end])
             for index, length in enumerate(lengths):
                 first = max(0, start - PROMPT + length)
                 own = rows[index][None, first : end - PROMPT + length]
                 alone = model(own, **cache_argument(model, caches[index])).logits
+                repeat_where_asked(model, caches[index], rows[index][None, : end - PROMPT + length])
                 same(together[index, -alone.shape[1] :], alone[0], CLOSE, f"logits of tokens {first} to {end}")
                 beside = [layer[index] for layer in held_positions(caches[2])]
                 by_itself = [layer[0] for layer in held_positions(caches[index])]

@@ -86,6 +86,11 @@ class Example:
         """Whether something stands before the question that a policy can compress without it."""
         return self.load_image is not None or bool(self.context)
 
+    @property
+    def has_question(self) -> bool:
+        """Whether it is known where the question stands: in no running text, and in no drawn tokens."""
+        return self.window is None and self.token_prompt is None and bool(self.question)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SkippedItem:

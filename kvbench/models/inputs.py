@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import takewhile
 from typing import Any
 
@@ -201,7 +202,8 @@ class PromptBatch:
     pictures their pixels and what the family tells about them. kind (B, T) int8. row_seeds: a number
     per example, from its id. grid: where a family counts pictures by rows and columns, None elsewhere.
     question_ids (B, N): tokens of a question that follows as a second chunk, None where the question is
-    part of the T tokens.
+    part of the T tokens. find_question_tokens: returns how many tokens at the end of each row are its question and
+    what follows it, 0 for one that follows as a second chunk; None where there is no text.
     """
 
     tensors: dict[str, Tensor]
@@ -209,6 +211,7 @@ class PromptBatch:
     row_seeds: tuple[int, ...]
     grid: GridPositions | None = None
     question_ids: Tensor | None = None
+    find_question_tokens: Callable[[], tuple[int, ...]] | None = None
 
     @property
     def prompt_tokens(self) -> list[int]:
@@ -262,8 +265,13 @@ def prompt_batch(loaded: LoadedModel, examples: Sequence[Example], *, num_questi
         kind=kind.to(torch.int8),
         row_seeds=tuple(int.from_bytes(digest[:4], "big") for digest in digests),
         grid=grid,
+        find_question_tokens=None if drawn else cache(partial(_question_tokens, loaded, tuple(examples))),
     )
     return batch if num_question_tokens == 0 else _without_question(batch, num_question_tokens)
+
+
+def _question_tokens(loaded: LoadedModel, examples: Sequence[Example]) -> tuple[int, ...]:
+    return tuple(num_question_tokens(loaded, example, hidden=False) for example in examples)
 
 
 def _without_question(batch: PromptBatch, num_tokens: int) -> PromptBatch:
@@ -275,31 +283,33 @@ def _without_question(batch: PromptBatch, num_tokens: int) -> PromptBatch:
         kind=batch.kind[:, :-num_tokens],
         grid=grid and replace(grid, prompt=grid.prompt[..., :-num_tokens]),
         question_ids=batch.tensors["input_ids"][:, -num_tokens:],
+        find_question_tokens=lambda: (0,) * shape[0],
     )
 
 
-def num_question_tokens(loaded: LoadedModel, example: Example) -> int:
+def num_question_tokens(loaded: LoadedModel, example: Example, *, hidden: bool = True) -> int:
     """Return how many tokens at the prompt's end are the question and what follows it.
 
     A token that holds letters of both counts as the question's, so nothing of the question is in the
-    first part. Raises: DataError if nothing stands before the question, ModelSupportError if the chat
-    template does not write message and picture in order.
+    first part. hidden: that part is compressed alone, so it must be there. Raises: DataError if there is no question,
+    or nothing before a hidden one, ModelSupportError if the chat template does not write message and picture in order.
     """
-    if not example.can_hide_question:
-        raise DataError(f"{example.id} has neither a picture nor a context before its question; set query_visible=true")
+    advice = "set query_visible=true" if hidden else "choose a policy that does not read the question"
+    if hidden and not example.can_hide_question:
+        raise DataError(f"{example.id} has neither a picture nor a context before its question; {advice}")
+    if not example.has_question:
+        raise DataError(f"{example.id} is text to go on with and has no question; {advice}")
     whole = prompt_text(loaded, example)
     before, mark, after = prompt_text(loaded, example, before_question=_QUESTION_MARK).partition(_QUESTION_MARK)
     if not mark or before + after != whole:
-        raise ModelSupportError(
-            "the chat template changes the message, so the question's begin is unknown; set query_visible=true"
-        )
+        raise ModelSupportError(f"the chat template changes the message, so the question's begin is unknown; {advice}")
     adds = adds_special_tokens(loaded, whole)
     first = loaded.text.ids(before, add_special_tokens=adds)
     tokens = loaded.text.ids(whole, add_special_tokens=adds)
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, tokens, strict=False)))
-    if shared == 0 or loaded.image_token_id in tokens[shared:]:
+    if (hidden and shared == 0) or (loaded.image_token_id is not None and loaded.image_token_id in tokens[shared:]):
         raise ModelSupportError(
-            "the chat template writes the picture after the question, or nothing before it; set query_visible=true"
+            f"the chat template writes the picture after the question, or nothing before it; {advice}"
         )
     return len(tokens) - shared
 

@@ -259,6 +259,8 @@ def _agrees(cell: CellResult, name: str, value: object) -> bool:
     if name == "policy":
         return cell.labels.get("policy") == value
     found: Any = cell.settings.get(group)
+    if isinstance(value, list):  # a part of a policy that is not set is in no key
+        return list(_in(found, setting) or ()) == value
     return bool(_in(found, setting) == value if setting else found == value)
 
 

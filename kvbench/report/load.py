@@ -81,8 +81,9 @@ class CellResult:
     `variant` tells cells apart whose labels are equal, and `model` and `dataset` may have got an end that does;
     `labels` holds them as they were recorded. `folder` names the results folder where several are read;
     `cell_folder` is where the record lies, for what lies beside it, and `num_measured` how often it was measured there.
-    `evicts_at` is when its policy cuts, "" in a record that does not say it. `own_bandwidth` is the copy bandwidth that
-    the cell saw itself; among its measurements stands that of its machine and sweep, and what follows from it.
+    `evicts_at` is when its policy cuts, "" in a record that does not say it; `budget_total` what its allocation makes
+    of the total, "" for the uniform one. `own_bandwidth` is the copy bandwidth that the cell saw itself; among its
+    measurements stands that of its machine and sweep, and what follows from it.
     """
 
     key: str
@@ -109,6 +110,7 @@ class CellResult:
     cell_folder: Path | None = None
     num_measured: int = 1
     evicts_at: str = ""
+    budget_total: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     own_bandwidth: float | None = None
 
@@ -157,6 +159,7 @@ def parse_cell(body: Mapping[str, Any]) -> CellResult:
         **texts,
         labels=texts,
         evicts_at=str(labels.get("evicts_at") or ""),
+        budget_total=str(labels.get("budget_total") or ""),
         **{name: body[name] for name in ("key", "sweep", "status", "phase", "environment", "started_utc", "curves")},
         error="" if error is None else f"{error.get('type', 'error')}: {error.get('message', '')}",
         budget_fraction=_number(labels.get("budget_fraction")),

@@ -12,6 +12,7 @@ lie there are made again. A page of `docs` says which table of which records sta
 
 Between the two lines everything is made. Records that are not there yet leave a sentence that says so. A figure beside
 a page is asked for in the same way, in one line: `<!-- figure: file=positions.svg records=... kind=positions ... -->`.
+Where the cells of a folder are hundreds they may lie in it packed, as `cells.tar.xz`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,8 +33,23 @@ from kvbench.errors import ConfigError, KvbenchError, check_known
 from kvbench.measures import MISSING, format_with_interval, measure
 from kvbench.report.build import write_report
 from kvbench.report.compare import compare, difference_text
+from kvbench.report.factorial import (
+    cells_markdown,
+    effects_svg,
+    factorial_csv,
+    interactions_markdown,
+    main_effects_markdown,
+    shares_markdown,
+)
 from kvbench.report.figures.modes import MODES, positions_svg
 from kvbench.report.laws import law_rows, laws_csv, laws_markdown, load_laws
+from kvbench.report.leaderboard import (
+    board_markdown,
+    board_svg,
+    boards_csv,
+    missing_markdown,
+    overview_markdown,
+)
 from kvbench.report.load import CellResult, Results, clusters_of, load_results, scores_of
 from kvbench.report.tables import markdown_table
 from kvbench.results.files import replace_file
@@ -41,7 +58,13 @@ from kvbench.stats.paired import Inference, infer, paired_sums
 _BLOCK = re.compile(r"(<!-- table: ([^>]*) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 _FIGURE = re.compile(r"<!-- figure: ([^>]*) -->")
 _NOT_YET = "Not measured yet: `{}` holds no records."
-_LAWS = {"laws.md": laws_markdown, "laws.csv": laws_csv}
+_PACKED = "cells.tar.xz"  # in the place of `cells`, where there are hundreds
+_ALONE: Mapping[str, Callable[[Results], str]] = {  # files for which no figure need be drawn
+    "laws.md": lambda results: laws_markdown(law_rows(results)),
+    "laws.csv": lambda results: laws_csv(law_rows(results)),
+    "leaderboard.csv": boards_csv,
+    "factorial.csv": factorial_csv,
+}
 
 
 def published(root: Path) -> dict[Path, bytes]:
@@ -50,47 +73,60 @@ def published(root: Path) -> dict[Path, bytes]:
     Raises: ConfigError for a block of a page that cannot be made.
     """
     made: dict[Path, bytes] = {}
-    for folder in sorted((root / "results" / "published").glob("*/cells")):
-        made |= _files_of(folder.parent)
+    read = cache(_load)
+    for folder in sorted((root / "results" / "published").iterdir()):
+        if _has_records(folder):
+            made |= _files_of(folder, read)
     for page in sorted((root / "docs").glob("*.md")):
-        if text := filled_page(root, page):
+        if text := filled_page(root, page, read):
             made[page] = text.encode()
-        made |= _figures_of(root, page)
+        made |= _figures_of(root, page, read)
     return made
 
 
-def filled_page(root: Path, page: Path) -> str:
+def _load(folder: Path) -> Results:
+    """Return what lies in a folder as it is, or packed."""
+    if not (folder / _PACKED).is_file():
+        return load_results(folder)
+    with tempfile.TemporaryDirectory() as place, tarfile.open(folder / _PACKED) as packed:
+        packed.extractall(place, filter="data")
+        return load_results(Path(place))
+
+
+def filled_page(root: Path, page: Path, read: Callable[[Path], Results] | None = None) -> str:
     """Return the page with its tables made from the records below `root`; "" where it has none.
 
     Raises: ConfigError for a block that cannot be made.
     """
-    text, read = page.read_text(encoding="utf-8"), cache(load_results)
-    return _BLOCK.sub(lambda block: _filled(root, block, read), text) if _BLOCK.search(text) else ""
+    text, known = page.read_text(encoding="utf-8"), read or cache(_load)
+    return _BLOCK.sub(lambda block: _filled(root, block, known), text) if _BLOCK.search(text) else ""
 
 
-def _figures_of(root: Path, page: Path) -> dict[Path, bytes]:
+def _figures_of(root: Path, page: Path, read: Callable[[Path], Results]) -> dict[Path, bytes]:
     """Return the figures that a page asks for; none where there are no records."""
     made: dict[Path, bytes] = {}
     for asked in _FIGURE.findall(page.read_text(encoding="utf-8")):
         words = _words(asked)
         check_known("the kind of a figure", words.get("kind", ""), _FIGURES)
-        if _has_records(root, words):
-            made[page.parent / words["file"]] = _FIGURES[words["kind"]](load_results(root / words["records"]), words)
+        if _has_records(root / words["records"]):
+            made[page.parent / words["file"]] = _FIGURES[words["kind"]](read(root / words["records"]), words)
     return made
 
 
-def _files_of(folder: Path) -> dict[Path, bytes]:
+def _files_of(folder: Path, read: Callable[[Path], Results]) -> dict[Path, bytes]:
     """Return the files of the folder that its report has too."""
-    shown = sorted(path for path in folder.iterdir() if path.is_file())
-    if {path.name for path in shown} <= set(_LAWS):  # no figure need be drawn for them
-        rows = law_rows(load_results(folder)) if shown else []
-        return {path: _LAWS[path.name](rows).encode() for path in shown}
+    shown = sorted(path for path in folder.iterdir() if path.is_file() and path.name != _PACKED)
+    if {path.name for path in shown} <= set(_ALONE):
+        return {path: _ALONE[path.name](read(folder)).encode() for path in shown}
     with tempfile.TemporaryDirectory() as place:
-        write_report(load_results(folder), Path(place), Path(place))
-        made = [path for path in Path(place).rglob("*") if path.is_file()]
-        kinds = Counter(map(_kind, made))
-        found = {path.name: path for path in made} | {_kind(path): path for path in made if kinds[_kind(path)] == 1}
-        return {path: found[path.name].read_bytes() for path in shown if path.name in found}
+        write_report(read(folder), Path(place), Path(place))
+        written = [path for path in Path(place).rglob("*") if path.is_file()]
+        kinds = Counter(map(_kind, written))
+        found = {path.name: path for path in written}
+        found |= {_kind(path): path for path in written if kinds[_kind(path)] == 1}
+        made = {path: found[path.name].read_bytes() for path in shown if path.name in found}
+        alone = (path for path in shown if path not in made and path.name in _ALONE)
+        return made | {path: _ALONE[path.name](read(folder)).encode() for path in alone}
 
 
 def _kind(path: Path) -> str:
@@ -102,7 +138,8 @@ def _filled(root: Path, block: re.Match[str], read: Callable[[Path], Results]) -
     words = _words(block[2])
     check_known("the kind of a table", words.get("kind", ""), _KINDS)
     place = words.get("records", "")
-    lines = _KINDS[words["kind"]](read(root / place), words) if _has_records(root, words) else [_NOT_YET.format(place)]
+    has_records = bool(place) and _has_records(root / place)
+    lines = _KINDS[words["kind"]](read(root / place), words) if has_records else [_NOT_YET.format(place)]
     return f"{block[1]}\n{chr(10).join(lines)}\n\n{block[3]}"
 
 
@@ -110,9 +147,8 @@ def _words(asked: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in asked.split())
 
 
-def _has_records(root: Path, words: Mapping[str, str]) -> bool:
-    place = words.get("records", "")
-    return bool(place) and any((root / place / "cells").glob("*/record.json"))
+def _has_records(folder: Path) -> bool:
+    return (folder / _PACKED).is_file() or any((folder / "cells").glob("*/record.json"))
 
 
 def _laws(results: Results, words: Mapping[str, str]) -> Iterator[str]:
@@ -207,9 +243,18 @@ _KINDS: Mapping[str, Callable[[Results, Mapping[str, str]], Iterable[str]]] = {
     "shifts": _shifts,
     "parts": _parts,
     "effects": _effects,
+    "board": board_markdown,
+    "overview": overview_markdown,
+    "missing": missing_markdown,
+    "main_effects": main_effects_markdown,
+    "interactions": interactions_markdown,
+    "shares": shares_markdown,
+    "combinations": cells_markdown,
 }
 _FIGURES: Mapping[str, Callable[[Results, Mapping[str, str]], bytes]] = {
     "positions": lambda results, words: positions_svg(_chosen(results, words), words["measure"]),
+    "board": board_svg,
+    "main_effects": effects_svg,
 }
 
 

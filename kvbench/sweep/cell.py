@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 import torch
 
 from kvbench.autopsy.settings import AutopsySettings
+from kvbench.cache import Needs, Policy
+from kvbench.cache.policy import needs_of
 from kvbench.datasets.base import Dataset, Example, OnBadItem, SkippedItem
 from kvbench.errors import ConfigError, DataError, ModelSupportError, NonFiniteError, close_matches, ran_out_of_memory
 from kvbench.models.chat import next_turn_tokens
@@ -60,7 +62,7 @@ SHARED_SETTINGS = ("model", "dataset", "query_visible", "batch_size", "device", 
 class Cell:
     """Everything one record is about. `settings` decides the key; labels are for people, as is the autopsy.
 
-    batch_size: None where it is chosen when the model is loaded.
+    batch_size: None where it is chosen when the model is loaded. shard: which share of a sweep it is measured in.
     """
 
     settings: Mapping[str, Any]
@@ -76,6 +78,7 @@ class Cell:
     query_visible: bool = True
     beyond_context: BeyondContext = "refuse"
     autopsy: AutopsySettings = field(default_factory=AutopsySettings)
+    shard: str | None = None
 
     @cached_property
     def key(self) -> str:
@@ -93,8 +96,9 @@ class Cell:
         return self.model.devices if isinstance(self.model.devices, tuple) else ()
 
     def environment(self) -> dict[str, Any]:
-        """Return what the cell is measured on."""
-        return environment(self.device, self.spread_over)
+        """Return what the cell is measured on, and in which share of its sweep."""
+        found = environment(self.device, self.spread_over)
+        return found if self.shard is None else {**found, "shard": self.shard}
 
     @property
     def name(self) -> str:
@@ -240,6 +244,49 @@ def check_fit(dataset: Dataset, model: ModelSpec, tasks: Mapping[str, Any], *, q
                 raise DataError(text.format(task=name, example=bad.id))
     if not query_visible:
         _check_hidden(examples, tasks)
+
+
+def check_foresight(policy: Policy, tasks: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a policy that sees the future and a task which cannot tell it."""
+    blind = [name for name, task in tasks.items() if not getattr(task, "knows_tokens", False)]
+    if blind and Needs.FUTURE in needs_of(policy):
+        raise ConfigError(
+            f"policy {type(policy).__name__} sees the tokens that are scored, which perplexity and fidelity know "
+            f"beforehand; leave {', '.join(f'~task.{name}' for name in blind)} out, or choose task=perplexity"
+        )
+
+
+def check_spans(policy: Policy, dataset: Dataset, model: ModelSpec, *, query_visible: bool) -> None:
+    """Raise ConfigError, in one line, if the policy reads where pictures or the question stand and data cannot say."""
+    needs, examples = needs_of(policy), dataset.examples()
+    name = type(policy).__name__
+    if Needs.PICTURE in needs:
+        drawn = takes_images(model) is not False
+        bare = next((example for example in examples if not _has_picture(example, drawn)), None)
+        if bare is not None:
+            raise ConfigError(
+                f"policy {name} ranks the tokens of pictures apart, and {bare.id} has no picture; choose a dataset "
+                "with pictures (dataset=scenes), or another policy"
+            )
+    if Needs.QUESTION not in needs:
+        return
+    if not query_visible:
+        raise ConfigError(
+            f"policy {name} reads where the question stands when it cuts the prompt, and query_visible=false hides it "
+            "until then; use query_visible=true, or another policy"
+        )
+    bare = next((example for example in examples if not example.has_question), None)
+    if bare is not None:
+        raise ConfigError(
+            f"policy {name} reads where the question stands, and {bare.id} has none; choose a dataset that asks "
+            "(dataset=recall, dataset=needles, dataset=scenes), or another policy"
+        )
+
+
+def _has_picture(example: Example, draws: bool) -> bool:
+    if example.token_prompt is None:
+        return example.load_image is not None
+    return draws and example.token_prompt.num_images != 0
 
 
 def _check_hidden(examples: Sequence[Example], tasks: Mapping[str, Any]) -> None:

@@ -31,7 +31,8 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from kvbench.cache import Budget, Policy
+from kvbench.cache import Budget, Needs, Policy
+from kvbench.cache.policy import needs_of
 from kvbench.cache.positions import PositionMode
 from kvbench.errors import ModelSupportError, NonFiniteError, PolicyError, ran_out_of_memory
 from kvbench.models.devices import free_bytes
@@ -43,12 +44,14 @@ if TYPE_CHECKING:
     from kvbench.cache import PolicyCache
     from kvbench.cache.cache import CacheState
     from kvbench.cache.counts import OnPlan, OnSettle
+    from kvbench.cache.second_pass import Instruction
 
 
 Engine = Literal["eager", "graph"]
 ENGINES: tuple[str, ...] = get_args(Engine)
 _WAITS = "synchronizing CUDA operation"  # in the text of the error that torch's debug mode raises
 _KEPT_FRACTION = 0.25  # of the free memory, for captured steps that wait for their next batch
+_PART = "\n\nRepeat the part of the previous context exactly, starting with"
 _MOST_LOGITS_BYTES = 2**28  # of one chunk of an answer, float32
 
 
@@ -69,10 +72,11 @@ class CacheSetting:
         *,
         on_settle: OnSettle = nullcontext,
         on_plan: OnPlan | None = None,
+        future: Sequence[Tensor] | None = None,
         steps: CapturedSteps | None = None,
     ) -> Decoding:
         """Prefill `batch` into a fresh cache and return it ready for `reserve_tokens` decode steps."""
-        cache = self.cache(loaded, batch, reserve_tokens, on_settle=on_settle, on_plan=on_plan)
+        cache = self.cache(loaded, batch, reserve_tokens, on_settle=on_settle, on_plan=on_plan, future=future)
         return self.decoding_with(loaded, batch, cache, steps=steps)
 
     def decoding_with(
@@ -100,6 +104,7 @@ class CacheSetting:
         *,
         on_settle: OnSettle = nullcontext,
         on_plan: OnPlan | None = None,
+        future: Sequence[Tensor] | None = None,
     ) -> PolicyCache:
         """Return an empty cache for `batch`, with room for `reserve_tokens` more."""
         from kvbench.cache import PolicyCache  # needs transformers
@@ -111,10 +116,18 @@ class CacheSetting:
             positions=self.positions,
             reserve_tokens=reserve_tokens,
             prompt_kind=batch.kind,
+            question_tokens=self._question_tokens(batch),
             row_seeds=batch.row_seeds,
             on_settle=on_settle,
             on_plan=on_plan,
+            future=future,
         )
+
+    def _question_tokens(self, batch: PromptBatch) -> tuple[int, ...] | None:
+        """Return the tokens of each row's question where the policy reads them: finding them takes a while."""
+        if batch.find_question_tokens is None or Needs.QUESTION not in needs_of(self.policy):
+            return None
+        return batch.find_question_tokens()
 
 
 class Decoding:
@@ -133,10 +146,13 @@ class Decoding:
         self._cache_argument = cache_argument(loaded.model, cache)
         self._tokens = torch.zeros_like(batch.tensors["input_ids"][:, -1:])
         self._position = batch.last_position_ids.clone()
+        self._loaded, self._prompt = loaded, [batch.tensors["input_ids"]]
+        self._padding, self._has_pictures = batch.tensors["attention_mask"], "pixel_values" in batch.tensors
         if prompt_logits is None:
             prompt_logits = self._pass(batch.position_ids, batch.tensors)[:, -1]
             self._beat()
         self.logits = prompt_logits
+        self._read_again()
         if batch.question_ids is not None:
             self.extend(batch.question_ids)
 
@@ -151,7 +167,33 @@ class Decoding:
         self.logits = self._pass(self._position + steps, {"input_ids": tokens})[:, -1]
         self._position += tokens.shape[1]
         self._beat()
+        self._prompt.append(tokens)
+        self._read_again()
         return self.logits
+
+    def _read_again(self) -> None:
+        """Repeat all that was given so far, where the policy asks for that before it cuts.
+
+        Raises: ModelSupportError for a prompt with pictures, which nobody can repeat word by word.
+        """
+        if not getattr(self.cache, "awaits_second_pass", False):
+            return
+        from kvbench.cache.second_pass import read_again
+
+        if self._has_pictures:
+            kind = type(self.cache.policy_layers[0].setup.policy).__name__
+            raise ModelSupportError(f"{kind} has the prompt repeated as text, and it shows pictures; choose text data")
+        tokens = torch.cat(self._prompt, dim=-1)
+        more = torch.ones_like(tokens[:, self._padding.shape[1] :])
+        read_again(
+            self._loaded.model,
+            self.cache,
+            tokens,
+            torch.cat((self._padding, more), dim=-1),
+            last_position=self._position,
+            instruction=repeat_instruction(self._loaded),
+            beat=self._beat,
+        )
 
     def prepare(self) -> None:
         """Do ahead of time what the first step would do once; nothing in the eager engine."""
@@ -194,6 +236,17 @@ class Decoding:
         )
         logits: Tensor = output.logits[:, -num_logits:].float()
         return logits
+
+
+def repeat_instruction(loaded: LoadedModel) -> Instruction | None:
+    """Return the tokens that ask for the prompt again, as KVzip asks; None without a tokenizer."""
+    from kvbench.cache.second_pass import Instruction
+
+    if loaded.tokenizer is None:
+        return None
+    texts = ("\n\nRepeat the previous context exactly.", _PART, "\n")
+    first, later, end = (loaded.text.ids(text, add_special_tokens=False) for text in texts)
+    return Instruction(first=first, later=later, end=end)
 
 
 @torch.inference_mode()

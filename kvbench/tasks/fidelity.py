@@ -33,6 +33,7 @@ class Fidelity(BatchTask):
 
     protocol: ClassVar[str] = "lock_step_v1"
     hides_question: ClassVar[bool] = True
+    knows_tokens: ClassVar[bool] = True
 
     max_new_tokens: int = 160
     check_tokens: int = 16
@@ -73,7 +74,7 @@ def _compare(
     texts = [(answers[example.id] or [bench.loaded.eos_token_id])[:max_tokens] for example in part.examples]
     fed, real = padded_targets(texts, bench.loaded.eos_token_id, bench.loaded.device)
     lengths = [len(text) for text in texts]
-    policy = part.decoding(setting, fed.shape[1])
+    policy = part.decoding(setting, fed.shape[1], told=(fed, lengths))
     divergences, agreements = [], []
     per_pass = 1 if one_by_one else max(1, min(policy.tokens_per_pass, fed.shape[1]))
     full = _expected(bench, part, fed, lengths, max_tokens, policy.logits.nbytes, one_by_one=per_pass == 1)

@@ -38,6 +38,7 @@ class Perplexity(BatchTask):
     protocol: ClassVar[str] = "teacher_forced_v2"
     needs_reference: ClassVar[bool] = True
     hides_question: ClassVar[bool] = True
+    knows_tokens: ClassVar[bool] = True
 
     def measure(self, bench: Bench, part: Part) -> Payload:
         """Score one batch. Raises: NonFiniteError when a likelihood is not finite."""
@@ -72,8 +73,9 @@ def _scored(
     nll takes logits (B, V) and tokens (B,). Raises: NonFiniteError where one is not finite.
     """
     targets, real = padded_targets(answers, bench.loaded.eos_token_id, bench.loaded.device)
-    decoding = part.decoding(bench.setting, targets.shape[1])
-    after = forced(decoding, targets[:, :-1], [len(answer) - 1 for answer in answers])
+    fed, lengths = targets[:, :-1], [len(answer) - 1 for answer in answers]
+    decoding = part.decoding(bench.setting, targets.shape[1], told=(fed, lengths))
+    after = forced(decoding, fed, lengths)
     logits = chain([decoding.logits], after)
     nlls = torch.stack([nll(one, target) for one, target in zip(logits, targets.T, strict=True)], dim=1)
     nlls = nlls.masked_fill(~real, 0.0)
@@ -105,6 +107,7 @@ class PerplexityReleased(BatchTask):
     protocol: ClassVar[str] = "elastic_release_v2"
     needs_reference: ClassVar[bool] = True
     hides_question: ClassVar[bool] = True
+    knows_tokens: ClassVar[bool] = True
 
     first_id_cut: bool = True
     ends_left_out: bool = True

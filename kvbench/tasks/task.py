@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
-from kvbench.cache import UNLIMITED, Policy
+from kvbench.cache import UNLIMITED, Needs, Policy
+from kvbench.cache.policy import needs_of
 from kvbench.datasets.base import Dataset, Example
 from kvbench.errors import ConfigError, MeasureError
 from kvbench.measures import bounds_on_scale, score_scale
@@ -31,6 +32,7 @@ from kvbench.results.files import canonical_json, replace_file
 from kvbench.results.record import cell_key
 from kvbench.stats.intervals import Interval, mean_interval, pooled_ratio_interval
 from kvbench.tasks.decode import CacheSetting, CapturedSteps, Decoding
+from kvbench.tasks.foresight import foreseen
 
 if TYPE_CHECKING:
     from kvbench.cache.counts import OnPlan
@@ -72,15 +74,30 @@ class Part:
         return self._policies is not None
 
     @torch.inference_mode()
-    def decoding(self, setting: CacheSetting, reserve_tokens: int, *, on_plan: OnPlan | None = None) -> Decoding:
-        """Return the batch after its prompt, under `setting`; the numbers are the same shared or not."""
-        loaded, batch = self._loaded, self.batch
+    def decoding(
+        self,
+        setting: CacheSetting,
+        reserve_tokens: int,
+        *,
+        on_plan: OnPlan | None = None,
+        told: tuple[torch.Tensor, Sequence[int]] | None = None,
+    ) -> Decoding:
+        """Return the batch after its prompt, under `setting`; the numbers are the same shared or not.
+
+        told: the tokens that will be fed, (B, N), and how many of each row count, for a policy that sees the future.
+        """
+        loaded, batch, future = self._loaded, self.batch, None
+        if told is not None and Needs.FUTURE in needs_of(setting.policy):
+            name = ("foreseen", tuple(map(tuple, told[0].tolist())), tuple(told[1]))
+            future = self.once(name, lambda: foreseen(loaded, batch, *told))
         if self._policies is None:
-            return setting.decoding(loaded, batch, reserve_tokens, on_plan=on_plan, steps=self._steps)
+            return setting.decoding(loaded, batch, reserve_tokens, on_plan=on_plan, future=future, steps=self._steps)
         from kvbench.cache.recording import cache_after  # needs transformers
 
         recorder, logits = self.once("prompt", self._record)
-        cache = cache_after(recorder.prompt, setting.cache(loaded, batch, reserve_tokens, on_plan=on_plan))
+        cache = cache_after(
+            recorder.prompt, setting.cache(loaded, batch, reserve_tokens, on_plan=on_plan, future=future)
+        )
         return setting.decoding_with(loaded, batch, cache, prompt_logits=logits, steps=self._steps)
 
     def _record(self) -> tuple[PromptRecorder, torch.Tensor]:
@@ -321,8 +338,9 @@ class Task(Protocol):
     `protocol` names the definition of what it measures; a change of definition is a new name. A task
     that looks at no text, so that random weights and random prompts serve it, says `reads_text = False`.
     The class flags `needs_reference`, `needs_follow_ups` and `hides_question` (it honours query_visible=false)
-    are checked against the data set before the model is loaded. A task whose numbers do not depend on what else
-    runs on the machine says `is_timed = False`, and waits for nobody.
+    are checked against the data set before the model is loaded. One that knows the tokens that it feeds before the
+    prompt, and tells them to a policy that sees the future, says `knows_tokens = True`. A task whose numbers do not
+    depend on what else runs on the machine says `is_timed = False`, and waits for nobody.
     """
 
     protocol: ClassVar[str]

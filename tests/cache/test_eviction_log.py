@@ -22,7 +22,7 @@ from kvbench.policies.random import Random
 from kvbench.policies.streaming_llm import StreamingLLM
 from tests.contract import PROMPT, STEPS, budget_named, left_padded
 from tests.covering import share_of
-from tests.driving import held_positions
+from tests.driving import held_positions, repeat_where_asked
 from tests.naive import NaiveLayer, Rule
 from tests.naive_rules import NaiveElastic, NaiveH2O, NaiveRandom, NaiveStreaming, buckets
 from tests.tiny_models import random_tokens, tiny_model
@@ -51,6 +51,7 @@ def logged(
             position_ids=place[:, start:end],
             **cache_argument(model, cache),
         )
+        repeat_where_asked(model, cache, tokens[:, :end], mask[:, :end])
         if start:
             log.after_step(cache, [start - prompt < steps for steps in ends])
         else:
@@ -159,5 +160,6 @@ def test_looking_changes_nothing(policy: Policy) -> None:
     with torch.no_grad():
         for start, end in [(0, PROMPT), *((at, at + 1) for at in range(PROMPT, PROMPT + STEPS))]:
             model(tokens[:, start:end], **cache_argument(model, cache))
+            repeat_where_asked(model, cache, tokens[:, :end])
             alone.append(held_positions(cache))
     assert seen == alone

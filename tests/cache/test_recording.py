@@ -13,6 +13,7 @@ from kvbench.cache.recording import PromptRecorder, Recording, cache_after
 from kvbench.policies.full import Full
 from kvbench.policies.h2o import H2O
 from tests.contract import BUDGETS, budget_named, left_padded
+from tests.driving import repeat_where_asked
 from tests.tiny_models import random_tokens, tiny_model
 
 PROMPT, STEPS = 19, 9
@@ -57,6 +58,7 @@ def forward(model: Any, cache: Any, tokens: Tensor, mask: Tensor) -> Tensor:
     logits: Tensor = model(tokens, attention_mask=mask, position_ids=position, **cache_argument(model, cache)).logits[
         :, -1
     ]
+    repeat_where_asked(model, cache, tokens, mask)
     return logits
 
 
@@ -93,6 +95,7 @@ def test_a_cache_made_from_a_recording_is_bit_for_bit_one_with_a_prefill_of_its_
         own = PolicyCache(model, policy, limit, positions=positions, **options(tokens))
         assert torch.equal(forward(model, own, tokens, mask), logits)
         shared = cache_after(prompt, PolicyCache(model, policy, limit, positions=positions, **options(tokens)))
+        repeat_where_asked(model, shared, tokens, mask)
         assert_same(own, shared)
         for expected, got in zip(decoded(model, own, mask), decoded(model, shared, mask), strict=True):
             assert torch.equal(expected, got)

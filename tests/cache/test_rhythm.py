@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from kvbench.cache import Budget, Needs, PolicyCache, ScorePolicy, View
 from kvbench.errors import ConfigError
 from kvbench.policies.h2o import H2O
+from kvbench.policies.keyformer import Keyformer
 from kvbench.policies.merge.nearest_cosine import NearestCosine
+from kvbench.policies.r_kv import RKV
 from kvbench.policies.random import Random
 from kvbench.policies.snapkv import SnapKV
+from kvbench.policies.snapkv_decode import SnapKVDecode
 from tests.contract import MiddleFirst
 from tests.covering import share_of
 from tests.driving import drive, held_positions
@@ -77,8 +80,17 @@ def test_what_a_block_holds_beyond_the_budget_is_counted() -> None:
     assert bytes_of[8] * 10 == bytes_of[1] * 17  # 9 entries and 1 or 8 more slots
 
 
-def test_a_block_is_cut_alike_alone_and_in_a_padded_batch() -> None:
-    model, policy = tiny_model("llama_gqa"), H2O(every_tokens=5, merge=NearestCosine())
+@pytest.mark.parametrize(
+    "policy",
+    [
+        H2O(every_tokens=5, merge=NearestCosine()),
+        RKV(num_recent=4, every_tokens=5),
+        SnapKVDecode(num_recent=6, every_tokens=5),
+        Keyformer(history_tokens=6, every_tokens=5),
+    ],
+)
+def test_a_block_is_cut_alike_alone_and_in_a_padded_batch(policy: ScorePolicy) -> None:
+    model = tiny_model("llama_gqa")
     rows, more = [random_tokens(4, PROMPT), random_tokens(5, 7)], random_tokens(7, STEPS)
     tokens, mask = torch.zeros(2, PROMPT + STEPS, dtype=torch.int64), torch.ones(2, PROMPT + STEPS, dtype=torch.int64)
     for index, row in enumerate(rows):
@@ -94,7 +106,16 @@ def test_a_block_is_cut_alike_alone_and_in_a_padded_batch() -> None:
             torch.testing.assert_close(one_step[index], other_step[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("policy", [Random(every_tokens=4), H2O(every_tokens=4, merge=NearestCosine())])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Random(every_tokens=4),
+        H2O(every_tokens=4, merge=NearestCosine()),
+        RKV(num_recent=4, every_tokens=4),
+        SnapKVDecode(num_recent=4, every_tokens=4),
+        Keyformer(history_tokens=4, every_tokens=4),
+    ],
+)
 def test_cutting_between_steps_is_cutting_within_them_and_moves_no_buffer(policy: ScorePolicy) -> None:
     """The graph engine cuts between captured steps, over the buffers that were captured."""
     model, tokens = tiny_model("llama_gqa"), random_tokens(3, 1, PROMPT + STEPS)

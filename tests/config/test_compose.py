@@ -13,6 +13,8 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 import kvbench.config.compose as compose_module
+from kvbench.cache import Needs
+from kvbench.cache.policy import needs_of
 from kvbench.config.build import build_cell
 from kvbench.config.compose import Composed, SharingLoader, compose_grid
 from kvbench.errors import ConfigError
@@ -259,7 +261,7 @@ def test_random_weights_choose_the_data_set_without_text_unless_another_is_asked
 def test_a_glob_sweeps_over_the_names_of_its_group_and_over_ones_own(tmp_path: Path) -> None:
     (tmp_path / "policy").mkdir()
     (tmp_path / "policy" / "h2o_mine.yaml").write_text("_target_: mine.Mine\n")
-    swept = "policy=glob([h2o*,f*],exclude=*release*)"
+    swept = "policy=glob([h2o*,fu*],exclude=*release*)"
     assert cells(swept, multirun=True) == [("full", 0.2), ("h2o", 0.2), ("h2o_mean", 0.2)]
     found = cells(swept, multirun=True, config_dir=tmp_path)
     assert found == [("full", 0.2), ("h2o", 0.2), ("h2o_mean", 0.2), ("h2o_mine", 0.2)]
@@ -307,9 +309,10 @@ def test_a_folder_of_ones_own_stands_beside_a_search_path_that_was_given(tmp_pat
 def test_the_text_experiment_measures_the_sample_that_was_meant_on_a_cpu_and_on_a_gpu() -> None:
     policies = ["full", "random", "streaming_llm", "h2o", "elastic", "snapkv"]
     small = {"dataset": ["frankenstein", "recall"], "policy": policies, "budget.fraction": ["0.1", "0.2", "0.5"]}
-    large = small | {"dataset": ["frankenstein_long", "recall_many"], "policy": ["glob(*)"]}
     assert swept("text") == small
-    assert small | swept("text_gpu") == large
+    large = swept("text_gpu")
+    assert large.pop("policy")[0].startswith("glob(*")
+    assert large == {"dataset": ["frankenstein_long", "recall_many"]}
     for name, windows, texts in (("text", (512, 64, 8), 20), ("text_gpu", (1024, 256, 48), 100)):
         grid = compose_grid(
             [f"+experiment={name}", "policy=h2o", "budget.fraction=0.2"], multirun=False, config_dir=None
@@ -319,3 +322,10 @@ def test_the_text_experiment_measures_the_sample_that_was_meant_on_a_cpu_and_on_
         assert recall.num_samples == texts
         assert {one.choices["model"] for one in grid} == {"smollm2-135m"}
         assert set(grid[0].config.task) == {"perplexity", "generation"}
+
+
+def test_the_text_experiment_on_a_gpu_takes_every_policy_that_text_alone_can_have() -> None:
+    left_out = ",".join(swept("text_gpu")["policy"]).partition("exclude=[")[2].rstrip("])").split(", ")
+    yamls = {path.stem: OmegaConf.load(path) for path in (REPO / "conf" / "policy").glob("*.yaml")}
+    needs = {name: needs_of(hydra.utils.instantiate(content)) for name, content in yamls.items()}
+    assert {name for name, one in needs.items() if one & (Needs.PICTURE | Needs.QUESTION)} == set(left_out)

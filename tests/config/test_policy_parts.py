@@ -19,7 +19,7 @@ from kvbench.policies.allocation.pyramid import Pyramid
 from kvbench.policies.merge.nearest_cosine import NearestCosine
 from kvbench.sweep.cell import Cell
 
-PARTS = {"allocation", "merge", "every_tokens", "skip_layers"}
+PARTS = {"allocation", "merge", "every_tokens", "skip_layers", "protect"}
 
 
 def cell_of(*words: str, config_dir: str | None = None) -> Cell:
@@ -67,8 +67,9 @@ def test_each_setting_of_a_part_makes_another_cell() -> None:
         cell_of(*words, "+policy/merge=nearest_cosine", "policy.merge.how=average").key,
         cell_of("policy=h2o", "+policy.every_tokens=8").key,
         cell_of("policy=h2o", "+policy.skip_layers=[0]").key,
+        cell_of("policy=h2o", "+policy.protect=picture").key,
     }
-    assert len(keys) == 7
+    assert len(keys) == 8
 
 
 def test_a_yaml_that_names_its_parts_is_the_score_with_them_on_the_command_line() -> None:
@@ -96,6 +97,7 @@ def test_parts_are_built_as_typed_frozen_settings() -> None:
         (["+policy/allocation=pyramid", "+policy.allocation.gamma=1"], "allocation.gamma is no setting of Pyramid"),
         (["+policy/merge=voronoi", "policy.merge._target_=kvbench.policies.h2o.H2O"], "must derive from Merge"),
         (["+policy.skip_layers=0"], "policy.skip_layers is 0; it must be a list, of each a whole number"),
+        (["+policy.protect=texts"], "policy.protect is 'texts'; it must be one of"),
         (["+policy.every_tokens=0"], "policy.every_tokens is 0"),
         (["policy=snapkv", "+policy.every_tokens=4"], "SnapKV cuts the prompt only"),
         (["policy=full", "+policy/allocation=pyramid"], "policy.allocation is no setting of Full"),

@@ -14,6 +14,8 @@ from kvbench.kernels.dispatch import interpreted, kernels_forced
 from kvbench.policies.elastic import Elastic
 from kvbench.policies.full import Full
 from kvbench.policies.h2o import H2O
+from kvbench.policies.merge.cam import CaM
+from kvbench.policies.merge.d2o import D2O
 from kvbench.policies.streaming_llm import StreamingLLM
 from tests.contract import left_padded
 from tests.driving import Trace, drive
@@ -42,6 +44,8 @@ def decode(policy: Policy, positions: Any, by_kernels: bool, reserve_tokens: int
     ("policy", "positions"),
     [
         (H2O(), "in_cache"),
+        (H2O(merge=D2O()), "original"),
+        pytest.param(StreamingLLM(merge=CaM(spread_tokens=2)), "in_cache", marks=pytest.mark.long),
         pytest.param(Elastic(), "released", marks=pytest.mark.long),
         pytest.param(StreamingLLM(), "original", marks=pytest.mark.long),
     ],

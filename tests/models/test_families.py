@@ -16,7 +16,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from kvbench.cache import UNLIMITED, Budget, Kind, Policy
+from kvbench.cache import UNLIMITED, Budget, Kind, Needs, Policy
+from kvbench.cache.cache import unrotation_of
+from kvbench.cache.policy import needs_of
 from kvbench.datasets.base import PICTURE_MARKS, Example, without_marks
 from kvbench.datasets.pictures import MAX_SIDES
 from kvbench.errors import DataError, ModelSupportError
@@ -25,7 +27,8 @@ from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import FAMILIES as SUPPORTED
 from kvbench.models.spec import TEXT_FAMILIES, VISION_FAMILIES, ModelSpec
 from kvbench.tasks.decode import CacheSetting, Decoding
-from tests.contract import YAMLS, allowed, is_divided
+from tests.calibrating import in_process
+from tests.contract import YAMLS, allowed, block, is_divided
 from tests.driving import held_positions
 from tests.models.answering import answers_to
 from tests.models.checkpoints import FAMILIES, IN_CACHE_FAMILIES, save_checkpoint
@@ -84,10 +87,14 @@ def test_every_supported_family_has_a_checkpoint_here() -> None:
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_policy_holds_what_it_may_at_every_step(
-    loaded: Callable[..., LoadedModel], family: str, path: Path, engine: str
+    loaded: Callable[..., LoadedModel], monkeypatch: pytest.MonkeyPatch, family: str, path: Path, engine: str
 ) -> None:
-    ours, policy = loaded(family, "cuda" if engine == "graph" else "cpu"), policy_of(path)
-    batch = prompt_batch(ours, examples(ours.takes_images))
+    ours, policy = loaded(family, "cuda" if engine == "graph" else "cpu"), in_process(monkeypatch, policy_of(path))
+    batch = prompt_batch(ours, examples(ours.takes_images and Needs.REPEATED not in needs_of(policy)))
+    try:
+        unrotation_of(ours.model, [policy])
+    except ModelSupportError as error:
+        pytest.skip(str(error))
     with torch.inference_mode():
         decoding = setting_of(policy, engine).decoding(ours, batch, NEW_TOKENS)
         after_prompt = held_positions(decoding.cache)
@@ -100,12 +107,43 @@ def test_a_policy_holds_what_it_may_at_every_step(
         for layer_before, layer in zip(after_prompt, held, strict=True):
             for kept, head in zip(layer_before[number], layer[number], strict=True):
                 sizes.append(len(head))
-                most.append(allowed(policy, BUDGET, prompt, seen, len(kept)))
+                most.append(allowed(policy, BUDGET, prompt, seen, len(kept)) + block(policy, 1))
                 assert len(head) >= 1
                 assert is_divided(policy) or len(head) <= most[-1]
                 assert not policy.bounded or is_divided(policy) or len(head) < seen
                 assert policy.bounded or head == tuple(range(seen))
         assert sum(sizes) <= sum(most)
+
+
+@pytest.mark.long
+@torch.inference_mode()
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_pictures_and_questions_are_found_and_what_stays_respects_them(
+    loaded: Callable[[str], LoadedModel], family: str
+) -> None:
+    ours = loaded(family)
+    batch, budget = prompt_batch(ours, examples(True)), Budget(fraction=0.7)
+    ids, lengths = batch.tensors["input_ids"], batch.prompt_tokens
+    assert batch.find_question_tokens is not None
+    asked = batch.find_question_tokens()
+    spans = []
+    for row, (length, number) in enumerate(zip(lengths, asked, strict=True)):
+        told = ours.tokenizer.decode(ids[row, -number:]).lstrip()
+        assert told.startswith(QUESTIONS[row])
+        text = {p for p, token in enumerate(ids[row, -length:].tolist()) if token != ours.image_token_id}
+        spans.append({"text": text, "question": set(range(length - number, length))})
+        spans[-1]["picture"] = set(range(length)) - text
+        assert spans[-1]["picture"]
+    for span in ("text", "picture", "question"):
+        policy = instantiate(OmegaConf.load(next(path for path in YAMLS if path.stem == "key_norm")), protect=span)
+        held = held_positions(setting_of(policy, budget=budget).decoding(ours, batch, 1).cache)
+        for layer in held:
+            for row, heads in enumerate(layer):
+                room = int(budget.fraction * lengths[row])
+                for head in heads:
+                    mine = spans[row][span]
+                    assert len(head) == room
+                    assert mine <= set(head) if len(mine) <= room else set(head) <= mine
 
 
 @torch.inference_mode()

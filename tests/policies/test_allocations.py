@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from kvbench.cache.layer import PolicyLayer
 from kvbench.cache.parts import layer_entries
 from kvbench.errors import ConfigError
 from kvbench.policies.allocation.cake import Cake
+from kvbench.policies.allocation.d2o import D2O
 from kvbench.policies.allocation.lazy_layers import LazyLayers
 from kvbench.policies.allocation.prefix import Prefix
 from kvbench.policies.allocation.threshold import GlobalThreshold
@@ -160,6 +162,37 @@ def test_density_is_counted_in_the_rows_after_the_picture(seed: int, share: floa
 
 
 @quick
+@given(
+    seed=st.integers(0, 2**32),
+    num_layers=st.integers(1, 9),
+    budget=st.integers(3, 19),
+    protected=st.integers(1, 3),
+    others=st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_the_ends_stay_whole_where_the_others_can_pay_and_denser_layers_hold_more(
+    seed: int, num_layers: int, budget: int, protected: int, others: float
+) -> None:
+    d2o, told = D2O(others_fraction=others), []
+    for view in [random_views(seed + layer, protected)[0][0] for layer in range(num_layers)]:
+        variances = [statistics.variance(head) for head in view.mass[0].double().tolist()]
+        low, high = min(variances), max(variances)
+        told.append(sum((v - low) / (high - low + 1e-6) for v in variances) / HEADS)
+        assert float(d2o.tell(view, view.mass)) == pytest.approx(told[-1], abs=1e-9)
+    told = [fraction + layer / 7 % 1 for layer, fraction in enumerate(told)]  # of two heads it is about a half
+    room = Room(num_layers=num_layers, num_heads=HEADS, budget=budget, tokens=TOKENS, protected=protected)
+    shares = list(layer_entries(d2o, (), room, [torch.tensor([fraction]).double() for fraction in told]))
+    assert sum(shares) == num_layers * budget
+    ends, inner = {0, min(1, num_layers - 1), num_layers - 1}, range(2, num_layers - 1)
+    if inner:
+        left = max(protected, int(others * budget)) * len(inner)
+        assert {shares[layer] for layer in ends} == {min(TOKENS, (num_layers * budget - left) // 3)}
+        assert sum(shares[layer] for layer in inner) >= left
+    divided = sorted(inner or ends, key=lambda layer: told[layer])
+    falling = sorted((shares[layer] for layer in divided), reverse=True)
+    assert [shares[layer] for layer in divided] == pytest.approx(falling, abs=1)
+
+
+@quick
 @given(seed=st.integers(0, 2**32), threshold=st.sampled_from([0.0, 0.1, 0.3, 1.0]))
 def test_lazy_layers_keep_what_is_protected_and_the_others_all(seed: int, threshold: float) -> None:
     views, rankings = random_views(seed, 3)
@@ -227,7 +260,13 @@ def test_a_statistic_that_only_a_part_needs_is_computed_for_it(monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("kind", "setting"), [(Cake, {"tau_spread": 0.0}), (LazyLayers, {"threshold": 1.5}), (VLCache, {"share": 0.0})]
+    ("kind", "setting"),
+    [
+        (Cake, {"tau_spread": 0.0}),
+        (D2O, {"others_fraction": 1.5}),
+        (LazyLayers, {"threshold": 1.5}),
+        (VLCache, {"share": 0.0}),
+    ],
 )
 def test_settings_that_are_out_of_range_are_refused(kind: Any, setting: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=r"policy\.allocation\."):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -11,15 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvbench.cache import Budget, Needs, PolicyCache, ScorePolicy, View
+from kvbench.cache import Budget, Merge, Needs, PolicyCache, ScorePolicy, View
 from kvbench.cache.slots import Entries, settle
 from kvbench.errors import ConfigError
 from kvbench.kernels.dispatch import kernels_forced
 from kvbench.policies.elastic import Elastic
+from kvbench.policies.merge.cam import CaM
+from kvbench.policies.merge.d2o import D2O
+from kvbench.policies.merge.kvmerger import KVMerger
 from kvbench.policies.merge.nearest_cosine import NearestCosine
 from kvbench.policies.merge.voronoi import Voronoi
 from tests.covering import share_of
 from tests.driving import drive
+from tests.naive import Entry, Head
+from tests.naive_merges import Merged, naive_cam, naive_d2o, naive_draw, naive_kvmerger
 from tests.naive_rules import buckets
 from tests.tiny_models import random_tokens, tiny_model
 
@@ -28,7 +35,7 @@ quick = settings(max_examples=share_of(100), deadline=None, derandomize=True)
 ROWS, HEADS, WIDTH = 2, 2, 4
 
 
-def view_of(entries: Entries) -> View:
+def view_of(entries: Entries, **given: Any) -> View:
     rows = torch.full((ROWS,), entries.position.shape[-1])
     return View(
         layer=0,
@@ -45,6 +52,7 @@ def view_of(entries: Entries) -> View:
         position=entries.position,
         kind=entries.kind,
         mass_or_none=entries.mass,
+        **given,
     )
 
 
@@ -136,6 +144,101 @@ def test_what_goes_joins_the_most_similar_key_as_plain_loops_do(how: How, by_ker
     compare()
 
 
+def head_of(entries: Entries, probs: Tensor, row: int, head: int) -> Head:
+    """The entries of one head in the order of tokens."""
+    assert entries.mass is not None
+    found = [
+        Entry(
+            position=position,
+            key=entries.keys[row, head, slot].double(),
+            value=entries.values[row, head, slot].double(),
+            mass=float(entries.mass[row, head, slot]),
+            rows=[float(probs[row, head, slot])],
+        )
+        for slot, position in enumerate(entries.position[row, head].tolist())
+        if position >= 0
+    ]
+    return sorted(found, key=lambda e: e.position)
+
+
+def same_as_lists(
+    merge: Merge, seed: int, length: int, naive: Callable[[Head, set[int], set[int], int, int], Merged], **given: Any
+) -> None:
+    """Compare a merge of all heads with `naive`, from a head, what stays, what is protected, its row and number."""
+    entries, keep, protected = random_case(seed, length)
+    if seed % 2:  # neighbours that are alike
+        entries.keys = entries.keys + 2.0
+    probs = torch.rand(entries.position.shape) * (entries.position >= 0)
+    view = view_of(entries, probs_or_none=probs, **given)
+    slots = settle(entries, merge.into(view, keep, protected), length + 2)
+    assert slots.entries.mass is not None
+    for row in range(ROWS):
+        for head in range(HEADS):
+            known = entries.position[row, head]
+            stays, safe = ({*known[mask[row, head]].tolist()} for mask in (keep, protected))
+            expected, margin = naive(head_of(entries, probs, row, head), stays, safe, row, head)
+            if margin < 1e-6:  # rounding decides
+                continue
+            assert slots.entries.position[row, head].tolist()[: len(expected)] == [e.position for e in expected]
+            assert int(slots.length[row, head]) == len(expected)
+            for slot, e in enumerate(expected):
+                torch.testing.assert_close(slots.entries.keys[row, head, slot].double(), e.key, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(
+                    slots.entries.values[row, head, slot].double(), e.value, rtol=1e-4, atol=1e-5
+                )
+                assert float(slots.entries.mass[row, head, slot]) == pytest.approx(e.mass, abs=1e-5)
+
+
+@quick
+@given(seed=st.integers(0, 2**32), length=st.integers(1, 12), spread=st.sampled_from([1, 3, 32]))
+def test_values_are_spread_over_those_after_them_as_plain_loops_do(seed: int, length: int, spread: int) -> None:
+    def naive(head: Head, keep: set[int], protected: set[int], row: int, index: int) -> Merged:
+        def draw(position: int) -> float:
+            return naive_draw(position, seed=5, layer=0, num_layers=1, head=index, num_heads=HEADS, row_seed=length)
+
+        return naive_cam(head, keep, draw, spread)
+
+    same_as_lists(CaM(spread_tokens=spread, seed=5), seed, length, naive)
+
+
+@quick
+@given(
+    seed=st.integers(0, 2**32),
+    length=st.integers(1, 9),
+    momentum=st.sampled_from([0.0, 0.5, 1.0]),
+    by_cosine=st.booleans(),
+    before=st.sampled_from([None, math.nan, -0.2, 0.6]),
+)
+def test_what_reaches_the_moving_threshold_joins_as_plain_loops_do(
+    seed: int, length: int, momentum: float, by_cosine: bool, before: float | None
+) -> None:
+    def naive(head: Head, keep: set[int], protected: set[int], row: int, index: int) -> Merged:
+        kept, _, margin = naive_d2o(head, keep, math.nan if before is None else before, momentum, by_cosine)
+        return kept, margin
+
+    memory = None if before is None else torch.full((ROWS, HEADS, 1), before)
+    merge = D2O(momentum=momentum, weights="cosine" if by_cosine else "softmax")
+    same_as_lists(merge, seed, length, naive, memory_or_none=memory)
+
+
+@quick
+@given(seed=st.integers(0, 2**32), length=st.integers(1, 12), threshold=st.sampled_from([-1.0, 0.0, 0.75]))
+def test_runs_of_neighbours_become_one_as_plain_loops_do(seed: int, length: int, threshold: float) -> None:
+    def naive(head: Head, keep: set[int], protected: set[int], row: int, index: int) -> Merged:
+        return naive_kvmerger(head, keep, protected, threshold)
+
+    same_as_lists(KVMerger(threshold=threshold), seed, length, naive)
+
+
+def test_a_released_prompt_gives_nothing_and_a_seed_gives_other_draws() -> None:
+    entries, keep, protected = random_case(1, 30)
+    view = view_of(entries, probs_or_none=torch.rand(entries.position.shape))
+    assert CaM(prompt_too=False).into(view, keep, protected).values is None
+    values = [CaM(seed=seed).into(view, keep, protected).values for seed in (0, 1, 0)]
+    assert torch.equal(values[0], values[2])  # type: ignore[arg-type]
+    assert not torch.equal(values[0], values[1])  # type: ignore[arg-type]
+
+
 @quick
 @given(seed=st.integers(0, 2**32), length=st.integers(1, 9))
 def test_what_goes_joins_the_nearest_by_age_as_in_elastics_equation(seed: int, length: int) -> None:
@@ -175,7 +278,17 @@ def test_elastics_prompt_is_a_score_and_this_part() -> None:
             assert torch.equal(one[:, :, filled], other[:, :, filled])
 
 
-@pytest.mark.parametrize("setting", [{"how": "mean"}, {"threshold": 1.5}])
-def test_settings_that_are_not_there_are_refused(setting: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [
+        (NearestCosine, {"how": "mean"}),
+        (NearestCosine, {"threshold": 1.5}),
+        (CaM, {"spread_tokens": 0}),
+        (D2O, {"momentum": 1.5}),
+        (D2O, {"weights": "plain"}),
+        (KVMerger, {"threshold": -2.0}),
+    ],
+)
+def test_settings_that_are_not_there_are_refused(kind: Any, setting: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=r"policy\.merge\."):
-        NearestCosine(**setting)  # type: ignore[arg-type]
+        kind(**setting)

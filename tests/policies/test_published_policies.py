@@ -15,6 +15,9 @@ from kvbench.errors import ConfigError
 from kvbench.policies.elastic import Elastic
 from kvbench.policies.h2o import H2O
 from kvbench.policies.h2o_mean import H2OMean
+from kvbench.policies.merge.cam import CaM
+from kvbench.policies.merge.d2o import D2O
+from kvbench.policies.merge.kvmerger import KVMerger
 from kvbench.policies.random import Random
 from kvbench.policies.scissorhands import Scissorhands
 from kvbench.policies.streaming_llm import StreamingLLM
@@ -23,6 +26,7 @@ from kvbench.policies.vatp import VATP
 from tests import naive_scores
 from tests.driving import drive
 from tests.naive import Entry, NaiveLayer, Rule
+from tests.naive_merges import NaiveCaM, NaiveD2O, NaiveKVMerger
 from tests.naive_rules import NaiveElastic, NaiveH2O, NaiveRandom, NaiveStreaming
 from tests.naive_scores import NaiveScored
 from tests.tiny_models import random_tokens, tiny_model
@@ -40,15 +44,27 @@ RULES: dict[str, tuple[Policy, Callable[[], Rule]]] = {
     "scissorhands": (Scissorhands(), lambda: NaiveScored(naive_scores.scissorhands(400), num_recent=10)),
     "elastic_values": (Elastic(merge="values"), lambda: NaiveElastic(merge="values")),
     "elastic_keys": (Elastic(merge="keys"), lambda: NaiveElastic(merge="keys")),
+    "cam": (StreamingLLM(merge=CaM(seed=2)), lambda: NaiveCaM(NaiveStreaming(), at_steps=True, seed=2)),
+    "cam_h2o": (H2O(merge=CaM(spread_tokens=3)), lambda: NaiveCaM(NaiveH2O(), at_steps=True, spread=3)),
+    "d2o": (H2O(merge=D2O()), lambda: NaiveD2O(NaiveH2O(), at_steps=True)),
+    "d2o_cosine": (
+        H2O(merge=D2O(momentum=0.3, weights="cosine")),
+        lambda: NaiveD2O(NaiveH2O(), at_steps=True, momentum=0.3, by_cosine=True),
+    ),
+    "kvmerger": (H2O(merge=KVMerger(threshold=0.2)), lambda: NaiveKVMerger(NaiveH2O(), at_steps=False, threshold=0.2)),
     "elastic_recent": (
         Elastic(merge="none", recent_fraction=0.5, fixed_point=1000),
         lambda: NaiveElastic(merge="none", recent_fraction=0.5, fixed_point=1000),
     ),
 }
 
+VARIANTS = ("cam_h2o", "d2o_cosine")  # in `make test-all`
+
 
 @pytest.mark.cover
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in VARIANTS else ()) for name in RULES]
+)
 @pytest.mark.parametrize("model_name", ["llama_gqa_8_2", "llama_mha"])
 @pytest.mark.parametrize("budget", [Budget(tokens=30), Budget(fraction=0.4), Budget(fraction=0.25, of="prompt")])
 def test_the_victims_of_a_long_answer_are_the_papers(

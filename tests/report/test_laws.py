@@ -108,7 +108,7 @@ def test_only_an_interval_that_is_all_on_one_side_of_the_margin_tells(
 
 
 def test_the_laws_that_ship_are_whole_and_a_page_explains_each() -> None:
-    assert [law.number for law in LAWS.values()] == [1, 2, 3, 4, 6, 9, 15]
+    assert [law.number for law in LAWS.values()] == [1, 2, 3, 4, 5, 6, 6, 8, 9, 10, 13, 13, 15]
     page = (REPO / "docs" / "laws.md").read_text(encoding="utf-8")
     for law in LAWS.values():
         assert law.statement.endswith(".")
@@ -228,6 +228,41 @@ def test_other_data_and_other_settings_are_no_evidence() -> None:
     assert rows_of(stream(3.0), body("streaming_llm", 3.7, settings=scenes)) == ()
     moved = {"policy": {**STREAM, "num_sinks": 0}, "positions": "original"}
     assert rows_of(stream(3.0), body("streaming_llm", 3.7, settings=moved)) == ()
+
+
+def test_a_part_that_a_law_wants_unset_is_no_other_one() -> None:
+    """Records name a part only where it is set; a law that cuts every layer is not told by one that does not."""
+
+    def norms(keep: str, nll: float, layers: list[int] | None = None) -> dict[str, Any]:
+        policy = {"class": "kvbench:KeyNorm", "keep": keep, **({"skip_layers": layers} if layers else {})}
+        return body("key_norm", nll, fraction=0.5, settings={"policy": policy})
+
+    cells = [body(nll=3.0), norms("small", 3.05, [0, 1]), norms("large", 3.9, [0, 1]), norms("small", 3.2)]
+    rows = rows_of(*cells, laws=("small_keys",))
+    assert [row.verdict for row in rows] == ["holds", "holds", "holds"]
+    assert [row.pairs[0].value for row in rows] == pytest.approx([0.05, 0.85, 0.15])
+    assert len(rows_of(*cells[:3], laws=("small_keys",))) == 2
+
+
+def test_a_law_may_compare_one_text_under_a_question_that_is_seen_and_hidden() -> None:
+    def recall(policy: str, share: float, *, visible: bool, fraction: float = 0.5) -> dict[str, Any]:
+        settings: dict[str, Any] = {"dataset": {"class": "kvbench:Recall"}, "query_visible": visible}
+        settings |= {"policy": STREAM} if policy == "streaming_llm" else {}
+        name = "needles_recalled_fraction"
+        samples = [{"id": f"recall/{n}", name: float(n < 60 * share), "reference": f"thing {n}"} for n in range(60)]
+        measured = {name: {"value": share, "low": share - 0.05, "high": share + 0.05, "n": 60, "unit": "fraction"}}
+        made = body(policy, share, fraction=fraction, settings=settings)
+        return made | {"samples": samples, "measurements": measured}
+
+    hidden = [
+        recall(policy, share, visible=False, fraction=fraction)
+        for fraction in (0.5, 0.3)
+        for policy, share in (("snapkv", 0.2), ("streaming_llm", 0.5))
+    ]
+    seen = [recall("full", 1.0, visible=True), recall("snapkv", 0.95, visible=True)]
+    rows = rows_of(*seen, *hidden, laws=("hidden_question",))
+    assert [row.verdict for row in rows] == ["holds", "holds", "holds"]
+    assert [row.pairs[0].value for row in rows] == pytest.approx([-0.3, -0.05, -0.75])
 
 
 def test_of_several_records_the_newest_counts_and_one_that_failed_does_not() -> None:

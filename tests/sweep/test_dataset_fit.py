@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from kvbench.cache.policy import needs_of
 from kvbench.config.build import build_cell
 from kvbench.config.compose import compose_grid
 from kvbench.datasets.base import Example
@@ -86,6 +87,34 @@ def test_a_question_that_cannot_be_hidden_is_refused() -> None:
     with pytest.raises(DataError, match="b has neither a picture nor a context"):
         check_fit(Few(example(context="c"), example("b")), BUNDLED, {"p": Perplexity()}, query_visible=False)
     check_fit(Few(example(context="c"), example("b")), BUNDLED, {"p": Perplexity()}, query_visible=True)
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [("look_m", "dataset=scenes"), ("finch", "dataset=recall"), ("finch", "dataset=scenes"), ("fastv", "task=speed")],
+)
+def test_a_policy_that_reads_spans_runs_where_data_says_where_they_are(policy: str, words: str) -> None:
+    assert needs_of(cell_with(f"policy={policy}", "positions=original", words).setting.policy)
+
+
+@pytest.mark.parametrize(
+    ("words", "fragment"),
+    [
+        ("policy=look_m dataset=recall", "LookM ranks the tokens of pictures apart, and .* has no picture"),
+        ("policy=vl_cache dataset=needles", "PostVision ranks the tokens of pictures apart"),
+        ("policy=h2o +policy.protect=text dataset=recall", "H2O ranks the tokens of pictures apart"),
+        ("policy=fastv model=qwen2.5-7b weights=random dataset=synthetic task=speed", "FastV ranks the tokens of pic"),
+        ("policy=finch dataset=synthetic task=speed", "Finch reads where the question stands, and .* has none"),
+        ("policy=finch dataset=frankenstein task=perplexity", "Finch reads where the question stands, and .* has none"),
+        ("policy=finch dataset=recall query_visible=false", "Finch .* query_visible=false hides it until then"),
+        ("policy=h2o +policy.protect=question dataset=synthetic task=speed", "H2O reads where the question stands"),
+    ],
+)
+def test_a_policy_that_reads_spans_is_refused_in_one_line_where_data_cannot_say(words: str, fragment: str) -> None:
+    task = [] if "task=" in words else ["task=quality"]
+    with pytest.raises(ConfigError, match=fragment) as told:
+        cell_with(*words.split(), *task)
+    assert "\n" not in str(told.value)
 
 
 def test_a_task_that_cannot_hide_the_question_is_refused() -> None:

@@ -16,7 +16,10 @@ from kvbench.kernels.dispatch import kernels_forced
 from kvbench.models.inputs import PromptBatch
 from kvbench.policies.allocation.ada import Ada
 from kvbench.policies.h2o import H2O
+from kvbench.policies.merge.cam import CaM
+from kvbench.policies.merge.d2o import D2O
 from kvbench.policies.snapkv import SnapKV
+from kvbench.policies.streaming_llm import StreamingLLM
 from kvbench.tasks import decode
 from kvbench.tasks.decode import CacheSetting, CapturedSteps, Decoding
 from tests.contract import left_padded
@@ -132,6 +135,16 @@ def test_blocks_are_cut_between_captured_steps(captures: list[int], policy: Scor
     for number in (1, 2):
         same_answers(setting_of(policy), batch(number), steps)
     assert len(captures) == num_captures
+
+
+@on_the_cpu
+@torch.inference_mode()
+@pytest.mark.parametrize("policy", [StreamingLLM(merge=CaM(spread_tokens=2)), H2O(merge=D2O())], ids=["cam", "d2o"])
+def test_what_warming_up_merged_is_undone_and_replays_merge(captures: list[int], policy: ScorePolicy) -> None:
+    steps = CapturedSteps()
+    for number in (1, 2):
+        same_answers(setting_of(policy), batch(number), steps)
+    assert len(captures) == 1
 
 
 @on_the_cpu

@@ -1,0 +1,157 @@
+"""The leaderboard's tables: places by estimate, verdicts of neighbours, and what has no place."""
+
+from __future__ import annotations
+
+import itertools
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvbench.report.compare import compare, difference_text
+from kvbench.report.leaderboard import Part, board, board_markdown, boards_csv, chosen_group, missing_markdown
+from kvbench.report.load import Group, Results, _ordered, load_results, parse_cell
+from kvbench.report.publication import main
+from tests.report.synthetic import body, write_cell
+
+SCENES = Part(title="scenes", dataset="scenes_asked", task="generation")
+POLICIES = ("random", "streaming_llm", "h2o", "elastic")
+
+
+def record(policy: str, budget: float | None = 0.2, **labels: Any) -> dict[str, Any]:
+    made = body(policy=policy, budget=budget, dataset="scenes_asked", **labels)
+    made["cell"] |= {"query_visible": True}
+    return made
+
+
+def results_of(*bodies: dict[str, Any]) -> Results:
+    return Results(records=tuple(parse_cell(one) for one in bodies), problems=())
+
+
+def group_of(*bodies: dict[str, Any]) -> Group:
+    group = chosen_group(results_of(record("full", None), *bodies), SCENES, 0.2)
+    assert group is not None
+    return group
+
+
+def test_places_follow_the_estimate_and_verdicts_the_paired_difference_to_the_next() -> None:
+    rows = board(group_of(*map(record, POLICIES)), "objects_recalled_fraction")
+    values = [row.cell.measurements["objects_recalled_fraction"].value for row in rows]
+    assert values == sorted(values, reverse=True)
+    assert [row.place for row in rows] == [1, 2, 3, 4]
+    for row, following in itertools.pairwise(rows):
+        assert row.against_next is not None
+        assert row.against_next.second is following.cell
+        told = compare(row.cell, following.cell, "objects_recalled_fraction")
+        assert told is not None
+        assert row.against_next.value == told.value
+        assert (row.against_next.p_holm or 0) >= (told.p_value or 0)
+    assert rows[-1].against_next is None
+
+
+def test_a_perplexity_is_better_where_it_is_less() -> None:
+    values = [row.cell.measurements["ppl"].value for row in board(group_of(*map(record, POLICIES)), "ppl")]
+    assert values == sorted(values)
+
+
+def test_what_holds_as_much_as_it_finds_and_what_failed_has_no_place() -> None:
+    group = group_of(
+        record("h2o"), record("elastic", budget_total="data_dependent"), record("random", status="oom"),
+        record("streaming_llm", budget_total="bounded"), record("oracle (sees the future)"),
+    )  # fmt: skip
+    rows = {row.name: row for row in board(group, "ppl")}
+    assert (rows["h2o"].place, rows["streaming_llm"].place) == (1, 2)
+    assert (rows["elastic"].place, rows["elastic"].remark) == (None, "its budget is what it finds to hold")
+    assert rows["elastic"].against_full is not None
+    assert (rows["oracle (sees the future)"].place, rows["oracle (sees the future)"].against_next) == (None, None)
+    assert (rows["random"].place, rows["random"].remark) == (None, "failed: oom")
+
+
+def test_nobody_is_ranked_where_the_full_cache_cannot_do_the_task() -> None:
+    def blind(made: dict[str, Any]) -> dict[str, Any]:
+        for sample in made["samples"]:
+            sample["objects_recalled_fraction"] = 0.0
+        made["measurements"]["objects_recalled_fraction"] |= {"value": 0.0, "low": 0.0, "high": 0.0}
+        return made
+
+    group = chosen_group(results_of(*map(blind, [record("full", None), record("h2o")])), SCENES, 0.2)
+    assert group is not None
+    (row,) = board(group, "objects_recalled_fraction")
+    assert (row.place, row.remark) == (None, "the full cache itself does not do this task")
+
+
+def test_a_question_that_is_hidden_is_another_part() -> None:
+    hidden = record("h2o", seed=1)
+    hidden["cell"] |= {"query_visible": False}
+    results = results_of(record("full", None), record("h2o"), hidden)
+    for question, visible in (("seen", True), ("hidden", False)):
+        group = chosen_group(results, Part(title="", dataset="scenes_asked", task="generation", question=question), 0.2)
+        assert group is not None
+        assert [cell.settings["query_visible"] for cell in group.budgeted] == [visible]
+
+
+def test_a_text_that_is_scored_and_gone_on_with_by_two_cells_makes_two_tables() -> None:
+    def one_of(policy: str, task: str, measures: tuple[str, ...]) -> dict[str, Any]:
+        budget = None if policy == "full" else 0.2
+        made = body(policy=policy, budget=budget, dataset="frankenstein_long", seed=len(task))
+        made["cell"] |= {"task": {task: {}}, "query_visible": True, "dataset": {"class": "kvbench:TextWindows"}}
+        made["measurements"] = {name: made["measurements"][name] for name in measures}
+        return made
+
+    tasks = {"perplexity": ("ppl",), "generation": ("rougeL_vs_full", "length_ratio")}
+    made = [one_of(policy, *task) for policy in ("full", "h2o", "random") for task in tasks.items()]
+    results = Results(records=_ordered([parse_cell(one) for one in made]), problems=())
+    for name in ("ppl", "rougeL_vs_full"):
+        lines = list(board_markdown(results, {"measure": name, "dataset": "frankenstein_long", "budget": "0.2"}))
+        assert lines[0].startswith("Full cache: ")
+        assert [line.split(" | ")[:2] for line in lines[4:]] == [["| 1", "h2o"], ["| 2", "random"]]
+        assert lines[4].endswith("| better |")
+
+
+def test_a_row_says_what_the_records_say() -> None:
+    results = results_of(record("full", None), *map(record, POLICIES))
+    words = {"measure": "rougeL_vs_full", "dataset": "scenes_asked", "budget": "0.2"}
+    lines = list(board_markdown(results, words))
+    assert lines[0].startswith("Full cache: 1.000")
+    assert "| length / full |" in lines[2]
+    full, h2o = (next(cell for cell in results.records if cell.policy == name) for name in ("full", "h2o"))
+    told = compare(h2o, full, "rougeL_vs_full")
+    assert told is not None
+    (line,) = (line for line in lines if "| h2o |" in line)
+    assert f"| {difference_text(told)} |" in line
+    csv = boards_csv(results)
+    assert csv.startswith("dataset,question,budget,measure,place,policy,key")
+    assert csv.count("\n") == 1 + 4  # objects recalled alone is both ranked and measured
+
+
+def test_policies_without_a_record_are_named_and_so_is_a_failure() -> None:
+    lines = list(missing_markdown(results_of(record("full", None), record("h2o", status="oom")), {}))
+    (line,) = (line for line in lines if line.startswith("| pictures |") and "no record" in line)
+    assert "snapkv" in line
+    assert " h2o," not in line
+    assert any("h2o, 20 % of seen" in line and "oom: OutOfMemoryError" in line for line in lines)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_page_is_made_from_records_that_lie_open_or_packed(tmp_path: Path, packed: bool) -> None:
+    folder = tmp_path / "results" / "published" / "one"
+    for one in (record("full", None), *map(record, POLICIES)):
+        write_cell(folder, one)
+    assert len(load_results(folder).records) == 5
+    if packed:
+        with tarfile.open(folder / "cells.tar.xz", "w:xz") as archive:
+            for path in sorted(folder.glob("cells/*/record.json")):
+                archive.add(path, path.relative_to(folder))
+                path.unlink()
+    (folder / "leaderboard.csv").touch()
+    words = "records=results/published/one kind=board measure=ppl dataset=scenes_asked budget=0.2"
+    drawn = "file=board.svg records=results/published/one kind=board measure=ppl dataset=scenes_asked budget=0.2 by=0.2"
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "page.md"
+    page.write_text(f"<!-- table: {words} -->\n<!-- end of table -->\n<!-- figure: {drawn} -->\n")
+    assert main([str(tmp_path)]) == 0
+    assert "| 1 | elastic |" in page.read_text()
+    assert (tmp_path / "docs" / "board.svg").read_text().startswith("<?xml")
+    assert "elastic" in (folder / "leaderboard.csv").read_text()
+    assert main([str(tmp_path), "--check"]) == 0
