@@ -26,7 +26,7 @@ from kvbench.config.compose import compose_grid
 from kvbench.contract.terms import total_of
 from kvbench.errors import ConfigError, check_known
 
-_PAPER = re.compile(r"\d{4}\.\d{5}|[A-Z]\w+ et al\., [A-Z]\w+ \d{4}")
+_PAPER = re.compile(r"\d{4}\.\d{5}|(?:[A-Z]\w+ et al\., )?[A-Z]{3,} \d{4}")
 _CODE = re.compile(r"(?:github\.com/)?([\w./-]+ at [0-9a-f]{7,40})")
 _RELEASED = re.compile(r"released|'s? code|its code|script|kvpress")
 _BLOCK = re.compile(r"(<!-- policies: (\w+) -->\n).*?(<!-- end of policies -->)", re.DOTALL)
@@ -217,7 +217,8 @@ def short_markdown(facts: Sequence[PolicyFacts]) -> Iterator[str]:
         "your own": [],
     }
     for one in facts:
-        paper = one.sources[0] if one.sources and _PAPER.fullmatch(one.sources[0]) else ""
+        first = next((source for source in one.sources if _PAPER.fullmatch(source)), "")
+        paper = first if first[:1].isdigit() or not first else f"({first})"
         kinds[_kind(one)].append(f"`{one.name}` {paper}".strip())
     yield from _markdown(
         ["kind", "policies, with their papers on arXiv"], [[k, ", ".join(v)] for k, v in kinds.items() if v]

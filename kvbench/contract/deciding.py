@@ -203,7 +203,8 @@ def merges_as_planned(policy: Policy, *, budget: str) -> None:
 
 def _bucket(name: str, entries: Entries, plan: Plan, row: int, head: int, place: int) -> Tensor:
     """Return what one survivor becomes, in float64: key or value (D,), or mass ()."""
-    states = (plan.mass if name == "mass" and plan.mass is not None else getattr(entries, name))[row, head].double()
+    given = {"mass": plan.mass, "values": plan.values}.get(name)  # what entries go on with, where the plan says so
+    states = (getattr(entries, name) if given is None else given)[row, head].double()
     if (
         plan.merge_into is None
         or (name == "keys" and not plan.merge_keys)
