@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import math
 import weakref
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import UNLIMITED, Budget, Policy, PolicyCache, ScorePolicy, When
+from kvbench.cache import layer as cache_layer
 from kvbench.cache.layer import PolicyLayer
 from kvbench.contract.driving import drive, random_tokens, storage_bytes, tensors_of, tiny_model
 from kvbench.contract.terms import (
@@ -99,6 +101,44 @@ def uses_its_budget(policy: Policy, *, budget: str) -> None:
         demand(is_divided(policy) or set(sizes) == {before}, told)
         most_in_all = before * len(sizes)
         demand(sum(sizes) == most_in_all or (total_of(policy) == "bounded" and sum(sizes) < most_in_all), told)
+
+
+def undivided(policy: Policy) -> str | None:
+    """Spare policies whose layers all hold the same."""
+    return None if is_divided(policy) else "its layers and heads all hold the same"
+
+
+@rule(
+    "every layer holds what the allocation gave it, then and later",
+    "a share that is not carried out makes every allocation the uniform one",
+    budget=("tokens", "third_of_seen", "third_of_prompt"),
+    spares=undivided,
+)
+def holds_its_share(policy: Policy, *, budget: str) -> None:
+    """Raise BrokenRuleError where a layer's heads hold more or less on average than its share of the budget."""
+    given: list[Sequence[int]] = []
+    divide: Any = vars(cache_layer)["layer_entries"]
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        given.append(divide(*args, **kwargs))
+        return given[-1]
+
+    model, asked = tiny_model("llama_gqa"), budget_named(budget, policy)
+    with mock.patch.object(cache_layer, "layer_entries", noted):
+        trace = drive(model, PolicyCache(model, policy, asked), random_tokens(4, 1, PROMPT + STEPS), PROMPT)
+    share = list(given[-1])
+    uniform, expected = asked.entries(seen_tokens=PROMPT, prompt_tokens=PROMPT), share
+    for step, held in enumerate(trace.held):
+        if step and When.DECODE not in policy.when:
+            expected = [own + step for own in share]
+        elif step:
+            if block(policy, step):
+                return  # between two cuts more is held
+            more = asked.entries(seen_tokens=PROMPT + step, prompt_tokens=PROMPT) - uniform
+            expected = [min(now + 1, max(1, own + more)) for now, own in zip(expected, share, strict=True)]
+        found = [sum(len(head) for head in of_layer[0]) / len(of_layer[0]) for of_layer in held]
+        told = f"{step} steps after the prompt layers hold {found} entries a head; their shares are {expected}"
+        demand(found == expected, told)
 
 
 @rule(

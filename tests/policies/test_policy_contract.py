@@ -32,6 +32,11 @@ def test_a_score_policy_uses_its_whole_budget(policy: Policy, budget_name: str) 
     keep(holding.uses_its_budget, policy, budget=budget_name)
 
 
+@pytest.mark.parametrize("budget_name", ["tokens", "third_of_seen", "third_of_prompt"])
+def test_every_layer_holds_what_the_allocation_gave_it(policy: Policy, budget_name: str) -> None:
+    keep(holding.holds_its_share, policy, budget=budget_name)
+
+
 @pytest.mark.parametrize("prompt", [1, 8, 9, 10, 36])
 def test_prompts_may_be_shorter_or_longer_than_the_budget(policy: Policy, positions: Any, prompt: int) -> None:
     keep(holding.takes_any_prompt, policy, prompt=prompt, positions=positions)
@@ -94,7 +99,7 @@ def test_every_rule_of_the_contract_is_tried_here_or_beside() -> None:
         for name in test.__code__.co_names
     }
     assert {rule.name for rule in RULES} <= used
-    assert len(RULES) == len({rule.sentence for rule in RULES}) == 21
+    assert len(RULES) == len({rule.sentence for rule in RULES}) == 22
 
 
 def test_each_rule_is_tried_with_each_of_its_values() -> None:
