@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from kvbench.cache import Policy, ScorePolicy, View
@@ -53,6 +54,15 @@ class MiddleFirst(ScorePolicy):
         return -((view.position - view.seen[:, None, None] // 2).abs() // 2).float()
 
 
+@dataclass(frozen=True, kw_only=True)
+class UnevenHeads(MiddleFirst):
+    """One head's scores are worse than another's, so that heads are given different numbers."""
+
+    def score(self, view: View) -> Tensor:
+        heads = torch.arange(1, view.position.shape[1] + 1, device=view.position.device)
+        return super().score(view) * heads[:, None]
+
+
 def middle_first(name: str) -> MiddleFirst:
     """It alone, with its layers or heads divided, or planned in blocks."""
     parts: dict[str, dict[str, Any]] = {
@@ -62,4 +72,5 @@ def middle_first(name: str) -> MiddleFirst:
         "ragged": {"allocation": Ada(alpha=0.1)},
         "ragged_blocks": {"allocation": Ada(), "every_tokens": 3},
     }
-    return MiddleFirst(**parts[name])
+    kind = UnevenHeads if name.startswith("ragged") else MiddleFirst
+    return kind(**parts[name])

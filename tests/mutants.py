@@ -26,7 +26,18 @@ from typing import Any
 
 REPO = Path(__file__).parents[1]
 KEPT = REPO / "runs" / "mutants.json"
-TRIED = ("middle_first", "h2o", "elastic", "ragged", "blocks", "pyramidkv", "adakv", "snapkv", "ragged_blocks")
+TRIED = (
+    "middle_first",
+    "h2o",
+    "elastic",
+    "ragged",
+    "blocks",
+    "divided",
+    "pyramidkv",
+    "adakv",
+    "snapkv",
+    "ragged_blocks",
+)
 SURVIVED = "SURVIVED"
 
 

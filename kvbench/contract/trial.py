@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from kvbench.cache import Policy
+from kvbench.cache import Budget, Policy
 from kvbench.cache.policy import keeps_ring
 from kvbench.contract import deciding, equality, holding
 from kvbench.contract.driving import artefacts_learnt
@@ -67,7 +67,9 @@ def _broken(rule: Rule, policy: Policy, case: dict[str, Any]) -> str | None:
             told = f"{type(error).__name__}: {told} ({_place(error)})"
     else:
         return None
-    where = ", ".join(f"{name} {value}" for name, value in case.items())
+    where = ", ".join(
+        f"{name} {value.describe() if isinstance(value, Budget) else value}" for name, value in case.items()
+    )
     return f"{told} [{where}]" if where else told
 
 

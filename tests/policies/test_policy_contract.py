@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kvbench.cache import Policy
+from kvbench.cache import Budget, Policy
 from kvbench.contract import deciding, holding
 from kvbench.contract.trial import RULES
 from tests import contract
@@ -32,9 +32,9 @@ def test_a_score_policy_uses_its_whole_budget(policy: Policy, budget_name: str) 
     keep(holding.uses_its_budget, policy, budget=budget_name)
 
 
-@pytest.mark.parametrize("budget_name", ["tokens", "third_of_seen", "third_of_prompt"])
-def test_every_layer_holds_what_the_allocation_gave_it(policy: Policy, budget_name: str) -> None:
-    keep(holding.holds_its_share, policy, budget=budget_name)
+@pytest.mark.parametrize("budget", holding.holds_its_share.values["budget"], ids=Budget.describe)
+def test_every_layer_holds_what_the_allocation_gave_it(policy: Policy, budget: Budget) -> None:
+    keep(holding.holds_its_share, policy, budget=budget)
 
 
 @pytest.mark.parametrize("prompt", [1, 8, 9, 10, 36])
