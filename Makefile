@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install run report check test test-all test-newest test-gpu gpu-bars wheel-smoke train-bundled smollm2 published clean
+.PHONY: help install run report check test test-all test-newest test-mutants test-gpu gpu-bars wheel-smoke train-bundled smollm2 published clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -49,6 +49,9 @@ test-newest: ## the same tests on the newest versions that pyproject.toml allows
 	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check -c $(NEWEST)/constraints.txt -e '.[dev,sweep]'
 	$(NEWEST)/bin/pip list --disable-pip-version-check | grep -iE '^(torch|transformers|hydra-core|wandb|wandb-workspaces|triton|numpy|pandas) '
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-mutants: install ## twenty mistakes planted in the cache, one by one: does the contract alone notice each?
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 
 gpu-bars: install ## measure every bar of the GPU engine (one GPU of 80 GB, under 15 minutes)
 	$(BIN)/python -m tests.gpu.bars

@@ -30,7 +30,8 @@ class SupervisedLauncher(Launcher):
         if not isinstance(task_function, App):
             raise ConfigError("hydra/launcher=supervised runs kvbench's jobs only; choose another launcher")
         # The sweeper's check of a batch goes through it too.
-        hydra_context.config_loader = cast(ConfigLoader, SharingLoader(hydra_context.config_loader))
+        self._jobs = SharingLoader(hydra_context.config_loader, config)
+        hydra_context.config_loader = cast(ConfigLoader, self._jobs)
         self._context, self._app, self._config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -42,12 +43,12 @@ class SupervisedLauncher(Launcher):
         setup_globals()
         configure_log(self._config.hydra.hydra_logging, self._config.hydra.verbose)
         Path(str(self._config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
-        jobs = [self._job(list(words), number) for number, words in enumerate(job_overrides, initial_job_idx)]
+        jobs = [self._job(words, number) for number, words in enumerate(job_overrides, initial_job_idx)]
         objectives = self._app.measure([self._app.composed(job) for job in jobs])
         return [self._returned(job, objective) for job, objective in zip(jobs, objectives, strict=True)]
 
-    def _job(self, words: list[str], number: int) -> DictConfig:
-        job = self._context.config_loader.load_sweep_config(self._config, words)
+    def _job(self, words: Sequence[str], number: int) -> DictConfig:
+        job = self._jobs.take(words)
         with open_dict(job):
             job.hydra.job.id = f"{OmegaConf.select(job, 'hydra.job.name')}_{number}"
             job.hydra.job.num = number

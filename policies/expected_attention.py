@@ -21,8 +21,9 @@ class ExpectedAttention(ScorePolicy):
     the mean rotation over the places from the prompt's end on: the softmax over keys k of m' k / sqrt(d) +
     k' S' k / 2d, m' = R m, S' = R S R', the mean over a group's query heads, plus `epsilon`, times the L2 norm of
     the value. The sinks stay. epsilon is 0 as in that press; its registry has 0.01, together with AdaKV.
-    Differs in: products are scaled by 1 / sqrt(d) whatever the model's own scaling is; moments are of the queries as
-    the model made them, so that those which it normalises need no exception.
+    Kept entries and perplexity equal that press's on SmolLM2 (tests/parity). Differs in: products are scaled by
+    1 / sqrt(d) whatever the model's own scaling is; moments are of the queries as the model made them, so that those
+    which it normalises need no exception.
     """
 
     needs: ClassVar[Needs] = Needs.MOMENTS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         return
     covering.exhaustive = "not long" not in config.option.markexpr
+    gc.disable()  # until all is imported and collected: nothing of it is waste
     import torch
     from absl.logging import get_absl_handler
     from hypothesis import HealthCheck, settings
@@ -30,9 +32,36 @@ def pytest_configure(config: pytest.Config) -> None:
     # The contract runs every yaml on prompts of plain tokens, those too that read pictures or the question.
     config.addinivalue_line("filterwarnings", "ignore:.*so the prompt is taken for one that has none:UserWarning")
     torch.set_num_threads(1)
+    compose_once()
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, so before anything else is
         mend_interpreter()
+
+
+def compose_once() -> None:
+    """Let Hydra keep what it composed of the package's yamls: it takes a tenth of a second, and tests ask alike."""
+    import pickle
+
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra.core.utils import JobRuntime
+
+    compose: Any = ConfigLoaderImpl._load_configuration_impl
+    composed: dict[Any, bytes] = {}
+
+    def kept(loader: Any, config_name: Any, overrides: list[str], *given: Any, **named: Any) -> Any:
+        sources = tuple((source.provider, source.path) for source in loader.config_search_path.get_path())
+        is_own = any("file:" in str(path) for _, path in sources) or any("searchpath" in word for word in overrides)
+        if is_own or not named.keys() <= {"run_mode", "from_shell", "validate_sweep_overrides"}:  # Hydra 1.4 has more
+            return compose(loader, config_name, overrides, *given, **named)
+        how = (*given, *sorted(named.items()), JobRuntime.instance().get("name"))
+        key = (sources, config_name, tuple(overrides), how)
+        if key not in composed:
+            composed[key] = pickle.dumps(compose(loader, config_name, overrides, *given, **named))
+        config = pickle.loads(composed[key])
+        config.hydra.runtime.cwd = str(Path.cwd())
+        return config
+
+    ConfigLoaderImpl._load_configuration_impl = kept
 
 
 def mend_interpreter() -> None:
@@ -66,11 +95,24 @@ def pytest_collection_finish() -> None:
     """Leave what is imported now out of every later collection: tests that collect took half a second each."""
     gc.collect()
     gc.freeze()
+    gc.enable()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_sessionfinish() -> None:
     """Let the interpreter end as it would without."""
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_looks_at_the_machine() -> None:
+    """Let a timed task look at the machine's speed more briefly than a measurement does, which takes half a second."""
+    import torch
+
+    from kvbench.tasks import clock
+
+    if not torch.cuda.is_available():
+        clock._LAST_MS, clock._CPU_BYTES = 15.0, 2**22
 
 
 @pytest.fixture(scope="session")

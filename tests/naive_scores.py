@@ -224,13 +224,14 @@ class NaiveScored:
     """The first `num_sinks` and the newest stay, then the best; of equal scores the older goes.
 
     `margin` is the smallest gap between two scores of which one stayed; exact ties do not count. A score may have a
-    smaller margin of its own.
+    smaller margin of its own. exact: False where equal scores are sums that rounding may set apart, so that ties count.
     """
 
     score: Score
     num_sinks: int = 0
     num_recent: int = 0
     recent_fraction: float = 0.0
+    exact: bool = True
     margin: float = math.inf
 
     def plan(self, heads: list[Head], where: Where) -> list[Head]:
@@ -265,7 +266,7 @@ class NaiveScored:
         others = set(self._others)
         if 0 < drop < len(order) and order[drop] in others and order[drop - 1] in others:
             gap = scores[order[drop]] - scores[order[drop - 1]]
-            self.margin = min(self.margin, gap or math.inf)
+            self.margin = min(self.margin, math.inf if gap == 0 and self.exact else gap)
 
 
 def _length(vector: Tensor) -> float:

@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "sinks": "errors measures results",
     "sweep": "errors measures cache datasets results models tasks autopsy sinks",
     "config": "errors __init__ measures cache datasets results models tasks autopsy sinks sweep",
+    "contract": "errors cache datasets stats models tasks config",
     "frontier.table": "errors measures results",  # what a search leaves: a file, as a record is
     "report": "errors __init__ measures stats results frontier.table",
     "autopsy.read": "errors results report",  # what the page shows of an autopsy
@@ -46,7 +47,7 @@ MAY_IMPORT = {
     "sinks.wandb": "errors __init__ measures results sinks report",  # W&B is sent the report's words and figures
     "frontier": "errors measures stats results sweep config frontier.table report",
     "audit": "errors measures stats results tasks",
-    "cli": "errors __init__ measures stats results models sinks sinks.wandb sweep config report frontier "
+    "cli": "errors __init__ measures stats results models sinks sinks.wandb sweep config contract report frontier "
     "frontier.table audit",
     "__main__": "cli",
     "hydra_plugins": "errors __init__ sweep config report cli",
@@ -64,6 +65,7 @@ ONLY_IN = {
     "hydra": ["kvbench/cli/*.py", "kvbench/config/*.py", "hydra_plugins/*.py"],
     "omegaconf": [
         *("kvbench/cli/*.py", "kvbench/config/*.py", "kvbench/sweep/worker.py", "hydra_plugins/*.py"),
+        "kvbench/contract/*.py",  # a policy's facts are in its yaml
         "kvbench/report/laws.py",  # a law is a yaml
     ],
     "wandb": ["kvbench/sinks/wandb/*.py"],
@@ -71,7 +73,7 @@ ONLY_IN = {
     "matplotlib": ["kvbench/report/figures/*.py"],
     "triton": ["kvbench/kernels/*.py"],
     "accelerate": ["kvbench/models/*.py"],
-    "transformers": ["kvbench/cache/*.py", "kvbench/models/*.py", "kvbench/bundled/*.py"],
+    "transformers": ["kvbench/cache/*.py", "kvbench/models/*.py", "kvbench/bundled/*.py", "kvbench/contract/*.py"],
 }
 A_COMMAND = "a command is called like the package whose door it is"
 AS_RELEASED = "the method as described; in released/ what published code does"
@@ -90,6 +92,7 @@ ALIKE = {
     "frontier": A_COMMAND,
     "h2o": AS_RELEASED,
     "measures": f"{A_COMMAND}; beside the packages, what every one of them may name",
+    "policies": A_COMMAND,
     "page": "the page; the autopsy's section of it",
     "released": "the policies; what they do to the cache",
     "report": f"{A_COMMAND}; sinks/wandb/report is W&B's own kind of report",

@@ -191,5 +191,11 @@ def artefact_of(model: Any, policy: Policy) -> Artefact | None:
         raise ConfigError(
             f"{kind} needs an artefact and policy.artefact is not given; give the file that kvbench calibrate wrote"
         )
-    path = Path(policy.artefact)
-    return checked_layers(policy, read_artefact(path).tensors, Layout.of(model), f"the artefact {path}")
+    return _read_by(policy, Layout.of(model), read_artefact(Path(policy.artefact)).sha256)
+
+
+@lru_cache(maxsize=16)
+def _read_by(policy: Calibrated, layout: Layout, sha256: str) -> Artefact:
+    """Return the one artefact of all caches, so that it is copied to a device once."""
+    path = Path(policy.artefact or "")
+    return checked_layers(policy, read_artefact(path).tensors, layout, f"the artefact {path}")

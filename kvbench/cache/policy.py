@@ -306,6 +306,11 @@ def check_parts(policy: Policy, positions: str = "original") -> None:
             f"policy.protect is carried out by ScorePolicy.plan and victim, but {kind.__name__} has one of its own; "
             "leave it out"
         )
+    if policy.merge is not None and policy.merge.remembers and kind.remembered is not ScorePolicy.remembered:
+        raise ConfigError(
+            f"policy.merge {type(policy.merge).__name__} remembers numbers from one cut to the next, and "
+            f"{kind.__name__} does so itself, in the same place; use another merge"
+        )
     if policy.every_tokens < 1:
         raise ConfigError(f"policy.every_tokens is {policy.every_tokens}; it must be at least 1")
     if policy.every_tokens == 1:

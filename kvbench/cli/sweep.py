@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from kvbench.config.compose import LEFT_OUT, Composed, copied, without_hydra
+from kvbench.config.compose import LEFT_OUT, Composed, copied, job_spec, without_hydra
 from kvbench.measures import to_minimise
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ Objective = float | tuple[float, ...]
 class _Job:
     """A cell, and the measures that are its objective; no names: nobody asks, and what its tasks measure is unknown."""
 
+    composed: Composed
     ticket: Ticket
     objective: tuple[str, ...]
 
@@ -143,7 +144,7 @@ class App:
                 raise
             self.left_out.setdefault(str(error), []).append(_name(composed))
             return None
-        return _Job(ticket=Ticket(cell=cell, spec=spec), objective=objective)
+        return _Job(composed=composed, ticket=Ticket(cell=cell, spec=spec), objective=objective)
 
     def measure(self, grid: Sequence[Composed]) -> list[Objective]:
         """Return the objective of each cell; what has no record yet is measured. Raises: Stopped, KvbenchError."""
@@ -161,8 +162,9 @@ class App:
         return [self._objective(self.sweep, job) for job in jobs]
 
     def composed(self, job: Any) -> Composed:
-        """Return the cell of a job's whole configuration, Hydra's own settings included."""
-        return without_hydra(copied(job))
+        """Return the cell of a job's whole configuration, Hydra's own settings included; one it knows is not copied."""
+        known = self._jobs.get(repr(job_spec(job)))
+        return without_hydra(copied(job)) if known is None else known.composed
 
     def _objective(self, sweep: Sweep, job: _Job | None) -> Objective:
         if job is None:

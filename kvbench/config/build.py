@@ -19,7 +19,7 @@ import tokenize
 import typing
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, partial
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import version
 from pathlib import Path
@@ -393,7 +393,12 @@ def build_objective(
     """
     asked = OmegaConf.to_container(config.objective) if OmegaConf.is_list(config.objective) else config.objective
     shared = shared or Shared()
-    given = {name: _measured_by(task, cell.dataset, shared) for name, task in cell.tasks.items()}
+    given = {
+        name: shared.once(
+            ("measures", type(task), repr(task), id(cell.dataset)), partial(_measured_by, task, cell.dataset, shared)
+        )
+        for name, task in cell.tasks.items()
+    }
     if asked is None:
         first = next(iter(given))
         if given[first] or not is_needed:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -297,8 +298,13 @@ def typed_settings(plugin: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: typed(value, hints.get(name, Any)) for name, value in values.items()}
 
 
-def hints_of(plugin: Callable[..., Any]) -> dict[str, Any]:
-    """Return the types of the settings of a class by name."""
+def hints_of(plugin: Callable[..., Any]) -> Mapping[str, Any]:
+    """Return the types of the settings of a class by name; a sweep asks for those of a few classes thousandfold."""
+    return _hints_of(typing.cast(Any, plugin))
+
+
+@functools.cache
+def _hints_of(plugin: Any) -> dict[str, Any]:
     return typing.get_type_hints(plugin if dataclasses.is_dataclass(plugin) else plugin.__init__)
 
 

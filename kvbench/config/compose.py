@@ -12,7 +12,7 @@ import functools
 import itertools
 import pickle
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,8 +87,8 @@ def compose_grid(
     """Return every cell that `overrides` ask for, in Hydra's order. Raises: ConfigError, one line."""
     check_no_secret_override(overrides)
     with _searching(config_dir, config_name), told_in_one_line(overrides):
-        composed: dict[tuple[str, ...], Composed] = {}
-        return [_compose_cell(cell, multirun, composed) for cell in _cells(overrides, multirun)]
+        alike = Alike(lambda words: without_hydra(_composed(words), multirun=multirun), _loader())
+        return [_cell(alike, _parsed(words)) for words in _cells(overrides, multirun)]
 
 
 def listed(overrides: Sequence[str], *, config_dir: str | None, config_name: str = CONFIG_NAME) -> Listing | None:
@@ -115,11 +115,23 @@ def copied(config: DictConfig) -> DictConfig:
 
 def without_hydra(config: DictConfig, *, multirun: bool = False) -> Composed:
     """Return the cell of what Hydra composed, whose own settings are taken out."""
-    multirun = multirun or config.hydra.mode == RunMode.MULTIRUN
-    choices = {str(name): value for name, value in config.hydra.runtime.choices.items()}
+    multirun, choices = multirun or config.hydra.mode == RunMode.MULTIRUN, _choices(config)
     OmegaConf.set_struct(config, False)
     config.pop("hydra")
     return Composed(config=config, choices=choices, multirun=multirun)
+
+
+def job_spec(job: DictConfig) -> dict[str, Any]:
+    """Return the `as_spec` of what `without_hydra` makes of a job, which stays as it is."""
+    nodes = ((key, node) for key, node in job.items_ex(resolve=False) if key != "hydra")
+    plain = {
+        key: OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node for key, node in nodes
+    }
+    return {"config": plain, "choices": _choices(job)}
+
+
+def _choices(config: DictConfig) -> dict[str, str | None]:
+    return {str(name): value for name, value in config.hydra.runtime.choices.items()}
 
 
 @contextlib.contextmanager
@@ -135,6 +147,7 @@ def told_in_one_line(overrides: Sequence[str]) -> Iterator[None]:
 
 _own_folder: ContextVar[str | None] = ContextVar("_own_folder", default=None)
 _primary: ContextVar[str] = ContextVar("_primary", default=CONFIG_NAME)
+_known: ContextVar[dict[tuple[str, ...], bytes] | None] = ContextVar("_known", default=None)
 
 
 class _OwnFolder(SearchPathPlugin):
@@ -152,13 +165,14 @@ def _searching(config_dir: str | None, config_name: str) -> Iterator[None]:
     if config_dir and not Path(config_dir).is_dir():
         raise ConfigError(f"--config-dir {config_dir} is no folder; give the one that holds policy/mine.yaml")
     Plugins.instance().register(_OwnFolder)
-    before = _own_folder.set(config_dir), _primary.set(config_name)
+    before = _own_folder.set(config_dir), _primary.set(config_name), _known.set({})
     try:
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
             yield
     finally:
         _own_folder.reset(before[0])
         _primary.reset(before[1])
+        _known.reset(before[2])
 
 
 def _loader() -> ConfigLoader:
@@ -230,8 +244,10 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
 
 def _hydra(parsed: Sequence[Override]) -> Any:
     """Return Hydra's own settings under the overrides that have one value."""
-    words = [o.input_line for o in parsed if o.input_line is not None and not o.is_sweep_override()]
-    return _composed(words).hydra
+    values, rest = _split_values([o for o in parsed if not o.is_sweep_override()], _loader())
+    config = _composed([str(o.input_line) for o in rest])  # as most cells are, so that it is composed once for both
+    _set_values(config, values)
+    return config.hydra
 
 
 def _sweep_params(hydra: Any) -> dict[str, str]:
@@ -246,56 +262,80 @@ def _is_choice(value: Any) -> bool:
     return not isinstance(value, int | float | dict | None)
 
 
-def _composed(overrides: list[str]) -> Any:
-    return compose(_primary.get(), overrides=overrides, return_hydra_config=True)
+def _composed(words: list[str]) -> Any:
+    known = _known.get()
+    if known is None:  # nothing is searched, so a yaml may change behind what was kept
+        return compose(_primary.get(), overrides=words, return_hydra_config=True)
+    if tuple(words) not in known:
+        known[tuple(words)] = pickle.dumps(compose(_primary.get(), overrides=words, return_hydra_config=True))
+    return pickle.loads(known[tuple(words)])
 
 
-def _compose_cell(overrides: Sequence[str], multirun: bool, composed: dict[tuple[str, ...], Composed]) -> Composed:
-    """Return one cell; what cells choose alike is composed once for all, and single values are set in a copy.
+class Alike:
+    """What jobs that choose alike have in common, composed once for all of them by `compose` from words.
 
-    Hydra reads every yaml again for each cell, which takes longer than all the rest of a large sweep's start.
+    Hydra reads every yaml again for each job, which takes longer than all the rest of a large sweep's start.
     """
-    values, rest = _split_values(_parsed(overrides), _loader())
-    lines = tuple(str(override.input_line) for override in rest)
-    if lines not in composed:
-        composed[lines] = without_hydra(_composed(list(lines)), multirun=multirun)
-    base = composed[lines]
-    config = copied(base.config)
-    OmegaConf.set_struct(config, True)
-    _set_values(config, values)
-    OmegaConf.set_struct(config, False)
-    return Composed(config=config, choices=dict(base.choices), multirun=base.multirun)
+
+    def __init__(self, compose: Callable[[list[str]], Any], loader: ConfigLoader) -> None:
+        self._compose, self._loader = compose, loader
+        self._pickled: dict[tuple[str, ...], bytes] = {}
+
+    def of(self, overrides: Sequence[Override]) -> tuple[Any, list[Override]]:
+        """Return a copy that shares nothing with another, and the single values that are still to be set in it."""
+        values, rest = _split_values(overrides, self._loader)
+        words = tuple(str(override.input_line) for override in rest)
+        if words not in self._pickled:
+            self._pickled[words] = pickle.dumps(self._compose(list(words)))
+        return pickle.loads(self._pickled[words]), values
+
+
+def _cell(alike: Alike, overrides: Sequence[Override]) -> Composed:
+    cell: Composed
+    cell, values = alike.of(overrides)
+    OmegaConf.set_struct(cell.config, True)
+    _set_values(cell.config, values)
+    OmegaConf.set_struct(cell.config, False)
+    return cell
 
 
 class SharingLoader:
     """Hydra's loader of configurations, but jobs of a sweep that choose alike are composed once for all.
 
-    A sweeper composes every job to check it and a launcher once more to run it, each time from every yaml. What comes
-    out is what Hydra makes, its own notes about the job included.
+    A sweeper composes every job to check it, and throws it away; a launcher `take`s that one. What comes out is what
+    Hydra makes, its own notes about the job included. sweep: the configuration of the whole sweep.
     """
 
-    def __init__(self, loader: ConfigLoader) -> None:
+    def __init__(self, loader: ConfigLoader, sweep: DictConfig) -> None:
         self._loader = loader
-        self._composed: dict[tuple[str, ...], DictConfig] = {}
+        self._alike = Alike(lambda words: loader.load_sweep_config(sweep, words), loader)
+        self._checked: dict[tuple[str, ...], DictConfig] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        """Return the job of these words in a sweep of `master_config`."""
-        parsed = OverridesParser.create(config_loader=self._loader).parse_overrides(list(sweep_overrides))
-        values, rest = _split_values(parsed, self._loader)
-        lines = tuple(str(override.input_line) for override in rest)
-        if lines not in self._composed:
-            self._composed[lines] = self._loader.load_sweep_config(master_config, list(lines))
-        job = copied(self._composed[lines])
+        """Return the job of these words, which `take` may give once more."""
+        job = self._checked[tuple(sweep_overrides)] = self._job(sweep_overrides)
+        return job
+
+    def take(self, words: Sequence[str]) -> DictConfig:
+        """Return the job of these words as its own: one that was checked, or a new one."""
+        checked = self._checked.pop(tuple(words), None)
+        return self._job(words) if checked is None else checked
+
+    def _job(self, words: Sequence[str]) -> DictConfig:
+        parsed = OverridesParser.create(config_loader=self._loader).parse_overrides(list(words))
+        job: DictConfig
+        job, values = self._alike.of(parsed)
         _set_values(job, values)
         words = [str(o.input_line) for o in parsed if not o.is_hydra_override()]
         form = job.hydra.job.config.override_dirname
         named = sorted(str(o.input_line) for o in parsed if _is_named(o, form.exclude_keys))
         with read_write(job.hydra), open_dict(job.hydra):
             job.hydra.overrides.task = words
-            job.hydra.job.override_dirname = form.item_sep.join(named).replace("=", form.kv_sep)
+            if not OmegaConf.is_interpolation(job.hydra.job, "override_dirname"):  # Hydra 1.4 makes it when asked
+                job.hydra.job.override_dirname = form.item_sep.join(named).replace("=", form.kv_sep)
         return job
 
 

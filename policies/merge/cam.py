@@ -60,10 +60,10 @@ class CaM(Merge):
     def _added(self, values: Tensor, older: Tensor, merged: Tensor, keep: Tensor) -> Tensor:
         """(B, H, T, D): values with what survivors get; `older` (B, H, T): how many survivors are older than each."""
         number, given = torch.promote_types(values.dtype, torch.float32), []
-        brought = values.to(number) / self.spread_tokens
+        brought = (values.to(number) / self.spread_tokens).masked_fill(~merged[..., None], 0.0)
         for place, stays in zip(older.split(_BLOCK, dim=-1), keep.split(_BLOCK, dim=-1), strict=True):
             behind = place[..., None] - older[:, :, None]
-            takes = merged[:, :, None] & (behind >= 0) & (behind < self.spread_tokens) & stays[..., None]
+            takes = (behind >= 0) & (behind < self.spread_tokens) & stays[..., None]
             given.append(torch.matmul(takes.to(number), brought))
         return torch.cat(given, dim=2).add_(values).to(values.dtype)
 

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvbench.cache import Budget, Policy, PolicyCache, cache_argument
+from kvbench.cache import Budget, Policy, PolicyCache, ScorePolicy, cache_argument
 from kvbench.cache.counts import LayerSetup
 from kvbench.cache.layer import PolicyLayer
 from kvbench.cache.recording import EvictionLog
 from kvbench.policies.elastic import Elastic
 from kvbench.policies.h2o import H2O
+from kvbench.policies.merge.cam import CaM
 from kvbench.policies.random import Random
 from kvbench.policies.streaming_llm import StreamingLLM
 from tests.contract import PROMPT, STEPS, budget_named, left_padded
@@ -144,8 +145,9 @@ def test_merged_entries_are_those_of_the_papers_buckets() -> None:
 
 
 def test_a_policy_that_drops_merges_nothing(policy: Policy) -> None:
-    if "elastic" in type(policy).__name__.lower():
-        pytest.skip("merges")
+    part = policy.merge if isinstance(policy, ScorePolicy) else None
+    if "elastic" in type(policy).__name__.lower() or not (part is None or isinstance(part, CaM)):
+        pytest.skip("merges")  # CaM gives to several, and what it gives to is no one's place
     tokens = random_tokens(3, 1, PROMPT)
     log, _ = logged(policy, Budget(tokens=9), tokens, torch.ones_like(tokens), PROMPT, [0])
     assert log.merged_into(0) is None

@@ -15,7 +15,7 @@ from torch import Tensor
 from kvbench.cache import Budget, Joining, Merge, Plan, PolicyCache, View
 from kvbench.cache.ragged import RaggedSlots
 from kvbench.cache.slots import Slots, settle
-from kvbench.errors import PolicyError
+from kvbench.errors import ConfigError, PolicyError
 from kvbench.policies.allocation.ada import Ada
 from kvbench.policies.h2o import H2O
 from kvbench.policies.merge.cam import CaM
@@ -94,6 +94,20 @@ def test_what_joins_no_one_else_is_refused(how: str) -> None:
     model, policy = tiny_model("llama_gqa"), H2O(merge=Amiss(how=how))
     with pytest.raises(PolicyError, match=r"Amiss\.joining .*must be"):
         drive(model, PolicyCache(model, policy, Budget(tokens=6)), random_tokens(3, 1, 12), 9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remembers(H2O):
+    """Keeps something of its own beside the slots."""
+
+    def remembered(self, view: View) -> Tensor:
+        return view.mass
+
+
+def test_two_that_remember_in_one_place_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"policy\.merge D2O remembers .* and Remembers does so itself"):
+        PolicyCache(tiny_model("llama_gqa"), Remembers(merge=D2O()), Budget(tokens=6))
+    PolicyCache(tiny_model("llama_gqa"), Remembers(merge=NearestCosine()), Budget(tokens=6))
 
 
 def test_a_merge_that_is_not_of_steps_is_not_asked_at_any(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,25 +81,24 @@ def options(tokens: Tensor) -> dict[str, Any]:
     return {"reserve_tokens": STEPS, "prompt_kind": kinds(tokens), "row_seeds": list(range(tokens.shape[0]))}
 
 
+@pytest.mark.parametrize("budget_name", BUDGETS)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", ["llama_gqa", "llama_mha"])
 @torch.inference_mode()
 def test_a_cache_made_from_a_recording_is_bit_for_bit_one_with_a_prefill_of_its_own(
-    policy: Policy, positions: PositionMode, batch: int, name: str
+    policy: Policy, positions: PositionMode, batch: int, name: str, budget_name: str
 ) -> None:
-    model = tiny_model(name)
+    model, limit = tiny_model(name), budget_named(budget_name, policy)
     tokens, mask = inputs(batch)
     prompt, logits = record(model, tokens, mask, [Everything(), policy, Full()])
-    for budget in BUDGETS:
-        limit = budget_named(budget, policy)
-        own = PolicyCache(model, policy, limit, positions=positions, **options(tokens))
-        assert torch.equal(forward(model, own, tokens, mask), logits)
-        shared = cache_after(prompt, PolicyCache(model, policy, limit, positions=positions, **options(tokens)))
-        repeat_where_asked(model, shared, tokens, mask)
-        assert_same(own, shared)
-        for expected, got in zip(decoded(model, own, mask), decoded(model, shared, mask), strict=True):
-            assert torch.equal(expected, got)
-        assert_same(own, shared)
+    own = PolicyCache(model, policy, limit, positions=positions, **options(tokens))
+    assert torch.equal(forward(model, own, tokens, mask), logits)
+    shared = cache_after(prompt, PolicyCache(model, policy, limit, positions=positions, **options(tokens)))
+    repeat_where_asked(model, shared, tokens, mask)
+    assert_same(own, shared)
+    for expected, got in zip(decoded(model, own, mask), decoded(model, shared, mask), strict=True):
+        assert torch.equal(expected, got)
+    assert_same(own, shared)
 
 
 def assert_same(own: PolicyCache, shared: PolicyCache) -> None:

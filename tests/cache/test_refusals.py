@@ -15,7 +15,7 @@ from kvbench.errors import ConfigError, ModelSupportError
 from kvbench.policies.h2o import H2O
 from kvbench.policies.streaming_llm import StreamingLLM
 from tests.driving import drive
-from tests.tiny_models import _build, random_tokens, tiny_model
+from tests.tiny_models import random_tokens, text_model, tiny_model
 
 SMALL: dict[str, Any] = {
     "vocab_size": 97,
@@ -121,7 +121,7 @@ def test_beam_search_is_refused(tiny_llama: Any) -> None:
 
 
 def test_training_with_dropout_is_refused() -> None:
-    model = _build("llama_gqa").train()
+    model = text_model("llama_gqa").train()
     model.config.attention_dropout = 0.1
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.1

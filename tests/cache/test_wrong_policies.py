@@ -165,6 +165,7 @@ def test_nan_that_decides_at_decode_is_found_at_once_on_a_cpu(tiny_llama: Any, n
     assert isinstance(raised.value, NonFiniteError), "so the cell ends as nonfinite"
 
 
+@pytest.mark.cover("one")
 @pytest.mark.parametrize("name", list(NAN_AT_DECODE)[1:])
 def test_nan_that_decides_in_kernels_is_noted_and_told_when_asked(tiny_llama: Any, name: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed")

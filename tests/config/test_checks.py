@@ -104,7 +104,7 @@ MODELS: dict[str, tuple[Any, tuple[str, ...], str, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", one_in(2, MODELS))
+@pytest.mark.parametrize("case", one_in(3, MODELS))
 def test_a_model_that_cannot_do_it_is_refused_before_it_is_loaded(case: str, capfd: pytest.CaptureFixture[str]) -> None:
     config, files, words, message = MODELS[case]
     folder_of(config, *files)

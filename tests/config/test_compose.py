@@ -169,13 +169,16 @@ def test_a_cell_is_what_hydra_composes(words: list[str]) -> None:
 def test_a_job_of_a_sweep_is_what_hydra_makes_of_it_notes_and_all(words: list[str]) -> None:
     with initialize_config_module("kvbench.conf", version_base="1.3"):
         plain = GlobalHydra.instance().config_loader()
-        sweep = plain.load_configuration("config", ["hydra.sweep.dir=there"], run_mode=RunMode.MULTIRUN)
-        sharing = SharingLoader(plain)
+        # A sweep is asked for with its experiment: Hydra 1.4 refuses a job that brings another sweeper than it has.
+        whole = ["hydra.sweep.dir=there", *(word for word in words if word.startswith("+experiment="))]
+        sweep = plain.load_configuration("config", whole, run_mode=RunMode.MULTIRUN)
+        sharing = SharingLoader(plain, sweep)
         for job_words in (words, [word.replace("fraction=0.", "fraction=0.1") for word in words], words):
             ours, theirs = sharing.load_sweep_config(sweep, job_words), plain.load_sweep_config(sweep, job_words)
             assert OmegaConf.to_container(ours, resolve=False) == OmegaConf.to_container(theirs, resolve=False)
             assert OmegaConf.is_struct(ours) == OmegaConf.is_struct(theirs)
             assert OmegaConf.is_readonly(ours.hydra) == OmegaConf.is_readonly(theirs.hydra)
+            assert sharing.take(job_words) == ours
 
 
 def test_jobs_of_a_sweep_that_choose_alike_are_composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,11 +189,23 @@ def test_jobs_of_a_sweep_that_choose_alike_are_composed_once(monkeypatch: pytest
         sweep = plain.load_configuration("config", [], run_mode=RunMode.MULTIRUN)
         real = plain.load_sweep_config
         monkeypatch.setattr(plain, "load_sweep_config", lambda *given: asked.append(given) or real(*given))
-        sharing = SharingLoader(plain)
+        sharing = SharingLoader(plain, sweep)
         for share in range(1, 10):
             words = ["policy=h2o", f"budget.fraction=0.{share}", f"seed={share}"]
             assert sharing.load_sweep_config(sweep, words).seed == share
     assert len(asked) == 1
+
+
+def test_a_job_that_was_checked_is_taken_once_and_jobs_of_the_same_words_share_nothing() -> None:
+    words = ["policy=h2o", "seed=3"]
+    with initialize_config_module("kvbench.conf", version_base="1.3"):
+        plain = GlobalHydra.instance().config_loader()
+        sharing = SharingLoader(plain, plain.load_configuration("config", [], run_mode=RunMode.MULTIRUN))
+        checked = [sharing.load_sweep_config(OmegaConf.create(), words) for _ in range(2)]
+        taken = [sharing.take(words) for _ in range(2)]
+    assert taken[0] is checked[1]
+    taken[0].seed = 4
+    assert (taken[0].seed, taken[1].seed, checked[0].seed) == (4, 3, 3)
 
 
 def test_what_cells_choose_alike_is_composed_once_and_no_cell_changes_another(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
 Presses cut the prompt alone, so policies that would cut at decode too are taken as they are but for that. Where a press
 protects something else than the paper, settings say the same here: `tova` keeps the newest token, `lagkv` has 4 sinks,
-`chunkkv` chunks of 16, which end where the observation window begins, `streaming_llm` true positions. What is left is
+`chunkkv` chunks of 16, which end where the observation window begins, `streaming_llm` true positions, `criticalkv`
+mean pooling and a first half that counts the window in. What is left is
 compared as it is: both take the mean over a group of query heads, and ties fall to the newer entry here.
 """
 
@@ -25,6 +26,8 @@ from kvbench.models.inputs import window_tokens
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
 from kvbench.policies.chunkkv import ChunkKV
+from kvbench.policies.criticalkv import CriticalKV
+from kvbench.policies.expected_attention import ExpectedAttention
 from kvbench.policies.full import Full
 from kvbench.policies.h2o_mean import H2OMean
 from kvbench.policies.key_norm import KeyNorm
@@ -53,7 +56,10 @@ POLICIES: dict[str, Policy] = {
     "streaming_llm": StreamingLLM(),
     "lagkv": LagKV(num_sinks=4),
     "chunkkv": ChunkKV(chunk_tokens=16),
+    "expected_attention": ExpectedAttention(),
+    "criticalkv": CriticalKV(pooling="avg"),
 }
+FIRST_SHARE = {256: 96 / 224, 102: 19 / 70}  # of what is not in the window, where kvpress has the half of all
 
 
 def prompt_only(policy: Policy) -> Policy:
@@ -67,10 +73,18 @@ def settings_of(methods: Sequence[str]) -> list[tuple[str, int, CacheSetting]]:
     """Return every method with each number of entries, and its setting."""
     policies = {name: prompt_only(POLICIES[name]) for name in methods}
     return [
-        (name, count, CacheSetting(policy=policies[name], budget=Budget(tokens=count), positions="original"))
+        (
+            name,
+            count,
+            CacheSetting(policy=_for_entries(policies[name], count), budget=Budget(tokens=count), positions="original"),
+        )
         for name in methods
         for count in ENTRIES[name]
     ]
+
+
+def _for_entries(policy: Policy, count: int) -> Policy:
+    return dataclasses.replace(policy, first_share=FIRST_SHARE[count]) if isinstance(policy, CriticalKV) else policy
 
 
 def smollm2() -> LoadedModel:
@@ -120,7 +134,7 @@ def scored(loaded: LoadedModel, methods: Sequence[str], windows: int, batch_size
     yield from rows
 
 
-def main(command: str, folder: Path) -> None:
+def main(command: str, folder: Path, methods: list[str]) -> None:
     """Write what `theirs.py` reads, kvbench's side, or the fixture out of both sides."""
     if command == "join":
         return _join(folder)
@@ -129,7 +143,7 @@ def main(command: str, folder: Path) -> None:
     if command == "prepare":
         loaded.model.save_pretrained(folder / "checkpoint")
         return _write(folder / "windows.json", windows)
-    rows = list(scored(loaded, list(ENTRIES), WINDOWS, batch_size=8))
+    rows = list(scored(loaded, methods, WINDOWS, batch_size=8))
     version = importlib.metadata.version("transformers")
     return _write(folder / "ours.json", {"transformers": version, "tokens_sha256": digest(windows), "rows": rows})
 
@@ -142,6 +156,13 @@ def _join(folder: Path) -> None:
         {"method": one["method"], "entries": one["entries"], "ours": _side(one), "theirs": _side(other)}
         for one, other in zip(ours["rows"], theirs["rows"], strict=True)
     ]
+    made = {(row["method"], row["entries"]): row for row in rows}
+    if FIXTURE.exists():
+        stored = json.loads(FIXTURE.read_text())
+        assert stored["versions"] == versions
+        assert stored["tokens_sha256"] == ours["tokens_sha256"]
+        made = {(row["method"], row["entries"]): row for row in stored["rows"]} | made
+    rows = [made[name, count] for name, sizes in ENTRIES.items() for count in sizes]
     _write(FIXTURE, {"versions": versions, "tokens_sha256": ours["tokens_sha256"], "rows": rows})
 
 
@@ -155,4 +176,4 @@ def _write(path: Path, content: Any) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:] or list(ENTRIES))

@@ -55,10 +55,12 @@ def test_perplexity_and_kept_entries_are_those_of_kvpress(name: str) -> None:
 
 
 def test_methods_differ_by_more_than_they_may_differ_from_kvpress() -> None:
-    """So that one taken for another would be seen."""
-    found = [ppl(row["ours"]["nll"]) for row in ROWS.values() if row["entries"] == 102]
-    smallest = min(abs(math.log(a / b)) for at, a in enumerate(found) for b in found[:at])
-    assert smallest > 0.002
+    """So that one taken for another would be seen, by its perplexity or, where two come close, by what it kept."""
+    found = [row["ours"] for row in ROWS.values() if row["entries"] == 102]
+    for at, one in enumerate(found):
+        for other in found[:at]:
+            apart = abs(math.log(ppl(one["nll"]) / ppl(other["nll"])))
+            assert apart > 0.002 or same_fraction(one["kept"], other["kept"]) < SAME_FRACTION / 2
 
 
 def test_a_set_of_positions_is_written_and_read() -> None:

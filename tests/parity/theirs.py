@@ -6,6 +6,8 @@
     python -m tests.parity.ours score FOLDER          # writes FOLDER/ours.json
     python -m tests.parity.ours join FOLDER           # writes kvpress.json beside this file
 
+Both take names of methods after FOLDER, of which rows are then made anew; `join` leaves the others as they are stored.
+
 Each window is given to the model once, in eager attention; a hook on every layer then lets each press cut what that
 layer holds, by kvpress's own `compress`, and the scored tokens follow in one forward at their true positions. That is
 what a press does as a context manager, which is run as well, for the first window of each method, and must agree.
@@ -35,6 +37,8 @@ ENTRIES: dict[str, tuple[int, ...]] = {
     "streaming_llm": (256, 102),
     "lagkv": (358, 296),  # sinks, tail and as many of each of two partitions, so that no tie decides
     "chunkkv": (256, 112),  # whole chunks of 16
+    "expected_attention": (256, 102),
+    "criticalkv": (256, 102),
 }
 
 
@@ -54,6 +58,8 @@ def press_of(name: str, ratio: float) -> Any:
         "chunkkv": lambda: kvpress.ChunkKVPress(
             kvpress.SnapKVPress(ratio, window_size=32, kernel_size=1), chunk_length=16
         ),
+        "expected_attention": lambda: kvpress.ExpectedAttentionPress(ratio, n_future_positions=512, n_sink=4),
+        "criticalkv": lambda: kvpress.CriticalKVPress(kvpress.SnapKVPress(ratio, window_size=32, kernel_size=7)),
     }
     return makers[name]()
 
@@ -63,17 +69,15 @@ def bits(kept: set[int]) -> str:
     return f"{sum(1 << (GIVEN - 1 - position) for position in kept):0{GIVEN // 4}x}"
 
 
-def main(folder: Path) -> None:
-    """Score every window under every press and write theirs.json."""
+def main(folder: Path, methods: list[str]) -> None:
+    """Score every window under the presses of `methods` and write theirs.json."""
     import torch
     from transformers import LlamaForCausalLM
 
     windows = json.loads((folder / "windows.json").read_text())
     model = LlamaForCausalLM.from_pretrained(folder / "checkpoint", dtype=torch.float32, attn_implementation="eager")
     model.eval()
-    rows = [
-        {"method": name, "entries": count, "nll": [], "kept": {}} for name, sizes in ENTRIES.items() for count in sizes
-    ]
+    rows = [{"method": name, "entries": count, "nll": [], "kept": {}} for name in methods for count in ENTRIES[name]]
     for number, tokens in enumerate(windows):
         given, scored = torch.tensor(tokens[:GIVEN])[None], torch.tensor(tokens[GIVEN:])
         with torch.inference_mode():
@@ -167,4 +171,4 @@ def _kept(layer: dict[str, Any], cut: tuple[Any, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:] or list(ENTRIES))

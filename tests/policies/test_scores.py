@@ -151,6 +151,7 @@ def rule_of(policy: ScorePolicy, score: naive.Score) -> naive.NaiveScored:
         num_sinks=policy.num_sinks,
         num_recent=policy.num_recent,
         recent_fraction=policy.recent_fraction,
+        exact=not isinstance(policy, Cake),
     )
 
 

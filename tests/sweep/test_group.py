@@ -31,8 +31,8 @@ from tests.tasks.benches import FULL, KeepAll, NanAtDecode, NotANumber, cell_of,
 SHORT_ANSWERS = Scenes(num_samples=1, ask="follow_up", num_follow_ups=3)
 QUALITY = {
     "perplexity": Perplexity(),
-    "generation": Generation(max_new_tokens=12),
-    "fidelity": Fidelity(max_new_tokens=12, check_tokens=3),
+    "generation": Generation(max_new_tokens=8),
+    "fidelity": Fidelity(max_new_tokens=8, check_tokens=2),
 }
 
 
@@ -90,7 +90,7 @@ def told(body: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in body.items() if name not in own}
 
 
-@pytest.mark.parametrize("num_settings", [3, pytest.param(5, marks=pytest.mark.long)])
+@pytest.mark.parametrize("num_settings", [2, pytest.param(5, marks=pytest.mark.long)])
 def test_shared_prompts_give_the_same_records_with_one_prefill_for_all(
     shelf: ModelShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_settings: int
 ) -> None:

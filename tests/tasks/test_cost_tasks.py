@@ -109,18 +109,18 @@ def test_speed_and_memory_run_on_random_weights(name: str, tmp_path: Path) -> No
 
 
 def test_speed_gives_every_number_and_the_full_cache_is_as_fast_as_itself(bundled: LoadedModel, tmp_path: Path) -> None:
-    task = Speed(new_tokens=6, num_blocks=3)
+    task = Speed(new_tokens=6, num_blocks=2)
     # A busy machine can spoil one measurement, not three.
     results = (task.run(bench_of(bundled, tmp_path, FULL)) for _ in range(3))
     good = next((r for r in results if 0.3 < r.measurements["tpot_ratio_to_full"]["value"] < 3), None)
     assert good is not None
     assert set(good.measurements) == PER_LAUNCH | ONCE
     assert set(good.measurements) <= set(MEASURES)
-    assert {good.measurements[name]["n"] for name in PER_LAUNCH} == {6}
+    assert {good.measurements[name]["n"] for name in PER_LAUNCH} == {4}
     assert good.measurements["policy_ms"]["value"] == 0.0, "the full cache decides nothing"
     positive = set(good.measurements) - {"policy_ms", "prepare_ms"}
     assert all(good.measurements[name]["value"] > 0 for name in positive)
-    assert len(good.curves["launches_ms"]) == 6
+    assert len(good.curves["launches_ms"]) == 4
 
 
 def test_the_roof_is_weights_and_entries_over_the_bandwidth(bundled: LoadedModel, tmp_path: Path) -> None:

@@ -32,10 +32,13 @@ def frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     freeze_host(monkeypatch)
 
 
-def decoded(policy: Policy, positions: Any, engine: Any, by_kernels: bool, steps: int = STEPS) -> tuple[Any, ...]:
-    setting = CacheSetting(policy=policy, budget=Budget(fraction=0.5), positions=positions, engine=engine)
+def decoded(policy: Policy, engine: Any, by_kernels: bool, steps: int = STEPS, num_layers: int = 2) -> tuple[Any, ...]:
+    setting = CacheSetting(policy=policy, budget=Budget(fraction=0.5), positions=policy.native_positions, engine=engine)
+    model = loaded("llama_gqa", torch.float32)
+    del model.model.model.layers[num_layers:]
+    model.model.config.num_hidden_layers = num_layers
     with torch.inference_mode(), kernels_forced(by_kernels):
-        decoding = setting.decoding(loaded("llama_gqa", torch.float32), padded_batch(), steps)
+        decoding = setting.decoding(model, padded_batch(), steps)
         decoding.prepare()
         assert isinstance(decoding, GraphDecoding) == (engine == "graph")
         return (*greedy(decoding, steps), decoding.cache.occupancy())
@@ -43,19 +46,18 @@ def decoded(policy: Policy, positions: Any, engine: Any, by_kernels: bool, steps
 
 @pytest.mark.usefixtures("frozen")
 def test_replays_with_a_frozen_host_give_the_tokens_of_the_eager_engine() -> None:
-    same_replays(H2O(), 2)
+    same_replays(H2O(), 2, num_layers=1)
 
 
 @pytest.mark.long
 @pytest.mark.usefixtures("frozen")
 def test_replays_of_every_policy_with_a_frozen_host_give_the_tokens_of_the_eager_engine(policy: Policy) -> None:
-    same_replays(policy, STEPS)
+    same_replays(policy, STEPS, num_layers=2)
 
 
-def same_replays(policy: Policy, steps: int) -> None:
-    positions = policy.native_positions
-    tokens, held, logits, occupancy = decoded(policy, positions, "eager", True, steps)
-    again, held_again, logits_again, occupancy_again = decoded(policy, positions, "graph", True, steps)
+def same_replays(policy: Policy, steps: int, *, num_layers: int) -> None:
+    tokens, held, logits, occupancy = decoded(policy, "eager", True, steps, num_layers)
+    again, held_again, logits_again, occupancy_again = decoded(policy, "graph", True, steps, num_layers)
     assert torch.equal(again, tokens)
     assert held_again == held
     assert all(torch.equal(a, b) for a, b in zip(logits, logits_again, strict=True))
@@ -94,6 +96,6 @@ def test_a_chunk_between_captured_steps_is_followed_by_a_new_capture() -> None:
 @pytest.mark.usefixtures("frozen")
 def test_a_step_that_asks_the_host_is_found() -> None:
     """The check itself: plain torch on a CPU asks the ledger whether a row is over, and so never evicts here."""
-    decoded(H2O(), "original", "eager", by_kernels=False)
+    decoded(H2O(), "eager", by_kernels=False)
     with pytest.raises(RuntimeError, match="out of bounds"):
-        decoded(H2O(), "original", "graph", by_kernels=False)
+        decoded(H2O(), "graph", by_kernels=False)

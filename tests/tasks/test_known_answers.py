@@ -77,7 +77,6 @@ def fed(decoding: Decoding, *, one_by_one: bool) -> tuple[Tensor, list[Any], lis
     return torch.stack(logits).log_softmax(-1), [said, after], held
 
 
-@pytest.mark.cover("all")
 def test_chunks_give_what_steps_give(policy: Policy, positions: Any) -> None:
     prompt_only = at_the_prompt_only(policy)
     runs = []
@@ -149,7 +148,7 @@ def test_a_policy_that_frees_entries_at_decode_gets_its_tokens_one_by_one() -> N
         decoding.feed(random_tokens(5, 2, STEPS))
 
 
-TASKS = [Perplexity(), PerplexityReleased(), Fidelity(max_new_tokens=12, check_tokens=2)]
+TASKS = [Perplexity(), PerplexityReleased(), Fidelity(max_new_tokens=8, check_tokens=2)]
 HOW = {"nll_tokens_per_pass", "kl_tokens_per_pass", "released_tokens_per_pass"}
 
 
@@ -160,6 +159,7 @@ def rows(bench: Bench, task: BatchTask) -> tuple[dict[str, dict[str, float]], se
     return {name: {key: row[key] for key in row if key not in HOW} for name, row in found.items()}, how
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: type(task).__name__)
 @pytest.mark.parametrize("visible", [True, pytest.param(False, marks=pytest.mark.long)], ids=["visible", "hidden"])
 @pytest.mark.parametrize("setting", [FULL, cut(policy=at_the_prompt_only(MostAttended()))], ids=["full", "prompt_only"])
@@ -184,7 +184,7 @@ def test_a_task_measures_the_same_in_chunks_and_says_which(
 
 def test_both_sides_of_a_comparison_are_fed_alike(bundled: LoadedModel, tmp_path: Path) -> None:
     """So a policy that frees entries at decode, but never has to, differs from full by nothing at all."""
-    task = Fidelity(max_new_tokens=12, check_tokens=2)
+    task = Fidelity(max_new_tokens=8, check_tokens=2)
     found, how = rows(bench_of(bundled, tmp_path, cut(Budget(fraction=1.0))), task)
     assert [row["kl_sum"] for row in found.values()] == [0.0] * 3
     assert how == {1}

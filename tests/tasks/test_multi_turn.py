@@ -45,6 +45,7 @@ def longer(batch: PromptBatch, tokens: list[int]) -> PromptBatch:
     )
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("max_new_tokens", [3, 14])  # every answer cut off; short answers that end by themselves
 @pytest.mark.parametrize("query_visible", [True, False])
 def test_the_full_cache_says_what_prefilling_everything_again_says(

@@ -29,8 +29,8 @@ from kvbench.tasks.speed import Speed
 from kvbench.tasks.task import Task, TaskResult
 from tests.tasks.benches import FULL, SCENES, NanAtDecode, NotANumber, bench_of, cut
 
-SHORT = Generation(max_new_tokens=14)
-SHORT_FIDELITY = Fidelity(max_new_tokens=14, check_tokens=4)
+SHORT = Generation(max_new_tokens=8)
+SHORT_FIDELITY = Fidelity(max_new_tokens=8, check_tokens=3)
 
 
 @torch.no_grad()
@@ -132,7 +132,7 @@ def test_full_answers_are_computed_once(bundled: LoadedModel, tmp_path: Path) ->
     def never() -> dict[str, list[int]]:
         raise AssertionError("the stored answers must be used")
 
-    assert set(bench.answers.get(14, never)) == set(first.samples)
+    assert set(bench.answers.get(SHORT.max_new_tokens, never)) == set(first.samples)
     with pytest.raises(AssertionError):
         bench.answers.get(15, never)
 

@@ -1,0 +1,268 @@
+"""Rules of what is held: never more than the budget and all of it, nothing twice, what is protected, in real bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+import weakref
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from kvbench.cache import UNLIMITED, Budget, Policy, PolicyCache, ScorePolicy, When
+from kvbench.cache import layer as cache_layer
+from kvbench.cache.layer import PolicyLayer
+from kvbench.contract.driving import drive, random_tokens, storage_bytes, tensors_of, tiny_model
+from kvbench.contract.terms import (
+    BUDGETS,
+    CLOSE,
+    POSITIONS,
+    PROMPT,
+    STEPS,
+    allowed,
+    block,
+    budget_named,
+    cells,
+    demand,
+    is_divided,
+    no_score_policy,
+    protected_counts,
+    rule,
+    same,
+    total_of,
+    unbounded,
+)
+
+
+def no_total(policy: Policy) -> str | None:
+    """Spare policies that may hold less than the budget."""
+    why = no_score_policy(policy)
+    return why or ("its allocation's total is an outcome" if total_of(policy) == "data_dependent" else None)
+
+
+@rule("it is a frozen dataclass that can be compared", "one object serves every layer, sequence and run, and has a key")
+def is_frozen(policy: Policy) -> None:
+    """Raise BrokenRuleError for what can be changed, or is not a dataclass."""
+    kind = type(policy)
+    settings = vars(kind).get("__dataclass_params__")  # not those of a base
+    demand(
+        settings is not None and settings.frozen,
+        f"{kind.__name__} is no frozen dataclass; write @dataclass(frozen=True)",
+    )
+    demand(
+        hash(policy) == hash(dataclasses.replace(policy)) and policy == dataclasses.replace(policy),
+        f"two {kind.__name__} of the same settings are not equal",
+    )
+
+
+@rule(
+    "no layer or head ever holds more than the budget",
+    "the budget is what policies are compared by",
+    budget=BUDGETS,
+    positions=POSITIONS,
+)
+def holds_its_budget(policy: Policy, *, budget: str, positions: Any) -> None:
+    """Raise BrokenRuleError for a step after which more is held, or nothing, or where logits are no numbers."""
+    model, given = tiny_model("llama_gqa"), budget_named(budget, policy)
+    cache = PolicyCache(model, policy, given, positions=positions)
+    trace = drive(model, cache, random_tokens(4, 1, PROMPT + STEPS), PROMPT)
+    demand(all(bool(torch.isfinite(step).all()) for step in trace.logits), "the model's logits are NaN or infinite")
+    kept_of_prompt = cells(trace.held[0])
+    for step, held in enumerate(trace.held):
+        most = [
+            allowed(policy, given, PROMPT, PROMPT + step, len(kept)) + block(policy, step) for kept in kept_of_prompt
+        ]
+        sizes = [len(head) for head in cells(held)]
+        told = f"{step} steps after a prompt of {PROMPT} tokens the heads hold {sizes} entries; allowed are {most}"
+        demand(all(sizes) and sum(sizes) <= sum(most), told)
+        demand(is_divided(policy) or all(size <= one for size, one in zip(sizes, most, strict=True)), told)
+
+
+@rule(
+    "a score policy uses its whole budget",
+    "who holds less is not worse, it was given less",
+    budget=BUDGETS,
+    spares=no_total,
+)
+def uses_its_budget(policy: Policy, *, budget: str) -> None:
+    """Raise BrokenRuleError where fewer entries are held than the budget allows, or not the total of the allocation."""
+    model, given = tiny_model("llama_gqa"), budget_named(budget, policy)
+    trace = drive(model, PolicyCache(model, policy, given), random_tokens(4, 1, PROMPT + STEPS), PROMPT)
+    before = PROMPT
+    for step, held in enumerate(trace.held):
+        most = allowed(policy, given, PROMPT, PROMPT + step, before)
+        before = before + 1 if step and before + 1 - most <= block(policy, step) else min(before + (step > 0), most)
+        sizes = [len(head) for head in cells(held)]
+        told = f"{step} steps after the prompt the heads hold {sizes} entries, where each is given {before}"
+        demand(is_divided(policy) or set(sizes) == {before}, told)
+        most_in_all = before * len(sizes)
+        demand(sum(sizes) == most_in_all or (total_of(policy) == "bounded" and sum(sizes) < most_in_all), told)
+
+
+def undivided(policy: Policy) -> str | None:
+    """Spare policies whose layers all hold the same."""
+    return None if is_divided(policy) else "its layers and heads all hold the same"
+
+
+@rule(
+    "every layer holds what the allocation gave it, then and later",
+    "a share that is not carried out makes every allocation the uniform one",
+    budget=(Budget(tokens=48), Budget(fraction=0.5), Budget(fraction=0.5, of="prompt")),
+    spares=undivided,
+)
+def holds_its_share(policy: Policy, *, budget: Budget) -> None:
+    """Raise BrokenRuleError where a layer's heads hold more or less on average than its share of the budget."""
+    given: list[Sequence[int]] = []
+    divide: Any = vars(cache_layer)["layer_entries"]
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        given.append(divide(*args, **kwargs))
+        return given[-1]
+
+    model, prompt = tiny_model("llama_gqa"), 96  # so long that something is left beside a window of 32
+    with mock.patch.object(cache_layer, "layer_entries", noted):
+        trace = drive(model, PolicyCache(model, policy, budget), random_tokens(4, 1, prompt + STEPS), prompt)
+    share = list(given[-1])
+    uniform, expected = budget.entries(seen_tokens=prompt, prompt_tokens=prompt), share
+    for step, held in enumerate(trace.held):
+        if step and When.DECODE not in policy.when:
+            expected = [own + step for own in share]
+        elif step:
+            if block(policy, step):
+                return  # between two cuts more is held
+            more = budget.entries(seen_tokens=prompt + step, prompt_tokens=prompt) - uniform
+            expected = [min(now + 1, max(1, own + more)) for now, own in zip(expected, share, strict=True)]
+        found = [sum(len(head) for head in of_layer[0]) / len(of_layer[0]) for of_layer in held]
+        told = f"{step} steps after the prompt layers hold {found} entries a head; their shares are {expected}"
+        demand(found == expected, told)
+
+
+@rule(
+    "prompts may be shorter or longer than the budget",
+    "nothing is cut before the budget is full, and the step that fills it still sees all",
+    prompt=(1, 8, 9, 10, 36),
+    positions=POSITIONS,
+)
+def takes_any_prompt(policy: Policy, *, prompt: int, positions: Any) -> None:
+    """Raise BrokenRuleError where a prompt of another length is cut too early, or holds too much."""
+    model, budget, tokens = tiny_model("llama_mha"), Budget(tokens=9), random_tokens(4, 1, prompt + STEPS)
+    trace = drive(model, PolicyCache(model, policy, budget, positions=positions), tokens, prompt)
+    whole = drive(model, PolicyCache(model, policy, UNLIMITED, positions=positions), tokens, prompt)
+    kept = [len(head) for head in cells(trace.held[0])]
+    for step, held in enumerate(trace.held):
+        most = allowed(policy, budget, prompt, prompt + step, math.ceil(sum(kept) / len(kept))) + block(policy, step)
+        sizes = [len(head) for head in cells(held)]
+        told = f"{step} steps after a prompt of {prompt} tokens the heads hold {sizes} entries; allowed are {most}"
+        demand(sum(sizes) <= most * len(sizes) and (is_divided(policy) or max(sizes) <= most), told)
+        if prompt + step <= 9:
+            demand(held == whole.held[step], f"after {prompt + step} tokens something is gone, with a budget of 9")
+    demand(
+        torch.equal(trace.prompt_logits, whole.prompt_logits), "the prompt's own logits differ from the full cache's"
+    )
+    for step in range(1, 10 - prompt + 1):  # the step of the tenth token still sees all ten
+        same(trace.logits[step - 1], whole.logits[step - 1], CLOSE, f"logits of step {step}, before anything is gone,")
+
+
+@rule(
+    "what was evicted never returns, and nothing is held twice",
+    "an entry that is dropped is really gone",
+    budget=BUDGETS,
+)
+def never_brings_back(policy: Policy, *, budget: str) -> None:
+    """Raise BrokenRuleError for positions that come back or occur twice."""
+    model = tiny_model("llama_gqa")
+    cache = PolicyCache(model, policy, budget_named(budget, policy))
+    trace = drive(model, cache, random_tokens(5, 1, PROMPT + STEPS), PROMPT)
+    before = [tuple(range(PROMPT))] * len(cells(trace.held[0]))
+    for step, held in enumerate(trace.held):
+        for now, then in zip(cells(held), before, strict=True):
+            demand(len(set(now)) == len(now), f"{step} steps after the prompt a head holds a position twice: {now}")
+            new = set(now) - {*then, PROMPT + step - 1}
+            demand(not new, f"{step} steps after the prompt a head holds positions {sorted(new)} again")
+        before = cells(held)
+
+
+@rule(
+    "sinks and recent tokens stay as the policy promises",
+    "what is declared as protected is protected",
+    budget=BUDGETS,
+    spares=no_score_policy,
+)
+def keeps_what_it_protects(policy: Policy, *, budget: str) -> None:
+    """Raise BrokenRuleError where a sink or a token of the recent window is gone."""
+    assert isinstance(policy, ScorePolicy)
+    model, given = tiny_model("llama_gqa"), budget_named(budget, policy)
+    trace = drive(model, PolicyCache(model, policy, given), random_tokens(6, 1, PROMPT + STEPS), PROMPT)
+    kept_of_prompt = min(len(head) for head in cells(trace.held[0]))
+    first = allowed(policy, given, PROMPT, PROMPT, kept_of_prompt)
+    for step, held in enumerate(trace.held):
+        cut_at = PROMPT + step if When.DECODE in policy.when else PROMPT  # what came after the last cut all stays
+        for layer in held:
+            size = allowed(policy, given, PROMPT, cut_at, kept_of_prompt)
+            if is_divided(policy):  # a layer's own budget, which its heads share
+                size = min(size, sum(len(head) for head in layer[0]) // len(layer[0]))
+            sinks, recent = protected_counts(policy, size)
+            for head in layer[0]:
+                # A budget that grew has room for sinks that are gone.
+                missing = {*range(min(sinks, first - 1)), *range(max(0, cut_at - recent), PROMPT + step)} - set(head)
+                demand(not missing, f"{step} steps after the prompt a head lacks protected positions {sorted(missing)}")
+
+
+@rule(
+    "bytes are really freed",
+    "a mask over a full buffer saves nothing",
+    reserve=(0, STEPS),
+    positions=POSITIONS,
+    spares=unbounded,
+)
+def frees_bytes(policy: Policy, *, reserve: int, positions: Any) -> None:
+    """Raise BrokenRuleError where tensors are larger than what is held, or views of larger ones."""
+    model, prompt, budget = tiny_model("llama_gqa"), 240, 12
+    cache = PolicyCache(model, policy, Budget(tokens=budget), positions=positions, reserve_tokens=reserve)
+    trace = drive(model, cache, random_tokens(7, 1, prompt + STEPS), prompt)
+    slot_bytes = 2 * 2 * 8 * 4  # key and value, KV heads, head size, float32
+    heads = [len(head) for held in trace.held for head in cells(held)]
+    full_bytes = 2 * slot_bytes * (prompt + STEPS)
+    slack = block(policy, 1) + (0 if reserve or When.DECODE in policy.when else 64)
+    stored, most = cache.occupancy().stored_bytes, 2 * slot_bytes * (max(heads) + 1 + slack)
+    demand(
+        stored <= most,
+        f"keys and values take {stored:,} bytes where {max(heads)} entries a head are held; at most {most:,}",
+    )
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}  # a policy may read the model's
+    tensors = [tensor for tensor in tensors_of(cache) if tensor.untyped_storage().data_ptr() not in weights]
+    reached = storage_bytes(tensors) - sum(layer.ring_bytes for layer in cache.policy_layers)
+    demand(
+        stored <= reached < full_bytes / 4 + 2 * slot_bytes * slack,
+        f"the cache reaches {reached:,} bytes, a full one of {prompt + STEPS} tokens {full_bytes:,}",
+    )
+    larger = [t for t in tensors if t.untyped_storage().nbytes() != t.numel() * t.element_size()]
+    demand(not larger, f"{len(larger)} tensors of the cache are views of larger ones, which stay alive")
+    if is_divided(policy):
+        held = sum(len(head) for head in cells(trace.held[-1]))
+        spare = 4 * (2 + slack)  # of 2 layers with 2 heads: a free slot, and one for rounding up
+        demand(
+            stored <= slot_bytes // 2 * (held + spare), f"keys and values take {stored:,} bytes for {held} entries held"
+        )
+
+
+@rule("nothing keeps the prompt alive", "only one layer's prompt is ever held uncompressed", positions=POSITIONS)
+def lets_the_prompt_go(policy: Policy, *, positions: Any) -> None:
+    """Raise BrokenRuleError where a prompt's keys or values are still reachable."""
+    model, storages = tiny_model("llama_gqa"), list[weakref.ref[Any]]()
+    update = PolicyLayer.update
+
+    def noting_update(layer: PolicyLayer, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        storages.extend(weakref.ref(states.untyped_storage()) for states in (keys, values))
+        return update(layer, keys, values, *args, **kwargs)
+
+    with mock.patch.object(PolicyLayer, "update", noting_update):
+        cache = PolicyCache(model, policy, Budget(tokens=6), positions=positions)
+        drive(model, cache, random_tokens(8, 1, PROMPT), PROMPT)
+    gc.collect()
+    alive = sum(storage() is not None for storage in storages)
+    demand(len(storages) >= 4 and not alive, f"{alive} of {len(storages)} keys and values are still reachable")
