@@ -216,9 +216,18 @@ def law_rows(results: Results, laws: Iterable[Law] | None = None) -> tuple[LawRo
         row
         for law in (load_laws() if laws is None else laws)
         for one in law.expects
-        for group in results.groups
+        for group in _by_data(results)
         if (row := _row(law, one, group)) is not None
     )
+
+
+def _by_data(results: Results) -> list[Group]:
+    """Return the cells by model and data, however it was asked: a law may compare ways of asking."""
+    found: dict[tuple[str, str], list[CellResult]] = {}
+    for group in results.groups:
+        for cell in group.cells:
+            found.setdefault((cell.model, cell.data), []).append(cell)
+    return [Group(model=model, dataset=data, cells=tuple(cells)) for (model, data), cells in found.items()]
 
 
 def _row(law: Law, one: Expectation, group: Group) -> LawRow | None:

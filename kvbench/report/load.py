@@ -78,9 +78,10 @@ class Estimate:
 class CellResult:
     """The accepted record of one cell.
 
-    `variant` tells cells apart whose labels are equal, and `model` and `dataset` may have got an end that does;
-    `labels` holds them as they were recorded. `folder` names the results folder where several are read;
-    `cell_folder` is where the record lies, for what lies beside it, and `num_measured` how often it was measured there.
+    `variant` tells cells apart whose labels are equal, and `model` and `dataset` may have got an end that does, the
+    latter with `asked`: how its data was asked, where that was in several ways; `labels` holds them as they were
+    recorded. `folder` names the results folder where several are read; `cell_folder` is where the record lies, for what
+    lies beside it, and `num_measured` how often it was measured there.
     `evicts_at` is when its policy cuts, "" in a record that does not say it; `budget_total` what its allocation makes
     of the total, "" for the uniform one. `own_bandwidth` is the copy bandwidth that the cell saw itself; among its
     measurements stands that of its machine and sweep, and what follows from it.
@@ -106,6 +107,7 @@ class CellResult:
     started_utc: str
     duration_s: float
     variant: str = ""
+    asked: str = ""
     folder: str = ""
     cell_folder: Path | None = None
     num_measured: int = 1
@@ -132,6 +134,11 @@ class CellResult:
     def series(self) -> tuple[str, str, str]:
         """Cells with the same series differ in budget only, so a line may join them."""
         return self.policy, self.positions, self.variant
+
+    @property
+    def data(self) -> str:
+        """Return the name of the data set, however it was asked."""
+        return self.dataset.removesuffix(f", {self.asked}") if self.asked else self.dataset
 
     @property
     def sort_key(self) -> tuple[object, ...]:
@@ -530,7 +537,7 @@ def _with_distinct_names(cells: list[CellResult], part: str) -> list[CellResult]
 
 
 def _with_conditions(cells: list[CellResult]) -> list[CellResult]:
-    """Tell apart data that was asked in different ways: a question hidden, or tasks that share nothing.
+    """Say of data that was asked in several ways how: with its question hidden, or by tasks that share nothing.
 
     Neither is a property of a policy, so policies of one are not ranked among those of the other.
     """
@@ -542,7 +549,8 @@ def _with_conditions(cells: list[CellResult]) -> list[CellResult]:
         for cell in same:
             said = [", ".join(sorted(cell.settings.get("task") or ()))] if apart else []
             said += ["question hidden"] if hides and not cell.settings.get("query_visible", True) else []
-            named.append(replace(cell, dataset=f"{cell.dataset}, {', '.join(said)}") if said else cell)
+            how = ", ".join(said)
+            named.append(replace(cell, dataset=f"{cell.dataset}, {how}", asked=how) if said else cell)
     return named
 
 
