@@ -105,7 +105,8 @@ _ROWS: tuple[tuple[str, Unit, Better, str, str, str], ...] = (
     ("objects_f1", "score", "higher", "objects F1", "Objects F1",
      "F1 of the objects that the answer states against those in the picture; invented objects count against it."),
     ("answers_right_fraction", "fraction", "higher", "answers right", "Questions answered right",
-     "Share of the questions with one right answer that get it, case, white space and a final full stop aside."),
+     "Share of the questions with one right answer that get it, case, white space and a final full stop aside; of a "
+     "problem of mathematics its final answer counts alone, and of several draws of an answer their mean (avg@k)."),
     ("needles_recalled_fraction", "fraction", "higher", "needles found", "Needles found",
      "Share of what is hidden in the context and asked for that the answer names."),
     ("needles_f1", "score", "higher", "needles F1", "Needles F1",

@@ -73,7 +73,8 @@ def answer_fields(loaded: LoadedModel, tokens: Sequence[int], full: Sequence[int
 def fact_fields(dataset: Dataset, example: Example, text: str) -> dict[str, float]:
     """Return which facts of `example` the answer states, or whether it is the one right answer, where that is known."""
     if example.one_answer:
-        return {"answers_right_fraction": float(says_the_same(text, example.reference))}
+        right = example.is_right(text) if example.is_right is not None else says_the_same(text, example.reference)
+        return {"answers_right_fraction": float(right)}
     if example.facts is None:
         return {}
     return fact_scores(stated=dataset.facts_in(text), true=example.facts, noun=example.fact_noun)
