@@ -18,6 +18,7 @@ from kvbench.errors import ConfigError, MeasureError, NonFiniteError
 from kvbench.measures import score_scale
 from kvbench.tasks.decode import CacheSetting, forced, padded_targets
 from kvbench.tasks.generation import full_answers
+from kvbench.tasks.sampling import Answering
 from kvbench.tasks.task import Answers, BatchTask, Bench, Part, Payload, TaskResult, joined
 
 _KEPT_BYTES = 2**30
@@ -47,7 +48,7 @@ class Fidelity(BatchTask):
 
     def measure(self, bench: Bench, part: Part) -> Payload:
         """Compare on one batch. Raises: MeasureError if the full cache differs from itself."""
-        answers = full_answers(bench, part, self.max_new_tokens)
+        answers = full_answers(bench, part, Answering(max_new_tokens=self.max_new_tokens))
         bench.prompts.once(("equals itself", self), lambda: _check_itself(bench, part, answers, self.check_tokens))
         rows = _compare(bench, part, answers, bench.setting, self.max_new_tokens)
         return {example.id: row for example, row in zip(part.examples, rows, strict=True)}
