@@ -100,6 +100,8 @@ _ROWS: tuple[tuple[str, Unit, Better, str, str, str], ...] = (
      "KL(full || policy) of the next-token distributions along the same forced answer, mean per token."),
     ("top1_agreement_fraction", "fraction", "higher", "top-1 agreement", "Top-1 agreement with full",
      "Share of forced answer tokens at which policy and full cache rank the same next token first."),
+    ("first_disagreement_tokens", "tokens", "none", "first disagreement", "First disagreement along a text",
+     "Tokens of the text fed before policy and full cache first rank different tokens first; mean where they do."),
     ("objects_recalled_fraction", "fraction", "higher", "objects recalled", "Objects recalled",
      "Share of the objects in the picture that the answer states in the right place and right in all that they are."),
     ("objects_f1", "score", "higher", "objects F1", "Objects F1",
