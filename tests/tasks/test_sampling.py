@@ -20,7 +20,7 @@ from kvbench.errors import ConfigError
 from kvbench.models.loader import LoadedModel
 from kvbench.policies.h2o import H2O
 from kvbench.tasks.decode import CacheSetting, Engine, greedy
-from kvbench.tasks.generation import Generation
+from kvbench.tasks.generation import Generation, HeldEntries
 from kvbench.tasks.sampling import Answering, Sampler
 from kvbench.tasks.task import Bench, TaskResult
 from tests.tasks.benches import FULL, SCENES, bench_of, cut
@@ -207,3 +207,22 @@ def test_what_is_not_set_is_in_no_key() -> None:
     drawn = task_key("task.generation.temperature=0.6", "task.generation.num_samples=4", "task.generation.seed=2")
     assert drawn == {**plain, "temperature": 0.6, "num_samples": 4, "seed": 2}
     assert task_key("task.generation.natural_stop=false") == {**plain, "natural_stop": False}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("temperature", [None, 1.0])
+def test_an_answer_of_8192_tokens_is_held_to_its_budget_to_the_end(temperature: float | None) -> None:
+    how = Answering(max_new_tokens=8192, natural_stop=False, temperature=temperature)
+    setting = CacheSetting(policy=H2O(), budget=Budget(tokens=16), positions="in_cache")
+    held = HeldEntries()
+    answers = greedy(
+        setting.decoding(loaded("llama_gqa", torch.float32), padded_batch(), how.max_new_tokens),
+        end_token_ids=(),
+        max_new_tokens=how.max_new_tokens,
+        choose=how.sampler(["one", "two"]),
+        on_step=held.note,
+    )
+    assert [len(answer) for answer in answers] == [8192, 8192]
+    entries = held.as_payload()
+    assert max(peak for _, _, _, peak in entries) <= 16
+    assert entries[-1][0] >= 8192
