@@ -77,7 +77,7 @@ class Autopsies:
                 "num_heads": int(samples[0]["statistics"]["entries"]["shape"][-1]) if samples else 0,
                 "samples": samples,
                 "left_out": chosen.left_out,
-                "glances": glances(cell.dataset.examples()) if cell.labels["policy"] == "full" else [],
+                "glances": glances(cell.dataset.examples()) if cell.labels.get("policy") == "full" else [],
             }
             write_autopsy(autopsy_path(self._results, cell.key), body)
         except BaseException as error:  # a policy may do anything, once more

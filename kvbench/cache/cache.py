@@ -363,7 +363,8 @@ def output_weight(model: Any, layer: int) -> Tensor:
 
     Raises: ModelSupportError where there is none under the usual name.
     """
-    module = getattr(model.get_decoder().layers[layer], "self_attn", None)
+    layers = getattr(model.get_decoder(), "layers", None)
+    module = None if layers is None else getattr(layers[layer], "self_attn", None)
     weight = getattr(getattr(module, "o_proj", None), "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise ModelSupportError(

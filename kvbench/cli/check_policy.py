@@ -45,6 +45,9 @@ def check_policy_command(arguments: Sequence[str]) -> int:
 
     if reads(policy, "FUTURE"):
         raise ConfigError(f"{name} sees the future, which only a task that knows its tokens can tell; nothing is tried")
+    import torch
+
+    torch.set_num_threads(1)  # the tensors are tiny: more threads take longer on a machine that does anything else
     gc.collect()
     gc.freeze()  # one rule looks for what is still alive, and need not look through libraries
     found = []

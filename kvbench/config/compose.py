@@ -147,7 +147,7 @@ def told_in_one_line(overrides: Sequence[str]) -> Iterator[None]:
 
 _own_folder: ContextVar[str | None] = ContextVar("_own_folder", default=None)
 _primary: ContextVar[str] = ContextVar("_primary", default=CONFIG_NAME)
-_known: ContextVar[dict[tuple[str, ...], bytes] | None] = ContextVar("_known", default=None)
+_known: ContextVar[dict[tuple[str, ...], DictConfig] | None] = ContextVar("_known", default=None)
 
 
 class _OwnFolder(SearchPathPlugin):
@@ -267,8 +267,8 @@ def _composed(words: list[str]) -> Any:
     if known is None:  # nothing is searched, so a yaml may change behind what was kept
         return compose(_primary.get(), overrides=words, return_hydra_config=True)
     if tuple(words) not in known:
-        known[tuple(words)] = pickle.dumps(compose(_primary.get(), overrides=words, return_hydra_config=True))
-    return pickle.loads(known[tuple(words)])
+        known[tuple(words)] = compose(_primary.get(), overrides=words, return_hydra_config=True)
+    return copied(known[tuple(words)])
 
 
 class Alike:
@@ -279,15 +279,15 @@ class Alike:
 
     def __init__(self, compose: Callable[[list[str]], Any], loader: ConfigLoader) -> None:
         self._compose, self._loader = compose, loader
-        self._pickled: dict[tuple[str, ...], bytes] = {}
+        self._known: dict[tuple[str, ...], Any] = {}
 
     def of(self, overrides: Sequence[Override]) -> tuple[Any, list[Override]]:
         """Return a copy that shares nothing with another, and the single values that are still to be set in it."""
         values, rest = _split_values(overrides, self._loader)
         words = tuple(str(override.input_line) for override in rest)
-        if words not in self._pickled:
-            self._pickled[words] = pickle.dumps(self._compose(list(words)))
-        return pickle.loads(self._pickled[words]), values
+        if words not in self._known:
+            self._known[words] = self._compose(list(words))
+        return copied(self._known[words]), values
 
 
 def _cell(alike: Alike, overrides: Sequence[Override]) -> Composed:

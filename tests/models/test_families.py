@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from kvbench.cache import UNLIMITED, Budget, Kind, Needs, Policy, artefact
-from kvbench.cache.cache import unrotation_of
+from kvbench.cache.cache import output_weight, unrotation_of
 from kvbench.cache.policy import needs_of
 from kvbench.datasets.base import PICTURE_MARKS, Example, without_marks
 from kvbench.datasets.pictures import MAX_SIDES
@@ -94,6 +94,8 @@ def test_a_policy_holds_what_it_may_at_every_step(
     try:
         unrotation_of(ours.model, [policy])
         artefact.artefact_of(ours.model, policy)
+        if Needs.OUTPUT in needs_of(policy):
+            output_weight(ours.model, 0)
     except ModelSupportError as error:
         pytest.skip(str(error))
     with torch.inference_mode():

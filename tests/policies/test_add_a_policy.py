@@ -82,3 +82,23 @@ def test_it_runs_from_a_folder_of_ones_own(folder: Path) -> None:
     body = json.loads(record.read_text())["body"]
     assert (body["status"], body["labels"]["policy"], body["labels"]["budget"]) == ("ok", "mine", "20 % of seen")
     assert body["cell"]["policy"]["class"] == "Mine", "by name, wherever its file lies"
+
+
+def test_the_librarys_lines_cut_what_the_model_generates_with() -> None:
+    model = tiny_model("llama_gqa")
+    inputs = {"input_ids": random_tokens(3, 1, 40)}
+    given = {"model": model, "inputs": {**inputs, "max_new_tokens": 3, "do_sample": False}}
+    exec(compile(block("library"), "README.md", "exec"), given)
+    cache = given["cache"]
+    assert isinstance(cache, PolicyCache)
+    assert cache.occupancy().entries_peak <= 9
+
+
+def test_the_package_lists_every_policy_and_loads_it_when_asked() -> None:
+    import kvbench
+
+    assert {"H2O", "SnapKV", "StreamingLLM", "ElasticReleased", "PolicyCache"} <= set(dir(kvbench))
+    for name in dir(kvbench):
+        assert getattr(kvbench, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'H3O'"):
+        _ = kvbench.H3O
