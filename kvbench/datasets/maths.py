@@ -31,7 +31,7 @@ _ANNOTATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calls of a calculator
 _BRACE = re.compile(r"\\boxed\{|\\[{}]|[{}]")
 _NUMBER = re.compile(r"(?:(?<![\w)}])-)?(?:\d{1,3}(?:(?:,\\!|\{,\}|\\,|,)\d{3})+|\d+)(?:\.\d+)?")
 _NO_DIGIT = re.compile(r"[{},\\!]")
-_WHOLE = re.compile(r"(?P<whole>-?\d+)(?:\.0*)?")
+_WHOLE = re.compile(r"(?P<sign>-?)(?P<digits>\d+)(?:\.0*)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,11 +110,17 @@ def same_whole_number(final: str, text: str) -> bool:
     return bool(numbers) and _whole_number(numbers[-1]) == _whole_number(final)
 
 
-def _whole_number(text: str) -> int | None:
-    """Return the one number that `text` holds, None where there is none, another one too, or it is not whole."""
+def _whole_number(text: str) -> str | None:
+    """Return the one number that `text` holds, None where there is none, another one too, or it is not whole.
+
+    Its digits as text: a model may write thousands of them, of which Python makes no number.
+    """
     numbers = _numbers(text)
     found = _WHOLE.fullmatch(_NO_DIGIT.sub("", numbers[0])) if len(numbers) == 1 else None
-    return int(found["whole"]) if found else None
+    if found is None:
+        return None
+    digits = found["digits"].lstrip("0")
+    return f"{found['sign']}{digits}" if digits else "0"
 
 
 def _numbers(text: str) -> list[str]:

@@ -66,8 +66,10 @@ class Fidelity(BatchTask):
             answers = {example.id: answer_tokens(bench.loaded, example) for example in part.examples}
         else:
             answers = full_answers(bench, part, Answering(max_new_tokens=self.max_new_tokens))
-        bench.prompts.once(("equals itself", self), lambda: _check_itself(bench, part, answers, self.check_tokens))
-        rows = _compare(bench, part, answers, bench.setting, self.max_new_tokens)
+        bench.prompts.once(
+            ("equals itself", self), lambda: _check_itself(bench, part, answers, self.check_tokens, self.along)
+        )
+        rows = _compare(bench, part, answers, bench.setting, self.max_new_tokens, self.along)
         if self.along == "answer":  # where the first divergence of the answers says the same
             for row in rows:
                 del row[_FIRST]
@@ -84,15 +86,22 @@ class Fidelity(BatchTask):
         return result
 
 
-def _check_itself(bench: Bench, part: Part, answers: Answers, check_tokens: int) -> None:
-    rows = _compare(bench, part, answers, bench.full, check_tokens, one_by_one=True)
+def _check_itself(bench: Bench, part: Part, answers: Answers, check_tokens: int, along: Along) -> None:
+    rows = _compare(bench, part, answers, bench.full, check_tokens, along, one_by_one=True)
     if any(row["kl_sum"] != 0.0 for row in rows):
         raise MeasureError("the full cache differs from itself (KL is not 0); the machine does not compute reliably")
 
 
 @torch.inference_mode()
 def _compare(
-    bench: Bench, part: Part, answers: Answers, setting: CacheSetting, max_tokens: int, *, one_by_one: bool = False
+    bench: Bench,
+    part: Part,
+    answers: Answers,
+    setting: CacheSetting,
+    max_tokens: int,
+    along: Along,
+    *,
+    one_by_one: bool = False,
 ) -> list[dict[str, Any]]:
     texts = [(answers[example.id] or [bench.loaded.eos_token_id])[:max_tokens] for example in part.examples]
     fed, real = padded_targets(texts, bench.loaded.eos_token_id, bench.loaded.device)
@@ -100,7 +109,7 @@ def _compare(
     policy = part.decoding(setting, fed.shape[1], told=(fed, lengths))
     divergences, agreements = [], []
     per_pass = 1 if one_by_one else max(1, min(policy.tokens_per_pass, fed.shape[1]))
-    full = _expected(bench, part, fed, lengths, max_tokens, policy.logits.nbytes, one_by_one=per_pass == 1)
+    full = _expected(bench, part, fed, lengths, (along, max_tokens), policy.logits.nbytes, one_by_one=per_pass == 1)
     for expected, got in zip(full, forced(policy, fed, lengths, one_by_one=per_pass == 1), strict=True):
         divergences.append(_kl(expected, got))
         agreements.append(expected.argmax(dim=-1) == got.argmax(dim=-1))
@@ -131,7 +140,7 @@ def _expected(
     part: Part,
     fed: Tensor,
     lengths: list[int],
-    max_tokens: int,
+    called: tuple[Along, int],
     logits_bytes: int,
     *,
     one_by_one: bool,
@@ -139,7 +148,8 @@ def _expected(
     """Return the full cache's logits after each fed token: kept for the next cell if they are not too large.
 
     Otherwise they are computed in lock step with the policy's, and nothing of size tokens x vocabulary
-    is held. logits_bytes: what those of one step take. No full cache is built where they are kept already.
+    is held. called: what tells the fed text from any other of the part. logits_bytes: what those of one
+    step take. No full cache is built where they are kept already.
     """
 
     def steps() -> Iterator[Tensor]:
@@ -148,9 +158,7 @@ def _expected(
     if not part.shares or logits_bytes * fed.shape[1] > _KEPT_BYTES:
         return steps()
     # A graph writes its next logits over these, so they are copied.
-    kept: list[Tensor] = part.once(
-        ("full logits", max_tokens, one_by_one), lambda: [logits.clone() for logits in steps()]
-    )
+    kept: list[Tensor] = part.once(("full logits", called, one_by_one), lambda: [logits.clone() for logits in steps()])
     return kept
 
 

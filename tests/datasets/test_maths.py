@@ -83,6 +83,8 @@ def test_gsm8k_is_asked_with_its_instruction_and_refers_to_the_way_without_its_c
         ("72", "", False),
         ("72", "seventy-two", False),
         ("72", "####", False),
+        ("7", "7" * 9000, False),
+        ("0", "-0", True),
         ("5", "10-5", True),  # a difference, no -5
         ("-5", "x = \u22125", True),
         ("1250", r"\boxed{1,\!250}", True),

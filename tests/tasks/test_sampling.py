@@ -16,13 +16,17 @@ from kvbench.cache import Budget
 from kvbench.config.build import build_cell
 from kvbench.config.compose import compose_grid
 from kvbench.datasets.base import Example
+from kvbench.datasets.maths import Problems
 from kvbench.errors import ConfigError
-from kvbench.models.loader import LoadedModel
+from kvbench.models.loader import LoadedModel, load_model
+from kvbench.models.spec import ModelSpec
 from kvbench.policies.h2o import H2O
 from kvbench.tasks.decode import CacheSetting, Engine, greedy
 from kvbench.tasks.generation import Generation, HeldEntries
 from kvbench.tasks.sampling import Answering, Sampler
 from kvbench.tasks.task import Bench, TaskResult
+from tests.datasets.files import write_lines
+from tests.models.checkpoints import save_checkpoint
 from tests.tasks.benches import FULL, SCENES, bench_of, cut
 from tests.tasks.test_graph import ON, loaded, padded_batch
 
@@ -226,3 +230,31 @@ def test_an_answer_of_8192_tokens_is_held_to_its_budget_to_the_end(temperature: 
     entries = held.as_payload()
     assert max(peak for _, _, _, peak in entries) <= 16
     assert entries[-1][0] >= 8192
+
+
+def test_a_file_of_problems_is_answered_and_scored_by_its_final_answers(tmp_path: Path) -> None:
+    rows = [{"question": f"What is {number} + 1?", "answer": f"#### {number + 1}"} for number in range(3)]
+    problems = Problems(path=write_lines(tmp_path / "gsm8k.jsonl", rows), instruction="End with a number.")
+    model = load_model(ModelSpec(checkpoint=str(save_checkpoint("llama", tmp_path / "llama"))), "cpu")
+    bench = replace(bench_of(model, tmp_path, cut()), dataset=problems, examples=problems.examples())
+    result = DRAWN.run(bench)
+    for example, row in zip(problems.examples(), result.samples.values(), strict=True):
+        assert example.is_right is not None
+        right = [float(example.is_right(draw["text"])) for draw in row["draws"]]
+        assert [draw["answers_right_fraction"] for draw in row["draws"]] == right
+        assert row["reference"] == example.reference
+    assert result.measurements["answers_right_fraction"]["n"] == 3
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "aime", "math500"])
+def test_the_problems_of_conf_are_cells(name: str, tmp_path: Path) -> None:
+    if name == "math500":
+        pytest.importorskip("math_verify", reason="the extra math is not installed")
+    row = {"question": "What is 2 + 1?", "problem": "What is 2 + 1?", "answer": "3", "solution": "It is 3."}
+    words = [f"dataset={name}", f"dataset.path={write_lines(tmp_path / 'rows.jsonl', [row])}", "model=tiny-llava"]
+    (composed,) = compose_grid([*words, "task=generation"], multirun=False, config_dir=None)
+    (example,) = build_cell(composed).dataset.examples()
+    assert example.question.startswith("What is 2 + 1?\n\nSolve the problem")
+    assert example.is_right is not None
+    assert example.is_right(r"So it is \boxed{3}.")
+    assert not example.is_right("#### 4")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from kvbench.models.inputs import answer_tokens, prompt_batch, reference_text
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
 from kvbench.sweep.cell import check_fit
-from kvbench.tasks.fidelity import Fidelity
+from kvbench.tasks.fidelity import Along, Fidelity
 from kvbench.tasks.generation import Generation
 from kvbench.tasks.perplexity import Perplexity
+from kvbench.tasks.task import Prompts
 from tests.models.checkpoints import save_checkpoint
 from tests.tasks.benches import FULL, bench_of, cut
 
@@ -116,3 +118,15 @@ def test_a_text_to_go_along_is_asked_for_before_a_model_is_loaded() -> None:
         check_fit(Bare(), model, {"fidelity": text}, query_visible=True)
     with pytest.raises(ConfigError, match=r"task\.fidelity\.along"):
         Fidelity(along="texts")  # type: ignore[arg-type]
+
+
+def test_what_is_kept_of_the_full_cache_along_its_answer_is_not_taken_for_that_along_a_text(
+    llama: LoadedModel, tmp_path: Path
+) -> None:
+    examples = [window("a", 0), window("b", 7)]
+    alone = replace(bench_of(llama, tmp_path, cut()), examples=examples)
+    shared = replace(alone, shared_prompts=Prompts(llama, examples, 2, share=[alone.setting.policy, FULL.policy]))
+    tasks = [Fidelity(max_new_tokens=9, check_tokens=3, along=along) for along in get_args(Along)]
+    together = [task.run(shared).measurements for task in tasks]
+    assert together == [task.run(alone).measurements for task in tasks]
+    assert together[0]["kl_to_full"] != together[1]["kl_to_full"]
