@@ -154,7 +154,7 @@ def _of_times(base: Comparison, one: Estimate, two: Estimate | None) -> Comparis
     value = one.value / (1.0 if against_full or two is None else two.value) - 1
     noise = "" if base.first.is_full else timing_noise(base.first, base.measure)
     if not noise and not base.second.is_full:
-        noise = timing_noise(base.second, base.measure)
+        noise = timing_noise(base.second, base.measure) or apart(base.first, base.second)
     base = replace(base, value=value, num_samples=one.n or 0, num_clusters=one.n or 0, noise=noise)
     ratios = [
         None if found.low is None or found.high is None
@@ -191,6 +191,18 @@ def timing_noise(cell: CellResult, name: str = "tpot_ratio_to_full") -> str:
         return "the cell is noisy"
     num_foreign = None if foreign is None else int(foreign.value)
     return noise_reason(max(spreads, default=None), None if drift is None else drift.value, num_foreign)
+
+
+def apart(first: CellResult, second: CellResult) -> str:
+    """Return why the times of two cells do not compare: other hardware, or another share of a sweep; "" if they do.
+
+    Shares run when and where they like, each beside other work; each cell's ratio to its own full cache stands.
+    """
+    for name in ("gpu", "cpu_model", "shard"):
+        mine, other = first.environment.get(name), second.environment.get(name)
+        if mine != other:
+            return f"times of two {'shards' if name == 'shard' else 'machines'} do not compare: {mine} and {other}"
+    return ""
 
 
 def noisy_text(cells: Iterable[CellResult]) -> str:

@@ -7,8 +7,8 @@ Every combination was measured on the same samples at one budget, so an effect i
 sample by sample; its interval is that of a paired difference, by cluster (kvbench.stats.paired). Effects are measured
 from the average over the grid (they add up to nothing over the levels of each factor): a main effect is how far the
 average of a level's cells lies from the average of all, an interaction what two levels together add to their two main
-effects. The cells hold the same bytes, so all differences are of what is kept. A level with a cell that failed or was
-refused is left out, whole, so that the grid stays balanced; which one is said.
+effects. The cells hold the same bytes, so all differences are of what is kept. A level with a cell that failed, was
+refused or is not there yet is left out, whole, so that the grid stays balanced; which one is said.
 """
 
 from __future__ import annotations
@@ -170,6 +170,14 @@ def grid_of(results: Results, dataset: str) -> Grid | None:
     return Grid(levels=tuple(map(tuple, known)), cells=cells, full=full, left_out=tuple(left_out))
 
 
+def _absent(results: Results, dataset: str) -> list[tuple[int, str]]:
+    """Return the levels, by the place of their factor, that no record of this data set has, and another's has."""
+    found = [(cell.labels.get("dataset"), levels_of(cell)) for cell in results.records]
+    mine = {level for name, levels in found if levels and name == dataset for level in enumerate(levels)}
+    known = {level for _, levels in found if levels for level in enumerate(levels)}
+    return sorted(known - mine)
+
+
 def _ordered(place: int, levels: list[str]) -> list[str]:
     """Return the levels with the one that does nothing first."""
     return sorted(levels, key=lambda level: (level not in ("uniform", "drop"), level)) if place else sorted(levels)
@@ -193,9 +201,13 @@ def main_effects_markdown(results: Results, words: Mapping[str, str]) -> Iterato
         for effect in sorted(grid.effects((factor,)), key=lambda one: one.value)
     ]
     yield from markdown_table(["factor", "level", "from the average [nats/token]", "clear of 0"], rows, "llrl")
-    if grid.left_out:
+    absent = [f"{FACTORS[place]} {level}" for place, level in _absent(results, words["dataset"])]
+    if left_out := [*grid.left_out, *(one for one in absent if one not in grid.left_out)]:
+        part = "text" if words["dataset"] == "frankenstein_long" else "scenes"
         yield ""
-        yield f"Left out, because a combination was refused or failed: {', '.join(grid.left_out)}."
+        resumed_by = f"`kvbench +experiment=factorial factorial.parts=[{part}] results=FOLDER`"
+        yield f"Left out, because a combination was refused, failed or is not measured yet: {', '.join(left_out)}."
+        yield f"{resumed_by} goes on, FOLDER holding the records that are there."
 
 
 def interactions_markdown(results: Results, words: Mapping[str, str]) -> Iterator[str]:

@@ -192,7 +192,9 @@ def _second(judged: Judged, first: CellResult, name: str) -> str:
         parts.append(f"takes {format_value(STEP, place.step.value)} per token{ratio}{noisy}")
     if place.num_collapsed is not None:
         parts.append(f"fails on {place.num_collapsed} of {place.num_samples} samples")
-    text = ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1] if parts else "nothing else is known"
+    if not parts:
+        return "Its cost and its distance to the full cache were not measured."
+    text = ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1]
     return f"{text[:1].upper()}{text[1:]}." if text.startswith("it is") else f"It {text}."
 
 

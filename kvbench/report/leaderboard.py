@@ -31,12 +31,16 @@ HELD, LENGTH = "realised_budget_fraction", "length_ratio"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """What a part of the leaderboard was measured on and by, `question` being seen or hidden while a prompt was cut."""
+    """What a part of the leaderboard was measured on and by, `question` being seen or hidden while a prompt was cut.
+
+    name: its name in +experiment=leaderboard.
+    """
 
     title: str
     dataset: str
     task: str
     question: str = "seen"
+    name: str = ""
 
     def has(self, cell: CellResult) -> bool:
         """Whether the cell belongs to it."""
@@ -47,11 +51,13 @@ class Part:
         )
 
 
-TEXT = Part(title="text", dataset="frankenstein_long", task="perplexity")
-RECALL = Part(title="recall", dataset="recall_many", task="generation")
-HIDDEN = Part(title="recall, question hidden", dataset="recall_many", task="generation", question="hidden")
-GOING_ON = Part(title="text that is gone on with", dataset="frankenstein_long", task="generation")
-PICTURES = Part(title="pictures", dataset="scenes_asked", task="generation")
+TEXT = Part(title="text", dataset="frankenstein_long", task="perplexity", name="text")
+RECALL = Part(title="recall", dataset="recall_many", task="generation", name="recall")
+HIDDEN = Part(
+    title="recall, question hidden", dataset="recall_many", task="generation", question="hidden", name="recall_hidden"
+)
+GOING_ON = Part(title="text that is gone on with", dataset="frankenstein_long", task="generation", name="rouge")
+PICTURES = Part(title="pictures", dataset="scenes_asked", task="generation", name="scenes")
 PARTS = (TEXT, RECALL, HIDDEN, GOING_ON, PICTURES)
 RANKED = (
     (TEXT, TEXT_MEASURE),
@@ -119,27 +125,36 @@ def chosen_group(results: Results, part: Part, budget: float) -> Group | None:
 def part_of(words: Mapping[str, str]) -> Part:
     """Return the part of a table's `dataset`, `question` and `measure`."""
     task = "perplexity" if words["measure"] == TEXT_MEASURE else "generation"
-    return Part(title="", dataset=words["dataset"], task=task, question=words.get("question", "seen"))
+    part = Part(title="", dataset=words["dataset"], task=task, question=words.get("question", "seen"))
+    alike = (one for one in PARTS if (one.dataset, one.question) == (part.dataset, part.question))
+    return replace(part, name=next((one.name for one in alike if one.task == task or one is PICTURES), ""))
+
+
+def _resumed_by(parts: Iterable[Part]) -> str:
+    """Return the command that measures what is missing in the parts."""
+    names = ",".join(part.name for part in parts)
+    return f"`kvbench +experiment=leaderboard leaderboard.parts=[{names}] results=FOLDER`"
 
 
 def board_markdown(results: Results, words: Mapping[str, str]) -> Iterator[str]:
     """Yield the table of `measure` at `budget`, the full cache's value above it."""
     name, budget = words["measure"], float(words["budget"])
     group = chosen_group(results, part_of(words), budget)
+    part = part_of(words)
     if group is None or not group.budgeted:
-        yield "Not measured yet."
+        yield f"Not measured yet: {_resumed_by([part])}."
         return
     full = group.full
-    if full is not None:
-        yield f"Full cache: {_shown(full, name)}."
-        yield ""
+    yield f"Full cache: {f'not measured yet: {_resumed_by([part])}' if full is None else _shown(full, name)}."
+    yield ""
     with_length = name.endswith("_vs_full")
-    heads = ["place", "policy", measure(name).label, "held", *(["length / full"] if with_length else [])]
+    heads = ["place", "policy", "cuts", measure(name).label, "held", *(["length / full"] if with_length else [])]
     heads += ["minus full", "minus the next", "against the next"]
     rows = [
         [
             MISSING if row.place is None else str(row.place),
             row.name,
+            _rhythm(row.cell),
             _shown(row.cell, name),
             _value(row.cell, HELD),
             *([_value(row.cell, LENGTH)] if with_length else []),
@@ -149,7 +164,14 @@ def board_markdown(results: Results, words: Mapping[str, str]) -> Iterator[str]:
         ]
         for row in board(group, name)
     ]
-    yield from markdown_table(heads, rows, "rl" + "r" * (len(heads) - 3) + "l")
+    yield from markdown_table(heads, rows, "rll" + "r" * (len(heads) - 4) + "l")
+
+
+def _rhythm(cell: CellResult) -> str:
+    """Return when the policy cuts, in a word or two: what is generated in between it holds beside its budget."""
+    every = cell.settings.get("policy", {}).get("every_tokens")
+    at_steps = f"every {every} tokens" if every else "every token"
+    return {"prompt": "the prompt", "prompt and decode": at_steps}.get(cell.evicts_at, MISSING)
 
 
 def overview_markdown(results: Results, words: Mapping[str, str]) -> Iterator[str]:
@@ -173,15 +195,35 @@ def overview_markdown(results: Results, words: Mapping[str, str]) -> Iterator[st
 
 
 def missing_markdown(results: Results, words: Mapping[str, str]) -> Iterator[str]:
-    """Yield which policies of conf/policy have no record of a part, or one that failed, and how."""
+    """Yield which policies of conf/policy have no record of a part, or one that failed, and how.
+
+    What has records at other budgets, and what the full cache lacks, can run: that is not measured yet. Of a policy
+    without any record of a part that others have, the records do not tell why.
+    """
     names = [entry.name for entry in (files("kvbench.conf") / "policy").iterdir()]
     known = sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
-    rows = []
+    all_cells = [cell for cell in results.records if cell.budget_fraction is not None]
+    budgets = sorted({cell.budget_fraction for cell in all_cells if cell.budget_fraction is not None})
+    rows, resumed = [], []
     for part in PARTS:
         cells = [cell for cell in results.records if part.has(cell)]
-        there = {cell.labels["policy"] for cell in cells}
-        if absent := [name for name in known if name not in there]:
-            rows.append([part.title, ", ".join(absent), "no record: left out, or not run"])
+        there = {(cell.labels["policy"].partition(" ")[0], cell.budget_fraction) for cell in cells}
+        absent = [name for name in known if name not in {policy for policy, _ in there}]
+        later = [
+            f"{name} at {100 * budget:g} %"
+            for name in known
+            if name not in ("full", *absent)
+            for budget in budgets
+            if (name, budget) not in there
+        ]
+        if cells:
+            later += [name for name in absent if name == "full"]
+            absent = [name for name in absent if name != "full"]
+        if later or not cells:
+            rows.append([part.title, ", ".join(later) if cells else "all", f"not measured yet ({part.name})"])
+            resumed.append(part)
+        if absent and cells:
+            rows.append([part.title, ", ".join(absent), "no record: cannot run there, or not measured yet"])
         rows += [
             [part.title, f"{cell.policy}, {cell.budget}", f"{cell.status}: {cell.error[:160]}"]
             for cell in cells
@@ -191,6 +233,9 @@ def missing_markdown(results: Results, words: Mapping[str, str]) -> Iterator[str
         yield from markdown_table(["part", "policies", "why"], rows)
     else:
         yield "Every policy there is has a record in every part."
+    if resumed:
+        yield ""
+        yield f"{_resumed_by(resumed)} goes on, FOLDER holding the records that are there."
 
 
 def board_svg(results: Results, words: Mapping[str, str]) -> bytes:

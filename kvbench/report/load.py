@@ -451,7 +451,7 @@ def _ordered(cells: list[CellResult]) -> tuple[CellResult, ...]:
     """Sort, after telling apart cells whose labels are the same."""
     named: list[CellResult] = []
     cells = [replace(cell, dataset=_with_batch(cell)) for cell in _with_one_roof(cells)]
-    cells = _with_distinct_names(_with_distinct_names(cells, "model"), "dataset")
+    cells = _with_conditions(_with_distinct_names(_with_distinct_names(cells, "model"), "dataset"))
     for twins in _by(cells, lambda cell: (cell.model, cell.dataset, *cell.series)).values():
         by_budget = list(_by(twins, lambda cell: cell.budget).values())
         named.extend(_with_variants(twins, by_budget) if any(len(same) > 1 for same in by_budget) else twins)
@@ -527,6 +527,29 @@ def _with_distinct_names(cells: list[CellResult], part: str) -> list[CellResult]
             name: dict[str, Any] = {part: f"{getattr(cell, part)} {texts[canonical_json(cell.settings.get(part))]}"}
             named.append(replace(cell, **name) if len(settings) > 1 else cell)
     return named
+
+
+def _with_conditions(cells: list[CellResult]) -> list[CellResult]:
+    """Tell apart data that was asked in different ways: a question hidden, or tasks that share nothing.
+
+    Neither is a property of a policy, so policies of one are not ranked among those of the other.
+    """
+    named: list[CellResult] = []
+    for same in _by(cells, lambda cell: (cell.model, cell.dataset)).values():
+        tasks = {frozenset(cell.settings.get("task") or ()) for cell in same}
+        apart = len(tasks) > 1 and sum(map(len, tasks)) == len(frozenset().union(*tasks)) and _measured_twice(same)
+        hides = len({cell.settings.get("query_visible", True) for cell in same}) > 1
+        for cell in same:
+            said = [", ".join(sorted(cell.settings.get("task") or ()))] if apart else []
+            said += ["question hidden"] if hides and not cell.settings.get("query_visible", True) else []
+            named.append(replace(cell, dataset=f"{cell.dataset}, {', '.join(said)}") if said else cell)
+    return named
+
+
+def _measured_twice(cells: Sequence[CellResult]) -> bool:
+    """Whether some policy has two cells at one budget."""
+    found = _by(cells, lambda cell: (*cell.series, cell.budget))
+    return any(len(same) > 1 for same in found.values())
 
 
 def _with_variants(cells: list[CellResult], by_budget: Collection[list[CellResult]]) -> list[CellResult]:

@@ -195,6 +195,24 @@ def test_times_of_a_noisy_cell_and_of_the_machine_get_no_verdict() -> None:
     assert once.verdict == "not comparable"
 
 
+@pytest.mark.parametrize(("name", "value"), [("gpu", "another GPU"), ("cpu_model", "other cores"), ("shard", "2/2")])
+def test_times_of_two_machines_or_shards_do_not_compare_and_each_to_its_own_full_cache_does(
+    name: str, value: str
+) -> None:
+    mine, other = with_measure(body(), "tpot_ratio_to_full", 1.0), body(policy="elastic")
+    with_measure(other, "tpot_ratio_to_full", 3.0)
+    near = compare(parse_cell(other), parse_cell(mine), "tpot_ratio_to_full")
+    other["environment"][name] = value
+    far = compare(parse_cell(other), parse_cell(mine), "tpot_ratio_to_full")
+    own = compare(parse_cell(other), parse_cell(body(policy="full", budget=None)), "tpot_ratio_to_full")
+    assert near is not None
+    assert far is not None
+    assert own is not None
+    assert (near.verdict, far.verdict, own.verdict) == ("worse", "noisy", "worse")
+    assert "do not compare: " in far.reason
+    assert value in far.reason
+
+
 def with_measure(record: Any, name: str, value: float, half: float | None = 0.1, n: int = 6) -> Any:
     low, high = (None, None) if half is None else (value - half, value + half)
     record["measurements"][name] = {"value": value, "low": low, "high": high, "n": n, "unit": "", "method": "t"}

@@ -103,9 +103,9 @@ def test_a_level_that_lacks_a_cell_is_left_out_whole_and_said() -> None:
     assert found.levels == (("a", "b"), ALLOCATIONS, MERGES)
     assert found.left_out == ("score c",)
     results = results_of(record(levels, nll) for levels, nll in nats.items())
-    assert "Left out, because a combination was refused or failed: score c." in list(
-        main_effects_markdown(results, WORDS)
-    )
+    lines = list(main_effects_markdown(results, WORDS))
+    assert "Left out, because a combination was refused, failed or is not measured yet: score c." in lines
+    assert lines[-1].startswith("`kvbench +experiment=factorial factorial.parts=[")
 
 
 def test_tables_and_figure_say_the_same_and_nothing_is_said_of_no_grid() -> None:

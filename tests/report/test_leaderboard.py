@@ -133,6 +133,28 @@ def test_policies_without_a_record_are_named_and_so_is_a_failure() -> None:
     assert any("h2o, 20 % tokens kept" in line and "oom: OutOfMemoryError" in line for line in lines)
 
 
+def test_what_is_not_measured_yet_is_told_from_what_has_no_record_at_all_and_the_command_that_goes_on() -> None:
+    lines = list(missing_markdown(results_of(record("h2o"), record("h2o", 0.1), record("random", 0.1)), {}))
+    assert "| recall, question hidden | all | not measured yet (recall_hidden) |" in lines
+    assert "| pictures | random at 20 %, full | not measured yet (scenes) |" in lines
+    parts = "text,recall,recall_hidden,rouge,scenes"
+    assert lines[-1].startswith(f"`kvbench +experiment=leaderboard leaderboard.parts=[{parts}] results=FOLDER`")
+    words = {"measure": "objects_recalled_fraction", "dataset": "scenes_asked", "budget": "0.2"}
+    assert next(board_markdown(results_of(record("h2o")), words)).startswith("Full cache: not measured yet: `kvbench ")
+
+
+def test_a_row_says_when_the_policy_cuts() -> None:
+    block = record("snapkv_decode", evicts_at="prompt and decode")
+    block["cell"]["policy"] |= {"every_tokens": 128}
+    made = (record("snapkv", evicts_at="prompt"), record("h2o", evicts_at="prompt and decode"), block)
+    words = {"measure": "ppl", "dataset": "scenes_asked", "budget": "0.2"}
+    rows = [line.split(" | ") for line in board_markdown(results_of(record("full", None), *made), words)]
+    told = {row[1]: row[2] for row in rows if row[0].startswith("| ") and len(row) > 3}
+    assert told["snapkv"] == "the prompt"
+    assert told["h2o"] == "every token"
+    assert told["snapkv_decode"] == "every 128 tokens"
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_page_is_made_from_records_that_lie_open_or_packed(tmp_path: Path, packed: bool) -> None:
     folder = tmp_path / "results" / "published" / "one"

@@ -305,3 +305,20 @@ def test_groups_with_answers_come_before_those_of_costs_alone_and_say_batch_and_
         "a on synthetic, batch 16, 624 prompt tokens",
         "a on synthetic, batch 16, 1,024 prompt tokens",
     ]
+
+
+def test_tasks_that_share_nothing_and_a_hidden_question_are_groups_of_their_own(tmp_path: Path) -> None:
+    cases: list[dict[str, Any]] = [{"task": {"perplexity": {}}}, {"task": {"generation": {}}}]
+    cases += [{"task": {"generation": {}}, "query_visible": False}]
+    for number, settings in enumerate(cases):
+        for policy, budget in (("full", None), ("h2o", 0.2)):
+            record = body(policy=policy, budget=budget, seed=number)
+            record["cell"] |= settings
+            write_cell(tmp_path, record)
+    results = load_results(tmp_path)
+    assert [group.title for group in results.groups] == [
+        "tiny-llava on scenes, generation",
+        "tiny-llava on scenes, generation, question hidden",
+        "tiny-llava on scenes, perplexity",
+    ]
+    assert all(list(group.by_series()) == ["full", "h2o"] for group in results.groups)
