@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
-from kvbench.audit.evidence import Cell, Note, Peers, check, rule_of
+from kvbench.audit.evidence import Cell, Note, Peers, answers_in, check, rule_of
 
 Kind = Literal["everything", "both", "rounds up", "prompt only", "decode only", "none"]
 ENTRIES = ("realised_budget_fraction", "entries_mean", "entries_peak")
@@ -73,7 +73,8 @@ def steps_taken(cell: Cell) -> int:
     A token that no end follows is the last one and takes none.
     """
     most = (cell.task("Generation") or {}).get("max_new_tokens", 0)
-    return sum(max(0, min(row.get("num_new_tokens") or 0, most - 1)) for row in cell.samples)
+    answers = [answer for row in cell.samples for answer in answers_in(row)]
+    return sum(max(0, min(answer.get("num_new_tokens") or 0, most - 1)) for answer in answers)
 
 
 def allowed_entries(budget: Mapping[str, Any], seen: float, *, up: bool = False, of_prompt: bool = False) -> int:

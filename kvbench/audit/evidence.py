@@ -184,6 +184,12 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def answers_in(row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """Return the draws of a sample's answer, each with texts and scores of its own; the row itself is the only one."""
+    draws = row.get("draws")
+    return [draw for draw in draws if isinstance(draw, dict)] if isinstance(draws, list) else [row]
+
+
 def usual(values: Iterable[_Value]) -> _Value | None:
     """Return the most frequent value, of equally frequent ones the first; None where there is none."""
     found = Counter(values).most_common(1)

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from kvbench.audit.budgets import steps_taken
-from kvbench.audit.evidence import Cell, Note, Peers, check, usual
+from kvbench.audit.evidence import Cell, Note, Peers, answers_in, check, is_number, usual
 from kvbench.measures import MAX_TURNS, has_other_length
 from kvbench.tasks.rouge import has_words, rouge_scores
 
@@ -24,10 +24,11 @@ _SAME = (
     *("cluster", "reference", "full_text", "num_compared_tokens"),
     *(f"{turn}{part}" for turn in _TURNS for part in ("question", "reference", "full_text")),
 )
-_LENGTHS = ("max_new_tokens", "max_turns")
+_LENGTHS = ("max_new_tokens", "max_turns", "natural_stop", "temperature", "seed")  # what texts of full depend on
 _TOLERANCE = 1e-6
 _OLD = {"Generation": "greedy_v1", "MultiTurn": "one_cache_v1"}  # dropped combining marks, and texts without a word
 _TEXT = re.compile(r"(turn\d+_)?text")
+_MEAN = re.compile(r"rouge[12L]_vs_(full|reference)|.*_fraction|.*_f1|length_ratio")  # of a row of several draws
 _HIDDEN = "***"  # stands where a secret was taken out
 _EXACT = {"kl_to_full": 0.0, "top1_agreement_fraction": 1.0, "length_ratio": 1.0, "realised_budget_fraction": 1.0} | {
     f"rouge{kind}_vs_full": 1.0 for kind in "12L"
@@ -108,8 +109,11 @@ def tokens(cell: Cell, peers: Peers) -> Iterator[str]:
     if generation is not None:
         alike = full.rows if full is not None and full.task("Generation") == generation else {}
         for row in cell.samples:
-            full_tokens = alike.get(str(row.get("id")), {}).get("num_new_tokens")
-            if problem := _answer_problem(row, generation.get("max_new_tokens", 0), full_tokens):
+            most, full_tokens = generation.get("max_new_tokens", 0), None
+            if "draws" not in row:  # else its scores are means over them
+                full_tokens = alike.get(str(row.get("id")), {}).get("num_new_tokens")
+            problems = (_answer_problem(answer, most, full_tokens) for answer in answers_in(row))
+            if problem := next(filter(None, problems), None):
                 yield f"{row.get('id')}: {problem}"
                 break
         layers, others = _layers(cell), _most_say(peers, _layers)
@@ -189,9 +193,24 @@ def scores(cell: Cell, peers: Peers) -> Iterator[str]:
     is_old = any((cell.task(name) or {}).get("protocol") == old for name, old in _OLD.items())
     for row in cell.samples:
         for prefix in sorted(name.removesuffix("text") for name in row if _TEXT.fullmatch(name)):
-            if problem := _score_problem(row, prefix, is_old):
+            problem = _draws_problem(row, is_old) if "draws" in row else _score_problem(row, prefix, is_old)
+            if problem:
                 yield f"{row.get('id')}: {problem}"
                 return
+
+
+def _draws_problem(row: Mapping[str, Any], is_old: bool) -> str | None:
+    """Score each draw again, and take the means over them."""
+    draws = answers_in(row)
+    for number, draw in enumerate(draws):
+        if problem := _score_problem({"reference": row.get("reference"), **draw}, "", is_old):
+            return f"draw {number}: {problem}"
+    for name in sorted(name for name in row if _MEAN.fullmatch(name)):
+        each = [draw[name] for draw in draws if is_number(draw.get(name))]
+        mean = statistics.fmean(each) if each else None
+        if is_number(row[name]) and (mean is None or abs(row[name] - mean) > _TOLERANCE):
+            return f"{name} is {row[name]:.4g}, its draws give {'none' if mean is None else format(mean, '.4g')}"
+    return None
 
 
 def _score_problem(row: Mapping[str, Any], prefix: str, is_old: bool) -> str | None:

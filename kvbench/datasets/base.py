@@ -63,8 +63,8 @@ class Example:
     load_image returns the RGB picture when called, None for text only. reference is empty where no
     right answer is known. facts are what a full answer states, None where nothing but the reference
     is known, and `fact_noun` is what they are called in measurements. With `one_answer` nothing but
-    the reference, which is short, is right. follow_ups continue the conversation. token_prompt
-    stands for question and picture in a data set without text.
+    the reference, which is short, is right; or is_right says of a text whether it is. follow_ups continue
+    the conversation. token_prompt stands for question and picture in a data set without text.
     """
 
     id: str
@@ -76,6 +76,7 @@ class Example:
     facts: frozenset[Hashable] | None = None
     fact_noun: Literal["objects", "needles"] = "objects"
     one_answer: bool = False
+    is_right: Callable[[str], bool] | None = None
     follow_ups: tuple[Turn, ...] = ()
     window: Window | None = None
     completes: bool = False

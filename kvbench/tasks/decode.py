@@ -255,20 +255,22 @@ def greedy(
     *,
     end_token_ids: Collection[int],
     max_new_tokens: int,
+    choose: Callable[[Tensor], Tensor] | None = None,
     on_step: Callable[[PolicyCache, list[bool]], None] | None = None,
 ) -> list[list[int]]:
     """Return the greedy answer of each row from where `decoding` stands, without its end token, any of `end_token_ids`.
 
-    on_step gets the cache and which rows are still being answered, after each step. Raises:
-    NonFiniteError for logits whose largest is NaN or infinite, and for victims that were chosen by NaN, in a row that
-    is still being answered.
+    choose takes the logits (B, V) and gives the tokens (B,), where they are not the likeliest. on_step gets the cache
+    and which rows are still being answered, after each step. Raises: NonFiniteError for logits whose largest is NaN or
+    infinite, and for victims that were chosen by NaN, in a row that is still being answered.
     """
     answers: list[list[int]] = [[] for _ in range(decoding.logits.shape[0])]
     going = [True] * len(answers)
     for number in range(max_new_tokens):
-        tokens, largest = decoding.logits.argmax(dim=-1), decoding.logits.amax(dim=-1)
+        largest = decoding.logits.amax(dim=-1)
         if not bool((largest.isfinite() | ~torch.tensor(going, device=largest.device)).all()):
             raise NonFiniteError(f"the logits of new token {number} are not finite")
+        tokens = decoding.logits.argmax(dim=-1) if choose is None else choose(decoding.logits)
         num_going = sum(going)
         for row, token in enumerate(tokens.tolist()):
             going[row] = going[row] and token not in end_token_ids

@@ -1,4 +1,4 @@
-"""Greedy answers under the policy, compared with the full cache's and with the reference.
+"""Answers under the policy, greedy or drawn, compared with the full cache's and with the reference.
 
 A row says what was answered, how like the full cache's answer and the reference it is (`answer_fields`), and where the
 first different token stands, so that a reader sees the very token and not a word near it. What the cache really held at
@@ -8,17 +8,31 @@ every step becomes the realised budget.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from kvbench.cache.policy import PART
 from kvbench.datasets.base import Dataset, Example
 from kvbench.errors import ConfigError, MeasureError
 from kvbench.models.inputs import answer_text, reference_text
 from kvbench.models.loader import LoadedModel
 from kvbench.tasks.decode import CacheSetting, greedy
 from kvbench.tasks.rouge import fact_scores, first_divergence, length_ratio, rouge_l_released, rouge_scores
-from kvbench.tasks.task import Answers, BatchTask, Bench, Part, Payload, TaskResult, check_complete, joined
+from kvbench.tasks.sampling import Answering
+from kvbench.tasks.task import (
+    Answers,
+    BatchTask,
+    Bench,
+    FullAnswers,
+    Part,
+    Payload,
+    TaskResult,
+    check_complete,
+    check_least,
+    joined,
+)
 
 if TYPE_CHECKING:
     from kvbench.cache import PolicyCache
@@ -73,7 +87,8 @@ def answer_fields(loaded: LoadedModel, tokens: Sequence[int], full: Sequence[int
 def fact_fields(dataset: Dataset, example: Example, text: str) -> dict[str, float]:
     """Return which facts of `example` the answer states, or whether it is the one right answer, where that is known."""
     if example.one_answer:
-        return {"answers_right_fraction": float(says_the_same(text, example.reference))}
+        right = example.is_right(text) if example.is_right is not None else says_the_same(text, example.reference)
+        return {"answers_right_fraction": float(right)}
     if example.facts is None:
         return {}
     return fact_scores(stated=dataset.facts_in(text), true=example.facts, noun=example.fact_noun)
@@ -89,15 +104,18 @@ def _plain(text: str) -> str:
 
 
 _UNITS = {"first_divergence_tokens": "tokens"}
-_DESCRIPTIVE = ("text", "full_text", "reference", "num_new_tokens", *PLACES)
+_DESCRIPTIVE = ("text", "full_text", "reference", "num_new_tokens", "draws", *PLACES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation(BatchTask):
-    """Greedy decoding up to `max_new_tokens`, scored per example.
+    """Answers of up to `max_new_tokens`, scored per example; greedy where no temperature is given, None or 0.
 
-    In every run the full cache must give its answers to the first batch again, token for token.
-    `released_rouge` adds the ROUGE-L of Elastic Cache's code (kvbench.tasks.rouge).
+    With a temperature each example is answered `num_samples` times, from `seed`; a row then has the mean of each score
+    over the draws, so that the mean over examples is avg@k and its interval is over examples, and every draw's text.
+    natural_stop: false has every answer go on to `max_new_tokens`. In every run the full cache must give its answers
+    to the first batch again, token for token. `released_rouge` adds the ROUGE-L of Elastic Cache's code
+    (kvbench.tasks.rouge).
     """
 
     protocol: ClassVar[str] = "greedy_v2"
@@ -106,24 +124,52 @@ class Generation(BatchTask):
 
     max_new_tokens: int = 160
     released_rouge: bool = False
+    natural_stop: bool = field(default=True, metadata=PART)
+    temperature: float | None = field(default=None, metadata=PART)
+    num_samples: int = field(default=1, metadata=PART)
+    seed: int = field(default=0, metadata=PART)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError(f"task.generation.max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if not (self.temperature or 0.0) >= 0.0:
+            raise ConfigError(
+                f"task.generation.temperature is {self.temperature}; it must be above 0, or null for greedy answers"
+            )
+        check_least("generation", self, num_samples=1)
+        if self.temperature == 0.0:  # the same as none, in the cell's key too
+            object.__setattr__(self, "temperature", None)
+        if self.temperature is None and (self.num_samples, self.seed) != (1, 0):
+            raise ConfigError(
+                f"task.generation has num_samples={self.num_samples}, seed={self.seed} and no temperature, so that all "
+                "draws would be the one greedy answer; give task.generation.temperature, or leave them out"
+            )
 
     def measure(self, bench: Bench, part: Part) -> Payload:
         """Answer one batch, compare, and note how many entries were really held at every step."""
-        full = full_answers(bench, part, self.max_new_tokens)
-        bench.prompts.once(
-            ("reproduces", self.max_new_tokens), lambda: _check_reproduces(bench, part, full, self.max_new_tokens)
-        )
-        held = HeldEntries()
-        answers = _greedy(bench, part, bench.setting, self.max_new_tokens, held.note)
+        held, draws = HeldEntries(), []
+        for number in range(self.num_samples):
+            how = self._answering.numbered(number)
+            full = full_answers(bench, part, how)
+            if number == 0:
+                bench.prompts.once(("reproduces", how), partial(_check_reproduces, bench, part, full, how))
+            answers = _answer(bench, part, bench.setting, how, held.note)
+            draws.append(
+                [
+                    self._row(bench, example, answer, full[example.id])
+                    for example, answer in zip(part.examples, answers, strict=True)
+                ]
+            )
         rows = {
-            example.id: self._row(bench, example, answer, full[example.id])
-            for example, answer in zip(part.examples, answers, strict=True)
+            example.id: rows[0] if self.temperature is None else _over_draws(rows)
+            for example, *rows in zip(part.examples, *draws, strict=True)
         }
         return {"rows": rows, "held": held.as_payload()}
+
+    @property
+    def _answering(self) -> Answering:
+        names = ("max_new_tokens", "natural_stop", "temperature", "seed")
+        return Answering(**{name: getattr(self, name) for name in names})
 
     def _row(self, bench: Bench, example: Example, answer: list[int], full: list[int]) -> dict[str, Any]:
         row = answer_fields(bench.loaded, answer, full, reference_text(bench.loaded, example))
@@ -151,54 +197,75 @@ class Generation(BatchTask):
         return result
 
 
-def _greedy(
+def _over_draws(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return one row of several draws: the first one's texts and length, each score's mean over those that have it.
+
+    `draws` holds each with its own texts and scores, so that the means can be checked.
+    """
+    names = dict.fromkeys(name for row in rows for name in row if name not in _DESCRIPTIVE)
+    means = {name: _mean(row.get(name) for row in rows) for name in names}
+    apart = ("reference", *PLACES)
+    draws = [{name: value for name, value in row.items() if name not in apart} for row in rows]
+    return dict(rows[0]) | means | {"draws": draws}
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+def _answer(
     bench: Bench,
     part: Part,
     setting: CacheSetting,
-    max_new_tokens: int,
+    how: Answering,
     on_step: Callable[[PolicyCache, list[bool]], None] | None = None,
 ) -> list[list[int]]:
     return greedy(
-        part.decoding(setting, max_new_tokens),
-        end_token_ids=bench.loaded.end_token_ids,
-        max_new_tokens=max_new_tokens,
+        part.decoding(setting, how.max_new_tokens),
+        end_token_ids=bench.loaded.end_token_ids if how.natural_stop else (),
+        max_new_tokens=how.max_new_tokens,
+        choose=how.sampler([example.id for example in part.examples]),
         on_step=on_step,
     )
 
 
-def full_answers(bench: Bench, part: Part, max_new_tokens: int) -> Answers:
+def full_answers(bench: Bench, part: Part, how: Answering) -> Answers:
     """Return the full cache's answers to `part`, and to what else is known, by example id: stored, or given now.
 
     They are given batch by batch, after the prompt that the cells share, and stored when the last batch is answered.
     """
-    name = ("full answers", max_new_tokens)
-    answers: Answers = bench.prompts.once(name, lambda: _stored_answers(bench, max_new_tokens))
+    answers: Answers = bench.prompts.once(("full answers", how), lambda: _stored_answers(bench, how))
     if all(example.id in answers for example in part.examples):
         return answers
-    answers |= _answered(bench, part, max_new_tokens)
+    answers |= _answered(bench, part, how)
     if part.number == len(bench.prompts) - 1:
         again = bench.own_prompts()  # for batches that were measured before a kill, whose answers went with it
         for other in range(len(again) - 1):
             if any(name not in answers for name in again.ids_of(other)):
-                answers |= _answered(bench, again.part(other), max_new_tokens)
-        bench.answers.write(max_new_tokens, answers)
+                answers |= _answered(bench, again.part(other), how)
+        _store(bench, how).write(how.max_new_tokens, answers)
     return answers
 
 
-def _stored_answers(bench: Bench, max_new_tokens: int) -> Answers:
-    stored = bench.answers.read(max_new_tokens)
+def _store(bench: Bench, how: Answering) -> FullAnswers:
+    return replace(bench.answers, settings={**bench.answers.settings, **how.settings})
+
+
+def _stored_answers(bench: Bench, how: Answering) -> Answers:
+    stored = _store(bench, how).read(how.max_new_tokens)
     if stored is not None:
         check_complete(stored, {example.id: example.id for example in bench.examples})
     return stored or {}
 
 
-def _answered(bench: Bench, part: Part, max_new_tokens: int) -> Answers:
-    texts = _greedy(bench, part, bench.full, max_new_tokens)
+def _answered(bench: Bench, part: Part, how: Answering) -> Answers:
+    texts = _answer(bench, part, bench.full, how)
     return {example.id: text for example, text in zip(part.examples, texts, strict=True)}
 
 
-def _check_reproduces(bench: Bench, part: Part, full: Answers, max_new_tokens: int) -> None:
-    again = _greedy(bench, part, bench.full, max_new_tokens)
+def _check_reproduces(bench: Bench, part: Part, full: Answers, how: Answering) -> None:
+    again = _answer(bench, part, bench.full, how)
     for example, answer in zip(part.examples, again, strict=True):
         if answer != full[example.id]:
             raise MeasureError(

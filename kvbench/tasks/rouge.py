@@ -25,6 +25,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 _TYPES = ("rouge1", "rouge2", "rougeL")
+_OF_PIECES = _TYPES[:2]
 # No spaces between words, so each character is a token: Han, Hiragana and Katakana, whose marks are one with it
 # once composed ...
 _IDEOGRAPH = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
@@ -46,8 +47,35 @@ def rouge_scores(*, prediction: str, reference: str) -> dict[str, float]:
     """Return rouge1, rouge2 and rougeL as F1 in [0, 1]; an empty text against another scores 0."""
     if prediction.strip() == reference.strip():
         return dict.fromkeys(_TYPES, 1.0)
-    scores = _scorer(_splitter(prediction + reference)).score(reference, prediction)
-    return {name: float(scores[name].fmeasure) for name in _TYPES}
+    scorer, tokenize = _scorer(_splitter(prediction + reference))
+    scores = scorer.score(reference, prediction)
+    longest = _longest_f1(tokenize(prediction), tokenize(reference))
+    return {name: float(scores[name].fmeasure) for name in _OF_PIECES} | {"rougeL": longest}
+
+
+def _longest_f1(prediction: Sequence[str], reference: Sequence[str]) -> float:
+    """Return ROUGE-L's F1, the same number as rouge-score's, whose table takes half a minute for 6,000 words."""
+    if not prediction or not reference:
+        return 0.0
+    common = common_length(prediction, reference)
+    precision, recall = common / len(prediction), common / len(reference)
+    return 2 * precision * recall / (precision + recall) if common else 0.0
+
+
+def common_length(one: Sequence[str], other: Sequence[str]) -> int:
+    """Return the length of a longest common subsequence, a row of the table at a time, as the bits of one number.
+
+    Source: Hyyro 2004, "Bit-parallel LCS-length computation revisited": a bit is 0 where a row's length grows.
+    """
+    places: dict[str, int] = {}
+    for at, word in enumerate(one):
+        places[word] = places.get(word, 0) | 1 << at
+    whole = (1 << len(one)) - 1
+    row = whole
+    for word in other:
+        met = row & places.get(word, 0)
+        row = (row + met | row - met) & whole
+    return len(one) - row.bit_count()
 
 
 def has_words(text: str) -> bool:
@@ -71,7 +99,7 @@ def _is_mark(letter: str) -> bool:
 
 
 @functools.cache
-def _scorer(splitter: str) -> Any:
+def _scorer(splitter: str) -> tuple[Any, Callable[[str], list[str]]]:
     # Imported here: it brings nltk, which only a run that scores text should wait for.
     from rouge_score import rouge_scorer, tokenizers
 
@@ -80,7 +108,8 @@ def _scorer(splitter: str) -> Any:
         "unicode": _UnicodeTokenizer,
         "ascii": lambda: tokenizers.DefaultTokenizer(use_stemmer=True),
     }
-    return rouge_scorer.RougeScorer(list(_TYPES), tokenizer=_Remembering(makers[splitter]()))
+    remembering = _Remembering(makers[splitter]())
+    return rouge_scorer.RougeScorer(list(_OF_PIECES), tokenizer=remembering), remembering.tokenize
 
 
 class _Remembering:

@@ -357,8 +357,8 @@ def test_the_registered_names_stay_as_they_are_in_the_keys_of_records() -> None:
         "LagKV LocalElasticRelease LookM NACL Oracle PostVision PrefixKV QFilters RKV Random "
         "Scissorhands SimLayerKV SnapKV SnapKVDecode StreamingLLM StreamingLLMReleased TOVA "
         "TriAttention VATP",
-        "dataset": "Conversation LlavaBench LongBench MMVet MTBench Needles Recall Retrieval Scenes Summaries "
-        "Synthetic TextWindows",
+        "dataset": "Conversation LlavaBench LongBench MMVet MTBench Needles Problems Recall Retrieval Scenes "
+        "Summaries Synthetic TextWindows",
         "task": "Capacity Fidelity Generation Memory MultiTurn Perplexity PerplexityReleased Speed",
         "budget": "Budget",
     }

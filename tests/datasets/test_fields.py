@@ -11,6 +11,7 @@ from kvbench.datasets.base import PICTURE_MARKS, Example, without_marks
 from kvbench.datasets.conversation import Conversation, MTBench
 from kvbench.datasets.files import FileDataset
 from kvbench.datasets.longbench import LongBench
+from kvbench.datasets.maths import Problems
 from kvbench.datasets.retrieval import Needles, Retrieval
 from kvbench.datasets.text import Summaries, TextWindows
 from kvbench.datasets.vision import LlavaBench, MMVet
@@ -76,6 +77,11 @@ def of_conversation(folder: Path, mark: str) -> FileDataset:
     return Conversation(path=write_json(folder / "c.json", [{"conversations": values, "image": "p.png"}]))
 
 
+def of_problems(folder: Path, mark: str) -> FileDataset:
+    row = {"question": said(mark), "answer": f"{said(mark)} #### 4"}
+    return Problems(path=write_lines(folder / "p.jsonl", [row]))
+
+
 READERS = (
     of_llava_bench,
     of_mm_vet,
@@ -85,6 +91,7 @@ READERS = (
     of_retrieval,
     of_windows,
     of_conversation,
+    of_problems,
 )
 
 

@@ -5,10 +5,20 @@ import re
 import unicodedata
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from nltk.stem import porter
 from rouge_score import rouge_scorer, tokenizers
 
-from kvbench.tasks.rouge import fact_scores, first_divergence, length_ratio, rouge_l_released, rouge_scores
+from kvbench.tasks.rouge import (
+    _longest_f1,
+    common_length,
+    fact_scores,
+    first_divergence,
+    length_ratio,
+    rouge_l_released,
+    rouge_scores,
+)
 
 
 class WithoutMarks:
@@ -268,3 +278,17 @@ def test_a_text_without_words_scores_zero(prediction: str, reference: str) -> No
 def test_of_several_common_subsequences_the_one_that_goes_back_through_the_prediction_counts() -> None:
     """Both `a` and `b` are longest alone; which of them is taken decides whether `b` is counted twice."""
     assert rouge_l_released(prediction="b a. b", reference="a b") == pytest.approx(2 * 0.5 * 0.5 / 1.0, abs=1e-7)
+
+
+@given(st.lists(st.sampled_from("abcd"), max_size=90), st.lists(st.sampled_from("abcde"), max_size=90))
+def test_rouge_l_is_that_of_the_table_of_rouge_score_to_the_last_bit(one: list[str], other: list[str]) -> None:
+    expected = rouge_scorer._score_lcs(other, one).fmeasure
+    assert _longest_f1(one, other) == expected
+    assert common_length(one, other) == rouge_scorer._lcs_table(one, other)[-1][-1]
+
+
+def test_rouge_of_answers_of_thousands_of_words_takes_no_table() -> None:
+    words = [f"w{number * number % 997}" for number in range(9000)]
+    one, other = words[:6000], words[3000:]
+    assert common_length(one, other) >= 3000
+    assert 0.5 <= rouge_scores(prediction=" ".join(one), reference=" ".join(other))["rougeL"] <= 1.0

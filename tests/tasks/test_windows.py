@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from kvbench.datasets.base import Example, Window
-from kvbench.errors import DataError
+from kvbench.errors import ConfigError, DataError
 from kvbench.models.inputs import answer_tokens, prompt_batch, reference_text
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
+from kvbench.sweep.cell import check_fit
+from kvbench.tasks.fidelity import Along, Fidelity
 from kvbench.tasks.generation import Generation
 from kvbench.tasks.perplexity import Perplexity
+from kvbench.tasks.task import Prompts
 from tests.models.checkpoints import save_checkpoint
 from tests.tasks.benches import FULL, bench_of, cut
 
@@ -72,3 +76,57 @@ def test_a_prompt_without_a_token_is_refused(tmp_path: Path) -> None:
     bare = load_model(ModelSpec(checkpoint=str(save_checkpoint("qwen3", tmp_path))), "cpu")
     with pytest.raises(DataError, match="the prompt of x has no token"):
         prompt_batch(bare, [Example(id="x", cluster="x", question="", reference="a")])
+
+
+def test_fidelity_along_a_text_compares_after_each_of_its_tokens(llama: LoadedModel, tmp_path: Path) -> None:
+    examples = [window("a", 0), window("b", 7)]
+    bench = replace(bench_of(llama, tmp_path, cut()), examples=examples)
+    along = Fidelity(max_new_tokens=9, check_tokens=3, along="text")
+    result, full = along.run(bench), along.run(replace(bench, setting=FULL))
+    assert not list(tmp_path.glob("full_answers/*"))  # nothing was generated
+    for example in examples:
+        row, same = result.samples[example.id], full.samples[example.id]
+        assert row["num_compared_tokens"] == same["num_compared_tokens"] == 9
+        assert same["kl_sum"] == 0.0
+        assert same["first_disagreement_tokens"] is None
+        first = row["first_disagreement_tokens"]
+        assert (first is None) == (row["num_agreeing_tokens"] == 9)
+        if first is not None:
+            assert 1 <= first <= row["num_agreeing_tokens"] + 1
+    assert result.measurements["kl_to_full"]["value"] > 0.0
+    assert full.measurements["first_disagreement_tokens"]["value"] is None
+    shorter = Fidelity(max_new_tokens=4, check_tokens=3, along="text").run(bench)
+    assert {row["num_compared_tokens"] for row in shorter.samples.values()} == {4}
+
+
+def test_a_text_to_go_along_is_asked_for_before_a_model_is_loaded() -> None:
+    bare = Example(id="bare", cluster="bare", question="What?", reference="")
+    along = {name: Fidelity(along=name) for name in ("answer", "text")}  # type: ignore[arg-type]
+    model, (answer, text) = ModelSpec(checkpoint="bundled"), along.values()
+
+    class Bare:
+        fingerprint = "bare"
+
+        def examples(self) -> list[Example]:
+            return [bare]
+
+        def facts_in(self, text: str) -> frozenset[object]:
+            return frozenset()
+
+    check_fit(Bare(), model, {"fidelity": answer}, query_visible=True)
+    with pytest.raises(DataError, match=r"task\.fidelity scores reference answers, and bare has none"):
+        check_fit(Bare(), model, {"fidelity": text}, query_visible=True)
+    with pytest.raises(ConfigError, match=r"task\.fidelity\.along"):
+        Fidelity(along="texts")  # type: ignore[arg-type]
+
+
+def test_what_is_kept_of_the_full_cache_along_its_answer_is_not_taken_for_that_along_a_text(
+    llama: LoadedModel, tmp_path: Path
+) -> None:
+    examples = [window("a", 0), window("b", 7)]
+    alone = replace(bench_of(llama, tmp_path, cut()), examples=examples)
+    shared = replace(alone, shared_prompts=Prompts(llama, examples, 2, share=[alone.setting.policy, FULL.policy]))
+    tasks = [Fidelity(max_new_tokens=9, check_tokens=3, along=along) for along in get_args(Along)]
+    together = [task.run(shared).measurements for task in tasks]
+    assert together == [task.run(alone).measurements for task in tasks]
+    assert together[0]["kl_to_full"] != together[1]["kl_to_full"]
