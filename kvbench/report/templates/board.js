@@ -23,7 +23,7 @@ const told = (cell, name) => {
 const labelOf = cell => group().policies[cell.policy].name + (cell.budget ? `, ${cell.budget}` : "");
 const bounds = (found, factor) => found[1] === null ? {} : { low: found[1] / factor, high: found[2] / factor };
 const extent = values => ({ low: Math.min(...values), high: Math.max(...values) });
-const axis = name => `${known(name).title}${known(name).unit ? ` (${known(name).unit})` : ""}`;
+const axis = name => `${known(name).label}${known(name).unit ? ` (${known(name).unit.split(",")[0]})` : ""}`;
 
 // Of two cells the one that costs no more and is better keeps the other off the Pareto front.
 const frontOf = (cells, cost, name) => {
