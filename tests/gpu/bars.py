@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from kvbench.cache import UNLIMITED, Budget, Policy, artefact
+from kvbench.contract.driving import learnt_artefact
 from kvbench.datasets.synthetic import Synthetic
 from kvbench.models.inputs import prompt_batch
 from kvbench.models.loader import LoadedModel, load_model
@@ -38,7 +39,6 @@ from kvbench.tasks.decode import CacheSetting, Engine
 from kvbench.tasks.memory import Memory, free_memory
 from kvbench.tasks.speed import Launch, Speed, deciding_ms, launch, repeated
 from kvbench.tasks.task import Bench, FullAnswers, TaskResult
-from tests.calibrating import artefact_of
 from tests.gpu.peers import FixedCache, GrowingCache, KvpressProcess, ReleasedH2O, other_attention, stock_twin, timed
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -196,7 +196,7 @@ def deciding_rows(loaded: LoadedModel, name: str, scale: Scale) -> Iterator[Row]
     """What naming victims takes of a step, for every policy that has a yaml, the way a step does it."""
     from hydra.utils import instantiate
 
-    artefact.artefact_of = artefact_of  # what a policy learns offline it learns here
+    artefact.artefact_of = learnt_artefact  # what a policy learns offline it learns here
     size = scale.batches[-1]
     batch = prompt_batch(
         loaded, repeated(bench(loaded, scale, scale.setting(Full()), scale.prompt_tokens).examples, size)
