@@ -282,7 +282,7 @@ def test_online_each_cell_is_sent_once_and_a_second_upload_lands_on_the_same_run
     for name, sent in server.artifacts.items():
         assert len(set(sent)) == 1, f"the same content made a new version of {name}"
     assert any(name.startswith("records-first-") for name in server.artifacts)
-    assert len(server.artifacts) == 5 + 3 + 1, "samples of five cells, three tables, the records"
+    assert len(server.artifacts) == 5 + 5 + 1, "samples of five cells, five tables, the records"
     _check_files(server.files, overall)
     assert digests_of(folder) == before, "records are only read"
     assert secret.encode() not in server.received
@@ -297,7 +297,7 @@ def _check_files(files: dict[str, list[bytes]], summary: str) -> None:
     figures = [content for name, content in sent.items() if name.endswith(".png")]
     tables = {name.partition("_")[0]: content for name, content in sent.items() if name.endswith(".table.json")}
     assert len(figures) >= 4
-    assert set(tables) == {"best", "cells", "verdicts"}
+    assert set(tables) == {"best", "cells", "failing", "leaderboard", "verdicts"}
     assert len(json.loads(tables["cells"][0])["data"]) == 4
     for content in [*figures, *tables.values()]:
         assert len(content) == 2
