@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -30,6 +30,7 @@ SUFFIX = ".safetensors"
 _ABOUT = "kvbench_artefact"
 _VERSION = 1
 _LENGTH_BYTES = 8
+_T = TypeVar("_T")
 _AGAIN = "write it again with kvbench calibrate"
 
 
@@ -128,9 +129,14 @@ class ArtefactFile:
 
 def artefact_bytes(layers: Sequence[Mapping[str, Tensor]], about: Mapping[str, Any]) -> bytes:
     """Return the content of a file; the same for the same tensors and the same `about`, which JSON must hold."""
-    named = {f"layers.{number}.{name}": one for number, layer in enumerate(layers) for name, one in layer.items()}
     text = json.dumps({"version": _VERSION, **about}, sort_keys=True)
-    return save({name: one.detach().cpu().clone() for name, one in named.items()}, metadata={_ABOUT: text})
+    tensors = {name: one.detach().cpu().clone() for name, one in named_tensors(layers).items()}
+    return save(tensors, metadata={_ABOUT: text})
+
+
+def named_tensors(layers: Sequence[Mapping[str, _T]]) -> dict[str, _T]:
+    """Return what each layer has by the names that a file gives it, `layers.N.NAME`."""
+    return {f"layers.{number}.{name}": one for number, layer in enumerate(layers) for name, one in layer.items()}
 
 
 def read_artefact(path: Path) -> ArtefactFile:
@@ -163,7 +169,7 @@ def _read(path: Path, size_bytes: int, changed_ns: int) -> ArtefactFile:
 def checked_layers(policy: Calibrated, tensors: Mapping[str, Tensor], layout: Layout, told: str) -> Artefact:
     """Return the tensors layer by layer. Raises: ConfigError unless each is there, of its shape, and finite."""
     shapes = policy.shapes(layout)
-    wanted = {f"layers.{n}.{name}": shape for n in range(layout.num_layers) for name, shape in shapes.items()}
+    wanted = named_tensors([shapes] * layout.num_layers)
     for name in (*wanted, *tensors):
         shape, asked = tuple(tensors[name].shape) if name in tensors else None, wanted.get(name)
         if shape != asked:

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from kvbench.cache import Calibrated, Layout, Policy, PolicyCache, artefact, attach, cache_argument
-from kvbench.cache.artefact import Artefact, checked_layers
+from kvbench.cache.artefact import Artefact, checked_layers, named_tensors
 from kvbench.cache.recording import CalibrationCache
 from kvbench.cache.second_pass import read_again
 
@@ -147,9 +147,8 @@ def _calibrated(model: Any, policy: Calibrated) -> Artefact:
     drawn = torch.randint(len(words), (2, 40), generator=torch.Generator().manual_seed(11))
     cache = CalibrationCache(model, policy)
     model(torch.tensor(words)[drawn].to(model.device), **cache_argument(model, cache), use_cache=True)
-    layers = [policy.learn(sums) for sums in cache.gathered]
-    named = {f"layers.{n}.{name}": one.cpu() for n, layer in enumerate(layers) for name, one in layer.items()}
-    return checked_layers(policy, named, layout, "what was learnt here")
+    layers = [{name: one.cpu() for name, one in policy.learn(sums).items()} for sums in cache.gathered]
+    return checked_layers(policy, named_tensors(layers), layout, "what was learnt here")
 
 
 @torch.no_grad()

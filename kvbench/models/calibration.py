@@ -8,13 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvbench.cache import Calibrated, Layout, Policy
-from kvbench.cache.artefact import SUFFIX, ArtefactFile, artefact_bytes, checked_layers, read_artefact
+from kvbench.cache.artefact import SUFFIX, ArtefactFile, checked_layers, named_tensors, read_artefact
 from kvbench.datasets.base import Example
 from kvbench.errors import ConfigError
 from kvbench.models.gguf import cache_folder
@@ -69,11 +68,6 @@ def as_learner(policy: Policy, name: str) -> Calibrated:
     return policy
 
 
-def artefact_content(layers: Sequence[Mapping[str, Tensor]], about: Mapping[str, Any]) -> bytes:
-    """Return the bytes of the file that holds what was learnt, and what it says of itself."""
-    return artefact_bytes(layers, about)
-
-
 @torch.inference_mode()
 def learnt(
     loaded: LoadedModel,
@@ -102,6 +96,5 @@ def learnt(
                 total[name] = one if name not in total else total[name] + one
         on_batch(min(start + batch_size, len(examples)))
     layers = [policy.learn(total) for total in sums]
-    named = {f"layers.{n}.{name}": one for n, layer in enumerate(layers) for name, one in layer.items()}
-    checked_layers(policy, named, Layout.of(loaded.model), f"what {type(policy).__name__} learnt")
+    checked_layers(policy, named_tensors(layers), Layout.of(loaded.model), f"what {type(policy).__name__} learnt")
     return layers

@@ -117,8 +117,6 @@ def _by_first(found: Iterable[Comparison | None]) -> dict[str, Comparison]:
 def chosen_group(results: Results, part: Part, budget: float) -> Group | None:
     """Return the cells of a part at one budget, and the full cache's; None where there is none."""
     cells = [cell for cell in results.records if part.has(cell) and (cell.is_full or cell.budget_fraction == budget)]
-    if len({(cell.policy, cell.positions) for cell in cells}) == len(cells):  # told apart from cells of other parts
-        cells = [replace(cell, variant="") for cell in cells]
     return Group(model=cells[0].model, dataset=cells[0].dataset, cells=tuple(cells)) if cells else None
 
 
