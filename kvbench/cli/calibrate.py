@@ -57,9 +57,8 @@ def _calibrated(args: Any) -> str:
     make_importable([args.config_dir] if args.config_dir else [])
     words = [f"policy={args.policy}", *args.words]
     (composed,) = compose_grid(words, multirun=False, config_dir=args.config_dir)
-    from kvbench.cache.artefact import artefact_bytes
     from kvbench.config.build import build, class_name, source_of
-    from kvbench.models.calibration import artefact_path, as_learner, learnt
+    from kvbench.models.calibration import artefact_content, artefact_path, as_learner, learnt
     from kvbench.models.loader import load_model
     from kvbench.models.spec import ModelSpec
     from kvbench.sweep.cell import resolve_devices
@@ -93,6 +92,6 @@ def _calibrated(args: Any) -> str:
             size if isinstance(size, int) else _BATCH,
             on_batch=lambda done: _show(bar, done),
         )
-    content = artefact_bytes(layers, about)
+    content = artefact_content(layers, about)
     write_out(path, content)
     return f"{len(examples)} prompts of {about['dataset_name']}; {len(content):,} bytes: {path}"

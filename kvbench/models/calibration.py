@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvbench.cache import Calibrated, Layout, Policy
-from kvbench.cache.artefact import SUFFIX, ArtefactFile, checked_layers, named_tensors, read_artefact
+from kvbench.cache.artefact import SUFFIX, ArtefactFile, artefact_bytes, checked_layers, named_tensors, read_artefact
 from kvbench.datasets.base import Example
 from kvbench.errors import ConfigError
 from kvbench.models.gguf import cache_folder
@@ -66,6 +67,11 @@ def as_learner(policy: Policy, name: str) -> Calibrated:
             "setting artefact, such as q_filters"
         )
     return policy
+
+
+def artefact_content(layers: Sequence[Mapping[str, Tensor]], about: Mapping[str, Any]) -> bytes:
+    """Return the bytes of the file that holds what was learnt, and what it says of itself."""
+    return artefact_bytes(layers, about)
 
 
 @torch.inference_mode()
