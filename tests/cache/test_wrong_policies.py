@@ -14,11 +14,11 @@ from torch import Tensor
 
 from kvbench.cache import Budget, Needs, Plan, Policy, PolicyCache, ScorePolicy, View, cache_argument
 from kvbench.cache.selection import keep_top, lowest
+from kvbench.contract.driving import drive
 from kvbench.errors import ConfigError, NonFiniteChoiceError, NonFiniteError, PolicyError
 from kvbench.kernels.dispatch import kernels_forced
 from kvbench.policies.h2o import H2O
 from kvbench.policies.released.h2o_elastic import H2OElasticRelease
-from tests.driving import drive
 from tests.tiny_models import random_tokens
 
 

@@ -17,13 +17,13 @@ from kvbench.cache import Calibrated, Room, Sample, View
 from kvbench.cache.parts import divided_heads, layer_entries
 from kvbench.cache.policy import ranking
 from kvbench.cache.positions import Rotation
+from kvbench.contract.reference import rotated
 from kvbench.errors import ConfigError
 from kvbench.policies.allocation.retrieval_heads import RetrievalHeads
 from kvbench.policies.duo_attention import DuoAttention
 from kvbench.policies.q_filters import QFilters
 from kvbench.policies.triattention import TriAttention
 from tests.covering import share_of
-from tests.reference import rotated
 
 HEADS, GROUP, WIDTH = 2, 2, 6
 FREQUENCIES = torch.tensor([1.0, 0.3, 0.04])
