@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import Policy, ScorePolicy, View
+from kvbench.cache.policy import total_of
 from kvbench.contract import terms
 from kvbench.contract.terms import Rule
 from kvbench.policies.allocation.ada import Ada
@@ -20,7 +21,7 @@ CLOSE = dict(zip(("rtol", "atol"), terms.CLOSE, strict=True))
 
 def is_outcome(policy: Policy) -> bool:
     """Whether how much is held is an outcome that no budget bounds."""
-    return terms.total_of(policy) == "data_dependent"
+    return total_of(policy) == "data_dependent"
 
 
 def keep(rule: Rule, policy: Policy, **case: Any) -> None:

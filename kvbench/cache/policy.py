@@ -267,6 +267,13 @@ def steps_between_cuts(policy: Policy) -> int | None:
     return policy.every_tokens if isinstance(policy, ScorePolicy) else 1
 
 
+def total_of(policy: Policy) -> str:
+    """Return what a policy's allocation says of its total: `exact`, `bounded` or `data_dependent`."""
+    if isinstance(policy, ScorePolicy):
+        return "exact" if policy.allocation is None else policy.allocation.total
+    return "bounded"
+
+
 def merge_at_decode(policy: Policy) -> Merge | None:
     """Return the merge that entries freed at a decode step take part in, None where they are dropped."""
     merge = policy.merge if isinstance(policy, ScorePolicy) else None

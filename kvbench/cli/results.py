@@ -77,7 +77,8 @@ def _selected(args: argparse.Namespace) -> Results:
 def _list(args: argparse.Namespace) -> None:
     results = _selected(args)
     for cell in results.records:
-        names = f"{cell.status:<12} {cell.policy:<16} {cell.budget:<14} {cell.sweep:<12} {cell.started_utc[:19]}"
+        names = f"{cell.status:<12} {cell.policy:<16} {cell.budget:<16} {cell.model} on {cell.dataset}"
+        names = f"{names:<80} {cell.sweep:<12} {cell.started_utc[:19]}"
         print(printable(f"{cell.key[:16]}  {names}{'  ' + cell.error if cell.failed else ''}")[:200])
     print(f"{len(results.records)} cells, {len(results.problems)} problems")
     _print_problems(results.problems)
@@ -159,7 +160,7 @@ def _gc(args: argparse.Namespace) -> int:
 
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], int | None]]] = {
-    "list": ("one line per cell: key, status, policy, budget, sweep, when", _list),
+    "list": ("one line per cell: key, status, policy, budget, model, data set, sweep, when", _list),
     "show": ("everything about one cell: settings, numbers, environment, attempts", _show),
     "table": ("the results table", _table),
     "csv": ("a row per cell, per cell and measurement, or per cell and sample, to the terminal or a file", _export),

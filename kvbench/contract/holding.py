@@ -16,6 +16,7 @@ from torch import Tensor
 from kvbench.cache import UNLIMITED, Budget, Policy, PolicyCache, ScorePolicy, When
 from kvbench.cache import layer as cache_layer
 from kvbench.cache.layer import PolicyLayer
+from kvbench.cache.policy import total_of
 from kvbench.contract.driving import drive, random_tokens, storage_bytes, tensors_of, tiny_model
 from kvbench.contract.terms import (
     BUDGETS,
@@ -33,7 +34,6 @@ from kvbench.contract.terms import (
     protected_counts,
     rule,
     same,
-    total_of,
     unbounded,
 )
 

@@ -71,7 +71,7 @@ def test_list_shows_a_line_per_cell_and_selects(finished: Path, capsys: pytest.C
         ("list FOLDER --policy h20", "--policy is 'h20'; did you mean 'h2o'?"),
         ("list FOLDER --status okay", "--status is 'okay'; did you mean 'ok'?"),
         ("list FOLDER --sweep nope", "no record belongs to the sweep 'nope'"),
-        ("lst FOLDER", "invalid choice: 'lst'"),
+        ("lst FOLDER", "the command is 'lst'; did you mean 'list'?"),
         ("", "the following arguments are required: COMMAND"),
         ("list nowhere", "the results folder nowhere does not exist"),
         ("verify nowhere", "the results folder nowhere does not exist"),
