@@ -340,6 +340,8 @@ def checked_score(policy: ScorePolicy, view: View) -> Tensor:
     """Return `policy.score(view)`. Raises: PolicyError for another shape than (B, H, T) or (B, 1, T)."""
     score = policy.score(view)
     rows, _, entries = view.position.shape
+    if not isinstance(score, Tensor):
+        raise PolicyError(f"{type(policy).__name__}.score returned {score!r:.60}; it must be a tensor (B, H, T)")
     if score.shape not in (view.position.shape, (rows, 1, entries)):
         raise PolicyError(
             f"{type(policy).__name__}.score returned shape {tuple(score.shape)}; "

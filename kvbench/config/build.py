@@ -505,7 +505,8 @@ def build(node: DictConfig | None, name: str, *, is_a: type[Any] = object, has: 
         raise
     except Exception as error:
         check_installed(error, str(plain["_target_"]), name)
-        raise ConfigError(f"{name}: {' '.join(str(error).split())}") from error
+        told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"{name}._target_ is {plain['_target_']}, which cannot be made: {told}") from error
 
 
 def _checked(plugin: type[Any], arguments: dict[str, Any], name: str) -> dict[str, Any]:
