@@ -131,7 +131,8 @@ def test_cakes_preference_is_its_equation(seed: int, budget: int, taus: tuple[fl
     preferences = []
     for view, ranking in zip(views, rankings, strict=True):
         spread = shift = 0.0
-        for head in view.window[0].double().tolist():
+        for whole_rows in view.window[0].double().tolist():
+            head = [row[: TOKENS - len(whole_rows)] for row in whole_rows]  # what is older than the window
             spread -= sum(a * math.log(a) for row in head for a in row) / len(head) / HEADS
             for column in zip(*head, strict=True):
                 mean = sum(column) / len(column)
