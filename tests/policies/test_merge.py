@@ -198,7 +198,7 @@ def test_values_are_spread_over_those_after_them_as_plain_loops_do(seed: int, le
 
         return naive_cam(head, keep, draw, spread)
 
-    same_as_lists(CaM(spread_tokens=spread, seed=5), seed, length, naive)
+    same_as_lists(CaM(spread_tokens=spread, prompt_too=True, seed=5), seed, length, naive)
 
 
 @quick
@@ -233,8 +233,8 @@ def test_runs_of_neighbours_become_one_as_plain_loops_do(seed: int, length: int,
 def test_a_released_prompt_gives_nothing_and_a_seed_gives_other_draws() -> None:
     entries, keep, protected = random_case(1, 30)
     view = view_of(entries, probs_or_none=torch.rand(entries.position.shape))
-    assert CaM(prompt_too=False).into(view, keep, protected).values is None
-    values = [CaM(seed=seed).into(view, keep, protected).values for seed in (0, 1, 0)]
+    assert CaM().into(view, keep, protected).values is None
+    values = [CaM(prompt_too=True, seed=seed).into(view, keep, protected).values for seed in (0, 1, 0)]
     assert torch.equal(values[0], values[2])  # type: ignore[arg-type]
     assert not torch.equal(values[0], values[1])  # type: ignore[arg-type]
 
