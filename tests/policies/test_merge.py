@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import pytest
 import torch
@@ -254,6 +254,29 @@ def test_what_goes_joins_the_nearest_by_age_as_in_elastics_equation(seed: int, l
                 for k in bucket:
                     joins = line[anchor] if not protected[row, head, line[k]] else line[k]
                     assert plan.merge_into[row, head, line[k]] == joins
+
+
+@pytest.mark.parametrize(
+    "merge",
+    [Voronoi(), KVMerger(), D2O(), D2O(weights="cosine"), *(NearestCosine(how=how) for how in get_args(How))],
+    ids=str,
+)
+def test_merging_copies_leaves_them_as_they_are_and_attention_that_counts_them_too(merge: Merge) -> None:
+    """Of each two neighbours that are alike the newer goes. A merged entry counts once, so its logit wants log 2."""
+    torch.manual_seed(7)
+    pairs = 6
+    keys = 3 * torch.rand(pairs).diag().repeat_interleave(2, dim=0).expand(ROWS, HEADS, -1, -1)
+    values = torch.randn(ROWS, HEADS, pairs, pairs).repeat_interleave(2, dim=2)
+    position = torch.arange(2 * pairs).expand(ROWS, HEADS, -1)
+    kind, mass = torch.zeros(position.shape, dtype=torch.int8), torch.rand(position.shape)
+    entries = Entries(keys=keys, values=values, position=position, kind=kind, mass=mass)
+    keep = position % 2 == 0
+    merged = settle(entries, merge.into(view_of(entries), keep, torch.zeros_like(keep)), pairs).entries
+    torch.testing.assert_close(merged.keys, keys[:, :, ::2])
+    torch.testing.assert_close(merged.values, values[:, :, ::2])
+    query = torch.randn(ROWS, HEADS, 3, pairs)
+    counted = (query @ merged.keys.mT + math.log(2)).softmax(dim=-1) @ merged.values
+    torch.testing.assert_close(counted, (query @ keys.mT).softmax(dim=-1) @ values)
 
 
 @dataclass(frozen=True, kw_only=True)
