@@ -20,7 +20,7 @@ class Cake(Allocation):
 
     Source: CAKE (arXiv 2503.12491, Eqs. 4 to 6) and its code (cake/model/modify_llama.py): H is the mean entropy of the
     rows, V the variance of each column over the queries, summed over columns; both averaged over the heads, and of
-    what is older than these queries only, whose own columns, empty above the diagonal, would outweigh all others in V.
+    what is older than these queries only, whose own columns, empty above the diagonal, would be half of V.
     Differs in: the layers are divided once all were seen, where the paper cuts in a cascade so that no more than the
     budget is held meanwhile (its end is the same); the temperatures, which the paper fits to each model, are 1.
     """
