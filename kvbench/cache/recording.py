@@ -37,7 +37,7 @@ from torch import Tensor
 from transformers import Cache
 
 from kvbench.cache.artefact import Calibrated, Sample
-from kvbench.cache.attention import ChunkStatistics, Statistics
+from kvbench.cache.attention import ChunkStatistics, Statistics, listen
 from kvbench.cache.cache import PolicyCache, unrotation_of
 from kvbench.cache.counts import LayerSetup
 from kvbench.cache.layer import PolicyLayer
@@ -72,6 +72,7 @@ class LayerPrompt:
     head_rows: dict[int, Tensor]
     moments: dict[int, tuple[Tensor, Tensor]]
     queries: dict[int, tuple[Tensor, Tensor, float]]
+    hidden: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,6 +122,7 @@ class _RecordingLayer(PolicyLayer):
         self._head_rows = {p.window_tokens for p in policies if Needs.HEAD_ROWS in needs_of(p)}
         self._skips = {p.moments_from for p in policies if Needs.MOMENTS in needs_of(p)}
         self._rings = {p.window_tokens for p in policies if keeps_ring(p)}
+        self._hears = any(Needs.HIDDEN in needs_of(p) for p in policies)
         self.recorded: LayerPrompt | None = None
 
     def settle_chunk(self, entries: Entries, statistics: Statistics) -> None:
@@ -138,7 +140,12 @@ class _RecordingLayer(PolicyLayer):
             head_rows={size: statistics.head_rows(size) for size in self._head_rows},
             moments={} if unrotation is None else {skip: statistics.moments(unrotation, skip) for skip in self._skips},
             queries={size: _copied(statistics.last_queries(size)) for size in self._rings},
+            hidden=self._hidden if self._hears else None,
         )
+
+    def take_notes(self, entries: Entries, hidden: Tensor | None, num_new: int) -> None:
+        """Keep what policies make their notes of."""
+        self._hidden = hidden
 
 
 def _copied(last: tuple[Tensor, Tensor, float]) -> tuple[Tensor, Tensor, float]:
@@ -166,6 +173,8 @@ class PromptRecorder(Cache):
         )
         self._recording = [_RecordingLayer(setup, chosen) for setup in setups]
         super().__init__(layers=list(self._recording))
+        if any(Needs.HIDDEN in needs_of(policy) for policy in chosen):
+            listen(model, self, self._recording)
         self._own = {"_own", *vars(self)}
 
     @property
@@ -190,6 +199,7 @@ def cache_after(prompt: Recording, cache: PolicyCache) -> PolicyCache:
         statistics = _Recorded(prompt=recorded, policy=layer.setup.policy)
         layer.ledger.padded_tokens = recorded.keys.shape[2]
         layer.ledger.begin_chunk(list(recorded.lengths))
+        layer.take_notes(entries, recorded.hidden, recorded.keys.shape[2])
         layer.settle_chunk(entries, statistics)
     for name, value in prompt.kept_by_model.items():
         setattr(cache, name, copy.deepcopy(value))
