@@ -38,12 +38,13 @@ from transformers import Cache
 
 from kvbench.cache.artefact import Calibrated, Sample
 from kvbench.cache.attention import ChunkStatistics, Statistics, listen
-from kvbench.cache.cache import PolicyCache, unrotation_of
+from kvbench.cache.cache import PolicyCache, output_weight, unrotation_of
 from kvbench.cache.counts import LayerSetup
 from kvbench.cache.layer import PolicyLayer
 from kvbench.cache.policy import UNLIMITED, Policy, keeps_ring, needs_of
 from kvbench.cache.positions import Rotation, rotation_of
 from kvbench.cache.ragged import RaggedSlots
+from kvbench.cache.second_pass import SecondPass
 from kvbench.cache.slots import Entries, Slots
 from kvbench.cache.view import Needs, Plan
 from kvbench.errors import ModelSupportError
@@ -215,32 +216,77 @@ class _GatheringLayer(PolicyLayer):
         super().__init__(setup)
         self._learner = policy
 
+    def take_notes(self, entries: Entries, hidden: Tensor | None, num_new: int) -> None:
+        """Keep what the policy learns from; a prompt's alone."""
+        self._hidden = hidden
+
     def settle_chunk(self, entries: Entries, statistics: Statistics) -> None:
-        """Keep what the policy sums up."""
+        """Keep what the policy sums up, or wait until the prompt was repeated."""
+        if Needs.REPEATED in self._learner.learns_from:
+            self._unread = (entries, statistics)
+            self._repeated = torch.zeros(entries.position.shape, dtype=torch.float32, device=entries.keys.device)
+        else:
+            self._gather(statistics)
+
+    def cut_repeated(self) -> None:
+        """Let the policy learn from a prompt that was repeated, and let go of it."""
+        if self._unread is not None:
+            (_, statistics), self._unread = self._unread, None
+            self._gather(statistics)
+            self._repeated = None
+
+    def _gather(self, statistics: Statistics) -> None:
         assert isinstance(statistics, ChunkStatistics)
-        chunk, rotation = statistics.chunk, self.setup.unrotation
-        sample = Sample(query=chunk.query, keys=chunk.keys, position=chunk.query_position, rotation=rotation)
+        chunk = statistics.chunk
+        sample = Sample(
+            query=chunk.query,
+            keys=chunk.keys,
+            position=chunk.query_position,
+            rotation=self.setup.unrotation,
+            hidden_or_none=self._hidden,
+            repeated_or_none=self._repeated,
+        )
         self.gathered = self._learner.gather(sample)
 
 
 class CalibrationCache(Cache):
-    """Takes one batch of calibration data in one piece; `gathered` is what `policy` sums up of each layer."""
+    """Takes one batch of calibration data in one piece; `gathered` is what `policy` sums up of each layer.
+
+    Where it learns from a prompt that is repeated, `awaits_second_pass` says that `read_again` is to be called first.
+    """
 
     def __init__(self, model: Any, policy: Calibrated) -> None:
         num_layers, rotation = model.config.get_text_config().num_hidden_layers, None
         with contextlib.suppress(ModelSupportError):  # who needs it says so
             rotation = rotation_of(model.get_decoder())
+        by_output = Needs.REPEATED in policy.learns_from and policy.repeated_as == "output"
+        self.second_pass = SecondPass()
         setups = (
-            LayerSetup(layer=n, num_layers=num_layers, policy=Policy(), budget=UNLIMITED, unrotation=rotation)
+            LayerSetup(
+                layer=n,
+                num_layers=num_layers,
+                policy=policy,
+                budget=UNLIMITED,
+                unrotation=rotation,
+                second_pass=self.second_pass,
+                output_weight=output_weight(model, n) if by_output else None,
+            )
             for n in range(num_layers)
         )
-        self._gathering = [_GatheringLayer(setup, policy) for setup in setups]
-        super().__init__(layers=list(self._gathering))
+        self.policy_layers = [_GatheringLayer(setup, policy) for setup in setups]
+        super().__init__(layers=list(self.policy_layers))
+        if by_output or Needs.HIDDEN in policy.learns_from:
+            listen(model, self, self.policy_layers)
+
+    @property
+    def awaits_second_pass(self) -> bool:
+        """Whether the prompt lies here until `read_again` was called for it."""
+        return any(layer.awaits_second_pass for layer in self.policy_layers)
 
     @property
     def gathered(self) -> list[Mapping[str, Tensor]]:
         """What the policy sums up, layer by layer, after the batch."""
-        return [layer.gathered for layer in self._gathering]
+        return [layer.gathered for layer in self.policy_layers]
 
 
 class EvictionLog:
