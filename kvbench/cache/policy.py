@@ -46,7 +46,8 @@ class Policy:
     Class flags: `needs` (statistics computed for it), `when` (phases in which it cuts), `granularity`
     (do the heads of a layer share their entries), `reduction` (query heads to KV heads), `bounded`
     (False: it ignores the budget, as the full cache does), `window_tokens` (queries of WINDOW and HEAD_ROWS),
-    `moments_from` (so many first tokens are not in MOMENTS), `repeat_tokens` (of a chunk of REPEATED) and
+    `moments_from` (so many first tokens are not in MOMENTS), `repeat_tokens` (of a chunk of REPEATED), `repeated_as`
+    (what REPEATED counts: shares of attention, or these as they move the output: times |W v| over |h|) and
     `native_positions` (the position mode its authors describe, used unless another is asked for).
     """
 
@@ -58,6 +59,7 @@ class Policy:
     window_tokens: ClassVar[int] = 32
     moments_from: ClassVar[int] = 0
     repeat_tokens: ClassVar[int] = 2048
+    repeated_as: ClassVar[Literal["attention", "output"]] = "attention"
     native_positions: ClassVar[Literal["original", "in_cache", "released"]] = "original"
 
     @property
@@ -75,6 +77,14 @@ class Policy:
         -1 says that there is no choice, because a number that decides is NaN: the cell ends as `nonfinite`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define victim(view)")
+
+    def note(self, view: View) -> Tensor | None:
+        """Return (B, H, T) or (B, 1, T), a number of each token that arrives, or None.
+
+        `view` shows these tokens alone, those of a prompt or the one of a step, pads at position -1. It is asked once
+        about each, in every layer; the number stays beside the entry and is `view.noted` from then on.
+        """
+        return None
 
     def hand_over(self, view: View) -> Tensor | None:
         """Return (B, ...), what later layers read of this one as `view.handed`; None leaves there what it is.
@@ -352,6 +362,25 @@ def checked_score(policy: ScorePolicy, view: View) -> Tensor:
             f"it must be (B, H, T) = {tuple(view.position.shape)} or (B, 1, T)"
         )
     return score if policy.protect is None else ranked_above(score, getattr(view, policy.protect))
+
+
+def takes_notes(policy: Policy) -> bool:
+    """Return whether the policy notes a number of each token when it comes."""
+    return type(policy).note is not Policy.note
+
+
+def checked_note(policy: Policy, view: View) -> Tensor | None:
+    """Return `policy.note(view)` as (B, H, T) float32, 0 at pads. Raises: PolicyError for another shape."""
+    noted = policy.note(view)
+    if noted is None:
+        return None
+    rows, _, entries = view.position.shape
+    if noted.shape not in (view.position.shape, (rows, 1, entries)):
+        raise PolicyError(
+            f"{type(policy).__name__}.note returned shape {tuple(noted.shape)}; "
+            f"it must be (B, H, T) = {tuple(view.position.shape)} or (B, 1, T)"
+        )
+    return noted.float().expand(view.position.shape).masked_fill(view.position < 0, 0.0)
 
 
 def checked_range(policy: ScorePolicy, seen: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
