@@ -17,6 +17,7 @@ from kvbench.cache import UNLIMITED, Budget, Policy, PolicyCache, ScorePolicy, W
 from kvbench.cache import layer as cache_layer
 from kvbench.cache.artefact import Artefact
 from kvbench.cache.layer import PolicyLayer
+from kvbench.cache.policy import total_of
 from kvbench.contract.driving import drive, random_tokens, storage_bytes, tensors_of, tiny_model
 from kvbench.contract.terms import (
     BUDGETS,
@@ -34,7 +35,6 @@ from kvbench.contract.terms import (
     protected_counts,
     rule,
     same,
-    total_of,
     unbounded,
 )
 
