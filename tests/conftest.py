@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import sys
@@ -92,16 +93,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what is imported now out of every later collection: tests that collect took half a second each."""
-    gc.collect()
+    """Leave what is imported now out of every later collection, that at the end too: each took half a second."""
     gc.freeze()
+    atexit.register(gc.unfreeze)  # or triton's library tells at exit of all that it finds alive
     gc.enable()
     gc.set_threshold(20_000, 20, 20)
-
-
-def pytest_sessionfinish() -> None:
-    """Let the interpreter end as it would without."""
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,6 +16,7 @@ This file imports nothing heavy: the process that only hands tests to workers re
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import zlib
 from collections import defaultdict
@@ -58,10 +59,17 @@ def cover(product: Mapping[str, Mapping[str, str]], strength: int) -> set[str]:
     }
     missing = set().union(*parts.values())
     chosen: set[str] = set()
+    ranks = {name: rank for rank, name in enumerate(sorted(parts, key=lambda name: (zlib.crc32(name.encode()), name)))}
+    best_first = [(-len(part), -ranks[name], name) for name, part in parts.items()]
+    heapq.heapify(best_first)
     while missing:
-        best = max(parts, key=lambda name: (len(parts[name] & missing), zlib.crc32(name.encode()), name))
-        missing -= parts.pop(best)
-        chosen.add(best)
+        number, rank, name = heapq.heappop(best_first)
+        adds = len(parts[name] & missing)
+        if adds < -number:  # of what it had, something was chosen since
+            heapq.heappush(best_first, (-adds, rank, name))
+            continue
+        missing -= parts[name]
+        chosen.add(name)
     return chosen
 
 
