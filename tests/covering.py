@@ -3,6 +3,7 @@
     @pytest.mark.cover("one")     # one of them
     @pytest.mark.cover            # each value of each parameter at least once
     @pytest.mark.cover("pairs")   # each pair of values of two parameters at least once
+    @pytest.mark.cover("mechanisms")   # as values, but of policies: each mechanism of the cache that one uses
     @pytest.mark.parametrize("line", one_in(3, LINES))    # about one in three of many alike
 
 A test of the fixture `policy` and of another parameter needs no mark to be covered by values; `cover("all")` says that
@@ -10,6 +11,9 @@ its whole product runs by default. The choice is greedy, and ties are broken by 
 in every process and on every machine, but another one for another test, so that over all tests each policy meets each
 position mode. A new yaml, family or dtype is a new value, so one of its tests runs by default with nothing to
 register. Of random examples a default run takes a quarter (`share_of`).
+
+A rule that is costly and about the cache rather than about a score is tried with policies that together use every
+mechanism (`mechanisms_of`): a yaml of known parts adds nothing to such a test, one of a new part a case.
 
 This file imports nothing heavy: the process that only hands tests to workers reads it too.
 """
@@ -21,6 +25,7 @@ import itertools
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +36,7 @@ YAMLS = sorted(path for path in (Path(__file__).parents[1] / "conf" / "policy").
 HARD = ("middle_first", "ragged", "blocks")  # `tests.contract.middle_first` makes them
 HARDER = ("divided", "ragged_blocks")  # in `make test-all`
 POSITIONS = ("original", "in_cache", "released")
-_STRENGTH = {("one",): 0, (): 1, ("values",): 1, ("pairs",): 2, ("all",): None}
+_STRENGTH = {("one",): 0, (): 1, ("values",): 1, ("mechanisms",): 1, ("pairs",): 2, ("all",): None}
 
 
 exhaustive = False
@@ -73,6 +78,44 @@ def cover(product: Mapping[str, Mapping[str, str]], strength: int) -> set[str]:
     return chosen
 
 
+@cache
+def mechanisms_of(policy: Any) -> dict[str, str]:
+    """Return what a yaml's policy asks of the cache, by name; of any other value, and of a wrong yaml, itself."""
+    if not isinstance(policy, Path):
+        return {"policy": repr(policy)}
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from kvbench.cache import Calibrated, Needs, ScorePolicy
+    from kvbench.cache.policy import keeps_ring, needs_of, steps_between_cuts
+    from kvbench.cache.released import Departures, departures_of
+
+    try:
+        made = instantiate(OmegaConf.load(policy), _convert_="object")
+        parts = {name: type(getattr(made, name, None)).__name__ for name in ("allocation", "merge")}
+        return {
+            **parts,
+            **{f"need {need.name}": "yes" for need in Needs if need in needs_of(made)},
+            "when": repr(made.when),
+            "scores": str(isinstance(made, ScorePolicy)),
+            "blocks": str((steps_between_cuts(made) or 1) > 1),
+            "departs": str(departures_of(made) != Departures()),
+            "learns": str(isinstance(made, Calibrated)),
+            "ring": str(keeps_ring(made)),
+        }
+    except Exception:  # the contract says what is wrong with it
+        return {"policy": repr(policy)}
+
+
+def _values_of(item: pytest.Item) -> dict[str, str]:
+    """Return what a test is a case of, as text by name."""
+    params = dict(item.callspec.params)
+    mark = item.get_closest_marker("cover")
+    by_mechanism = mark is not None and mark.args == ("mechanisms",)
+    mechanisms = mechanisms_of(params.pop("policy")) if by_mechanism else {}
+    return {**{name: repr(value) for name, value in params.items()}, **mechanisms}
+
+
 def _strength_of(item: pytest.Item) -> int | None:
     """Return the strength of the cover that `item` is chosen for; None where it runs by default in any case."""
     if not hasattr(item, "callspec") or item.get_closest_marker("gpu") or item.get_closest_marker("long"):
@@ -92,10 +135,6 @@ def outside_the_cover(items: Iterable[pytest.Item]) -> list[pytest.Item]:
             functions[item.nodeid.partition("[")[0], strength][item.nodeid] = item
     left: list[pytest.Item] = []
     for (_, strength), tests in functions.items():
-        product = {
-            name: {parameter: repr(value) for parameter, value in item.callspec.params.items()}
-            for name, item in tests.items()
-        }
-        chosen = cover(product, strength)
+        chosen = cover({name: _values_of(item) for name, item in tests.items()}, strength)
         left.extend(item for name, item in tests.items() if name not in chosen)
     return left

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.covering import cover, one_in, outside_the_cover, share_of
+from tests.covering import YAMLS, cover, mechanisms_of, one_in, outside_the_cover, share_of
 
 SIZES = {"policy": 12, "positions": 3, "budget": 6}
 PRODUCT = {
@@ -69,6 +69,21 @@ def test_tests_of_a_policy_and_more_are_covered_without_a_mark_and_marks_are_hee
     }
 
 
+def test_a_cover_of_mechanisms_uses_each_at_least_once_in_a_third_of_the_policies(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("_target_: nowhere.at_all")
+    of_yamls = {path: mechanisms_of(path) for path in YAMLS}
+    used = {one for found in of_yamls.values() for one in found.items()}
+    chosen = cover({path.stem: found for path, found in of_yamls.items()}, 1)
+    assert {one for path, found in of_yamls.items() if path.stem in chosen for one in found.items()} == used
+    assert len(chosen) < 25
+    assert ("allocation", "Pyramid") in used
+    assert ("need MASS", "yes") in used
+    assert [mechanisms_of(one) for one in (wrong, "hard")] == [{"policy": repr(wrong)}, {"policy": "'hard'"}]
+    items = collected("costly", pytest.mark.cover("mechanisms").mark, policy="ab", size="123")
+    assert len(items) - len(outside_the_cover(items)) == 3
+
+
 def test_of_many_alike_about_one_in_so_many_is_taken() -> None:
     left = [bool(one.marks) for one in one_in(3, [f"line {number}" for number in range(300)])]
     assert 150 < sum(left) < 250
@@ -88,6 +103,7 @@ def test_the_rule_needs_nothing_heavy() -> None:
             "__future__",
             "atexit",
             "collections",
+            "functools",
             "gc",
             "heapq",
             "itertools",
