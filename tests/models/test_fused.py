@@ -24,7 +24,7 @@ from tests.tiny_models import random_tokens, tiny_model
 pytest.importorskip("triton", reason="triton is not installed")
 
 ON = "cuda" if torch.cuda.is_available() else "cpu"
-PROMPT, STEPS = 9, 2
+PROMPT, STEPS = 5, 1
 
 
 def half(name: str) -> Any:

@@ -122,6 +122,7 @@ def test_a_record_without_a_usable_curve_has_no_figure_of_it(tmp_path: Path, cur
     assert svg_of(tmp_path, "entries") is None
 
 
+@pytest.mark.long
 def test_budgets_in_tokens_and_mixed_budgets_are_drawn(tmp_path: Path) -> None:
     for tokens in (16, 64, 256):
         write_cell(tmp_path, body(budget=None, budget_tokens=tokens) | {"status": "ok"})
@@ -229,6 +230,7 @@ def test_labels_cover_neither_each_other_nor_leave_the_figure(sweep_folder: Path
         assert all(box.left >= 0 and box.right <= figure.bbox.width for box in boxes)
 
 
+@pytest.mark.long
 def test_a_legend_takes_over_where_names_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvbench.report.figures.axes.MANY", 100)
     for index in range(40):
