@@ -87,9 +87,15 @@ def mend_interpreter() -> None:
     interpreter._patch_lang_tensor = with_index
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave to `make test-all` what a cover of a product does without."""
-    for item in outside_the_cover(items):
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave to `make test-all` what a cover of a product does without, and out of that what a larger one does."""
+    left = outside_the_cover(items)
+    if covering.exhaustive:
+        beyond, by_default = outside_the_cover(items, whole=True), {*items} - {*left}
+        needless = {item for item in beyond if item not in by_default or item.get_closest_marker("long")}
+        config.hook.pytest_deselected(items=list(needless))
+        items[:] = [item for item in items if item not in needless]
+    for item in left:
         item.add_marker(pytest.mark.long)
 
 

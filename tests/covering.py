@@ -1,9 +1,10 @@
-"""What `make test` takes of a product of parameters: a small cover of it; `make test-all` takes the whole product.
+"""What `make test` takes of a product of parameters: a small cover of it; `make test-all` takes the product.
 
     @pytest.mark.cover("one")     # one of them
     @pytest.mark.cover            # each value of each parameter at least once
     @pytest.mark.cover("pairs")   # each pair of values of two parameters at least once
     @pytest.mark.cover("mechanisms")   # as values, but of policies: each mechanism of the cache that one uses
+    @pytest.mark.cover(whole="pairs")      # values, and pairs in `make test-all`: where the product has hundreds
     @pytest.mark.parametrize("line", one_in(3, LINES))    # about one in three of many alike
 
 A test of the fixture `policy` and of another parameter needs no mark to be covered by values; `cover("all")` says that
@@ -107,34 +108,41 @@ def mechanisms_of(policy: Any) -> dict[str, str]:
         return {"policy": repr(policy)}
 
 
-def _values_of(item: pytest.Item) -> dict[str, str]:
+def _values_of(item: pytest.Item, whole: bool) -> dict[str, str]:
     """Return what a test is a case of, as text by name."""
     params = dict(item.callspec.params)
     mark = item.get_closest_marker("cover")
-    by_mechanism = mark is not None and mark.args == ("mechanisms",)
+    by_mechanism = mark is not None and mark.args == ("mechanisms",) and not whole
     mechanisms = mechanisms_of(params.pop("policy")) if by_mechanism else {}
     return {**{name: repr(value) for name, value in params.items()}, **mechanisms}
 
 
-def _strength_of(item: pytest.Item) -> int | None:
-    """Return the strength of the cover that `item` is chosen for; None where it runs by default in any case."""
-    if not hasattr(item, "callspec") or item.get_closest_marker("gpu") or item.get_closest_marker("long"):
+def _strength_of(item: pytest.Item, whole: bool) -> int | None:
+    """Return the strength of the cover that `item` is chosen for; None where it runs in any case."""
+    if not hasattr(item, "callspec") or item.get_closest_marker("gpu"):
         return None
     mark = item.get_closest_marker("cover")
+    if whole:
+        return None if mark is None or "whole" not in mark.kwargs else _STRENGTH[mark.kwargs["whole"],]
+    if item.get_closest_marker("long"):
+        return None
     if mark is not None:
         return _STRENGTH[mark.args]
     return 1 if "policy" in item.callspec.params and len(item.callspec.params) > 1 else None
 
 
-def outside_the_cover(items: Iterable[pytest.Item]) -> list[pytest.Item]:
-    """Return the tests that a cover of their function's product does without; never one that needs a GPU."""
+def outside_the_cover(items: Iterable[pytest.Item], *, whole: bool = False) -> list[pytest.Item]:
+    """Return the tests that a cover of their function's product does without; never one that needs a GPU.
+
+    whole: those that even `make test-all` does without.
+    """
     functions: dict[tuple[str, int], dict[str, Any]] = defaultdict(dict)
     for item in items:
-        strength = _strength_of(item)
+        strength = _strength_of(item, whole)
         if strength is not None:
             functions[item.nodeid.partition("[")[0], strength][item.nodeid] = item
     left: list[pytest.Item] = []
     for (_, strength), tests in functions.items():
-        chosen = cover({name: _values_of(item) for name, item in tests.items()}, strength)
+        chosen = cover({name: _values_of(item, whole) for name, item in tests.items()}, strength)
         left.extend(item for name, item in tests.items() if name not in chosen)
     return left

@@ -69,6 +69,21 @@ def test_tests_of_a_policy_and_more_are_covered_without_a_mark_and_marks_are_hee
     }
 
 
+def test_what_has_hundreds_of_cases_is_covered_in_the_whole_run_too() -> None:
+    mark, product = pytest.mark, {"policy": "abcd", "size": "123", "dtype": "xy"}
+    items = [
+        *collected("pairs", mark.cover(whole="pairs").mark, **product),
+        *collected("long_values", mark.cover(whole="values").mark, mark.long.mark, **product),
+        *collected("all", **product),
+        *collected("gpu", mark.gpu.mark, mark.cover(whole="values").mark, **product),
+    ]
+    left = outside_the_cover(items, whole=True)
+    kept = Counter(item.nodeid.partition("::")[2].partition("[")[0] for item in items if item not in left)
+    assert kept == {"pairs": 12, "long_values": 4, "all": 24, "gpu": 24}
+    by_default = Counter(item.nodeid.partition("::")[2].partition("[")[0] for item in outside_the_cover(items))
+    assert by_default == {"pairs": 20, "all": 20}, "what is marked as long is not chosen from"
+
+
 def test_a_cover_of_mechanisms_uses_each_at_least_once_in_a_third_of_the_policies(tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("_target_: nowhere.at_all")

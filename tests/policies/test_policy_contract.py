@@ -22,6 +22,7 @@ def test_every_policy_yaml_builds_a_frozen_policy(policy: Policy) -> None:
     keep(holding.is_frozen, policy)
 
 
+@pytest.mark.cover(whole="pairs")
 @pytest.mark.parametrize("budget_name", BUDGETS)
 def test_what_is_held_is_the_whole_budget_and_no_more_with_what_is_protected_and_nothing_comes_back(
     policy: Policy, positions: Any, budget_name: str
@@ -37,6 +38,7 @@ def test_every_layer_holds_what_the_allocation_gave_it(policy: Policy, budget: B
     keep(holding.holds_its_share, policy, budget=budget)
 
 
+@pytest.mark.cover(whole="pairs")
 @pytest.mark.parametrize("prompt", [1, 8, 9, 10, 36])
 def test_prompts_may_be_shorter_or_longer_than_the_budget(policy: Policy, positions: Any, prompt: int) -> None:
     keep(holding.takes_any_prompt, policy, prompt=prompt, positions=positions)

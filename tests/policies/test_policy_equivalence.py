@@ -12,7 +12,7 @@ from kvbench.contract.driving import TINY_MODELS
 from tests.contract import BUDGETS, keep
 
 
-@pytest.mark.cover("mechanisms")
+@pytest.mark.cover("mechanisms", whole="pairs")
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_an_unlimited_budget_gives_the_logits_and_answers_of_the_stock_cache(
     policy: Policy, positions: Any, name: str
@@ -29,6 +29,7 @@ def test_a_model_in_bfloat16_stores_bfloat16_under_the_budget(policy: Policy, po
     keep(equality.takes_half_precision, policy, positions=positions)
 
 
+@pytest.mark.cover(whole="pairs")
 @pytest.mark.parametrize("budget_name", BUDGETS)
 @pytest.mark.parametrize("name", ["llama_gqa", "llama_mha"])
 def test_a_row_alone_is_the_same_row_in_a_left_padded_batch(
@@ -37,7 +38,7 @@ def test_a_row_alone_is_the_same_row_in_a_left_padded_batch(
     keep(equality.sees_no_pads, policy, budget=budget_name, model=name, positions=positions)
 
 
-@pytest.mark.cover("mechanisms")
+@pytest.mark.cover("mechanisms", whole="pairs")
 @pytest.mark.parametrize("budget_name", ["one", "smallest", "tokens", "third_of_seen"])
 @pytest.mark.parametrize("name", ["llama_gqa_8_2", "llama_mha"])
 def test_eviction_equals_attention_that_cannot_see_what_was_evicted(
@@ -46,6 +47,7 @@ def test_eviction_equals_attention_that_cannot_see_what_was_evicted(
     keep(equality.equals_masked_attention, policy, budget=budget_name, model=name, positions=positions)
 
 
+@pytest.mark.cover(whole="pairs")
 @pytest.mark.parametrize("budget_name", ["smallest", "tokens", "third_of_seen", "unlimited"])
 def test_a_second_turn_keeps_the_budget_and_sees_what_was_held(
     policy: Policy, positions: Any, budget_name: str
