@@ -99,6 +99,7 @@ def test_a_copy_of_a_fused_model_computes_with_its_own_weights() -> None:
     assert not any(bool(zero.any()) for zero in zeros)
 
 
+@pytest.mark.long
 def test_a_fused_model_is_freed_as_soon_as_it_is_let_go() -> None:
     model = half("llama_gqa")
     fuse(model)

@@ -44,6 +44,7 @@ def decoded(policy: Policy, engine: Any, by_kernels: bool, steps: int = STEPS, n
         return (*greedy(decoding, steps), decoding.cache.occupancy())
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("frozen")
 def test_replays_with_a_frozen_host_give_the_tokens_of_the_eager_engine() -> None:
     same_replays(H2O(), 2, num_layers=1)
