@@ -143,6 +143,7 @@ def _without_cache(query: Tensor, key: Tensor, value: Tensor, scale: float, mask
             key_position=key_position,
             scaling=scale,
             plain=plain,
+            left_pads=None if plain else _left_pads(position),
         ),
         wants_lse=False,
     )
@@ -165,7 +166,7 @@ def chunk_attention(chunk: Chunk, *, wants_lse: bool) -> tuple[Tensor, Tensor | 
         takes = chunk.stored == 0 and prefill.flash_takes(chunk.query)
         if takes and chunk.plain:
             return prefill.causal_forward(*states)
-        pads = _left_pads(chunk.query_position) if takes else None
+        pads = chunk.left_pads if takes else None
         if pads is not None:
             return prefill.padded_forward(*states, pads)
         if wants_lse and _in_kernels(chunk):
@@ -173,14 +174,13 @@ def chunk_attention(chunk: Chunk, *, wants_lse: bool) -> tuple[Tensor, Tensor | 
     return chunk_output(chunk), None
 
 
-def _left_pads(position: Tensor) -> list[int] | None:
+def _left_pads(position: Tensor) -> tuple[int, ...] | None:
     """Return the pads of each row of `position` (B, Q), None if some stand elsewhere than left of all tokens."""
     pads = position < 0
     counts = pads.sum(dim=-1)
     leading = pads.long().cumprod(dim=-1).sum(dim=-1)
-    left: list[int]
     left, all_of_them = torch.stack((leading, counts)).tolist()
-    return left if left == all_of_them else None
+    return tuple(left) if left == all_of_them else None
 
 
 def chunk_output(chunk: Chunk) -> Tensor:

@@ -42,8 +42,10 @@ from kvbench.cache.policy import (
     checked_victim,
     is_ragged,
     keeps_ring,
+    keeps_the_most,
     merge_at_decode,
     needs_of,
+    plans_safely,
     ranking,
     steps_between_cuts,
 )
@@ -151,31 +153,29 @@ class PolicyLayer(CacheLayerMixin):
             return output
         if self.slots is not None and self._appends:
             return self._attend_answer(self.slots, query, keys, values, scaling)
-        real = _real_tokens(query, padding, seen=self.ledger.seen)
-        before = torch.tensor(self.ledger.seen or [0] * real.shape[0], dtype=torch.int64, device=real.device)
-        position = torch.where(real, real.long().cumsum(-1) - 1 + before[:, None], EMPTY)
-        entries = self.entries_of(keys, values, position)
-        self.ledger.begin_chunk(real.sum(dim=-1).tolist())
+        arrival = self._shelf.arrival(self.setup, self.ledger, query, padding)
+        entries = self.entries_of(keys, values, arrival.position, arrival.kind)
+        self.ledger.begin_chunk(list(arrival.counts))
         chunk = Chunk(
             query=query,
             keys=keys,
             values=values,
-            query_position=position,
+            query_position=arrival.position,
             key_position=entries.position,
             scaling=scaling,
             plain=self.slots is None and min(self.ledger.seen) == query.shape[2],
+            left_pads=tuple(query.shape[2] - count for count in arrival.counts),
         )
         chunk = shifted_chunk(chunk, self.setup.rotation)
         output, lse = chunk_attention(chunk, wants_lse=entries.mass is not None)
         self.settle_chunk(entries, ChunkStatistics(chunk, lse, asked))
         return output
 
-    def entries_of(self, keys: Tensor, values: Tensor, position: Tensor) -> Entries:
-        """Return stored and new tokens together; keys, values (B, H, T, D) hold both, position (B, Q) is of the new."""
+    def entries_of(self, keys: Tensor, values: Tensor, position: Tensor, kind: Tensor) -> Entries:
+        """Return stored and new tokens together; keys, values (B, H, T, D) hold both, position, kind (B, Q) the new."""
         batch, heads, _, _ = keys.shape
         wide = position[:, None].expand(batch, heads, position.shape[1])
-        end = position.shape[1] if self.slots is None else self.ledger.padded_tokens
-        kind = self.setup.kinds(position, end)[:, None].expand(wide.shape)
+        kind = kind[:, None].expand(wide.shape)
         mass = None
         if Needs.MASS in self._needs:
             dtype = keys.dtype if self.setup.departures.mass_in_model_dtype else torch.float32
@@ -201,6 +201,8 @@ class PolicyLayer(CacheLayerMixin):
                 self.setup.relay.handed = None
         else:  # when the last layer of the pass has come
             self.setup.pool.arrive(entries, self.setup.num_layers, partial(self._cut, entries, statistics))
+        if self.setup.layer == self.setup.num_layers - 1:
+            self._shelf.doubts.look()
 
     def _cut(self, entries: Entries, statistics: Statistics) -> None:
         policy, self._num_heads = self.setup.policy, entries.position.shape[1]
@@ -277,6 +279,7 @@ class PolicyLayer(CacheLayerMixin):
         if self._unread is not None:
             (entries, statistics), self._unread = self._unread, None
             self._cut(entries, statistics)
+            self._shelf.doubts.look()
             self._repeated = None
 
     def _is_divided(self) -> bool:
@@ -345,12 +348,13 @@ class PolicyLayer(CacheLayerMixin):
             given["handed"] = self.setup.relay.handed.to(entries.keys.device)
         given["repeated_or_none"] = self._repeated
         stored, memory = (0, None) if self.slots is None else (self.slots.capacity, self.slots.memory)
-        return RowCounts(self.setup, self.ledger, entries.keys.device).view(
-            self.setup.layer,
+        return self._shelf.rows(self.setup, self.ledger, entries.keys.device).view(
+            self.setup,
             entries,
             new_tokens=entries.position.shape[-1] - stored,
             prefill=True,
             memory_or_none=memory,
+            doubts=self._shelf.doubts if plans_safely(policy) else None,
             **given,
         )
 
@@ -367,10 +371,16 @@ class PolicyLayer(CacheLayerMixin):
             self.slots.rank = self.slots.rank if self.setup.rotation is not None else None
             self.counts, self._leads = self._shelf.take(self.setup, self.ledger, self.slots.length.device)
             return
-        self.ledger.settle(self.ledger.held if plan is None else plan.keep.sum(dim=-1).amax(dim=1).tolist())
+        held = self.ledger.held
+        if plan is not None and keeps_the_most(self.setup.policy):
+            held = [min(pair) for pair in zip(held, self.ledger.allowed(), strict=True)]
+        elif plan is not None:
+            held = plan.keep.sum(dim=-1).amax(dim=1).tolist()
+        self.ledger.settle(held)
         final = self.ledger.allowed(ahead_tokens=self.setup.reserve_tokens)
         capacity = max(*self.ledger.held, *final) + self.ledger.block_tokens
-        self.slots = settle(entries, plan, capacity, memory, faults)
+        in_order = plan is None and faults is None and min(held) == entries.position.shape[-1]
+        self.slots = settle(entries, plan, capacity, memory, faults, in_order=in_order)
         if self.setup.rotation is not None and use_triton(self.slots.entries.keys):
             self.slots.rank = age_rank(self.slots.entries.position).int()
         self.counts, self._leads = self._shelf.take(self.setup, self.ledger, self.slots.length.device)
@@ -495,7 +505,7 @@ class PolicyLayer(CacheLayerMixin):
             return
         counts = RowCounts(self.setup, self.ledger, slots.length.device)
         entries, new_tokens = slots.entries, self.ledger.block_tokens
-        view = counts.view(self.setup.layer, entries, new_tokens=new_tokens, **self._block_statistics(slots, entries))
+        view = counts.view(self.setup, entries, new_tokens=new_tokens, **self._block_statistics(slots, entries))
         plan = only_rows(self._plan(entries, view), torch.tensor(due, device=slots.length.device), view)
         slots.cut(plan)
         self.ledger.cut_block()
@@ -517,7 +527,7 @@ class PolicyLayer(CacheLayerMixin):
         """Free one victim of every row and head that is over its budget."""
         assert self.counts is not None
         policy = self.setup.policy
-        view = self.counts.view(self.setup.layer, slots.entries, probs_or_none=probs, memory_or_none=slots.memory)
+        view = self.counts.view(self.setup, slots.entries, probs_or_none=probs, memory_or_none=slots.memory)
         if by_kernels and self._merge is None and _is_plain_score(policy):
             from kvbench.kernels.slot_writes import free_lowest
 
@@ -553,10 +563,10 @@ class PolicyLayer(CacheLayerMixin):
         if self._cuts_every > 1:
             rows = RowCounts(self.setup, self.ledger, slots.length.device)
             entries = slots.entries
-            policy.plan(rows.view(self.setup.layer, entries, **self._block_statistics(slots, entries)))
+            policy.plan(rows.view(self.setup, entries, **self._block_statistics(slots, entries)))
             return None
         probs = torch.zeros_like(slots.position, dtype=torch.float32) if Needs.PROBS in self._needs else None
-        view = counts.view(self.setup.layer, slots.entries, probs_or_none=probs, memory_or_none=slots.memory)
+        view = counts.view(self.setup, slots.entries, probs_or_none=probs, memory_or_none=slots.memory)
         if self._merge is not None:
             victim = policy.victim(view)
             self._joining(view, victim)
@@ -650,25 +660,3 @@ class PolicyLayer(CacheLayerMixin):
 def _is_plain_score(policy: Policy) -> TypeGuard[ScorePolicy]:
     """Whether the kernel that frees the lowest score does what the policy's own `victim` would."""
     return isinstance(policy, ScorePolicy) and type(policy).victim is ScorePolicy.victim
-
-
-def _real_tokens(query: Tensor, padding: Tensor | None, *, seen: list[int]) -> Tensor:
-    """Return (B, Q) bool, False at pads.
-
-    `padding` (B, N) covers everything that came, pads included; `seen` are the real tokens of each row before
-    these, empty if there are none. Raises: ModelSupportError unless pads stand left of a row's first real token
-    only, and some row has one.
-    """
-    batch, _, new, _ = query.shape
-    if padding is None:
-        return torch.ones((batch, new), dtype=torch.bool, device=query.device)
-    real = padding[:, -new:].bool()
-    counts = real.sum(dim=-1).tolist()
-    left_padded = bool((real.long().diff(dim=-1) >= 0).all())  # within these; across pieces by what was seen
-    begun = any(had and count < new for had, count in zip(seen or [0] * batch, counts, strict=True))
-    if not left_padded or begun or not any(counts):
-        raise ModelSupportError(
-            f"the attention mask has pads that do not stand left of the first prompt (real tokens per row of this "
-            f"chunk: {counts} of {new}); set padding_side='left'"
-        )
-    return real

@@ -186,7 +186,9 @@ def cache_after(prompt: Recording, cache: PolicyCache) -> PolicyCache:
     """
     for layer, recorded in zip(cache.policy_layers, prompt.layers, strict=True):
         layer.is_initialized = True
-        entries = layer.entries_of(recorded.keys.clone(), recorded.values.clone(), recorded.position.clone())
+        position = recorded.position.clone()
+        kind = layer.setup.kinds(position, position.shape[1])
+        entries = layer.entries_of(recorded.keys.clone(), recorded.values.clone(), position, kind)
         statistics = _Recorded(prompt=recorded, policy=layer.setup.policy)
         layer.ledger.padded_tokens = recorded.keys.shape[2]
         layer.ledger.begin_chunk(list(recorded.lengths))

@@ -256,14 +256,26 @@ class Slots(Books):
 
 
 def settle(
-    entries: Entries, plan: Plan | None, capacity: int, memory: Tensor | None = None, faults: Tensor | None = None
+    entries: Entries,
+    plan: Plan | None,
+    capacity: int,
+    memory: Tensor | None = None,
+    faults: Tensor | None = None,
+    *,
+    in_order: bool = False,
 ) -> Slots:
     """Move what `plan` keeps into fresh slots in token order; the old storage is let go.
 
     Merging averages keys and values of a bucket in float32, or adds them up by weight, and adds up its mass; the entry
     keeps its anchor's position and kind. What lies in a slot that holds no token is not defined. `memory` is what an
-    earlier plan left, `faults` what went wrong in earlier steps.
+    earlier plan left, `faults` what went wrong in earlier steps. in_order: every entry holds a token and stays, in
+    token order already, and `capacity` suffices.
     """
+    if in_order:
+        kept = _with_capacity(entries, capacity)
+        length = torch.full_like(kept.position[..., 0], entries.position.shape[-1])
+        faults = torch.zeros_like(length, dtype=torch.int32) if faults is None else faults
+        return Slots(entries=kept, length=length, free=length.clone(), faults=faults, memory=memory)
     if plan is not None:
         memory = memory if plan.memory is None else plan.memory
         entries = renewed(entries, plan)
@@ -319,8 +331,9 @@ def moved(entries: Entries, plan: Plan | None, order: Tensor, length: Tensor) ->
 def _with_capacity(entries: Entries, capacity: int) -> Entries:
     def widen(tensor: Tensor, fill: float) -> Tensor:
         shape = (*tensor.shape[:2], capacity, *tensor.shape[3:])
-        wide = tensor.new_full(shape, fill)
+        wide = tensor.new_empty(shape)
         wide[:, :, : tensor.shape[2]] = tensor
+        wide[:, :, tensor.shape[2] :] = fill
         return wide
 
     return Entries(
