@@ -17,6 +17,7 @@ from kvbench.report.figures.kinds import FIGURES, FORMATS, WIDTHS
 from kvbench.report.figures.labels import Box
 from kvbench.report.figures.style import BUNDLED, COLOUR_NAMES, FAILED, LIGHT, OTHERS
 from kvbench.report.load import load_results
+from tests.covering import one_in
 from tests.report.figures.figure_data import draw, drawn_once, plots_of, svg_of, texts
 from tests.report.synthetic import body, write_cell, write_sweep
 
@@ -166,7 +167,7 @@ def test_a_noisy_cell_is_never_on_the_front_over_time(tmp_path: Path) -> None:
     assert (by_bytes, by_time) == ([2], [1])
 
 
-@pytest.mark.parametrize("name", IN_A_SWEEP)
+@pytest.mark.parametrize("name", one_in(3, IN_A_SWEEP))
 def test_a_figure_for_a_column_is_at_most_four_inches_high(sweep_folder: Path, name: str) -> None:
     _, figure = draw(sweep_folder, name, width="single")
     width, height = figure.get_size_inches()
