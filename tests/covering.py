@@ -4,7 +4,8 @@
     @pytest.mark.cover            # each value of each parameter at least once
     @pytest.mark.cover("pairs")   # each pair of values of two parameters at least once
     @pytest.mark.cover("mechanisms")   # as values, but of policies: each mechanism of the cache that one uses
-    @pytest.mark.cover(whole="pairs")      # values, and pairs in `make test-all`: where the product has hundreds
+    @pytest.mark.cover(whole="pairs")      # values, and in `make test-all` pairs: where the product has hundreds, or
+                                           # each case takes seconds
     @pytest.mark.parametrize("line", one_in(3, LINES))    # about one in three of many alike
 
 A test of the fixture `policy` and of another parameter needs no mark to be covered by values; `cover("all")` says that
@@ -112,7 +113,8 @@ def _values_of(item: pytest.Item, whole: bool) -> dict[str, str]:
     """Return what a test is a case of, as text by name."""
     params = dict(item.callspec.params)
     mark = item.get_closest_marker("cover")
-    by_mechanism = mark is not None and mark.args == ("mechanisms",) and not whole
+    asked = () if mark is None else (mark.kwargs.get("whole"),) if whole else mark.args
+    by_mechanism = asked == ("mechanisms",)
     mechanisms = mechanisms_of(params.pop("policy")) if by_mechanism else {}
     return {**{name: repr(value) for name, value in params.items()}, **mechanisms}
 

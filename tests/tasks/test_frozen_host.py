@@ -51,8 +51,9 @@ def test_replays_with_a_frozen_host_give_the_tokens_of_the_eager_engine() -> Non
 
 
 @pytest.mark.long
+@pytest.mark.cover(whole="mechanisms")
 @pytest.mark.usefixtures("frozen")
-def test_replays_of_every_policy_with_a_frozen_host_give_the_tokens_of_the_eager_engine(policy: Policy) -> None:
+def test_replays_of_policies_with_a_frozen_host_give_the_tokens_of_the_eager_engine(policy: Policy) -> None:
     same_replays(policy, STEPS, num_layers=2)
 
 
