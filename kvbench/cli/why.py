@@ -262,9 +262,8 @@ def _table(runs: Sequence[Run], found: Counterfactual) -> Iterator[str]:
         p = "-" if run.probability is None else f"{run.probability:.3f}"
         scores = "  ".join(f"{format_value(one, run.scores[one]):>{len(one)}}" for one in names)
         held = "" if run.is_held else "  (could not be held: sinks and recent tokens take the whole budget)"
-        yield (
-            f"  {_cut(run.kept, width):<{width}}  {_word(run):<{word}}  {p:>{len(said) + 3}}  {scores}  {_short(run.text)}{held}"
-        )
+        told = f"{_cut(run.kept, width):<{width}}  {_word(run):<{word}}  {p:>{len(said) + 3}}  {scores}"
+        yield f"  {told}  {_short(run.text)}{held}"
 
 
 def _verdict(found: Counterfactual) -> str:
