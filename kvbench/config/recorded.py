@@ -26,7 +26,7 @@ _BY_VALUE = ("positions", "query_visible", "batch_size", "seed")
 _COMPARED = ("model", "dataset", "policy", "budget", "positions", "query_visible", "cache_semantics", "beyond_context")
 _COSTS_ALONE = ("model.fused", "model.devices")  # which change what a step costs, and no answer
 _HUB = re.compile(r"(?P<checkpoint>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
-_MOST_SHOWN = 3
+_MOST_SHOWN, _MOST_LETTERS = 3, 40
 _ANY_CHECKPOINT = "local"
 
 
@@ -130,4 +130,5 @@ def _leaves(value: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any
 
 
 def _said(values: Mapping[str, Any], name: str) -> str:
-    return f"{values[name]!r:.40}" if name in values else "not set"
+    text = repr(values.get(name)) if name in values else "not set"
+    return text if len(text) <= _MOST_LETTERS else f"{text[:_MOST_LETTERS]}\u2026"
