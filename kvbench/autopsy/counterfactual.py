@@ -182,7 +182,8 @@ class _Scene:
         self.asked = asked
         self.full = CacheSetting(policy=asked.full_policy, budget=UNLIMITED, positions="original")
         self.subject: Subject = subject_of(asked.loaded, asked.example)
-        prompts = Prompts(asked.loaded, [asked.example], 1, query_visible=asked.query_visible)
+        share = [asked.setting.policy, asked.full_policy]  # one prompt for all runs, whose needs pins do not change
+        prompts = Prompts(asked.loaded, [asked.example], 1, share=share, query_visible=asked.query_visible)
         self._batch: Part = prompts.part(0)
         self._full: _Answer | None = None
         self.at: int | None = None
