@@ -120,7 +120,7 @@ def counterfactual(
     full, policy = scene.answer(scene.full), scene.answer(asked.setting)
     scene.compare_with(recorded, full.replayed.answer, policy.replayed.answer, where)
     at = first_divergence(policy.replayed.answer, full.replayed.answer)
-    scene.part(full, at)
+    scene.note_full(full, at)
     found = Counterfactual(
         id=asked.example.id,
         question=asked.example.question,
@@ -195,7 +195,7 @@ class _Scene:
         assert self.at is not None
         return self._full.replayed.answer[: self.at]
 
-    def part(self, full: _Answer, at: int | None) -> None:
+    def note_full(self, full: _Answer, at: int | None) -> None:
         """Note the full cache's answer and the first token in which the policy's differs."""
         self._full, self.at = full, at
 
