@@ -41,6 +41,7 @@ from kvbench.cache.policy import (
     checked_plan,
     checked_score,
     checked_victim,
+    chooses_plainly,
     is_ragged,
     keeps_ring,
     keeps_the_most,
@@ -715,4 +716,4 @@ class PolicyLayer(CacheLayerMixin):
 
 def _is_plain_score(policy: Policy) -> TypeGuard[ScorePolicy]:
     """Whether the kernel that frees the lowest score does what the policy's own `victim` would."""
-    return isinstance(policy, ScorePolicy) and type(policy).victim is ScorePolicy.victim
+    return isinstance(policy, ScorePolicy) and chooses_plainly(policy)
