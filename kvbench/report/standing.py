@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from kvbench.measures import (
     FACT_MEASURES,
@@ -80,6 +80,9 @@ class Judged:
     choices: Choices
     num_pairs: int
     ability: Ability
+    asked: dict[tuple[str, str, str], Comparison | None] = field(
+        default_factory=dict
+    )  # of very many, those made so far
 
     def against_full(self, cell: CellResult, name: str) -> Comparison | None:
         """Return the comparison of the cell with the full cache."""
@@ -91,11 +94,17 @@ class Judged:
             return found
         if found := self.by_pair.get((name, second.key, first.key)):
             return swapped(found)
-        if self.num_pairs <= MOST_PAIRS or not (found := compare(first, second, name, self.choices)):
+        if self.num_pairs <= MOST_PAIRS:
             return None
-        if found.p_value is not None:
-            found = corrected(found, min(1.0, found.p_value * self.num_pairs))
-        return withheld(found, self.ability.reason(name))
+        for one, other in ((first, second), (second, first)):
+            if (place := (name, one.key, other.key)) in self.asked:
+                known = self.asked[place]
+                return known if one is first else known and swapped(known)
+        found = compare(first, second, name, self.choices)
+        if found and found.p_value is not None:
+            found = corrected(found, min(1.0, found.p_value * self.num_pairs), self.num_pairs)
+        self.asked[name, first.key, second.key] = made = found and withheld(found, self.ability.reason(name))
+        return made
 
     @property
     def qualities(self) -> tuple[str, ...]:

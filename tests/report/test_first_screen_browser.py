@@ -186,10 +186,7 @@ def test_answers_stand_side_by_side_with_what_they_leave_out_and_add(page: Page)
         "[...document.querySelectorAll('#sb-others .pane p')].map(pane => { const copy = pane.cloneNode(true);"
         " copy.querySelectorAll('del').forEach(one => one.remove()); return copy.textContent; })"
     )
-    texts = page.run(
-        "JSON.parse(document.getElementById('sample-data').textContent)[0].cells"
-        ".map(cell => cell.samples[0].text).filter(Boolean)"
-    )
+    texts = page.run("read('sample-data')[0].cells.map(cell => cell.samples[0].text).filter(Boolean)")
     assert set(plain) <= set(texts), "without what was left out a pane is the answer itself"
 
 

@@ -138,10 +138,10 @@ def _short(number: float) -> float:
 
 
 def _thinned(curve: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Return seen tokens, mean and most entries at so many steps, the first and the last among them."""
+    """Return seen tokens, mean and most entries at so many steps, the first and the last among them, a list each."""
     step = max(1, -(-len(curve) // _MOST_STEPS))
     kept = [*curve[::step], *([curve[-1]] if (len(curve) - 1) % step else [])]
-    return [[_short(float(number)) for number in row[:3]] for row in kept]
+    return [[_short(float(row[part])) for row in kept] for part in range(3)]
 
 
 def _lost(judged: Judged) -> dict[str, Any] | None:
@@ -164,7 +164,8 @@ def _lost(judged: Judged) -> dict[str, Any] | None:
     }
     order = sorted(samples, key=lambda sample: (means[sample], natural_key(sample)))
     rows = {
-        index: [_short(one[sample]) if sample in one else None for sample in order] for index, one in by_cell.items()
+        index: [float(f"{one[sample]:.4g}") if sample in one else None for sample in order]
+        for index, one in by_cell.items()
     }
     unit = "nats per token" if measure(name).unit == "ppl" else ""
     return {"measure": name, "unit": unit, "samples": order, "cells": rows}

@@ -1,6 +1,6 @@
 // The leaderboard, what is chosen on the page (group, budget, measure, cost, policies), and what each figure shows of it.
 if (document.getElementById("living-data")) (() => {
-const at = id => document.getElementById(id), data = JSON.parse(at("living-data").textContent);
+const at = id => document.getElementById(id), data = read("living-data");
 const form = at("choose"), pick = { group: at("pick-group"), budget: at("pick-budget"), measure: at("pick-measure"), cost: at("pick-cost") };
 const SHOWN_PLACES = 12, MOST_COLUMNS = 120;
 const hidden = () => new Set((State.get("off") || "").split("~").filter(Boolean));
@@ -146,7 +146,8 @@ const memory = () => {
       says: `${labelOf(cell)}: ${["peak_memory_bytes", ...PARTS.map(([name]) => name)].map(name => told(cell, name)).filter(Boolean).join("; ")}` }] })) };
 };
 const entries = () => {
-  const cells = usable().filter(cell => cell.entries && (!cell.budget || cell.budget === budget()));
+  const cells = usable().filter(cell => cell.entries && (!cell.budget || cell.budget === budget()))
+    .map(cell => ({ ...cell, entries: cell.entries[0].map((seen, at) => [seen, cell.entries[1][at], cell.entries[2][at]]) }));
   if (!cells.some(cell => cell.budget)) return null;
   const lit = strong(), all = cells.flatMap(cell => cell.entries);
   const one = cells.filter(cell => cell.budget)[0];
@@ -220,7 +221,7 @@ const drawBoard = box => {
     button.addEventListener("click", () => toggle(look.name));
     const head = tag("th", "name", button);
     head.scope = "row";
-    const word = cell(`name verdict v-${row.word.replaceAll(" ", "-")}`, row.word, ...small(row.numbers.join("\u00a0")));
+    const word = cell(`v-${row.word.replaceAll(" ", "-")}`, row.word, ...small(row.numbers.join("\u00a0")));
     word.title = row.remark;
     const value = cell("name", tag("span", "value", tag("span", "", row.value, ...small(row.interval)), barOf(row, look, rule)));
     value.title = row.n;
@@ -325,6 +326,7 @@ const setUp = () => {
       open: openCell, ...(name === "lost" ? { brush } : {}) }));
   }
   State.listen(["group", "budget", "measure", "cost", "off", "places"], refresh);
+  document.addEventListener("table-drawn", hideEverywhere);
   refresh();
   const part = /^(\d+)-(\d+)$/.exec(State.get("brush") || "");
   if (part && group().lost) Samples.keep(group().lost.samples.slice(Number(part[1]), Number(part[2]) + 1));
