@@ -45,11 +45,13 @@ from kvbench.report.standing import (
 from kvbench.report.tables import markdown_table
 
 STORED, STEP, STEP_RATIO = "kv_stored_bytes", "tpot_ms", "tpot_ratio_to_full"
+NOT_MEASURED = "not measured"
 _LOG_FROM = 5.0
 _MOST_MEASURES = 8
 _SHORT = {
     "sees the future: a bound, no method": "a bound, sees the future",
     "its budget is what it finds to hold": "own budget",
+    "the full cache itself does not do this task": "not ranked",
 }
 _AGAINST = {
     "equivalent": "equivalent to",
@@ -84,7 +86,7 @@ class Place:
     @property
     def word(self) -> str:
         """Return the verdict against the next place in a word, or why the cell has no rank."""
-        return self.next.verdict if self.next else self.reason
+        return self.next.verdict if self.next else _SHORT.get(self.reason, self.reason)
 
 
 def board_measures(judged: Judged) -> tuple[str, ...]:
@@ -94,7 +96,13 @@ def board_measures(judged: Judged) -> tuple[str, ...]:
 
 
 def leaderboard(judged: Judged, budget: str, name: str) -> tuple[Place, ...]:
-    """Return the full cache, then the cells of the budget, the best value first, then those that have no rank."""
+    """Return the full cache, then the cells of the budget, the best value first, then those that have no rank.
+
+    The one ranking: of the page, of W&B and of docs/leaderboard.md. The verdict against the next is corrected over all
+    pairs of policies at equal budget in the measure, as that of any other two is: which two stand side by side is told
+    by the same numbers that compare them, and a reader takes the pair that interests from the whole order. So a pair
+    has one verdict, here, in the sentence above and in the table of all pairs.
+    """
     group = judged.group
     cells, full = group.by_budget.get(budget, []), group.full
     standing = standing_at(judged, cells, name)
@@ -108,14 +116,14 @@ def leaderboard(judged: Judged, budget: str, name: str) -> tuple[Place, ...]:
 
 
 def _why_not(judged: Judged, cell: CellResult, name: str) -> str:
-    """Return in a word or two why a cell has no rank."""
+    """Return in a few words why a cell has no rank."""
     if cell.failed:
         return cell.status
-    if judged.ability.reason(name):
-        return "not ranked"
+    if reason := judged.ability.reason(name):
+        return reason
     if timing_noise(cell, name):
         return "noisy"
-    return _SHORT.get(unplaced(cell), unplaced(cell)) if cell.estimate(name) else "not measured"
+    return unplaced(cell) if cell.estimate(name) else NOT_MEASURED
 
 
 def _place(

@@ -136,7 +136,7 @@ def _contents(
     answers = answer_section(results, judged, links)
     titles = {plot.group_title for plot in plots}
     undrawn = sum(one.group.title not in titles for one in judged) if plots else 0
-    figures = render("figures.html.j2", num_files=len(plots), num_undrawn=undrawn)
+    figures = render("figures.html.j2", num_files=len(plots), num_undrawn=undrawn, num_searches=len(results.frontiers))
     return {
         "answer": answers or Markup("<p>No usable record was found; see Problems while reading.</p>"),
         "verdicts": verdicts_html(all_rows(judged)) if judged else Markup(),
@@ -168,7 +168,7 @@ def answer_section(results: Results, judged: Sequence[Judged], links: SampleLink
         "board.html.j2",
         boards=Markup().join(boards),
         more=_per_group(judged, lambda one: answer_html(one, links)),
-        data=safe_json([group_data(one, palette) for one in judged]),
+        data=safe_json([group_data(one, palette, results.frontiers) for one in judged]),
     )
 
 

@@ -115,8 +115,10 @@ class Judged:
         return tuple(dict.fromkeys((self.primary, *others)))
 
 
-def judge(group: Group, choices: Choices = DECLARED, *, leading_alone: bool = False) -> Judged:
-    """Return the group with every comparison of quality and time that can be made in it, or of its primary measure.
+def judge(
+    group: Group, choices: Choices = DECLARED, *, leading_alone: bool = False, only: Collection[str] = ()
+) -> Judged:
+    """Return the group with every comparison of quality and time in it, in `only` some measures, or its primary one.
 
     Of very many policies only those pairs are compared that are asked for, with Bonferroni's correction for all of
     them, which is stricter than Holm's.
@@ -124,7 +126,7 @@ def judge(group: Group, choices: Choices = DECLARED, *, leading_alone: bool = Fa
     num_pairs = sum(1 for _ in between_policies(group))
     primary = leading_quality(group) or _other(group)
     names = {*PRIMARY_QUALITIES, *OTHER_QUALITIES, *TIME_RATIOS, *([primary] if primary else ())}
-    only = (primary,) if leading_alone and primary else names
+    only = only or ((primary,) if leading_alone and primary else names)
     found = group_comparisons(group, choices, only, between=num_pairs <= MOST_PAIRS)
     by_pair = {(one.measure, one.first.key, one.second.key): one for one in found}
     return Judged(

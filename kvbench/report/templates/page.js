@@ -26,7 +26,7 @@ const unpacked = text => {
   return whole(data);
 };
 const readings = {};
-const read = id => readings[id] = readings[id] || unpacked(document.getElementById(id).textContent);
+const embedded = id => readings[id] = readings[id] || unpacked(document.getElementById(id).textContent);
 // What is chosen stands in the address behind the hash, so that a link shows the same page: #budget=...&sample=KEY/ID
 const State = (() => {
   const decoded = words => { try { return decodeURIComponent(words); } catch { return words; } };

@@ -3,8 +3,8 @@ const Samples = (() => {
 const none = { has: () => false, show: () => {}, failing: () => {}, keep: () => {} };
 if (!document.getElementById("sample-data")) return none;
 const at = id => document.getElementById(id);
-const groups = read("sample-data");
-const pictures = at("autopsy-data") ? read("autopsy-data") : [];
+const groups = embedded("sample-data");
+const pictures = at("autopsy-data") ? embedded("autopsy-data") : [];
 const pick = { group: at("sb-group"), policy: at("sb-policy"), budget: at("sb-budget"), which: at("sb-which"),
   sample: at("sb-sample") };
 let listed = [], kept = null;
