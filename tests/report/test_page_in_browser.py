@@ -32,7 +32,7 @@ def page(browser: Browser, report: Path) -> Page:
 
 
 def column(page: Page, index: int) -> list[Any]:
-    return list(page.run(f"{VISIBLE}.map(row => row.children[{index}].dataset.v)"))
+    return list(page.run(f"{VISIBLE}.map(row => row.children[{index}].dataset.v ?? '')"))
 
 
 def choose(page: Page, field: str, value: str) -> None:

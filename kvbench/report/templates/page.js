@@ -179,6 +179,8 @@ if (filters) {
 // Paper shows what is folded, and folds it again afterwards.
 let unfolded = [];
 addEventListener("beforeprint", () => {
+  for (const place of document.querySelectorAll(".later"))
+    if (!place.closest("details:not([open])") || place.textContent.length < 20000) { nearby.unobserve(place); drawTable(place); }
   unfolded = [...document.querySelectorAll("main details:not([open])")].filter(one => one.textContent.length < 60000 && !one.querySelector(".later"));
   for (const one of unfolded) one.open = true;
   for (const table of document.querySelectorAll("main table")) {  // a head is repeated on every sheet, a caption is not
