@@ -234,7 +234,10 @@ def test_a_phone_sees_names_and_numbers_without_scrolling(browser: Browser, tmp_
     file.write_text(render_page(load_results(write_sweep(tmp_path)), []), encoding="utf-8")
     page = browser.open(file, width=width, height=900, phone=True)
     assert page.run("document.documentElement.scrollWidth") <= width
-    for number in (".places tbody tr:nth-child(2) td:nth-child(3) small", "#verdict-table tr:nth-child(3) td[class^=v-]"):
+    for number in (
+        ".places tbody tr:nth-child(2) td:nth-child(3) small",
+        "#verdict-table tr:nth-child(3) td[class^=v-]",
+    ):
         assert page.run(f"document.querySelector('{number}').getBoundingClientRect().right") < width, number
 
 
