@@ -45,6 +45,7 @@ from kvbench.report.standing import (
 from kvbench.report.tables import markdown_table
 
 STORED, STEP, STEP_RATIO = "kv_stored_bytes", "tpot_ms", "tpot_ratio_to_full"
+_HELD = "realised_budget_fraction"
 NOT_MEASURED = "not measured"
 _LOG_FROM = 5.0
 _MOST_MEASURES = 8
@@ -166,14 +167,17 @@ def headline(judged: Judged, budget: str) -> list[str]:
     unusable = judged.primary is not None and bool(best_unusable(group, cells, name))
     value, policy = f"{label} {value_text(first, name)}", f"`{group.series_label(first)}`"
     rivals = [f"`{group.series_label(cell)}`" for cell, _ in standing.rivals]
+    are_equal = all(found is not None and found.verdict == "equivalent" for _, found in standing.rivals)
     lead = "take" if not rivals else "the best value is"
     if judged.primary is None:
         lead = "the shortest step is that of"
     elif unusable:
         lead = "no policy is usable; the best value is that of"
     if rivals:
-        sure = f"not shown to be better than {f'{len(rivals)} others' if len(rivals) > 2 else ' and '.join(rivals)}"
-        sure += f", but better than {len(standing.beaten)} more" if standing.beaten else ""
+        others = f"{len(rivals)} others" if len(rivals) > 2 else " and ".join(rivals)
+        sure = f"{'equivalent to' if are_equal else 'not shown to be better than'} {others}"
+        joined = ", and" if are_equal else ", but"
+        sure += f"{joined} better than {len(standing.beaten)} more" if standing.beaten else ""
     elif standing.beaten:
         several = len(standing.beaten) > 1
         who = f"each of the {len(standing.beaten)} others" if several else f"`{group.series_label(standing.beaten[0])}`"
@@ -198,6 +202,8 @@ def _second(judged: Judged, first: CellResult, name: str) -> str:
         ratio = f", {format_value(STEP_RATIO, place.step_ratio.value)} of full's time" if place.step_ratio else ""
         noisy = " (noisy)" if place.noise else ""
         parts.append(f"takes {format_value(STEP, place.step.value)} per token{ratio}{noisy}")
+    if place.stored is None and place.step is None and (held := first.estimate(_HELD)):
+        parts.append(f"holds {format_value(_HELD, held.value)} of the tokens (bytes and times were not measured here)")
     if place.num_collapsed is not None:
         parts.append(f"fails on {place.num_collapsed} of {place.num_samples} samples")
     if not parts:

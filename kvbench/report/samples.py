@@ -213,10 +213,11 @@ def _score(name: str, value: float, full: float | None) -> list[str]:
     if full is None:
         return [name, _value(name, value), "", "", ""]
     difference = value - full
-    sign = "+" if difference > 0 else MINUS if difference < 0 else ""
     in_points = measure(name).unit == "fraction"
     size = f"{100 * abs(difference):.1f} points" if in_points else _value(name, abs(difference))
-    has_way = measure(name).better != "none" and difference != 0
+    is_seen = bool(re.search("[1-9]", size))  # what rounds to nothing is neither better nor worse
+    sign = "" if not is_seen else "+" if difference > 0 else MINUS
+    has_way = measure(name).better != "none" and is_seen
     word = ("better" if is_better(name, value, full) else "worse") if has_way else ""
     return [name, _value(name, value), _value(name, full), sign + size, word]
 

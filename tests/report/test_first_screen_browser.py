@@ -295,3 +295,24 @@ def test_capacity_and_safe_budgets_are_drawn_told_hidden_and_saved(browser: Brow
     assert "off=random" in page.run(HASH)
     assert page.run(names) == ["50 %"]
     assert page.complaints() == []
+
+
+def test_a_large_table_is_made_as_a_reader_comes_near_and_works_like_any_other(page: Page) -> None:
+    places = "document.querySelectorAll('.later').length"
+    assert page.run(places) > 0
+    page.run(
+        "(async () => { for (const one of document.querySelectorAll('main details')) one.open = true;"
+        " for (let tries = 0; tries < 200 && document.querySelector('.later'); tries++) {"
+        " document.querySelector('.later').scrollIntoView(); await new Promise(done => setTimeout(done, 20)); } })()"
+    )
+    assert page.run(places) == 0
+    table = "[...document.querySelectorAll('#numbers table')].find(one => one.caption.textContent.startsWith('Every'))"
+    assert page.run(f"{table}.tBodies[0].rows.length") == 13
+    ppl = f"[...{table}.tHead.rows[0].cells].findIndex(one => one.textContent.startsWith('PPL'))"
+    page.run(f"{table}.tHead.rows[0].cells[{ppl}].querySelector('button').click()")
+    shown = page.run(f"[...{table}.tBodies[0].rows].map(row => Number(row.cells[{ppl}].firstChild.textContent))")
+    assert shown == sorted(shown)
+    page.run("[...document.querySelectorAll('#chips button')].find(one => one.textContent === 'random').click()")
+    hidden = f"[...{table}.tBodies[0].rows].filter(row => row.offsetHeight === 0).map(row => row.cells[0].dataset.v)"
+    assert set(page.run(hidden)) == {"random"}
+    assert page.complaints() == []

@@ -69,8 +69,8 @@ const pareto = () => {
     names.push([shortened(group().policies[cell.policy].name), point(cell).x, point(cell).y, cell.policy]);
   const words = front.filter(cell => cell.budget).map(labelOf);
   return { x: { ...x, log: x.low > 0 && x.high / x.low > 3, label: axis(cost) }, y: { ...extent(extremes(cells, name)), log: isLog(name, extent(extremes(cells, name))), label: axis(name), within: within(name) },
-    alt: `${known(name).title} against ${known(cost).label}. On the Pareto front: ${words.join("; ") || "the full cache alone"}.`,
-    title: `${known(name).title} against ${known(cost).label}`, table: tableOf(cells, cost, name), names, height: 400,
+    alt: `${known(name).title} over ${known(cost).label}. On the Pareto front: ${words.join("; ") || "the full cache alone"}.`,
+    title: `${known(name).title} over ${known(cost).label}`, table: tableOf(cells, cost, name), names, height: 400,
     front: front.map(cell => [cell.numbers[cost][0] / known(cost).factor, cell.numbers[name][0] / known(name).factor]),
     series: bySeries(cells).map(one => ({ ...one, pale: !lit.has(one.policy), joined: true, points: one.cells.map(point) })) };
 };
@@ -88,8 +88,8 @@ const againstBudget = (name = measureName()) => {
   return { x: { low: places[0] * scale, high: places[places.length - 1] * scale * (share ? 1.06 : 1.2), log: places[places.length - 1] / places[0] >= 8, label: share ? "tokens kept (%)" : "tokens kept",
     ticks: places.map(place => [place * scale, String(Number((place * scale).toPrecision(4)))]) },
     y: { ...range, log: isLog(name, range), label: axis(name), within: within(name) },
-    lines: ref ? [{ y: ref[0] / f }] : [], names: ends, table: tableOf(cells, name), title: `${known(name).title} against budget`,
-    alt: `${known(name).title} against budget; dashed: the full cache${ref ? `, ${ref[4]}` : ""}.${best ? ` Best at ${budget()}: ${group().policies[best.policy].name}, ${best.numbers[name][4]}.` : ""}`,
+    lines: ref ? [{ y: ref[0] / f }] : [], names: ends, table: tableOf(cells, name), title: `${known(name).title} over budget`,
+    alt: `${known(name).title} over budget; dashed: the full cache${ref ? `, ${ref[4]}` : ""}.${best ? ` Best at ${budget()}: ${group().policies[best.policy].name}, ${best.numbers[name][4]}.` : ""}`,
     series: bySeries(cells).map(one => ({ ...one, band: true, joined: true, pale: !lit.has(one.policy), points: one.cells.map(cell => {
       const found = cell.numbers[name], value = found[0] / f;
       return { x: cell.size * scale, y: value, ...{ low: value, high: value, ...bounds(found, f) }, cell, says: `${labelOf(cell)}: ${told(cell, name)}` }; }) })) };
