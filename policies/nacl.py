@@ -22,7 +22,8 @@ class NACL(ScorePolicy):
     protected `random_share` is drawn without replacement from those that are not among the best, by the softmax of
     their scores. Shares of what is kept are those of the code: of 20 % of a prompt 12 by score, 7 by lot, 1 protected.
     A sequence draws the same alone and in a batch. Differs in: 4 sinks, where the code has 256 for prompts of 128,000
-    tokens; at most 128 proxies; they do not see tokens after their own, which they do in the code.
+    tokens, and counts them in the protected share, to which they are added here; at most 128 proxies; they do not see
+    tokens after their own, which they do in the code.
     """
 
     needs: ClassVar[Needs] = Needs.WINDOW

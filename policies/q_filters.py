@@ -20,7 +20,10 @@ class QFilters(Calibrated, ScorePolicy):
     filter is the mean over its query heads, and what stays is what has the largest <v, k>. No query of the sequence is
     looked at, so it cuts prompts and frees entries at decode alike. QFilterPress of kvpress scores -<f, k> with
     published filters f, which point the other way. Differs in: the vector is found from the sum of q q^T, which is the
-    same one, so that calibration data of any length fits; the paper's 20 documents are the data set's examples.
+    same one, so that calibration data of any length fits; the paper's 20 documents are the data set's examples; the
+    sign is that of the queries' sum, in the authors' code (NathanGodey/qfilters at cda5c38) that of most of them; and
+    no newest tokens are protected, as in that press, where the authors' cache always has a window, in its example 64
+    of 128 entries, which is recent_fraction=0.5.
     """
 
     def shapes(self, layout: Layout) -> Mapping[str, tuple[int, ...]]:

@@ -19,7 +19,9 @@ class Scissorhands(ScorePolicy):
     Source: Scissorhands (arXiv 2305.17118, Alg. 2): a token is pivotal for a query that gives it at least
     the attention that it would get if all visible tokens got the same; history of 400 queries, 10 recent
     tokens. Differs in: generated tokens all stay (at decode the paper goes on counting over the last 400
-    queries and drops half of the cache at once), and the query heads of a KV head are averaged.
+    queries and drops half of the cache at once), and the query heads of a KV head are averaged. What counts is how
+    often an entry was pivotal, so the newest of the history, which few queries saw, count for little; to count how
+    often one was not would favour them. VATP's code (guozhiyu/vatp at 4894a7c) has the mean attention of those 400.
     """
 
     needs: ClassVar[Needs] = Needs.WINDOW

@@ -23,8 +23,9 @@ class TriAttention(Calibrated, ScorePolicy):
     angle between mean query and key, and sum_f (E|q_f| - |q_f|) |k_f|. Scores are standardised over the entries of a
     query head, and a KV head takes the largest of its group (mode per_layer_perhead). It plans again every 128
     generated tokens, which is the yaml's every_tokens. Differs in: the prompt is cut too, where the release keeps it,
-    so that one budget holds for all; the mean over offsets is taken of the queries, turned to each, which is the same
-    sum, and keys are read as they are stored.
+    so that one budget holds for all; distances are those from the newest token, to which the release adds one (its
+    first offset is two tokens ahead); scores are always standardised, which the release leaves to a switch; the mean
+    over offsets is taken of the queries, turned to each, which is the same sum, and keys are read as they are stored.
     """
 
     def shapes(self, layout: Layout) -> Mapping[str, tuple[int, ...]]:

@@ -142,10 +142,14 @@ class NaiveMerge:
 
 @dataclass
 class NaiveCaM(NaiveMerge):
-    """CaM with its seed."""
+    """CaM with its seed. prompt_too: whether what a prompt loses is merged as well."""
 
     seed: int = 0
     spread: int = 32
+    prompt_too: bool = False
+
+    def plan(self, heads: list[Head], where: Where) -> list[Head]:
+        return super().plan(heads, where) if self.prompt_too else self.rule.plan(heads, where)
 
     def merged(self, head: Head, keep: set[int], index: int, where: Where) -> Merged:
         def draw(position: int) -> float:

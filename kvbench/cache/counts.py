@@ -24,8 +24,8 @@ from kvbench.cache.policy import Budget, Policy, ScorePolicy, When, checked_rang
 from kvbench.cache.positions import Places, Rotation
 from kvbench.cache.released import Departures, Pool, departures_of, entries_as_released
 from kvbench.cache.second_pass import SecondPass
-from kvbench.cache.slots import Entries
-from kvbench.cache.view import Kind, Needs, Plan, View
+from kvbench.cache.slots import EMPTY, Entries
+from kvbench.cache.view import Doubts, Kind, Needs, Plan, View
 from kvbench.errors import ModelSupportError
 
 GROW_TOKENS = 64
@@ -303,14 +303,14 @@ class RowCounts:
 
     def view(
         self,
-        layer: int,
+        setup: LayerSetup,
         entries: Entries,
         *,
         new_tokens: int = 1,
         prefill: bool = False,
         **given: Any,
     ) -> View:
-        """Return what the policy of layer number `layer` sees; nothing in it comes from the host.
+        """Return what the policy sees of the layer of `setup`, which may share its counts with others.
 
         given: what else the view has, by the names of its fields; what is None there is not declared.
         """
@@ -320,10 +320,10 @@ class RowCounts:
         if self.question is not None:
             begin, end = self.question[:, :1, None], self.question[:, 1:, None]
             given["question_or_none"] = (position >= begin) & (position < end)
-        artefact = self._setup.artefact
+        artefact = setup.artefact
         return View(
-            layer=layer,
-            num_layers=self._setup.num_layers,
+            layer=setup.layer,
+            num_layers=setup.num_layers,
             new_tokens=new_tokens,
             prefill=prefill,
             prompt=self.prompt,
@@ -336,8 +336,9 @@ class RowCounts:
             position=position,
             kind=entries.kind,
             mass_or_none=entries.mass,
-            output_weight_or_none=self._setup.output_weight,
-            artefact_or_none=None if artefact is None else artefact.of_layer(layer, entries.keys.device),
+            noted_or_none=entries.noted,
+            output_weight_or_none=setup.output_weight,
+            artefact_or_none=None if artefact is None else artefact.of_layer(setup.layer, entries.keys.device),
             **given,
         )
 
@@ -402,15 +403,76 @@ class StepCounts(RowCounts):
         self._announced_until = other._announced_until
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arrival:
+    """New tokens of a chunk: `position` (B, Q) and `kind` (B, Q) int8, pads at -1; tokens without pads per row."""
+
+    position: Tensor
+    kind: Tensor
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, setup: LayerSetup, ledger: Ledger, query: Tensor, padding: Tensor | None) -> Arrival:
+        """Tell them from `padding` (B, N), False at pads, of all that came; `ledger` has not counted them yet.
+
+        Raises: ModelSupportError unless pads stand left of a row's first real token only, and some row has one.
+        """
+        batch, _, new, _ = query.shape
+        seen = ledger.seen or [0] * batch
+        if padding is None:
+            real = torch.ones((batch, new), dtype=torch.bool, device=query.device)
+            counts = [new] * batch
+        else:
+            real = padding[:, -new:].bool()
+            counts = real.sum(dim=-1).tolist()
+            left_padded = bool((real.long().diff(dim=-1) >= 0).all())  # within these; across pieces by what was seen
+            begun = any(had and count < new for had, count in zip(seen, counts, strict=True))
+            if not left_padded or begun or not any(counts):
+                raise ModelSupportError(
+                    f"the attention mask has pads that do not stand left of the first prompt (real tokens per row of "
+                    f"this chunk: {counts} of {new}); set padding_side='left'"
+                )
+        before = torch.tensor(seen, dtype=torch.int64, device=real.device)
+        position = torch.where(real, real.long().cumsum(-1) - 1 + before[:, None], EMPTY)
+        return cls(position=position, kind=setup.kinds(position, ledger.padded_tokens), counts=tuple(counts))
+
+
 class CountsShelf:
-    """The step counts of one cache, made once on each device for all layers there whose ledgers agree."""
+    """What the layers of one cache share on each device: what follows from counts in which they agree, made once.
+
+    So the layers of a prompt wait for the device once, not each. doubts: looked at when the last of them is cut.
+    """
 
     def __init__(self) -> None:
+        self.doubts = Doubts()
         self._counts: dict[object, tuple[int, StepCounts]] = {}
+        self._arrivals: dict[torch.device, tuple[Tensor | None, object, Arrival]] = {}
+        self._rows: dict[torch.device, tuple[object, RowCounts]] = {}
 
     def clear(self) -> None:
-        """Forget all counts."""
-        self._counts.clear()
+        """Forget everything."""
+        self.doubts.clear()
+        for shelf in (self._counts, self._arrivals, self._rows):
+            shelf.clear()
+
+    def arrival(self, setup: LayerSetup, ledger: Ledger, query: Tensor, padding: Tensor | None) -> Arrival:
+        """Return `Arrival.of` the same, of an earlier layer of this pass if there was one."""
+        key = (query.shape[0], query.shape[2], ledger.padded_tokens, tuple(ledger.seen))
+        mask, known, arrival = self._arrivals.get(query.device, (None, None, None))
+        if arrival is None or mask is not padding or known != key:
+            arrival = Arrival.of(setup, ledger, query, padding)
+            self._arrivals[query.device] = padding, key, arrival
+        return arrival
+
+    def rows(self, setup: LayerSetup, ledger: Ledger, device: torch.device) -> RowCounts:
+        """Return the counts of `ledger` now, of an earlier layer that has the same."""
+        lists = (ledger.prompt, ledger.seen, ledger.settled_seen, ledger.settled_held, ledger.shift, ledger.question)
+        key = tuple(tuple[object, ...](one) for one in lists)
+        known, rows = self._rows.get(device, (None, None))
+        if rows is None or known != key:
+            rows = RowCounts(setup, ledger, device)
+            self._rows[device] = key, rows
+        return rows
 
     def take(self, setup: LayerSetup, ledger: Ledger, device: torch.device) -> tuple[StepCounts, bool]:
         """Return the counts of `ledger` on `device`, and whether the asking layer is the first and moves them."""

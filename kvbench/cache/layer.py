@@ -37,19 +37,24 @@ from kvbench.cache.policy import (
     When,
     check_statistics,
     checked_joining,
+    checked_note,
     checked_plan,
     checked_score,
     checked_victim,
     is_ragged,
     keeps_ring,
+    keeps_the_most,
     merge_at_decode,
     needs_of,
+    plans_safely,
     ranking,
     steps_between_cuts,
+    takes_notes,
 )
 from kvbench.cache.positions import shifted_chunk, shifted_step
 from kvbench.cache.queries import QueryRing, ring_after
 from kvbench.cache.ragged import RaggedSlots, settle_ragged, spread_of
+from kvbench.cache.second_pass import projected_lengths
 from kvbench.cache.selection import age_rank
 from kvbench.cache.slots import EMPTY, Entries, Slots, check_faults, only_rows, settle
 from kvbench.cache.view import Joining, Needs, Plan, View
@@ -73,6 +78,7 @@ class PolicyLayer(CacheLayerMixin):
         self.setup = setup
         self._needs, self._cuts_every = needs_of(setup.policy), steps_between_cuts(setup.policy)
         self._is_ragged, self._merge = is_ragged(setup.policy), merge_at_decode(setup.policy)
+        self._notes = takes_notes(setup.policy)
         self._shelf = shelf or CountsShelf()
         self.reset()
 
@@ -81,6 +87,7 @@ class PolicyLayer(CacheLayerMixin):
         self._shelf.clear()
         self.slots = self.counts = None
         self._ring: QueryRing | None = None
+        self.arriving: Tensor | None = None
         self._leads = self._decodes = self._appends = False
         self._num_heads = 0
         self._unread: tuple[Entries, Statistics] | None = None
@@ -151,31 +158,30 @@ class PolicyLayer(CacheLayerMixin):
             return output
         if self.slots is not None and self._appends:
             return self._attend_answer(self.slots, query, keys, values, scaling)
-        real = _real_tokens(query, padding, seen=self.ledger.seen)
-        before = torch.tensor(self.ledger.seen or [0] * real.shape[0], dtype=torch.int64, device=real.device)
-        position = torch.where(real, real.long().cumsum(-1) - 1 + before[:, None], EMPTY)
-        entries = self.entries_of(keys, values, position)
-        self.ledger.begin_chunk(real.sum(dim=-1).tolist())
+        arrival = self._shelf.arrival(self.setup, self.ledger, query, padding)
+        entries = self.entries_of(keys, values, arrival.position, arrival.kind)
+        self.ledger.begin_chunk(list(arrival.counts))
+        self.take_notes(entries, self._arrived(), query.shape[2])
         chunk = Chunk(
             query=query,
             keys=keys,
             values=values,
-            query_position=position,
+            query_position=arrival.position,
             key_position=entries.position,
             scaling=scaling,
             plain=self.slots is None and min(self.ledger.seen) == query.shape[2],
+            left_pads=tuple(query.shape[2] - count for count in arrival.counts),
         )
         chunk = shifted_chunk(chunk, self.setup.rotation)
         output, lse = chunk_attention(chunk, wants_lse=entries.mass is not None)
         self.settle_chunk(entries, ChunkStatistics(chunk, lse, asked))
         return output
 
-    def entries_of(self, keys: Tensor, values: Tensor, position: Tensor) -> Entries:
-        """Return stored and new tokens together; keys, values (B, H, T, D) hold both, position (B, Q) is of the new."""
+    def entries_of(self, keys: Tensor, values: Tensor, position: Tensor, kind: Tensor) -> Entries:
+        """Return stored and new tokens together; keys, values (B, H, T, D) hold both, position, kind (B, Q) the new."""
         batch, heads, _, _ = keys.shape
         wide = position[:, None].expand(batch, heads, position.shape[1])
-        end = position.shape[1] if self.slots is None else self.ledger.padded_tokens
-        kind = self.setup.kinds(position, end)[:, None].expand(wide.shape)
+        kind = kind[:, None].expand(wide.shape)
         mass = None
         if Needs.MASS in self._needs:
             dtype = keys.dtype if self.setup.departures.mass_in_model_dtype else torch.float32
@@ -186,6 +192,48 @@ class PolicyLayer(CacheLayerMixin):
             kind = torch.cat((stored.kind, kind), dim=-1)
             mass = None if mass is None or stored.mass is None else torch.cat((stored.mass, mass), dim=-1)
         return Entries(keys=keys, values=values, position=wide, kind=kind, mass=mass)
+
+    def _arrived(self) -> Tensor | None:
+        """Return what the attention was given of the tokens that come now, (B, Q, E), where the policy reads it."""
+        hidden, self.arriving = self.arriving, None
+        if hidden is None and Needs.HIDDEN in self._needs:
+            raise ModelSupportError(
+                f"{type(self.setup.policy).__name__} reads hidden states, and the model gave layer {self.setup.layer} "
+                "none with the cache; use another policy or model"
+            )
+        return hidden
+
+    def take_notes(self, entries: Entries, hidden: Tensor | None, num_new: int) -> None:
+        """Let the policy note a number of each of the last `num_new` entries; hidden (B, Q, E) is of these."""
+        if not self._notes:
+            return
+        new = Entries(
+            keys=entries.keys[:, :, -num_new:],
+            values=entries.values[:, :, -num_new:],
+            position=entries.position[..., -num_new:],
+            kind=entries.kind[..., -num_new:],
+            mass=None,
+        )
+        counts = RowCounts(self.setup, self.ledger, entries.keys.device)
+        noted = self._note(counts, new, hidden, prefill=True)
+        if noted is not None and self.slots is not None and self.slots.entries.noted is not None:
+            noted = torch.cat((self.slots.entries.noted, noted), dim=-1)
+        entries.noted = noted
+
+    def _note_generated(self, counts: RowCounts, keys: Tensor, values: Tensor, position: Tensor) -> Tensor | None:
+        """Return (B, H, N), what the policy notes of generated tokens at `position` (B, N); None for nothing."""
+        hidden = self._arrived()
+        if not self._notes:
+            return None
+        wide = position[:, None].expand(keys.shape[:3])
+        kind = torch.zeros_like(wide, dtype=torch.int8)
+        new = Entries(keys=keys, values=values, position=wide, kind=kind, mass=None)
+        return self._note(counts, new, hidden, prefill=False)
+
+    def _note(self, counts: RowCounts, new: Entries, hidden: Tensor | None, *, prefill: bool) -> Tensor | None:
+        num_new = new.position.shape[-1]
+        view = counts.view(self.setup, new, new_tokens=num_new, prefill=prefill, hidden_or_none=hidden)
+        return checked_note(self.setup.policy, view)
 
     def settle_chunk(self, entries: Entries, statistics: Statistics) -> None:
         """Let the policy plan on a chunk that has attended, and move what stays into slots."""
@@ -201,6 +249,8 @@ class PolicyLayer(CacheLayerMixin):
                 self.setup.relay.handed = None
         else:  # when the last layer of the pass has come
             self.setup.pool.arrive(entries, self.setup.num_layers, partial(self._cut, entries, statistics))
+        if self.setup.layer == self.setup.num_layers - 1:
+            self._shelf.doubts.look()
 
     def _cut(self, entries: Entries, statistics: Statistics) -> None:
         policy, self._num_heads = self.setup.policy, entries.position.shape[1]
@@ -268,7 +318,10 @@ class PolicyLayer(CacheLayerMixin):
         repeats = (held.position >= second.chunk.start) & (held.position < second.chunk.end)
         sinks = (held.position >= 0) & (held.position < getattr(policy, "num_sinks", 0))
         told = held.position.masked_fill(~(repeats | sinks), EMPTY)
-        peak = column_peak(replace(chunk, key_position=torch.cat((told, new), dim=-1)))[..., : chunk.stored]
+        chunk, by, hidden = replace(chunk, key_position=torch.cat((told, new), dim=-1)), None, self._arrived()
+        if hidden is not None and self.setup.output_weight is not None and policy.repeated_as == "output":
+            by = 1.0 / hidden.float().norm(dim=-1), projected_lengths(values, self.setup.output_weight)
+        peak = column_peak(chunk, *(by or ()))[..., : chunk.stored]
         torch.where(repeats, peak, self._repeated, out=self._repeated)
         return output
 
@@ -277,6 +330,7 @@ class PolicyLayer(CacheLayerMixin):
         if self._unread is not None:
             (entries, statistics), self._unread = self._unread, None
             self._cut(entries, statistics)
+            self._shelf.doubts.look()
             self._repeated = None
 
     def _is_divided(self) -> bool:
@@ -345,12 +399,13 @@ class PolicyLayer(CacheLayerMixin):
             given["handed"] = self.setup.relay.handed.to(entries.keys.device)
         given["repeated_or_none"] = self._repeated
         stored, memory = (0, None) if self.slots is None else (self.slots.capacity, self.slots.memory)
-        return RowCounts(self.setup, self.ledger, entries.keys.device).view(
-            self.setup.layer,
+        return self._shelf.rows(self.setup, self.ledger, entries.keys.device).view(
+            self.setup,
             entries,
             new_tokens=entries.position.shape[-1] - stored,
             prefill=True,
             memory_or_none=memory,
+            doubts=self._shelf.doubts if plans_safely(policy) else None,
             **given,
         )
 
@@ -367,10 +422,16 @@ class PolicyLayer(CacheLayerMixin):
             self.slots.rank = self.slots.rank if self.setup.rotation is not None else None
             self.counts, self._leads = self._shelf.take(self.setup, self.ledger, self.slots.length.device)
             return
-        self.ledger.settle(self.ledger.held if plan is None else plan.keep.sum(dim=-1).amax(dim=1).tolist())
+        held = self.ledger.held
+        if plan is not None and keeps_the_most(self.setup.policy):
+            held = [min(pair) for pair in zip(held, self.ledger.allowed(), strict=True)]
+        elif plan is not None:
+            held = plan.keep.sum(dim=-1).amax(dim=1).tolist()
+        self.ledger.settle(held)
         final = self.ledger.allowed(ahead_tokens=self.setup.reserve_tokens)
         capacity = max(*self.ledger.held, *final) + self.ledger.block_tokens
-        self.slots = settle(entries, plan, capacity, memory, faults)
+        in_order = plan is None and faults is None and min(held) == entries.position.shape[-1]
+        self.slots = settle(entries, plan, capacity, memory, faults, in_order=in_order)
         if self.setup.rotation is not None and use_triton(self.slots.entries.keys):
             self.slots.rank = age_rank(self.slots.entries.position).int()
         self.counts, self._leads = self._shelf.take(self.setup, self.ledger, self.slots.length.device)
@@ -394,6 +455,9 @@ class PolicyLayer(CacheLayerMixin):
         self.ledger.arrive([1] * keys.shape[0])
         if not slots.has_room(self.ledger.held):
             slots.grow(GROW_TOKENS)
+        noted = self._note_generated(self.counts, keys, values, self.counts.seen[:, None] - 1)
+        if noted is not None:
+            slots.note(noted)
         if use_triton(keys):
             from kvbench.kernels.slot_writes import write_slot
 
@@ -432,7 +496,9 @@ class PolicyLayer(CacheLayerMixin):
             slots.add_mass(mass[..., :held])
         if not slots.has_room(self.ledger.held):
             slots.grow(new + GROW_TOKENS)
-        slots.append(keys[:, :, held:], values[:, :, held:], position, None if mass is None else mass[..., held:])
+        keys, values = keys[:, :, held:], values[:, :, held:]
+        noted = self._note_generated(self.counts, keys, values, position)
+        slots.append(keys, values, position, None if mass is None else mass[..., held:], noted)
         return output
 
     def _attend_slots(self, slots: AnySlots, query: Tensor, scaling: float) -> tuple[Tensor, Tensor | None]:
@@ -495,7 +561,7 @@ class PolicyLayer(CacheLayerMixin):
             return
         counts = RowCounts(self.setup, self.ledger, slots.length.device)
         entries, new_tokens = slots.entries, self.ledger.block_tokens
-        view = counts.view(self.setup.layer, entries, new_tokens=new_tokens, **self._block_statistics(slots, entries))
+        view = counts.view(self.setup, entries, new_tokens=new_tokens, **self._block_statistics(slots, entries))
         plan = only_rows(self._plan(entries, view), torch.tensor(due, device=slots.length.device), view)
         slots.cut(plan)
         self.ledger.cut_block()
@@ -517,7 +583,7 @@ class PolicyLayer(CacheLayerMixin):
         """Free one victim of every row and head that is over its budget."""
         assert self.counts is not None
         policy = self.setup.policy
-        view = self.counts.view(self.setup.layer, slots.entries, probs_or_none=probs, memory_or_none=slots.memory)
+        view = self.counts.view(self.setup, slots.entries, probs_or_none=probs, memory_or_none=slots.memory)
         if by_kernels and self._merge is None and _is_plain_score(policy):
             from kvbench.kernels.slot_writes import free_lowest
 
@@ -553,10 +619,10 @@ class PolicyLayer(CacheLayerMixin):
         if self._cuts_every > 1:
             rows = RowCounts(self.setup, self.ledger, slots.length.device)
             entries = slots.entries
-            policy.plan(rows.view(self.setup.layer, entries, **self._block_statistics(slots, entries)))
+            policy.plan(rows.view(self.setup, entries, **self._block_statistics(slots, entries)))
             return None
         probs = torch.zeros_like(slots.position, dtype=torch.float32) if Needs.PROBS in self._needs else None
-        view = counts.view(self.setup.layer, slots.entries, probs_or_none=probs, memory_or_none=slots.memory)
+        view = counts.view(self.setup, slots.entries, probs_or_none=probs, memory_or_none=slots.memory)
         if self._merge is not None:
             victim = policy.victim(view)
             self._joining(view, victim)
@@ -650,25 +716,3 @@ class PolicyLayer(CacheLayerMixin):
 def _is_plain_score(policy: Policy) -> TypeGuard[ScorePolicy]:
     """Whether the kernel that frees the lowest score does what the policy's own `victim` would."""
     return isinstance(policy, ScorePolicy) and type(policy).victim is ScorePolicy.victim
-
-
-def _real_tokens(query: Tensor, padding: Tensor | None, *, seen: list[int]) -> Tensor:
-    """Return (B, Q) bool, False at pads.
-
-    `padding` (B, N) covers everything that came, pads included; `seen` are the real tokens of each row before
-    these, empty if there are none. Raises: ModelSupportError unless pads stand left of a row's first real token
-    only, and some row has one.
-    """
-    batch, _, new, _ = query.shape
-    if padding is None:
-        return torch.ones((batch, new), dtype=torch.bool, device=query.device)
-    real = padding[:, -new:].bool()
-    counts = real.sum(dim=-1).tolist()
-    left_padded = bool((real.long().diff(dim=-1) >= 0).all())  # within these; across pieces by what was seen
-    begun = any(had and count < new for had, count in zip(seen or [0] * batch, counts, strict=True))
-    if not left_padded or begun or not any(counts):
-        raise ModelSupportError(
-            f"the attention mask has pads that do not stand left of the first prompt (real tokens per row of this "
-            f"chunk: {counts} of {new}); set padding_side='left'"
-        )
-    return real

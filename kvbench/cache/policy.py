@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from dataclasses import Field, dataclass, field, replace
 from enum import Flag, auto
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from kvbench.cache.parts import Allocation, Merge, divided_heads
 from kvbench.cache.selection import keep_top, lowest, outside, protected_range, ranked_above
-from kvbench.cache.view import Joining, Needs, Plan, View
+from kvbench.cache.view import Doubts, Joining, Needs, Plan, View
 from kvbench.errors import ConfigError, NonFiniteChoiceError, NonFiniteError, PolicyError, close_matches
 
 
@@ -45,7 +46,8 @@ class Policy:
     Class flags: `needs` (statistics computed for it), `when` (phases in which it cuts), `granularity`
     (do the heads of a layer share their entries), `reduction` (query heads to KV heads), `bounded`
     (False: it ignores the budget, as the full cache does), `window_tokens` (queries of WINDOW and HEAD_ROWS),
-    `moments_from` (so many first tokens are not in MOMENTS), `repeat_tokens` (of a chunk of REPEATED) and
+    `moments_from` (so many first tokens are not in MOMENTS), `repeat_tokens` (of a chunk of REPEATED), `repeated_as`
+    (what REPEATED counts: shares of attention, or these as they move the output: times |W v| over |h|) and
     `native_positions` (the position mode its authors describe, used unless another is asked for).
     """
 
@@ -57,6 +59,7 @@ class Policy:
     window_tokens: ClassVar[int] = 32
     moments_from: ClassVar[int] = 0
     repeat_tokens: ClassVar[int] = 2048
+    repeated_as: ClassVar[Literal["attention", "output"]] = "attention"
     native_positions: ClassVar[Literal["original", "in_cache", "released"]] = "original"
 
     @property
@@ -74,6 +77,14 @@ class Policy:
         -1 says that there is no choice, because a number that decides is NaN: the cell ends as `nonfinite`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define victim(view)")
+
+    def note(self, view: View) -> Tensor | None:
+        """Return (B, H, T) or (B, 1, T), a number of each token that arrives, or None.
+
+        `view` shows these tokens alone, those of a prompt or the one of a step, pads at position -1. It is asked once
+        about each, in every layer; the number stays beside the entry and is `view.noted` from then on.
+        """
+        return None
 
     def hand_over(self, view: View) -> Tensor | None:
         """Return (B, ...), what later layers read of this one as `view.handed`; None leaves there what it is.
@@ -234,13 +245,15 @@ CACHE_SEMANTICS = 1
 def ranking(policy: ScorePolicy, view: View) -> Tensor:
     """Return (B, H, T), by what a plan ranks: scores, infinite where protected and at most finite elsewhere.
 
-    Raises: NonFiniteChoiceError if the score of an entry that is not protected is NaN.
+    Raises: NonFiniteChoiceError if the score of an entry that is not protected is NaN (`View.refuse_if`).
     """
-    score = policy._protected_score(view)
-    if bool((score.isnan() & view.valid).any()):
-        raise NonFiniteChoiceError(
-            f"{type(policy).__name__}.score returned NaN in layer {view.layer}; scores must be numbers"
-        )
+    score, layer = policy._protected_score(view), view.layer
+    view.refuse_if(
+        (score.isnan() & view.valid).any(),
+        lambda: NonFiniteChoiceError(
+            f"{type(policy).__name__}.score returned NaN in layer {layer}; scores must be numbers"
+        ),
+    )
     return score
 
 
@@ -258,6 +271,16 @@ def needs_of(policy: Policy) -> Needs:
 def is_ragged(policy: Policy) -> bool:
     """Return whether the heads of a layer may hold different numbers of entries."""
     return isinstance(policy, ScorePolicy) and policy.allocation is not None and policy.allocation.ragged
+
+
+def keeps_the_most(policy: Policy) -> bool:
+    """Return whether each head keeps as many entries as its row may: how many need not be asked of the device."""
+    return isinstance(policy, ScorePolicy) and type(policy).plan is ScorePolicy.plan and not is_ragged(policy)
+
+
+def plans_safely(policy: Policy) -> bool:
+    """Return whether a plan can be carried out before it was looked at: it names no entries that may not exist."""
+    return keeps_the_most(policy) and isinstance(policy, ScorePolicy) and policy.merge is None
 
 
 def steps_between_cuts(policy: Policy) -> int | None:
@@ -341,6 +364,25 @@ def checked_score(policy: ScorePolicy, view: View) -> Tensor:
     return score if policy.protect is None else ranked_above(score, getattr(view, policy.protect))
 
 
+def takes_notes(policy: Policy) -> bool:
+    """Return whether the policy notes a number of each token when it comes."""
+    return type(policy).note is not Policy.note
+
+
+def checked_note(policy: Policy, view: View) -> Tensor | None:
+    """Return `policy.note(view)` as (B, H, T) float32, 0 at pads. Raises: PolicyError for another shape."""
+    noted = policy.note(view)
+    if noted is None:
+        return None
+    rows, _, entries = view.position.shape
+    if noted.shape not in (view.position.shape, (rows, 1, entries)):
+        raise PolicyError(
+            f"{type(policy).__name__}.note returned shape {tuple(noted.shape)}; "
+            f"it must be (B, H, T) = {tuple(view.position.shape)} or (B, 1, T)"
+        )
+    return noted.float().expand(view.position.shape).masked_fill(view.position < 0, 0.0)
+
+
 def checked_range(policy: ScorePolicy, seen: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
     """Return `policy.protected_range`. Raises: PolicyError for anything but two int64 tensors of shape (B,)."""
     sinks, recent_from = policy.protected_range(seen, budget)
@@ -390,35 +432,48 @@ def checked_plan(policy: Policy, view: View, allowed: list[int]) -> Plan:
     """Return `policy.plan(view)`; `allowed` has one number per row.
 
     Raises: NonFiniteError for attention that is NaN, NonFiniteChoiceError and PolicyError for a plan that breaks
-    the contract.
+    the contract: at the end of the pass where the view has `doubts`, else now, in one wait.
     """
     check_statistics(view)
+    doubts = Doubts() if view.doubts is None else view.doubts
     plan, position, name = policy.plan(view), view.position, f"{type(policy).__name__}.plan in layer {view.layer}"
     if plan is None:
         raise PolicyError(f"{name} returned None although the budget {allowed} is exceeded; return a Plan")
     _check_column(plan.keep, "keep", torch.bool, position, name)
-    if bool((plan.keep & (position < 0)).any()):
-        raise PolicyError(f"{name} keeps slots that hold no token; combine keep with view.valid")
-    kept, held = plan.keep.sum(dim=-1), (position >= 0).any(dim=-1)  # a row may have had pads only
-    most, counted = torch.tensor(allowed, device=kept.device)[:, None], kept
+    doubts.note(
+        (plan.keep & (position < 0)).any(),
+        lambda: PolicyError(f"{name} keeps slots that hold no token; combine keep with view.valid"),
+    )
+    kept, held = plan.keep.sum(dim=-1), (position >= 0).sum(dim=-1)  # a row may have had pads only
+    most, counted = view.budget[:, None], kept
     if is_ragged(policy):
         most, counted = most * kept.shape[1], kept.sum(dim=-1, keepdim=True)
-    if bool(((counted > most) | (held & (kept < 1))).any()):
-        raise PolicyError(
+    wrong = (counted > most) | ((held > 0) & (kept < 1))
+    if keeps_the_most(policy):
+        wrong = wrong | (kept != torch.minimum(held, most))
+    doubts.note(
+        wrong.any(),
+        lambda: PolicyError(
             f"{name} keeps {kept.tolist()} entries (rows x heads); allowed per row: 1 to {allowed}"
             f"{' on average over the heads' if is_ragged(policy) else ''}. keep_top keeps none where a score is NaN"
-        )
+        ),
+    )
     if plan.merge_weight is not None and (plan.merge_into is None or plan.merge_weight.shape != position.shape):
         raise PolicyError(f"{name} returned merge_weight without a merge_into of the same shape (B, H, T)")
     if plan.merge_into is not None:
-        _check_merge(plan.merge_into, plan.keep, name)
+        _check_merge(plan.merge_into, plan.keep, doubts, name)
     if plan.mass is not None and (plan.mass.shape != position.shape or view.mass_or_none is None):
         raise PolicyError(
             f"{name} returned mass of shape {tuple(plan.mass.shape)}; it must be (B, H, T) = "
             f"{tuple(position.shape)}, and the policy must declare Needs.MASS"
         )
-    if plan.mass is not None and bool((plan.mass.isnan() & plan.keep).any()):
-        raise NonFiniteChoiceError(f"{name} returned a mass that is NaN for entries that it keeps; it must be numbers")
+    if plan.mass is not None:
+        doubts.note(
+            (plan.mass.isnan() & plan.keep).any(),
+            lambda: NonFiniteChoiceError(
+                f"{name} returned a mass that is NaN for entries that it keeps; it must be numbers"
+            ),
+        )
     if plan.values is not None and plan.values.shape != view.values.shape:
         raise PolicyError(
             f"{name} returned values of shape {tuple(plan.values.shape)}; it must be (B, H, T, D) = "
@@ -427,6 +482,8 @@ def checked_plan(policy: Policy, view: View, allowed: list[int]) -> Plan:
     source = plan.merge_source
     if source is not None and (plan.merge_into is None or source.shape != position.shape):
         raise PolicyError(f"{name} returned merge_source without a merge_into of the same shape {tuple(source.shape)}")
+    if view.doubts is None:
+        doubts.look()
     return plan
 
 
@@ -434,22 +491,37 @@ def check_statistics(view: View) -> None:
     """Raise NonFiniteError if attention that a policy is about to decide by is NaN: the model's numbers are."""
     statistics = {"mass": view.mass_or_none, "window": view.window_or_none, "probs": view.probs_or_none}
     statistics["head_rows"] = None if view.head_rows_or_none is None else view.head_rows_or_none.flatten(2, 3)
+    doubts = Doubts() if view.doubts is None else view.doubts
     for name, numbers in statistics.items():
-        valid = view.valid if numbers is None or numbers.ndim == 3 else view.valid[:, :, None]
-        if numbers is not None and bool((numbers.isnan() & valid).any()):
-            raise NonFiniteError(
-                f"the attention that a prompt's tokens receive is NaN in layer {view.layer} (view.{name}): the model's "
-                "keys or queries overflow; use a wider model.dtype"
-            )
+        if numbers is not None:
+            valid = view.valid if numbers.ndim == 3 else view.valid[:, :, None]
+            doubts.note((numbers.isnan() & valid).any(), partial(_not_finite, name, view.layer))
+    if view.doubts is None:
+        doubts.look()
 
 
-def _check_merge(into: Tensor, keep: Tensor, name: str) -> None:
+def _not_finite(name: str, layer: int) -> NonFiniteError:
+    return NonFiniteError(
+        f"the attention that a prompt's tokens receive is NaN in layer {layer} (view.{name}): the model's keys or "
+        "queries overflow; use a wider model.dtype"
+    )
+
+
+def _check_merge(into: Tensor, keep: Tensor, doubts: Doubts, name: str) -> None:
     _check_column(into, "merge_into", torch.int64, keep, name)
-    if bool(((into < 0) | (into >= keep.shape[-1])).any()):
-        raise PolicyError(f"{name} merges into {into.min()} to {into.max()}; allowed: 0 to {keep.shape[-1] - 1}")
+    last = keep.shape[-1] - 1
+    least, most = into.aminmax()
+    doubts.note(
+        (least < 0) | (most > last),
+        lambda: PolicyError(f"{name} merges into {least} to {most}; allowed: 0 to {last}"),
+    )
     itself = into == torch.arange(keep.shape[-1], device=into.device)
-    if not bool((keep.gather(-1, into) | itself).all()):
-        raise PolicyError(f"{name} merges entries into some that it does not keep; give them a survivor or themselves")
+    doubts.note(
+        ~(keep.gather(-1, into.clamp(0, last)) | itself).all(),
+        lambda: PolicyError(
+            f"{name} merges entries into some that it does not keep; give them a survivor or themselves"
+        ),
+    )
 
 
 def _check_column(given: Tensor, field: str, dtype: torch.dtype, like: Tensor, name: str) -> None:

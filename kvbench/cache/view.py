@@ -6,11 +6,12 @@ After the first eviction the order of storage is not the order of tokens: read `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Flag, IntEnum, auto
 from typing import TYPE_CHECKING, TypeVar
 
+import torch
 from torch import Tensor
 
 from kvbench.errors import PolicyError
@@ -36,6 +37,7 @@ class Needs(Flag):
     QUESTION = auto()  # which entries are of the question: only for prompts of which it is known
     ARTEFACT = auto()  # what `kvbench calibrate` wrote for the model
     REPEATED = auto()  # attention received while the prompt is repeated, in a second pass over it
+    HIDDEN = auto()  # what enters the layer's attention, of the tokens that arrive: only where `note` is asked
 
 
 class Kind(IntEnum):
@@ -44,6 +46,32 @@ class Kind(IntEnum):
     TEXT = 0
     IMAGE = 1
     SPECIAL = 2
+
+
+class Doubts:
+    """What must not be true of numbers on a device, noted as it comes up and looked at in one wait for all of it."""
+
+    def __init__(self) -> None:
+        self._noted: list[tuple[Tensor, Callable[[], Exception]]] = []
+
+    def note(self, flag: Tensor, error: Callable[[], Exception]) -> None:
+        """Remember to raise what `error` returns if `flag`, a bool of no dimensions, is True."""
+        self._noted.append((flag, error))
+
+    def clear(self) -> None:
+        """Forget what was noted."""
+        self._noted.clear()
+
+    def look(self) -> None:
+        """Raise the first error noted whose flag is True, and forget all."""
+        noted, self._noted = self._noted, []
+        true = {
+            device: torch.stack([flag for flag, _ in noted if flag.device == device]).tolist()
+            for device in dict.fromkeys(flag.device for flag, _ in noted)
+        }
+        for flag, error in noted:
+            if true[flag.device].pop(0):
+                raise error()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +86,8 @@ class View:
     `new_tokens` is how many tokens came with this step (1 = decode). memory_or_none (B, H, M): what the
     policy's last plan left beside the slots. spread_or_none (B, H): where a block of generated tokens is cut and heads
     hold different numbers, what each was given beside the budget when the prompt was cut. handed: what the policy's
-    `hand_over` returned in an earlier layer of this prompt, None before that and at decode.
+    `hand_over` returned in an earlier layer of this prompt, None before that and at decode. doubts: where `refuse_if`
+    notes what is looked at later, None where it looks at once.
     """
 
     layer: int
@@ -90,6 +119,16 @@ class View:
     handed: Tensor | None = None
     artefact_or_none: Mapping[str, Tensor] | None = None
     repeated_or_none: Tensor | None = None
+    hidden_or_none: Tensor | None = None
+    noted_or_none: Tensor | None = None
+    doubts: Doubts | None = None
+
+    def refuse_if(self, flag: Tensor, error: Callable[[], Exception]) -> None:
+        """Raise what `error` returns if `flag`, a bool of no dimensions, is True: at the end of the pass, or now."""
+        if self.doubts is not None:
+            self.doubts.note(flag, error)
+        elif bool(flag):
+            raise error()
 
     @property
     def valid(self) -> Tensor:
@@ -163,6 +202,21 @@ class View:
     def repeated(self) -> Tensor:
         """(B, H, T) float32: the largest attention received, of any query head, while the prompt is repeated."""
         return _declared(self.repeated_or_none, "REPEATED")
+
+    @property
+    def hidden(self) -> Tensor:
+        """(B, T, E): what the layer's attention is given, and its projections see, of the tokens that arrive.
+
+        That is after the layer's norm, in the model's dtype. Only the view that `note` gets has it.
+        """
+        return _declared(self.hidden_or_none, "HIDDEN")
+
+    @property
+    def noted(self) -> Tensor:
+        """(B, H, T) float32: what the policy's `note` made of each entry when it came."""
+        if self.noted_or_none is None:
+            raise PolicyError("the policy reads view.noted, but its class has no `note` that returns a number an entry")
+        return self.noted_or_none
 
     @property
     def probs(self) -> Tensor:

@@ -90,7 +90,8 @@ class Chunk:
 
     query_position (B, Q) and key_position (B, H, T) count a row's own tokens; -1 is a pad or an
     empty slot. The last Q entries of the keys are the chunk itself. `plain` says that the chunk is a
-    whole prompt without pads, which the fused causal kernel takes as it is.
+    whole prompt without pads, which the fused causal kernel takes as it is. left_pads: how many pads each row has, all
+    left of its tokens, None where that is not known.
     """
 
     query: Tensor
@@ -100,6 +101,7 @@ class Chunk:
     key_position: Tensor
     scaling: float
     plain: bool
+    left_pads: tuple[int, ...] | None = None
 
     @property
     def stored(self) -> int:

@@ -13,6 +13,7 @@ on what ran before.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,7 @@ def causal_forward(query: Tensor, keys: Tensor, values: Tensor, scaling: float) 
 
 
 def padded_forward(
-    query: Tensor, keys: Tensor, values: Tensor, scaling: float, pads: list[int]
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float, pads: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Return the same for left-padded rows, `pads[b]` pads in row b: there output is 0, log-sum-exp +inf.
 

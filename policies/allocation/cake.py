@@ -18,10 +18,11 @@ from kvbench.errors import ConfigError
 class Cake(Allocation):
     """A layer's share is its preference H^(1 / tau_spread) V^(1 / tau_shift), of the rows of the prompt's last queries.
 
-    Source: CAKE (arXiv 2503.12491, Eqs. 4 to 6): H is the mean entropy of the rows, V the variance of each column
-    over the queries, summed over columns; both averaged over the heads. Differs in: the layers are divided once all
-    were seen, where the paper cuts in a cascade so that no more than the budget is held meanwhile (its end is the
-    same); the temperatures, which the paper fits to each model, are 1.
+    Source: CAKE (arXiv 2503.12491, Eqs. 4 to 6) and its code (cake/model/modify_llama.py): H is the mean entropy of the
+    rows, V the variance of each column over the queries, summed over columns; both averaged over the heads, and of
+    what is older than these queries only, whose own columns, empty above the diagonal, would be half of V.
+    Differs in: the layers are divided once all were seen, where the paper cuts in a cascade so that no more than the
+    budget is held meanwhile (its end is the same); the temperatures, which the paper fits to each model, are 1.
     """
 
     needs: ClassVar[Needs] = Needs.WINDOW
@@ -40,6 +41,8 @@ class Cake(Allocation):
         rows = view.window.double().masked_fill(~view.valid[:, :, None], 0.0)
         real = rows.sum(dim=-1, keepdim=True) > 0
         count = real.sum(dim=2, keepdim=True).clamp(min=1)
+        older = view.position < (view.seen - rows.shape[2])[:, None, None]
+        rows = rows.masked_fill(~older[:, :, None], 0.0)
         entropy = -torch.xlogy(rows, rows).sum(dim=(2, 3)) / count[:, :, 0, 0]
         mean = rows.sum(dim=2, keepdim=True) / count
         shift = (((rows - mean) * real) ** 2 / count).sum(dim=(2, 3))

@@ -25,17 +25,19 @@ class CaM(Merge):
     where fewer come after it the rest is lost. Attention is the row of the newest query.
 
     Source: CaM (Zhang et al., ICML 2024) and its release (github.com/zyxxmu/cam at fc80e64), whose Llama merges so at
-    each step over StreamingLLM's window, with 32 tokens. Differs in: what a prompt loses is merged too, all at once, by
-    the row of its last query, where the release drops it (`prompt_too=False` does as well); the query heads of a KV
-    head have their mean; a draw is a hash of seed, sequence, layer, head and token. The release's OPT merges wherever
-    the chance is above 1, its streaming code draws by accumulated attention over 16 tokens; neither is here.
+    each step over StreamingLLM's window, with 32 tokens, and drops what a prompt loses. `prompt_too` merges that as
+    well, by the row of the prompt's last query and all at once: hundreds of values then join the same 32, those that
+    come first after the gap, so it does harm. Differs in: the query heads of a KV head have their mean; a draw is a
+    hash of seed, sequence, layer, head and token; what is merged goes at that step, where the release still sees it
+    for one step more. The release's OPT merges wherever the chance is above 1, its streaming code draws by accumulated
+    attention over 16 tokens; neither is here.
     """
 
     needs: ClassVar[Needs] = Needs.PROBS
     at_decode: ClassVar[bool] = True
 
     spread_tokens: int = 32
-    prompt_too: bool = True
+    prompt_too: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

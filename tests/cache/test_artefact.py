@@ -136,4 +136,4 @@ def test_keys_are_learnt_from_before_rotation_or_it_is_said_why_not(monkeypatch:
 
 
 def test_a_layout_is_read_from_a_model() -> None:
-    assert Layout.of(tiny_model("llama_gqa_8_2")) == Layout(num_layers=2, num_heads=2, group=4, width=8)
+    assert Layout.of(tiny_model("llama_gqa_8_2")) == Layout(num_layers=2, num_heads=2, group=4, width=8, hidden=32)

@@ -94,7 +94,7 @@ def test_without_a_cache_pads_may_stand_anywhere_outside_the_text(mask: list[int
 
 
 def test_which_pads_the_kernel_for_left_pads_takes() -> None:
-    rows = {(-1, -1, 0, 1): [2, 0], (0, 1, 2, 3): [0, 0], (-1,) * 4: [4, 0], (0, 1, -1, -1): None, (-1, 0, 1, -1): None}
+    rows = {(-1, -1, 0, 1): (2, 0), (0, 1, 2, 3): (0, 0), (-1,) * 4: (4, 0), (0, 1, -1, -1): None, (-1, 0, 1, -1): None}
     for row, expected in rows.items():
         assert _left_pads(torch.tensor([row, (0, 1, 2, 3)])) == expected
 

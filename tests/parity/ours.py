@@ -59,7 +59,7 @@ POLICIES: dict[str, Policy] = {
     "expected_attention": ExpectedAttention(),
     "criticalkv": CriticalKV(pooling="avg"),
 }
-FIRST_SHARE = {256: 96 / 224, 102: 19 / 70}  # of what is not in the window, where kvpress has the half of all
+FIRST_SHARE = {512: 224 / 480, 204: 70 / 172}  # of what is not in the window, where kvpress has the half of all
 
 
 def prompt_only(policy: Policy) -> Policy:
@@ -87,13 +87,13 @@ def _for_entries(policy: Policy, count: int) -> Policy:
     return dataclasses.replace(policy, first_share=FIRST_SHARE[count]) if isinstance(policy, CriticalKV) else policy
 
 
-def smollm2() -> LoadedModel:
+def smollm2(device: str = "cpu") -> LoadedModel:
     """Load the model that `kvbench fetch smollm2-135m` fetched."""
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
     spec: ModelSpec = instantiate(OmegaConf.load(HERE.parents[1] / "conf" / "model" / "smollm2-135m.yaml"))
-    return load_model(spec, "cpu")
+    return load_model(spec, device)
 
 
 def token_windows(loaded: LoadedModel) -> list[list[int]]:
@@ -138,20 +138,23 @@ def main(command: str, folder: Path, methods: list[str]) -> None:
     """Write what `theirs.py` reads, kvbench's side, or the fixture out of both sides."""
     if command == "join":
         return _join(folder)
-    loaded = smollm2()
+    loaded = smollm2("cuda" if torch.cuda.is_available() and command == "score" else "cpu")
     windows = token_windows(loaded)
     if command == "prepare":
         loaded.model.save_pretrained(folder / "checkpoint")
         return _write(folder / "windows.json", windows)
-    rows = list(scored(loaded, methods, WINDOWS, batch_size=8))
+    rows = list(scored(loaded, methods, WINDOWS, batch_size=16))
     version = importlib.metadata.version("transformers")
-    return _write(folder / "ours.json", {"transformers": version, "tokens_sha256": digest(windows), "rows": rows})
+    made = {"transformers": version, "device": loaded.device.type, "tokens_sha256": digest(windows), "rows": rows}
+    return _write(folder / "ours.json", made)
 
 
 def _join(folder: Path) -> None:
     ours, theirs = (json.loads((folder / name).read_text()) for name in ("ours.json", "theirs.json"))
-    assert ours["tokens_sha256"] == theirs["tokens_sha256"]
-    versions = {**theirs["versions"], "kvbench's transformers": ours["transformers"], "device": "cpu, float32"}
+    for field in ("tokens_sha256", "device"):
+        assert ours[field] == theirs[field], field
+    versions = {**theirs["versions"], "kvbench's transformers": ours["transformers"]}
+    versions["device"] = f"{ours['device']}, float32"
     rows = [
         {"method": one["method"], "entries": one["entries"], "ours": _side(one), "theirs": _side(other)}
         for one, other in zip(ours["rows"], theirs["rows"], strict=True)

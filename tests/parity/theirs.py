@@ -24,21 +24,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-GIVEN, SCORED, WINDOWS = 512, 64, 16
+GIVEN, SCORED, WINDOWS = 1024, 256, 48
 LAYERS = (0, 15, 29)  # whose kept entries are compared, in the first window
 ENTRIES: dict[str, tuple[int, ...]] = {
-    "full": (512,),
-    "snapkv": (256, 102, 51),
-    "snapkv_released": (102,),
-    "key_norm": (256, 102),
-    "keydiff": (256, 102),
-    "tova": (256, 102),
-    "h2o_mean": (256, 102),
-    "streaming_llm": (256, 102),
-    "lagkv": (358, 296),  # sinks, tail and as many of each of two partitions, so that no tie decides
-    "chunkkv": (256, 112),  # whole chunks of 16
-    "expected_attention": (256, 102),
-    "criticalkv": (256, 102),
+    "full": (1024,),
+    "snapkv": (512, 204, 102),
+    "snapkv_released": (204,),
+    "key_norm": (512, 204),
+    "keydiff": (512, 204),
+    "tova": (512, 204),
+    "h2o_mean": (512, 204),
+    "streaming_llm": (512, 204),
+    "lagkv": (562, 376),  # sinks, tail and as many of each of six partitions, so that no tie decides
+    "chunkkv": (512, 208),  # whole chunks of 16
+    "expected_attention": (512, 204),
+    "criticalkv": (512, 204),
 }
 
 
@@ -76,10 +76,12 @@ def main(folder: Path, methods: list[str]) -> None:
 
     windows = json.loads((folder / "windows.json").read_text())
     model = LlamaForCausalLM.from_pretrained(folder / "checkpoint", dtype=torch.float32, attn_implementation="eager")
-    model.eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.eval().to(device)
     rows = [{"method": name, "entries": count, "nll": [], "kept": {}} for name in methods for count in ENTRIES[name]]
     for number, tokens in enumerate(windows):
-        given, scored = torch.tensor(tokens[:GIVEN])[None], torch.tensor(tokens[GIVEN:])
+        given, scored = (torch.tensor(part, device=device) for part in (tokens[:GIVEN], tokens[GIVEN:]))
+        given = given[None]
         with torch.inference_mode():
             first, layers = _prefill(model, given)
             for row in rows:
@@ -92,7 +94,9 @@ def main(folder: Path, methods: list[str]) -> None:
         print(number, {row["method"] + str(row["entries"]): round(row["nll"][-1] / SCORED, 4) for row in rows})
     versions = {name: importlib.metadata.version(name) for name in ("kvpress", "transformers", "torch")}
     digest = hashlib.sha256(json.dumps(windows).encode()).hexdigest()
-    (folder / "theirs.json").write_text(json.dumps({"versions": versions, "tokens_sha256": digest, "rows": rows}))
+    (folder / "theirs.json").write_text(
+        json.dumps({"versions": versions, "device": device, "tokens_sha256": digest, "rows": rows})
+    )
 
 
 def _prefill(model: Any, given: Any) -> tuple[Any, list[dict[str, Any]]]:
@@ -142,7 +146,7 @@ def _score(model: Any, held: list[tuple[Any, Any]], first: Any, scored: Any) -> 
     cache = DynamicCache()
     for layer, (keys, values) in enumerate(held):
         cache.update(keys, values, layer)
-    position = torch.arange(GIVEN, GIVEN + len(scored) - 1)[None]
+    position = torch.arange(GIVEN, GIVEN + len(scored) - 1, device=scored.device)[None]
     after = model(scored[None, :-1], past_key_values=cache, position_ids=position).logits[0]
     logits = torch.cat((first[None], after)).float().log_softmax(dim=-1)
     return float(-logits.gather(-1, scored[:, None]).double().sum())

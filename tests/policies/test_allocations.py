@@ -99,10 +99,11 @@ def test_every_layer_keeps_the_same_share_of_its_attention(seed: int, budget: in
     assert sum(shares) == LAYERS * budget
     reached = []
     for view in views:
-        mass = view.mass[0].double().mean(dim=0)[: TOKENS - protected]
-        order = sorted(mass.tolist(), reverse=True)
-        reached += [(sum(order[:k]) / sum(order), view.layer) for k in range(len(order))]
-    taken = [layer for _, layer in sorted(reached)[: LAYERS * (budget - protected)]]
+        mass = view.mass[0].double().mean(dim=0).tolist()
+        for place, received in enumerate(mass[: TOKENS - protected]):  # those that are protected hold attention too
+            before = sum(other for other in mass if other > received) / sum(mass)
+            reached.append((before, view.layer, place))
+    taken = [layer for _, layer, _ in sorted(reached)[: LAYERS * (budget - protected)]]
     assert shares == [protected + taken.count(layer) for layer in range(LAYERS)]
 
 
@@ -131,7 +132,8 @@ def test_cakes_preference_is_its_equation(seed: int, budget: int, taus: tuple[fl
     preferences = []
     for view, ranking in zip(views, rankings, strict=True):
         spread = shift = 0.0
-        for head in view.window[0].double().tolist():
+        for whole_rows in view.window[0].double().tolist():
+            head = [row[: TOKENS - len(whole_rows)] for row in whole_rows]  # what is older than the window
             spread -= sum(a * math.log(a) for row in head for a in row) / len(head) / HEADS
             for column in zip(*head, strict=True):
                 mean = sum(column) / len(column)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import pytest
 import torch
@@ -198,7 +198,7 @@ def test_values_are_spread_over_those_after_them_as_plain_loops_do(seed: int, le
 
         return naive_cam(head, keep, draw, spread)
 
-    same_as_lists(CaM(spread_tokens=spread, seed=5), seed, length, naive)
+    same_as_lists(CaM(spread_tokens=spread, prompt_too=True, seed=5), seed, length, naive)
 
 
 @quick
@@ -233,8 +233,8 @@ def test_runs_of_neighbours_become_one_as_plain_loops_do(seed: int, length: int,
 def test_a_released_prompt_gives_nothing_and_a_seed_gives_other_draws() -> None:
     entries, keep, protected = random_case(1, 30)
     view = view_of(entries, probs_or_none=torch.rand(entries.position.shape))
-    assert CaM(prompt_too=False).into(view, keep, protected).values is None
-    values = [CaM(seed=seed).into(view, keep, protected).values for seed in (0, 1, 0)]
+    assert CaM().into(view, keep, protected).values is None
+    values = [CaM(prompt_too=True, seed=seed).into(view, keep, protected).values for seed in (0, 1, 0)]
     assert torch.equal(values[0], values[2])  # type: ignore[arg-type]
     assert not torch.equal(values[0], values[1])  # type: ignore[arg-type]
 
@@ -254,6 +254,29 @@ def test_what_goes_joins_the_nearest_by_age_as_in_elastics_equation(seed: int, l
                 for k in bucket:
                     joins = line[anchor] if not protected[row, head, line[k]] else line[k]
                     assert plan.merge_into[row, head, line[k]] == joins
+
+
+@pytest.mark.parametrize(
+    "merge",
+    [Voronoi(), KVMerger(), D2O(), D2O(weights="cosine"), *(NearestCosine(how=how) for how in get_args(How))],
+    ids=str,
+)
+def test_merging_copies_leaves_them_as_they_are_and_attention_that_counts_them_too(merge: Merge) -> None:
+    """Of each two neighbours that are alike the newer goes. A merged entry counts once, so its logit wants log 2."""
+    torch.manual_seed(7)
+    pairs = 6
+    keys = 3 * torch.rand(pairs).diag().repeat_interleave(2, dim=0).expand(ROWS, HEADS, -1, -1)
+    values = torch.randn(ROWS, HEADS, pairs, pairs).repeat_interleave(2, dim=2)
+    position = torch.arange(2 * pairs).expand(ROWS, HEADS, -1)
+    kind, mass = torch.zeros(position.shape, dtype=torch.int8), torch.rand(position.shape)
+    entries = Entries(keys=keys, values=values, position=position, kind=kind, mass=mass)
+    keep = position % 2 == 0
+    merged = settle(entries, merge.into(view_of(entries), keep, torch.zeros_like(keep)), pairs).entries
+    torch.testing.assert_close(merged.keys, keys[:, :, ::2])
+    torch.testing.assert_close(merged.values, values[:, :, ::2])
+    query = torch.randn(ROWS, HEADS, 3, pairs)
+    counted = (query @ merged.keys.mT + math.log(2)).softmax(dim=-1) @ merged.values
+    torch.testing.assert_close(counted, (query @ keys.mT).softmax(dim=-1) @ values)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,10 @@ RULES: dict[str, tuple[Policy, Callable[[], Rule]]] = {
     "elastic_values": (Elastic(merge="values"), lambda: NaiveElastic(merge="values")),
     "elastic_keys": (Elastic(merge="keys"), lambda: NaiveElastic(merge="keys")),
     "cam": (StreamingLLM(merge=CaM(seed=2)), lambda: NaiveCaM(NaiveStreaming(), at_steps=True, seed=2)),
-    "cam_h2o": (H2O(merge=CaM(spread_tokens=3)), lambda: NaiveCaM(NaiveH2O(), at_steps=True, spread=3)),
+    "cam_h2o": (
+        H2O(merge=CaM(spread_tokens=3, prompt_too=True)),
+        lambda: NaiveCaM(NaiveH2O(), at_steps=True, spread=3, prompt_too=True),
+    ),
     "d2o": (H2O(merge=D2O()), lambda: NaiveD2O(NaiveH2O(), at_steps=True)),
     "d2o_cosine": (
         H2O(merge=D2O(momentum=0.3, weights="cosine")),

@@ -137,6 +137,28 @@ def test_blocks_are_cut_between_captured_steps(captures: list[int], policy: Scor
     assert len(captures) == num_captures
 
 
+@dataclass(frozen=True, kw_only=True)
+class Hears(ScorePolicy):
+    """Notes a number of what the attention is given of each token."""
+
+    needs: ClassVar[Needs] = Needs.HIDDEN
+
+    def note(self, view: View) -> Tensor:
+        return view.hidden[..., : view.keys.shape[1]].transpose(1, 2)
+
+    def score(self, view: View) -> Tensor:
+        return view.noted
+
+
+@on_the_cpu
+@torch.inference_mode()
+def test_what_a_step_notes_is_captured_and_goes_on_in_the_buffers_of_an_earlier_batch(captures: list[int]) -> None:
+    steps = CapturedSteps()
+    for number in (1, 2, 3):
+        same_answers(setting_of(Hears(num_recent=2)), batch(number), steps)
+    assert len(captures) == 1
+
+
 @on_the_cpu
 @torch.inference_mode()
 @pytest.mark.parametrize("policy", [StreamingLLM(merge=CaM(spread_tokens=2)), H2O(merge=D2O())], ids=["cam", "d2o"])
