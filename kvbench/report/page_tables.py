@@ -251,19 +251,25 @@ _OVERHEAD_SHARE = 0.5
 
 def latency_html(group: Group) -> Markup:
     """Return first token, step, the policy's part of both and the memory's roof, or "" where no cell was timed."""
-    if not any(cell.estimate(name) for cell in group.cells for name, _ in _LATENCY_COLUMNS):
-        return Markup()
-    heads = [*CELL_HEADS, *(head for _, head in _LATENCY_COLUMNS)]
-    rows = [list(_latency_cells(group, cell)) for cell in group.cells if not cell.failed]
-    view = TableView(caption=f"Latency, {group.title}", heads=heads, rows=rows)
-    return render("latency.html.j2", ratio_note=RATIO_NOTE, view=view)
+    view = _measured(group, "Latency", _LATENCY_COLUMNS)
+    return render("latency.html.j2", ratio_note=RATIO_NOTE, view=view) if view else Markup()
 
 
-def _latency_cells(group: Group, cell: CellResult) -> Iterator[TableCell]:
-    noisy = [measure(name).label for name in ("ttft_ms", "tpot_ms") if timing_noise(cell, name)]
+def _measured(group: Group, what: str, columns: Sequence[tuple[str, Head]]) -> TableView | None:
+    """Return a row per cell that did not fail, or None where none has any of the measures."""
+    if not any(cell.estimate(name) for cell in group.cells for name, _ in columns):
+        return None
+    heads = [*CELL_HEADS, *(head for _, head in columns)]
+    rows = [list(_measured_cells(group, cell, columns)) for cell in group.cells if not cell.failed]
+    return TableView(caption=f"{what}, {group.title}", heads=heads, rows=rows)
+
+
+def _measured_cells(group: Group, cell: CellResult, columns: Sequence[tuple[str, Head]]) -> Iterator[TableCell]:
+    times = [name for name in ("ttft_ms", "tpot_ms") if name in dict(columns)]
+    noisy = [measure(name).label for name in times if timing_noise(cell, name)]
     yield row_head(group.series_label(cell), f"noisy: {' and '.join(noisy)}" if noisy else "")
     yield budget_cell(cell)
-    for name, _ in _LATENCY_COLUMNS:
+    for name, _ in columns:
         found = cell.estimate(name)
         noise = "" if name == "roof_ms" else timing_noise(cell, _NOISE_OF.get(name, name))
         is_overhead = found is not None and name == "roof_share_fraction" and found.value < _OVERHEAD_SHARE
@@ -295,18 +301,8 @@ _MEMORY_COLUMNS = (
 
 def memory_html(group: Group) -> Markup:
     """Return what the peak is made of, what is stored and the peak by phase, or "" without a memory pass."""
-    if not any(cell.estimate(name) for cell in group.cells for name, _ in _MEMORY_COLUMNS):
-        return Markup()
-    heads = [*CELL_HEADS, *(head for _, head in _MEMORY_COLUMNS)]
-    rows = []
-    for cell in group.cells:
-        if not cell.failed:
-            found = ((name, cell.estimate(name)) for name, _ in _MEMORY_COLUMNS)
-            numbers = (
-                TableCell(format_value(name, one.value), sort=one.value) if one else NOT_MEASURED for name, one in found
-            )
-            rows.append([row_head(group.series_label(cell)), budget_cell(cell), *numbers])
-    return render("memory.html.j2", view=TableView(caption=f"Memory by phase, {group.title}", heads=heads, rows=rows))
+    view = _measured(group, "Memory by phase", _MEMORY_COLUMNS)
+    return render("memory.html.j2", view=view) if view else Markup()
 
 
 _MOST_CELLS_IN_FULL = 100
