@@ -403,6 +403,7 @@ def _memory(judged: Judged, cell: CellResult) -> Iterator[str]:
 _MOST_ROWS = 32
 _MOST_ROWS_OF_MANY, _MANY_CELLS = 8, 30
 _MOST_LINKS = 8
+_MOST_COUNTED = 8  # policies, by name
 _COLLAPSED = "\u2715"
 
 
@@ -467,9 +468,19 @@ def _budget(judged: Judged, cells: Sequence[CellResult], name: str, links: Sampl
 
 
 def _counts(judged: Judged, by_sample: Mapping[str, Losses], cells: Sequence[CellResult]) -> str:
-    """Say how many samples each policy loses, of those that it has; the number once where it is the same for all."""
+    """Say how many samples each policy loses, of those that it has; the number once where it is the same for all.
+
+    Of many policies the fewest and the most; each one's number stands in the leaderboard.
+    """
     found = [[losses[cell.key] for losses in by_sample.values() if cell.key in losses] for cell in cells]
     is_same = len({len(losses) for losses in found}) == 1
+    if is_same and len(cells) > _MOST_COUNTED:
+        counts = [sum(loss.collapsed for loss in losses) for losses in found]
+        fewest, most = (
+            f"{end} ({names(judged, [cell for cell, count in zip(cells, counts, strict=True) if count == end])})"
+            for end in (min(counts), max(counts))
+        )
+        return f"{len(cells)} policies collapse on {fewest} to {most} of {len(by_sample)} samples"
     parts = []
     for cell, losses in zip(cells, found, strict=True):
         of, count = "" if is_same else f" of {len(losses)}", sum(loss.collapsed for loss in losses)

@@ -176,7 +176,9 @@ def _quality_cells(row: CellRow, differing: Sequence[str], behind: Sequence[str]
     yield TableCell((size_text(one.measure, detectable) if one else "") or "-", sort=detectable)
     collapsed = "-" if row.num_collapsed is None else f"{row.num_collapsed} of {row.num_paired}"
     yield TableCell(collapsed, sort=row.num_collapsed)
-    yield from (_estimate(name, row.behind if name == BEHIND else row.length) for name in behind)
+    for name in behind:
+        is_said = name == row.measure  # in the column of the quality
+        yield TableCell("-") if is_said else _estimate(name, row.behind if name == BEHIND else row.length)
 
 
 def _cost_cells(row: CellRow) -> Iterator[TableCell]:

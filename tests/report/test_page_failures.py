@@ -60,6 +60,18 @@ def test_equal_losses_stand_in_the_order_of_their_numbers(tmp_path: Path) -> Non
     assert rows == [str(number) for number in range(12)]
 
 
+def test_of_many_policies_the_fewest_and_the_most_collapses_are_named(tmp_path: Path) -> None:
+    cell(tmp_path, "full", 8, budget=None)
+    for number in range(9):
+        cell(tmp_path, f"policy{number}", 8, lost=min(number, 7))
+    text = failures_of(tmp_path)
+    assert (
+        "9 policies collapse on 0 (<code>policy0</code>) to 7 (<code>policy7</code> and <code>policy8</code>) "
+        "of 8 samples</summary>" in text
+    )
+    assert "<code>policy3</code>" not in text.partition("</summary>")[0]
+
+
 def test_linked_and_collapsed_samples_are_on_a_page_that_can_not_hold_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
