@@ -60,6 +60,7 @@ kvbench compares KV-cache policies under one definition of everything.
   kvbench plot NAME [FOLDER]                  draw one figure as SVG, PDF or PNG; kvbench plot --list
   kvbench results COMMAND [FOLDER]            list, show, table, csv, parquet, verify, gc; results --help
   kvbench help [COMMAND]                      print this, or the help of a command
+  kvbench why RECORD [SAMPLE]                 a sample's first wrong word, and the run again with its evidence kept
   kvbench wandb sync [FOLDER]                 send records to Weights & Biases; wandb sync --help
 
 settings (KEY=VALUE):
@@ -104,6 +105,7 @@ SUBCOMMANDS = {
     "report": "kvbench.cli.report:report_command",
     "results": "kvbench.cli.results:results_command",
     "wandb": "kvbench.cli.wandb:wandb_command",
+    "why": "kvbench.cli.why:why_command",
 }
 _STOPPED = "stopped; finished cells and batches are kept, the same command goes on"
 DEFAULT_SWEEP = ["+experiment=default"]

@@ -61,6 +61,7 @@ def logged(
     return log, held
 
 
+@pytest.mark.cover("mechanisms")
 @pytest.mark.parametrize("budget_name", ["one", "tokens", "third_of_seen", "third_of_prompt", "unlimited"])
 def test_the_log_says_when_each_entry_left(policy: Policy, budget_name: str) -> None:
     lengths, ends = (PROMPT, PROMPT - 9), [STEPS, STEPS - 5]
@@ -153,6 +154,7 @@ def test_a_policy_that_drops_merges_nothing(policy: Policy) -> None:
     assert log.merged_into(0) is None
 
 
+@pytest.mark.cover("mechanisms")
 def test_looking_changes_nothing(policy: Policy) -> None:
     tokens = random_tokens(9, 1, PROMPT + STEPS)
     budget = budget_named("third_of_seen", policy)

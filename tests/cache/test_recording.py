@@ -81,6 +81,7 @@ def options(tokens: Tensor) -> dict[str, Any]:
     return {"reserve_tokens": STEPS, "prompt_kind": kinds(tokens), "row_seeds": list(range(tokens.shape[0]))}
 
 
+@pytest.mark.cover("mechanisms", whole="pairs")
 @pytest.mark.parametrize("budget_name", BUDGETS)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", ["llama_gqa", "llama_mha"])

@@ -166,6 +166,7 @@ def test_nan_that_decides_at_decode_is_found_at_once_on_a_cpu(tiny_llama: Any, n
     assert isinstance(raised.value, NonFiniteError), "so the cell ends as nonfinite"
 
 
+@pytest.mark.long
 @pytest.mark.cover("one")
 @pytest.mark.parametrize("name", list(NAN_AT_DECODE)[1:])
 def test_nan_that_decides_in_kernels_is_noted_and_told_when_asked(tiny_llama: Any, name: str) -> None:
@@ -178,7 +179,7 @@ def test_nan_that_decides_in_kernels_is_noted_and_told_when_asked(tiny_llama: An
         cache.check()
 
 
-@pytest.mark.parametrize("by_kernels", [False, True])
+@pytest.mark.parametrize("by_kernels", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_nan_that_decides_nothing_and_infinite_scores_are_no_fault(tiny_llama: Any, by_kernels: bool) -> None:
     """What is protected has no say; infinity is a number like others, below and above all of them."""
 
@@ -257,7 +258,7 @@ class OddOnes(ScorePolicy):
         return (first_tokens[:1] if self.wrong else first_tokens), seen
 
 
-@pytest.mark.parametrize("by_kernels", [False, True])
+@pytest.mark.parametrize("by_kernels", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_protected_range_of_ones_own_counts_at_prompt_and_decode_alike(tiny_llama: Any, by_kernels: bool) -> None:
     if by_kernels:
         pytest.importorskip("triton", reason="triton is not installed")

@@ -303,6 +303,7 @@ def test_control_characters_of_a_record_do_not_reach_the_terminal(
         assert "\x1b" not in printed(capsys, tmp_path / "a", tmp_path / "b", *words, code=1)
 
 
+@pytest.mark.long
 def test_it_needs_neither_torch_nor_hydra_nor_figures(before: Path) -> None:
     code = (
         "import sys; from kvbench.cli.main import run; code = run(['diff', sys.argv[1], sys.argv[1]]); "

@@ -125,6 +125,7 @@ def test_a_file_where_the_page_should_go_is_refused(folder: Path, tmp_path: Path
     assert (tmp_path / "page").read_text() == "mine"
 
 
+@pytest.mark.long
 def test_help_and_csv_need_no_matplotlib(folder: Path) -> None:
     code = (
         "import sys; from kvbench.cli.main import run; run(['report', sys.argv[1], '--format', 'csv']);"

@@ -117,6 +117,7 @@ def test_show_prints_one_cell_by_the_first_digits_of_its_key(
     assert json.loads(printed(capsys, "show", finished, key, "--json")) == body
 
 
+@pytest.mark.long
 @pytest.mark.cover("one")
 @pytest.mark.parametrize("took_the_place", [False, True])
 def test_a_later_failure_is_shown_and_every_table_keeps_the_measured_numbers(

@@ -53,6 +53,7 @@ def test_kernels_decode_as_plain_torch_does(policy: Policy, positions: Any) -> N
     same_decode(policy, positions, STEPS)
 
 
+@pytest.mark.cover(whole="values")
 @pytest.mark.long
 @pytest.mark.parametrize("reserve_tokens", [STEPS, 0])
 def test_kernels_hold_the_entries_and_give_the_logits_of_plain_torch(

@@ -151,6 +151,7 @@ def run(model: Any, policy: Policy, positions: Any) -> tuple[list[Any], Any]:
     return logits, held_positions(decoding.cache)
 
 
+@pytest.mark.cover("mechanisms")
 @pytest.mark.cover
 def test_a_model_behind_hooks_gives_what_it_gives_without(policy: Policy, positions: Any) -> None:
     plain = tiny_model("llama_gqa")

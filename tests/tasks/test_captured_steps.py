@@ -102,7 +102,8 @@ def test_every_policy_shares_one_capture_on_a_gpu(captures: list[int], policy: P
     steps = CapturedSteps()
     for number in (1, 2, 3):
         same_answers(setting_of(policy, positions=positions), batch(number), steps)
-    assert len(captures) == 1 or is_ragged(policy) or keeps_ring(policy)
+    divided = isinstance(policy, ScorePolicy) and policy.allocation is not None and policy.allocation.waits
+    assert len(captures) == 1 or is_ragged(policy) or keeps_ring(policy) or divided, "shapes that follow from the data"
 
 
 @on_the_cpu

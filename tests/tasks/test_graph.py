@@ -186,6 +186,7 @@ def test_copies_for_the_undo_are_gone_before_the_capture(monkeypatch: pytest.Mon
     assert [layer.ledger for layer in decoding.cache.policy_layers] == before
 
 
+@pytest.mark.cover("mechanisms")
 def test_a_step_that_was_undone_leaves_no_trace(policy: Policy, positions: Any) -> None:
     model, runs = loaded("llama_gqa", torch.float32), []
     setting = CacheSetting(policy=policy, budget=Budget(fraction=0.5), positions=positions)
@@ -207,6 +208,7 @@ def test_a_step_that_was_undone_leaves_no_trace(policy: Policy, positions: Any) 
     assert occupancy == occupancy_again
 
 
+@pytest.mark.cover("mechanisms")
 def test_counting_a_replayed_step_is_what_a_step_counts(policy: Policy) -> None:
     model = loaded("llama_gqa", torch.float32)
     setting = CacheSetting(policy=policy, budget=Budget(fraction=0.5), positions="original")

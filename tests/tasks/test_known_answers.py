@@ -77,6 +77,7 @@ def fed(decoding: Decoding, *, one_by_one: bool) -> tuple[Tensor, list[Any], lis
     return torch.stack(logits).log_softmax(-1), [said, after], held
 
 
+@pytest.mark.cover("mechanisms")
 def test_chunks_give_what_steps_give(policy: Policy, positions: Any) -> None:
     prompt_only = at_the_prompt_only(policy)
     runs = []

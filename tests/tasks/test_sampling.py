@@ -143,6 +143,7 @@ def test_each_draw_of_the_full_cache_is_stored_apart_from_greedy_answers(drawn: 
     assert len(set(bench.answers.folder.glob("*.json")) - files) == 2
 
 
+@pytest.mark.long
 def test_draws_do_not_depend_on_the_batch(
     bundled: LoadedModel, drawn: tuple[Bench, TaskResult], tmp_path: Path
 ) -> None:
