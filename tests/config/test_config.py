@@ -365,8 +365,8 @@ def test_a_setting_that_would_hide_in_the_key_what_the_class_is_is_refused(
 def test_the_registered_names_stay_as_they_are_in_the_keys_of_records() -> None:
     """A class may move; one that is renamed orphans the records of its name, so rename with a reason, and here."""
     names = {
-        "policy": "Cake CapKV ChunkKV CriticalKV CurDKV DuoAttention Elastic ElasticReleased ExpectedAttention FastKVzip "
-        "FastV KVzap KVzipPlus VaSE "
+        "policy": "Cake CapKV ChunkKV CriticalKV CurDKV DuoAttention Elastic ElasticReleased ExpectedAttention "
+        "FastKVzip FastV KVzap KVzipPlus VaSE "
         "Finch Full H2O H2OElasticRelease H2OMean H2OReleased KVzip KeyDiff KeyNorm Keyformer "
         "LagKV LocalElasticRelease LookM NACL Oracle PostVision PrefixKV QFilters RKV Random "
         "Scissorhands SimLayerKV SnapKV SnapKVDecode StreamingLLM StreamingLLMReleased TOVA "
