@@ -215,7 +215,7 @@ class PolicyLayer(CacheLayerMixin):
             kind=entries.kind[..., -num_new:],
             mass=None,
         )
-        counts = RowCounts(self.setup, self.ledger, entries.keys.device)
+        counts = self._shelf.rows(self.setup, self.ledger, entries.keys.device)
         noted = self._note(counts, new, hidden, prefill=True)
         if noted is not None and self.slots is not None and self.slots.entries.noted is not None:
             noted = torch.cat((self.slots.entries.noted, noted), dim=-1)

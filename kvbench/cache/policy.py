@@ -295,6 +295,13 @@ def steps_between_cuts(policy: Policy) -> int | None:
     return policy.every_tokens if isinstance(policy, ScorePolicy) else 1
 
 
+def total_of(policy: Policy) -> str:
+    """Return what a policy's allocation says of its total: `exact`, `bounded` or `data_dependent`."""
+    if isinstance(policy, ScorePolicy):
+        return "exact" if policy.allocation is None else policy.allocation.total
+    return "bounded"
+
+
 def merge_at_decode(policy: Policy) -> Merge | None:
     """Return the merge that entries freed at a decode step take part in, None where they are dropped."""
     merge = policy.merge if isinstance(policy, ScorePolicy) else None
@@ -414,6 +421,8 @@ def checked_score(policy: ScorePolicy, view: View) -> Tensor:
     """Return `policy.score(view)`. Raises: PolicyError for another shape than (B, H, T) or (B, 1, T)."""
     score = policy.score(view)
     rows, _, entries = view.position.shape
+    if not isinstance(score, Tensor):
+        raise PolicyError(f"{type(policy).__name__}.score returned {score!r:.60}; it must be a tensor (B, H, T)")
     if score.shape not in (view.position.shape, (rows, 1, entries)):
         raise PolicyError(
             f"{type(policy).__name__}.score returned shape {tuple(score.shape)}; "

@@ -3,8 +3,8 @@ const Samples = (() => {
 const none = { has: () => false, show: () => {}, failing: () => {}, keep: () => {} };
 if (!document.getElementById("sample-data")) return none;
 const at = id => document.getElementById(id);
-const groups = JSON.parse(at("sample-data").textContent);
-const pictures = at("autopsy-data") ? JSON.parse(at("autopsy-data").textContent) : [];
+const groups = embedded("sample-data");
+const pictures = at("autopsy-data") ? embedded("autopsy-data") : [];
 const pick = { group: at("sb-group"), policy: at("sb-policy"), budget: at("sb-budget"), which: at("sb-which"),
   sample: at("sb-sample") };
 let listed = [], kept = null;
@@ -219,9 +219,10 @@ const openLink = () => {
   if (part && !open((_, cell) => cell.key === part[1], part[2])) missing();
 };
 document.addEventListener("click", event => {
-  const link = event.target.closest("a[data-sample]");
+  const link = event.target.closest("main a[href='#samples']"), place = link && link.closest("td"), table = place && place.closest("table");
   if (!link) return;
-  const { group: title, cell: label, sample } = link.dataset;
+  const { group: title, cell: label, sample } = link.dataset.sample ? link.dataset : { group: table.dataset.group,
+    cell: [...table.tHead.rows].at(-1).cells[place.cellIndex].dataset.cell, sample: place.parentNode.dataset.sample };
   if (open((one, cell) => one.title === title && cell.label === label, sample)) { event.preventDefault(); remember(); }
   else missing();
 });
