@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,23 +87,33 @@ def mend_interpreter() -> None:
     interpreter._patch_lang_tensor = with_index
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave to `make test-all` what a cover of a product does without."""
-    for item in outside_the_cover(items):
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave to `make test-all` what a cover of a product does without, and out of that what a larger one does."""
+    left = outside_the_cover(items)
+    if covering.exhaustive:
+        beyond, by_default = outside_the_cover(items, whole=True), {*items} - {*left}
+        needless = {item for item in beyond if item not in by_default or item.get_closest_marker("long")}
+        config.hook.pytest_deselected(items=list(needless))
+        items[:] = [item for item in items if item not in needless]
+    for item in left:
         item.add_marker(pytest.mark.long)
 
 
 def pytest_collection_finish() -> None:
-    """Leave what is imported now out of every later collection: tests that collect took half a second each."""
-    gc.collect()
+    """Leave what is imported now out of every later collection, that at the end too: each took half a second."""
     gc.freeze()
+    atexit.register(gc.unfreeze)  # or triton's library tells at exit of all that it finds alive
     gc.enable()
     gc.set_threshold(20_000, 20, 20)
 
 
-def pytest_sessionfinish() -> None:
-    """Let the interpreter end as it would without."""
-    gc.unfreeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Do the same after each file: whoever measures memory collects, and would look through all that others left."""
+    yield
+    if nextitem is not None and nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

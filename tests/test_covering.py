@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.covering import cover, one_in, outside_the_cover, share_of
+from tests.covering import YAMLS, cover, mechanisms_of, one_in, outside_the_cover, share_of
 
 SIZES = {"policy": 12, "positions": 3, "budget": 6}
 PRODUCT = {
@@ -69,6 +69,36 @@ def test_tests_of_a_policy_and_more_are_covered_without_a_mark_and_marks_are_hee
     }
 
 
+def test_what_has_hundreds_of_cases_is_covered_in_the_whole_run_too() -> None:
+    mark, product = pytest.mark, {"policy": "abcd", "size": "123", "dtype": "xy"}
+    items = [
+        *collected("pairs", mark.cover(whole="pairs").mark, **product),
+        *collected("long_values", mark.cover(whole="values").mark, mark.long.mark, **product),
+        *collected("all", **product),
+        *collected("gpu", mark.gpu.mark, mark.cover(whole="values").mark, **product),
+    ]
+    left = outside_the_cover(items, whole=True)
+    kept = Counter(item.nodeid.partition("::")[2].partition("[")[0] for item in items if item not in left)
+    assert kept == {"pairs": 12, "long_values": 4, "all": 24, "gpu": 24}
+    by_default = Counter(item.nodeid.partition("::")[2].partition("[")[0] for item in outside_the_cover(items))
+    assert by_default == {"pairs": 20, "all": 20}, "what is marked as long is not chosen from"
+
+
+def test_a_cover_of_mechanisms_uses_each_at_least_once_in_a_third_of_the_policies(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("_target_: nowhere.at_all")
+    of_yamls = {path: mechanisms_of(path) for path in YAMLS}
+    used = {one for found in of_yamls.values() for one in found.items()}
+    chosen = cover({path.stem: found for path, found in of_yamls.items()}, 1)
+    assert {one for path, found in of_yamls.items() if path.stem in chosen for one in found.items()} == used
+    assert len(chosen) < 25
+    assert ("allocation", "Pyramid") in used
+    assert ("need MASS", "yes") in used
+    assert [mechanisms_of(one) for one in (wrong, "hard")] == [{"policy": repr(wrong)}, {"policy": "'hard'"}]
+    items = collected("costly", pytest.mark.cover("mechanisms").mark, policy="ab", size="123")
+    assert len(items) - len(outside_the_cover(items)) == 3
+
+
 def test_of_many_alike_about_one_in_so_many_is_taken() -> None:
     left = [bool(one.marks) for one in one_in(3, [f"line {number}" for number in range(300)])]
     assert 150 < sum(left) < 250
@@ -86,8 +116,11 @@ def test_the_rule_needs_nothing_heavy() -> None:
         imported = {line.split()[1].split(".")[0] for line in lines if line.startswith(("import ", "from "))}
         light = {
             "__future__",
+            "atexit",
             "collections",
+            "functools",
             "gc",
+            "heapq",
             "itertools",
             "os",
             "pathlib",

@@ -48,8 +48,8 @@ MAY_IMPORT = {
     "sinks.wandb": "errors __init__ measures results sinks report autopsy.page",
     "frontier": "errors measures stats results sweep config frontier.table report",
     "audit": "errors measures stats results tasks",
-    "cli": "errors __init__ measures stats results models sinks sinks.wandb sweep config contract report frontier "
-    "frontier.table audit",
+    "cli": "errors __init__ measures stats results models autopsy sinks sinks.wandb sweep config contract report "
+    "frontier frontier.table audit",
     "__main__": "cli",
     "hydra_plugins": "errors __init__ sweep config report cli",
 }

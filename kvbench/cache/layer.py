@@ -41,6 +41,7 @@ from kvbench.cache.policy import (
     checked_plan,
     checked_score,
     checked_victim,
+    chooses_plainly,
     is_ragged,
     keeps_ring,
     keeps_the_most,
@@ -214,7 +215,7 @@ class PolicyLayer(CacheLayerMixin):
             kind=entries.kind[..., -num_new:],
             mass=None,
         )
-        counts = RowCounts(self.setup, self.ledger, entries.keys.device)
+        counts = self._shelf.rows(self.setup, self.ledger, entries.keys.device)
         noted = self._note(counts, new, hidden, prefill=True)
         if noted is not None and self.slots is not None and self.slots.entries.noted is not None:
             noted = torch.cat((self.slots.entries.noted, noted), dim=-1)
@@ -715,4 +716,4 @@ class PolicyLayer(CacheLayerMixin):
 
 def _is_plain_score(policy: Policy) -> TypeGuard[ScorePolicy]:
     """Whether the kernel that frees the lowest score does what the policy's own `victim` would."""
-    return isinstance(policy, ScorePolicy) and type(policy).victim is ScorePolicy.victim
+    return isinstance(policy, ScorePolicy) and chooses_plainly(policy)

@@ -277,7 +277,7 @@ class CalibrationCache(Cache):
         )
         self.policy_layers = [_GatheringLayer(setup, policy) for setup in setups]
         super().__init__(layers=list(self.policy_layers))
-        if by_output or Needs.HIDDEN in policy.learns_from:
+        if by_output or Needs.HIDDEN in policy.learns_from | needs_of(policy):
             listen(model, self, self.policy_layers)
 
     @property

@@ -24,7 +24,7 @@ from kvbench.autopsy.replay import Watching, full_attention, replay, seen_pictur
 from kvbench.autopsy.settings import AutopsySettings
 from kvbench.cache import Budget, Needs, Plan, PolicyCache, View, artefact, cache_argument
 from kvbench.cache.policy import needs_of
-from kvbench.contract.driving import learnt_artefact
+from kvbench.contract.driving import held_positions, learnt_artefact
 from kvbench.datasets.scenes import Scenes
 from kvbench.errors import ConfigError
 from kvbench.models.inputs import prompt_batch
@@ -36,10 +36,9 @@ from kvbench.sweep.group import GroupPlan, ModelShelf, run_group
 from kvbench.tasks.decode import CacheSetting
 from kvbench.tasks.generation import Generation, divergence
 from kvbench.tasks.task import BatchTask, Bench, Part, Payload, Prompts, TaskResult
+from tests import covering
 from tests.calibrating import in_process
-from tests.contract import YAMLS
-from tests.covering import one_in
-from tests.driving import held_positions
+from tests.covering import YAMLS, one_in
 from tests.sweep.watching import KeptInMemory, Notes, run_cells
 from tests.tasks.benches import FULL, MostAttended, cell_of
 
@@ -88,11 +87,16 @@ def settings_of() -> dict[str, CacheSetting]:
     }
 
 
+REPLAYED = one_in(5, settings_of())
+
+
 @pytest.fixture(scope="module")
 def bodies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """The autopsy of every yaml in conf/policy, taken together as a sweep takes them."""
+    """The autopsy of every yaml in conf/policy that a test looks at, taken together as a sweep takes them."""
     folder = tmp_path_factory.mktemp("autopsies")
-    cells = {name: looked_at(setting, name) for name, setting in settings_of().items()}
+    settings = settings_of()
+    taken = {"full", "h2o", "elastic"} | {one.values[0] for one in REPLAYED if covering.exhaustive or not one.marks}
+    cells = {name: looked_at(settings[name], name) for name in settings if name in taken}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(artefact, "artefact_of", learnt_artefact)
         run_cells(list(cells.values()), folder)
@@ -122,7 +126,7 @@ def replayed(loaded: LoadedModel, setting: CacheSetting, index: int, pieces: lis
     return [[[tuple(head) for head in layer[0]] for layer in step] for step in held]
 
 
-@pytest.mark.parametrize("name", one_in(5, settings_of()))
+@pytest.mark.parametrize("name", REPLAYED)
 def test_what_is_stored_is_what_a_replay_of_the_sample_alone_holds(
     bundled: LoadedModel, bodies: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -16,10 +16,10 @@ from torch import Tensor
 from kvbench.cache import Budget, Calibrated, Layout, Needs, Policy, PolicyCache, ScorePolicy, View, cache_argument
 from kvbench.cache.artefact import artefact_bytes, read_artefact
 from kvbench.cache.recording import CalibrationCache
+from kvbench.contract.driving import drive
 from kvbench.errors import ConfigError, ModelSupportError, PolicyError
 from kvbench.policies.q_filters import QFilters
 from tests.covering import share_of
-from tests.driving import drive
 from tests.tiny_models import random_tokens, tiny_model
 
 ABOUT = {"policy": "kvbench:QFilters", "model": "a", "num_prompts": 3}

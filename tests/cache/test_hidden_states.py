@@ -16,12 +16,12 @@ from torch import Tensor
 
 from kvbench.cache import UNLIMITED, Budget, Needs, PolicyCache, ScorePolicy, View, When, cache_argument
 from kvbench.cache.recording import PromptRecorder, cache_after
+from kvbench.contract.driving import drive
 from kvbench.errors import ModelSupportError, PolicyError
 from kvbench.kernels.dispatch import interpreted, kernels_forced, triton_installed
 from kvbench.policies.allocation.ada import Ada
 from kvbench.policies.h2o import H2O
 from kvbench.policies.merge.voronoi import Voronoi
-from tests.driving import drive
 from tests.tiny_models import random_tokens, tiny_model
 
 PROMPT, STEPS = 23, 11

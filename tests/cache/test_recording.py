@@ -10,10 +10,10 @@ from torch import Tensor
 from kvbench.cache import Budget, Kind, Needs, Policy, PolicyCache, ScorePolicy, View, cache_argument
 from kvbench.cache.positions import PositionMode
 from kvbench.cache.recording import PromptRecorder, Recording, cache_after
+from kvbench.contract.driving import left_padded, repeat_where_asked
+from kvbench.contract.terms import BUDGETS, budget_named
 from kvbench.policies.full import Full
 from kvbench.policies.h2o import H2O
-from tests.contract import BUDGETS, budget_named, left_padded
-from tests.driving import repeat_where_asked
 from tests.tiny_models import random_tokens, tiny_model
 
 PROMPT, STEPS = 19, 9
@@ -81,6 +81,7 @@ def options(tokens: Tensor) -> dict[str, Any]:
     return {"reserve_tokens": STEPS, "prompt_kind": kinds(tokens), "row_seeds": list(range(tokens.shape[0]))}
 
 
+@pytest.mark.cover("mechanisms", whole="pairs")
 @pytest.mark.parametrize("budget_name", BUDGETS)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", ["llama_gqa", "llama_mha"])

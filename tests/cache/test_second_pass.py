@@ -16,14 +16,13 @@ from kvbench.cache import UNLIMITED, Budget, PolicyCache, ScorePolicy, View, cac
 from kvbench.cache.second_pass import OVERLAP_TOKENS, Instruction, read_again
 from kvbench.config.build import build_cell
 from kvbench.config.compose import compose_grid
+from kvbench.contract.driving import drive, held_positions, left_padded
 from kvbench.errors import ConfigError, ModelSupportError, PolicyError
 from kvbench.models.loader import LoadedModel
 from kvbench.policies.kvzip import KVzip
 from kvbench.policies.kvzip_plus import KVzipPlus
 from kvbench.tasks.decode import CacheSetting
-from tests.contract import left_padded
 from tests.covering import share_of
-from tests.driving import drive, held_positions
 from tests.tiny_models import random_tokens, tiny_model
 
 ASKS = Instruction(first=(5, 6, 7), later=(8, 9), end=(4,))

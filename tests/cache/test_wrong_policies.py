@@ -14,11 +14,11 @@ from torch import Tensor
 
 from kvbench.cache import Budget, Needs, Plan, Policy, PolicyCache, ScorePolicy, View, cache_argument
 from kvbench.cache.selection import keep_top, lowest
+from kvbench.contract.driving import drive
 from kvbench.errors import ConfigError, NonFiniteChoiceError, NonFiniteError, PolicyError
 from kvbench.kernels.dispatch import kernels_forced
 from kvbench.policies.h2o import H2O
 from kvbench.policies.released.h2o_elastic import H2OElasticRelease
-from tests.driving import drive
 from tests.tiny_models import random_tokens
 
 
@@ -56,6 +56,7 @@ def merging(view: View, into: int) -> Plan:
 
 WRONG_POLICIES: dict[str, tuple[Policy, str]] = {
     "score that is NaN": (Scored(function=lambda v: v.position.float() * torch.nan), "NaN"),
+    "score that is not there": (Scored(function=lambda v: None), "score returned None; it must be a tensor"),  # type: ignore[arg-type, return-value]
     "score without heads": (Scored(function=lambda v: v.position[:, 0].float()), "shape"),
     "score per query head": (Scored(function=lambda v: v.position.float().repeat(1, 2, 1)), "shape"),
     "score of one entry": (Scored(function=lambda v: v.position.float()[..., :1]), "shape"),
@@ -165,6 +166,7 @@ def test_nan_that_decides_at_decode_is_found_at_once_on_a_cpu(tiny_llama: Any, n
     assert isinstance(raised.value, NonFiniteError), "so the cell ends as nonfinite"
 
 
+@pytest.mark.long
 @pytest.mark.cover("one")
 @pytest.mark.parametrize("name", list(NAN_AT_DECODE)[1:])
 def test_nan_that_decides_in_kernels_is_noted_and_told_when_asked(tiny_llama: Any, name: str) -> None:
@@ -177,7 +179,7 @@ def test_nan_that_decides_in_kernels_is_noted_and_told_when_asked(tiny_llama: An
         cache.check()
 
 
-@pytest.mark.parametrize("by_kernels", [False, True])
+@pytest.mark.parametrize("by_kernels", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_nan_that_decides_nothing_and_infinite_scores_are_no_fault(tiny_llama: Any, by_kernels: bool) -> None:
     """What is protected has no say; infinity is a number like others, below and above all of them."""
 
@@ -256,7 +258,7 @@ class OddOnes(ScorePolicy):
         return (first_tokens[:1] if self.wrong else first_tokens), seen
 
 
-@pytest.mark.parametrize("by_kernels", [False, True])
+@pytest.mark.parametrize("by_kernels", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_protected_range_of_ones_own_counts_at_prompt_and_decode_alike(tiny_llama: Any, by_kernels: bool) -> None:
     if by_kernels:
         pytest.importorskip("triton", reason="triton is not installed")

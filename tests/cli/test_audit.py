@@ -136,6 +136,7 @@ def test_control_characters_of_a_record_do_not_reach_the_terminal(
     assert "?[2Jgone" in printed
 
 
+@pytest.mark.long
 def test_it_needs_neither_torch_nor_hydra(folder: Path) -> None:
     code = (
         "import sys; from kvbench.cli.main import run; code = run(['audit', sys.argv[1]]); "

@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from kvbench.cli.main import run
 from kvbench.cli.sweep import quiet_libraries
 from kvbench.errors import ConfigError
 from kvbench.report.build import inputs_digest
+from kvbench.report.figures.kinds import FIGURES
 from kvbench.results.record import MEASURED
 from kvbench.sinks.wandb.content import summary_id
 
@@ -45,8 +47,16 @@ def _no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _two_figures() -> Iterator[None]:
+    """Draw no more of them: each takes half a second, and tests of the report look at all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvbench.report.figures.draw.FIGURES", {kind: FIGURES[kind] for kind in ("quality", "memory")})
+        yield
+
+
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def quick(tmp_path_factory: pytest.TempPathFactory, _two_figures: None) -> Path:
     """The results of the quick experiment."""
     folder = tmp_path_factory.mktemp("quick")
     assert run([*QUICK, f"results={folder}"]) == 0
@@ -215,8 +225,10 @@ def test_the_configuration_is_printed_with_a_folder_of_ones_own(
         (["--run", "--info"], "--run and --info exclude each other"),
         (["--resolve"], "--resolve says how --cfg prints"),
         (["-p", "policy"], "--package says how --cfg prints"),
-        (["--cfg", "nonsense"], "invalid choice: 'nonsense'"),
-        (["--info", "nonsense"], "invalid choice: 'nonsense'"),
+        (["--cfg", "nonsense"], "--cfg is 'nonsense'; known: all, hydra, job"),
+        (["policy", "h2o"], "policy h2o cannot be read as KEY=VALUE; did you mean 'policy=h2o'?"),
+        (["policy:h2o"], "did you mean 'policy=h2o'?"),
+        (["--info", "nonsense"], "--info is 'nonsense'; known: all, config, "),
         (["--cfg", "job", "--package", "nosuch"], "package 'nosuch' not found in config"),
         (["--cfg", "job", "--resolve", "+x=${nosuch}"], "Interpolation key 'nosuch' not found"),
         (["--cfg", "job", "policy=full,h2o"], "Ambiguous value"),

@@ -39,6 +39,7 @@ def test_a_figure_is_written_in_the_format_that_its_name_says(results: Path, suf
     assert Path(f"new/p.{suffix}").read_bytes().startswith(start)
 
 
+@pytest.mark.long
 def test_without_an_out_the_file_is_named_after_the_figure(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plot", "quality", str(results)]) == 0
     assert capsys.readouterr().out == "quality.svg\n"
@@ -140,6 +141,7 @@ def test_a_wrong_name_is_refused_before_matplotlib_is_imported() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True).returncode == 0
 
 
+@pytest.mark.long
 def test_the_dark_style_has_the_dark_palette(results: Path) -> None:
     assert run(["plot", "quality", str(results), "--style", "dark", "--width", "page"]) == 0
     svg = Path("quality.svg").read_text()

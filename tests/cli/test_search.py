@@ -26,6 +26,7 @@ from kvbench.config.compose import SharingLoader, compose_grid
 from kvbench.measures import to_minimise
 from kvbench.sweep.cell import Attempt
 from kvbench.tasks.task import TaskResult
+from tests.covering import one_in
 from tests.sweep.test_faults import SHORT, faulty, kvbench
 
 WORDS = ("task=perplexity", "dataset.num_samples=1", "sink=console", "results=out")
@@ -180,26 +181,29 @@ def test_the_app_begins_anew_in_another_process() -> None:
     assert (copy.sweep, copy._elsewhere, copy._is_search) == (None, True, True)
 
 
+UNSEARCHABLE = [
+    ("objective=pppl", "objective is 'pppl'; did you mean 'ppl'"),
+    ("objective=length_ratio task=generation", "objective is 'length_ratio', of which neither less nor more"),
+    (
+        "objective=ttft",
+        "objective is 'ttft_ms', which task perplexity does not measure here; these are measured: ppl",
+    ),
+    ("objective=rougeL_released_vs_full task=generation", "which task generation does not measure here"),
+    ("objective=needles_f1 task=generation", "measured: objects_recalled_fraction, objects_f1, rougeL_vs_full"),
+    ("objective=3", "objective is 3; it must be the name of a measure"),
+    ("objective=[]", "objective is []; it must be the name of a measure"),
+    ("hydra/sweeper=optna", "hydra/sweeper is 'optna'; did you mean"),
+    ("hydra/sweeper=each objective=ttft_ms", "which task perplexity does not measure here"),
+    ("hydra/sweeper=each polcy=h2o", "polcy is no setting; did you mean 'policy'"),
+    ("hydra/sweeper=each hydra.sweeper.budgets=[0.2,abc]", "budget.fraction is 'abc'"),
+    ("hydra/sweeper=odd", "Invalid plugin 'odd.Sweeper'"),
+    ("budget.fraction=interval(0.1,0.2)", "has no end of values, so only a search can choose some"),
+]
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
-    [
-        ("objective=pppl", "objective is 'pppl'; did you mean 'ppl'"),
-        ("objective=length_ratio task=generation", "objective is 'length_ratio', of which neither less nor more"),
-        (
-            "objective=ttft",
-            "objective is 'ttft_ms', which task perplexity does not measure here; these are measured: ppl",
-        ),
-        ("objective=rougeL_released_vs_full task=generation", "which task generation does not measure here"),
-        ("objective=needles_f1 task=generation", "measured: objects_recalled_fraction, objects_f1, rougeL_vs_full"),
-        ("objective=3", "objective is 3; it must be the name of a measure"),
-        ("objective=[]", "objective is []; it must be the name of a measure"),
-        ("hydra/sweeper=optna", "hydra/sweeper is 'optna'; did you mean"),
-        ("hydra/sweeper=each objective=ttft_ms", "which task perplexity does not measure here"),
-        ("hydra/sweeper=each polcy=h2o", "polcy is no setting; did you mean 'policy'"),
-        ("hydra/sweeper=each hydra.sweeper.budgets=[0.2,abc]", "budget.fraction is 'abc'"),
-        ("hydra/sweeper=odd", "Invalid plugin 'odd.Sweeper'"),
-        ("budget.fraction=interval(0.1,0.2)", "has no end of values, so only a search can choose some"),
-    ],
+    [pytest.param(*one.values[0], marks=one.marks) for one in one_in(3, UNSEARCHABLE)],
 )
 def test_what_cannot_be_searched_is_told_in_one_line_before_anything_runs(
     words: str, reason: str, capfd: pytest.CaptureFixture[str]

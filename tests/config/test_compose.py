@@ -18,6 +18,7 @@ from kvbench.cache.policy import needs_of
 from kvbench.config.build import build_cell
 from kvbench.config.compose import Composed, SharingLoader, compose_grid
 from kvbench.errors import ConfigError
+from tests.covering import one_in
 
 REPO = Path(__file__).parents[2]
 
@@ -136,15 +137,23 @@ def by_hydra(overrides: list[str]) -> tuple[object, dict[str, str | None]]:
 
 @pytest.mark.parametrize(
     "words",
-    [
-        ["policy=h2o", "budget.fraction=0.3", "seed=3"],
-        ["budget=tokens", "policy=elastic", "budget.tokens=77", "dataset.num_samples=null", "task=quality"],
-        ["task=quality", "task.generation.max_new_tokens=5", "~task.fidelity", "++task.generation.released_rouge=true"],
-        ["~task.fidelity", "task.perplexity={_target_:a.B}", "sweep='a b'", "results=${oc.env:HOME}/r"],
-        ["+mine.a=1", "mine.a=2"],
-        ["weights=random", "model=llava-1.5-7b", "model.config.text_config.num_hidden_layers=1"],
-        ["+experiment=default", "dataset.num_samples=2", "hydra.mode=RUN", "hydra/launcher=supervised"],
-    ],
+    one_in(
+        3,
+        [
+            ["policy=h2o", "budget.fraction=0.3", "seed=3"],
+            ["budget=tokens", "policy=elastic", "budget.tokens=77", "dataset.num_samples=null", "task=quality"],
+            [
+                "task=quality",
+                "task.generation.max_new_tokens=5",
+                "~task.fidelity",
+                "++task.generation.released_rouge=true",
+            ],
+            ["~task.fidelity", "task.perplexity={_target_:a.B}", "sweep='a b'", "results=${oc.env:HOME}/r"],
+            ["+mine.a=1", "mine.a=2"],
+            ["weights=random", "model=llava-1.5-7b", "model.config.text_config.num_hidden_layers=1"],
+            ["+experiment=default", "dataset.num_samples=2", "hydra.mode=RUN", "hydra/launcher=supervised"],
+        ],
+    ),
 )
 def test_a_cell_is_what_hydra_composes(words: list[str]) -> None:
     swept = ["budget.fraction=0.4,0.25" if word == "budget.fraction=0.3" else word for word in words]
@@ -157,14 +166,17 @@ def test_a_cell_is_what_hydra_composes(words: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [
-        ["policy=h2o", "budget.fraction=0.3", "seed=3"],
-        ["budget.fraction=0.2", "policy=streaming_llm", "policy.num_sinks=4"],
-        ["budget=tokens", "policy=elastic", "budget.tokens=77", "dataset.num_samples=null", "task=quality"],
-        ["+experiment=default", "budget.fraction=0.5", "hydra.job.name=mine", "sweep='a b'"],
-        ["budget.fraction=0.5", "seed=3", "hydra.job.config.override_dirname.exclude_keys=[seed]"],
-        ["~task.fidelity", "task.perplexity={_target_:a.B}", "results=${oc.env:HOME}/r"],
-    ],
+    one_in(
+        3,
+        [
+            ["policy=h2o", "budget.fraction=0.3", "seed=3"],
+            ["budget.fraction=0.2", "policy=streaming_llm", "policy.num_sinks=4"],
+            ["budget=tokens", "policy=elastic", "budget.tokens=77", "dataset.num_samples=null", "task=quality"],
+            ["+experiment=default", "budget.fraction=0.5", "hydra.job.name=mine", "sweep='a b'"],
+            ["budget.fraction=0.5", "seed=3", "hydra.job.config.override_dirname.exclude_keys=[seed]"],
+            ["~task.fidelity", "task.perplexity={_target_:a.B}", "results=${oc.env:HOME}/r"],
+        ],
+    ),
 )
 def test_a_job_of_a_sweep_is_what_hydra_makes_of_it_notes_and_all(words: list[str]) -> None:
     with initialize_config_module("kvbench.conf", version_base="1.3"):
@@ -234,6 +246,7 @@ def test_an_unknown_key_that_is_set_in_every_cell_is_still_told_with_close_match
         compose_grid(["policy=h2o", "budget.fracton=0.1,0.2"], multirun=True, config_dir=None)
 
 
+@pytest.mark.long
 def test_composing_a_grid_imports_no_torch() -> None:
     code = (
         "import sys; from kvbench.config.compose import compose_grid; "

@@ -46,6 +46,7 @@ def test_every_bar_is_measured_by_one_call() -> None:
     assert markdown(rows).count("\n") == len(rows) + 2
 
 
+@pytest.mark.long
 def test_a_part_that_fails_is_a_row_and_the_rest_goes_on() -> None:
     scale = Scale(device="cpu", engine="eager", prompt_tokens=60, long_prompt_tokens=90, batches=(), spec=small)
     scale.paper = []
@@ -55,6 +56,7 @@ def test_a_part_that_fails_is_a_row_and_the_rest_goes_on() -> None:
     assert rows[-1].met
 
 
+@pytest.mark.long
 def test_a_model_that_cannot_be_loaded_is_a_row_and_the_next_is_measured() -> None:
     def spec(name: str) -> ModelSpec:
         if name == "13b":

@@ -42,7 +42,7 @@ def both(function: str, *arguments: Tensor) -> tuple[Tensor, Tensor]:
         return ours, getattr(selection, function)(*arguments)
 
 
-@pytest.mark.cover("pairs")
+@pytest.mark.cover
 @pytest.mark.parametrize("length", [1, 40, pytest.param(130, marks=pytest.mark.long)])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("in_order", [True, False])

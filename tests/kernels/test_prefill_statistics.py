@@ -78,10 +78,12 @@ def test_mass_and_window_are_those_of_a_float64_softmax(shape: tuple[int, ...], 
         assert_exact(chunk_of(shape, dtype), reduction)
 
 
+@pytest.mark.long
 def test_the_log_sum_exp_is_worked_out_where_none_is_given() -> None:
     assert_exact(chunk_of(SHAPES[1], torch.float32), "mean", by_output=False)
 
 
+@pytest.mark.long
 def test_mass_is_the_same_every_time() -> None:
     chunk = chunk_of(SHAPES[1], torch.float32)
     with kernels_forced(True):

@@ -34,7 +34,7 @@ def test_it_finds_the_entry_that_sorting_finds(capacity: int) -> None:
 
 @pytest.mark.cover
 @pytest.mark.parametrize("newer", [1, 2, 25, 3000])
-@pytest.mark.parametrize("capacity", [1, 2, 3, 40, 2050])
+@pytest.mark.parametrize("capacity", [1, 2, 3, 40, pytest.param(2050, marks=pytest.mark.long)])
 def test_it_counts_back_from_the_newest_entry(capacity: int, newer: int) -> None:
     position, _, _ = some_positions(capacity)
     for sinks in (0, 1, 4):

@@ -16,13 +16,13 @@ from torch import nn
 
 from kvbench import measures
 from kvbench.cache import Budget, Policy
+from kvbench.contract.driving import held_positions
 from kvbench.errors import ConfigError, ModelSupportError
 from kvbench.models import devices
 from kvbench.models.devices import Crossing, checked_devices, chosen_devices, gathered, place_of, placement, spread
 from kvbench.models.loader import LoadedModel, architecture, empty_model, random_model
 from kvbench.models.spec import ModelSpec
 from kvbench.tasks.decode import CacheSetting, Decoding
-from tests.driving import held_positions
 from tests.models.architectures import small_spec
 from tests.tiny_models import tiny_model
 
@@ -151,6 +151,7 @@ def run(model: Any, policy: Policy, positions: Any) -> tuple[list[Any], Any]:
     return logits, held_positions(decoding.cache)
 
 
+@pytest.mark.cover("mechanisms")
 @pytest.mark.cover
 def test_a_model_behind_hooks_gives_what_it_gives_without(policy: Policy, positions: Any) -> None:
     plain = tiny_model("llama_gqa")

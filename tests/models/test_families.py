@@ -19,6 +19,8 @@ from torch import Tensor
 from kvbench.cache import UNLIMITED, Budget, Kind, Needs, Policy, ScorePolicy, View, artefact
 from kvbench.cache.cache import output_weight, unrotation_of
 from kvbench.cache.policy import needs_of
+from kvbench.contract.driving import held_positions
+from kvbench.contract.terms import allowed, block, is_divided
 from kvbench.datasets.base import PICTURE_MARKS, Example, without_marks
 from kvbench.datasets.pictures import MAX_SIDES
 from kvbench.errors import DataError, ModelSupportError
@@ -28,8 +30,7 @@ from kvbench.models.spec import FAMILIES as SUPPORTED
 from kvbench.models.spec import TEXT_FAMILIES, VISION_FAMILIES, ModelSpec
 from kvbench.tasks.decode import CacheSetting, Decoding
 from tests.calibrating import in_process
-from tests.contract import YAMLS, allowed, block, is_divided
-from tests.driving import held_positions
+from tests.covering import YAMLS
 from tests.models.answering import answers_to
 from tests.models.checkpoints import FAMILIES, IN_CACHE_FAMILIES, save_checkpoint
 

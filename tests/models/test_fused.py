@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from kvbench.cache import Budget, PolicyCache
+from kvbench.contract.driving import drive
 from kvbench.kernels.dispatch import kernels_forced
 from kvbench.models import fused
 from kvbench.models.fused import fuse
 from kvbench.policies.h2o import H2O
-from tests.driving import drive
 from tests.tiny_models import random_tokens, tiny_model
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 ON = "cuda" if torch.cuda.is_available() else "cpu"
-PROMPT, STEPS = 9, 2
+PROMPT, STEPS = 5, 1
 
 
 def half(name: str) -> Any:
@@ -99,6 +99,7 @@ def test_a_copy_of_a_fused_model_computes_with_its_own_weights() -> None:
     assert not any(bool(zero.any()) for zero in zeros)
 
 
+@pytest.mark.long
 def test_a_fused_model_is_freed_as_soon_as_it_is_let_go() -> None:
     model = half("llama_gqa")
     fuse(model)

@@ -94,7 +94,8 @@ def test_a_model_file_takes_a_folder_in_place_of_its_hub_name(path: Path) -> Non
     config = OmegaConf.load(path)
     assert re.fullmatch(r"[\w.-]+/[\w.-]+", config.checkpoint)
     assert config.prompt is None or config.prompt in PROMPTS
-    with pytest.raises(InstantiationException, match=r"model\.revision is None; a hub checkpoint must be pinned"):
+    told = r"model\.revision is None; a hub checkpoint must be pinned"
+    with pytest.raises((ConfigError, InstantiationException), match=told):  # Hydra 1.4 leaves our error as it is
         instantiate(config)
     config.checkpoint = str(BUNDLED_FOLDER)
     assert instantiate(config).folder == BUNDLED_FOLDER

@@ -19,6 +19,8 @@ from kvbench.cache.policy import ranking
 from kvbench.cache.positions import Rotation
 from kvbench.cache.recording import CalibrationCache
 from kvbench.cache.second_pass import read_again
+from kvbench.contract.driving import left_padded
+from kvbench.contract.reference import rotated
 from kvbench.errors import ConfigError, PolicyError
 from kvbench.policies.allocation.retrieval_heads import RetrievalHeads
 from kvbench.policies.duo_attention import DuoAttention
@@ -28,9 +30,7 @@ from kvbench.policies.kvzip import KVzip
 from kvbench.policies.kvzip_plus import KVzipPlus
 from kvbench.policies.q_filters import QFilters
 from kvbench.policies.triattention import TriAttention
-from tests.contract import left_padded
 from tests.covering import share_of
-from tests.reference import rotated
 from tests.tiny_models import random_tokens, tiny_model
 
 HEADS, GROUP, WIDTH = 2, 2, 6

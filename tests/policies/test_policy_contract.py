@@ -11,9 +11,10 @@ import pytest
 
 from kvbench.cache import Budget, Policy
 from kvbench.contract import deciding, holding
+from kvbench.contract.terms import BUDGETS, STEPS
 from kvbench.contract.trial import RULES
-from tests import contract
-from tests.contract import BUDGETS, STEPS, keep
+from tests.contract import keep
+from tests.covering import POSITIONS
 
 TWO_BUDGETS = ["tokens", "third_of_seen"]
 
@@ -22,14 +23,15 @@ def test_every_policy_yaml_builds_a_frozen_policy(policy: Policy) -> None:
     keep(holding.is_frozen, policy)
 
 
+@pytest.mark.cover(whole="pairs")
 @pytest.mark.parametrize("budget_name", BUDGETS)
-def test_no_layer_or_head_ever_holds_more_than_the_budget(policy: Policy, positions: Any, budget_name: str) -> None:
-    keep(holding.holds_its_budget, policy, budget=budget_name, positions=positions)
-
-
-@pytest.mark.parametrize("budget_name", BUDGETS)
-def test_a_score_policy_uses_its_whole_budget(policy: Policy, budget_name: str) -> None:
-    keep(holding.uses_its_budget, policy, budget=budget_name)
+def test_what_is_held_is_the_whole_budget_and_no_more_with_what_is_protected_and_nothing_comes_back(
+    policy: Policy, positions: Any, budget_name: str
+) -> None:
+    rules = holding.holds_its_budget, holding.uses_its_budget, holding.never_brings_back, holding.keeps_what_it_protects
+    for rule in rules:  # one drive for all of them
+        if rule.spares(policy) is None:
+            keep(rule, policy, budget=budget_name, positions=positions)
 
 
 @pytest.mark.parametrize("budget", holding.holds_its_share.values["budget"], ids=Budget.describe)
@@ -37,19 +39,10 @@ def test_every_layer_holds_what_the_allocation_gave_it(policy: Policy, budget: B
     keep(holding.holds_its_share, policy, budget=budget)
 
 
+@pytest.mark.cover(whole="pairs")
 @pytest.mark.parametrize("prompt", [1, 8, 9, 10, 36])
 def test_prompts_may_be_shorter_or_longer_than_the_budget(policy: Policy, positions: Any, prompt: int) -> None:
     keep(holding.takes_any_prompt, policy, prompt=prompt, positions=positions)
-
-
-@pytest.mark.parametrize("budget_name", BUDGETS)
-def test_held_positions_are_unique_and_the_evicted_never_return(policy: Policy, budget_name: str) -> None:
-    keep(holding.never_brings_back, policy, budget=budget_name)
-
-
-@pytest.mark.parametrize("budget_name", BUDGETS)
-def test_sinks_and_recent_tokens_stay_as_the_policy_promises(policy: Policy, budget_name: str) -> None:
-    keep(holding.keeps_what_it_protects, policy, budget=budget_name)
 
 
 @pytest.mark.parametrize("reserve_tokens", [0, STEPS])
@@ -108,4 +101,4 @@ def test_each_rule_is_tried_with_each_of_its_values() -> None:
         assert len(cases) == max([1, *map(len, rule.values.values())])
         for name, values in rule.values.items():
             assert {case[name] for case in cases} == set(values), rule.name
-    assert contract.POSITIONS == ("original", "in_cache", "released")
+    assert POSITIONS == ("original", "in_cache", "released")

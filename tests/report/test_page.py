@@ -202,6 +202,7 @@ def test_samples_with_missing_fields_are_shown(tmp_path: Path) -> None:
     assert '"None"' not in page
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_two_figures")
 def test_figures_of_very_many_cells_are_left_to_the_plot_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -65,3 +65,23 @@ def test_names_are_sorted_as_numbers_count(browser: Browser, tmp_path: Path) -> 
     page.click("#failures thead th button")
     rows = "[...document.querySelectorAll('#failures tbody th')].map(one => one.dataset.v)"
     assert page.run(rows) == [str(number) for number in range(12)], json.dumps(page.run(rows))
+
+
+def test_a_differing_answer_shows_the_command_that_explains_it(browser: Browser, tmp_path: Path) -> None:
+    record = body(policy="h2o", budget=0.2, num_samples=3)
+    texts = {"text": "a dot", "full_text": "a ring", "first_divergence_tokens": 1}
+    for number, sample in enumerate(record["samples"]):
+        sample |= {"id": ["same", "it's here", "scenes/1"][number], **texts}
+    record["samples"][0] |= {"text": "a ring", "first_divergence_tokens": None}
+    write_cell(tmp_path, record)
+    (tmp_path / "index.html").write_text(render_page(load_results(tmp_path), []), encoding="utf-8")
+    page, key = browser.open(tmp_path / "index.html"), record["key"][:16]
+    command = "document.querySelector('.sb-command')?.textContent ?? ''"
+    shown = {}
+    for _ in range(3):
+        shown[page.run(NAME).partition(":")[0]] = page.run(command)
+        page.click("#sb-next")
+    assert shown == {
+        "same": "", "it's here": f"kvbench why {key} 'it'\\''s here'", "scenes/1": f"kvbench why {key} scenes/1",
+    }  # fmt: skip
+    assert page.complaints() == []

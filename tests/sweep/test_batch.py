@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import Budget, Policy
+from kvbench.contract.driving import Held, held_positions, left_padded
 from kvbench.kernels.dispatch import MAX_ROWS
 from kvbench.models.inputs import PromptBatch
 from kvbench.models.loader import LoadedModel, load_model
@@ -27,8 +28,6 @@ from kvbench.tasks.decode import CacheSetting, forced
 from kvbench.tasks.generation import Generation
 from kvbench.tasks.perplexity import Perplexity
 from kvbench.tasks.task import BatchTask, Bench, Part, Payload, TaskResult, joined
-from tests.contract import left_padded
-from tests.driving import Held, held_positions
 from tests.models.checkpoints import save_checkpoint
 from tests.sweep.watching import KeptInMemory, run_cells
 from tests.tasks.benches import bench_of, cell_of
@@ -159,6 +158,7 @@ def kept_sets(policy: Policy, num_rows: int, batch_size: int) -> list[list[Held]
     return found
 
 
+@pytest.mark.cover("mechanisms")
 @pytest.mark.parametrize("sizes", [(1, 2, 6), pytest.param(SIZES, marks=pytest.mark.long)], ids=str)
 def test_the_kept_entries_do_not_depend_on_the_batch(policy: Policy, sizes: tuple[int, ...]) -> None:
     alone, some, together = (kept_sets(policy, max(sizes), batch_size) for batch_size in sizes)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvbench.cache import Budget, Needs, Policy, ScorePolicy, View
 from kvbench.cache.policy import is_ragged, keeps_ring
+from kvbench.contract.driving import Held, left_padded
 from kvbench.kernels.dispatch import kernels_forced
 from kvbench.models.inputs import PromptBatch
 from kvbench.policies.allocation.ada import Ada
@@ -22,8 +23,6 @@ from kvbench.policies.snapkv import SnapKV
 from kvbench.policies.streaming_llm import StreamingLLM
 from kvbench.tasks import decode
 from kvbench.tasks.decode import CacheSetting, CapturedSteps, Decoding
-from tests.contract import left_padded
-from tests.driving import Held
 from tests.tasks.frozen import freeze_host
 from tests.tasks.test_graph import ON, greedy, loaded
 from tests.tiny_models import random_tokens
@@ -103,7 +102,8 @@ def test_every_policy_shares_one_capture_on_a_gpu(captures: list[int], policy: P
     steps = CapturedSteps()
     for number in (1, 2, 3):
         same_answers(setting_of(policy, positions=positions), batch(number), steps)
-    assert len(captures) == 1 or is_ragged(policy) or keeps_ring(policy)
+    divided = isinstance(policy, ScorePolicy) and policy.allocation is not None and policy.allocation.waits
+    assert len(captures) == 1 or is_ragged(policy) or keeps_ring(policy) or divided, "shapes that follow from the data"
 
 
 @on_the_cpu

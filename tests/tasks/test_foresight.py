@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import Budget, PolicyCache
+from kvbench.contract.driving import held_positions
 from kvbench.errors import ConfigError
 from kvbench.models.loader import LoadedModel
 from kvbench.policies.oracle import Oracle
@@ -22,7 +23,7 @@ from kvbench.tasks.generation import Generation
 from kvbench.tasks.perplexity import Perplexity, PerplexityReleased
 from kvbench.tasks.task import BatchTask, Prompts
 from tests.config.test_policy_parts import cell_of
-from tests.driving import held_positions
+from tests.covering import one_in
 from tests.tasks.benches import SCENES, bench_of, cut
 from tests.tasks.test_graph import loaded, padded_batch
 from tests.tiny_models import random_tokens, tiny_model
@@ -63,7 +64,7 @@ def test_the_oracle_keeps_what_will_be_attended_to_most() -> None:
                 assert set(head) == set(received.topk(5).indices.tolist())
 
 
-@pytest.mark.parametrize("task", [Perplexity(), PerplexityReleased(), Fidelity(max_new_tokens=8)])
+@pytest.mark.parametrize("task", one_in(3, [Perplexity(), PerplexityReleased(), Fidelity(max_new_tokens=8)]))
 def test_a_task_that_knows_its_tokens_tells_them_shared_or_alone(
     bundled: LoadedModel, tmp_path: Path, task: BatchTask
 ) -> None:

@@ -44,14 +44,16 @@ def decoded(policy: Policy, engine: Any, by_kernels: bool, steps: int = STEPS, n
         return (*greedy(decoding, steps), decoding.cache.occupancy())
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("frozen")
 def test_replays_with_a_frozen_host_give_the_tokens_of_the_eager_engine() -> None:
     same_replays(H2O(), 2, num_layers=1)
 
 
 @pytest.mark.long
+@pytest.mark.cover(whole="mechanisms")
 @pytest.mark.usefixtures("frozen")
-def test_replays_of_every_policy_with_a_frozen_host_give_the_tokens_of_the_eager_engine(policy: Policy) -> None:
+def test_replays_of_policies_with_a_frozen_host_give_the_tokens_of_the_eager_engine(policy: Policy) -> None:
     same_replays(policy, STEPS, num_layers=2)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import UNLIMITED, Budget, Policy, PolicyCache, View
+from kvbench.contract.driving import Held, held_positions, left_padded
 from kvbench.errors import ModelSupportError, PolicyError
 from kvbench.models.inputs import PromptBatch
 from kvbench.models.loader import LoadedModel
@@ -21,8 +22,6 @@ from kvbench.policies.h2o import H2O
 from kvbench.tasks import decode as capture
 from kvbench.tasks import decode as graph
 from kvbench.tasks.decode import CacheSetting, Decoding, captured
-from tests.contract import left_padded
-from tests.driving import Held, held_positions
 from tests.tasks.benches import NanAtDecode
 from tests.tiny_models import random_tokens, tiny_model
 
@@ -187,6 +186,7 @@ def test_copies_for_the_undo_are_gone_before_the_capture(monkeypatch: pytest.Mon
     assert [layer.ledger for layer in decoding.cache.policy_layers] == before
 
 
+@pytest.mark.cover("mechanisms")
 def test_a_step_that_was_undone_leaves_no_trace(policy: Policy, positions: Any) -> None:
     model, runs = loaded("llama_gqa", torch.float32), []
     setting = CacheSetting(policy=policy, budget=Budget(fraction=0.5), positions=positions)
@@ -208,6 +208,7 @@ def test_a_step_that_was_undone_leaves_no_trace(policy: Policy, positions: Any) 
     assert occupancy == occupancy_again
 
 
+@pytest.mark.cover("mechanisms")
 def test_counting_a_replayed_step_is_what_a_step_counts(policy: Policy) -> None:
     model = loaded("llama_gqa", torch.float32)
     setting = CacheSetting(policy=policy, budget=Budget(fraction=0.5), positions="original")

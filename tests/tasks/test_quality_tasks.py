@@ -63,6 +63,7 @@ def test_perplexity_is_that_of_one_forward_of_the_stock_model(bundled: LoadedMod
     assert result.measurements["ppl"]["value"] == pytest.approx(pooled, rel=1e-4)
 
 
+@pytest.mark.long
 def test_perplexity_does_not_depend_on_the_batch(bundled: LoadedModel, tmp_path: Path) -> None:
     alone, together = (Perplexity().run(bench_of(bundled, tmp_path, cut(), batch_size=n)) for n in (1, 3))
     for name, row in alone.samples.items():

@@ -80,7 +80,7 @@ def kill_until(scenario: str, folder: Path, num_kills: int, undisturbed: str) ->
         number += 1
 
 
-@pytest.mark.parametrize("num_kills", [12, pytest.param(50, marks=pytest.mark.long)])
+@pytest.mark.parametrize("num_kills", [5, pytest.param(50, marks=pytest.mark.long)])
 def test_kills_lose_double_and_tear_nothing(folder: Path, undisturbed: str, num_kills: int) -> None:
     kill_until("one sweep", folder, num_kills, undisturbed)
 

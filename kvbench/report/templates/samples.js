@@ -140,6 +140,9 @@ const draw = () => {
   const where = answer.token === undefined ? "" : ` (token ${answer.token + 1})`;
   at("sb-differs").textContent = answer.text === undefined || full === undefined ? "" : !answer.marks ?
     "Same text as the full cache." : `Marked: the first different ${answer.word ? "word" : "token"}${where}.`;
+  const named = /^[\w.\/:@%+-]+$/.test(answer.id) ? answer.id : `'${answer.id.replaceAll("'", "'\\''")}'`;
+  if (answer.marks && answer.token !== undefined && !/, turn \d+$/.test(answer.id))
+    at("sb-differs").append(" Again with its evidence kept: ", tag("code", "sb-command", `kvbench why ${cell.key} ${named}`));
   at("sb-scores").replaceChildren(row("th", ["score"], [cell.label], ["full cache"], ["difference"]),
     ...answer.scores.map(([name, value, other, difference, verdict]) =>
       row("td", [group().labels[name]], [value], [other || "-"],

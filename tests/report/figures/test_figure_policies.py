@@ -94,6 +94,7 @@ def test_a_look_depends_neither_on_order_nor_on_repetition(names: list[str], ran
     assert [one.mark(name) for name in names] == [two.mark(name) for name in names]
 
 
+@pytest.mark.long
 @given(st.text(min_size=1, max_size=12), st.sets(st.sampled_from(sorted(BUNDLED))))
 def test_a_policy_looks_the_same_whatever_bundled_ones_stand_beside_it(name: str, others: set[str]) -> None:
     assert Palette([name]).mark(name) == Palette([name, *others]).mark(name)

@@ -17,6 +17,7 @@ from kvbench.report.figures.kinds import FIGURES, FORMATS, WIDTHS
 from kvbench.report.figures.labels import Box
 from kvbench.report.figures.style import BUNDLED, COLOUR_NAMES, FAILED, LIGHT, OTHERS
 from kvbench.report.load import load_results
+from tests.covering import one_in
 from tests.report.figures.figure_data import draw, drawn_once, plots_of, svg_of, texts
 from tests.report.synthetic import body, write_cell, write_sweep
 
@@ -122,6 +123,7 @@ def test_a_record_without_a_usable_curve_has_no_figure_of_it(tmp_path: Path, cur
     assert svg_of(tmp_path, "entries") is None
 
 
+@pytest.mark.long
 def test_budgets_in_tokens_and_mixed_budgets_are_drawn(tmp_path: Path) -> None:
     for tokens in (16, 64, 256):
         write_cell(tmp_path, body(budget=None, budget_tokens=tokens) | {"status": "ok"})
@@ -165,7 +167,7 @@ def test_a_noisy_cell_is_never_on_the_front_over_time(tmp_path: Path) -> None:
     assert (by_bytes, by_time) == ([2], [1])
 
 
-@pytest.mark.parametrize("name", IN_A_SWEEP)
+@pytest.mark.parametrize("name", one_in(3, IN_A_SWEEP))
 def test_a_figure_for_a_column_is_at_most_four_inches_high(sweep_folder: Path, name: str) -> None:
     _, figure = draw(sweep_folder, name, width="single")
     width, height = figure.get_size_inches()
@@ -229,6 +231,7 @@ def test_labels_cover_neither_each_other_nor_leave_the_figure(sweep_folder: Path
         assert all(box.left >= 0 and box.right <= figure.bbox.width for box in boxes)
 
 
+@pytest.mark.long
 def test_a_legend_takes_over_where_names_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvbench.report.figures.axes.MANY", 100)
     for index in range(40):
