@@ -42,6 +42,7 @@ from kvbench.config.checks import (
     check_model,
     check_repeats,
     check_settings,
+    check_skipped,
     check_text,
     fits,
     hints_of,
@@ -328,6 +329,7 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
         return True
 
     check_repeats(policy, dataset)
+    check_skipped(policy, model)
     combination = (id(model), id(dataset), repr(tasks), setting.positions, engine, query_visible, beyond_context)
     shared.once(combination, check_combination)
     if needs_of(policy) & (Needs.PICTURE | Needs.QUESTION):

@@ -227,6 +227,16 @@ def check_budget_fits(policy: Policy, budget: Budget) -> None:
         )
 
 
+def check_skipped(policy: Policy, model: ModelSpec) -> None:
+    """Raise ConfigError for layers to skip that the model does not have, where its config.json is on this machine."""
+    from kvbench.cache.parts import skipped_layers
+
+    skip_layers, config = getattr(policy, "skip_layers", ()), known_config(model) or {}
+    num_layers = (config.get("text_config") or config).get("num_hidden_layers")
+    if skip_layers and isinstance(num_layers, int):
+        skipped_layers(skip_layers, num_layers)
+
+
 def check_repeats(policy: Policy, dataset: Dataset) -> None:
     """Raise ConfigError for pictures under a policy that has the prompt repeated, which is done in words."""
     from kvbench.cache import Needs

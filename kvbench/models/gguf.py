@@ -25,8 +25,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from kvbench.errors import ConfigError
 
 SUFFIX = ".gguf"
@@ -160,6 +158,8 @@ def _read(path: Path, families: tuple[str, ...], size_bytes: int, changed_ns: in
 
 @lru_cache(maxsize=1)
 def _parsed(path: Path, size_bytes: int, changed_ns: int) -> Any:
+    import numpy as np
+
     class Reader(importlib.import_module("gguf").GGUFReader):  # type: ignore[misc]
         """The library's, which makes a slice of a memory map for each of 100,000 words: plain arrays take a third."""
 

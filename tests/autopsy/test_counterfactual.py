@@ -17,6 +17,7 @@ from kvbench.autopsy.counterfactual import Asked, Counterfactual, counterfactual
 from kvbench.autopsy.replay import replay
 from kvbench.cache import Budget, Policy
 from kvbench.cache.policy import Pin, pinned
+from kvbench.contract.driving import held_positions
 from kvbench.datasets.retrieval import Recall
 from kvbench.errors import ConfigError, MeasureError
 from kvbench.models.inputs import prompt_ids
@@ -30,7 +31,6 @@ from kvbench.policies.streaming_llm import StreamingLLM
 from kvbench.tasks.decode import CacheSetting
 from kvbench.tasks.generation import Generation
 from kvbench.tasks.task import Prompts
-from tests.driving import held_positions
 from tests.models.checkpoints import save_checkpoint
 from tests.tasks.benches import KeepAll, bench_of
 

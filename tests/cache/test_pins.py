@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kvbench.cache import Budget, Policy, PolicyCache, ScorePolicy, cache_argument
 from kvbench.cache.policy import Pin, chosen_by, pinned
+from kvbench.contract.driving import Trace, drive, left_padded
 from kvbench.errors import ConfigError
 from kvbench.kernels.dispatch import interpreted, kernels_forced
 from kvbench.policies.allocation.ada import Ada
@@ -23,9 +24,7 @@ from kvbench.policies.merge.voronoi import Voronoi
 from kvbench.policies.prefixkv import PrefixKV
 from kvbench.policies.snapkv import SnapKV
 from kvbench.policies.streaming_llm import StreamingLLM
-from tests.contract import left_padded
 from tests.covering import share_of
-from tests.driving import Trace, drive
 from tests.tiny_models import random_tokens, tiny_model
 
 LENGTHS, STEPS, LAYERS, HEADS = (13, 21), 7, 2, 2

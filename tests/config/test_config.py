@@ -52,6 +52,8 @@ WRONG = {
     "autopsy.num_samples=-1": "autopsy.num_samples is -1; it must be at least 0",
     "autopsy.num_sample=1": "autopsy.num_sample is no setting; did you mean 'autopsy.num_samples'",
     "worker.x=1": "worker.x is no setting; worker has worker.isolation, worker.timeout_s, ",
+    "policy=h2o +policy.skip_layers=[0,3]": "policy.skip_layers is [0, 3], but the model has 3 layers; give",
+    "policy=h2o +policy.skip_layers=[0,1,2]": "policy.skip_layers is [0, 1, 2], but the model has 3 layers",
     "policy=full +policy/allocation=ada": "policy.allocation is no setting of Full; known: none",
     "polcy=h2o": "polcy is no setting; did you mean 'policy'",
     # keys

@@ -384,7 +384,7 @@ def test_a_damaged_and_a_moved_record_are_named_and_the_others_sent(
         (["sync", "FOLDER", "--timeout", "0"], "--timeout is 0; it must lie in (0, 600] seconds"),
         (["sync", "FOLDER", "--sweep", "fist"], "no record belongs to the sweep 'fist'; did you mean 'first'?"),
         (["sync", "nowhere"], "the results folder nowhere does not exist"),
-        (["sink"], "the command is 'sink'; did you mean 'sync'?"),
+        (["sink"], "the command is 'sink'; known: sync"),
         ([], "the following arguments are required: COMMAND"),
     ],
 )
