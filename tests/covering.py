@@ -12,7 +12,7 @@ A test of the fixture `policy` and of another parameter needs no mark to be cove
 its whole product runs by default. The choice is greedy, and ties are broken by a checksum of the test's name: the same
 in every process and on every machine, but another one for another test, so that over all tests each policy meets each
 position mode. A new yaml, family or dtype is a new value, so one of its tests runs by default with nothing to
-register. Of random examples a default run takes a quarter (`share_of`).
+register. Of random examples a default run takes a sixth (`share_of`).
 
 A rule that is costly and about the cache rather than about a score is tried with policies that together use every
 mechanism (`mechanisms_of`): a yaml of known parts adds nothing to such a test, one of a new part a case.
@@ -46,8 +46,8 @@ exhaustive = False
 
 
 def share_of(count: int) -> int:
-    """Return how many of `count` random examples a test tries: all in `make test-all`, a quarter by default."""
-    return count if exhaustive else max(1, count // 4)
+    """Return how many of `count` random examples a test tries: all in `make test-all`, a sixth by default."""
+    return count if exhaustive else max(1, count // 6)
 
 
 def one_in(number: int, values: Iterable[Any]) -> list[Any]:

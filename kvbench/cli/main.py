@@ -184,6 +184,7 @@ def _sweep(words: argparse.Namespace, overrides: list[str]) -> int:
         if app.sweep is not None and not app.sweep.missing:
             return _show(app.sweep, share)
     before = app.sweep.attempt_ids if app.sweep is not None else set(_attempts(grid[0]))
+    words.multirun = grid[0].multirun  # an experiment may say so, which Hydra 1.4 does not heed
     try:
         with told_in_one_line(overrides) if is_search else contextlib.nullcontext():
             _hand_to_hydra([*_flags(words), *overrides], app)

@@ -330,7 +330,8 @@ def numbers_html(judged: Judged, tables: str) -> Markup:
 
 def _results(numbers: Table, caption: str) -> TableView:
     heads = list(CELL_HEADS)
-    for name in numbers.columns:
+    filled = [any(row.entries[at].kind != "missing" for row in numbers.rows) for at in range(len(numbers.columns))]
+    for name in compress(numbers.columns, filled):
         better = measure(name).better
         notes = ("" if better == "none" else f"{better} is better", samples_text((r.cell for r in numbers.rows), name))
         heads.append(Head(measure(name).label, ", ".join(filter(None, notes))))
@@ -338,7 +339,7 @@ def _results(numbers: Table, caption: str) -> TableView:
     for row in numbers.rows:
         cells = [row_head(row.policy, "noisy times" if row.cell.status == "noisy" else "")]
         cells.append(text_cell(row.budget, sort=budget_size(row.cell)))
-        for entry in row.entries:
+        for entry in compress(row.entries, filled):
             kind = entry.kind if entry.kind in ("failed", "noisy") else ""
             title = f"n = {entry.n}" if entry.n is not None else ""
             cells.append(TableCell(entry.text, entry.interval, sort=entry.value, kind=kind, title=title))

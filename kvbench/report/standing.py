@@ -226,7 +226,10 @@ def asked_budget(judged: Judged) -> str | None:
 
 
 def safe_cells(judged: Judged) -> list[CellResult]:
-    """Return, smallest budget first, the cells shown to be no worse than full: better, or equivalent."""
+    """Return, smallest budget first, the cells shown to be no worse than full: better, or equivalent.
+
+    None of what sees the future, which nobody can take, nor of what holds more than its budget says.
+    """
     return [
         cell
         for cells in judged.group.by_budget.values()
@@ -235,6 +238,7 @@ def safe_cells(judged: Judged) -> list[CellResult]:
         and (found := judged.against_full(cell, judged.primary)) is not None
         and found.verdict in _FULL_KEPT
         and not cell.failed
+        and not unplaced(cell)
     ]
 
 

@@ -280,7 +280,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("damage", one_in(6, DAMAGES))
+@pytest.mark.parametrize("damage", one_in(12, DAMAGES))
 def test_a_damaged_folder_is_told_apart_and_the_rest_is_used(
     folder: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

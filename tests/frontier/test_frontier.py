@@ -192,6 +192,7 @@ def test_a_policy_named_twice_is_searched_and_counted_once(tmp_path: Path) -> No
     assert found.num_cells_of_grid == 1 + len(LADDER)
 
 
+@pytest.mark.long
 def test_a_number_of_tokens_is_no_share_of_them(tmp_path: Path) -> None:
     found, _ = searched(tmp_path, lambda policy, budget: 0.3 * (1 - budget))
     tokens = replace(found, budget_setting="tokens", ladder=(1.0, 16.0))

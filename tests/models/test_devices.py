@@ -152,7 +152,6 @@ def run(model: Any, policy: Policy, positions: Any) -> tuple[list[Any], Any]:
 
 
 @pytest.mark.cover("mechanisms")
-@pytest.mark.cover
 def test_a_model_behind_hooks_gives_what_it_gives_without(policy: Policy, positions: Any) -> None:
     plain = tiny_model("llama_gqa")
     wide = behind_hooks(plain)

@@ -67,6 +67,7 @@ def test_two_names_of_one_policy_are_rarely_called_different(shape: str) -> None
     assert alarms <= 0.08 * 800
 
 
+@pytest.mark.long
 def test_the_minimum_detectable_difference_is_found_in_four_of_five() -> None:
     rng = np.random.default_rng(5)
     sizes = [infer(scores(rng.normal(0, 0.1, 32))).minimum_detectable or 0.0 for _ in range(200)]

@@ -98,7 +98,11 @@ def test_marks_of_devices_add_up() -> None:
     assert DeviceMarks().inside_ms() == 0
 
 
-@pytest.mark.parametrize("task", [speed.Speed(new_tokens=3, num_blocks=1), memory.Memory(new_tokens=3)], ids=repr)
+@pytest.mark.parametrize(
+    "task",
+    [pytest.param(speed.Speed(new_tokens=3, num_blocks=1), marks=pytest.mark.long), memory.Memory(new_tokens=3)],
+    ids=repr,
+)
 def test_a_model_over_two_names_of_a_device_gives_every_number_of_both(
     task: Any, bundled: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

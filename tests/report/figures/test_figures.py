@@ -261,6 +261,7 @@ def test_only_colours_of_the_theme_are_used(sweep_folder: Path, name: str) -> No
         assert LIGHT.ink in used
 
 
+@pytest.mark.long
 def test_names_of_users_are_text_and_never_mathematics(tmp_path: Path) -> None:
     write_cell(tmp_path, body(policy="a$b_$c$"))
     write_cell(tmp_path, body(policy="full", budget=None))

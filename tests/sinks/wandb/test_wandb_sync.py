@@ -415,6 +415,7 @@ def test_without_the_package_the_command_says_how_to_install_it(
     assert "wandb is not installed; python -m pip install wandb" in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.cover("one")
 @pytest.mark.parametrize(("name", "value"), [("WANDB_MODE", "onlin"), ("WANDB_MODE", ""), ("WANDB_BASE_URL", "here")])
 def test_a_variable_that_wandb_does_not_know_is_one_line(name: str, value: str, records: Path) -> None:
