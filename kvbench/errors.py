@@ -15,6 +15,7 @@ from pathlib import Path
 
 _CLOSE = 0.6  # share of letters in common; with less "fast" would be close to "default"
 _NEARLY = 0.15
+_SHORTEST_BEGINNING = 3
 _MOST_NAMES = 10_000  # looked at in one folder; a folder of pictures may hold millions
 
 
@@ -58,7 +59,7 @@ def close_matches(name: str, known: Iterable[str]) -> str:
     """Return the tail of an unknown-name message: close matches if any, else all names."""
     names = sorted(known)
     near = near_names(name, names)
-    return did_you_mean(near) if near else f"known: {', '.join(names)}"
+    return did_you_mean(near) if near else f"known: {', '.join(names) or 'none'}"
 
 
 def did_you_mean(names: Iterable[str]) -> str:
@@ -67,8 +68,14 @@ def did_you_mean(names: Iterable[str]) -> str:
 
 
 def near_names(name: str, known: Iterable[str]) -> list[str]:
-    """Return up to three of `known` that `name` may be a misspelling of, the closest and those nearly as close."""
-    near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=_CLOSE)
+    """Return up to three of `known` that `name` may be a misspelling of, the closest and those nearly as close.
+
+    Where none is close, those that begin with it.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=_CLOSE)
+    if not near and len(name) >= _SHORTEST_BEGINNING:  # "llama" is far from "llama-3.1-8b" by its letters
+        return [one for one in names if one.startswith(name)][:3]
     shares = [difflib.SequenceMatcher(None, one, name).ratio() for one in near]
     return [one for one, share in zip(near, shares, strict=True) if share > shares[0] - _NEARLY]
 
@@ -77,6 +84,18 @@ def check_known(what: str, name: str, known: Iterable[str]) -> None:
     """Raise ConfigError unless `name`, the value of `what`, is one of `known`."""
     if name not in (names := list(known)):
         raise ConfigError(f"{what} is {name!r}; {close_matches(name, names)}")
+
+
+def check_within(of: str, plugin: object, **limits: tuple[int, int | None]) -> None:
+    """Raise ConfigError for the first setting of `plugin` outside (least, most); most None: no end; null is allowed.
+
+    of: what stands before the names, as in "dataset.num_samples".
+    """
+    for name, (least, most) in limits.items():
+        value = getattr(plugin, name)
+        if value is not None and not (least <= value and (most is None or value <= most)):
+            allowed = f"be at least {least}" if most is None else f"lie in {least} to {most}"
+            raise ConfigError(f"{of}.{name} is {value}; it must {allowed}")
 
 
 def missing_path(path: Path) -> str:

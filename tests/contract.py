@@ -1,4 +1,4 @@
-"""The contract under the names tests know, and a policy made to be hard on it."""
+"""How a test tries a rule of the contract, and a policy made to be hard on it."""
 
 from __future__ import annotations
 
@@ -10,29 +10,18 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import Policy, ScorePolicy, View
+from kvbench.cache.policy import total_of
 from kvbench.contract import terms
-from kvbench.contract.driving import left_padded as left_padded
-from kvbench.contract.terms import BUDGETS as BUDGETS
-from kvbench.contract.terms import PROMPT as PROMPT
-from kvbench.contract.terms import STEPS as STEPS
 from kvbench.contract.terms import Rule
-from kvbench.contract.terms import allowed as allowed
-from kvbench.contract.terms import block as block
-from kvbench.contract.terms import budget_named as budget_named
-from kvbench.contract.terms import cells as cells
-from kvbench.contract.terms import is_divided as is_divided
-from kvbench.contract.terms import merges as merges
 from kvbench.policies.allocation.ada import Ada
 from kvbench.policies.allocation.pyramid import Pyramid
-from tests.covering import POSITIONS as POSITIONS
-from tests.covering import YAMLS as YAMLS
 
 CLOSE = dict(zip(("rtol", "atol"), terms.CLOSE, strict=True))
 
 
 def is_outcome(policy: Policy) -> bool:
     """Whether how much is held is an outcome that no budget bounds."""
-    return terms.total_of(policy) == "data_dependent"
+    return total_of(policy) == "data_dependent"
 
 
 def keep(rule: Rule, policy: Policy, **case: Any) -> None:

@@ -219,6 +219,66 @@ def criticalkv(recent: int, kernel: int, first: int, epsilon: float, weights: Te
     return score
 
 
+def curdkv(run: int) -> Score:
+    """Multiply what a token's key and value have of the squared lengths of their run."""
+
+    def score(heads: list[Head]) -> Scores:
+        found = []
+        for head in heads:
+            squares = [[_length(take(e)) ** 2 for e in head] for take in (lambda e: e.key, lambda e: e.value)]
+            runs = [range(at // run * run, min(len(head), at // run * run + run)) for at in range(len(head))]
+            found.append([
+                math.prod(one[at] / sum(one[near] for near in runs[at]) for one in squares) for at in range(len(head))
+            ])  # fmt: skip
+        return found
+
+    return score
+
+
+def vase(noise: Callable[[int, int], float], recent: int, large: int, kernel: int, sinks: int) -> Score:
+    """Take the `large` of widest value, sinks first, and draw the others by their share with noise(head, token)."""
+
+    def score(heads: list[Head]) -> Scores:
+        found = []
+        for number, head in enumerate(heads):
+            older = head[: len(head) - recent]
+            spread = [math.inf if e.position < sinks else float(e.value.max() - e.value.min()) for e in older]
+            widest = sorted(range(len(older)), key=lambda at: (-spread[at], -older[at].position))[:large]
+            shares = [0.0] * len(older)
+            for member in range(len(head[0].by_head)):
+                for back in range(1, recent + 1):
+                    column = [e.by_head[member][-back] for e in older]
+                    for at, one in enumerate(column):
+                        shares[at] += one / sum(column) / recent / len(head[0].by_head) if sum(column) else 0.0
+            shares = _neighbours(shares + [0.0] * recent, kernel, lambda near: sum(near) / kernel)
+            found.append([
+                math.inf if at in widest else math.log(max(share, 1e-30)) + noise(number, e.position)
+                for at, (share, e) in enumerate(zip(shares, head, strict=True))
+            ])  # fmt: skip
+        return found
+
+    return score
+
+
+def capkv(head: Head, anchors: list[list[float]], tau: float, epsilon: float) -> list[float]:
+    """Return the mean over anchors of w v' A^-1 v, of entries that are no sinks; A^-1 by the formula for each term."""
+    total = [0.0] * len(head)
+    for anchor in anchors:
+        cosines = [_cosine(e.key, Tensor(anchor)) for e in head]
+        weights = [math.exp(tau * (one - max(cosines))) for one in cosines]
+        width = len(anchor)
+        inverse = [[float(i == j) for j in range(width)] for i in range(width)]
+        for weight, e in zip(weights, head, strict=True):  # Sherman and Morrison
+            value = e.value.tolist()
+            turned = [_product(row, value) for row in inverse]
+            scale = (weight + epsilon) / (1 + (weight + epsilon) * _product(turned, value))
+            inverse = [[inverse[i][j] - scale * turned[i] * turned[j] for j in range(width)] for i in range(width)]
+        for at, (weight, e) in enumerate(zip(weights, head, strict=True)):
+            value = e.value.tolist()
+            total[at] += weight * _product([_product(row, value) for row in inverse], value) / len(anchors)
+    return total
+
+
 @dataclass
 class NaiveScored:
     """The first `num_sinks` and the newest stay, then the best; of equal scores the older goes.

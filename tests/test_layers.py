@@ -44,11 +44,12 @@ MAY_IMPORT = {
     "report": "errors __init__ measures stats results frontier.table",
     "autopsy.read": "errors results report",  # what the page shows of an autopsy
     "autopsy.page": "errors results autopsy.read report",
-    "sinks.wandb": "errors __init__ measures results sinks report",  # W&B is sent the report's words and figures
+    # W&B is sent the report's words and figures, and what its page shows of the samples that fail.
+    "sinks.wandb": "errors __init__ measures results sinks report autopsy.page",
     "frontier": "errors measures stats results sweep config frontier.table report",
     "audit": "errors measures stats results tasks",
-    "cli": "errors __init__ measures stats results models sinks sinks.wandb sweep config contract report frontier "
-    "frontier.table audit",
+    "cli": "errors __init__ measures stats results models autopsy sinks sinks.wandb sweep config contract report "
+    "frontier frontier.table audit",
     "__main__": "cli",
     "hydra_plugins": "errors __init__ sweep config report cli",
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +58,18 @@ class Replayed:
 
 
 @torch.inference_mode()
-def replay(part: Part, setting: CacheSetting, *, end_token_ids: Collection[int], max_new_tokens: int) -> list[Replayed]:
-    """Return what `setting` does to each row of `part` while it answers greedily. Raises: NonFiniteError."""
+def replay(
+    part: Part,
+    setting: CacheSetting,
+    *,
+    end_token_ids: Collection[int],
+    max_new_tokens: int,
+    choose: Callable[[Tensor], Tensor] | None = None,
+) -> list[Replayed]:
+    """Return what `setting` does to each row of `part` while it answers greedily, or by `choose`, as `greedy` does.
+
+    Raises: NonFiniteError.
+    """
     question = part.batch.question_ids
     longest = max(part.batch.prompt_tokens) + (0 if question is None else question.shape[1])
     log = EvictionLog(num_tokens=longest + max_new_tokens)
@@ -71,7 +81,8 @@ def replay(part: Part, setting: CacheSetting, *, end_token_ids: Collection[int],
         log.after_step(cache, going)
         steps[:] = [count + one for count, one in zip(steps, going, strict=True)]
 
-    answers = greedy(decoding, end_token_ids=end_token_ids, max_new_tokens=max_new_tokens, on_step=on_step)
+    limits: dict[str, Any] = {"end_token_ids": end_token_ids, "max_new_tokens": max_new_tokens}
+    answers = greedy(decoding, **limits, choose=choose, on_step=on_step)
     return [
         Replayed(
             answer=answer,
@@ -92,11 +103,11 @@ def full_attention(part: Part, *, end_token_ids: Collection[int], max_new_tokens
     """
     setting = CacheSetting(policy=Watching(), budget=UNLIMITED, positions="original")
     decoding = part.decoding(setting, max_new_tokens)
-    before = _masses(decoding.cache)
+    before = masses(decoding.cache)
     latest = [mass.clone() for mass in before]
 
     def on_step(cache: PolicyCache, going: list[bool]) -> None:
-        for known, mass in zip(latest, _masses(cache), strict=True):
+        for known, mass in zip(latest, masses(cache), strict=True):
             rows = torch.tensor(going, device=known.device)
             known[rows] = mass[rows]
 
@@ -107,14 +118,17 @@ def full_attention(part: Part, *, end_token_ids: Collection[int], max_new_tokens
     return list(found.numpy())
 
 
-def _masses(cache: PolicyCache) -> list[Tensor]:
-    """(B, H, C) per layer in the order of tokens, which is that of storage where nothing is ever evicted."""
-    masses = []
+def masses(cache: PolicyCache) -> list[Tensor]:
+    """Return the attention that each token received so far, (B, H, C) per layer, of a cache that evicts nothing.
+
+    Its order of storage is that of tokens.
+    """
+    found = []
     for layer in cache.policy_layers:
         assert layer.slots is not None
         assert layer.slots.entries.mass is not None
-        masses.append(layer.slots.entries.mass.masked_fill(layer.slots.entries.position < 0, 0.0).clone())
-    return masses
+        found.append(layer.slots.entries.mass.masked_fill(layer.slots.entries.position < 0, 0.0).clone())
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from kvbench.errors import ConfigError
+from kvbench.errors import check_within
 
 _Item = TypeVar("_Item")
 _MOST_TOKENS = 60_000
@@ -25,11 +25,8 @@ class AutopsySettings:
     max_prompt_tokens: int = 4096
 
     def __post_init__(self) -> None:
-        if self.num_samples < 0:
-            raise ConfigError(f"autopsy.num_samples is {self.num_samples}; it must be 0 (no autopsy) or more")
-        for name in ("max_new_tokens", "max_prompt_tokens"):
-            if not 1 <= getattr(self, name) <= _MOST_TOKENS // 2:
-                raise ConfigError(f"autopsy.{name} is {getattr(self, name)}; allowed: 1 to {_MOST_TOKENS // 2}")
+        most = (1, _MOST_TOKENS // 2)
+        check_within("autopsy", self, num_samples=(0, None), max_new_tokens=most, max_prompt_tokens=most)
 
     def chosen(self, items: Sequence[_Item]) -> list[_Item]:
         """Return the items to look at, by their place in the list alone."""

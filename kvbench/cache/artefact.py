@@ -24,7 +24,7 @@ from torch import Tensor
 from kvbench.cache.policy import Policy, needs_of
 from kvbench.cache.positions import Rotation
 from kvbench.cache.view import Needs
-from kvbench.errors import ConfigError, ModelSupportError
+from kvbench.errors import ConfigError, ModelSupportError, PolicyError
 
 SUFFIX = ".safetensors"
 _ABOUT = "kvbench_artefact"
@@ -36,12 +36,13 @@ _AGAIN = "write it again with kvbench calibrate"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """Layers of a model, and in each: KV heads, query heads that share one, numbers of a key."""
+    """Layers of a model, and in each: KV heads, query heads that share one, numbers of a key, and of a hidden state."""
 
     num_layers: int
     num_heads: int
     group: int
     width: int
+    hidden: int = 0
 
     @classmethod
     def of(cls, model: Any) -> Layout:
@@ -49,7 +50,13 @@ class Layout:
         config = model.config.get_text_config()
         queries, heads = config.num_attention_heads, config.num_key_value_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // queries
-        return cls(num_layers=config.num_hidden_layers, num_heads=heads, group=queries // heads, width=width)
+        return cls(
+            num_layers=config.num_hidden_layers,
+            num_heads=heads,
+            group=queries // heads,
+            width=width,
+            hidden=config.hidden_size,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,13 +64,26 @@ class Sample:
     """One layer of a batch of calibration data.
 
     query (B, Hq, T, D) and keys (B, H, T, D), as the model rotated them; position (B, T) int64, -1 at pads. rotation:
-    None where it cannot be taken back.
+    None where it cannot be taken back. hidden (B, T, E) and repeated (B, H, T), as in a `View`: for policies whose
+    `learns_from` names HIDDEN, REPEATED.
     """
 
     query: Tensor
     keys: Tensor
     position: Tensor
     rotation: Rotation | None
+    hidden_or_none: Tensor | None = None
+    repeated_or_none: Tensor | None = None
+
+    @property
+    def hidden(self) -> Tensor:
+        """(B, T, E): what the layer's attention is given."""
+        return _learnt_from(self.hidden_or_none, "HIDDEN")
+
+    @property
+    def repeated(self) -> Tensor:
+        """(B, H, T) float32: the largest attention that tokens receive while the prompt is repeated."""
+        return _learnt_from(self.repeated_or_none, "REPEATED")
 
     @property
     def real(self) -> Tensor:
@@ -81,11 +101,22 @@ class Sample:
         return self.rotation.turn(states.float(), by.expand(states.shape[:3]))
 
 
+def _learnt_from(given: Tensor | None, name: str) -> Tensor:
+    if given is None:
+        raise PolicyError(f"the policy learns from {name}, which it did not declare; add Needs.{name} to `learns_from`")
+    return given
+
+
 @dataclass(frozen=True, kw_only=True)
 class Calibrated(Policy):
-    """A policy that reads an artefact. artefact: its file; None for the one in the user's cache folder."""
+    """A policy that reads an artefact. artefact: its file; None for the one in the user's cache folder.
+
+    learns_from: what it is told in calibration beyond queries and keys: HIDDEN, and REPEATED, for which each prompt is
+    repeated in a second pass, in the way of the class flags `repeat_tokens` and `repeated_as`.
+    """
 
     needs: ClassVar[Needs] = Needs.ARTEFACT
+    learns_from: ClassVar[Needs] = Needs.NOTHING
 
     artefact: str | None = None
 
@@ -96,6 +127,10 @@ class Calibrated(Policy):
     def gather(self, sample: Sample) -> Mapping[str, Tensor]:
         """Return what of a batch is added up over all batches, by name."""
         raise NotImplementedError(f"{type(self).__name__} must define gather(sample)")
+
+    def together(self, before: Tensor, more: Tensor) -> Tensor:
+        """Return what two batches' tensors of one name make: their sum, unless a policy keeps its examples apart."""
+        return before + more
 
     def learn(self, sums: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the tensors of a layer, float32, from what `gather` gave in all."""

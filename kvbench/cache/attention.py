@@ -13,14 +13,17 @@ heads share H KV heads in groups of G.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.masking_utils import causal_mask_function, create_causal_mask
 
 from kvbench.cache.positions import Rotation
@@ -66,6 +69,45 @@ def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
     raise ModelSupportError(
         f"{type(model).__name__}.forward takes no cache under {' or '.join(CACHE_NAMES)}; kvbench cannot hand it one"
     )
+
+
+class _Listener(Protocol):
+    arriving: Tensor | None
+
+
+def listen(model: Any, cache: Cache, layers: Sequence[_Listener]) -> None:
+    """Let each of `layers`, those of `cache`, know what its attention is given, as long as the cache lives.
+
+    No attention function is told it, so the modules are asked: only for caches that want it, and other caches of the
+    same model are left alone. Raises: ModelSupportError where the modules are not found under a usual name.
+    """
+    decoder, told = model.get_decoder(), weakref.ref(cache)
+    names = (("layers", "self_attn"), ("h", "attn"))
+    blocks, name = next(((getattr(decoder, many), one) for many, one in names if hasattr(decoder, many)), ((), ""))
+    modules = [module for module in (getattr(block, name, None) for block in blocks) if isinstance(module, nn.Module)]
+    if len(modules) != len(layers):
+        raise ModelSupportError(
+            f"{type(model).__name__} has no attention under layers.N.self_attn, whose hidden states this policy reads; "
+            "use another policy or model"
+        )
+    hooks = [
+        module.register_forward_pre_hook(partial(_tell, told, layer), with_kwargs=True)
+        for module, layer in zip(modules, layers, strict=True)
+    ]
+    weakref.finalize(cache, _stop, hooks).atexit = False
+
+
+def _tell(
+    cache: weakref.ref[Cache], layer: _Listener, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
+) -> None:
+    owner = cache()
+    if owner is not None and any(one is owner for one in (*named.values(), *given)):
+        layer.arriving = named.get("hidden_states", given[0] if given else None)
+
+
+def _stop(hooks: list[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
 
 
 def is_attached(config: Any) -> bool:
@@ -220,11 +262,19 @@ def column_mass(chunk: Chunk, reduction: str, lse: Tensor | None = None) -> Tens
     return mass
 
 
-def column_peak(chunk: Chunk) -> Tensor:
-    """Return (B, H, T) float32: the largest attention each entry receives from any real query of any query head."""
+def column_peak(chunk: Chunk, query_weight: Tensor | None = None, key_weight: Tensor | None = None) -> Tensor:
+    """Return (B, H, T) float32: the largest attention each entry receives from any real query of any query head.
+
+    query_weight (B, Q) and key_weight (B, H, G, T): by what attention is multiplied first, where they are given.
+    """
     peak = torch.zeros(chunk.key_position.shape, dtype=torch.float32, device=chunk.keys.device)
     for start, end in _query_blocks(chunk):
-        rows = _probabilities(chunk, start, end).amax(dim=(2, 3)).float()
+        rows = _probabilities(chunk, start, end)
+        if query_weight is not None:
+            rows = rows * query_weight[:, None, None, start:end, None]
+        if key_weight is not None:
+            rows = rows * key_weight[:, :, :, None, : rows.shape[-1]]
+        rows = rows.amax(dim=(2, 3)).float()
         seen = peak[:, :, : chunk.stored + end]
         torch.maximum(seen, rows, out=seen)
     return peak

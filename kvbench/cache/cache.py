@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Cache
 
 from kvbench.cache import artefact
-from kvbench.cache.attention import is_attached
+from kvbench.cache.attention import is_attached, listen
 from kvbench.cache.counts import CountsShelf, LayerSetup, Ledger, OnPlan, OnSettle, Relay, StepCounts
 from kvbench.cache.layer import AnySlots, PolicyLayer
 from kvbench.cache.parts import Waiting
@@ -109,7 +109,7 @@ class StepBuffers:
 
 def _parts(slots: AnySlots) -> list[object]:
     columns = slots.columns()
-    return [*(getattr(columns, field.name) for field in fields(columns)), slots.memory]
+    return [*(getattr(columns, field.name) for field in fields(columns)), slots.memory, slots.buffers.noted]
 
 
 class PolicyCache(Cache):
@@ -194,6 +194,8 @@ class PolicyCache(Cache):
         shelf = CountsShelf()
         self.policy_layers = [PolicyLayer(setup, shelf) for setup in setups]
         super().__init__(layers=list(self.policy_layers))
+        if Needs.HIDDEN in needs_of(policy):
+            listen(model, self, self.policy_layers)
         self._own = {"_own", *vars(self)}
 
     @property

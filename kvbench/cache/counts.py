@@ -336,6 +336,7 @@ class RowCounts:
             position=position,
             kind=entries.kind,
             mass_or_none=entries.mass,
+            noted_or_none=entries.noted,
             output_weight_or_none=setup.output_weight,
             artefact_or_none=None if artefact is None else artefact.of_layer(setup.layer, entries.keys.device),
             **given,

@@ -37,9 +37,11 @@ from kvbench.cache.policy import (
     When,
     check_statistics,
     checked_joining,
+    checked_note,
     checked_plan,
     checked_score,
     checked_victim,
+    chooses_plainly,
     is_ragged,
     keeps_ring,
     keeps_the_most,
@@ -48,10 +50,12 @@ from kvbench.cache.policy import (
     plans_safely,
     ranking,
     steps_between_cuts,
+    takes_notes,
 )
 from kvbench.cache.positions import shifted_chunk, shifted_step
 from kvbench.cache.queries import QueryRing, ring_after
 from kvbench.cache.ragged import RaggedSlots, settle_ragged, spread_of
+from kvbench.cache.second_pass import projected_lengths
 from kvbench.cache.selection import age_rank
 from kvbench.cache.slots import EMPTY, Entries, Slots, check_faults, only_rows, settle
 from kvbench.cache.view import Joining, Needs, Plan, View
@@ -75,6 +79,7 @@ class PolicyLayer(CacheLayerMixin):
         self.setup = setup
         self._needs, self._cuts_every = needs_of(setup.policy), steps_between_cuts(setup.policy)
         self._is_ragged, self._merge = is_ragged(setup.policy), merge_at_decode(setup.policy)
+        self._notes = takes_notes(setup.policy)
         self._shelf = shelf or CountsShelf()
         self.reset()
 
@@ -83,6 +88,7 @@ class PolicyLayer(CacheLayerMixin):
         self._shelf.clear()
         self.slots = self.counts = None
         self._ring: QueryRing | None = None
+        self.arriving: Tensor | None = None
         self._leads = self._decodes = self._appends = False
         self._num_heads = 0
         self._unread: tuple[Entries, Statistics] | None = None
@@ -156,6 +162,7 @@ class PolicyLayer(CacheLayerMixin):
         arrival = self._shelf.arrival(self.setup, self.ledger, query, padding)
         entries = self.entries_of(keys, values, arrival.position, arrival.kind)
         self.ledger.begin_chunk(list(arrival.counts))
+        self.take_notes(entries, self._arrived(), query.shape[2])
         chunk = Chunk(
             query=query,
             keys=keys,
@@ -186,6 +193,48 @@ class PolicyLayer(CacheLayerMixin):
             kind = torch.cat((stored.kind, kind), dim=-1)
             mass = None if mass is None or stored.mass is None else torch.cat((stored.mass, mass), dim=-1)
         return Entries(keys=keys, values=values, position=wide, kind=kind, mass=mass)
+
+    def _arrived(self) -> Tensor | None:
+        """Return what the attention was given of the tokens that come now, (B, Q, E), where the policy reads it."""
+        hidden, self.arriving = self.arriving, None
+        if hidden is None and Needs.HIDDEN in self._needs:
+            raise ModelSupportError(
+                f"{type(self.setup.policy).__name__} reads hidden states, and the model gave layer {self.setup.layer} "
+                "none with the cache; use another policy or model"
+            )
+        return hidden
+
+    def take_notes(self, entries: Entries, hidden: Tensor | None, num_new: int) -> None:
+        """Let the policy note a number of each of the last `num_new` entries; hidden (B, Q, E) is of these."""
+        if not self._notes:
+            return
+        new = Entries(
+            keys=entries.keys[:, :, -num_new:],
+            values=entries.values[:, :, -num_new:],
+            position=entries.position[..., -num_new:],
+            kind=entries.kind[..., -num_new:],
+            mass=None,
+        )
+        counts = self._shelf.rows(self.setup, self.ledger, entries.keys.device)
+        noted = self._note(counts, new, hidden, prefill=True)
+        if noted is not None and self.slots is not None and self.slots.entries.noted is not None:
+            noted = torch.cat((self.slots.entries.noted, noted), dim=-1)
+        entries.noted = noted
+
+    def _note_generated(self, counts: RowCounts, keys: Tensor, values: Tensor, position: Tensor) -> Tensor | None:
+        """Return (B, H, N), what the policy notes of generated tokens at `position` (B, N); None for nothing."""
+        hidden = self._arrived()
+        if not self._notes:
+            return None
+        wide = position[:, None].expand(keys.shape[:3])
+        kind = torch.zeros_like(wide, dtype=torch.int8)
+        new = Entries(keys=keys, values=values, position=wide, kind=kind, mass=None)
+        return self._note(counts, new, hidden, prefill=False)
+
+    def _note(self, counts: RowCounts, new: Entries, hidden: Tensor | None, *, prefill: bool) -> Tensor | None:
+        num_new = new.position.shape[-1]
+        view = counts.view(self.setup, new, new_tokens=num_new, prefill=prefill, hidden_or_none=hidden)
+        return checked_note(self.setup.policy, view)
 
     def settle_chunk(self, entries: Entries, statistics: Statistics) -> None:
         """Let the policy plan on a chunk that has attended, and move what stays into slots."""
@@ -270,7 +319,10 @@ class PolicyLayer(CacheLayerMixin):
         repeats = (held.position >= second.chunk.start) & (held.position < second.chunk.end)
         sinks = (held.position >= 0) & (held.position < getattr(policy, "num_sinks", 0))
         told = held.position.masked_fill(~(repeats | sinks), EMPTY)
-        peak = column_peak(replace(chunk, key_position=torch.cat((told, new), dim=-1)))[..., : chunk.stored]
+        chunk, by, hidden = replace(chunk, key_position=torch.cat((told, new), dim=-1)), None, self._arrived()
+        if hidden is not None and self.setup.output_weight is not None and policy.repeated_as == "output":
+            by = 1.0 / hidden.float().norm(dim=-1), projected_lengths(values, self.setup.output_weight)
+        peak = column_peak(chunk, *(by or ()))[..., : chunk.stored]
         torch.where(repeats, peak, self._repeated, out=self._repeated)
         return output
 
@@ -404,6 +456,9 @@ class PolicyLayer(CacheLayerMixin):
         self.ledger.arrive([1] * keys.shape[0])
         if not slots.has_room(self.ledger.held):
             slots.grow(GROW_TOKENS)
+        noted = self._note_generated(self.counts, keys, values, self.counts.seen[:, None] - 1)
+        if noted is not None:
+            slots.note(noted)
         if use_triton(keys):
             from kvbench.kernels.slot_writes import write_slot
 
@@ -442,7 +497,9 @@ class PolicyLayer(CacheLayerMixin):
             slots.add_mass(mass[..., :held])
         if not slots.has_room(self.ledger.held):
             slots.grow(new + GROW_TOKENS)
-        slots.append(keys[:, :, held:], values[:, :, held:], position, None if mass is None else mass[..., held:])
+        keys, values = keys[:, :, held:], values[:, :, held:]
+        noted = self._note_generated(self.counts, keys, values, position)
+        slots.append(keys, values, position, None if mass is None else mass[..., held:], noted)
         return output
 
     def _attend_slots(self, slots: AnySlots, query: Tensor, scaling: float) -> tuple[Tensor, Tensor | None]:
@@ -659,4 +716,4 @@ class PolicyLayer(CacheLayerMixin):
 
 def _is_plain_score(policy: Policy) -> TypeGuard[ScorePolicy]:
     """Whether the kernel that frees the lowest score does what the policy's own `victim` would."""
-    return isinstance(policy, ScorePolicy) and type(policy).victim is ScorePolicy.victim
+    return isinstance(policy, ScorePolicy) and chooses_plainly(policy)

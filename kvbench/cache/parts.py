@@ -154,7 +154,7 @@ def layer_entries(
 
     Raises: ConfigError where the others cannot pay for those, PolicyError for an allocation that breaks its word.
     """
-    skipped = _skipped(skip_layers, room.num_layers)
+    skipped = skipped_layers(skip_layers, room.num_layers)
     rest = [layer for layer in range(room.num_layers) if layer not in skipped]
     budget, more = divmod(room.num_layers * room.budget - len(skipped) * room.tokens, len(rest))
     if skipped and budget < room.protected:
@@ -175,7 +175,7 @@ def layer_entries(
     return tuple(entries[layer] for layer in range(room.num_layers))
 
 
-def _skipped(skip_layers: Sequence[int], num_layers: int) -> set[int]:
+def skipped_layers(skip_layers: Sequence[int], num_layers: int) -> set[int]:
     """Return the layers to skip, from 0. Raises: ConfigError for one that is not there, or if none is left."""
     wrong = [layer for layer in skip_layers if not -num_layers <= layer < num_layers]
     skipped = {layer % num_layers for layer in skip_layers}

@@ -17,7 +17,8 @@ After the first eviction the order of storage is not the order of tokens: read `
 from __future__ import annotations
 
 import math
-from dataclasses import Field, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
 from enum import Flag, auto
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
@@ -46,7 +47,8 @@ class Policy:
     Class flags: `needs` (statistics computed for it), `when` (phases in which it cuts), `granularity`
     (do the heads of a layer share their entries), `reduction` (query heads to KV heads), `bounded`
     (False: it ignores the budget, as the full cache does), `window_tokens` (queries of WINDOW and HEAD_ROWS),
-    `moments_from` (so many first tokens are not in MOMENTS), `repeat_tokens` (of a chunk of REPEATED) and
+    `moments_from` (so many first tokens are not in MOMENTS), `repeat_tokens` (of a chunk of REPEATED), `repeated_as`
+    (what REPEATED counts: shares of attention, or these as they move the output: times |W v| over |h|) and
     `native_positions` (the position mode its authors describe, used unless another is asked for).
     """
 
@@ -58,6 +60,7 @@ class Policy:
     window_tokens: ClassVar[int] = 32
     moments_from: ClassVar[int] = 0
     repeat_tokens: ClassVar[int] = 2048
+    repeated_as: ClassVar[Literal["attention", "output"]] = "attention"
     native_positions: ClassVar[Literal["original", "in_cache", "released"]] = "original"
 
     @property
@@ -75,6 +78,14 @@ class Policy:
         -1 says that there is no choice, because a number that decides is NaN: the cell ends as `nonfinite`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define victim(view)")
+
+    def note(self, view: View) -> Tensor | None:
+        """Return (B, H, T) or (B, 1, T), a number of each token that arrives, or None.
+
+        `view` shows these tokens alone, those of a prompt or the one of a step, pads at position -1. It is asked once
+        about each, in every layer; the number stays beside the entry and is `view.noted` from then on.
+        """
+        return None
 
     def hand_over(self, view: View) -> Tensor | None:
         """Return (B, ...), what later layers read of this one as `view.handed`; None leaves there what it is.
@@ -157,7 +168,7 @@ class ScorePolicy(Policy):
             entries = view.budget[:, None] + view.spread_or_none
         elif self.allocation is not None and self.allocation.ragged:
             entries = divided_heads(self.allocation, view, score)
-        keep = keep_top(score, view.position, entries)
+        keep = keep_top(self._favoured(view, score), view.position, entries)
         plan = Plan(keep=keep) if self.merge is None else self.merge.into(view, keep, keep & (score == torch.inf))
         memory = self.remembered(view)
         return plan if memory is None else replace(plan, memory=memory)
@@ -168,7 +179,11 @@ class ScorePolicy(Policy):
 
     def victim(self, view: View) -> Tensor:
         """Free the entry of lowest score, the oldest of equals; -1 where a score is NaN."""
-        return lowest(self._protected_score(view), view.position)
+        return lowest(self._favoured(view, self._protected_score(view)), view.position)
+
+    def _favoured(self, view: View, ranked: Tensor) -> Tensor:
+        """Return (B, H, T), by what entries stay in the end; `chosen_by` puts a function in this place."""
+        return ranked
 
     def _protected_score(self, view: View) -> Tensor:
         score = checked_score(self, view)
@@ -280,6 +295,13 @@ def steps_between_cuts(policy: Policy) -> int | None:
     return policy.every_tokens if isinstance(policy, ScorePolicy) else 1
 
 
+def total_of(policy: Policy) -> str:
+    """Return what a policy's allocation says of its total: `exact`, `bounded` or `data_dependent`."""
+    if isinstance(policy, ScorePolicy):
+        return "exact" if policy.allocation is None else policy.allocation.total
+    return "bounded"
+
+
 def merge_at_decode(policy: Policy) -> Merge | None:
     """Return the merge that entries freed at a decode step take part in, None where they are dropped."""
     merge = policy.merge if isinstance(policy, ScorePolicy) else None
@@ -342,16 +364,90 @@ def check_parts(policy: Policy, positions: str = "original") -> None:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pin:
+    """The entry of the token at `position`, in one layer and KV head, or in all of them where that is None."""
+
+    position: int
+    layer: int | None = None
+    head: int | None = None
+
+
+def pinned(policy: Policy, pins: Sequence[Pin]) -> ScorePolicy:
+    """Return `policy` with entries that stay within its budget: in their place goes the lowest of the others.
+
+    Sinks and recent tokens come before them, so where these take the whole budget a pin holds nothing. How the budget
+    is divided among layers and heads is decided without them. Raises: ConfigError, as `chosen_by`.
+    """
+
+    def favour(view: View, ranked: Tensor) -> Tensor:
+        stays, heads = torch.zeros_like(view.valid), torch.arange(view.position.shape[1], device=view.position.device)
+        for pin in pins:
+            if pin.layer in (None, view.layer):
+                here = view.position == pin.position
+                stays |= here if pin.head is None else here & (heads == pin.head)[:, None]
+        most = torch.full_like(ranked, torch.finfo(ranked.dtype).max)
+        return torch.where(stays & (ranked < torch.inf), most, ranked)
+
+    return chosen_by(policy, favour)
+
+
+def chosen_by(policy: Policy, favour: Callable[[View, Tensor], Tensor]) -> ScorePolicy:
+    """Return `policy` with what entries stay by, (B, H, T) and infinite where protected, handed to `favour` first.
+
+    It is an instance of the policy's own class, so that all that is known by the class stays so. Raises: ConfigError
+    for a policy that does not choose by its score alone.
+    """
+    kind = type(policy)
+    if not isinstance(policy, ScorePolicy) or (kind.plan, kind.victim) != (ScorePolicy.plan, ScorePolicy.victim):
+        raise ConfigError(
+            f"{kind.__name__} does not choose by a score alone, so no entry of it can be kept in the place of its "
+            "lowest one; choose a policy of scores, such as h2o or snapkv"
+        )
+    favours = {"_favoured": lambda _, view, ranked: favour(view, ranked), "__module__": kind.__module__}
+    chosen: ScorePolicy = type(kind.__name__, (kind,), favours)(
+        **{one.name: getattr(policy, one.name) for one in fields(policy) if one.init}
+    )
+    return chosen
+
+
+def chooses_plainly(policy: ScorePolicy) -> bool:
+    """Return whether a decode step frees the entry of lowest score that is not protected, and nothing else counts."""
+    kind = type(policy)
+    return kind.victim is ScorePolicy.victim and kind._favoured is ScorePolicy._favoured
+
+
 def checked_score(policy: ScorePolicy, view: View) -> Tensor:
     """Return `policy.score(view)`. Raises: PolicyError for another shape than (B, H, T) or (B, 1, T)."""
     score = policy.score(view)
     rows, _, entries = view.position.shape
+    if not isinstance(score, Tensor):
+        raise PolicyError(f"{type(policy).__name__}.score returned {score!r:.60}; it must be a tensor (B, H, T)")
     if score.shape not in (view.position.shape, (rows, 1, entries)):
         raise PolicyError(
             f"{type(policy).__name__}.score returned shape {tuple(score.shape)}; "
             f"it must be (B, H, T) = {tuple(view.position.shape)} or (B, 1, T)"
         )
     return score if policy.protect is None else ranked_above(score, getattr(view, policy.protect))
+
+
+def takes_notes(policy: Policy) -> bool:
+    """Return whether the policy notes a number of each token when it comes."""
+    return type(policy).note is not Policy.note
+
+
+def checked_note(policy: Policy, view: View) -> Tensor | None:
+    """Return `policy.note(view)` as (B, H, T) float32, 0 at pads. Raises: PolicyError for another shape."""
+    noted = policy.note(view)
+    if noted is None:
+        return None
+    rows, _, entries = view.position.shape
+    if noted.shape not in (view.position.shape, (rows, 1, entries)):
+        raise PolicyError(
+            f"{type(policy).__name__}.note returned shape {tuple(noted.shape)}; "
+            f"it must be (B, H, T) = {tuple(view.position.shape)} or (B, 1, T)"
+        )
+    return noted.float().expand(view.position.shape).masked_fill(view.position < 0, 0.0)
 
 
 def checked_range(policy: ScorePolicy, seen: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:

@@ -73,6 +73,7 @@ class RaggedSlots(Books):
             position=torch.where(inside, flat.position[places], EMPTY),
             kind=flat.kind[places],
             mass=None if flat.mass is None else flat.mass[places] * inside,
+            noted=None if flat.noted is None else flat.noted[places] * inside,
         )
 
     def columns(self) -> SlotColumns:
@@ -104,7 +105,14 @@ class RaggedSlots(Books):
             self.flat.mass.index_fill_(0, at, 0.0)
         self.length += 1
 
-    def append(self, keys: Tensor, values: Tensor, position: Tensor, mass: Tensor | None) -> None:
+    def note(self, noted: Tensor) -> None:
+        """Put what was noted, (B, H, 1), of a token that is about to come beside its slot."""
+        assert self.flat.noted is not None
+        self.flat.noted.index_copy_(0, (self.start + self.free).flatten(), noted.flatten())
+
+    def append(
+        self, keys: Tensor, values: Tensor, position: Tensor, mass: Tensor | None, noted: Tensor | None = None
+    ) -> None:
         """Put N tokens, (B, H, N, D), at `position` (B, N) into fresh slots, as `Slots.append` does."""
         within = self.length[..., None] + torch.arange(position.shape[1], device=position.device)
         at = (self.start[..., None] + within).flatten()
@@ -114,6 +122,8 @@ class RaggedSlots(Books):
         self.flat.kind.index_fill_(0, at, 0)
         if self.flat.mass is not None and mass is not None:
             self.flat.mass.index_copy_(0, at, mass.flatten().to(self.flat.mass.dtype))
+        if self.flat.noted is not None and noted is not None:
+            self.flat.noted.index_copy_(0, at, noted.flatten())
         if self.rank is not None:
             self.rank.index_copy_(0, at, within.flatten().int())
         self.length += position.shape[1]
@@ -199,6 +209,7 @@ def _laid_out(entries: Entries, spread: Tensor, row_slots: list[int], order: Ten
         position=flat(entries.position, EMPTY),
         kind=flat(entries.kind, 0),
         mass=None if entries.mass is None else flat(entries.mass, 0.0),
+        noted=None if entries.noted is None else flat(entries.noted, 0.0),
     )
     start = start.view_as(spread)
     return _Layout(flat=laid, start=start, row_slots=list(row_slots), capacity=capacity, pair=pair, slot=slot)
@@ -231,8 +242,10 @@ def settle_ragged(
     order = oldest_first(position)[..., : int(length.max())]
     if plan is not None and plan.merge_into is not None:
         keys, values, mass = moved(entries, plan, order, length)
-        kind = entries.kind.gather(2, order)
-        entries = Entries(keys=keys, values=values, position=position.gather(2, order), kind=kind, mass=mass)
+        kind, noted = entries.kind.gather(2, order), None if entries.noted is None else entries.noted.gather(2, order)
+        entries = Entries(
+            keys=keys, values=values, position=position.gather(2, order), kind=kind, mass=mass, noted=noted
+        )
         laid = _laid_out(entries, spread, row_slots, None)
     else:
         laid = _laid_out(replace(entries, position=position), spread, row_slots, order)

@@ -37,13 +37,14 @@ from torch import Tensor
 from transformers import Cache
 
 from kvbench.cache.artefact import Calibrated, Sample
-from kvbench.cache.attention import ChunkStatistics, Statistics
-from kvbench.cache.cache import PolicyCache, unrotation_of
+from kvbench.cache.attention import ChunkStatistics, Statistics, listen
+from kvbench.cache.cache import PolicyCache, output_weight, unrotation_of
 from kvbench.cache.counts import LayerSetup
 from kvbench.cache.layer import PolicyLayer
 from kvbench.cache.policy import UNLIMITED, Policy, keeps_ring, needs_of
 from kvbench.cache.positions import Rotation, rotation_of
 from kvbench.cache.ragged import RaggedSlots
+from kvbench.cache.second_pass import SecondPass
 from kvbench.cache.slots import Entries, Slots
 from kvbench.cache.view import Needs, Plan
 from kvbench.errors import ModelSupportError
@@ -72,6 +73,7 @@ class LayerPrompt:
     head_rows: dict[int, Tensor]
     moments: dict[int, tuple[Tensor, Tensor]]
     queries: dict[int, tuple[Tensor, Tensor, float]]
+    hidden: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,6 +123,7 @@ class _RecordingLayer(PolicyLayer):
         self._head_rows = {p.window_tokens for p in policies if Needs.HEAD_ROWS in needs_of(p)}
         self._skips = {p.moments_from for p in policies if Needs.MOMENTS in needs_of(p)}
         self._rings = {p.window_tokens for p in policies if keeps_ring(p)}
+        self._hears = any(Needs.HIDDEN in needs_of(p) for p in policies)
         self.recorded: LayerPrompt | None = None
 
     def settle_chunk(self, entries: Entries, statistics: Statistics) -> None:
@@ -138,7 +141,12 @@ class _RecordingLayer(PolicyLayer):
             head_rows={size: statistics.head_rows(size) for size in self._head_rows},
             moments={} if unrotation is None else {skip: statistics.moments(unrotation, skip) for skip in self._skips},
             queries={size: _copied(statistics.last_queries(size)) for size in self._rings},
+            hidden=self._hidden if self._hears else None,
         )
+
+    def take_notes(self, entries: Entries, hidden: Tensor | None, num_new: int) -> None:
+        """Keep what policies make their notes of."""
+        self._hidden = hidden
 
 
 def _copied(last: tuple[Tensor, Tensor, float]) -> tuple[Tensor, Tensor, float]:
@@ -166,6 +174,8 @@ class PromptRecorder(Cache):
         )
         self._recording = [_RecordingLayer(setup, chosen) for setup in setups]
         super().__init__(layers=list(self._recording))
+        if any(Needs.HIDDEN in needs_of(policy) for policy in chosen):
+            listen(model, self, self._recording)
         self._own = {"_own", *vars(self)}
 
     @property
@@ -192,6 +202,7 @@ def cache_after(prompt: Recording, cache: PolicyCache) -> PolicyCache:
         statistics = _Recorded(prompt=recorded, policy=layer.setup.policy)
         layer.ledger.padded_tokens = recorded.keys.shape[2]
         layer.ledger.begin_chunk(list(recorded.lengths))
+        layer.take_notes(entries, recorded.hidden, recorded.keys.shape[2])
         layer.settle_chunk(entries, statistics)
     for name, value in prompt.kept_by_model.items():
         setattr(cache, name, copy.deepcopy(value))
@@ -207,32 +218,77 @@ class _GatheringLayer(PolicyLayer):
         super().__init__(setup)
         self._learner = policy
 
+    def take_notes(self, entries: Entries, hidden: Tensor | None, num_new: int) -> None:
+        """Keep what the policy learns from; a prompt's alone."""
+        self._hidden = hidden
+
     def settle_chunk(self, entries: Entries, statistics: Statistics) -> None:
-        """Keep what the policy sums up."""
+        """Keep what the policy sums up, or wait until the prompt was repeated."""
+        if Needs.REPEATED in self._learner.learns_from:
+            self._unread = (entries, statistics)
+            self._repeated = torch.zeros(entries.position.shape, dtype=torch.float32, device=entries.keys.device)
+        else:
+            self._gather(statistics)
+
+    def cut_repeated(self) -> None:
+        """Let the policy learn from a prompt that was repeated, and let go of it."""
+        if self._unread is not None:
+            (_, statistics), self._unread = self._unread, None
+            self._gather(statistics)
+            self._repeated = None
+
+    def _gather(self, statistics: Statistics) -> None:
         assert isinstance(statistics, ChunkStatistics)
-        chunk, rotation = statistics.chunk, self.setup.unrotation
-        sample = Sample(query=chunk.query, keys=chunk.keys, position=chunk.query_position, rotation=rotation)
+        chunk = statistics.chunk
+        sample = Sample(
+            query=chunk.query,
+            keys=chunk.keys,
+            position=chunk.query_position,
+            rotation=self.setup.unrotation,
+            hidden_or_none=self._hidden,
+            repeated_or_none=self._repeated,
+        )
         self.gathered = self._learner.gather(sample)
 
 
 class CalibrationCache(Cache):
-    """Takes one batch of calibration data in one piece; `gathered` is what `policy` sums up of each layer."""
+    """Takes one batch of calibration data in one piece; `gathered` is what `policy` sums up of each layer.
+
+    Where it learns from a prompt that is repeated, `awaits_second_pass` says that `read_again` is to be called first.
+    """
 
     def __init__(self, model: Any, policy: Calibrated) -> None:
         num_layers, rotation = model.config.get_text_config().num_hidden_layers, None
         with contextlib.suppress(ModelSupportError):  # who needs it says so
             rotation = rotation_of(model.get_decoder())
+        by_output = Needs.REPEATED in policy.learns_from and policy.repeated_as == "output"
+        self.second_pass = SecondPass()
         setups = (
-            LayerSetup(layer=n, num_layers=num_layers, policy=Policy(), budget=UNLIMITED, unrotation=rotation)
+            LayerSetup(
+                layer=n,
+                num_layers=num_layers,
+                policy=policy,
+                budget=UNLIMITED,
+                unrotation=rotation,
+                second_pass=self.second_pass,
+                output_weight=output_weight(model, n) if by_output else None,
+            )
             for n in range(num_layers)
         )
-        self._gathering = [_GatheringLayer(setup, policy) for setup in setups]
-        super().__init__(layers=list(self._gathering))
+        self.policy_layers = [_GatheringLayer(setup, policy) for setup in setups]
+        super().__init__(layers=list(self.policy_layers))
+        if by_output or Needs.HIDDEN in policy.learns_from | needs_of(policy):
+            listen(model, self, self.policy_layers)
+
+    @property
+    def awaits_second_pass(self) -> bool:
+        """Whether the prompt lies here until `read_again` was called for it."""
+        return any(layer.awaits_second_pass for layer in self.policy_layers)
 
     @property
     def gathered(self) -> list[Mapping[str, Tensor]]:
         """What the policy sums up, layer by layer, after the batch."""
-        return [layer.gathered for layer in self._gathering]
+        return [layer.gathered for layer in self.policy_layers]
 
 
 class EvictionLog:

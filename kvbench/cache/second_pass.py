@@ -19,6 +19,7 @@ from kvbench.cache.attention import cache_argument
 
 if TYPE_CHECKING:
     from kvbench.cache.cache import PolicyCache
+    from kvbench.cache.recording import CalibrationCache
 
 OVERLAP_TOKENS = 8  # of the chunk before, by which a later chunk's begin is named
 
@@ -54,7 +55,7 @@ class SecondPass:
 @torch.no_grad()
 def read_again(
     model: Any,
-    cache: PolicyCache,
+    cache: PolicyCache | CalibrationCache,
     tokens: Tensor,
     real: Tensor | None = None,
     *,
@@ -93,6 +94,17 @@ def read_again(
         beat()
     for layer in cache.policy_layers:
         layer.cut_repeated()
+
+
+def projected_lengths(values: Tensor, weight: Tensor) -> Tensor:
+    """Return (B, H, G, T) float32: the L2 norm of what a value adds to the output through each query head.
+
+    values (B, H, T, D), weight (H, G, D, E), the output projection. No (T, E) is made: |W v| is the root of v' W W' v.
+    """
+    outer = torch.matmul(weight.float(), weight.float().transpose(-1, -2))
+    states = values.float()[:, :, None]
+    lengths: Tensor = (torch.matmul(states, outer[None]) * states).sum(dim=-1).clamp(min=0.0).sqrt()
+    return lengths
 
 
 def _fed(row: list[int], start: int, size: int, asks: Instruction) -> list[int]:

@@ -32,6 +32,7 @@ class Entries:
     position: Tensor
     kind: Tensor
     mass: Tensor | None
+    noted: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """Return keys, values and the columns that exist."""
@@ -39,7 +40,7 @@ class Entries:
 
     def columns(self) -> list[Tensor]:
         """Return the bookkeeping columns that exist."""
-        return [column for column in (self.position, self.kind, self.mass) if column is not None]
+        return [column for column in (self.position, self.kind, self.mass, self.noted) if column is not None]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -134,12 +135,13 @@ class Books:
         return sum(t.untyped_storage().nbytes() for t in (self.buffers.keys, self.buffers.values))
 
     def statistics_bytes(self) -> int:
-        """Return the bytes of what attention statistics leave beside the tokens: mass, and the memory of a plan."""
-        return sum(t.untyped_storage().nbytes() for t in (self.buffers.mass, self.memory) if t is not None)
+        """Return the bytes of what statistics leave beside the tokens: mass, notes, and the memory of a plan."""
+        kept = (self.buffers.mass, self.buffers.noted, self.memory)
+        return sum(t.untyped_storage().nbytes() for t in kept if t is not None)
 
     def bookkeeping_bytes(self) -> int:
         """Return the bytes of positions, kinds, ranks and counts, counted from their storages."""
-        own = [t for t in self.state() if t is not self.buffers.mass]
+        own = [t for t in self.state() if t is not self.buffers.mass and t is not self.buffers.noted]
         return sum(t.untyped_storage().nbytes() for t in (*own, *self.fixed()))
 
 
@@ -197,8 +199,15 @@ class Slots(Books):
             self.entries.mass.scatter_(2, at, 0.0)
         self.length += 1
 
-    def append(self, keys: Tensor, values: Tensor, position: Tensor, mass: Tensor | None) -> None:
-        """Put N tokens, (B, H, N, D), at `position` (B, N) into fresh slots; mass (B, H, N): what they received.
+    def note(self, noted: Tensor) -> None:
+        """Put what was noted, (B, H, 1), of a token that is about to come beside its slot."""
+        assert self.entries.noted is not None
+        self.entries.noted.scatter_(2, self.free[..., None], noted)
+
+    def append(
+        self, keys: Tensor, values: Tensor, position: Tensor, mass: Tensor | None, noted: Tensor | None = None
+    ) -> None:
+        """Put N tokens, (B, H, N, D), at `position` (B, N) into fresh slots; mass, noted (B, H, N) are beside them.
 
         No slot was ever freed, so all below `length` hold tokens, in their order; there is room for N more.
         """
@@ -211,6 +220,8 @@ class Slots(Books):
         self.entries.kind.scatter_(2, at, 0)
         if self.entries.mass is not None and mass is not None:
             self.entries.mass.scatter_(2, at, mass.to(self.entries.mass.dtype))
+        if self.entries.noted is not None and noted is not None:
+            self.entries.noted.scatter_(2, at, noted)
         if self.rank is not None:
             self.rank.scatter_(2, at, at.int())
         self.length += position.shape[1]
@@ -291,6 +302,7 @@ def settle(
         position=position.gather(2, order).masked_fill_(~filled, EMPTY),
         kind=entries.kind.gather(2, order).masked_fill_(~filled, 0),
         mass=None if mass is None else mass.masked_fill_(~filled, 0.0),
+        noted=None if entries.noted is None else entries.noted.gather(2, order).masked_fill_(~filled, 0.0),
     )
     faults = torch.zeros_like(length, dtype=torch.int32) if faults is None else faults
     return Slots(entries=kept, length=length, free=length.clone(), faults=faults, memory=memory)
@@ -342,6 +354,7 @@ def _with_capacity(entries: Entries, capacity: int) -> Entries:
         position=widen(entries.position, EMPTY),
         kind=widen(entries.kind, 0),
         mass=None if entries.mass is None else widen(entries.mass, 0),
+        noted=None if entries.noted is None else widen(entries.noted, 0),
     )
 
 

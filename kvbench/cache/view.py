@@ -37,6 +37,7 @@ class Needs(Flag):
     QUESTION = auto()  # which entries are of the question: only for prompts of which it is known
     ARTEFACT = auto()  # what `kvbench calibrate` wrote for the model
     REPEATED = auto()  # attention received while the prompt is repeated, in a second pass over it
+    HIDDEN = auto()  # what enters the layer's attention, of the tokens that arrive: only where `note` is asked
 
 
 class Kind(IntEnum):
@@ -118,6 +119,8 @@ class View:
     handed: Tensor | None = None
     artefact_or_none: Mapping[str, Tensor] | None = None
     repeated_or_none: Tensor | None = None
+    hidden_or_none: Tensor | None = None
+    noted_or_none: Tensor | None = None
     doubts: Doubts | None = None
 
     def refuse_if(self, flag: Tensor, error: Callable[[], Exception]) -> None:
@@ -199,6 +202,21 @@ class View:
     def repeated(self) -> Tensor:
         """(B, H, T) float32: the largest attention received, of any query head, while the prompt is repeated."""
         return _declared(self.repeated_or_none, "REPEATED")
+
+    @property
+    def hidden(self) -> Tensor:
+        """(B, T, E): what the layer's attention is given, and its projections see, of the tokens that arrive.
+
+        That is after the layer's norm, in the model's dtype. Only the view that `note` gets has it.
+        """
+        return _declared(self.hidden_or_none, "HIDDEN")
+
+    @property
+    def noted(self) -> Tensor:
+        """(B, H, T) float32: what the policy's `note` made of each entry when it came."""
+        if self.noted_or_none is None:
+            raise PolicyError("the policy reads view.noted, but its class has no `note` that returns a number an entry")
+        return self.noted_or_none
 
     @property
     def probs(self) -> Tensor:

@@ -15,8 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvbench.cli import Parser
+from kvbench.cli import Parser, names_in
 from kvbench.cli.sweep import make_importable, quiet_libraries
+from kvbench.config.compose import compose_grid
 from kvbench.errors import ConfigError, missing_path
 from kvbench.measures import format_bytes
 
@@ -73,9 +74,11 @@ def check_policy_command(arguments: Sequence[str]) -> int:
 
 def _policy(asked: str, config_dir: str | None) -> tuple[str, Any]:
     """Return name and policy of a name, a yaml or a module. Raises: ConfigError, one line."""
+    path = Path(asked)
+    if path.suffix not in (".py", ".yaml") and asked not in names_in("policy", config_dir):
+        compose_grid([f"policy={asked}"], multirun=False, config_dir=config_dir)  # says so before torch is loaded
     from kvbench.contract.catalogue import policy_in_module, policy_named
 
-    path = Path(asked)
     if path.suffix not in (".py", ".yaml"):
         make_importable([config_dir] if config_dir else [])
         return asked, policy_named(asked, config_dir)

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import gc
 import io
+import itertools
 import os
 import re
 import sys
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvbench import installed_version
-from kvbench.cli import Parser
+from kvbench.cli import Parser, names_in
 from kvbench.errors import ConfigError, KvbenchError, did_you_mean, near_names
 from kvbench.results.redaction import redact
 
@@ -59,6 +60,7 @@ kvbench compares KV-cache policies under one definition of everything.
   kvbench plot NAME [FOLDER]                  draw one figure as SVG, PDF or PNG; kvbench plot --list
   kvbench results COMMAND [FOLDER]            list, show, table, csv, parquet, verify, gc; results --help
   kvbench help [COMMAND]                      print this, or the help of a command
+  kvbench why RECORD [SAMPLE]                 a sample's first wrong word, and the run again with its evidence kept
   kvbench wandb sync [FOLDER]                 send records to Weights & Biases; wandb sync --help
 
 settings (KEY=VALUE):
@@ -85,12 +87,7 @@ exit codes: 0 all cells ok, 1 some cell failed, 2 wrong configuration, 130 or 14
 
 def help_text() -> str:
     """Return the help with the names that exist in each group."""
-    return _TEXT.format(groups="\n".join(f"  {group:<12} {', '.join(_names(group))}" for group in _GROUPS))
-
-
-def _names(group: str) -> list[str]:
-    folder = files("kvbench.conf") / group
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return _TEXT.format(groups="\n".join(f"  {group:<12} {', '.join(names_in(group))}" for group in _GROUPS))
 
 
 # Each takes the words after its name and returns the exit code; imported only when asked for.
@@ -108,6 +105,7 @@ SUBCOMMANDS = {
     "report": "kvbench.cli.report:report_command",
     "results": "kvbench.cli.results:results_command",
     "wandb": "kvbench.cli.wandb:wandb_command",
+    "why": "kvbench.cli.why:why_command",
 }
 _STOPPED = "stopped; finished cells and batches are kept, the same command goes on"
 DEFAULT_SWEEP = ["+experiment=default"]
@@ -233,7 +231,7 @@ def _show(sweep: Sweep, share: Listing | None = None) -> int:
         )
     if share is not None and not share.is_whole:
         if sweep.num_failed:
-            print(f"{sweep.num_failed} of {num_cells} cells failed; their records say why")
+            print(_failed(results, sweep.num_failed, num_cells))
         print(f"{num_cells} cells of shard {share.shard} under {results}/cells; with those of the others copied there, "
               f"kvbench report {results} makes tables and page")  # fmt: skip
         return 1 if sweep.num_failed else 0
@@ -283,10 +281,15 @@ def _show_tables(results: Path, keys: set[str]) -> None:
 
 def _show_ends(results: Path, num_failed: int, num_cells: int) -> int:
     if num_failed:
-        print(f"{num_failed} of {num_cells} cells failed; their records say why")
+        print(_failed(results, num_failed, num_cells))
     print(f"report: {results / 'report' / 'index.html'}")
     print(f"tables: {results / 'table.csv'}, table_long.csv and samples.csv beside it, and all as .parquet")
     return 1 if num_failed else 0
+
+
+def _failed(results: Path, num_failed: int, num_cells: int) -> str:
+    found = f"{num_failed} of {num_cells} cells failed; the same command tries them again"
+    return f"{found}; kvbench results list {results} says why, kvbench results show {results} KEY where"
 
 
 def _wandb_summary(sweep: Sweep) -> Any:
@@ -326,6 +329,11 @@ def _split(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     for word, following in zip(overrides, [*overrides, ""][1:], strict=True):
         if word.startswith("-"):
             raise ConfigError(f"{word} is no flag; {_instead_of(word, following)}")
+    for word, following in itertools.pairwise(overrides):
+        if word in _GROUPS and following in names_in(word):
+            raise ConfigError(
+                f"{word} {following} cannot be read as KEY=VALUE; {did_you_mean([_spelt(word, following)])}"
+            )
     _check_words(word for word in overrides if "=" not in word and not word.startswith("~"))
     _check_together(words)
     return words, overrides
@@ -353,18 +361,20 @@ def _check_words(words: Iterable[str]) -> None:
             raise ConfigError(f"{word} is a command, which comes first: kvbench {word} ...")
         if word in _GROUPS:
             raise ConfigError(
-                f"{word} cannot be read as KEY=VALUE; give a name, {_spelt(word, 'NAME')}: {', '.join(_names(word))}"
+                f"{word} cannot be read as KEY=VALUE; give a name, {_spelt(word, 'NAME')}: {', '.join(names_in(word))}"
             )
         known = {name: [name] for name in (*SUBCOMMANDS, "help")}
         for group in _GROUPS:
-            for name in _names(group):
+            for name in names_in(group):
                 known.setdefault(name, []).append(_spelt(group, name))
+        group, _, name = word.partition(":")
         near = [word] if word in known else near_names(word, known)
-        meant = (
-            did_you_mean([spelt for name in near for spelt in known[name]])
-            if near
-            else (f"commands: {', '.join(SUBCOMMANDS)}; kvbench --help lists settings")
-        )
+        if group in _GROUPS and name:
+            meant = did_you_mean([_spelt(group, name)])
+        elif near:
+            meant = did_you_mean([spelt for name in near for spelt in known[name]])
+        else:
+            meant = f"commands: {', '.join(SUBCOMMANDS)}; kvbench --help lists settings"
         raise ConfigError(f"{word:.80} is no command and cannot be read as KEY=VALUE; {meant}")
 
 

@@ -17,7 +17,7 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
-from kvbench.cli import Parser
+from kvbench.cli import Parser, names_in
 from kvbench.errors import ConfigError, check_known
 from kvbench.results.files import make_folder, write_new
 
@@ -62,8 +62,7 @@ def new_policy_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--config-dir", metavar="DIR", help="write DIR/policy/NAME.yaml, and NAME.py beside DIR")
     args = parser.parse_args(list(arguments))
     name: str = args.name
-    shipped = files("kvbench.conf") / "policy"
-    known = sorted(one.name.removesuffix(".yaml") for one in shipped.iterdir() if one.name.endswith(".yaml"))
+    known = names_in("policy")
     if args.like is not None:
         check_known("--like", args.like, known)
     _check_name(name, known, own=args.config_dir is not None)
@@ -103,9 +102,11 @@ def _places(name: str, config_dir: str | None) -> tuple[Path, Path, str]:
     """Return the files of class and yaml, and the module's name. Raises: ConfigError outside a checkout."""
     if config_dir is not None:
         folder = Path(config_dir)
-        if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"--config-dir {config_dir} is no folder")
-        return folder.absolute().parent / f"{name}.py", folder / "policy" / f"{name}.yaml", name
+        existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+        if not existing.is_dir():
+            raise ConfigError(f"--config-dir is {config_dir}, but {existing} is no folder; give one, as conf")
+        beside = folder.parent if folder.name not in ("", "..") else folder.resolve().parent
+        return beside / f"{name}.py", folder / "policy" / f"{name}.yaml", name
     conf = Path(str(files("kvbench.conf")))
     checkout = conf.parent
     if not (checkout / "policies" / "__init__.py").is_file() or not (checkout / "pyproject.toml").is_file():

@@ -7,11 +7,13 @@ kvbench report results --format latex --out table.tex
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvbench.cli import Parser
+from kvbench.cli.results import print_problems
 from kvbench.errors import ConfigError
 from kvbench.results.files import write_out
 from kvbench.stats.tests import parse_margins
@@ -59,6 +61,7 @@ def report_command(arguments: Sequence[str]) -> int:
         written = write_report(results, folder, folder if out or several else folders[0], choices)
         print(f"report: {written.page}")
     else:
+        print_problems(results.problems, sys.stderr)
         text = _text(results, args.format, choices)
         print(text if out is None else f"{write_out(out, text.encode())}\n", end="")
     return 0

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from kvbench.cli import Parser
 from kvbench.errors import ConfigError, check_known, close_matches
@@ -77,15 +78,17 @@ def _selected(args: argparse.Namespace) -> Results:
 def _list(args: argparse.Namespace) -> None:
     results = _selected(args)
     for cell in results.records:
-        names = f"{cell.status:<12} {cell.policy:<16} {cell.budget:<14} {cell.sweep:<12} {cell.started_utc[:19]}"
+        names = f"{cell.status:<12} {cell.policy:<16} {cell.budget:<16} {cell.model} on {cell.dataset}"
+        names = f"{names:<80} {cell.sweep:<12} {cell.started_utc[:19]}"
         print(printable(f"{cell.key[:16]}  {names}{'  ' + cell.error if cell.failed else ''}")[:200])
     print(f"{len(results.records)} cells, {len(results.problems)} problems")
-    _print_problems(results.problems)
+    print_problems(results.problems)
 
 
-def _print_problems(problems: Sequence[Problem]) -> None:
+def print_problems(problems: Sequence[Problem], file: TextIO | None = None) -> None:
+    """Print what was left out of a table, a line each, to `file` where stdout holds the table itself."""
     for problem in problems:
-        print(printable(f"problem: {problem.path}: {problem.message}"))
+        print(printable(f"problem: {problem.path}: {problem.message}"), file=file)
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -98,7 +101,11 @@ def _show(args: argparse.Namespace) -> None:
     numbers = {name: entry["value"] for name, entry in body["measurements"].items()}
     parts = {"cell": head, "labels": body["labels"], "error": body["error"] or {}, "settings": body["cell"]}
     for title, part in {**parts, "measurements": numbers, "environment": body["environment"]}.items():
-        print(title, *(printable(f"  {name}: {value}") for name, value in part.items()), sep="\n")
+        print(title)
+        for name, value in part.items():
+            lines = str(value).splitlines() or [""]
+            shown = [f"{name}: {lines[0]}"] if len(lines) == 1 else [f"{name}:", *(f"  {line}" for line in lines)]
+            print(*(printable(f"  {line}") for line in shown), sep="\n")
     print("attempts", *(f"  {body['attempt']} {body['status']} {body['started_utc']}" for body in attempts), sep="\n")
 
 
@@ -127,7 +134,9 @@ def _export(args: argparse.Namespace) -> None:
     if len(asked) > 1:
         raise ConfigError(f"{' and '.join(f'--{name}' for name in asked)} are different tables; give one of them")
     make = kinds[asked[0]] if asked else tables.cells_frame
-    frame = make(_selected(args))
+    results = _selected(args)
+    print_problems(results.problems, sys.stderr)
+    frame = make(results)
     if args.command == "parquet":
         name = "samples" if args.samples else "table_long" if args.long else "table"
         path = args.out or args.folder / f"{name}.parquet"
@@ -140,7 +149,7 @@ def _export(args: argparse.Namespace) -> None:
 
 def _verify(args: argparse.Namespace) -> int:
     seen = verify(args.folder)
-    _print_problems(seen.problems)
+    print_problems(seen.problems)
     print(f"{seen.num_records} records and {seen.num_attempts} attempts hold; {len(seen.problems)} problems")
     return 1 if seen.problems else 0
 
@@ -159,7 +168,7 @@ def _gc(args: argparse.Namespace) -> int:
 
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], int | None]]] = {
-    "list": ("one line per cell: key, status, policy, budget, sweep, when", _list),
+    "list": ("one line per cell: key, status, policy, budget, model, data set, sweep, when", _list),
     "show": ("everything about one cell: settings, numbers, environment, attempts", _show),
     "table": ("the results table", _table),
     "csv": ("a row per cell, per cell and measurement, or per cell and sample, to the terminal or a file", _export),

@@ -42,6 +42,7 @@ from kvbench.config.checks import (
     check_model,
     check_repeats,
     check_settings,
+    check_skipped,
     check_text,
     fits,
     hints_of,
@@ -241,7 +242,6 @@ _OF_THE_CLASS = {"class", "source", "protocol", "fingerprint"}
 _NUMERIC_PACKAGES = ("torch", "transformers")
 _EVICTS_AT = {When.BOTH: "prompt and decode", When.PREFILL: "prompt", When.DECODE: "decode"}
 _AUTO = "auto"
-_IN_SHARDS = ("leaderboard", "factorial")  # the experiments whose settings say which share of their cells runs
 _SHARED = ("results", "sweep", "force", "sink", "worker", "autopsy", "objective")
 # What kvbench's own tasks measure, as patterns of names, each task's own measure first; FACTS are the names for what a
 # data set knows to be true. Anybody else's class may have `measures` of the kind.
@@ -329,6 +329,7 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
         return True
 
     check_repeats(policy, dataset)
+    check_skipped(policy, model)
     combination = (id(model), id(dataset), repr(tasks), setting.positions, engine, query_visible, beyond_context)
     shared.once(combination, check_combination)
     if needs_of(policy) & (Needs.PICTURE | Needs.QUESTION):
@@ -365,7 +366,7 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
         query_visible=query_visible,
         beyond_context=beyond_context,
         autopsy=build(config.autopsy, "autopsy", is_a=AutopsySettings),
-        shard=next((str(config[one].shard) for one in _IN_SHARDS if config.get(one) is not None), None),
+        shard=config.get("shard"),
     )
 
 
@@ -494,6 +495,8 @@ def build(node: DictConfig | None, name: str, *, is_a: type[Any] = object, has: 
     if not isinstance(plain, dict) or "_target_" not in plain:
         raise ConfigError(f"{name} has no _target_; it must name a class, such as kvbench.policies.h2o.H2O")
     arguments = {str(key): value for key, value in plain.items() if key != "_target_"}
+    if not isinstance(plain["_target_"], str) or not all(map(str.isidentifier, plain["_target_"].split("."))):
+        raise ConfigError(f"{name}._target_ is {plain['_target_']!r:.80}; it must name a class, as mine.Mine")
     try:
         plugin: type[Any] = get_class(plain["_target_"])
         if not issubclass(plugin, is_a) or not all(hasattr(plugin, attribute) for attribute in has):
@@ -504,7 +507,8 @@ def build(node: DictConfig | None, name: str, *, is_a: type[Any] = object, has: 
         raise
     except Exception as error:
         check_installed(error, str(plain["_target_"]), name)
-        raise ConfigError(f"{name}: {' '.join(str(error).split())}") from error
+        told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"{name}._target_ is {plain['_target_']}, which cannot be made: {told}") from error
 
 
 def _checked(plugin: type[Any], arguments: dict[str, Any], name: str) -> dict[str, Any]:

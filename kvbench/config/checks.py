@@ -14,6 +14,8 @@ import functools
 import json
 import math
 import os
+import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +41,7 @@ if TYPE_CHECKING:  # torch takes seconds, and a wrong word is told before
     from kvbench.tasks.task import Task
 
 _LONGEST_NAME = 200
+_COUNT = re.compile(r"-?\d{1,7}(\.\d*)?")
 
 
 def check_model(spec: ModelSpec, dataset: Dataset, positions: str, engine: str) -> None:
@@ -132,14 +135,28 @@ def check_settings(*cells: Mapping[str, Any]) -> None:
 
 
 def check_installed(error: Exception, target: str, name: str) -> None:
-    """Raise ConfigError with the command to type if `error` says that the class `target` imports what is not there."""
+    """Raise ConfigError if `error` says that the class `target` is not there, or what its module raises or lacks."""
     cause = error.__cause__
+    if not isinstance(error, ImportError) or cause is None:
+        return
     missing = cause.name if isinstance(cause, ModuleNotFoundError) else None
-    if missing is not None and not f"{target}.".startswith(f"{missing}."):
-        package = missing.partition(".")[0]
+    module, _, kind = target.rpartition(".")
+    told = f"{name}._target_ is {target}, but"
+    if missing is None:
         raise ConfigError(
-            f"{name} needs the package {package!r}, which is not installed; python -m pip install {package}"
+            f"{told} importing it raises {type(cause).__name__}: {' '.join(str(cause).split())}"
         ) from error
+    if missing == target:
+        found = sys.modules[module]
+        known = [one for one, value in vars(found).items() if getattr(value, "__module__", None) == module]
+        raise ConfigError(f"{told} {module} has no {kind}; {close_matches(kind, known)}") from error
+    if f"{target}.".startswith(f"{missing}."):
+        where = "" if "." in missing else f" (your own: {missing}.py, beside the folder of --config-dir or here)"
+        raise ConfigError(f"{told} no module {missing} is found{where}") from error
+    package = missing.partition(".")[0]
+    raise ConfigError(
+        f"{name} needs the package {package!r}, which is not installed; python -m pip install {package}"
+    ) from error
 
 
 def _check_results_folder(asked: object) -> None:
@@ -181,7 +198,8 @@ def check_no_secret_override(overrides: Sequence[str]) -> None:
     for word in overrides:
         key, equals, value = word.partition("=")
         key = key.lstrip("+~")
-        if equals and value not in ("", "null") and is_secret_name(key):
+        is_harmless = value in ("", "null") or _COUNT.fullmatch(value)  # task.generation.max_new_token=5
+        if equals and not is_harmless and is_secret_name(key):
             raise ConfigError(
                 f"{key} is given on the command line, where others can read it; put secrets into the environment "
                 "(WANDB_API_KEY, HF_TOKEN), and take this one as known to others"
@@ -207,6 +225,16 @@ def check_budget_fits(policy: Policy, budget: Budget) -> None:
             f"budget.tokens is {budget.tokens}, but {type(policy).__name__} protects {need} tokens (sinks and recent "
             f"window); give at least {need}, or fewer sinks"
         )
+
+
+def check_skipped(policy: Policy, model: ModelSpec) -> None:
+    """Raise ConfigError for layers to skip that the model does not have, where its config.json is on this machine."""
+    from kvbench.cache.parts import skipped_layers
+
+    skip_layers, config = getattr(policy, "skip_layers", ()), known_config(model) or {}
+    num_layers = (config.get("text_config") or config).get("num_hidden_layers")
+    if skip_layers and isinstance(num_layers, int):
+        skipped_layers(skip_layers, num_layers)
 
 
 def check_repeats(policy: Policy, dataset: Dataset) -> None:

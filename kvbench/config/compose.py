@@ -23,7 +23,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, OverrideType, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, OverrideType, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -47,6 +47,7 @@ _OVERRIDDEN = re.compile(r"Could not override '([^']+)'")
 _GROUPS = ("model", "dataset", "policy", "budget", "task", "weights", "workload", "sink", "autopsy")
 _GROUP_CHOICE = re.compile(rf"({'|'.join(_GROUPS)})=[\w-]+")
 _EXPERIMENT = re.compile(r"\+experiment=[\w-]+")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)(%?)")
 _MOST_NAMES = 3
 
 
@@ -183,7 +184,8 @@ def _cells(overrides: Sequence[str], multirun: bool) -> Iterator[list[str]]:
     parsed = _parsed(overrides)
     for o in parsed:
         if o.key_or_group in _GROUPS and (o.is_delete() or not _is_choice(o.value())):
-            raise ConfigError(f"{o.input_line} chooses no {o.key_or_group}; give a name, kvbench --help lists them")
+            told = f"{o.input_line} chooses no {o.key_or_group}"
+            raise ConfigError(f"{told}; {_size_meant(o.key_or_group, str(o.input_line).partition('=')[2])}")
     hydra = _hydra(parsed)
     if not multirun and hydra.mode != RunMode.MULTIRUN:
         yield list(overrides)
@@ -255,8 +257,20 @@ def _sweep_params(hydra: Any) -> dict[str, str]:
     return {str(name): str(values) for name, values in (hydra.sweeper.get("params") or {}).items()}
 
 
+def _size_meant(group: str, text: str) -> str:
+    """Return how to go on after `group=text`, which is no name: a size of the budget has a setting of its own."""
+    numbers = [_SIZE.fullmatch(part) for part in text.split(",")] if group == "budget" else [None]
+    sizes = [float(one[1]) / (100 if one[2] else 1) for one in numbers if one is not None]
+    if len(sizes) < len(numbers) or not all(sizes):
+        return "give a name, kvbench --help lists them"
+    kind = "budget.fraction" if max(sizes) <= 1 else "budget=tokens budget.tokens"
+    return did_you_mean([f"{kind}={','.join(f'{size:g}' for size in sizes)}"])
+
+
 def _is_choice(value: Any) -> bool:
     """Whether a group may be given this: a name, several names, or something to sweep over."""
+    if isinstance(value, ChoiceSweep):
+        return all(_is_choice(item) for item in value.list)
     if isinstance(value, list):
         return all(isinstance(item, str | QuotedString) for item in value)
     return not isinstance(value, int | float | dict | None)
@@ -387,6 +401,11 @@ def _unknown_choice(error: MissingConfigException) -> str:
         return f"--config-name is {name!r}, but no folder has {name}.yaml; add --config-dir DIR, which holds it"
     if not group or not error.options:
         return " ".join(str(error).split())
+    if group == "budget" and _SIZE.fullmatch(name):
+        return f"budget={name} chooses no budget; {_size_meant(group, name)}"
+    own = next(iter(sorted(Path().glob(f"*/{group}/{name}.yaml"))), None)
+    if own is not None and own.parents[len(Path(group).parts)].name != _own_folder.get():
+        return f"{group} is {name!r}, which kvbench does not have; {own} is there: add --config-dir {own.parts[0]}"
     return f"{group} is {name!r}; {close_matches(name, error.options)}"
 
 
@@ -414,6 +433,8 @@ def _what_is_meant(key: str, overrides: Sequence[str]) -> str:
     if group not in _GROUPS or not rest:
         known = _settings([word for word in overrides if _GROUP_CHOICE.fullmatch(word)])
         near = near_names(key, {*known, *_GROUPS})
+        if not near and (own := [name for name in known if name.startswith(f"{group}.")]):
+            return f"; {group} has {', '.join(own)}"
         return f"; {did_you_mean(near)}" if near else "; kvbench --help lists settings, kvbench --cfg job prints them"
     names = _chosen(group, overrides)
     own = sorted({rest for name in names for rest in _rests(group, name)})

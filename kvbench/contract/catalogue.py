@@ -20,10 +20,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from kvbench.cache import Needs, Policy, ScorePolicy, When
-from kvbench.cache.policy import needs_of, steps_between_cuts
+from kvbench.cache.policy import needs_of, steps_between_cuts, total_of
 from kvbench.config.build import build
 from kvbench.config.compose import compose_grid
-from kvbench.contract.terms import total_of
 from kvbench.errors import ConfigError, check_known
 
 _PAPER = re.compile(r"\d{4}\.\d{5}|(?:[A-Z]\w+ et al\., )?[A-Z]{3,} \d{4}")

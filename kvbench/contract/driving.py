@@ -146,7 +146,10 @@ def _calibrated(model: Any, policy: Calibrated) -> Artefact:
     words = [token for token in range(2, min(90, config.get_text_config().vocab_size)) if token not in pictures]
     drawn = torch.randint(len(words), (2, 40), generator=torch.Generator().manual_seed(11))
     cache = CalibrationCache(model, policy)
-    model(torch.tensor(words)[drawn].to(model.device), **cache_argument(model, cache), use_cache=True)
+    tokens = torch.tensor(words)[drawn].to(model.device)
+    model(tokens, **cache_argument(model, cache), use_cache=True)
+    if cache.awaits_second_pass:
+        read_again(model, cache, tokens)
     layers = [{name: one.cpu() for name, one in policy.learn(sums).items()} for sums in cache.gathered]
     return checked_layers(policy, named_tensors(layers), layout, "what was learnt here")
 

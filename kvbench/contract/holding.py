@@ -16,7 +16,9 @@ from torch import Tensor
 
 from kvbench.cache import UNLIMITED, Budget, Policy, PolicyCache, ScorePolicy, When
 from kvbench.cache import layer as cache_layer
+from kvbench.cache.artefact import Artefact
 from kvbench.cache.layer import PolicyLayer
+from kvbench.cache.policy import total_of
 from kvbench.contract.driving import Held, drive, random_tokens, storage_bytes, tensors_of, tiny_model
 from kvbench.contract.terms import (
     BUDGETS,
@@ -34,7 +36,6 @@ from kvbench.contract.terms import (
     protected_counts,
     rule,
     same,
-    total_of,
     unbounded,
 )
 
@@ -229,6 +230,10 @@ def keeps_what_it_protects(policy: Policy, *, budget: str, positions: Any) -> No
                 demand(not missing, f"{step} steps after the prompt a head lacks protected positions {sorted(missing)}")
 
 
+def _learnt(artefact: Artefact | None) -> list[Tensor]:
+    return [] if artefact is None else [one for layer in artefact.layers for one in layer.values()]
+
+
 @rule(
     "bytes are really freed",
     "a mask over a full buffer saves nothing",
@@ -250,7 +255,9 @@ def frees_bytes(policy: Policy, *, reserve: int, positions: Any) -> None:
         stored <= most,
         f"keys and values take {stored:,} bytes where {max(heads)} entries a head are held; at most {most:,}",
     )
-    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}  # a policy may read the model's
+    learnt = [one for layer in cache.policy_layers[:1] for one in _learnt(layer.setup.artefact)]
+    # What a policy reads of the model's weights, and has learnt of it, is no part of a cache.
+    weights = {weight.untyped_storage().data_ptr() for weight in (*model.parameters(), *learnt)}
     tensors = [tensor for tensor in tensors_of(cache) if tensor.untyped_storage().data_ptr() not in weights]
     reached = storage_bytes(tensors) - sum(layer.ring_bytes for layer in cache.policy_layers)
     demand(

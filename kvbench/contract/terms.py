@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import UNLIMITED, Budget, Plan, Policy, PolicyCache, ScorePolicy, View, When, layer
-from kvbench.cache.policy import steps_between_cuts
+from kvbench.cache.policy import steps_between_cuts, total_of
 from kvbench.cache.released import departures_of
 from kvbench.contract.driving import Held, drive, random_tokens, tiny_model
 
@@ -109,13 +109,6 @@ def budget_named(name: str, policy: Policy) -> Budget:
 def is_divided(policy: Policy) -> bool:
     """Return whether layers or heads are given different numbers, whose sum is what counts."""
     return isinstance(policy, ScorePolicy) and (policy.allocation is not None or bool(policy.skip_layers))
-
-
-def total_of(policy: Policy) -> str:
-    """Return what a policy's allocation says of its total: `exact`, `bounded` or `data_dependent`."""
-    if isinstance(policy, ScorePolicy):
-        return "exact" if policy.allocation is None else policy.allocation.total
-    return "bounded"
 
 
 def block(policy: Policy, step: int) -> int:

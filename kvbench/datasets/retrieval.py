@@ -23,7 +23,7 @@ from typing import Literal, get_args
 from kvbench.datasets.base import MOST_MADE, Example, without_marks
 from kvbench.datasets.files import FileDataset, Row, read_text
 from kvbench.datasets.longbench import answers_of
-from kvbench.errors import ConfigError, DataError, close_matches
+from kvbench.errors import ConfigError, DataError, check_within, close_matches
 
 _EXPECTED = ("outputs", "answers", "answer", "target")
 
@@ -112,16 +112,8 @@ class Needles:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ConfigError(f"dataset.kind is {self.kind!r}; {close_matches(self.kind, get_args(Kind))}")
-        if (
-            not 1 <= self.num_samples <= MOST_MADE
-            or self.context_words < 10
-            or self.num_depths < 1
-            or not 1 <= self.digits <= 18
-        ):
-            raise ConfigError(
-                f"dataset has num_samples={self.num_samples}, context_words={self.context_words}, "
-                f"num_depths={self.num_depths}, digits={self.digits}; allowed: 1 to {MOST_MADE}, >= 10, >= 1, 1 to 18"
-            )
+        made, at_least_1 = (1, MOST_MADE), (1, None)
+        check_within("dataset", self, num_samples=made, context_words=(10, None), num_depths=at_least_1, digits=(1, 18))
         if self.filler is not None and len(self._sentences) < 2:
             raise DataError(f"{self.filler} holds {len(self._sentences)} sentences; a haystack needs at least 2")
 
@@ -223,12 +215,9 @@ class Recall:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        made = 1 <= self.num_samples <= MOST_MADE and 0 <= self.filler_words <= MOST_MADE
-        if not made or not 1 <= self.num_keys <= len(_THINGS):
-            raise ConfigError(
-                f"dataset has num_samples={self.num_samples}, num_keys={self.num_keys}, "
-                f"filler_words={self.filler_words}; allowed: 1 to {MOST_MADE}, 1 to {len(_THINGS)}, 0 to {MOST_MADE}"
-            )
+        check_within(
+            "dataset", self, num_samples=(1, MOST_MADE), num_keys=(1, len(_THINGS)), filler_words=(0, MOST_MADE)
+        )
 
     @property
     def fingerprint(self) -> str:

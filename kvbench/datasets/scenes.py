@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from kvbench.datasets.base import MOST_MADE, Example, Turn
-from kvbench.errors import ConfigError, close_matches
+from kvbench.errors import ConfigError, check_within, close_matches
 
 GRID_CELLS = 4
 CELL_PIXELS = 36
@@ -273,11 +273,8 @@ class Scenes:
             raise ConfigError(f"dataset.split is {self.split!r}; {close_matches(self.split, SPLITS)}")
         if self.ask not in _ASK:
             raise ConfigError(f"dataset.ask is {self.ask!r}; {close_matches(str(self.ask), _ASK)}")
-        if not 1 <= self.num_samples <= MOST_MADE or self.first < 0 or not 1 <= self.num_follow_ups <= MOST_MADE:
-            raise ConfigError(
-                f"dataset has num_samples={self.num_samples}, first={self.first}, "
-                f"num_follow_ups={self.num_follow_ups}; allowed: 1 to {MOST_MADE}, >= 0, 1 to {MOST_MADE}"
-            )
+        made = (1, MOST_MADE)
+        check_within("dataset", self, num_samples=made, first=(0, None), num_follow_ups=made)
 
     @property
     def fingerprint(self) -> str:

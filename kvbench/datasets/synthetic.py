@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvbench.datasets.base import MOST_MADE, Example, TokenPrompt
-from kvbench.errors import ConfigError
+from kvbench.errors import ConfigError, check_within
 
 SYNTHETIC_VERSION = 1
 
@@ -28,11 +28,7 @@ class Synthetic:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.prompt_tokens < 1 or not 1 <= self.num_examples <= MOST_MADE or self.num_images not in (None, 0, 1):
-            raise ConfigError(
-                f"dataset has prompt_tokens={self.prompt_tokens}, num_examples={self.num_examples}, "
-                f"num_images={self.num_images}; allowed: >= 1, 1 to {MOST_MADE}, 0 or 1 or null"
-            )
+        check_within("dataset", self, prompt_tokens=(1, None), num_examples=(1, MOST_MADE), num_images=(0, 1))
 
     @property
     def fingerprint(self) -> str:

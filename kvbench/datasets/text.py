@@ -18,7 +18,7 @@ from pathlib import Path
 from kvbench.datasets.base import Example, Window, is_unicode
 from kvbench.datasets.files import FileDataset, Row, read_rows, read_text
 from kvbench.datasets.pictures import confined
-from kvbench.errors import ConfigError, DataError
+from kvbench.errors import ConfigError, DataError, check_within
 
 _TEXTS = Path(__file__).parent / "texts"  # source and licence of each lie beside it
 _BUNDLED = {"bundled": _TEXTS / "frankenstein.txt", "bundled_lectures": _TEXTS / "lectures.txt"}
@@ -43,12 +43,8 @@ class TextWindows(FileDataset):
     joiner: str = "\n\n"
 
     def _check_settings(self) -> None:
-        counts = (self.prompt_tokens, self.scored_tokens, self.windows_per_file or 1)
-        if min(counts) < 1 or (self.windows_per_file is not None and self.windows_per_file < 1):
-            raise ConfigError(
-                f"dataset has prompt_tokens={self.prompt_tokens}, scored_tokens={self.scored_tokens}, "
-                f"windows_per_file={self.windows_per_file}; each must be at least 1"
-            )
+        counted = dict.fromkeys(("prompt_tokens", "scored_tokens", "windows_per_file"), (1, None))
+        check_within("dataset", self, **counted)
         if not 0.0 < self.chars_per_token <= 100.0:
             raise ConfigError(f"dataset.chars_per_token is {self.chars_per_token}; it must lie in (0, 100]")
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvbench.cache import Calibrated, Layout, Policy
+from kvbench.cache import Calibrated, Layout, Needs, Policy
 from kvbench.cache.artefact import SUFFIX, ArtefactFile, artefact_bytes, checked_layers, named_tensors, read_artefact
 from kvbench.datasets.base import Example
 from kvbench.errors import ConfigError
 from kvbench.models.gguf import cache_folder
-from kvbench.models.inputs import prompt_batch
+from kvbench.models.inputs import prompt_batch, repeat_instruction
 from kvbench.models.loader import LoadedModel
 from kvbench.models.spec import ModelSpec
 
@@ -90,16 +90,31 @@ def learnt(
     """
     from kvbench.cache.attention import cache_argument  # needs transformers
     from kvbench.cache.recording import CalibrationCache
+    from kvbench.cache.second_pass import read_again
 
+    if Needs.REPEATED in policy.learns_from and any(example.load_image is not None for example in examples):
+        raise ConfigError(
+            f"{type(policy).__name__} learns from prompts that are repeated in words, and the data set shows pictures; "
+            "calibrate it on text"
+        )
     sums: list[dict[str, Tensor]] = [{} for _ in range(Layout.of(loaded.model).num_layers)]
     for start in range(0, len(examples), batch_size):
         batch = prompt_batch(loaded, examples[start : start + batch_size])
         cache = CalibrationCache(loaded.model, policy)
         argument = cache_argument(loaded.model, cache)
         loaded.model(**batch.tensors, position_ids=batch.position_ids, **argument, use_cache=True, logits_to_keep=1)
+        if cache.awaits_second_pass:
+            read_again(
+                loaded.model,
+                cache,
+                batch.tensors["input_ids"],
+                batch.tensors["attention_mask"],
+                last_position=batch.last_position_ids,
+                instruction=repeat_instruction(loaded),
+            )
         for total, layer in zip(sums, cache.gathered, strict=True):
             for name, one in layer.items():
-                total[name] = one if name not in total else total[name] + one
+                total[name] = one if name not in total else policy.together(total[name], one)
         on_batch(min(start + batch_size, len(examples)))
     layers = [policy.learn(total) for total in sums]
     checked_layers(policy, named_tensors(layers), Layout.of(loaded.model), f"what {type(policy).__name__} learnt")

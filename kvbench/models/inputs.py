@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,11 +29,15 @@ from kvbench.models.chat import message, render_chat
 from kvbench.models.loader import LoadedModel
 from kvbench.models.spec import FIXED_PICTURE_FAMILIES, image_tokens
 
+if TYPE_CHECKING:
+    from kvbench.cache.second_pass import Instruction
+
 _PICTURE_INPUTS = ("pixel_values", "image_sizes", "batch_num_images", "image_grid_thw")
 # What processors raise for one picture or text; StopIteration: more image tokens than pictures, transformers 5.17.
 _REJECTIONS = (ValueError, TypeError, LookupError, ArithmeticError, StopIteration)
 _QUESTION_MARK = "\ue000question\ue000"  # private use: no data set writes it
 _BEFORE_IMAGE_TOKENS = 1  # as a begin token stands before a random picture
+_REPEAT = ("previous context exactly.", "part of the previous context exactly, starting with")
 
 
 def prompt_text(loaded: LoadedModel, example: Example, *, before_question: str = "") -> str:
@@ -55,6 +59,17 @@ def prompt_text(loaded: LoadedModel, example: Example, *, before_question: str =
     if with_image:
         raise ModelSupportError("the checkpoint has no chat template, so a picture has no place in the prompt")
     return asked
+
+
+def repeat_instruction(loaded: LoadedModel) -> Instruction | None:
+    """Return the tokens that ask for the prompt again, as KVzip asks; None without a tokenizer."""
+    from kvbench.cache.second_pass import Instruction  # needs transformers
+
+    if loaded.tokenizer is None:
+        return None
+    texts = (*(f"\n\nRepeat the {part}" for part in _REPEAT), "\n")
+    first, later, end = (loaded.text.ids(text, add_special_tokens=False) for text in texts)
+    return Instruction(first=first, later=later, end=end)
 
 
 def adds_special_tokens(loaded: LoadedModel, text: str) -> bool:

@@ -25,7 +25,7 @@ from kvbench.report.compare import (
 )
 from kvbench.report.load import CellResult, Group, is_better, natural_key
 from kvbench.report.markup import Head, TableCell, TableView, listed, render, row_head
-from kvbench.report.samples import sample_link, short_name
+from kvbench.report.samples import SampleLinks, short_name
 from kvbench.report.standing import (
     BEHIND,
     BYTES,
@@ -278,10 +278,14 @@ _BUDGET_KINDS = (
 _MOST_OPEN = 6
 
 
-def answer_html(judged: Judged) -> Markup:
+def answer_html(judged: Judged, links: SampleLinks | None = None) -> Markup:
     """Return the sentences, what measure and budgets are for who sees the page first, and a block per budget."""
     group = judged.group
-    blocks = [] if judged.ability.sentence else [_block(judged, cells) for cells in group.by_budget.values()]
+    blocks = (
+        []
+        if judged.ability.sentence
+        else [_block(judged, cells, links or SampleLinks()) for cells in group.by_budget.values()]
+    )
     return render(
         "answer.html.j2",
         sentences=answer_sentences(judged),
@@ -292,7 +296,7 @@ def answer_html(judged: Judged) -> Markup:
     )
 
 
-def _block(judged: Judged, cells: list[CellResult]) -> Mapping[str, object]:
+def _block(judged: Judged, cells: list[CellResult], links: SampleLinks) -> Mapping[str, object]:
     """Return a budget with what to take there and why, or with the reason that nothing can be ranked."""
     name = telling_quality(judged, cells) if judged.primary else TIME_RATIOS[0]
     standing = standing_at(judged, cells, name or TIME_RATIOS[0])
@@ -321,7 +325,7 @@ def _block(judged: Judged, cells: list[CellResult]) -> Mapping[str, object]:
         ],
         "num_losses": len(losses),
         "num_collapsed": sum(loss.collapsed for loss in losses),
-        "worst": [sample_link(group, first, loss.sample) for loss in losses[:MOST_NAMES]],
+        "worst": [links.add(group, first, loss.sample) for loss in losses[:MOST_NAMES]],
     }
 
 
@@ -399,24 +403,25 @@ def _memory(judged: Judged, cell: CellResult) -> Iterator[str]:
 _MOST_ROWS = 32
 _MOST_ROWS_OF_MANY, _MANY_CELLS = 8, 30
 _MOST_LINKS = 8
+_MOST_COUNTED = 8  # policies, by name
 _COLLAPSED = "\u2715"
 
 
 Losses = Mapping[str, Loss]  # of one sample at one budget, by the key of every cell that has it
 
 
-def failures_html(judged: Judged) -> Markup:
+def failures_html(judged: Judged, links: SampleLinks | None = None) -> Markup:
     """Return a part per budget, or "" where samples carry no score."""
     if judged.primary is None:
         return Markup()
     whole = ([cell for cell in cells if not cell.failed] for cells in judged.group.by_budget.values())
-    budgets = [found for cells in whole if (found := _budget(judged, cells, judged.primary))]
+    budgets = [found for cells in whole if (found := _budget(judged, cells, judged.primary, links or SampleLinks()))]
     if not budgets:
         return Markup()
-    return render("failures.html.j2", rule=rule_text(judged.primary), budgets=budgets, most_links=_MOST_LINKS)
+    return render("failures.html.j2", rule=rule_text(judged.primary), budgets=budgets)
 
 
-def _budget(judged: Judged, cells: Sequence[CellResult], name: str) -> Mapping[str, object] | None:
+def _budget(judged: Judged, cells: Sequence[CellResult], name: str, links: SampleLinks) -> Mapping[str, object] | None:
     """Return the table of a budget and, where samples are shared, which of them collapse under every policy."""
     group = judged.group
     by_sample: dict[str, dict[str, Loss]] = {}
@@ -436,19 +441,25 @@ def _budget(judged: Judged, cells: Sequence[CellResult], name: str) -> Mapping[s
             Head("sample", kind="text"),
             Head("collapses under", f"of {len(cells)}"),
             Head("full"),
-            *(Head(group.series_label(cell)) for cell in cells),
+            *(Head(group.series_label(cell), cell=group.cell_label(cell)) for cell in cells),
         ],
         rows=[list(_cells(judged, sample, by_sample[sample], cells, name)) for sample in shown],
+        row_data=[{"sample": sample} for sample in shown],
         classes="losses",
+        group=group.title,
     )
+    for sample, cell in ((sample, cell) for sample in shown for cell in cells if cell.key in by_sample[sample]):
+        links.add(group, cell, sample)
     every = [sample for sample in items if 1 < len(by_sample[sample]) == collapses[sample]]
-    holders = [next(cell for cell in cells if cell.key in by_sample[sample]) for sample in every]
+    linked = every[:_MOST_LINKS]
+    holders = [next(cell for cell in cells if cell.key in by_sample[sample]) for sample in linked]
     return {
         "budget": cells[0].budget,
         "is_open": cells[0].budget == asked_budget(judged),
         "counts": _counts(judged, by_sample, cells),
         "is_shared": any(len(losses) > 1 for losses in by_sample.values()),
-        "every": [sample_link(group, cell, sample) for sample, cell in zip(every, holders, strict=True)],
+        "every": [links.add(group, cell, sample) for sample, cell in zip(linked, holders, strict=True)],
+        "num_every": len(every),
         "num_samples": len(items),
         "num_unhurt": sum(not count for count in collapses.values()),
         "num_policies": len(cells) if all(len(losses) == len(cells) for losses in by_sample.values()) else None,
@@ -457,9 +468,19 @@ def _budget(judged: Judged, cells: Sequence[CellResult], name: str) -> Mapping[s
 
 
 def _counts(judged: Judged, by_sample: Mapping[str, Losses], cells: Sequence[CellResult]) -> str:
-    """Say how many samples each policy loses, of those that it has; the number once where it is the same for all."""
+    """Say how many samples each policy loses, of those that it has; the number once where it is the same for all.
+
+    Of many policies the fewest and the most; each one's number stands in the leaderboard.
+    """
     found = [[losses[cell.key] for losses in by_sample.values() if cell.key in losses] for cell in cells]
     is_same = len({len(losses) for losses in found}) == 1
+    if is_same and len(cells) > _MOST_COUNTED:
+        counts = [sum(loss.collapsed for loss in losses) for losses in found]
+        fewest, most = (
+            f"{end} ({names(judged, [cell for cell, count in zip(cells, counts, strict=True) if count == end])})"
+            for end in (min(counts), max(counts))
+        )
+        return f"{len(cells)} policies collapse on {fewest} to {most} of {len(by_sample)} samples"
     parts = []
     for cell, losses in zip(cells, found, strict=True):
         of, count = "" if is_same else f" of {len(losses)}", sum(loss.collapsed for loss in losses)
@@ -481,6 +502,5 @@ def _cells(judged: Judged, sample: str, losses: Losses, cells: Sequence[CellResu
         if (loss := losses.get(cell.key)) is None:
             yield TableCell("-")
             continue
-        link = sample_link(judged.group, cell, sample, text(loss.score))
-        mark, kind = (_COLLAPSED, "collapsed") if loss.collapsed else ("", "")
-        yield TableCell(link.text, mark, sort=loss.score, kind=kind, link=link)
+        kind = "collapsed" if loss.collapsed else ""
+        yield TableCell(text(loss.score), sort=loss.score, kind=kind, role="link")

@@ -379,7 +379,9 @@ def _audited(group: Group) -> Iterator[Note]:
         ("Some cells were measured more than once; one of the attempts counts.",
          [f"{group.cell_label(cell)}: {cell.num_measured} times" for cell in usable if cell.num_measured > 1]),
     ):  # fmt: skip
-        if lines:
+        if lines == [group.cell_label(cell) for cell in usable]:
+            yield Note(text=text.replace("Some cells were", "Every cell was"))
+        elif lines:
             yield Note(text=text, details=tuple(lines))
     asked = [num for cell in usable if isinstance(num := (cell.settings.get("dataset") or {}).get("num_samples"), int)]
     most = max((len(cell.samples) for cell in usable), default=0)

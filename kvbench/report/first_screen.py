@@ -45,11 +45,14 @@ from kvbench.report.standing import (
 from kvbench.report.tables import markdown_table
 
 STORED, STEP, STEP_RATIO = "kv_stored_bytes", "tpot_ms", "tpot_ratio_to_full"
+_HELD = "realised_budget_fraction"
+NOT_MEASURED = "not measured"
 _LOG_FROM = 5.0
 _MOST_MEASURES = 8
 _SHORT = {
     "sees the future: a bound, no method": "a bound, sees the future",
     "its budget is what it finds to hold": "own budget",
+    "the full cache itself does not do this task": "not ranked",
 }
 _AGAINST = {
     "equivalent": "equivalent to",
@@ -84,7 +87,7 @@ class Place:
     @property
     def word(self) -> str:
         """Return the verdict against the next place in a word, or why the cell has no rank."""
-        return self.next.verdict if self.next else self.reason
+        return self.next.verdict if self.next else _SHORT.get(self.reason, self.reason)
 
 
 def board_measures(judged: Judged) -> tuple[str, ...]:
@@ -94,7 +97,13 @@ def board_measures(judged: Judged) -> tuple[str, ...]:
 
 
 def leaderboard(judged: Judged, budget: str, name: str) -> tuple[Place, ...]:
-    """Return the full cache, then the cells of the budget, the best value first, then those that have no rank."""
+    """Return the full cache, then the cells of the budget, the best value first, then those that have no rank.
+
+    The one ranking: of the page, of W&B and of docs/leaderboard.md. The verdict against the next is corrected over all
+    pairs of policies at equal budget in the measure, as that of any other two is: which two stand side by side is told
+    by the same numbers that compare them, and a reader takes the pair that interests from the whole order. So a pair
+    has one verdict, here, in the sentence above and in the table of all pairs.
+    """
     group = judged.group
     cells, full = group.by_budget.get(budget, []), group.full
     standing = standing_at(judged, cells, name)
@@ -108,14 +117,14 @@ def leaderboard(judged: Judged, budget: str, name: str) -> tuple[Place, ...]:
 
 
 def _why_not(judged: Judged, cell: CellResult, name: str) -> str:
-    """Return in a word or two why a cell has no rank."""
+    """Return in a few words why a cell has no rank."""
     if cell.failed:
         return cell.status
-    if judged.ability.reason(name):
-        return "not ranked"
+    if reason := judged.ability.reason(name):
+        return reason
     if timing_noise(cell, name):
         return "noisy"
-    return _SHORT.get(unplaced(cell), unplaced(cell)) if cell.estimate(name) else "not measured"
+    return unplaced(cell) if cell.estimate(name) else NOT_MEASURED
 
 
 def _place(
@@ -158,14 +167,17 @@ def headline(judged: Judged, budget: str) -> list[str]:
     unusable = judged.primary is not None and bool(best_unusable(group, cells, name))
     value, policy = f"{label} {value_text(first, name)}", f"`{group.series_label(first)}`"
     rivals = [f"`{group.series_label(cell)}`" for cell, _ in standing.rivals]
+    are_equal = all(found is not None and found.verdict == "equivalent" for _, found in standing.rivals)
     lead = "take" if not rivals else "the best value is"
     if judged.primary is None:
         lead = "the shortest step is that of"
     elif unusable:
         lead = "no policy is usable; the best value is that of"
     if rivals:
-        sure = f"not shown to be better than {f'{len(rivals)} others' if len(rivals) > 2 else ' and '.join(rivals)}"
-        sure += f", but better than {len(standing.beaten)} more" if standing.beaten else ""
+        others = f"{len(rivals)} others" if len(rivals) > 2 else " and ".join(rivals)
+        sure = f"{'equivalent to' if are_equal else 'not shown to be better than'} {others}"
+        joined = ", and" if are_equal else ", but"
+        sure += f"{joined} better than {len(standing.beaten)} more" if standing.beaten else ""
     elif standing.beaten:
         several = len(standing.beaten) > 1
         who = f"each of the {len(standing.beaten)} others" if several else f"`{group.series_label(standing.beaten[0])}`"
@@ -190,6 +202,8 @@ def _second(judged: Judged, first: CellResult, name: str) -> str:
         ratio = f", {format_value(STEP_RATIO, place.step_ratio.value)} of full's time" if place.step_ratio else ""
         noisy = " (noisy)" if place.noise else ""
         parts.append(f"takes {format_value(STEP, place.step.value)} per token{ratio}{noisy}")
+    if place.stored is None and place.step is None and (held := first.estimate(_HELD)):
+        parts.append(f"holds {format_value(_HELD, held.value)} of the tokens (bytes and times were not measured here)")
     if place.num_collapsed is not None:
         parts.append(f"fails on {place.num_collapsed} of {place.num_samples} samples")
     if not parts:

@@ -1,12 +1,12 @@
 """Everyone at one budget in one measure, the best first: `+experiment=leaderboard` as tables.
 
-    for row in board(Group(model=..., dataset=..., cells=...), "ppl"):
-        print(row.place, row.name, row.against_next and row.against_next.verdict)
+    for place in board(judged_part(results, RECALL, "ppl"), 0.2, "ppl"):
+        print(place.rank, place.policy, place.word)
 
-A place is that of the estimate; whether it is one is said by the verdict against the next, of a paired difference with
-its interval. All neighbours of one table share one correction (Holm's), and so do all differences to the full cache.
-What holds as much as it finds to hold (`data_dependent`) has no place: its budget is not the others'. Nor has what sees
-the future, nor a cell that failed. No time is compared: cells of several shards come from several processes.
+Places and verdicts are those of the page (`first_screen.leaderboard`): a place is that of the estimate; whether it is
+one is said by the verdict against the next. What holds as much as it finds to hold (`data_dependent`) has no place: its
+budget is not the others'. Nor has what sees the future, nor a cell that failed. No time is compared: cells of several
+shards come from several processes.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
-from itertools import pairwise
 
 import pandas as pd
 
 from kvbench.measures import MISSING, format_value, format_with_interval, measure
-from kvbench.report.compare import Ability, Comparison, compare, corrected, difference_text, difference_unit
+from kvbench.report.compare import difference_text, difference_unit
 from kvbench.report.figures.forest import Row, forest_svg
+from kvbench.report.first_screen import NOT_MEASURED, Place, leaderboard
 from kvbench.report.load import CellResult, Group, Results
-from kvbench.report.standing import unplaced
+from kvbench.report.standing import Judged, judge
 from kvbench.report.tables import csv_text, markdown_table
 
 TEXT_MEASURE = "ppl"
@@ -69,55 +69,17 @@ RANKED = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BoardRow:
-    """One policy at the table's budget; `place` is None where it has none, and `remark` says why."""
-
-    name: str
-    cell: CellResult
-    place: int | None = None
-    against_full: Comparison | None = None
-    against_next: Comparison | None = None
-    remark: str = ""
+def board(judged: Judged, budget: float, name: str) -> list[Place]:
+    """Return the cells of one budget in the measure `name` that have it or failed, placed ones first."""
+    label = next((one for one, cells in judged.group.by_budget.items() if cells[0].budget_fraction == budget), "")
+    places = leaderboard(judged, label, name)
+    return [place for place in places if not place.cell.is_full and place.reason != NOT_MEASURED]
 
 
-def board(group: Group, name: str) -> list[BoardRow]:
-    """Return the cells of one budget in the measure `name`, placed ones first, then those without a place.
-
-    group: the full cache's cell, and those of one budget.
-    """
-    unable = Ability(group).reason(name)
-    usable = [cell for cell in group.budgeted if cell.estimate(name)]
-    placed = [cell for cell in usable if not unable and not unplaced(cell)]
-    sign = -1.0 if measure(name).better == "higher" else 1.0
-    placed.sort(key=lambda cell: (sign * cell.measurements[name].value, cell.sort_key))
-    full = group.full
-    to_full = _by_first(compare(cell, full, name) for cell in usable if full is not None)
-    to_next = _by_first(compare(one, other, name) for one, other in pairwise(placed))
-    rows = [
-        BoardRow(
-            name=group.series_label(cell), cell=cell, place=place, against_full=to_full.get(cell.key),
-            against_next=to_next.get(cell.key),
-        )
-        for place, cell in enumerate(placed, 1)
-    ]  # fmt: skip
-    for cell in group.budgeted:
-        if cell not in placed:
-            why = f"failed: {cell.status}" if cell.failed else unable or unplaced(cell)
-            if cell.failed or cell in usable:
-                against = to_full.get(cell.key)
-                rows.append(BoardRow(name=group.series_label(cell), cell=cell, against_full=against, remark=why))
-    return rows
-
-
-def _by_first(found: Iterable[Comparison | None]) -> dict[str, Comparison]:
-    return {one.first.key: one for one in corrected([one for one in found if one is not None])}
-
-
-def chosen_group(results: Results, part: Part, budget: float) -> Group | None:
-    """Return the cells of a part at one budget, and the full cache's; None where there is none."""
-    cells = [cell for cell in results.records if part.has(cell) and (cell.is_full or cell.budget_fraction == budget)]
-    return Group(model=cells[0].model, dataset=cells[0].dataset, cells=tuple(cells)) if cells else None
+def judged_part(results: Results, part: Part, name: str) -> Judged | None:
+    """Return the cells of a part and their comparisons in the measure; None where there is no cell."""
+    cells = tuple(cell for cell in results.records if part.has(cell))
+    return judge(Group(model=cells[0].model, dataset=cells[0].dataset, cells=cells), only=(name,)) if cells else None
 
 
 def part_of(words: Mapping[str, str]) -> Part:
@@ -137,12 +99,12 @@ def _resumed_by(parts: Iterable[Part]) -> str:
 def board_markdown(results: Results, words: Mapping[str, str]) -> Iterator[str]:
     """Yield the table of `measure` at `budget`, the full cache's value above it."""
     name, budget = words["measure"], float(words["budget"])
-    group = chosen_group(results, part_of(words), budget)
     part = part_of(words)
-    if group is None or not group.budgeted:
+    judged = judged_part(results, part, name)
+    if judged is None or not (places := board(judged, budget, name)):
         yield f"Not measured yet: {_resumed_by([part])}."
         return
-    full = group.full
+    full = judged.group.full
     yield f"Full cache: {f'not measured yet: {_resumed_by([part])}' if full is None else _shown(full, name)}."
     yield ""
     with_length = name.endswith("_vs_full")
@@ -150,19 +112,24 @@ def board_markdown(results: Results, words: Mapping[str, str]) -> Iterator[str]:
     heads += ["minus full", "minus the next", "against the next"]
     rows = [
         [
-            MISSING if row.place is None else str(row.place),
-            row.name,
-            _rhythm(row.cell),
-            _shown(row.cell, name),
-            _value(row.cell, HELD),
-            *([_value(row.cell, LENGTH)] if with_length else []),
-            MISSING if row.against_full is None else difference_text(row.against_full),
-            MISSING if row.against_next is None else difference_text(row.against_next),
-            row.remark or (MISSING if row.against_next is None else row.against_next.verdict),
+            MISSING if place.rank is None else str(place.rank),
+            place.policy,
+            _rhythm(place.cell),
+            _shown(place.cell, name),
+            _value(place.cell, HELD),
+            *([_value(place.cell, LENGTH)] if with_length else []),
+            difference_text(found) if (found := judged.against_full(place.cell, name)) else MISSING,
+            difference_text(place.next) if place.next else MISSING,
+            _remark(place) or (place.next.verdict if place.next else MISSING),
         ]
-        for row in board(group, name)
+        for place in places
     ]
     yield from markdown_table(heads, rows, "rll" + "r" * (len(heads) - 4) + "l")
+
+
+def _remark(place: Place) -> str:
+    """Return why a cell has no place."""
+    return f"failed: {place.reason}" if place.cell.failed else place.reason
 
 
 def _rhythm(cell: CellResult) -> str:
@@ -179,13 +146,14 @@ def overview_markdown(results: Results, words: Mapping[str, str]) -> Iterator[st
     found: list[dict[str, str]] = []
     heads = ["policy"]
     for part, name in RANKED:
-        if (group := chosen_group(results, part, budget)) is None:
+        if (judged := judged_part(results, part, name)) is None:
             continue
         heads.append(f"{measure(name).label}, {part.title}")
-        shown = {"full": _shown(group.full, name)} if group.full is not None else {}
-        for row in board(group, name):
-            place = "" if row.place is None else f" ({row.place})"
-            shown[row.name] = f"{_value(row.cell, name)}{place}" if row.cell.estimate(name) else row.remark
+        full = judged.group.full
+        shown = {"full": _shown(full, name)} if full is not None else {}
+        for place in board(judged, budget, name):
+            rank = "" if place.rank is None else f" ({place.rank})"
+            shown[place.policy] = f"{_value(place.cell, name)}{rank}" if place.quality else _remark(place)
         names |= dict.fromkeys(shown)
         found.append(shown)
     rows = [[one, *(shown.get(one, MISSING) for shown in found)] for one in names]
@@ -239,17 +207,16 @@ def missing_markdown(results: Results, words: Mapping[str, str]) -> Iterator[str
 def board_svg(results: Results, words: Mapping[str, str]) -> bytes:
     """Return every policy's difference to full in `measure`, a panel per budget, by the places of the middle one."""
     name, budgets = words["measure"], [float(budget) for budget in words["budget"].split(",")]
-    part = part_of(words)
+    judged = judged_part(results, part_of(words), name)
     order: list[str] = []
     panels: dict[str, dict[str, Row]] = {}
     for budget in sorted(budgets, key=lambda budget: budget != float(words["by"])):
-        group = chosen_group(results, part, budget)
-        rows = [] if group is None else board(group, name)
-        order += [row.name for row in rows if row.name not in order]
+        places = board(judged, budget, name) if judged else []
+        order += [place.policy for place in places if place.policy not in order]
         panels[f"{100 * budget:g} % of the tokens"] = {
-            row.name: Row(value=found.value, low=found.low, high=found.high)
-            for row in rows
-            if (found := row.against_full) is not None
+            place.policy: Row(value=found.value, low=found.low, high=found.high)
+            for place in places
+            if judged and (found := judged.against_full(place.cell, name)) is not None
         }
     unit = difference_unit(name)[0]
     label = f"{measure(name).label} minus full{f', {unit}' if unit == 'nats/token' else ''}"
@@ -262,18 +229,20 @@ def boards_csv(results: Results) -> str:
     rows = [
         {
             "dataset": part.dataset, "question": part.question, "budget": budget, "measure": name,
-            "place": row.place, "policy": row.name, "key": row.cell.key, "status": row.cell.status,
-            **_numbers("", row.cell.estimate(name)), "held": _number(row.cell, HELD),
-            "length_ratio": _number(row.cell, LENGTH), **_numbers("minus_full_", row.against_full),
-            "verdict_against_full": None if row.against_full is None else row.against_full.verdict,
-            **_numbers("minus_next_", row.against_next),
-            "verdict_against_next": None if row.against_next is None else row.against_next.verdict,
-            "shard": row.cell.environment.get("shard"), "gpu": row.cell.environment.get("gpu"), "remark": row.remark,
+            "place": place.rank, "policy": place.policy, "key": place.cell.key, "status": place.cell.status,
+            **_numbers("", place.quality), "held": _number(place.cell, HELD),
+            "length_ratio": _number(place.cell, LENGTH),
+            **_numbers("minus_full_", to_full := judged.against_full(place.cell, name)),
+            "verdict_against_full": to_full.verdict if to_full else None,
+            **_numbers("minus_next_", place.next),
+            "verdict_against_next": place.next.verdict if place.next else None,
+            "shard": place.cell.environment.get("shard"), "gpu": place.cell.environment.get("gpu"),
+            "remark": _remark(place),
         }
         for part, name in RANKED
+        if (judged := judged_part(results, part, name)) is not None
         for budget in budgets
-        if (group := chosen_group(results, part, budget)) is not None
-        for row in board(group, name)
+        for place in board(judged, budget, name)
     ]  # fmt: skip
     return csv_text(pd.DataFrame(rows))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -28,19 +29,23 @@ from kvbench.report.load import CellResult
 MINUS = "\u2212"
 _INTERVAL = re.compile(r"(\[[^\s\]]+,) ([^\s\]]+\])")
 _NEGATIVE = re.compile(r"(?<![\w.)])-(?=[\d.])")
+_PLAIN, _TAG = re.compile(r"[+-]?\d+(\.\d+)?"), re.compile(r"<[^>]*>")
+_MOST_CELLS_AT_ONCE = 300
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
     """A column's head: `kind` says how it sorts (None: not), `group` what stands above neighbouring columns.
 
-    An "amount" is text that sorts by a number, such as a budget, and stands on the left as text does.
+    An "amount" is text that sorts by a number, such as a budget, and stands on the left as text does. `cell` is whose
+    samples the links below it show.
     """
 
     label: str
     note: str = ""
     kind: Literal["number", "amount", "text"] | None = "number"
     group: str = ""
+    cell: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,9 +62,9 @@ class SampleLink:
 class TableCell:
     """What stands in a row under one head: text, and small below it an interval or a remark; both plain.
 
-    role: "head" names the row, "text" is prose, "number" keeps its blanks. sort: what it sorts by; without it text
-    sorts by itself and a number stands last. kind: its classes; title: what its box says; mark: a sign before the text
-    that is not read out; link: what the text leads to, and then `below` is a sign beside it.
+    role: "head" names the row, "text" is prose, "number" keeps its blanks, a "link" leads to the sample of its row
+    under the policy of its column. sort: what it sorts by; without it text sorts by itself and a number stands last.
+    kind: its classes; title: what its box says.
     """
 
     text: str
@@ -67,14 +72,22 @@ class TableCell:
     sort: str | float | None = None
     kind: str = ""
     title: str = ""
-    role: Literal["number", "text", "head"] = "number"
-    mark: str | None = None
-    link: SampleLink | None = None
+    role: Literal["number", "text", "head", "link"] = "number"
+
+    @property
+    def order(self) -> str:
+        """What the page's script sorts it by; "" where that is what it shows, or where it stands last."""
+        if isinstance(self.sort, str) or self.sort is None:
+            return self.sort or ""
+        return "" if _PLAIN.fullmatch(self.text) else f"{self.sort:.7g}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TableView:
-    """A table that can be sorted by click or key; `name` is its id, `row_data` what a form may choose rows by."""
+    """A table that can be sorted by click or key; `name` is its id, `row_data` what a form may choose rows by.
+
+    group: the title of the group whose samples its links show.
+    """
 
     caption: str
     heads: Sequence[Head]
@@ -82,12 +95,46 @@ class TableView:
     row_data: Sequence[Mapping[str, str]] = ()
     name: str = ""
     classes: str = ""
+    group: str = ""
 
     @property
     def groups(self) -> list[tuple[str, int]]:
         """What stands above the heads, each with the number of its columns; empty where nothing does."""
         parts = [(group, len(list(heads))) for group, heads in groupby(self.heads, key=attrgetter("group"))]
         return parts if any(group for group, _ in parts) else []
+
+    @property
+    def is_large(self) -> bool:
+        """Whether a reader who does not look at it should not wait for it."""
+        return sum(map(len, self.rows)) > _MOST_CELLS_AT_ONCE and not self.name
+
+    @property
+    def packed(self) -> Markup:
+        """What the page's script draws it from, as text: heads and cells as lists without empty ends."""
+        heads = [
+            _trimmed(_text(one.label), _text(one.note), one.cell, one.kind or "none", _text(one.group))
+            for one in self.heads
+        ]
+        rows = [
+            [_trimmed(_text(one.text), _text(one.below), one.kind, one.title, one.order, one.role) for one in row]
+            for row in self.rows
+        ]
+        samples = [one.get("sample", "") for one in self.row_data]
+        parts = {"caption": _text(self.caption), "classes": self.classes, "group": self.group}
+        return safe_json(parts | {"heads": heads, "rows": rows, "samples": samples})
+
+
+def _text(words: str) -> str:
+    """Return what `prose` shows of a text, without its marks."""
+    return html.unescape(_TAG.sub("", prose(words)))
+
+
+def _trimmed(*parts: str) -> list[str]:
+    """Return the parts without empty ones at the end."""
+    found = list(parts)
+    while found and not found[-1]:
+        found.pop()
+    return found
 
 
 CELL_HEADS = (Head("policy", kind="text"), Head("budget", kind="amount"))
@@ -160,9 +207,62 @@ def numbers(text: str) -> Markup:
 
 
 def safe_json(data: object) -> Markup:
-    """Return JSON that no text in it can break out of its element; a reader of JSON sees the same characters."""
-    text = json.dumps(data, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    """Return JSON for the page's scripts, whose `unpacked` reads it; no text in it can break out of its element.
+
+    What comes again stands once, by frequency: texts in "texts", lists of texts and numbers in "lists", the keys of
+    objects in "shapes". In "data" a text is its place to the base of 36, a list from the table the same behind a "!",
+    an object the place of its shape with its values.
+    """
+    text = json.dumps(_Packing(data).packed, ensure_ascii=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+class _Packing:
+    def __init__(self, data: object) -> None:
+        texts, lists = Counter[str](), Counter[str]()
+        _count(data, texts, lists)
+        self._texts = {text: _digits(place) for place, (text, _) in enumerate(texts.most_common())}
+        again = (text for text, count in lists.most_common() if count > 1)
+        self._lists = {text: f"!{_digits(place)}" for place, text in enumerate(again)}
+        self._shapes: dict[tuple[str, ...], str] = {}
+        packed = [[self._of(one) for one in json.loads(text)] for text in self._lists]
+        self.packed = {"data": self._of(data), "lists": packed, "shapes": list(self._shapes), "texts": [*self._texts]}
+
+    def _of(self, data: object) -> object:
+        if isinstance(data, str):
+            return self._texts[data]
+        if isinstance(data, Mapping):
+            known = {str(name): value for name, value in data.items()}
+            names = tuple(sorted(known))
+            shape = self._shapes.setdefault(names, _digits(len(self._shapes)))
+            return {shape: [self._of(known[name]) for name in names]}
+        if isinstance(data, list | tuple):
+            place = self._lists.get(json.dumps(data)) if _is_flat(data) else None
+            return place or [self._of(one) for one in data]
+        return int(data) if isinstance(data, float) and data.is_integer() else data
+
+
+def _count(data: object, texts: Counter[str], lists: Counter[str]) -> None:
+    """Count texts and flat lists, and what is in one of these at its first sight alone."""
+    if isinstance(data, str):
+        texts[data] += 1
+    elif isinstance(data, Mapping | list | tuple):
+        if not isinstance(data, Mapping) and _is_flat(data):
+            lists[json.dumps(data)] += 1
+            if lists[json.dumps(data)] > 1:
+                return
+        for one in data.values() if isinstance(data, Mapping) else data:
+            _count(one, texts, lists)
+
+
+def _is_flat(data: Sequence[object]) -> bool:
+    return len(data) > 1 and not any(isinstance(one, Mapping | list | tuple) for one in data)
+
+
+def _digits(number: int) -> str:
+    """Return a number to the base of 36."""
+    rest, digit = divmod(number, 36)
+    return (_digits(rest) if rest else "") + "0123456789abcdefghijklmnopqrstuvwxyz"[digit]
 
 
 def listed(names: Sequence[str]) -> str:

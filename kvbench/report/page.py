@@ -39,7 +39,7 @@ from kvbench.report.page_tables import (
     numbers_html,
     verdicts_html,
 )
-from kvbench.report.samples import linked_samples, sample_browser
+from kvbench.report.samples import SampleLinks, sample_browser
 from kvbench.report.standing import Judged, asked_budget, judge, rule_text
 from kvbench.report.tables import counts_text, results_table
 from kvbench.report.verdicts import all_rows
@@ -131,11 +131,12 @@ def _contents(
     results: Results, judged: Sequence[Judged], plots: Sequence[Plot], choices: Choices, tables: str
 ) -> Mapping[str, Markup]:
     """Return every section by its name; one without content is left out of the page."""
-    failures = _per_group(judged, failures_html)
-    answers = answer_section(results, judged)
+    links = SampleLinks()
+    failures = _per_group(judged, lambda one: failures_html(one, links))
+    answers = answer_section(results, judged, links)
     titles = {plot.group_title for plot in plots}
     undrawn = sum(one.group.title not in titles for one in judged) if plots else 0
-    figures = render("figures.html.j2", num_files=len(plots), num_undrawn=undrawn)
+    figures = render("figures.html.j2", num_files=len(plots), num_undrawn=undrawn, num_searches=len(results.frontiers))
     return {
         "answer": answers or Markup("<p>No usable record was found; see Problems while reading.</p>"),
         "verdicts": verdicts_html(all_rows(judged)) if judged else Markup(),
@@ -145,7 +146,7 @@ def _contents(
         "frontier": frontier_html(results.frontiers, choices, results.groups) if judged else Markup(),
         "figures": figures if judged else Markup(),
         "failures": failures,
-        "samples": sample_browser(results, linked_samples(answers + failures), openings(judged), asked_of(results)),
+        "samples": sample_browser(results, links.found, openings(judged), asked_of(results)),
         "autopsy": autopsy_section(results),
         "memory": _per_group(judged, lambda one: memory_html(one.group)),
         "latency": _per_group(judged, lambda one: latency_html(one.group)),
@@ -157,17 +158,17 @@ def _contents(
     }
 
 
-def answer_section(results: Results, judged: Sequence[Judged]) -> Markup:
+def answer_section(results: Results, judged: Sequence[Judged], links: SampleLinks | None = None) -> Markup:
     """Return the first screen: leaderboards, one figure, and folded below what stands behind each budget."""
     boards = [board_html(one, number) for number, one in enumerate(judged)]
     if not any(boards):
-        return _per_group(judged, answer_html)
+        return _per_group(judged, lambda one: answer_html(one, links))
     palette = palette_of(results)
     return render(
         "board.html.j2",
         boards=Markup().join(boards),
-        more=_per_group(judged, answer_html),
-        data=safe_json([group_data(one, palette) for one in judged]),
+        more=_per_group(judged, lambda one: answer_html(one, links)),
+        data=safe_json([group_data(one, palette, results.frontiers) for one in judged]),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import compress, groupby
 from operator import attrgetter
 
 from markupsafe import Markup
@@ -20,9 +20,8 @@ from kvbench.report.compare import (
     Ability,
     Choices,
     Comparison,
-    difference_interval,
+    difference_text,
     difference_unit,
-    difference_value,
     size_text,
     size_with_unit,
     timing_noise,
@@ -46,21 +45,9 @@ from kvbench.report.tables import INTERVAL_NOTE, Table, results_table, samples_t
 from kvbench.report.verdicts import RATIO_NOTE, REFERENCE, CellRow, behind_of, time_of
 from kvbench.stats.tests import smallest_margin
 
-_MARKS = {
-    "better": "\u25b2",
-    "worse": "\u25bc",
-    "equivalent": "=",
-    "undecided": "?",
-    "noisy": "~",
-    "not comparable": "\u2260",
-    "not ranked": "\u2205",
-    REFERENCE: "",
-}
-_FAILED = "\u2715"
 _FILTERS = ("model", "dataset", "policy", "budget", "verdict", "status")
 _QUALITY, _TIMES, _BYTES = "quality", "time, and ratio to full", "KV cache"
 _VERDICT_HEADS = (
-    Head("difference", "to full", group=_QUALITY),
     Head("detectable", "with these samples", group=_QUALITY),
     Head("collapses", "samples", group=_QUALITY),
 )
@@ -89,7 +76,7 @@ def verdicts_html(rows: Sequence[CellRow]) -> Markup:
         label, way = measure(names[0]).label, f"{measure(names[0]).better} is better"
     words = {"model": "model", "dataset": "data set"}
     places = [Head(words[name], kind="text") for name in differing if name in words]
-    verdict = Head("verdict", "against full", kind="text")
+    verdict = Head("against full", "difference and interval", kind="amount")
     behind = behind_of(rows)
     quality = [verdict, Head(label, way, group=_QUALITY), *_VERDICT_HEADS, *(_BEHIND_HEADS[name] for name in behind)]
     heads = [*CELL_HEADS, *places, *(quality if names else ()), *_COST_HEADS]
@@ -97,8 +84,12 @@ def verdicts_html(rows: Sequence[CellRow]) -> Markup:
     cells = [[*_row_cells(row, differing), *(_quality_cells(row, differing, behind) if names else ()),
               *_cost_cells(row)] for row in rows]  # fmt: skip
     caption = "Verdicts against the full cache"
-    view = TableView(caption=caption, heads=heads, rows=cells, row_data=keys, name="verdict-table")
+    filled = [any(row[at].text != "-" for row in cells) for at in range(len(heads))]
+    heads, cells = list(compress(heads, filled)), [list(compress(row, filled)) for row in cells]
     options = _options(rows, keys)
+    chosen_by = [name for name in _FILTERS if len(options[name]) > 1]
+    keys = [{name: one[name] for name in chosen_by} for one in keys]
+    view = TableView(caption=caption, heads=heads, rows=cells, row_data=keys, name="verdict-table")
     if not names:
         options |= {"verdict": []}
     return render("verdicts.html.j2", margins=_margins(rows), options=options, ratio_note=RATIO_NOTE, view=view)
@@ -108,28 +99,40 @@ def matrices_html(judged: Judged) -> Markup:
     """Return every policy against every other, folded by measure with the leading one open; "" where none has two."""
     drawn = []
     for number, found in enumerate(matrices(judged)):
-        label, heads = measure(found.measure).label, [Head(name, kind=None) for name in ("policy", *found.columns)]
-        views = [
-            TableView(
-                caption=f"{label} at {budget}, {judged.group.title}",
-                heads=heads,
-                rows=[[row_head(row.policy), *map(_match, row.matches)] for row in rows],
-            )
-            for budget, rows in groupby(found.rows, key=attrgetter("budget"))
-        ]
+        label, is_large = measure(found.measure).label, len(found.columns) > _MOST_SIDE_IN_FULL
+        columns = found.columns[:0:-1] if is_large else found.columns
+        heads = [Head(name, kind=None) for name in ("policy", *columns)]
+        compared = (one.comparison for row in found.rows for one in row.matches if one and one.comparison)
+        num, _ = Counter(one.num_samples for one in compared).most_common(1)[0]
+        views = []
+        for budget, rows in groupby(found.rows, key=attrgetter("budget")):
+            lines = []
+            for row in rows:
+                matches = row.matches[: found.columns.index(row.policy) : -1] if is_large else row.matches
+                lines += [[row_head(row.policy), *(_match(one, num) for one in matches)]] if matches else []
+            views.append(TableView(caption=f"{label} at {budget}, {judged.group.title}", heads=heads, rows=lines))
         title = f"{label}, {measure(found.measure).better} is better"
-        drawn.append({"title": title, "is_open": not number, "note": found.note, "views": views})
+        once = "Every pair stands once; seen from the column it is the opposite. " if is_large else ""
+        note = f"{once}{found.note} n = {num} where nothing else is said."
+        drawn.append({"title": title, "is_open": not number, "note": note, "views": views})
     return render("matrices.html.j2", matrices=drawn) if drawn else Markup()
 
 
-def _match(one: Match | None) -> TableCell:
+_MOST_SIDE_IN_FULL = 12  # policies; of more, the half above the diagonal says all
+
+
+def _match(one: Match | None, num: int) -> TableCell:
+    """Return a pair's cell; `num` samples are those of most pairs."""
     if one is None:
         return TableCell("-", kind="name missing", title="the same policy")
     word, found = one.word, one.comparison
-    kind = f"name verdict v-{word.replace(' ', '-')}"
-    title = one.reason or (f"n = {found.num_samples}" if found else "")
+    title = one.reason or (f"n = {found.num_samples}" if found and found.num_samples != num else "")
     below = "\n".join(number.replace(" ", "\u00a0") for number in one.numbers)  # breaks between numbers alone
-    return TableCell(word, below, kind=kind, title=title, mark=_MARKS.get(word, _FAILED))
+    return TableCell(word, below, kind=_kind(word), title=title)
+
+
+def _kind(word: str) -> str:
+    return f"v-{word.replace(' ', '-')}"
 
 
 def _filtered_by(row: CellRow) -> Mapping[str, str]:
@@ -169,12 +172,13 @@ def _quality_cells(row: CellRow, differing: Sequence[str], behind: Sequence[str]
         yield TableCell("-")
     else:
         yield _estimate(row.measure, found, above=measure(row.measure).label if "measure" in differing else "")
-    yield TableCell("-") if one is None else _difference(one)
     detectable = one.minimum_detectable if one else None
     yield TableCell((size_text(one.measure, detectable) if one else "") or "-", sort=detectable)
     collapsed = "-" if row.num_collapsed is None else f"{row.num_collapsed} of {row.num_paired}"
     yield TableCell(collapsed, sort=row.num_collapsed)
-    yield from (_estimate(name, row.behind if name == BEHIND else row.length) for name in behind)
+    for name in behind:
+        is_said = name == row.measure  # in the column of the quality
+        yield TableCell("-") if is_said else _estimate(name, row.behind if name == BEHIND else row.length)
 
 
 def _cost_cells(row: CellRow) -> Iterator[TableCell]:
@@ -190,23 +194,18 @@ def _cost_cells(row: CellRow) -> Iterator[TableCell]:
 
 
 def _verdict(one: Comparison | None, word: str) -> TableCell:
-    """Return a cell with mark and word, and below it the difference, and what is missing or why."""
+    """Return a cell with the verdict, and below it the difference, and what is missing or why."""
     if not word:
         return TableCell("no quality", kind="missing")
-    kind = f"name verdict v-{word.replace(' ', '-')}" if word in _MARKS else "name failed"
-    numbers = f"{difference_value(one)} {difference_interval(one)}".strip() if one else ""
-    below = "\n".join(filter(None, (numbers, verdict_remark(one)))) if one else ""
-    return TableCell(word, below, sort=word, kind=kind, mark=_MARKS.get(word, _FAILED))
-
-
-def _difference(one: Comparison) -> TableCell:
-    unit, factor, places = difference_unit(one.measure)
+    if one is None:
+        return TableCell(word, kind=_kind("reference" if word == REFERENCE else "failed"))
+    _, factor, places = difference_unit(one.measure)
     beside = ""
     if one.t_low is not None and one.t_high is not None:
         beside = f"; t interval [{one.t_low / factor:+.{places}f}, {one.t_high / factor:+.{places}f}]"
-    below = "\n".join(part for part in (difference_interval(one), unit) if part)
+    below = "\n".join(filter(None, (difference_text(one), verdict_remark(one))))
     title = f"{one.method}, n = {one.num_samples}{beside}"
-    return TableCell(difference_value(one), below, sort=one.value, title=title)
+    return TableCell(word, below, sort=one.value, kind=_kind(word), title=title)
 
 
 def _speed_word(one: Comparison | None) -> str:
@@ -254,19 +253,25 @@ _OVERHEAD_SHARE = 0.5
 
 def latency_html(group: Group) -> Markup:
     """Return first token, step, the policy's part of both and the memory's roof, or "" where no cell was timed."""
-    if not any(cell.estimate(name) for cell in group.cells for name, _ in _LATENCY_COLUMNS):
-        return Markup()
-    heads = [*CELL_HEADS, *(head for _, head in _LATENCY_COLUMNS)]
-    rows = [list(_latency_cells(group, cell)) for cell in group.cells if not cell.failed]
-    view = TableView(caption=f"Latency, {group.title}", heads=heads, rows=rows)
-    return render("latency.html.j2", ratio_note=RATIO_NOTE, view=view)
+    view = _measured(group, "Latency", _LATENCY_COLUMNS)
+    return render("latency.html.j2", ratio_note=RATIO_NOTE, view=view) if view else Markup()
 
 
-def _latency_cells(group: Group, cell: CellResult) -> Iterator[TableCell]:
-    noisy = [measure(name).label for name in ("ttft_ms", "tpot_ms") if timing_noise(cell, name)]
+def _measured(group: Group, what: str, columns: Sequence[tuple[str, Head]]) -> TableView | None:
+    """Return a row per cell that did not fail, or None where none has any of the measures."""
+    if not any(cell.estimate(name) for cell in group.cells for name, _ in columns):
+        return None
+    heads = [*CELL_HEADS, *(head for _, head in columns)]
+    rows = [list(_measured_cells(group, cell, columns)) for cell in group.cells if not cell.failed]
+    return TableView(caption=f"{what}, {group.title}", heads=heads, rows=rows)
+
+
+def _measured_cells(group: Group, cell: CellResult, columns: Sequence[tuple[str, Head]]) -> Iterator[TableCell]:
+    times = [name for name in ("ttft_ms", "tpot_ms") if name in dict(columns)]
+    noisy = [measure(name).label for name in times if timing_noise(cell, name)]
     yield row_head(group.series_label(cell), f"noisy: {' and '.join(noisy)}" if noisy else "")
     yield budget_cell(cell)
-    for name, _ in _LATENCY_COLUMNS:
+    for name, _ in columns:
         found = cell.estimate(name)
         noise = "" if name == "roof_ms" else timing_noise(cell, _NOISE_OF.get(name, name))
         is_overhead = found is not None and name == "roof_share_fraction" and found.value < _OVERHEAD_SHARE
@@ -298,18 +303,8 @@ _MEMORY_COLUMNS = (
 
 def memory_html(group: Group) -> Markup:
     """Return what the peak is made of, what is stored and the peak by phase, or "" without a memory pass."""
-    if not any(cell.estimate(name) for cell in group.cells for name, _ in _MEMORY_COLUMNS):
-        return Markup()
-    heads = [*CELL_HEADS, *(head for _, head in _MEMORY_COLUMNS)]
-    rows = []
-    for cell in group.cells:
-        if not cell.failed:
-            found = ((name, cell.estimate(name)) for name, _ in _MEMORY_COLUMNS)
-            numbers = (
-                TableCell(format_value(name, one.value), sort=one.value) if one else NOT_MEASURED for name, one in found
-            )
-            rows.append([row_head(group.series_label(cell)), budget_cell(cell), *numbers])
-    return render("memory.html.j2", view=TableView(caption=f"Memory by phase, {group.title}", heads=heads, rows=rows))
+    view = _measured(group, "Memory by phase", _MEMORY_COLUMNS)
+    return render("memory.html.j2", view=view) if view else Markup()
 
 
 _MOST_CELLS_IN_FULL = 100
@@ -335,7 +330,8 @@ def numbers_html(judged: Judged, tables: str) -> Markup:
 
 def _results(numbers: Table, caption: str) -> TableView:
     heads = list(CELL_HEADS)
-    for name in numbers.columns:
+    filled = [any(row.entries[at].kind != "missing" for row in numbers.rows) for at in range(len(numbers.columns))]
+    for name in compress(numbers.columns, filled):
         better = measure(name).better
         notes = ("" if better == "none" else f"{better} is better", samples_text((r.cell for r in numbers.rows), name))
         heads.append(Head(measure(name).label, ", ".join(filter(None, notes))))
@@ -343,7 +339,7 @@ def _results(numbers: Table, caption: str) -> TableView:
     for row in numbers.rows:
         cells = [row_head(row.policy, "noisy times" if row.cell.status == "noisy" else "")]
         cells.append(text_cell(row.budget, sort=budget_size(row.cell)))
-        for entry in row.entries:
+        for entry in compress(row.entries, filled):
             kind = entry.kind if entry.kind in ("failed", "noisy") else ""
             title = f"n = {entry.n}" if entry.n is not None else ""
             cells.append(TableCell(entry.text, entry.interval, sort=entry.value, kind=kind, title=title))

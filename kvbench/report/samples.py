@@ -6,7 +6,6 @@ has room for become data that the script `samples.js` shows. What all cells of a
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,22 +21,19 @@ from kvbench.report.load import CellResult, Group, Results, is_better, sample_sc
 from kvbench.report.markup import MINUS, SampleLink, render, safe_json
 from kvbench.report.standing import OTHER_QUALITIES, is_collapsed
 
-_LINK = re.compile(r'<a href="#samples" data-group="([^"]*)" data-cell="([^"]*)" data-sample="([^"]*)">')
 
+class SampleLinks:
+    """Makes the links of a page to samples, and knows what they lead to: `found`, by group's title and cell's label."""
 
-def sample_link(group: Group, cell: CellResult, sample: str, text: str = "") -> SampleLink:
-    """Return a link that shows this sample of this cell."""
-    label = text or short_name(group, sample)
-    return SampleLink(group=group.title, cell=group.cell_label(cell), sample=sample, text=label)
+    def __init__(self) -> None:
+        """Start without any."""
+        self.found: dict[tuple[str, str], set[str]] = {}
 
-
-def linked_samples(page: str) -> Mapping[tuple[str, str], frozenset[str]]:
-    """Return the samples that parts of a page link to, by the title of their group and the label of their cell."""
-    found: dict[tuple[str, str], set[str]] = {}
-    for link in _LINK.finditer(page):
-        title, label, sample = map(html.unescape, link.groups())
-        found.setdefault((title, label), set()).add(sample)
-    return {place: frozenset(samples) for place, samples in found.items()}
+    def add(self, group: Group, cell: CellResult, sample: str) -> SampleLink:
+        """Return a link that shows this sample of this cell."""
+        label = group.cell_label(cell)
+        self.found.setdefault((group.title, label), set()).add(sample)
+        return SampleLink(group=group.title, cell=label, sample=sample, text=short_name(group, sample))
 
 
 def short_name(group: Group, sample: str) -> str:
@@ -217,10 +213,11 @@ def _score(name: str, value: float, full: float | None) -> list[str]:
     if full is None:
         return [name, _value(name, value), "", "", ""]
     difference = value - full
-    sign = "+" if difference > 0 else MINUS if difference < 0 else ""
     in_points = measure(name).unit == "fraction"
     size = f"{100 * abs(difference):.1f} points" if in_points else _value(name, abs(difference))
-    has_way = measure(name).better != "none" and difference != 0
+    is_seen = bool(re.search("[1-9]", size))  # what rounds to nothing is neither better nor worse
+    sign = "" if not is_seen else "+" if difference > 0 else MINUS
+    has_way = measure(name).better != "none" and is_seen
     word = ("better" if is_better(name, value, full) else "worse") if has_way else ""
     return [name, _value(name, value), _value(name, full), sign + size, word]
 
@@ -230,7 +227,7 @@ def _value(name: str, value: float) -> str:
 
 
 _MOST_SAMPLES = 4000
-_MOST_BYTES = 1_000_000  # of answers, so that a page of a hundred cells stays under three million
+_MOST_BYTES = 700_000  # of answers, so that a page of a hundred cells stays under three million
 _LEFT_OUT = re.compile(r"(turn\d+_)?rouge[12]_")  # which say what ROUGE-L says; all scores are in samples.csv
 
 

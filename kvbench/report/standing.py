@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from kvbench.measures import (
     FACT_MEASURES,
@@ -80,6 +80,9 @@ class Judged:
     choices: Choices
     num_pairs: int
     ability: Ability
+    asked: dict[tuple[str, str, str], Comparison | None] = field(
+        default_factory=dict
+    )  # of very many, those made so far
 
     def against_full(self, cell: CellResult, name: str) -> Comparison | None:
         """Return the comparison of the cell with the full cache."""
@@ -91,11 +94,17 @@ class Judged:
             return found
         if found := self.by_pair.get((name, second.key, first.key)):
             return swapped(found)
-        if self.num_pairs <= MOST_PAIRS or not (found := compare(first, second, name, self.choices)):
+        if self.num_pairs <= MOST_PAIRS:
             return None
-        if found.p_value is not None:
-            found = corrected(found, min(1.0, found.p_value * self.num_pairs))
-        return withheld(found, self.ability.reason(name))
+        for one, other in ((first, second), (second, first)):
+            if (place := (name, one.key, other.key)) in self.asked:
+                known = self.asked[place]
+                return known if one is first else known and swapped(known)
+        found = compare(first, second, name, self.choices)
+        if found and found.p_value is not None:
+            found = corrected(found, min(1.0, found.p_value * self.num_pairs), self.num_pairs)
+        self.asked[name, first.key, second.key] = made = found and withheld(found, self.ability.reason(name))
+        return made
 
     @property
     def qualities(self) -> tuple[str, ...]:
@@ -106,8 +115,10 @@ class Judged:
         return tuple(dict.fromkeys((self.primary, *others)))
 
 
-def judge(group: Group, choices: Choices = DECLARED, *, leading_alone: bool = False) -> Judged:
-    """Return the group with every comparison of quality and time that can be made in it, or of its primary measure.
+def judge(
+    group: Group, choices: Choices = DECLARED, *, leading_alone: bool = False, only: Collection[str] = ()
+) -> Judged:
+    """Return the group with every comparison of quality and time in it, in `only` some measures, or its primary one.
 
     Of very many policies only those pairs are compared that are asked for, with Bonferroni's correction for all of
     them, which is stricter than Holm's.
@@ -115,7 +126,7 @@ def judge(group: Group, choices: Choices = DECLARED, *, leading_alone: bool = Fa
     num_pairs = sum(1 for _ in between_policies(group))
     primary = leading_quality(group) or _other(group)
     names = {*PRIMARY_QUALITIES, *OTHER_QUALITIES, *TIME_RATIOS, *([primary] if primary else ())}
-    only = (primary,) if leading_alone and primary else names
+    only = only or ((primary,) if leading_alone and primary else names)
     found = group_comparisons(group, choices, only, between=num_pairs <= MOST_PAIRS)
     by_pair = {(one.measure, one.first.key, one.second.key): one for one in found}
     return Judged(
@@ -215,7 +226,10 @@ def asked_budget(judged: Judged) -> str | None:
 
 
 def safe_cells(judged: Judged) -> list[CellResult]:
-    """Return, smallest budget first, the cells shown to be no worse than full: better, or equivalent."""
+    """Return, smallest budget first, the cells shown to be no worse than full: better, or equivalent.
+
+    None of what sees the future, which nobody can take, nor of what holds more than its budget says.
+    """
     return [
         cell
         for cells in judged.group.by_budget.values()
@@ -224,6 +238,7 @@ def safe_cells(judged: Judged) -> list[CellResult]:
         and (found := judged.against_full(cell, judged.primary)) is not None
         and found.verdict in _FULL_KEPT
         and not cell.failed
+        and not unplaced(cell)
     ]
 
 

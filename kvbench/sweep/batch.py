@@ -64,8 +64,10 @@ def _prompt_bytes(loaded: LoadedModel, cells: Sequence[Cell], prompt: int) -> in
     caches = whole + max(held, default=0)  # the full cache's, to compare with; captured steps keep theirs elsewhere
     activations = prompt * (6 * width + 3 * getattr(config, "intermediate_size", 4 * width)) * number_bytes
     statistics = 4 * prompt * layers * heads * _recorded_rows(cell.setting.policy for cell in cells)
+    heard = any(Needs.HIDDEN in needs_of(cell.setting.policy) for cell in cells)
+    hidden = prompt * layers * width * number_bytes * heard
     logits = 4 * 4 * config.vocab_size
-    return int((prompt + caches) * entry_bytes + activations + statistics + logits)
+    return int((prompt + caches) * entry_bytes + activations + statistics + hidden + logits)
 
 
 def _most_entries(cell: Cell, prompt: int, whole: int) -> int:

@@ -28,7 +28,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from kvbench.errors import ConfigError, RecordError, close_matches
+from kvbench.errors import ConfigError, RecordError, check_within, close_matches
 from kvbench.results.claims import Claim, Claims
 from kvbench.results.files import canonical_json
 from kvbench.results.record import check_body
@@ -320,10 +320,7 @@ class WorkerSettings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"worker.{name} is {value}; it must be above 0 seconds, or null for no limit")
-        if self.num_retries < 0:
-            raise ConfigError(f"worker.num_retries is {self.num_retries}; it must be 0 or more")
-        if self.group_cells is not None and self.group_cells < 1:
-            raise ConfigError(f"worker.group_cells is {self.group_cells}; it must be at least 1, or null")
+        check_within("worker", self, num_retries=(0, None), group_cells=(1, None))
 
     def plan(self, tickets: Sequence[Ticket], *, results: Path, sweep: str) -> WorkerPlan:
         """Return what the supervisor needs to know to run `tickets`."""

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from kvbench.errors import ran_out_of_memory
+from kvbench.errors import check_within, ran_out_of_memory
 from kvbench.models.inputs import prompt_batch
 from kvbench.stats.intervals import launch_interval, ratio_interval
 from kvbench.tasks.decode import CacheSetting
 from kvbench.tasks.memory import empty_allocator
 from kvbench.tasks.speed import Launch, launch, repeated
-from kvbench.tasks.task import Bench, TaskResult, check_least
+from kvbench.tasks.task import Bench, TaskResult
 
 if TYPE_CHECKING:
     from kvbench.cache import PolicyCache
@@ -47,7 +47,7 @@ class Capacity:
     max_batch_size: int = 1024
 
     def __post_init__(self) -> None:
-        check_least("capacity", self, new_tokens=3, num_launches=1, max_batch_size=1)
+        check_within("task.capacity", self, new_tokens=(3, None), num_launches=(1, None), max_batch_size=(1, None))
 
     def run(self, bench: Bench) -> TaskResult:
         """Search for both arms, then time them; without a full cache that fits, the policy alone."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from kvbench.datasets.base import Example, Turn
-from kvbench.errors import ConfigError, MeasureError, NonFiniteError
+from kvbench.errors import MeasureError, NonFiniteError, check_within
 from kvbench.measures import MAX_TURNS, MEASURES
 from kvbench.models.chat import next_turn_tokens
 from kvbench.models.inputs import PromptBatch, num_question_tokens, prompt_batch
@@ -49,11 +49,7 @@ class MultiTurn:
     max_turns: int = 4
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or not 2 <= self.max_turns <= MAX_TURNS:
-            raise ConfigError(
-                f"task.conversation has max_new_tokens={self.max_new_tokens}, max_turns={self.max_turns}; "
-                f"allowed: >= 1, 2 to {MAX_TURNS}"
-            )
+        check_within("task.conversation", self, max_new_tokens=(1, None), max_turns=(2, MAX_TURNS))
 
     def run(self, bench: Bench) -> TaskResult:
         """Hold every conversation and score turn by turn. Raises: MeasureError, NonFiniteError."""

@@ -36,7 +36,7 @@ from kvbench.cache.policy import needs_of
 from kvbench.cache.positions import PositionMode
 from kvbench.errors import ModelSupportError, NonFiniteError, PolicyError, ran_out_of_memory
 from kvbench.models.devices import free_bytes
-from kvbench.models.inputs import PromptBatch
+from kvbench.models.inputs import PromptBatch, repeat_instruction
 from kvbench.models.loader import LoadedModel
 from kvbench.models.spec import MOVING_ROTATIONS
 
@@ -44,14 +44,12 @@ if TYPE_CHECKING:
     from kvbench.cache import PolicyCache
     from kvbench.cache.cache import CacheState
     from kvbench.cache.counts import OnPlan, OnSettle
-    from kvbench.cache.second_pass import Instruction
 
 
 Engine = Literal["eager", "graph"]
 ENGINES: tuple[str, ...] = get_args(Engine)
 _WAITS = "synchronizing CUDA operation"  # in the text of the error that torch's debug mode raises
 _KEPT_FRACTION = 0.25  # of the free memory, for captured steps that wait for their next batch
-_PART = "\n\nRepeat the part of the previous context exactly, starting with"
 _MOST_LOGITS_BYTES = 2**28  # of one chunk of an answer, float32
 
 
@@ -236,17 +234,6 @@ class Decoding:
         )
         logits: Tensor = output.logits[:, -num_logits:].float()
         return logits
-
-
-def repeat_instruction(loaded: LoadedModel) -> Instruction | None:
-    """Return the tokens that ask for the prompt again, as KVzip asks; None without a tokenizer."""
-    from kvbench.cache.second_pass import Instruction
-
-    if loaded.tokenizer is None:
-        return None
-    texts = ("\n\nRepeat the previous context exactly.", _PART, "\n")
-    first, later, end = (loaded.text.ids(text, add_special_tokens=False) for text in texts)
-    return Instruction(first=first, later=later, end=end)
 
 
 @torch.inference_mode()

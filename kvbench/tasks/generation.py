@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvbench.cache.policy import PART
 from kvbench.datasets.base import Dataset, Example
-from kvbench.errors import ConfigError, MeasureError
+from kvbench.errors import ConfigError, MeasureError, check_within
 from kvbench.models.inputs import answer_text, reference_text
 from kvbench.models.loader import LoadedModel
 from kvbench.tasks.decode import CacheSetting, greedy
@@ -30,7 +30,6 @@ from kvbench.tasks.task import (
     Payload,
     TaskResult,
     check_complete,
-    check_least,
     joined,
 )
 
@@ -130,13 +129,11 @@ class Generation(BatchTask):
     seed: int = field(default=0, metadata=PART)
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"task.generation.max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        check_within("task.generation", self, max_new_tokens=(1, None), num_samples=(1, None))
         if not (self.temperature or 0.0) >= 0.0:
             raise ConfigError(
                 f"task.generation.temperature is {self.temperature}; it must be above 0, or null for greedy answers"
             )
-        check_least("generation", self, num_samples=1)
         if self.temperature == 0.0:  # the same as none, in the cell's key too
             object.__setattr__(self, "temperature", None)
         if self.temperature is None and (self.num_samples, self.seed) != (1, 0):

@@ -21,12 +21,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kvbench.errors import check_within
 from kvbench.models.inputs import PromptBatch, prompt_batch
 from kvbench.models.loader import LoadedModel
 from kvbench.tasks.clock import around_vision
 from kvbench.tasks.decode import CacheSetting
 from kvbench.tasks.speed import repeated
-from kvbench.tasks.task import Bench, TaskResult, check_least
+from kvbench.tasks.task import Bench, TaskResult
 
 if TYPE_CHECKING:
     from kvbench.cache import PolicyCache
@@ -183,7 +184,7 @@ class Memory:
     batch_size: int = 1
 
     def __post_init__(self) -> None:
-        check_least("memory", self, new_tokens=2, batch_size=1)
+        check_within("task.memory", self, new_tokens=(2, None), batch_size=(1, None))
 
     def run(self, bench: Bench) -> TaskResult:
         """Run the launch under the counters."""

@@ -18,7 +18,7 @@ import torch
 
 from kvbench.cache import Policy
 from kvbench.datasets.base import Example
-from kvbench.errors import PolicyError, ran_out_of_memory
+from kvbench.errors import PolicyError, check_within, ran_out_of_memory
 from kvbench.models.inputs import PromptBatch, prompt_batch
 from kvbench.models.loader import LoadedModel
 from kvbench.stats.intervals import Interval, launch_interval, ratio_interval
@@ -34,7 +34,7 @@ from kvbench.tasks.clock import (
     synchronised_ms,
 )
 from kvbench.tasks.decode import CacheSetting, captured, warm_up
-from kvbench.tasks.task import Bench, TaskResult, check_least
+from kvbench.tasks.task import Bench, TaskResult
 
 if TYPE_CHECKING:
     from kvbench.cache import PolicyCache
@@ -199,7 +199,9 @@ class Speed:
     batch_size: int = 1
 
     def __post_init__(self) -> None:
-        check_least("speed", self, new_tokens=3, num_blocks=1, num_warmups=1, batch_size=1)
+        check_within(
+            "task.speed", self, new_tokens=(3, None), num_blocks=(1, None), num_warmups=(1, None), batch_size=(1, None)
+        )
 
     def run(self, bench: Bench) -> TaskResult:
         """Time both arms; the first examples are the prompts, the same for both."""

@@ -24,7 +24,7 @@ import torch
 from kvbench.cache import UNLIMITED, Needs, Policy
 from kvbench.cache.policy import needs_of
 from kvbench.datasets.base import Dataset, Example
-from kvbench.errors import ConfigError, MeasureError
+from kvbench.errors import MeasureError
 from kvbench.measures import bounds_on_scale, score_scale
 from kvbench.models.inputs import PromptBatch, by_question_length, prompt_batch
 from kvbench.models.loader import LoadedModel
@@ -347,14 +347,6 @@ class Task(Protocol):
 
     def run(self, bench: Bench) -> TaskResult:
         """Measure. Raises: MeasureError when a number contradicts itself."""
-
-
-def check_least(name: str, task: object, **least: int) -> None:
-    """Raise ConfigError unless each of these settings of the task called `name` is at least so much."""
-    if any(getattr(task, setting) < number for setting, number in least.items()):
-        values = ", ".join(f"{setting}={getattr(task, setting)}" for setting in least)
-        allowed = ", ".join(f">= {number}" for number in least.values())
-        raise ConfigError(f"task.{name} has {values}; allowed: {allowed}")
 
 
 def is_timed(task: object) -> bool:

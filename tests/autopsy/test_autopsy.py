@@ -24,7 +24,7 @@ from kvbench.autopsy.replay import Watching, full_attention, replay, seen_pictur
 from kvbench.autopsy.settings import AutopsySettings
 from kvbench.cache import Budget, Needs, Plan, PolicyCache, View, artefact, cache_argument
 from kvbench.cache.policy import needs_of
-from kvbench.contract.driving import learnt_artefact
+from kvbench.contract.driving import held_positions, learnt_artefact
 from kvbench.datasets.scenes import Scenes
 from kvbench.errors import ConfigError
 from kvbench.models.inputs import prompt_batch
@@ -38,9 +38,7 @@ from kvbench.tasks.generation import Generation, divergence
 from kvbench.tasks.task import BatchTask, Bench, Part, Payload, Prompts, TaskResult
 from tests import covering
 from tests.calibrating import in_process
-from tests.contract import YAMLS
-from tests.covering import one_in
-from tests.driving import held_positions
+from tests.covering import YAMLS, one_in
 from tests.sweep.watching import KeptInMemory, Notes, run_cells
 from tests.tasks.benches import FULL, MostAttended, cell_of
 

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import base64
-import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ from tests.autopsy.autopsies import (
     freed_array,
     patterns,
 )
-from tests.report.synthetic import body, write_cell
+from tests.report.synthetic import body, embedded, write_cell
 
 EVIL = '</script><script>alert("x")</script><img src=x onerror=alert(1)>&amp;'
 
@@ -54,9 +52,7 @@ def samples_of(folder: Path, policy: str) -> tuple[Sample, ...]:
 
 
 def data_of(page: str) -> Any:
-    found = re.search(r'id="autopsy-data">(.*?)</script>', page, re.DOTALL)
-    assert found is not None
-    return json.loads(found[1])
+    return embedded(page, "autopsy-data")
 
 
 def test_the_script_gets_what_is_stored(folder: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from kvbench.report.load import load_results
 from kvbench.report.samples import sample_browser
 from kvbench.results.record import write_autopsy
 from tests.autopsy.autopsies import PROMPT, STEPS, add_autopsies, autopsy_body, merged_array, patterns
-from tests.report.synthetic import body, write_cell
+from tests.report.synthetic import body, embedded, write_cell
 
 IDS = ("scenes/test/2", "scenes/test/10", "scenes/test/1")
 
@@ -41,9 +40,7 @@ def section_of(folder: Path) -> str:
 
 
 def data_of(drawn: str) -> Any:
-    found = re.search(r'id="autopsy-data">(.*?)</script>', drawn, re.DOTALL)
-    assert found is not None
-    return json.loads(found[1])[0]
+    return embedded(drawn, "autopsy-data")[0]
 
 
 def views_of(data: Any) -> list[list[str]]:
@@ -103,7 +100,7 @@ def test_the_end_of_each_answer_is_told(tmp_path: Path) -> None:
     add_autopsies(tmp_path)
     drawn = section_of(tmp_path)
     assert "answer tokens" in drawn
-    assert f'data-v="{float(STEPS)}">{STEPS}</td>' in drawn
+    assert f"<td>{STEPS}<" in drawn
     assert PROMPT > STEPS
 
 
@@ -123,7 +120,7 @@ def test_every_sample_shows_what_was_asked_and_a_small_picture(tmp_path: Path, m
     results = load_results(tmp_path)
     asked = asked_of(results)
     drawn = sample_browser(results, asked=asked)
-    data = json.loads(re.search(r'id="sample-data">(.*?)</script>', drawn, re.DOTALL)[1])  # type: ignore[index]
+    data = embedded(drawn, "sample-data")
     items = data[0]["items"]
     assert {items[example.id]["question"] for example in examples} == {example.question for example in examples}
     assert all(item["picture"].startswith("data:image/") for item in items.values())

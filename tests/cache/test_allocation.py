@@ -15,12 +15,12 @@ from torch import Tensor
 
 from kvbench.cache import Allocation, Budget, PolicyCache, Room, View, cache_argument
 from kvbench.cache.parts import layer_entries, split
+from kvbench.contract.driving import Trace, drive
 from kvbench.errors import ConfigError, NonFiniteChoiceError, PolicyError
 from kvbench.policies.allocation.pyramid import Pyramid
 from kvbench.policies.h2o import H2O
 from tests.contract import MiddleFirst
 from tests.covering import share_of
-from tests.driving import Trace, drive
 from tests.tiny_models import random_tokens, tiny_model
 
 quick = settings(max_examples=share_of(200), deadline=None, derandomize=True)

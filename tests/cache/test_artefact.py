@@ -16,10 +16,10 @@ from torch import Tensor
 from kvbench.cache import Budget, Calibrated, Layout, Needs, Policy, PolicyCache, ScorePolicy, View, cache_argument
 from kvbench.cache.artefact import artefact_bytes, read_artefact
 from kvbench.cache.recording import CalibrationCache
+from kvbench.contract.driving import drive
 from kvbench.errors import ConfigError, ModelSupportError, PolicyError
 from kvbench.policies.q_filters import QFilters
 from tests.covering import share_of
-from tests.driving import drive
 from tests.tiny_models import random_tokens, tiny_model
 
 ABOUT = {"policy": "kvbench:QFilters", "model": "a", "num_prompts": 3}
@@ -136,4 +136,4 @@ def test_keys_are_learnt_from_before_rotation_or_it_is_said_why_not(monkeypatch:
 
 
 def test_a_layout_is_read_from_a_model() -> None:
-    assert Layout.of(tiny_model("llama_gqa_8_2")) == Layout(num_layers=2, num_heads=2, group=4, width=8)
+    assert Layout.of(tiny_model("llama_gqa_8_2")) == Layout(num_layers=2, num_heads=2, group=4, width=8, hidden=32)

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from kvbench.cache import Budget, PolicyCache, attach, cache_argument
+from kvbench.contract.driving import drive
 from kvbench.errors import ModelSupportError
 from kvbench.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
 from kvbench.policies.h2o import H2O
-from tests.driving import drive
 from tests.models.qwen_vl.golden_model import CONFIG
 from tests.tiny_models import random_tokens, tiny_model
 

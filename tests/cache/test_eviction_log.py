@@ -16,14 +16,14 @@ from kvbench.cache import Budget, Policy, PolicyCache, ScorePolicy, cache_argume
 from kvbench.cache.counts import LayerSetup
 from kvbench.cache.layer import PolicyLayer
 from kvbench.cache.recording import EvictionLog
+from kvbench.contract.driving import held_positions, left_padded, repeat_where_asked
+from kvbench.contract.terms import PROMPT, STEPS, budget_named
 from kvbench.policies.elastic import Elastic
 from kvbench.policies.h2o import H2O
 from kvbench.policies.merge.cam import CaM
 from kvbench.policies.random import Random
 from kvbench.policies.streaming_llm import StreamingLLM
-from tests.contract import PROMPT, STEPS, budget_named, left_padded
 from tests.covering import share_of
-from tests.driving import held_positions, repeat_where_asked
 from tests.naive import NaiveLayer, Rule
 from tests.naive_rules import NaiveElastic, NaiveH2O, NaiveRandom, NaiveStreaming, buckets
 from tests.tiny_models import random_tokens, tiny_model

@@ -15,6 +15,7 @@ from torch import Tensor
 from kvbench.cache import Budget, Joining, Merge, Plan, PolicyCache, View
 from kvbench.cache.ragged import RaggedSlots
 from kvbench.cache.slots import Slots, settle
+from kvbench.contract.driving import drive, left_padded
 from kvbench.errors import ConfigError, PolicyError
 from kvbench.policies.allocation.ada import Ada
 from kvbench.policies.h2o import H2O
@@ -23,9 +24,7 @@ from kvbench.policies.merge.d2o import D2O
 from kvbench.policies.merge.nearest_cosine import NearestCosine
 from tests.cache.test_ragged import plan_of, ragged
 from tests.cache.test_slots import random_entries
-from tests.contract import left_padded
 from tests.covering import share_of
-from tests.driving import drive
 from tests.tiny_models import random_tokens, tiny_model
 
 PROMPT, STEPS = 20, 16

@@ -14,8 +14,8 @@ import torch
 from kvbench.cache import Budget, PolicyCache
 from kvbench.cache.counts import CountsShelf, LayerSetup, Ledger
 from kvbench.cache.positions import Places, Rotation
+from kvbench.contract.driving import drive
 from kvbench.policies.h2o import H2O
-from tests.driving import drive
 from tests.tiny_models import random_tokens, tiny_model
 
 CPU, OTHER, META = torch.device("cpu"), torch.device("cpu", 0), torch.device("meta")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import Budget, Kind, Needs, PolicyCache, ScorePolicy, View, When, cache_argument
+from kvbench.contract.driving import Held, drive, held_positions
 from kvbench.policies.full import Full
 from kvbench.policies.h2o import H2O
 from kvbench.policies.streaming_llm import StreamingLLM
-from tests.driving import Held, drive, held_positions
 from tests.tiny_models import IMAGE_TOKEN, IMAGE_TOKENS, random_tokens, tiny_model
 
 PROMPT, STEPS = 20, 12

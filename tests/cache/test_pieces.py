@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import Budget, Needs, Plan, Policy, PolicyCache, ScorePolicy, View, When, cache_argument
+from kvbench.contract.driving import held_positions, left_padded
 from kvbench.errors import ModelSupportError
 from kvbench.kernels.dispatch import kernels_forced
 from kvbench.policies.elastic import Elastic
@@ -17,8 +18,7 @@ from kvbench.policies.h2o import H2O
 from kvbench.policies.random import Random
 from kvbench.policies.snapkv import SnapKV
 from kvbench.policies.streaming_llm import StreamingLLM
-from tests.contract import CLOSE, left_padded
-from tests.driving import held_positions
+from tests.contract import CLOSE
 from tests.tiny_models import random_tokens, tiny_model
 
 SNAP = SnapKV(num_recent=3)

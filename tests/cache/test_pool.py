@@ -7,8 +7,8 @@ import torch
 from kvbench.cache import Budget, PolicyCache
 from kvbench.cache.released import Pool
 from kvbench.cache.slots import Entries
+from kvbench.contract.driving import drive
 from kvbench.policies.released.h2o_elastic import H2OElasticRelease
-from tests.driving import drive
 from tests.tiny_models import random_tokens, tiny_model
 
 

@@ -17,9 +17,9 @@ from kvbench.cache.layer import PolicyLayer
 from kvbench.cache.positions import Rotation
 from kvbench.cache.queries import QueryRing, query_moments, ring_after, rows_of
 from kvbench.cache.recording import PromptRecorder, cache_after
+from kvbench.contract.driving import drive, held_positions
 from kvbench.errors import ConfigError, ModelSupportError, PolicyError
 from tests.covering import share_of
-from tests.driving import drive, held_positions
 from tests.tiny_models import random_tokens, tiny_model
 
 quick = settings(max_examples=share_of(40), deadline=None, derandomize=True)

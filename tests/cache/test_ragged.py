@@ -14,6 +14,7 @@ from torch import Tensor
 from kvbench.cache import Budget, Needs, Plan, PolicyCache, ScorePolicy, View
 from kvbench.cache.ragged import RaggedSlots, settle_ragged, spread_of
 from kvbench.cache.slots import Entries, settle
+from kvbench.contract.driving import Trace, drive, held_positions, storage_bytes, tensors_of
 from kvbench.errors import PolicyError
 from kvbench.kernels.dispatch import interpreted, kernels_forced, triton_installed
 from kvbench.policies.allocation.ada import Ada
@@ -22,7 +23,6 @@ from kvbench.policies.merge.nearest_cosine import NearestCosine
 from kvbench.policies.snapkv import SnapKV
 from tests.cache.test_slots import random_entries
 from tests.covering import share_of
-from tests.driving import Trace, drive, held_positions, storage_bytes, tensors_of
 from tests.tiny_models import random_tokens, tiny_model
 
 WIDTH = 3

@@ -10,10 +10,10 @@ from torch import Tensor
 from kvbench.cache import Budget, Kind, Needs, Policy, PolicyCache, ScorePolicy, View, cache_argument
 from kvbench.cache.positions import PositionMode
 from kvbench.cache.recording import PromptRecorder, Recording, cache_after
+from kvbench.contract.driving import left_padded, repeat_where_asked
+from kvbench.contract.terms import BUDGETS, budget_named
 from kvbench.policies.full import Full
 from kvbench.policies.h2o import H2O
-from tests.contract import BUDGETS, budget_named, left_padded
-from tests.driving import repeat_where_asked
 from tests.tiny_models import random_tokens, tiny_model
 
 PROMPT, STEPS = 19, 9

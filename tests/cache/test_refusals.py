@@ -11,10 +11,10 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM, Qwen2C
 
 from kvbench.cache import PolicyCache, attach, cache_argument
 from kvbench.cache.attention import _left_pads
+from kvbench.contract.driving import drive
 from kvbench.errors import ConfigError, ModelSupportError
 from kvbench.policies.h2o import H2O
 from kvbench.policies.streaming_llm import StreamingLLM
-from tests.driving import drive
 from tests.tiny_models import random_tokens, text_model, tiny_model
 
 SMALL: dict[str, Any] = {

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from kvbench.cache import Budget, Policy, PolicyCache, ScorePolicy, View
 from kvbench.cache.released import Departures, departures_of
+from kvbench.contract.driving import drive
 from kvbench.policies.released.elastic import ElasticReleased
 from kvbench.policies.released.h2o import H2OReleased
 from kvbench.policies.released.h2o_elastic import H2OElasticRelease
-from tests.driving import drive
 from tests.tiny_models import random_tokens
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbench.cache import Budget, Needs, PolicyCache, ScorePolicy, View
+from kvbench.contract.driving import drive, held_positions
 from kvbench.errors import ConfigError
 from kvbench.policies.h2o import H2O
 from kvbench.policies.keyformer import Keyformer
@@ -21,7 +22,6 @@ from kvbench.policies.snapkv import SnapKV
 from kvbench.policies.snapkv_decode import SnapKVDecode
 from tests.contract import MiddleFirst
 from tests.covering import share_of
-from tests.driving import drive, held_positions
 from tests.tiny_models import random_tokens, tiny_model
 
 PROMPT, STEPS = 20, 30

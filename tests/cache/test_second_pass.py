@@ -12,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvbench.cache import UNLIMITED, Budget, PolicyCache, View, cache_argument
+from kvbench.cache import UNLIMITED, Budget, PolicyCache, ScorePolicy, View, cache_argument
 from kvbench.cache.second_pass import OVERLAP_TOKENS, Instruction, read_again
 from kvbench.config.build import build_cell
 from kvbench.config.compose import compose_grid
+from kvbench.contract.driving import drive, held_positions, left_padded
 from kvbench.errors import ConfigError, ModelSupportError, PolicyError
 from kvbench.models.loader import LoadedModel
 from kvbench.policies.kvzip import KVzip
+from kvbench.policies.kvzip_plus import KVzipPlus
 from kvbench.tasks.decode import CacheSetting
-from tests.contract import left_padded
 from tests.covering import share_of
-from tests.driving import drive, held_positions
 from tests.tiny_models import random_tokens, tiny_model
 
 ASKS = Instruction(first=(5, 6, 7), later=(8, 9), end=(4,))
@@ -42,7 +42,21 @@ class Noting(KVzip):
         return super().score(view)
 
 
-def prefilled(policy: KVzip, tokens: Tensor, mask: Tensor | None = None, budget: Budget | None = None) -> PolicyCache:
+@dataclass(frozen=True, kw_only=True)
+class NotingPlus(KVzipPlus):
+    """KVzip+ in short chunks, whose scores can be looked at."""
+
+    repeat_tokens: ClassVar[int] = CHUNK
+
+    def score(self, view: View) -> Tensor:
+        if view.repeated_or_none is not None and len(seen_scores) < view.num_layers:
+            seen_scores.append(view.repeated.clone())
+        return super().score(view)
+
+
+def prefilled(
+    policy: ScorePolicy, tokens: Tensor, mask: Tensor | None = None, budget: Budget | None = None
+) -> PolicyCache:
     model, cache = tiny_model("llama_gqa"), PolicyCache(tiny_model("llama_gqa"), policy, budget or Budget(tokens=6))
     positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
@@ -50,8 +64,11 @@ def prefilled(policy: KVzip, tokens: Tensor, mask: Tensor | None = None, budget:
     return cache
 
 
-def reference(prompt: list[int], num_sinks: int, chunk: int) -> Tensor:
-    """(L, H, T): the largest share of attention, from a stock model that is shown prompt and repetition as one text."""
+def reference(prompt: list[int], num_sinks: int, chunk: int, *, by_output: bool = False) -> Tensor:
+    """(L, H, T): the largest share of attention, from a stock model that is shown prompt and repetition as one text.
+
+    by_output: each share times |W_o v| of the entry, over |h| of the query.
+    """
     stock = copy.deepcopy(tiny_model("llama_gqa", attached=False))
     stock.set_attn_implementation("eager")
     worth = torch.zeros(2, 2, len(prompt))
@@ -60,13 +77,23 @@ def reference(prompt: list[int], num_sinks: int, chunk: int) -> Tensor:
         asked = list(ASKS.later) + prompt[max(0, start - OVERLAP_TOKENS) : start] if start else list(ASKS.first)
         text = torch.tensor([[*prompt, *asked, *ASKS.end, *part]])
         with torch.no_grad():
-            rows = torch.stack(stock(text, output_attentions=True).attentions)[:, 0, :, len(prompt) :]
+            out = stock(text, output_attentions=True, output_hidden_states=True)
+        rows = torch.stack(out.attentions)[:, 0, :, len(prompt) :]
         shown = torch.zeros(text.shape[1], dtype=torch.bool)
         shown[: min(num_sinks, len(prompt))] = True
         shown[start : start + len(part)] = True
         shown[len(prompt) :] = True
         rows = rows * shown
-        largest = (rows / rows.sum(dim=-1, keepdim=True)).amax(dim=2).unflatten(1, (2, 2)).amax(dim=2)
+        rows = rows / rows.sum(dim=-1, keepdim=True)
+        for layer, states in enumerate(out.hidden_states[:-1] if by_output else ()):
+            block = stock.model.layers[layer]
+            with torch.no_grad():
+                given = block.input_layernorm(states)[0]
+                values = block.self_attn.v_proj(given).unflatten(-1, (2, 8))
+                for head in range(4):
+                    moved = values[:, head // 2] @ block.self_attn.o_proj.weight[:, 8 * head : 8 * head + 8].T
+                    rows[layer, head] *= moved.norm(dim=-1) / given[len(prompt) :].norm(dim=-1)[:, None]
+        largest = rows.amax(dim=2).unflatten(1, (2, 2)).amax(dim=2)
         worth[..., start : start + len(part)] = largest[..., start : start + len(part)]
     return worth
 
@@ -83,6 +110,17 @@ def test_scores_are_the_largest_shares_of_attention_while_the_prompt_is_repeated
     read_again(tiny_model("llama_gqa"), cache, tokens, instruction=ASKS)
     assert not cache.awaits_second_pass
     wanted = reference(tokens[0].tolist(), num_sinks, CHUNK)
+    torch.testing.assert_close(torch.stack(seen_scores)[:, 0], wanted, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=share_of(12), deadline=None)
+@given(seed=st.integers(0, 2**20), length=st.integers(9, 26))
+def test_shares_count_by_what_they_do_to_the_output_where_a_policy_asks_for_that(seed: int, length: int) -> None:
+    seen_scores.clear()
+    tokens = random_tokens(seed, 1, length)
+    cache = prefilled(NotingPlus(), tokens)
+    read_again(tiny_model("llama_gqa"), cache, tokens, instruction=ASKS)
+    wanted = reference(tokens[0].tolist(), 4, CHUNK, by_output=True)
     torch.testing.assert_close(torch.stack(seen_scores)[:, 0], wanted, rtol=1e-4, atol=1e-5)
 
 

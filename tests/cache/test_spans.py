@@ -13,15 +13,14 @@ from torch import Tensor
 
 from kvbench.cache import Budget, Kind, Needs, Policy, PolicyCache, ScorePolicy, View, cache_argument
 from kvbench.cache.selection import keep_top, ranked_above
+from kvbench.contract.driving import Trace, drive, left_padded
 from kvbench.errors import ConfigError, ModelSupportError
 from kvbench.kernels.dispatch import interpreted, kernels_forced
 from kvbench.policies.allocation.ada import Ada
 from kvbench.policies.h2o import H2O
 from kvbench.policies.key_norm import KeyNorm
 from kvbench.policies.prefixkv import PrefixKV
-from tests.contract import left_padded
 from tests.covering import share_of
-from tests.driving import Trace, drive
 from tests.tiny_models import random_tokens, tiny_model
 
 LENGTHS, STEPS = (9, 17), 6

@@ -20,6 +20,7 @@ from kvbench.cache import Budget, Policy, PolicyCache, ScorePolicy, View
 from kvbench.cache.attention import attach, cache_argument
 from kvbench.cache.slots import Entries, settle
 from kvbench.cache.view import Doubts, Needs
+from kvbench.contract.driving import drive
 from kvbench.errors import NonFiniteChoiceError, PolicyError
 from kvbench.policies.elastic import Elastic
 from kvbench.policies.full import Full
@@ -27,7 +28,6 @@ from kvbench.policies.h2o import H2O
 from kvbench.policies.snapkv import SnapKV
 from kvbench.policies.streaming_llm import StreamingLLM
 from kvbench.policies.tova import TOVA
-from tests.driving import drive
 from tests.tiny_models import random_tokens, tiny_model
 
 PROMPT = 24

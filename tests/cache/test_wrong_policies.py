@@ -14,11 +14,11 @@ from torch import Tensor
 
 from kvbench.cache import Budget, Needs, Plan, Policy, PolicyCache, ScorePolicy, View, cache_argument
 from kvbench.cache.selection import keep_top, lowest
+from kvbench.contract.driving import drive
 from kvbench.errors import ConfigError, NonFiniteChoiceError, NonFiniteError, PolicyError
 from kvbench.kernels.dispatch import kernels_forced
 from kvbench.policies.h2o import H2O
 from kvbench.policies.released.h2o_elastic import H2OElasticRelease
-from tests.driving import drive
 from tests.tiny_models import random_tokens
 
 
@@ -56,6 +56,7 @@ def merging(view: View, into: int) -> Plan:
 
 WRONG_POLICIES: dict[str, tuple[Policy, str]] = {
     "score that is NaN": (Scored(function=lambda v: v.position.float() * torch.nan), "NaN"),
+    "score that is not there": (Scored(function=lambda v: None), "score returned None; it must be a tensor"),  # type: ignore[arg-type, return-value]
     "score without heads": (Scored(function=lambda v: v.position[:, 0].float()), "shape"),
     "score per query head": (Scored(function=lambda v: v.position.float().repeat(1, 2, 1)), "shape"),
     "score of one entry": (Scored(function=lambda v: v.position.float()[..., :1]), "shape"),

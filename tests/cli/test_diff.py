@@ -268,7 +268,7 @@ def test_measures_and_sweeps_can_be_chosen(before: Path, tmp_path: Path, capsys:
         (["{before}", "{before}", "--measure", "length_ratio"], "--measure is 'length_ratio'"),
         (["{before}", "{before}", "--margin", "ppl=-1"], "above 0"),
         (["{before}", "{before}", "--samples", "-1"], "--samples is -1; it must be 0 or more"),
-        (["{before}", "{before}", "--format", "html"], "invalid choice: 'html'"),
+        (["{before}", "{before}", "--format", "html"], "--format is 'html'; known: json, markdown, text"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(

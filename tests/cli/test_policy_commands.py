@@ -119,6 +119,12 @@ def test_a_name_that_no_policy_can_have_is_refused_in_one_line(
     assert list(own_path.iterdir()) == []
 
 
+def test_a_folder_that_is_a_file_is_refused(own_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (own_path / "mine.txt").write_text("")
+    for folder in ("mine.txt", "mine.txt/conf"):
+        assert "mine.txt is no folder" in said(capsys, "new-policy", "mine", "--config-dir", folder, code=2)
+
+
 def test_a_policy_to_begin_with_is_named_or_guessed_and_nothing_is_written_over(
     own_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,6 +68,19 @@ def test_other_formats_go_to_the_terminal_or_a_file(
     assert not (folder / "report").exists()
 
 
+@pytest.mark.parametrize("words", [["report", "--format", "md"], ["results", "csv"]])
+def test_a_table_in_a_pipe_tells_beside_itself_what_is_missing_from_it(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    torn = next(folder.glob("cells/*/record.json"))
+    torn.unlink()
+    torn.write_text("{")
+    assert run([*words, str(folder)]) == 0
+    printed = capsys.readouterr()
+    assert "problem" not in printed.out
+    assert printed.err.startswith(f"problem: cells/{torn.parent.name}/record.json: is torn")
+
+
 def test_a_folder_without_records_is_a_mistake_and_nothing_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

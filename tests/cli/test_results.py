@@ -25,6 +25,7 @@ from kvbench.results.store import PartialStore, RecordStore
 from kvbench.sinks.wandb.content import cell_digest
 from kvbench.sinks.wandb.sync import jobs_of
 from tests.covering import one_in
+from tests.report import synthetic
 from tests.results.record_bodies import make_body
 from tests.trust.fake_sweep import body_of, cells, write
 
@@ -54,11 +55,23 @@ def first_cell(folder: Path) -> Path:
     return RecordStore(folder).cell_folder(next(iter(cells())))
 
 
+def test_the_traceback_of_a_failed_cell_is_shown_line_by_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = synthetic.body(policy="h2o", status="crash")
+    failed["error"] = {"type": "E", "message": "no", "traceback": "a\n  b\x1b\n"}
+    synthetic.write_cell(tmp_path, failed)
+    shown = printed(capsys, "show", tmp_path, failed["key"])
+    assert "  traceback:\n    a\n      b?\n" in shown
+    assert "  message: no\n" in shown
+
+
 def test_list_shows_a_line_per_cell_and_selects(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = printed(capsys, "list", finished).splitlines()
     assert len(lines) == 25
     assert lines[-1] == "24 cells, 0 problems"
     assert {line.split()[0] for line in lines[:-1]} == {key[:16] for key in cells()}
+    assert all(" on " in line for line in lines[:-1]), "model and data set"
     assert printed(capsys, "list", finished, "--policy", "h2o").count(" h2o ") == 4
     assert "8 cells" in printed(capsys, "list", finished, "--policy", "h2o", "--policy", "full")
     assert "24 cells" in printed(capsys, "list", finished, "--sweep", "s", "--status", "ok")
@@ -71,7 +84,7 @@ def test_list_shows_a_line_per_cell_and_selects(finished: Path, capsys: pytest.C
         ("list FOLDER --policy h20", "--policy is 'h20'; did you mean 'h2o'?"),
         ("list FOLDER --status okay", "--status is 'okay'; did you mean 'ok'?"),
         ("list FOLDER --sweep nope", "no record belongs to the sweep 'nope'"),
-        ("lst FOLDER", "invalid choice: 'lst'"),
+        ("lst FOLDER", "the command is 'lst'; did you mean 'list'?"),
         ("", "the following arguments are required: COMMAND"),
         ("list nowhere", "the results folder nowhere does not exist"),
         ("verify nowhere", "the results folder nowhere does not exist"),

@@ -191,6 +191,35 @@ def test_a_package_that_a_plug_in_lacks_is_named_with_its_command(
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("def score(:", "importing it raises SyntaxError: invalid syntax (broken_policy.py, line 1)"),
+        ("raise ValueError('no')", "importing it raises ValueError: no"),
+        ("class Other:\n    pass", "broken_policy has no Mine; known: Other"),
+    ],
+)
+def test_a_module_that_can_not_be_imported_is_told_with_what_it_raises(
+    text: str, told: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    Path("conf/policy").mkdir(parents=True)
+    Path("conf/policy/mine.yaml").write_text("_target_: broken_policy.Mine\n")
+    Path("broken_policy.py").write_text(text + "\n")
+    try:
+        assert f"policy._target_ is broken_policy.Mine, but {told}" in refused("--config-dir conf policy=mine", capfd)
+    finally:
+        sys.modules.pop("broken_policy", None)
+
+
+def test_a_policy_of_ones_own_folder_that_was_not_given_is_found(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("conf/policy").mkdir(parents=True)
+    Path("conf/policy/mysnap.yaml").write_text("_target_: mysnap.Mysnap\n")
+    told = "conf/policy/mysnap.yaml is there: add --config-dir conf\n"
+    assert refused("policy=mysnap", capfd).endswith(told)
+    assert refused("check-policy mysnap", capfd).endswith(told)
+
+
 def test_wandb_that_is_asked_for_and_not_installed_is_named_with_its_command(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

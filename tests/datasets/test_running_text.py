@@ -146,7 +146,7 @@ def test_needles_take_their_hay_from_files(tmp_path: Path) -> None:
 
 def test_wrong_needles_are_refused(tmp_path: Path) -> None:
     assert "did you mean 'needle'" in refusal(lambda: Needles(kind="needl"))  # type: ignore[arg-type]
-    assert "context_words=3" in refusal(lambda: Needles(context_words=3))
+    assert "context_words is 3" in refusal(lambda: Needles(context_words=3))
     assert "holds 0 sentences" in refusal(lambda: Needles(filler=write(tmp_path / "empty.txt", " \n")))
     assert "dataset.filler nowhere.txt cannot be read" in refusal(lambda: Needles(filler="nowhere.txt"))
     (tmp_path / "latin.txt").write_bytes(b"A caf\xe9. And more.")
@@ -182,7 +182,7 @@ def test_recall_follows_from_the_seed_alone() -> None:
 @pytest.mark.parametrize("change", [{"num_samples": 0}, {"num_keys": 0}, {"num_keys": 19}, {"filler_words": 10**6}])
 def test_wrong_recall_is_refused(change: dict[str, int]) -> None:
     ((name, value),) = change.items()
-    assert f"{name}={value}" in refusal(lambda: Recall(**change))
+    assert f"dataset.{name} is {value}; it must lie in" in refusal(lambda: Recall(**change))
 
 
 @pytest.mark.parametrize(

@@ -171,9 +171,9 @@ def test_both_are_the_description_of_a_scene_and_then_its_questions() -> None:
     [
         ({"split": "tst"}, "did you mean 'test'"),
         ({"ask": "descrbe"}, "did you mean 'describe'"),
-        ({"num_samples": 0}, "num_samples=0"),
-        ({"first": -1}, "first=-1"),
-        ({"num_follow_ups": 0}, "num_follow_ups=0"),
+        ({"num_samples": 0}, "num_samples is 0"),
+        ({"first": -1}, "first is -1"),
+        ({"num_follow_ups": 0}, "num_follow_ups is 0"),
     ],
 )
 def test_a_wrong_setting_is_refused(wrong: dict[str, object], message: str) -> None:

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from kvbench.cache import Budget, Policy
+from kvbench.contract.driving import held_positions, left_padded
 from kvbench.models.inputs import PromptBatch, prompt_batch
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
@@ -32,8 +33,6 @@ from kvbench.tasks.capacity import Capacity
 from kvbench.tasks.decode import CacheSetting, _forbidden
 from kvbench.tasks.memory import Memory, free_memory, parameter_bytes
 from kvbench.tasks.speed import Speed
-from tests.contract import left_padded
-from tests.driving import held_positions
 from tests.tasks.benches import SCENES, bench_of, cut
 from tests.tiny_models import random_tokens
 

@@ -10,6 +10,7 @@ import torch
 from kvbench.cache import Budget, Policy, PolicyCache, cache_argument
 from kvbench.cache.recording import EvictionLog
 from kvbench.cache.slots import Slots
+from kvbench.contract.driving import Trace, drive, left_padded
 from kvbench.kernels.dispatch import interpreted, kernels_forced
 from kvbench.policies.elastic import Elastic
 from kvbench.policies.full import Full
@@ -17,8 +18,6 @@ from kvbench.policies.h2o import H2O
 from kvbench.policies.merge.cam import CaM
 from kvbench.policies.merge.d2o import D2O
 from kvbench.policies.streaming_llm import StreamingLLM
-from tests.contract import left_padded
-from tests.driving import Trace, drive
 from tests.tiny_models import random_tokens, tiny_model
 
 pytest.importorskip("triton", reason="triton is not installed")

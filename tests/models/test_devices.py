@@ -16,13 +16,13 @@ from torch import nn
 
 from kvbench import measures
 from kvbench.cache import Budget, Policy
+from kvbench.contract.driving import held_positions
 from kvbench.errors import ConfigError, ModelSupportError
 from kvbench.models import devices
 from kvbench.models.devices import Crossing, checked_devices, chosen_devices, gathered, place_of, placement, spread
 from kvbench.models.loader import LoadedModel, architecture, empty_model, random_model
 from kvbench.models.spec import ModelSpec
 from kvbench.tasks.decode import CacheSetting, Decoding
-from tests.driving import held_positions
 from tests.models.architectures import small_spec
 from tests.tiny_models import tiny_model
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,9 +16,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from kvbench.cache import UNLIMITED, Budget, Kind, Needs, Policy, artefact
+from kvbench.cache import UNLIMITED, Budget, Kind, Needs, Policy, ScorePolicy, View, artefact
 from kvbench.cache.cache import output_weight, unrotation_of
 from kvbench.cache.policy import needs_of
+from kvbench.contract.driving import held_positions
+from kvbench.contract.terms import allowed, block, is_divided
 from kvbench.datasets.base import PICTURE_MARKS, Example, without_marks
 from kvbench.datasets.pictures import MAX_SIDES
 from kvbench.errors import DataError, ModelSupportError
@@ -28,8 +30,7 @@ from kvbench.models.spec import FAMILIES as SUPPORTED
 from kvbench.models.spec import TEXT_FAMILIES, VISION_FAMILIES, ModelSpec
 from kvbench.tasks.decode import CacheSetting, Decoding
 from tests.calibrating import in_process
-from tests.contract import YAMLS, allowed, block, is_divided
-from tests.driving import held_positions
+from tests.covering import YAMLS
 from tests.models.answering import answers_to
 from tests.models.checkpoints import FAMILIES, IN_CACHE_FAMILIES, save_checkpoint
 
@@ -116,6 +117,54 @@ def test_a_policy_holds_what_it_may_at_every_step(
                 assert not policy.bounded or is_divided(policy) or len(head) < seen
                 assert policy.bounded or head == tuple(range(seen))
         assert sum(sizes) <= sum(most)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hearing(ScorePolicy):
+    """Notes the hidden state's first numbers, one for each head."""
+
+    needs: ClassVar[Needs] = Needs.HIDDEN
+
+    def note(self, view: View) -> Tensor:
+        return view.hidden[..., : view.keys.shape[1]].transpose(1, 2)
+
+    def score(self, view: View) -> Tensor:
+        return view.noted
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_are_what_the_layers_norm_hands_to_its_projections(
+    loaded: Callable[[str], LoadedModel], family: str
+) -> None:
+    """Of pictures and text, in a padded batch, at the prompt and at steps; told by the norms' own outputs."""
+    ours = loaded(family)
+    decoder = ours.model.get_decoder()
+    norms = [
+        getattr(layer, "input_layernorm", None) or layer.ln_1 for layer in getattr(decoder, "layers", None) or decoder.h
+    ]
+    given: list[list[Tensor]] = [[] for _ in norms]
+    hooks = [
+        norm.register_forward_hook(lambda _module, _given, out, states=states: states.append(out))
+        for norm, states in zip(norms, given, strict=True)
+    ]
+    batch = prompt_batch(ours, examples(ours.takes_images))
+    decoding = setting_of(Hearing(), budget=UNLIMITED).decoding(ours, batch, NEW_TOKENS)
+    for _ in range(NEW_TOKENS):
+        decoding.step(decoding.logits.argmax(dim=-1))
+    for hook in hooks:
+        hook.remove()
+    for layer, states in zip(decoding.cache.policy_layers, given, strict=True):
+        assert layer.slots is not None
+        position, noted = layer.slots.entries.position, layer.slots.entries.noted
+        assert noted is not None
+        whole = torch.cat(states, dim=1)
+        for row, prompt in enumerate(batch.prompt_tokens):
+            mine = whole[row, -prompt - NEW_TOKENS :]
+            for head in range(position.shape[1]):
+                at = position[row, head][position[row, head] >= 0]
+                assert len(at) == prompt + NEW_TOKENS
+                assert torch.equal(noted[row, head, position[row, head] >= 0], mine[at, head].float())
 
 
 @pytest.mark.long

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import Budget
+from kvbench.contract.driving import held_positions
 from kvbench.kernels.dispatch import kernels_forced
 from kvbench.models.inputs import prompt_batch
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
 from kvbench.policies.h2o import H2O
 from kvbench.tasks.decode import CacheSetting, GraphDecoding
-from tests.driving import held_positions
 from tests.models.checkpoints import FAMILIES, save_checkpoint
 from tests.models.test_families import examples
 from tests.tasks.frozen import freeze_host

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from kvbench.cache import Budget, PolicyCache
+from kvbench.contract.driving import drive
 from kvbench.kernels.dispatch import kernels_forced
 from kvbench.models import fused
 from kvbench.models.fused import fuse
 from kvbench.policies.h2o import H2O
-from tests.driving import drive
 from tests.tiny_models import random_tokens, tiny_model
 
 pytest.importorskip("triton", reason="triton is not installed")

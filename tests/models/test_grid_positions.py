@@ -10,7 +10,7 @@ from kvbench.models.inputs import PromptBatch, prompt_batch
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
 from kvbench.tasks.decode import CacheSetting, Decoding
-from tests.contract import YAMLS
+from tests.covering import YAMLS
 from tests.models.checkpoints import save_checkpoint
 from tests.models.test_families import examples, policy_of
 

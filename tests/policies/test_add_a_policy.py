@@ -16,7 +16,7 @@ import pytest
 from kvbench.cache import Budget, PolicyCache
 from kvbench.config.build import build_cell
 from kvbench.config.compose import compose_grid
-from tests.driving import drive
+from kvbench.contract.driving import drive
 from tests.tiny_models import random_tokens, tiny_model
 
 REPO = Path(__file__).parents[2]

@@ -18,6 +18,7 @@ from torch import Tensor
 from kvbench.cache import Allocation, Budget, Kind, Needs, PolicyCache, Room, View
 from kvbench.cache.layer import PolicyLayer
 from kvbench.cache.parts import layer_entries
+from kvbench.contract.driving import drive
 from kvbench.errors import ConfigError
 from kvbench.policies.allocation.cake import Cake
 from kvbench.policies.allocation.d2o import D2O
@@ -32,7 +33,6 @@ from kvbench.policies.snapkv import SnapKV
 from kvbench.policies.streaming_llm import StreamingLLM
 from tests.calibrating import in_process
 from tests.covering import share_of
-from tests.driving import drive
 from tests.tiny_models import random_tokens, tiny_model
 
 PARTS = sorted((Path(__file__).parents[2] / "conf" / "policy" / "allocation").glob("*.yaml"))

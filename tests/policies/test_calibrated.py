@@ -13,17 +13,25 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvbench.cache import Calibrated, Room, Sample, View
+from kvbench.cache import Budget, Calibrated, Layout, PolicyCache, Room, Sample, ScorePolicy, View, cache_argument
 from kvbench.cache.parts import divided_heads, layer_entries
 from kvbench.cache.policy import ranking
 from kvbench.cache.positions import Rotation
-from kvbench.errors import ConfigError
+from kvbench.cache.recording import CalibrationCache
+from kvbench.cache.second_pass import read_again
+from kvbench.contract.driving import left_padded
+from kvbench.contract.reference import rotated
+from kvbench.errors import ConfigError, PolicyError
 from kvbench.policies.allocation.retrieval_heads import RetrievalHeads
 from kvbench.policies.duo_attention import DuoAttention
+from kvbench.policies.fast_kvzip import FastKVzip
+from kvbench.policies.kvzap import KVzap
+from kvbench.policies.kvzip import KVzip
+from kvbench.policies.kvzip_plus import KVzipPlus
 from kvbench.policies.q_filters import QFilters
 from kvbench.policies.triattention import TriAttention
 from tests.covering import share_of
-from tests.reference import rotated
+from tests.tiny_models import random_tokens, tiny_model
 
 HEADS, GROUP, WIDTH = 2, 2, 6
 FREQUENCIES = torch.tensor([1.0, 0.3, 0.04])
@@ -195,3 +203,127 @@ def test_triattention_expects_the_queries_to_come_at_their_distances(seed: int, 
             standardised.append([(one - centre) / deviation for one in scores])
         wanted = [max(of_member) for of_member in zip(*standardised, strict=True)]
         assert found[0, head].tolist() == pytest.approx(wanted, abs=2e-2)
+
+
+HIDDEN = 5
+
+
+def told_sample(seed: int, lengths: list[int]) -> Sample:
+    """A batch padded on the left, with hidden states and with scores of the tokens when the prompt is repeated."""
+    sample, _, _ = sample_of(seed, lengths)
+    generator = torch.Generator().manual_seed(seed + 1)
+    hidden = torch.randn(*sample.position.shape, HIDDEN, generator=generator)
+    scores = torch.rand(len(lengths), HEADS, sample.position.shape[1], generator=generator)
+    return replace(sample, hidden_or_none=hidden, repeated_or_none=scores)
+
+
+def arriving(hidden: Tensor, artefact: dict[str, Tensor]) -> View:
+    return replace(view_of(1, hidden.shape[1], artefact), hidden_or_none=hidden)
+
+
+@settings(max_examples=share_of(30), deadline=None)
+@given(seed=seeds, lengths=st.lists(st.integers(6, 20), min_size=1, max_size=3), ridge=st.sampled_from([0.1, 1.0, 7.0]))
+def test_kvzap_is_the_ridge_regression_of_log_scores_with_a_free_intercept(
+    seed: int, lengths: list[int], ridge: float
+) -> None:
+    """By the normal equations' own property: at the minimum the loss has no slope, in weights and intercept."""
+    policy, sample = KVzap(ridge=ridge), told_sample(seed, lengths)
+    found = learnt(policy, sample)
+    rows = [(b, t) for b in range(len(lengths)) for t in range(sample.position.shape[1]) if sample.position[b, t] >= 0]
+    for head in range(HEADS):
+        slope, free = [ridge * float(w) for w in found["weight"][head]], 0.0
+        for b, t in rows:
+            state = sample.hidden[b, t].tolist()
+            told = sum(w * x for w, x in zip(found["weight"][head].tolist(), state, strict=True))
+            miss = told + float(found["bias"][head]) - math.log(max(float(sample.repeated[b, head, t]), 1e-12))
+            slope, free = [s + miss * x for s, x in zip(slope, state, strict=True)], free + miss
+        assert max(map(abs, [*slope, free])) < 1e-2
+    hidden = torch.randn(1, 4, HIDDEN, generator=torch.Generator().manual_seed(seed))
+    noted = policy.note(arriving(hidden, found))
+    told = sum(float(x * w) for x, w in zip(hidden[0, 2], found["weight"][1], strict=True)) + float(found["bias"][1])
+    assert float(noted[0, 1, 2]) == pytest.approx(told, abs=1e-4)
+
+
+@settings(max_examples=share_of(12), deadline=None)
+@given(seed=seeds)
+def test_a_gate_of_fast_kvzip_weighs_a_token_against_its_sinks(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = FastKVzip().shapes(Layout(num_layers=1, num_heads=HEADS, group=GROUP, width=WIDTH, hidden=HIDDEN))
+    gate = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
+    hidden = torch.randn(1, 3, HIDDEN, generator=generator)
+    noted = FastKVzip().note(arriving(hidden, gate))
+
+    def normed(numbers: Tensor, weight: Tensor) -> Tensor:
+        return numbers / math.sqrt(float((numbers**2).mean()) + 1e-6) * weight
+
+    for head in range(HEADS):
+        for token in range(3):
+            state, shares = hidden[0, token], []
+            key = normed(gate["key"][head] @ state, gate["key_norm"])
+            for member in range(GROUP):
+                query = gate["query"][head, member] @ state + gate["query_bias"][head, member]
+                query = normed(query, gate["query_norm"])
+                own = float(query @ key) / 4 + float(gate["offset"][head, member])
+                others = sum(math.exp(float(query @ sink) / 4 - own) for sink in gate["sinks"][head])
+                shares.append(1 / (1 + others))
+            assert float(noted[0, head, token]) == pytest.approx(sum(shares) / GROUP, rel=1e-3, abs=1e-5)
+
+
+def test_training_a_gate_is_deterministic_and_comes_nearer_to_what_it_is_told() -> None:
+    sample = told_sample(3, [90, 70])
+    easy = sample.hidden[..., :1].sigmoid().transpose(1, 2).expand(-1, HEADS, -1)
+    sample = replace(sample, repeated_or_none=easy)
+
+    def miss(policy: FastKVzip) -> tuple[dict[str, Tensor], float]:
+        found = learnt(policy, sample)
+        told = policy.note(arriving(sample.hidden[:1], found))
+        return found, float((told - easy[:1])[:, :, sample.real[0]].abs().mean())
+
+    (one, before), (_, after) = miss(FastKVzip(epochs=1)), miss(FastKVzip(epochs=80))
+    assert after < 0.8 * before
+    again, _ = miss(FastKVzip(epochs=1))
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    other, _ = miss(FastKVzip(epochs=1, seed=1))
+    assert not torch.equal(one["query"], other["query"])
+
+
+def test_a_text_teaches_a_gate_evenly_spaced_tokens_and_no_pads() -> None:
+    sample = told_sample(4, [20, 7])
+    found = FastKVzip(tokens_per_text=5).gather(sample)
+    assert found["states"].shape == (10, HIDDEN)
+    first = [round(float(at)) for at in torch.linspace(0, 19, 5)]
+    last = [13 + round(float(at)) for at in torch.linspace(0, 6, 5)]
+    torch.testing.assert_close(found["states"], torch.cat((sample.hidden[0, first], sample.hidden[1, last])))
+    torch.testing.assert_close(found["scores"][5:], sample.repeated[1][:, last].T)
+
+
+@pytest.mark.parametrize(("pupil", "teacher"), [(KVzap(), KVzipPlus()), (FastKVzip(), KVzip())])
+def test_calibration_tells_what_the_teacher_reads_while_the_prompt_is_repeated(
+    pupil: Calibrated, teacher: ScorePolicy
+) -> None:
+    model, rows = tiny_model("llama_gqa"), [random_tokens(1, 19), random_tokens(2, 11)]
+    tokens, mask = left_padded(rows)
+    cache, samples = CalibrationCache(model, pupil), []
+    noted: Any = pytest.MonkeyPatch()
+    noted.setattr(type(pupil), "gather", lambda self, sample: samples.append(sample) or {})
+    views: list[View] = []
+    noted.setattr(type(teacher), "score", lambda self, view: views.append(view) or view.position.float())
+    try:
+        for one in (cache, PolicyCache(model, replace(teacher, allocation=None), Budget(tokens=4))):
+            place = (mask.cumsum(-1) - 1).clamp(min=0)
+            with torch.no_grad():
+                model(tokens, attention_mask=mask, position_ids=place, **cache_argument(model, one))
+            assert one.awaits_second_pass
+            read_again(model, one, tokens, mask)
+    finally:
+        noted.undo()
+    assert not cache.awaits_second_pass
+    for sample, view in zip(samples, views, strict=True):
+        assert sample.hidden.shape == (2, 19, 32)
+        torch.testing.assert_close(sample.repeated, view.repeated, rtol=1e-5, atol=1e-7)
+
+
+def test_what_was_not_declared_is_not_learnt_from() -> None:
+    sample, _, _ = sample_of(1, [9])
+    with pytest.raises(PolicyError, match=r"learns from HIDDEN.*add Needs\.HIDDEN"):
+        KVzap().gather(sample)

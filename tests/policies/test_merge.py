@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvbench.cache import Budget, Merge, Needs, PolicyCache, ScorePolicy, View
 from kvbench.cache.slots import Entries, settle
+from kvbench.contract.driving import drive
 from kvbench.errors import ConfigError
 from kvbench.kernels.dispatch import kernels_forced
 from kvbench.policies.elastic import Elastic
@@ -24,7 +25,6 @@ from kvbench.policies.merge.kvmerger import KVMerger
 from kvbench.policies.merge.nearest_cosine import NearestCosine
 from kvbench.policies.merge.voronoi import Voronoi
 from tests.covering import share_of
-from tests.driving import drive
 from tests.naive import Entry, Head
 from tests.naive_merges import Merged, naive_cam, naive_d2o, naive_draw, naive_kvmerger
 from tests.naive_rules import buckets

@@ -11,9 +11,10 @@ import pytest
 
 from kvbench.cache import Budget, Policy
 from kvbench.contract import deciding, holding
+from kvbench.contract.terms import BUDGETS, STEPS
 from kvbench.contract.trial import RULES
-from tests import contract
-from tests.contract import BUDGETS, STEPS, keep
+from tests.contract import keep
+from tests.covering import POSITIONS
 
 TWO_BUDGETS = ["tokens", "third_of_seen"]
 
@@ -100,4 +101,4 @@ def test_each_rule_is_tried_with_each_of_its_values() -> None:
         assert len(cases) == max([1, *map(len, rule.values.values())])
         for name, values in rule.values.items():
             assert {case[name] for case in cases} == set(values), rule.name
-    assert contract.POSITIONS == ("original", "in_cache", "released")
+    assert POSITIONS == ("original", "in_cache", "released")

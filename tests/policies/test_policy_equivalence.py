@@ -9,7 +9,8 @@ import pytest
 from kvbench.cache import Policy
 from kvbench.contract import equality
 from kvbench.contract.driving import TINY_MODELS
-from tests.contract import BUDGETS, keep
+from kvbench.contract.terms import BUDGETS
+from tests.contract import keep
 
 
 @pytest.mark.cover("mechanisms", whole="pairs")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvbench.cache import Budget, Policy, PolicyCache, When
 from kvbench.cache.layer import PolicyLayer
+from kvbench.contract.driving import drive
 from kvbench.errors import ConfigError
 from kvbench.policies.elastic import Elastic
 from kvbench.policies.h2o import H2O
@@ -24,7 +25,6 @@ from kvbench.policies.streaming_llm import StreamingLLM
 from kvbench.policies.tova import TOVA
 from kvbench.policies.vatp import VATP
 from tests import naive_scores
-from tests.driving import drive
 from tests.naive import Entry, NaiveLayer, Rule
 from tests.naive_merges import NaiveCaM, NaiveD2O, NaiveKVMerger
 from tests.naive_rules import NaiveElastic, NaiveH2O, NaiveRandom, NaiveStreaming

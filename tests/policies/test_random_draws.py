@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from kvbench.cache import Budget, PolicyCache, cache_argument
-from tests.contract import YAMLS
+from tests.covering import YAMLS
 from tests.tiny_models import random_tokens, tiny_model
 
 

@@ -18,8 +18,10 @@ from kvbench.cache.positions import Rotation
 from kvbench.cache.selection import draws
 from kvbench.errors import ConfigError
 from kvbench.policies.cake import Cake
+from kvbench.policies.capkv import CapKV
 from kvbench.policies.chunkkv import ChunkKV
 from kvbench.policies.criticalkv import CriticalKV
+from kvbench.policies.curdkv import CurDKV
 from kvbench.policies.expected_attention import ExpectedAttention
 from kvbench.policies.h2o_mean import H2OMean
 from kvbench.policies.key_norm import KeyNorm
@@ -32,6 +34,7 @@ from kvbench.policies.random import Random
 from kvbench.policies.scissorhands import Scissorhands
 from kvbench.policies.snapkv_decode import SnapKVDecode
 from kvbench.policies.tova import TOVA
+from kvbench.policies.vase import VaSE
 from kvbench.policies.vatp import VATP
 from tests import naive_scores as naive
 from tests.covering import share_of
@@ -62,6 +65,7 @@ PAIRS: dict[str, tuple[ScorePolicy, naive.Score]] = {
     ),
     "cake": (Cake(num_recent=4), naive.cake(4, 200.0, 5)),
     "cake_mean": (Cake(num_recent=3, gamma=0.0, kernel_tokens=1), naive.cake(3, 0.0, 1)),
+    "curdkv": (CurDKV(num_sinks=2, run_tokens=5), naive.curdkv(5)),
     "chunkkv_of_one": (ChunkKV(num_recent=2, chunk_tokens=1), naive.chunkkv(2, 1)),
 }
 
@@ -284,6 +288,60 @@ def test_keyformer_is_a_gumbel_softmax_of_each_query_that_grows_warmer(
             slots = {int(at): slot for slot, at in enumerate(view.position[row, head]) if at >= 0}
             for entry, share in zip(cache.heads[row][head], wanted[head], strict=True):
                 assert float(score[row, head, slots[entry.position]]) == pytest.approx(share, rel=1e-3, abs=1e-5)
+
+
+@settings(max_examples=share_of(40), deadline=None)
+@given(
+    seed=st.integers(0, 2**20),
+    lengths=st.lists(st.integers(WINDOW + 1, 30), min_size=ROWS, max_size=ROWS),
+    share=st.sampled_from([0.0, 0.25, 0.8, 1.0]),
+)
+def test_vase_keeps_the_widest_values_and_draws_the_others_anew_at_each_plan(
+    seed: int, lengths: list[int], share: float
+) -> None:
+    policy = VaSE(num_sinks=2, num_recent=4, large_fraction=share, kernel_tokens=3, seed=5)
+    cache = cache_of(seed, lengths, policy, evicted=0, over=None)
+    plan = policy.plan(cache.view)
+    assert plan is not None
+    for row in range(ROWS):
+        where = cache.where(row)
+        large = min(math.floor(Fraction(str(share)) * where.budget), max(0, where.budget - 4))
+        later = where.seen << 24
+        rule = rule_of(
+            policy, naive.vase(lambda head, token, by=later: noise_of(5 * HEADS + head, token + by), 4, large, 3, 2)
+        )
+        kept = rule.plan(cache.heads[row], where)
+        if rule.margin < 1e-5:
+            continue
+        for head in range(HEADS):
+            found = sorted(cache.view.position[row, head][plan.keep[row, head]].tolist())
+            assert found == [entry.position for entry in kept[head]]
+
+
+@settings(max_examples=share_of(30), deadline=None)
+@given(
+    seed=st.integers(0, 2**20),
+    lengths=st.lists(st.integers(WINDOW + 1, 20), min_size=ROWS, max_size=ROWS),
+    tau=st.sampled_from([0.0, 1.0, 5.0]),
+)
+def test_capkv_is_the_weighted_leverage_of_values_by_the_mean_query_turned_ahead(
+    seed: int, lengths: list[int], tau: float
+) -> None:
+    policy = CapKV(future_tokens=5, tau=tau)
+    cache, frequencies = cache_of(seed, lengths, policy, evicted=0, over=None), [1.0, 0.3]
+    mean = torch.randn(ROWS, HEADS, GROUP, WIDTH, generator=torch.Generator().manual_seed(seed))
+    rotation = Rotation(frequencies=torch.tensor(frequencies))
+    view = replace(cache.view, query_mean_or_none=mean, rotation_or_none=rotation)
+    score = policy.score(view)
+    for row in range(ROWS):
+        turned = torch.tensor(naive.mean_rotation([lengths[row] + ahead for ahead in range(5)], frequencies))
+        for head in range(HEADS):
+            judged = [e for e in cache.heads[row][head] if e.position >= 4]
+            anchors = (mean[row, head] @ turned.T).tolist()
+            slots = {int(at): slot for slot, at in enumerate(view.position[row, head]) if at >= 0}
+            for entry, worth in zip(judged, naive.capkv(judged, anchors, tau, 1e-6), strict=True):
+                assert float(score[row, head, slots[entry.position]]) == pytest.approx(worth, rel=1e-3, abs=1e-6)
+            assert all(float(score[row, head, slots[at]]) == math.inf for at in slots if at < 4)
 
 
 @settings(max_examples=share_of(40), deadline=None)

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvbench.cache import Budget, PolicyCache, View
+from kvbench.contract.driving import drive
 from kvbench.errors import ConfigError
 from kvbench.policies.snapkv import SnapKV
 from tests.covering import share_of
-from tests.driving import drive
 from tests.tiny_models import random_tokens, tiny_model
 
 

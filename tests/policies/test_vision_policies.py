@@ -17,6 +17,7 @@ from torch import Tensor
 from kvbench.cache import Budget, Kind, Needs, Policy, PolicyCache, ScorePolicy, View
 from kvbench.cache.policy import needs_of
 from kvbench.cache.recording import PromptRecorder, Recording, cache_after
+from kvbench.contract.driving import Held, drive, held_positions
 from kvbench.datasets.scenes import Scenes
 from kvbench.errors import ConfigError
 from kvbench.models.inputs import PromptBatch, prompt_batch
@@ -28,7 +29,6 @@ from kvbench.policies.post_vision import PostVision
 from kvbench.policies.prefixkv import PrefixKV
 from kvbench.tasks.decode import CacheSetting, Decoding
 from tests.covering import YAMLS, share_of
-from tests.driving import Held, drive, held_positions
 from tests.policies.test_scores import HEADS, ROWS, WINDOW, Cache, cache_of
 from tests.tiny_models import random_tokens, tiny_model
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +165,24 @@ def _entries(budget: float | None) -> list[list[float]]:
 def _entry(value: float, half: float | None, n: int, unit: str, most: float = math.inf) -> dict[str, Any]:
     low, high = (None, None) if half is None else (max(0.0, value - half), min(most, value + half))
     return {"value": value, "low": low, "high": high, "n": n, "unit": unit, "method": "BCa bootstrap over samples"}
+
+
+def embedded(page: str, name: str) -> Any:
+    """Return what stands in a page for its scripts, as `read` of page.js does."""
+    found = re.search(rf'id="{name}">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    packed = json.loads(found[1])
+
+    def whole(one: Any) -> Any:
+        if isinstance(one, str) and one[0] == "!":
+            return whole(packed["lists"][int(one[1:], 36)])
+        if isinstance(one, str):
+            return packed["texts"][int(one, 36)]
+        if isinstance(one, list):
+            return [whole(part) for part in one]
+        if isinstance(one, dict):
+            ((shape, values),) = one.items()
+            return {name: whole(value) for name, value in zip(packed["shapes"][int(shape, 36)], values, strict=True)}
+        return one
+
+    return whole(packed["data"])

@@ -12,7 +12,7 @@ from kvbench.report.answer import answer_html, answer_sentences
 from kvbench.report.compare import Choices
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
-from kvbench.report.standing import Judged, is_usable, judge, standing_at
+from kvbench.report.standing import Judged, is_usable, judge, safe_cells, standing_at
 from tests.report.synthetic import body, without_facts, write_cell, write_sweep
 
 
@@ -251,3 +251,14 @@ def test_costs_alone_get_an_answer_about_speed_and_memory(tmp_path: Path) -> Non
     assert "ranked here" not in drawn
     page = render_page(load_results(tmp_path), [])
     assert "no quality<" not in page
+
+
+def test_what_sees_the_future_is_no_safe_budget_that_one_could_take(tmp_path: Path) -> None:
+    cell(tmp_path, "full", 0.8, budget=None)
+    cell(tmp_path, "oracle (sees the future)", 0.8, budget=0.2, spread=0.052)
+    cell(tmp_path, "h2o", 0.8, budget=0.5, spread=0.052)
+    cell(tmp_path, "random", 0.3, budget=0.2)
+    judged = judged_of(tmp_path)
+    assert [(one.policy, one.budget_fraction) for one in safe_cells(judged)] == [("h2o", 0.5)]
+    told = " ".join(answer_sentences(judged))
+    assert "is shown to be kept (margin 0.020): 50 % tokens kept" in told

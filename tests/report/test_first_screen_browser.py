@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from kvbench.frontier.table import Frontier, Look, Search
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
 from tests.report.chromium import Browser, Page
@@ -186,10 +188,7 @@ def test_answers_stand_side_by_side_with_what_they_leave_out_and_add(page: Page)
         "[...document.querySelectorAll('#sb-others .pane p')].map(pane => { const copy = pane.cloneNode(true);"
         " copy.querySelectorAll('del').forEach(one => one.remove()); return copy.textContent; })"
     )
-    texts = page.run(
-        "JSON.parse(document.getElementById('sample-data').textContent)[0].cells"
-        ".map(cell => cell.samples[0].text).filter(Boolean)"
-    )
+    texts = page.run("embedded('sample-data')[0].cells.map(cell => cell.samples[0].text).filter(Boolean)")
     assert set(plain) <= set(texts), "without what was left out a pane is the answer itself"
 
 
@@ -235,5 +234,85 @@ def test_a_phone_sees_names_and_numbers_without_scrolling(browser: Browser, tmp_
     file.write_text(render_page(load_results(write_sweep(tmp_path)), []), encoding="utf-8")
     page = browser.open(file, width=width, height=900, phone=True)
     assert page.run("document.documentElement.scrollWidth") <= width
-    for number in (".places tbody tr:nth-child(2) td:nth-child(3) small", "#verdict-table tr:nth-child(3) td.verdict"):
+    for number in (
+        ".places tbody tr:nth-child(2) td:nth-child(3) small",
+        "#verdict-table tr:nth-child(3) td[class^=v-]",
+    ):
         assert page.run(f"document.querySelector('{number}').getBoundingClientRect().right") < width, number
+
+
+def test_capacity_and_safe_budgets_are_drawn_told_hidden_and_saved(browser: Browser, tmp_path: Path) -> None:
+    keys, sizes = {}, {("full", None): 12, ("h2o", 0.2): 40, ("h2o", 0.5): 20, ("random", 0.2): 36, ("random", 0.5): 18}
+    for (policy, budget), most in sizes.items():
+        record = body(policy=policy, budget=budget)
+        record["cell"]["task"] = {"speed": {"batch_size": 4}}
+        numbers = {"throughput_tokens_per_s": 50.0, "capacity_prompts": float(most)}
+        for name, value in (numbers | {"capacity_throughput_tokens_per_s": 30.0 * most}).items():
+            found = {"value": value, "low": 0.9 * value, "high": 1.1 * value, "n": 6}
+            record["measurements"][name] = {"name": name} | found
+        keys[policy, budget] = record["key"]
+        write_cell(tmp_path, record)
+    seen = Look(budget=0.5, outcome="safe", key=keys["h2o", 0.5], value=0.01, low=-0.01, high=0.03, num_samples=32)
+    looks = seen, replace(seen, budget=0.2, outcome="worse", key=keys["h2o", 0.2], value=0.2, low=0.1, high=0.3)
+    search = Search(
+        model="tiny-llava", dataset="scenes", policy="h2o", positions="original", policy_settings={},
+        full_key=keys["full", None], status="found", smallest_safe=0.5, budget_low=0.3, looks=looks,
+    )  # fmt: skip
+    above = replace(search, policy="random", status="no budget shown safe", smallest_safe=None, budget_low=None,
+                    looks=(replace(looks[1], budget=0.5, key=keys["random", 0.5]),))  # fmt: skip
+    frontier = Frontier(
+        name="f", measure="ppl", margin=0.05, ladder=(0.1, 0.2, 0.3, 0.5), budget_setting="fraction", confidence=0.98,
+        num_cells=3, num_cells_of_grid=8, searches=(search, above),
+    )  # fmt: skip
+    file = tmp_path / "index.html"
+    file.write_text(render_page(replace(load_results(tmp_path), frontiers=(frontier,)), []), encoding="utf-8")
+    page = browser.open(file)
+    tips = {}
+    for name in ("rates", "fit", "safe"):
+        assert not page.run(f"document.querySelector('[data-figure={name}]').hidden"), name
+        page.run(f"document.querySelector('[data-figure={name}] svg').focus()")
+        found = []
+        for _ in range(9):
+            page.press("ArrowDown")
+            found.append(page.run(f"document.querySelector('[data-figure={name}] .chart-tip').textContent"))
+        tips[name] = found
+    for name, start, *parts in (
+        ("rates", "h2o, 20 % tokens kept: ", "with 40 together [", "n = 6"),
+        ("fit", "h2o, 20 % tokens kept: ", "[36, 44], n = 6"),
+        ("safe", "h2o: smallest safe budget 50 %, the true one from 30 % on; there +0.010"),
+        ("safe", "h2o at 20 %: worse, +0.200"),
+    ):
+        assert any(tip.startswith(start) and all(part in tip for part in parts) for tip in tips[name]), tips[name]
+    names = "[...document.querySelectorAll('[data-figure=safe] .name')].map(one => one.textContent)"
+    assert page.run(names) == ["50 %", "above 50 %"]
+    table = page.run(
+        "new Promise(done => { URL.createObjectURL = blob => { blob.text().then(done); return 'data:,'; };"
+        " HTMLAnchorElement.prototype.click = () => {};"
+        " document.querySelectorAll('[data-figure=safe] .chart-tools button')[2].click(); })"
+    )
+    assert table.splitlines()[1].startswith("h2o,50,30,found,50,safe,")
+    page.run("[...document.querySelectorAll('#chips button')].find(one => one.textContent === 'random').click()")
+    assert "off=random" in page.run(HASH)
+    assert page.run(names) == ["50 %"]
+    assert page.complaints() == []
+
+
+def test_a_large_table_is_made_as_a_reader_comes_near_and_works_like_any_other(page: Page) -> None:
+    places = "document.querySelectorAll('.later').length"
+    assert page.run(places) > 0
+    page.run(
+        "(async () => { for (const one of document.querySelectorAll('main details')) one.open = true;"
+        " for (let tries = 0; tries < 200 && document.querySelector('.later'); tries++) {"
+        " document.querySelector('.later').scrollIntoView(); await new Promise(done => setTimeout(done, 20)); } })()"
+    )
+    assert page.run(places) == 0
+    table = "[...document.querySelectorAll('#numbers table')].find(one => one.caption.textContent.startsWith('Every'))"
+    assert page.run(f"{table}.tBodies[0].rows.length") == 13
+    ppl = f"[...{table}.tHead.rows[0].cells].findIndex(one => one.textContent.startsWith('PPL'))"
+    page.run(f"{table}.tHead.rows[0].cells[{ppl}].querySelector('button').click()")
+    shown = page.run(f"[...{table}.tBodies[0].rows].map(row => Number(row.cells[{ppl}].firstChild.textContent))")
+    assert shown == sorted(shown)
+    page.run("[...document.querySelectorAll('#chips button')].find(one => one.textContent === 'random').click()")
+    hidden = f"[...{table}.tBodies[0].rows].filter(row => row.offsetHeight === 0).map(row => row.cells[0].dataset.v)"
+    assert set(page.run(hidden)) == {"random"}
+    assert page.complaints() == []

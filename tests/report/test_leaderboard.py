@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from kvbench.report.compare import compare, difference_text
-from kvbench.report.leaderboard import Part, board, board_markdown, boards_csv, chosen_group, missing_markdown
-from kvbench.report.load import Group, Results, _ordered, load_results, parse_cell
+from kvbench.report.first_screen import leaderboard
+from kvbench.report.leaderboard import Part, board, board_markdown, boards_csv, judged_part, missing_markdown
+from kvbench.report.load import Results, _ordered, load_results, parse_cell
 from kvbench.report.publication import main
+from kvbench.report.standing import Judged, judge
 from tests.report.synthetic import body, write_cell
 
 SCENES = Part(title="scenes", dataset="scenes_asked", task="generation")
@@ -29,43 +31,66 @@ def results_of(*bodies: dict[str, Any]) -> Results:
     return Results(records=tuple(parse_cell(one) for one in bodies), problems=())
 
 
-def group_of(*bodies: dict[str, Any]) -> Group:
-    group = chosen_group(results_of(record("full", None), *bodies), SCENES, 0.2)
-    assert group is not None
-    return group
+def judged_of(name: str, *bodies: dict[str, Any], part: Part = SCENES) -> Judged:
+    judged = judged_part(results_of(record("full", None), *bodies), part, name)
+    assert judged is not None
+    return judged
+
+
+RECALL = "objects_recalled_fraction"
 
 
 def test_places_follow_the_estimate_and_verdicts_the_paired_difference_to_the_next() -> None:
-    rows = board(group_of(*map(record, POLICIES)), "objects_recalled_fraction")
-    values = [row.cell.measurements["objects_recalled_fraction"].value for row in rows]
+    judged = judged_of(RECALL, *map(record, POLICIES))
+    places = board(judged, 0.2, RECALL)
+    values = [place.cell.measurements[RECALL].value for place in places]
     assert values == sorted(values, reverse=True)
-    assert [row.place for row in rows] == [1, 2, 3, 4]
-    for row, following in itertools.pairwise(rows):
-        assert row.against_next is not None
-        assert row.against_next.second is following.cell
-        told = compare(row.cell, following.cell, "objects_recalled_fraction")
+    assert [place.rank for place in places] == [1, 2, 3, 4]
+    for place, following in itertools.pairwise(places):
+        assert place.next is not None
+        assert place.next.second is following.cell
+        told = compare(place.cell, following.cell, RECALL)
         assert told is not None
-        assert row.against_next.value == told.value
-        assert (row.against_next.p_holm or 0) >= (told.p_value or 0)
-    assert rows[-1].against_next is None
+        assert place.next.value == told.value
+        assert (place.next.p_holm or 0) >= (told.p_value or 0)
+    assert places[-1].next is None
+
+
+def test_a_pair_has_one_verdict_in_the_table_of_the_docs_on_the_page_and_among_all_pairs() -> None:
+    bodies = [record("full", None), *(record(policy, budget) for policy in POLICIES for budget in (0.1, 0.2))]
+    results = results_of(*bodies)
+    judged = judged_part(results, SCENES, RECALL)
+    assert judged is not None
+    whole = judge(results.groups[0])
+    places = board(judged, 0.2, RECALL)
+    shown = [place for place in leaderboard(whole, "20 % tokens kept", RECALL) if place.rank]
+    assert [place.next for place in places] == [place.next for place in shown]
+    for place in shown[:-1]:
+        assert place.next is not None
+        assert place.next == whole.between(place.cell, place.next.second, RECALL)
+        own = compare(place.cell, place.next.second, RECALL)
+        assert own is not None
+        assert (place.next.p_holm or 0) > (own.p_value or 0), "corrected over all pairs, not over neighbours alone"
 
 
 def test_a_perplexity_is_better_where_it_is_less() -> None:
-    values = [row.cell.measurements["ppl"].value for row in board(group_of(*map(record, POLICIES)), "ppl")]
+    places = board(judged_of("ppl", *map(record, POLICIES)), 0.2, "ppl")
+    values = [place.cell.measurements["ppl"].value for place in places]
     assert values == sorted(values)
 
 
 def test_what_holds_as_much_as_it_finds_and_what_failed_has_no_place() -> None:
-    group = group_of(
+    judged = judged_of(
+        "ppl",
         record("h2o"), record("elastic", budget_total="data_dependent"), record("random", status="oom"),
         record("streaming_llm", budget_total="bounded"), record("oracle (sees the future)"),
     )  # fmt: skip
-    rows = {row.name: row for row in board(group, "ppl")}
-    assert (rows["h2o"].place, rows["streaming_llm"].place) == (1, 2)
-    assert (rows["elastic"].place, rows["elastic"].remark) == (None, "its budget is what it finds to hold")
-    assert rows["elastic"].against_full is not None
-    assert (rows["oracle (sees the future)"].place, rows["oracle (sees the future)"].against_next) == (None, None)
-    assert (rows["random"].place, rows["random"].remark) == (None, "failed: oom")
+    rows = {place.policy: place for place in board(judged, 0.2, "ppl")}
+    assert (rows["h2o"].rank, rows["streaming_llm"].rank) == (1, 2)
+    assert (rows["elastic"].rank, rows["elastic"].reason) == (None, "its budget is what it finds to hold")
+    assert judged.against_full(rows["elastic"].cell, "ppl") is not None
+    assert (rows["oracle (sees the future)"].rank, rows["oracle (sees the future)"].next) == (None, None)
+    assert (rows["random"].rank, rows["random"].reason) == (None, "oom")
 
 
 def test_nobody_is_ranked_where_the_full_cache_cannot_do_the_task() -> None:
@@ -75,10 +100,10 @@ def test_nobody_is_ranked_where_the_full_cache_cannot_do_the_task() -> None:
         made["measurements"]["objects_recalled_fraction"] |= {"value": 0.0, "low": 0.0, "high": 0.0}
         return made
 
-    group = chosen_group(results_of(*map(blind, [record("full", None), record("h2o")])), SCENES, 0.2)
-    assert group is not None
-    (row,) = board(group, "objects_recalled_fraction")
-    assert (row.place, row.remark) == (None, "the full cache itself does not do this task")
+    judged = judged_part(results_of(*map(blind, [record("full", None), record("h2o")])), SCENES, RECALL)
+    assert judged is not None
+    (place,) = board(judged, 0.2, RECALL)
+    assert (place.rank, place.reason) == (None, "the full cache itself does not do this task")
 
 
 def test_a_question_that_is_hidden_is_another_part() -> None:
@@ -86,9 +111,10 @@ def test_a_question_that_is_hidden_is_another_part() -> None:
     hidden["cell"] |= {"query_visible": False}
     results = results_of(record("full", None), record("h2o"), hidden)
     for question, visible in (("seen", True), ("hidden", False)):
-        group = chosen_group(results, Part(title="", dataset="scenes_asked", task="generation", question=question), 0.2)
-        assert group is not None
-        assert [cell.settings["query_visible"] for cell in group.budgeted] == [visible]
+        part = Part(title="", dataset="scenes_asked", task="generation", question=question)
+        judged = judged_part(results, part, "ppl")
+        assert judged is not None
+        assert [cell.settings["query_visible"] for cell in judged.group.budgeted] == [visible]
 
 
 def test_a_text_that_is_scored_and_gone_on_with_by_two_cells_makes_two_tables() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ import pytest
 from kvbench.report.answer import failures_html
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
-from kvbench.report.samples import linked_samples
 from kvbench.report.standing import judge
-from tests.report.synthetic import body, without_facts, write_cell
+from tests.report.synthetic import body, embedded, without_facts, write_cell
 
 
 def cell(folder: Path, policy: str, num_samples: int, *, lost: int = 0, budget: float | None = 0.2) -> None:
@@ -30,10 +28,8 @@ def failures_of(folder: Path) -> str:
     return failures_html(judge(group))
 
 
-def embedded(page: str) -> list[dict[str, Any]]:
-    found = re.search(r'id="sample-data">(.*?)</script>', page, re.DOTALL)
-    assert found is not None
-    return list(json.loads(found[1])[0]["cells"])
+def cells_of(page: str) -> list[dict[str, Any]]:
+    return list(embedded(page, "sample-data")[0]["cells"])
 
 
 def test_each_policy_is_counted_over_the_samples_that_it_has(tmp_path: Path) -> None:
@@ -64,6 +60,18 @@ def test_equal_losses_stand_in_the_order_of_their_numbers(tmp_path: Path) -> Non
     assert rows == [str(number) for number in range(12)]
 
 
+def test_of_many_policies_the_fewest_and_the_most_collapses_are_named(tmp_path: Path) -> None:
+    cell(tmp_path, "full", 8, budget=None)
+    for number in range(9):
+        cell(tmp_path, f"policy{number}", 8, lost=min(number, 7))
+    text = failures_of(tmp_path)
+    assert (
+        "9 policies collapse on 0 (<code>policy0</code>) to 7 (<code>policy7</code> and <code>policy8</code>) "
+        "of 8 samples</summary>" in text
+    )
+    assert "<code>policy3</code>" not in text.partition("</summary>")[0]
+
+
 def test_linked_and_collapsed_samples_are_on_a_page_that_can_not_hold_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,9 +79,9 @@ def test_linked_and_collapsed_samples_are_on_a_page_that_can_not_hold_all(
     cell(tmp_path, "h2o", 60, lost=40)
     monkeypatch.setattr("kvbench.report.samples._MOST_SAMPLES", 68)
     page = render_page(load_results(tmp_path), [])
-    (links,) = linked_samples(page).values()
+    links = set(re.findall(r'<tr data-sample="([^"]+)">', page))
     assert len(links) == 32, "the worst, and no other"
-    found = next(one for one in embedded(page) if one["policy"] == "h2o")
+    found = next(one for one in cells_of(page) if one["policy"] == "h2o")
     held = [answer["id"] for answer in found["samples"]]
     assert links <= set(held)
     assert len(held) == 34, "half of the room"

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +7,11 @@ import pytest
 
 from kvbench.report.load import load_results
 from kvbench.report.samples import answers_of, collapsed, first_different_word, sample_browser
-from tests.report.synthetic import body, write_cell
+from tests.report.synthetic import body, embedded, write_cell
 
 
 def data_of(folder: Path) -> Any:
-    found = re.search(r'id="sample-data">(.*?)</script>', sample_browser(load_results(folder)), re.DOTALL)
-    assert found is not None
-    return json.loads(found[1])
+    return embedded(sample_browser(load_results(folder)), "sample-data")
 
 
 def write_samples(folder: Path, *, policy: str = "h2o", samples: list[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import Budget, Policy
+from kvbench.contract.driving import Held, held_positions, left_padded
 from kvbench.kernels.dispatch import MAX_ROWS
 from kvbench.models.inputs import PromptBatch
 from kvbench.models.loader import LoadedModel, load_model
@@ -27,8 +28,6 @@ from kvbench.tasks.decode import CacheSetting, forced
 from kvbench.tasks.generation import Generation
 from kvbench.tasks.perplexity import Perplexity
 from kvbench.tasks.task import BatchTask, Bench, Part, Payload, TaskResult, joined
-from tests.contract import left_padded
-from tests.driving import Held, held_positions
 from tests.models.checkpoints import save_checkpoint
 from tests.sweep.watching import KeptInMemory, run_cells
 from tests.tasks.benches import bench_of, cell_of

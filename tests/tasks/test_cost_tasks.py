@@ -163,5 +163,5 @@ def test_a_launch_is_summed_up_by_median_and_nearest_rank() -> None:
     ],
 )
 def test_a_number_out_of_range_is_refused(task: type, wrong: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match="allowed"):
+    with pytest.raises(ConfigError, match="it must be at least"):
         task(**wrong)

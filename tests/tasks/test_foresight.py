@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import Budget, PolicyCache
+from kvbench.contract.driving import held_positions
 from kvbench.errors import ConfigError
 from kvbench.models.loader import LoadedModel
 from kvbench.policies.oracle import Oracle
@@ -23,7 +24,6 @@ from kvbench.tasks.perplexity import Perplexity, PerplexityReleased
 from kvbench.tasks.task import BatchTask, Prompts
 from tests.config.test_policy_parts import cell_of
 from tests.covering import one_in
-from tests.driving import held_positions
 from tests.tasks.benches import SCENES, bench_of, cut
 from tests.tasks.test_graph import loaded, padded_batch
 from tests.tiny_models import random_tokens, tiny_model

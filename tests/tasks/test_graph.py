@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import UNLIMITED, Budget, Policy, PolicyCache, View
+from kvbench.contract.driving import Held, held_positions, left_padded
 from kvbench.errors import ModelSupportError, PolicyError
 from kvbench.models.inputs import PromptBatch
 from kvbench.models.loader import LoadedModel
@@ -21,8 +22,6 @@ from kvbench.policies.h2o import H2O
 from kvbench.tasks import decode as capture
 from kvbench.tasks import decode as graph
 from kvbench.tasks.decode import CacheSetting, Decoding, captured
-from tests.contract import left_padded
-from tests.driving import Held, held_positions
 from tests.tasks.benches import NanAtDecode
 from tests.tiny_models import random_tokens, tiny_model
 

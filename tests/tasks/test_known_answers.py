@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvbench.cache import Budget, Policy, When
 from kvbench.cache.released import departures_of
+from kvbench.contract.driving import Held, held_positions
 from kvbench.kernels.dispatch import kernels_forced
 from kvbench.models.loader import LoadedModel
 from kvbench.policies.full import Full
@@ -23,7 +24,6 @@ from kvbench.tasks.decode import CacheSetting, Decoding, forced
 from kvbench.tasks.fidelity import Fidelity
 from kvbench.tasks.perplexity import Perplexity, PerplexityReleased
 from kvbench.tasks.task import BatchTask, Bench
-from tests.driving import Held, held_positions
 from tests.tasks.benches import FULL, MostAttended, bench_of, cut
 from tests.tasks.test_graph import loaded, padded_batch
 from tests.tiny_models import random_tokens

@@ -187,7 +187,7 @@ def test_an_answer_of_fixed_length_goes_on_behind_its_end(bundled: LoadedModel, 
         (lambda: Generation(temperature=math.nan), "temperature is nan"),
         (lambda: Generation(num_samples=4), "no temperature, so that all draws would be the one greedy answer"),
         (lambda: Generation(temperature=0.0, seed=1), "no temperature"),
-        (lambda: Generation(temperature=1.0, num_samples=0), "num_samples=0"),
+        (lambda: Generation(temperature=1.0, num_samples=0), "num_samples is 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_in_one_line(make: Callable[[], Any], fragment: str) -> None:

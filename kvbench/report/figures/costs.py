@@ -220,7 +220,7 @@ def _kv(axes: Axes, group: Group, marks: _Marks, look: Look) -> None:
     axes.set_xlabel(scale.label)
 
 
-_RATE, _LARGEST, _RATE_THERE = "throughput_tokens_per_s", "capacity_prompts", "capacity_throughput_tokens_per_s"
+RATE, _LARGEST, _RATE_THERE = "throughput_tokens_per_s", "capacity_prompts", "capacity_throughput_tokens_per_s"
 _Lines = Mapping[tuple[str, str], list[tuple[float, Estimate]]]
 
 
@@ -228,7 +228,7 @@ def capacity_figure(group: Group, look: Look) -> Figure | None:
     """Draw throughput over batch where it was measured at several, and the largest batches."""
     found: dict[tuple[str, str], list[tuple[float, Estimate]]] = {}
     for cell in group.cells:
-        found.setdefault((group.series_label(cell), cell.budget), []).extend(_rates(cell))
+        found.setdefault((group.series_label(cell), cell.budget), []).extend(rates_of(cell))
     lines = {key: sorted(rates, key=lambda one: (one[0], one[1].value)) for key, rates in found.items() if rates}
     batches = {batch for rates in lines.values() for batch, _ in rates}
     largest = bool(measured(group.cells, _LARGEST))
@@ -237,13 +237,13 @@ def capacity_figure(group: Group, look: Look) -> Figure | None:
     return labelled(lambda legend: _capacity(group, look, lines, legend, largest))
 
 
-def _rates(cell: CellResult) -> list[tuple[float, Estimate]]:
+def rates_of(cell: CellResult) -> list[tuple[float, Estimate]]:
     """Return (prompts together, throughput): of the speed pass at its batch size, and at the largest batch."""
     task: Any = cell.settings.get("task")
     speed: Any = task.get("speed") if isinstance(task, dict) else None
     size = speed.get("batch_size") if isinstance(speed, dict) else None
     found: list[tuple[float, Estimate]] = []
-    if (rate := cell.estimate(_RATE)) and isinstance(size, int) and size > 0:
+    if (rate := cell.estimate(RATE)) and isinstance(size, int) and size > 0:
         found.append((float(size), rate))
     if (rate := cell.estimate(_RATE_THERE)) and (most := cell.estimate(_LARGEST)):
         found.append((most.value, rate))
@@ -258,7 +258,7 @@ def _capacity(group: Group, look: Look, lines: _Lines, legend: bool, largest: bo
     marks = marks_of(group, look.palette)
     if lines:
         ends = _throughput(panels[0], lines, marks, look)
-        panels[0].set_title(panel_title(_RATE if measured(group.cells, _RATE) else _RATE_THERE, group.cells))
+        panels[0].set_title(panel_title(RATE if measured(group.cells, RATE) else _RATE_THERE, group.cells))
         if not legend:
             labels.right_of(panels[0], ends)
     if largest:
@@ -278,8 +278,8 @@ def _throughput(axes: Axes, lines: _Lines, marks: _Marks, look: Look) -> list[Na
         xs, ys = [batch for batch, _ in points], [rate.value for _, rate in points]
         text = label if budget == "-" else f"{label}, {budget.removesuffix(' tokens kept')}"
         axes.vlines(xs, [rate.bounds[0] for _, rate in points], [rate.bounds[1] for _, rate in points],
-                    color=mark.colour, linewidth=1.3, label=artist_name(_RATE, text))  # fmt: skip
-        axes.plot(xs, ys, linestyle=mark.line, linewidth=1.4, label=artist_name(_RATE, text),
+                    color=mark.colour, linewidth=1.3, label=artist_name(RATE, text))  # fmt: skip
+        axes.plot(xs, ys, linestyle=mark.line, linewidth=1.4, label=artist_name(RATE, text),
                   **style_of(mark, look.theme))  # fmt: skip
         ends.append(Named(text=text, x=xs[-1], y=ys[-1], colour=mark.colour))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -7,16 +7,19 @@ colours, markers and lines.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.markers import MarkerStyle
 from matplotlib.path import Path as Outline
 
+from kvbench.frontier.table import Frontier, Search, difference_of, held_text
 from kvbench.measures import TASK_MEASURES, format_value, measure
-from kvbench.report.compare import Ability, timing_noise
+from kvbench.report.compare import Ability, difference_unit, size_text, timing_noise
 from kvbench.report.figures.axes import axis_scale, marks_of
+from kvbench.report.figures.costs import RATE, rates_of
+from kvbench.report.figures.pareto import searches_of
 from kvbench.report.figures.style import COLOUR_NAMES, Mark, Palette
 from kvbench.report.first_screen import COST_TEXTS, board_measures, board_rows
 from kvbench.report.load import CellResult, Estimate, Group, mean_scores, natural_key
@@ -38,8 +41,8 @@ _MOST_STEPS = 60  # of a curve; a screen shows no more
 _DASHED = (6.0, 1.6)
 
 
-def group_data(judged: Judged, palette: Palette) -> dict[str, Any]:
-    """Return one model and data set for the script."""
+def group_data(judged: Judged, palette: Palette, frontiers: Iterable[Frontier] = ()) -> dict[str, Any]:
+    """Return one model and data set for the script, with the searches for a smallest safe budget in it."""
     group = judged.group
     marks, series = marks_of(group, palette), list(group.by_series())
     ranked = board_measures(judged)
@@ -67,6 +70,7 @@ def group_data(judged: Judged, palette: Palette) -> dict[str, Any]:
         },
         "costs_of": costs,
         "lost": _lost(judged),
+        "safe": [_safe(group, palette, *found) for found in searches_of(group, frontiers)],
     }
 
 
@@ -123,6 +127,7 @@ def _cell(group: Group, cell: CellResult, series: Sequence[str], names: Sequence
         "numbers": found,
         **({"noise": noise} if noise else {}),
         **({"entries": _thinned(curve)} if isinstance(curve, list) and curve else {}),
+        **({"rates": [[size, *_number(RATE, rate)] for size, rate in rates]} if (rates := rates_of(cell)) else {}),
     }
 
 
@@ -138,10 +143,37 @@ def _short(number: float) -> float:
 
 
 def _thinned(curve: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Return seen tokens, mean and most entries at so many steps, the first and the last among them."""
+    """Return seen tokens, mean and most entries at so many steps, the first and the last among them, a list each."""
     step = max(1, -(-len(curve) // _MOST_STEPS))
     kept = [*curve[::step], *([curve[-1]] if (len(curve) - 1) % step else [])]
-    return [[_short(float(number)) for number in row[:3]] for row in kept]
+    return [[_short(float(row[part])) for row in kept] for part in range(3)]
+
+
+def _safe(group: Group, palette: Palette, frontier: Frontier, searches: Sequence[Search]) -> dict[str, Any]:
+    """Return a search file for the script: by policy the smallest safe budget, and what was seen at each."""
+    factor = 100.0 if frontier.budget_setting == "fraction" else 1.0
+    known = {cell.key: cell for cell in group.cells}
+    rows = []
+    for search in searches:
+        cell = next((known[one.key] for one in search.looks if one.key in known), None)
+        name = search.policy if cell is None else group.series_label(cell)
+        rows.append({
+            "name": name, "look": look_of(palette.mark(search.policy, search.positions)), "status": search.status,
+            "safe": None if search.smallest_safe is None else _short(factor * search.smallest_safe),
+            "low": None if search.budget_low is None else _short(factor * search.budget_low),
+            "held": held_text(frontier, search),
+            "looks": [
+                {"budget": _short(factor * one.budget), "outcome": one.outcome, "key": (one.key or "")[:16],
+                 "difference": difference_of(one) or one.reason, "n": one.num_samples} for one in search.looks
+            ],
+        })  # fmt: skip
+    unit = difference_unit(frontier.measure)[0]
+    margin = f"{size_text(frontier.measure, frontier.margin)} {unit}".strip()
+    return {
+        "title": f"Smallest budget at which {measure(frontier.measure).label} is at most {margin} worse than full",
+        "unit": " %" if factor > 1 else "", "ladder": [_short(factor * rung) for rung in frontier.ladder],
+        "label": "tokens kept (%)" if factor > 1 else "entries per layer and KV head", "rows": rows,
+    }  # fmt: skip
 
 
 def _lost(judged: Judged) -> dict[str, Any] | None:
@@ -164,7 +196,8 @@ def _lost(judged: Judged) -> dict[str, Any] | None:
     }
     order = sorted(samples, key=lambda sample: (means[sample], natural_key(sample)))
     rows = {
-        index: [_short(one[sample]) if sample in one else None for sample in order] for index, one in by_cell.items()
+        index: [float(f"{one[sample]:.4g}") if sample in one else None for sample in order]
+        for index, one in by_cell.items()
     }
     unit = "nats per token" if measure(name).unit == "ppl" else ""
     return {"measure": name, "unit": unit, "samples": order, "cells": rows}

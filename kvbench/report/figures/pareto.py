@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,19 +218,22 @@ def pareto_front(points: Sequence[Point], name: str) -> list[Point]:
     return front
 
 
-def frontier_figure(group: Group, look: Look) -> Figure | None:
-    """Draw a panel per search file that has this model and data set.
+def searches_of(group: Group, frontiers: Iterable[Frontier]) -> Iterator[tuple[Frontier, list[Search]]]:
+    """Yield the searches of this model and data set where it ranks policies in their measure.
 
     A search is of the group by its cells: groups add settings to names that several of them share.
     """
     ability, keys = Ability(group), {cell.key for cell in group.cells}
-    found = [
-        (frontier, searches)
-        for frontier in look.frontiers
-        if (searches := [one for one in frontier.searches if keys & {one.full_key, *(seen.key for seen in one.looks)}])
-        and (not look.measures or frontier.measure in look.measures)
-        and not ability.reason(frontier.measure)
-    ]
+    for frontier in frontiers:
+        found = [one for one in frontier.searches if keys & {one.full_key, *(seen.key for seen in one.looks)}]
+        if found and not ability.reason(frontier.measure):
+            yield frontier, found
+
+
+def frontier_figure(group: Group, look: Look) -> Figure | None:
+    """Draw a panel per search file that has this model and data set."""
+    wanted = (one for one in look.frontiers if not look.measures or one.measure in look.measures)
+    found = list(searches_of(group, wanted))
     if not found:
         return None
     rows = max(len(searches) for _, searches in found)

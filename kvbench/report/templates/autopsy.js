@@ -240,7 +240,7 @@ const followWords = panel => {
 };
 
 const at = id => document.getElementById(id);
-const data = JSON.parse(at("autopsy-data").textContent);
+const data = embedded("autopsy-data");
 const pick = { group: at("ap-group"), sample: at("ap-sample"), budget: at("ap-budget"), layer: at("ap-layer"),
   head: at("ap-head"), measure: at("ap-measure") };
 const slider = at("ap-step"), play = at("ap-play"), moment = at("ap-moment"), readout = at("ap-readout");

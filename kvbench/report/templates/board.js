@@ -1,6 +1,6 @@
 // The leaderboard, what is chosen on the page (group, budget, measure, cost, policies), and what each figure shows of it.
 if (document.getElementById("living-data")) (() => {
-const at = id => document.getElementById(id), data = JSON.parse(at("living-data").textContent);
+const at = id => document.getElementById(id), data = embedded("living-data");
 const form = at("choose"), pick = { group: at("pick-group"), budget: at("pick-budget"), measure: at("pick-measure"), cost: at("pick-cost") };
 const SHOWN_PLACES = 12, MOST_COLUMNS = 120;
 const hidden = () => new Set((State.get("off") || "").split("~").filter(Boolean));
@@ -69,14 +69,15 @@ const pareto = () => {
     names.push([shortened(group().policies[cell.policy].name), point(cell).x, point(cell).y, cell.policy]);
   const words = front.filter(cell => cell.budget).map(labelOf);
   return { x: { ...x, log: x.low > 0 && x.high / x.low > 3, label: axis(cost) }, y: { ...extent(extremes(cells, name)), log: isLog(name, extent(extremes(cells, name))), label: axis(name), within: within(name) },
-    alt: `${known(name).title} against ${known(cost).label}. On the Pareto front: ${words.join("; ") || "the full cache alone"}.`,
-    title: `${known(name).title} against ${known(cost).label}`, table: tableOf(cells, cost, name), names, height: 400,
+    alt: `${known(name).title} over ${known(cost).label}. On the Pareto front: ${words.join("; ") || "the full cache alone"}.`,
+    title: `${known(name).title} over ${known(cost).label}`, table: tableOf(cells, cost, name), names, height: 400,
     front: front.map(cell => [cell.numbers[cost][0] / known(cost).factor, cell.numbers[name][0] / known(name).factor]),
     series: bySeries(cells).map(one => ({ ...one, pale: !lit.has(one.policy), joined: true, points: one.cells.map(point) })) };
 };
 const quality = () => pick.cost.value ? againstBudget() : null;
-const againstBudget = () => {
-  const name = measureName(), f = known(name).factor, cells = usable().filter(cell => cell.budget && cell.numbers[name] && cell.size !== null);
+const fit = () => group().measures.capacity_prompts ? againstBudget("capacity_prompts") : null;
+const againstBudget = (name = measureName()) => {
+  const f = known(name).factor, cells = usable().filter(cell => cell.budget && cell.numbers[name] && cell.size !== null);
   const places = [...new Set(cells.map(cell => cell.size))].sort((a, b) => a - b);
   if (places.length < 2) return null;
   const lit = strong(), share = places[places.length - 1] <= 1, ref = full() && full().numbers[name], scale = share ? 100 : 1;
@@ -87,8 +88,8 @@ const againstBudget = () => {
   return { x: { low: places[0] * scale, high: places[places.length - 1] * scale * (share ? 1.06 : 1.2), log: places[places.length - 1] / places[0] >= 8, label: share ? "tokens kept (%)" : "tokens kept",
     ticks: places.map(place => [place * scale, String(Number((place * scale).toPrecision(4)))]) },
     y: { ...range, log: isLog(name, range), label: axis(name), within: within(name) },
-    lines: ref ? [{ y: ref[0] / f }] : [], names: ends, table: tableOf(cells, name), title: `${known(name).title} against budget`,
-    alt: `${known(name).title} against budget; dashed: the full cache${ref ? `, ${ref[4]}` : ""}.${best ? ` Best at ${budget()}: ${group().policies[best.policy].name}, ${best.numbers[name][4]}.` : ""}`,
+    lines: ref ? [{ y: ref[0] / f }] : [], names: ends, table: tableOf(cells, name), title: `${known(name).title} over budget`,
+    alt: `${known(name).title} over budget; dashed: the full cache${ref ? `, ${ref[4]}` : ""}.${best ? ` Best at ${budget()}: ${group().policies[best.policy].name}, ${best.numbers[name][4]}.` : ""}`,
     series: bySeries(cells).map(one => ({ ...one, band: true, joined: true, pale: !lit.has(one.policy), points: one.cells.map(cell => {
       const found = cell.numbers[name], value = found[0] / f;
       return { x: cell.size * scale, y: value, ...{ low: value, high: value, ...bounds(found, f) }, cell, says: `${labelOf(cell)}: ${told(cell, name)}` }; }) })) };
@@ -146,7 +147,8 @@ const memory = () => {
       says: `${labelOf(cell)}: ${["peak_memory_bytes", ...PARTS.map(([name]) => name)].map(name => told(cell, name)).filter(Boolean).join("; ")}` }] })) };
 };
 const entries = () => {
-  const cells = usable().filter(cell => cell.entries && (!cell.budget || cell.budget === budget()));
+  const cells = usable().filter(cell => cell.entries && (!cell.budget || cell.budget === budget()))
+    .map(cell => ({ ...cell, entries: cell.entries[0].map((seen, at) => [seen, cell.entries[1][at], cell.entries[2][at]]) }));
   if (!cells.some(cell => cell.budget)) return null;
   const lit = strong(), all = cells.flatMap(cell => cell.entries);
   const one = cells.filter(cell => cell.budget)[0];
@@ -158,7 +160,43 @@ const entries = () => {
       ({ x, y, cell, says: `${labelOf(cell)}: ${Number(y.toPrecision(4))} entries after ${x} tokens, at most ${most}` }))) })) };
 };
 
+// Tokens per second over the prompts that run together: of the speed pass, and at the most that fit.
+const rates = () => {
+  const cells = usable().filter(cell => cell.rates && (!cell.budget || cell.budget === budget())), all = cells.flatMap(cell => cell.rates);
+  if (new Set(all.map(rate => rate[0])).size < 2) return null;
+  const lit = strong(), xs = extent(all.map(rate => rate[0])), most = all.slice().sort((a, b) => b[1] - a[1])[0];
+  const best = cells.find(cell => cell.rates.includes(most));
+  return { x: { ...xs, log: true, label: "prompts that run together", ticks: [...new Set(all.map(rate => rate[0]))].sort((a, b) => a - b).map(size => [size, String(size)]) },
+    y: { ...extent([0, ...all.flatMap(rate => rate.slice(1, 4).filter(one => one !== null))]), label: "tokens/s" }, title: `Throughput over the batch at ${budget()}`,
+    alt: `Tokens per second of a whole run over the prompts that run together. Most: ${group().policies[best.policy].name}, ${most[5]} with ${most[0]}.`,
+    table: [["policy", "budget", "prompts", "throughput_tokens_per_s", "low", "high", "n"], ...cells.flatMap(cell => cell.rates.map(rate => [group().policies[cell.policy].name, cell.budget, ...rate.slice(0, 5)]))],
+    names: cells.filter(cell => lit.has(cell.policy)).map(cell => { const last = cell.rates[cell.rates.length - 1]; return [shortened(group().policies[cell.policy].name), last[0], last[1], cell.policy]; }),
+    series: bySeries(cells).map(one => ({ ...one, joined: true, pale: !lit.has(one.policy), points: one.cells.flatMap(cell => cell.rates.map(([size, value, low, high, n, words]) =>
+      ({ x: size, y: value, ...bounds([value, low, high], 1), cell, says: `${labelOf(cell)}: ${words} with ${size} together${low === null ? "" : ` [${[low, high].map(end => Number(end.toPrecision(3))).join(", ")}]`}${n ? `, n = ${n}` : ""}` }))) })) };
+};
+// Per policy the smallest budget shown to be safe, from where on the true one may lie, and below it what was looked at.
+const DISC = "M-.5 0A.5 .5 0 1 0 .5 0A.5 .5 0 1 0-.5 0Z", OUTCOMES = { safe: { outline: DISC, fill: "full" }, undecided: { outline: DISC, fill: "none" },
+  worse: { outline: "M-.5-.4L.5-.4L0 .5Z", fill: "full" }, failed: { outline: DISC, fill: "none" } };
+const safe = number => {
+  const found = group().safe[number];
+  if (!found) return null;
+  const places = group().policies.map(look => look.name), off = hidden(), rows = found.rows.filter(row => !off.has(row.name));
+  if (!rows.length) return null;
+  const top = Math.max(...found.ladder), words = row => row.safe === null ? `above ${top}${found.unit}` : `${row.safe}${found.unit}`;
+  const cellOf = look => group().cells.find(cell => cell.key === look.key), least = rows.filter(row => row.safe !== null).sort((a, b) => a.safe - b.safe)[0];
+  return { rows: rows.map(row => row.name), title: found.title, x: { ...extent(found.ladder), high: top * 1.1, log: top / Math.min(...found.ladder) >= 8, label: found.label, ticks: found.ladder.map(rung => [rung, String(rung)]) },
+    alt: least ? `${found.title}. Least: ${least.name}, ${words(least)}.` : `${found.title}. No policy was shown to be safe.`,
+    names: rows.map((row, at) => [words(row), row.safe === null ? top : row.safe, at - .12, places.indexOf(row.name)]),
+    table: [["policy", "smallest_safe", "true_from", "status", "budget", "outcome", "difference", "n"], ...rows.flatMap(row => row.looks.map(look => [row.name, row.safe, row.low, row.status, look.budget, look.outcome, look.difference, look.n]))],
+    series: rows.flatMap((row, at) => { const policy = places.indexOf(row.name), end = row.safe === null ? top : row.safe, seen = row.looks.find(look => look.budget === row.safe);
+      return [...row.looks.map(look => ({ look: { ...OUTCOMES[look.outcome], colour: "muted", dash: "" }, policy, size: 6, points: [{ x: look.budget, y: at + .3, failed: look.outcome === "failed", cell: cellOf(look),
+        says: `${row.name} at ${look.budget}${found.unit}: ${look.outcome}, ${look.difference}${look.n ? `, n = ${look.n}` : ""}` }] })),
+      { look: row.look, policy, bare: row.safe === null, points: [{ x: end, y: at - .12, ...(row.low === null ? {} : { low: row.low, high: end }), cell: seen && cellOf(seen),
+        says: `${row.name}: smallest safe budget ${words(row)}${row.low === null ? "" : `, the true one from ${row.low}${found.unit} on`}${seen ? `; there ${seen.difference}, n = ${seen.n}` : ""}${row.held ? `; it ${row.held}` : ""} (${row.status})` }] }]; }) };
+};
+
 const openCell = ({ cell, sample }) => {
+  if (!cell) return;
   if (sample) { Samples.show(cell.key, sample); return; }
   const box = at("cell-box"), rows = Object.entries(cell.numbers).map(([name, found]) => {
     const interval = found[1] === null ? "" : `[${[1, 2].map(end => Number((found[end] / known(name).factor).toPrecision(4))).join(", ")}]`;
@@ -220,7 +258,7 @@ const drawBoard = box => {
     button.addEventListener("click", () => toggle(look.name));
     const head = tag("th", "name", button);
     head.scope = "row";
-    const word = cell(`name verdict v-${row.word.replaceAll(" ", "-")}`, row.word, ...small(row.numbers.join("\u00a0")));
+    const word = cell(`v-${row.word.replaceAll(" ", "-")}`, row.word, ...small(row.numbers.join("\u00a0")));
     word.title = row.remark;
     const value = cell("name", tag("span", "value", tag("span", "", row.value, ...small(row.interval)), barOf(row, look, rule)));
     value.title = row.n;
@@ -308,6 +346,9 @@ const KINDS = {
   costs: [costs, "Lines are 95 % intervals; dashed: the full cache. Choose the cost above."],
   memory: [memory, () => [...[["weights", "weights"], ["activations", "activations without a cache"], ["kv", "keys and values at the end"], ["rest", "all else of the measured peak (mark)"]].flatMap(([kind, words]) => [make("svg", { class: "chart-key", viewBox: "0 0 11 11", "aria-hidden": "true" }, make("rect", { width: 11, height: 11, class: `part ${kind}` })), words])]],
   entries: [entries, "Mean over layers and the rows that are still answering."],
+  rates: [rates, "Lines through marks are 95 % intervals. The last mark of a policy may be the most prompts that fit."],
+  fit: [fit, "The most prompts that fit into the memory that was given; dashed: the full cache."],
+  safe: [safe, "The line reaches from where the true smallest budget may lie. Below: what was looked at (full disc: safe, open: undecided, triangle: worse, cross: failed)."],
 };
 const brush = spots => {
   const places = spots.map(spot => spot.place);
@@ -321,10 +362,11 @@ const setUp = () => {
   form.addEventListener("submit", event => event.preventDefault());
   for (const figure of document.querySelectorAll("[data-figure]")) {
     const name = figure.dataset.figure, [spec, caption] = KINDS[name];
-    figures.push(Charts.mount(figure, { name, title: name, caption, spec: () => figure.closest(".board-group") && figure.closest(".board-group").hidden ? null : spec(),
+    figures.push(Charts.mount(figure, { name, title: name, caption, spec: () => figure.closest(".board-group") && figure.closest(".board-group").hidden ? null : spec(Number(figure.dataset.number || 0)),
       open: openCell, ...(name === "lost" ? { brush } : {}) }));
   }
   State.listen(["group", "budget", "measure", "cost", "off", "places"], refresh);
+  document.addEventListener("table-drawn", hideEverywhere);
   refresh();
   const part = /^(\d+)-(\d+)$/.exec(State.get("brush") || "");
   if (part && group().lost) Samples.keep(group().lost.samples.slice(Number(part[1]), Number(part[2]) + 1));

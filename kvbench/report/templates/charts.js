@@ -41,7 +41,7 @@ const path = (points, attributes) => make("path", { d: "M" + points.map(([x, y])
 
 // The first free place for a name beside its mark; none where all are taken, so that no name is struck through.
 const placeName = (words, x, y, taken, frame, lines) => {
-  const width = words.length * LETTER + 4, height = 15;
+  const width = words.length * 7 + 6, height = 15;
   for (const far of [9, 18, 30]) for (const [dx, dy] of [[1, 0], [0, -1], [-1, 0], [0, 1], [.8, -.8], [.8, .8], [-.8, -.8], [-.8, .8]]) {
     const left = x + dx * far + (dx > .1 ? 0 : dx < -.1 ? -width : -width / 2), top = y + dy * far - height / 2 + (Math.abs(dx) < .1 ? dy * 4 : 0);
     const box = [left, top, left + width, top + height];

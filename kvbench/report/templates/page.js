@@ -11,6 +11,22 @@ const tag = (name, kind, ...children) => {
   made.append(...children);
   return made;
 };
+// What stands in the page for its scripts, where nothing is said twice: `safe_json` of markup.py.
+const unpacked = text => {
+  const { data, lists, shapes, texts } = JSON.parse(text);
+  const whole = one => {
+    if (typeof one === "string") return one[0] === "!" ? lists[parseInt(one.slice(1), 36)] : texts[parseInt(one, 36)];
+    if (Array.isArray(one)) return one.map(whole);
+    if (one === null || typeof one !== "object") return one;
+    const [shape] = Object.keys(one), names = shapes[parseInt(shape, 36)], values = one[shape], made = {};
+    for (let at = 0; at < names.length; at++) made[names[at]] = whole(values[at]);
+    return made;
+  };
+  lists.forEach((list, place) => { lists[place] = list.map(whole); });
+  return whole(data);
+};
+const readings = {};
+const embedded = id => readings[id] = readings[id] || unpacked(document.getElementById(id).textContent);
 // What is chosen stands in the address behind the hash, so that a link shows the same page: #budget=...&sample=KEY/ID
 const State = (() => {
   const decoded = words => { try { return decodeURIComponent(words); } catch { return words; } };
@@ -54,14 +70,18 @@ nameTheme();
 themes.hidden = false;
 
 const names = new Intl.Collator("en", { numeric: true });  // item 2 before item 10
-const sortable = [...document.querySelectorAll("th[aria-sort] button")];
-for (const [number, button] of sortable.entries()) {
+// A click on a head sorts; what was chosen stands in the address where `remember` keeps it.
+const sorts = (button, remember) => {
+  const head = button.closest("th"), body = head.closest("table").tBodies[0];
   const sort = up => {
-    const head = button.closest("th"), body = head.closest("table").tBodies[0];
     const column = [...head.parentNode.children].indexOf(head);
     for (const other of head.parentNode.children) if (other.hasAttribute("aria-sort")) other.ariaSort = "none";
     head.ariaSort = up ? "ascending" : "descending";
-    const numeric = head.dataset.kind === "number", value = row => row.children[column].dataset.v;
+    const numeric = head.dataset.kind === "number";
+    const value = row => {  // what a cell shows, where it does not sort by something else
+      const { firstChild, dataset } = row.children[column], shown = firstChild ? firstChild.textContent.replace("\u2212", "-") : "";
+      return dataset.v ?? (numeric && (shown === "" || !Number.isFinite(Number(shown))) ? "" : shown);
+    };
     const rows = [...body.rows].sort((a, b) => {
       const x = value(a), y = value(b);
       if (x === "" || y === "") return (x === "") - (y === "");
@@ -70,14 +90,65 @@ for (const [number, button] of sortable.entries()) {
     body.append(...rows);
   };
   button.addEventListener("click", () => {
-    const up = button.closest("th").getAttribute("aria-sort") !== "ascending";
+    const up = head.getAttribute("aria-sort") !== "ascending";
     sort(up);
-    State.set("sort", `${number}${up ? "" : "-"}`);
+    remember(up);
   });
+  return sort;
+};
+for (const [number, button] of [...document.querySelectorAll("th[aria-sort] button")].entries()) {
+  const sort = sorts(button, up => State.set("sort", `${number}${up ? "" : "-"}`));
   const linked = () => { const part = /^(\d+)(-?)$/.exec(State.get("sort") || ""); if (part && Number(part[1]) === number) sort(!part[2]); };
   State.listen(["sort"], by => { if (by) linked(); });
   linked();
 }
+// A large table is made once a reader comes near it.
+const drawTable = place => {
+  const { caption, classes, group, heads, rows, samples } = unpacked(place.querySelector("script").textContent);
+  const small = words => words ? [tag("small", "", words)] : [], head = tag("tr", ""), above = tag("tr", "");
+  for (const [label, note = "", cell = "", kind = "", over = ""] of heads) {
+    const last = above.lastChild;
+    if (last && last.textContent === over) last.colSpan++;
+    else above.append(tag(over ? "th" : "td", over ? "over" : "", over));
+    const one = tag("th", kind === "number" ? "" : "name");
+    one.scope = "col";
+    if (cell) one.dataset.cell = cell;
+    if (kind === "none") one.append(label);
+    else {
+      const button = tag("button", "", label);
+      button.type = "button";
+      one.ariaSort = "none";
+      one.setAttribute("aria-sort", "none");
+      one.dataset.kind = kind === "text" ? "text" : "number";
+      one.append(button);
+    }
+    one.append(...small(note));
+    head.append(one);
+  }
+  const body = tag("tbody", ""), table = tag("table", classes, tag("caption", "", caption), tag("thead", "", ...(above.textContent ? [above] : []), head), body);
+  for (const one of above.querySelectorAll("th")) one.scope = "colgroup";
+  if (group) table.dataset.group = group;
+  for (const [number, cells] of rows.entries()) {
+    const row = tag("tr", "");
+    if (samples[number]) row.dataset.sample = samples[number];
+    for (const [words = "", below = "", kind = "", title = "", order = "", role = ""] of cells) {
+      const one = tag(role === "head" ? "th" : "td", role === "head" ? "name" : kind);
+      if (role === "head") { one.scope = "row"; one.dataset.v = words; }
+      if (order) one.dataset.v = order;
+      if (title) one.title = title;
+      if (role === "link") { const link = tag("a", "", words); link.href = "#samples"; one.append(link); } else one.append(words);
+      one.append(...small(below));
+      row.append(one);
+    }
+    body.append(row);
+  }
+  place.replaceWith(table);
+  for (const button of table.querySelectorAll("thead button")) sorts(button, () => {});
+  document.dispatchEvent(new Event("table-drawn"));
+};
+const nearby = new IntersectionObserver(seen => { for (const one of seen) if (one.isIntersecting) { nearby.unobserve(one.target); drawTable(one.target); } },
+  { rootMargin: "800px" });
+for (const place of document.querySelectorAll(".later")) nearby.observe(place);
 const filters = document.getElementById("filters");
 if (filters) {
   const rows = [...document.getElementById("verdict-table").tBodies[0].rows];
@@ -108,7 +179,9 @@ if (filters) {
 // Paper shows what is folded, and folds it again afterwards.
 let unfolded = [];
 addEventListener("beforeprint", () => {
-  unfolded = [...document.querySelectorAll("main details:not([open])")].filter(one => one.textContent.length < 60000);
+  for (const place of document.querySelectorAll(".later"))
+    if (!place.closest("details:not([open])") || place.textContent.length < 20000) { nearby.unobserve(place); drawTable(place); }
+  unfolded = [...document.querySelectorAll("main details:not([open])")].filter(one => one.textContent.length < 60000 && !one.querySelector(".later"));
   for (const one of unfolded) one.open = true;
   for (const table of document.querySelectorAll("main table")) {  // a head is repeated on every sheet, a caption is not
     if (!table.tHead || !table.caption || table.tHead.querySelector(".printed-name")) continue;

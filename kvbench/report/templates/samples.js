@@ -3,8 +3,8 @@ const Samples = (() => {
 const none = { has: () => false, show: () => {}, failing: () => {}, keep: () => {} };
 if (!document.getElementById("sample-data")) return none;
 const at = id => document.getElementById(id);
-const groups = JSON.parse(at("sample-data").textContent);
-const pictures = at("autopsy-data") ? JSON.parse(at("autopsy-data").textContent) : [];
+const groups = embedded("sample-data");
+const pictures = at("autopsy-data") ? embedded("autopsy-data") : [];
 const pick = { group: at("sb-group"), policy: at("sb-policy"), budget: at("sb-budget"), which: at("sb-which"),
   sample: at("sb-sample") };
 let listed = [], kept = null;
@@ -140,6 +140,9 @@ const draw = () => {
   const where = answer.token === undefined ? "" : ` (token ${answer.token + 1})`;
   at("sb-differs").textContent = answer.text === undefined || full === undefined ? "" : !answer.marks ?
     "Same text as the full cache." : `Marked: the first different ${answer.word ? "word" : "token"}${where}.`;
+  const named = /^[\w.\/:@%+-]+$/.test(answer.id) ? answer.id : `'${answer.id.replaceAll("'", "'\\''")}'`;
+  if (answer.marks && answer.token !== undefined && !/, turn \d+$/.test(answer.id))
+    at("sb-differs").append(" Again with its evidence kept: ", tag("code", "sb-command", `kvbench why ${cell.key} ${named}`));
   at("sb-scores").replaceChildren(row("th", ["score"], [cell.label], ["full cache"], ["difference"]),
     ...answer.scores.map(([name, value, other, difference, verdict]) =>
       row("td", [group().labels[name]], [value], [other || "-"],
@@ -216,9 +219,10 @@ const openLink = () => {
   if (part && !open((_, cell) => cell.key === part[1], part[2])) missing();
 };
 document.addEventListener("click", event => {
-  const link = event.target.closest("a[data-sample]");
+  const link = event.target.closest("main a[href='#samples']"), place = link && link.closest("td"), table = place && place.closest("table");
   if (!link) return;
-  const { group: title, cell: label, sample } = link.dataset;
+  const { group: title, cell: label, sample } = link.dataset.sample ? link.dataset : { group: table.dataset.group,
+    cell: [...table.tHead.rows].at(-1).cells[place.cellIndex].dataset.cell, sample: place.parentNode.dataset.sample };
   if (open((one, cell) => one.title === title && cell.label === label, sample)) { event.preventDefault(); remember(); }
   else missing();
 });

@@ -9,6 +9,7 @@ every number, how cells compare to the full cache, which policy is best, the fig
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -49,7 +50,8 @@ _COUNTED = ("launches_ms", "capacity_tries")  # their axis is their order
 
 _ARTIFACT_TYPE = "kvbench-records"
 _MOST_FAILING = 4  # samples of a cell whose answers the summary shows
-_SUMMARY_SHOWN = 2  # one more whenever a summary comes to show the same records otherwise
+_MOST_PICTURES = 8  # of samples that fail, of a model and data set
+_SUMMARY_SHOWN = 3  # one more whenever a summary comes to show the same records otherwise
 _CELL_COLUMNS = ("key", "model", "dataset", "policy", "budget", "positions", "status")
 _COMPARED_COLUMNS = (
     *("value", "low", "high", "verdict", "margin", "p_holm", "minimum_detectable", "num_samples", "num_clusters"),
@@ -180,7 +182,7 @@ def summary_of(folder: Path, sweep: str, keys: Collection[str], *, to: Path | No
         **{"leaderboard": _leaderboard(results), "failing": _failing(results)},
         **{"cells": _cells(results), "verdicts": _verdicts(compared), "best": _best(compared)},
     }
-    figures, numbers = draw_pngs(results), dict(_to_full(compared))
+    figures, numbers, pictures = draw_pngs(results), dict(_to_full(compared)), list(_failing_pictures(results))
 
     def fill(run: wandb.Run) -> None:
         import wandb
@@ -190,6 +192,12 @@ def summary_of(folder: Path, sweep: str, keys: Collection[str], *, to: Path | No
         media: dict[str, Any] = {name: _table(tables[name][0], rows) for name, rows in clean.items() if rows}
         for png in figures:
             media[f"figures/{png.name}"] = wandb.Image(Image.open(io.BytesIO(png.data)), caption=png.caption)
+        if pictures:
+            captions = redacted_body({"captions": [caption for caption, _ in pictures]})["captions"]
+            media["failing_pictures"] = [
+                wandb.Image(Image.open(io.BytesIO(data)), caption=caption)
+                for caption, (_, data) in zip(captions, pictures, strict=True)
+            ]
         run.log(media)
         run.log_artifact(_records(sweep, folder, to or folder, stored, bodies))
         statuses = [body["status"] for body in bodies]
@@ -276,19 +284,48 @@ def _leaderboard(results: Results) -> tuple[list[str], list[list[Any]]]:
 
 def _failing(results: Results) -> tuple[list[str], list[list[Any]]]:
     """Return the samples that lose most under every cell, with what was asked and answered."""
+    from kvbench.autopsy.page import asked_of
     from kvbench.report.compare import leading_quality
     from kvbench.report.standing import losses_of
 
     columns = ["group", "policy", "budget", "sample", "loss", "question", "full cache", "answer", "reference"]
-    rows = []
+    rows, asked = [], asked_of(results)
     for group in results.groups:
-        name = leading_quality(group)
+        name, known = leading_quality(group), asked.get(group.title, {})
         for cell in group.budgeted if name else ():
             samples = {str(one.get("id")): one for one in cell.samples}
             for loss in [one for one in losses_of(group, cell, name or "") if one.collapsed][:_MOST_FAILING]:
-                told = (samples[loss.sample].get(part) for part in ("question", "full_text", "text", "reference"))
-                rows.append([group.title, group.series_label(cell), cell.budget, loss.sample, loss.loss, *told])
+                question, *told = map(samples[loss.sample].get, ("question", "full_text", "text", "reference"))
+                question = question or known.get(loss.sample, ("", ""))[0] or None
+                labels = (group.title, group.series_label(cell), cell.budget)
+                rows.append([*labels, loss.sample, loss.loss, question, *told])
     return columns, rows
+
+
+def _failing_pictures(results: Results) -> Iterator[tuple[str, bytes]]:
+    """Yield caption and file of the pictures on which most is lost at the headline's budget, the worst first.
+
+    They are the small ones that an autopsy keeps beside the full cache's record (`autopsy=few`); without it, none.
+    """
+    from kvbench.autopsy.page import asked_of
+    from kvbench.report.compare import declared_budget, leading_quality
+    from kvbench.report.standing import losses_of
+
+    asked = asked_of(results)
+    for group in results.groups:
+        name, known = leading_quality(group), asked.get(group.title, {})
+        found: dict[str, list[tuple[float, str]]] = {}
+        for cell in group.by_budget.get(declared_budget(group) or "", ()) if name else ():
+            for loss in losses_of(group, cell, name or ""):
+                if loss.collapsed and known.get(loss.sample, ("", ""))[1]:
+                    found.setdefault(loss.sample, []).append((-loss.loss, group.series_label(cell)))
+        worst = sorted(found, key=lambda sample: (-len(found[sample]), min(found[sample]), sample))
+        for sample in worst[:_MOST_PICTURES]:
+            question, source = known[sample]
+            who = ", ".join(label for _, label in sorted(found[sample])[:_MOST_FAILING])
+            more = f" and {len(found[sample]) - _MOST_FAILING} more" if len(found[sample]) > _MOST_FAILING else ""
+            caption = f"{group.title}, {sample}: fails at {declared_budget(group)} under {who}{more}. {question}"
+            yield caption.strip(), base64.b64decode(source.partition(",")[2])
 
 
 def _to_full(compared: _Compared) -> Iterator[tuple[str, float | str]]:

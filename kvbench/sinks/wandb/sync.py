@@ -243,8 +243,9 @@ class WandbSink:
         self.pause()
         if num_runs and tells:
             place = self._place
+            runs = "1 run" if num_runs == 1 else f"{num_runs} runs"
             say(
-                f"wandb: {num_runs} runs kept offline ({sweep.reason}) in {place.files}; "
+                f"wandb: {runs} kept offline ({sweep.reason}) in {place.files}; "
                 f"upload them with: {place.upload_command}"
             )
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from kvbench.cache import Budget, PolicyCache, ScorePolicy, View, attach, cache_argument
 from kvbench.cache.positions import Rotation
 from kvbench.cache.recording import PromptRecorder, cache_after
+from kvbench.contract.driving import drive, held_positions
 from kvbench.errors import ModelSupportError
 from kvbench.models.qwen_vl import DynamicRotary, QwenVLConfig, QwenVLForConditionalGeneration, query_scale, turned
 from kvbench.policies.full import Full
-from tests.driving import drive, held_positions
 from tests.models.qwen_vl.golden_model import CONFIG, TRAINED_TOKENS
 
 WIDTH = 32

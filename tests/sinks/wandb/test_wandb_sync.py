@@ -15,13 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from kvbench.autopsy.body import glances
 from kvbench.cli.main import run
-from kvbench.results.record import read_record
+from kvbench.datasets.scenes import Scenes
+from kvbench.results.record import read_record, write_autopsy
 from kvbench.sinks.wandb import sync as wandb_sync
 from kvbench.sinks.wandb.content import cell_digest, summary_digest, summary_id
 from kvbench.sinks.wandb.run import Place, is_sent, note_sent
 from kvbench.sinks.wandb.sync import Job, note_sweep, send_runs
+from tests.autopsy.autopsies import autopsy_body
 from tests.report.synthetic import body, write_cell
 from tests.sinks.wandb.fault_server import FaultServer
 from tests.sinks.wandb.test_wandb import _inspect
@@ -37,10 +41,14 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reaso
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep of three cells and a single cell; copy it before writing into it."""
+    """A sweep of three cells, pictures beside the first, and a single cell; copy it before writing into it."""
     folder = tmp_path_factory.mktemp("records")
-    for one in [*BODIES, body(policy="h2o", budget=0.5, num_samples=4, sweep="single")]:
-        write_cell(folder, one)
+    first, *_ = [
+        write_cell(folder, one) for one in [*BODIES, body(policy="h2o", budget=0.5, num_samples=4, sweep="single")]
+    ]
+    scenes = glances(Scenes(num_samples=8).examples())
+    shown = [scene | {"id": sample["id"]} for scene, sample in zip(scenes, BODIES[0]["samples"], strict=True)]
+    write_autopsy(first.with_name("autopsy.json"), autopsy_body(BODIES[0]["key"]) | {"glances": shown})
     return folder
 
 
@@ -128,6 +136,25 @@ def test_the_summary_run_shows_every_cell_and_verdict_and_the_best_policy(
         shown = summary["summary"][name]
         assert (shown["_type"], shown["format"]) == ("image-file", "png")
         assert shown["caption"].startswith("tiny-llava on scenes: ")
+
+
+def test_the_summary_shows_the_pictures_that_fail_with_what_was_asked_and_under_whom(
+    offline: Path, summary: dict[str, Any]
+) -> None:
+    failing = [row for row in shown_table(offline, summary, "failing") if row["budget"] == "20 % tokens kept"]
+    assert all(row["question"] for row in failing), "asked of the picture, though no record says it"
+    shown = summary["summary"]["failing_pictures"]
+    assert (shown["_type"], shown["count"]) == ("images/separated", len(shown["captions"]))
+    assert 0 < shown["count"] <= 8
+    told = {row["sample"]: row["question"] for row in failing}
+    for caption in shown["captions"]:
+        start, _, rest = caption.partition(": fails at 20 % tokens kept under ")
+        sample = start.removeprefix("tiny-llava on scenes, ")
+        assert rest.startswith(("h2o", "random"))
+        if sample in told:
+            assert rest.endswith(told[sample])
+    files = [next((offline / "wandb").glob(f"offline-run-*/files/{name}")) for name in shown["filenames"]]
+    assert all(Image.open(file).size[0] > 8 for file in files)
 
 
 def test_the_records_are_an_artifact_whose_digest_is_that_of_the_files(offline: Path, records: Path) -> None:
@@ -357,7 +384,7 @@ def test_a_damaged_and_a_moved_record_are_named_and_the_others_sent(
         (["sync", "FOLDER", "--timeout", "0"], "--timeout is 0; it must lie in (0, 600] seconds"),
         (["sync", "FOLDER", "--sweep", "fist"], "no record belongs to the sweep 'fist'; did you mean 'first'?"),
         (["sync", "nowhere"], "the results folder nowhere does not exist"),
-        (["sink"], "invalid choice: 'sink'"),
+        (["sink"], "the command is 'sink'; known: sync"),
         ([], "the following arguments are required: COMMAND"),
     ],
 )
