@@ -40,6 +40,7 @@ from kvbench.tasks.decode import CacheSetting, Engine
 from kvbench.tasks.memory import Memory, free_memory
 from kvbench.tasks.speed import Launch, Speed, deciding_ms, launch, repeated
 from kvbench.tasks.task import Bench, FullAnswers, TaskResult
+from tests.covering import YAMLS
 from tests.gpu.peers import FixedCache, GrowingCache, KvpressProcess, ReleasedH2O, other_attention, stock_twin, timed
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -194,7 +195,7 @@ def interleaved(
 
 
 def deciding_rows(loaded: LoadedModel, name: str, scale: Scale) -> Iterator[Row]:
-    """What naming victims takes of a step, for every policy that has a yaml, the way a step does it.
+    """What naming victims takes of a step, for every policy that times can be taken of, the way a step does it.
 
     A plan that is made every so many steps is shared out among them.
     """
@@ -205,7 +206,7 @@ def deciding_rows(loaded: LoadedModel, name: str, scale: Scale) -> Iterator[Row]
     batch = prompt_batch(
         loaded, repeated(bench(loaded, scale, scale.setting(Full()), scale.prompt_tokens).examples, size)
     )
-    for path in sorted((CONF / "policy").glob("*.yaml")):
+    for path in YAMLS:  # not the oracle, which only a task that knows its tokens can run
         figure = f"deciding, {path.stem}, {name} B{size}"
         try:
             policy = instantiate(yaml.safe_load(path.read_text(encoding="utf-8")), _convert_="object")
