@@ -37,7 +37,7 @@ PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 test: install ## what every change must pass: four and a half minutes with 2 WORKERS on two cores
 	$(PYTEST) -n $(WORKERS) --dist worksteal
 
-test-all: install ## everything: whole products, every shape of every kernel, a thousand kills, SLURM where there is one
+test-all: install ## everything: products (by pairs where they have hundreds of cases), every shape of every kernel, a thousand kills, SLURM where there is one
 	$(PYTEST) -n $(WORKERS) --dist worksteal -m ''
 
 NEWEST := .venv-newest
