@@ -30,7 +30,7 @@ from kvbench.report.laws import (
 )
 from kvbench.report.load import Results, load_results, parse_cell
 from kvbench.results.record import write_record
-from tests.models.checkpoints import save_checkpoint
+from tests.models.checkpoints import save_checkpoint, text_model
 
 REPO = Path(__file__).parents[2]
 WINDOWS = range(12)
@@ -120,6 +120,7 @@ def test_the_laws_that_ship_are_whole_and_a_page_explains_each() -> None:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = save_checkpoint("llama", tmp_path_factory.mktemp("llama"))
+    text_model("llama", num_hidden_layers=3).save_pretrained(folder)  # a law leaves two layers whole
     return ["model=local", f"model.checkpoint={folder}", "beyond_context=allow"]
 
 

@@ -118,5 +118,5 @@ def test_an_error_that_is_not_about_memory_ends_the_search(
 
 @pytest.mark.parametrize("wrong", [{"new_tokens": 2}, {"num_launches": 0}, {"max_batch_size": 0}])
 def test_a_number_out_of_range_is_refused(wrong: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match="allowed"):
+    with pytest.raises(ConfigError, match="it must be at least"):
         Capacity(**wrong)
