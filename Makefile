@@ -34,7 +34,7 @@ check: install ## ruff and mypy
 # One thread, because the tensors are tiny; bytecode is kept, so that no worker of a sweep compiles the package anew.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 
-test: install ## what every change must pass: four and a half minutes with 2 WORKERS on two cores
+test: install ## what every change must pass: three minutes with 2 WORKERS on two cores
 	$(PYTEST) -n $(WORKERS) --dist worksteal
 
 test-all: install ## everything: products (by pairs where they have hundreds of cases), every shape of every kernel, a thousand kills, SLURM where there is one

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests import covering
-from tests.covering import HARD, HARDER, POSITIONS, YAMLS, outside_the_cover
+from tests.covering import HARD, HARDER, POSITIONS, YAMLS, beyond_the_first, outside_the_cover
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -95,7 +95,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         needless = {item for item in beyond if item not in by_default or item.get_closest_marker("long")}
         config.hook.pytest_deselected(items=list(needless))
         items[:] = [item for item in items if item not in needless]
-    for item in left:
+    for item in (*left, *beyond_the_first(items)):
         item.add_marker(pytest.mark.long)
 
 

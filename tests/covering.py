@@ -7,6 +7,7 @@
     @pytest.mark.cover(whole="pairs")      # values, and in `make test-all` pairs: where the product has hundreds, or
                                            # each case takes seconds
     @pytest.mark.parametrize("line", one_in(3, LINES))    # about one in three of many alike
+    @pytest.mark.few(3)           # the first three cases
 
 A test of the fixture `policy` and of another parameter needs no mark to be covered by values; `cover("all")` says that
 its whole product runs by default. The choice is greedy, and ties are broken by a checksum of the test's name: the same
@@ -25,7 +26,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -147,4 +148,18 @@ def outside_the_cover(items: Iterable[pytest.Item], *, whole: bool = False) -> l
     for (_, strength), tests in functions.items():
         chosen = cover({name: _values_of(item, whole) for name, item in tests.items()}, strength)
         left.extend(item for name, item in tests.items() if name not in chosen)
+    return left
+
+
+def beyond_the_first(items: Iterable[pytest.Item]) -> list[pytest.Item]:
+    """Return the cases of functions marked `few(n)` after their first n, which are left to `make test-all`."""
+    number: Counter[str] = Counter()
+    left = []
+    for item in items:
+        mark = item.get_closest_marker("few")
+        if mark is not None:
+            function = item.nodeid.partition("[")[0]
+            number[function] += 1
+            if number[function] > mark.args[0]:
+                left.append(item)
     return left

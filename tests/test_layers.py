@@ -273,6 +273,7 @@ def test_the_import_reader_sees_every_form() -> None:
     assert imports(ast.walk(tree)) == {"a.b", "c.d", "e"}
 
 
+@pytest.mark.long
 def test_the_cells_of_a_sweep_are_checked_without_transformers() -> None:
     code = (
         "import sys; from kvbench.config.compose import compose_grid; from kvbench.config.build import build_cell; "

@@ -126,6 +126,7 @@ def replayed(loaded: LoadedModel, setting: CacheSetting, index: int, pieces: lis
     return [[[tuple(head) for head in layer[0]] for layer in step] for step in held]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", REPLAYED)
 def test_what_is_stored_is_what_a_replay_of_the_sample_alone_holds(
     bundled: LoadedModel, bodies: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, name: str
@@ -202,6 +203,7 @@ def stock_attention(loaded: LoadedModel, tokens: Tensor, tensors: dict[str, Tens
     return torch.stack([a[0].reshape(heads, -1, *a.shape[2:]).mean(dim=1) for a in out.attentions])
 
 
+@pytest.mark.long
 def test_a_row_that_ends_early_is_looked_at_as_if_it_were_alone(bundled: LoadedModel) -> None:
     examples = Scenes(num_samples=1, ask="follow_up", num_follow_ups=3).examples()
     limits: dict[str, Any] = {"end_token_ids": bundled.end_token_ids, "max_new_tokens": 24}
@@ -256,6 +258,7 @@ def test_a_file_is_small(bodies: dict[str, dict[str, Any]], tmp_path: Path) -> N
         assert (tmp_path / "autopsy.json").stat().st_size < 40_000
 
 
+@pytest.mark.long
 def test_records_are_the_same_with_and_without(tmp_path: Path, shelf: ModelShelf) -> None:
     tasks = {"generation": Generation(max_new_tokens=8)}
     setting = settings_of()["h2o"]
@@ -357,6 +360,7 @@ def test_a_long_prompt_is_left_out_and_the_file_says_so(tmp_path: Path, shelf: M
     assert body["left_out"] == [{"id": SCENES.examples()[0].id, "reason": "its prompt has 590 tokens, more than 20"}]
 
 
+@pytest.mark.long
 def test_a_hidden_question_is_part_of_the_story(tmp_path: Path, shelf: ModelShelf, bundled: LoadedModel) -> None:
     cell = replace(looked_at(settings_of()["h2o"], "hidden"), query_visible=False)
     run_cells([cell], tmp_path, shelf=shelf)

@@ -186,6 +186,7 @@ def test_a_file_that_holds_something_else_costs_its_own_figures_only(folder: Pat
     assert "Traceback" not in section
 
 
+@pytest.mark.long
 def test_torn_altered_and_foreign_files_are_noticed_at_every_byte(folder: Path) -> None:
     path = sorted(folder.glob("cells/*/autopsy.json"))[0]
     whole = path.read_bytes()

@@ -108,6 +108,7 @@ def plain_attention(one: Case, answer: list[int]) -> Any:
     return torch.stack([row[0, :, -1].unflatten(0, (2, -1)).mean(dim=1) for row in rows]).numpy()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("name", "query_visible"), [*((name, True) for name in POLICIES), ("h2o", False)])
 def test_the_evidence_is_what_plain_attention_says_of_what_had_gone(
     case: CaseOf, name: str, query_visible: bool
@@ -136,6 +137,7 @@ def test_the_evidence_is_what_plain_attention_says_of_what_had_gone(
         assert evidence.missing_fraction == (gone[..., evidence.position - 1] > 0).mean()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_kept_entry_is_held_and_the_answer_is_that_of_a_replay_with_it(case: CaseOf, name: str) -> None:
     one = case(POLICIES[name])

@@ -154,6 +154,7 @@ def test_a_policy_that_drops_merges_nothing(policy: Policy) -> None:
     assert log.merged_into(0) is None
 
 
+@pytest.mark.few(6)
 @pytest.mark.cover("mechanisms")
 def test_looking_changes_nothing(policy: Policy) -> None:
     tokens = random_tokens(9, 1, PROMPT + STEPS)

@@ -83,6 +83,7 @@ CASES = st.builds(
 )
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_layer_evicts_attends_and_merges_as_the_naive_layer_does(name: str) -> None:
     @settings(max_examples=share_of(60), deadline=None, derandomize=True)

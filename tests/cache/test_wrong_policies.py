@@ -203,6 +203,7 @@ def test_nan_that_decides_nothing_and_infinite_scores_are_no_fault(tiny_llama: A
     ]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("slot", [-7, 5, 99])
 def test_a_victim_beyond_the_entries_is_told_by_both_paths_and_nothing_is_written_there(
     tiny_llama: Any, slot: int

@@ -46,6 +46,7 @@ def test_without_an_out_the_file_is_named_after_the_figure(results: Path, capsys
     assert Path("quality.svg").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("names", [("quality", "capacity"), pytest.param(tuple(FIGURES), marks=pytest.mark.long)])
 def test_all_figures_go_into_a_folder_and_what_is_not_drawn_is_said(
     results: Path, names: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -145,6 +145,7 @@ def test_a_later_failure_is_shown_and_every_table_keeps_the_measured_numbers(
     assert "this later attempt" in render_page(load_results(folder), [])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "kinds", [[[]], pytest.param([["--samples"], ["--quality"], ["--long"]], marks=pytest.mark.long)]
 )
@@ -384,6 +385,7 @@ def test_names_of_models_cannot_run_anything_in_a_terminal_or_a_spreadsheet(
     assert ",'=cmd" in printed(capsys, "csv", tmp_path)
 
 
+@pytest.mark.long
 def test_the_results_commands_import_no_torch(finished: Path) -> None:
     code = (
         "import sys\nfrom kvbench.cli.main import run\n"

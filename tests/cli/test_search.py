@@ -160,6 +160,7 @@ def test_a_cell_that_failed_returns_nan_with_its_status_and_the_search_goes_on()
     assert (found[0].status, found[1]) == ("oom", 2.0)
 
 
+@pytest.mark.long
 def test_a_cell_that_fails_now_does_not_return_what_it_measured_before(monkeypatch: pytest.MonkeyPatch) -> None:
     assert search("hydra.sweeper.budgets=[0.5]") == [2.0]
     monkeypatch.setattr(f"{__name__}.FAILS", 0.4)

@@ -40,6 +40,7 @@ def body_of(*words: str) -> dict[str, Any]:
     return whole
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "words",
     [

@@ -124,6 +124,7 @@ def test_a_full_cache_that_can_not_do_the_task_makes_no_budget_safe(tmp_path: Pa
         search_all(plan(tmp_path), *grids(tmp_path), run_badly)
 
 
+@pytest.mark.long
 def test_a_file_is_the_same_bytes_twice_and_reads_back(tmp_path: Path) -> None:
     found, _ = searched(tmp_path, lambda policy, budget: 0.3 * (1 - budget))
     path = save_frontier(tmp_path, found)

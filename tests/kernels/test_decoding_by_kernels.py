@@ -77,6 +77,7 @@ def test_the_kernel_that_writes_takes_the_fresh_slot_of_a_policy_that_frees_none
     assert decode(Full(), positions, True, STEPS).held == reference.held
 
 
+@pytest.mark.long
 @pytest.mark.cover("one")
 @pytest.mark.parametrize("name", ["h2o", "elastic", "streaming_llm"])
 def test_the_eviction_log_reads_the_same_story_from_the_kernels_slots(name: str) -> None:

@@ -112,6 +112,7 @@ def test_mass_over_many_blocks_is_the_plain_one(
     torch.testing.assert_close(mass, reference, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ahead", [False, True])
 def test_blocks_of_queries_that_see_all_keys_of_a_block_need_no_mask(
     ahead: bool, monkeypatch: pytest.MonkeyPatch

@@ -211,6 +211,7 @@ def stock(family: str, folder: Path) -> Any:
     return auto.from_pretrained(str(folder), dtype=torch.float32).double().eval()
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_full_cache_equals_stock_transformers_on_a_padded_batch_of_different_pictures(
     folders: Callable[[str], Path], family: str

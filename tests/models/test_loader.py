@@ -75,6 +75,7 @@ def test_the_port_of_qwen_vl_is_imported_for_that_family_only(
     assert ("kvbench.models.processors" in asked) == (family == "qwen")
 
 
+@pytest.mark.few(4)
 @pytest.mark.cover
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("family", FAMILIES)

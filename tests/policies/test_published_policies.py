@@ -64,6 +64,7 @@ RULES: dict[str, tuple[Policy, Callable[[], Rule]]] = {
 VARIANTS = ("cam_h2o", "d2o_cosine")  # in `make test-all`
 
 
+@pytest.mark.few(5)
 @pytest.mark.cover
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.long if name in VARIANTS else ()) for name in RULES]

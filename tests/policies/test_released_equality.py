@@ -39,6 +39,7 @@ def kept(ratio: float) -> Budget:
     return Budget(fraction=round(1 - ratio, 6))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("fixed_point", [25, 3])
 def test_elastic_is_its_code(fixed_point: int) -> None:
     compared = [

@@ -376,6 +376,7 @@ def test_nacl_keeps_the_best_by_its_proxies_and_draws_the_others(seed: int, leng
             assert found == [entry.position for entry in kept[head]]
 
 
+@pytest.mark.long
 def test_nacl_draws_by_the_softmax_of_scores() -> None:
     """One of twenty is drawn, by two thousand seeds."""
     view = cache_of(3, [20, 20], NACL(), evicted=0, over=None).view

@@ -54,6 +54,7 @@ def point_at(page: Page, selector: str) -> None:
     )
 
 
+@pytest.mark.long
 @pytest.mark.cover("all")
 def test_a_leaderboard_and_a_pareto_front_come_first_and_follow_what_is_chosen(page: Page) -> None:
     assert page.run(NAMES)[0] == "full"

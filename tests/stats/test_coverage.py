@@ -24,6 +24,7 @@ def coverage(shape: str, sizes: tuple[int, ...], num: int, seed: int) -> float:
     return float(np.mean([holds(infer(scores(draw(rng, n))), truth) for n in sizes for _ in range(num)]))
 
 
+@pytest.mark.long
 @pytest.mark.cover("one")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_intervals_of_scores_cover(shape: str) -> None:
@@ -51,6 +52,7 @@ def test_perplexity_on_shared_passages_covers_only_by_passage() -> None:
     assert np.mean(by_question) < 0.8, "questions on one passage are no independent evidence"
 
 
+@pytest.mark.long
 @pytest.mark.cover("one")
 @pytest.mark.parametrize("shape", ["normal", "heavy tails", "two kinds"])
 def test_two_names_of_one_policy_are_rarely_called_different(shape: str) -> None:

@@ -158,6 +158,7 @@ def kept_sets(policy: Policy, num_rows: int, batch_size: int) -> list[list[Held]
     return found
 
 
+@pytest.mark.few(8)
 @pytest.mark.cover("mechanisms")
 @pytest.mark.parametrize("sizes", [(1, 2, 6), pytest.param(SIZES, marks=pytest.mark.long)], ids=str)
 def test_the_kept_entries_do_not_depend_on_the_batch(policy: Policy, sizes: tuple[int, ...]) -> None:

@@ -245,6 +245,7 @@ def test_a_failing_cell_is_left_out_and_the_others_go_on(
     assert Scores.asked == [0, 0, 0, 1, 1]
 
 
+@pytest.mark.long
 def test_nan_in_one_cell_does_not_reach_the_others(shelf: ModelShelf, tmp_path: Path) -> None:
     poison = CacheSetting(policy=NotANumber(), budget=Budget(fraction=0.2), positions="original")
     undecided = replace(poison, policy=NanAtDecode())

@@ -125,6 +125,7 @@ def test_a_worker_that_does_nothing_is_stopped_and_its_stacks_are_kept(tmp_path:
     assert "_do" in error["traceback"]
 
 
+@pytest.mark.long
 def test_a_cell_that_takes_too_long_is_stopped_though_it_makes_steps(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path, timeout_s=2.0, silence_s=None)
     assert sweep.run([["beat 300"], GOOD]) == [(0, "timeout", "phase 0", True), (1, "ok", None, True)]
@@ -189,6 +190,7 @@ def test_the_last_words_are_those_of_the_attempt_and_not_of_an_earlier_one(tmp_p
     assert "the first word" in next((tmp_path / "logs").iterdir()).read_text()
 
 
+@pytest.mark.long
 def test_every_slot_gets_a_worker_with_its_own_environment(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path, slots=[{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "5"}])
     sweep.run([["beat 1", "signal 11"]], [["beat 1", "signal 11"]])

@@ -141,6 +141,7 @@ def test_deciding_and_settling_are_timed_for_a_policy_that_cuts(bundled: LoadedM
     assert 0 < found["settle_ms"]["value"] < found["ttft_ms"]["value"]
 
 
+@pytest.mark.long
 def test_a_batch_larger_than_the_data_set_repeats_it(bundled: LoadedModel, tmp_path: Path) -> None:
     numbers = memory(bundled, tmp_path, cut(Budget(tokens=8)), new_tokens=2, batch_size=5)
     assert numbers["kv_valid_bytes"] == 5 * 8 * ENTRY_BYTES, "three scenes, five prompts"

@@ -64,6 +64,7 @@ def test_the_oracle_keeps_what_will_be_attended_to_most() -> None:
                 assert set(head) == set(received.topk(5).indices.tolist())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("task", one_in(3, [Perplexity(), PerplexityReleased(), Fidelity(max_new_tokens=8)]))
 def test_a_task_that_knows_its_tokens_tells_them_shared_or_alone(
     bundled: LoadedModel, tmp_path: Path, task: BatchTask

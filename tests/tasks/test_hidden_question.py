@@ -124,6 +124,7 @@ def test_of_a_text_to_complete_the_last_sentence_can_be_hidden(text_model: Loade
     assert [new for new, *_ in spy.cuts] == [len(prompt_ids(text_model, example)) - question, question]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["generation", "fidelity"])
 def test_the_full_cache_still_equals_itself(bundled: LoadedModel, tmp_path: Path, name: str) -> None:
     result = SHORT[name].run(hidden(bench_of(bundled, tmp_path, FULL)))

@@ -77,6 +77,7 @@ def fed(decoding: Decoding, *, one_by_one: bool) -> tuple[Tensor, list[Any], lis
     return torch.stack(logits).log_softmax(-1), [said, after], held
 
 
+@pytest.mark.few(7)
 @pytest.mark.cover("mechanisms")
 def test_chunks_give_what_steps_give(policy: Policy, positions: Any) -> None:
     prompt_only = at_the_prompt_only(policy)
@@ -160,6 +161,7 @@ def rows(bench: Bench, task: BatchTask) -> tuple[dict[str, dict[str, float]], se
     return {name: {key: row[key] for key in row if key not in HOW} for name, row in found.items()}, how
 
 
+@pytest.mark.few(1)
 @pytest.mark.cover
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: type(task).__name__)
 @pytest.mark.parametrize("visible", [True, pytest.param(False, marks=pytest.mark.long)], ids=["visible", "hidden"])
@@ -183,6 +185,7 @@ def test_a_task_measures_the_same_in_chunks_and_says_which(
         assert chunks[name] == pytest.approx(row, abs=2e-3, rel=1e-5)
 
 
+@pytest.mark.long
 def test_both_sides_of_a_comparison_are_fed_alike(bundled: LoadedModel, tmp_path: Path) -> None:
     """So a policy that frees entries at decode, but never has to, differs from full by nothing at all."""
     task = Fidelity(max_new_tokens=8, check_tokens=2)

@@ -154,6 +154,7 @@ def test_the_cache_stays_compressed_over_all_turns(bundled: LoadedModel, tmp_pat
     assert result.measurements["turn1_rougeL_vs_full"]["value"] < 1.0
 
 
+@pytest.mark.long
 def test_full_conversations_are_held_once_and_must_repeat(bundled: LoadedModel, tmp_path: Path) -> None:
     bench = bench_for(bundled, tmp_path, cut())
     TASK.run(bench)

@@ -88,6 +88,7 @@ def test_answers_that_leave_nothing_to_score_are_left_out_and_none_at_all_is_an_
         task.run(bench_of(bundled, tmp_path, FULL))
 
 
+@pytest.mark.long
 def test_released_rouge_is_measured_on_texts_with_their_end_token(bundled: LoadedModel, tmp_path: Path) -> None:
     full = Generation(max_new_tokens=12, released_rouge=True).run(bench_of(bundled, tmp_path, FULL))
     assert full.measurements["rougeL_released_vs_full"]["value"] == pytest.approx(1.0, abs=1e-7)

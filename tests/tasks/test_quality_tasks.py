@@ -138,6 +138,7 @@ def test_full_answers_are_computed_once(bundled: LoadedModel, tmp_path: Path) ->
         bench.answers.get(15, never)
 
 
+@pytest.mark.long
 def test_full_answers_are_stored_with_the_last_batch_those_of_batches_before_a_kill_among_them(
     bundled: LoadedModel, tmp_path: Path
 ) -> None:
@@ -159,6 +160,7 @@ def shortened(answers: dict[str, list[int]]) -> None:
     del answers["scenes-v2/test/2"]
 
 
+@pytest.mark.long
 @pytest.mark.cover("one")
 @pytest.mark.parametrize("tamper", [changed, shortened])
 def test_tampered_full_answers_are_refused(

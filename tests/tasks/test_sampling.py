@@ -134,6 +134,7 @@ def test_the_full_cache_draws_what_it_is_compared_with(drawn: tuple[Bench, TaskR
     assert result.measurements["first_divergence_tokens"]["value"] is None
 
 
+@pytest.mark.long
 def test_each_draw_of_the_full_cache_is_stored_apart_from_greedy_answers(drawn: tuple[Bench, TaskResult]) -> None:
     bench, _ = drawn
     files = set(bench.answers.folder.glob("*.json"))
@@ -171,6 +172,7 @@ def test_avg_at_k_is_the_share_of_draws_that_are_right(bundled: LoadedModel, tmp
     assert [draw["answers_right_fraction"] for draw in row["draws"]] == [1.0, 1.0, 0.0]
 
 
+@pytest.mark.long
 def test_an_answer_of_fixed_length_goes_on_behind_its_end(bundled: LoadedModel, tmp_path: Path) -> None:
     bench = replace(bench_of(bundled, tmp_path, cut()), examples=SCENES.examples()[:1])
     stopped, fixed = (Generation(max_new_tokens=60, natural_stop=stop).run(bench) for stop in (True, False))

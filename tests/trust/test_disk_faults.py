@@ -65,6 +65,7 @@ def test_whichever_call_fails_nothing_wrong_is_stored_and_a_resume_completes(
     assert seen["runs"] > 60 * num_cells, "every call was made to fail once"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_kills", [0, pytest.param(10, marks=pytest.mark.long)])
 def test_a_full_disk_stops_with_one_line_and_the_sweep_ends_when_there_is_space(
     small_disk: Path, undisturbed: str, num_kills: int

@@ -80,6 +80,7 @@ def kill_until(scenario: str, folder: Path, num_kills: int, undisturbed: str) ->
         number += 1
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("num_kills", [5, pytest.param(50, marks=pytest.mark.long)])
 def test_kills_lose_double_and_tear_nothing(folder: Path, undisturbed: str, num_kills: int) -> None:
     kill_until("one sweep", folder, num_kills, undisturbed)
@@ -98,6 +99,7 @@ def test_two_sweeps_on_one_folder_do_not_disturb_each_other(folder: Path, undist
     assert names <= {"sweep 0", "sweep 1"}
 
 
+@pytest.mark.long
 def test_machines_whose_clocks_disagree_share_a_folder(folder: Path, undisturbed: str) -> None:
     """Each writer is another machine: only leases tell who died, clocks are off by up to ten minutes."""
     counts = torture("skewed clocks", folder, 8, seed=3)
@@ -105,6 +107,7 @@ def test_machines_whose_clocks_disagree_share_a_folder(folder: Path, undisturbed
     assert counts["killed"] == 8
 
 
+@pytest.mark.few(1)
 def test_a_cell_goes_on_after_its_last_whole_batch(folder: Path, undisturbed: str) -> None:
     key = next(iter(cells()))
     for number in range(NUM_BATCHES - 1):
@@ -116,6 +119,7 @@ def test_a_cell_goes_on_after_its_last_whole_batch(folder: Path, undisturbed: st
     assert quality_table(folder) == undisturbed
 
 
+@pytest.mark.long
 def test_a_table_without_one_cell_is_noticed(folder: Path, undisturbed: str) -> None:
     """The comparison above can fail: each of these is one wrong thing in an otherwise equal folder."""
     write(folder, lambda *words: None)

@@ -10,6 +10,7 @@ from kvbench.report.load import load_results
 from tests.report.synthetic import body, write_cell
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "kinds", [("quality", "capacity", "memory"), pytest.param(tuple(FIGURES), marks=pytest.mark.long)]
 )

@@ -249,6 +249,7 @@ def test_a_policy_looks_the_same_in_a_figure_of_some_policies(sweep_folder: Path
     assert colours["ppl: elastic"] == LIGHT.green
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", [IN_A_SWEEP[0], *(pytest.param(one, marks=pytest.mark.long) for one in IN_A_SWEEP[1:])]
 )

@@ -87,6 +87,7 @@ def shown_table(offline: Path, summary: dict[str, Any], name: str) -> list[dict[
     return [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
 
 
+@pytest.mark.few(1)
 def test_a_cell_is_one_run_with_nested_settings_that_can_be_grouped_by(offline: Path) -> None:
     seen = _inspect(run_folder(offline, BODIES[1]["key"][:16]), "--summary")
     config = seen["config"]
