@@ -64,7 +64,7 @@ WRONG = {
     "'policy.num_sinks' of policy=",
     "-m policy=h2o,snapkv policy.num_sink=3": "of policy=h2o,snapkv, which has policy.kernel_tokens, "
     "policy.num_recent, policy.pooling, policy.recent_fraction; did you mean 'policy.num_sinks' of policy=",
-    "+experiment=quick policy.recent=3": "policy.recent is no setting of policy=full,h2o, which has policy.recent_f",
+    "+experiment=quick policy.recent=3": "policy.recent is no setting; did you mean 'policy.recent_fraction'",
     "policy=h2o policy.zzz=3": "policy.zzz is no setting of policy=h2o, which has policy.recent_fraction",
     "hydra.nothing=3": "hydra.nothing is no setting; kvbench --help lists settings",
     "task.sped.new_tokens=4": "task.sped.new_tokens is no setting; did you mean 'task.speed.new_tokens'",
@@ -148,11 +148,11 @@ WRONG = {
     "model=llava-1.5-7b": "model.revision is None; a hub checkpoint must be pinned",
     "model=llava-1.5-7b weights=random task=speed dataset.prompt_tokens=577": "give at least 578",
     "model=qwen2.5-7b weights=random task=speed dataset.num_images=1": "use dataset.num_images=0",
-    "model=qwen2.5-7b weights=random task=speed dataset.num_images=2": "num_images=2; allowed",
+    "model=qwen2.5-7b weights=random task=speed dataset.num_images=2": "num_images is 2; it must lie in 0 to 1",
     "model=qwen2.5-7b weights=random task=speed model.config.hidden_sizes=3": "model.config.hidden_sizes is no setting",
     "model=qwen2.5-7b weights=random task=speed model.config=3": "model.config",
     "model=qwen2.5-7b weights=random task=speed model.config.model_type=gpt2": "model_type is 'gpt2'; supported",
-    "task=capacity task.capacity.max_batch_size=0": "max_batch_size=0",
+    "task=capacity task.capacity.max_batch_size=0": "max_batch_size is 0; it must be at least 1",
     "policy=snapkv policy.kernel_tokens=4": "policy.kernel_tokens is 4; it must be odd",
     # what is missing
     "model=local": "model.checkpoint is not given",
