@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvbench.cache import Budget, Policy
+from kvbench.cache import Budget, Needs, Policy
+from kvbench.cache.policy import needs_of
 from kvbench.contract.driving import Held, held_positions, left_padded
 from kvbench.kernels.dispatch import MAX_ROWS
 from kvbench.models.inputs import PromptBatch
@@ -19,6 +20,7 @@ from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
 from kvbench.policies.full import Full
 from kvbench.policies.h2o import H2O
+from kvbench.policies.key_norm import KeyNorm
 from kvbench.policies.snapkv import SnapKV
 from kvbench.sweep import batch, group
 from kvbench.sweep.batch import auto_batch_size
@@ -121,6 +123,10 @@ def test_kept_batches_of_another_size_are_measured_anew(
 
 @pytest.mark.cover("one")
 def test_the_likelihood_does_not_depend_on_the_batch(llama: LoadedModel, tmp_path: Path, policy: Policy) -> None:
+    if Needs.QUESTION in needs_of(policy):
+        pytest.skip("it reads the question, and a window of text asks none")
+    if isinstance(policy, KeyNorm):  # in the first layer keys of a word are equally long wherever it stands: ties
+        policy = replace(policy, skip_layers=(0,))
     examples = [window(f"w{number}", 2 * number, 20 + 3 * (number % 4), 5 + number % 3) for number in range(16)]
     means = []
     for batch_size in SIZES:
