@@ -178,7 +178,7 @@ def test_a_task_measures_the_same_in_chunks_and_says_which(
     chunks, how = rows(bench, task)
     monkeypatch.setattr(Decoding, "tokens_per_pass", 1)
     steps, alone = rows(bench, task)
-    assert len(how) == 1
+    assert len(how) == 1 or not visible, "hidden questions of other lengths make batches of their own"
     assert min(how) > 1
     assert alone == {1}
     for name, row in steps.items():
