@@ -284,8 +284,13 @@ def keeps_the_most(policy: Policy) -> bool:
 
 
 def plans_safely(policy: Policy) -> bool:
-    """Return whether a plan can be carried out before it was looked at: it names no entries that may not exist."""
-    return keeps_the_most(policy) and isinstance(policy, ScorePolicy) and policy.merge is None
+    """Return whether a plan can be carried out before it was looked at.
+
+    It names no entries that may not exist, and no division among layers is made of numbers that were not looked at.
+    """
+    if not isinstance(policy, ScorePolicy) or policy.merge is not None or not keeps_the_most(policy):
+        return False
+    return policy.allocation is None or not policy.allocation.waits
 
 
 def steps_between_cuts(policy: Policy) -> int | None:

@@ -17,6 +17,7 @@ from kvbench.cache.selection import keep_top, lowest
 from kvbench.contract.driving import drive
 from kvbench.errors import ConfigError, NonFiniteChoiceError, NonFiniteError, PolicyError
 from kvbench.kernels.dispatch import kernels_forced
+from kvbench.policies.allocation.d2o import D2O
 from kvbench.policies.h2o import H2O
 from kvbench.policies.released.h2o_elastic import H2OElasticRelease
 from tests.tiny_models import random_tokens
@@ -221,7 +222,7 @@ def test_attention_that_is_nan_is_the_models_fault_whatever_a_policy_makes_of_it
     by_window = Windowed(
         function=lambda v: v.window.sum(dim=2)
     )  # scores, and so is looked at when the prompt is through
-    for policy in (H2O(), H2OElasticRelease(one_set_for_the_model=False), by_window):
+    for policy in (H2O(), H2O(allocation=D2O()), H2OElasticRelease(one_set_for_the_model=False), by_window):
         with pytest.raises(NonFiniteError, match="is NaN in layer 1"):
             drive(model, PolicyCache(model, policy, Budget(tokens=5)), random_tokens(0, 1, 9), 9)
 
