@@ -282,14 +282,20 @@ def settle(
     earlier plan left, `faults` what went wrong in earlier steps. in_order: every entry holds a token and stays, in
     token order already, and `capacity` suffices.
     """
-    if in_order:
-        kept = _with_capacity(entries, capacity)
-        length = torch.full_like(kept.position[..., 0], entries.position.shape[-1])
-        faults = torch.zeros_like(length, dtype=torch.int32) if faults is None else faults
-        return Slots(entries=kept, length=length, free=length.clone(), faults=faults, memory=memory)
     if plan is not None:
         memory = memory if plan.memory is None else plan.memory
         entries = renewed(entries, plan)
+    if in_order:
+        kept = _with_capacity(entries, capacity)
+        length = torch.full_like(kept.position[..., 0], entries.position.shape[-1])
+    else:
+        kept, length = _gathered(entries, plan, capacity)
+    faults = torch.zeros_like(length, dtype=torch.int32) if faults is None else faults
+    return Slots(entries=kept, length=length, free=length.clone(), faults=faults, memory=memory)
+
+
+def _gathered(entries: Entries, plan: Plan | None, capacity: int) -> tuple[Entries, Tensor]:
+    """Return what `plan` keeps, merged and in token order, in `capacity` slots, and how many hold a token, (B, H)."""
     position = entries.position if plan is None else entries.position.masked_fill(~plan.keep, EMPTY)
     length = (position >= 0).sum(dim=-1)
     order = oldest_first(position)[..., :capacity]
@@ -304,8 +310,7 @@ def settle(
         mass=None if mass is None else mass.masked_fill_(~filled, 0.0),
         noted=None if entries.noted is None else entries.noted.gather(2, order).masked_fill_(~filled, 0.0),
     )
-    faults = torch.zeros_like(length, dtype=torch.int32) if faults is None else faults
-    return Slots(entries=kept, length=length, free=length.clone(), faults=faults, memory=memory)
+    return kept, length
 
 
 def renewed(entries: Entries, plan: Plan) -> Entries:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from kvbench.cache import UNLIMITED, Budget, Kind, Needs, Policy, ScorePolicy, View, artefact
+from kvbench.cache import UNLIMITED, Budget, Kind, Needs, Policy, artefact
 from kvbench.cache.cache import output_weight, unrotation_of
 from kvbench.cache.policy import needs_of
 from kvbench.contract.driving import held_positions
@@ -29,6 +29,7 @@ from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import FAMILIES as SUPPORTED
 from kvbench.models.spec import TEXT_FAMILIES, VISION_FAMILIES, ModelSpec
 from kvbench.tasks.decode import CacheSetting, Decoding
+from tests.cache.test_hidden_states import Hearing
 from tests.calibrating import in_process
 from tests.covering import YAMLS
 from tests.models.answering import answers_to
@@ -117,19 +118,6 @@ def test_a_policy_holds_what_it_may_at_every_step(
                 assert not policy.bounded or is_divided(policy) or len(head) < seen
                 assert policy.bounded or head == tuple(range(seen))
         assert sum(sizes) <= sum(most)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hearing(ScorePolicy):
-    """Notes the hidden state's first numbers, one for each head."""
-
-    needs: ClassVar[Needs] = Needs.HIDDEN
-
-    def note(self, view: View) -> Tensor:
-        return view.hidden[..., : view.keys.shape[1]].transpose(1, 2)
-
-    def score(self, view: View) -> Tensor:
-        return view.noted
 
 
 @torch.inference_mode()
