@@ -460,7 +460,12 @@ def build_sinks(config: DictConfig) -> SinkGroup:
 
 
 def check_shared(grid: Sequence[Composed]) -> None:
-    """Raise ConfigError if a value is missing, or the cells differ in what holds for all, or it cannot be used."""
+    """Raise ConfigError if a value is missing, or the cells differ in what holds for all, or it cannot be used.
+
+    No cell at all says nothing that could be wrong: every one may be left out.
+    """
+    if not grid:
+        return
     resolved = [composed.resolved() for composed in grid]
     for composed, settings in zip(grid, resolved, strict=True):
         for name in (*_SHARED, "policy", "budget", "model", "dataset", "task"):
