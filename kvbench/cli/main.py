@@ -107,6 +107,7 @@ SUBCOMMANDS = {
     "wandb": "kvbench.cli.wandb:wandb_command",
     "why": "kvbench.cli.why:why_command",
 }
+_BESIDE = ("joblib", "submitit_local")  # launchers that run cells beside each other, on the cores of one machine
 _STOPPED = "stopped; finished cells and batches are kept, the same command goes on"
 DEFAULT_SWEEP = ["+experiment=default"]
 _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
@@ -175,6 +176,8 @@ def _sweep(words: argparse.Namespace, overrides: list[str]) -> int:
     launcher, is_search = str(grid[0].choices["hydra/launcher"]), grid[0].is_search
     if launcher != SUPERVISED and not grid[0].multirun:
         raise ConfigError(f"hydra/launcher is {launcher!r}, which starts the jobs of a sweep; add -m, or leave it out")
+    if launcher in _BESIDE:
+        _check_nothing_timed(launcher, grid)
     app, share = App(is_search=is_search), None
     if not is_search:
         app.take(grid)
@@ -203,6 +206,21 @@ def _sweep(words: argparse.Namespace, overrides: list[str]) -> int:
     if launcher != SUPERVISED:
         app.sweep.gather(before)
     return _show(app.sweep, share)
+
+
+def _check_nothing_timed(launcher: str, grid: Sequence[Composed]) -> None:
+    """Raise ConfigError where cells would be timed beside each other, of which no process of ours could know."""
+    from kvbench.config.build import build
+    from kvbench.tasks.task import is_timed
+
+    tasks = {name: node for composed in grid for name, node in (composed.config.get("task") or {}).items()}
+    timed = [str(name) for name, node in tasks.items() if is_timed(build(node, f"task.{name}"))]
+    if timed:
+        raise ConfigError(
+            f"hydra/launcher is {launcher!r}, which runs cells beside each other on this machine, where task "
+            f"{', '.join(timed)} would measure all of them at once; choose task=quality, or leave the launcher out, "
+            "which times one cell after the other"
+        )
 
 
 def _share(composed: Composed, overrides: list[str], config_dir: str | None, name: str) -> Listing | None:
