@@ -177,7 +177,9 @@ def _sweep(words: argparse.Namespace, overrides: list[str]) -> int:
     if launcher != SUPERVISED and not grid[0].multirun:
         raise ConfigError(f"hydra/launcher is {launcher!r}, which starts the jobs of a sweep; add -m, or leave it out")
     if launcher in _BESIDE:
-        _check_nothing_timed(launcher, grid)
+        from kvbench.config.build import check_nothing_timed
+
+        check_nothing_timed(launcher, grid)
     app, share = App(is_search=is_search), None
     if not is_search:
         app.take(grid)
@@ -206,21 +208,6 @@ def _sweep(words: argparse.Namespace, overrides: list[str]) -> int:
     if launcher != SUPERVISED:
         app.sweep.gather(before)
     return _show(app.sweep, share)
-
-
-def _check_nothing_timed(launcher: str, grid: Sequence[Composed]) -> None:
-    """Raise ConfigError where cells would be timed beside each other, of which no process of ours could know."""
-    from kvbench.config.build import build
-    from kvbench.tasks.task import is_timed
-
-    tasks = {name: node for composed in grid for name, node in (composed.config.get("task") or {}).items()}
-    timed = [str(name) for name, node in tasks.items() if is_timed(build(node, f"task.{name}"))]
-    if timed:
-        raise ConfigError(
-            f"hydra/launcher is {launcher!r}, which runs cells beside each other on this machine, where task "
-            f"{', '.join(timed)} would measure all of them at once; choose task=quality, or leave the launcher out, "
-            "which times one cell after the other"
-        )
 
 
 def _share(composed: Composed, overrides: list[str], config_dir: str | None, name: str) -> Listing | None:

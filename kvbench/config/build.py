@@ -70,6 +70,7 @@ from kvbench.sweep.cell import (
     resolve_engine,
 )
 from kvbench.tasks.decode import CacheSetting
+from kvbench.tasks.task import is_timed
 
 _OWN = "kvbench"
 _POLICIES = "kvbench.policies"  # of kvbench's own modules only these are hashed
@@ -484,6 +485,18 @@ def check_refused(grid: Sequence[Composed]) -> None:
     """Raise ConfigError where it is not said, or in an unknown word, what becomes of a cell that cannot run."""
     for word in {str(composed.config.get("refused")) for composed in grid}:
         check_known("refused", word, ("fail", LEFT_OUT))
+
+
+def check_nothing_timed(launcher: str, grid: Sequence[Composed]) -> None:
+    """Raise ConfigError where `launcher` would let cells be timed beside each other, of which no process could know."""
+    tasks = {name: node for composed in grid for name, node in (composed.config.get("task") or {}).items()}
+    timed = [str(name) for name, node in tasks.items() if is_timed(build(node, f"task.{name}"))]
+    if timed:
+        raise ConfigError(
+            f"hydra/launcher is {launcher!r}, which runs cells beside each other on this machine, where task "
+            f"{', '.join(timed)} would measure all of them at once; choose task=quality, or leave the launcher out, "
+            "which times one cell after the other"
+        )
 
 
 def results_folder(config: DictConfig) -> Path:

@@ -90,7 +90,7 @@ def _problem_of_header(image: Image.Image) -> str | None:
         return f"has {width} x {height} pixels; at most {MAX_PIXELS}"
     if max(width, height) > MAX_SIDES * min(width, height):
         return f"has {width} x {height} pixels; a picture may be at most {MAX_SIDES} times as long as wide"
-    if "transparency" in image.info and any("RGB;16" in str(tile) for tile in image.tile):
+    if "transparency" in image.info and any("RGB;16" in str(tile) for tile in getattr(image, "tile", ())):
         return "has 16 bits a colour, one of which means transparent, and is read with 8; save it with an alpha channel"
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # the further frames of a photograph are its previews

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kvbench.cli.main import _check_nothing_timed, run
+from kvbench.cli.main import run
+from kvbench.config.build import check_nothing_timed
 from kvbench.config.compose import _unknown_choice, compose_grid
 from kvbench.errors import ConfigError
 from tests.sweep.test_faults import SHORT, attempts, faulty, kvbench
@@ -47,7 +48,7 @@ def test_a_launcher_without_a_sweep_is_refused(tmp_path: Path) -> None:
 def test_cells_beside_each_other_on_one_machine_are_not_timed(task: str, timed: str) -> None:
     grid = compose_grid([f"task={task}", "policy=h2o,full"], multirun=True, config_dir=None)
     with contextlib.nullcontext() if not timed else pytest.raises(ConfigError, match=f"where task {timed} would"):
-        _check_nothing_timed("joblib", grid)
+        check_nothing_timed("joblib", grid)
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
