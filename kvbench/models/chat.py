@@ -92,9 +92,7 @@ def render_chat(loaded: LoadedModel, chat: Sequence[Mapping[str, Any]], *, add_g
             tokenize=False,
             **settings,
         )
-    except (
-        Exception
-    ) as error:  # a template is a program: it may divide by zero, or ask what is not there for its length
+    except Exception as error:  # a template is a program: it may divide by zero as well
         raise ModelSupportError(
             f"the chat template refuses the chat: {' '.join(str(error).split())}; choose another with model.prompt"
         ) from error
