@@ -463,7 +463,7 @@ def build_sinks(config: DictConfig) -> SinkGroup:
 def check_shared(grid: Sequence[Composed]) -> None:
     """Raise ConfigError if a value is missing, or the cells differ in what holds for all, or it cannot be used.
 
-    No cell at all says nothing that could be wrong: every one may be left out.
+    `grid` may be empty: that of the cells that must not be left out is, where full is not among the policies.
     """
     if not grid:
         return

@@ -170,22 +170,22 @@ def test_what_cannot_run_is_named_and_left_out_only_where_that_was_asked_for(tmp
             App().take(grid)
 
 
-def test_a_sweep_each_of_whose_cells_may_be_left_out_is_checked_as_any_other(tmp_path: Path) -> None:
-    words = ["task=quick", "budget=tokens", "budget.tokens=8", "refused=leave_out"]
-
-    def taken(*more: str) -> list[bool]:
-        return [job is None for job in App().take(compose_grid([*words, *more], multirun=True, config_dir=None))]
-
-    assert taken("policy=snapkv,h2o", f"results={tmp_path}") == [True, False]
-    assert taken("policy=snapkv", f"results={tmp_path}") == [True]
-    with pytest.raises(ConfigError, match=r"sweep has 2 values in one sweep"):
-        taken("policy=h2o", "sweep=a,b", f"results={tmp_path}")
-
-
 def test_where_the_full_cache_cannot_run_nothing_is_left_out(tmp_path: Path) -> None:
     words = ["policy=full,h2o", "dataset=scenes", "model=local", "model.checkpoint=nowhere", "refused=leave_out"]
     with pytest.raises(ConfigError, match="nowhere"):
         App().take(compose_grid([*words, f"results={tmp_path}"], multirun=True, config_dir=None))
+
+
+def test_a_sweep_without_the_full_cache_is_checked_too(tmp_path: Path) -> None:
+    """Every cell of it may be left out; where all are, `kvbench` ends with the reason."""
+    words = ["task=quick", "budget=tokens", "budget.tokens=8", "refused=leave_out"]
+    for policies, left in (("snapkv,h2o", [True, False]), ("snapkv", [True])):
+        grid = compose_grid([*words, f"results={tmp_path}", f"policy={policies}"], multirun=True, config_dir=None)
+        assert [job is None for job in App().take(grid)] == left
+    with pytest.raises(ConfigError, match="results is ''; it must be the path of a folder"):
+        App().take(compose_grid([*words, "results=", "policy=snapkv,h2o"], multirun=True, config_dir=None))
+    with pytest.raises(ConfigError, match="sweep has 2 values in one sweep"):
+        App().take(compose_grid([*words, "sweep=a,b", "policy=h2o"], multirun=True, config_dir=None))
 
 
 def test_a_record_states_the_share_that_it_was_measured_in() -> None:
