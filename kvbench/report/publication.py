@@ -1,6 +1,6 @@
 """What is published is made again from records that lie in the repository, by one command.
 
-    python -m kvbench.report.publication              results/published, and the tables in the README and the pages of docs
+    python -m kvbench.report.publication              results/published, and the tables of README and docs
     python -m kvbench.report.publication --check      changes nothing; exit code 1 if something would be another one
 
 A folder of `results/published` that holds cells shows some files of its own report (a table, figures, laws): those that
@@ -163,9 +163,9 @@ def _laws(results: Results, words: Mapping[str, str]) -> Iterator[str]:
 
 
 def _positions(results: Results, words: Mapping[str, str]) -> Iterator[str]:
-    """Yield `measure`, one or several, of every policy (or of `policies`) at one budget, a column for each position mode.
+    """Yield `measure`, one or several, of every policy at one budget, a column for each position mode.
 
-    `modes`: some of them.
+    `policies` and `modes`: some of them.
     """
     cells, names = _chosen(results, words), words["measure"].split(",")
     modes = words.get("modes", ",".join(MODES)).split(",")
