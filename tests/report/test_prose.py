@@ -316,3 +316,40 @@ def test_the_findings_on_positions_are_those_of_their_tables() -> None:
     told = " ".join(of_readme().split())
     behind = [nats(novel, name, "original") for name in pairs]
     assert f"Elastic stands behind both, by {behind[0]} and {behind[1]} nats per token" in told
+
+
+def test_what_the_page_of_laws_says_in_figures_follows_from_its_records() -> None:
+    cells = pd.read_csv(REPO / "results" / "published" / "laws-smollm2" / "table.csv").fillna({"variant": ""})
+    texts, asked = cells[cells.ppl.notna()], cells[cells.dataset.str.startswith("recall_many")]
+
+    def ppl(policy: str, budget: float | None = 0.2, variant: str = "") -> float:
+        of_budget = texts.budget_fraction.isna() if budget is None else texts.budget_fraction == budget
+        (found,) = texts[(texts.policy == policy) & of_budget & (texts.variant == variant)].ppl
+        return float(found)
+
+    def found_of_100(policy: str, budget: float, dataset: str = "recall_many") -> int:
+        of = asked[(asked.dataset == dataset) & (asked.policy == policy) & (asked.budget_fraction == budget)]
+        return round(100 * float(of[RECALL].item()))
+
+    sinks = {number: ppl("streaming_llm", variant=f"policy.num_sinks={number}") for number in (0, 1, 2, 4, 8)}
+    larger = [ppl("streaming_llm", budget, "policy.num_sinks=4") for budget in (0.1, 0.2, 0.4, 0.8)]
+    norms = [
+        ppl("key_norm", 0.5, f"policy.keep={keep} policy.skip_layers={skipped}")
+        for keep, skipped in (("small", "[0, 1]"), ("large", "[0, 1]"), ("small", None))
+    ]
+    hidden = [found_of_100("streaming_llm", budget, "recall_many, question hidden") for budget in (0.5, 0.3)]
+    says(
+        "docs/laws.md",
+        f"perplexity {sinks[0]:.1f} without sinks, {sinks[4]:.1f} with four, {ppl('full', None):.1f} full.",
+        f"perplexity {sinks[1]:.2f} with one or two, {sinks[4]:.2f} with four, {sinks[8]:.2f} with eight.",
+        "Every doubling helps: perplexity {:.1f}, {:.1f}, {:.1f} and {:.1f} at".format(*larger),
+        f"(perplexity {norms[0]:.1f}, two layers whole)",
+        f"the largest norms are far worse ({norms[1]:.0f})",
+        f"({norms[2]:.1f} without)",
+        f"so its {ppl('random'):.0f} is partly law 2 again",
+        f"a window with sinks {hidden[0]} and {hidden[1]}: all 25 at the end, and {hidden[0] - 25} of those before",
+        f"({found_of_100('lagkv', 0.5)} and {found_of_100('h2o', 0.5)} of 100, full 98)",
+        f"{board(PPL, 0.1).value['tova']:.1f} against {board(PPL, 0.1).value['h2o']:.1f} ([leaderboard.md]",
+    )
+    assert f"{sinks[1]:.2f}" == f"{sinks[2]:.2f}"
+    assert found_of_100("snapkv", 0.5, "recall_many, question hidden") == 0
