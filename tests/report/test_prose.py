@@ -7,6 +7,8 @@ it was when records are measured again.
 from __future__ import annotations
 
 import csv
+import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -16,9 +18,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from tests.parity.theirs import GIVEN, SCORED, WINDOWS
+
 REPO = Path(__file__).parents[2]
 _TABLE = re.compile(r"<!-- table: ([^>]*) -->\n(.*?)<!-- end of table -->", re.DOTALL)
 _Row = Mapping[str, str]
+SIDES = ("ours", "theirs")
 GOOD = ("h2o", "h2o_mean", "snapkv", "vatp")  # scores that do not explode on a text
 
 
@@ -163,6 +168,23 @@ def test_the_figures_of_the_leaderboards_oddities_that_stand_in_its_tables_are_t
         f"**`pyramidkv` is behind `snapkv`** ({min(gap):+.3f} to {max(gap):+.3f} nats at each budget",
         f"**`random` finds {100 * board(RECALL, 0.2).value['random']:.0f} of 100 facts at a fifth, more than `h2o`**",
         f"Its {value['simlayerkv']:.2f} has no place.",
+    )
+
+
+def test_what_is_said_of_kvpress_follows_from_the_outputs_of_both_sides() -> None:
+    stored = json.loads((REPO / "tests" / "parity" / "kvpress.json").read_text())
+    both = {
+        (one["method"], one["entries"]): [math.exp(math.fsum(one[side]["nll"]) / (SCORED * WINDOWS)) for side in SIDES]
+        for one in stored["rows"]
+    }
+    shown = {name: {f"{value:.2f}" for value in values} for name, values in both.items()}
+    norm, difference = (shown[name, 204] for name in ("key_norm", "keydiff"))
+    (full,) = shown["full", GIVEN]
+    says(
+        LEADERBOARD,
+        f"{' '.join(norm)} of both key norms at a fifth of {GIVEN:,} tokens, {' '.join(difference)} of both key "
+        "differences",
+        f"the table's {WINDOWS} windows on a GPU; full {full})",
     )
 
 
