@@ -171,6 +171,22 @@ def test_the_figures_of_the_leaderboards_oddities_that_stand_in_its_tables_are_t
     )
 
 
+def test_what_is_said_to_be_missing_is_missing_and_is_said_no_longer_than_it_is() -> None:
+    page = (REPO / LEADERBOARD).read_text(encoding="utf-8")
+    laws = (REPO / "docs" / "laws.md").read_text(encoding="utf-8")
+    known = set(boards().policy.str.partition(" ")[0])
+    missing = {
+        (LEADERBOARD, "own cell is not measured yet there"): "Full cache: not measured yet" in page,
+        (LEADERBOARD, "but for recall and perplexity at a tenth and at half"): "cake" not in board(RECALL, 0.2).index,
+        (LEADERBOARD, "`vase` without perplexity"): "vase" not in board(PPL, 0.2).index,
+        (LEADERBOARD, "`fast_kvzip` was not calibrated there"): "fast_kvzip" not in known,
+        (FACTORIAL, "those of `keydiff` are not measured yet"): "score keydiff." in (REPO / FACTORIAL).read_text(),
+        ("docs/laws.md", "`copied_digits` are not measured yet"): "| 13. copied_digits |" in laws
+        and "not run yet |" in laws,
+    }
+    assert {said for said, is_so in missing.items() if is_so} == {said for said in missing if said[1] in prose(said[0])}
+
+
 def test_what_is_said_of_kvpress_follows_from_the_outputs_of_both_sides() -> None:
     stored = json.loads((REPO / "tests" / "parity" / "kvpress.json").read_text())
     both = {
