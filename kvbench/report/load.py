@@ -485,12 +485,8 @@ def _with_answer_time(cell: CellResult) -> CellResult:
     facts = [name for name in FACT_MEASURES if cell.estimate(name)]
     answers = [row["draws"] if isinstance(row.get("draws"), list) else [row] for row in cell.samples]
     lengths = [[_number(one.get("num_new_tokens")) for one in same if isinstance(one, dict)] for same in answers]
-    if (
-        not first
-        or not further
-        or facts != ["answers_right_fraction"]
-        or not all(same and all(same) for same in lengths)
-    ):
+    is_known = bool(lengths) and all(same and all(same) for same in lengths)
+    if not first or not further or not is_known or facts != ["answers_right_fraction"]:
         return cell
     means = [math.fsum(one for one in same if one is not None) / len(same) for same in lengths]
     more = math.fsum(means) / len(means) - 1

@@ -134,6 +134,10 @@ def test_how_long_a_whole_answer_takes_stands_beside_the_score_of_problems(tmp_p
     assert found is not None
     assert (found.value, found.low, found.high, found.n) == (50 + 7 * 10, 48 + 7 * 9, 55 + 7 * 12, 2)  # (5 + 11) / 2
     assert timing_noise(group.cells[0], "answer_ms"), "the first token is a part of it"
+    for samples in ([], [{"id": "a", "answers_right_fraction": 0.5}]):
+        write_cell(tmp_path / "other", {**record, "samples": samples})
+        (cell,) = load_results(tmp_path / "other").records
+        assert cell.estimate("answer_ms") is None
 
 
 def test_a_score_without_times_and_a_picture_have_no_time_of_an_answer(sweep_folder: Path) -> None:
