@@ -134,9 +134,9 @@ def test_how_long_a_whole_answer_takes_stands_beside_the_score_of_problems(tmp_p
     assert found is not None
     assert (found.value, found.low, found.high, found.n) == (50 + 7 * 10, 48 + 7 * 9, 55 + 7 * 12, 2)  # (5 + 11) / 2
     assert timing_noise(group.cells[0], "answer_ms"), "the first token is a part of it"
-    for samples in ([], [{"id": "a", "answers_right_fraction": 0.5}]):
-        write_cell(tmp_path / "other", {**record, "samples": samples})
-        (cell,) = load_results(tmp_path / "other").records
+    for name, samples in {"none": [], "no length": [{"id": "a", "answers_right_fraction": 0.5}]}.items():
+        write_cell(tmp_path / name, {**record, "samples": samples})
+        (cell,) = load_results(tmp_path / name).records
         assert cell.estimate("answer_ms") is None
 
 
