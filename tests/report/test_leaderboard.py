@@ -79,6 +79,10 @@ def test_of_a_policy_measured_again_since_it_was_mended_the_newest_record_has_th
         places = board(judged_of(RECALL, *bodies), 0.2, RECALL)
         assert len(places) == len(POLICIES)
         assert mended["key"] in {place.cell.key for place in places}
+    failed = record("h2o", status="crashed", seed=1) | {"started_utc": "2026-11-24T13:00:00+00:00"}
+    places = board(judged_of(RECALL, failed, *map(record, POLICIES)), 0.2, RECALL)
+    assert len(places) == len(POLICIES)
+    assert not any(place.cell.failed for place in places)
 
 
 def test_a_perplexity_is_better_where_it_is_less() -> None:
