@@ -77,8 +77,14 @@ def board(judged: Judged, budget: float, name: str) -> list[Place]:
 
 
 def judged_part(results: Results, part: Part, name: str) -> Judged | None:
-    """Return the cells of a part and their comparisons in the measure; None where there is no cell."""
-    cells = tuple(cell for cell in results.records if part.has(cell))
+    """Return the cells of a part and their comparisons in the measure; None where there is no cell.
+
+    Of several cells of one policy at one budget, as a mended policy leaves them, the newest that did not fail counts.
+    """
+    mine = [cell for cell in results.records if part.has(cell)]
+    mine.sort(key=lambda cell: (not cell.failed, cell.started_utc))
+    newest = {(cell.labels["policy"], cell.positions, cell.budget_fraction): cell.key for cell in mine}
+    cells = tuple(cell for cell in results.records if cell.key in newest.values())
     return judge(Group(model=cells[0].model, dataset=cells[0].dataset, cells=cells), only=(name,)) if cells else None
 
 
