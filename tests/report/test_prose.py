@@ -16,8 +16,8 @@ from itertools import chain, product
 from pathlib import Path
 
 import pandas as pd
-import pytest
 
+from kvbench.report.publication import filled_page
 from tests.parity.theirs import GIVEN, SCORED, WINDOWS
 
 REPO = Path(__file__).parents[2]
@@ -317,27 +317,10 @@ def of_readme() -> str:
     return (REPO / "README.md").read_text(encoding="utf-8")
 
 
-def rounded(cell: str, *, digits: int) -> str:
-    """`40.40 [37.80, 42.97]` as the README has it."""
-    return re.sub(r"\d+\.\d+", lambda found: f"{float(found[0]):.{digits}f}", cell)
-
-
-@pytest.mark.parametrize("policy", ["h2o", "streaming_llm", "elastic"])
-def test_the_readmes_first_table_is_that_of_positions(policy: str) -> None:
-    of = row(table(POSITIONS, kind="positions", measure="ppl", dataset="frankenstein_long", budget="0.2"), PPL=policy)
-    assert f"| `{policy}` | {rounded(of['original'], digits=1)} | {rounded(of['released'], digits=0)} |" in of_readme()
-
-
-def test_the_readmes_table_of_the_leaderboard_is_its_tables() -> None:
-    ppl = table(LEADERBOARD, kind="board", measure="ppl", budget="0.2")
-    recall = table(LEADERBOARD, kind="board", measure=RECALL, budget="0.2", question="seen")
-    listed = [line for line in of_readme().splitlines() if re.match(r"\| `\w+` \| [+]", line)]
-    assert len(listed) >= 5
-    for line in listed:
-        _, name, nats, found, _ = (part.strip() for part in line.split("|"))
-        of = row(ppl, policy=name.strip("`"))
-        assert nats == of["minus full"].removesuffix(" nats/token")
-        assert found == row(recall, policy=name.strip("`"))["needles found"]
+def test_the_readmes_tables_are_made_from_the_records() -> None:
+    made = filled_page(REPO, REPO / "README.md")
+    assert made == of_readme()
+    assert made.count("<!-- table: ") == 2
 
 
 def test_the_readmes_figures_of_the_default_sweep_are_its_records() -> None:
