@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.errors import RecordError
-from kvbench.frontier.table import KIND, VERSION
 from kvbench.results.claims import owner_is_dead, parse_claim
 from kvbench.results.files import TEMPORARY, unseal
+from kvbench.results.frontier import KIND, VERSION
 from kvbench.results.record import (
     AUTOPSY_FILE,
     MEASURED,

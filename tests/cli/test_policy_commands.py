@@ -138,7 +138,7 @@ def test_a_policy_to_begin_with_is_named_or_guessed_and_nothing_is_written_over(
 def test_a_new_policy_of_a_checkout_lies_among_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from kvbench.cli import new_policy
+    from kvbench.cli import policies as new_policy
 
     for folder in ("policies", "conf/policy"):
         (tmp_path / folder).mkdir(parents=True)

@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from kvbench.frontier.table import Frontier, Search
 from kvbench.measures import FACT_MEASURES, measure
 from kvbench.report.compare import Ability, timing_noise
 from kvbench.report.figures.axes import (
@@ -46,6 +45,7 @@ from kvbench.report.figures.style import (
     style_of,
 )
 from kvbench.report.load import CellResult, Estimate, Group, is_better
+from kvbench.results.frontier import Frontier, Search
 
 _QUALITIES = (
     *FACT_MEASURES, "rougeL_vs_full", "ppl", "rougeL_released_vs_full", "ppl_released",

@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
-from kvbench.frontier.table import Frontier
 from kvbench.report.figures.kinds import STYLES, WIDTHS
+from kvbench.results.frontier import Frontier
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
