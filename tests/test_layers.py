@@ -41,8 +41,7 @@ MAY_IMPORT = {
     "config": "errors __init__ measures cache datasets results models tasks autopsy sinks sweep",
     "contract": "errors cache datasets stats models tasks config",
     "report": "errors __init__ measures stats results",
-    "autopsy.read": "errors results report",  # what the page shows of an autopsy
-    "autopsy.page": "errors results autopsy.read report",
+    "autopsy.page": "errors results report",  # what the page shows of an autopsy
     # W&B is sent the report's words and figures, and what its page shows of the samples that fail.
     "sinks.wandb": "errors __init__ measures results sinks report autopsy.page",
     "audit": "errors measures stats results tasks",
@@ -53,7 +52,7 @@ MAY_IMPORT = {
 # What goes against the table: a module, the package it needs all the same, and why.
 ALL_THE_SAME = {
     ("kvbench", "cache"): "the names a user's policy needs, loaded when first used",
-    ("kvbench.autopsy.body", "sweep"): "an autopsy is of a cell: the types alone",
+    ("kvbench.autopsy.replay", "sweep"): "an autopsy is of a cell: the types alone",
     ("kvbench.report.page", "autopsy.page"): "puts the page together, this section too",
     ("kvbench.sweep.worker", "config"): "a worker is a program of its own: it is told words, and builds its cells",
     ("kvbench.sweep.worker", "cli"): "a worker is a program of its own: it makes libraries quiet as the command does",
@@ -81,7 +80,6 @@ ALIKE = {
     "build": "a cell from its configuration; a report from its records",
     "cache": "the package; in it the class that a model is given",
     "cake": "CAKE's score; its division among layers",
-    "conversation": "a data set of turns; the task that asks them",
     "d2o": "the two parts of one method: how much layers hold, and what becomes of the rest",
     "elastic": AS_RELEASED,
     "files": "rows out of a user's files; how every file of ours is written",

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from kvbench.audit import bookkeeping, budgets, numbers, scoring, times
+from kvbench.audit import bookkeeping, budgets, numbers, scoring
+from kvbench.audit import numbers as times
 from kvbench.audit.evidence import Check, Finding, Outcome, Verdict, read_evidence, run_check
 from kvbench.results.redaction import printable
 

@@ -31,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from kvbench import installed_version
-from kvbench.autopsy.settings import AutopsySettings
+from kvbench.autopsy import AutopsySettings
 from kvbench.cache import CACHE_SEMANTICS, Budget, Calibrated, Needs, Policy, ScorePolicy, When
 from kvbench.cache.policy import check_parts, is_unset_part, needs_of
 from kvbench.cache.positions import POSITION_MODES, PositionMode

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kvbench.autopsy.body import Autopsies
+from kvbench.autopsy.replay import Autopsies
 from kvbench.errors import KvbenchError
 from kvbench.models.inputs import GivenPrompts, given_prompts
 from kvbench.models.loader import LoadedModel, load_model

@@ -8,8 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvbench.autopsy.page import autopsy_section
-from kvbench.autopsy.read import Sample, chance_overlap, first_freed, kept, load_autopsy, overlap, percent, sentence
+from kvbench.autopsy.page import (
+    Sample,
+    autopsy_section,
+    chance_overlap,
+    first_freed,
+    kept,
+    load_autopsy,
+    overlap,
+    percent,
+    sentence,
+)
 from kvbench.errors import RecordError
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from kvbench.datasets.conversation import Conversation
+from kvbench.datasets.questions import Conversation
 from kvbench.errors import ConfigError, DataError
 
 GOOD = {"question": "What is it?", "answer": "A dot."}

@@ -8,10 +8,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from kvbench.datasets.conversation import Conversation
 from kvbench.datasets.files import read_rows
+from kvbench.datasets.questions import Conversation, LlavaBench
 from kvbench.datasets.text import Summaries
-from kvbench.datasets.vision import LlavaBench
 from tests.datasets.files import refusal, write_json, write_lines, write_picture
 
 GOOD = {"question": "What is it?", "answer": "A dot."}

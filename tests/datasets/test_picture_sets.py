@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from kvbench.datasets.base import Turn
-from kvbench.datasets.conversation import Conversation
-from kvbench.datasets.vision import LlavaBench, MMVet
+from kvbench.datasets.questions import Conversation, LlavaBench, MMVet
 from tests.datasets.files import refusal, write_json, write_lines, write_picture
 
 ITEMS: dict[str, Any] = {

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from kvbench.datasets import pictures
-from kvbench.datasets.conversation import Conversation
-from kvbench.datasets.pictures import load_picture
+from kvbench.datasets import files as pictures
+from kvbench.datasets.files import load_picture
+from kvbench.datasets.questions import Conversation
 from kvbench.errors import DataError
 from tests.datasets.files import refusal, write_json
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from kvbench.kernels.linear import gated_rows, project_rows
+from kvbench.kernels.decode_step import gated_rows, project_rows
 
 ON = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 6e-3}

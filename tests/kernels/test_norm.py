@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from kvbench.kernels.norm import add_and_norm_rows, norm_rows, rotate_rows
+from kvbench.kernels.decode_step import add_and_norm_rows, norm_rows, rotate_rows
 
 ON = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter cuts what a GPU rounds to bfloat16.

@@ -12,7 +12,7 @@ from kvbench.cache.policy import needs_of
 from kvbench.config.build import build_cell
 from kvbench.config.compose import compose_grid
 from kvbench.datasets.base import Example
-from kvbench.datasets.conversation import Conversation
+from kvbench.datasets.questions import Conversation
 from kvbench.datasets.retrieval import Needles
 from kvbench.datasets.scenes import Scenes
 from kvbench.errors import ConfigError, DataError

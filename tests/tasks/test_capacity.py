@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbench.cache import Budget
-from kvbench.datasets.synthetic import Synthetic
+from kvbench.datasets.text import Synthetic
 from kvbench.errors import ConfigError
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.tasks import capacity

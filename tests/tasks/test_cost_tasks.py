@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kvbench.cache import Budget
-from kvbench.datasets.synthetic import Synthetic
+from kvbench.datasets.text import Synthetic
 from kvbench.errors import ConfigError
 from kvbench.measures import MEASURES
 from kvbench.models.inputs import prompt_batch
