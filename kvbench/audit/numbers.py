@@ -29,8 +29,7 @@ from kvbench.stats.intervals import (
     pooled_ratio_interval,
     ratio_interval,
 )
-from kvbench.stats.latency import MAX_SPREAD_FRACTION, is_far_off, spread_fraction
-from kvbench.stats.paired import POOLED
+from kvbench.stats.paired import MAX_SPREAD_FRACTION, POOLED, is_far_off, spread_fraction
 
 _NUM_RESAMPLES = 2000
 _SHARE_OF_WIDTH = 0.25

@@ -40,8 +40,7 @@ from kvbench.results.record import AUTOPSY_SCHEMA, GENERATED, NEVER, autopsy_pat
 from kvbench.results.redaction import hide_known, redacted_body
 from kvbench.sweep.cell import Cell
 from kvbench.tasks.decode import CacheSetting, greedy
-from kvbench.tasks.foresight import Watching
-from kvbench.tasks.task import BatchTask, Part, Prompts
+from kvbench.tasks.task import BatchTask, Part, Prompts, Watching
 
 if TYPE_CHECKING:
     from kvbench.cache import PolicyCache

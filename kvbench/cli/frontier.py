@@ -29,8 +29,15 @@ from kvbench.report.compare import Ability, Choices, Comparison, compare
 from kvbench.report.load import CellResult, Group, load_results
 from kvbench.results.files import canonical_json
 from kvbench.results.frontier import Frontier, Look, Outcome, Search, SearchStatus
-from kvbench.stats.power import look_confidence, most_looks, next_rung, smallest_sample
-from kvbench.stats.tests import is_non_inferior, is_quality, smallest_margin
+from kvbench.stats.tests import (
+    is_non_inferior,
+    is_quality,
+    look_confidence,
+    most_looks,
+    next_rung,
+    smallest_margin,
+    smallest_sample,
+)
 
 if TYPE_CHECKING:
     from kvbench.sweep.cell import Cell

@@ -31,7 +31,7 @@ from kvbench.results.maintenance import leftovers, remove, verify
 from kvbench.results.record import STATUSES, Problem, read_cell
 from kvbench.results.redaction import printable, redact
 from kvbench.results.store import RecordStore
-from kvbench.sinks.console import say
+from kvbench.sinks.base import say
 from kvbench.sinks.wandb.run import (
     MODES,
     Online,

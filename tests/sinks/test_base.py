@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from kvbench.sinks.base import Sink, SinkGroup
-from kvbench.sinks.console import ConsoleSink
+from kvbench.sinks.base import ConsoleSink, Sink, SinkGroup
 from kvbench.sinks.wandb.sync import WandbSink
 
 

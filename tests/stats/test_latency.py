@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvbench.stats.intervals import Interval, ratio_interval
-from kvbench.stats.latency import LogRatio, between, from_interval, noise_reason, spread_fraction
+from kvbench.stats.paired import LogRatio, between, from_interval, noise_reason, spread_fraction
 from tests.stats.worlds import VirtualClock
 
 NUM = 1500

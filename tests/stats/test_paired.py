@@ -12,8 +12,16 @@ from kvbench.errors import ConfigError, MeasureError
 from kvbench.measures import MEASURES
 from kvbench.stats.intervals import NUM_DRAWS, SEED, bootstrap
 from kvbench.stats.paired import PairedSums, differences, infer, paired_sums, sign_test
-from kvbench.stats.power import minimum_detectable, more_samples
-from kvbench.stats.tests import holm, is_non_inferior, parse_margins, smallest_margin, unpaired_p_value, verdict_of
+from kvbench.stats.tests import (
+    holm,
+    is_non_inferior,
+    minimum_detectable,
+    more_samples,
+    parse_margins,
+    smallest_margin,
+    unpaired_p_value,
+    verdict_of,
+)
 from tests.stats.worlds import by_cluster, passages, scores
 
 

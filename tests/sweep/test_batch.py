@@ -22,10 +22,10 @@ from kvbench.policies.full import Full
 from kvbench.policies.h2o import H2O
 from kvbench.policies.key_norm import KeyNorm
 from kvbench.policies.snapkv import SnapKV
-from kvbench.sweep import batch, group
-from kvbench.sweep.batch import auto_batch_size
+from kvbench.sweep import group
+from kvbench.sweep import group as batch
 from kvbench.sweep.cell import Cell
-from kvbench.sweep.group import ModelShelf
+from kvbench.sweep.group import ModelShelf, auto_batch_size
 from kvbench.tasks.decode import CacheSetting, forced
 from kvbench.tasks.generation import Generation
 from kvbench.tasks.perplexity import Perplexity

@@ -19,7 +19,7 @@ from kvbench.errors import ConfigError, DataError
 from kvbench.models.spec import ModelSpec, takes_images
 from kvbench.sweep.cell import check_fit
 from kvbench.sweep.group import ModelShelf
-from kvbench.tasks.conversation import MultiTurn
+from kvbench.tasks.generation import MultiTurn
 from kvbench.tasks.perplexity import Perplexity
 from kvbench.tasks.speed import Speed
 from tests.datasets.files import write_json, write_lines, write_picture

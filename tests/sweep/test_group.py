@@ -21,9 +21,8 @@ from kvbench.stats.intervals import mean_interval
 from kvbench.sweep import group
 from kvbench.sweep.group import GroupPlan, ModelShelf
 from kvbench.tasks.decode import CacheSetting, Decoding
-from kvbench.tasks.fidelity import Fidelity
 from kvbench.tasks.generation import Generation
-from kvbench.tasks.perplexity import Perplexity
+from kvbench.tasks.perplexity import Fidelity, Perplexity
 from kvbench.tasks.task import BatchTask, Bench, Part, Payload, TaskResult
 from tests.sweep.watching import KeptInMemory, Notes, run_cells
 from tests.tasks.benches import FULL, KeepAll, NanAtDecode, NotANumber, cell_of, cut

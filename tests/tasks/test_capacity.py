@@ -13,8 +13,8 @@ from kvbench.cache import Budget
 from kvbench.datasets.text import Synthetic
 from kvbench.errors import ConfigError
 from kvbench.models.loader import LoadedModel, load_model
-from kvbench.tasks import capacity
-from kvbench.tasks.capacity import Capacity, largest_that_fits
+from kvbench.tasks import memory as capacity
+from kvbench.tasks.memory import Capacity, largest_that_fits
 from kvbench.tasks.task import TaskResult
 from tests.models.architectures import small_spec
 from tests.tasks.benches import FULL, bench_of, cut

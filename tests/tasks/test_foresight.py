@@ -17,11 +17,9 @@ from kvbench.errors import ConfigError
 from kvbench.models.loader import LoadedModel
 from kvbench.policies.oracle import Oracle
 from kvbench.tasks.decode import CacheSetting
-from kvbench.tasks.fidelity import Fidelity
-from kvbench.tasks.foresight import foreseen
 from kvbench.tasks.generation import Generation
-from kvbench.tasks.perplexity import Perplexity, PerplexityReleased
-from kvbench.tasks.task import BatchTask, Prompts
+from kvbench.tasks.perplexity import Fidelity, Perplexity, PerplexityReleased
+from kvbench.tasks.task import BatchTask, Prompts, foreseen
 from tests.config.test_policy_parts import cell_of
 from tests.covering import one_in
 from tests.tasks.benches import SCENES, bench_of, cut

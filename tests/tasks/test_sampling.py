@@ -22,8 +22,7 @@ from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
 from kvbench.policies.h2o import H2O
 from kvbench.tasks.decode import CacheSetting, Engine, greedy
-from kvbench.tasks.generation import Generation, HeldEntries
-from kvbench.tasks.sampling import Answering, Sampler
+from kvbench.tasks.generation import Answering, Generation, HeldEntries, Sampler
 from kvbench.tasks.task import Bench, TaskResult
 from tests.datasets.files import write_lines
 from tests.models.checkpoints import save_checkpoint

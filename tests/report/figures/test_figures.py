@@ -233,7 +233,7 @@ def test_labels_cover_neither_each_other_nor_leave_the_figure(sweep_folder: Path
 
 @pytest.mark.long
 def test_a_legend_takes_over_where_names_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvbench.report.figures.axes.MANY", 100)
+    monkeypatch.setattr("kvbench.report.figures.style.MANY", 100)
     for index in range(40):
         write_cell(tmp_path, body(policy=f"policy_{index:02}"))
     _, figure = draw(tmp_path, "quality", measures=("ppl",), width="single")
