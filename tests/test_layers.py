@@ -76,7 +76,6 @@ AS_RELEASED = "the method as described; in released/ what published code does"
 # A name that two modules or packages have, and why both are found by it.
 ALIKE = {
     "audit": "the package; in it, what runs all checks",
-    "base": "what a data set is, what a sink is",
     "build": "a cell from its configuration; a report from its records",
     "cache": "the package; in it the class that a model is given",
     "cake": "CAKE's score; its division among layers",

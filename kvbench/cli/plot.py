@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING
 from kvbench.cli import Parser
 from kvbench.errors import ConfigError, check_known
 from kvbench.measures import MAX_TURNS, MEASURES, Measure, measure_named
-from kvbench.report.figures.kinds import FIGURES, FORMATS, STYLES, WIDTHS
+from kvbench.report.figures import FIGURES, FORMATS, STYLES, WIDTHS
 from kvbench.results.files import write_out
 
 if TYPE_CHECKING:
-    from kvbench.report.figures.kinds import FigureKind
+    from kvbench.report.figures import FigureKind
     from kvbench.report.load import Group, Results
 
 

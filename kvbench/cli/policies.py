@@ -108,7 +108,7 @@ def _print_table(facts: Sequence[PolicyFacts]) -> None:
 def _print_costs(names: Sequence[str], config_dir: str | None) -> None:
     """Measure policy after policy on the bundled model, and print a row for each as it comes."""
     from kvbench.contract.catalogue import policy_named
-    from kvbench.contract.comparison import BATCH_SIZE, FRACTION, costs, small_model
+    from kvbench.contract.trial import BATCH_SIZE, FRACTION, costs, small_model
 
     loaded = small_model()
     print(f"{BATCH_SIZE} prompts of scenes, bundled model, {FRACTION:.0%} of the tokens seen, CPU\n")
@@ -375,7 +375,7 @@ def _plain(finding: Finding) -> dict[str, Any]:
 
 def _measured(name: str, policy: Any, *, show: bool) -> dict[str, Any]:
     """Measure costs and standing, print them as they come, and return them as plain data."""
-    from kvbench.contract.comparison import FRACTION, NUM_SCENES, costs, neighbours, small_model, standing
+    from kvbench.contract.trial import FRACTION, NUM_SCENES, costs, neighbours, small_model, standing
 
     loaded = small_model()
     cost = costs(policy, loaded)

@@ -27,11 +27,10 @@ from kvbench.cli import Parser
 from kvbench.errors import ConfigError, check_known, close_matches, missing_path
 from kvbench.measures import MEASURES, format_bytes, measure_named
 from kvbench.results.files import seal, write_out
-from kvbench.results.maintenance import leftovers, remove, verify
 from kvbench.results.record import STATUSES, Problem, read_cell
 from kvbench.results.redaction import printable, redact
-from kvbench.results.store import RecordStore
-from kvbench.sinks.base import say
+from kvbench.results.store import RecordStore, leftovers, remove, verify
+from kvbench.sinks import say
 from kvbench.sinks.wandb.run import (
     MODES,
     Online,

@@ -57,7 +57,7 @@ from kvbench.errors import ConfigError, KvbenchError, check_known, close_matches
 from kvbench.measures import FACT_MEASURES, MEASURES, measure_named
 from kvbench.models.calibration import artefact_path, stored_artefact
 from kvbench.models.spec import ModelSpec, takes_images
-from kvbench.sinks.base import SinkGroup
+from kvbench.sinks import SinkGroup
 from kvbench.sweep.cell import (
     BEYOND_CONTEXT,
     BeyondContext,

@@ -23,8 +23,8 @@ from kvbench.errors import RecordError
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
 from kvbench.results.files import pack, replace_file
-from kvbench.results.maintenance import leftovers, verify
 from kvbench.results.record import NEVER, read_autopsy, write_autopsy
+from kvbench.results.store import leftovers, verify
 from tests.autopsy.autopsies import (
     GRID,
     HEADS,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvbench.cli.main import run
-from kvbench.report.figures.kinds import FIGURES
+from kvbench.report.figures import FIGURES
 from tests.report.synthetic import body, write_cell, write_sweep
 
 REPO = Path(__file__).parents[2]

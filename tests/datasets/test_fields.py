@@ -9,8 +9,7 @@ import pytest
 
 from kvbench.datasets.base import PICTURE_MARKS, Example, without_marks
 from kvbench.datasets.files import FileDataset
-from kvbench.datasets.maths import Problems
-from kvbench.datasets.questions import Conversation, LlavaBench, MMVet, MTBench
+from kvbench.datasets.questions import Conversation, LlavaBench, MMVet, MTBench, Problems
 from kvbench.datasets.retrieval import LongBench, Needles, Retrieval
 from kvbench.datasets.text import Summaries, TextWindows
 from tests.datasets.files import write_json, write_lines, write_picture

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbench.datasets import maths
+from kvbench.datasets import questions as maths
 from kvbench.datasets.base import Example
-from kvbench.datasets.maths import Problems, same_whole_number
+from kvbench.datasets.questions import Problems, same_whole_number
 from kvbench.tasks.generation import fact_fields
 from tests.datasets.files import refusal, write_lines
 

@@ -10,7 +10,7 @@ from typing import Any
 from kvbench.measures import measure
 from kvbench.report.answer import answer_html, answer_sentences
 from kvbench.report.compare import Choices
-from kvbench.report.figures.kinds import FIGURES
+from kvbench.report.figures import FIGURES
 from kvbench.report.load import load_results
 from kvbench.report.page import again_html, methods_html, render_page
 from kvbench.report.page_tables import frontier_html, latency_html

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from kvbench.sinks.base import ConsoleSink, Sink, SinkGroup
+from kvbench.sinks import ConsoleSink, Sink, SinkGroup
 from kvbench.sinks.wandb.sync import WandbSink
 
 

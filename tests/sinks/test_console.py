@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvbench.sinks.base import ConsoleSink, cell_line
+from kvbench.sinks import ConsoleSink, cell_line
 from tests.results.record_bodies import make_body
 
 

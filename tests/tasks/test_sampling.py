@@ -16,7 +16,7 @@ from kvbench.cache import Budget
 from kvbench.config.build import build_cell
 from kvbench.config.compose import compose_grid
 from kvbench.datasets.base import Example
-from kvbench.datasets.maths import Problems
+from kvbench.datasets.questions import Problems
 from kvbench.errors import ConfigError
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec

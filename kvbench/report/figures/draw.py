@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from kvbench.measures import measure
+from kvbench.report.figures import FIGURES, FigureKind
 from kvbench.report.figures.costs import capacity_figure, latency_figure, memory_figure
-from kvbench.report.figures.kinds import FIGURES, FigureKind
 from kvbench.report.figures.labels import DirectLabels, Named, labelled
 from kvbench.report.figures.pareto import frontier_figure, pareto_figure
 from kvbench.report.figures.quality import differences_figure, entries_figure, quality_figure

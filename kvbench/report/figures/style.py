@@ -31,7 +31,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from kvbench.measures import MISSING, measure, printed_scale
 from kvbench.report.compare import declared_budget, leading_quality, timing_noise
-from kvbench.report.figures.kinds import STYLES, WIDTHS
+from kvbench.report.figures import STYLES, WIDTHS
 from kvbench.report.load import CellResult, Group
 from kvbench.report.tables import samples_text
 from kvbench.results.frontier import Frontier

@@ -11,8 +11,8 @@ import pytest
 from matplotlib import rc_context
 
 from kvbench.measures import measure
+from kvbench.report.figures import FIGURES
 from kvbench.report.figures.draw import draw_plots, palette_of
-from kvbench.report.figures.kinds import FIGURES
 from kvbench.report.figures.pareto import Point, frontier_figure, pareto_front
 from kvbench.report.figures.style import Look, axis_scale, budget_axis
 from kvbench.report.load import CellResult, load_results

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from kvbench.report.figures import FIGURES
 from kvbench.report.figures.draw import draw_pngs, png_names
-from kvbench.report.figures.kinds import FIGURES
 from kvbench.report.load import load_results
 from tests.report.synthetic import body, write_cell
 

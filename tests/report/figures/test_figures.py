@@ -12,8 +12,8 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
+from kvbench.report.figures import FIGURES, FORMATS, WIDTHS
 from kvbench.report.figures.draw import DRAW, draw_plots
-from kvbench.report.figures.kinds import FIGURES, FORMATS, WIDTHS
 from kvbench.report.figures.labels import Box
 from kvbench.report.figures.style import BUNDLED, COLOUR_NAMES, FAILED, LIGHT, OTHERS
 from kvbench.report.load import load_results
@@ -27,7 +27,7 @@ IN_A_SWEEP = ["quality", "pareto", "latency", "memory", "entries", "differences"
 EVERY_FORMAT = """
 import hashlib, sys
 from pathlib import Path
-from kvbench.report.figures.kinds import FIGURES, FORMATS
+from kvbench.report.figures import FIGURES, FORMATS
 from kvbench.report.load import load_results
 from kvbench.report.figures.draw import draw_one
 from kvbench.report.figures.style import Palette
