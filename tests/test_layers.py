@@ -75,7 +75,6 @@ A_COMMAND = "a command is called like the package whose door it is"
 AS_RELEASED = "the method as described; in released/ what published code does"
 # A name that two modules or packages have, and why both are found by it.
 ALIKE = {
-    "audit": "the package; in it, what runs all checks",
     "build": "a cell from its configuration; a report from its records",
     "cache": "the package; in it the class that a model is given",
     "cake": "CAKE's score; its division among layers",

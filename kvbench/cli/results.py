@@ -287,7 +287,7 @@ def audit_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
     parser.add_argument("--out", type=Path, help="file to write, its folder is made; FOLDER/audit.json if not given")
     args = parser.parse_args(list(arguments))
-    from kvbench.audit.audit import KIND, VERSION, audit, audit_body, badge_line, badge_svg, table_lines
+    from kvbench.audit import KIND, VERSION, audit, audit_body, badge_line, badge_svg, table_lines
 
     out: Path = args.out or args.folder / "audit.json"
     if out.suffix != ".json":

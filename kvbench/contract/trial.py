@@ -19,7 +19,6 @@ from typing import Any, Literal
 from kvbench.cache import Budget, Needs, Policy, PolicyCache
 from kvbench.cache.policy import keeps_ring, needs_of
 from kvbench.contract import equality, holding
-from kvbench.contract import holding as deciding
 from kvbench.contract.catalogue import policy_named
 from kvbench.contract.driving import artefacts_learnt
 from kvbench.contract.terms import BrokenRuleError, Rule
@@ -35,7 +34,7 @@ from kvbench.tasks.speed import deciding_ms, launch
 from kvbench.tasks.task import Bench, FullAnswers, Prompts
 
 RULES: tuple[Rule, ...] = tuple(
-    found for module in (holding, deciding, equality) for found in vars(module).values() if isinstance(found, Rule)
+    found for module in (holding, equality) for found in vars(module).values() if isinstance(found, Rule)
 )
 _OURS = str(Path(__file__).parents[1])
 

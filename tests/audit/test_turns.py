@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvbench.audit.audit import audit
+from kvbench.audit import audit
 from tests.audit.folders import Body, honest, rekey, summarise, write_folder
 
 TEXTS = ("a red circle", "a big blue square", "one")
