@@ -37,7 +37,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy import special
 
 from kvbench.errors import MeasureError
 from kvbench.stats.intervals import (
@@ -50,7 +49,7 @@ from kvbench.stats.intervals import (
     influences,
     sums_by_cluster,
 )
-from kvbench.stats.tests import Floats, minimum_detectable, p_value_of, quantile, standard_error, welch
+from kvbench.stats.tests import Floats, minimum_detectable, p_value_of, quantile, special, standard_error, welch
 
 CONFIDENCE = 0.95
 _MAX_T_CLUSTERS = 100
@@ -120,7 +119,7 @@ def _few_differences(pairs: PairedSums, level: float, scale: tuple[float, float]
 def sign_test(num_above: int, num_below: int) -> float:
     """Return the two-sided p value of so many differences above and below 0; 1 where there are none."""
     fewer, num = min(num_above, num_below), num_above + num_below
-    return min(1.0, 2.0 * float(special.bdtr(fewer, num, 0.5))) if num else 1.0
+    return min(1.0, 2.0 * float(special().bdtr(fewer, num, 0.5))) if num else 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

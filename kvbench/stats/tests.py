@@ -38,23 +38,23 @@ from kvbench.measures import MEASURES, Measure, measure_named
 Floats: TypeAlias = npt.NDArray[np.float64]
 
 
-def _special() -> Any:
+def special() -> Any:
     """Import scipy.special when the first number is there; a command line and a sweep with nothing to do need none."""
-    from scipy import special
+    from scipy import special as functions
 
-    return special
+    return functions
 
 
 def quantile(probability: float, num_units: float) -> float:
     """Return the quantile of t with one degree of freedom fewer than units; the normal one for infinitely many."""
     return float(
-        _special().ndtri(probability) if num_units == math.inf else _special().stdtrit(num_units - 1, probability)
+        special().ndtri(probability) if num_units == math.inf else special().stdtrit(num_units - 1, probability)
     )
 
 
 def tail(statistic: float, num_units: float) -> float:
     """Return P(T <= statistic)."""
-    return float(_special().ndtr(statistic) if num_units == math.inf else _special().stdtr(num_units - 1, statistic))
+    return float(special().ndtr(statistic) if num_units == math.inf else special().stdtr(num_units - 1, statistic))
 
 
 def p_value_of(difference: float, error: float, num_units: float) -> float:
@@ -82,7 +82,7 @@ def welch(first: tuple[float, float], second: tuple[float, float]) -> tuple[floa
 
 def largest_share(num_seen: int, num: int, confidence: float) -> float:
     """Return the upper end of Clopper and Pearson's two-sided interval of a share of which `num_seen` of `num` were."""
-    return float(_special().betaincinv(num_seen + 1, num - num_seen, 0.5 + confidence / 2))
+    return float(special().betaincinv(num_seen + 1, num - num_seen, 0.5 + confidence / 2))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
