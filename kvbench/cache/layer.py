@@ -23,11 +23,13 @@ from transformers.cache_utils import CacheLayerMixin
 from kvbench.cache.attention import (
     LAYER_TAG,
     ChunkStatistics,
+    QueryRing,
     Statistics,
     chunk_attention,
     column_peak,
     decode_step,
     reduce_group,
+    ring_after,
 )
 from kvbench.cache.counts import GROW_TOKENS, CountsShelf, LayerSetup, Ledger, Relay, RowCounts, StepCounts
 from kvbench.cache.parts import Room, layer_entries
@@ -53,7 +55,6 @@ from kvbench.cache.policy import (
     takes_notes,
 )
 from kvbench.cache.positions import shifted_chunk, shifted_step
-from kvbench.cache.queries import QueryRing, ring_after
 from kvbench.cache.ragged import RaggedSlots, settle_ragged, spread_of
 from kvbench.cache.second_pass import projected_lengths
 from kvbench.cache.selection import age_rank

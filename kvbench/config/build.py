@@ -31,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from kvbench import installed_version
-from kvbench.autopsy.settings import AutopsySettings
+from kvbench.autopsy import AutopsySettings
 from kvbench.cache import CACHE_SEMANTICS, Budget, Calibrated, Needs, Policy, ScorePolicy, When
 from kvbench.cache.policy import check_parts, is_unset_part, needs_of
 from kvbench.cache.positions import POSITION_MODES, PositionMode
@@ -57,7 +57,7 @@ from kvbench.errors import ConfigError, KvbenchError, check_known, close_matches
 from kvbench.measures import FACT_MEASURES, MEASURES, measure_named
 from kvbench.models.calibration import artefact_path, stored_artefact
 from kvbench.models.spec import ModelSpec, takes_images
-from kvbench.sinks.base import SinkGroup
+from kvbench.sinks import SinkGroup
 from kvbench.sweep.cell import (
     BEYOND_CONTEXT,
     BeyondContext,

@@ -23,7 +23,7 @@ import pandas as pd
 
 from kvbench.measures import MISSING
 from kvbench.report.compare import compare, difference_text
-from kvbench.report.figures.forest import Row, forest_svg
+from kvbench.report.figures.draw import Row, forest_svg
 from kvbench.report.load import CellResult, Results, clusters_of, scores_of
 from kvbench.report.tables import csv_text, markdown_table
 from kvbench.stats.intervals import SEED

@@ -19,7 +19,7 @@ import pandas as pd
 
 from kvbench.measures import MISSING, format_value, format_with_interval, measure
 from kvbench.report.compare import difference_text, difference_unit
-from kvbench.report.figures.forest import Row, forest_svg
+from kvbench.report.figures.draw import Row, forest_svg
 from kvbench.report.first_screen import NOT_MEASURED, Place, leaderboard
 from kvbench.report.load import CellResult, Group, Results
 from kvbench.report.standing import Judged, judge

@@ -23,9 +23,9 @@ from typing import Any, TypeGuard, TypeVar
 import numpy as np
 
 from kvbench.errors import ConfigError, RecordError, close_matches
-from kvbench.frontier.table import Frontier, load_frontier
 from kvbench.measures import FACT_MEASURES, MEASURES, bounds_on_scale, budget_words, measure, score_scale
 from kvbench.results.files import canonical_json
+from kvbench.results.frontier import Frontier, load_frontier
 from kvbench.results.record import MEASURED, CellRecord, Problem, check_results_folder, read_cell
 from kvbench.stats.intervals import (
     FEW_METHOD,

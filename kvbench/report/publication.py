@@ -41,7 +41,7 @@ from kvbench.report.factorial import (
     main_effects_markdown,
     shares_markdown,
 )
-from kvbench.report.figures.modes import MODES, positions_svg
+from kvbench.report.figures.draw import MODES, positions_svg
 from kvbench.report.laws import law_rows, laws_csv, laws_markdown, load_laws
 from kvbench.report.leaderboard import (
     board_markdown,

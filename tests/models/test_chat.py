@@ -19,9 +19,8 @@ from kvbench.models.chat import default_template, next_turn_tokens
 from kvbench.models.inputs import answer_tokens, prompt_batch, prompt_ids, prompt_text
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
-from kvbench.tasks.conversation import MultiTurn
 from kvbench.tasks.decode import greedy
-from kvbench.tasks.generation import Generation
+from kvbench.tasks.generation import Generation, MultiTurn
 from tests.models.checkpoints import FAMILIES, WITH_BOS, save_checkpoint
 from tests.tasks.benches import FULL, bench_of
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from kvbench.cache import Budget, Policy
-from kvbench.contract import deciding, holding
+from kvbench.contract import holding
+from kvbench.contract import holding as deciding
 from kvbench.contract.terms import BUDGETS, STEPS
 from kvbench.contract.trial import RULES
 from tests.contract import keep

@@ -20,8 +20,7 @@ from kvbench.models.spec import ModelSpec
 from kvbench.report.findings import _beyond_text
 from kvbench.report.load import parse_cell
 from kvbench.sweep.cell import check_windows, context_tokens, context_use
-from kvbench.tasks.conversation import MultiTurn
-from kvbench.tasks.generation import Generation
+from kvbench.tasks.generation import Generation, MultiTurn
 from kvbench.tasks.perplexity import Perplexity
 from kvbench.tasks.speed import Speed
 from tests.models.checkpoints import save_checkpoint
