@@ -109,7 +109,7 @@ def again_html(results: Results, choices: Choices = DECLARED, tables: str = BESI
 
 _MOST_OPEN_GROUPS = 4
 _STYLES = ("page.css", "autopsy.css", "samples.css", "charts.css", "print.css")
-_SCRIPTS = ("page.js", "autopsy.js", "samples.js", "charts.js", "board.js")
+_SCRIPTS = ("page.js", "print.js", "autopsy.js", "samples.js", "charts.js", "board.js")
 
 
 def render_page(results: Results, plots: Sequence[Plot], choices: Choices = DECLARED, *, tables: str = BESIDE) -> str:

@@ -223,10 +223,37 @@ def test_paper_unfolds_what_is_folded_and_repeats_heads(page: Page) -> None:
         name = page.run("document.querySelector('#verdict-table thead tr').textContent")
         assert name == page.run("document.querySelector('#verdict-table caption').textContent")
         assert page.run(f"{heads}.every(one => getComputedStyle(one).display === 'table-header-group')")
+        buttons = "[...document.querySelectorAll('main thead button')].map(one => getComputedStyle(one).display)"
+        assert set(page.run(buttons)) == {"contents"}, "Chromium leaves boxes out of a head that it repeats"
         assert page.run("getComputedStyle(document.getElementById('chips')).display") == "none"
     page.run("dispatchEvent(new Event('afterprint'))")
     assert page.run("document.querySelector('.printed-name')") is None
     assert page.run(folded) == before
+
+
+def test_a_table_that_is_wider_than_paper_stands_on_it_in_parts(browser: Browser, page_file: Path) -> None:
+    page = browser.open(page_file, width=1035)  # A4 across without its margins
+    page.run(
+        "for (const row of [...document.getElementById('verdict-table').rows].slice(1)) for (let at = 0; at < 40; at++)"
+        " row.append(tag(row.parentNode.tagName === 'THEAD' ? 'th' : 'td', '',"
+        " row.parentNode.tagName === 'THEAD' ? `column${at}` : '12345.678 [9.8]'))"
+    )
+    page.run("dispatchEvent(new Event('beforeprint'))")
+    parts = "[...document.querySelectorAll('#verdicts .printed-part')]"
+    names = page.run(f"{parts}.map(one => [...[...one.tHead.rows].at(-1).cells].map(cell => cell.textContent))")
+    assert len(names) > 2
+    with page.printing():
+        assert max(page.run(f"{parts}.map(one => one.offsetWidth)")) <= 1035
+        assert page.run("document.getElementById('verdict-table').offsetWidth") == 0
+    assert {tuple(one[:2]) for one in names} == {tuple(names[0][:2])}, "every part names its rows"
+    told = [name for one in names for name in one[2:]]
+    assert len(told) == len(set(told))
+    assert told[-40:] == [f"column{at}" for at in range(40)]
+    titles = page.run(f"{parts}.map(one => one.tHead.rows[0].textContent)")
+    assert titles[1] == f"Verdicts against the full cache (part 2 of {len(names)})"
+    page.run("dispatchEvent(new Event('afterprint'))")
+    assert page.run(f"{parts}.length") == 0
+    assert page.run("document.getElementById('verdict-table').offsetWidth") > 0
 
 
 @pytest.mark.parametrize("width", [360, 768])
