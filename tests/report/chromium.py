@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import fcntl
+import importlib.util
 import json
 import os
 import select
@@ -42,6 +43,15 @@ def find_chromium() -> str | None:
     """Return the browser that KVBENCH_CHROMIUM names, or the first of the usual names on PATH."""
     named = os.environ.get("KVBENCH_CHROMIUM")
     return named or next((found for name in _NAMES if (found := shutil.which(name))), None)
+
+
+def find_axe() -> Path | None:
+    """Return axe-core's script: what KVBENCH_AXE names, or that of an installed package which ships it."""
+    if named := os.environ.get("KVBENCH_AXE"):
+        return Path(named)
+    specs = filter(None, map(importlib.util.find_spec, ("axe_playwright_python", "axe_core_python")))
+    files = (Path(spec.origin or "").with_name("axe.min.js") for spec in specs)
+    return next((path for path in files if path.is_file()), None)
 
 
 class Browser:

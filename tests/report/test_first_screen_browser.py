@@ -148,6 +148,15 @@ def test_a_link_of_an_older_report_still_opens_its_sample(browser: Browser, page
     assert other.run("document.getElementById('sb-name').textContent") == name
 
 
+def test_a_link_to_another_group_s_answer_chooses_that_group(page: Page) -> None:
+    title = page.run("document.querySelectorAll('.firsts a')[1].textContent")
+    assert "zz-model" in title
+    page.run("document.querySelectorAll('.firsts a')[1].click(); new Promise(done => setTimeout(done, 50))")
+    assert page.run("document.getElementById('pick-group').selectedOptions[0].textContent") == title
+    assert page.run("document.querySelector('.board-group:not([hidden])').dataset.group") == "1"
+    assert page.complaints() == []
+
+
 def test_a_figure_is_saved_as_a_drawing_of_its_own_and_as_numbers(page: Page) -> None:
     page.run(
         "window.saved = []; URL.createObjectURL = blob => { window.saved.push(blob); return 'data:,'; };"
