@@ -46,12 +46,12 @@ def find_chromium() -> str | None:
 
 
 def find_axe() -> Path | None:
-    """Return axe-core's script: what KVBENCH_AXE names, or that of an installed package which ships it."""
+    """Return axe-core's script: what KVBENCH_AXE names, or that which the package axe-playwright-python ships."""
     if named := os.environ.get("KVBENCH_AXE"):
         return Path(named)
-    specs = filter(None, map(importlib.util.find_spec, ("axe_playwright_python", "axe_core_python")))
-    files = (Path(spec.origin or "").with_name("axe.min.js") for spec in specs)
-    return next((path for path in files if path.is_file()), None)
+    found = importlib.util.find_spec("axe_playwright_python")
+    script = Path(found.origin).with_name("axe.min.js") if found and found.origin else None
+    return script if script and script.is_file() else None
 
 
 class Browser:

@@ -1,8 +1,8 @@
 """axe-core over a page like the leaderboard's: many policies, two groups, large tables, every fold open.
 
-Skipped without Chromium or axe-core (a package that ships axe.min.js, or KVBENCH_AXE). One run over all of such a page
-takes minutes where its folds are open, so it goes section by section; what only a whole page can have wrong (landmarks,
-order of headings, ids) is looked for with the folds closed.
+Skipped without Chromium or axe-core (`pip install --no-deps axe-playwright-python`, or its script in KVBENCH_AXE). One
+run over all of such a page takes minutes where its folds are open, so it goes section by section; what only a whole
+page can have wrong (landmarks, order of headings, ids) is looked for with the folds closed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def opened(browser: Browser, file: Path, **options: Any) -> Page:
     script = find_axe()
     if script is None:
-        pytest.skip("no axe-core: no package that ships it is installed, and KVBENCH_AXE is not set")
+        pytest.skip("no axe-core: axe-playwright-python is not installed, and KVBENCH_AXE is not set")
     page = browser.open(file, height=900, **options)
     page.run(f"{script.read_text(encoding='utf-8')}; 0")
     return page
