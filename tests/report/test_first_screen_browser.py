@@ -353,3 +353,25 @@ def test_a_large_table_is_made_as_a_reader_comes_near_and_works_like_any_other(p
     hidden = f"[...{table}.tBodies[0].rows].filter(row => row.offsetHeight === 0).map(row => row.cells[0].dataset.v)"
     assert set(page.run(hidden)) == {"random"}
     assert page.complaints() == []
+
+
+def test_a_tall_table_scrolls_below_its_heads_on_screen_and_is_whole_on_paper(
+    browser: Browser, page_file: Path, tmp_path: Path
+) -> None:
+    assert "scroll tall" not in page_file.read_text(encoding="utf-8"), "fourteen rows need no box"
+    for policy in ("full", *(f"own{number}" for number in range(40))):
+        write_cell(tmp_path, body(policy=policy, budget=None if policy == "full" else 0.2, num_samples=4))
+    file = tmp_path / "index.html"
+    file.write_text(render_page(load_results(tmp_path), []), encoding="utf-8")
+    page = browser.open(file)
+    box, head = ".tall:has(#verdict-table)", "#verdict-table thead tr:last-child th"
+    page.run(f"document.querySelector('{box}').scrollIntoView(); document.querySelector('{box}').scrollTop = 900")
+    top, height, inside = page.run(
+        f"(() => {{ const b = document.querySelector('{box}').getBoundingClientRect();"
+        f" return [document.querySelector('{head}').getBoundingClientRect().y - b.y, b.height, innerHeight]; }})()"
+    )
+    assert 0 <= top < 60, "the heads stay"
+    assert height < inside
+    with page.printing():
+        assert page.run(f"getComputedStyle(document.querySelector('{box}')).maxHeight") == "none"
+        assert page.run("getComputedStyle(document.querySelector('#verdict-table thead')).position") == "static"
