@@ -53,7 +53,8 @@ def methods_html(results: Results, judged: Sequence[Judged], choices: Choices = 
     """Return passes, words, intervals and the definitions of every number shown."""
     tables = [results_table(group, every_measure=every) for group in results.groups for every in (False, True)]
     shown = {name for table in tables for name in table.columns}
-    methods = {found.method for cell in results.records for found in cell.measurements.values() if found.method}
+    found = {found.method for cell in results.records for found in cell.measurements.values() if found.method}
+    methods = {method.replace("launches", "runs").replace("launch", "run") for method in found}  # a timed pass is a run
     heads = [Head(label, kind=None) for label in ("name", "what it is", "unit", "better")]
     return render(
         "definitions.html.j2",

@@ -245,3 +245,12 @@ def test_of_very_many_pairs_a_claim_is_corrected_at_least_as_strictly(
             assert found.value == pytest.approx(known.value)
             assert (found.p_holm or 0) >= (known.p_holm or 0)
             assert known.is_clear or not found.is_clear
+
+
+def test_a_timed_pass_is_called_a_run_also_where_a_record_calls_it_a_launch(tmp_path: Path) -> None:
+    record = body()
+    record["measurements"]["tpot_ms"]["method"] = "t interval over 6 launch medians"
+    write_cell(tmp_path, record)
+    page = render_page(load_results(tmp_path), [])
+    assert "t interval over 6 run medians" in page
+    assert "launch medians" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
