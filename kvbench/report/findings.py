@@ -214,13 +214,13 @@ def _random_notes(group: Group) -> Iterator[Note]:
     for reason, labels in by_reason.items():
         who = listed([f"`{label}`" for label in labels])
         below = f"scores below it at {_where(clear[labels[0]])}" if len(labels) == 1 else "score below it"
-        lines = [
+        told = [
             f"{f'{label}, ' if len(labels) > 1 else ''}{_contrast_line(contrast)}"
             for label in labels
             for contrast in sorted(clear[label], key=lambda one: not one.is_clear)
         ]
         text = f"`random` is not the worst policy: {who} {below}. {reason}"
-        yield Note(text=text, details=(*lines, looked.sentence))
+        yield Note(text=text, details=(*told, looked.sentence))
     chance = {label: some for label, some in found.items() if label not in clear}
     if chance:
         names = ", ".join(f"`{label}`" for label in chance)

@@ -109,6 +109,7 @@ def again_html(results: Results, choices: Choices = DECLARED, tables: str = BESI
 
 
 _MOST_OPEN_GROUPS = 4
+_MOST_FIRSTS = 8  # lines above the leaderboard
 _STYLES = ("page.css", "autopsy.css", "samples.css", "charts.css", "print.css")
 _SCRIPTS = ("page.js", "print.js", "autopsy.js", "samples.js", "charts.js", "board.js")
 
@@ -169,7 +170,7 @@ def answer_section(results: Results, judged: Sequence[Judged], links: SampleLink
         "board.html.j2",
         boards=Markup().join(boards),
         firsts=_firsts(judged) if len(judged) > 1 else {},
-        folds_firsts=len(judged) > _MOST_OPEN_GROUPS,
+        folds_firsts=len(judged) > _MOST_FIRSTS,
         more=_per_group(judged, lambda one: answer_html(one, links)),
         data=safe_json([group_data(one, palette, results.frontiers) for one in judged]),
     )
