@@ -16,12 +16,13 @@ const inParts = table => {
   const size = dense ? 6.9 : 8.8, shown = (cell, at) => cell && !heads[at].classList.contains("off-column");
   const widths = heads.map((head, at) => GAP + Math.max(...[head, ...rows.map(row => row.cells[at])].map(cell => shown(cell, at) ? widest(cell, size) : 0)));
   const kept = heads.length > 1 && heads[1].textContent.startsWith("budget") ? [0, 1] : [0], named = kept.reduce((sum, at) => sum + widths[at], 0);
-  const parts = [[]];
-  let room = SHEET - named;
+  const parts = [[]], all = widths.slice(kept.length).reduce((sum, one) => sum + one, 0), room = SHEET - named;
+  const share = all / Math.ceil(all / room);  // of a part, so that the last one is not a stub
+  let filled = 0;
   for (let at = kept.length; at < heads.length; at++) {
-    if (widths[at] > room && parts.at(-1).length) { parts.push([]); room = SHEET - named; }
+    if (parts.at(-1).length && (filled >= share || filled + widths[at] > room)) { parts.push([]); filled = 0; }
     parts.at(-1).push(at);
-    room -= widths[at];
+    filled += widths[at];
   }
   if (parts.length < 2) return;
   table.classList.add("printed-away");
