@@ -475,7 +475,10 @@ def _numbers(group: Group, pairs: Pairs) -> dict[str, object]:
     nums = sorted({len(autopsy.samples) for _, autopsy in budgeted})
     what = f"{nums[0]} to {nums[-1]} samples" if len(nums) > 1 else "1 sample" if nums == [1] else f"{nums[0]} samples"
     rows = [list(_kept_cells(group, cell, one, several=len(nums) > 1)) for cell, one in budgeted]
-    caption = f"What was kept of the prompt, mean over {what}, layers and KV heads; small: lowest and highest layer"
+    caption = (
+        f"What was kept of the prompt, {group.title}: mean over {what}, layers and KV heads; "
+        "small: lowest and highest layer"
+    )
     return {
         "kept": TableView(caption=caption, heads=_KEPT_HEADS, rows=rows, classes="ap-kept"),
         "words": [(group.cell_label(cell), sentence(autopsy.samples)) for cell, autopsy in budgeted],
@@ -513,8 +516,8 @@ def _overlaps(group: Group, pairs: Pairs, budget: str) -> TableView:
             cells.append(TableCell("-" if share is None else f"{share:.2f}", chance, sort=share))
         rows.append(cells)
     caption = (
-        f"At {budget}: tokens that both hold after the prompt over those that either holds (Jaccard), mean over "
-        "layers, KV heads and samples; small: two blind choices of the same sizes"
+        f"At {budget}, {group.title}: tokens that both hold after the prompt over those that either holds (Jaccard), "
+        "mean over layers, KV heads and samples; small: two blind choices of the same sizes"
     )
     heads = [Head("policy", kind="text"), *(Head(group.series_label(cell)) for cell, _ in pairs)]
     return TableView(caption=caption, heads=heads, rows=rows)

@@ -436,7 +436,8 @@ def _budget(judged: Judged, cells: Sequence[CellResult], name: str, links: Sampl
     shown = items[: _MOST_ROWS_OF_MANY if len(group.cells) > _MANY_CELLS else _MOST_ROWS]
     cut = f", the {len(shown)} of {len(items)} that lose most" if len(shown) < len(items) else ""
     view = TableView(
-        caption=f"{measure(name).label} of every sample at {cells[0].budget}{cut}; {_COLLAPSED} marks a collapse",
+        caption=f"{measure(name).label} of every sample at {cells[0].budget}, {group.title}{cut}; "
+        f"{_COLLAPSED} marks a collapse",
         heads=[
             Head("sample", kind="text"),
             Head("collapses under", f"of {len(cells)}"),

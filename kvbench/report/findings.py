@@ -208,10 +208,19 @@ def _random_notes(group: Group) -> Iterator[Note]:
         text = f"No policy scores below `random` in {looked.labels} at {budgets}, as it should be"
         yield Note(text=f"{text}; {looked.sure('differences')}.")
     clear = {label: some for label, some in found.items() if any(contrast.is_clear for contrast in some)}
+    by_reason: dict[str, list[str]] = {}
     for label, contrasts in clear.items():
-        text = f"`random` is not the worst policy: `{label}` scores below it at {_where(contrasts)}. "
-        details = map(_contrast_line, sorted(contrasts, key=lambda one: not one.is_clear))
-        yield Note(text=text + _reason(group, contrasts), details=(*details, looked.sentence))
+        by_reason.setdefault(_reason(group, contrasts), []).append(label)
+    for reason, labels in by_reason.items():
+        who = listed([f"`{label}`" for label in labels])
+        below = f"scores below it at {_where(clear[labels[0]])}" if len(labels) == 1 else "score below it"
+        told = [
+            f"{f'{label}, ' if len(labels) > 1 else ''}{_contrast_line(contrast)}"
+            for label in labels
+            for contrast in sorted(clear[label], key=lambda one: not one.is_clear)
+        ]
+        text = f"`random` is not the worst policy: {who} {below}. {reason}"
+        yield Note(text=text, details=(*told, looked.sentence))
     chance = {label: some for label, some in found.items() if label not in clear}
     if chance:
         names = ", ".join(f"`{label}`" for label in chance)
@@ -234,19 +243,23 @@ def _contrast_line(contrast: Contrast) -> str:
 
 
 def _reason(group: Group, contrasts: list[Contrast]) -> str:
+    """Offer why, in words that fit what the prompts are known to hold: pictures, where objects are counted."""
     policy = contrasts[0].first.policy
+    has_pictures = any(cell.estimate(_RECALL) for cell in group.cells)
     if any(word in policy for word in _POSITION_ONLY):
+        what = "the picture, which stands" if has_pictures else "what stands"
         return (
             "This may be because it keeps only the first tokens (sinks) and the most recent ones, whatever they are, "
-            "and so drops the picture, which stands between them, while a random draw keeps some of every part of it. "
+            f"and so drops {what} between them, while a random draw keeps some of every part. "
         ) + _evidence(group, contrasts)
     folders = (contrast.first.cell_folder for contrast in contrasts)
     seen = any(folder is not None and (folder / AUTOPSY_FILE).exists() for folder in folders)
     where = '"What the cache kept" shows for a few samples which tokens it held.'
     return (
         "This may be because what its score ranked high so far is not what the later answer needs, or because the "
-        "kept tokens crowd in a few places, while a random draw spreads evenly over the picture. This is a "
-        f"conjecture; {where if seen else 'which tokens were kept was not recorded.'}"
+        f"kept tokens crowd in a few places, while a random draw spreads evenly over the "
+        f"{'picture' if has_pictures else 'prompt'}. This is a conjecture; "
+        f"{where if seen else 'which tokens were kept was not recorded.'}"
     )
 
 
@@ -254,7 +267,7 @@ def _evidence(group: Group, contrasts: list[Contrast]) -> str:
     """Say whether the objects recalled agree with a picture that was dropped, and whether the answers repeat."""
     cells = {contrast.first.key: contrast.first for contrast in contrasts}.values()
     if not any(cell.estimate(_RECALL) for cell in cells):
-        return "Objects recalled were not measured, so the numbers can not tell."
+        return "This is a conjecture; the numbers can not tell."
     clear = [contrast for contrast in contrasts if contrast.name == _RECALL and contrast.is_clear]
     if not clear:
         return "The numbers do not bear this out: it does not recall clearly fewer objects than random."

@@ -187,6 +187,21 @@ def headline(judged: Judged, budget: str) -> list[str]:
     return [f"At {budget} {lead} {policy} ({value}), {sure}.", _second(judged, first, name)]
 
 
+def in_short(judged: Judged, budget: str) -> str:
+    """Return the first at a budget, its value, and how many others are not shown to be worse; "" where none ranks."""
+    cells = judged.group.by_budget.get(budget, [])
+    name = telling_quality(judged, cells) if judged.primary else TIME_RATIOS[0]
+    standing = standing_at(judged, cells, name) if name else None
+    if standing is None or name is None:
+        return ""
+    first, num = standing.first, len(standing.rivals)
+    unusable = judged.primary is not None and best_unusable(judged.group, cells, name)
+    sure = f"{num or 'no'} other{'' if num == 1 else 's'} not shown to be worse"
+    usable = "; no policy is usable" if unusable else ""
+    value = format_value(name, first.measurements[name].value)
+    return f"`{judged.group.series_label(first)}`, {measure(name).label} {value}, {sure}{usable}"
+
+
 def _second(judged: Judged, first: CellResult, name: str) -> str:
     """Say how far the first is from the full cache, what it costs, and on how many samples it fails."""
     parts = []

@@ -30,6 +30,7 @@ MINUS = "\u2212"
 _INTERVAL = re.compile(r"(\[[^\s\]]+,) ([^\s\]]+\])")
 _NEGATIVE = re.compile(r"(?<![\w.)])-(?=[\d.])")
 _PLAIN, _TAG = re.compile(r"[+-]?\d+(\.\d+)?"), re.compile(r"<[^>]*>")
+_MOST_ROWS_AT_ONCE = 32
 _MOST_CELLS_AT_ONCE = 300
 
 
@@ -107,6 +108,11 @@ class TableView:
     def is_large(self) -> bool:
         """Whether a reader who does not look at it should not wait for it."""
         return sum(map(len, self.rows)) > _MOST_CELLS_AT_ONCE and not self.name
+
+    @property
+    def is_tall(self) -> bool:
+        """Whether it scrolls below its heads in a box of its own, so that what follows is not screens away."""
+        return len(self.rows) > _MOST_ROWS_AT_ONCE
 
     @property
     def packed(self) -> Markup:

@@ -26,7 +26,7 @@ from kvbench.report.figures.draw import Plot, palette_of
 from kvbench.report.figures.living import group_data
 from kvbench.report.figures.style import PLOT_STYLE
 from kvbench.report.findings import notes_of
-from kvbench.report.first_screen import board_html, board_measures, leaderboard
+from kvbench.report.first_screen import board_html, board_measures, in_short, leaderboard
 from kvbench.report.laws import law_rows, laws_html
 from kvbench.report.load import Results
 from kvbench.report.markup import Head, TableView, listed, render, resource, safe_json
@@ -53,7 +53,8 @@ def methods_html(results: Results, judged: Sequence[Judged], choices: Choices = 
     """Return passes, words, intervals and the definitions of every number shown."""
     tables = [results_table(group, every_measure=every) for group in results.groups for every in (False, True)]
     shown = {name for table in tables for name in table.columns}
-    methods = {found.method for cell in results.records for found in cell.measurements.values() if found.method}
+    found = {found.method for cell in results.records for found in cell.measurements.values() if found.method}
+    methods = {method.replace("launches", "runs").replace("launch", "run") for method in found}  # a timed pass is a run
     heads = [Head(label, kind=None) for label in ("name", "what it is", "unit", "better")]
     return render(
         "definitions.html.j2",
@@ -108,8 +109,9 @@ def again_html(results: Results, choices: Choices = DECLARED, tables: str = BESI
 
 
 _MOST_OPEN_GROUPS = 4
+_MOST_FIRSTS = 8  # lines above the leaderboard
 _STYLES = ("page.css", "autopsy.css", "samples.css", "charts.css", "print.css")
-_SCRIPTS = ("page.js", "autopsy.js", "samples.js", "charts.js", "board.js")
+_SCRIPTS = ("page.js", "print.js", "autopsy.js", "samples.js", "charts.js", "board.js")
 
 
 def render_page(results: Results, plots: Sequence[Plot], choices: Choices = DECLARED, *, tables: str = BESIDE) -> str:
@@ -167,9 +169,20 @@ def answer_section(results: Results, judged: Sequence[Judged], links: SampleLink
     return render(
         "board.html.j2",
         boards=Markup().join(boards),
+        firsts=_firsts(judged) if len(judged) > 1 else {},
+        folds_firsts=len(judged) > _MOST_FIRSTS,
         more=_per_group(judged, lambda one: answer_html(one, links)),
         data=safe_json([group_data(one, palette, results.frontiers) for one in judged]),
     )
+
+
+def _firsts(judged: Sequence[Judged]) -> dict[str, list[tuple[str, str, str]]]:
+    """Return by budget what each leaderboard says first at its own: the group, the way to choose it, the words."""
+    found: dict[str, list[tuple[str, str, str]]] = {}
+    for one in judged:
+        if (budget := asked_budget(one)) and (words := in_short(one, budget)):
+            found.setdefault(budget, []).append((one.group.title, quote(one.group.title, safe=""), words))
+    return found
 
 
 def openings(judged: Sequence[Judged]) -> dict[str, tuple[str, str]]:
@@ -197,6 +210,6 @@ def _summary(results: Results) -> str:
     days = sorted({cell.started_utc[:10] for cell in results.records})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     devices = ", ".join(sorted({str(cell.environment.get("device", "unknown device")) for cell in results.records}))
-    titles = [group.title for group in results.groups]
-    what = "; ".join(titles) if len(titles) <= _MOST_OPEN_GROUPS else f"{len(titles)} pairs of model and data set"
+    titles = [group.title for group in results.groups]  # several are listed below, each with its answer
+    what = titles[0] if len(titles) == 1 else f"{len(titles)} pairs of model and data set"
     return f"{what}. Sweep {sweeps}. {counts_text(results.records)}. Measured {when} (UTC) on {devices}."

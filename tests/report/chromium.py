@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import fcntl
+import importlib.util
 import json
 import os
 import select
@@ -42,6 +43,15 @@ def find_chromium() -> str | None:
     """Return the browser that KVBENCH_CHROMIUM names, or the first of the usual names on PATH."""
     named = os.environ.get("KVBENCH_CHROMIUM")
     return named or next((found for name in _NAMES if (found := shutil.which(name))), None)
+
+
+def find_axe() -> Path | None:
+    """Return axe-core's script: what KVBENCH_AXE names, or that which the package axe-playwright-python ships."""
+    if named := os.environ.get("KVBENCH_AXE"):
+        return Path(named)
+    found = importlib.util.find_spec("axe_playwright_python")
+    script = Path(found.origin).with_name("axe.min.js") if found and found.origin else None
+    return script if script and script.is_file() else None
 
 
 class Browser:

@@ -33,7 +33,10 @@ def test_the_reason_is_called_unchecked_where_objects_were_not_counted(tmp_path:
     records = [body(policy="random"), body(policy="streaming_llm")]
     for record in records:
         del record["measurements"]["objects_recalled_fraction"]
-    assert "can not tell" in text_of(group_of(tmp_path, *records))
+    text = text_of(group_of(tmp_path, *records))
+    assert "can not tell" in text
+    assert "drops what stands between them" in text
+    assert "picture" not in text, "of a prompt without a picture nothing is said of one"
 
 
 def test_scores_below_random_that_may_be_chance_are_called_so(tmp_path: Path) -> None:
@@ -58,6 +61,18 @@ def test_a_policy_below_random_in_any_declared_measure_alone_is_found(tmp_path: 
     assert "`random` is not the worst policy: `h2o` scores below it at 20 % tokens kept (top-1 agreement). " in text_of(
         group
     )
+
+
+def test_policies_below_random_for_one_reason_share_a_note(tmp_path: Path) -> None:
+    records = [scored(0.1 + number / 100, policy=f"own{number}") for number in range(3)]
+    found = [note for note in notes_of(group_of(tmp_path, scored(0.5, policy="random"), *records))
+             if "not the worst" in note.text]  # fmt: skip
+    assert [note.text.partition(". ")[0] for note in found] == [
+        "`random` is not the worst policy: `own0`, `own1` and `own2` score below it"
+    ]
+    assert [line.partition(":")[0] for line in found[0].details[:3]] == [
+        f"own{number}, 20 % tokens kept, ROUGE-L vs full" for number in range(3)
+    ]
 
 
 def test_what_only_many_looks_find_below_random_is_called_chance(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from kvbench.report.figures.draw import palette_of
 from kvbench.report.figures.living import group_data
-from kvbench.report.first_screen import board_markdown, board_measures, board_rows, headline, leaderboard
+from kvbench.report.first_screen import board_markdown, board_measures, board_rows, headline, in_short, leaderboard
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
 from kvbench.report.standing import Judged, judge
@@ -181,3 +181,17 @@ def test_the_static_table_is_the_one_that_the_script_would_draw(tmp_path: Path) 
         assert f'data-policy="{row["policy"]}"' in table
         assert row["value"] in table
         assert row["stored"] in table
+
+
+def test_of_several_groups_each_says_its_first_and_how_many_are_not_shown_worse(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path)
+    alone = render_page(load_results(folder), [])
+    assert "class=firsts>" not in alone, "one group has its headline"
+    for policy, budget in (("full", None), ("h2o", 0.2), ("random", 0.2)):
+        write_cell(folder, body(policy=policy, budget=budget, model="zz-model"))
+    results = load_results(folder)
+    (listed,) = re.findall(r"Best at 20&nbsp;% tokens kept:.*?</ul>", render_page(results, []), re.DOTALL)
+    for group in results.groups:
+        words = in_short(judge(group), BUDGET)
+        assert words.split("`")[1] in headline(judge(group), BUDGET)[0]
+        assert f">{group.title}</a>: <code>{words.split('`')[1]}</code>, " in listed

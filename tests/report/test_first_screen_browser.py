@@ -148,6 +148,15 @@ def test_a_link_of_an_older_report_still_opens_its_sample(browser: Browser, page
     assert other.run("document.getElementById('sb-name').textContent") == name
 
 
+def test_a_link_to_another_group_s_answer_chooses_that_group(page: Page) -> None:
+    title = page.run("document.querySelectorAll('.firsts a')[1].textContent")
+    assert "zz-model" in title
+    page.run("document.querySelectorAll('.firsts a')[1].click(); new Promise(done => setTimeout(done, 50))")
+    assert page.run("document.getElementById('pick-group').selectedOptions[0].textContent") == title
+    assert page.run("document.querySelector('.board-group:not([hidden])').dataset.group") == "1"
+    assert page.complaints() == []
+
+
 def test_a_figure_is_saved_as_a_drawing_of_its_own_and_as_numbers(page: Page) -> None:
     page.run(
         "window.saved = []; URL.createObjectURL = blob => { window.saved.push(blob); return 'data:,'; };"
@@ -223,10 +232,37 @@ def test_paper_unfolds_what_is_folded_and_repeats_heads(page: Page) -> None:
         name = page.run("document.querySelector('#verdict-table thead tr').textContent")
         assert name == page.run("document.querySelector('#verdict-table caption').textContent")
         assert page.run(f"{heads}.every(one => getComputedStyle(one).display === 'table-header-group')")
+        buttons = "[...document.querySelectorAll('main thead button')].map(one => getComputedStyle(one).display)"
+        assert set(page.run(buttons)) == {"contents"}, "Chromium leaves boxes out of a head that it repeats"
         assert page.run("getComputedStyle(document.getElementById('chips')).display") == "none"
     page.run("dispatchEvent(new Event('afterprint'))")
     assert page.run("document.querySelector('.printed-name')") is None
     assert page.run(folded) == before
+
+
+def test_a_table_that_is_wider_than_paper_stands_on_it_in_parts(browser: Browser, page_file: Path) -> None:
+    page = browser.open(page_file, width=1035)  # A4 across without its margins
+    page.run(
+        "for (const row of [...document.getElementById('verdict-table').rows].slice(1)) for (let at = 0; at < 40; at++)"
+        " row.append(tag(row.parentNode.tagName === 'THEAD' ? 'th' : 'td', '',"
+        " row.parentNode.tagName === 'THEAD' ? `column${at}` : '12345.678 [9.8]'))"
+    )
+    page.run("dispatchEvent(new Event('beforeprint'))")
+    parts = "[...document.querySelectorAll('#verdicts .printed-part')]"
+    names = page.run(f"{parts}.map(one => [...[...one.tHead.rows].at(-1).cells].map(cell => cell.textContent))")
+    assert len(names) > 2
+    with page.printing():
+        assert max(page.run(f"{parts}.map(one => one.offsetWidth)")) <= 1035
+        assert page.run("document.getElementById('verdict-table').offsetWidth") == 0
+    assert {tuple(one[:2]) for one in names} == {tuple(names[0][:2])}, "every part names its rows"
+    told = [name for one in names for name in one[2:]]
+    assert len(told) == len(set(told))
+    assert told[-40:] == [f"column{at}" for at in range(40)]
+    titles = page.run(f"{parts}.map(one => one.tHead.rows[0].textContent)")
+    assert titles[1] == f"Verdicts against the full cache (part 2 of {len(names)})"
+    page.run("dispatchEvent(new Event('afterprint'))")
+    assert page.run(f"{parts}.length") == 0
+    assert page.run("document.getElementById('verdict-table').offsetWidth") > 0
 
 
 @pytest.mark.parametrize("width", [360, 768])
@@ -317,3 +353,25 @@ def test_a_large_table_is_made_as_a_reader_comes_near_and_works_like_any_other(p
     hidden = f"[...{table}.tBodies[0].rows].filter(row => row.offsetHeight === 0).map(row => row.cells[0].dataset.v)"
     assert set(page.run(hidden)) == {"random"}
     assert page.complaints() == []
+
+
+def test_a_tall_table_scrolls_below_its_heads_on_screen_and_is_whole_on_paper(
+    browser: Browser, page_file: Path, tmp_path: Path
+) -> None:
+    assert "scroll tall" not in page_file.read_text(encoding="utf-8"), "fourteen rows need no box"
+    for policy in ("full", *(f"own{number}" for number in range(40))):
+        write_cell(tmp_path, body(policy=policy, budget=None if policy == "full" else 0.2, num_samples=4))
+    file = tmp_path / "index.html"
+    file.write_text(render_page(load_results(tmp_path), []), encoding="utf-8")
+    page = browser.open(file)
+    box, head = ".tall:has(#verdict-table)", "#verdict-table thead tr:last-child th"
+    page.run(f"document.querySelector('{box}').scrollIntoView(); document.querySelector('{box}').scrollTop = 900")
+    top, height, inside = page.run(
+        f"(() => {{ const b = document.querySelector('{box}').getBoundingClientRect();"
+        f" return [document.querySelector('{head}').getBoundingClientRect().y - b.y, b.height, innerHeight]; }})()"
+    )
+    assert 0 <= top < 60, "the heads stay"
+    assert height < inside
+    with page.printing():
+        assert page.run(f"getComputedStyle(document.querySelector('{box}')).maxHeight") == "none"
+        assert page.run("getComputedStyle(document.querySelector('#verdict-table thead')).position") == "static"

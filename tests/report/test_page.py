@@ -17,6 +17,7 @@ from kvbench.report.load import load_results
 from kvbench.report.page import render_page
 from kvbench.report.standing import judge
 from kvbench.report.tables import TABLES
+from tests.autopsy.autopsies import add_autopsies
 from tests.report.figures.figure_data import plots_of
 from tests.report.synthetic import body, embedded, without_facts, write_cell
 
@@ -115,6 +116,16 @@ def test_headings_are_in_order_and_every_table_has_a_caption(sweep_page: str) ->
     assert len(tables) > 5
     for table in tables:
         assert "<caption>" in table or 'id="sb-scores"' in table  # filled by the script, named by its box
+
+
+def test_of_several_groups_every_region_has_a_name_of_its_own(tmp_path: Path) -> None:
+    for model in ("tiny-llava", "zz-model"):
+        for policy, budget in (("full", None), ("h2o", 0.2), ("random", 0.2)):
+            write_cell(tmp_path, body(policy=policy, budget=budget, model=model))
+    add_autopsies(tmp_path)
+    names = re.findall(r'role=region aria-label="([^"]*)"', render_page(load_results(tmp_path), []))
+    assert len(names) > 15
+    assert len(set(names)) == len(names)
 
 
 def test_every_link_inside_the_page_leads_somewhere(sweep_page: str) -> None:
@@ -234,3 +245,12 @@ def test_of_very_many_pairs_a_claim_is_corrected_at_least_as_strictly(
             assert found.value == pytest.approx(known.value)
             assert (found.p_holm or 0) >= (known.p_holm or 0)
             assert known.is_clear or not found.is_clear
+
+
+def test_a_timed_pass_is_called_a_run_also_where_a_record_calls_it_a_launch(tmp_path: Path) -> None:
+    record = body()
+    record["measurements"]["tpot_ms"]["method"] = "t interval over 6 launch medians"
+    write_cell(tmp_path, record)
+    page = render_page(load_results(tmp_path), [])
+    assert "t interval over 6 run medians" in page
+    assert "launch medians" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)

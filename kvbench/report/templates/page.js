@@ -176,22 +176,3 @@ if (filters) {
   filters.hidden = false;
   choose();
 }
-// Paper shows what is folded, and folds it again afterwards.
-let unfolded = [];
-addEventListener("beforeprint", () => {
-  for (const place of document.querySelectorAll(".later"))
-    if (!place.closest("details:not([open])") || place.textContent.length < 20000) { nearby.unobserve(place); drawTable(place); }
-  unfolded = [...document.querySelectorAll("main details:not([open])")].filter(one => one.textContent.length < 60000 && !one.querySelector(".later"));
-  for (const one of unfolded) one.open = true;
-  for (const table of document.querySelectorAll("main table")) {  // a head is repeated on every sheet, a caption is not
-    if (!table.tHead || !table.caption || table.tHead.querySelector(".printed-name")) continue;
-    const name = tag("th", "name", table.caption.textContent), row = tag("tr", "printed-name", name);
-    name.colSpan = 99;
-    table.tHead.prepend(row);
-  }
-});
-addEventListener("afterprint", () => {
-  for (const one of unfolded) one.open = false;
-  for (const row of document.querySelectorAll(".printed-name")) row.remove();
-  unfolded = [];
-});
