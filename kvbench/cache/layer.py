@@ -94,15 +94,17 @@ class PolicyLayer(CacheLayerMixin):
         self._unread: tuple[Entries, Statistics] | None = None
         self._repeated: Tensor | None = None
         self._was_read = False
-        self.ledger = Ledger(
-            policy=self.setup.policy,
-            budget=self.setup.budget,
-            prompt_tokens=self.setup.prompt_tokens,
-            prompt_until_tokens=self.setup.prompt_tokens,
-            most_tokens=self.setup.most_tokens,
-            counts_as_released=self.setup.departures.counts_as_released,
-            block_tokens=self._cuts_every or 1,
-            question_tokens=self.setup.question_tokens or (),
+        self.count_on(
+            Ledger(
+                policy=self.setup.policy,
+                budget=self.setup.budget,
+                prompt_tokens=self.setup.prompt_tokens,
+                prompt_until_tokens=self.setup.prompt_tokens,
+                most_tokens=self.setup.most_tokens,
+                counts_as_released=self.setup.departures.counts_as_released,
+                block_tokens=self._cuts_every or 1,
+                question_tokens=self.setup.question_tokens or (),
+            )
         )
         self.is_initialized = False
         if self.setup.pool is not None:
@@ -111,6 +113,10 @@ class PolicyLayer(CacheLayerMixin):
             self.setup.waiting.clear()
         if self.setup.relay is not None:
             self.setup.relay.handed = None
+
+    def count_on(self, ledger: Ledger) -> None:
+        """Go on with the counts of `ledger`, which the other layers find too."""
+        self.ledger = self._shelf.ledgers[self.setup.layer] = ledger
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -355,7 +361,8 @@ class PolicyLayer(CacheLayerMixin):
             protected=protected,
             artefact=None if self.setup.artefact is None else self.setup.artefact.layers,
         )
-        return layer_entries(policy.allocation, policy.skip_layers, room, told)
+        held = [self.ledger.before_cut(row, self._shelf.ledgers[layer]) for layer in range(self.setup.num_layers)]
+        return layer_entries(policy.allocation, policy.skip_layers, room, told, held)
 
     def _wait(self, entries: Entries, view: View) -> None:
         """Hand in what the allocation asks of this layer; it is cut when the last layer has come."""

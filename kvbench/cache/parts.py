@@ -148,20 +148,28 @@ def best_of_layer(view: View, candidates: Tensor, count: Tensor) -> Tensor:
 
 
 def layer_entries(
-    allocation: Allocation | None, skip_layers: Sequence[int], room: Room, told: Sequence[Tensor] = ()
+    allocation: Allocation | None,
+    skip_layers: Sequence[int],
+    room: Room,
+    told: Sequence[Tensor] = (),
+    held: Sequence[int] = (),
 ) -> tuple[int, ...]:
     """Return the entries of each layer per KV head in a row that exceeds its budget; `skip_layers` keep all.
 
+    held: what a head of each layer holds, all that was seen where it is empty. After an earlier cut that may be less
+    than a layer is given; where the total is exact the others get the rest.
     Raises: ConfigError where the others cannot pay for those, PolicyError for an allocation that breaks its word.
     """
+    held = held or [room.tokens] * room.num_layers
     skipped = skipped_layers(skip_layers, room.num_layers)
     rest = [layer for layer in range(room.num_layers) if layer not in skipped]
-    budget, more = divmod(room.num_layers * room.budget - len(skipped) * room.tokens, len(rest))
+    whole = {layer: held[layer] for layer in skipped}
+    budget, more = divmod(room.num_layers * room.budget - sum(whole.values()), len(rest))
     if skipped and budget < room.protected:
         raise ConfigError(
-            f"policy.skip_layers leaves {len(skipped)} of {room.num_layers} layers uncut, {room.tokens} entries each, "
-            f"and a budget of {room.budget} leaves the others {budget}, but {room.protected} are protected; give a "
-            "larger budget or skip fewer layers"
+            f"policy.skip_layers leaves {len(skipped)} of {room.num_layers} layers uncut, {max(whole.values())} "
+            f"entries each, and a budget of {room.budget} leaves the others {budget}, but {room.protected} are "
+            "protected; give a larger budget or skip fewer layers"
         )
     shares = [budget] * len(rest)
     if allocation is not None:
@@ -171,8 +179,20 @@ def layer_entries(
     for index, share in enumerate(shares):
         if more > 0 and share < room.tokens:
             shares[index], more = share + 1, more - 1
-    entries = dict.fromkeys(skipped, room.tokens) | dict(zip(rest, shares, strict=True))
+    if allocation is None or allocation.total == "exact":
+        shares = _within(shares, [held[layer] for layer in rest])
+    entries = whole | dict(zip(rest, shares, strict=True))
     return tuple(entries[layer] for layer in range(room.num_layers))
+
+
+def _within(shares: list[int], held: list[int]) -> list[int]:
+    """Return shares none of which is above what is held; what that leaves over goes to the others, evenly."""
+    possible = [min(pair) for pair in zip(shares, held, strict=True)]
+    if possible == shares:
+        return shares
+    most = torch.tensor(held) - torch.tensor(possible)
+    more = split(torch.ones(len(shares)), torch.tensor(sum(shares) - sum(possible)), most).tolist()
+    return [share + one for share, one in zip(possible, more, strict=True)]
 
 
 def skipped_layers(skip_layers: Sequence[int], num_layers: int) -> set[int]:

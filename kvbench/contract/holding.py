@@ -33,17 +33,12 @@ from kvbench.contract.terms import (
     demand,
     is_divided,
     no_score_policy,
+    no_total,
     protected_counts,
     rule,
     same,
     unbounded,
 )
-
-
-def no_total(policy: Policy) -> str | None:
-    """Spare policies that may hold less than the budget."""
-    why = no_score_policy(policy)
-    return why or ("its allocation's total is an outcome" if total_of(policy) == "data_dependent" else None)
 
 
 @rule("it is a frozen dataclass that can be compared", "one object serves every layer, sequence and run, and has a key")
