@@ -30,7 +30,7 @@ from kvbench.cache.attention import (
     reduce_group,
 )
 from kvbench.cache.counts import GROW_TOKENS, CountsShelf, LayerSetup, Ledger, Relay, RowCounts, StepCounts
-from kvbench.cache.parts import Room, layer_entries
+from kvbench.cache.parts import Room, checked_told, layer_entries
 from kvbench.cache.policy import (
     Policy,
     ScorePolicy,
@@ -371,7 +371,7 @@ class PolicyLayer(CacheLayerMixin):
         assert policy.allocation is not None
         assert waiting is not None
         check_statistics(view)
-        told = policy.allocation.tell(view, ranking(policy, view))
+        told = checked_told(policy.allocation, view, ranking(policy, view))
 
         def cut(given: list[int]) -> None:
             self.ledger.divide(given)

@@ -34,6 +34,9 @@ class Room:
     artefact: Sequence[Mapping[str, Tensor]] | None = None
 
 
+Total = Literal["exact", "bounded", "data_dependent"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
     """Divide the entries of a uniform cache among layers (override `layers`) or among a layer's heads (`heads`).
@@ -47,7 +50,7 @@ class Allocation:
     the budget stays so while the budget grows with the tokens seen.
     """
 
-    total: ClassVar[Literal["exact", "bounded", "data_dependent"]] = "exact"
+    total: ClassVar[Total] = "exact"
     needs: ClassVar[Needs] = Needs.NOTHING
     waits: ClassVar[bool] = False
     ragged: ClassVar[bool] = False
@@ -174,8 +177,7 @@ def layer_entries(
     shares = [budget] * len(rest)
     if allocation is not None:
         divided = replace(room, num_layers=len(rest), budget=budget)
-        shares = list(allocation.layers(divided, [told[layer] for layer in rest] if told else ()))
-        _check_layers(allocation, divided, shares)
+        shares = _checked_layers(allocation, divided, [told[layer] for layer in rest] if told else ())
     for index, share in enumerate(shares):
         if more > 0 and share < room.tokens:
             shares[index], more = share + 1, more - 1
@@ -207,19 +209,52 @@ def skipped_layers(skip_layers: Sequence[int], num_layers: int) -> set[int]:
     return skipped
 
 
-def _check_layers(allocation: Allocation, room: Room, shares: Sequence[int]) -> None:
+def _checked_layers(allocation: Allocation, room: Room, told: Sequence[Tensor]) -> list[int]:
     name, most = f"{type(allocation).__name__}.layers", room.num_layers * room.budget
-    total = sum(shares)
-    if len(shares) != room.num_layers or not all(room.protected <= share <= room.tokens for share in shares):
+    given: object = allocation.layers(room, told)
+    shares = list(given) if isinstance(given, list | tuple) else []
+    if (
+        len(shares) != room.num_layers
+        or not all(type(share) is int for share in shares)
+        or not all(room.protected <= share <= room.tokens for share in shares)
+    ):
         raise PolicyError(
-            f"{name} returned {list(shares)}; it must be {room.num_layers} numbers from {room.protected} to "
+            f"{name} returned {shown(given)}; it must be {room.num_layers} whole numbers from {room.protected} to "
             f"{room.tokens}, entries per KV head"
         )
+    total = sum(shares)
     if (total > most and allocation.total != "data_dependent") or (total != most and allocation.total == "exact"):
         raise PolicyError(
             f"{name} divided {total} entries per KV head over the layers where {most} are to be divided; its total is "
             f"declared {allocation.total!r}"
         )
+    return shares
+
+
+def checked_told(allocation: Allocation, view: View, ranking: Tensor) -> Tensor:
+    """Return `allocation.tell(view, ranking)`. Raises: PolicyError for anything but a tensor (B, N)."""
+    told: object = allocation.tell(view, ranking)
+    rows = view.position.shape[0]
+    if not isinstance(told, Tensor) or told.ndim != 2 or told.shape[0] != rows:
+        raise PolicyError(
+            f"{type(allocation).__name__}.tell returned {shown(told)}; it must be a tensor (B, N) = ({rows}, N)"
+        )
+    return told
+
+
+def checked_into(merge: Merge, view: View, keep: Tensor, protected: Tensor) -> Plan:
+    """Return `merge.into(view, keep, protected)`. Raises: PolicyError if it is no plan."""
+    plan: object = merge.into(view, keep, protected)
+    if not isinstance(plan, Plan):
+        raise PolicyError(f"{type(merge).__name__}.into returned {shown(plan)}; it must be a Plan")
+    return plan
+
+
+def shown(answer: object) -> str:
+    """Return a wrong answer of a policy or a part as messages show it, in one line."""
+    if isinstance(answer, Tensor):
+        return f"a tensor of {str(answer.dtype).removeprefix('torch.')} and shape {tuple(answer.shape)}"
+    return f"{' '.join(repr(answer).split()):.60}"
 
 
 def divided_heads(allocation: Allocation, view: View, ranking: Tensor) -> Tensor:
@@ -237,12 +272,14 @@ def divided_heads(allocation: Allocation, view: View, ranking: Tensor) -> Tensor
     kept, most = protected.sum(dim=-1), candidate.sum(dim=-1)
     free = (view.budget * kept.shape[1] - kept.sum(dim=-1)).clamp(min=0).minimum(most.sum(dim=-1))
     finite = ranking.clamp(min=torch.finfo(ranking.dtype).min).masked_fill(~candidate, -torch.inf)
-    shares = allocation.heads(view, finite, free)
+    name, shares = f"{type(allocation).__name__}.heads", allocation.heads(view, finite, free)
+    if not isinstance(shares, Tensor) or shares.dtype != torch.int64 or shares.shape != kept.shape:
+        raise PolicyError(f"{name} returned {shown(shares)}; it must be int64 of shape (B, H) = {tuple(kept.shape)}")
     total = shares.sum(dim=-1)
     amiss = total > free if allocation.total != "exact" else total != free
-    if shares.shape != kept.shape or bool((amiss[:, None] | (shares < 0) | (shares > most)).any()):
+    if bool((amiss[:, None] | (shares < 0) | (shares > most)).any()):
         raise PolicyError(
-            f"{type(allocation).__name__}.heads returned {shares.tolist()} in layer {view.layer}; it must be (B, H) = "
+            f"{name} returned {shares.tolist()} in layer {view.layer}; it must be (B, H) = "
             f"{tuple(kept.shape)}, from 0 to the candidates of each head, {free.tolist()} in all per row "
             f"(total: {allocation.total!r})"
         )

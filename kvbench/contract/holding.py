@@ -41,15 +41,20 @@ from kvbench.contract.terms import (
 )
 
 
-@rule("it is a frozen dataclass that can be compared", "one object serves every layer, sequence and run, and has a key")
+@rule(
+    "it is a frozen dataclass that can be compared, and so are its parts",
+    "one object serves every layer, sequence and run, and has a key",
+)
 def is_frozen(policy: Policy) -> None:
     """Raise BrokenRuleError for what can be changed, or is not a dataclass."""
     kind = type(policy)
-    settings = vars(kind).get("__dataclass_params__")  # not those of a base
-    demand(
-        settings is not None and settings.frozen,
-        f"{kind.__name__} is no frozen dataclass; write @dataclass(frozen=True)",
-    )
+    parts = [getattr(policy, name, None) for name in ("allocation", "merge")]
+    for one in (kind, *(type(part) for part in parts if part is not None)):
+        settings = vars(one).get("__dataclass_params__")  # not those of a base
+        demand(
+            settings is not None and settings.frozen,
+            f"{one.__name__} is no frozen dataclass; write @dataclass(frozen=True)",
+        )
     demand(
         hash(policy) == hash(twin := copy.copy(policy)) and policy == twin,
         f"two {kind.__name__} of the same settings are not equal",
