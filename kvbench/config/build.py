@@ -446,7 +446,12 @@ def build_sinks(config: DictConfig) -> SinkGroup:
 
 
 def check_shared(grid: Sequence[Composed]) -> None:
-    """Raise ConfigError if a value is missing, or the cells differ in what holds for all, or it cannot be used."""
+    """Raise ConfigError if a value is missing, or the cells differ in what holds for all, or it cannot be used.
+
+    `grid` may be empty: that of the cells that must not be left out is, where full is not among the policies.
+    """
+    if not grid:
+        return
     resolved = [composed.resolved() for composed in grid]
     for composed, settings in zip(grid, resolved, strict=True):
         for name in (*_SHARED, "policy", "budget", "model", "dataset", "task"):

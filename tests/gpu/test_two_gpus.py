@@ -220,7 +220,7 @@ def test_a_cell_over_two_devices_measures_what_one_does(tmp_path: Path) -> None:
 
 def test_a_sweep_over_two_gpus_takes_at_most_three_fifths_of_the_time_on_one(tmp_path: Path) -> None:
     """A process for every cell, as with another model for every cell; two workers have a GPU each."""
-    policies = "policy=full,h2o,streaming_llm,snapkv,elastic,random"
+    policies = "policy=full,h2o,streaming_llm,snapkv,elastic,random,tova,key_norm"
     words = (
         "-m",
         policies,
@@ -233,6 +233,6 @@ def test_a_sweep_over_two_gpus_takes_at_most_three_fifths_of_the_time_on_one(tmp
     one_s = kvbench(*words, "results=one", gpus="0", folder=tmp_path)
     shared = bodies(tmp_path / "two")
     assert {body["environment"].get("num_workers") for body in shared} == {2}
-    assert len(shared) == 6
-    print(f"six cells: {one_s:.1f} s on one GPU, {two_s:.1f} s on two, {two_s / one_s:.2f}")
+    assert len(shared) == 8
+    print(f"eight cells: {one_s:.1f} s on one GPU, {two_s:.1f} s on two, {two_s / one_s:.2f}")
     assert two_s <= 0.6 * one_s, f"{two_s:.1f} s on two GPUs, {one_s:.1f} s on one"

@@ -59,7 +59,7 @@ POLICIES: dict[str, Policy] = {
     "expected_attention": ExpectedAttention(),
     "criticalkv": CriticalKV(pooling="avg"),
 }
-FIRST_SHARE = {256: 96 / 224, 102: 19 / 70}  # of what is not in the window, where kvpress has the half of all
+FIRST_SHARE = {512: 224 / 480, 204: 70 / 172}  # of what is not in the window, where kvpress has the half of all
 
 
 def prompt_only(policy: Policy) -> Policy:

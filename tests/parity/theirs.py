@@ -24,21 +24,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-GIVEN, SCORED, WINDOWS = 512, 64, 16
+GIVEN, SCORED, WINDOWS = 1024, 256, 48
 LAYERS = (0, 15, 29)  # whose kept entries are compared, in the first window
 ENTRIES: dict[str, tuple[int, ...]] = {
-    "full": (512,),
-    "snapkv": (256, 102, 51),
-    "snapkv_released": (102,),
-    "key_norm": (256, 102),
-    "keydiff": (256, 102),
-    "tova": (256, 102),
-    "h2o_mean": (256, 102),
-    "streaming_llm": (256, 102),
-    "lagkv": (358, 296),  # sinks, tail and as many of each of two partitions, so that no tie decides
-    "chunkkv": (256, 112),  # whole chunks of 16
-    "expected_attention": (256, 102),
-    "criticalkv": (256, 102),
+    "full": (1024,),
+    "snapkv": (512, 204, 102),
+    "snapkv_released": (204,),
+    "key_norm": (512, 204),
+    "keydiff": (512, 204),
+    "tova": (512, 204),
+    "h2o_mean": (512, 204),
+    "streaming_llm": (512, 204),
+    "lagkv": (562, 376),  # sinks, tail and as many of each of six partitions, so that no tie decides
+    "chunkkv": (512, 208),  # whole chunks of 16
+    "expected_attention": (512, 204),
+    "criticalkv": (512, 204),
 }
 
 
