@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeGuard
@@ -58,11 +59,12 @@ from kvbench.cache.ragged import RaggedSlots, settle_ragged, spread_of
 from kvbench.cache.second_pass import projected_lengths
 from kvbench.cache.selection import age_rank
 from kvbench.cache.slots import EMPTY, Entries, Slots, check_faults, only_rows, settle
-from kvbench.cache.view import Joining, Needs, Plan, View
+from kvbench.cache.view import Joining, Needs, Plan, ReadOnly, View
 from kvbench.errors import ModelSupportError, PolicyError
-from kvbench.kernels.dispatch import Chunk, use_triton
+from kvbench.kernels.dispatch import Chunk, interpreted, use_triton
 
 AnySlots = Slots | RaggedSlots
+_watched: set[tuple[object, ...]] = set()  # what was asked once in this process, and changed nothing it was shown
 
 
 class PolicyLayer(CacheLayerMixin):
@@ -371,7 +373,8 @@ class PolicyLayer(CacheLayerMixin):
         assert policy.allocation is not None
         assert waiting is not None
         check_statistics(view)
-        told = checked_told(policy.allocation, view, ranking(policy, view))
+        with self._reading(view, "tell"):
+            told = checked_told(policy.allocation, view, ranking(policy, view))
 
         def cut(given: list[int]) -> None:
             self.ledger.divide(given)
@@ -381,8 +384,18 @@ class PolicyLayer(CacheLayerMixin):
 
         waiting.arrive(told, self.setup.num_layers, cut, self._layer_entries)
 
+    def _reading(self, view: View, asked: str) -> AbstractContextManager[object]:
+        """Watch what a policy and its parts write, the first time that they are `asked` for something."""
+        policy = self.setup.policy
+        key = (asked, type(policy), *(type(getattr(policy, part, None)) for part in ("allocation", "merge")))
+        if key in _watched or (interpreted() and use_triton(view.keys)):  # the interpreter copies to and fro
+            return nullcontext()
+        _watched.add(key)
+        return ReadOnly(view, f"{type(policy).__name__}.{asked}")
+
     def _plan(self, entries: Entries, view: View) -> Plan:
-        plan = checked_plan(self.setup.policy, view, self.ledger.allowed())
+        with self._reading(view, "plan"):
+            plan = checked_plan(self.setup.policy, view, self.ledger.allowed())
         if self.setup.on_plan is not None:
             self.setup.on_plan(self.setup.layer, entries, plan)
         return plan
@@ -595,12 +608,15 @@ class PolicyLayer(CacheLayerMixin):
         if by_kernels and self._merge is None and _is_plain_score(policy):
             from kvbench.kernels.slot_writes import free_lowest
 
-            score, bounds = checked_score(policy, view), (self.counts.sinks, self.counts.recent_from)
-            free_lowest(slots.columns(), score, view.budget, *bounds)
+            with self._reading(view, "score"):
+                score = checked_score(policy, view)
+            free_lowest(slots.columns(), score, view.budget, self.counts.sinks, self.counts.recent_from)
             return
-        victim = checked_victim(policy, view)
-        if self._merge is not None:
-            slots.join(*self._joining(view, victim), slots.over(view.budget))
+        with self._reading(view, "victim"):
+            victim = checked_victim(policy, view)
+            joining = None if self._merge is None else self._joining(view, victim)
+        if joining is not None:
+            slots.join(*joining, slots.over(view.budget))
         if by_kernels:
             from kvbench.kernels.slot_writes import free_given
 

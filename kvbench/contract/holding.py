@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from kvbench.cache import UNLIMITED, Budget, Policy, PolicyCache, ScorePolicy, When
+from kvbench.cache import UNLIMITED, Allocation, Budget, Merge, Policy, PolicyCache, ScorePolicy, When
 from kvbench.cache import layer as cache_layer
 from kvbench.cache.artefact import Artefact
 from kvbench.cache.layer import PolicyLayer
@@ -49,7 +49,7 @@ def is_frozen(policy: Policy) -> None:
     """Raise BrokenRuleError for what can be changed, or is not a dataclass."""
     kind = type(policy)
     parts = [getattr(policy, name, None) for name in ("allocation", "merge")]
-    for one in (kind, *(type(part) for part in parts if part is not None)):
+    for one in (kind, *(type(part) for part in parts if isinstance(part, Allocation | Merge))):
         settings = vars(one).get("__dataclass_params__")  # not those of a base
         demand(
             settings is not None and settings.frozen,

@@ -26,6 +26,7 @@ from kvbench.cache import (
     cache_argument,
 )
 from kvbench.cache.selection import keep_top, lowest
+from kvbench.cache.view import ReadOnly
 from kvbench.contract.driving import drive
 from kvbench.errors import ConfigError, NonFiniteChoiceError, NonFiniteError, PolicyError
 from kvbench.kernels.dispatch import kernels_forced
@@ -203,6 +204,51 @@ def test_a_wrong_answer_of_a_part_is_told_as_the_parts(tiny_llama: Any, name: st
     with pytest.raises(PolicyError, match=message) as told:
         drive(tiny_llama, cache, random_tokens(0, 2, 13), 12, mask)
     assert "\n" not in str(told.value)
+
+
+WRITES: dict[str, tuple[Callable[[View], object], str]] = {
+    "in place": (lambda view: view.keys.mul_(1.0), "view.keys is changed in layer 0: .* by mul_; work on a copy"),
+    "through a part of it": (lambda view: view.values[:, :1].zero_(), "view.values is changed"),
+    "by an index": (lambda view: view.mass.__setitem__((..., 0), 9.0), "view.mass is changed"),
+    "by a mask": (lambda view: view.position.masked_fill_(view.position < 0, 0), "view.position is changed"),
+    "as an output": (lambda view: torch.add(view.mass, 1, out=view.mass), "view.mass is changed .* by add"),
+    "of the counts": (lambda view: view.budget.add_(1), "view.budget is changed"),
+}
+
+
+@pytest.mark.parametrize("inference", [True, False], ids=["inference", "no_grad"])
+@pytest.mark.parametrize("at", ["plan", "victim"])
+@pytest.mark.parametrize("how", WRITES)
+def test_what_a_policy_writes_into_its_view_is_refused(tiny_llama: Any, how: str, at: str, inference: bool) -> None:
+    write, message = WRITES[how]
+
+    @dataclass(frozen=True, kw_only=True)
+    class Writing(ScorePolicy):
+        needs: ClassVar[Needs] = Needs.MASS
+
+        def score(self, view: View) -> Tensor:
+            if view.prefill == (at == "plan"):
+                write(view)
+            return view.mass
+
+    with pytest.raises(PolicyError, match=message), torch.inference_mode(inference):
+        drive(tiny_llama, PolicyCache(tiny_llama, Writing(), Budget(tokens=5)), random_tokens(0, 1, 9), 7)
+
+
+def test_what_is_written_is_looked_at_once_for_each_class_and_copies_may_be_written(
+    tiny_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Copying(ScorePolicy):
+        def score(self, view: View) -> Tensor:
+            return view.position.float().clone().mul_(2).masked_fill_(~view.valid, 0)
+
+    looked: list[str] = []
+    enter = ReadOnly.__enter__
+    monkeypatch.setattr(ReadOnly, "__enter__", lambda self: looked.append(self._asked) or enter(self))
+    for _ in range(2):
+        drive(tiny_llama, PolicyCache(tiny_llama, Copying(), Budget(tokens=5)), random_tokens(0, 1, 12), 7)
+    assert looked == ["Copying.plan", "Copying.victim"], "of two layers, two prompts and ten steps"
 
 
 @dataclass(frozen=True, kw_only=True)

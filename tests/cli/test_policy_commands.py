@@ -15,6 +15,7 @@ from kvbench.cache import Policy
 from kvbench.cli.main import run
 from kvbench.contract.catalogue import PAGES, catalogue, facts_of, filled_page, policy_named
 from kvbench.contract.trial import RULES, findings
+from kvbench.errors import ConfigError
 from tests.covering import YAMLS
 
 REPO = Path(__file__).parents[2]
@@ -287,6 +288,24 @@ def test_check_policy_says_what_holds_and_ends_with_one_where_something_does_not
         (["conf/mine.yaml"], "there is no such file or folder"),
     ):
         assert line in said(capsys, "check-policy", *words, code=2)
+
+
+def test_a_policy_that_keeps_the_contract_passes_where_the_scenes_are_nothing_for_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kvbench.contract import comparison
+    from kvbench.policies.kvzip import KVzip
+
+    def costs(policy: Policy, loaded: object) -> None:
+        assert isinstance(policy, KVzip)
+        raise ConfigError("KVzip has the prompt repeated as text,\nand it shows pictures")
+
+    few(monkeypatch)
+    monkeypatch.setattr(comparison, "small_model", lambda: None)
+    monkeypatch.setattr(comparison, "costs", costs)
+    told = said(capsys, "check-policy", "kvzip")
+    assert "kvzip: 2 rules hold, 0 broken" in told
+    assert "costs and standing are not measured: KVzip has the prompt repeated as text, and it shows pictures" in told
 
 
 @pytest.mark.long
