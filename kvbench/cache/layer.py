@@ -129,6 +129,11 @@ class PolicyLayer(CacheLayerMixin):
         layer by the tag; so no hook, no patch and no global state is needed.
         """
         self.is_initialized = True
+        if self.slots is not None and len(self.slots.length) != len(key_states):
+            raise ModelSupportError(
+                f"the cache holds {len(self.slots.length)} rows, and {len(key_states)} are to follow; make a new "
+                "PolicyCache for other rows, or reset() this one"
+            )
         if self._unread is not None:
             return self._update_repeated(self._unread[0], key_states, value_states)
         self._decodes = self.slots is not None and self.ledger.is_decode_step(key_states.shape[2])

@@ -107,6 +107,7 @@ SUBCOMMANDS = {
     "wandb": "kvbench.cli.wandb:wandb_command",
     "why": "kvbench.cli.why:why_command",
 }
+_BESIDE = ("joblib", "submitit_local")  # launchers that run cells beside each other, on the cores of one machine
 _STOPPED = "stopped; finished cells and batches are kept, the same command goes on"
 DEFAULT_SWEEP = ["+experiment=default"]
 _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
@@ -175,6 +176,10 @@ def _sweep(words: argparse.Namespace, overrides: list[str]) -> int:
     launcher, is_search = str(grid[0].choices["hydra/launcher"]), grid[0].is_search
     if launcher != SUPERVISED and not grid[0].multirun:
         raise ConfigError(f"hydra/launcher is {launcher!r}, which starts the jobs of a sweep; add -m, or leave it out")
+    if launcher in _BESIDE:
+        from kvbench.config.build import check_nothing_timed
+
+        check_nothing_timed(launcher, grid)
     app, share = App(is_search=is_search), None
     if not is_search:
         app.take(grid)

@@ -4,7 +4,8 @@ Size and format come from the header before anything is decoded; then the pictur
 when the data set is made, because a file that breaks off can be told in no other way.
 
 What a model is shown is the picture as a viewer on a white page shows it (`SHOWN_AS`): turned as EXIF says, 16 bits
-scaled to 8, what is transparent white. What has no such picture is refused: animations.
+scaled to 8, what is transparent white. What has no such picture is refused: animations, and a transparent colour of 16
+bits, which Pillow does not keep.
 """
 
 from __future__ import annotations
@@ -89,6 +90,8 @@ def _problem_of_header(image: Image.Image) -> str | None:
         return f"has {width} x {height} pixels; at most {MAX_PIXELS}"
     if max(width, height) > MAX_SIDES * min(width, height):
         return f"has {width} x {height} pixels; a picture may be at most {MAX_SIDES} times as long as wide"
+    if "transparency" in image.info and any("RGB;16" in str(tile) for tile in getattr(image, "tile", ())):
+        return "has 16 bits a colour, one of which means transparent, and is read with 8; save it with an alpha channel"
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # the further frames of a photograph are its previews
         return f"has {frames} frames; save the one that is meant as a picture of its own"

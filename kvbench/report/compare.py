@@ -183,8 +183,10 @@ def timing_noise(cell: CellResult, name: str = "tpot_ratio_to_full") -> str:
     """Return why a time or rate of the cell is noisy; empty where it is not, or the measure is neither."""
     if not is_timed(name):
         return ""
-    # A whole run has both parts.
-    parts = ("tpot", "ttft") if "throughput" in name else ("ttft",) if "ttft" in name else ("tpot",)
+    # A whole run and a whole answer have both parts.
+    parts = (
+        ("tpot", "ttft") if "throughput" in name or name == "answer_ms" else ("ttft",) if "ttft" in name else ("tpot",)
+    )
     spreads = [found.value for part in parts if (found := cell.estimate(f"{part}_spread_fraction"))]
     drift, foreign = cell.estimate("reference_drift_fraction"), cell.estimate("foreign_gpu_processes")
     if cell.status == "noisy" and not spreads and drift is foreign is None:

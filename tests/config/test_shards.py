@@ -184,6 +184,8 @@ def test_a_sweep_without_the_full_cache_is_checked_too(tmp_path: Path) -> None:
         assert [job is None for job in App().take(grid)] == left
     with pytest.raises(ConfigError, match="results is ''; it must be the path of a folder"):
         App().take(compose_grid([*words, "results=", "policy=snapkv,h2o"], multirun=True, config_dir=None))
+    with pytest.raises(ConfigError, match="sweep has 2 values in one sweep"):
+        App().take(compose_grid([*words, "sweep=a,b", "policy=h2o"], multirun=True, config_dir=None))
 
 
 def test_a_record_states_the_share_that_it_was_measured_in() -> None:

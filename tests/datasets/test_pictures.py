@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import zlib
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,25 @@ def test_levels_beyond_sixteen_bits_are_refused(value: float) -> None:
 def test_sixteen_bits_with_a_transparent_level_are_laid_on_white(tmp_path: Path) -> None:
     path = deep(tmp_path / "a.png", np.array([[0, 1000, 1001, 65535]]), transparency=1000)
     assert shown(path)[0, :, 0].tolist() == [0, 255, 4, 255]
+
+
+def colour_of_sixteen_bits(path: Path, *, hidden: bytes = b"") -> Path:
+    """Write a PNG of two pixels, red and a blue which may mean transparent; Pillow writes none of 16 bits."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)) + (chunk(b"tRNS", hidden) if hidden else b"")
+    row = chunk(b"IDAT", zlib.compress(b"\0" + struct.pack(">6H", 65535, 0, 0, 0, 0, 0x1234)))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + head + row + chunk(b"IEND", b""))
+    return path
+
+
+def test_a_transparent_colour_of_sixteen_bits_is_refused_as_only_eight_of_them_are_read(tmp_path: Path) -> None:
+    assert shown(colour_of_sixteen_bits(tmp_path / "a.png"))[0].tolist() == [[255, 0, 0], [0, 0, 0x12]]
+    hidden = colour_of_sixteen_bits(tmp_path / "b.png", hidden=struct.pack(">3H", 0, 0, 0x1234))
+    with pytest.raises(DataError, match=r"item 0: b\.png has 16 bits a colour, one of which means transparent"):
+        load_picture(hidden, "item 0")
 
 
 def with_hidden_colour(mode: str) -> Image.Image:
