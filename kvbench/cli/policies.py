@@ -378,7 +378,13 @@ def _measured(name: str, policy: Any, *, show: bool) -> dict[str, Any]:
     from kvbench.contract.trial import FRACTION, NUM_SCENES, costs, neighbours, small_model, standing
 
     loaded = small_model()
-    cost = costs(policy, loaded)
+    try:
+        cost = costs(policy, loaded)
+    except KvbenchError as error:  # the scenes are nothing for it, which is no fault
+        why = f"costs and standing are not measured: {' '.join(str(error).split())}"
+        if show:
+            print(f"\n{why}")
+        return {"not_measured": why}
     if show:
         print(
             f"\ncosts, {cost.batch_size} prompts of up to {cost.prompt_tokens} tokens at {FRACTION:.0%} of seen, this "

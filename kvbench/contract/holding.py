@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from kvbench.cache import UNLIMITED, Budget, Plan, Policy, PolicyCache, ScorePolicy, View, When
+from kvbench.cache import UNLIMITED, Allocation, Budget, Merge, Plan, Policy, PolicyCache, ScorePolicy, View, When
 from kvbench.cache import layer as cache_layer
 from kvbench.cache.artefact import Artefact
 from kvbench.cache.layer import PolicyLayer
@@ -42,6 +42,7 @@ from kvbench.contract.terms import (
     demand,
     is_divided,
     no_score_policy,
+    no_total,
     protected_counts,
     rule,
     same,
@@ -49,21 +50,20 @@ from kvbench.contract.terms import (
 )
 
 
-def no_total(policy: Policy) -> str | None:
-    """Spare policies that may hold less than the budget."""
-    why = no_score_policy(policy)
-    return why or ("its allocation's total is an outcome" if total_of(policy) == "data_dependent" else None)
-
-
-@rule("it is a frozen dataclass that can be compared", "one object serves every layer, sequence and run, and has a key")
+@rule(
+    "it is a frozen dataclass that can be compared, and so are its parts",
+    "one object serves every layer, sequence and run, and has a key",
+)
 def is_frozen(policy: Policy) -> None:
     """Raise BrokenRuleError for what can be changed, or is not a dataclass."""
     kind = type(policy)
-    settings = vars(kind).get("__dataclass_params__")  # not those of a base
-    demand(
-        settings is not None and settings.frozen,
-        f"{kind.__name__} is no frozen dataclass; write @dataclass(frozen=True)",
-    )
+    parts = [getattr(policy, name, None) for name in ("allocation", "merge")]
+    for one in (kind, *(type(part) for part in parts if isinstance(part, Allocation | Merge))):
+        settings = vars(one).get("__dataclass_params__")  # not those of a base
+        demand(
+            settings is not None and settings.frozen,
+            f"{one.__name__} is no frozen dataclass; write @dataclass(frozen=True)",
+        )
     demand(
         hash(policy) == hash(twin := copy.copy(policy)) and policy == twin,
         f"two {kind.__name__} of the same settings are not equal",

@@ -233,6 +233,43 @@ def test_a_plan_over_the_budget_is_told_with_what_was_allowed(own_path: Path) ->
     assert "keeps [[24, 24]] entries (rows x heads); allowed per row: 1 to [1]" in finding.line
 
 
+def test_a_part_that_is_no_frozen_dataclass_of_its_own_is_told(own_path: Path) -> None:
+    """Its settings would be no settings: a dataclass's base takes none of them."""
+    from kvbench.cache import Allocation
+    from kvbench.policies.h2o import H2O
+
+    class Loose(Allocation):
+        share: float = 0.5
+
+    (finding,) = findings(H2O(allocation=Loose()), [rule for rule in RULES if rule.name == "is_frozen"])
+    assert finding.line == "Loose is no frozen dataclass; write @dataclass(frozen=True)"
+
+
+def test_a_yaml_of_ones_own_may_name_its_parts_by_hydras_defaults(
+    own_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (own_path / "mine.py").write_text(OWN)
+    for place, text in {
+        "mine": "# Mine: parts of its own\ndefaults:\n  - allocation: first\n  - merge: newest\n_target_: mine.Mine\n",
+        "allocation/first": "_target_: mine.FirstLayers\n",
+        "merge/newest": "_target_: mine.IntoTheNewest\n",
+    }.items():
+        path = own_path / "conf" / "policy" / f"{place}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    few(monkeypatch)
+    told = said(capsys, "check-policy", "mine", "--config-dir", "conf", "--contract-only")
+    assert "mine: 2 rules hold, 0 broken" in told
+    (found,) = json.loads(said(capsys, "policies", "FirstLayers", "--config-dir", "conf", "--json"))
+    assert (found["allocation"], found["merge"]) == ("FirstLayers", "IntoTheNewest")
+    (own_path / "conf" / "policy" / "wrong.yaml").write_text("_target_: mine.Mine\nallocation: first\n")
+    told = said(capsys, "check-policy", "wrong", "--config-dir", "conf", "--contract-only", code=2)
+    assert told == (
+        "kvbench: policy.allocation is 'first'; it must be an Allocation: in a yaml a mapping with a _target_, on the "
+        "command line +policy/allocation=NAME\n"
+    )
+
+
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the contract be two rules."""
     from kvbench.contract import trial
@@ -258,6 +295,24 @@ def test_check_policy_says_what_holds_and_ends_with_one_where_something_does_not
         (["conf/mine.yaml"], "there is no such file or folder"),
     ):
         assert line in said(capsys, "check-policy", *words, code=2)
+
+
+def test_a_policy_that_keeps_the_contract_passes_where_the_scenes_are_nothing_for_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kvbench.contract import comparison
+    from kvbench.policies.kvzip import KVzip
+
+    def costs(policy: Policy, loaded: object) -> None:
+        assert isinstance(policy, KVzip)
+        raise ConfigError("KVzip has the prompt repeated as text,\nand it shows pictures")
+
+    few(monkeypatch)
+    monkeypatch.setattr(comparison, "small_model", lambda: None)
+    monkeypatch.setattr(comparison, "costs", costs)
+    told = said(capsys, "check-policy", "kvzip")
+    assert "kvzip: 2 rules hold, 0 broken" in told
+    assert "costs and standing are not measured: KVzip has the prompt repeated as text, and it shows pictures" in told
 
 
 @pytest.mark.long
