@@ -300,7 +300,7 @@ def test_check_policy_says_what_holds_and_ends_with_one_where_something_does_not
 def test_a_policy_that_keeps_the_contract_passes_where_the_scenes_are_nothing_for_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from kvbench.contract import comparison
+    from kvbench.contract import trial
     from kvbench.policies.kvzip import KVzip
 
     def costs(policy: Policy, loaded: object) -> None:
@@ -308,8 +308,8 @@ def test_a_policy_that_keeps_the_contract_passes_where_the_scenes_are_nothing_fo
         raise ConfigError("KVzip has the prompt repeated as text,\nand it shows pictures")
 
     few(monkeypatch)
-    monkeypatch.setattr(comparison, "small_model", lambda: None)
-    monkeypatch.setattr(comparison, "costs", costs)
+    monkeypatch.setattr(trial, "small_model", lambda: None)
+    monkeypatch.setattr(trial, "costs", costs)
     told = said(capsys, "check-policy", "kvzip")
     assert "kvzip: 2 rules hold, 0 broken" in told
     assert "costs and standing are not measured: KVzip has the prompt repeated as text, and it shows pictures" in told

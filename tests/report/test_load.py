@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 from typing import Any
 
 import pytest
@@ -185,7 +186,8 @@ def test_odd_values_in_a_record_cost_that_value_only(tmp_path: Path) -> None:
     record["measurements"]["ppl"] |= {"value": 10**400}
     record["measurements"]["ttft_ms"] |= {"low": "x", "n": None}
     record["samples"][0] |= {"cluster": None, "text": None}
-    write_cell(tmp_path, record)
+    with mock.patch("kvbench.results.files._json_problem", return_value=None):  # what writes refuses that number now
+        write_cell(tmp_path, record)
     cell = load_results(tmp_path).records[0]
     ttft = cell.estimate("ttft_ms")
     assert cell.estimate("ppl") is None
