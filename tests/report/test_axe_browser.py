@@ -22,7 +22,7 @@ from tests.report.synthetic import body, write_cell
 POLICIES = ("random", "h2o", "elastic", "streaming_llm", *(f"own{number}" for number in range(15)))
 OPEN = (
     "(async () => { for (const one of document.querySelectorAll('details')) one.open = true;"
-    " for (let tries = 0; tries < 200 && document.querySelector('.later'); tries++) {"
+    " for (let tries = 0; tries < 4000 && document.querySelector('.later'); tries++) {"
     " document.querySelector('.later').scrollIntoView(); await new Promise(done => setTimeout(done, 20)); } })()"
 )
 # All of a table beside another, nothing above it: only then can axe tell what is behind a word.
