@@ -121,6 +121,8 @@ _ROWS: tuple[tuple[str, Unit, Better, str, str, str], ...] = (
      "Median time of one decode step (50th percentile), same timed pass, end of sequence switched off."),
     ("tpot_p90_ms", "ms", "lower", "TPOT p90", "Time per output token, 90th percentile",
      "90th percentile of the time of one decode step in the same timed pass."),
+    ("answer_ms", "ms", "lower", "answer time", "Time of a whole answer",
+     "Of a problem that was answered and timed: TTFT, and a TPOT for each further token of its own answers, mean."),
     ("throughput_tokens_per_s", "tokens/s", "higher", "throughput", "Throughput",
      "Tokens made per second of a whole run, prompt included, over the whole batch."),
     ("policy_ms", "ms", "lower", "policy cost", "Policy cost per token",

@@ -121,7 +121,7 @@ def _short_looks_at_the_machine() -> None:
     """Let a timed task look at the machine's speed more briefly than a measurement does, which takes half a second."""
     import torch
 
-    from kvbench.tasks import clock
+    from kvbench.tasks import speed as clock
 
     if not torch.cuda.is_available():
         clock._LAST_MS, clock._CPU_BYTES = 15.0, 2**22

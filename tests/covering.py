@@ -34,7 +34,7 @@ from typing import Any
 
 import pytest
 
-TOLD = ("oracle",)  # works only where a task tells it the future: tests/tasks/test_foresight.py
+TOLD = ("oracle",)  # works only where a task tells it the future: tests/tasks/test_task.py
 YAMLS = sorted(path for path in (Path(__file__).parents[1] / "conf" / "policy").glob("*.yaml") if path.stem not in TOLD)
 HARD = ("middle_first", "ragged", "blocks")  # `tests.contract.middle_first` makes them
 HARDER = ("divided", "ragged_blocks")  # in `make test-all`

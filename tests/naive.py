@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import Budget
-from kvbench.contract.reference import rotated
+from kvbench.contract.equality import rotated
 
 
 @dataclass(kw_only=True)

@@ -20,6 +20,10 @@ Scores = list[list[float]]
 Score = Callable[[list[Head]], Scores]
 
 
+def newest(heads: list[Head]) -> Scores:
+    return [[float(e.position) for e in head] for head in heads]
+
+
 def key_norm(heads: list[Head]) -> Scores:
     return [[-_length(e.key) for e in head] for head in heads]
 

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from kvbench.datasets.conversation import Conversation
+from kvbench.datasets.questions import Conversation, MMVet
 from kvbench.datasets.retrieval import Needles
 from kvbench.datasets.text import TextWindows
-from kvbench.datasets.vision import MMVet
 from kvbench.errors import missing_path, near_paths
 from kvbench.models.spec import ModelSpec
 from tests.datasets.files import refusal, write_json, write_picture

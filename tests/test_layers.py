@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "policies": "errors cache",
     "datasets": "errors",
     "stats": "errors measures",
-    "results": "errors",
+    "results": "errors measures",
     "models": "errors kernels cache datasets results",
     "bundled": "datasets results",
     "tasks": "errors measures cache datasets stats results models",
@@ -40,24 +40,19 @@ MAY_IMPORT = {
     "sweep": "errors measures cache datasets results models tasks autopsy sinks",
     "config": "errors __init__ measures cache datasets results models tasks autopsy sinks sweep",
     "contract": "errors cache datasets stats models tasks config",
-    "frontier.table": "errors measures results",  # what a search leaves: a file, as a record is
-    "report": "errors __init__ measures stats results frontier.table",
-    "autopsy.read": "errors results report",  # what the page shows of an autopsy
-    "autopsy.page": "errors results autopsy.read report",
+    "report": "errors __init__ measures stats results",
+    "autopsy.page": "errors results report",  # what the page shows of an autopsy
     # W&B is sent the report's words and figures, and what its page shows of the samples that fail.
     "sinks.wandb": "errors __init__ measures results sinks report autopsy.page",
-    "frontier": "errors measures stats results sweep config frontier.table report",
     "audit": "errors measures stats results tasks",
-    "cli": "errors __init__ measures stats results models autopsy sinks sinks.wandb sweep config contract report "
-    "frontier frontier.table audit",
+    "cli": "errors __init__ measures stats results models autopsy sinks sinks.wandb sweep config contract report audit",
     "__main__": "cli",
     "hydra_plugins": "errors __init__ sweep config report cli",
 }
 # What goes against the table: a module, the package it needs all the same, and why.
 ALL_THE_SAME = {
     ("kvbench", "cache"): "the names a user's policy needs, loaded when first used",
-    ("kvbench.results.maintenance", "frontier.table"): "`verify` reads every kind of file in a results folder",
-    ("kvbench.autopsy.body", "sweep"): "an autopsy is of a cell: the types alone",
+    ("kvbench.autopsy.replay", "sweep"): "an autopsy is of a cell: the types alone",
     ("kvbench.report.page", "autopsy.page"): "puts the page together, this section too",
     ("kvbench.sweep.worker", "config"): "a worker is a program of its own: it is told words, and builds its cells",
     ("kvbench.sweep.worker", "cli"): "a worker is a program of its own: it makes libraries quiet as the command does",
@@ -80,19 +75,14 @@ A_COMMAND = "a command is called like the package whose door it is"
 AS_RELEASED = "the method as described; in released/ what published code does"
 # A name that two modules or packages have, and why both are found by it.
 ALIKE = {
-    "audit": f"{A_COMMAND}; in the package, what runs all checks",
-    "base": "what a data set is, what a sink is",
     "build": "a cell from its configuration; a report from its records",
     "cache": "the package; in it the class that a model is given",
     "cake": "CAKE's score; its division among layers",
-    "conversation": "a data set of turns; the task that asks them",
     "d2o": "the two parts of one method: how much layers hold, and what becomes of the rest",
-    "diff": f"{A_COMMAND}; what changed, and how it is said",
     "elastic": AS_RELEASED,
     "files": "rows out of a user's files; how every file of ours is written",
-    "frontier": A_COMMAND,
+    "frontier": "the command that searches; in results, the file that a search leaves",
     "h2o": AS_RELEASED,
-    "measures": f"{A_COMMAND}; beside the packages, what every one of them may name",
     "policies": A_COMMAND,
     "page": "the page; the autopsy's section of it",
     "released": "the policies; what they do to the cache",
@@ -100,7 +90,6 @@ ALIKE = {
     "results": A_COMMAND,
     "streaming_llm": AS_RELEASED,
     "sweep": f"{A_COMMAND}; in the package, the sweep itself",
-    "wandb": A_COMMAND,
 }
 
 CHOICE = "kvbench.policies.released.choice"  # how the released policies choose: no policy itself

@@ -16,7 +16,7 @@ from kvbench.audit.evidence import Cell, Group, Note, Peers, any_cell, check, cl
 from kvbench.measures import MAX_TURNS
 from kvbench.results.files import canonical_json
 from kvbench.results.record import MACHINE, MEASURED, cell_key, is_uncommitted
-from kvbench.stats.latency import FEWEST_LAUNCHES, noise_reason
+from kvbench.stats.paired import FEWEST_LAUNCHES, noise_reason
 
 _GROUPS: tuple[Group, ...] = ("policy", "dataset")
 _NEEDED = ("python", "system", "machine", "device", "cpu_model", "num_threads", "torch", "transformers", "kvbench")

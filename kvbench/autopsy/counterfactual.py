@@ -27,10 +27,9 @@ from kvbench.models.inputs import answer_text, prompt_batch, reference_text
 from kvbench.models.loader import LoadedModel
 from kvbench.results.files import Array
 from kvbench.tasks.decode import CacheSetting
-from kvbench.tasks.foresight import Watching
 from kvbench.tasks.generation import Generation, answer_fields, fact_fields
 from kvbench.tasks.rouge import first_divergence
-from kvbench.tasks.task import Part, Prompts
+from kvbench.tasks.task import Part, Prompts, Watching
 
 _CONTEXT_TOKENS = 5  # to both sides of a word that is named
 

@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from kvbench.bundled.lessons import (
+from kvbench.bundled.tiny_llava import (
     IGNORED_LABEL,
     NUM_PATCHES,
     Lesson,
@@ -44,9 +44,11 @@ from kvbench.bundled.lessons import (
     by_cell,
     lesson_of,
     of_cell,
+    tiny_llava,
+    tiny_processor,
+    train_tokenizer,
     training_turns,
 )
-from kvbench.bundled.tiny_llava import tiny_llava, tiny_processor, train_tokenizer
 from kvbench.datasets.scenes import (
     COLOURS,
     GRID_CELLS,

@@ -243,7 +243,7 @@ class PolicyCache(Cache):
         for tensor, value in zip(state.tensors, state.values, strict=True):
             tensor.copy_(value)
         for layer, ledger in zip(self.policy_layers, state.ledgers, strict=True):
-            layer.ledger = copy.deepcopy(ledger)
+            layer.count_on(copy.deepcopy(ledger))
 
     def step_buffers(self) -> StepBuffers | None:
         """Return all that decode steps read and write; None where that is not all.

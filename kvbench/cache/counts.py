@@ -132,7 +132,7 @@ class Ledger:
     counts_as_released: as in `Departures`. shift: how many more entries than the uniform budget an allocation gave this
     layer when the last chunk was cut, empty for none. block_tokens: how many tokens come before a plan at decode.
     question: positions of each row from which on and below which the question stands; `question_tokens` of the prompt,
-    later the chunk that came last.
+    later the chunk that came last. uncut: as `held`, when the last chunk of several tokens had come and was not cut.
     """
 
     policy: Policy
@@ -152,6 +152,7 @@ class Ledger:
     block_tokens: int = 1
     question_tokens: tuple[int, ...] = ()
     question: list[tuple[int, int]] = field(default_factory=list)
+    uncut: list[int] = field(default_factory=list)
 
     @property
     def steps_since_settled(self) -> int:
@@ -193,6 +194,7 @@ class Ledger:
         self.settled_seen, self.settled_held, self.shift = [], [], []
         before, is_prompt = list(self.seen), not self.seen or self.padded_tokens <= self.prompt_tokens
         self.arrive(added)
+        self.uncut = list(self.held)
         if is_prompt:
             left = max(self.prompt_tokens, self.padded_tokens) - self.padded_tokens  # of it that is still to come
             ends = [seen + left for seen in self.seen]
@@ -204,6 +206,12 @@ class Ledger:
             self.question = [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
         else:
             self.question = list(zip(before, self.seen, strict=True))
+
+    def before_cut(self, row: int, other: Ledger) -> int:
+        """Return what a head of `row` in the layer of `other` holds before the chunk that came here last is cut."""
+        if other.padded_tokens == self.padded_tokens:  # it has come there too
+            return other.uncut[row]
+        return (other.held[row] + self.seen[row] - other.seen[row]) if other.seen else self.seen[row]
 
     def settle(self, held: list[int]) -> None:
         """Note what a chunk left behind."""
@@ -441,10 +449,12 @@ class CountsShelf:
     """What the layers of one cache share on each device: what follows from counts in which they agree, made once.
 
     So the layers of a prompt wait for the device once, not each. doubts: looked at when the last of them is cut.
+    ledgers: of each layer, in order.
     """
 
     def __init__(self) -> None:
         self.doubts = Doubts()
+        self.ledgers: dict[int, Ledger] = {}
         self._counts: dict[object, tuple[int, StepCounts]] = {}
         self._arrivals: dict[torch.device, tuple[Tensor | None, object, Arrival]] = {}
         self._rows: dict[torch.device, tuple[object, RowCounts]] = {}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeGuard
@@ -23,14 +24,16 @@ from transformers.cache_utils import CacheLayerMixin
 from kvbench.cache.attention import (
     LAYER_TAG,
     ChunkStatistics,
+    QueryRing,
     Statistics,
     chunk_attention,
     column_peak,
     decode_step,
     reduce_group,
+    ring_after,
 )
 from kvbench.cache.counts import GROW_TOKENS, CountsShelf, LayerSetup, Ledger, Relay, RowCounts, StepCounts
-from kvbench.cache.parts import Room, layer_entries
+from kvbench.cache.parts import Room, checked_told, layer_entries
 from kvbench.cache.policy import (
     Policy,
     ScorePolicy,
@@ -53,16 +56,16 @@ from kvbench.cache.policy import (
     takes_notes,
 )
 from kvbench.cache.positions import shifted_chunk, shifted_step
-from kvbench.cache.queries import QueryRing, ring_after
 from kvbench.cache.ragged import RaggedSlots, settle_ragged, spread_of
 from kvbench.cache.second_pass import projected_lengths
 from kvbench.cache.selection import age_rank
 from kvbench.cache.slots import EMPTY, Entries, Slots, check_faults, only_rows, settle
-from kvbench.cache.view import Joining, Needs, Plan, View
+from kvbench.cache.view import Joining, Needs, Plan, ReadOnly, View
 from kvbench.errors import ModelSupportError, PolicyError
-from kvbench.kernels.dispatch import Chunk, use_triton
+from kvbench.kernels.dispatch import Chunk, interpreted, use_triton
 
 AnySlots = Slots | RaggedSlots
+_watched: set[tuple[object, ...]] = set()  # what was asked once in this process, and changed nothing it was shown
 
 
 class PolicyLayer(CacheLayerMixin):
@@ -94,15 +97,17 @@ class PolicyLayer(CacheLayerMixin):
         self._unread: tuple[Entries, Statistics] | None = None
         self._repeated: Tensor | None = None
         self._was_read = False
-        self.ledger = Ledger(
-            policy=self.setup.policy,
-            budget=self.setup.budget,
-            prompt_tokens=self.setup.prompt_tokens,
-            prompt_until_tokens=self.setup.prompt_tokens,
-            most_tokens=self.setup.most_tokens,
-            counts_as_released=self.setup.departures.counts_as_released,
-            block_tokens=self._cuts_every or 1,
-            question_tokens=self.setup.question_tokens or (),
+        self.count_on(
+            Ledger(
+                policy=self.setup.policy,
+                budget=self.setup.budget,
+                prompt_tokens=self.setup.prompt_tokens,
+                prompt_until_tokens=self.setup.prompt_tokens,
+                most_tokens=self.setup.most_tokens,
+                counts_as_released=self.setup.departures.counts_as_released,
+                block_tokens=self._cuts_every or 1,
+                question_tokens=self.setup.question_tokens or (),
+            )
         )
         self.is_initialized = False
         if self.setup.pool is not None:
@@ -111,6 +116,10 @@ class PolicyLayer(CacheLayerMixin):
             self.setup.waiting.clear()
         if self.setup.relay is not None:
             self.setup.relay.handed = None
+
+    def count_on(self, ledger: Ledger) -> None:
+        """Go on with the counts of `ledger`, which the other layers find too."""
+        self.ledger = self._shelf.ledgers[self.setup.layer] = ledger
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -121,6 +130,11 @@ class PolicyLayer(CacheLayerMixin):
         layer by the tag; so no hook, no patch and no global state is needed.
         """
         self.is_initialized = True
+        if self.slots is not None and len(self.slots.length) != len(key_states):
+            raise ModelSupportError(
+                f"the cache holds {len(self.slots.length)} rows, and {len(key_states)} are to follow; make a new "
+                "PolicyCache for other rows, or reset() this one"
+            )
         if self._unread is not None:
             return self._update_repeated(self._unread[0], key_states, value_states)
         self._decodes = self.slots is not None and self.ledger.is_decode_step(key_states.shape[2])
@@ -355,7 +369,8 @@ class PolicyLayer(CacheLayerMixin):
             protected=protected,
             artefact=None if self.setup.artefact is None else self.setup.artefact.layers,
         )
-        return layer_entries(policy.allocation, policy.skip_layers, room, told)
+        held = [self.ledger.before_cut(row, self._shelf.ledgers[layer]) for layer in range(self.setup.num_layers)]
+        return layer_entries(policy.allocation, policy.skip_layers, room, told, held)
 
     def _wait(self, entries: Entries, view: View) -> None:
         """Hand in what the allocation asks of this layer; it is cut when the last layer has come."""
@@ -364,7 +379,8 @@ class PolicyLayer(CacheLayerMixin):
         assert policy.allocation is not None
         assert waiting is not None
         check_statistics(view)
-        told = policy.allocation.tell(view, ranking(policy, view))
+        with self._reading(view, "tell"):
+            told = checked_told(policy.allocation, view, ranking(policy, view))
 
         def cut(given: list[int]) -> None:
             self.ledger.divide(given)
@@ -374,8 +390,18 @@ class PolicyLayer(CacheLayerMixin):
 
         waiting.arrive(told, self.setup.num_layers, cut, self._layer_entries)
 
+    def _reading(self, view: View, asked: str) -> AbstractContextManager[object]:
+        """Watch what a policy and its parts write, the first time that they are `asked` for something."""
+        policy = self.setup.policy
+        key = (asked, type(policy), *(type(getattr(policy, part, None)) for part in ("allocation", "merge")))
+        if key in _watched or (interpreted() and use_triton(view.keys)):  # the interpreter copies to and fro
+            return nullcontext()
+        _watched.add(key)
+        return ReadOnly(view, f"{type(policy).__name__}.{asked}")
+
     def _plan(self, entries: Entries, view: View) -> Plan:
-        plan = checked_plan(self.setup.policy, view, self.ledger.allowed())
+        with self._reading(view, "plan"):
+            plan = checked_plan(self.setup.policy, view, self.ledger.allowed())
         if self.setup.on_plan is not None:
             self.setup.on_plan(self.setup.layer, entries, plan)
         return plan
@@ -588,12 +614,15 @@ class PolicyLayer(CacheLayerMixin):
         if by_kernels and self._merge is None and _is_plain_score(policy):
             from kvbench.kernels.slot_writes import free_lowest
 
-            score, bounds = checked_score(policy, view), (self.counts.sinks, self.counts.recent_from)
-            free_lowest(slots.columns(), score, view.budget, *bounds)
+            with self._reading(view, "score"):
+                score = checked_score(policy, view)
+            free_lowest(slots.columns(), score, view.budget, self.counts.sinks, self.counts.recent_from)
             return
-        victim = checked_victim(policy, view)
-        if self._merge is not None:
-            slots.join(*self._joining(view, victim), slots.over(view.budget))
+        with self._reading(view, "victim"):
+            victim = checked_victim(policy, view)
+            joining = None if self._merge is None else self._joining(view, victim)
+        if joining is not None:
+            slots.join(*joining, slots.over(view.budget))
         if by_kernels:
             from kvbench.kernels.slot_writes import free_given
 

@@ -34,6 +34,9 @@ class Room:
     artefact: Sequence[Mapping[str, Tensor]] | None = None
 
 
+Total = Literal["exact", "bounded", "data_dependent"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
     """Divide the entries of a uniform cache among layers (override `layers`) or among a layer's heads (`heads`).
@@ -47,7 +50,7 @@ class Allocation:
     the budget stays so while the budget grows with the tokens seen.
     """
 
-    total: ClassVar[Literal["exact", "bounded", "data_dependent"]] = "exact"
+    total: ClassVar[Total] = "exact"
     needs: ClassVar[Needs] = Needs.NOTHING
     waits: ClassVar[bool] = False
     ragged: ClassVar[bool] = False
@@ -148,31 +151,50 @@ def best_of_layer(view: View, candidates: Tensor, count: Tensor) -> Tensor:
 
 
 def layer_entries(
-    allocation: Allocation | None, skip_layers: Sequence[int], room: Room, told: Sequence[Tensor] = ()
+    allocation: Allocation | None,
+    skip_layers: Sequence[int],
+    room: Room,
+    told: Sequence[Tensor] = (),
+    held: Sequence[int] = (),
 ) -> tuple[int, ...]:
     """Return the entries of each layer per KV head in a row that exceeds its budget; `skip_layers` keep all.
 
+    held: what a head of each layer holds, all that was seen where it is empty. After an earlier cut that may be less
+    than a layer is given; where the total is exact the others get the rest.
     Raises: ConfigError where the others cannot pay for those, PolicyError for an allocation that breaks its word.
     """
+    held = held or [room.tokens] * room.num_layers
     skipped = skipped_layers(skip_layers, room.num_layers)
     rest = [layer for layer in range(room.num_layers) if layer not in skipped]
-    budget, more = divmod(room.num_layers * room.budget - len(skipped) * room.tokens, len(rest))
+    whole = {layer: held[layer] for layer in skipped}
+    budget, more = divmod(room.num_layers * room.budget - sum(whole.values()), len(rest))
     if skipped and budget < room.protected:
         raise ConfigError(
-            f"policy.skip_layers leaves {len(skipped)} of {room.num_layers} layers uncut, {room.tokens} entries each, "
-            f"and a budget of {room.budget} leaves the others {budget}, but {room.protected} are protected; give a "
-            "larger budget or skip fewer layers"
+            f"policy.skip_layers leaves {len(skipped)} of {room.num_layers} layers uncut, {max(whole.values())} "
+            f"entries each, and a budget of {room.budget} leaves the others {budget}, but {room.protected} are "
+            "protected; give a larger budget or skip fewer layers"
         )
     shares = [budget] * len(rest)
     if allocation is not None:
         divided = replace(room, num_layers=len(rest), budget=budget)
-        shares = list(allocation.layers(divided, [told[layer] for layer in rest] if told else ()))
-        _check_layers(allocation, divided, shares)
+        shares = _checked_layers(allocation, divided, [told[layer] for layer in rest] if told else ())
     for index, share in enumerate(shares):
         if more > 0 and share < room.tokens:
             shares[index], more = share + 1, more - 1
-    entries = dict.fromkeys(skipped, room.tokens) | dict(zip(rest, shares, strict=True))
+    if allocation is None or allocation.total == "exact":
+        shares = _within(shares, [held[layer] for layer in rest])
+    entries = whole | dict(zip(rest, shares, strict=True))
     return tuple(entries[layer] for layer in range(room.num_layers))
+
+
+def _within(shares: list[int], held: list[int]) -> list[int]:
+    """Return shares none of which is above what is held; what that leaves over goes to the others, evenly."""
+    possible = [min(pair) for pair in zip(shares, held, strict=True)]
+    if possible == shares:
+        return shares
+    most = torch.tensor(held) - torch.tensor(possible)
+    more = split(torch.ones(len(shares)), torch.tensor(sum(shares) - sum(possible)), most).tolist()
+    return [share + one for share, one in zip(possible, more, strict=True)]
 
 
 def skipped_layers(skip_layers: Sequence[int], num_layers: int) -> set[int]:
@@ -187,19 +209,52 @@ def skipped_layers(skip_layers: Sequence[int], num_layers: int) -> set[int]:
     return skipped
 
 
-def _check_layers(allocation: Allocation, room: Room, shares: Sequence[int]) -> None:
+def _checked_layers(allocation: Allocation, room: Room, told: Sequence[Tensor]) -> list[int]:
     name, most = f"{type(allocation).__name__}.layers", room.num_layers * room.budget
-    total = sum(shares)
-    if len(shares) != room.num_layers or not all(room.protected <= share <= room.tokens for share in shares):
+    given: object = allocation.layers(room, told)
+    shares = list(given) if isinstance(given, list | tuple) else []
+    if (
+        len(shares) != room.num_layers
+        or not all(type(share) is int for share in shares)
+        or not all(room.protected <= share <= room.tokens for share in shares)
+    ):
         raise PolicyError(
-            f"{name} returned {list(shares)}; it must be {room.num_layers} numbers from {room.protected} to "
+            f"{name} returned {shown(given)}; it must be {room.num_layers} whole numbers from {room.protected} to "
             f"{room.tokens}, entries per KV head"
         )
+    total = sum(shares)
     if (total > most and allocation.total != "data_dependent") or (total != most and allocation.total == "exact"):
         raise PolicyError(
             f"{name} divided {total} entries per KV head over the layers where {most} are to be divided; its total is "
             f"declared {allocation.total!r}"
         )
+    return shares
+
+
+def checked_told(allocation: Allocation, view: View, ranking: Tensor) -> Tensor:
+    """Return `allocation.tell(view, ranking)`. Raises: PolicyError for anything but a tensor (B, N)."""
+    told: object = allocation.tell(view, ranking)
+    rows = view.position.shape[0]
+    if not isinstance(told, Tensor) or told.ndim != 2 or told.shape[0] != rows:
+        raise PolicyError(
+            f"{type(allocation).__name__}.tell returned {shown(told)}; it must be a tensor (B, N) = ({rows}, N)"
+        )
+    return told
+
+
+def checked_into(merge: Merge, view: View, keep: Tensor, protected: Tensor) -> Plan:
+    """Return `merge.into(view, keep, protected)`. Raises: PolicyError if it is no plan."""
+    plan: object = merge.into(view, keep, protected)
+    if not isinstance(plan, Plan):
+        raise PolicyError(f"{type(merge).__name__}.into returned {shown(plan)}; it must be a Plan")
+    return plan
+
+
+def shown(answer: object) -> str:
+    """Return a wrong answer of a policy or a part as messages show it, in one line."""
+    if isinstance(answer, Tensor):
+        return f"a tensor of {str(answer.dtype).removeprefix('torch.')} and shape {tuple(answer.shape)}"
+    return f"{' '.join(repr(answer).split()):.60}"
 
 
 def divided_heads(allocation: Allocation, view: View, ranking: Tensor) -> Tensor:
@@ -217,12 +272,14 @@ def divided_heads(allocation: Allocation, view: View, ranking: Tensor) -> Tensor
     kept, most = protected.sum(dim=-1), candidate.sum(dim=-1)
     free = (view.budget * kept.shape[1] - kept.sum(dim=-1)).clamp(min=0).minimum(most.sum(dim=-1))
     finite = ranking.clamp(min=torch.finfo(ranking.dtype).min).masked_fill(~candidate, -torch.inf)
-    shares = allocation.heads(view, finite, free)
+    name, shares = f"{type(allocation).__name__}.heads", allocation.heads(view, finite, free)
+    if not isinstance(shares, Tensor) or shares.dtype != torch.int64 or shares.shape != kept.shape:
+        raise PolicyError(f"{name} returned {shown(shares)}; it must be int64 of shape (B, H) = {tuple(kept.shape)}")
     total = shares.sum(dim=-1)
     amiss = total > free if allocation.total != "exact" else total != free
-    if shares.shape != kept.shape or bool((amiss[:, None] | (shares < 0) | (shares > most)).any()):
+    if bool((amiss[:, None] | (shares < 0) | (shares > most)).any()):
         raise PolicyError(
-            f"{type(allocation).__name__}.heads returned {shares.tolist()} in layer {view.layer}; it must be (B, H) = "
+            f"{name} returned {shares.tolist()} in layer {view.layer}; it must be (B, H) = "
             f"{tuple(kept.shape)}, from 0 to the candidates of each head, {free.tolist()} in all per row "
             f"(total: {allocation.total!r})"
         )

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from kvbench.cache.parts import Allocation, Merge, divided_heads
+from kvbench.cache.parts import Allocation, Merge, Total, checked_into, divided_heads, shown
 from kvbench.cache.selection import keep_top, lowest, outside, protected_range, ranked_above
 from kvbench.cache.view import Doubts, Joining, Needs, Plan, View
 from kvbench.errors import ConfigError, NonFiniteChoiceError, NonFiniteError, PolicyError, close_matches
@@ -169,7 +169,9 @@ class ScorePolicy(Policy):
         elif self.allocation is not None and self.allocation.ragged:
             entries = divided_heads(self.allocation, view, score)
         keep = keep_top(self._favoured(view, score), view.position, entries)
-        plan = Plan(keep=keep) if self.merge is None else self.merge.into(view, keep, keep & (score == torch.inf))
+        plan = (
+            Plan(keep=keep) if self.merge is None else checked_into(self.merge, view, keep, keep & (score == torch.inf))
+        )
         memory = self.remembered(view)
         return plan if memory is None else replace(plan, memory=memory)
 
@@ -330,6 +332,11 @@ def check_parts(policy: Policy, positions: str = "original") -> None:
                 f"policy.{name} is {given!r:.60}; it must be an {own.__name__}: in a yaml a mapping with a _target_, "
                 f"on the command line +policy/{name}=NAME"
             )
+    if policy.allocation is not None and policy.allocation.total not in (totals := get_args(Total)):
+        total = policy.allocation.total
+        raise ConfigError(
+            f"{type(policy.allocation).__name__}.total is {total!r:.60}; {close_matches(str(total), totals)}"
+        )
     divided = [name for name in ("allocation", "merge", "skip_layers") if getattr(policy, name)]
     if divided and (When.PREFILL not in policy.when or not policy.bounded):
         raise ConfigError(
@@ -481,6 +488,8 @@ def checked_victim(policy: Policy, view: View) -> Tensor:
 def checked_joining(merge: Merge, view: View, victim: Tensor) -> Joining:
     """Return `merge.joining(view, victim)`, looked at where that does not wait. Raises: PolicyError if it is amiss."""
     joining, name, (rows, heads, entries) = merge.joining(view, victim), type(merge).__name__, view.position.shape
+    if not isinstance(joining, Joining):
+        raise PolicyError(f"{name}.joining returned {shown(joining)}; it must be a Joining")
     into = joining.into
     if into.shape[:2] != (rows, heads) or not into.shape == joining.weight.shape == joining.own.shape:
         raise PolicyError(
@@ -511,6 +520,8 @@ def checked_plan(policy: Policy, view: View, allowed: list[int]) -> Plan:
     plan, position, name = policy.plan(view), view.position, f"{type(policy).__name__}.plan in layer {view.layer}"
     if plan is None:
         raise PolicyError(f"{name} returned None although the budget {allowed} is exceeded; return a Plan")
+    if not isinstance(plan, Plan):
+        raise PolicyError(f"{name} returned {shown(plan)}; it must be a Plan")
     _check_column(plan.keep, "keep", torch.bool, position, name)
     doubts.note(
         (plan.keep & (position < 0)).any(),

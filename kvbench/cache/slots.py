@@ -323,7 +323,7 @@ def moved(entries: Entries, plan: Plan | None, order: Tensor, length: Tensor) ->
     """Keys, values (B, H, C, D) and mass (B, H, C) of the entries `order` (B, H, C), merged where the plan says so."""
     if plan is not None and plan.merge_into is not None:
         if use_triton(entries.keys):
-            from kvbench.kernels.segment_mean import buckets_of, segment_mean
+            from kvbench.kernels.slot_writes import buckets_of, segment_mean
 
             buckets = buckets_of(plan.merge_into, entries.position >= 0, order, length)
             mass = None if entries.mass is None else segment_mean(entries.mass[..., None], buckets, add_up=True)[..., 0]

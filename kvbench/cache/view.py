@@ -7,12 +7,14 @@ After the first eviction the order of storage is not the order of tokens: read `
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Flag, IntEnum, auto
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvbench.errors import PolicyError
 
@@ -231,6 +233,36 @@ def _declared(statistic: _T | None, name: str) -> _T:
             f"Add `needs: ClassVar[Needs] = Needs.{name}` to the class"
         )
     return statistic
+
+
+class ReadOnly(TorchDispatchMode):
+    """Inside, an operation that writes into a tensor of `view` raises PolicyError: it is the memory of the cache.
+
+    It looks at the operations, not at numbers, so nothing waits for the device; each takes some microseconds more.
+    """
+
+    def __init__(self, view: View, asked: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        shown = {one.name.removesuffix("_or_none"): getattr(view, one.name) for one in fields(view)}
+        self._names = {_storage_of(one): name for name, one in shown.items() if isinstance(one, Tensor)}
+        self._layer, self._asked = view.layer, asked
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        arguments = func._schema.arguments if isinstance(func, OpOverload) else []
+        given = {**dict(zip((one.name for one in arguments), args, strict=False)), **(kwargs or {})}
+        for argument in arguments:
+            written = given.get(argument.name)
+            is_written = argument.alias_info is not None and argument.alias_info.is_write
+            if is_written and isinstance(written, Tensor) and _storage_of(written) in self._names:
+                raise PolicyError(
+                    f"view.{self._names[_storage_of(written)]} is changed in layer {self._layer}: {self._asked} writes "
+                    f"into it by {func._schema.name.removeprefix('aten::')}; work on a copy"
+                )
+        return func(*args, **(kwargs or {}))
+
+
+def _storage_of(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""The command line: a command a module, and how all of them read their words."""
+"""The command line: the commands by what a user does, and how all of them read their words."""
 
 from __future__ import annotations
 

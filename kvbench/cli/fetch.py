@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from kvbench.results.redaction import redact
 _WORK = "fetching."  # a folder that is gone afterwards; a killed process leaves one, which the next removes
 _ELSE = "else give the model another way: model=local model.checkpoint=FILE.gguf, or a hub name and its commit"
 _SPACE = "No space left on device"
+_BROKEN = re.compile(r"connection broken by '(?P<cause>.*)': /")  # in pip's warnings
 
 
 def fetch_command(arguments: Sequence[str]) -> int:
@@ -146,6 +148,8 @@ def _download(requirement: str, folder: Path, again: str) -> Path:
             f"pip cannot download {requirement} into {folder.parent} ({_SPACE}); free some space or set KVBENCH_CACHE "
             f"to another folder, and {again}"
         )
+    if broken := _BROKEN.findall(done.stderr):  # pip's last line only says that it found no such package
+        lines.append(f"no connection: {re.sub('<[^>]*>: ', '', broken[-1])}")
     why = redact(" ".join((lines or done.stderr.splitlines() or ["it said nothing"])[-1].split())[:300])
     raise ConfigError(
         f"pip cannot download {requirement} ({why}); look at the network and the index that pip is set to and {again}; "

@@ -92,21 +92,22 @@ def help_text() -> str:
 
 # Each takes the words after its name and returns the exit code; imported only when asked for.
 SUBCOMMANDS = {
-    "audit": "kvbench.cli.audit:audit_command",
-    "calibrate": "kvbench.cli.calibrate:calibrate_command",
-    "check-policy": "kvbench.cli.check_policy:check_policy_command",
-    "diff": "kvbench.cli.diff:diff_command",
+    "audit": "kvbench.cli.results:audit_command",
+    "calibrate": "kvbench.cli.policies:calibrate_command",
+    "check-policy": "kvbench.cli.policies:check_policy_command",
+    "diff": "kvbench.cli.results:diff_command",
     "fetch": "kvbench.cli.fetch:fetch_command",
     "frontier": "kvbench.cli.frontier:frontier_command",
-    "measures": "kvbench.cli.measures:measures_command",
-    "new-policy": "kvbench.cli.new_policy:new_policy_command",
+    "measures": "kvbench.cli.plot:measures_command",
+    "new-policy": "kvbench.cli.policies:new_policy_command",
     "plot": "kvbench.cli.plot:plot_command",
     "policies": "kvbench.cli.policies:policies_command",
-    "report": "kvbench.cli.report:report_command",
+    "report": "kvbench.cli.results:report_command",
     "results": "kvbench.cli.results:results_command",
-    "wandb": "kvbench.cli.wandb:wandb_command",
+    "wandb": "kvbench.cli.results:wandb_command",
     "why": "kvbench.cli.why:why_command",
 }
+_BESIDE = ("joblib", "submitit_local")  # launchers that run cells beside each other, on the cores of one machine
 _STOPPED = "stopped; finished cells and batches are kept, the same command goes on"
 DEFAULT_SWEEP = ["+experiment=default"]
 _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
@@ -175,6 +176,10 @@ def _sweep(words: argparse.Namespace, overrides: list[str]) -> int:
     launcher, is_search = str(grid[0].choices["hydra/launcher"]), grid[0].is_search
     if launcher != SUPERVISED and not grid[0].multirun:
         raise ConfigError(f"hydra/launcher is {launcher!r}, which starts the jobs of a sweep; add -m, or leave it out")
+    if launcher in _BESIDE:
+        from kvbench.config.build import check_nothing_timed
+
+        check_nothing_timed(launcher, grid)
     app, share = App(is_search=is_search), None
     if not is_search:
         app.take(grid)

@@ -1,26 +1,31 @@
-"""`kvbench plot`: one figure, or all, from records alone; names and flags are checked before matplotlib is imported.
+"""One figure, or all, from records alone; and what each measure means, its unit, and which way is better.
 
 kvbench plot --list
 kvbench plot quality results --width single --out quality.pdf
 kvbench plot all results --out figures/ --format pdf
+kvbench measures rouge tpot
+
+Names and flags are checked before matplotlib is imported.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import replace
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvbench.cli import Parser
 from kvbench.errors import ConfigError, check_known
-from kvbench.measures import measure_named
-from kvbench.report.figures.kinds import FIGURES, FORMATS, STYLES, WIDTHS
+from kvbench.measures import MAX_TURNS, MEASURES, Measure, measure_named
+from kvbench.report.figures import FIGURES, FORMATS, STYLES, WIDTHS
 from kvbench.results.files import write_out
 
 if TYPE_CHECKING:
-    from kvbench.report.figures.kinds import FigureKind
+    from kvbench.report.figures import FigureKind
     from kvbench.report.load import Group, Results
 
 
@@ -152,3 +157,51 @@ def _paths(
         for group in groups
         for kind in kinds
     ]
+
+
+_DESCRIPTION = (
+    "What can be measured. Wherever a measure is asked for (--measure, --margin, measure=, objective=) its name, its "
+    "label or an unambiguous beginning of either will do."
+)
+_BETTER = {"higher": "higher is better", "lower": "lower is better", "none": "neither is better"}
+_FIRST_TURN = "turn1_"
+_TURN = re.compile(r"turn\d+_")
+
+
+def measures_command(arguments: Sequence[str]) -> int:
+    """Print the measures that `arguments` ask for and return 0. Raises: ConfigError for a word that none has."""
+    parser = Parser(prog="kvbench measures", description=_DESCRIPTION)
+    parser.add_argument("words", nargs="*", metavar="WORD", help="only measures with it in their name or label")
+    parser.add_argument("--json", action="store_true", help="names, units, directions and meanings as JSON")
+    args = parser.parse_args(list(arguments))
+    found = _found(args.words)
+    if args.json:
+        print(json.dumps([asdict(known) for known in found], indent=2))
+        return 0
+    for line in _lines(found, has_turns=not args.words):
+        print(line)
+    return 0
+
+
+def _found(words: Sequence[str]) -> list[Measure]:
+    """Return what has one of the words in its name or label, all without words; of turns only what is asked for."""
+    found: dict[str, Measure] = {}
+    for word in words or ("",):
+        asked = word.casefold()
+        having = {name: one for name, one in MEASURES.items() if asked in f"{name} {one.label}".casefold()}
+        if not having:
+            name = measure_named("the measure", word)
+            having = {name: MEASURES[name]}
+        own = {name: one for name, one in having.items() if not _TURN.match(name)}
+        found |= own or having
+    return list(found.values())
+
+
+def _lines(measures: Sequence[Measure], *, has_turns: bool) -> Iterator[str]:
+    width = max(len(known.name) for known in measures)
+    for known in measures:
+        yield f"{known.name:<{width}}  {known.unit:<10}  {_BETTER[known.better]:<18}  {known.label}"
+        yield f"{'':<{width}}  {known.definition}"
+    if has_turns:
+        names = (name.removeprefix(_FIRST_TURN) for name in MEASURES if name.startswith(_FIRST_TURN))
+        yield f"\nof one turn of a conversation, with turn1_ to turn{MAX_TURNS}_ before the name: {', '.join(names)}"

@@ -1,7 +1,13 @@
-"""`kvbench results`: look at, export, check and tidy a results folder, from its records alone; no torch.
+"""What is done with a results folder: shown, looked at, compared, audited, sent to W&B; from records alone, no torch.
 
+kvbench report laptop cluster/results --out both     page, figures and tables again
+kvbench report results --format latex --out table.tex
 kvbench results list results --policy h2o --status ok
 kvbench results csv results --quality > quality.csv
+kvbench diff main/results branch/results             exit code 1 if something is worse, for a merge gate
+kvbench diff before/report/index.html after/report/index.html --format markdown
+kvbench audit results --json                         does the folder hold together?
+kvbench wandb sync results --sweep default --project kvbench
 """
 
 from __future__ import annotations
@@ -14,16 +20,32 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from tqdm import tqdm
+
+from kvbench import installed_version
 from kvbench.cli import Parser
-from kvbench.errors import ConfigError, check_known, close_matches
-from kvbench.measures import format_bytes
-from kvbench.results.files import write_out
-from kvbench.results.maintenance import leftovers, remove, verify
+from kvbench.errors import ConfigError, check_known, close_matches, missing_path
+from kvbench.measures import MEASURES, format_bytes, measure_named
+from kvbench.results.files import seal, write_out
 from kvbench.results.record import STATUSES, Problem, read_cell
-from kvbench.results.redaction import printable
-from kvbench.results.store import RecordStore
+from kvbench.results.redaction import printable, redact
+from kvbench.results.store import RecordStore, leftovers, remove, verify
+from kvbench.sinks import say
+from kvbench.sinks.wandb.run import (
+    MODES,
+    Online,
+    Place,
+    check_installed,
+    check_online,
+    check_project,
+    quiet_setup,
+    resolve_mode,
+)
+from kvbench.sinks.wandb.sync import Outcome, jobs_of, send_runs
+from kvbench.stats.tests import parse_margins
 
 if TYPE_CHECKING:
+    from kvbench.report.compare import Choices
     from kvbench.report.load import Results
 
 
@@ -176,3 +198,238 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], int | None]]] = {
     "verify": ("check every file; exit code 1 if one must not be believed", _verify),
     "gc": ("list what killed processes left behind; --delete removes it", _gc),
 }
+
+
+_DESCRIPTION = (
+    "Say what changed from A to B, two results folders or pages of their reports: cells, settings, environment, paired "
+    "verdicts, samples that became worse. Exit code 0: nothing is shown to be worse, 1: something is worse beyond its "
+    "margin or fails now, 2: wrong input, or nothing that both have can be compared."
+)
+_FORMATS = ("text", "json", "markdown")
+
+
+def diff_command(arguments: Sequence[str]) -> int:
+    """Print what changed and return the exit code. Raises: ConfigError."""
+    parser = Parser(prog="kvbench diff", description=_DESCRIPTION)
+    parser.add_argument("a", type=Path, metavar="A", help="results folder, or the page of its report: before")
+    parser.add_argument("b", type=Path, metavar="B", help="the same: after")
+    parser.add_argument("--measure", action="append", default=[], help="compare this one instead; may be repeated")
+    parser.add_argument(
+        "--margin", action="append", default=[], metavar="MEASURE=X", help="what is too small to matter"
+    )
+    parser.add_argument("--sweep", help="only cells of this sweep, in both")
+    parser.add_argument("--samples", type=int, default=5, metavar="N", help="worst samples shown per cell (default: 5)")
+    parser.add_argument("--format", choices=_FORMATS, default="text", help="text (default), json, markdown")
+    args = parser.parse_args(list(arguments))
+    judged = [name for name, known in MEASURES.items() if known.better != "none"]
+    names = [measure_named("--measure", word, judged) for words in args.measure for word in words.split(",")]
+    margins, folders = parse_margins(args.margin), [_folder("A", args.a), _folder("B", args.b)]
+    if args.samples < 0:
+        raise ConfigError(f"--samples is {args.samples}; it must be 0 or more")
+    from kvbench.report.compare import Choices
+    from kvbench.report.diff import as_json, diff, markdown, text_lines
+
+    before, after = (_read(folder, args.sweep) for folder in folders)
+    found = diff(before, after, Choices(margins=margins), measures=names)
+    if found.is_empty:
+        cells = f"{len(before.records)} and {len(after.records)} cells"
+        shared = f"{len(found.pairs)} of which both have" if found.pairs else "none of which both have"
+        raise ConfigError(
+            f"{folders[0]} and {folders[1]} hold {cells}, {shared}, and no number of them can be compared"
+        )
+    if args.format == "json":
+        print(json.dumps(as_json(found), indent=2, sort_keys=True))
+    elif args.format == "markdown":
+        print(markdown(found, num_samples=args.samples), end="")
+    else:
+        print(f"A is {folders[0]}, B is {folders[1]}")
+        print("\n".join(text_lines(found, num_samples=args.samples)))
+    return 1 if found.is_worse else 0
+
+
+def _folder(name: str, path: Path) -> Path:
+    """Return the results folder that a path means: itself, or where the page of a report lies in."""
+    if not path.exists():
+        raise ConfigError(f"{name} is {path}; {missing_path(path)}")
+    is_page = path.suffix in (".html", ".htm") or (path / "index.html").is_file()
+    places = [path, *list(path.absolute().parents)[:2]] if is_page else [path]
+    for place in places:
+        if (place / "cells").is_dir():
+            return place
+    what = "a page without its records" if is_page else "no results folder"
+    raise ConfigError(
+        f"{name} is {path}, {what}: there is no cells folder in {places[-1]}; give one that a sweep wrote"
+    )
+
+
+def _read(folder: Path, sweep: str | None) -> Results:
+    from kvbench.report.load import load_results
+
+    results = load_results(folder, sweep=sweep)
+    if not results.records:
+        first = f"; {results.problems[0].path}: {results.problems[0].message}" if results.problems else ""
+        raise ConfigError(f"{folder} holds no record that can be used{first}")
+    return results
+
+
+_AUDITING = (
+    "Check that the records of a folder hold together: sealed, keyed, counted, recomputed, within the budget. "
+    "Writes audit.json (sealed) and audit.svg (a badge), and prints the table and a line for a README. "
+    "Exit code 0: none failed, 1: one failed, 2: wrong command line or no records. What is not run is counted apart."
+)
+
+
+def audit_command(arguments: Sequence[str]) -> int:
+    """Audit the folder that `arguments` name and return the exit code. Raises: ConfigError."""
+    parser = Parser(prog="kvbench audit", description=_AUDITING)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("results"), help="results folder")
+    parser.add_argument("--sweep", help="only cells of this sweep")
+    parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
+    parser.add_argument("--out", type=Path, help="file to write, its folder is made; FOLDER/audit.json if not given")
+    args = parser.parse_args(list(arguments))
+    from kvbench.audit import KIND, VERSION, audit, audit_body, badge_line, badge_svg, table_lines
+
+    out: Path = args.out or args.folder / "audit.json"
+    if out.suffix != ".json":
+        raise ConfigError(f"--out is {str(out)!r}; its name must end in .json, the badge takes .svg beside it")
+    result, badge = audit(args.folder, sweep=args.sweep), out.with_suffix(".svg")
+    body = audit_body(result, version=installed_version(), sweep=args.sweep)
+    write_out(out, seal(KIND, VERSION, body))
+    write_out(badge, badge_svg(result).encode())
+    if args.json:
+        print(json.dumps(body, indent=2, sort_keys=True))
+    else:
+        for line in table_lines(result):
+            print(line)
+        print(f"written: {out}, {badge}")
+        print(f"for a README: {badge_line(result, badge.as_posix(), out.as_posix())}")
+    return 1 if result.failed else 0
+
+
+_MODES = tuple(mode for mode in MODES if mode != "disabled")
+_LONGEST_S = 600.0
+_SHOWN = 5  # failures, which are mostly all of one kind
+_PLURALS = {"cell": "cells", "summary": "summaries"}
+
+
+def wandb_command(arguments: Sequence[str]) -> int:
+    """Run one subcommand and return its exit code: 1 if a run could not be sent. Raises: ConfigError."""
+    args = _wandb_parser().parse_args(list(arguments))
+    check_known("--mode", args.mode, _MODES)
+    if not 0 < args.timeout <= _LONGEST_S:
+        raise ConfigError(f"--timeout is {args.timeout:g}; it must lie in (0, {_LONGEST_S:g}] seconds")
+    check_project(args.project)
+    check_installed("records are to be sent to Weights & Biases")
+    if args.mode == "online":
+        check_online("--mode", "--mode auto")
+    place = Place(project=args.project, entity=args.entity, folder=args.to or args.folder, timeout_s=args.timeout)
+    jobs = jobs_of(args.folder, args.sweep, place.folder)
+    mode, reason = resolve_mode(args.mode)
+    if mode == "disabled":
+        raise ConfigError("WANDB_MODE is 'disabled', so nothing would be sent; unset it, or give --mode")
+    with tqdm(total=len(jobs), desc="wandb", unit=" runs", disable=None, leave=False) as bar:
+        outcome = send_runs(jobs, place, mode, bar.update)
+    _say(outcome, place, mode, reason)
+    return 1 if outcome.failures else 0
+
+
+def _wandb_parser() -> Parser:
+    parser = Parser(prog="kvbench wandb", description="Send records to Weights & Biases.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    text = "send each cell that was not sent yet as one run, and each sweep as one more"
+    sync = commands.add_parser("sync", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    sync.add_argument("folder", nargs="?", type=Path, default=Path("results"), help="results folder")
+    sync.add_argument("--sweep", help="only the cells of this sweep")
+    sync.add_argument("--project", default="kvbench", help="W&B project (default: kvbench)")
+    sync.add_argument("--entity", help="W&B team or user (default: that of the account)")
+    sync.add_argument("--mode", default="auto", help="auto (online with a key, else offline), online, offline")
+    sync.add_argument("--to", type=Path, metavar="DIR", help="folder for wandb's files (default: the results folder)")
+    sync.add_argument("--timeout", type=float, default=30.0, metavar="S", help="limit for the start and end of a run")
+    return parser
+
+
+def _say(outcome: Outcome, place: Place, mode: Online, reason: str) -> None:
+    """Print what was sent where, and how to go on if something is left to do."""
+    counts = [f"{count} {what if count == 1 else _PLURALS[what]}" for what, count in outcome.sent.items()]
+    address = " ".join(part for part in (quiet_setup().rstrip("/"), place.entity, place.project) if part)
+    where = f"sent to {address}" if mode == "online" else f"kept offline ({reason}) in {place.files}"
+    there = f"{outcome.num_there} there already" if outcome.num_there else ""
+    sent = f"{' and '.join(counts)} {where}" if counts else "" if there else f"nothing {where}"
+    say(f"wandb: {'; '.join(part for part in (sent, there) if part)}")
+    if mode == "offline":
+        say(f"wandb: upload them with: {place.upload_command}")
+    for failure in outcome.failures[:_SHOWN]:
+        say(f"wandb: failed: {redact(failure)}")
+    if outcome.failures:
+        say(f"wandb: {len(outcome.failures)} failed, {outcome.num_left} not tried; the same command goes on with them")
+
+
+_REPORT_FORMATS = ("html", "md", "csv", "latex")
+_SHARED = Path("report")
+
+
+def report_command(arguments: Sequence[str]) -> int:
+    """Build what `arguments` ask for and return the exit code. Raises: ConfigError."""
+    args = _report_parser().parse_args(list(arguments))
+    margins, folders, out = parse_margins(args.margin), args.folders or [Path("results")], args.out
+    if out is not None and args.format == "html" and out.is_file():
+        raise ConfigError(f"--out is the file {out}; for --format html it must be a folder")
+    if out is not None and args.format != "html" and out.is_dir():
+        raise ConfigError(f"--out is the folder {out}; for --format {args.format} it must be a file")
+    if args.wandb and args.format != "html":
+        raise ConfigError(f"--wandb builds a W&B Report and --format {args.format} a text; give one of them")
+    from kvbench.report.compare import Choices
+    from kvbench.report.load import load_folders
+
+    choices = Choices(margins=margins, intersect=args.intersect)
+    results = load_folders(folders, sweep=args.sweep)
+    if not results.records and not results.problems:
+        named = ", ".join(map(str, folders))
+        raise ConfigError(f"there is no cells/*/record.json in {named}; run a sweep first or give the right folder")
+    several = len(results.folders) > 1
+    folder = out or (_SHARED if several else folders[0] / "report")
+    if args.wandb:
+        from kvbench.sinks.wandb.report import wandb_report
+
+        wandb_report(results, folder, choices, project=args.project, entity=args.entity)
+    elif args.format == "html":
+        from kvbench.report.build import write_report
+        from kvbench.report.laws import law_rows, print_laws
+        from kvbench.report.tables import print_tables
+
+        print_tables(results, choices=choices)
+        print_laws(law_rows(results))
+        written = write_report(results, folder, folder if out or several else folders[0], choices)
+        print(f"report: {written.page}")
+    else:
+        print_problems(results.problems, sys.stderr)
+        text = _text(results, args.format, choices)
+        print(text if out is None else f"{write_out(out, text.encode())}\n", end="")
+    return 0
+
+
+def _report_parser() -> Parser:
+    parser = Parser(prog="kvbench report", description="Build page, figures and tables from records.")
+    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="results folders (default: results)")
+    parser.add_argument("--sweep", help="only the cells of this sweep")
+    parser.add_argument(
+        "--format", choices=_REPORT_FORMATS, default="html", help="html: page, figures and tables (default)"
+    )
+    parser.add_argument("--html", dest="format", action="store_const", const="html", help="the same as --format html")
+    parser.add_argument("--out", type=Path, help="html: folder (default FOLDER/report); else a file, not the terminal")
+    parser.add_argument(
+        "--margin", action="append", default=[], metavar="MEASURE=X", help="what is too small to matter"
+    )
+    parser.add_argument("--intersect", action="store_true", help="compare cells on the samples that both scored")
+    parser.add_argument("--wandb", action="store_true", help="build the W&B Report instead: save it, or write its spec")
+    parser.add_argument("--project", default="kvbench", help="W&B project of --wandb (default: kvbench)")
+    parser.add_argument("--entity", help="W&B team or user of --wandb (default: that of the account)")
+    return parser
+
+
+def _text(results: Results, file_format: str, choices: Choices) -> str:
+    from kvbench.report.standing import judge
+    from kvbench.report.verdicts import verdicts_csv, verdicts_latex, verdicts_markdown
+
+    make = {"md": verdicts_markdown, "csv": verdicts_csv, "latex": verdicts_latex}[file_format]
+    return make([judge(group, choices) for group in results.groups])

@@ -111,18 +111,20 @@ class App:
         """
         from kvbench.config.build import Shared, check_refused, check_shared
 
-        specs = [composed.as_spec() for composed in grid]
-        new = [composed for composed, spec in zip(grid, specs, strict=True) if repr(spec) not in self._jobs]
+        words = [repr(composed.spec) for composed in grid]
+        new = [composed for composed, known in zip(grid, words, strict=True) if known not in self._jobs]
+        certain = [composed for composed in new if not composed.may_be_left_out]
         check_refused(new)
-        check_shared([*self._first, *(composed for composed in new if not composed.may_be_left_out)])
+        check_shared([*self._first, *certain])
         shared, jobs, usable = Shared(), [], []
-        for composed, spec in zip(grid, specs, strict=True):
-            known = repr(spec)
+        for composed, known in zip(grid, words, strict=True):
             if known not in self._jobs:
-                self._jobs[known] = self._job(composed, spec, shared)
+                self._jobs[known] = self._job(composed, shared)
             jobs.append(self._jobs[known])
             usable += [composed] if jobs[-1] is not None else []
-        check_shared([*self._first, *usable])
+        asked = {id(composed) for composed in new}
+        if unsure := [composed for composed in usable if composed.may_be_left_out and id(composed) in asked]:
+            check_shared([*self._first, *certain[:1], *unsure])
         self._first = self._first or usable[:1]
         tickets = {job.ticket.cell.key: job.ticket for job in jobs if job is not None}
         if self.sweep is not None:
@@ -131,7 +133,7 @@ class App:
             self.sweep = _opened(self._first[0].config, tickets)
         return jobs
 
-    def _job(self, composed: Composed, spec: dict[str, Any], shared: Shared) -> _Job | None:
+    def _job(self, composed: Composed, shared: Shared) -> _Job | None:
         from kvbench.config.build import build_cell, build_objective
         from kvbench.errors import KvbenchError
         from kvbench.sweep.supervisor import Ticket
@@ -144,7 +146,7 @@ class App:
                 raise
             self.left_out.setdefault(str(error), []).append(_name(composed))
             return None
-        return _Job(composed=composed, ticket=Ticket(cell=cell, spec=spec), objective=objective)
+        return _Job(composed=composed, ticket=Ticket(cell=cell, spec=composed.spec), objective=objective)
 
     def measure(self, grid: Sequence[Composed]) -> list[Objective]:
         """Return the objective of each cell; what has no record yet is measured. Raises: Stopped, KvbenchError."""

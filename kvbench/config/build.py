@@ -31,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from kvbench import installed_version
-from kvbench.autopsy.settings import AutopsySettings
+from kvbench.autopsy import AutopsySettings
 from kvbench.cache import CACHE_SEMANTICS, Budget, Calibrated, Needs, Policy, ScorePolicy, When
 from kvbench.cache.policy import check_parts, is_unset_part, needs_of
 from kvbench.cache.positions import POSITION_MODES, PositionMode
@@ -57,7 +57,7 @@ from kvbench.errors import ConfigError, KvbenchError, check_known, close_matches
 from kvbench.measures import FACT_MEASURES, MEASURES, measure_named
 from kvbench.models.calibration import artefact_path, stored_artefact
 from kvbench.models.spec import ModelSpec, takes_images
-from kvbench.sinks.base import SinkGroup
+from kvbench.sinks import SinkGroup
 from kvbench.sweep.cell import (
     BEYOND_CONTEXT,
     BeyondContext,
@@ -70,6 +70,7 @@ from kvbench.sweep.cell import (
     resolve_engine,
 )
 from kvbench.tasks.decode import CacheSetting
+from kvbench.tasks.task import is_timed
 
 _OWN = "kvbench"
 _POLICIES = "kvbench.policies"  # of kvbench's own modules only these are hashed
@@ -94,8 +95,9 @@ def is_kvbench(module: str) -> bool:
 def source_of(kind: type[object]) -> str:
     """Return the hash of the code that makes a class: its module, those of its bases, and what they import.
 
-    Followed are the user's own modules, wherever they lie, and kvbench's policies; not other packages. Where a
-    module lies and what it is called does not count. Raises: ConfigError if there is no source to be read.
+    Followed are the user's own modules, wherever they lie, and kvbench's policies; not other packages, nor a name that
+    is made up while the code runs, nor a file that the code reads. Where a module lies and what it is called does not
+    count. Raises: ConfigError if there is no source to be read.
     """
     if kind not in _known:
         _known[kind] = _source(kind)
@@ -177,7 +179,9 @@ class _Modules:
         # By name and without what is empty, so that newer versions of Python, which add fields, give the same.
         fields = {name: value for name, value in ast.iter_fields(node) if value is not None and value != []}
         shown = {name: value for name, value in fields.items() if name not in ("ctx", "kind", "type_comment")}
-        return [type(node).__name__, {name: self._shape(value, package) for name, value in sorted(shown.items())}]
+        shape = [type(node).__name__, {name: self._shape(value, package) for name, value in sorted(shown.items())}]
+        called = _called_module(node)
+        return [*shape, self.digest(called)] if called is not None and self.counts(called) else shape
 
     def _resolved(self, imported: tuple[str, str, str]) -> list[str]:
         """Return (bound name, module, what of it) with the module's content in the place of a name that may move."""
@@ -198,6 +202,17 @@ def _imported(node: ast.Import | ast.ImportFrom, package: str) -> Iterator[tuple
         parent = package.rsplit(".", node.level - 1)[0] if node.level > 1 else package
         module = ".".join(part for part in (parent, module) if part)
     yield from ((alias.asname or alias.name, module, alias.name) for alias in node.names)
+
+
+def _called_module(node: Any) -> str | None:
+    """Return the module that `import_module("name")` or `__import__("name")` imports; None for anything else."""
+    if not isinstance(node, ast.Call):
+        return None
+    name = getattr(node.func, "attr", getattr(node.func, "id", None))
+    given = [*node.args[:1], *(keyword.value for keyword in node.keywords if keyword.arg == "name")]
+    if name not in ("import_module", "__import__") or not given or not _is_text(given[0]):
+        return None
+    return str(typing.cast(ast.Constant, given[0]).value)
 
 
 def _is_text(value: ast.expr) -> bool:
@@ -446,7 +461,12 @@ def build_sinks(config: DictConfig) -> SinkGroup:
 
 
 def check_shared(grid: Sequence[Composed]) -> None:
-    """Raise ConfigError if a value is missing, or the cells differ in what holds for all, or it cannot be used."""
+    """Raise ConfigError if a value is missing, or the cells differ in what holds for all, or it cannot be used.
+
+    `grid` may be empty: that of the cells that must not be left out is, where full is not among the policies.
+    """
+    if not grid:
+        return
     resolved = [composed.resolved() for composed in grid]
     for composed, settings in zip(grid, resolved, strict=True):
         for name in (*_SHARED, "policy", "budget", "model", "dataset", "task"):
@@ -465,6 +485,18 @@ def check_refused(grid: Sequence[Composed]) -> None:
     """Raise ConfigError where it is not said, or in an unknown word, what becomes of a cell that cannot run."""
     for word in {str(composed.config.get("refused")) for composed in grid}:
         check_known("refused", word, ("fail", LEFT_OUT))
+
+
+def check_nothing_timed(launcher: str, grid: Sequence[Composed]) -> None:
+    """Raise ConfigError where `launcher` would let cells be timed beside each other, of which no process could know."""
+    tasks = {name: node for composed in grid for name, node in (composed.config.get("task") or {}).items()}
+    timed = [str(name) for name, node in tasks.items() if is_timed(build(node, f"task.{name}"))]
+    if timed:
+        raise ConfigError(
+            f"hydra/launcher is {launcher!r}, which runs cells beside each other on this machine, where task "
+            f"{', '.join(timed)} would measure all of them at once; choose task=quality, or leave the launcher out, "
+            "which times one cell after the other"
+        )
 
 
 def results_folder(config: DictConfig) -> Path:

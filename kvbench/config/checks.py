@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvbench.datasets.base import Dataset
-from kvbench.datasets.synthetic import Synthetic
+from kvbench.datasets.text import Synthetic
 from kvbench.errors import ConfigError, close_matches
 from kvbench.models.spec import (
     FAMILIES,

@@ -69,8 +69,9 @@ class Composed:
         """Whether a sweep goes on without this cell where it cannot run; raises nothing for a wrong word."""
         return self.config.get("refused") == LEFT_OUT and self.choices.get("policy") != "full"
 
-    def as_spec(self) -> dict[str, Any]:
-        """Return plain data for another process; interpolations stay as they are written."""
+    @functools.cached_property
+    def spec(self) -> dict[str, Any]:
+        """Plain data for another process, made once; interpolations stay as they are written."""
         return {"config": OmegaConf.to_container(self.config, resolve=False), "choices": self.choices}
 
     def resolved(self) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def without_hydra(config: DictConfig, *, multirun: bool = False) -> Composed:
 
 
 def job_spec(job: DictConfig) -> dict[str, Any]:
-    """Return the `as_spec` of what `without_hydra` makes of a job, which stays as it is."""
+    """Return the `spec` of what `without_hydra` makes of a job, which stays as it is."""
     nodes = ((key, node) for key, node in job.items_ex(resolve=False) if key != "hydra")
     plain = {
         key: OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node for key, node in nodes

@@ -20,7 +20,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from kvbench.cache import Needs, Policy, ScorePolicy, When
-from kvbench.cache.policy import needs_of, steps_between_cuts, total_of
+from kvbench.cache.policy import check_parts, needs_of, steps_between_cuts, total_of
 from kvbench.config.build import build
 from kvbench.config.compose import compose_grid
 from kvbench.errors import ConfigError, check_known
@@ -71,9 +71,10 @@ def policy_named(name: str, config_dir: str | None = None) -> Policy:
     """Return a policy with the settings of its yaml. Raises: ConfigError, one line."""
     check_known("policy", name, policy_names(config_dir))
     node: Any = OmegaConf.create(_text(name, config_dir))
-    if "_target_" not in node:  # it is put together from other yamls
+    if "_target_" not in node or "defaults" in node:  # it is put together from other yamls
         node = compose_grid([f"policy={name}"], multirun=False, config_dir=config_dir)[0].config.policy
     found: Policy = build(node, "policy", is_a=Policy)
+    check_parts(found, found.native_positions)
     return found
 
 

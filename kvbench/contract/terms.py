@@ -86,6 +86,12 @@ def unbounded(policy: Policy) -> str | None:
     return "its allocation's total is an outcome" if total_of(policy) == "data_dependent" else None
 
 
+def no_total(policy: Policy) -> str | None:
+    """Spare policies that may hold less than the budget."""
+    why = no_score_policy(policy)
+    return why or ("its allocation's total is an outcome" if total_of(policy) == "data_dependent" else None)
+
+
 def demand(holds: bool, otherwise: str) -> None:
     """Raise BrokenRuleError with the words of `otherwise` unless something holds."""
     if not holds:
@@ -93,7 +99,7 @@ def demand(holds: bool, otherwise: str) -> None:
 
 
 def budget_named(name: str, policy: Policy) -> Budget:
-    """Return one of `BUDGETS`, or `unlimited`."""
+    """Return one of `BUDGETS`, `most_of_prompt` or `unlimited`."""
     smallest = policy.smallest_budget_tokens
     return {
         "one": Budget(tokens=1),
@@ -102,6 +108,7 @@ def budget_named(name: str, policy: Policy) -> Budget:
         "tokens": Budget(tokens=9),
         "third_of_seen": Budget(fraction=0.3),
         "third_of_prompt": Budget(fraction=0.3, of="prompt"),
+        "most_of_prompt": Budget(fraction=0.9, of="prompt"),
         "unlimited": UNLIMITED,
     }[name]
 
@@ -122,14 +129,17 @@ def allowed(policy: Policy, budget: Budget, prompt: int, seen: int, kept_of_prom
         return seen
     if seen > prompt and When.DECODE not in policy.when:
         return kept_of_prompt + seen - prompt
+    entries = planned(policy, budget, prompt, seen)
+    return entries if When.PREFILL in policy.when else max(entries, prompt)
+
+
+def planned(policy: Policy, budget: Budget, prompt: int, seen: int) -> int:
+    """Return the entries a head may hold once a chunk of several tokens was cut."""
     base = seen if budget.of == "seen" else prompt
-    entries = budget.tokens or max(1, math.floor(Fraction(str(budget.fraction)) * base))
     if departures_of(policy).counts_as_released and budget.fraction is not None:
         # rounded up, in floating point, from what is pruned
-        entries = max(1, math.ceil(base * (1 - round(1 - budget.fraction, 6))))
-    if When.PREFILL not in policy.when:
-        return max(entries, prompt)
-    return entries
+        return max(1, math.ceil(base * (1 - round(1 - budget.fraction, 6))))
+    return budget.tokens or max(1, math.floor(Fraction(str(budget.fraction)) * base))
 
 
 def protected_counts(policy: ScorePolicy, size: int) -> tuple[int, int]:

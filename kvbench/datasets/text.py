@@ -1,4 +1,4 @@
-"""Plain text: running text in windows (WikiText-2, PG-19, any book), and documents to summarise.
+"""Plain text: running text in windows (WikiText-2, PG-19, any book), documents to summarise, and random token ids.
 
 Of a window so many tokens are given and the next ones scored. Windows begin at places that follow from the text
 alone, every (prompt_tokens + scored_tokens) * chars_per_token characters at the next space, so that every model is
@@ -6,18 +6,20 @@ scored on the same places whatever its tokenizer. What a window holds beyond its
 
 Documents (multi_news, XSum, CNN/DailyMail, any table with a document and a summary) come first and the instruction
 after them, so that it can be hidden from a policy that compresses the document.
+
+`Synthetic` gives prompts of random token ids, for models without a tokenizer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import ClassVar
 
-from kvbench.datasets.base import Example, Window, is_unicode
-from kvbench.datasets.files import FileDataset, Row, read_rows, read_text
-from kvbench.datasets.pictures import confined
+from kvbench.datasets.base import MOST_MADE, Example, TokenPrompt, Window, is_unicode
+from kvbench.datasets.files import FileDataset, Row, confined, read_rows, read_text
 from kvbench.errors import ConfigError, DataError, check_within
 
 _TEXTS = Path(__file__).parent / "texts"  # source and licence of each lie beside it
@@ -135,3 +137,58 @@ class Summaries(FileDataset):
             question=instruction or document,
             reference=fields.text(self.summary),
         )
+
+
+SYNTHETIC_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synthetic:
+    """`num_examples` prompts of exactly `prompt_tokens` tokens, picture tokens included.
+
+    num_images: 0 or 1, null for 1 where the model takes pictures. Nothing has an answer, so only tasks
+    that look at no text can use it. Raises: ConfigError.
+    """
+
+    has_text: ClassVar[bool] = False
+
+    prompt_tokens: int = 1024
+    num_images: int | None = None
+    num_examples: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_within("dataset", self, prompt_tokens=(1, None), num_examples=(1, MOST_MADE), num_images=(0, 1))
+
+    @property
+    def fingerprint(self) -> str:
+        """The version of the generator; everything else is in the settings."""
+        return f"synthetic-v{SYNTHETIC_VERSION}"
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return f"synthetic, {self.prompt_tokens} tokens"
+
+    def check_image_tokens(self, image_tokens: int) -> None:
+        """Raise ConfigError if a picture of `image_tokens` does not fit; 0 is a model that takes text only."""
+        if self.num_images and not image_tokens:
+            raise ConfigError("dataset.num_images is 1, but the model takes text only; use dataset.num_images=0")
+        if self.num_images != 0 and image_tokens and self.prompt_tokens < image_tokens + 2:
+            raise ConfigError(
+                f"dataset.prompt_tokens is {self.prompt_tokens}, but a picture is {image_tokens} tokens and text "
+                f"stands around it; give at least {image_tokens + 2}, or dataset.num_images=0"
+            )
+
+    def examples(self) -> Sequence[Example]:
+        """Return the prompts, each with a seed of its own."""
+        made = []
+        for number in range(self.num_examples):
+            name, seed = f"synthetic-{self.seed}-{number}", self.seed * 1_000_003 + number
+            prompt = TokenPrompt(num_tokens=self.prompt_tokens, num_images=self.num_images, seed=seed)
+            made.append(Example(id=name, cluster=name, question="", reference="", token_prompt=prompt))
+        return made
+
+    def facts_in(self, text: str) -> frozenset[Hashable]:
+        """Return nothing: no text, no facts."""
+        return frozenset()

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -84,8 +84,6 @@ def render_chat(loaded: LoadedModel, chat: Sequence[Mapping[str, Any]], *, add_g
     if template is None:
         raise ModelSupportError("the checkpoint has no chat template, so a chat has no form; leave the task out")
     settings = {name: value for name, value in _SETTINGS.items() if name in template}
-    from jinja2 import TemplateError
-
     try:
         text: str = loaded.tokenizer.apply_chat_template(
             list(chat),
@@ -94,7 +92,7 @@ def render_chat(loaded: LoadedModel, chat: Sequence[Mapping[str, Any]], *, add_g
             tokenize=False,
             **settings,
         )
-    except TemplateError as error:
+    except Exception as error:  # a template is a program: it may divide by zero as well
         raise ModelSupportError(
             f"the chat template refuses the chat: {' '.join(str(error).split())}; choose another with model.prompt"
         ) from error
@@ -141,10 +139,16 @@ _PROBE = "a"
 
 
 class TextTokens:
-    """The tokenizer of one checkpoint, as data and templates use it. template: the chat template, None without one."""
+    """The tokenizer of one checkpoint, as data and templates use it.
 
-    def __init__(self, tokenizer: Any, template: str | None) -> None:
-        self._tokenizer = tokenizer
+    template: the chat template, None without one. check: is given all tokens of a text, to refuse those that the model
+    has no place for.
+    """
+
+    def __init__(
+        self, tokenizer: Any, template: str | None, check: Callable[[Sequence[int]], None] = lambda ids: None
+    ) -> None:
+        self._tokenizer, self._check = tokenizer, check
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self._added: dict[str, int] = {token.content: int(index) for index, token in added.items()}
         self._words = {index: text for text, index in self._added.items()}
@@ -174,8 +178,13 @@ class TextTokens:
         """Return the tokens of shielded or rendered `text`, without an end token that the tokenizer appends.
 
         add_special_tokens: with what the tokenizer puts before a text, such as the begin token. Raises: DataError
-        for shielded text that the tokenizer cannot write as plain text.
+        for shielded text that the tokenizer cannot write as plain text, ModelSupportError for what `check` refuses.
         """
+        ids = self._ids(text, add_special_tokens)
+        self._check(ids)
+        return ids
+
+    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
         before, after, after_bare = self._around
         if _OPEN in text:
             return [*(before if add_special_tokens else ()), *self._plain_ids(text)]

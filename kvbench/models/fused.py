@@ -101,7 +101,7 @@ class _Product(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not _takes(x, self.weight):
             return super().forward(x)
-        from kvbench.kernels.linear import project_rows
+        from kvbench.kernels.decode_step import project_rows
 
         return project_rows(x, [self.weight], [self.bias])[0]
 
@@ -114,7 +114,7 @@ class _FirstProduct(nn.Linear):
         linears = [self, *self.kvbench_others]
         if not _takes(x, *(linear.weight for linear in linears)):
             return super().forward(x)
-        from kvbench.kernels.linear import project_rows
+        from kvbench.kernels.decode_step import project_rows
 
         outputs = project_rows(x, [linear.weight for linear in linears], [linear.bias for linear in linears])
         self.kvbench_left.update({number: (x, outputs[number]) for number in range(1, len(outputs))})
@@ -145,7 +145,7 @@ class _GatedMlp(nn.Module):
         if not _takes(x, gate, up, down):
             stock: Tensor = super().forward(x)
             return stock
-        from kvbench.kernels.linear import gated_rows, project_rows
+        from kvbench.kernels.decode_step import gated_rows, project_rows
 
         return project_rows(gated_rows(x, gate, up), [down], [None])[0]
 
@@ -162,7 +162,7 @@ class _Norm(nn.Module):
         if not _takes(x, self.weight):
             stock: Tensor = super().forward(x)
             return stock
-        from kvbench.kernels.norm import norm_rows
+        from kvbench.kernels.decode_step import norm_rows
 
         return norm_rows(x, self.weight, self.variance_epsilon)
 
@@ -178,7 +178,7 @@ class _Layer(nn.Module):
         norm, after = self.post_attention_layernorm, self.kvbench_after[0]
         if args or not _takes(hidden_states, norm.weight, after.weight):
             return super().forward(hidden_states, *args, **options)
-        from kvbench.kernels.norm import add_and_norm_rows
+        from kvbench.kernels.decode_step import add_and_norm_rows
 
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **options)
         between, normed = add_and_norm_rows(hidden_states, attended, norm.weight, norm.variance_epsilon)
@@ -200,7 +200,7 @@ def _rotate_by_kernel(modeling: Any) -> None:
         whole = len(cos.shape) == 3 and cos.shape[-1] == q.shape[-1] and q.dtype == k.dtype and not rest and not options
         if not (_in_fused_attention.get() and whole and q.shape[2] == 1 and use_triton(q) and q.element_size() == 2):
             return stock(q, k, cos, sin, *rest, **options)
-        from kvbench.kernels.norm import rotate_rows
+        from kvbench.kernels.decode_step import rotate_rows
 
         return rotate_rows(q, k, cos, sin)
 

@@ -86,8 +86,20 @@ class LoadedModel:
 
     @cached_property
     def text(self) -> TextTokens:
-        """How text becomes tokens."""
-        return TextTokens(self.tokenizer, self.chat_template)
+        """How text becomes tokens. Those that the model has no embedding of are refused: ModelSupportError."""
+        return TextTokens(self.tokenizer, self.chat_template, self._check_known)
+
+    def _check_known(self, tokens: Sequence[int]) -> None:
+        size = self.model.config.get_text_config().vocab_size
+        if max(tokens, default=0) < size:
+            return
+        wrong = next((token for token in tokens if token >= size and token != self.image_token_id), None)
+        if wrong is not None:
+            word = self.tokenizer.convert_ids_to_tokens(wrong)
+            raise ModelSupportError(
+                f"the tokenizer writes token {wrong} ({word!r}), but the model knows {size} tokens; give the tokenizer "
+                "files that belong to the weights, or download them again"
+            )
 
     @cached_property
     def eos_token_id(self) -> int:
@@ -97,7 +109,9 @@ class LoadedModel:
         """
         if self.tokenizer is not None:
             written = end_token_written(self)
-            return int(self.tokenizer.eos_token_id) if written is None else written
+            chosen = int(self.tokenizer.eos_token_id) if written is None else written
+            self._check_known([chosen])
+            return chosen
         end = self.model.config.get_text_config().eos_token_id
         first = end[0] if isinstance(end, list) else end
         if first is None:
@@ -350,7 +364,8 @@ def _whole_model(auto: Any, source: str, dtype: torch.dtype, options: Mapping[st
             ignore_mismatched_sizes=True,
             **options,
         )
-    except (OSError, SafetensorError) as error:  # a file of a hub's checkpoint that is missing or broken
+    # A file of a hub's checkpoint that is missing or broken, or a quantisation that is unknown or not installed.
+    except (OSError, SafetensorError, ImportError, ValueError) as error:
         raise _not_loaded(told, error) from error
     finally:
         log.set_verbosity(level)
@@ -404,7 +419,7 @@ def _not_loaded(source: str, error: Exception) -> ModelSupportError:
 
 
 def _declared_ends(source: str, options: Mapping[str, Any]) -> Iterator[int]:
-    """Yield the end tokens that the files of a checkpoint name.
+    """Yield the end tokens that the files of a checkpoint name. Raises: ModelSupportError for what is no number.
 
     From the files, not from what was loaded: a family's config class has an end token of its own (2 for Llama), which
     means nothing in another vocabulary.
@@ -422,7 +437,14 @@ def _declared_ends(source: str, options: Mapping[str, Any]) -> Iterator[int]:
     text = config.get("text_config")
     for part in (generation, config, text if isinstance(text, dict) else {}):
         ends = part.get("eos_token_id")
-        yield from (int(end) for end in (ends if isinstance(ends, list) else [ends]) if end is not None and end >= 0)
+        for end in ends if isinstance(ends, list) else [ends]:
+            if end is not None and type(end) is not int:
+                raise ModelSupportError(
+                    f"model.checkpoint {source} names eos_token_id {end!r:.60} in its files; it must be a number, or a "
+                    "list of numbers"
+                )
+            if end is not None and end >= 0:
+                yield end
 
 
 def _processor(source: str, model: Any, prompt: str | None, options: dict[str, Any]) -> Any:

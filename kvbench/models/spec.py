@@ -88,6 +88,8 @@ _LENGTH_BYTES = 8
 _MOST_HEADER_BYTES = 10**8  # the format's own limit
 _MOST_NAMES = 3
 _DOWNLOAD = "download it again"
+_WHOLE = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL")  # types of a safetensors header
+_OBJECTS = ("generation_config", "tokenizer_config", "preprocessor_config", "processor_config")
 _VISION_PARTS = ("vision_config", "visual")
 
 
@@ -368,7 +370,9 @@ def check_no_adapter(folder: Path) -> None:
 
 @lru_cache(maxsize=2**10)  # a tokenizer has megabytes, and a sweep asks once per cell
 def _check_json(path: Path, size_bytes: int, changed_ns: int) -> None:
-    _json_object(path)
+    content = _json(path)
+    if path.stem in _OBJECTS and not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}, and it must be an object of settings; {_DOWNLOAD}")
 
 
 def _check_shards(folder: Path) -> None:
@@ -396,18 +400,28 @@ def _tensor_names(path: Path) -> Sequence[str]:
     try:
         header = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
         told = _LENGTH_BYTES + length + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+        whole = [name for name, entry in header.items() if name.endswith(".weight") and entry["dtype"] in _WHOLE]
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise broken from error
     if size != told:
         raise ConfigError(f"{path} has {size} bytes, and its header tells of {told}; {_DOWNLOAD}")
+    if whole and "quantization_config" not in _json_object(path.with_name("config.json")):
+        raise ConfigError(
+            f"{path} holds whole numbers as weights ({some_names(sorted(whole))}), and config.json has no "
+            "quantization_config that says what they stand for; give the config.json that belongs to the weights"
+        )
     return list(header)
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> Any:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON ({error}); {_DOWNLOAD}") from error
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    content = _json(path)
     return content if isinstance(content, dict) else {}
 
 

@@ -20,15 +20,18 @@ from itertools import combinations
 
 from kvbench.measures import FACT_MEASURES, MAX_TURNS, MEASURES, format_value, format_with_interval, measure
 from kvbench.report.load import AGAINST_FULL, CellResult, Estimate, Group, clusters_of, scores_of
-from kvbench.stats.latency import between, from_interval, noise_reason
-from kvbench.stats.paired import CONFIDENCE, Inference, infer, paired_sums
-from kvbench.stats.power import HEADROOM_FRACTION, MOST_EMPTY_FRACTION, constant_answer_score, floor_of, more_samples
+from kvbench.stats.paired import CONFIDENCE, Inference, between, from_interval, infer, noise_reason, paired_sums
 from kvbench.stats.tests import (
+    HEADROOM_FRACTION,
     LEVEL,
+    MOST_EMPTY_FRACTION,
     Verdict,
+    constant_answer_score,
+    floor_of,
     holm,
     is_latency_ratio,
     is_quality,
+    more_samples,
     smallest_margin,
     unpaired_p_value,
     verdict_of,
@@ -183,8 +186,10 @@ def timing_noise(cell: CellResult, name: str = "tpot_ratio_to_full") -> str:
     """Return why a time or rate of the cell is noisy; empty where it is not, or the measure is neither."""
     if not is_timed(name):
         return ""
-    # A whole run has both parts.
-    parts = ("tpot", "ttft") if "throughput" in name else ("ttft",) if "ttft" in name else ("tpot",)
+    # A whole run and a whole answer have both parts.
+    parts = (
+        ("tpot", "ttft") if "throughput" in name or name == "answer_ms" else ("ttft",) if "ttft" in name else ("tpot",)
+    )
     spreads = [found.value for part in parts if (found := cell.estimate(f"{part}_spread_fraction"))]
     drift, foreign = cell.estimate("reference_drift_fraction"), cell.estimate("foreign_gpu_processes")
     if cell.status == "noisy" and not spreads and drift is foreign is None:
@@ -271,7 +276,7 @@ def withheld(one: Comparison, reason: str) -> Comparison:
 class Ability:
     """Whether the full cache can do the task of a group; where it can not, its data set ranks no policy on its model.
 
-    The rule is that of kvbench.stats.power and docs/statistics.md. It is asked of the measures that score answers
+    The rule is that of kvbench.stats.tests and docs/statistics.md. It is asked of the measures that score answers
     against what is right; all other measures of the same answers (distance to the full cache, perplexity, KL) stand
     or fall with them. Times and bytes are no matter of ability. Nothing is withheld where there is no full cache.
     """

@@ -23,7 +23,7 @@ import pandas as pd
 
 from kvbench.measures import MISSING
 from kvbench.report.compare import compare, difference_text
-from kvbench.report.figures.forest import Row, forest_svg
+from kvbench.report.figures.draw import Row, forest_svg
 from kvbench.report.load import CellResult, Results, clusters_of, scores_of
 from kvbench.report.tables import csv_text, markdown_table
 from kvbench.stats.intervals import SEED
@@ -144,8 +144,13 @@ def levels_of(cell: CellResult) -> _Levels | None:
 
 
 def grid_of(results: Results, dataset: str) -> Grid | None:
-    """Return the largest balanced grid that a data set's records give; None where nothing can be compared."""
-    of_data = [cell for cell in results.records if cell.labels.get("dataset") == dataset]
+    """Return the largest balanced grid that a data set's records give; None where nothing can be compared.
+
+    Of several cells of one combination, as a mended part leaves them, the newest counts.
+    """
+    of_data = sorted(
+        (cell for cell in results.records if cell.labels.get("dataset") == dataset), key=lambda cell: cell.started_utc
+    )
     cells = {
         levels: cell
         for cell in of_data
@@ -166,7 +171,7 @@ def grid_of(results: Results, dataset: str) -> Grid | None:
         left_out.append(f"{FACTORS[place]} {level}")
     if not all(len(levels) > 1 for levels in known):
         return None
-    full = next((cell for cell in of_data if cell.is_full and not cell.failed), None)
+    full = next((cell for cell in reversed(of_data) if cell.is_full and not cell.failed), None)
     return Grid(levels=tuple(map(tuple, known)), cells=cells, full=full, left_out=tuple(left_out))
 
 

@@ -33,7 +33,7 @@ from kvbench.report.load import BANDWIDTH, CellResult, Group, is_better
 from kvbench.report.markup import listed
 from kvbench.report.standing import length_cautions, other_lengths
 from kvbench.results.record import AUTOPSY_FILE, MACHINE, is_uncommitted
-from kvbench.stats.latency import is_far_off
+from kvbench.stats.paired import is_far_off
 from kvbench.stats.tests import is_quality
 
 _REFERENCE = "rougeL_vs_reference"  # answers may be nearer to it at a smaller budget, so no step of one is odd in it

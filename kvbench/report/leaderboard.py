@@ -19,7 +19,7 @@ import pandas as pd
 
 from kvbench.measures import MISSING, format_value, format_with_interval, measure
 from kvbench.report.compare import difference_text, difference_unit
-from kvbench.report.figures.forest import Row, forest_svg
+from kvbench.report.figures.draw import Row, forest_svg
 from kvbench.report.first_screen import NOT_MEASURED, Place, leaderboard
 from kvbench.report.load import CellResult, Group, Results
 from kvbench.report.standing import Judged, judge
@@ -77,8 +77,14 @@ def board(judged: Judged, budget: float, name: str) -> list[Place]:
 
 
 def judged_part(results: Results, part: Part, name: str) -> Judged | None:
-    """Return the cells of a part and their comparisons in the measure; None where there is no cell."""
-    cells = tuple(cell for cell in results.records if part.has(cell))
+    """Return the cells of a part and their comparisons in the measure; None where there is no cell.
+
+    Of several cells of one policy at one budget, as a mended policy leaves them, the newest that did not fail counts.
+    """
+    mine = [cell for cell in results.records if part.has(cell)]
+    mine.sort(key=lambda cell: (not cell.failed, cell.started_utc))
+    newest = {(cell.labels["policy"], cell.positions, cell.budget_fraction): cell.key for cell in mine}
+    cells = tuple(cell for cell in results.records if cell.key in newest.values())
     return judge(Group(model=cells[0].model, dataset=cells[0].dataset, cells=cells), only=(name,)) if cells else None
 
 
@@ -140,23 +146,29 @@ def _rhythm(cell: CellResult) -> str:
 
 
 def overview_markdown(results: Results, words: Mapping[str, str]) -> Iterator[str]:
-    """Yield every policy's values at `budget` in all that is ranked, by its place in the first of them."""
+    """Yield every policy's values at `budget` in all that is ranked, by its place in the first of them.
+
+    `parts` and `policies`: some of them, with intervals, since there is room.
+    """
     budget = float(words["budget"])
+    parts, some = words.get("parts"), words.get("policies")
     names: dict[str, None] = {}
     found: list[dict[str, str]] = []
     heads = ["policy"]
     for part, name in RANKED:
-        if (judged := judged_part(results, part, name)) is None:
+        if (parts and part.name not in parts.split(",")) or (judged := judged_part(results, part, name)) is None:
             continue
         heads.append(f"{measure(name).label}, {part.title}")
         full = judged.group.full
         shown = {"full": _shown(full, name)} if full is not None else {}
         for place in board(judged, budget, name):
             rank = "" if place.rank is None else f" ({place.rank})"
-            shown[place.policy] = f"{_value(place.cell, name)}{rank}" if place.quality else _remark(place)
+            value = _shown(place.cell, name) if some else _value(place.cell, name)
+            shown[place.policy] = f"{value}{rank}" if place.quality else _remark(place)
         names |= dict.fromkeys(shown)
         found.append(shown)
-    rows = [[one, *(shown.get(one, MISSING) for shown in found)] for one in names]
+    chosen = [one for one in names if some is None or one in some.split(",")]
+    rows = [[one, *(shown.get(one, MISSING) for shown in found)] for one in chosen]
     yield from markdown_table(heads, rows, "l" + "r" * len(found))
 
 

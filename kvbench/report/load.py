@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,9 +23,9 @@ from typing import Any, TypeGuard, TypeVar
 import numpy as np
 
 from kvbench.errors import ConfigError, RecordError, close_matches
-from kvbench.frontier.table import Frontier, load_frontier
-from kvbench.measures import MEASURES, bounds_on_scale, budget_words, measure, score_scale
+from kvbench.measures import FACT_MEASURES, MEASURES, bounds_on_scale, budget_words, measure, score_scale
 from kvbench.results.files import canonical_json
+from kvbench.results.frontier import Frontier, load_frontier
 from kvbench.results.record import MEASURED, CellRecord, Problem, check_results_folder, read_cell
 from kvbench.stats.intervals import (
     FEW_METHOD,
@@ -457,7 +458,7 @@ def _later_failures(found: CellRecord, folder: str) -> Iterator[Problem]:
 def _ordered(cells: list[CellResult]) -> tuple[CellResult, ...]:
     """Sort, after telling apart cells whose labels are the same."""
     named: list[CellResult] = []
-    cells = [replace(cell, dataset=_with_batch(cell)) for cell in _with_one_roof(cells)]
+    cells = [replace(cell, dataset=_with_batch(cell)) for cell in map(_with_answer_time, _with_one_roof(cells))]
     cells = _with_conditions(_with_distinct_names(_with_distinct_names(cells, "model"), "dataset"))
     for twins in _by(cells, lambda cell: (cell.model, cell.dataset, *cell.series)).values():
         by_budget = list(_by(twins, lambda cell: cell.budget).values())
@@ -473,6 +474,31 @@ def _with_batch(cell: CellResult) -> str:
     batch = next((found for name in _TIMED if (found := (tasks.get(name) or {}).get("batch_size"))), None)
     size = f"{f'batch {batch}, ' if batch else ''}{tokens:,} prompt tokens"
     return cell.dataset.replace(f"{tokens} tokens", size)
+
+
+def _with_answer_time(cell: CellResult) -> CellResult:
+    """Give a cell of problems that was timed too how long its own answers take; the times come from the speed pass.
+
+    Answers have the length that the policy makes them have, so this is what a policy saves, or loses, end to end.
+    """
+    first, further = cell.estimate("ttft_ms"), cell.estimate("tpot_ms")
+    facts = [name for name in FACT_MEASURES if cell.estimate(name)]
+    answers = [row["draws"] if isinstance(row.get("draws"), list) else [row] for row in cell.samples]
+    lengths = [[_number(one.get("num_new_tokens")) for one in same if isinstance(one, dict)] for same in answers]
+    is_known = bool(lengths) and all(same and all(same) for same in lengths)
+    if not first or not further or not is_known or facts != ["answers_right_fraction"]:
+        return cell
+    means = [math.fsum(one for one in same if one is not None) / len(same) for same in lengths]
+    more = math.fsum(means) / len(means) - 1
+    (low, high), (step_low, step_high) = first.bounds, further.bounds
+    told = Estimate(
+        value=first.value + more * further.value,
+        low=low + more * step_low,
+        high=high + more * step_high,
+        n=len(means),
+        method=f"computed from {len(means)} answers, TTFT and TPOT",
+    )
+    return replace(cell, measurements={**cell.measurements, "answer_ms": told})
 
 
 def _with_one_roof(cells: Iterable[CellResult]) -> list[CellResult]:

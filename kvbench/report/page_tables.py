@@ -13,7 +13,6 @@ from operator import attrgetter
 
 from markupsafe import Markup
 
-from kvbench.frontier.table import Frontier, Search, budget_text, difference_of, held_text, range_text
 from kvbench.measures import format_interval, format_value, measure
 from kvbench.report.compare import (
     DECLARED,
@@ -43,6 +42,7 @@ from kvbench.report.markup import (
 from kvbench.report.standing import BEHIND, LENGTH, Judged, Match, matrices
 from kvbench.report.tables import INTERVAL_NOTE, Table, results_table, samples_text
 from kvbench.report.verdicts import RATIO_NOTE, REFERENCE, CellRow, behind_of, time_of
+from kvbench.results.frontier import Frontier, Search, budget_text, difference_of, held_text, range_text
 from kvbench.stats.tests import smallest_margin
 
 _FILTERS = ("model", "dataset", "policy", "budget", "verdict", "status")

@@ -1,10 +1,10 @@
 """What is published is made again from records that lie in the repository, by one command.
 
-    python -m kvbench.report.publication              results/published, and the tables in the pages of docs
+    python -m kvbench.report.publication              results/published, and the tables of README and docs
     python -m kvbench.report.publication --check      changes nothing; exit code 1 if something would be another one
 
 A folder of `results/published` that holds cells shows some files of its own report (a table, figures, laws): those that
-lie there are made again. A page of `docs` says which table of which records stands where:
+lie there are made again. A page of `docs`, or the README, says which table of which records stands where:
 
     <!-- table: records=results/published/laws-smollm2 kind=laws -->
     ...
@@ -41,7 +41,7 @@ from kvbench.report.factorial import (
     main_effects_markdown,
     shares_markdown,
 )
-from kvbench.report.figures.modes import MODES, positions_svg
+from kvbench.report.figures.draw import MODES, positions_svg
 from kvbench.report.laws import law_rows, laws_csv, laws_markdown, load_laws
 from kvbench.report.leaderboard import (
     board_markdown,
@@ -77,7 +77,7 @@ def published(root: Path) -> dict[Path, bytes]:
     for folder in sorted((root / "results" / "published").iterdir()):
         if _has_records(folder):
             made |= _files_of(folder, read)
-    for page in sorted((root / "docs").glob("*.md")):
+    for page in (*root.glob("README.md"), *sorted((root / "docs").glob("*.md"))):
         if text := filled_page(root, page, read):
             made[page] = text.encode()
         made |= _figures_of(root, page, read)
@@ -163,14 +163,22 @@ def _laws(results: Results, words: Mapping[str, str]) -> Iterator[str]:
 
 
 def _positions(results: Results, words: Mapping[str, str]) -> Iterator[str]:
-    """Yield `measure`, one or several, of every policy at one budget, a column for each position mode."""
+    """Yield `measure`, one or several, of every policy at one budget, a column for each position mode.
+
+    `policies` and `modes`: some of them.
+    """
     cells, names = _chosen(results, words), words["measure"].split(",")
+    modes = words.get("modes", ",".join(MODES)).split(",")
     rows = []
-    for policy in dict.fromkeys(cell.labels["policy"] for cell in cells):
-        found = (_one(cells, policy, mode) for mode in MODES)
+    for policy in words["policies"].split(",") if "policies" in words else _policies(cells):
+        found = (_one(cells, policy, mode) for mode in modes)
         rows.append([policy, *("; ".join(_estimate(cell, name) for name in names) for cell in found)])
     label = "; ".join(measure(name).label for name in names)
-    yield from markdown_table([label, *MODES], rows, "lrrr")
+    yield from markdown_table([label, *modes], rows, "l" + "r" * len(modes))
+
+
+def _policies(cells: Iterable[CellResult]) -> list[str]:
+    return list(dict.fromkeys(cell.labels["policy"] for cell in cells))
 
 
 def _differences(results: Results, words: Mapping[str, str]) -> Iterator[str]:
@@ -188,7 +196,7 @@ def _shifts(results: Results, words: Mapping[str, str]) -> Iterator[str]:
     """Yield what each other position mode adds to a policy's original positions, paired."""
     cells, name = _chosen(results, words), words["measure"]
     rows = []
-    for policy in dict.fromkeys(cell.labels["policy"] for cell in cells if not cell.is_full):
+    for policy in _policies(cell for cell in cells if not cell.is_full):
         first, *others = (_one(cells, policy, mode) for mode in MODES)
         rows.append([policy, *(_difference(other, first, name) for other in others)])
     heads = [measure(name).label, *(f"{mode} minus {MODES[0]}" for mode in MODES[1:])]

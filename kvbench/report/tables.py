@@ -50,7 +50,7 @@ from kvbench.report.standing import BEHIND, LENGTH, Matrix, leading_matrix
 
 _QUALITIES = ("objects_recalled_fraction", "rougeL_vs_full", "rougeL_vs_reference", "ppl")
 MAIN_COLUMNS = (*_QUALITIES, "ttft_ms", "tpot_ms", "peak_memory_bytes", "kv_stored_bytes")
-_EXTRA_COLUMNS = ("needles_recalled_fraction", "answers_right_fraction", "num_skipped_items")
+_EXTRA_COLUMNS = ("needles_recalled_fraction", "answers_right_fraction", "answer_ms", "num_skipped_items")
 _TURN_COLUMN = re.compile(
     r"turn\d+_(rougeL_vs_full|exact_fraction|objects_recalled_fraction|needles_recalled_fraction|answers_right_fraction)"
 )

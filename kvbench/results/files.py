@@ -45,6 +45,7 @@ _UNUSABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEMPORARY = ".tmp"
 _TYPES = ("u1", "u2")
+_MOST_BITS = 1023  # what every reader can make a float of: one record must not end a report of all
 _MOST_BYTES = 2**26  # a foreign file must not be able to ask for all memory
 
 
@@ -245,6 +246,8 @@ def _json_problem(value: object, path: str) -> str | None:
     if isinstance(value, str):
         surrogate = re.search("[\ud800-\udfff]", value)
         return f"{path} holds half a surrogate pair {surrogate[0]!r}; replace it." if surrogate else None
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return f"{path} is a whole number of {value.bit_length()} bits; a record holds numbers up to 1e308."
     if value is None or isinstance(value, int):
         return None
     return f"{path} is a {type(value).__name__}; a record holds dict, list, text, int, float, bool and null."

@@ -1,4 +1,4 @@
-"""What is inferred about a paired difference: interval, p value, and what the samples could have shown.
+"""What is inferred about a paired difference, of scores and of times: interval, p value, what the samples could show.
 
     infer(paired_sums(policy, full, clusters)).low
 
@@ -14,6 +14,18 @@ differences, BCa alone covers 91 % where tails are heavy and t alone 87 % where 
 No bootstrap and no t can see a loss that none or few of the clusters show: with losses in 3 % of 64 clusters their
 lower bound was wrong in 18 % of simulations. There the bound of kvbench.stats.intervals counts. What the other arm
 scores on average bounds nothing: what is lost is what it scored where it differs.
+
+Times are relative to the full cache's. A launch, not a step, is the unit (Kalibera and Jones 2013, "Rigorous
+benchmarking in reasonable time"): steps of one launch share its memory layout and its moment. Launches come as policy,
+full, full, policy; the k-th launch of each arm is a pair, so in half of the pairs the policy comes first and in half
+the full cache, and what drifts linearly cancels in their mean. We keep to one process, so what differs between
+processes is not in the interval.
+
+Launches of one and the same setting may spread by 3 % and a reference kernel may change by 2 % from start to end;
+no other process may use the GPU. What is noisier is measured once more, and then called noisy: its numbers are
+shown, but no verdict is made of them. Nothing is ever dropped for being large. A copy between buffers larger than any
+cache has one bandwidth on one machine: where a cell saw another one (`is_far_off`) it was not alone, so reports take
+the median over a sweep's cells for its roofs.
 """
 
 from __future__ import annotations
@@ -25,7 +37,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy import special
 
 from kvbench.errors import MeasureError
 from kvbench.stats.intervals import (
@@ -38,8 +49,7 @@ from kvbench.stats.intervals import (
     influences,
     sums_by_cluster,
 )
-from kvbench.stats.power import minimum_detectable
-from kvbench.stats.tests import Floats, p_value_of, quantile, standard_error
+from kvbench.stats.tests import Floats, minimum_detectable, p_value_of, quantile, special, standard_error, welch
 
 CONFIDENCE = 0.95
 _MAX_T_CLUSTERS = 100
@@ -109,7 +119,7 @@ def _few_differences(pairs: PairedSums, level: float, scale: tuple[float, float]
 def sign_test(num_above: int, num_below: int) -> float:
     """Return the two-sided p value of so many differences above and below 0; 1 where there are none."""
     fewer, num = min(num_above, num_below), num_above + num_below
-    return min(1.0, 2.0 * float(special.bdtr(fewer, num, 0.5))) if num else 1.0
+    return min(1.0, 2.0 * float(special().bdtr(fewer, num, 0.5))) if num else 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,3 +208,69 @@ def _with_spread(plain: Inference, pairs: PairedSums, confidence: float) -> Infe
         found, low=min(bounds[0], t_low), high=max(bounds[1], t_high), t_low=beside[0], t_high=beside[1],
         p_value=max(found.p_value or 0.0, draws.p_value()), method=f"BCa bootstrap, {NUM_DRAWS:,} draws, by cluster",
     )  # fmt: skip
+
+
+MAX_SPREAD_FRACTION = 0.03
+_MAX_DRIFT_FRACTION = 0.02
+_FAR_OFF_FRACTION = 0.2  # a quiet machine's copies differ by up to a twentieth
+FEWEST_LAUNCHES = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogRatio:
+    """The mean log of a ratio, its standard error, and the degrees of freedom of that, as units minus 1."""
+
+    mean: float
+    standard_error: float
+    num_units: float
+
+    def bounds(self) -> tuple[float, float]:
+        """Return the 95 % interval of the ratio minus 1."""
+        half = quantile(0.975, self.num_units) * self.standard_error
+        return math.expm1(self.mean - half), math.expm1(self.mean + half)
+
+    def p_value(self) -> float:
+        """Return the two-sided p value of a ratio of 1."""
+        return p_value_of(self.mean, self.standard_error, self.num_units)
+
+    def minimum_detectable(self) -> float:
+        """Return the change of the ratio that is found in 80 % of repetitions."""
+        return math.expm1(minimum_detectable(self.standard_error, self.num_units))
+
+
+def from_interval(value: float, low: float, high: float, num_pairs: int) -> LogRatio | None:
+    """Return the log ratio behind a recorded ratio with its t interval of logs; None for under two pairs."""
+    if num_pairs < 2 or min(value, low, high) <= 0:
+        return None
+    error = math.log(high / low) / (2 * quantile(0.975, num_pairs))
+    return LogRatio(mean=math.log(value), standard_error=error, num_units=num_pairs)
+
+
+def between(first: LogRatio, second: LogRatio) -> LogRatio:
+    """Return first over second, measured apart: Welch's degrees of freedom."""
+    error, units = welch((first.standard_error, first.num_units), (second.standard_error, second.num_units))
+    return LogRatio(mean=first.mean - second.mean, standard_error=error, num_units=units)
+
+
+def spread_fraction(*arms: Sequence[float]) -> float | None:
+    """Return the largest standard deviation over mean of any arm's launches; None for under three launches."""
+    if min(len(arm) for arm in arms) < FEWEST_LAUNCHES:
+        return None
+    return max(float(np.std(arm, ddof=1) / np.mean(arm)) for arm in arms)
+
+
+def is_far_off(bandwidth: float, median: float) -> bool:
+    """Whether a copy was so much slower or faster than those of the same machine and sweep that it is not its own."""
+    return abs(bandwidth / median - 1) > _FAR_OFF_FRACTION
+
+
+def noise_reason(spread: float | None, drift: float | None, num_foreign: int | None = None) -> str:
+    """Return why times are noisy, empty where they are not; None is what was not measured."""
+    reasons = []
+    if spread is not None and spread > MAX_SPREAD_FRACTION:
+        reasons.append(f"runs of one setting spread by {spread:.1%}, over {MAX_SPREAD_FRACTION:.0%}")
+    if drift is not None and drift > _MAX_DRIFT_FRACTION:
+        reasons.append(f"a reference kernel drifted by {drift:.1%}, over {_MAX_DRIFT_FRACTION:.0%}")
+    if num_foreign:
+        reasons.append(f"{num_foreign} other processes used the GPU")
+    return "; ".join(reasons)

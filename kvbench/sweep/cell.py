@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 
-from kvbench.autopsy.settings import AutopsySettings
+from kvbench.autopsy import AutopsySettings
 from kvbench.cache import Needs, Policy
 from kvbench.cache.policy import needs_of
 from kvbench.datasets.base import Dataset, Example, OnBadItem, SkippedItem

@@ -31,7 +31,7 @@ from typing import Any
 from kvbench.errors import ConfigError, RecordError, check_within, close_matches
 from kvbench.results.claims import Claim, Claims
 from kvbench.results.files import canonical_json
-from kvbench.results.record import check_body
+from kvbench.results.record import encode_record
 from kvbench.sweep.cell import Attempt, Cell
 from kvbench.sweep.process import LOAD, RETRIED, Limits, Verdict, WorkerProcess
 
@@ -195,8 +195,8 @@ class Supervisor:
     def _sound(self, body: dict[str, Any], worker: WorkerProcess) -> dict[str, Any]:
         """Return `body`, or the failure that it is no record: what one task gives must not end the sweep."""
         try:
-            check_body(body)
-        except RecordError as error:
+            encode_record(body)
+        except (RecordError, RecursionError) as error:  # the latter of what is nested too deep
             wrong = Verdict(status="crash", kind="RecordError", message=f"the worker told of no record: {error}")
             return self._body(body["key"], "report", wrong, worker)
         return body

@@ -28,8 +28,7 @@ from kvbench.results.claims import Claims
 from kvbench.results.files import make_folder
 from kvbench.results.record import MEASURED, read_record
 from kvbench.results.store import PartialStore, RecordStore
-from kvbench.sinks.base import SinkGroup
-from kvbench.sinks.console import say
+from kvbench.sinks import SinkGroup, say
 from kvbench.sweep.cell import Attempt, Cell
 from kvbench.sweep.supervisor import Events, HeldClaims, Supervisor, Ticket, WorkerSettings
 

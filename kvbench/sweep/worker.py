@@ -23,7 +23,8 @@ from kvbench.errors import ConfigError, is_poisoned
 from kvbench.sweep.process import LOAD
 
 _PR_SET_PDEATHSIG = 1
-_BUSY_FRACTION = 0.01  # of one core, above which a worker that loads is at work
+_BUSY_FRACTION = 0.01  # of one core, above which a worker that loads is at work ...
+_BUSY_BYTES_PER_S = 20_000  # ... or read and written: a slow disk or network takes hours and hardly any processor time
 
 
 def main(job: dict[str, Any]) -> None:
@@ -81,7 +82,8 @@ class PipeWatcher:
 
     answers: where the parent's byte is read. beat_every_s: how often a worker at work has to say so; more
     would wake the parent for nothing. From the start to the first phase after `load` there are no steps to tell
-    of, so a thread tells of the CPU time that loading takes: what waits for ever uses none.
+    of, so a thread tells of the CPU time that loading takes and the bytes that it moves: what waits for ever does
+    neither.
     """
 
     def __init__(
@@ -142,13 +144,29 @@ class PipeWatcher:
         self._tell("bye")
 
 
-class Loading(threading.Thread):
-    """Calls `beat` every `every_s` in which this process used CPU time, until it is stopped."""
+def moved_bytes() -> int:
+    """Return what this process has read and written so far, pages of mapped files too; 0 where nothing tells."""
+    try:
+        counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text(encoding="ascii").splitlines())
+        return sum(int(counts[name]) for name in ("rchar", "wchar", "read_bytes"))
+    except (OSError, ValueError, KeyError):
+        return 0
 
-    def __init__(self, beat: Callable[[], None], *, every_s: float, cpu_s: Callable[[], float]) -> None:
+
+class Loading(threading.Thread):
+    """Calls `beat` every `every_s` in which this process used CPU time or moved bytes, until it is stopped."""
+
+    def __init__(
+        self,
+        beat: Callable[[], None],
+        *,
+        every_s: float,
+        cpu_s: Callable[[], float],
+        moved: Callable[[], int] = moved_bytes,
+    ) -> None:
         super().__init__(name="loading", daemon=True)
-        self._beat, self._every_s, self._cpu_s = beat, every_s, cpu_s
-        self._used_s = cpu_s()
+        self._beat, self._every_s, self._cpu_s, self._moved = beat, every_s, cpu_s, moved
+        self._used_s, self._moved_bytes = cpu_s(), moved()
         self._stopped = threading.Event()
 
     def run(self) -> None:
@@ -157,11 +175,12 @@ class Loading(threading.Thread):
             self.look()
 
     def look(self) -> None:
-        """Call `beat` if CPU time was used since the last look."""
-        used_s = self._cpu_s()
-        if used_s - self._used_s > _BUSY_FRACTION * self._every_s:
+        """Call `beat` if the process worked since the last look."""
+        used_s, bytes_now = self._cpu_s(), self._moved()
+        is_busy = used_s - self._used_s > _BUSY_FRACTION * self._every_s
+        if is_busy or bytes_now - self._moved_bytes > _BUSY_BYTES_PER_S * self._every_s:
             self._beat()
-        self._used_s = used_s
+        self._used_s, self._moved_bytes = used_s, bytes_now
 
     def stop(self) -> None:
         """End; when this returns nothing runs beside the caller any more."""

@@ -1,40 +1,96 @@
-"""Answers under the policy, greedy or drawn, compared with the full cache's and with the reference.
+"""Answers under the policy, greedy or drawn, to one question or turn by turn, compared with the full cache's.
 
 A row says what was answered, how like the full cache's answer and the reference it is (`answer_fields`), and where the
 first different token stands, so that a reader sees the very token and not a word near it. What the cache really held at
 every step becomes the realised budget.
+
+A drawn token is the largest of logits / temperature + Gumbel noise, which is a draw from their softmax (Gumbel 1954;
+Maddison et al. 2014, arXiv 1411.0030). The noise is made on the CPU, for each sequence from a generator of its own,
+whose seed is the data set's item, the number of the draw and the task's seed: so it is the same alone and in a batch,
+in both engines and on every device, and one draw has the same noise under every policy. Policy and full cache then
+part only where their distributions do, as greedy answers do.
+
+A conversation lies in one compressed cache: every turn adds to what the policy left of those before. The prompt is
+prefilled and answered; then the next question follows as a chunk into the same cache, and so on. Each conversation runs
+alone: its turns end at its own times, and a cache has one clock.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+from torch import Tensor
+
 from kvbench.cache.policy import PART
-from kvbench.datasets.base import Dataset, Example
-from kvbench.errors import ConfigError, MeasureError, check_within
-from kvbench.models.inputs import answer_text, reference_text
+from kvbench.datasets.base import Dataset, Example, Turn
+from kvbench.errors import ConfigError, MeasureError, NonFiniteError, check_within
+from kvbench.measures import MAX_TURNS, MEASURES
+from kvbench.models.chat import next_turn_tokens
+from kvbench.models.inputs import PromptBatch, answer_text, num_question_tokens, prompt_batch, reference_text
 from kvbench.models.loader import LoadedModel
-from kvbench.tasks.decode import CacheSetting, greedy
+from kvbench.tasks.decode import CacheSetting, Decoding, greedy
 from kvbench.tasks.rouge import fact_scores, first_divergence, length_ratio, rouge_l_released, rouge_scores
-from kvbench.tasks.sampling import Answering
-from kvbench.tasks.task import (
-    Answers,
-    BatchTask,
-    Bench,
-    FullAnswers,
-    Part,
-    Payload,
-    TaskResult,
-    check_complete,
-    joined,
-)
+from kvbench.tasks.task import Answers, BatchTask, Bench, FullAnswers, Part, Payload, TaskResult, check_complete, joined
 
 if TYPE_CHECKING:
     from kvbench.cache import PolicyCache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answering:
+    """One way to make an answer. temperature None: greedily. draw: which of several draws it is, from 0.
+
+    natural_stop False: nothing ends an answer before `max_new_tokens`, and an end token is one like any other.
+    """
+
+    max_new_tokens: int
+    natural_stop: bool = True
+    temperature: float | None = None
+    seed: int = 0
+    draw: int = 0
+
+    def numbered(self, draw: int) -> Answering:
+        """Return the way of another draw."""
+        return replace(self, draw=draw)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the answers beside their length, as stored ones are called by; nothing for greedy ones."""
+        stop = {} if self.natural_stop else {"natural_stop": False}
+        drawn = {"temperature": self.temperature, "seed": self.seed, "draw": self.draw}
+        return stop | ({} if self.temperature is None else drawn)
+
+    def sampler(self, names: Sequence[str]) -> Sampler | None:
+        """Return what chooses the tokens of the items called `names`, one a row; None where the likeliest is taken."""
+        if self.temperature is None:
+            return None
+        seeds = [f"draw-v1/{self.seed}/{self.draw}/{name}" for name in names]
+        return Sampler(temperature=self.temperature, seeds=seeds)
+
+
+class Sampler:
+    """Draws one token a row and call; what a row is given depends on its own seed and on how often it was asked."""
+
+    def __init__(self, *, temperature: float, seeds: Sequence[str]) -> None:
+        digests = [hashlib.sha256(seed.encode(errors="replace")).digest() for seed in seeds]
+        self._generators = [torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")) for digest in digests]
+        self._temperature = temperature
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return the tokens (B,) int64 drawn from logits (B, V); a token of logit -inf never is."""
+        size = logits.shape[-1]
+        uniform = torch.stack([torch.rand(size, generator=one, dtype=torch.float64) for one in self._generators])
+        noise = -(-uniform.to(logits.device).clamp_(min=_LEAST).log_()).log_()
+        return (logits.double() / self._temperature + noise).argmax(dim=-1)
+
+
+_LEAST = math.ulp(0.5)  # of the numbers that are drawn, 0 aside, which has no logarithm
 
 
 PLACES = ("divergence_starts_at", "divergence_ends_at", "full_divergence_ends_at")
@@ -313,3 +369,122 @@ class HeldEntries:
         result.note("entries_mean", mean, "entries", n=number, method=method)
         result.note("entries_peak", max(peak for _, (_, _, peak) in entries), "entries", n=number, method=method)
         result.curves["entries"] = [[seen, total / count, peak] for seen, (count, total, peak) in entries]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Said:
+    """One answered turn: token ids without the end token; tokens seen after it and the share of entries held."""
+
+    tokens: list[int]
+    seen_tokens: int
+    held_fraction: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiTurn:
+    """Greedy answers to at most `max_turns` questions of an example, each up to `max_new_tokens`.
+
+    The history of a turn is what was really answered before, by policy and full cache each its own. In
+    every run the full cache holds the first conversation once more and must say the same. `engine=graph`
+    captures the step anew for every turn, because a turn's question lays out new buffers.
+    """
+
+    protocol: ClassVar[str] = "one_cache_v2"  # v1 rendered later turns without the settings of the first
+    needs_follow_ups: ClassVar[bool] = True
+    hides_question: ClassVar[bool] = True
+    is_timed: ClassVar[bool] = False
+
+    max_new_tokens: int = 160
+    max_turns: int = 4
+
+    def __post_init__(self) -> None:
+        check_within("task.conversation", self, max_new_tokens=(1, None), max_turns=(2, MAX_TURNS))
+
+    def run(self, bench: Bench) -> TaskResult:
+        """Hold every conversation and score turn by turn. Raises: MeasureError, NonFiniteError."""
+        full = self._full_answers(bench)
+        first = bench.examples[0]
+        for number, said in enumerate(self.talk(bench, first, bench.full)):
+            if said.tokens != full[_name(first, number)]:
+                raise MeasureError(
+                    f"the full cache does not repeat turn {number + 1} of {first.id}; delete results/full_answers "
+                    "and run again"
+                )
+        result = TaskResult()
+        for example in bench.examples:
+            result.samples[example.id] = _row(bench, example, self.talk(bench, example, bench.setting), full)
+            bench.advance(1 / len(bench.examples))
+        rows = (result.samples[example.id] for example in bench.examples)
+        result.measure_means(dict.fromkeys(name for row in rows for name in row if name in MEASURES), bench)
+        return result
+
+    def _full_answers(self, bench: Bench) -> Answers:
+        """Return the full cache's turns, from the store or held now."""
+
+        def compute() -> Answers:
+            return {
+                _name(example, number): said.tokens
+                for example in bench.examples
+                for number, said in enumerate(self.talk(bench, example, bench.full))
+            }
+
+        settings = {**bench.answers.settings, "conversation": self.protocol, "max_turns": self.max_turns}
+        needed = {_name(example, 0): example.id for example in bench.examples}
+        return FullAnswers(folder=bench.answers.folder, settings=settings).get(self.max_new_tokens, compute, needed)
+
+    @torch.inference_mode()
+    def talk(self, bench: Bench, example: Example, setting: CacheSetting) -> list[Said]:
+        """Return the turns of one conversation, all in one cache."""
+        loaded, batch = bench.loaded, _batch(bench, example)
+        decoding = setting.decoding(loaded, batch, self.max_new_tokens)
+        said: list[Said] = []
+        unfed: list[int] = []
+        for number in range(1, 2 + len(example.follow_ups[: self.max_turns - 1])):
+            if number > 1:
+                chunk = [*unfed, *next_turn_tokens(loaded, example, number)]
+                decoding.extend(torch.tensor([chunk], device=loaded.device))
+            answer, unfed = self._answer(decoding, loaded.end_token_ids, f"turn {number} of {example.id}")
+            decoding.cache.check()
+            held = decoding.cache.occupancy()
+            share = held.entries_mean / held.seen_tokens
+            said.append(Said(tokens=answer, seen_tokens=int(held.seen_tokens), held_fraction=share))
+        return said
+
+    def _answer(self, decoding: Decoding, ends: Collection[int], name: str) -> tuple[list[int], list[int]]:
+        """Return the answer, and its tokens that the cache has not seen (the last one, if it was cut off)."""
+        answer: list[int] = []
+        while True:
+            largest, token = decoding.logits[0].max(dim=-1)
+            if not bool(largest.isfinite()):
+                raise NonFiniteError(f"the logits of token {len(answer)} in {name} are not finite")
+            if int(token) in ends:
+                return answer, []
+            answer.append(int(token))
+            if len(answer) == self.max_new_tokens:
+                return answer, answer[-1:]
+            decoding.step(token[None])
+
+
+def _batch(bench: Bench, example: Example) -> PromptBatch:
+    hidden = 0 if bench.query_visible else num_question_tokens(bench.loaded, example)
+    return prompt_batch(bench.loaded, [example], num_question_tokens=hidden)
+
+
+def _name(example: Example, number: int) -> str:
+    return f"{example.id}#turn{number + 1}"
+
+
+def _row(bench: Bench, example: Example, said: list[Said], full: Mapping[str, list[int]]) -> dict[str, Any]:
+    """Return the fields of every turn, `turn1_text`, `turn1_rougeL_vs_full`, ..."""
+    row: dict[str, Any] = {}
+    asked = [Turn(question=example.question, answer=example.reference), *example.follow_ups]
+    for number, (turn, one) in enumerate(zip(asked, said, strict=False)):
+        theirs = full[_name(example, number)]
+        fields = {"question": turn.question, **answer_fields(bench.loaded, one.tokens, theirs, turn.answer)}
+        fields["realised_budget_fraction"] = one.held_fraction
+        if turn.answer:
+            fields["exact_fraction"] = float(says_the_same(fields["text"], turn.answer))
+        if number == 0:
+            fields |= fact_fields(bench.dataset, example, fields["text"])
+        row |= {f"turn{number + 1}_{name}": value for name, value in fields.items()}
+    return row

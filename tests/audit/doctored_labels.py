@@ -36,7 +36,7 @@ def realised_budget_kept_silent(bodies: Bodies) -> None:
 
 def turns_kept_silent(bodies: Bodies) -> None:
     body = bodies["h2o 0.5"]
-    body["cell"]["task"]["turns"] = {"_target_": "kvbench.tasks.conversation.MultiTurn", "max_turns": 2}
+    body["cell"]["task"]["turns"] = {"_target_": "kvbench.tasks.generation.MultiTurn", "max_turns": 2}
     for row in body["samples"]:
         row |= {f"turn1_{name}": row[name] for name in ("text", "full_text", "rougeL_vs_full", "length_ratio")}
     for name in ("rougeL_vs_full", "length_ratio"):

@@ -124,7 +124,7 @@ class Machine:
         tasks: dict[str, dict[str, Any]] = {
             "perplexity": {"_target_": "kvbench.tasks.perplexity.Perplexity"},
             "generation": {"_target_": "kvbench.tasks.generation.Generation", "max_new_tokens": NEW_TOKENS},
-            "fidelity": {"_target_": "kvbench.tasks.fidelity.Fidelity", "max_new_tokens": NEW_TOKENS},
+            "fidelity": {"_target_": "kvbench.tasks.perplexity.Fidelity", "max_new_tokens": NEW_TOKENS},
             "speed": {"_target_": "a.Speed", "new_tokens": TIMED_TOKENS, "num_blocks": BLOCKS, "batch_size": 1},
             "memory": {"_target_": "a.Memory", "new_tokens": TIMED_TOKENS, "batch_size": 1},
         }

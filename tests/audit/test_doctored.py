@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvbench.audit.audit import CHECKS, Audit, audit
+from kvbench.audit import CHECKS, Audit, audit
 from kvbench.results.record import read_record, write_record
 from kvbench.stats.intervals import launch_interval
 from tests.audit.doctored import DOCTORED

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvbench.audit.audit import Audit, audit
+from kvbench.audit import Audit, audit
 from kvbench.audit.budgets import ENTRIES
 from kvbench.measures import bounds_on_scale
 from kvbench.results.record import STATUSES

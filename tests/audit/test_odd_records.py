@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvbench.audit.audit import audit, audit_body, badge_line, badge_svg, table_lines
+from kvbench.audit import audit, audit_body, badge_line, badge_svg, table_lines
 from kvbench.errors import RecordError
 from kvbench.results.files import canonical_json
 from kvbench.results.record import check_body

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvbench.audit.audit import audit
+from kvbench.audit import audit
 from kvbench.report.findings import notes_of
 from kvbench.report.load import load_results
 from kvbench.results.record import write_record

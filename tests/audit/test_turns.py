@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvbench.audit.audit import audit
+from kvbench.audit import audit
 from tests.audit.folders import Body, honest, rekey, summarise, write_folder
 
 TEXTS = ("a red circle", "a big blue square", "one")
@@ -18,7 +18,7 @@ def bodies() -> dict[str, Body]:
     found = {name: body for name, body in honest().items() if name in ("full", "h2o 0.2")}
     for name, body in found.items():
         body["cell"]["task"] = {
-            "conversation": {"_target_": "kvbench.tasks.conversation.MultiTurn", "max_new_tokens": 9, "max_turns": 3}
+            "conversation": {"_target_": "kvbench.tasks.generation.MultiTurn", "max_new_tokens": 9, "max_turns": 3}
         }
         body["curves"], body["measurements"] = {}, {}
         body["samples"] = [_row(row, is_full=name == "full") for row in body["samples"]]

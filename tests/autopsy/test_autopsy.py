@@ -18,10 +18,20 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from kvbench.autopsy import body as autopsy
-from kvbench.autopsy.body import coarsened, held_at, stored_layers, without_secrets
-from kvbench.autopsy.replay import Watching, full_attention, replay, seen_picture, thumbnail_file, token_pieces
-from kvbench.autopsy.settings import AutopsySettings
+from kvbench.autopsy import AutopsySettings
+from kvbench.autopsy import replay as autopsy
+from kvbench.autopsy.replay import (
+    Watching,
+    coarsened,
+    full_attention,
+    held_at,
+    replay,
+    seen_picture,
+    stored_layers,
+    thumbnail_file,
+    token_pieces,
+    without_secrets,
+)
 from kvbench.cache import Budget, Needs, Plan, PolicyCache, View, artefact, cache_argument
 from kvbench.cache.policy import needs_of
 from kvbench.contract.driving import held_positions, learnt_artefact

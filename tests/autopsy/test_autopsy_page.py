@@ -8,14 +8,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvbench.autopsy.page import autopsy_section
-from kvbench.autopsy.read import Sample, chance_overlap, first_freed, kept, load_autopsy, overlap, percent, sentence
+from kvbench.autopsy.page import (
+    Sample,
+    autopsy_section,
+    chance_overlap,
+    first_freed,
+    kept,
+    load_autopsy,
+    overlap,
+    percent,
+    sentence,
+)
 from kvbench.errors import RecordError
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
 from kvbench.results.files import pack, replace_file
-from kvbench.results.maintenance import leftovers, verify
 from kvbench.results.record import NEVER, read_autopsy, write_autopsy
+from kvbench.results.store import leftovers, verify
 from tests.autopsy.autopsies import (
     GRID,
     HEADS,

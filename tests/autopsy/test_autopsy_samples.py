@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from kvbench.autopsy.body import glances
 from kvbench.autopsy.page import asked_of, autopsy_section
-from kvbench.autopsy.replay import GLANCE_PIXELS
+from kvbench.autopsy.replay import GLANCE_PIXELS, glances
 from kvbench.datasets.scenes import Scenes
 from kvbench.report.load import load_results
 from kvbench.report.samples import sample_browser
@@ -124,7 +123,7 @@ def test_every_sample_shows_what_was_asked_and_a_small_picture(tmp_path: Path, m
     items = data[0]["items"]
     assert {items[example.id]["question"] for example in examples} == {example.question for example in examples}
     assert all(item["picture"].startswith("data:image/") for item in items.values())
-    monkeypatch.setattr("kvbench.autopsy.body._MOST_GLANCE_BYTES", 1)
+    monkeypatch.setattr("kvbench.autopsy.replay._MOST_GLANCE_BYTES", 1)
     assert [one["data"] is None for one in glances(examples)] == [False, True, True, True], "questions need no room"
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvbench.autopsy.page import autopsy_section
-from kvbench.autopsy.read import Sample, kept, living_on, load_autopsy, sentence
+from kvbench.autopsy.page import Sample, autopsy_section, kept, living_on, load_autopsy, sentence
 from kvbench.errors import RecordError
 from kvbench.report.load import load_results
 from kvbench.results.record import NEVER, write_autopsy

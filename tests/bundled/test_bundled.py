@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from kvbench.bundled.lessons import (
+from kvbench.bundled.tiny_llava import (
     IGNORED_LABEL,
     NUM_PATCHES,
     TEXT_TOKENS,

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from kvbench.bundled import train as train_scenes
-from kvbench.bundled.lessons import NUM_PATCHES, Lessons, Painter, Words, by_cell, lesson_of
+from kvbench.bundled.tiny_llava import NUM_PATCHES, Lessons, Painter, Words, by_cell, lesson_of
 from kvbench.bundled.train import (
     MOST_HIDDEN,
     WANTED_MASS,

@@ -19,6 +19,7 @@ from kvbench.contract.driving import Trace, drive
 from kvbench.errors import ConfigError, NonFiniteChoiceError, PolicyError
 from kvbench.policies.allocation.pyramid import Pyramid
 from kvbench.policies.h2o import H2O
+from kvbench.policies.snapkv import SnapKV
 from tests.contract import MiddleFirst
 from tests.covering import share_of
 from tests.tiny_models import random_tokens, tiny_model
@@ -225,6 +226,53 @@ def test_a_second_prompt_is_divided_anew_and_never_above_the_total() -> None:
         for trace, seen in ((first, PROMPT), (second, PROMPT + 3 + 17)):
             allowed = 2 * budget.entries(seen_tokens=seen, prompt_tokens=PROMPT)
             assert allowed - 4 <= sum(row[0] for row in lengths(trace, 0)) <= allowed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turning(Allocation):
+    """No published method: the first layer holds almost all of a prompt of even length, the last of an odd one."""
+
+    def layers(self, room: Room, told: Sequence[Tensor]) -> Sequence[int]:
+        free = min(room.budget - room.protected, room.tokens - room.budget)
+        if room.num_layers == 1:
+            return [room.budget]
+        shares = [room.budget + free, *[room.budget] * (room.num_layers - 2), room.budget - free]
+        return shares if room.tokens % 2 == 0 else shares[::-1]
+
+
+@settings(max_examples=share_of(40), deadline=None, derandomize=True)
+@given(
+    allocation=st.sampled_from([None, Turning(), *LAYERED.values()]),
+    skip=st.sampled_from([(), (-1,)]),
+    budget=st.one_of(
+        st.builds(Budget, tokens=st.integers(26, 50)),
+        st.builds(Budget, fraction=st.sampled_from([0.6, 0.8]), of=st.sampled_from(["seen", "prompt"])),
+    ),
+    cuts_at_decode=st.booleans(),
+    turns=st.lists(st.integers(2, 30), min_size=1, max_size=2),
+    steps=st.integers(0, 9),
+)
+def test_a_later_prompt_is_divided_to_the_uniform_total_although_no_layer_can_hold_what_it_lost(
+    allocation: Allocation | None,
+    skip: tuple[int, ...],
+    budget: Budget,
+    cuts_at_decode: bool,
+    turns: list[int],
+    steps: int,
+) -> None:
+    model, kind = tiny_model("llama_gqa"), MiddleFirst if cuts_at_decode else SnapKV
+    policy = kind(num_recent=3, allocation=allocation, skip_layers=skip)
+    cache, seen, held, last = PolicyCache(model, policy, budget), 0, 0, 0
+    for number, length in enumerate([PROMPT, *turns]):
+        allowed, uncut = budget.entries(seen_tokens=seen + length, prompt_tokens=PROMPT), last + length
+        if skip and 2 * allowed - uncut < policy.smallest_budget_tokens:
+            with pytest.raises(ConfigError, match="leaves the others"):
+                drive(model, cache, random_tokens(number, 1, length), length)
+            return
+        trace = drive(model, cache, random_tokens(number, 1, length + steps), length)
+        assert sum(row[0] for row in lengths(trace, 0)) == min(2 * allowed, held + 2 * length)
+        counts = [row[0] for row in lengths(trace, steps)]
+        seen, held, last = seen + length + steps, sum(counts), counts[-1]
 
 
 def test_layers_left_uncut_are_paid_for_by_the_others() -> None:

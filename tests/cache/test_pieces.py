@@ -163,6 +163,18 @@ def test_another_number_of_seeds_than_rows_is_refused(tiny_llama: Any) -> None:
         tiny_llama.generate(random_tokens(5, 1, 9), **cache_argument(tiny_llama, cache), **options)
 
 
+@pytest.mark.parametrize(("rows", "more", "length"), [(2, 1, 1), (1, 2, 1), (1, 3, 4)])
+def test_other_rows_than_the_cache_holds_are_refused_until_it_is_reset(
+    tiny_llama: Any, rows: int, more: int, length: int
+) -> None:
+    cache = PolicyCache(tiny_llama, H2O(), Budget(tokens=4))
+    fed(tiny_llama, cache, random_tokens(5, rows, 9), None, (9,))
+    with pytest.raises(ModelSupportError, match=rf"holds {rows} rows, and {more} are to follow; make a new"):
+        fed(tiny_llama, cache, random_tokens(5, more, length), None, (length,))
+    cache.reset()
+    fed(tiny_llama, cache, random_tokens(5, more, 9), None, (9,))
+
+
 def test_three_answers_to_one_prompt_have_a_row_each(tiny_llama: Any) -> None:
     cache = PolicyCache(tiny_llama, Random(), Budget(tokens=4), row_seeds=(5, 6, 7))
     options: dict[str, Any] = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 4}

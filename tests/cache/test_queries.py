@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvbench.cache import Budget, Needs, Plan, PolicyCache, ScorePolicy, View, When, cache_argument
-from kvbench.cache import queries as queries_of
+from kvbench.cache import attention as queries_of
+from kvbench.cache.attention import QueryRing, query_moments, ring_after, rows_of
 from kvbench.cache.layer import PolicyLayer
 from kvbench.cache.positions import Rotation
-from kvbench.cache.queries import QueryRing, query_moments, ring_after, rows_of
 from kvbench.cache.recording import PromptRecorder, cache_after
 from kvbench.contract.driving import drive, held_positions
 from kvbench.errors import ConfigError, ModelSupportError, PolicyError

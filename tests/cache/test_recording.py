@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvbench.cache import Budget, Kind, Needs, Policy, PolicyCache, ScorePolicy, View, cache_argument
+from kvbench.cache import Budget, Kind, Needs, Policy, PolicyCache, ScorePolicy, View, cache_argument, layer
 from kvbench.cache.positions import PositionMode
 from kvbench.cache.recording import PromptRecorder, Recording, cache_after
 from kvbench.contract.driving import left_padded, repeat_where_asked
@@ -128,7 +129,8 @@ def test_statistics_of_every_kind_are_shared(positions: PositionMode) -> None:
 
 
 @torch.inference_mode()
-def test_a_policy_that_writes_into_its_view_harms_nobody_else() -> None:
+def test_a_policy_that_writes_into_its_view_harms_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer, "ReadOnly", lambda *_: nullcontext())  # only its first question is watched
     model = tiny_model("llama_gqa")
     tokens, mask = inputs(1)
     prompt, _ = record(model, tokens, mask, [H2O()])

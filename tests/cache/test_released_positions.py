@@ -13,7 +13,7 @@ from kvbench.cache import Budget, Plan, Policy, PolicyCache, ScorePolicy, View
 from kvbench.cache.positions import Places, Rotation
 from kvbench.cache.selection import keep_top
 from kvbench.contract.driving import drive
-from kvbench.contract.reference import rotated, visible_entries, visible_logits
+from kvbench.contract.equality import rotated, visible_entries, visible_logits
 from kvbench.errors import ModelSupportError
 from kvbench.policies.released.elastic import ElasticReleased
 from kvbench.policies.released.h2o_elastic import H2OElasticRelease

@@ -7,7 +7,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kvbench.cache.positions import Rotation, rotation_of
-from kvbench.contract.reference import rotated
+from kvbench.contract.equality import rotated
 from tests.tiny_models import tiny_model
 
 

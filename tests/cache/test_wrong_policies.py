@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, ClassVar
@@ -12,8 +12,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvbench.cache import Budget, Needs, Plan, Policy, PolicyCache, ScorePolicy, View, cache_argument
+from kvbench.cache import (
+    Allocation,
+    Budget,
+    Merge,
+    Needs,
+    Plan,
+    Policy,
+    PolicyCache,
+    Room,
+    ScorePolicy,
+    View,
+    cache_argument,
+)
 from kvbench.cache.selection import keep_top, lowest
+from kvbench.cache.view import ReadOnly
 from kvbench.contract.driving import drive
 from kvbench.errors import ConfigError, NonFiniteChoiceError, NonFiniteError, PolicyError
 from kvbench.kernels.dispatch import kernels_forced
@@ -63,6 +76,10 @@ WRONG_POLICIES: dict[str, tuple[Policy, str]] = {
     "score of one entry": (Scored(function=lambda v: v.position.float()[..., :1]), "shape"),
     "score of too few entries": (Scored(function=lambda v: v.position.float()[..., :-1]), "shape"),
     "score of an undeclared statistic": (Scored(function=lambda v: v.mass), "MASS"),
+    "plan that is none": (
+        Planned(function=lambda v: first(v, 5)),
+        "returned a tensor of bool and shape .*; it must be a Plan",
+    ),  # type: ignore[arg-type, return-value]
     "plan of nothing": (Planned(function=lambda v: None), "None"),
     "plan of too many": (Planned(function=lambda v: Plan(keep=first(v, 6))), "allowed"),
     "plan of none": (Planned(function=lambda v: Plan(keep=first(v, 0))), "allowed"),
@@ -93,6 +110,155 @@ def test_a_wrong_plan_is_refused(tiny_llama: Any, name: str) -> None:
     mask = torch.tensor([[1] * 12, [0] * 3 + [1] * 9])
     with pytest.raises(PolicyError, match=message):
         drive(tiny_llama, cache, random_tokens(0, 2, 12), 12, mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divided(Allocation):
+    """Answers whatever it was given."""
+
+    answer: Callable[..., Any]
+
+    def layers(self, room: Room, told: Sequence[Tensor]) -> Any:
+        return self.answer(room)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told(Divided):
+    waits: ClassVar[bool] = True
+
+    def tell(self, view: View, ranking: Tensor) -> Any:
+        return self.answer(view)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headed(Allocation):
+    ragged: ClassVar[bool] = True
+
+    answer: Callable[..., Any]
+
+    def heads(self, view: View, candidates: Tensor, free: Tensor) -> Any:
+        return self.answer(free)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged(Merge):
+    at_decode: ClassVar[bool] = True
+
+    answer: Callable[..., Any]
+    joined: Callable[..., Any] = lambda view: None
+
+    def into(self, view: View, keep: Tensor, protected: Tensor) -> Any:
+        return self.answer(keep)
+
+    def joining(self, view: View, victim: Tensor) -> Any:
+        return self.joined(view)
+
+
+WRONG_PARTS: dict[str, tuple[Allocation | Merge, str]] = {
+    "layers of nothing": (
+        Divided(answer=lambda room: None),
+        r"Divided.layers returned None; it must be 2 whole numbers",
+    ),
+    "layers of floats": (
+        Divided(answer=lambda room: [5.0, 5.0]),
+        r"Divided.layers returned \[5.0, 5.0\]; it must be 2 whole numbers from 1 to 12",
+    ),
+    "layers of a tensor": (
+        Divided(answer=lambda room: torch.tensor([5, 5])),
+        "Divided.layers returned a tensor of int64 and shape",
+    ),
+    "nothing told": (
+        Told(answer=lambda view: None),
+        r"Told.tell returned None; it must be a tensor \(B, N\) = \(2, N\)",
+    ),
+    "told of no row": (
+        Told(answer=lambda view: view.keys.sum()),
+        r"Told.tell returned a tensor of float32 and shape \(\); it must be a tensor \(B, N\) = \(2, N\)",
+    ),
+    "heads of nothing": (
+        Headed(answer=lambda free: None),
+        r"Headed.heads returned None; it must be int64 of shape \(B, H\)",
+    ),
+    "heads of floats": (
+        Headed(answer=lambda free: free.double()[:, None] / 2 * torch.ones(2)),
+        r"Headed.heads returned a tensor of float64 and shape \(2, 2\); it must be int64 of shape \(B, H\) = \(2, 2\)",
+    ),
+    "merge of nothing": (Merged(answer=lambda keep: None), "Merged.into returned None; it must be a Plan"),
+    "merge of a mask": (
+        Merged(answer=lambda keep: keep),
+        "Merged.into returned a tensor of bool and shape .*; it must be a Plan",
+    ),
+    "joining of nothing": (
+        Merged(answer=lambda keep: Plan(keep=keep)),
+        "Merged.joining returned None; it must be a Joining",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_PARTS)
+def test_a_wrong_answer_of_a_part_is_told_as_the_parts(tiny_llama: Any, name: str) -> None:
+    part, message = WRONG_PARTS[name]
+    parts: Any = {"merge" if isinstance(part, Merge) else "allocation": part}
+    cache = PolicyCache(tiny_llama, H2O(**parts), Budget(tokens=5))
+    mask = torch.tensor([[1] * 13, [0] * 3 + [1] * 10])
+    with pytest.raises(PolicyError, match=message) as told:
+        drive(tiny_llama, cache, random_tokens(0, 2, 13), 12, mask)
+    assert "\n" not in str(told.value)
+
+
+WRITES: dict[str, tuple[Callable[[View], object], str]] = {
+    "in place": (lambda view: view.keys.mul_(1.0), "view.keys is changed in layer 0: .* by mul_; work on a copy"),
+    "through a part of it": (lambda view: view.values[:, :1].zero_(), "view.values is changed"),
+    "by an index": (lambda view: view.mass.__setitem__((..., 0), 9.0), "view.mass is changed"),
+    "by a mask": (lambda view: view.position.masked_fill_(view.position < 0, 0), "view.position is changed"),
+    "as an output": (lambda view: torch.add(view.mass, 1, out=view.mass), "view.mass is changed .* by add"),
+    "of the counts": (lambda view: view.budget.add_(1), "view.budget is changed"),
+}
+
+
+@pytest.mark.parametrize("inference", [True, False], ids=["inference", "no_grad"])
+@pytest.mark.parametrize("at", ["plan", "victim"])
+@pytest.mark.parametrize("how", WRITES)
+def test_what_a_policy_writes_into_its_view_is_refused(tiny_llama: Any, how: str, at: str, inference: bool) -> None:
+    write, message = WRITES[how]
+
+    @dataclass(frozen=True, kw_only=True)
+    class Writing(ScorePolicy):
+        needs: ClassVar[Needs] = Needs.MASS
+
+        def score(self, view: View) -> Tensor:
+            if view.prefill == (at == "plan"):
+                write(view)
+            return view.mass
+
+    with pytest.raises(PolicyError, match=message), torch.inference_mode(inference):
+        drive(tiny_llama, PolicyCache(tiny_llama, Writing(), Budget(tokens=5)), random_tokens(0, 1, 9), 7)
+
+
+def test_what_is_written_is_looked_at_once_for_each_class_and_copies_may_be_written(
+    tiny_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Copying(ScorePolicy):
+        def score(self, view: View) -> Tensor:
+            return view.position.float().clone().mul_(2).masked_fill_(~view.valid, 0)
+
+    looked: list[str] = []
+    enter = ReadOnly.__enter__
+    monkeypatch.setattr(ReadOnly, "__enter__", lambda self: looked.append(self._asked) or enter(self))
+    for _ in range(2):
+        drive(tiny_llama, PolicyCache(tiny_llama, Copying(), Budget(tokens=5)), random_tokens(0, 1, 12), 7)
+    assert looked == ["Copying.plan", "Copying.victim"], "of two layers, two prompts and ten steps"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exactly(Allocation):
+    total = "exactly"  # type: ignore[assignment]
+
+
+def test_a_total_that_no_allocation_may_have_is_refused(tiny_llama: Any) -> None:
+    with pytest.raises(ConfigError, match=r"Exactly.total is 'exactly'; did you mean 'exact'\?"):
+        PolicyCache(tiny_llama, H2O(allocation=Exactly()), Budget(tokens=5))
 
 
 @pytest.mark.parametrize(

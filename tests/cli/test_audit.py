@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from kvbench.audit.audit import KIND, VERSION
+from kvbench.audit import KIND, VERSION
 from kvbench.cli.main import run
 from kvbench.results.files import unseal
 from tests.audit.doctored import over_budget_at_one_step

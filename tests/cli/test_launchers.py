@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from pathlib import Path
 
 import pytest
 
+from kvbench.cli.main import run
+from kvbench.config.build import check_nothing_timed
 from kvbench.config.compose import _unknown_choice, compose_grid
 from kvbench.errors import ConfigError
 from tests.sweep.test_faults import SHORT, attempts, faulty, kvbench
@@ -36,6 +39,29 @@ def test_a_launcher_without_a_sweep_is_refused(tmp_path: Path) -> None:
     done = kvbench(tmp_path, "hydra/launcher=basic", *SHORT)
     assert done.returncode == 2
     assert "add -m" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("task", "timed"),
+    [("all", "speed, memory"), ("capacity", "capacity"), ("quality", ""), ("conversation", ""), ("perplexity", "")],
+)
+def test_cells_beside_each_other_on_one_machine_are_not_timed(task: str, timed: str) -> None:
+    grid = compose_grid([f"task={task}", "policy=h2o,full"], multirun=True, config_dir=None)
+    with contextlib.nullcontext() if not timed else pytest.raises(ConfigError, match=f"where task {timed} would"):
+        check_nothing_timed("joblib", grid)
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_such_a_launcher_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    pytest.importorskip(f"hydra_plugins.{LAUNCHERS[name][0]}")
+    words = ["-m", f"hydra/launcher={name}", "policy=h2o,full", f"results={tmp_path / 'out'}"]
+    assert run(words) == 2
+    told = capsys.readouterr().err
+    assert f"hydra/launcher is '{name}', which runs cells beside each other on this machine" in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.long

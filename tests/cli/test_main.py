@@ -18,7 +18,7 @@ from kvbench.cli.main import run
 from kvbench.cli.sweep import quiet_libraries
 from kvbench.errors import ConfigError
 from kvbench.report.build import inputs_digest
-from kvbench.report.figures.kinds import FIGURES
+from kvbench.report.figures import FIGURES
 from kvbench.results.record import MEASURED
 from kvbench.sinks.wandb.content import summary_id
 

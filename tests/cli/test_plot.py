@@ -1,5 +1,9 @@
+"""`kvbench plot` draws what is named or says what may be; `kvbench measures` says what the registry says."""
+
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from kvbench.cli.main import run
-from kvbench.report.figures.kinds import FIGURES
+from kvbench.measures import MEASURES
+from kvbench.report.figures import FIGURES
 from tests.report.synthetic import body, write_cell, write_sweep
 
 REPO = Path(__file__).parents[2]
@@ -154,3 +159,36 @@ def test_an_empty_folder_has_nothing_to_draw(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "empty").mkdir()
     assert run(["plot", "quality", str(tmp_path / "empty")]) == 2
     assert "nothing to draw" in capsys.readouterr().err
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert run(["measures", *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_every_measure_is_listed_with_unit_direction_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys)
+    heads = {line.split()[0]: line for line in text.splitlines() if re.match(r"\w+ ", line)}
+    for name, known in MEASURES.items():
+        own = re.sub(r"turn\d_", "", name)
+        assert known.definition in text
+        if own == name:
+            better = "neither" if known.better == "none" else known.better
+            assert re.search(rf" {known.unit} +{better} is better +{re.escape(known.label)}$", heads[name])
+        else:
+            assert own in text.splitlines()[-1]
+
+
+def test_words_choose_measures(capsys: pytest.CaptureFixture[str]) -> None:
+    def names(*words: str) -> list[str]:
+        return [known["name"] for known in json.loads(printed(capsys, *words, "--json"))]
+
+    assert names() == [name for name in MEASURES if not name.startswith("turn")]
+    assert names("KL", "ppl") == ["kl_to_full", "ppl", "ppl_released"]
+    assert set(names("turn2_exact")) == {"turn2_exact_fraction"}
+    assert names("entries") == ["entries_mean", "entries_peak"]
+
+
+def test_a_word_that_no_measure_has_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["measures", "pppl"]) == 2
+    assert capsys.readouterr().err == "kvbench: the measure is 'pppl'; did you mean 'ppl'?\n"

@@ -19,9 +19,8 @@ from kvbench.cli.main import run
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
 from kvbench.results.claims import Claims
-from kvbench.results.maintenance import leftovers, verify
 from kvbench.results.record import cell_key, read_record
-from kvbench.results.store import PartialStore, RecordStore
+from kvbench.results.store import PartialStore, RecordStore, leftovers, verify
 from kvbench.sinks.wandb.content import cell_digest
 from kvbench.sinks.wandb.sync import jobs_of
 from tests.covering import one_in

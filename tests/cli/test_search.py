@@ -22,7 +22,7 @@ import kvbench.config.build as build_module
 from kvbench.cli.main import run
 from kvbench.cli.sweep import App, Unmeasured
 from kvbench.config.build import Shared, build_cell, build_objective
-from kvbench.config.compose import SharingLoader, compose_grid
+from kvbench.config.compose import Composed, SharingLoader, compose_grid
 from kvbench.measures import to_minimise
 from kvbench.sweep.cell import Attempt
 from kvbench.tasks.task import TaskResult
@@ -276,13 +276,15 @@ def test_what_was_checked_is_neither_built_nor_composed_nor_copied_again_where_i
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A sweep of 200 cells would begin three seconds later otherwise."""
-    built, made = [], []
-    real, job = build_module.build_cell, SharingLoader._job
+    built, made, checked = [], [], []
+    real, job, resolved = build_module.build_cell, SharingLoader._job, Composed.resolved
+    monkeypatch.setattr(Composed, "resolved", lambda composed: (checked.append(1), resolved(composed))[1])
     monkeypatch.setattr(build_module, "build_cell", lambda *words: (built.append(1), real(*words))[1])
     monkeypatch.setattr(SharingLoader, "_job", lambda loader, words: (made.append(1), job(loader, words))[1])
     monkeypatch.setattr("kvbench.cli.sweep.copied", lambda config: pytest.fail("the cell is known"))
-    assert run(["-m", *WORDS, "policy=h2o", "budget.fraction=0.2,0.5"]) == 0
-    assert (len(built), len(made)) == (2, 2)
+    assert run(["-m", *WORDS, "policy=h2o", "budget.fraction=0.2,0.5,0.6"]) == 0
+    assert (len(built), len(made)) == (3, 3)
+    assert len(checked) == 3 + 1, "each once, and the first when the batch is launched"
 
 
 def test_one_cell_is_run_by_hydra_too() -> None:

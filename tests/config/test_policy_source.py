@@ -57,6 +57,7 @@ FILES = {
     "deep.py": "import helper\n\nSCALE = 2.0\n",
     "mixin.py": "class Scored:\n    def bonus(self):\n        return 1\n",
     "late.py": "weight = 1.0\n",
+    "called.py": "weight = 1.0\n",  # by no statement
 }
 Write = Callable[..., type[object]]
 
@@ -128,6 +129,21 @@ def test_what_decides_changes_the_source(write: Write, file: str, old: str, new:
 )
 def test_comments_docstrings_and_layout_do_not(write: Write, file: str, old: str, new: str) -> None:
     assert source_of(write()) == source_of(write({file: (old, new)}))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import importlib; found = importlib.import_module('called')",
+        "from importlib import import_module; found = import_module(name='called')",
+        "found = __import__('called')",
+    ],
+)
+def test_a_module_that_a_call_imports_counts_too(write: Write, line: str) -> None:
+    calls = {"mine.py": ("BEYOND = 3", f"{line}\nBEYOND = found.weight")}
+    source = source_of(write(calls))
+    assert source == source_of(write({**calls, "called.py": ("weight", "weight  ")}))
+    assert source != source_of(write({**calls, "called.py": ("1.0", "1.5")}))
 
 
 def test_a_class_keeps_name_and_source_when_its_modules_move(write: Write) -> None:

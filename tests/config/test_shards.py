@@ -176,6 +176,18 @@ def test_where_the_full_cache_cannot_run_nothing_is_left_out(tmp_path: Path) -> 
         App().take(compose_grid([*words, f"results={tmp_path}"], multirun=True, config_dir=None))
 
 
+def test_a_sweep_without_the_full_cache_is_checked_too(tmp_path: Path) -> None:
+    """Every cell of it may be left out; where all are, `kvbench` ends with the reason."""
+    words = ["task=quick", "budget=tokens", "budget.tokens=8", "refused=leave_out"]
+    for policies, left in (("snapkv,h2o", [True, False]), ("snapkv", [True])):
+        grid = compose_grid([*words, f"results={tmp_path}", f"policy={policies}"], multirun=True, config_dir=None)
+        assert [job is None for job in App().take(grid)] == left
+    with pytest.raises(ConfigError, match="results is ''; it must be the path of a folder"):
+        App().take(compose_grid([*words, "results=", "policy=snapkv,h2o"], multirun=True, config_dir=None))
+    with pytest.raises(ConfigError, match="sweep has 2 values in one sweep"):
+        App().take(compose_grid([*words, "sweep=a,b", "policy=h2o"], multirun=True, config_dir=None))
+
+
 def test_a_record_states_the_share_that_it_was_measured_in() -> None:
     words = ["+experiment=leaderboard", "leaderboard.parts=scenes", "policy=full,h2o", "budget.fraction=0.2"]
     (one,), (other,) = (

@@ -8,13 +8,10 @@ from pathlib import Path
 import pytest
 
 from kvbench.datasets.base import PICTURE_MARKS, Example, without_marks
-from kvbench.datasets.conversation import Conversation, MTBench
 from kvbench.datasets.files import FileDataset
-from kvbench.datasets.longbench import LongBench
-from kvbench.datasets.maths import Problems
-from kvbench.datasets.retrieval import Needles, Retrieval
+from kvbench.datasets.questions import Conversation, LlavaBench, MMVet, MTBench, Problems
+from kvbench.datasets.retrieval import LongBench, Needles, Retrieval
 from kvbench.datasets.text import Summaries, TextWindows
-from kvbench.datasets.vision import LlavaBench, MMVet
 from tests.datasets.files import write_json, write_lines, write_picture
 
 

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 
 from kvbench.datasets.base import Turn
-from kvbench.datasets.conversation import MTBench
-from kvbench.datasets.longbench import LongBench
-from kvbench.datasets.retrieval import Retrieval
+from kvbench.datasets.questions import MTBench
+from kvbench.datasets.retrieval import LongBench, Retrieval
 from kvbench.datasets.text import Summaries
 from tests.datasets.files import refusal, write_json, write_lines
 

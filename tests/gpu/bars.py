@@ -25,7 +25,7 @@ import yaml
 from kvbench.cache import UNLIMITED, Budget, Policy, artefact
 from kvbench.cache.policy import steps_between_cuts
 from kvbench.contract.driving import learnt_artefact
-from kvbench.datasets.synthetic import Synthetic
+from kvbench.datasets.text import Synthetic
 from kvbench.models.inputs import prompt_batch
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec

@@ -29,7 +29,7 @@ from kvbench.kernels.dispatch import Chunk
 from kvbench.kernels.prefill import Tiles
 from kvbench.report.tables import markdown_table
 from kvbench.sweep.cell import environment
-from kvbench.tasks.clock import repeated_ms
+from kvbench.tasks.speed import repeated_ms
 
 # batch, KV heads, query heads per KV head, head size, tokens
 SHAPES = {

@@ -30,8 +30,7 @@ from transformers import DynamicCache, StaticCache
 from kvbench.cache.attention import cache_argument
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
-from kvbench.tasks.clock import Marks, synchronised_ms
-from kvbench.tasks.speed import Launch
+from kvbench.tasks.speed import Launch, Marks, synchronised_ms
 
 _SCRIPT = Path(__file__).with_name("kvpress_process.py")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import UNLIMITED, Budget, Policy
-from kvbench.datasets.synthetic import Synthetic
+from kvbench.datasets.text import Synthetic
 from kvbench.models.inputs import prompt_batch
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.policies.full import Full

@@ -29,9 +29,8 @@ from kvbench.policies.h2o import H2O
 from kvbench.policies.snapkv import SnapKV
 from kvbench.policies.streaming_llm import StreamingLLM
 from kvbench.results.store import RecordStore
-from kvbench.tasks.capacity import Capacity
 from kvbench.tasks.decode import CacheSetting, _forbidden
-from kvbench.tasks.memory import Memory, free_memory, parameter_bytes
+from kvbench.tasks.memory import Capacity, Memory, free_memory, parameter_bytes
 from kvbench.tasks.speed import Speed
 from tests.tasks.benches import SCENES, bench_of, cut
 from tests.tiny_models import random_tokens

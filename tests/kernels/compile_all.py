@@ -12,7 +12,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvbench.kernels import decode_attention, linear, norm, ordering, prefill, segment_mean, slot_writes
+from kvbench.kernels import decode_attention, ordering, prefill, slot_writes
+from kvbench.kernels import decode_step as linear
+from kvbench.kernels import decode_step as norm
+from kvbench.kernels import slot_writes as segment_mean
 
 HOPPER = GPUTarget("cuda", 90, 32)
 _TYPES = {"length": "*i64", "seen": "*i64", "position": "*i64", "free": "*i64", "budget": "*i64", "sinks": "*i64"}
@@ -26,7 +29,7 @@ _STRIDES = tuple(f"{name}_{axis}" for name in ("query", "keys", "position", "sta
 _TYPES |= dict.fromkeys((*_STRIDES, "queries", "entries"), "i32")
 _TYPES |= {"lse": "*fp32", "query_position": "*i64", "key_position": "*i64", "scale": "fp32"}
 _ROTATED = ("query_heads", "key_heads", "half", "table_row")
-_ROWS = {1: (8, 256, 6, 2), 16: (32, 128, 5, 4), 64: (32, 128, 5, 4)}  # as in kvbench.kernels.linear
+_ROWS = {1: (8, 256, 6, 2), 16: (32, 128, 5, 4), 64: (32, 128, 5, 4)}  # as in kvbench.kernels.decode_step
 
 
 def compile_kernel(kernel: Any, constants: dict[str, Any], types: dict[str, str] | None = None, **options: int) -> None:

@@ -19,9 +19,8 @@ from kvbench.models.chat import default_template, next_turn_tokens
 from kvbench.models.inputs import answer_tokens, prompt_batch, prompt_ids, prompt_text
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
-from kvbench.tasks.conversation import MultiTurn
 from kvbench.tasks.decode import greedy
-from kvbench.tasks.generation import Generation
+from kvbench.tasks.generation import Generation, MultiTurn
 from tests.models.checkpoints import FAMILIES, WITH_BOS, save_checkpoint
 from tests.tasks.benches import FULL, bench_of
 
@@ -116,6 +115,12 @@ def test_what_a_template_refuses_is_one_line(tmp_path: Path) -> None:
         prompt_text(ours, ASKED)
 
 
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ tools | length }}", "{{ messages[7].content }}"])
+def test_what_goes_wrong_within_a_template_is_told_the_same_way(tmp_path: Path, template: str) -> None:
+    with pytest.raises(ModelSupportError, match=r"^the chat template refuses the chat: "):
+        prompt_text(loaded_with(tmp_path, template), ASKED)
+
+
 def forced(ours: LoadedModel, tokens: list[int]) -> Any:
     """A model that says `tokens`, whatever it is asked."""
     logits = torch.nn.functional.one_hot(torch.tensor([*tokens, 0]), 400).float()
@@ -148,6 +153,13 @@ def test_an_answer_ends_at_every_end_token_that_the_checkpoint_names(
         assert said == [[7, 8]]
 
 
+@pytest.mark.parametrize("ends", ["</s>", ["</s>"], [[2, 5]], [2.5], True])
+def test_end_tokens_that_are_no_numbers_are_refused_in_one_line(tmp_path: Path, ends: Any) -> None:
+    with pytest.raises(ModelSupportError, match=r"names eos_token_id .* in its files; it must be a number") as told:
+        loaded_with(tmp_path, eos_token_id=ends)
+    assert "\n" not in str(told.value)
+
+
 def test_an_end_token_of_a_config_class_is_none_of_the_checkpoint(tmp_path: Path) -> None:
     """LlamaConfig says 2 where a file says nothing, which in another vocabulary is some word."""
     save_checkpoint("llama", tmp_path)
@@ -164,6 +176,7 @@ def test_an_end_token_of_a_config_class_is_none_of_the_checkpoint(tmp_path: Path
 
 def with_turn_end(ours: LoadedModel) -> LoadedModel:
     ours.tokenizer.add_tokens(["<turn_end>"], special_tokens=True)
+    ours.model.resize_token_embeddings(len(ours.tokenizer))
     return replace(ours)
 
 

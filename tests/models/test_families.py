@@ -22,7 +22,7 @@ from kvbench.cache.policy import needs_of
 from kvbench.contract.driving import held_positions
 from kvbench.contract.terms import allowed, block, is_divided
 from kvbench.datasets.base import PICTURE_MARKS, Example, without_marks
-from kvbench.datasets.pictures import MAX_SIDES
+from kvbench.datasets.files import MAX_SIDES
 from kvbench.errors import DataError, ModelSupportError
 from kvbench.models.inputs import PromptBatch, adds_special_tokens, prompt_batch, prompt_text
 from kvbench.models.loader import LoadedModel, load_model

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoTokenizer
 
 from kvbench.cache import UNLIMITED, Budget, Policy, PolicyCache, ScorePolicy, View, cache_argument
-from kvbench.datasets.base import Example
+from kvbench.datasets.base import Example, Turn
 from kvbench.errors import ModelSupportError
 from kvbench.models import loader
-from kvbench.models.inputs import PromptBatch, answer_tokens, prompt_batch, prompt_text
+from kvbench.models.chat import next_turn_tokens
+from kvbench.models.inputs import PromptBatch, answer_tokens, prompt_batch, prompt_ids, prompt_text
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
 from kvbench.tasks.decode import CacheSetting
@@ -190,3 +192,35 @@ def test_a_tokenizer_without_an_end_token_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(ModelSupportError, match="no end token"):
         load_model(ModelSpec(checkpoint=str(tmp_path)), "cpu")
+
+
+def test_a_tokenizer_of_more_words_than_the_model_knows_is_refused_where_it_writes_one(tmp_path: Path) -> None:
+    """An embedding would be read beyond its end, which on a GPU ends the process."""
+    save_checkpoint("llama", tmp_path)
+    words = AutoTokenizer.from_pretrained(tmp_path)
+    words.add_tokens(["purple"])
+    words.save_pretrained(tmp_path)
+    ours = load_model(ModelSpec(checkpoint=str(tmp_path)), "cpu")
+    told = f"writes token {len(words) - 1} \\('purple'\\)"
+
+    def asked(question: str, reference: str) -> Example:
+        turns = (Turn(question=question, answer=""),)
+        return Example(id="a", cluster="a", question=question, reference=reference, follow_ups=turns)
+
+    assert prompt_ids(ours, asked("red?", "red")), "what it does not write does no harm"
+    for act in (
+        lambda: prompt_batch(ours, [asked("purple?", "")]),
+        lambda: answer_tokens(ours, asked("", "purple")),
+        lambda: next_turn_tokens(ours, asked("purple?", ""), 2),
+    ):
+        with pytest.raises(ModelSupportError, match=told):
+            act()
+
+
+def test_a_quantised_checkpoint_whose_library_is_not_installed_is_told_in_one_line(tmp_path: Path) -> None:
+    save_checkpoint("llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(ModelSupportError) as told:
+        load_model(ModelSpec(checkpoint=str(tmp_path)), "cpu")
+    assert "\n" not in str(told.value)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvbench.cache import Kind
-from kvbench.datasets.synthetic import Synthetic
+from kvbench.datasets.text import Synthetic
 from kvbench.errors import ConfigError, DataError, ModelSupportError
 from kvbench.models import loader
 from kvbench.models.inputs import prompt_batch

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import kvbench.models.spec as spec_module
 from kvbench.errors import ConfigError
 from kvbench.models.spec import BUNDLED_FOLDER, ModelSpec
 
@@ -88,10 +89,16 @@ def test_the_fingerprint_follows_the_files_and_not_the_place(tmp_path: Path) -> 
     assert copied.fingerprint() != original
 
 
-def test_a_change_at_the_end_of_large_weights_changes_the_fingerprint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", [0, 1, 100_001, 2**22 - 2**14 - 1, 2**22 - 1])
+def test_a_change_of_large_weights_changes_the_fingerprint_if_it_is_as_long_as_the_gap_between_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    monkeypatch.setattr(spec_module, "_WHOLE_BYTES", 2**16)
+    monkeypatch.setattr(spec_module, "_BLOCK_BYTES", 2**10)
     folder_with(tmp_path, config__json="{}")
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(b"\0" * (5 * 2**20))
+    weights, content = tmp_path / "model.safetensors", bytearray(2**22)
+    weights.write_bytes(content)
     before = ModelSpec(checkpoint=str(tmp_path)).fingerprint()
-    weights.write_bytes(b"\0" * (5 * 2**20 - 1) + b"\1")
+    content[at : at + 2**22 // 256] = b"\1" * len(content[at : at + 2**22 // 256])
+    weights.write_bytes(content)
     assert ModelSpec(checkpoint=str(tmp_path)).fingerprint() != before

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from kvbench.config.checks import check_model
 from kvbench.errors import ConfigError, KvbenchError, ModelSupportError
 from kvbench.models.loader import load_model
-from kvbench.models.spec import ModelSpec
+from kvbench.models.spec import ModelSpec, check_weight_files
 from tests.models.checkpoints import FAMILIES, save_checkpoint
 
 POINTER = (
@@ -280,3 +280,27 @@ def test_a_settings_file_that_broke_off_is_refused(llama: Path, name: str) -> No
     assert f"{name} is not JSON (" in refused_before_loading(llama)
     (llama / name).write_text("{}")
     check_model(ModelSpec(checkpoint=str(llama)), NoPictures(), "original", "eager")
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer_config.json", "generation_config.json"]
+)  # `check_model` looks at config.json
+@pytest.mark.parametrize("content", ["[]", "null", '"llama"', "3"])
+def test_a_settings_file_that_holds_no_object_is_refused(llama: Path, name: str, content: str) -> None:
+    (llama / name).write_text(content)
+    assert f"{name} holds a " in refused_before_loading(llama)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.bool])
+def test_weights_that_are_whole_numbers_are_refused_unless_the_config_says_what_they_stand_for(
+    llama: Path, dtype: torch.dtype
+) -> None:
+    """Without a scale they are no weights, and load as if they were."""
+    tensors = load_file(llama / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = (10 * tensors[name]).to(dtype)
+    save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
+    assert f"holds whole numbers as weights ({name})" in refused_before_loading(llama)
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mine"}}))
+    check_weight_files(llama)

@@ -20,7 +20,7 @@ from kvbench.cache.positions import Rotation
 from kvbench.cache.recording import CalibrationCache
 from kvbench.cache.second_pass import read_again
 from kvbench.contract.driving import left_padded
-from kvbench.contract.reference import rotated
+from kvbench.contract.equality import rotated
 from kvbench.errors import ConfigError, PolicyError
 from kvbench.policies.allocation.retrieval_heads import RetrievalHeads
 from kvbench.policies.duo_attention import DuoAttention

@@ -5,16 +5,19 @@ The rules stand in `kvbench.contract`, where `kvbench check-policy` finds them t
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvbench.cache import Budget, Policy
-from kvbench.contract import deciding, holding
+from kvbench.cache import Allocation, Budget, Merge, Policy
+from kvbench.contract import holding
+from kvbench.contract.catalogue import policy_named
 from kvbench.contract.terms import BUDGETS, STEPS
 from kvbench.contract.trial import RULES
 from tests.contract import keep
-from tests.covering import POSITIONS
+from tests.covering import POSITIONS, YAMLS
 
 TWO_BUDGETS = ["tokens", "third_of_seen"]
 
@@ -58,27 +61,49 @@ def test_nothing_keeps_the_prompt_alive(policy: Policy, positions: Any) -> None:
 def test_the_same_input_gives_the_same_result_and_a_used_policy_or_cache_is_as_good_as_new(
     policy: Policy, positions: Any, budget_name: str
 ) -> None:
-    keep(deciding.repeats_itself, policy, budget=budget_name, positions=positions)
+    keep(holding.repeats_itself, policy, budget=budget_name, positions=positions)
 
 
 @pytest.mark.parametrize("budget_name", TWO_BUDGETS)
 def test_a_policy_changes_nothing_that_it_is_shown(policy: Policy, budget_name: str) -> None:
-    keep(deciding.leaves_its_view_alone, policy, budget=budget_name)
+    keep(holding.leaves_its_view_alone, policy, budget=budget_name)
 
 
 @pytest.mark.parametrize("budget_name", TWO_BUDGETS)
 def test_a_decode_step_waits_for_no_number_of_the_device(policy: Policy, budget_name: str) -> None:
-    keep(deciding.waits_for_nothing, policy, budget=budget_name)
+    keep(holding.waits_for_nothing, policy, budget=budget_name)
 
 
 @pytest.mark.parametrize("budget_name", ["smallest", "tokens", "third_of_seen"])
 def test_what_stays_is_what_scores_best(policy: Policy, budget_name: str) -> None:
-    keep(deciding.keeps_the_best, policy, budget=budget_name)
+    keep(holding.keeps_the_best, policy, budget=budget_name)
 
 
 @pytest.mark.parametrize("budget_name", TWO_BUDGETS)
 def test_entries_are_merged_as_the_plan_says(policy: Policy, budget_name: str) -> None:
-    keep(deciding.merges_as_planned, policy, budget=budget_name)
+    keep(holding.merges_as_planned, policy, budget=budget_name)
+
+
+COMPARED_ELSEWHERE = {  # with the code that was released
+    "ElasticReleased": "policies/test_released_equality.py",
+    "H2OElasticRelease": "policies/test_released_departures.py",
+    "H2OReleased": "policies/test_released_departures.py",
+    "LocalElasticRelease": "policies/test_released_equality.py",
+    "StreamingLLMReleased": "policies/test_released_equality.py",
+}
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+def test_every_score_and_part_meets_a_slow_twin(path: Path) -> None:
+    """A new yaml's class and parts are named in a test that compares with plain lists, on random input."""
+    tests, policy = Path(__file__).parents[1], policy_named(path.stem)
+    texts = [file.read_text() for folder in ("policies", "cache") for file in (tests / folder).glob("test_*.py")]
+    slow = "\n".join(text for text in texts if "@given" in text or "naive" in text)
+    for one in (policy, getattr(policy, "allocation", None), getattr(policy, "merge", None)):
+        name = type(one).__name__
+        if isinstance(one, Policy | Allocation | Merge) and not re.search(rf"\b{name}\b", slow):
+            assert name in COMPARED_ELSEWHERE, f"{name} is compared with no slow reference"
+            assert re.search(rf"\b{name}\b", (tests / COMPARED_ELSEWHERE[name]).read_text())
 
 
 def test_every_rule_of_the_contract_is_tried_here_or_beside() -> None:

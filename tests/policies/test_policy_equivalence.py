@@ -49,7 +49,7 @@ def test_eviction_equals_attention_that_cannot_see_what_was_evicted(
 
 
 @pytest.mark.cover(whole="pairs")
-@pytest.mark.parametrize("budget_name", ["smallest", "tokens", "third_of_seen", "unlimited"])
+@pytest.mark.parametrize("budget_name", ["smallest", "tokens", "third_of_seen", "most_of_prompt", "unlimited"])
 def test_a_second_turn_keeps_the_budget_and_sees_what_was_held(
     policy: Policy, positions: Any, budget_name: str
 ) -> None:

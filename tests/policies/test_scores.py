@@ -32,6 +32,7 @@ from kvbench.policies.nacl import NACL
 from kvbench.policies.r_kv import RKV
 from kvbench.policies.random import Random
 from kvbench.policies.scissorhands import Scissorhands
+from kvbench.policies.simlayerkv import SimLayerKV
 from kvbench.policies.snapkv_decode import SnapKVDecode
 from kvbench.policies.tova import TOVA
 from kvbench.policies.vase import VaSE
@@ -65,6 +66,7 @@ PAIRS: dict[str, tuple[ScorePolicy, naive.Score]] = {
     ),
     "cake": (Cake(num_recent=4), naive.cake(4, 200.0, 5)),
     "cake_mean": (Cake(num_recent=3, gamma=0.0, kernel_tokens=1), naive.cake(3, 0.0, 1)),
+    "simlayerkv": (SimLayerKV(num_sinks=2, num_recent=3), naive.newest),
     "curdkv": (CurDKV(num_sinks=2, run_tokens=5), naive.curdkv(5)),
     "chunkkv_of_one": (ChunkKV(num_recent=2, chunk_tokens=1), naive.chunkkv(2, 1)),
 }

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from kvbench.frontier.table import Frontier, Look, Search
 from kvbench.report.answer import answer_html, answer_sentences
 from kvbench.report.compare import DECLARED, Ability, group_comparisons, leading_quality
 from kvbench.report.figures.draw import palette_of
@@ -25,6 +24,7 @@ from kvbench.report.page_tables import frontier_html, matrices_html
 from kvbench.report.standing import best_policies, judge, safe_cells, standing_at
 from kvbench.report.tables import markdown_tables, print_tables
 from kvbench.report.verdicts import verdicts_csv, verdicts_latex, verdicts_markdown
+from kvbench.results.frontier import Frontier, Look, Search
 from kvbench.sinks.wandb.report import _COMPARED, _headline, _verdict_table
 from tests.report.synthetic import body, write_cell
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvbench.autopsy.read import living_on, load_autopsy
+from kvbench.autopsy.page import living_on, load_autopsy
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
 from kvbench.results.record import write_autopsy

@@ -25,8 +25,7 @@ from kvbench.report.compare import (
 from kvbench.report.load import Group, load_results, parse_cell, sample_score
 from kvbench.report.standing import asked_budget, judge, swapped
 from kvbench.report.tables import verdict_rows
-from kvbench.stats.power import more_samples
-from kvbench.stats.tests import holm
+from kvbench.stats.tests import holm, more_samples
 from tests.report.synthetic import body, without_facts, write_cell
 
 

@@ -108,6 +108,16 @@ def test_a_level_that_lacks_a_cell_is_left_out_whole_and_said() -> None:
     assert lines[-1].startswith("`kvbench +experiment=factorial factorial.parts=[")
 
 
+@pytest.mark.parametrize("newest_first", [True, False])
+def test_of_a_combination_measured_again_since_its_part_was_mended_the_newest_counts(newest_first: bool) -> None:
+    levels = ("a", "ada", "voronoi")
+    mended = record(levels, 1.5) | {"key": "f" * 64, "started_utc": "2026-11-24T13:00:00+00:00"}
+    cells = [*(record(other, 2.0) for other in ALL), mended]
+    found = grid_of(results_of(cells[::-1] if newest_first else cells), "scenes")
+    assert found is not None
+    assert found.cells[levels].key == mended["key"]
+
+
 def test_tables_and_figure_say_the_same_and_nothing_is_said_of_no_grid() -> None:
     results = results_of(record(levels, 2 + 0.1 * ("ada" in levels)) for levels in ALL)
     main = list(main_effects_markdown(results, WORDS))

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kvbench.frontier.table import Frontier, Look, Search
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
+from kvbench.results.frontier import Frontier, Look, Search
 from tests.report.chromium import Browser, Page
 from tests.report.synthetic import body, write_cell, write_sweep
 

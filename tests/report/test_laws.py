@@ -117,6 +117,25 @@ def test_the_laws_that_ship_are_whole_and_a_page_explains_each() -> None:
         assert f"`{law.name}`" in page, law.name
 
 
+def test_directions_and_margins_are_those_committed_before_the_first_run() -> None:
+    """f6fa0ad of 2026-11-29 23:50 and fd00997 of 2026-11-30 03:26; the first records are of 01:02 and 04:35."""
+    assert {law.name: [(one.difference, one.margin) for one in law.expects] for law in LAWS.values()} == {
+        "full_budget": [("within", 0.001)],
+        "no_sinks": [("above", 0.4)],
+        "four_sinks": [("within", 0.02), ("above", 0.02)],
+        "larger_stream": [("above", 0.02)],
+        "small_keys": [("below", 0.1), ("above", 0.4), ("above", 0.02)],
+        "heavy_hitters": [("below", 0.1), ("above", 0.1), ("above", 0.1)],
+        "tova_eighth": [("below", 0.1)],
+        "hidden_question": [("below", 0.0), ("above", -0.2), ("below", -0.2)],
+        "needle_in_window": [("below", -0.6), ("within", 0.2)],
+        "choice_per_head": [("above", 0.02), ("below", 0.02)],
+        "copied_digits": [("above", -0.2), ("above", 0.2)],
+        "copied_word": [("above", 0.2)],
+        "peak_memory": [("above", -0.1)],
+    }
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = save_checkpoint("llama", tmp_path_factory.mktemp("llama"))

@@ -73,6 +73,18 @@ def test_a_pair_has_one_verdict_in_the_table_of_the_docs_on_the_page_and_among_a
         assert (place.next.p_holm or 0) > (own.p_value or 0), "corrected over all pairs, not over neighbours alone"
 
 
+def test_of_a_policy_measured_again_since_it_was_mended_the_newest_record_has_the_place() -> None:
+    mended = record("h2o", seed=1) | {"started_utc": "2026-11-24T13:00:00+00:00"}
+    for bodies in itertools.permutations([mended, *map(record, POLICIES)], 5):
+        places = board(judged_of(RECALL, *bodies), 0.2, RECALL)
+        assert len(places) == len(POLICIES)
+        assert mended["key"] in {place.cell.key for place in places}
+    failed = record("h2o", status="crashed", seed=1) | {"started_utc": "2026-11-24T13:00:00+00:00"}
+    places = board(judged_of(RECALL, failed, *map(record, POLICIES)), 0.2, RECALL)
+    assert len(places) == len(POLICIES)
+    assert not any(place.cell.failed for place in places)
+
+
 def test_a_perplexity_is_better_where_it_is_less() -> None:
     places = board(judged_of("ppl", *map(record, POLICIES)), 0.2, "ppl")
     values = [place.cell.measurements["ppl"].value for place in places]

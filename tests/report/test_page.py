@@ -11,8 +11,8 @@ import pytest
 
 from kvbench.measures import MEASURES
 from kvbench.report.build import build_report
+from kvbench.report.figures import FIGURES
 from kvbench.report.figures.draw import draw_plots
-from kvbench.report.figures.kinds import FIGURES
 from kvbench.report.load import load_results
 from kvbench.report.page import render_page
 from kvbench.report.standing import judge

@@ -7,15 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kvbench.frontier.table import Frontier
 from kvbench.measures import measure
 from kvbench.report.answer import answer_html, answer_sentences
 from kvbench.report.compare import Choices
-from kvbench.report.figures.kinds import FIGURES
+from kvbench.report.figures import FIGURES
 from kvbench.report.load import load_results
 from kvbench.report.page import again_html, methods_html, render_page
 from kvbench.report.page_tables import frontier_html, latency_html
 from kvbench.report.standing import judge
+from kvbench.results.frontier import Frontier
 from tests.report.synthetic import body, without_facts, write_cell
 
 WIDE = Choices(margins={"rougeL_vs_full": 0.5, "ppl": 0.02}, intersect=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvbench.report.build import build_report
-from kvbench.report.figures.kinds import FIGURES
+from kvbench.report.figures import FIGURES
 from tests import covering
 from tests.report.chromium import Browser, Page
 from tests.report.synthetic import body, write_cell, write_sweep

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from kvbench.report.compare import timing_noise
 from kvbench.report.findings import notes_of
 from kvbench.report.load import load_results
 from kvbench.report.standing import judge
@@ -111,6 +112,36 @@ def test_turns_and_needles_have_columns_where_they_were_measured(tmp_path: Path)
     header = markdown_tables(load_results(tmp_path)).splitlines()[4]
     columns = [column.strip() for column in header.strip("|").split("|")][2:]
     assert columns == ["needles found", "turn 1: ROUGE-L vs full", "turn 2: exact", "items skipped"]
+
+
+def test_how_long_a_whole_answer_takes_stands_beside_the_score_of_problems(tmp_path: Path) -> None:
+    record = body(policy="h2o")
+    ms = {"ttft_ms": (50.0, 48.0, 55.0), "tpot_ms": (10.0, 9.0, 12.0)}
+    record["measurements"] = {
+        **{name: {"value": value, "low": low, "high": high, "n": 6} for name, (value, low, high) in ms.items()},
+        "answers_right_fraction": {"value": 0.5, "low": 0.2, "high": 0.8, "n": 2},
+    }
+    alone = {"id": "a", "num_new_tokens": 5}
+    drawn = {"id": "b", "num_new_tokens": 1, "draws": [{"num_new_tokens": 9}, {"num_new_tokens": 13}]}
+    record["samples"] = [{**row, "answers_right_fraction": 0.5} for row in (alone, drawn)]
+    record["measurements"]["ttft_spread_fraction"] = {"value": 0.5, "n": 1}
+    write_cell(tmp_path, record)
+    (group,) = load_results(tmp_path).groups
+    columns = results_table(group).columns
+    assert columns[0] == "answers_right_fraction"
+    assert "answer_ms" in columns
+    found = group.cells[0].estimate("answer_ms")
+    assert found is not None
+    assert (found.value, found.low, found.high, found.n) == (50 + 7 * 10, 48 + 7 * 9, 55 + 7 * 12, 2)  # (5 + 11) / 2
+    assert timing_noise(group.cells[0], "answer_ms"), "the first token is a part of it"
+    for name, samples in {"none": [], "no length": [{"id": "a", "answers_right_fraction": 0.5}]}.items():
+        write_cell(tmp_path / name, {**record, "samples": samples})
+        (cell,) = load_results(tmp_path / name).records
+        assert cell.estimate("answer_ms") is None
+
+
+def test_a_score_without_times_and_a_picture_have_no_time_of_an_answer(sweep_folder: Path) -> None:
+    assert all(cell.estimate("answer_ms") is None for cell in load_results(sweep_folder).records)
 
 
 def test_the_length_of_answers_stands_behind_rouge_and_the_tasks_own_measure_first(sweep_folder: Path) -> None:

@@ -38,8 +38,7 @@ WRITES_ELSEWHERE = {
     "kvbench/cli/fetch.py",  # what pip downloads, in a folder of its own until it is whole
     "kvbench/tasks/memory.py",  # a switch of the kernel under /proc
     "kvbench/sweep/process.py",  # a log is appended to
-    "kvbench/results/maintenance.py",  # a file without a name, whose date is the clock of the disk
-    "kvbench/results/store.py",  # sets damaged files aside
+    "kvbench/results/store.py",  # a file without a name, whose date is the clock of the disk; sets damaged files aside
 }
 
 

@@ -110,6 +110,8 @@ def test_a_folder_or_a_pipe_in_place_of_a_record_is_refused(tmp_path: Path) -> N
         ({"samples": None}, "samples"),
         ({"measurements": {"ppl": {"value": "low"}}}, "measurement ppl"),
         ({"measurements": {"ppl": {"value": float("inf")}}}, r"value\.measurements\.ppl\.value is inf"),
+        ({"duration_s": 2**1024}, r"value\.duration_s is a whole number of 1025 bits; a record holds numbers up to"),
+        ({"samples": [{"id": "a", "nll_sum": -(10**400)}]}, r"value\.samples\[0\]\.nll_sum is a whole number of"),
         ({"samples": [{"nll_sum": float("nan")}]}, r"value\.samples\[0\]\.nll_sum is nan"),
         ({"cell": {"path": Path("x")}}, r"value\.cell\.path is a "),
     ],

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvbench.stats.intervals import ratio_interval
-from kvbench.stats.latency import noise_reason, spread_fraction
-from kvbench.stats.paired import infer
+from kvbench.stats.paired import infer, noise_reason, spread_fraction
 from tests.stats.test_coverage import coverage, holds, missed
 from tests.stats.test_power import LADDER, search
 from tests.stats.worlds import (

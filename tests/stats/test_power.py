@@ -8,8 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbench.stats.paired import infer
-from kvbench.stats.power import constant_answer_score, floor_of, look_confidence, most_looks, next_rung, smallest_sample
-from kvbench.stats.tests import is_non_inferior
+from kvbench.stats.tests import (
+    constant_answer_score,
+    floor_of,
+    is_non_inferior,
+    look_confidence,
+    most_looks,
+    next_rung,
+    smallest_sample,
+)
 from tests.stats.worlds import scores
 
 LADDER = np.linspace(1 / 16, 15 / 16, 15)

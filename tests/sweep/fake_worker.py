@@ -45,6 +45,12 @@ def _do(word: str, watcher: PipeWatcher, mark: Path, body: dict[str, Any]) -> No
         watcher.done({**body, "status": value or "ok", "error": None if value in ("", *MEASURED) else error(value)})
     elif name == "badly":
         watcher.done({"key": body["key"], "error": None, "status": "splendid"})
+    elif name == "unwritable":
+        deep: list[Any] = []
+        for _ in range(500):
+            deep = [deep]
+        odd = {"text": "half a pair \ud83d", "list": deep, "number": 10**400}[value]
+        watcher.done({**body, "status": "ok", "error": None, "samples": [{"id": "a", "text": odd}]})
     elif name == "bye":
         watcher.bye()
         os._exit(0)

@@ -20,8 +20,7 @@ from kvbench.models.spec import ModelSpec
 from kvbench.report.findings import _beyond_text
 from kvbench.report.load import parse_cell
 from kvbench.sweep.cell import check_windows, context_tokens, context_use
-from kvbench.tasks.conversation import MultiTurn
-from kvbench.tasks.generation import Generation
+from kvbench.tasks.generation import Generation, MultiTurn
 from kvbench.tasks.perplexity import Perplexity
 from kvbench.tasks.speed import Speed
 from tests.models.checkpoints import save_checkpoint
@@ -153,7 +152,10 @@ def test_time_is_measured_beyond_the_context_and_only_counted(loaded: LoadedMode
 
 
 def test_a_model_that_names_no_limit_is_asked_for_nothing(loaded: LoadedModel) -> None:
-    config = SimpleNamespace(to_dict=lambda: {"max_position_embeddings": None}, model_type="llama")
+    sizes = loaded.model.config.get_text_config
+    config = SimpleNamespace(
+        to_dict=lambda: {"max_position_embeddings": None}, model_type="llama", get_text_config=sizes
+    )
     free = replace(loaded, model=SimpleNamespace(config=config))
     found = use(free, Generation(max_new_tokens=1000))
     assert (found.limit, found.beyond) == (None, {})

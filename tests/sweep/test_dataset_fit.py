@@ -12,14 +12,14 @@ from kvbench.cache.policy import needs_of
 from kvbench.config.build import build_cell
 from kvbench.config.compose import compose_grid
 from kvbench.datasets.base import Example
-from kvbench.datasets.conversation import Conversation
+from kvbench.datasets.questions import Conversation
 from kvbench.datasets.retrieval import Needles
 from kvbench.datasets.scenes import Scenes
 from kvbench.errors import ConfigError, DataError
 from kvbench.models.spec import ModelSpec, takes_images
 from kvbench.sweep.cell import check_fit
 from kvbench.sweep.group import ModelShelf
-from kvbench.tasks.conversation import MultiTurn
+from kvbench.tasks.generation import MultiTurn
 from kvbench.tasks.perplexity import Perplexity
 from kvbench.tasks.speed import Speed
 from tests.datasets.files import write_json, write_lines, write_picture

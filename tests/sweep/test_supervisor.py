@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from kvbench.results.claims import Claims
-from kvbench.results.record import check_body
+from kvbench.results.record import encode_record
 from kvbench.sweep import supervisor
 from kvbench.sweep.cell import Attempt
 from kvbench.sweep.process import Limits
@@ -46,7 +46,7 @@ class Sweep:
         tickets = [[self.ticket(script) for script in group] for group in groups]
 
         def ended(body: dict[str, Any], final: bool) -> None:
-            check_body(body)
+            encode_record(body)  # as the store does
             self.ended.append((self.number[body["key"]], body, final))
 
         events = Events(
@@ -162,6 +162,13 @@ def test_what_is_no_record_is_the_failure_of_its_cell(tmp_path: Path) -> None:
     assert sweep.run([["badly"], GOOD]) == [(0, "crash", "report", True), (1, "ok", None, True)]
     assert sweep.body(0)["error"]["type"] == "RecordError"
     assert "the body lacks" in sweep.body(0)["error"]["message"]
+
+
+def test_what_no_record_can_hold_is_the_failure_of_its_cell_though_its_form_is_right(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path)
+    told = sweep.run([[f"unwritable {kind}"] for kind in ("text", "list", "number")], [GOOD])
+    assert told == [*((number, "crash", "report", True) for number in range(3)), (3, "ok", None, True)]
+    assert "half a surrogate pair" in sweep.body(0)["error"]["message"]
 
 
 def test_a_worker_that_leaves_without_a_record_is_not_started_for_ever(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from kvbench.results.claims import Claims
 from kvbench.results.store import PartialStore, RecordStore
-from kvbench.sinks.base import SinkGroup
+from kvbench.sinks import SinkGroup
 from kvbench.sweep.cell import Attempt
 from kvbench.sweep.supervisor import Ticket, WorkerPlan, WorkerSettings
 from kvbench.sweep.sweep import Progress, StopRequest, Sweep

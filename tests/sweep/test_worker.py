@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvbench.sweep.process import GO, message_of
-from kvbench.sweep.worker import Loading, PipeWatcher
+from kvbench.sweep.worker import Loading, PipeWatcher, moved_bytes
 
 
 class Pipes:
@@ -87,12 +88,33 @@ def test_beats_are_told_no_more_often_than_they_are_needed(monkeypatch: pytest.M
 def test_loading_beats_while_it_uses_the_processor_and_not_while_it_waits_for_ever() -> None:
     used_s = iter([1.0, 2.0, 2.0, 2.01, 4.0])
     beats: list[int] = []
-    loading = Loading(lambda: beats.append(1), every_s=10.0, cpu_s=lambda: next(used_s))
+    loading = Loading(lambda: beats.append(1), every_s=10.0, cpu_s=lambda: next(used_s), moved=lambda: 0)
     counts = []
     for _ in range(4):
         loading.look()
         counts.append(len(beats))
     assert counts == [1, 1, 1, 2], "a hundredth of a core is nothing"
+
+
+def test_loading_beats_while_bytes_come_from_a_slow_disk_or_network() -> None:
+    """At 1 MB/s a large checkpoint takes hours, and a thousandth of a core."""
+    moved = iter([0, 10**7, 10**7 + 1_000, 2 * 10**7])
+    beats: list[int] = []
+    loading = Loading(lambda: beats.append(1), every_s=10.0, cpu_s=lambda: 0.0, moved=lambda: next(moved))
+    counts = []
+    for _ in range(3):
+        loading.look()
+        counts.append(len(beats))
+    assert counts == [1, 1, 2], "what the beats themselves write is nothing"
+
+
+def test_what_a_process_reads_is_counted(tmp_path: Path) -> None:
+    if not Path("/proc/self/io").exists():
+        pytest.skip("only Linux counts it")
+    (tmp_path / "file").write_bytes(b"x" * 3_000_000)
+    before = moved_bytes()
+    (tmp_path / "file").read_bytes()
+    assert moved_bytes() - before >= 3_000_000
 
 
 def test_nothing_runs_beside_a_phase_after_loading(pipes: Pipes) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvbench.cache import Budget, Needs, Policy, ScorePolicy, View
+from kvbench.cache import Budget, Needs, Plan, Policy, ScorePolicy, View
 from kvbench.datasets.base import Dataset
 from kvbench.datasets.scenes import Scenes
 from kvbench.models.loader import LoadedModel
@@ -38,11 +38,15 @@ class MostAttended(ScorePolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class NotANumber(ScorePolicy):
-    """Its victim is fine, but it writes NaN into the cache through the view's keys."""
+    """What it keeps is fine, but the values go on as NaN."""
 
     def score(self, view: View) -> Tensor:
-        view.keys.fill_(float("nan"))
         return view.position.float()
+
+    def plan(self, view: View) -> Plan | None:
+        plan = super().plan(view)
+        assert plan is not None
+        return replace(plan, values=torch.full_like(view.values, torch.nan))
 
 
 @dataclass(frozen=True, kw_only=True)

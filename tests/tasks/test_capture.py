@@ -13,7 +13,7 @@ import torch
 
 from kvbench.errors import PolicyError
 from kvbench.tasks import decode as capture
-from kvbench.tasks import speed as deciding
+from kvbench.tasks import speed
 from kvbench.tasks.decode import captured, warm_up
 
 DEVICE = torch.device("cuda", 3)
@@ -172,7 +172,7 @@ def test_deciding_that_waits_is_run_as_it_is(cuda: FakeCuda, waits: bool, how: s
     class Cache:
         decide = Step(cuda, lambda run: waits)
 
-    work, told = deciding._captured(Cache.decide, DEVICE)
+    work, told = speed._captured(Cache.decide, DEVICE)
     assert told == how
     assert (work is Cache.decide) == waits
     work()
@@ -185,4 +185,4 @@ def test_deciding_that_runs_out_of_memory_is_not_hidden(cuda: FakeCuda) -> None:
             raise RuntimeError("CUDA error: out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        deciding._captured(Cache.decide, DEVICE)
+        speed._captured(Cache.decide, DEVICE)

@@ -6,15 +6,14 @@ from pathlib import Path
 import pytest
 
 from kvbench.cache import Budget
-from kvbench.datasets.synthetic import Synthetic
+from kvbench.datasets.text import Synthetic
 from kvbench.errors import ConfigError
 from kvbench.measures import MEASURES
 from kvbench.models.inputs import prompt_batch
 from kvbench.models.loader import LoadedModel, load_model
-from kvbench.tasks.clock import step_weight_bytes
 from kvbench.tasks.decode import CacheSetting
 from kvbench.tasks.memory import Memory, parameter_bytes
-from kvbench.tasks.speed import Launch, Speed
+from kvbench.tasks.speed import Launch, Speed, step_weight_bytes
 from tests.models.architectures import SMALL, small_spec
 from tests.tasks.benches import FULL, SCENES, bench_of, cut
 

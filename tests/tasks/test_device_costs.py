@@ -10,10 +10,10 @@ import torch
 
 from kvbench.measures import MEASURES
 from kvbench.models.loader import LoadedModel
-from kvbench.tasks import capacity, memory, speed
-from kvbench.tasks.clock import DeviceMarks, step_weight_bytes
+from kvbench.tasks import memory, speed
+from kvbench.tasks import memory as capacity
 from kvbench.tasks.memory import PhasePeaks, parameter_bytes
-from kvbench.tasks.speed import Arm, Reads
+from kvbench.tasks.speed import Arm, DeviceMarks, Reads, step_weight_bytes
 from kvbench.tasks.task import TaskResult
 from tests.tasks.benches import FULL, bench_of, cut
 

@@ -22,9 +22,8 @@ from kvbench.models.inputs import by_question_length, num_question_tokens, promp
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
 from kvbench.tasks.decode import CacheSetting
-from kvbench.tasks.fidelity import Fidelity
 from kvbench.tasks.generation import Generation
-from kvbench.tasks.perplexity import Perplexity
+from kvbench.tasks.perplexity import Fidelity, Perplexity
 from kvbench.tasks.task import Bench, Task
 from tests.contract import is_outcome
 from tests.covering import share_of

@@ -21,8 +21,7 @@ from kvbench.policies.h2o import H2O
 from kvbench.policies.snapkv import SnapKV
 from kvbench.tasks import decode
 from kvbench.tasks.decode import CacheSetting, Decoding, forced
-from kvbench.tasks.fidelity import Fidelity
-from kvbench.tasks.perplexity import Perplexity, PerplexityReleased
+from kvbench.tasks.perplexity import Fidelity, Perplexity, PerplexityReleased
 from kvbench.tasks.task import BatchTask, Bench
 from tests.tasks.benches import FULL, MostAttended, bench_of, cut
 from tests.tasks.test_graph import loaded, padded_batch

@@ -21,8 +21,8 @@ from kvbench.models.spec import ModelSpec
 from kvbench.policies.snapkv import SnapKV
 from kvbench.policies.streaming_llm import StreamingLLM
 from kvbench.tasks import decode as graph
-from kvbench.tasks.conversation import MultiTurn
 from kvbench.tasks.decode import Decoding, greedy
+from kvbench.tasks.generation import MultiTurn
 from kvbench.tasks.task import Bench
 from tests.models.checkpoints import save_checkpoint
 from tests.tasks.benches import FULL, SCENES, NotANumber, bench_of, cut

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from kvbench.models.loader import LoadedModel
-from kvbench.tasks import clock as reference_kernel
 from kvbench.tasks import speed
-from kvbench.tasks.clock import foreign_gpu_processes, reference_ms
-from kvbench.tasks.speed import Launch, Speed
+from kvbench.tasks import speed as reference_kernel
+from kvbench.tasks.speed import Launch, Speed, foreign_gpu_processes, reference_ms
 from kvbench.tasks.task import TaskResult
 from tests.stats.worlds import VirtualClock
 from tests.tasks.benches import bench_of, cut

@@ -19,12 +19,9 @@ from kvbench.models.loader import LoadedModel
 from kvbench.models.spec import BUNDLED_FOLDER
 from kvbench.policies.streaming_llm import StreamingLLM
 from kvbench.results.files import canonical_json
-from kvbench.tasks.capacity import Capacity
-from kvbench.tasks.conversation import MultiTurn
-from kvbench.tasks.fidelity import Fidelity
-from kvbench.tasks.generation import Generation, says_the_same
-from kvbench.tasks.memory import Memory
-from kvbench.tasks.perplexity import Perplexity, PerplexityReleased
+from kvbench.tasks.generation import Generation, MultiTurn, says_the_same
+from kvbench.tasks.memory import Capacity, Memory
+from kvbench.tasks.perplexity import Fidelity, Perplexity, PerplexityReleased
 from kvbench.tasks.speed import Speed
 from kvbench.tasks.task import Task, TaskResult
 from tests.tasks.benches import FULL, SCENES, NanAtDecode, NotANumber, bench_of, cut

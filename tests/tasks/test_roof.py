@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from kvbench.tasks.clock import Marks, copy_bandwidth, step_weight_bytes
+from kvbench.tasks.speed import Marks, copy_bandwidth, step_weight_bytes
 from tests.models.architectures import small_spec
 from tests.tiny_models import tiny_model
 

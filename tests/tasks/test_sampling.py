@@ -16,14 +16,13 @@ from kvbench.cache import Budget
 from kvbench.config.build import build_cell
 from kvbench.config.compose import compose_grid
 from kvbench.datasets.base import Example
-from kvbench.datasets.maths import Problems
+from kvbench.datasets.questions import Problems
 from kvbench.errors import ConfigError
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
 from kvbench.policies.h2o import H2O
 from kvbench.tasks.decode import CacheSetting, Engine, greedy
-from kvbench.tasks.generation import Generation, HeldEntries
-from kvbench.tasks.sampling import Answering, Sampler
+from kvbench.tasks.generation import Answering, Generation, HeldEntries, Sampler
 from kvbench.tasks.task import Bench, TaskResult
 from tests.datasets.files import write_lines
 from tests.models.checkpoints import save_checkpoint

@@ -15,9 +15,8 @@ from kvbench.models.inputs import answer_tokens, prompt_batch, reference_text
 from kvbench.models.loader import LoadedModel, load_model
 from kvbench.models.spec import ModelSpec
 from kvbench.sweep.cell import check_fit
-from kvbench.tasks.fidelity import Along, Fidelity
 from kvbench.tasks.generation import Generation
-from kvbench.tasks.perplexity import Perplexity
+from kvbench.tasks.perplexity import Along, Fidelity, Perplexity
 from kvbench.tasks.task import Prompts
 from tests.models.checkpoints import save_checkpoint
 from tests.tasks.benches import FULL, bench_of, cut

@@ -18,8 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from kvbench.results.maintenance import leftovers
-from kvbench.results.store import RecordStore
+from kvbench.results.store import RecordStore, leftovers
 from tests.trust.fake_sweep import NUM_WRITERS, cells, pretend_elsewhere, write
 
 

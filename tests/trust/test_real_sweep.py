@@ -14,7 +14,7 @@ import pytest
 from kvbench.cli.main import run
 from kvbench.report.load import load_results
 from kvbench.report.tables import csv_text, quality_frame
-from kvbench.results.maintenance import verify
+from kvbench.results.store import verify
 from tests.trust.test_kills import REPO
 
 WORDS = (

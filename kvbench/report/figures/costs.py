@@ -16,22 +16,27 @@ from matplotlib.ticker import FuncFormatter
 
 from kvbench.measures import measure, printed_scale
 from kvbench.report.compare import timing_noise
-from kvbench.report.figures.axes import (
+from kvbench.report.figures.labels import DirectLabels, Named, labelled
+from kvbench.report.figures.style import (
+    Look,
+    Mark,
     artist_name,
     axis_scale,
+    fitting,
     footnote,
     interval_dots,
     keys_above,
+    legend_above,
     marks_of,
     measured,
     narrowed,
+    new_figure,
     panel_title,
     row_figure,
     row_inches,
     status_text,
+    style_of,
 )
-from kvbench.report.figures.labels import DirectLabels, Named, labelled
-from kvbench.report.figures.style import Look, Mark, fitting, legend_above, new_figure, style_of
 from kvbench.report.load import CellResult, Estimate, Group
 
 _Marks = Mapping[str, Mark]

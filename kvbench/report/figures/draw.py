@@ -4,25 +4,32 @@ The same records give the same bytes: no date, no library version, and identifie
 the outlines of DejaVu Sans, which comes with matplotlib, in SVG: a figure then looks the same where that font is
 missing, and labels that were placed so that they do not overlap really do not. A PDF embeds the font, so its text can
 be searched.
+
+Two figures are of what is published alone: `forest`, estimates with their intervals, a row each, and a line where there
+is no difference; `modes`, a line a policy across the position modes, as its paper describes it and as it was released.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
+from kvbench.measures import measure
+from kvbench.report.figures import FIGURES, FigureKind
 from kvbench.report.figures.costs import capacity_figure, latency_figure, memory_figure
-from kvbench.report.figures.kinds import FIGURES, FigureKind
+from kvbench.report.figures.labels import DirectLabels, Named, labelled
 from kvbench.report.figures.pareto import frontier_figure, pareto_figure
 from kvbench.report.figures.quality import differences_figure, entries_figure, quality_figure
-from kvbench.report.figures.style import LIGHT, Look, Palette, Theme
-from kvbench.report.load import Group, Results
+from kvbench.report.figures.style import LIGHT, Look, Palette, Theme, new_figure, style_of
+from kvbench.report.load import CellResult, Group, Results
 
 _NO_DATE: dict[str, dict[str, Any]] = {
     "svg": {"Date": None, "Creator": "kvbench"},
@@ -132,3 +139,93 @@ def draw_pngs(results: Results) -> Iterator[Png]:
         data = draw_one(kind, group, look, "png")
         if data is not None:
             yield Png(name=name, caption=f"{group.title}: {kind.caption}", data=data)
+
+
+_ROW_INCHES = 0.19
+_WIDE = 8.0  # from a ratio of the largest to the middle size on, places far from 0 are drawn by their logarithm
+_LEAST = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One estimate; `low` and `high` are None where it has no interval."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+def forest_svg(names: Sequence[str], panels: Mapping[str, Mapping[str, Row]], *, label: str) -> bytes:
+    """Return the rows `names`, from the top, in panels by their title, as SVG; `label` is of the common scale."""
+    look = Look(palette=Palette([]))
+    with rc_context(look.rc):
+        height = 1.0 + _ROW_INCHES * max(1, len(names))
+        figure, axes = new_figure(look, max(1, len(panels)), height, columns=3, sharey=True)
+        for one, (title, rows) in zip(axes, panels.items(), strict=False):
+            one.set_title(title)
+            one.set_xlabel(label)
+            _panel(one, names, rows, look)
+        axes[0].set_yticks(range(len(names)), list(names))
+        axes[0].set_ylim(len(names) - 0.5, -0.5)
+    return figure_bytes(figure, "svg", look.rc)
+
+
+def _panel(axes: Axes, names: Sequence[str], rows: Mapping[str, Row], look: Look) -> None:
+    axes.axvline(0.0, color=look.theme.muted, linewidth=1.0, linestyle="--", zorder=1)
+    axes.grid(axis="y", color=look.theme.grid, linewidth=0.6)
+    for place, name in enumerate(names):
+        if (row := rows.get(name)) is None:
+            continue
+        if row.low is not None and row.high is not None:
+            axes.hlines(place, row.low, row.high, color=look.theme.blue, linewidth=1.6, zorder=2)
+        axes.plot([row.value], [place], marker="o", markersize=4.5, color=look.theme.blue, linestyle="", zorder=3)
+    sizes = sorted(abs(row.value) for row in rows.values())
+    if sizes and sizes[-1] > _WIDE * max(_LEAST, sizes[len(sizes) // 2]):
+        axes.set_xscale("symlog", linthresh=max(_LEAST, sizes[len(sizes) // 2]))
+
+
+MODES = ("original", "in_cache", "released")
+_PANELS = {"as described": False, "as released": True}
+
+
+def positions_svg(cells: Sequence[CellResult], name: str) -> bytes:
+    """Return the figure of `cells`, one budget and data set, as SVG; what was not measured has no mark."""
+    look = Look(palette=Palette(cell.policy for cell in cells))
+    with rc_context(look.rc):
+        figure = labelled(lambda legend: _build(cells, name, look))
+    return figure_bytes(figure, "svg", look.rc)
+
+
+def _build(cells: Sequence[CellResult], name: str, look: Look) -> DirectLabels:
+    figure, panels = new_figure(look, len(_PANELS), 2.9, columns=2, sharey=True)
+    labels = DirectLabels(figure=figure, look=look)
+    for axes, (title, released) in zip(panels, _PANELS.items(), strict=True):
+        axes.set_title(title)
+        axes.set_xlim(-0.2, len(MODES) - 0.8)
+        axes.set_xticks(range(len(MODES)), [f"{mode}\npositions" for mode in MODES])
+        shown = [cell for cell in cells if cell.is_full or ("_release" in cell.policy) == released]
+        labels.right_of(axes, _lines(axes, shown, name, look))
+    panels[0].set_ylabel(measure(name).label)
+    panels[0].set_yscale("log")
+    panels[0].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    panels[0].yaxis.set_major_formatter(ScalarFormatter())
+    panels[0].yaxis.set_minor_formatter(NullFormatter())
+    return labels
+
+
+def _lines(axes: Axes, cells: Sequence[CellResult], name: str, look: Look) -> list[Named]:
+    """Draw a line with intervals for every policy and return their right ends."""
+    ends: list[Named] = []
+    for policy in dict.fromkeys(cell.policy for cell in cells):
+        found = {cell.positions: cell.estimate(name) for cell in cells if cell.policy == policy}
+        points = [(MODES.index(mode), estimate) for mode, estimate in found.items() if mode in MODES and estimate]
+        if not points:
+            continue
+        points.sort(key=lambda point: point[0])
+        mark = look.palette.mark(policy)
+        places, values = [place for place, _ in points], [estimate.value for _, estimate in points]
+        lows, highs = zip(*(estimate.bounds for _, estimate in points), strict=True)
+        axes.plot(places, values, linestyle=mark.line, linewidth=1.6, **style_of(mark, look.theme))
+        axes.vlines(places, lows, highs, color=mark.colour, linewidth=1.6)
+        ends.append(Named(text=policy, x=float(places[-1]), y=values[-1], colour=mark.colour))
+    return ends

@@ -14,17 +14,16 @@ import numpy as np
 from matplotlib.markers import MarkerStyle
 from matplotlib.path import Path as Outline
 
-from kvbench.frontier.table import Frontier, Search, difference_of, held_text
 from kvbench.measures import TASK_MEASURES, format_value, measure
 from kvbench.report.compare import Ability, difference_unit, size_text, timing_noise
-from kvbench.report.figures.axes import axis_scale, marks_of
 from kvbench.report.figures.costs import RATE, rates_of
 from kvbench.report.figures.pareto import searches_of
-from kvbench.report.figures.style import COLOUR_NAMES, Mark, Palette
+from kvbench.report.figures.style import COLOUR_NAMES, Mark, Palette, axis_scale, marks_of
 from kvbench.report.first_screen import COST_TEXTS, board_measures, board_rows
 from kvbench.report.load import CellResult, Estimate, Group, mean_scores, natural_key
 from kvbench.report.markup import budget_size
 from kvbench.report.standing import Judged, asked_budget
+from kvbench.results.frontier import Frontier, Search, difference_of, held_text
 
 COSTS = (
     *("kv_stored_bytes", "tpot_ms", "tpot_ratio_to_full", "ttft_ms", "ttft_ratio_to_full", "tpot_p90_ms"),

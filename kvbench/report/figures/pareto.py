@@ -16,36 +16,34 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from kvbench.frontier.table import Frontier, Search
 from kvbench.measures import FACT_MEASURES, measure
 from kvbench.report.compare import Ability, timing_noise
-from kvbench.report.figures.axes import (
-    artist_name,
-    axis_scale,
-    emphasised,
-    footnote,
-    hide_ticks_outside,
-    keys_above,
-    marks_of,
-    measured,
-    panel_title,
-    rest_text,
-    series_names,
-    sparse,
-)
 from kvbench.report.figures.labels import DirectLabels, Named, Segment, labelled
 from kvbench.report.figures.style import (
     FAILED,
     Look,
     Mark,
+    artist_name,
+    axis_scale,
+    emphasised,
     fitting,
+    footnote,
+    hide_ticks_outside,
+    keys_above,
     legend_above,
     listed,
+    marks_of,
+    measured,
     new_figure,
+    panel_title,
+    rest_text,
+    series_names,
     shortened,
+    sparse,
     style_of,
 )
 from kvbench.report.load import CellResult, Estimate, Group, is_better
+from kvbench.results.frontier import Frontier, Search
 
 _QUALITIES = (
     *FACT_MEASURES, "rougeL_vs_full", "ppl", "rougeL_released_vs_full", "ppl_released",

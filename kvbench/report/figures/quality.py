@@ -15,30 +15,28 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocat
 
 from kvbench.measures import TASK_MEASURES, measure
 from kvbench.report.compare import declared_budget
-from kvbench.report.figures.axes import (
+from kvbench.report.figures.labels import DirectLabels, Named, labelled
+from kvbench.report.figures.style import (
+    FAILED,
+    MOST_HEIGHT_INCHES,
     BudgetAxis,
+    Look,
+    Mark,
     Scale,
     artist_name,
     axis_scale,
     budget_axis,
     emphasised,
+    fitting,
     footnote,
     hide_ticks_outside,
+    legend_above,
     marks_of,
     measured,
+    new_figure,
     panel_title,
     rest_text,
     series_names,
-)
-from kvbench.report.figures.labels import DirectLabels, Named, labelled
-from kvbench.report.figures.style import (
-    FAILED,
-    MOST_HEIGHT_INCHES,
-    Look,
-    Mark,
-    fitting,
-    legend_above,
-    new_figure,
     style_of,
 )
 from kvbench.report.findings import QUALITIES, budgets_of

@@ -29,7 +29,7 @@ from kvbench.report.standing import asked_budget, best_policies, is_usable, judg
 from kvbench.report.tables import markdown_table, matrix_markdown
 from kvbench.results.files import replace_file
 from kvbench.results.redaction import hide_known
-from kvbench.sinks.console import say
+from kvbench.sinks import say
 from kvbench.sinks.wandb.content import measure_group
 from kvbench.sinks.wandb.run import (
     check_installed,

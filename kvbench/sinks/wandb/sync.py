@@ -28,7 +28,7 @@ from kvbench.errors import ConfigError, check_known
 from kvbench.results.record import MEASURED, read_cell
 from kvbench.results.redaction import redacted_body
 from kvbench.results.store import RecordStore
-from kvbench.sinks.console import say
+from kvbench.sinks import say
 from kvbench.sinks.wandb.content import cell_digest, cell_run, summary_digest, summary_id, summary_of
 from kvbench.sinks.wandb.run import (
     MODES,

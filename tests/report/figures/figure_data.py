@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from kvbench.report.figures import FIGURES
 from kvbench.report.figures.draw import DRAW, Plot, draw_one, draw_plots
-from kvbench.report.figures.kinds import FIGURES
 from kvbench.report.figures.style import Look, Palette
 from kvbench.report.load import Group, load_results
 

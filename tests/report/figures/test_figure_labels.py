@@ -1,13 +1,21 @@
+"""Names beside what they name never overlap, as vectors and as pixels."""
+
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
+from kvbench.report.figures import FIGURES
+from kvbench.report.figures.draw import draw_pngs, png_names
 from kvbench.report.figures.labels import Box, place, spread
+from kvbench.report.load import load_results
 from tests.covering import share_of
+from tests.report.synthetic import body, write_cell
 
 PLACES = st.floats(-50, 250)
 COLUMN = st.lists(st.tuples(PLACES, st.floats(1, 12)), max_size=12)
@@ -108,3 +116,22 @@ def test_a_blocking_label_gives_way() -> None:
     assert both[0] is not None
     assert both[1] is not None
     assert not both[0].overlaps(both[1])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "kinds", [("quality", "capacity", "memory"), pytest.param(tuple(FIGURES), marks=pytest.mark.long)]
+)
+def test_every_figure_that_has_data_is_a_png_with_its_caption(
+    tmp_path: Path, kinds: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvbench.report.figures.draw.FIGURES", {kind: FIGURES[kind] for kind in kinds})
+    for policy, budget in (("full", None), ("h2o", 0.2), ("random", 0.2)):
+        write_cell(tmp_path, body(policy=policy, budget=budget, num_samples=8))
+    results = load_results(tmp_path)
+    drawn = list(draw_pngs(results))
+    assert [png.name for png in drawn] == png_names(results)
+    assert len(drawn) == (2 if len(kinds) == 3 else 6)
+    for one in drawn:
+        assert one.data.startswith(b"\x89PNG")
+        assert one.caption.startswith("tiny-llava on scenes: ")

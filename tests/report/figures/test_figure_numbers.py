@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 from matplotlib import rc_context
 
-from kvbench.frontier.table import Frontier, Search
-from kvbench.frontier.table import Look as BudgetLook
 from kvbench.measures import measure
-from kvbench.report.figures.axes import axis_scale, budget_axis
+from kvbench.report.figures import FIGURES
 from kvbench.report.figures.draw import draw_plots, palette_of
-from kvbench.report.figures.kinds import FIGURES
 from kvbench.report.figures.pareto import Point, frontier_figure, pareto_front
-from kvbench.report.figures.style import Look
+from kvbench.report.figures.style import Look, axis_scale, budget_axis
 from kvbench.report.load import CellResult, load_results
+from kvbench.results.frontier import Frontier, Search
+from kvbench.results.frontier import Look as BudgetLook
 from tests.report.figures.figure_data import bars, corners, draw, drawn_once, lines, texts
 from tests.report.synthetic import body, write_cell
 

@@ -11,17 +11,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from kvbench.report.figures.living import look_of
-from kvbench.report.figures.style import (
-    BUNDLED,
-    COLOUR_NAMES,
-    DARK,
-    LIGHT,
-    OTHERS,
-    PLOT_STYLE,
-    THEMES,
-    Palette,
-    Theme,
-)
+from kvbench.report.figures.style import BUNDLED, COLOUR_NAMES, DARK, LIGHT, OTHERS, PLOT_STYLE, THEMES, Palette, Theme
 from tests.report.figures.colour_vision import VISIONS, contrast, distance
 
 REPO = Path(__file__).parents[3]

@@ -12,8 +12,8 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
+from kvbench.report.figures import FIGURES, FORMATS, WIDTHS
 from kvbench.report.figures.draw import DRAW, draw_plots
-from kvbench.report.figures.kinds import FIGURES, FORMATS, WIDTHS
 from kvbench.report.figures.labels import Box
 from kvbench.report.figures.style import BUNDLED, COLOUR_NAMES, FAILED, LIGHT, OTHERS
 from kvbench.report.load import load_results
@@ -27,7 +27,7 @@ IN_A_SWEEP = ["quality", "pareto", "latency", "memory", "entries", "differences"
 EVERY_FORMAT = """
 import hashlib, sys
 from pathlib import Path
-from kvbench.report.figures.kinds import FIGURES, FORMATS
+from kvbench.report.figures import FIGURES, FORMATS
 from kvbench.report.load import load_results
 from kvbench.report.figures.draw import draw_one
 from kvbench.report.figures.style import Palette
@@ -233,7 +233,7 @@ def test_labels_cover_neither_each_other_nor_leave_the_figure(sweep_folder: Path
 
 @pytest.mark.long
 def test_a_legend_takes_over_where_names_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvbench.report.figures.axes.MANY", 100)
+    monkeypatch.setattr("kvbench.report.figures.style.MANY", 100)
     for index in range(40):
         write_cell(tmp_path, body(policy=f"policy_{index:02}"))
     _, figure = draw(tmp_path, "quality", measures=("ppl",), width="single")

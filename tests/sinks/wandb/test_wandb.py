@@ -17,7 +17,7 @@ import pytest
 
 from kvbench.errors import ConfigError
 from kvbench.results.store import RecordStore
-from kvbench.sinks.base import SinkGroup
+from kvbench.sinks import SinkGroup
 from kvbench.sinks.wandb.content import summary_numbers
 from kvbench.sinks.wandb.run import has_api_key
 from kvbench.sinks.wandb.sync import WandbSink

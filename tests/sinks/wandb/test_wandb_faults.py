@@ -32,7 +32,7 @@ _SWEEP = """
 import json, os, sys, time
 from pathlib import Path
 import psutil
-from kvbench.sinks.base import SinkGroup
+from kvbench.sinks import SinkGroup
 from kvbench.results.store import RecordStore
 from kvbench.sinks.wandb.sync import WandbSink
 from kvbench.sinks.wandb.content import summary_of

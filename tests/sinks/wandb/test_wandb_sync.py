@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from kvbench.autopsy.body import glances
+from kvbench.autopsy.replay import glances
 from kvbench.cli.main import run
 from kvbench.datasets.scenes import Scenes
 from kvbench.results.record import read_record, write_autopsy

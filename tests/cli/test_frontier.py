@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from kvbench.cli import frontier as frontier_cli
+from kvbench.cli.frontier import Plan, asked, cell_of, default_name, search_all, task_words
 from kvbench.cli.main import run
 from kvbench.config.compose import Composed, compose_grid
 from kvbench.errors import ConfigError, RecordError
-from kvbench.frontier.search import Plan, asked, cell_of, default_name, search_all, task_words
-from kvbench.frontier.table import Frontier, budget_text, load_frontier, save_frontier
-from kvbench.results.maintenance import verify
+from kvbench.results.frontier import Frontier, budget_text, load_frontier, save_frontier
 from kvbench.results.record import read_record
+from kvbench.results.store import verify
 from tests.report.synthetic import body, write_cell
 
 LADDER = tuple(number / 16 for number in range(1, 16))

@@ -1,8 +1,10 @@
-"""The list of policies, a new one, and the contract on one: what authors of policies type."""
+"""What authors of policies type: the list, a new one, the contract on one, and what a policy learns of a model."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,10 +13,16 @@ from typing import Any
 
 import pytest
 
-from kvbench.cache import Policy
+from kvbench.cache import Calibrated, Policy
+from kvbench.cache.artefact import artefact_bytes, read_artefact
 from kvbench.cli.main import run
+from kvbench.config.build import build_cell
+from kvbench.config.compose import compose_grid
 from kvbench.contract.catalogue import PAGES, catalogue, facts_of, filled_page, policy_named
 from kvbench.contract.trial import RULES, findings
+from kvbench.errors import ConfigError
+from kvbench.models.spec import BUNDLED_FOLDER
+from kvbench.sweep.cell import Cell
 from tests.covering import YAMLS
 
 REPO = Path(__file__).parents[2]
@@ -138,7 +146,7 @@ def test_a_policy_to_begin_with_is_named_or_guessed_and_nothing_is_written_over(
 def test_a_new_policy_of_a_checkout_lies_among_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from kvbench.cli import new_policy
+    from kvbench.cli import policies as new_policy
 
     for folder in ("policies", "conf/policy"):
         (tmp_path / folder).mkdir(parents=True)
@@ -225,6 +233,43 @@ def test_a_plan_over_the_budget_is_told_with_what_was_allowed(own_path: Path) ->
     assert "keeps [[24, 24]] entries (rows x heads); allowed per row: 1 to [1]" in finding.line
 
 
+def test_a_part_that_is_no_frozen_dataclass_of_its_own_is_told(own_path: Path) -> None:
+    """Its settings would be no settings: a dataclass's base takes none of them."""
+    from kvbench.cache import Allocation
+    from kvbench.policies.h2o import H2O
+
+    class Loose(Allocation):
+        share: float = 0.5
+
+    (finding,) = findings(H2O(allocation=Loose()), [rule for rule in RULES if rule.name == "is_frozen"])
+    assert finding.line == "Loose is no frozen dataclass; write @dataclass(frozen=True)"
+
+
+def test_a_yaml_of_ones_own_may_name_its_parts_by_hydras_defaults(
+    own_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (own_path / "mine.py").write_text(OWN)
+    for place, text in {
+        "mine": "# Mine: parts of its own\ndefaults:\n  - allocation: first\n  - merge: newest\n_target_: mine.Mine\n",
+        "allocation/first": "_target_: mine.FirstLayers\n",
+        "merge/newest": "_target_: mine.IntoTheNewest\n",
+    }.items():
+        path = own_path / "conf" / "policy" / f"{place}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    few(monkeypatch)
+    told = said(capsys, "check-policy", "mine", "--config-dir", "conf", "--contract-only")
+    assert "mine: 2 rules hold, 0 broken" in told
+    (found,) = json.loads(said(capsys, "policies", "FirstLayers", "--config-dir", "conf", "--json"))
+    assert (found["allocation"], found["merge"]) == ("FirstLayers", "IntoTheNewest")
+    (own_path / "conf" / "policy" / "wrong.yaml").write_text("_target_: mine.Mine\nallocation: first\n")
+    told = said(capsys, "check-policy", "wrong", "--config-dir", "conf", "--contract-only", code=2)
+    assert told == (
+        "kvbench: policy.allocation is 'first'; it must be an Allocation: in a yaml a mapping with a _target_, on the "
+        "command line +policy/allocation=NAME\n"
+    )
+
+
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the contract be two rules."""
     from kvbench.contract import trial
@@ -250,6 +295,24 @@ def test_check_policy_says_what_holds_and_ends_with_one_where_something_does_not
         (["conf/mine.yaml"], "there is no such file or folder"),
     ):
         assert line in said(capsys, "check-policy", *words, code=2)
+
+
+def test_a_policy_that_keeps_the_contract_passes_where_the_scenes_are_nothing_for_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kvbench.contract import comparison
+    from kvbench.policies.kvzip import KVzip
+
+    def costs(policy: Policy, loaded: object) -> None:
+        assert isinstance(policy, KVzip)
+        raise ConfigError("KVzip has the prompt repeated as text,\nand it shows pictures")
+
+    few(monkeypatch)
+    monkeypatch.setattr(comparison, "small_model", lambda: None)
+    monkeypatch.setattr(comparison, "costs", costs)
+    told = said(capsys, "check-policy", "kvzip")
+    assert "kvzip: 2 rules hold, 0 broken" in told
+    assert "costs and standing are not measured: KVzip has the prompt repeated as text, and it shows pictures" in told
 
 
 @pytest.mark.long
@@ -323,3 +386,113 @@ class Mine(ScorePolicy):
     def score(self, view: View) -> Tensor:
         return view.mass / (1 + view.values.float().norm(dim=-1))
 '''
+
+
+FEW = ("dataset.num_samples=2", "batch_size=2")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `kvbench calibrate q_filters` leaves for the bundled model."""
+    path = tmp_path_factory.mktemp("written") / "q.safetensors"
+    assert run(["calibrate", "q_filters", *FEW, "--out", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KVBENCH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def cell_of(*words: str) -> Cell:
+    (composed,) = compose_grid(["policy=q_filters", "task=perplexity", *FEW, *words], multirun=False, config_dir=None)
+    return build_cell(composed)
+
+
+def refused(match: str, *words: str) -> None:
+    with pytest.raises(ConfigError, match=match) as caught:
+        cell_of(*words)
+    assert "\n" not in str(caught.value)
+
+
+def test_it_is_found_again_in_the_cache_folder_and_its_hash_is_in_the_key(
+    written: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused("QFilters needs an artefact, and .* run `kvbench calibrate q_filters model=tiny-llava dataset=NAME`")
+    assert run(["calibrate", "q_filters", *FEW]) == 0
+    told = capsys.readouterr()
+    (file,) = (path for path in cache.rglob("*.safetensors"))
+    assert str(file) in told.out
+    assert "2 prompts" in told.err
+    assert file.read_bytes() == written.read_bytes()
+    found = cell_of()
+    assert isinstance(found.setting.policy, Calibrated)
+    assert found.setting.policy.artefact == str(file)
+    assert found.settings["policy"]["artefact"] == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_where_a_file_lies_is_in_no_key_and_what_is_in_it_is(written: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere.safetensors"
+    shutil.copy(written, moved)
+    first, second = cell_of(f"policy.artefact={written}"), cell_of(f"policy.artefact={moved}")
+    assert first.key == second.key
+    stored = read_artefact(written)
+    layers = [{"filter": stored.tensors[f"layers.{n}.filter"]} for n in range(len(stored.tensors))]
+    moved.write_bytes(artefact_bytes(layers, {**stored.about, "num_prompts": 99}))
+    assert cell_of(f"policy.artefact={moved}").key != first.key
+
+
+def test_it_says_what_it_was_made_of_and_from(written: Path) -> None:
+    about = read_artefact(written).about
+    assert about["policy"] == "kvbench:QFilters"
+    assert about["num_prompts"] == 2
+    assert about["dataset_name"] == "scenes"
+    assert {"model", "source", "dataset", "dtype"} <= about.keys()
+    assert {"kvbench", "torch", "transformers"} <= about["versions"].keys()
+
+
+def test_another_model_is_refused(written: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(BUNDLED_FOLDER, other)
+    (other / "note.txt").write_text("another model")
+    refused("is of the model .* and this one, other", f"model.checkpoint={other}", f"policy.artefact={written}")
+
+
+def test_what_another_policy_or_its_older_source_learnt_is_refused(written: Path, tmp_path: Path) -> None:
+    stored, path = read_artefact(written), tmp_path / "older.safetensors"
+    layers = [{"filter": stored.tensors[f"layers.{n}.filter"]} for n in range(len(stored.tensors))]
+    path.write_bytes(artefact_bytes(layers, {**stored.about, "source": "0123456789abcdef"}))
+    refused("made by kvbench:QFilters of source 0123456789abcdef, and QFilters is now", f"policy.artefact={path}")
+    path.write_bytes(artefact_bytes(layers, {**stored.about, "policy": "Mine"}))
+    refused("made by Mine of source", f"policy.artefact={path}")
+
+
+def test_a_missing_and_a_torn_file_are_refused_before_a_model_is_loaded(written: Path, tmp_path: Path) -> None:
+    refused("is not there; run `kvbench calibrate q_filters", f"policy.artefact={tmp_path / 'none'}")
+    torn = tmp_path / "torn"
+    torn.write_bytes(written.read_bytes()[:-5])
+    refused("not a whole file", f"policy.artefact={torn}")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["h2o"], "policy=h2o reads no artefact"),
+        (["q_filter"], "did you mean 'q_filters'"),
+        (["model=tiny-llava"], "stands where the policy's name belongs"),
+        (["q_filters", "scenes"], "cannot be read as KEY=VALUE"),
+        ([], "POLICY"),
+    ],
+)
+def test_wrong_words_are_told_in_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["calibrate", *words]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1
+
+
+def test_help_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(["calibrate", "--help"])
+    assert "safetensors" in capsys.readouterr().out

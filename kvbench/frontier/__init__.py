@@ -1,1 +1,0 @@
-"""The smallest budget within a margin: the search, its table, its place on the page."""
