@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from unittest import mock
 from typing import Any
 
 import pytest
@@ -183,11 +182,10 @@ def test_a_failed_cell_gives_no_number(tmp_path: Path) -> None:
 
 def test_odd_values_in_a_record_cost_that_value_only(tmp_path: Path) -> None:
     record = body(num_samples=2)
-    record["measurements"]["ppl"] |= {"value": 10**400}
+    record["measurements"]["ppl"] |= {"value": "1e400"}
     record["measurements"]["ttft_ms"] |= {"low": "x", "n": None}
     record["samples"][0] |= {"cluster": None, "text": None}
-    with mock.patch("kvbench.results.files._json_problem", return_value=None):  # what writes refuses that number now
-        write_cell(tmp_path, record)
+    write_cell(tmp_path, record)
     cell = load_results(tmp_path).records[0]
     ttft = cell.estimate("ttft_ms")
     assert cell.estimate("ppl") is None
