@@ -16,6 +16,7 @@ from itertools import chain, product
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 from kvbench.report.publication import filled_page
 from tests.parity.theirs import GIVEN, SCORED, WINDOWS
@@ -317,6 +318,7 @@ def of_readme() -> str:
     return (REPO / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 def test_the_readmes_tables_are_made_from_the_records() -> None:
     made = filled_page(REPO, REPO / "README.md")
     assert made == of_readme()
