@@ -364,6 +364,7 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
         "seed": seed,
         "device": device.split(":")[0],
         "versions": dict(_versions()),
+        **({"later_prompts": _LATER_PROMPTS} if _divides_later(policy, tasks, query_visible=query_visible) else {}),
         # Only where it is not refused, which gives numbers that a run which refuses must not take.
         **({} if beyond_context == "refuse" else {"beyond_context": beyond_context}),
     }
@@ -383,6 +384,17 @@ def build_cell(composed: Composed, shared: Shared | None = None) -> Cell:
         autopsy=build(config.autopsy, "autopsy", is_a=AutopsySettings),
         shard=config.get("shard"),
     )
+
+
+# How a budget that layers divide is divided again when more of a prompt comes; 1, which no key names: a layer could be
+# given more than it still held, and what it lacked was nobody's.
+_LATER_PROMPTS = 2
+
+
+def _divides_later(policy: Policy, tasks: dict[str, Any], *, query_visible: bool) -> bool:
+    """Return whether a later prompt, a hidden question or the next turn, meets a budget that layers divide."""
+    is_divided = getattr(policy, "allocation", None) is not None or bool(getattr(policy, "skip_layers", ()))
+    return is_divided and (not query_visible or any(getattr(task, "max_turns", 1) > 1 for task in tasks.values()))
 
 
 def with_artefact(policy: Calibrated, model: ModelSpec, composed: Composed) -> tuple[Calibrated, str]:

@@ -390,6 +390,16 @@ def test_the_semantics_of_the_cache_are_in_the_key(monkeypatch: pytest.MonkeyPat
     assert not {key("policy=h2o"), key("policy=full")} & set(before)
 
 
+def test_how_later_prompts_are_divided_is_in_the_key_of_those_that_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["task=conversation", "task=quality", "task=quality query_visible=false"]
+    divided = ["adakv", "key_norm policy.skip_layers=[0]"]
+    names = [f"policy={policy} {words}" for policy in (*divided, "key_norm", "h2o", "full") for words in asked]
+    before = {name: key(*name.split()) for name in names}
+    monkeypatch.setattr(kvbench.config.build, "_LATER_PROMPTS", 999)
+    moved = {name for name in names if key(*name.split()) != before[name]}
+    assert moved == {f"policy={policy} {words}" for policy in divided for words in (asked[0], asked[2])}
+
+
 def test_the_number_of_a_gpu_leaves_the_key_and_its_kind_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = []
     for device in ("cuda:0", "cuda:1", "cpu"):
