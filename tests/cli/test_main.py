@@ -171,8 +171,8 @@ def test_a_failing_cell_ends_with_one_and_the_others_are_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "conf" / "policy").mkdir(parents=True)
-    (tmp_path / "conf" / "policy" / "broken.yaml").write_text("_target_: broken_policy.Broken\n")
-    (tmp_path / "broken_policy.py").write_text(
+    (tmp_path / "conf" / "policy" / "broken.yaml").write_text("_target_: broken_on_import.Broken\n")
+    (tmp_path / "broken_on_import.py").write_text(
         "from dataclasses import dataclass\nfrom kvbench import ScorePolicy\n\n\n"
         "@dataclass(frozen=True, kw_only=True)\nclass Broken(ScorePolicy):\n"
         "    def score(self, view):\n        raise ZeroDivisionError('on purpose')\n"

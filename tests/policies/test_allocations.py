@@ -283,7 +283,7 @@ def test_settings_that_are_out_of_range_are_refused(kind: Any, setting: dict[str
 
 @settings(max_examples=share_of(60), deadline=None, derandomize=True)
 @given(
-    path=st.sampled_from(PARTS),
+    path=st.sampled_from([one for one in PARTS if one.stem != "retrieval_heads"]),  # which needs an artefact
     budget=st.one_of(
         st.builds(Budget, tokens=st.integers(5, 30)),
         st.builds(Budget, fraction=st.sampled_from([0.2, 0.5, 0.8]), of=st.sampled_from(["seen", "prompt"])),
