@@ -159,6 +159,7 @@ def test_a_figure_of_the_one_group_is_made_again_under_its_own_name(root: Path) 
     assert main([str(root), "--check"]) == 0
 
 
+@pytest.mark.long
 def test_a_figure_beside_a_page_is_made_from_the_records(root: Path) -> None:
     asked = (
         "<!-- figure: file=modes.svg records={} kind=positions measure=ppl sweep=first dataset=scenes budget=0.2 -->"

@@ -85,6 +85,7 @@ CROWD = st.lists(
 )
 
 
+@pytest.mark.long
 @given(CROWD)
 @settings(deadline=None, max_examples=share_of(300))
 def test_labels_that_make_room_for_each_other_in_a_crowd_stay_apart(

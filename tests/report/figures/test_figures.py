@@ -141,6 +141,7 @@ def test_a_perplexity_that_explodes_is_drawn(tmp_path: Path) -> None:
     assert figure.axes[0].get_yscale() == "log"
 
 
+@pytest.mark.long
 def test_failed_and_noisy_cells_are_marked(tmp_path: Path) -> None:
     write_cell(tmp_path, body(policy="full", budget=None))
     write_cell(tmp_path, body(policy="h2o", status="oom"))
