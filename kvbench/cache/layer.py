@@ -11,8 +11,8 @@ elsewhere, and as the reference, plain torch does the same. Which one runs is de
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeGuard
@@ -66,6 +66,14 @@ from kvbench.kernels.dispatch import Chunk, interpreted, use_triton
 
 AnySlots = Slots | RaggedSlots
 _watched: set[tuple[object, ...]] = set()  # what was asked once in this process, and changed nothing it was shown
+
+
+@contextmanager
+def _watching(view: View, asked: str, key: tuple[object, ...]) -> Iterator[None]:
+    """Watch once; what raises is watched again, or the next cell of the process would pass."""
+    with ReadOnly(view, asked):
+        yield
+    _watched.add(key)
 
 
 class PolicyLayer(CacheLayerMixin):
@@ -396,8 +404,7 @@ class PolicyLayer(CacheLayerMixin):
         key = (asked, type(policy), *(type(getattr(policy, part, None)) for part in ("allocation", "merge")))
         if key in _watched or (interpreted() and use_triton(view.keys)):  # the interpreter copies to and fro
             return nullcontext()
-        _watched.add(key)
-        return ReadOnly(view, f"{type(policy).__name__}.{asked}")
+        return _watching(view, f"{type(policy).__name__}.{asked}", key)
 
     def _plan(self, entries: Entries, view: View) -> Plan:
         with self._reading(view, "plan"):

@@ -231,8 +231,9 @@ def test_what_a_policy_writes_into_its_view_is_refused(tiny_llama: Any, how: str
                 write(view)
             return view.mass
 
-    with pytest.raises(PolicyError, match=message), torch.inference_mode(inference):
-        drive(tiny_llama, PolicyCache(tiny_llama, Writing(), Budget(tokens=5)), random_tokens(0, 1, 9), 7)
+    for _ in range(2):  # the next cell of the same process is told as well
+        with pytest.raises(PolicyError, match=message), torch.inference_mode(inference):
+            drive(tiny_llama, PolicyCache(tiny_llama, Writing(), Budget(tokens=5)), random_tokens(0, 1, 9), 7)
 
 
 def test_what_is_written_is_looked_at_once_for_each_class_and_copies_may_be_written(
