@@ -244,7 +244,7 @@ class ReadOnly(TorchDispatchMode):
     def __init__(self, view: View, asked: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         shown = {one.name.removesuffix("_or_none"): getattr(view, one.name) for one in fields(view)}
-        self._names = {_storage_of(one): name for name, one in shown.items() if isinstance(one, Tensor)}
+        self._names = {storage_id(one): name for name, one in shown.items() if isinstance(one, Tensor)}
         self._layer, self._asked = view.layer, asked
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -253,15 +253,16 @@ class ReadOnly(TorchDispatchMode):
         for argument in arguments:
             written = given.get(argument.name)
             is_written = argument.alias_info is not None and argument.alias_info.is_write
-            if is_written and isinstance(written, Tensor) and _storage_of(written) in self._names:
+            if is_written and isinstance(written, Tensor) and storage_id(written) in self._names:
                 raise PolicyError(
-                    f"view.{self._names[_storage_of(written)]} is changed in layer {self._layer}: {self._asked} writes "
+                    f"view.{self._names[storage_id(written)]} is changed in layer {self._layer}: {self._asked} writes "
                     f"into it by {func._schema.name.removeprefix('aten::')}; work on a copy"
                 )
         return func(*args, **(kwargs or {}))
 
 
-def _storage_of(tensor: Tensor) -> int:
+def storage_id(tensor: Tensor) -> int:
+    """Return what tells a tensor's storage, which views of it share, from others that are alive."""
     return int(tensor.untyped_storage()._cdata)
 
 

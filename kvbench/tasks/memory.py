@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kvbench.cache.view import storage_id
 from kvbench.errors import check_within, ran_out_of_memory
 from kvbench.models.inputs import PromptBatch, prompt_batch
 from kvbench.models.loader import LoadedModel
@@ -112,16 +113,16 @@ class StorageCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the operation, then count the storages of what it returned."""
-        known_before = {_storage_id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        known_before = {storage_id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and _storage_id(leaf) not in known_before:
+            if isinstance(leaf, Tensor) and storage_id(leaf) not in known_before:
                 self._add(leaf)
         return result
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        number, size = _storage_id(tensor), storage.nbytes()
+        number, size = storage_id(tensor), storage.nbytes()
         if number in self._known:
             return
         self._known.add(number)
@@ -137,7 +138,7 @@ class StorageCounter(TorchDispatchMode):
 def parameter_bytes(model: torch.nn.Module, device: torch.device | None = None) -> int:
     """Return the bytes of weights and buffers, on `device` alone where given; shared storages once."""
     tensors = (t for t in (*model.parameters(), *model.buffers()) if device in (None, t.device))
-    return sum({_storage_id(t): t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum({storage_id(t): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def reset_resident_peak() -> bool:
@@ -163,10 +164,6 @@ def resident_peak_bytes() -> int:
 
 def _resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
-
-
-def _storage_id(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 @dataclass(frozen=True, kw_only=True)
