@@ -45,6 +45,7 @@ from kvbench.cache.policy import (
     checked_score,
     checked_victim,
     chooses_plainly,
+    is_divided,
     is_ragged,
     keeps_ring,
     keeps_the_most,
@@ -358,9 +359,8 @@ class PolicyLayer(CacheLayerMixin):
 
     def _is_divided(self) -> bool:
         """Whether some row exceeds its budget, and layers are not all given the same."""
-        policy = self.setup.policy
-        divides = isinstance(policy, ScorePolicy) and (policy.allocation is not None or policy.skip_layers)
-        return bool(divides) and any(s > u for s, u in zip(self.ledger.seen, self.ledger.uniform(), strict=True))
+        exceeds = (seen > most for seen, most in zip(self.ledger.seen, self.ledger.uniform(), strict=True))
+        return is_divided(self.setup.policy) and any(exceeds)
 
     def _layer_entries(self, row: int, told: Sequence[Tensor] = ()) -> Sequence[int]:
         """Return the entries of all layers in a row, per KV head."""

@@ -280,6 +280,11 @@ def is_ragged(policy: Policy) -> bool:
     return isinstance(policy, ScorePolicy) and policy.allocation is not None and policy.allocation.ragged
 
 
+def is_divided(policy: Policy) -> bool:
+    """Return whether layers or heads are given different numbers, whose sum is what counts."""
+    return isinstance(policy, ScorePolicy) and (policy.allocation is not None or bool(policy.skip_layers))
+
+
 def keeps_the_most(policy: Policy) -> bool:
     """Return whether each head keeps as many entries as its row may: how many need not be asked of the device."""
     return isinstance(policy, ScorePolicy) and type(policy).plan is ScorePolicy.plan and not is_ragged(policy)

@@ -33,7 +33,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from kvbench import installed_version
 from kvbench.autopsy import AutopsySettings
 from kvbench.cache import CACHE_SEMANTICS, Budget, Calibrated, Needs, Policy, ScorePolicy, When
-from kvbench.cache.policy import check_parts, is_unset_part, needs_of
+from kvbench.cache.policy import check_parts, is_divided, is_unset_part, needs_of
 from kvbench.cache.positions import POSITION_MODES, PositionMode
 from kvbench.cache.released import departures_of
 from kvbench.config.checks import (
@@ -393,8 +393,8 @@ _LATER_PROMPTS = 2
 
 def _divides_later(policy: Policy, tasks: dict[str, Any], *, query_visible: bool) -> bool:
     """Return whether a later prompt, a hidden question or the next turn, meets a budget that layers divide."""
-    is_divided = getattr(policy, "allocation", None) is not None or bool(getattr(policy, "skip_layers", ()))
-    return is_divided and (not query_visible or any(getattr(task, "max_turns", 1) > 1 for task in tasks.values()))
+    asks_again = not query_visible or any(getattr(task, "max_turns", 1) > 1 for task in tasks.values())
+    return asks_again and is_divided(policy)
 
 
 def with_artefact(policy: Calibrated, model: ModelSpec, composed: Composed) -> tuple[Calibrated, str]:

@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from kvbench.cache import UNLIMITED, Budget, Needs, Policy, PolicyCache, ScorePolicy, View, When, cache_argument
-from kvbench.cache.policy import merge_at_decode, needs_of, total_of
+from kvbench.cache.policy import is_divided, merge_at_decode, needs_of, total_of
 from kvbench.cache.released import Departures, departures_of
 from kvbench.contract.driving import (
     TINY_MODELS,
@@ -43,7 +43,6 @@ from kvbench.contract.terms import (
     budget_named,
     cells,
     demand,
-    is_divided,
     merges,
     planned,
     rule,

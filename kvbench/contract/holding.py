@@ -24,7 +24,7 @@ from kvbench.cache import UNLIMITED, Allocation, Budget, Merge, Plan, Policy, Po
 from kvbench.cache import layer as cache_layer
 from kvbench.cache.artefact import Artefact
 from kvbench.cache.layer import PolicyLayer
-from kvbench.cache.policy import total_of
+from kvbench.cache.policy import is_divided, total_of
 from kvbench.cache.slots import Entries
 from kvbench.contract.driving import Held, drive, random_tokens, storage_bytes, tensors_of, tiny_model
 from kvbench.contract.terms import (
@@ -40,7 +40,6 @@ from kvbench.contract.terms import (
     budget_named,
     cells,
     demand,
-    is_divided,
     no_score_policy,
     no_total,
     protected_counts,

@@ -113,11 +113,6 @@ def budget_named(name: str, policy: Policy) -> Budget:
     }[name]
 
 
-def is_divided(policy: Policy) -> bool:
-    """Return whether layers or heads are given different numbers, whose sum is what counts."""
-    return isinstance(policy, ScorePolicy) and (policy.allocation is not None or bool(policy.skip_layers))
-
-
 def block(policy: Policy, step: int) -> int:
     """Return the entries that a policy which plans in blocks may hold beyond its budget after a decode step."""
     return (steps_between_cuts(policy) or 1) - 1 if step else 0

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from kvbench.cache import UNLIMITED, Budget, Kind, Needs, Policy, artefact
 from kvbench.cache.cache import output_weight, unrotation_of
-from kvbench.cache.policy import needs_of
+from kvbench.cache.policy import is_divided, needs_of
 from kvbench.contract.driving import held_positions
-from kvbench.contract.terms import allowed, block, is_divided
+from kvbench.contract.terms import allowed, block
 from kvbench.datasets.base import PICTURE_MARKS, Example, without_marks
 from kvbench.datasets.files import MAX_SIDES
 from kvbench.errors import DataError, ModelSupportError
