@@ -20,7 +20,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, ScalarFormatter
 
 from kvbench.measures import measure
 from kvbench.report.figures import FIGURES, FigureKind
@@ -182,6 +182,7 @@ def _panel(axes: Axes, names: Sequence[str], rows: Mapping[str, Row], look: Look
     sizes = sorted(abs(row.value) for row in rows.values())
     if sizes and sizes[-1] > _WIDE * max(_LEAST, sizes[len(sizes) // 2]):
         axes.set_xscale("symlog", linthresh=max(_LEAST, sizes[len(sizes) // 2]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # its own writes TeX
 
 
 MODES = ("original", "in_cache", "released")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -13,7 +14,7 @@ from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
 from kvbench.report.figures import FIGURES, FORMATS, WIDTHS
-from kvbench.report.figures.draw import DRAW, draw_plots
+from kvbench.report.figures.draw import DRAW, Row, draw_plots, forest_svg
 from kvbench.report.figures.labels import Box
 from kvbench.report.figures.style import BUNDLED, COLOUR_NAMES, FAILED, LIGHT, OTHERS
 from kvbench.report.load import load_results
@@ -271,3 +272,11 @@ def test_names_of_users_are_text_and_never_mathematics(tmp_path: Path) -> None:
     assert "a$b_$c$" in texts(figure)
     assert not any(text.get_parse_math() for axes in figure.axes for text in axes.texts)
     assert svg_of(tmp_path, "quality")
+
+
+def test_a_wide_scale_of_a_forest_is_labelled_by_numbers() -> None:
+    rows = {"near": Row(value=0.05, low=0.04, high=0.06), "far": Row(value=2.0, low=1.9, high=2.1)}
+    rows |= {f"other {number}": Row(value=0.05, low=None, high=None) for number in range(3)}
+    drawn = forest_svg(list(rows), {"panel": rows}, label="nats per token").decode()
+    assert "mathdefault" not in drawn
+    assert {"0.1", "1"} <= set(re.findall(r"<!-- ([\d.]+) -->", drawn))  # what paths of glyphs spell
