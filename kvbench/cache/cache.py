@@ -263,9 +263,15 @@ class PolicyCache(Cache):
             layer.move_into(slots, counts)
 
     def count_replayed_step(self) -> None:
-        """Count on the host a step that the device did by itself."""
-        for layer in self.policy_layers:
-            layer.ledger.replay()
+        """Count on the host a step that the device did by itself; layers that stand alike are counted once."""
+        first, *others = (layer.ledger for layer in self.policy_layers)
+        alike = [ledger == first for ledger in others]
+        first.replay()
+        for ledger, is_alike in zip(others, alike, strict=True):
+            if is_alike:
+                ledger.replay_as(first)
+            else:
+                ledger.replay()
 
     def cut_blocks(self, *, by_itself: bool | None = None) -> None:
         """Plan every row whose block of generated tokens is full, in all layers.

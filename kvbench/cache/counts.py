@@ -229,6 +229,11 @@ class Ledger:
         self.arrive([1] * len(self.seen))
         self.evicted()
 
+    def replay_as(self, other: Ledger) -> None:
+        """Count the step that `other`, equal to this one before, has counted; lists are never changed but replaced."""
+        self.padded_tokens, self.prompt = other.padded_tokens, other.prompt
+        self.seen, self.held = other.seen, other.held
+
     def due(self) -> list[bool]:
         """Return the rows whose block of generated tokens is full and is planned now."""
         if self.block_tokens == 1:

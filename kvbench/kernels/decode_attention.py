@@ -76,6 +76,7 @@ def attend_part(
     BLOCK_D: tl.constexpr,
     WANT_LOGITS: tl.constexpr,
     TURN: tl.constexpr,
+    PRODUCT: tl.constexpr,
     UPCAST: tl.constexpr,
     RAGGED: tl.constexpr,
 ):
@@ -122,18 +123,18 @@ def attend_part(
             between = inside & (behind != 0) & (behind != query_behind)
             if tl.max(between.to(tl.int32), 0) == 0:
                 k1, k2 = _wide(k1, UPCAST), _wide(k2, UPCAST)
-                s_as_far = tl.dot(q1, tl.trans(k1), input_precision="ieee")
-                s_as_far = tl.dot(q2, tl.trans(k2), s_as_far, input_precision="ieee")
-                s_in_place = tl.dot(turned_q1, tl.trans(k1), input_precision="ieee")
-                s_in_place = tl.dot(turned_q2, tl.trans(k2), s_in_place, input_precision="ieee")
+                s_as_far = tl.dot(q1, tl.trans(k1), input_precision=PRODUCT)
+                s_as_far = tl.dot(q2, tl.trans(k2), s_as_far, input_precision=PRODUCT)
+                s_in_place = tl.dot(turned_q1, tl.trans(k1), input_precision=PRODUCT)
+                s_in_place = tl.dot(turned_q2, tl.trans(k2), s_in_place, input_precision=PRODUCT)
                 s = tl.where((behind == 0)[None, :], s_in_place, s_as_far)
             else:
                 k1, k2 = _turned(k1, k2, cosines_h, sines_h, behind[:, None] * half, held_half, UPCAST)
-                s = tl.dot(turned_q1, tl.trans(k1), input_precision="ieee")
-                s = tl.dot(turned_q2, tl.trans(k2), s, input_precision="ieee")
+                s = tl.dot(turned_q1, tl.trans(k1), input_precision=PRODUCT)
+                s = tl.dot(turned_q2, tl.trans(k2), s, input_precision=PRODUCT)
         else:
             k = _wide(tl.load(keys + at + d, mask=inside[:, None] & (d < width), other=0.0), UPCAST)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            s = tl.dot(q, tl.trans(k), input_precision=PRODUCT)
         v = _wide(tl.load(values + at + d, mask=inside[:, None] & (d < width), other=0.0), UPCAST)
         s = tl.where(inside[None, :], s * scaling, float("-inf"))
         if WANT_LOGITS:
@@ -142,7 +143,7 @@ def attend_part(
         shrink = tl.exp(peak - new_peak)
         p = tl.exp(s - new_peak[:, None])
         total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRODUCT)
         peak = new_peak
     out = (pair * PARTS + part) * GROUP + tl.arange(0, BLOCK_G)
     one = tl.arange(0, BLOCK_G) < GROUP
@@ -220,6 +221,7 @@ def join_parts(
 _BLOCK_SLOTS, _STAGES = 64, 3
 _TURN_SLOTS, _TURN_STAGES = 32, 3  # turning takes registers and shared memory
 _JOIN_SLOTS = 1024
+_PRODUCT = "tf32x3"  # of float32: three of shorter numbers on the matrix units, as near to exact as one without them
 _MAX_PARTS = 64
 _PROGRAMS_PER_PROCESSOR = 4
 
@@ -300,6 +302,7 @@ def decode_attention(
         BLOCK_D=block_d,
         WANT_LOGITS=want_rows,
         TURN=turn is not None,
+        PRODUCT=_PRODUCT,
         UPCAST=interpreted(),
         RAGGED=ragged is not None,
         num_warps=4,

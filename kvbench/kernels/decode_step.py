@@ -22,6 +22,8 @@ from kvbench.kernels.dispatch import interpreted, on_its_device
 # mypy: ignore-errors
 # Kernels are written in Triton's language, not Python's.
 
+_LONG = 16_384  # rows of a matrix of which the tiles are many whatever their size
+
 
 @triton.jit
 def _tile(
@@ -31,14 +33,19 @@ def _tile(
     size,
     width,
     rows,
+    first_row,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     EVEN_K: tl.constexpr,
+    PRODUCT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """X (rows, K) times rows `first`.. of weight (size, K): (BLOCK_M, BLOCK_N) float32; BLOCK_M 1 is one row."""
+    """X (rows, K) from `first_row` on times rows `first`.. of weight (size, K): (BLOCK_M, BLOCK_N) float32.
+
+    PRODUCT: how a product on the matrix units is made of float32 numbers, or "none" for sums without them.
+    """
     n = first + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     here = n < size
@@ -51,8 +58,19 @@ def _tile(
             w = tl.load(at + start, mask=here[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first")
             sums += w.to(tl.float32) * a.to(tl.float32)[None, :]
         acc = tl.sum(sums, 1)[None, :]
+    elif PRODUCT == "none":
+        m = first_row + tl.arange(0, BLOCK_M)
+        at = weight + n[:, None].to(tl.int64) * width + k[None, :]
+        x_at = x + m[:, None] * width + k[None, :]
+        sums = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K), tl.float32)
+        for start in tl.range(0, width, BLOCK_K, num_stages=STAGES):
+            inside = (start + k < width) | EVEN_K
+            a = tl.load(x_at + start, mask=(m[:, None] < rows) & inside[None, :], other=0.0)
+            w = tl.load(at + start, mask=here[:, None] & inside[None, :], other=0.0)
+            sums += a.to(tl.float32)[:, None, :] * w.to(tl.float32)[None, :, :]
+        acc = tl.sum(sums, 2)
     else:
-        m = tl.arange(0, BLOCK_M)
+        m = first_row + tl.arange(0, BLOCK_M)
         w_at = weight + n[None, :].to(tl.int64) * width + k[:, None]
         x_at = x + m[:, None] * width + k[None, :]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -63,14 +81,16 @@ def _tile(
             if UPCAST:
                 a = a.to(tl.float32)
                 w = w.to(tl.float32)
-            acc = tl.dot(a, w, acc, input_precision="ieee")
+            acc = tl.dot(a, w, acc, input_precision=PRODUCT)
     return acc
 
 
 @triton.jit
-def _store(acc, bias, out, first, size, rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr):
+def _store(
+    acc, bias, out, first, size, rows, first_row, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr
+):
     n = first + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, BLOCK_M)
+    m = first_row + tl.arange(0, BLOCK_M)
     if HAS_BIAS:
         acc += tl.load(bias + n, mask=n < size, other=0.0).to(tl.float32)[None, :]
     inside = (m[:, None] < rows) & (n[None, :] < size)
@@ -101,6 +121,7 @@ def project(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     EVEN_K: tl.constexpr,
+    PRODUCT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Write outputs (rows, n) of up to three weights (n, K) with one input (rows, K); one program, one tile."""
@@ -115,9 +136,9 @@ def project(
         elif tile >= tiles0:
             weight, bias, out, size = w1, b1, o1, n1
             tile -= tiles0
-    first = tile * BLOCK_N
-    acc = _tile(x, weight, first, size, width, rows, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, UPCAST)
-    _store(acc, bias, out, first, size, rows, BLOCK_M, BLOCK_N, HAS_BIAS)
+    first, row = tile * BLOCK_N, tl.program_id(1) * BLOCK_M
+    acc = _tile(x, weight, first, size, width, rows, row, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, PRODUCT, UPCAST)
+    _store(acc, bias, out, first, size, rows, row, BLOCK_M, BLOCK_N, HAS_BIAS)
 
 
 @triton.jit
@@ -134,13 +155,14 @@ def gate_up(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     EVEN_K: tl.constexpr,
+    PRODUCT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """silu(x gate^T) * (x up^T): x (rows, K), gate and up (size, K), out (rows, size)."""
-    first = tl.program_id(0) * BLOCK_N
-    g = _tile(x, gate, first, size, width, rows, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, UPCAST)
-    u = _tile(x, up, first, size, width, rows, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, UPCAST)
-    _store(g * tl.sigmoid(g) * u, x, out, first, size, rows, BLOCK_M, BLOCK_N, False)
+    first, row = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_M
+    g = _tile(x, gate, first, size, width, rows, row, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, PRODUCT, UPCAST)
+    u = _tile(x, up, first, size, width, rows, row, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, PRODUCT, UPCAST)
+    _store(g * tl.sigmoid(g) * u, x, out, first, size, rows, row, BLOCK_M, BLOCK_N, False)
 
 
 @on_its_device
@@ -149,11 +171,13 @@ def project_rows(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor |
     rows, _, width = x.shape
     sizes = [weight.shape[0] for weight in weights]
     outputs = [x.new_empty((rows, 1, size)) for size in sizes]
-    block = _blocks(rows, width, few=len(weights) == 1)
+    block = _blocks(x, sizes)
     tiles = sum(triton.cdiv(size, block["BLOCK_N"]) for size in sizes)
     given = (weights, [weights[0] if bias is None else bias for bias in biases], outputs, sizes)
     in_threes = [item for items in given for item in (*items, *[items[0]] * (3 - len(items)))]
-    project[(tiles,)](x, *in_threes, width, rows, MATRICES=len(weights), HAS_BIAS=biases[0] is not None, **block)
+    project[(tiles, triton.cdiv(rows, block["BLOCK_M"]))](
+        x, *in_threes, width, rows, MATRICES=len(weights), HAS_BIAS=biases[0] is not None, **block
+    )
     return outputs
 
 
@@ -163,23 +187,44 @@ def gated_rows(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     rows, _, width = x.shape
     size = gate.shape[0]
     out = x.new_empty((rows, 1, size))
-    block = _blocks(rows, width, few=False)
-    gate_up[(triton.cdiv(size, block["BLOCK_N"]),)](x, gate, up, out, size, width, rows, **block)
+    block = _blocks(x, (size, size))
+    grid = triton.cdiv(size, block["BLOCK_N"]), triton.cdiv(rows, block["BLOCK_M"])
+    gate_up[grid](x, gate, up, out, size, width, rows, **block)
     return out
 
 
-def _blocks(rows: int, width: int, *, few: bool) -> dict[str, int]:
-    """Tiles measured on an H200 (docs/log.md); `few`: one matrix alone, where more and smaller tiles keep all busy."""
-    if rows == 1:
-        shape = {"BLOCK_M": 1, "BLOCK_N": 8, "BLOCK_K": 256}
-        shape |= {"STAGES": 6, "num_warps": 2} if few else {"STAGES": 4, "num_warps": 1}
+def _blocks(x: Tensor, sizes: Sequence[int]) -> dict[str, int | str]:
+    """Tiles measured on an H200 (docs/log.md) for one matrix alone, a long one as of a vocabulary, or several."""
+    rows, _, width = x.shape
+    alone, is_long = len(sizes) == 1, sizes[0] > _LONG
+    if x.dtype == torch.float32:
+        shape = _float32_tile(rows, alone, is_long)
+    elif rows == 1:
+        shape = {"BLOCK_N": 8, "BLOCK_K": 256} | (
+            {"STAGES": 6, "num_warps": 2} if alone else {"STAGES": 4, "num_warps": 1}
+        )
+    elif rows > 16 and alone and is_long:
+        shape = {"BLOCK_N": 64, "BLOCK_K": 128, "STAGES": 3, "num_warps": 8}
+    elif rows > 32:
+        shape = {"STAGES": 5, "num_warps": 4} | (
+            {"BLOCK_N": 32, "BLOCK_K": 128} if alone else {"BLOCK_N": 64, "BLOCK_K": 64}
+        )
+    elif alone:  # more and smaller tiles keep all busy
+        shape = {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 5, "num_warps": 2}
     else:
-        shape = {"BLOCK_M": max(16, triton.next_power_of_2(rows))}
-        if few:
-            shape |= {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 5, "num_warps": 2}
-        else:
-            shape |= {"BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 5, "num_warps": 4}
+        shape = {"BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 5, "num_warps": 4}
+    shape = {"BLOCK_M": 1 if rows == 1 else max(16, triton.next_power_of_2(rows)), "PRODUCT": "ieee"} | shape
     return shape | {"EVEN_K": width % shape["BLOCK_K"] == 0, "UPCAST": interpreted()}
+
+
+def _float32_tile(rows: int, alone: bool, is_long: bool) -> dict[str, int | str]:
+    """Tiles without the matrix units, whose numbers are shorter: 16 rows at most, and as many times the weights."""
+    if rows == 1:
+        return {"BLOCK_N": 8, "BLOCK_K": 128, "STAGES": 6, "num_warps": 2}
+    block_m = min(16, triton.next_power_of_2(rows))
+    if is_long:
+        return {"BLOCK_M": block_m, "BLOCK_N": 16, "BLOCK_K": 64, "STAGES": 3, "num_warps": 8, "PRODUCT": "none"}
+    return {"BLOCK_M": block_m, "BLOCK_N": 4, "BLOCK_K": 64, "STAGES": 3, "num_warps": 2, "PRODUCT": "none"}
 
 
 # mypy: ignore-errors

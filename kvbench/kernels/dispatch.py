@@ -50,7 +50,7 @@ def use_triton(tensor: Tensor, *, any_dtype: bool = False) -> bool:
 def is_decode_row(states: Tensor) -> bool:
     """Return whether `states` (B, 1, K) is the input of a decode step that the fused kernels take."""
     shape_fits = states.ndim == 3 and states.shape[1] == 1 and states.shape[0] <= MAX_ROWS
-    return shape_fits and states.dtype != torch.float32 and states.is_contiguous() and use_triton(states)
+    return shape_fits and states.is_contiguous() and use_triton(states)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Fused kernels for the decode step of an unmodified model: projections, gated MLP, RMSNorm and RoPE.
 
 Modules keep their weights and their own forward: an instance becomes one of a subclass that takes a
-decode step on a GPU in half precision, and hands everything else on. The same for the full cache and
+decode step on a GPU, and hands everything else on. The same for the full cache and
 for every policy. In layers that are known to be norm, attention, sum, norm, MLP, sum, a sum and the norm after
 it are one launch. Set `model.fused=false` to do without.
 """
@@ -198,7 +198,7 @@ def _rotate_by_kernel(modeling: Any) -> None:
 
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: Any) -> Any:
         whole = len(cos.shape) == 3 and cos.shape[-1] == q.shape[-1] and q.dtype == k.dtype and not rest and not options
-        if not (_in_fused_attention.get() and whole and q.shape[2] == 1 and use_triton(q) and q.element_size() == 2):
+        if not (_in_fused_attention.get() and whole and q.shape[2] == 1 and use_triton(q)):
             return stock(q, k, cos, sin, *rest, **options)
         from kvbench.kernels.decode_step import rotate_rows
 

@@ -102,7 +102,7 @@ class ModelSpec:
     said here. prompt: a prompt format by name, None for the checkpoint's own. weights="random" builds the
     architecture of `config` (fields of its transformers config, else those of the folder) from
     `weights_seed`, for speed and memory alone: no checkpoint is read and there is no tokenizer. fused: on
-    a GPU in half precision, decode steps run fused kernels (`fuse`). devices: GPUs that the layers are spread over,
+    a GPU, decode steps run fused kernels (`fuse`). devices: GPUs that the layers are spread over,
     their numbers or "auto" for all; None for one device. Raises: ConfigError.
     """
 

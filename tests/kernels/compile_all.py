@@ -28,8 +28,12 @@ _TYPES |= dict.fromkeys((*_COUNTS, "capacity", "rows", "n0", "n1", "n2", "score_
 _STRIDES = tuple(f"{name}_{axis}" for name in ("query", "keys", "position", "states") for axis in "bht")
 _TYPES |= dict.fromkeys((*_STRIDES, "queries", "entries"), "i32")
 _TYPES |= {"lse": "*fp32", "query_position": "*i64", "key_position": "*i64", "scale": "fp32"}
+_OF_INPUT = ("x", "w0", "w1", "w2", "b0", "b1", "b2", "o0", "o1", "o2", "gate", "up", "out")
 _ROTATED = ("query_heads", "key_heads", "half", "table_row")
-_ROWS = {1: (8, 256, 6, 2), 16: (32, 128, 5, 4), 64: (32, 128, 5, 4)}  # as in kvbench.kernels.decode_step
+_INPUTS = (
+    *(torch.empty(rows, 1, 4096, dtype=torch.bfloat16) for rows in (1, 16, 32, 64)),
+    *(torch.empty(rows, 1, 4096) for rows in (1, 64)),
+)
 
 
 def compile_kernel(kernel: Any, constants: dict[str, Any], types: dict[str, str] | None = None, **options: int) -> None:
@@ -51,6 +55,7 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], types: dict[str, str]
 def main() -> None:
     """Compile all, with the constants that the launchers use."""
     part = {"PARTS": 4, "GROUP": 4, "BLOCK_G": 16, "BLOCK_C": 64, "BLOCK_D": 128, "UPCAST": False}
+    part |= {"PRODUCT": decode_attention._PRODUCT}
     for turn in (False, True):
         constants = {**part, "WANT_LOGITS": True, "TURN": turn, "RAGGED": turn}
         compile_kernel(decode_attention.attend_part, constants, num_warps=4, num_stages=3)
@@ -68,10 +73,13 @@ def main() -> None:
             {"BLOCK_C": 512, "GIVEN": given, "HAS_RANK": True, "APPLY": not given, "RAGGED": given},
             num_warps=1 if given else 4,
         )
-    for rows, (size, depth, stages, warps) in _ROWS.items():
-        block = {"BLOCK_M": rows, "BLOCK_N": size, "BLOCK_K": depth, "STAGES": stages, "EVEN_K": True, "UPCAST": False}
-        compile_kernel(linear.project, {**block, "MATRICES": 3, "HAS_BIAS": True}, num_warps=warps)
-        compile_kernel(linear.gate_up, block, num_warps=warps)
+    for x in _INPUTS:
+        for sizes in ((4096,), (32_000,), (4096, 1024, 1024)):
+            block = {**linear._blocks(x, sizes), "UPCAST": False}
+            warps = block.pop("num_warps")
+            types = {} if x.dtype == torch.bfloat16 else dict.fromkeys(_OF_INPUT, "*fp32")
+            compile_kernel(linear.project, {**block, "MATRICES": 3, "HAS_BIAS": True}, types, num_warps=warps)
+            compile_kernel(linear.gate_up, block, types, num_warps=warps)
     for add in (False, True):
         compile_kernel(norm.norm_row, {"BLOCK": 4096, "ADD": add}, {"epsilon": "fp32"}, num_warps=8)
     types = {**dict.fromkeys(_ROTATED, "i32"), "queries": "*bf16", "cosines": "*bf16", "sines": "*bf16"}

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 
 ON = "cuda" if torch.cuda.is_available() else "cpu"
-TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 6e-3}
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 6e-3, torch.float32: 1e-6}
 SIZES = [(1, 64, 40), (1, 300, 17), (3, 128, 33), (16, 300, 40), (17, 256, 64)]
 
 
@@ -56,7 +56,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 
 # The interpreter cuts what a GPU rounds to bfloat16.
-HALF = [torch.float16, *([torch.bfloat16] if ON == "cuda" else [])]
+DTYPES = [torch.float16, torch.float32, *([torch.bfloat16] if ON == "cuda" else [])]
+ROUNDING = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9, torch.float32: 2.0**-19}
 
 
 def norm_of(width: int, dtype: torch.dtype) -> LlamaRMSNorm:
@@ -67,11 +68,11 @@ def norm_of(width: int, dtype: torch.dtype) -> LlamaRMSNorm:
 
 def nearly(ours: Tensor, stock: Tensor) -> None:
     """Up to the rounding in between, of which ours has none."""
-    torch.testing.assert_close(ours, stock, rtol=2.0**-6 if ours.dtype == torch.bfloat16 else 2.0**-9, atol=1e-6)
+    torch.testing.assert_close(ours, stock, rtol=ROUNDING[ours.dtype], atol=1e-6)
 
 
 @pytest.mark.cover
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), [(1, 32), (3, 96), (16, 4096)])
 def test_a_norm_alone_is_the_models_own(rows: int, width: int, dtype: torch.dtype) -> None:
     norm, x = norm_of(width, dtype), torch.randn(rows, 1, width, device=ON, dtype=dtype)
@@ -79,7 +80,7 @@ def test_a_norm_alone_is_the_models_own(rows: int, width: int, dtype: torch.dtyp
 
 
 @pytest.mark.cover
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), [(1, 32), (3, 96), (16, 4096)])
 def test_a_sum_is_the_models_own_to_the_bit_and_its_norm_as_of_the_rounded_sum(
     rows: int, width: int, dtype: torch.dtype
@@ -90,7 +91,7 @@ def test_a_sum_is_the_models_own_to_the_bit_and_its_norm_as_of_the_rounded_sum(
     nearly(normed, norm(x + delta))
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_dense", [True, False])
 @pytest.mark.parametrize("table_rows", [1, 3])
 def test_rotation_is_nearer_to_exact_than_the_models_own(table_rows: int, is_dense: bool, dtype: torch.dtype) -> None:

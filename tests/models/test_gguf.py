@@ -16,6 +16,7 @@ from kvbench.config.build import build_cell
 from kvbench.config.compose import compose_grid
 from kvbench.datasets.base import Example
 from kvbench.errors import ConfigError, ModelSupportError
+from kvbench.models import gguf as gguf_files
 from kvbench.models.gguf import parsed_once
 from kvbench.models.inputs import answer_tokens, prompt_batch, prompt_ids
 from kvbench.models.loader import load_model
@@ -182,6 +183,37 @@ def test_a_file_is_parsed_once_for_loading_and_the_package_is_left_as_it_was(
     with pytest.raises(ZeroDivisionError), parsed_once(tmp_path / "model.gguf"):
         raise ZeroDivisionError
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
+
+
+def test_lists_are_read_as_the_library_reads_them(tmp_path: Path) -> None:
+    def add(writer: Any) -> None:
+        writer.add_array("kvbench.words", ["", "a", "\u0d24\u0d41", "x" * 300])
+        writer.add_array("kvbench.whole", [0, -3, 2**31 - 1])
+        writer.add_array("kvbench.parts", [0.5, -1e30])
+        writer.add_array("kvbench.truths", [True, False, True])
+        writer.add_array("kvbench.nested", [[1, 2], [3, 4]])
+
+    path = tmp_path / "a.gguf"
+    write_gguf(path, change=add)
+    state, stock = path.stat(), gguf.GGUFReader(path)
+    ours = gguf_files._parsed(path, state.st_size, state.st_mtime_ns)
+    assert list(ours.fields) == list(stock.fields)
+    for name, field in stock.fields.items():
+        assert ours.fields[name].contents() == field.contents()
+        assert ours.fields[name].types == field.types
+    assert ours.data_offset == stock.data_offset
+    assert all(np.array_equal(a.data, b.data) for a, b in zip(ours.tensors, stock.tensors, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_1"])
+@pytest.mark.parametrize("shape", [(1, 64), (3, 32), (48, 256), (3, 16, 64)])
+def test_long_rows_are_unpacked_to_the_same_numbers(shape: tuple[int, ...], kind: str) -> None:
+    drawn = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    packed = gguf.quantize(drawn, gguf.GGMLQuantizationType[kind])
+    packed = packed if packed.dtype == np.uint8 else packed.view(np.uint8)
+    want = gguf.dequantize(packed, gguf.GGMLQuantizationType[kind])
+    got = gguf_files._in_long_rows(gguf.dequantize)(packed, gguf.GGMLQuantizationType[kind])
+    assert np.array_equal(got, want.reshape(shape))
 
 
 def test_a_cell_of_a_file_is_built_from_the_command_line(tmp_path: Path) -> None:

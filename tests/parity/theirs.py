@@ -5,6 +5,7 @@
     ENV/bin/python -m tests.parity.theirs FOLDER      # writes FOLDER/theirs.json
     python -m tests.parity.ours score FOLDER          # writes FOLDER/ours.json
     python -m tests.parity.ours join FOLDER           # writes kvpress.json beside this file
+    ENV/bin/python -m tests.parity.theirs FOLDER --times snapkv   # prints how long a method takes, and scores nothing
 
 Both take names of methods after FOLDER, of which rows are then made anew; `join` leaves the others as they are stored.
 
@@ -21,6 +22,7 @@ import importlib.metadata
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +71,41 @@ def bits(kept: set[int]) -> str:
     return f"{sum(1 << (GIVEN - 1 - position) for position in kept):0{GIVEN // 4}x}"
 
 
-def main(folder: Path, methods: list[str]) -> None:
-    """Score every window under the presses of `methods` and write theirs.json."""
+def loaded(folder: Path) -> tuple[Any, list[list[int]], str]:
+    """Return the model in float32, the windows and the device."""
     import torch
     from transformers import LlamaForCausalLM
 
     windows = json.loads((folder / "windows.json").read_text())
     model = LlamaForCausalLM.from_pretrained(folder / "checkpoint", dtype=torch.float32, attn_implementation="eager")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.eval().to(device)
+    return model.eval().to(device), windows, device
+
+
+def times(folder: Path, methods: list[str]) -> None:
+    """Print the seconds that every window takes as kvpress's users run it: one by one, in SDPA, twice over."""
+    import torch
+
+    model, windows, device = loaded(folder)
+    for name in methods:
+        row = {"method": name, "entries": ENTRIES[name][-1]}
+        for repeat in range(3):  # the first warms up
+            before_s = time.monotonic()
+            for tokens in windows if repeat else windows[:2]:
+                given, scored = (torch.tensor(part, device=device) for part in (tokens[:GIVEN], tokens[GIVEN:]))
+                with torch.inference_mode():
+                    _as_context(model, row, given[None], scored)  # ends with a number on the host
+            if repeat:
+                print(
+                    json.dumps({f"kvpress {name} {row['entries']}": round(time.monotonic() - before_s, 3)}), flush=True
+                )
+
+
+def main(folder: Path, methods: list[str]) -> None:
+    """Score every window under the presses of `methods` and write theirs.json."""
+    import torch
+
+    model, windows, device = loaded(folder)
     rows = [{"method": name, "entries": count, "nll": [], "kept": {}} for name in methods for count in ENTRIES[name]]
     for number, tokens in enumerate(windows):
         given, scored = (torch.tensor(part, device=device) for part in (tokens[:GIVEN], tokens[GIVEN:]))
@@ -175,4 +203,7 @@ def _kept(layer: dict[str, Any], cut: tuple[Any, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:] or list(ENTRIES))
+    if sys.argv[2:3] == ["--times"]:
+        times(Path(sys.argv[1]), sys.argv[3:])
+    else:
+        main(Path(sys.argv[1]), sys.argv[2:] or list(ENTRIES))
