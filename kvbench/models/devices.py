@@ -103,8 +103,19 @@ def placement(model: nn.Module, free: Mapping[int, int], *, told: str) -> dict[s
     first = min(free)
     return {
         name: int(where) if any(True for _ in model.get_submodule(name).parameters()) else first
-        for name, where in found.items()
+        for group, where in found.items()
+        for name in _called(model, group)
     }
+
+
+def _called(model: nn.Module, name: str) -> list[str]:
+    """Return the modules of `name` that are called: of a list, which never is, so that no hook of it runs, its own."""
+    from torch import nn
+
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return [name]
+    return [found for child, _ in module.named_children() for found in _called(model, f"{name}.{child}")]
 
 
 @contextmanager

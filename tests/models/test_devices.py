@@ -99,6 +99,15 @@ def test_layers_are_shared_out_in_order_and_what_has_no_weights_is_on_the_first_
     assert places["lm_head"] == 1
 
 
+def test_layers_that_lie_on_one_device_all_together_are_each_given_their_inputs_there() -> None:
+    """A list of layers is never called, so a hook before it would move nothing; as in a model with a large tower."""
+    model = shape()
+    model.model.embed_tokens = nn.Embedding(5_000, 64)
+    places = placement(model, ROOM, told="it")
+    assert {places[f"model.layers.{number}"] for number in range(8)} == {1}
+    assert not any(isinstance(model.get_submodule(name), nn.ModuleList) for name in places)
+
+
 def test_a_70b_fits_two_gpus_of_its_size_in_halves_and_one_not_at_all() -> None:
     whole = ModelSpec(checkpoint="meta-llama/Llama-3.1-70B", weights="random", config={**BIG}, dtype="bfloat16")
     model = empty_model(architecture(whole.known_config() or {}), vision=False, dtype=torch.bfloat16)
