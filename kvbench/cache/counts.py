@@ -460,6 +460,7 @@ class CountsShelf:
     def __init__(self) -> None:
         self.doubts = Doubts()
         self.ledgers: dict[int, Ledger] = {}
+        self._kept: list[tuple[Ledger, Tensor | None, Callable[[], None]]] = []
         self._counts: dict[object, tuple[int, StepCounts]] = {}
         self._arrivals: dict[torch.device, tuple[Tensor | None, object, Arrival]] = {}
         self._rows: dict[torch.device, tuple[object, RowCounts]] = {}
@@ -467,8 +468,34 @@ class CountsShelf:
     def clear(self) -> None:
         """Forget everything."""
         self.doubts.clear()
+        self._kept.clear()
         for shelf in (self._counts, self._arrivals, self._rows):
             shelf.clear()
+
+    def count_later(self, ledger: Ledger, kept: Tensor | None, count_again: Callable[[], None]) -> None:
+        """Remember that a layer settled as if its plan had kept all that it may; kept (B,) is what it did, or None."""
+        self._kept.append((ledger, kept, count_again))
+
+    def look(self) -> None:
+        """Look at a pass that has ended: at what was doubted, and at what plans kept. Raises: the first of the errors.
+
+        Where it is not what was taken for granted, every layer of the pass counts again.
+        """
+        self.doubts.look()
+        settled, self._kept = self._kept, []
+        counted = [(ledger, kept) for ledger, kept, _ in settled if kept is not None]
+        differs = False
+        for device in dict.fromkeys(kept.device for _, kept in counted):
+            there = [(ledger, kept) for ledger, kept in counted if kept.device == device]
+            numbers = torch.stack([kept for _, kept in there]).tolist()
+            for (ledger, _), held in zip(there, numbers, strict=True):
+                if held != ledger.settled_held:
+                    ledger.settle(held)
+                    differs = True
+        if differs:
+            self._counts.clear()
+            for _, _, count_again in settled:
+                count_again()
 
     def arrival(self, setup: LayerSetup, ledger: Ledger, query: Tensor, padding: Tensor | None) -> Arrival:
         """Return `Arrival.of` the same, of an earlier layer of this pass if there was one."""

@@ -91,7 +91,7 @@ class PolicyLayer(CacheLayerMixin):
         self.setup = setup
         self._needs, self._cuts_every = needs_of(setup.policy), steps_between_cuts(setup.policy)
         self._is_ragged, self._merge = is_ragged(setup.policy), merge_at_decode(setup.policy)
-        self._notes = takes_notes(setup.policy)
+        self._notes, self._plans_safely = takes_notes(setup.policy), plans_safely(setup.policy)
         self._shelf = shelf or CountsShelf()
         self.reset()
 
@@ -274,7 +274,7 @@ class PolicyLayer(CacheLayerMixin):
         else:  # when the last layer of the pass has come
             self.setup.pool.arrive(entries, self.setup.num_layers, partial(self._cut, entries, statistics))
         if self.setup.layer == self.setup.num_layers - 1:
-            self._shelf.doubts.look()
+            self._shelf.look()
 
     def _cut(self, entries: Entries, statistics: Statistics) -> None:
         policy, self._num_heads = self.setup.policy, entries.position.shape[1]
@@ -354,7 +354,7 @@ class PolicyLayer(CacheLayerMixin):
         if self._unread is not None:
             (entries, statistics), self._unread = self._unread, None
             self._cut(entries, statistics)
-            self._shelf.doubts.look()
+            self._shelf.look()
             self._repeated = None
 
     def _is_divided(self) -> bool:
@@ -439,7 +439,7 @@ class PolicyLayer(CacheLayerMixin):
             new_tokens=entries.position.shape[-1] - stored,
             prefill=True,
             memory_or_none=memory,
-            doubts=self._shelf.doubts if plans_safely(policy) else None,
+            doubts=self._shelf.doubts if self._plans_safely else None,
             **given,
         )
 
@@ -457,17 +457,30 @@ class PolicyLayer(CacheLayerMixin):
             self.counts, self._leads = self._shelf.take(self.setup, self.ledger, self.slots.length.device)
             return
         held = self.ledger.held
-        if plan is not None and keeps_the_most(self.setup.policy):
+        if plan is not None:
             held = [min(pair) for pair in zip(held, self.ledger.allowed(), strict=True)]
-        elif plan is not None:
-            held = plan.keep.sum(dim=-1).amax(dim=1).tolist()
+        if not keeps_the_most(self.setup.policy):
+            kept = None if plan is None else plan.keep.sum(dim=-1).amax(dim=1)
+            if self._plans_safely:
+                self._shelf.count_later(self.ledger, kept, self._count_again)
+            elif kept is not None:
+                held = kept.tolist()
         self.ledger.settle(held)
-        final = self.ledger.allowed(ahead_tokens=self.setup.reserve_tokens)
-        capacity = max(*self.ledger.held, *final) + self.ledger.block_tokens
         in_order = plan is None and faults is None and min(held) == entries.position.shape[-1]
-        self.slots = settle(entries, plan, capacity, memory, faults, in_order=in_order)
+        self.slots = settle(entries, plan, self._capacity(), memory, faults, in_order=in_order)
         if self.setup.rotation is not None and use_triton(self.slots.entries.keys):
             self.slots.rank = age_rank(self.slots.entries.position).int()
+        self.counts, self._leads = self._shelf.take(self.setup, self.ledger, self.slots.length.device)
+
+    def _capacity(self) -> int:
+        """Return the slots that suffice for what is held now and for all steps that were announced."""
+        final = self.ledger.allowed(ahead_tokens=self.setup.reserve_tokens)
+        return max(*self.ledger.held, *final) + self.ledger.block_tokens
+
+    def _count_again(self) -> None:
+        """Go on from a ledger that was put right after this layer had settled."""
+        assert isinstance(self.slots, Slots)
+        self.slots.shrink(self._capacity())
         self.counts, self._leads = self._shelf.take(self.setup, self.ledger, self.slots.length.device)
 
     def _blank_memory(self, entries: Entries) -> Tensor | None:

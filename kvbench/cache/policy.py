@@ -291,13 +291,13 @@ def keeps_the_most(policy: Policy) -> bool:
 
 
 def plans_safely(policy: Policy) -> bool:
-    """Return whether a plan can be carried out before it was looked at.
+    """Return whether a plan is carried out before it was looked at, so that no layer of a prompt waits for the device.
 
-    It names no entries that may not exist, and no division among layers is made of numbers that were not looked at.
+    Not where heads share what a row may hold, or layers are given shares by numbers that were not looked at: how large
+    buffers are follows from those.
     """
-    if not isinstance(policy, ScorePolicy) or policy.merge is not None or not keeps_the_most(policy):
-        return False
-    return policy.allocation is None or not policy.allocation.waits
+    divided = isinstance(policy, ScorePolicy) and policy.allocation is not None and policy.allocation.waits
+    return not (is_ragged(policy) or divided)
 
 
 def steps_between_cuts(policy: Policy) -> int | None:
@@ -518,10 +518,13 @@ def checked_plan(policy: Policy, view: View, allowed: list[int]) -> Plan:
     """Return `policy.plan(view)`; `allowed` has one number per row.
 
     Raises: NonFiniteError for attention that is NaN, NonFiniteChoiceError and PolicyError for a plan that breaks
-    the contract: at the end of the pass where the view has `doubts`, else now, in one wait.
+    the contract: at the end of the pass where the view has `doubts`, else now, in one wait. Until then a plan names no
+    entries that do not exist.
     """
     check_statistics(view)
     doubts = Doubts() if view.doubts is None else view.doubts
+    if view.doubts is not None and not keeps_the_most(policy):
+        view = _with_numbers(view)
     plan, position, name = policy.plan(view), view.position, f"{type(policy).__name__}.plan in layer {view.layer}"
     if plan is None:
         raise PolicyError(f"{name} returned None although the budget {allowed} is exceeded; return a Plan")
@@ -572,7 +575,13 @@ def checked_plan(policy: Policy, view: View, allowed: list[int]) -> Plan:
         raise PolicyError(f"{name} returned merge_source without a merge_into of the same shape {tuple(source.shape)}")
     if view.doubts is None:
         doubts.look()
-    return plan
+        return plan
+    last, into, source = position.shape[-1] - 1, plan.merge_into, plan.merge_source
+    return replace(
+        plan,
+        merge_into=None if into is None else into.clamp(0, last),
+        merge_source=None if source is None else source.clamp(0, last),
+    )
 
 
 def check_statistics(view: View) -> None:
@@ -586,6 +595,14 @@ def check_statistics(view: View) -> None:
             doubts.note((numbers.isnan() & valid).any(), partial(_not_finite, name, view.layer))
     if view.doubts is None:
         doubts.look()
+
+
+def _with_numbers(view: View) -> View:
+    """Return `view` with 0 for what is NaN, which was noted: an index made from it may be none, and end the process."""
+    names = ("mass_or_none", "window_or_none", "probs_or_none", "head_rows_or_none")
+    given = {name: getattr(view, name) for name in names}
+    found = {name: numbers.masked_fill(numbers.isnan(), 0.0) for name, numbers in given.items() if numbers is not None}
+    return replace(view, **found)
 
 
 def _not_finite(name: str, layer: int) -> NonFiniteError:

@@ -265,6 +265,14 @@ class Slots(Books):
         if self.rank is not None:
             self.rank = nn.functional.pad(self.rank, (0, capacity - self.rank.shape[-1]))
 
+    def shrink(self, capacity: int) -> None:
+        """Copy into buffers of `capacity` slots, where that is fewer and all tokens lie in the first of them."""
+        if capacity < self.capacity:
+            first = {name: getattr(self.entries, name) for name in Entries.__dataclass_fields__}
+            first |= {name: c[:, :, :capacity].contiguous() for name, c in first.items() if c is not None}
+            self.entries = Entries(**first)
+            self.rank = None if self.rank is None else self.rank[..., :capacity].contiguous()
+
 
 def settle(
     entries: Entries,
@@ -297,7 +305,7 @@ def settle(
 def _gathered(entries: Entries, plan: Plan | None, capacity: int) -> tuple[Entries, Tensor]:
     """Return what `plan` keeps, merged and in token order, in `capacity` slots, and how many hold a token, (B, H)."""
     position = entries.position if plan is None else entries.position.masked_fill(~plan.keep, EMPTY)
-    length = (position >= 0).sum(dim=-1)
+    length = (position >= 0).sum(dim=-1).clamp_(max=capacity)  # a plan that keeps too many is told of later
     order = oldest_first(position)[..., :capacity]
     order = nn.functional.pad(order, (0, capacity - order.shape[-1]))
     filled = torch.arange(capacity, device=order.device) < length[..., None]

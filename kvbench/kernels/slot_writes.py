@@ -358,9 +358,6 @@ def find_slot(position: Tensor, rank: Tensor | None = None, *, newer: int = 0, s
     return slot
 
 
-_MEMBERS = 32
-
-
 class Buckets(NamedTuple):
     """Who joins whom: members (B, H, T) entries sorted by survivor, slot c's from start to end (B, H, C).
 
@@ -392,7 +389,8 @@ def segment_mean(states: Tensor, buckets: Buckets, *, add_up: bool = False) -> T
     batch, heads, entries, width = states.shape
     capacity = buckets.order.shape[-1]
     merged = torch.empty((batch, heads, capacity, width), dtype=states.dtype, device=states.device)
-    _segment_mean[(capacity, batch * heads)](
+    tile = _FEW_NUMBERS if width == 1 else _MANY_NUMBERS
+    _segment_mean[(triton.cdiv(capacity, tile["SLOTS"]), batch * heads)](
         states,
         *buckets,
         merged,
@@ -403,10 +401,13 @@ def segment_mean(states: Tensor, buckets: Buckets, *, add_up: bool = False) -> T
         ADD_UP=add_up,
         WIDTH=width,
         BLOCK_D=int(triton.next_power_of_2(width)),
-        MEMBERS=_MEMBERS,
-        num_warps=1 if width == 1 else 4,
+        **tile,
     )
     return merged
+
+
+_MANY_NUMBERS = {"SLOTS": 4, "MEMBERS": 8, "num_warps": 4}  # of a slot, as in keys and values
+_FEW_NUMBERS = {"SLOTS": 32, "MEMBERS": 8, "num_warps": 1}
 
 
 @triton.jit(do_not_specialize=["entries", "capacity"])
@@ -427,27 +428,32 @@ def _segment_mean(
     ADD_UP: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SLOTS: tl.constexpr,
     MEMBERS: tl.constexpr,
 ):
-    slot, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Join the buckets of some slots of one row and head, so many members of each at a time."""
+    row = tl.program_id(1).to(tl.int64)
+    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     in_d, in_m = tl.arange(0, BLOCK_D), tl.arange(0, MEMBERS)
+    in_width = in_d < WIDTH
     source = states + (row // heads) * states_b + (row % heads) * states_h
-    at = row * capacity + slot
-    filled = slot < tl.load(length + row)
-    first, last = tl.load(start + at), tl.load(end + at)
-    last = tl.where(filled, last, first)
-    summed = tl.zeros((MEMBERS, BLOCK_D), dtype=tl.float32)
-    for step in range(0, tl.cdiv(last - first, MEMBERS)):
-        rank = first + step * MEMBERS + in_m
-        joins = rank < last
+    at, inside = row * capacity + slot, slot < capacity
+    filled = inside & (slot < tl.load(length + row))
+    first = tl.load(start + at, mask=filled, other=0)
+    last = tl.load(end + at, mask=filled, other=0)
+    summed = tl.zeros((SLOTS, MEMBERS, BLOCK_D), dtype=tl.float32)
+    for step in range(0, tl.cdiv(tl.max(last - first, 0), MEMBERS)):
+        rank = first[:, None] + step * MEMBERS + in_m[None, :]
+        joins = rank < last[:, None]
         entry = tl.load(members + row * entries + rank, mask=joins, other=0)
-        tile_mask = joins[:, None] & (in_d < WIDTH)[None, :]
-        summed += tl.load(source + entry[:, None] * states_t + in_d[None, :], mask=tile_mask, other=0.0).to(tl.float32)
-    result = tl.sum(summed, axis=0)
+        tile_at = source + entry[:, :, None] * states_t + in_d[None, None, :]
+        summed += tl.load(tile_at, mask=joins[:, :, None] & in_width[None, None, :], other=0.0).to(tl.float32)
+    result = tl.sum(summed, axis=1)
+    wide = inside[:, None] & in_width[None, :]
     if not ADD_UP:
-        own = tl.load(order + at) * states_t + in_d
-        itself = tl.load(source + own, mask=in_d < WIDTH, other=0.0).to(tl.float32)
-        count = (last - first).to(tl.float32)
+        own = tl.load(order + at, mask=inside, other=0)[:, None] * states_t + in_d[None, :]
+        itself = tl.load(source + own, mask=wide, other=0.0).to(tl.float32)
+        count = (last - first).to(tl.float32)[:, None]
         result = tl.where(count > 1, result / tl.maximum(count, 1.0), itself)
-        result = tl.where(filled, result, 0.0)
-    tl.store(merged + at * WIDTH + in_d, result.to(merged.dtype.element_ty), mask=in_d < WIDTH)
+        result = tl.where(filled[:, None], result, 0.0)
+    tl.store(merged + at[:, None] * WIDTH + in_d[None, :], result.to(merged.dtype.element_ty), mask=wide)

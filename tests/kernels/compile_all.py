@@ -32,7 +32,7 @@ _OF_INPUT = ("x", "w0", "w1", "w2", "b0", "b1", "b2", "o0", "o1", "o2", "gate", 
 _ROTATED = ("query_heads", "key_heads", "half", "table_row")
 _INPUTS = (
     *(torch.empty(rows, 1, 4096, dtype=torch.bfloat16) for rows in (1, 16, 32, 64)),
-    *(torch.empty(rows, 1, 4096) for rows in (1, 64)),
+    *(torch.empty(rows, 1, 4096) for rows in (1, 16, 64)),
 )
 
 
@@ -114,8 +114,10 @@ def _compile_prefill() -> None:
                 _compile_mass({**constants, "REDUCTION": reduction}, entries)
         compile_kernel(prefill._window_rows, {**constants, "REDUCTION": "max"}, {"rows": "*fp32"}, **launch)
     bucket = dict.fromkeys(("members", "start", "end", "order"), "*i64")
-    constants = {"ADD_UP": False, "WIDTH": 128, "BLOCK_D": 128, "MEMBERS": segment_mean._MEMBERS}
-    compile_kernel(segment_mean._segment_mean, constants, bucket, num_warps=4)
+    tile = dict(segment_mean._MANY_NUMBERS)
+    warps = tile.pop("num_warps")
+    constants = {"ADD_UP": False, "WIDTH": 128, "BLOCK_D": 128, **tile}
+    compile_kernel(segment_mean._segment_mean, constants, bucket, num_warps=warps)
 
 
 def _compile_mass(constants: dict[str, Any], entries: int) -> None:
