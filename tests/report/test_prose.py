@@ -366,6 +366,10 @@ def test_the_readmes_figures_of_the_default_sweep_are_its_records() -> None:
         assert f"{called} {value:.1f} % [{low:.1f}, {high:.1f}]" in told
 
 
+def test_the_readme_says_of_how_many_places_the_one_in_brackets_is() -> None:
+    assert f"the place of {int(board(PPL, 0.2).place.max())} in brackets" in " ".join(of_readme().split())
+
+
 def test_the_findings_on_positions_are_those_of_their_tables() -> None:
     shown: dict[tuple[str, str], dict[str, _Row]] = {}
     for text, budget in product(("frankenstein_long", "lectures_long"), ("0.2", "0.5")):
