@@ -17,6 +17,7 @@ from importlib.resources import files
 
 import pandas as pd
 
+from kvbench.errors import check_known
 from kvbench.measures import MISSING, format_value, format_with_interval, measure
 from kvbench.report.compare import difference_text, difference_unit
 from kvbench.report.figures.draw import Row, forest_svg
@@ -84,7 +85,8 @@ def judged_part(results: Results, part: Part, name: str) -> Judged | None:
     mine = [cell for cell in results.records if part.has(cell)]
     mine.sort(key=lambda cell: (not cell.failed, cell.started_utc))
     newest = {(cell.labels["policy"], cell.positions, cell.budget_fraction): cell.key for cell in mine}
-    cells = tuple(cell for cell in results.records if cell.key in newest.values())
+    keys = set(newest.values())
+    cells = tuple(cell for cell in results.records if cell.key in keys)
     return judge(Group(model=cells[0].model, dataset=cells[0].dataset, cells=cells), only=(name,)) if cells else None
 
 
@@ -148,15 +150,17 @@ def _rhythm(cell: CellResult) -> str:
 def overview_markdown(results: Results, words: Mapping[str, str]) -> Iterator[str]:
     """Yield every policy's values at `budget` in all that is ranked, by its place in the first of them.
 
-    `parts` and `policies`: some of them, with intervals, since there is room.
+    `parts` and `policies`: some of them, with intervals, since there is room. Raises: ConfigError for an unknown one.
     """
     budget = float(words["budget"])
-    parts, some = words.get("parts"), words.get("policies")
+    parts, some = words["parts"].split(",") if "parts" in words else None, words.get("policies")
+    check_all("a part", parts or (), (part.name for part in PARTS))
+    wanted = check_all("a policy", some.split(",") if some else (), known_policies(results))
     names: dict[str, None] = {}
     found: list[dict[str, str]] = []
     heads = ["policy"]
     for part, name in RANKED:
-        if (parts and part.name not in parts.split(",")) or (judged := judged_part(results, part, name)) is None:
+        if (parts and part.name not in parts) or (judged := judged_part(results, part, name)) is None:
             continue
         heads.append(f"{measure(name).label}, {part.title}")
         full = judged.group.full
@@ -167,9 +171,27 @@ def overview_markdown(results: Results, words: Mapping[str, str]) -> Iterator[st
             shown[place.policy] = f"{value}{rank}" if place.quality else _remark(place)
         names |= dict.fromkeys(shown)
         found.append(shown)
-    chosen = [one for one in names if some is None or one in some.split(",")]
+    chosen = [one for one in names if some is None or one.partition(" ")[0] in wanted]
     rows = [[one, *(shown.get(one, MISSING) for shown in found)] for one in chosen]
     yield from markdown_table(heads, rows, "l" + "r" * len(found))
+
+
+def known_policies(results: Results) -> set[str]:
+    """Return the names of conf/policy and of the records, which may hold others, without positions and remarks."""
+    return {*_shipped(), *(cell.labels["policy"].partition(" ")[0] for cell in results.records)}
+
+
+def _shipped() -> list[str]:
+    names = [entry.name for entry in (files("kvbench.conf") / "policy").iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def check_all(what: str, names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Return the names that a table's block asks for. Raises: ConfigError for one that is not known."""
+    chosen, all_known = list(names), list(known)
+    for name in chosen:
+        check_known(f"{what} of a table", name, all_known)
+    return chosen
 
 
 def missing_markdown(results: Results, words: Mapping[str, str]) -> Iterator[str]:
@@ -178,8 +200,7 @@ def missing_markdown(results: Results, words: Mapping[str, str]) -> Iterator[str
     What has records at other budgets, and what the full cache lacks, can run: that is not measured yet. Of a policy
     without any record of a part that others have, the records do not tell why.
     """
-    names = [entry.name for entry in (files("kvbench.conf") / "policy").iterdir()]
-    known = sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+    known = _shipped()
     all_cells = [cell for cell in results.records if cell.budget_fraction is not None]
     budgets = sorted({cell.budget_fraction for cell in all_cells if cell.budget_fraction is not None})
     rows, resumed = [], []

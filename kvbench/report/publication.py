@@ -47,6 +47,8 @@ from kvbench.report.leaderboard import (
     board_markdown,
     board_svg,
     boards_csv,
+    check_all,
+    known_policies,
     missing_markdown,
     overview_markdown,
 )
@@ -165,16 +167,20 @@ def _laws(results: Results, words: Mapping[str, str]) -> Iterator[str]:
 def _positions(results: Results, words: Mapping[str, str]) -> Iterator[str]:
     """Yield `measure`, one or several, of every policy at one budget, a column for each position mode.
 
-    `policies` and `modes`: some of them.
+    `policies` and `modes`: some of them; a policy that was not measured is a dash, one that is not known an error.
     """
     cells, names = _chosen(results, words), words["measure"].split(",")
-    modes = words.get("modes", ",".join(MODES)).split(",")
+    modes = check_all("a position mode", words.get("modes", ",".join(MODES)).split(","), MODES)
     rows = []
-    for policy in words["policies"].split(",") if "policies" in words else _policies(cells):
+    for policy in _asked(results, words["policies"]) if "policies" in words else _policies(cells):
         found = (_one(cells, policy, mode) for mode in modes)
         rows.append([policy, *("; ".join(_estimate(cell, name) for name in names) for cell in found)])
     label = "; ".join(measure(name).label for name in names)
     yield from markdown_table([label, *modes], rows, "l" + "r" * len(modes))
+
+
+def _asked(results: Results, policies: str) -> list[str]:
+    return check_all("a policy", policies.split(","), known_policies(results))
 
 
 def _policies(cells: Iterable[CellResult]) -> list[str]:
@@ -186,7 +192,7 @@ def _differences(results: Results, words: Mapping[str, str]) -> Iterator[str]:
     cells, name = _chosen(results, words), words["measure"]
     rows = []
     for pair in words["pairs"].split(","):
-        names = pair.split("-")
+        names = _asked(results, pair.replace("-", ","))
         arms = ([_one(cells, policy, mode) for policy in names] for mode in MODES)
         rows.append([f"{names[0]} minus {names[1]}", *(_difference(first, second, name) for first, second in arms)])
     yield from markdown_table([measure(name).label, *MODES], rows, "lrrr")
@@ -208,7 +214,7 @@ def _parts(results: Results, words: Mapping[str, str]) -> Iterator[str]:
     cells, name = _chosen(results, words), words["measure"]
     names = words["settings"].split(",")
     others = [
-        _native(_chosen(results, {**words, "sweep": words["beside"]}), one) for one in words["against"].split(",")
+        _native(_chosen(results, {**words, "sweep": words["beside"]}), one) for one in _asked(results, words["against"])
     ]
     heads = [*names, measure(name).label, "minus the first", *(f"minus {one}" for one in words["against"].split(","))]
     rows = [

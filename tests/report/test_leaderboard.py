@@ -11,7 +11,15 @@ import pytest
 
 from kvbench.report.compare import compare, difference_text
 from kvbench.report.first_screen import leaderboard
-from kvbench.report.leaderboard import Part, board, board_markdown, boards_csv, judged_part, missing_markdown
+from kvbench.report.leaderboard import (
+    Part,
+    board,
+    board_markdown,
+    boards_csv,
+    judged_part,
+    missing_markdown,
+    overview_markdown,
+)
 from kvbench.report.load import Results, _ordered, load_results, parse_cell
 from kvbench.report.publication import main
 from kvbench.report.standing import Judged, judge
@@ -179,6 +187,12 @@ def test_what_is_not_measured_yet_is_told_from_what_has_no_record_at_all_and_the
     assert lines[-1].startswith(f"`kvbench +experiment=leaderboard leaderboard.parts=[{parts}] results=FOLDER`")
     words = {"measure": "objects_recalled_fraction", "dataset": "scenes_asked", "budget": "0.2"}
     assert next(board_markdown(results_of(record("h2o")), words)).startswith("Full cache: not measured yet: `kvbench ")
+
+
+def test_a_policy_of_other_positions_is_chosen_for_an_overview_by_its_name() -> None:
+    results = results_of(record("full", None), record("h2o"), record("streaming_llm", positions="in_cache"))
+    rows = list(overview_markdown(results, {"budget": "0.2", "policies": "streaming_llm"}))
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| streaming_llm (in_cache)"]
 
 
 def test_a_row_says_when_the_policy_cuts() -> None:

@@ -47,10 +47,10 @@ def test_a_table_in_a_page_says_what_the_records_say(root: Path) -> None:
 
 
 def test_differences_are_paired_and_what_was_not_measured_is_a_dash(root: Path) -> None:
-    page = page_of(root, f"kind=differences measure=ppl pairs=elastic-h2o,h2o-nobody {OF}")
+    page = page_of(root, f"kind=differences measure=ppl pairs=elastic-h2o,h2o-snapkv {OF}")
     (line,) = (line for line in page.splitlines() if line.startswith("| elastic minus h2o |"))
     assert "nats/token" in line
-    assert "| h2o minus nobody | - | - | - |" in page
+    assert "| h2o minus snapkv | - | - | - |" in page
 
 
 def test_the_parts_of_a_policy_stand_beside_others(root: Path) -> None:
@@ -104,6 +104,30 @@ def test_a_wrong_table_and_a_wrong_folder_are_one_line(root: Path, capsys: pytes
     assert capsys.readouterr().err == "kvbench: the kind of a table is 'postions'; did you mean 'positions'?\n"
     assert main([str(root / "docs")]) == 2
     assert "holds no results/published; give the folder of the repository\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (f"kind=positions measure=ppl policies=full,h20 {OF}", "a policy of a table is 'h20'; did you mean 'h2o'?"),
+        (f"kind=positions measure=ppl modes=orginal {OF}", "a position mode of a table is 'orginal'; did you mean"),
+        (f"kind=differences measure=ppl pairs=elastic-h20 {OF}", "a policy of a table is 'h20'; did you mean 'h2o'?"),
+        (f"kind=overview policies=elastik {OF}", "a policy of a table is 'elastik'; did you mean 'elastic'?"),
+        (f"kind=overview parts=recal {OF}", "a part of a table is 'recal'; did you mean 'recall'?"),
+    ],
+)
+def test_a_mistyped_name_in_a_tables_block_is_one_line_with_what_is_close(
+    root: Path, capsys: pytest.CaptureFixture[str], words: str, said: str
+) -> None:
+    (root / "docs" / "page.md").write_text(PAGE.format(words))
+    assert main([str(root)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"kvbench: {said}")
+    assert told.count("\n") == 1
+
+
+def test_a_policy_that_is_known_and_not_measured_is_a_dash(root: Path) -> None:
+    assert "| snapkv | - | - | - |" in page_of(root, f"kind=positions measure=ppl policies=snapkv {OF}")
 
 
 @pytest.mark.long

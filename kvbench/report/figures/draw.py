@@ -20,7 +20,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator, ScalarFormatter
 
 from kvbench.measures import measure
 from kvbench.report.figures import FIGURES, FigureKind
@@ -144,6 +144,7 @@ def draw_pngs(results: Results) -> Iterator[Png]:
 _ROW_INCHES = 0.19
 _WIDE = 8.0  # from a ratio of the largest to the middle size on, places far from 0 are drawn by their logarithm
 _LEAST = 1e-3
+_LABEL_SHARE = 0.11  # of an axis that a label and its gap take
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,7 +183,23 @@ def _panel(axes: Axes, names: Sequence[str], rows: Mapping[str, Row], look: Look
     sizes = sorted(abs(row.value) for row in rows.values())
     if sizes and sizes[-1] > _WIDE * max(_LEAST, sizes[len(sizes) // 2]):
         axes.set_xscale("symlog", linthresh=max(_LEAST, sizes[len(sizes) // 2]))
+        axes.xaxis.set_major_locator(FixedLocator(_outward(axes)))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # its own writes TeX
+
+
+def _outward(axes: Axes) -> list[float]:
+    """Return the ticks of a symmetric scale, from 0 outwards, without those too near to the last for two labels."""
+    drawn = axes.xaxis.get_transform().transform
+    low, high = drawn(list(axes.get_xlim()))
+    shown = [0.0]
+    for side in (1.0, -1.0):
+        last = 0.0
+        for tick in sorted((tick for tick in axes.get_xticks() if tick * side > 0), key=abs):
+            if abs(drawn([tick])[0] - drawn([last])[0]) >= _LABEL_SHARE * (high - low):
+                shown.append(float(tick))
+                last = tick
+    return shown
 
 
 MODES = ("original", "in_cache", "released")

@@ -280,3 +280,15 @@ def test_a_wide_scale_of_a_forest_is_labelled_by_numbers() -> None:
     drawn = forest_svg(list(rows), {"panel": rows}, label="nats per token").decode()
     assert "mathdefault" not in drawn
     assert {"0.1", "1"} <= set(re.findall(r"<!-- ([\d.]+) -->", drawn))  # what paths of glyphs spell
+
+
+@pytest.mark.parametrize("middle", [0.013, 0.025, 0.064, 0.09])
+def test_labels_of_a_wide_scale_stand_apart(middle: float) -> None:
+    rows = {f"row {number}": Row(value=middle, low=None, high=None) for number in range(5)}
+    rows |= {"far": Row(value=2.2, low=2.1, high=2.4), "less": Row(value=-0.2, low=-0.3, high=-0.1)}
+    drawn = forest_svg(list(rows), dict.fromkeys(("one", "two", "three"), rows), label="nats per token").decode()
+    found = re.findall(r"<!-- ([-\d.]+) -->\s*<g [^>]*translate\(([\d.]+) ", drawn)
+    assert {"0", "0.1", "1"} <= {label for label, _ in found}
+    starts = [(label, float(start)) for label, start in found]
+    for (label, start), (other, following) in itertools.pairwise(sorted(starts, key=lambda one: one[1])):
+        assert following - start > 5.5 * len(label), f"{label} touches {other}"
