@@ -95,10 +95,20 @@ def sweep(out: Path, limit_s: float) -> dict[str, Any]:
 
 
 def _sweep(results: Path, limit_s: float, *words: str) -> dict[str, Any]:
+    """Run a sweep in a process of its own, of the code that this one has imported."""
+    import kvbench
+
+    folder = results.parent  # python -m takes the folder it runs in before PYTHONPATH, so not in a checkout
+    folder.mkdir(parents=True, exist_ok=True)
+    asked = [sys.executable, "-c", "import kvbench; print(kvbench.__file__)"]
+    its_code = subprocess.run(asked, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    if its_code != kvbench.__file__:
+        raise RuntimeError(f"a sweep would run {its_code}, and this process has {kvbench.__file__}")
     command = [sys.executable, "-m", "kvbench", "-m", *WORDS, f"batch_size={BATCH}", "autopsy=off", *words]
+    command += ["sink=console", f"results={results.absolute()}"]
     before_s = time.monotonic()
     try:
-        subprocess.run([*command, "sink=console", f"results={results}"], check=True, timeout=limit_s, stdout=sys.stderr)
+        subprocess.run(command, cwd=folder, check=True, timeout=limit_s, stdout=sys.stderr)
         ended = "done"
     except (subprocess.SubprocessError, OSError) as error:
         ended = type(error).__name__

@@ -13,6 +13,18 @@ from tests.models.checkpoints import save_checkpoint
 SHORT = ("dataset=frankenstein", "dataset.prompt_tokens=20", "dataset.scored_tokens=5", "dataset.num_samples=2")
 
 
+def test_a_sweep_of_other_code_than_is_imported_is_no_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other" / "kvbench"
+    other.mkdir(parents=True)
+    (other / "__init__.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(other.parent))
+    ((_, error),) = measured(["cells"], tmp_path / "out", 9.0)
+    assert "a sweep would run" in error
+    assert str(other) in error
+
+
 @pytest.mark.long
 def test_every_part_is_measured_and_one_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_checkpoint("llama", tmp_path)

@@ -83,7 +83,7 @@ def loaded(folder: Path) -> tuple[Any, list[list[int]], str]:
 
 
 def times(folder: Path, methods: list[str]) -> None:
-    """Print the seconds that every window takes as kvpress's users run it: one by one, in SDPA, twice over."""
+    """Print the seconds that all windows take as kvpress's users run it: one by one, in SDPA, twice over."""
     import torch
 
     model, windows, device = loaded(folder)
