@@ -42,6 +42,14 @@ def test_products_of_matrices_with_one_input(
         assert error(output, want) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("rows", "size"), [(3, 16_390), (18, 16_390), (18, 50), (35, 50)])
+def test_tiles_of_a_vocabulary_and_of_larger_batches(rows: int, size: int, dtype: torch.dtype) -> None:
+    x, weight = draw(1, rows, 1, 48, dtype=dtype), draw(2, size, 48, dtype=dtype)
+    (output,) = project_rows(x, [weight], [None])
+    assert error(output, x.double() @ weight.double().T) < TOLERANCE[dtype]
+
+
 @pytest.mark.cover
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("rows", "width", "size"), SIZES)
