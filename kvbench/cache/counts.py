@@ -9,7 +9,7 @@ it forward, and everything after reads it. A captured step does the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -477,12 +477,17 @@ class CountsShelf:
         self._kept.append((ledger, kept, count_again))
 
     def look(self) -> None:
-        """Look at a pass that has ended: at what was doubted, and at what plans kept. Raises: the first of the errors.
+        """Look at a pass that has ended: at what plans kept, and at what was doubted. Raises: the first of the errors.
 
-        Where it is not what was taken for granted, every layer of the pass counts again.
+        Where they kept other numbers than was taken for granted, every layer of the pass counts again.
         """
-        self.doubts.look()
         settled, self._kept = self._kept, []
+        try:
+            self._count(settled)
+        finally:
+            self.doubts.look()
+
+    def _count(self, settled: Sequence[tuple[Ledger, Tensor | None, Callable[[], None]]]) -> None:
         counted = [(ledger, kept) for ledger, kept, _ in settled if kept is not None]
         differs = False
         for device in dict.fromkeys(kept.device for _, kept in counted):

@@ -55,6 +55,7 @@ from kvbench.cache.policy import (
     ranking,
     steps_between_cuts,
     takes_notes,
+    with_numbers,
 )
 from kvbench.cache.positions import shifted_chunk, shifted_step
 from kvbench.cache.ragged import RaggedSlots, settle_ragged, spread_of
@@ -407,8 +408,15 @@ class PolicyLayer(CacheLayerMixin):
         return _watching(view, f"{type(policy).__name__}.{asked}", key)
 
     def _plan(self, entries: Entries, view: View) -> Plan:
-        with self._reading(view, "plan"):
-            plan = checked_plan(self.setup.policy, view, self.ledger.allowed())
+        check_statistics(view)
+        if view.doubts is not None and not keeps_the_most(self.setup.policy):
+            view = with_numbers(view)
+        try:
+            with self._reading(view, "plan"):
+                plan = checked_plan(self.setup.policy, view, self.ledger.allowed())
+        except PolicyError:
+            self._shelf.doubts.look()  # what went wrong in an earlier layer is told first
+            raise
         if self.setup.on_plan is not None:
             self.setup.on_plan(self.setup.layer, entries, plan)
         return plan

@@ -291,7 +291,7 @@ def keeps_the_most(policy: Policy) -> bool:
 
 
 def plans_safely(policy: Policy) -> bool:
-    """Return whether a plan is carried out before it was looked at, so that no layer of a prompt waits for the device.
+    """Return whether a plan is carried out before it was looked at, so that a layer of a prompt waits for no plan.
 
     Not where heads share what a row may hold, or layers are given shares by numbers that were not looked at: how large
     buffers are follows from those.
@@ -517,14 +517,10 @@ def checked_joining(merge: Merge, view: View, victim: Tensor) -> Joining:
 def checked_plan(policy: Policy, view: View, allowed: list[int]) -> Plan:
     """Return `policy.plan(view)`; `allowed` has one number per row.
 
-    Raises: NonFiniteError for attention that is NaN, NonFiniteChoiceError and PolicyError for a plan that breaks
-    the contract: at the end of the pass where the view has `doubts`, else now, in one wait. Until then a plan names no
-    entries that do not exist.
+    Raises: NonFiniteChoiceError and PolicyError for a plan that breaks the contract: at the end of the pass where the
+    view has `doubts`, else now, in one wait. Until then a plan names no entries that do not exist.
     """
-    check_statistics(view)
     doubts = Doubts() if view.doubts is None else view.doubts
-    if view.doubts is not None and not keeps_the_most(policy):
-        view = _with_numbers(view)
     plan, position, name = policy.plan(view), view.position, f"{type(policy).__name__}.plan in layer {view.layer}"
     if plan is None:
         raise PolicyError(f"{name} returned None although the budget {allowed} is exceeded; return a Plan")
@@ -553,6 +549,10 @@ def checked_plan(policy: Policy, view: View, allowed: list[int]) -> Plan:
         raise PolicyError(f"{name} returned merge_weight without a merge_into of the same shape (B, H, T)")
     if plan.merge_into is not None:
         _check_merge(plan.merge_into, plan.keep, doubts, name)
+    if plan.merge_source is not None:
+        if plan.merge_into is None:
+            raise PolicyError(f"{name} returned merge_source without a merge_into")
+        _check_index(plan.merge_source, "merge_source", plan.keep, doubts, name)
     if plan.mass is not None and (plan.mass.shape != position.shape or view.mass_or_none is None):
         raise PolicyError(
             f"{name} returned mass of shape {tuple(plan.mass.shape)}; it must be (B, H, T) = "
@@ -570,9 +570,6 @@ def checked_plan(policy: Policy, view: View, allowed: list[int]) -> Plan:
             f"{name} returned values of shape {tuple(plan.values.shape)}; it must be (B, H, T, D) = "
             f"{tuple(view.values.shape)}"
         )
-    source = plan.merge_source
-    if source is not None and (plan.merge_into is None or source.shape != position.shape):
-        raise PolicyError(f"{name} returned merge_source without a merge_into of the same shape {tuple(source.shape)}")
     if view.doubts is None:
         doubts.look()
         return plan
@@ -597,7 +594,7 @@ def check_statistics(view: View) -> None:
         doubts.look()
 
 
-def _with_numbers(view: View) -> View:
+def with_numbers(view: View) -> View:
     """Return `view` with 0 for what is NaN, which was noted: an index made from it may be none, and end the process."""
     names = ("mass_or_none", "window_or_none", "probs_or_none", "head_rows_or_none")
     given = {name: getattr(view, name) for name in names}
@@ -612,14 +609,19 @@ def _not_finite(name: str, layer: int) -> NonFiniteError:
     )
 
 
-def _check_merge(into: Tensor, keep: Tensor, doubts: Doubts, name: str) -> None:
-    _check_column(into, "merge_into", torch.int64, keep, name)
+def _check_index(index: Tensor, field: str, keep: Tensor, doubts: Doubts, name: str) -> None:
+    _check_column(index, field, torch.int64, keep, name)
     last = keep.shape[-1] - 1
-    least, most = into.aminmax()
+    least, most = index.aminmax()
     doubts.note(
         (least < 0) | (most > last),
-        lambda: PolicyError(f"{name} merges into {least} to {most}; allowed: 0 to {last}"),
+        lambda: PolicyError(f"{name} returned {field} from {least} to {most}; allowed: 0 to {last}"),
     )
+
+
+def _check_merge(into: Tensor, keep: Tensor, doubts: Doubts, name: str) -> None:
+    _check_index(into, "merge_into", keep, doubts, name)
+    last = keep.shape[-1] - 1
     itself = into == torch.arange(keep.shape[-1], device=into.device)
     doubts.note(
         ~(keep.gather(-1, into.clamp(0, last)) | itself).all(),

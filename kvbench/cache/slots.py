@@ -269,9 +269,11 @@ class Slots(Books):
         """Copy into buffers of `capacity` slots, where that is fewer and all tokens lie in the first of them."""
         if capacity < self.capacity:
             first = {name: getattr(self.entries, name) for name in Entries.__dataclass_fields__}
-            first |= {name: c[:, :, :capacity].contiguous() for name, c in first.items() if c is not None}
+            # A clone: of one row and head the first slots are contiguous already, and would keep the whole storage.
+            dense = torch.contiguous_format
+            first |= {name: c[:, :, :capacity].clone(memory_format=dense) for name, c in first.items() if c is not None}
             self.entries = Entries(**first)
-            self.rank = None if self.rank is None else self.rank[..., :capacity].contiguous()
+            self.rank = None if self.rank is None else self.rank[..., :capacity].clone(memory_format=dense)
 
 
 def settle(
@@ -305,7 +307,7 @@ def settle(
 def _gathered(entries: Entries, plan: Plan | None, capacity: int) -> tuple[Entries, Tensor]:
     """Return what `plan` keeps, merged and in token order, in `capacity` slots, and how many hold a token, (B, H)."""
     position = entries.position if plan is None else entries.position.masked_fill(~plan.keep, EMPTY)
-    length = (position >= 0).sum(dim=-1).clamp_(max=capacity)  # a plan that keeps too many is told of later
+    length = (position >= 0).sum(dim=-1)
     order = oldest_first(position)[..., :capacity]
     order = nn.functional.pad(order, (0, capacity - order.shape[-1]))
     filled = torch.arange(capacity, device=order.device) < length[..., None]

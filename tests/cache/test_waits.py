@@ -27,6 +27,8 @@ from kvbench.policies.elastic import Elastic
 from kvbench.policies.full import Full
 from kvbench.policies.h2o import H2O
 from kvbench.policies.merge.voronoi import Voronoi
+from kvbench.policies.released.elastic import ElasticReleased
+from kvbench.policies.released.local_elastic import LocalElasticRelease
 from kvbench.policies.snapkv import SnapKV
 from kvbench.policies.streaming_llm import StreamingLLM
 from kvbench.policies.tova import TOVA
@@ -54,9 +56,10 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counted
 
 
-def with_layers(number: int) -> Any:
+def with_layers(number: int, heads: int | None = None) -> Any:
     config = copy.deepcopy(tiny_model("llama_gqa", attached=False).config)
     config.num_hidden_layers, config.layer_types = number, None
+    config.num_key_value_heads = heads or config.num_key_value_heads
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval()
     assert len(model.model.layers) == number
@@ -65,7 +68,20 @@ def with_layers(number: int) -> Any:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("policy", [Full(), H2O(), SnapKV(num_recent=4), StreamingLLM(), TOVA(), Elastic(), MERGING])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Full(),
+        H2O(),
+        SnapKV(num_recent=4),
+        StreamingLLM(),
+        TOVA(),
+        Elastic(),
+        ElasticReleased(),
+        LocalElasticRelease(),
+        MERGING,
+    ],
+)
 def test_a_prompt_of_more_layers_waits_no_more_often(policy: Policy, padded: bool, waits: Counter[str]) -> None:
     found = []
     for number in (2, 5):
@@ -103,20 +119,29 @@ class SparingPrompt(Sparing):
     when: ClassVar[When] = When.PREFILL
 
 
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("reserve_tokens", [0, 6])
 @pytest.mark.parametrize("sparing", [(), (0, 2), (1,), (0, 1, 2, 3)])
 @pytest.mark.parametrize("kind", [Sparing, SparingPrompt])
 def test_what_a_plan_kept_is_counted_after_the_pass_as_it_is_in_each_layer(
-    kind: type[Sparing], sparing: tuple[int, ...], reserve_tokens: int, monkeypatch: pytest.MonkeyPatch
+    kind: type[Sparing], sparing: tuple[int, ...], reserve_tokens: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, tokens = with_layers(4), random_tokens(3, 2, PROMPT + 6)
+    model, tokens = with_layers(4, heads=rows), random_tokens(3, rows, PROMPT + 6)
+    mask = torch.ones_like(tokens)
+    mask[-1, :5] = 0
     found = []
     for safely in (True, False):
         monkeypatch.setattr(cache_layer, "plans_safely", lambda _, safely=safely: safely)
         cache = PolicyCache(model, kind(layers=sparing), Budget(fraction=0.5), reserve_tokens=reserve_tokens)
-        trace = drive(model, cache, tokens, PROMPT)
+        trace = drive(model, cache, tokens, PROMPT, mask)
+        cache.expect_prompt(PROMPT)
+        more = torch.cat((mask, torch.ones_like(tokens[:, :PROMPT])), dim=-1)
+        position = more.cumsum(-1)[:, -PROMPT:] - 1
+        later = model(tokens[:, :PROMPT], attention_mask=more, position_ids=position, **cache_argument(model, cache))
+        trace.logits.append(later.logits)
         layers = cache.policy_layers
-        found.append((trace, [(one.ledger, one.slots.capacity, one.counts.budget.tolist()) for one in layers]))
+        counted = [(one.ledger, one.slots.capacity, one.counts.budget.tolist()) for one in layers]
+        found.append((trace, [*counted, cache.occupancy()]))
     (late, late_counts), (soon, soon_counts) = found
     assert late_counts == soon_counts
     assert late.held == soon.held

@@ -64,6 +64,10 @@ def first(view: View, count: int) -> Tensor:
     return (view.position < count) & view.valid
 
 
+def own(view: View) -> Tensor:
+    return torch.arange(view.position.shape[-1]).expand_as(view.position)
+
+
 def merging(view: View, into: int) -> Plan:
     return Plan(keep=first(view, 5), merge_into=torch.full_like(view.position, into))
 
@@ -99,6 +103,22 @@ WRONG_POLICIES: dict[str, tuple[Policy, str]] = {
         Planned(function=lambda v: Plan(keep=first(v, 5), merge_into=torch.zeros_like(v.position)[:, :1])),
         "shape",
     ),
+    "merge of what is not there": (
+        Planned(function=lambda v: Plan(keep=first(v, 5), merge_into=own(v), merge_source=own(v) + 7)),
+        "merge_source from 7 to .*; allowed: 0 to",
+    ),
+    "merge of what stands before": (
+        Planned(function=lambda v: Plan(keep=first(v, 5), merge_into=own(v), merge_source=own(v) - 2)),
+        "merge_source from -2 to .*; allowed: 0 to",
+    ),
+    "merge of floats": (
+        Planned(function=lambda v: Plan(keep=first(v, 5), merge_into=own(v), merge_source=own(v).float())),
+        "merge_source.*int64",
+    ),
+    "source of no merge": (
+        Planned(function=lambda v: Plan(keep=first(v, 5), merge_source=own(v))),
+        "merge_source without a merge_into",
+    ),
     "plan of empty slots": (Planned(function=lambda v: Plan(keep=~v.valid | first(v, 1))), "no token"),
 }
 
@@ -110,6 +130,22 @@ def test_a_wrong_plan_is_refused(tiny_llama: Any, name: str) -> None:
     mask = torch.tensor([[1] * 12, [0] * 3 + [1] * 9])
     with pytest.raises(PolicyError, match=message):
         drive(tiny_llama, cache, random_tokens(0, 2, 12), 12, mask)
+
+
+def test_of_two_layers_that_go_wrong_the_first_is_told(tiny_llama: Any) -> None:
+    late, soon = Plan, lambda **_: None  # too many is noted, none at all is seen at once
+    policy = Planned(function=lambda v: (soon if v.layer else late)(keep=first(v, 6)))
+    with pytest.raises(PolicyError, match="plan in layer 0 keeps"):
+        drive(tiny_llama, PolicyCache(tiny_llama, policy, Budget(tokens=5)), random_tokens(0, 2, 12), 12)
+
+
+def test_what_is_held_is_known_of_a_prompt_that_was_refused(tiny_llama: Any) -> None:
+    policy = Planned(function=lambda v: Plan(keep=first(v, 6 if v.layer else 2)))
+    cache = PolicyCache(tiny_llama, policy, Budget(tokens=5))
+    with pytest.raises(PolicyError, match="plan in layer 1 keeps"):
+        drive(tiny_llama, cache, random_tokens(0, 2, 12), 12)
+    for layer in cache.policy_layers:
+        assert layer.ledger.held == layer.slots.length.amax(dim=1).tolist()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +255,10 @@ WRITES: dict[str, tuple[Callable[[View], object], str]] = {
 @pytest.mark.parametrize("inference", [True, False], ids=["inference", "no_grad"])
 @pytest.mark.parametrize("at", ["plan", "victim"])
 @pytest.mark.parametrize("how", WRITES)
-def test_what_a_policy_writes_into_its_view_is_refused(tiny_llama: Any, how: str, at: str, inference: bool) -> None:
+@pytest.mark.parametrize("own_plan", [False, True])
+def test_what_a_policy_writes_into_its_view_is_refused(
+    tiny_llama: Any, own_plan: bool, how: str, at: str, inference: bool
+) -> None:
     write, message = WRITES[how]
 
     @dataclass(frozen=True, kw_only=True)
@@ -231,6 +270,15 @@ def test_what_a_policy_writes_into_its_view_is_refused(tiny_llama: Any, how: str
                 write(view)
             return view.mass
 
+        def plan(self, view: View) -> Plan:
+            if not own_plan:
+                return super().plan(view)
+            if at == "plan":
+                write(view)
+            return Plan(keep=first(view, 5))
+
+    if not own_plan:
+        del Writing.plan
     for _ in range(2):  # the next cell of the same process is told as well
         with pytest.raises(PolicyError, match=message), torch.inference_mode(inference):
             drive(tiny_llama, PolicyCache(tiny_llama, Writing(), Budget(tokens=5)), random_tokens(0, 1, 9), 7)

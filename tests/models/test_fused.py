@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kvbench.cache import Budget, PolicyCache
 from kvbench.contract.driving import drive
+from kvbench.kernels import decode_step
 from kvbench.kernels.dispatch import kernels_forced
 from kvbench.models import fused
 from kvbench.models.fused import fuse
@@ -41,13 +42,19 @@ def logits(model: Any, by_kernels: bool, steps: int = STEPS) -> Tensor:
 @pytest.mark.cover("one")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("name", ["llama_gqa", "llama_mha", "qwen2", "qwen3", "llava"])
-def test_a_fused_step_gives_the_logits_of_the_models_own(name: str, dtype: torch.dtype) -> None:
+def test_a_fused_step_gives_the_logits_of_the_models_own(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain, ours = half(name).to(dtype), half(name).to(dtype)
     fuse(ours)
+    launched: list[torch.dtype] = []
+    product = decode_step.project_rows
+    monkeypatch.setattr(decode_step, "project_rows", lambda x, *rest: launched.append(x.dtype) or product(x, *rest))
     exact = logits(copy.deepcopy(plain).double(), by_kernels=False)
     scale = float(exact.norm())
     error = float((logits(ours, by_kernels=True) - exact).norm()) / scale
     stock_error = float((logits(plain, by_kernels=False) - exact).norm()) / scale
+    assert set(launched) == {dtype}, "or the model's own step would be compared with itself"
     assert error < 2 * stock_error + (1e-4 if dtype == torch.float16 else 1e-6)
 
 

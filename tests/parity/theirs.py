@@ -86,6 +86,11 @@ def times(folder: Path, methods: list[str]) -> None:
     """Print the seconds that all windows take as kvpress's users run it: one by one, in SDPA, twice over."""
     import torch
 
+    unknown = sorted(set(methods) - set(ENTRIES) | {"full"} & set(methods))
+    if unknown or not methods:
+        raise SystemExit(
+            f"--times takes methods with a press, got {methods}; there are {sorted(set(ENTRIES) - {'full'})}"
+        )
     model, windows, device = loaded(folder)
     for name in methods:
         row = {"method": name, "entries": ENTRIES[name][-1]}
