@@ -78,7 +78,7 @@ def read_again(
         fed = [_fed(row, start, size, asks) for row in rows]
         longest = max(map(len, fed))
         mask = torch.tensor([[False] * (longest - len(row)) + [True] * len(row) for row in fed], device=tokens.device)
-        ids = torch.tensor([[row[0]] * (longest - len(one)) + one for one, row in zip(fed, rows, strict=True)])
+        ids = torch.tensor([(row[:1] or [0]) * (longest - len(one)) + one for one, row in zip(fed, rows, strict=True)])
         position = last_position + mask.long().cumsum(dim=-1).clamp(min=1)
         cache.second_pass.chunk = Repeated(real=mask, start=start, end=start + size)
         try:

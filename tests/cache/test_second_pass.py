@@ -136,6 +136,18 @@ def test_a_row_is_repeated_alike_alone_and_in_a_padded_batch() -> None:
         assert [layer[0] for layer in held_positions(alone)] == [layer[number] for layer in held]
 
 
+def test_a_row_that_has_not_begun_yet_changes_nothing_for_the_others() -> None:
+    begun, tokens = random_tokens(1, 1, 23), random_tokens(1, 1, 23).repeat(2, 1)
+    mask = torch.ones_like(tokens)
+    mask[1] = 0
+    together, alone = prefilled(Noting(), tokens, mask), prefilled(Noting(), begun)
+    read_again(tiny_model("llama_gqa"), together, tokens, mask, instruction=ASKS)
+    read_again(tiny_model("llama_gqa"), alone, begun, instruction=ASKS)
+    held = held_positions(together)
+    assert [layer[0] for layer in held] == [layer[0] for layer in held_positions(alone)]
+    assert not any(head for layer in held for head in layer[1])
+
+
 def test_nothing_of_the_second_pass_stays() -> None:
     tokens = random_tokens(4, 1, 30)
     cache = prefilled(KVzip(), tokens, budget=Budget(tokens=11))
