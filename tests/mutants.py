@@ -74,8 +74,8 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "what is evicted is masked, and stays": _in(
         "layer",
-        "capacity = max(*self.ledger.held, *final) + self.ledger.block_tokens",
-        "capacity = max(*self.ledger.held, *final, entries.position.shape[-1]) + self.ledger.block_tokens",
+        "self.slots = settle(entries, plan, self._capacity(), memory, faults, in_order=in_order)",
+        "self.slots = settle(entries, plan, entries.position.shape[-1] + self.ledger.block_tokens, memory, faults)",
     ),
     "a view keeps the whole storage": _in(
         "slots",

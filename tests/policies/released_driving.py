@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import Budget, Policy
-from kvbench.cache.counts import LayerSetup
+from kvbench.cache.counts import CountsShelf, LayerSetup
 from kvbench.cache.layer import PolicyLayer
 from kvbench.cache.released import Pool, departures_of
 from tests.policies.released_code import Code, CodeStopsError, Layer, Token
@@ -44,7 +44,8 @@ def policy_layers(policy: Policy, budget: Budget, count: int) -> list[PolicyLaye
         )
         for index in range(count)
     ]
-    return [PolicyLayer(setup) for setup in setups]
+    shelf = CountsShelf()
+    return [PolicyLayer(setup, shelf) for setup in setups]
 
 
 def tokens_held(layer: PolicyLayer, head: int = 0) -> list[int]:
