@@ -581,25 +581,28 @@ def checked_plan(policy: Policy, view: View, allowed: list[int]) -> Plan:
     )
 
 
+def _attention_of(view: View) -> dict[str, Tensor]:
+    """Return the attention that a view shows, (B, H, ..., T), by name."""
+    given = {name: getattr(view, f"{name}_or_none") for name in ("mass", "window", "probs", "head_rows")}
+    return {name: numbers for name, numbers in given.items() if numbers is not None}
+
+
 def check_statistics(view: View) -> None:
     """Raise NonFiniteError if attention that a policy is about to decide by is NaN: the model's numbers are."""
-    statistics = {"mass": view.mass_or_none, "window": view.window_or_none, "probs": view.probs_or_none}
-    statistics["head_rows"] = None if view.head_rows_or_none is None else view.head_rows_or_none.flatten(2, 3)
     doubts = Doubts() if view.doubts is None else view.doubts
-    for name, numbers in statistics.items():
-        if numbers is not None:
-            valid = view.valid if numbers.ndim == 3 else view.valid[:, :, None]
-            doubts.note((numbers.isnan() & valid).any(), partial(_not_finite, name, view.layer))
+    for name, numbers in _attention_of(view).items():
+        valid = view.valid.unflatten(1, (-1, *[1] * (numbers.ndim - 3)))
+        doubts.note((numbers.isnan() & valid).any(), partial(_not_finite, name, view.layer))
     if view.doubts is None:
         doubts.look()
 
 
 def with_numbers(view: View) -> View:
     """Return `view` with 0 for what is NaN, which was noted: an index made from it may be none, and end the process."""
-    names = ("mass_or_none", "window_or_none", "probs_or_none", "head_rows_or_none")
-    given = {name: getattr(view, name) for name in names}
-    found = {name: numbers.masked_fill(numbers.isnan(), 0.0) for name, numbers in given.items() if numbers is not None}
-    return replace(view, **found)
+    cleaned: dict[str, Any] = {
+        f"{name}_or_none": numbers.masked_fill(numbers.isnan(), 0.0) for name, numbers in _attention_of(view).items()
+    }
+    return replace(view, **cleaned)
 
 
 def _not_finite(name: str, layer: int) -> NonFiniteError:
