@@ -21,16 +21,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbench.kernels.dispatch import SlotColumns, on_its_device
+from kvbench.kernels.decode_step import turned_halves
+from kvbench.kernels.dispatch import SlotColumns, Unturned, on_its_device
 
 # mypy: ignore-errors
 # Kernels are written in Triton's language, not Python's.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "pairs"])
 def write_token(
     new_keys,
     new_values,
+    queries,
+    cosines,
+    sines,
+    turned,
     keys,
     values,
     position,
@@ -41,42 +46,73 @@ def write_token(
     free,
     seen,
     head_start,
+    pairs,
     heads,
+    query_heads,
     capacity,
     width,
     key_row,
     key_head,
     value_row,
     value_head,
+    query_row,
+    query_head,
+    table_row,
     BLOCK_D: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
     HAS_MASS: tl.constexpr,
     HAS_RANK: tl.constexpr,
     ADVANCE: tl.constexpr,
     RAGGED: tl.constexpr,
+    TURN: tl.constexpr,
 ):
-    """Put one token (row, head, D) at position seen - 1 into slot `free`; with ADVANCE the next slot is free."""
+    """Put one token (row, head, D) at position seen - 1 into slot `free`; with ADVANCE the next slot is free.
+
+    With TURN keys are rotated on the way, and the programs after the last pair's rotate a head of `queries` each, into
+    `turned` (row, head, D).
+    """
     pair = tl.program_id(0)
-    row, head = pair // heads, pair % heads
-    d = tl.arange(0, BLOCK_D)
-    slot = tl.load(free + pair)
-    held = tl.load(length + pair)
-    entry = (tl.load(head_start + pair) if RAGGED else pair.to(tl.int64) * capacity) + slot
-    k = tl.load(new_keys + row * key_row + head * key_head + d, mask=d < width)
-    v = tl.load(new_values + row * value_row + head * value_head + d, mask=d < width)
-    tl.store(keys + entry * width + d, k, mask=d < width)
-    tl.store(values + entry * width + d, v, mask=d < width)
-    tl.store(position + entry, tl.load(seen + row) - 1)
-    tl.store(kind + entry, 0)
-    if HAS_MASS:
-        tl.store(mass + entry, 0.0)
-    if HAS_RANK:
-        tl.store(rank + entry, held)
-    tl.store(length + pair, held + 1)
-    if ADVANCE:
-        tl.store(free + pair, held + 1)
+    if TURN:
+        half = width // 2
+        h = tl.arange(0, BLOCK_HALF)
+    if pair >= pairs:
+        if TURN:
+            pair -= pairs
+            row, head = pair // query_heads, pair % query_heads
+            at = row * query_row + head * query_head
+            low, high = turned_halves(queries, at, cosines, sines, row * table_row, half, h)
+            to = turned + pair * width + h
+            tl.store(to, low.to(turned.dtype.element_ty), mask=h < half)
+            tl.store(to + half, high.to(turned.dtype.element_ty), mask=h < half)
+    else:
+        row, head = pair // heads, pair % heads
+        d = tl.arange(0, BLOCK_D)
+        slot = tl.load(free + pair)
+        held = tl.load(length + pair)
+        entry = (tl.load(head_start + pair) if RAGGED else pair.to(tl.int64) * capacity) + slot
+        at = row * key_row + head * key_head
+        if TURN:
+            low, high = turned_halves(new_keys, at, cosines, sines, row * table_row, half, h)
+            to = keys + entry * width + h
+            tl.store(to, low.to(keys.dtype.element_ty), mask=h < half)
+            tl.store(to + half, high.to(keys.dtype.element_ty), mask=h < half)
+        else:
+            k = tl.load(new_keys + at + d, mask=d < width)
+            tl.store(keys + entry * width + d, k, mask=d < width)
+        v = tl.load(new_values + row * value_row + head * value_head + d, mask=d < width)
+        tl.store(values + entry * width + d, v, mask=d < width)
+        tl.store(position + entry, tl.load(seen + row) - 1)
+        tl.store(kind + entry, 0)
+        if HAS_MASS:
+            tl.store(mass + entry, 0.0)
+        if HAS_RANK:
+            tl.store(rank + entry, held)
+        tl.store(length + pair, held + 1)
+        if ADVANCE:
+            tl.store(free + pair, held + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "score_row", "score_head"])
 def free_victim(
     score,
     victim,
@@ -175,12 +211,23 @@ _MOST_SLOTS = 4096  # a block reads so many at once: each block more waits for m
 
 
 @on_its_device
-def write_slot(columns: SlotColumns, keys: Tensor, values: Tensor, seen: Tensor, *, advance: bool) -> None:
-    """Put one token, (B, H, 1, D), at position `seen` - 1 into the free slots; `advance` frees the next slot."""
+def write_slot(
+    columns: SlotColumns, keys: Tensor, values: Tensor, seen: Tensor, *, advance: bool, unturned: Unturned | None = None
+) -> None:
+    """Put one token, (B, H, 1, D), at position `seen` - 1 into the free slots; `advance` frees the next slot.
+
+    unturned: what is still to be done to `keys`, and to the queries beside them.
+    """
     (batch, heads), width = columns.length.shape, columns.keys.shape[-1]
-    write_token[(batch * heads,)](
+    pairs, query_heads = batch * heads, 0 if unturned is None else unturned.queries.shape[1]
+    queries = keys if unturned is None else unturned.queries
+    tables = (keys, keys) if unturned is None else (unturned.cosines, unturned.sines)
+    write_token[(pairs + batch * query_heads,)](
         keys,
         values,
+        queries,
+        *tables,
+        keys if unturned is None else unturned.turned_queries,
         columns.keys,
         columns.values,
         columns.position,
@@ -191,16 +238,22 @@ def write_slot(columns: SlotColumns, keys: Tensor, values: Tensor, seen: Tensor,
         columns.free,
         seen,
         columns.length if columns.start is None else columns.start,
+        pairs,
         heads,
+        query_heads,
         columns.capacity,
         width,
         *keys.stride()[:2],
         *values.stride()[:2],
+        *queries.stride()[:2],
+        0 if unturned is None else unturned.table_row,
         BLOCK_D=triton.next_power_of_2(width),
+        BLOCK_HALF=triton.next_power_of_2(width // 2),
         HAS_MASS=columns.mass is not None,
         HAS_RANK=columns.rank is not None,
         ADVANCE=advance,
         RAGGED=columns.start is not None,
+        TURN=unturned is not None,
         num_warps=1,
     )
 

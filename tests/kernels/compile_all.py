@@ -24,7 +24,9 @@ _TYPES |= {"faults": "*i32", "recent_from": "*i64", "victim": "*i64", "rank": "*
 _FLOATS = ("cosines", "sines", "partial", "peaks", "sums", "logits", "mass", "probs", "score")
 _TYPES |= dict.fromkeys(_FLOATS, "*fp32")
 _COUNTS = ("heads", "width", "query_row", "query_head", "key_row", "key_head", "value_row", "value_head", "size")
-_TYPES |= dict.fromkeys((*_COUNTS, "capacity", "rows", "n0", "n1", "n2", "score_row", "score_head"), "i32")
+_TYPES |= dict.fromkeys(
+    (*_COUNTS, "capacity", "parts", "pairs", "rows", "n0", "n1", "n2", "score_row", "score_head"), "i32"
+)
 _STRIDES = tuple(f"{name}_{axis}" for name in ("query", "keys", "position", "states") for axis in "bht")
 _TYPES |= dict.fromkeys((*_STRIDES, "queries", "entries"), "i32")
 _TYPES |= {"lse": "*fp32", "query_position": "*i64", "key_position": "*i64", "scale": "fp32"}
@@ -33,6 +35,7 @@ _ROTATED = ("query_heads", "key_heads", "half", "table_row")
 _INPUTS = (
     *(torch.empty(rows, 1, 4096, dtype=torch.bfloat16) for rows in (1, 16, 32, 64)),
     *(torch.empty(rows, 1, 4096) for rows in (1, 16, 64)),
+    *(torch.empty(16, 1, 576, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)),
 )
 
 
@@ -54,19 +57,21 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], types: dict[str, str]
 
 def main() -> None:
     """Compile all, with the constants that the launchers use."""
-    part = {"PARTS": 4, "GROUP": 4, "BLOCK_G": 16, "BLOCK_C": 64, "BLOCK_D": 128, "UPCAST": False}
+    part = {"GROUP": 4, "BLOCK_G": 16, "BLOCK_C": 32, "BLOCK_D": 128, "UPCAST": False}
     part |= {"PRODUCT": decode_attention._PRODUCT}
     for turn in (False, True):
         constants = {**part, "WANT_LOGITS": True, "TURN": turn, "RAGGED": turn}
-        compile_kernel(decode_attention.attend_part, constants, num_warps=4, num_stages=3)
+        compile_kernel(decode_attention.attend_part, constants, num_warps=2, num_stages=3 if turn else 4)
     narrow = {**part, "BLOCK_D": 32, "WANT_LOGITS": True, "TURN": True, "RAGGED": False}
-    compile_kernel(decode_attention.attend_part, narrow, num_warps=4, num_stages=3)
-    join = {"PARTS": 4, "GROUP": 4, "BLOCK_P": 4, "BLOCK_C": 1024, "BLOCK_D": 128, "REDUCTION": "mean"}
+    compile_kernel(decode_attention.attend_part, narrow, num_warps=2, num_stages=3)
+    join = {"PARTS": 4, "GROUP": 4, "BLOCK_C": 1024, "BLOCK_D": 128, "REDUCTION": "mean"}
     compile_kernel(
         decode_attention.join_parts, {**join, "ADD_MASS": True, "WANT_PROBS": True, "RAGGED": True}, num_warps=4
     )
-    write = {"BLOCK_D": 128, "HAS_MASS": True, "HAS_RANK": True, "ADVANCE": False, "RAGGED": True}
-    compile_kernel(slot_writes.write_token, write, num_warps=1)
+    write = {"BLOCK_D": 128, "BLOCK_HALF": 64, "HAS_MASS": True, "HAS_RANK": True, "ADVANCE": False, "RAGGED": True}
+    types = {**dict.fromkeys(_ROTATED, "i32"), "queries": "*bf16", "cosines": "*bf16", "sines": "*bf16"}
+    for turn in (False, True):
+        compile_kernel(slot_writes.write_token, {**write, "TURN": turn}, types, num_warps=1)
     for given in (False, True):
         compile_kernel(
             slot_writes.free_victim,
@@ -74,12 +79,13 @@ def main() -> None:
             num_warps=1 if given else 4,
         )
     for x in _INPUTS:
-        for sizes in ((4096,), (32_000,), (4096, 1024, 1024)):
+        for sizes in ((4096,), (32_000,), (4096, 4096), (4096, 1024, 1024)):
             block = {**linear._blocks(x, sizes), "UPCAST": False}
             warps = block.pop("num_warps")
             types = {} if x.dtype == torch.bfloat16 else dict.fromkeys(_OF_INPUT, "*fp32")
             compile_kernel(linear.project, {**block, "MATRICES": 3, "HAS_BIAS": True}, types, num_warps=warps)
-            compile_kernel(linear.gate_up, block, types, num_warps=warps)
+            for together in (False, True):
+                compile_kernel(linear.gate_up, {**block, "TOGETHER": together}, types, num_warps=warps)
     for add in (False, True):
         compile_kernel(norm.norm_row, {"BLOCK": 4096, "ADD": add}, {"epsilon": "fp32"}, num_warps=8)
     types = {**dict.fromkeys(_ROTATED, "i32"), "queries": "*bf16", "cosines": "*bf16", "sines": "*bf16"}

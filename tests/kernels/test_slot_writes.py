@@ -23,6 +23,7 @@ from kvbench.cache.selection import (
 )
 from kvbench.cache.slots import EMPTY, NO_CHOICE, Entries, Slots, settle
 from kvbench.kernels import slot_writes
+from kvbench.kernels.decode_step import rotate_later, rotate_rows
 from kvbench.kernels.dispatch import kernels_forced
 from kvbench.kernels.slot_writes import free_given, free_lowest, lowest_slot, write_slot
 from tests.covering import share_of
@@ -100,6 +101,30 @@ def test_a_step_by_kernels_is_the_step_in_plain_torch(
     assert torch.equal(chosen, lowest(whole, entries.position))
     reference.release(chosen, reference.length > budgets[:, None])
     assert_same(ours, reference)
+
+
+@settings(max_examples=share_of(10), deadline=None)
+@given(seed=st.integers(0, 10**6), capacity=st.integers(2, 40), advance=st.booleans(), own_tables=st.booleans())
+def test_a_token_rotated_as_it_is_written_is_the_one_rotated_before(
+    seed: int, capacity: int, advance: bool, own_tables: bool
+) -> None:
+    ours, seen = random_slots(seed, 2, 3, capacity)
+    reference = copy.deepcopy(ours)
+    queries, keys = (
+        torch.randn(2, 1, 6, 8, device=ON).transpose(1, 2),
+        torch.randn(2, 1, 3, 8, device=ON).transpose(1, 2),
+    )
+    values, angles = torch.randn(2, 3, 1, 8, device=ON), torch.rand(2 if own_tables else 1, 1, 8, device=ON)
+    turned_queries, turned_keys = rotate_rows(queries, keys, angles.cos(), angles.sin())
+    write_slot(reference.columns(), turned_keys, values, seen, advance=advance)
+    keys, unturned = rotate_later(queries, keys, angles.cos(), angles.sin())
+    write_slot(ours.columns(), keys, values, seen, advance=advance, unturned=unturned)
+    torch.testing.assert_close(unturned.turned_queries, turned_queries, rtol=0, atol=0)
+    assert torch.equal(ours.free, reference.free)
+    assert torch.equal(ours.length, reference.length)
+    assert torch.equal(ours.entries.position, reference.entries.position)
+    assert torch.equal(ours.entries.keys, reference.entries.keys)
+    assert torch.equal(ours.entries.values, reference.entries.values)
 
 
 @settings(max_examples=share_of(10), deadline=None)
