@@ -161,6 +161,10 @@ def nearest_anchor(anchor: Tensor, member: Tensor, position: Tensor) -> Tensor:
     reused. Half way between two anchors the earlier one takes the entry, which is the floor in
     Elastic Cache's Eq. 2 (arXiv 2407.18121). anchor, member (B, H, T) bool; position (B, H, T).
     """
+    if use_triton(position, any_dtype=True):
+        from kvbench.kernels import ordering
+
+        return ordering.nearest_anchor(anchor, member, position)
     length = anchor.shape[-1]
     slot = oldest_first(position)
     rank = _inverse(slot)

@@ -4,6 +4,10 @@
 and among equal scores its age the same way; then every entry knows by itself whether it stays. `age_rank` counts: where
 entries lie in the order of their tokens, as after a prompt, those held before; where slots were used again, those that
 are older. The references are the plain branches in `kvbench.cache.selection`.
+
+`nearest_anchor` walks along a row's entries in their order, to and fro: a program takes one row and head, and lines its
+entries up first, which is one walk where they lie in order, and a radix sort of four bits a time where they do not. So
+its time grows as the row does.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from kvbench.kernels.dispatch import on_its_device
 
 _BLOCK = 4096  # entries that one load of the search reads
 _RANKED = 512  # entries that one program ranks, and reads at once
+_SORTED = 512  # entries of which a digit is sorted at once
 
 
 @triton.jit
@@ -173,3 +178,151 @@ def _ranked(position: Tensor, *, order: bool) -> Tensor:
         position, made, *position.stride()[:2], heads, entries, ORDER=order, BLOCK=block, num_warps=4
     )
     return made
+
+
+@triton.jit
+def _smaller(one, other):
+    return tl.minimum(one, other)
+
+
+@triton.jit
+def _key_at(key, shown, at, inside, LEAST: tl.constexpr):
+    """Return the keys of entries as int32, -1 of those that are absent: where `shown` is below LEAST, or the key is."""
+    number = tl.load(key + at, mask=inside, other=-1).to(tl.int32)
+    return tl.where(tl.load(shown + at, mask=inside, other=0).to(tl.int32) >= LEAST, number, -1)
+
+
+@triton.jit
+def _line_up(key, shown, line, entries, LEAST: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr):
+    """Write the entries of one row into `line`, those present by key, of equals the first first, the absent behind.
+
+    `line` is twice as long as the row. Returns where in it the line begins, and how many are present.
+    """
+    number = tl.arange(0, BLOCK)
+    largest = tl.program_id(0) * 0 - 1
+    present, unordered, before = largest + 1, largest + 1, largest + 1
+    for first in range(0, entries, BLOCK):
+        there = _key_at(key, shown, first + number, first + number < entries, LEAST)
+        so_far = tl.maximum(tl.associative_scan(there, 0, _larger), largest)
+        unordered += tl.sum(((there >= 0) & (there < so_far)).to(tl.int32), axis=0)
+        largest = tl.maximum(largest, tl.max(there, axis=0))
+        present += tl.sum((there >= 0).to(tl.int32), axis=0)
+    for first in range(0, entries, BLOCK):
+        at = first + number
+        inside = at < entries
+        is_present = (_key_at(key, shown, at, inside, LEAST) >= 0).to(tl.int32)
+        present_before = before + tl.cumsum(is_present, axis=0) - is_present
+        place = tl.where(is_present > 0, present_before, present + at - present_before)
+        tl.store(line + place, at, mask=inside)
+        tl.store(line + entries + place, at, mask=inside & (is_present == 0))
+        before += tl.sum(is_present, axis=0)
+    tl.debug_barrier()
+    begin = present * 0
+    if unordered > 0:
+        digits, part = tl.arange(0, 16), tl.arange(0, PART)
+        shift = present * 0
+        while largest > 0:
+            counts = tl.zeros((16,), dtype=tl.int32)
+            for first in range(0, present, PART):
+                at = first + part
+                slot = tl.load(line + begin + at, mask=at < present, other=0)
+                digit = (tl.load(key + slot, mask=at < present, other=0).to(tl.int32) >> shift) & 15
+                is_digit = (digit[:, None] == digits[None, :]) & (at < present)[:, None]
+                counts += tl.sum(is_digit.to(tl.int32), axis=0)
+            place_of = tl.cumsum(counts, axis=0) - counts
+            for first in range(0, present, PART):
+                at = first + part
+                slot = tl.load(line + begin + at, mask=at < present, other=0)
+                digit = (tl.load(key + slot, mask=at < present, other=0).to(tl.int32) >> shift) & 15
+                is_digit = ((digit[:, None] == digits[None, :]) & (at < present)[:, None]).to(tl.int32)
+                place = tl.sum(is_digit * (place_of[None, :] + tl.cumsum(is_digit, axis=0) - 1), axis=1)
+                tl.store(line + entries - begin + place, slot, mask=at < present)
+                place_of += tl.sum(is_digit, axis=0)
+            tl.debug_barrier()
+            begin = entries - begin
+            shift += 4
+            largest = largest >> 4
+    return begin, present
+
+
+@triton.jit(do_not_specialize=["entries"])
+def _nearest_anchor(
+    anchor,
+    member,
+    position,
+    line,
+    nearest,
+    position_b,
+    position_h,
+    heads,
+    entries,
+    BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """One program looks for the anchors of one row and head: to the left from its start, to the right from its end."""
+    row = tl.program_id(0).to(tl.int64)
+    position += row // heads * position_b + row % heads * position_h
+    anchor += row * entries
+    member += row * entries
+    nearest += row * entries
+    line += row * 3 * entries
+    earlier_of = line + 2 * entries
+    number = tl.arange(0, BLOCK)
+    begin, present = _line_up(position, position, line, entries, 0, BLOCK, PART)
+    line += begin
+    last = present * 0 - 1
+    for first in range(0, entries, BLOCK):
+        rank = first + number
+        slot = tl.load(line + rank, mask=rank < entries, other=0)
+        is_anchor = tl.load(anchor + slot, mask=rank < entries, other=0) > 0
+        earlier = tl.maximum(tl.associative_scan(tl.where(is_anchor, rank, -1), 0, _larger), last)
+        tl.store(earlier_of + rank, earlier, mask=rank < entries)
+        last = tl.max(earlier, axis=0)
+    tl.debug_barrier()
+    following = present * 0 + entries
+    blocks = tl.cdiv(entries, BLOCK)
+    for back in range(0, blocks):
+        rank = (blocks - 1 - back) * BLOCK + number
+        inside = rank < entries
+        slot = tl.load(line + rank, mask=inside, other=0)
+        is_anchor = tl.load(anchor + slot, mask=inside, other=0) > 0
+        is_member = tl.load(member + slot, mask=inside, other=0) > 0
+        earlier = tl.load(earlier_of + rank, mask=inside, other=-1)
+        later = tl.associative_scan(tl.where(is_anchor, rank, entries), 0, _smaller, reverse=True)
+        later = tl.minimum(later, following)
+        to_earlier = (earlier >= 0) & ((later == entries) | (rank - earlier <= later - rank))
+        found = tl.where(to_earlier, earlier, later)
+        found = tl.where(is_member & (found < entries), found, rank)
+        tl.store(nearest + slot, tl.load(line + found, mask=inside, other=0).to(tl.int64), mask=inside)
+        following = tl.min(later, axis=0)
+
+
+def _walk(entries: int) -> dict[str, int]:
+    """Return how a program that walks along so many entries does it."""
+    block = min(max(16, int(triton.next_power_of_2(entries))), _BLOCK)
+    return {"BLOCK": block, "PART": min(block, _SORTED), "num_warps": 8 if block == _BLOCK else 4}
+
+
+def _bytes(flag: Tensor) -> Tensor:
+    return flag.contiguous().view(torch.uint8)
+
+
+@on_its_device
+def nearest_anchor(anchor: Tensor, member: Tensor, position: Tensor) -> Tensor:
+    """Return (B, H, T) int64 as `selection.nearest_anchor` does."""
+    batch, heads, entries = position.shape
+    nearest = torch.empty((batch, heads, entries), dtype=torch.int64, device=position.device)
+    line = torch.empty((batch, heads, 3 * entries), dtype=torch.int32, device=position.device)
+    position = position if position.stride(-1) == 1 else position.contiguous()
+    _nearest_anchor[(batch * heads,)](
+        _bytes(anchor),
+        _bytes(member),
+        position,
+        line,
+        nearest,
+        *position.stride()[:2],
+        heads,
+        entries,
+        **_walk(entries),
+    )
+    return nearest

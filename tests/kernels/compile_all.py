@@ -99,6 +99,11 @@ def _compile_ordering() -> None:
         compile_kernel(ordering._keep_top, {"BLOCK": block}, types, num_warps=warps)
     for order in (False, True):
         compile_kernel(ordering._age_rank, {"ORDER": order, "BLOCK": ordering._RANKED}, {"made": "*i64"}, num_warps=4)
+    for entries in (1024, 32_768):
+        walk = ordering._walk(entries)
+        warps = walk.pop("num_warps")
+        lines = {"anchor": "*u8", "member": "*u8", "line": "*i32", "nearest": "*i64"}
+        compile_kernel(ordering._nearest_anchor, walk, lines, num_warps=warps)
 
 
 def _compile_prefill() -> None:

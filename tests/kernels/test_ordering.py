@@ -6,10 +6,13 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from kvbench.cache import selection
 from kvbench.kernels.dispatch import kernels_forced
+from tests.covering import share_of
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -92,6 +95,53 @@ def test_nothing_is_kept_where_a_score_of_a_held_entry_is_nan() -> None:
     assert torch.equal(ours, reference)
     assert not bool(ours[0, 0].any())
     assert bool(ours[1, 1].any()), "NaN in an empty slot is no score"
+
+
+@settings(max_examples=share_of(60), deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    length=st.integers(1, 70),
+    spacing=st.sampled_from([1, 40, 7000]),
+    in_order=st.booleans(),
+    anchors=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    empty=st.sampled_from([0.0, 0.2, 1.0]),
+    flags_empty=st.booleans(),
+    block=st.sampled_from([(4096, 512), (32, 16)]),
+)
+def test_every_entry_finds_the_anchor_that_sorting_finds(
+    seed: int,
+    length: int,
+    spacing: int,
+    in_order: bool,
+    anchors: float,
+    empty: float,
+    flags_empty: bool,
+    block: tuple[int, int],
+) -> None:
+    """Ties, empty slots that count as anchors or do not, rows of none, and slots that were used again."""
+    random = torch.Generator().manual_seed(seed)
+    position = torch.rand((2, 2, length), generator=random).argsort(-1) * spacing
+    position = position.sort(-1).values if in_order else position
+    position = position.masked_fill(torch.rand(position.shape, generator=random) < empty, -1)
+    anchor, member = (torch.rand(position.shape, generator=random) < share for share in (anchors, 0.8))
+    counts = (position >= 0) | flags_empty
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ordering, "_BLOCK", block[0])  # so that a row is walked along in several blocks
+        patch.setattr(ordering, "_SORTED", block[1])
+        ours, reference = both("nearest_anchor", *((one & counts).to(ON) for one in (anchor, member)), position.to(ON))
+    assert ours.dtype == reference.dtype
+    assert torch.equal(ours, reference)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("length", [900, 1024, 5000, 32_768, 131_072])
+@pytest.mark.parametrize("in_order", [True, False])
+def test_the_nearest_anchors_at_real_sizes(length: int, in_order: bool) -> None:
+    score, position, budget = random_entries(1, length, in_order=in_order)
+    anchor = selection.keep_top(score + torch.rand_like(score), position, budget)
+    ours, reference = both("nearest_anchor", anchor, position >= 0, position)
+    assert torch.equal(ours, reference)
 
 
 @pytest.mark.gpu
