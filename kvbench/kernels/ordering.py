@@ -5,12 +5,15 @@ and among equal scores its age the same way; then every entry knows by itself wh
 entries lie in the order of their tokens, as after a prompt, those held before; where slots were used again, those that
 are older. The references are the plain branches in `kvbench.cache.selection`.
 
-`nearest_anchor` walks along a row's entries in their order, to and fro: a program takes one row and head, and lines its
-entries up first, which is one walk where they lie in order, and a radix sort of four bits a time where they do not. So
-its time grows as the row does.
+The others walk along a row's entries in their order: a program takes one row and head, and lines its entries up first,
+which is one walk where they lie in order, and a radix sort of four bits a time where they do not. So their time grows
+as the row does. `nearest_anchor` goes to and fro, `compacted` takes what stays, `buckets_of` puts together who joins
+whom. The references of the last two are the plain branches in `kvbench.cache.slots`.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -297,6 +300,108 @@ def _nearest_anchor(
         following = tl.min(later, axis=0)
 
 
+@triton.jit(do_not_specialize=["entries", "capacity"])
+def _compact(
+    keep,
+    position,
+    kind,
+    mass,
+    noted,
+    line,
+    order,
+    length,
+    kept_position,
+    kept_kind,
+    kept_mass,
+    kept_noted,
+    position_b,
+    position_h,
+    kind_b,
+    kind_h,
+    heads,
+    entries,
+    capacity,
+    HAS_KEEP: tl.constexpr,
+    HAS_MASS: tl.constexpr,
+    HAS_NOTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """One program takes what stays of one row and head into its first slots, by age."""
+    row = tl.program_id(0).to(tl.int64)
+    position += row // heads * position_b + row % heads * position_h
+    kind += row // heads * kind_b + row % heads * kind_h
+    line += row * 2 * entries
+    if HAS_KEEP:
+        begin, held = _line_up(position, keep + row * entries, line, entries, 1, BLOCK, PART)
+    else:
+        begin, held = _line_up(position, position, line, entries, 0, BLOCK, PART)
+    tl.store(length + row, held.to(tl.int64))
+    for first in range(0, capacity, BLOCK):
+        slot = first + tl.arange(0, BLOCK)
+        inside, filled = slot < capacity, (slot < capacity) & (slot < held)
+        own = tl.load(line + begin + slot, mask=inside & (slot < entries), other=0)
+        at = row * capacity + slot
+        tl.store(order + at, own.to(tl.int64), mask=inside)
+        tl.store(kept_position + at, tl.load(position + own, mask=filled, other=-1), mask=inside)
+        tl.store(kept_kind + at, tl.load(kind + own, mask=filled, other=0), mask=inside)
+        if HAS_MASS:
+            tl.store(kept_mass + at, tl.load(mass + row * entries + own, mask=filled, other=0.0), mask=inside)
+        if HAS_NOTED:
+            tl.store(kept_noted + at, tl.load(noted + row * entries + own, mask=filled, other=0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["entries", "capacity"])
+def _bucket(
+    into,
+    position,
+    order,
+    line,
+    bounds,
+    members,
+    start,
+    end,
+    position_b,
+    position_h,
+    heads,
+    entries,
+    capacity,
+    BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """One program puts together who joins whom in one row and head, in the order of storage."""
+    row = tl.program_id(0).to(tl.int64)
+    position += row // heads * position_b + row % heads * position_h
+    into += row * entries
+    members += row * entries
+    line += row * 2 * entries
+    start_of = bounds + row * 2 * entries
+    end_of = start_of + entries
+    number = tl.arange(0, BLOCK)
+    for first in range(0, entries, BLOCK):
+        tl.store(start_of + first + number, 0, mask=first + number < entries)
+        tl.store(end_of + first + number, 0, mask=first + number < entries)
+    begin, held = _line_up(into, position, line, entries, 0, BLOCK, PART)  # it waits for all to be written
+    line += begin
+    for first in range(0, held, BLOCK):
+        rank = first + number
+        inside, follows, goes_on = rank < held, (rank > 0) & (rank < held), rank < held - 1
+        entry = tl.load(line + rank, mask=inside, other=0)
+        tl.store(members + rank, entry, mask=inside)
+        joins = tl.load(into + entry, mask=inside, other=-1)
+        before = tl.load(into + tl.load(line + rank - 1, mask=follows, other=0), mask=follows, other=-1)
+        after = tl.load(into + tl.load(line + rank + 1, mask=goes_on, other=0), mask=goes_on, other=-1)
+        tl.store(start_of + joins, rank, mask=inside & (joins != before))
+        tl.store(end_of + joins, rank + 1, mask=inside & (joins != after))
+    tl.debug_barrier()
+    for first in range(0, capacity, BLOCK):
+        slot = first + number
+        own = tl.load(order + row * capacity + slot, mask=slot < capacity, other=0)
+        at = row * capacity + slot
+        tl.store(start + at, tl.load(start_of + own, mask=slot < capacity, other=0), mask=slot < capacity)
+        tl.store(end + at, tl.load(end_of + own, mask=slot < capacity, other=0), mask=slot < capacity)
+
+
 def _walk(entries: int) -> dict[str, int]:
     """Return how a program that walks along so many entries does it."""
     block = min(max(16, int(triton.next_power_of_2(entries))), _BLOCK)
@@ -326,3 +431,87 @@ def nearest_anchor(anchor: Tensor, member: Tensor, position: Tensor) -> Tensor:
         **_walk(entries),
     )
     return nearest
+
+
+@on_its_device
+def compacted(
+    position: Tensor, kind: Tensor, mass: Tensor | None, noted: Tensor | None, keep: Tensor | None, capacity: int
+) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+    """Return by age, in C = `capacity` slots, the tokens held that `keep` (B, H, T) bool leaves, None for all.
+
+    order (B, H, C) int64, which entry comes into a slot (any where none does); length (B, H) int64, slots filled; the
+    columns (B, H, C) by name, position -1 and the rest 0 in slots that none comes into. The given ones are (B, H, T).
+    """
+    batch, heads, entries = position.shape
+    position = position if position.stride(-1) == 1 else position.contiguous()
+    kind = kind if kind.stride(-1) == 1 else kind.contiguous()
+    given = {"mass": mass, "noted": noted}
+    optional = {name: position if one is None else one.contiguous() for name, one in given.items()}
+    order = torch.empty((batch, heads, capacity), dtype=torch.int64, device=position.device)
+    length = torch.empty((batch, heads), dtype=torch.int64, device=position.device)
+    columns = {"position": torch.empty_like(order), "kind": torch.empty_like(order, dtype=kind.dtype)}
+    columns |= {name: torch.empty_like(order, dtype=one.dtype) for name, one in given.items() if one is not None}
+    _compact[(batch * heads,)](
+        position if keep is None else _bytes(keep),
+        position,
+        kind,
+        optional["mass"],
+        optional["noted"],
+        torch.empty((batch, heads, 2 * entries), dtype=torch.int32, device=position.device),
+        order,
+        length,
+        columns["position"],
+        columns["kind"],
+        columns.get("mass", order),
+        columns.get("noted", order),
+        *position.stride()[:2],
+        *kind.stride()[:2],
+        heads,
+        entries,
+        capacity,
+        HAS_KEEP=keep is not None,
+        HAS_MASS=mass is not None,
+        HAS_NOTED=noted is not None,
+        **_walk(entries),
+    )
+    return order, length, {"mass": None, "noted": None, **columns}
+
+
+class Buckets(NamedTuple):
+    """Who joins whom: members (B, H, T) int32, entries by survivor; slot c's from start to end (B, H, C) int32.
+
+    order (B, H, C): slot c's own entry; length (B, H): slots filled.
+    """
+
+    members: Tensor
+    start: Tensor
+    end: Tensor
+    order: Tensor
+    length: Tensor
+
+
+@on_its_device
+def buckets_of(into: Tensor, position: Tensor, order: Tensor, length: Tensor) -> Buckets:
+    """Return the buckets of `into` (B, H, T) int64, whom each entry joins; position (B, H, T), -1 joins nobody."""
+    (batch, heads, entries), capacity = into.shape, order.shape[-1]
+    position = position if position.stride(-1) == 1 else position.contiguous()
+    columns, slots = (batch, heads, entries), (batch, heads, capacity)
+    lines = torch.empty((5, *columns), dtype=torch.int32, device=into.device)  # two of a line, two of bounds, members
+    start, end = torch.empty((2, *slots), dtype=torch.int32, device=into.device)
+    order = order.contiguous()
+    _bucket[(batch * heads,)](
+        into.contiguous(),
+        position,
+        order,
+        lines[:2],
+        lines[2:4],
+        lines[4],
+        start,
+        end,
+        *position.stride()[:2],
+        heads,
+        entries,
+        capacity,
+        **_walk(entries),
+    )
+    return Buckets(members=lines[4], start=start, end=end, order=order, length=length.contiguous())

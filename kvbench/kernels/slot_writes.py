@@ -14,14 +14,13 @@ copied to float32 and the result is the same every time (adding by atomics is no
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kvbench.kernels.dispatch import SlotColumns, on_its_device
+from kvbench.kernels.ordering import Buckets
 
 # mypy: ignore-errors
 # Kernels are written in Triton's language, not Python's.
@@ -358,27 +357,6 @@ def find_slot(position: Tensor, rank: Tensor | None = None, *, newer: int = 0, s
     return slot
 
 
-class Buckets(NamedTuple):
-    """Who joins whom: members (B, H, T) entries sorted by survivor, slot c's from start to end (B, H, C).
-
-    order (B, H, C): slot c's own entry; length (B, H): slots filled.
-    """
-
-    members: Tensor
-    start: Tensor
-    end: Tensor
-    order: Tensor
-    length: Tensor
-
-
-def buckets_of(into: Tensor, held: Tensor, order: Tensor, length: Tensor) -> Buckets:
-    """Return the buckets of `into` (B, H, T) int64, whom each entry joins, where held (B, H, T) bool."""
-    bucket, members = torch.where(held, into, into.shape[-1]).sort(dim=-1, stable=True)
-    order = order.contiguous()
-    start, end = (torch.searchsorted(bucket, order, right=right) for right in (False, True))
-    return Buckets(members=members, start=start, end=end, order=order, length=length.contiguous())
-
-
 @on_its_device
 def segment_mean(states: Tensor, buckets: Buckets, *, add_up: bool = False) -> Tensor:
     """Return (B, H, C, D) in the dtype of `states` (B, H, T, D): the mean of each slot's bucket, 0 in slots not filled.
@@ -445,7 +423,7 @@ def _segment_mean(
     for step in range(0, tl.cdiv(tl.max(last - first, 0), MEMBERS)):
         rank = first[:, None] + step * MEMBERS + in_m[None, :]
         joins = rank < last[:, None]
-        entry = tl.load(members + row * entries + rank, mask=joins, other=0)
+        entry = tl.load(members + row * entries + rank, mask=joins, other=0).to(tl.int64)
         tile_at = source + entry[:, :, None] * states_t + in_d[None, None, :]
         summed += tl.load(tile_at, mask=joins[:, :, None] & in_width[None, None, :], other=0.0).to(tl.float32)
     result = tl.sum(summed, axis=1)

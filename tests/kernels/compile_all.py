@@ -103,7 +103,13 @@ def _compile_ordering() -> None:
         walk = ordering._walk(entries)
         warps = walk.pop("num_warps")
         lines = {"anchor": "*u8", "member": "*u8", "line": "*i32", "nearest": "*i64"}
+        lines |= {**dict.fromkeys(("bounds", "members", "start", "end"), "*i32"), "into": "*i64", "order": "*i64"}
+        lines |= {"keep": "*u8", "kept_position": "*i64", "kept_kind": "*i8", "kept_mass": "*fp32", "noted": "*fp32"}
+        lines |= {"kept_noted": "*fp32", "kind_b": "i32", "kind_h": "i32"}
+        columns = {"HAS_KEEP": True, "HAS_MASS": True, "HAS_NOTED": True}
         compile_kernel(ordering._nearest_anchor, walk, lines, num_warps=warps)
+        compile_kernel(ordering._compact, {**walk, **columns}, lines, num_warps=warps)
+        compile_kernel(ordering._bucket, walk, lines, num_warps=warps)
 
 
 def _compile_prefill() -> None:
@@ -118,7 +124,7 @@ def _compile_prefill() -> None:
             for entries in (900, 32_768):
                 _compile_mass({**constants, "REDUCTION": reduction}, entries)
         compile_kernel(prefill._window_rows, {**constants, "REDUCTION": "max"}, {"rows": "*fp32"}, **launch)
-    bucket = dict.fromkeys(("members", "start", "end", "order"), "*i64")
+    bucket = {**dict.fromkeys(("members", "start", "end"), "*i32"), "order": "*i64"}
     tile = dict(segment_mean._MANY_NUMBERS)
     warps = tile.pop("num_warps")
     constants = {"ADD_UP": False, "WIDTH": 128, "BLOCK_D": 128, **tile}

@@ -22,7 +22,7 @@ from kvbench.cache.selection import (
     protected_range,
 )
 from kvbench.cache.slots import EMPTY, NO_CHOICE, Entries, Slots, settle
-from kvbench.kernels import slot_writes
+from kvbench.kernels import ordering, slot_writes
 from kvbench.kernels.dispatch import kernels_forced
 from kvbench.kernels.slot_writes import free_given, free_lowest, lowest_slot, write_slot
 from tests.covering import share_of
@@ -245,6 +245,64 @@ def assert_merges_alike(entries: Entries, plan: Plan, capacity: int) -> None:
 def test_buckets_become_their_means(seed: int, length: int, width: int, dtype: torch.dtype, extra: int) -> None:
     entries, plan = entries_and_plan(seed, length, width, dtype)
     assert_merges_alike(entries, plan, int(plan.keep.sum(-1).max()) + extra)
+
+
+@settings(max_examples=share_of(24), deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    length=st.integers(1, 70),
+    in_order=st.booleans(),
+    empty=st.sampled_from([0.0, 0.2, 1.0]),
+    planned=st.sampled_from(["none", "keeps", "joins"]),
+    mass=st.sampled_from([None, torch.float32, torch.bfloat16]),
+    noted=st.booleans(),
+    block=st.sampled_from([(4096, 512), (32, 16)]),
+    data=st.data(),
+)
+def test_what_stays_comes_into_its_slots_by_age(
+    seed: int,
+    length: int,
+    in_order: bool,
+    empty: float,
+    planned: str,
+    mass: torch.dtype | None,
+    noted: bool,
+    block: tuple[int, int],
+    data: st.DataObject,
+) -> None:
+    """Of a view of positions that all heads share, of slots that were used again, and of rows that hold nothing."""
+    torch.manual_seed(seed)
+    position = torch.rand(2, 1, length).argsort(-1) * 9
+    position = position.sort(-1).values if in_order else position
+    position = torch.where(torch.rand(2, 1, length) < empty, EMPTY, position).expand(2, 3, length)
+    shape, keep = position.shape, (position >= 0) & (torch.rand(position.shape) < 0.4)
+    entries = Entries(
+        keys=torch.randn(*shape, 4, device=ON),
+        values=torch.randn(*shape, 4, device=ON),
+        position=position.to(ON),
+        kind=torch.randint(0, 3, (2, 1, length), dtype=torch.int8, device=ON).expand(shape),
+        mass=None if mass is None else torch.randint(0, 9, shape, device=ON).to(mass),
+        noted=torch.randn(shape, device=ON) if noted else None,
+    )
+    target = keep.float().add(1e-9).flatten(0, 1).multinomial(length, replacement=True).view(shape)
+    into = torch.where(keep.any(-1, keepdim=True), target, torch.arange(length)).to(ON) if planned == "joins" else None
+    plan = None if planned == "none" else Plan(keep=keep.to(ON), merge_into=into)
+    capacity = data.draw(st.integers(1, length + 3), label="capacity")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ordering, "_BLOCK", block[0])  # so that a row is walked along in several blocks
+        patch.setattr(ordering, "_SORTED", block[1])
+        with kernels_forced(True):
+            ours = settle(entries, plan, capacity)
+        with kernels_forced(False):
+            reference = settle(entries, plan, capacity)
+    filled = reference.entries.position >= 0
+    assert torch.equal(ours.length, reference.length)
+    for name in ("position", "kind", "mass", "noted"):
+        one, other = getattr(ours.entries, name), getattr(reference.entries, name)
+        assert (one is None and other is None) or (one.dtype == other.dtype and torch.equal(one, other)), name
+    for name in ("keys", "values"):
+        one, other = getattr(ours.entries, name), getattr(reference.entries, name)
+        torch.testing.assert_close(one[filled], other[filled], rtol=1e-6, atol=1e-6)
 
 
 def test_a_bucket_larger_than_a_tile_is_read_to_its_end() -> None:
