@@ -352,8 +352,7 @@ def moved(entries: Entries, plan: Plan | None, order: Tensor, length: Tensor) ->
     wide = order[..., None].expand(*order.shape, entries.keys.shape[-1])
     if plan is not None and plan.merge_into is not None:
         if use_triton(entries.keys):
-            from kvbench.kernels.ordering import buckets_of
-            from kvbench.kernels.slot_writes import segment_mean
+            from kvbench.kernels.slot_writes import buckets_of, segment_mean
 
             buckets = buckets_of(plan.merge_into, entries.position, order, length)
             mass = None if entries.mass is None else segment_mean(entries.mass[..., None], buckets, add_up=True)[..., 0]

@@ -7,13 +7,10 @@ are older. The references are the plain branches in `kvbench.cache.selection`.
 
 The others walk along a row's entries in their order: a program takes one row and head, and lines its entries up first,
 which is one walk where they lie in order, and a radix sort of four bits a time where they do not. So their time grows
-as the row does. `nearest_anchor` goes to and fro, `compacted` takes what stays, `buckets_of` puts together who joins
-whom. The references of the last two are the plain branches in `kvbench.cache.slots`.
+as the row does. `nearest_anchor` goes to and fro, `compacted` takes what stays into slots.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -196,7 +193,7 @@ def _key_at(key, shown, at, inside, LEAST: tl.constexpr):
 
 
 @triton.jit
-def _line_up(key, shown, line, entries, LEAST: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr):
+def line_up(key, shown, line, entries, LEAST: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr):
     """Write the entries of one row into `line`, those present by key, of equals the first first, the absent behind.
 
     `line` is twice as long as the row. Returns where in it the line begins, and how many are present.
@@ -271,7 +268,7 @@ def _nearest_anchor(
     line += row * 3 * entries
     earlier_of = line + 2 * entries
     number = tl.arange(0, BLOCK)
-    begin, present = _line_up(position, position, line, entries, 0, BLOCK, PART)
+    begin, present = line_up(position, position, line, entries, 0, BLOCK, PART)
     line += begin
     last = present * 0 - 1
     for first in range(0, entries, BLOCK):
@@ -333,9 +330,9 @@ def _compact(
     kind += row // heads * kind_b + row % heads * kind_h
     line += row * 2 * entries
     if HAS_KEEP:
-        begin, held = _line_up(position, keep + row * entries, line, entries, 1, BLOCK, PART)
+        begin, held = line_up(position, keep + row * entries, line, entries, 1, BLOCK, PART)
     else:
-        begin, held = _line_up(position, position, line, entries, 0, BLOCK, PART)
+        begin, held = line_up(position, position, line, entries, 0, BLOCK, PART)
     tl.store(length + row, held.to(tl.int64))
     for first in range(0, capacity, BLOCK):
         slot = first + tl.arange(0, BLOCK)
@@ -351,58 +348,7 @@ def _compact(
             tl.store(kept_noted + at, tl.load(noted + row * entries + own, mask=filled, other=0.0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["entries", "capacity"])
-def _bucket(
-    into,
-    position,
-    order,
-    line,
-    bounds,
-    members,
-    start,
-    end,
-    position_b,
-    position_h,
-    heads,
-    entries,
-    capacity,
-    BLOCK: tl.constexpr,
-    PART: tl.constexpr,
-):
-    """One program puts together who joins whom in one row and head, in the order of storage."""
-    row = tl.program_id(0).to(tl.int64)
-    position += row // heads * position_b + row % heads * position_h
-    into += row * entries
-    members += row * entries
-    line += row * 2 * entries
-    start_of = bounds + row * 2 * entries
-    end_of = start_of + entries
-    number = tl.arange(0, BLOCK)
-    for first in range(0, entries, BLOCK):
-        tl.store(start_of + first + number, 0, mask=first + number < entries)
-        tl.store(end_of + first + number, 0, mask=first + number < entries)
-    begin, held = _line_up(into, position, line, entries, 0, BLOCK, PART)  # it waits for all to be written
-    line += begin
-    for first in range(0, held, BLOCK):
-        rank = first + number
-        inside, follows, goes_on = rank < held, (rank > 0) & (rank < held), rank < held - 1
-        entry = tl.load(line + rank, mask=inside, other=0)
-        tl.store(members + rank, entry, mask=inside)
-        joins = tl.load(into + entry, mask=inside, other=-1)
-        before = tl.load(into + tl.load(line + rank - 1, mask=follows, other=0), mask=follows, other=-1)
-        after = tl.load(into + tl.load(line + rank + 1, mask=goes_on, other=0), mask=goes_on, other=-1)
-        tl.store(start_of + joins, rank, mask=inside & (joins != before))
-        tl.store(end_of + joins, rank + 1, mask=inside & (joins != after))
-    tl.debug_barrier()
-    for first in range(0, capacity, BLOCK):
-        slot = first + number
-        own = tl.load(order + row * capacity + slot, mask=slot < capacity, other=0)
-        at = row * capacity + slot
-        tl.store(start + at, tl.load(start_of + own, mask=slot < capacity, other=0), mask=slot < capacity)
-        tl.store(end + at, tl.load(end_of + own, mask=slot < capacity, other=0), mask=slot < capacity)
-
-
-def _walk(entries: int) -> dict[str, int]:
+def walk_along(entries: int) -> dict[str, int]:
     """Return how a program that walks along so many entries does it."""
     block = min(max(16, int(triton.next_power_of_2(entries))), _BLOCK)
     return {"BLOCK": block, "PART": min(block, _SORTED), "num_warps": 8 if block == _BLOCK else 4}
@@ -428,7 +374,7 @@ def nearest_anchor(anchor: Tensor, member: Tensor, position: Tensor) -> Tensor:
         *position.stride()[:2],
         heads,
         entries,
-        **_walk(entries),
+        **walk_along(entries),
     )
     return nearest
 
@@ -472,46 +418,6 @@ def compacted(
         HAS_KEEP=keep is not None,
         HAS_MASS=mass is not None,
         HAS_NOTED=noted is not None,
-        **_walk(entries),
+        **walk_along(entries),
     )
     return order, length, {"mass": None, "noted": None, **columns}
-
-
-class Buckets(NamedTuple):
-    """Who joins whom: members (B, H, T) int32, entries by survivor; slot c's from start to end (B, H, C) int32.
-
-    order (B, H, C): slot c's own entry; length (B, H): slots filled.
-    """
-
-    members: Tensor
-    start: Tensor
-    end: Tensor
-    order: Tensor
-    length: Tensor
-
-
-@on_its_device
-def buckets_of(into: Tensor, position: Tensor, order: Tensor, length: Tensor) -> Buckets:
-    """Return the buckets of `into` (B, H, T) int64, whom each entry joins; position (B, H, T), -1 joins nobody."""
-    (batch, heads, entries), capacity = into.shape, order.shape[-1]
-    position = position if position.stride(-1) == 1 else position.contiguous()
-    columns, slots = (batch, heads, entries), (batch, heads, capacity)
-    lines = torch.empty((5, *columns), dtype=torch.int32, device=into.device)  # two of a line, two of bounds, members
-    start, end = torch.empty((2, *slots), dtype=torch.int32, device=into.device)
-    order = order.contiguous()
-    _bucket[(batch * heads,)](
-        into.contiguous(),
-        position,
-        order,
-        lines[:2],
-        lines[2:4],
-        lines[4],
-        start,
-        end,
-        *position.stride()[:2],
-        heads,
-        entries,
-        capacity,
-        **_walk(entries),
-    )
-    return Buckets(members=lines[4], start=start, end=end, order=order, length=length.contiguous())

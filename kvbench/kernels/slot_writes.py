@@ -14,13 +14,15 @@ copied to float32 and the result is the same every time (adding by atomics is no
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kvbench.kernels.dispatch import SlotColumns, on_its_device
-from kvbench.kernels.ordering import Buckets
+from kvbench.kernels.ordering import line_up, walk_along
 
 # mypy: ignore-errors
 # Kernels are written in Triton's language, not Python's.
@@ -355,6 +357,97 @@ def find_slot(position: Tensor, rank: Tensor | None = None, *, newer: int = 0, s
         num_warps=1 if block <= _ONE_WARP else 4,
     )
     return slot
+
+
+@triton.jit(do_not_specialize=["entries", "capacity"])
+def _bucket(
+    into,
+    position,
+    order,
+    line,
+    bounds,
+    members,
+    start,
+    end,
+    position_b,
+    position_h,
+    heads,
+    entries,
+    capacity,
+    BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """One program puts together who joins whom in one row and head, in the order of storage."""
+    row = tl.program_id(0).to(tl.int64)
+    position += row // heads * position_b + row % heads * position_h
+    into += row * entries
+    members += row * entries
+    line += row * 2 * entries
+    start_of = bounds + row * 2 * entries
+    end_of = start_of + entries
+    number = tl.arange(0, BLOCK)
+    for first in range(0, entries, BLOCK):
+        tl.store(start_of + first + number, 0, mask=first + number < entries)
+        tl.store(end_of + first + number, 0, mask=first + number < entries)
+    begin, held = line_up(into, position, line, entries, 0, BLOCK, PART)  # it waits for all to be written
+    line += begin
+    for first in range(0, held, BLOCK):
+        rank = first + number
+        inside, follows, goes_on = rank < held, (rank > 0) & (rank < held), rank < held - 1
+        entry = tl.load(line + rank, mask=inside, other=0)
+        tl.store(members + rank, entry, mask=inside)
+        joins = tl.load(into + entry, mask=inside, other=-1)
+        before = tl.load(into + tl.load(line + rank - 1, mask=follows, other=0), mask=follows, other=-1)
+        after = tl.load(into + tl.load(line + rank + 1, mask=goes_on, other=0), mask=goes_on, other=-1)
+        tl.store(start_of + joins, rank, mask=inside & (joins != before))
+        tl.store(end_of + joins, rank + 1, mask=inside & (joins != after))
+    tl.debug_barrier()
+    for first in range(0, capacity, BLOCK):
+        slot = first + number
+        own = tl.load(order + row * capacity + slot, mask=slot < capacity, other=0)
+        at = row * capacity + slot
+        tl.store(start + at, tl.load(start_of + own, mask=slot < capacity, other=0), mask=slot < capacity)
+        tl.store(end + at, tl.load(end_of + own, mask=slot < capacity, other=0), mask=slot < capacity)
+
+
+class Buckets(NamedTuple):
+    """Who joins whom: members (B, H, T) int32, entries by survivor; slot c's from start to end (B, H, C) int32.
+
+    order (B, H, C): slot c's own entry; length (B, H): slots filled.
+    """
+
+    members: Tensor
+    start: Tensor
+    end: Tensor
+    order: Tensor
+    length: Tensor
+
+
+@on_its_device
+def buckets_of(into: Tensor, position: Tensor, order: Tensor, length: Tensor) -> Buckets:
+    """Return the buckets of `into` (B, H, T) int64, whom each entry joins; position (B, H, T), -1 joins nobody."""
+    (batch, heads, entries), capacity = into.shape, order.shape[-1]
+    position = position if position.stride(-1) == 1 else position.contiguous()
+    columns, slots = (batch, heads, entries), (batch, heads, capacity)
+    lines = torch.empty((5, *columns), dtype=torch.int32, device=into.device)  # two of a line, two of bounds, members
+    start, end = torch.empty((2, *slots), dtype=torch.int32, device=into.device)
+    order = order.contiguous()
+    _bucket[(batch * heads,)](
+        into.contiguous(),
+        position,
+        order,
+        lines[:2],
+        lines[2:4],
+        lines[4],
+        start,
+        end,
+        *position.stride()[:2],
+        heads,
+        entries,
+        capacity,
+        **walk_along(entries),
+    )
+    return Buckets(members=lines[4], start=start, end=end, order=order, length=length.contiguous())
 
 
 @on_its_device

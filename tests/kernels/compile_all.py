@@ -100,7 +100,7 @@ def _compile_ordering() -> None:
     for order in (False, True):
         compile_kernel(ordering._age_rank, {"ORDER": order, "BLOCK": ordering._RANKED}, {"made": "*i64"}, num_warps=4)
     for entries in (1024, 32_768):
-        walk = ordering._walk(entries)
+        walk = ordering.walk_along(entries)
         warps = walk.pop("num_warps")
         lines = {"anchor": "*u8", "member": "*u8", "line": "*i32", "nearest": "*i64"}
         lines |= {**dict.fromkeys(("bounds", "members", "start", "end"), "*i32"), "into": "*i64", "order": "*i64"}
@@ -109,7 +109,7 @@ def _compile_ordering() -> None:
         columns = {"HAS_KEEP": True, "HAS_MASS": True, "HAS_NOTED": True}
         compile_kernel(ordering._nearest_anchor, walk, lines, num_warps=warps)
         compile_kernel(ordering._compact, {**walk, **columns}, lines, num_warps=warps)
-        compile_kernel(ordering._bucket, walk, lines, num_warps=warps)
+        compile_kernel(slot_writes._bucket, walk, lines, num_warps=warps)
 
 
 def _compile_prefill() -> None:
