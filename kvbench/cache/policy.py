@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache.parts import Allocation, Merge, Total, checked_into, divided_heads, shown
-from kvbench.cache.selection import keep_top, lowest, outside, protected_range, ranked_above
+from kvbench.cache.selection import keep_top, looked_at, lowest, outside, protected_range, ranked_above
 from kvbench.cache.view import Doubts, Joining, Needs, Plan, View
 from kvbench.errors import ConfigError, NonFiniteChoiceError, NonFiniteError, PolicyError, close_matches
 
@@ -527,28 +527,34 @@ def checked_plan(policy: Policy, view: View, allowed: list[int]) -> Plan:
     if not isinstance(plan, Plan):
         raise PolicyError(f"{name} returned {shown(plan)}; it must be a Plan")
     _check_column(plan.keep, "keep", torch.bool, position, name)
-    doubts.note(
-        (plan.keep & (position < 0)).any(),
-        lambda: PolicyError(f"{name} keeps slots that hold no token; combine keep with view.valid"),
-    )
-    kept, held = plan.keep.sum(dim=-1), (position >= 0).sum(dim=-1)  # a row may have had pads only
-    most, counted = view.budget[:, None], kept
-    if is_ragged(policy):
-        most, counted = most * kept.shape[1], kept.sum(dim=-1, keepdim=True)
-    wrong = (counted > most) | ((held > 0) & (kept < 1))
-    if keeps_the_most(policy):
-        wrong = wrong | (kept != torch.minimum(held, most))
-    doubts.note(
-        wrong.any(),
-        lambda: PolicyError(
-            f"{name} keeps {kept.tolist()} entries (rows x heads); allowed per row: 1 to {allowed}"
-            f"{' on average over the heads' if is_ragged(policy) else ''}. keep_top keeps none where a score is NaN"
-        ),
-    )
     if plan.merge_weight is not None and (plan.merge_into is None or plan.merge_weight.shape != position.shape):
         raise PolicyError(f"{name} returned merge_weight without a merge_into of the same shape (B, H, T)")
     if plan.merge_into is not None:
-        _check_merge(plan.merge_into, plan.keep, doubts, name)
+        _check_column(plan.merge_into, "merge_into", torch.int64, position, name)
+    counts, amiss = looked_at(plan.keep, plan.merge_into, position, view.budget, exact=keeps_the_most(policy))
+    keeps_empty, miscounted, nowhere, lost = amiss.unbind()
+    kept, shared, entries = counts[..., 0], is_ragged(policy), position.shape[-1]
+    if shared:
+        counted, held = kept.sum(dim=-1, keepdim=True), counts[..., 1]
+        miscounted = ((counted > view.budget[:, None] * kept.shape[1]) | ((held > 0) & (kept < 1))).any()
+    doubts.note(
+        keeps_empty, lambda: PolicyError(f"{name} keeps slots that hold no token; combine keep with view.valid")
+    )
+    doubts.note(
+        miscounted,
+        lambda: PolicyError(
+            f"{name} keeps {kept.tolist()} entries (rows x heads); allowed per row: 1 to {allowed}"
+            f"{' on average over the heads' if shared else ''}. keep_top keeps none where a score is NaN"
+        ),
+    )
+    if plan.merge_into is not None:
+        doubts.note(nowhere, lambda: _out_of_range(name, "merge_into", counts[..., 2], counts[..., 3], entries))
+        doubts.note(
+            lost,
+            lambda: PolicyError(
+                f"{name} merges entries into some that it does not keep; give them a survivor or themselves"
+            ),
+        )
     if plan.merge_source is not None:
         if plan.merge_into is None:
             raise PolicyError(f"{name} returned merge_source without a merge_into")
@@ -573,7 +579,7 @@ def checked_plan(policy: Policy, view: View, allowed: list[int]) -> Plan:
     if view.doubts is None:
         doubts.look()
         return plan
-    last, into, source = position.shape[-1] - 1, plan.merge_into, plan.merge_source
+    last, into, source = entries - 1, plan.merge_into, plan.merge_source
     return replace(
         plan,
         merge_into=None if into is None else into.clamp(0, last),
@@ -614,23 +620,14 @@ def _not_finite(name: str, layer: int) -> NonFiniteError:
 
 def _check_index(index: Tensor, field: str, keep: Tensor, doubts: Doubts, name: str) -> None:
     _check_column(index, field, torch.int64, keep, name)
-    last = keep.shape[-1] - 1
+    entries = keep.shape[-1]
     least, most = index.aminmax()
-    doubts.note(
-        (least < 0) | (most > last),
-        lambda: PolicyError(f"{name} returned {field} from {least} to {most}; allowed: 0 to {last}"),
-    )
+    doubts.note((least < 0) | (most >= entries), lambda: _out_of_range(name, field, least, most, entries))
 
 
-def _check_merge(into: Tensor, keep: Tensor, doubts: Doubts, name: str) -> None:
-    _check_index(into, "merge_into", keep, doubts, name)
-    last = keep.shape[-1] - 1
-    itself = into == torch.arange(keep.shape[-1], device=into.device)
-    doubts.note(
-        ~(keep.gather(-1, into.clamp(0, last)) | itself).all(),
-        lambda: PolicyError(
-            f"{name} merges entries into some that it does not keep; give them a survivor or themselves"
-        ),
+def _out_of_range(name: str, field: str, least: Tensor, most: Tensor, entries: int) -> PolicyError:
+    return PolicyError(
+        f"{name} returned {field} from {int(least.min())} to {int(most.max())}; allowed: 0 to {entries - 1}"
     )
 
 

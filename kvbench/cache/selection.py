@@ -81,6 +81,10 @@ def protected_entries(
 
 def outside(position: Tensor, first: Tensor, last: Tensor) -> Tensor:
     """Return (B, H, T) bool: entries held at positions below `first` (B,) or from `last` (B,) on."""
+    if use_triton(position, any_dtype=True):
+        from kvbench.kernels import ordering
+
+        return ordering.outside(position, first, last)
     below, above = position < first[:, None, None], position >= last[:, None, None]
     return (below | above) & (position >= 0)
 
@@ -89,10 +93,42 @@ def protected_range(
     seen: Tensor, budget: Tensor, *, num_sinks: int, num_recent: int, recent_fraction: float
 ) -> tuple[Tensor, Tensor]:
     """Return (B,) each: positions below the first and from the second on are protected, as above."""
+    if use_triton(budget, any_dtype=True):
+        from kvbench.kernels import ordering
+
+        window = {"num_sinks": num_sinks, "num_recent": num_recent}
+        return ordering.protected_range(seen, budget, **window, recent_fraction=recent_fraction)
     sinks = (budget - 1).clamp(max=num_sinks)
     share = (budget.double() * recent_fraction).round(decimals=9).floor().long()  # as in Budget: 0.29 of 100 is 29
     recent = torch.minimum(share.clamp(min=num_recent), budget - sinks)
     return sinks, seen - recent
+
+
+def looked_at(
+    keep: Tensor, into: Tensor | None, position: Tensor, budget: Tensor, *, exact: bool
+) -> tuple[Tensor, Tensor]:
+    """Return what a plan does and what is wrong with it: counts (B, H, 4) int64 and (4,) bool, which waits for nothing.
+
+    keep (B, H, T) bool; into (B, H, T) int64, whom each entry joins, or None; position (B, H, T); budget (B,). The
+    first: how many entries a head keeps, how many it holds, the least and the largest of `into`, 0 without one. The
+    second, of all heads: an empty slot is kept; more are kept than the budget, or none of those that are held, or,
+    `exact`, not as many as may be; `into` names entries that do not exist; or one, not itself, that is not kept.
+    """
+    if use_triton(position, any_dtype=True):
+        from kvbench.kernels import ordering
+
+        return ordering.looked_at(keep, into, position, budget, exact=exact)
+    kept, held, most = keep.sum(dim=-1), (position >= 0).sum(dim=-1), budget[:, None]
+    miscounted = (kept > most) | ((held > 0) & (kept < 1))  # a row may have had pads only
+    if exact:
+        miscounted = miscounted | (kept != torch.minimum(held, most))
+    least, largest, nowhere, lost = torch.zeros_like(kept), torch.zeros_like(kept), miscounted[:0], miscounted[:0]
+    if into is not None:
+        last, itself = into.shape[-1] - 1, into == torch.arange(into.shape[-1], device=into.device)
+        least, largest = into.aminmax(dim=-1)
+        nowhere, lost = (least < 0) | (largest > last), ~(keep.gather(-1, into.clamp(0, last)) | itself)
+    amiss = [(keep & (position < 0)).any(), miscounted.any(), nowhere.any(), lost.any()]
+    return torch.stack((kept, held, least, largest), dim=-1), torch.stack(amiss)
 
 
 def age_rank(position: Tensor) -> Tensor:

@@ -348,6 +348,86 @@ def _compact(
             tl.store(kept_noted + at, tl.load(noted + row * entries + own, mask=filled, other=0.0), mask=inside)
 
 
+@triton.jit(do_not_specialize=["entries"])
+def _look(
+    keep,
+    into,
+    position,
+    budget,
+    counts,
+    amiss,
+    position_b,
+    position_h,
+    heads,
+    entries,
+    HAS_INTO: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program counts what a plan does in one row and head, and says what is wrong with it."""
+    row = tl.program_id(0).to(tl.int64)
+    position += row // heads * position_b + row % heads * position_h
+    keep += row * entries
+    into += row * entries
+    number = tl.arange(0, BLOCK)
+    kept = tl.program_id(0) * 0
+    held, empty, lost = kept, kept, kept
+    least = tl.load(into) if HAS_INTO else kept.to(tl.int64)
+    most = least
+    for first in range(0, entries, BLOCK):
+        at = first + number
+        inside = at < entries
+        is_kept = tl.load(keep + at, mask=inside, other=0) > 0
+        is_held = tl.load(position + at, mask=inside, other=-1) >= 0
+        kept += tl.sum(is_kept.to(tl.int32), axis=0)
+        held += tl.sum(is_held.to(tl.int32), axis=0)
+        empty += tl.sum((is_kept & (is_held == 0)).to(tl.int32), axis=0)
+        if HAS_INTO:
+            joins = tl.load(into + at, mask=inside, other=0)
+            least = tl.minimum(least, tl.min(tl.where(inside, joins, least), axis=0))
+            most = tl.maximum(most, tl.max(tl.where(inside, joins, most), axis=0))
+            survivor = tl.minimum(tl.maximum(joins, 0), entries - 1)
+            stays = tl.load(keep + survivor, mask=inside, other=0) > 0
+            lost += tl.sum((inside & (stays == 0) & (joins != at)).to(tl.int32), axis=0)
+    allowed = tl.load(budget + row // heads)
+    miscounted = (kept > allowed) | ((held > 0) & (kept < 1))
+    if EXACT:
+        miscounted = miscounted | (kept != tl.minimum(held.to(tl.int64), allowed))
+    tl.store(counts + row * 4, kept.to(tl.int64))
+    tl.store(counts + row * 4 + 1, held.to(tl.int64))
+    tl.store(counts + row * 4 + 2, least)
+    tl.store(counts + row * 4 + 3, most)
+    tl.store(amiss + row * 4, (empty > 0).to(tl.uint8))
+    tl.store(amiss + row * 4 + 1, miscounted.to(tl.uint8))
+    tl.store(amiss + row * 4 + 2, ((least < 0) | (most >= entries)).to(tl.uint8))
+    tl.store(amiss + row * 4 + 3, (lost > 0).to(tl.uint8))
+
+
+@triton.jit(do_not_specialize=["rows", "num_sinks", "num_recent"])
+def _range(seen, budget, sinks, recent_from, rows, num_sinks, num_recent, FRACTION: tl.constexpr, BLOCK: tl.constexpr):
+    """One program finds what every row protects; nine decimals of the share count, half way to the even one."""
+    row = tl.arange(0, BLOCK)
+    allowed = tl.load(budget + row, mask=row < rows, other=1)
+    first_sinks = tl.minimum(allowed - 1, num_sinks)
+    scaled = allowed.to(tl.float64) * tl.full((BLOCK,), FRACTION, tl.float64) * 1e9
+    whole = tl.floor(scaled)
+    rest, number = scaled - whole, whole.to(tl.int64)
+    number += ((rest > 0.5) | ((rest == 0.5) & (number % 2 == 1))).to(tl.int64)
+    recent = tl.minimum(tl.maximum(number // 1000000000, num_recent), allowed - first_sinks)
+    tl.store(sinks + row, first_sinks, mask=row < rows)
+    tl.store(recent_from + row, tl.load(seen + row, mask=row < rows, other=0) - recent, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["entries"])
+def _outside(position, first, last, found, position_b, position_h, heads, entries, BLOCK: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    position += row // heads * position_b + row % heads * position_h
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = tl.load(position + at, mask=at < entries, other=-1)
+    is_outside = (there < tl.load(first + row // heads)) | (there >= tl.load(last + row // heads))
+    tl.store(found + row * entries + at, (is_outside & (there >= 0)).to(tl.uint8), mask=at < entries)
+
+
 def walk_along(entries: int) -> dict[str, int]:
     """Return how a program that walks along so many entries does it."""
     block = min(max(16, int(triton.next_power_of_2(entries))), _BLOCK)
@@ -421,3 +501,66 @@ def compacted(
         **walk_along(entries),
     )
     return order, length, {"mass": None, "noted": None, **columns}
+
+
+@on_its_device
+def looked_at(
+    keep: Tensor, into: Tensor | None, position: Tensor, budget: Tensor, *, exact: bool
+) -> tuple[Tensor, Tensor]:
+    """Return counts (B, H, 4) int64 and (4,) bool as `selection.looked_at` does."""
+    batch, heads, entries = position.shape
+    counts = torch.empty((batch, heads, 4), dtype=torch.int64, device=position.device)
+    amiss = torch.empty((batch, heads, 4), dtype=torch.uint8, device=position.device)
+    position = position if position.stride(-1) == 1 else position.contiguous()
+    walk = walk_along(entries)
+    _look[(batch * heads,)](
+        _bytes(keep),
+        position if into is None else into.contiguous(),
+        position,
+        budget.contiguous(),
+        counts,
+        amiss,
+        *position.stride()[:2],
+        heads,
+        entries,
+        HAS_INTO=into is not None,
+        EXACT=exact,
+        BLOCK=walk["BLOCK"],
+        num_warps=walk["num_warps"],
+    )
+    return counts, amiss.view(torch.bool).flatten(0, 1).any(dim=0)
+
+
+@on_its_device
+def protected_range(
+    seen: Tensor, budget: Tensor, *, num_sinks: int, num_recent: int, recent_fraction: float
+) -> tuple[Tensor, Tensor]:
+    """Return (B,) int64 each as `selection.protected_range` does."""
+    sinks, recent_from = torch.empty_like(budget), torch.empty_like(budget)
+    _range[(1,)](
+        seen.contiguous(),
+        budget.contiguous(),
+        sinks,
+        recent_from,
+        len(budget),
+        num_sinks,
+        num_recent,
+        FRACTION=float(recent_fraction),
+        BLOCK=int(triton.next_power_of_2(len(budget))),
+        num_warps=1,
+        enable_fp_fusion=False,  # a product is rounded before anything is taken from it
+    )
+    return sinks, recent_from
+
+
+@on_its_device
+def outside(position: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    """Return (B, H, T) bool as `selection.outside` does."""
+    batch, heads, entries = position.shape
+    found = torch.empty((batch, heads, entries), dtype=torch.uint8, device=position.device)
+    position = position if position.stride(-1) == 1 else position.contiguous()
+    block = min(max(16, int(triton.next_power_of_2(entries))), 1024)
+    _outside[(triton.cdiv(entries, block), batch * heads)](
+        position, first.contiguous(), last.contiguous(), found, *position.stride()[:2], heads, entries, BLOCK=block
+    )
+    return found.view(torch.bool)

@@ -106,10 +106,17 @@ def _compile_ordering() -> None:
         lines |= {**dict.fromkeys(("bounds", "members", "start", "end"), "*i32"), "into": "*i64", "order": "*i64"}
         lines |= {"keep": "*u8", "kept_position": "*i64", "kept_kind": "*i8", "kept_mass": "*fp32", "noted": "*fp32"}
         lines |= {"kept_noted": "*fp32", "kind_b": "i32", "kind_h": "i32"}
+        lines |= {"counts": "*i64", "amiss": "*u8", "first": "*i64", "last": "*i64", "found": "*u8"}
+        look = {"HAS_INTO": True, "EXACT": True, "BLOCK": walk["BLOCK"]}
+        compile_kernel(ordering._look, look, lines, num_warps=warps)
         columns = {"HAS_KEEP": True, "HAS_MASS": True, "HAS_NOTED": True}
         compile_kernel(ordering._nearest_anchor, walk, lines, num_warps=warps)
         compile_kernel(ordering._compact, {**walk, **columns}, lines, num_warps=warps)
         compile_kernel(slot_writes._bucket, walk, lines, num_warps=warps)
+    compile_kernel(ordering._outside, {"BLOCK": 1024}, lines, num_warps=4)
+    for rows in (1, 16):
+        bounds = {"num_sinks": "i32", "num_recent": "i32"}
+        compile_kernel(ordering._range, {"FRACTION": 0.29, "BLOCK": rows}, bounds, num_warps=1, enable_fp_fusion=False)
 
 
 def _compile_prefill() -> None:

@@ -133,6 +133,80 @@ def test_every_entry_finds_the_anchor_that_sorting_finds(
     assert torch.equal(ours, reference)
 
 
+@settings(max_examples=share_of(60), deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    length=st.integers(1, 70),
+    kept=st.sampled_from([0.0, 0.3, 1.0]),
+    empty=st.sampled_from([0.0, 0.2, 1.0]),
+    wrong=st.sampled_from(["nothing", "empty", "nowhere", "below", "lost"]),
+    joins=st.booleans(),
+    exact=st.booleans(),
+    block=st.sampled_from([4096, 16]),
+)
+def test_a_plan_is_looked_at_as_plain_torch_does(
+    seed: int, length: int, kept: float, empty: float, wrong: str, joins: bool, exact: bool, block: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    share = torch.rand((2, 3, 2, length), generator=random)
+    position = torch.where(share[:, :1, 0] < empty, -1, torch.arange(length)).expand(2, 3, length)
+    keep = (share[:, :, 1] < kept) & ((position >= 0) | (wrong == "empty"))
+    into = torch.arange(length).expand(2, 3, length).clone()
+    if bool(keep.any(-1).all()):
+        target = keep.float().flatten(0, 1).multinomial(length, replacement=True, generator=random).view(into.shape)
+        into = torch.where(share[:, :, 1] < 0.8, target, into)
+    place = int(torch.randint(0, length, (1,), generator=random))
+    into[1, 2, place] = {"nowhere": length, "below": -3, "lost": (place + 1) % length}.get(wrong, into[1, 2, place])
+    budget = torch.tensor([int(keep[0].sum(-1).max()), max(1, length // 3)])
+    given_plan = (keep.to(ON), into.to(ON) if joins else None, position.to(ON), budget.to(ON))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ordering, "_BLOCK", block)  # so that a row is walked along in several blocks
+        with kernels_forced(True):
+            ours = selection.looked_at(*given_plan, exact=exact)
+        with kernels_forced(False):
+            reference = selection.looked_at(*given_plan, exact=exact)
+    for one, other in zip(ours, reference, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other), (one, other)
+
+
+@settings(max_examples=share_of(60), deadline=None)
+@given(
+    budgets=st.lists(st.integers(1, 2**20), min_size=1, max_size=5),
+    fraction=st.one_of(st.integers(0, 1000).map(lambda share: share / 1000), st.floats(0.0, 1.0)),
+    num_sinks=st.integers(0, 6),
+    num_recent=st.integers(0, 40),
+    seed=st.integers(0, 2**31),
+)
+def test_what_is_protected_is_what_plain_torch_protects(
+    budgets: list[int], fraction: float, num_sinks: int, num_recent: int, seed: int
+) -> None:
+    budget, random = torch.tensor(budgets, device=ON), torch.Generator().manual_seed(seed)
+    seen, window = budget + 7, {"num_sinks": num_sinks, "num_recent": num_recent, "recent_fraction": fraction}
+    offset = torch.randint(-30, 30, (len(budgets), 2, 40), generator=random).to(ON)
+    found = []
+    for by_kernels in (True, False):
+        with kernels_forced(by_kernels):
+            bounds = selection.protected_range(seen, budget, **window)
+            near = torch.cat((offset[:, :1] + num_sinks, offset[:, 1:] + bounds[1][:, None, None]), dim=1).clamp(min=-1)
+            protected = selection.protected_entries(near, seen, budget, **window)
+            found.append([*bounds, protected, selection.outside(near[:, :1].expand_as(near), *bounds)])
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("hundredths", range(0, 101, 20))
+def test_a_share_of_every_budget_is_rounded_as_plain_torch_rounds_it(hundredths: int) -> None:
+    budget = torch.arange(1, 4000, device=ON)
+    window = {"num_sinks": 2, "num_recent": 1, "recent_fraction": hundredths / 100 + 0.0009}
+    with kernels_forced(True):
+        ours = selection.protected_range(budget + 9, budget, **window)
+    with kernels_forced(False):
+        reference = selection.protected_range(budget + 9, budget, **window)
+    assert all(torch.equal(one, other) for one, other in zip(ours, reference, strict=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("length", [900, 1024, 5000, 32_768, 131_072])
