@@ -316,9 +316,9 @@ def _gathered(entries: Entries, plan: Plan | None, capacity: int) -> tuple[Entri
 def _compacted(entries: Entries, keep: Tensor | None, capacity: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Return who comes into each slot (B, H, C) by age, how many come (B, H), and their columns, by name."""
     if use_triton(entries.keys):
-        from kvbench.kernels import ordering
+        from kvbench.kernels.settling import compacted
 
-        return ordering.compacted(entries.position, entries.kind, entries.mass, entries.noted, keep, capacity)
+        return compacted(entries.position, entries.kind, entries.mass, entries.noted, keep, capacity)
     position = entries.position if keep is None else entries.position.masked_fill(~keep, EMPTY)
     length = (position >= 0).sum(dim=-1)
     order = oldest_first(position)[..., :capacity]
@@ -352,7 +352,7 @@ def moved(entries: Entries, plan: Plan | None, order: Tensor, length: Tensor) ->
     wide = order[..., None].expand(*order.shape, entries.keys.shape[-1])
     if plan is not None and plan.merge_into is not None:
         if use_triton(entries.keys):
-            from kvbench.kernels.slot_writes import buckets_of, segment_mean
+            from kvbench.kernels.settling import buckets_of, segment_mean
 
             buckets = buckets_of(plan.merge_into, entries.position, order, length)
             mass = None if entries.mass is None else segment_mean(entries.mass[..., None], buckets, add_up=True)[..., 0]

@@ -7,7 +7,7 @@ are older. The references are the plain branches in `kvbench.cache.selection`.
 
 The others walk along a row's entries in their order: a program takes one row and head, and lines its entries up first,
 which is one walk where they lie in order, and a radix sort of four bits a time where they do not. So their time grows
-as the row does. `nearest_anchor` goes to and fro, `compacted` takes what stays into slots.
+as the row does. `nearest_anchor` goes to and fro; `kvbench.kernels.settling` has the walks that move entries.
 """
 
 from __future__ import annotations
@@ -297,57 +297,6 @@ def _nearest_anchor(
         following = tl.min(later, axis=0)
 
 
-@triton.jit(do_not_specialize=["entries", "capacity"])
-def _compact(
-    keep,
-    position,
-    kind,
-    mass,
-    noted,
-    line,
-    order,
-    length,
-    kept_position,
-    kept_kind,
-    kept_mass,
-    kept_noted,
-    position_b,
-    position_h,
-    kind_b,
-    kind_h,
-    heads,
-    entries,
-    capacity,
-    HAS_KEEP: tl.constexpr,
-    HAS_MASS: tl.constexpr,
-    HAS_NOTED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PART: tl.constexpr,
-):
-    """One program takes what stays of one row and head into its first slots, by age."""
-    row = tl.program_id(0).to(tl.int64)
-    position += row // heads * position_b + row % heads * position_h
-    kind += row // heads * kind_b + row % heads * kind_h
-    line += row * 2 * entries
-    if HAS_KEEP:
-        begin, held = line_up(position, keep + row * entries, line, entries, 1, BLOCK, PART)
-    else:
-        begin, held = line_up(position, position, line, entries, 0, BLOCK, PART)
-    tl.store(length + row, held.to(tl.int64))
-    for first in range(0, capacity, BLOCK):
-        slot = first + tl.arange(0, BLOCK)
-        inside, filled = slot < capacity, (slot < capacity) & (slot < held)
-        own = tl.load(line + begin + slot, mask=inside & (slot < entries), other=0)
-        at = row * capacity + slot
-        tl.store(order + at, own.to(tl.int64), mask=inside)
-        tl.store(kept_position + at, tl.load(position + own, mask=filled, other=-1), mask=inside)
-        tl.store(kept_kind + at, tl.load(kind + own, mask=filled, other=0), mask=inside)
-        if HAS_MASS:
-            tl.store(kept_mass + at, tl.load(mass + row * entries + own, mask=filled, other=0.0), mask=inside)
-        if HAS_NOTED:
-            tl.store(kept_noted + at, tl.load(noted + row * entries + own, mask=filled, other=0.0), mask=inside)
-
-
 @triton.jit(do_not_specialize=["entries"])
 def _look(
     keep,
@@ -434,7 +383,8 @@ def walk_along(entries: int) -> dict[str, int]:
     return {"BLOCK": block, "PART": min(block, _SORTED), "num_warps": 8 if block == _BLOCK else 4}
 
 
-def _bytes(flag: Tensor) -> Tensor:
+def bytes_of(flag: Tensor) -> Tensor:
+    """Return flags as a kernel reads them, a byte each and dense."""
     return flag.contiguous().view(torch.uint8)
 
 
@@ -446,8 +396,8 @@ def nearest_anchor(anchor: Tensor, member: Tensor, position: Tensor) -> Tensor:
     line = torch.empty((batch, heads, 3 * entries), dtype=torch.int32, device=position.device)
     position = position if position.stride(-1) == 1 else position.contiguous()
     _nearest_anchor[(batch * heads,)](
-        _bytes(anchor),
-        _bytes(member),
+        bytes_of(anchor),
+        bytes_of(member),
         position,
         line,
         nearest,
@@ -457,50 +407,6 @@ def nearest_anchor(anchor: Tensor, member: Tensor, position: Tensor) -> Tensor:
         **walk_along(entries),
     )
     return nearest
-
-
-@on_its_device
-def compacted(
-    position: Tensor, kind: Tensor, mass: Tensor | None, noted: Tensor | None, keep: Tensor | None, capacity: int
-) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
-    """Return by age, in C = `capacity` slots, the tokens held that `keep` (B, H, T) bool leaves, None for all.
-
-    order (B, H, C) int64, which entry comes into a slot (any where none does); length (B, H) int64, slots filled; the
-    columns (B, H, C) by name, position -1 and the rest 0 in slots that none comes into. The given ones are (B, H, T).
-    """
-    batch, heads, entries = position.shape
-    position = position if position.stride(-1) == 1 else position.contiguous()
-    kind = kind if kind.stride(-1) == 1 else kind.contiguous()
-    given = {"mass": mass, "noted": noted}
-    optional = {name: position if one is None else one.contiguous() for name, one in given.items()}
-    order = torch.empty((batch, heads, capacity), dtype=torch.int64, device=position.device)
-    length = torch.empty((batch, heads), dtype=torch.int64, device=position.device)
-    columns = {"position": torch.empty_like(order), "kind": torch.empty_like(order, dtype=kind.dtype)}
-    columns |= {name: torch.empty_like(order, dtype=one.dtype) for name, one in given.items() if one is not None}
-    _compact[(batch * heads,)](
-        position if keep is None else _bytes(keep),
-        position,
-        kind,
-        optional["mass"],
-        optional["noted"],
-        torch.empty((batch, heads, 2 * entries), dtype=torch.int32, device=position.device),
-        order,
-        length,
-        columns["position"],
-        columns["kind"],
-        columns.get("mass", order),
-        columns.get("noted", order),
-        *position.stride()[:2],
-        *kind.stride()[:2],
-        heads,
-        entries,
-        capacity,
-        HAS_KEEP=keep is not None,
-        HAS_MASS=mass is not None,
-        HAS_NOTED=noted is not None,
-        **walk_along(entries),
-    )
-    return order, length, {"mass": None, "noted": None, **columns}
 
 
 @on_its_device
@@ -514,7 +420,7 @@ def looked_at(
     position = position if position.stride(-1) == 1 else position.contiguous()
     walk = walk_along(entries)
     _look[(batch * heads,)](
-        _bytes(keep),
+        bytes_of(keep),
         position if into is None else into.contiguous(),
         position,
         budget.contiguous(),
