@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache.parts import Allocation, Merge, Total, checked_into, divided_heads, shown
-from kvbench.cache.selection import keep_top, looked_at, lowest, outside, protected_range, ranked_above
+from kvbench.cache.selection import has_nan, keep_top, looked_at, lowest, outside, protected_range, ranked_above
 from kvbench.cache.view import Doubts, Joining, Needs, Plan, View
 from kvbench.errors import ConfigError, NonFiniteChoiceError, NonFiniteError, PolicyError, close_matches
 
@@ -256,7 +256,7 @@ def ranking(policy: ScorePolicy, view: View) -> Tensor:
     """
     score, layer = policy._protected_score(view), view.layer
     view.refuse_if(
-        (score.isnan() & view.valid).any(),
+        has_nan(score, view.position),
         lambda: NonFiniteChoiceError(
             f"{type(policy).__name__}.score returned NaN in layer {layer}; scores must be numbers"
         ),
@@ -597,8 +597,7 @@ def check_statistics(view: View) -> None:
     """Raise NonFiniteError if attention that a policy is about to decide by is NaN: the model's numbers are."""
     doubts = Doubts() if view.doubts is None else view.doubts
     for name, numbers in _attention_of(view).items():
-        valid = view.valid.unflatten(1, (-1, *[1] * (numbers.ndim - 3)))
-        doubts.note((numbers.isnan() & valid).any(), partial(_not_finite, name, view.layer))
+        doubts.note(has_nan(numbers, view.position), partial(_not_finite, name, view.layer))
     if view.doubts is None:
         doubts.look()
 
@@ -606,7 +605,8 @@ def check_statistics(view: View) -> None:
 def with_numbers(view: View) -> View:
     """Return `view` with 0 for what is NaN, which was noted: an index made from it may be none, and end the process."""
     cleaned: dict[str, Any] = {
-        f"{name}_or_none": numbers.masked_fill(numbers.isnan(), 0.0) for name, numbers in _attention_of(view).items()
+        f"{name}_or_none": numbers.nan_to_num(0.0, torch.inf, -torch.inf)
+        for name, numbers in _attention_of(view).items()
     }
     return replace(view, **cleaned)
 

@@ -104,6 +104,16 @@ def protected_range(
     return sinks, seen - recent
 
 
+def has_nan(numbers: Tensor, position: Tensor) -> Tensor:
+    """Return a bool of no dimensions: whether one of the numbers (B, H, ..., T) of an entry that is held is NaN."""
+    if use_triton(numbers):
+        from kvbench.kernels import ordering
+
+        return ordering.has_nan(numbers, position)
+    held = (position >= 0)[(slice(None), slice(None), *[None] * (numbers.ndim - 3))]
+    return (numbers.isnan() & held).any()
+
+
 def looked_at(
     keep: Tensor, into: Tensor | None, position: Tensor, budget: Tensor, *, exact: bool
 ) -> tuple[Tensor, Tensor]:

@@ -68,14 +68,16 @@ def _bound(score, position, entries, wanted, tied, BY_AGE: tl.constexpr, BLOCK: 
 
 
 @triton.jit(do_not_specialize=["entries"])
-def _keep_top(score, position, budget, keep, position_b, position_h, heads, entries, BLOCK: tl.constexpr):
+def _keep_top(
+    score, position, budget, keep, position_b, position_h, budget_b, budget_h, heads, entries, BLOCK: tl.constexpr
+):
     """One program chooses in one row and head."""
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // heads, row % heads
     score += row * entries
     keep += row * entries
     position += batch * position_b + head * position_h
-    wanted = tl.load(budget + row).to(tl.int32)
+    wanted = tl.load(budget + batch * budget_b + head * budget_h).to(tl.int32)
     bound, left, having = _bound(score, position, entries, wanted, wanted, False, BLOCK)
     oldest = wanted * 0
     if left < having:
@@ -147,9 +149,10 @@ def keep_top(score: Tensor, position: Tensor, budget: Tensor) -> Tensor:
     _keep_top[(batch * heads,)](
         score.expand(position.shape).contiguous(),
         position,
-        budget.expand(batch, heads).contiguous(),
+        budget,
         keep,
         *position.stride()[:2],
+        *budget.expand(batch, heads).stride(),
         heads,
         entries,
         BLOCK=block,
@@ -352,6 +355,20 @@ def _look(
     tl.store(amiss + row * 4 + 3, (lost > 0).to(tl.uint8))
 
 
+@triton.jit(do_not_specialize=["entries", "each"])
+def _has_nan(numbers, position, found, position_b, position_h, heads, entries, each, BLOCK: tl.constexpr):
+    """One program looks at some entries of one row and head, of which there are so many numbers `each`."""
+    row, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    position += row // heads * position_b + row % heads * position_h
+    is_held = tl.load(position + at, mask=at < entries, other=-1) >= 0
+    unknown = tl.zeros((BLOCK,), dtype=tl.int32)
+    for one in range(0, each):
+        number = tl.load(numbers + (row * each + one) * entries + at, mask=at < entries, other=0.0).to(tl.float32)
+        unknown |= ((number != number) & is_held).to(tl.int32)
+    tl.store(found + row * tl.num_programs(0) + block, tl.max(unknown, axis=0).to(tl.uint8))
+
+
 @triton.jit(do_not_specialize=["rows", "num_sinks", "num_recent"])
 def _range(seen, budget, sinks, recent_from, rows, num_sinks, num_recent, FRACTION: tl.constexpr, BLOCK: tl.constexpr):
     """One program finds what every row protects; nine decimals of the share count, half way to the even one."""
@@ -435,6 +452,21 @@ def looked_at(
         num_warps=walk["num_warps"],
     )
     return counts, amiss.view(torch.bool).flatten(0, 1).any(dim=0)
+
+
+@on_its_device
+def has_nan(numbers: Tensor, position: Tensor) -> Tensor:
+    """Return a bool of no dimensions as `selection.has_nan` does."""
+    batch, heads, entries = position.shape
+    position = position if position.stride(-1) == 1 else position.contiguous()
+    block = min(max(16, int(triton.next_power_of_2(entries))), 1024)
+    grid = (triton.cdiv(entries, block), batch * heads)
+    found = torch.empty(grid, dtype=torch.uint8, device=position.device)
+    each = numbers.numel() // position.numel()
+    _has_nan[grid](
+        numbers.contiguous(), position, found, *position.stride()[:2], heads, entries, each, BLOCK=block, num_warps=4
+    )
+    return found.view(torch.bool).any()
 
 
 @on_its_device

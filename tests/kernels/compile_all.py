@@ -93,7 +93,7 @@ def main() -> None:
 
 def _compile_ordering() -> None:
     """Compile the choice of the best and the ranks, for a short and for a long prompt."""
-    types = {"score": "*fp32", "keep": "*u8", "budget": "*i64"}
+    types = {"score": "*fp32", "keep": "*u8", "budget": "*i64", "budget_b": "i32", "budget_h": "i32"}
     for block, warps in ((1024, 4), (ordering._BLOCK, 8)):
         compile_kernel(ordering._keep_top, {"BLOCK": block}, types, num_warps=warps)
     for order in (False, True):
@@ -114,6 +114,7 @@ def _compile_ordering() -> None:
         compile_kernel(settling._compact, {**walk, **columns}, lines, num_warps=warps)
         compile_kernel(settling._bucket, {**walk, "CHUNK": settling._CHUNK}, lines, num_warps=warps)
     compile_kernel(ordering._outside, {"BLOCK": 1024}, lines, num_warps=4)
+    compile_kernel(ordering._has_nan, {"BLOCK": 1024}, {**lines, "numbers": "*fp32", "each": "i32"}, num_warps=4)
     for rows in (1, 16):
         bounds = {"num_sinks": "i32", "num_recent": "i32"}
         compile_kernel(ordering._range, {"FRACTION": 0.29, "BLOCK": rows}, bounds, num_warps=1, enable_fp_fusion=False)

@@ -170,6 +170,18 @@ def test_a_plan_is_looked_at_as_plain_torch_does(
         assert torch.equal(one, other), (one, other)
 
 
+@pytest.mark.parametrize("middle", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_only_what_is_held_and_no_number_is_told(middle: tuple[int, ...], dtype: torch.dtype) -> None:
+    position = torch.arange(40, device=ON).expand(2, 2, 40).masked_fill(torch.arange(40, device=ON) < 7, -1)
+    numbers = torch.full((2, 2, *middle, 40), math.inf, dtype=dtype, device=ON)
+    for place, told in ((6, False), (7, True), (39, True)):
+        wrong = numbers.clone()
+        wrong[(1, 1, *(size - 1 for size in middle), place)] = math.nan
+        assert [bool(one) for one in both("has_nan", wrong, position)] == [told, told]
+    assert not any(both("has_nan", numbers, position))
+
+
 @settings(max_examples=share_of(60), deadline=None)
 @given(
     budgets=st.lists(st.integers(1, 2**20), min_size=1, max_size=5),
