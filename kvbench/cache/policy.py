@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache.parts import Allocation, Merge, Total, checked_into, divided_heads, shown
-from kvbench.cache.selection import has_nan, keep_top, looked_at, lowest, outside, protected_range, ranked_above
+from kvbench.cache.selection import has_nan, keep_top, looked_at, lowest, protected_range, ranked_above, shielded
 from kvbench.cache.view import Doubts, Joining, Needs, Plan, View
 from kvbench.errors import ConfigError, NonFiniteChoiceError, NonFiniteError, PolicyError, close_matches
 
@@ -188,10 +188,8 @@ class ScorePolicy(Policy):
         return ranked
 
     def _protected_score(self, view: View) -> Tensor:
-        score = checked_score(self, view)
-        protected = outside(view.position, *checked_range(self, view.seen, view.budget))
-        finite = score.float().clamp(max=torch.finfo(torch.float32).max)  # only what is protected is infinite
-        return finite.expand(view.position.shape).masked_fill(protected, torch.inf)
+        """Return (B, H, T): scores, of which only what is protected is infinite."""
+        return shielded(checked_score(self, view), view.position, *checked_range(self, view.seen, view.budget))
 
 
 DECIMALS = 9  # 0.29 * 100 is 28.999999999999996; the user meant 29

@@ -89,6 +89,16 @@ def outside(position: Tensor, first: Tensor, last: Tensor) -> Tensor:
     return (below | above) & (position >= 0)
 
 
+def shielded(score: Tensor, position: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    """Return (B, H, T) float32: `score` (B, H or 1, T), infinite where `outside`, and at most finite elsewhere."""
+    if use_triton(score):
+        from kvbench.kernels import ordering
+
+        return ordering.shielded(score, position, first, last)
+    finite = score.float().clamp(max=torch.finfo(torch.float32).max)
+    return finite.expand(position.shape).masked_fill(outside(position, first, last), torch.inf)
+
+
 def protected_range(
     seen: Tensor, budget: Tensor, *, num_sinks: int, num_recent: int, recent_fraction: float
 ) -> tuple[Tensor, Tensor]:

@@ -355,6 +355,32 @@ def _look(
     tl.store(amiss + row * 4 + 3, (lost > 0).to(tl.uint8))
 
 
+@triton.jit(do_not_specialize=["entries"])
+def _shield(
+    score,
+    position,
+    first,
+    last,
+    shielded,
+    position_b,
+    position_h,
+    score_b,
+    score_h,
+    heads,
+    entries,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64)
+    batch, head = row // heads, row % heads
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = tl.load(position + batch * position_b + head * position_h + at, mask=at < entries, other=-1)
+    number = tl.load(score + batch * score_b + head * score_h + at, mask=at < entries, other=0.0).to(tl.float32)
+    is_outside = (there < tl.load(first + batch)) | (there >= tl.load(last + batch))
+    number = tl.where(number > 3.4028234663852886e38, 3.4028234663852886e38, number)  # NaN stays
+    number = tl.where(is_outside & (there >= 0), float("inf"), number)
+    tl.store(shielded + row * entries + at, number, mask=at < entries)
+
+
 @triton.jit(do_not_specialize=["entries", "each"])
 def _has_nan(numbers, position, found, position_b, position_h, heads, entries, each, BLOCK: tl.constexpr):
     """One program looks at some entries of one row and head, of which there are so many numbers `each`."""
@@ -452,6 +478,29 @@ def looked_at(
         num_warps=walk["num_warps"],
     )
     return counts, amiss.view(torch.bool).flatten(0, 1).any(dim=0)
+
+
+@on_its_device
+def shielded(score: Tensor, position: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    """Return (B, H, T) float32 as `selection.shielded` does; score (B, H or 1, T)."""
+    batch, heads, entries = position.shape
+    made = torch.empty((batch, heads, entries), dtype=torch.float32, device=position.device)
+    position = position if position.stride(-1) == 1 else position.contiguous()
+    score = (score if score.stride(-1) == 1 else score.contiguous()).expand(position.shape)
+    block = min(max(16, int(triton.next_power_of_2(entries))), 1024)
+    _shield[(triton.cdiv(entries, block), batch * heads)](
+        score,
+        position,
+        first.contiguous(),
+        last.contiguous(),
+        made,
+        *position.stride()[:2],
+        *score.stride()[:2],
+        heads,
+        entries,
+        BLOCK=block,
+    )
+    return made
 
 
 @on_its_device

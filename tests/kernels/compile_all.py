@@ -114,6 +114,8 @@ def _compile_ordering() -> None:
         compile_kernel(settling._compact, {**walk, **columns}, lines, num_warps=warps)
         compile_kernel(settling._bucket, {**walk, "CHUNK": settling._CHUNK}, lines, num_warps=warps)
     compile_kernel(ordering._outside, {"BLOCK": 1024}, lines, num_warps=4)
+    shield = {**lines, "shielded": "*fp32", "score_b": "i32", "score_h": "i32"}
+    compile_kernel(ordering._shield, {"BLOCK": 1024}, shield, num_warps=4)
     compile_kernel(ordering._has_nan, {"BLOCK": 1024}, {**lines, "numbers": "*fp32", "each": "i32"}, num_warps=4)
     for rows in (1, 16):
         bounds = {"num_sinks": "i32", "num_recent": "i32"}

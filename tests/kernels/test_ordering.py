@@ -182,6 +182,23 @@ def test_only_what_is_held_and_no_number_is_told(middle: tuple[int, ...], dtype:
     assert not any(both("has_nan", numbers, position))
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64, torch.int64])
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_only_what_is_protected_is_infinite_and_nan_stays(dtype: torch.dtype, by_layer: bool) -> None:
+    random = torch.Generator().manual_seed(3)
+    position = (torch.rand((2, 3, 60), generator=random).argsort(-1) - 9).clamp(min=-1).to(ON)
+    score = torch.randn((60, 2, 1 if by_layer else 3), generator=random).permute(1, 2, 0)
+    wild = torch.tensor([math.nan, math.inf, -math.inf, torch.finfo(torch.float32).max])
+    if dtype.is_floating_point:
+        score = torch.where(
+            torch.rand(score.shape, generator=random) < 0.5, wild[position[:, : score.shape[1]] % 4], score
+        )
+    bounds = torch.tensor([4, 0], device=ON), torch.tensor([40, 51], device=ON)
+    ours, reference = both("shielded", score.to(ON, dtype), position, *bounds)
+    assert ours.dtype == reference.dtype
+    torch.testing.assert_close(ours, reference, rtol=0, atol=0, equal_nan=True)
+
+
 @settings(max_examples=share_of(60), deadline=None)
 @given(
     budgets=st.lists(st.integers(1, 2**20), min_size=1, max_size=5),
