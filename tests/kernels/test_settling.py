@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbench.cache import Plan
+from kvbench.cache.selection import nearest_anchor
 from kvbench.cache.slots import EMPTY, Entries, settle
 from kvbench.kernels.dispatch import kernels_forced
 from tests.covering import share_of
@@ -157,3 +158,24 @@ def test_merging_at_a_real_size_is_exact_and_the_same_every_time(dtype: torch.dt
     assert_merges_alike(entries, plan, capacity)
     first, second = (settle(entries, plan, capacity) for _ in range(2))
     assert torch.equal(first.entries.keys, second.entries.keys)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("length", [1024, 32_768, 131_072])
+def test_the_last_anchor_takes_in_most_of_a_prompt(length: int) -> None:
+    """As where attention leans on first tokens: the anchors are the first fifth."""
+    random, shape = torch.Generator("cuda").manual_seed(length), (1, 2, length)
+    keys, values = (torch.randn(*shape, 128, device="cuda", dtype=torch.bfloat16, generator=random) for _ in "kv")
+    position = torch.arange(length, device="cuda").expand(shape)
+    kind, mass = torch.zeros(shape, dtype=torch.int8, device="cuda"), torch.rand(shape, device="cuda", generator=random)
+    entries = Entries(keys=keys, values=values, position=position, kind=kind, mass=mass)
+    keep, found = position < length // 5, []
+    for by_kernels in (True, False):
+        with kernels_forced(by_kernels):
+            into = nearest_anchor(keep & (position > 0), position > 0, position)
+            found.append(settle(entries, Plan(keep=keep, merge_into=into), length // 5 + 1).entries)
+    ours, reference = found
+    for name in ("keys", "values", "mass"):
+        one, other = getattr(ours, name)[:, :, :-1].float(), getattr(reference, name)[:, :, :-1].float()
+        torch.testing.assert_close(one, other, rtol=1e-2 if name != "mass" else 1e-3, atol=1e-4)
