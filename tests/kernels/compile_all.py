@@ -12,10 +12,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvbench.kernels import decode_attention, ordering, prefill, slot_writes
+from kvbench.kernels import decode_attention, ordering, prefill, settling, slot_writes
 from kvbench.kernels import decode_step as linear
 from kvbench.kernels import decode_step as norm
-from kvbench.kernels import slot_writes as segment_mean
 
 HOPPER = GPUTarget("cuda", 90, 32)
 _TYPES = {"length": "*i64", "seen": "*i64", "position": "*i64", "free": "*i64", "budget": "*i64", "sinks": "*i64"}
@@ -100,11 +99,33 @@ def main() -> None:
 
 def _compile_ordering() -> None:
     """Compile the choice of the best and the ranks, for a short and for a long prompt."""
-    types = {"score": "*fp32", "keep": "*u8", "budget": "*i64"}
+    types = {"score": "*fp32", "keep": "*u8", "budget": "*i64", "budget_b": "i32", "budget_h": "i32"}
     for block, warps in ((1024, 4), (ordering._BLOCK, 8)):
         compile_kernel(ordering._keep_top, {"BLOCK": block}, types, num_warps=warps)
     for order in (False, True):
         compile_kernel(ordering._age_rank, {"ORDER": order, "BLOCK": ordering._RANKED}, {"made": "*i64"}, num_warps=4)
+    for entries in (1024, 32_768):
+        walk = ordering.walk_along(entries)
+        warps = walk.pop("num_warps")
+        lines = {"anchor": "*u8", "member": "*u8", "line": "*i32", "nearest": "*i64"}
+        lines |= {**dict.fromkeys(("bounds", "members", "start", "end"), "*i32"), "into": "*i64", "order": "*i64"}
+        lines |= {"keep": "*u8", "kept_position": "*i64", "kept_kind": "*i8", "kept_mass": "*fp32", "noted": "*fp32"}
+        lines |= {"in_one": "*u8", "chunks": "i32"}
+        lines |= {"kept_noted": "*fp32", "kind_b": "i32", "kind_h": "i32"}
+        lines |= {"counts": "*i64", "amiss": "*u8", "first": "*i64", "last": "*i64", "found": "*u8"}
+        look = {"HAS_INTO": True, "EXACT": True, "BLOCK": walk["BLOCK"]}
+        compile_kernel(ordering._look, look, lines, num_warps=warps)
+        columns = {"HAS_KEEP": True, "HAS_MASS": True, "HAS_NOTED": True}
+        compile_kernel(ordering._nearest_anchor, walk, lines, num_warps=warps)
+        compile_kernel(settling._compact, {**walk, **columns}, lines, num_warps=warps)
+        compile_kernel(settling._bucket, {**walk, "CHUNK": settling._CHUNK}, lines, num_warps=warps)
+    compile_kernel(ordering._outside, {"BLOCK": 1024}, lines, num_warps=4)
+    shield = {**lines, "shielded": "*fp32", "score_b": "i32", "score_h": "i32"}
+    compile_kernel(ordering._shield, {"BLOCK": 1024}, shield, num_warps=4)
+    compile_kernel(ordering._has_nan, {"BLOCK": 1024}, {**lines, "numbers": "*fp32", "each": "i32"}, num_warps=4)
+    for rows in (1, 16):
+        bounds = {"num_sinks": "i32", "num_recent": "i32"}
+        compile_kernel(ordering._range, {"FRACTION": 0.29, "BLOCK": rows}, bounds, num_warps=1, enable_fp_fusion=False)
 
 
 def _compile_prefill() -> None:
@@ -119,11 +140,13 @@ def _compile_prefill() -> None:
             for entries in (900, 32_768):
                 _compile_mass({**constants, "REDUCTION": reduction}, entries)
         compile_kernel(prefill._window_rows, {**constants, "REDUCTION": "max"}, {"rows": "*fp32"}, **launch)
-    bucket = dict.fromkeys(("members", "start", "end", "order"), "*i64")
-    tile = dict(segment_mean._MANY_NUMBERS)
+    bucket = {**dict.fromkeys(("members", "start", "end"), "*i32"), "order": "*i64", "sums": "*fp32"}
+    bucket |= {"in_one": "*u8", "chunks": "i32"}
+    tile = dict(settling._MANY_NUMBERS)
     warps = tile.pop("num_warps")
-    constants = {"ADD_UP": False, "WIDTH": 128, "BLOCK_D": 128, **tile}
-    compile_kernel(segment_mean._segment_mean, constants, bucket, num_warps=warps)
+    width = {"WIDTH": 128, "BLOCK_D": 128, "CHUNK": settling._CHUNK}
+    compile_kernel(settling._segment_mean, {"ADD_UP": False, **width, **tile}, bucket, num_warps=warps)
+    compile_kernel(settling._chunk_sum, width, bucket, num_warps=4)
 
 
 def _compile_mass(constants: dict[str, Any], entries: int) -> None:
