@@ -128,8 +128,6 @@ class PolicyCache(Cache):
     called.
     """
 
-    takes_unturned = True  # a generated token's keys may come before their rotation, with what is to be done to them
-
     def __init__(
         self,
         model: Any,
@@ -199,6 +197,11 @@ class PolicyCache(Cache):
         if Needs.HIDDEN in needs_of(policy):
             listen(model, self, self.policy_layers)
         self._own = {"_own", *vars(self)}
+
+    @property
+    def takes_unturned(self) -> bool:
+        """Whether a generated token's keys may come before their rotation: unless a user's own `update` sees them."""
+        return getattr(self.update, "__func__", None) is Cache.update
 
     @property
     def steps_announced(self) -> int:

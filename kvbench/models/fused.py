@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kvbench.cache.attention import CACHE_NAMES
@@ -21,6 +22,7 @@ from kvbench.kernels.dispatch import is_decode_row, leave_unturned, use_triton
 
 _SILU = ("SiLU", "SiLUActivation")
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+_ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")  # cache what they rotate
 _fused_attention: ContextVar[object] = ContextVar("fused_attention", default=None)  # the cache of the one that runs
 _NO_CACHE = object()
 
@@ -144,7 +146,9 @@ class _LaterProduct(nn.Linear):
 
 class _Attention(nn.Module):
     def forward(self, *args: Any, **options: Any) -> Any:
-        caches = (options[name] for name in CACHE_NAMES if options.get(name) is not None)
+        # Another attention may go on with what it rotated, norms or factors of it, before it tells its cache.
+        names = CACHE_NAMES if type(self).__name__ in _ATTENTIONS else ()
+        caches = (options[name] for name in names if options.get(name) is not None)
         before = _fused_attention.set(next(caches, _NO_CACHE))
         try:
             return super().forward(*args, **options)
@@ -206,7 +210,7 @@ def _rotate_by_kernel(modeling: Any) -> None:
     Other models of the process share the function, so it does as it did unless a fused attention runs.
     """
     stock = getattr(modeling, "apply_rotary_pos_emb", None)
-    if stock is None or hasattr(stock, "kvbench_stock"):
+    if stock is None or hasattr(stock, "kvbench_stock") or not _turns_halves(stock):
         return
 
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: Any) -> Any:
@@ -223,3 +227,17 @@ def _rotate_by_kernel(modeling: Any) -> None:
 
     apply_rotary_pos_emb.kvbench_stock = stock  # type: ignore[attr-defined]
     modeling.apply_rotary_pos_emb = apply_rotary_pos_emb
+
+
+def _turns_halves(stock: Any) -> bool:
+    """Whether the function does what the kernel does, tried on some numbers: there are models that turn neighbours."""
+    states = torch.arange(16.0, device="cpu").view(1, 2, 1, 8)
+    cosines = torch.linspace(0.1, 0.9, 8, device="cpu").view(1, 1, 8)
+    sines, (low, high) = cosines.flip(-1), states.chunk(2, dim=-1)
+    try:
+        turned = stock(states, states[:, :1], cosines, sines)
+    except (TypeError, ValueError, IndexError, AttributeError, RuntimeError):  # it takes something else
+        return False
+    expected = states * cosines + torch.cat((-high, low), dim=-1) * sines
+    both = zip(turned, (expected, expected[:, :1]), strict=True)
+    return all(one.shape == other.shape and torch.allclose(one, other) for one, other in both)

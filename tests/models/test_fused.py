@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from kvbench.cache import Budget, PolicyCache, cache_argument
+from kvbench.cache import Budget, PolicyCache, attach, cache_argument
 from kvbench.cache.layer import PolicyLayer
-from kvbench.contract.driving import drive
+from kvbench.contract.driving import TEXT_SETTINGS, drive, seeded
 from kvbench.kernels import decode_step
 from kvbench.kernels.dispatch import kernels_forced
 from kvbench.models import fused
@@ -28,6 +29,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 ON = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPT, STEPS = 5, 1
+LONG = pytest.mark.long
 
 
 def half(name: str) -> Any:
@@ -77,6 +79,49 @@ def test_keys_are_rotated_as_they_are_written_unless_somebody_looks_at_them_befo
 
 def never(layer: PolicyLayer) -> bool:
     return False
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["hunyuan_v1_dense", "cohere", *(pytest.param(kind, marks=LONG) for kind in ("ministral3", "phi", "nanochat"))],
+)
+def test_a_model_that_rotates_otherwise_or_goes_on_with_what_it_rotated_gives_its_own_logits(kind: str) -> None:
+    """Norms of turned queries and keys, a factor to the queries, a part of the head only; pairs of neighbours."""
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(kind, **TEXT_SETTINGS | heads)
+    model = seeded(AutoModelForCausalLM.from_config, config).float().to(ON)
+    attach(model)
+    exact = logits(copy.deepcopy(model), by_kernels=False)
+    fuse(model)
+    torch.testing.assert_close(logits(model, by_kernels=True), exact, rtol=1e-4, atol=1e-4)
+
+
+class Looking(PolicyCache):
+    """A user's own, which looks at what comes before it is taken in."""
+
+    def update(self, key_states: Tensor, *args: Any, **options: Any) -> Any:
+        self.came = [*getattr(self, "came", ()), key_states.clone()]
+        return super().update(key_states, *args, **options)
+
+
+@pytest.mark.parametrize("by_instance", [False, pytest.param(True, marks=LONG)])
+def test_a_users_own_cache_is_given_keys_that_are_rotated(by_instance: bool) -> None:
+    model, tokens = half("llama_gqa").float(), random_tokens(1, 2, PROMPT + STEPS).to(ON)
+    fuse(model)
+    found = []
+    for by_kernels in (False, True):
+        cache: Any = (PolicyCache if by_instance else Looking)(model, H2O(), Budget(fraction=0.5), reserve_tokens=STEPS)
+        if by_instance:
+            cache.came = []
+            stock = cache.update
+            cache.update = lambda keys, *rest, c=cache, u=stock, **more: (
+                c.came.append(keys.clone()) or u(keys, *rest, **more)
+            )
+        with kernels_forced(by_kernels):
+            drive(model, cache, tokens, PROMPT)
+        found.append(cache.came)
+    for ours, reference in zip(*found, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
 
 
 def test_a_cache_that_is_not_ours_gets_its_keys_rotated() -> None:
@@ -207,7 +252,11 @@ def test_weights_of_another_type_than_the_input_are_left_to_the_models_own() -> 
 def test_the_kernel_turns_in_fused_attention_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """`model.fused=false` after a fused model: the function that both models call by name does as it did."""
     asked: list[bool] = []
-    modeling = SimpleNamespace(apply_rotary_pos_emb=lambda q, k, cos, sin: ("stock", q))
+
+    def stock(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+        return apply_rotary_pos_emb(q, k, cos, sin) if isinstance(q, Tensor) else ("stock", q)
+
+    modeling = SimpleNamespace(apply_rotary_pos_emb=stock)
     fused._rotate_by_kernel(modeling)
     monkeypatch.setattr(fused, "use_triton", lambda q: asked.append(True))
     q, table = HalfOnCuda(shape=(1, 2, 1, 8)), HalfOnCuda(shape=(1, 1, 8))
