@@ -215,8 +215,9 @@ def nearest_anchor(anchor: Tensor, member: Tensor, position: Tensor) -> Tensor:
 
     Nearest on the line of held entries by age, which is not the order of storage once a slot was
     reused. Half way between two anchors the earlier one takes the entry, which is the floor in
-    Elastic Cache's Eq. 2 (arXiv 2407.18121). anchor, member (B, H, T) bool; position (B, H, T).
+    Elastic Cache's Eq. 2 (arXiv 2407.18121). anchor, member (B, H or 1, T) bool; position (B, H, T).
     """
+    anchor, member = anchor.expand(position.shape), member.expand(position.shape)
     if use_triton(position, any_dtype=True):
         from kvbench.kernels import ordering
 

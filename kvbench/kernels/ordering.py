@@ -491,8 +491,8 @@ def shielded(score: Tensor, position: Tensor, first: Tensor, last: Tensor) -> Te
     _shield[(triton.cdiv(entries, block), batch * heads)](
         score,
         position,
-        first.contiguous(),
-        last.contiguous(),
+        first.expand(batch).contiguous(),
+        last.expand(batch).contiguous(),
         made,
         *position.stride()[:2],
         *score.stride()[:2],
@@ -523,6 +523,7 @@ def protected_range(
     seen: Tensor, budget: Tensor, *, num_sinks: int, num_recent: int, recent_fraction: float
 ) -> tuple[Tensor, Tensor]:
     """Return (B,) int64 each as `selection.protected_range` does."""
+    seen, budget = torch.broadcast_tensors(seen, budget)
     sinks, recent_from = torch.empty_like(budget), torch.empty_like(budget)
     _range[(1,)](
         seen.contiguous(),
@@ -547,7 +548,8 @@ def outside(position: Tensor, first: Tensor, last: Tensor) -> Tensor:
     found = torch.empty((batch, heads, entries), dtype=torch.uint8, device=position.device)
     position = position if position.stride(-1) == 1 else position.contiguous()
     block = min(max(16, int(triton.next_power_of_2(entries))), 1024)
+    first, last = first.expand(batch).contiguous(), last.expand(batch).contiguous()
     _outside[(triton.cdiv(entries, block), batch * heads)](
-        position, first.contiguous(), last.contiguous(), found, *position.stride()[:2], heads, entries, BLOCK=block
+        position, first, last, found, *position.stride()[:2], heads, entries, BLOCK=block
     )
     return found.view(torch.bool)

@@ -133,6 +133,27 @@ def test_every_entry_finds_the_anchor_that_sorting_finds(
     assert torch.equal(ours, reference)
 
 
+def test_what_all_heads_or_rows_share_is_taken_as_plain_torch_takes_it() -> None:
+    """A kernel knows no shapes: it would read behind what is given."""
+    _, position, _ = random_entries(1, 40, in_order=False, heads=3)
+    marks = torch.randint(0, 5, (2, 3, 1, 40), generator=torch.Generator().manual_seed(4)).to(ON)
+    ours, reference = both("nearest_anchor", marks[0] == 0, marks[1] > 0, position)
+    assert torch.equal(ours, reference)
+    bounds = torch.tensor([9], device=ON), torch.tensor([61], device=ON)
+    assert torch.equal(*both("outside", position, *bounds))
+    assert torch.equal(*both("shielded", position.float(), position, *bounds))
+    seen, found = torch.tensor([120, 90, 50], device=ON), []
+    for by_kernels in (True, False):
+        with kernels_forced(by_kernels):
+            window = {"num_sinks": 2, "num_recent": 3, "recent_fraction": 0.5}
+            found.append(selection.protected_entries(position, seen, torch.tensor([30], device=ON), **window))
+    assert torch.equal(*found)
+    for mask in (marks[0, :2] == 0, marks[0, ..., :39] == 0):
+        for by_kernels in (True, False):
+            with kernels_forced(by_kernels), pytest.raises(RuntimeError, match="expand"):
+                selection.nearest_anchor(mask, mask, position)
+
+
 @settings(max_examples=share_of(60), deadline=None)
 @given(
     seed=st.integers(0, 2**31),

@@ -190,6 +190,15 @@ def test_a_copy_of_a_fused_model_computes_with_its_own_weights() -> None:
     assert not any(bool(zero.any()) for zero in zeros)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 1), (2, 3), (0, 1)])
+def test_embeddings_are_found_for_tokens_of_any_shape(shape: tuple[int, ...]) -> None:
+    model, tokens = half("llama_gqa"), random_tokens(1, *shape).to(ON)
+    stock = model.get_input_embeddings()(tokens)
+    fuse(model)
+    with kernels_forced(True):
+        assert torch.equal(model.get_input_embeddings()(tokens), stock)
+
+
 @pytest.mark.long
 def test_a_fused_model_is_freed_as_soon_as_it_is_let_go() -> None:
     model = half("llama_gqa")
