@@ -45,7 +45,7 @@ def begin(how: Mapping[str, Any]) -> None:
     gc.disable()
     entry = importlib.import_module(how["entry"])
     if hasattr(entry, "prepare"):
-        entry.prepare()
+        entry.prepare(is_awaited=lambda: bool(lines))
     gc.freeze()  # modules stay: looking for waste among them took a sixth of a start, and 0.2 s before every timed task
     gc.enable()
     atexit.register(gc.unfreeze)  # a library's bindings take what is frozen at the end for lost, and say so at length
@@ -67,13 +67,17 @@ def _write_to(log: Path) -> None:
             os.dup2(file.fileno(), descriptor)
 
 
-def prepare() -> None:
-    """Import what every worker needs, whatever its job."""
+def prepare(is_awaited: Callable[[], bool]) -> None:
+    """Import what every worker needs, and what scores text as long as no job waits for it."""
     from kvbench.cli.sweep import quiet_libraries
 
     quiet_libraries()
     for name in ("kvbench.config.build", "kvbench.results.store", "kvbench.sweep.group"):
         importlib.import_module(name)
+    if not is_awaited():
+        from kvbench.tasks.rouge import rouge_scores
+
+        rouge_scores(prediction="a word", reference="another")  # its libraries come when they are used
 
 
 def main(job: dict[str, Any], watcher: PipeWatcher) -> None:
