@@ -187,7 +187,8 @@ def _slots_to_be(overrides: Sequence[str]) -> list[dict[str, str]]:
         return []
     if any(word.startswith(("device=", "model.devices=")) for word in overrides):
         return [{}]
-    return gpu_slots(_num_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))[:_MOST_EARLY]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return gpu_slots(0 if visible == "" else _num_gpus(), visible)[:_MOST_EARLY]
 
 
 def _num_gpus() -> int:

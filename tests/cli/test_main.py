@@ -167,7 +167,9 @@ def test_as_many_processes_begin_as_there_will_be_workers_on_the_gpus_of_the_mac
     assert [one.slot for one in begun] == [{"CUDA_VISIBLE_DEVICES": number} for number in "01"], "for two cells"
     begun.clear()
     assert run([*refused, "device=cuda:1"], begins_early=True) == 2
-    assert [one.slot for one in begun] == [{}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert run(refused, begins_early=True) == 2
+    assert [one.slot for one in begun] == [{}, {}]
 
 
 def test_a_report_that_cannot_be_imported_is_told_when_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
