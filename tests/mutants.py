@@ -69,8 +69,8 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "scores are not moved with their entries": _in(
         "slots",
-        "mass = None if entries.mass is None else entries.mass.gather(2, order)\n",
-        "mass = None if entries.mass is None else entries.mass.gather(2, order.argsort(dim=-1))\n",
+        '"mass": None if entries.mass is None else entries.mass.gather(2, order)',
+        '"mass": None if entries.mass is None else entries.mass.gather(2, order.argsort(dim=-1))',
     ),
     "what is evicted is masked, and stays": _in(
         "layer",

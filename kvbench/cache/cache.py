@@ -128,6 +128,8 @@ class PolicyCache(Cache):
     called.
     """
 
+    takes_unturned = True  # a generated token's keys may come before their rotation, with what is to be done to them
+
     def __init__(
         self,
         model: Any,

@@ -64,7 +64,7 @@ from kvbench.cache.selection import age_rank
 from kvbench.cache.slots import EMPTY, Entries, Slots, check_faults, only_rows, settle
 from kvbench.cache.view import Joining, Needs, Plan, ReadOnly, View
 from kvbench.errors import ModelSupportError, PolicyError
-from kvbench.kernels.dispatch import Chunk, interpreted, use_triton
+from kvbench.kernels.dispatch import Chunk, Unturned, interpreted, take_unturned, use_triton
 
 AnySlots = Slots | RaggedSlots
 _watched: set[tuple[object, ...]] = set()  # what was asked once in this process, and changed nothing it was shown
@@ -145,6 +145,11 @@ class PolicyLayer(CacheLayerMixin):
                 f"the cache holds {len(self.slots.length)} rows, and {len(key_states)} are to follow; make a new "
                 "PolicyCache for other rows, or reset() this one"
             )
+        unturned = take_unturned(key_states)
+        if unturned is not None and not self._turns_by_writing():
+            from kvbench.kernels.decode_step import rotate_now
+
+            key_states, unturned = rotate_now(key_states, unturned), None
         if self._unread is not None:
             return self._update_repeated(self._unread[0], key_states, value_states)
         self._decodes = self.slots is not None and self.ledger.is_decode_step(key_states.shape[2])
@@ -155,7 +160,7 @@ class PolicyLayer(CacheLayerMixin):
         if self.slots is None:
             keys, values = key_states, value_states
         elif self._decodes:
-            keys, values = self._write(self.slots, key_states, value_states)
+            keys, values = self._write(self.slots, key_states, value_states, unturned)
         else:
             stored, in_order = self.slots.entries, self._appends and not self._is_ragged
             held = max(self.ledger.held) if in_order else self.slots.capacity  # the slots behind hold nothing
@@ -245,11 +250,12 @@ class PolicyLayer(CacheLayerMixin):
             noted = torch.cat((self.slots.entries.noted, noted), dim=-1)
         entries.noted = noted
 
-    def _note_generated(self, counts: RowCounts, keys: Tensor, values: Tensor, position: Tensor) -> Tensor | None:
-        """Return (B, H, N), what the policy notes of generated tokens at `position` (B, N); None for nothing."""
+    def _note_generated(self, counts: RowCounts, keys: Tensor, values: Tensor) -> Tensor | None:
+        """Return (B, H, N), what the policy notes of the last N generated tokens; None for nothing."""
         hidden = self._arrived()
         if not self._notes:
             return None
+        position = counts.seen[:, None] - torch.arange(keys.shape[2], 0, -1, device=keys.device)
         wide = position[:, None].expand(keys.shape[:3])
         kind = torch.zeros_like(wide, dtype=torch.int8)
         new = Entries(keys=keys, values=values, position=wide, kind=kind, mass=None)
@@ -499,7 +505,14 @@ class PolicyLayer(CacheLayerMixin):
         shape = (*entries.position.shape[:2], merge.remembers)
         return torch.full(shape, torch.nan, device=entries.position.device)
 
-    def _write(self, slots: AnySlots, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def _turns_by_writing(self) -> bool:
+        """Whether one token's keys may come without their rotation: nobody looks at them before they are written."""
+        looks = self._notes or self.setup.places is not None
+        return self.slots is not None and self._unread is None and not looks and self.ledger.is_decode_step(1)
+
+    def _write(
+        self, slots: AnySlots, keys: Tensor, values: Tensor, unturned: Unturned | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Put the new token (B, H, 1, D) into the free slots; return the buffers of all keys and values.
 
         Of a ragged layer, whose buffer has another shape, the new token's own: attention finds the slots by the layer.
@@ -510,13 +523,15 @@ class PolicyLayer(CacheLayerMixin):
         self.ledger.arrive([1] * keys.shape[0])
         if not slots.has_room(self.ledger.held):
             slots.grow(GROW_TOKENS)
-        noted = self._note_generated(self.counts, keys, values, self.counts.seen[:, None] - 1)
+        noted = self._note_generated(self.counts, keys, values)
         if noted is not None:
             slots.note(noted)
         if use_triton(keys):
             from kvbench.kernels.slot_writes import write_slot
 
-            write_slot(slots.columns(), keys, values, self.counts.seen, advance=self._cuts_every != 1)
+            write_slot(
+                slots.columns(), keys, values, self.counts.seen, advance=self._cuts_every != 1, unturned=unturned
+            )
         else:
             slots.write(keys, values, self.counts.seen - 1)
         return (keys, values) if isinstance(slots, RaggedSlots) else (slots.entries.keys, slots.entries.values)
@@ -552,7 +567,7 @@ class PolicyLayer(CacheLayerMixin):
         if not slots.has_room(self.ledger.held):
             slots.grow(new + GROW_TOKENS)
         keys, values = keys[:, :, held:], values[:, :, held:]
-        noted = self._note_generated(self.counts, keys, values, position)
+        noted = self._note_generated(self.counts, keys, values)
         slots.append(keys, values, position, None if mass is None else mass[..., held:], noted)
         return output
 

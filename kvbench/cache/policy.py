@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache.parts import Allocation, Merge, Total, checked_into, divided_heads, shown
-from kvbench.cache.selection import keep_top, lowest, outside, protected_range, ranked_above
+from kvbench.cache.selection import has_nan, keep_top, looked_at, lowest, protected_range, ranked_above, shielded
 from kvbench.cache.view import Doubts, Joining, Needs, Plan, View
 from kvbench.errors import ConfigError, NonFiniteChoiceError, NonFiniteError, PolicyError, close_matches
 
@@ -188,10 +188,8 @@ class ScorePolicy(Policy):
         return ranked
 
     def _protected_score(self, view: View) -> Tensor:
-        score = checked_score(self, view)
-        protected = outside(view.position, *checked_range(self, view.seen, view.budget))
-        finite = score.float().clamp(max=torch.finfo(torch.float32).max)  # only what is protected is infinite
-        return finite.expand(view.position.shape).masked_fill(protected, torch.inf)
+        """Return (B, H, T): scores, of which only what is protected is infinite."""
+        return shielded(checked_score(self, view), view.position, *checked_range(self, view.seen, view.budget))
 
 
 DECIMALS = 9  # 0.29 * 100 is 28.999999999999996; the user meant 29
@@ -256,7 +254,7 @@ def ranking(policy: ScorePolicy, view: View) -> Tensor:
     """
     score, layer = policy._protected_score(view), view.layer
     view.refuse_if(
-        (score.isnan() & view.valid).any(),
+        has_nan(score, view.position),
         lambda: NonFiniteChoiceError(
             f"{type(policy).__name__}.score returned NaN in layer {layer}; scores must be numbers"
         ),
@@ -527,28 +525,34 @@ def checked_plan(policy: Policy, view: View, allowed: list[int]) -> Plan:
     if not isinstance(plan, Plan):
         raise PolicyError(f"{name} returned {shown(plan)}; it must be a Plan")
     _check_column(plan.keep, "keep", torch.bool, position, name)
-    doubts.note(
-        (plan.keep & (position < 0)).any(),
-        lambda: PolicyError(f"{name} keeps slots that hold no token; combine keep with view.valid"),
-    )
-    kept, held = plan.keep.sum(dim=-1), (position >= 0).sum(dim=-1)  # a row may have had pads only
-    most, counted = view.budget[:, None], kept
-    if is_ragged(policy):
-        most, counted = most * kept.shape[1], kept.sum(dim=-1, keepdim=True)
-    wrong = (counted > most) | ((held > 0) & (kept < 1))
-    if keeps_the_most(policy):
-        wrong = wrong | (kept != torch.minimum(held, most))
-    doubts.note(
-        wrong.any(),
-        lambda: PolicyError(
-            f"{name} keeps {kept.tolist()} entries (rows x heads); allowed per row: 1 to {allowed}"
-            f"{' on average over the heads' if is_ragged(policy) else ''}. keep_top keeps none where a score is NaN"
-        ),
-    )
     if plan.merge_weight is not None and (plan.merge_into is None or plan.merge_weight.shape != position.shape):
         raise PolicyError(f"{name} returned merge_weight without a merge_into of the same shape (B, H, T)")
     if plan.merge_into is not None:
-        _check_merge(plan.merge_into, plan.keep, doubts, name)
+        _check_column(plan.merge_into, "merge_into", torch.int64, position, name)
+    counts, amiss = looked_at(plan.keep, plan.merge_into, position, view.budget, exact=keeps_the_most(policy))
+    keeps_empty, miscounted, nowhere, lost = amiss.unbind()
+    kept, shared, entries = counts[..., 0], is_ragged(policy), position.shape[-1]
+    if shared:
+        counted, held = kept.sum(dim=-1, keepdim=True), counts[..., 1]
+        miscounted = ((counted > view.budget[:, None] * kept.shape[1]) | ((held > 0) & (kept < 1))).any()
+    doubts.note(
+        keeps_empty, lambda: PolicyError(f"{name} keeps slots that hold no token; combine keep with view.valid")
+    )
+    doubts.note(
+        miscounted,
+        lambda: PolicyError(
+            f"{name} keeps {kept.tolist()} entries (rows x heads); allowed per row: 1 to {allowed}"
+            f"{' on average over the heads' if shared else ''}. keep_top keeps none where a score is NaN"
+        ),
+    )
+    if plan.merge_into is not None:
+        doubts.note(nowhere, lambda: _out_of_range(name, "merge_into", counts[..., 2], counts[..., 3], entries))
+        doubts.note(
+            lost,
+            lambda: PolicyError(
+                f"{name} merges entries into some that it does not keep; give them a survivor or themselves"
+            ),
+        )
     if plan.merge_source is not None:
         if plan.merge_into is None:
             raise PolicyError(f"{name} returned merge_source without a merge_into")
@@ -573,7 +577,7 @@ def checked_plan(policy: Policy, view: View, allowed: list[int]) -> Plan:
     if view.doubts is None:
         doubts.look()
         return plan
-    last, into, source = position.shape[-1] - 1, plan.merge_into, plan.merge_source
+    last, into, source = entries - 1, plan.merge_into, plan.merge_source
     return replace(
         plan,
         merge_into=None if into is None else into.clamp(0, last),
@@ -591,8 +595,7 @@ def check_statistics(view: View) -> None:
     """Raise NonFiniteError if attention that a policy is about to decide by is NaN: the model's numbers are."""
     doubts = Doubts() if view.doubts is None else view.doubts
     for name, numbers in _attention_of(view).items():
-        valid = view.valid.unflatten(1, (-1, *[1] * (numbers.ndim - 3)))
-        doubts.note((numbers.isnan() & valid).any(), partial(_not_finite, name, view.layer))
+        doubts.note(has_nan(numbers, view.position), partial(_not_finite, name, view.layer))
     if view.doubts is None:
         doubts.look()
 
@@ -600,7 +603,8 @@ def check_statistics(view: View) -> None:
 def with_numbers(view: View) -> View:
     """Return `view` with 0 for what is NaN, which was noted: an index made from it may be none, and end the process."""
     cleaned: dict[str, Any] = {
-        f"{name}_or_none": numbers.masked_fill(numbers.isnan(), 0.0) for name, numbers in _attention_of(view).items()
+        f"{name}_or_none": numbers.nan_to_num(0.0, torch.inf, -torch.inf)
+        for name, numbers in _attention_of(view).items()
     }
     return replace(view, **cleaned)
 
@@ -614,23 +618,14 @@ def _not_finite(name: str, layer: int) -> NonFiniteError:
 
 def _check_index(index: Tensor, field: str, keep: Tensor, doubts: Doubts, name: str) -> None:
     _check_column(index, field, torch.int64, keep, name)
-    last = keep.shape[-1] - 1
+    entries = keep.shape[-1]
     least, most = index.aminmax()
-    doubts.note(
-        (least < 0) | (most > last),
-        lambda: PolicyError(f"{name} returned {field} from {least} to {most}; allowed: 0 to {last}"),
-    )
+    doubts.note((least < 0) | (most >= entries), lambda: _out_of_range(name, field, least, most, entries))
 
 
-def _check_merge(into: Tensor, keep: Tensor, doubts: Doubts, name: str) -> None:
-    _check_index(into, "merge_into", keep, doubts, name)
-    last = keep.shape[-1] - 1
-    itself = into == torch.arange(keep.shape[-1], device=into.device)
-    doubts.note(
-        ~(keep.gather(-1, into.clamp(0, last)) | itself).all(),
-        lambda: PolicyError(
-            f"{name} merges entries into some that it does not keep; give them a survivor or themselves"
-        ),
+def _out_of_range(name: str, field: str, least: Tensor, most: Tensor, entries: int) -> PolicyError:
+    return PolicyError(
+        f"{name} returned {field} from {int(least.min())} to {int(most.max())}; allowed: 0 to {entries - 1}"
     )
 
 

@@ -81,18 +81,74 @@ def protected_entries(
 
 def outside(position: Tensor, first: Tensor, last: Tensor) -> Tensor:
     """Return (B, H, T) bool: entries held at positions below `first` (B,) or from `last` (B,) on."""
+    if use_triton(position, any_dtype=True):
+        from kvbench.kernels import ordering
+
+        return ordering.outside(position, first, last)
     below, above = position < first[:, None, None], position >= last[:, None, None]
     return (below | above) & (position >= 0)
+
+
+def shielded(score: Tensor, position: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    """Return (B, H, T) float32: `score` (B, H or 1, T), infinite where `outside`, and at most finite elsewhere."""
+    if use_triton(score):
+        from kvbench.kernels import ordering
+
+        return ordering.shielded(score, position, first, last)
+    finite = score.float().clamp(max=torch.finfo(torch.float32).max)
+    return finite.expand(position.shape).masked_fill(outside(position, first, last), torch.inf)
 
 
 def protected_range(
     seen: Tensor, budget: Tensor, *, num_sinks: int, num_recent: int, recent_fraction: float
 ) -> tuple[Tensor, Tensor]:
     """Return (B,) each: positions below the first and from the second on are protected, as above."""
+    if use_triton(budget, any_dtype=True):
+        from kvbench.kernels import ordering
+
+        window = {"num_sinks": num_sinks, "num_recent": num_recent}
+        return ordering.protected_range(seen, budget, **window, recent_fraction=recent_fraction)
     sinks = (budget - 1).clamp(max=num_sinks)
     share = (budget.double() * recent_fraction).round(decimals=9).floor().long()  # as in Budget: 0.29 of 100 is 29
     recent = torch.minimum(share.clamp(min=num_recent), budget - sinks)
     return sinks, seen - recent
+
+
+def has_nan(numbers: Tensor, position: Tensor) -> Tensor:
+    """Return a bool of no dimensions: whether one of the numbers (B, H, ..., T) of an entry that is held is NaN."""
+    if use_triton(numbers):
+        from kvbench.kernels import ordering
+
+        return ordering.has_nan(numbers, position)
+    held = (position >= 0)[(slice(None), slice(None), *[None] * (numbers.ndim - 3))]
+    return (numbers.isnan() & held).any()
+
+
+def looked_at(
+    keep: Tensor, into: Tensor | None, position: Tensor, budget: Tensor, *, exact: bool
+) -> tuple[Tensor, Tensor]:
+    """Return what a plan does and what is wrong with it: counts (B, H, 4) int64 and (4,) bool, which waits for nothing.
+
+    keep (B, H, T) bool; into (B, H, T) int64, whom each entry joins, or None; position (B, H, T); budget (B,). The
+    first: how many entries a head keeps, how many it holds, the least and the largest of `into`, 0 without one. The
+    second, of all heads: an empty slot is kept; more are kept than the budget, or none of those that are held, or,
+    `exact`, not as many as may be; `into` names entries that do not exist; or one, not itself, that is not kept.
+    """
+    if use_triton(position, any_dtype=True):
+        from kvbench.kernels import ordering
+
+        return ordering.looked_at(keep, into, position, budget, exact=exact)
+    kept, held, most = keep.sum(dim=-1), (position >= 0).sum(dim=-1), budget[:, None]
+    miscounted = (kept > most) | ((held > 0) & (kept < 1))  # a row may have had pads only
+    if exact:
+        miscounted = miscounted | (kept != torch.minimum(held, most))
+    least, largest, nowhere, lost = torch.zeros_like(kept), torch.zeros_like(kept), miscounted[:0], miscounted[:0]
+    if into is not None:
+        last, itself = into.shape[-1] - 1, into == torch.arange(into.shape[-1], device=into.device)
+        least, largest = into.aminmax(dim=-1)
+        nowhere, lost = (least < 0) | (largest > last), ~(keep.gather(-1, into.clamp(0, last)) | itself)
+    amiss = [(keep & (position < 0)).any(), miscounted.any(), nowhere.any(), lost.any()]
+    return torch.stack((kept, held, least, largest), dim=-1), torch.stack(amiss)
 
 
 def age_rank(position: Tensor) -> Tensor:
@@ -161,6 +217,10 @@ def nearest_anchor(anchor: Tensor, member: Tensor, position: Tensor) -> Tensor:
     reused. Half way between two anchors the earlier one takes the entry, which is the floor in
     Elastic Cache's Eq. 2 (arXiv 2407.18121). anchor, member (B, H, T) bool; position (B, H, T).
     """
+    if use_triton(position, any_dtype=True):
+        from kvbench.kernels import ordering
+
+        return ordering.nearest_anchor(anchor, member, position)
     length = anchor.shape[-1]
     slot = oldest_first(position)
     rank = _inverse(slot)

@@ -8,6 +8,7 @@ free. Columns (position, kind, mass) lie beside the slots, so statistics follow 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -306,21 +307,34 @@ def settle(
 
 def _gathered(entries: Entries, plan: Plan | None, capacity: int) -> tuple[Entries, Tensor]:
     """Return what `plan` keeps, merged and in token order, in `capacity` slots, and how many hold a token, (B, H)."""
-    position = entries.position if plan is None else entries.position.masked_fill(~plan.keep, EMPTY)
+    order, length, columns = _compacted(entries, None if plan is None else plan.keep, capacity)
+    keys, values, mass = moved(entries, plan, order, length)
+    columns["mass"] = columns["mass"] if mass is None else mass
+    return Entries(keys=keys, values=values, **columns), length
+
+
+def _compacted(entries: Entries, keep: Tensor | None, capacity: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Return who comes into each slot (B, H, C) by age, how many come (B, H), and their columns, by name."""
+    if use_triton(entries.keys):
+        from kvbench.kernels.settling import compacted
+
+        return compacted(entries.position, entries.kind, entries.mass, entries.noted, keep, capacity)
+    position = entries.position if keep is None else entries.position.masked_fill(~keep, EMPTY)
     length = (position >= 0).sum(dim=-1)
     order = oldest_first(position)[..., :capacity]
     order = nn.functional.pad(order, (0, capacity - order.shape[-1]))
-    filled = torch.arange(capacity, device=order.device) < length[..., None]
-    keys, values, mass = moved(entries, plan, order, length)
-    kept = Entries(
-        keys=keys,
-        values=values,
-        position=position.gather(2, order).masked_fill_(~filled, EMPTY),
-        kind=entries.kind.gather(2, order).masked_fill_(~filled, 0),
-        mass=None if mass is None else mass.masked_fill_(~filled, 0.0),
-        noted=None if entries.noted is None else entries.noted.gather(2, order).masked_fill_(~filled, 0.0),
-    )
-    return kept, length
+    filled = _filled(order, length)
+    columns = {
+        "position": position.gather(2, order).masked_fill_(~filled, EMPTY),
+        "kind": entries.kind.gather(2, order).masked_fill_(~filled, 0),
+        "mass": None if entries.mass is None else entries.mass.gather(2, order).masked_fill_(~filled, 0.0),
+        "noted": None if entries.noted is None else entries.noted.gather(2, order).masked_fill_(~filled, 0.0),
+    }
+    return order, length, columns
+
+
+def _filled(order: Tensor, length: Tensor) -> Tensor:
+    return torch.arange(order.shape[-1], device=order.device) < length[..., None]
 
 
 def renewed(entries: Entries, plan: Plan) -> Entries:
@@ -330,15 +344,19 @@ def renewed(entries: Entries, plan: Plan) -> Entries:
 
 
 def moved(entries: Entries, plan: Plan | None, order: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys, values (B, H, C, D) and mass (B, H, C) of the entries `order` (B, H, C), merged where the plan says so."""
+    """Keys and values (B, H, C, D) of the entries `order` (B, H, C), merged where the plan says so.
+
+    And the mass (B, H, C) of those that others join, 0 in slots not filled; None where nothing merges or has any.
+    """
+    mass = None
+    wide = order[..., None].expand(*order.shape, entries.keys.shape[-1])
     if plan is not None and plan.merge_into is not None:
         if use_triton(entries.keys):
-            from kvbench.kernels.slot_writes import buckets_of, segment_mean
+            from kvbench.kernels.settling import buckets_of, segment_mean
 
-            buckets = buckets_of(plan.merge_into, entries.position >= 0, order, length)
+            buckets = buckets_of(plan.merge_into, entries.position, order, length)
             mass = None if entries.mass is None else segment_mean(entries.mass[..., None], buckets, add_up=True)[..., 0]
             weight = plan.merge_weight
-            wide = order[..., None].expand(*order.shape, entries.keys.shape[-1])
 
             def joined(states: Tensor, is_merged: bool) -> Tensor:
                 if not is_merged:
@@ -350,8 +368,8 @@ def moved(entries: Entries, plan: Plan | None, order: Tensor, length: Tensor) ->
 
             return joined(entries.keys, plan.merge_keys), joined(entries.values, plan.merge_values), mass
         entries = _merged(entries, plan)
-    wide = order[..., None].expand(*order.shape, entries.keys.shape[-1])
-    mass = None if entries.mass is None else entries.mass.gather(2, order)
+        if entries.mass is not None:
+            mass = entries.mass.gather(2, order).masked_fill_(~_filled(order, length), 0.0)
     return entries.keys.gather(2, wide), entries.values.gather(2, wide), mass
 
 

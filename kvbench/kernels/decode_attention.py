@@ -47,7 +47,7 @@ def _turned(first, second, cosines, sines, row, mask, UPCAST: tl.constexpr):
     return _wide(back, UPCAST), _wide(ahead, UPCAST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "parts"])
 def attend_part(
     query,
     keys,
@@ -69,7 +69,7 @@ def attend_part(
     width,
     query_row,
     query_head,
-    PARTS: tl.constexpr,
+    parts,
     GROUP: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -84,7 +84,7 @@ def attend_part(
     pair, part = tl.program_id(0), tl.program_id(1)
     row, head = pair // heads, pair % heads
     held = tl.load(length + pair).to(tl.int32)
-    blocks = tl.cdiv(tl.cdiv(held, BLOCK_C), PARTS)
+    blocks = tl.cdiv(tl.cdiv(held, BLOCK_C), parts)
     first = part * blocks * BLOCK_C
     last = tl.minimum(first + blocks * BLOCK_C, held)
 
@@ -145,7 +145,7 @@ def attend_part(
         total = total * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRODUCT)
         peak = new_peak
-    out = (pair * PARTS + part) * GROUP + tl.arange(0, BLOCK_G)
+    out = (pair * parts + part) * GROUP + tl.arange(0, BLOCK_G)
     one = tl.arange(0, BLOCK_G) < GROUP
     tl.store(peaks + out, peak, mask=one)
     tl.store(sums + out, total, mask=one)
@@ -153,15 +153,15 @@ def attend_part(
 
 
 @triton.jit
-def _weights(peaks, sums, at, mask):
+def _weights(peaks, sums, at):
     """Return the whole row's peak, each part's weight and the row's sum."""
-    part_peak = tl.load(peaks + at, mask=mask, other=float("-inf"))
+    part_peak = tl.load(peaks + at)
     peak = tl.max(part_peak, 0)
     weight = tl.exp(part_peak - peak)
-    return peak, weight, tl.sum(weight * tl.load(sums + at, mask=mask, other=0.0), 0)
+    return peak, weight, tl.sum(weight * tl.load(sums + at), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def join_parts(
     partial,
     peaks,
@@ -176,7 +176,6 @@ def join_parts(
     width,
     PARTS: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
     REDUCTION: tl.constexpr,
@@ -184,15 +183,14 @@ def join_parts(
     WANT_PROBS: tl.constexpr,
     RAGGED: tl.constexpr,
 ):
-    """Join the parts of one (row, KV head); output (pair, group, D); mass and probs (pair, C) float32."""
+    """Join the parts, a power of two, of one (row, KV head); output (pair, group, D); mass, probs (pair, C) float32."""
     pair, block = tl.program_id(0), tl.program_id(1)
-    p = tl.arange(0, BLOCK_P)
+    p = tl.arange(0, PARTS)
     if block < GROUP:  # one program for the output of each query head, the others for slots
         d = tl.arange(0, BLOCK_D)
         at = (pair * PARTS + p) * GROUP + block
-        peak, weight, total = _weights(peaks, sums, at, p < PARTS)
-        whole = (p[:, None] < PARTS) & (d[None, :] < width)
-        parts = tl.load(partial + at[:, None].to(tl.int64) * width + d[None, :], mask=whole, other=0.0)
+        peak, weight, total = _weights(peaks, sums, at)
+        parts = tl.load(partial + at[:, None].to(tl.int64) * width + d[None, :], mask=d[None, :] < width, other=0.0)
         joined = tl.sum(parts * weight[:, None], 0) / total
         tl.store(output + (pair * GROUP + block) * width + d, joined.to(output.dtype.element_ty), mask=d < width)
     elif ADD_MASS or WANT_PROBS:
@@ -202,7 +200,7 @@ def join_parts(
         base = tl.load(head_start + pair) if RAGGED else row_base
         reduced = tl.zeros((BLOCK_C,), tl.float32)
         for g in tl.static_range(GROUP):
-            peak, weight, total = _weights(peaks, sums, (pair * PARTS + p) * GROUP + g, p < PARTS)
+            peak, weight, total = _weights(peaks, sums, (pair * PARTS + p) * GROUP + g)
             s = tl.load(logits + row_base * GROUP + g * capacity + slot, mask=inside, other=float("-inf"))
             row = tl.exp(s - peak) / total
             if REDUCTION == "max":
@@ -218,12 +216,12 @@ def join_parts(
             tl.store(probs + row_base + slot, reduced, mask=slot < capacity)
 
 
-_BLOCK_SLOTS, _STAGES = 64, 3
-_TURN_SLOTS, _TURN_STAGES = 32, 3  # turning takes registers and shared memory
+_BLOCK_SLOTS, _STAGES, _WARPS = 32, 4, 2  # measured on an H200 (docs/log.md)
+_TURN_SLOTS, _TURN_STAGES, _TURN_WARPS = 32, 3, 2  # turning takes registers and shared memory
 _JOIN_SLOTS = 1024
 _PRODUCT = "tf32x3"  # of float32: three of shorter numbers on the matrix units, as near to exact as one without them
 _MAX_PARTS = 64
-_PROGRAMS_PER_PROCESSOR = 4
+_PROGRAMS_PER_PROCESSOR = 2
 
 
 class Turn(NamedTuple):
@@ -269,7 +267,8 @@ def decode_attention(
     head_start = length if ragged is None else ragged.start
     group = query.shape[1] // heads
     pairs = batch * heads
-    block_slots, stages = (_TURN_SLOTS, _TURN_STAGES) if turn else (_BLOCK_SLOTS, _STAGES)
+    tile = (_TURN_SLOTS, _TURN_STAGES, _TURN_WARPS) if turn else (_BLOCK_SLOTS, _STAGES, _WARPS)
+    block_slots, stages, warps = tile
     parts = _num_parts(pairs, triton.cdiv(capacity, block_slots), query.device)
     new = query.new_empty
     partial = new((pairs, parts, group, width), dtype=torch.float32)
@@ -295,7 +294,7 @@ def decode_attention(
         capacity,
         width,
         *query.stride()[:2],
-        PARTS=parts,
+        parts,
         GROUP=group,
         BLOCK_G=max(16, triton.next_power_of_2(group)),
         BLOCK_C=block_slots,
@@ -305,7 +304,7 @@ def decode_attention(
         PRODUCT=_PRODUCT,
         UPCAST=interpreted(),
         RAGGED=ragged is not None,
-        num_warps=4,
+        num_warps=warps,
         num_stages=stages,
     )
     join_parts[(pairs, group + (triton.cdiv(capacity, _JOIN_SLOTS) if want_rows else 0))](
@@ -322,7 +321,6 @@ def decode_attention(
         width,
         PARTS=parts,
         GROUP=group,
-        BLOCK_P=triton.next_power_of_2(parts),
         BLOCK_C=_JOIN_SLOTS,
         BLOCK_D=block_d,
         REDUCTION=reduction,

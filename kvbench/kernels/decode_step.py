@@ -1,4 +1,4 @@
-"""What a decode step does beside attention: matrix times a few vectors, residual sum with RMSNorm, rotation.
+"""What a decode step does beside attention: matrix times a few vectors, residual sum with RMSNorm, unturned.
 
 Every weight is read once, at the bandwidth. For one row (batch 1) products are summed in float32 without the matrix
 units, which would idle; up to 64 rows are one tile of them. One launch serves several matrices with the same input
@@ -17,18 +17,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbench.kernels.dispatch import interpreted, on_its_device
+from kvbench.kernels.dispatch import Unturned, interpreted, on_its_device
 
 # mypy: ignore-errors
 # Kernels are written in Triton's language, not Python's.
 
 _LONG = 16_384  # rows of a matrix of which the tiles are many whatever their size
+_NARROW = 1536  # numbers of an input whose products wait more than they read
 
 
 @triton.jit
-def _tile(
+def _tiles(
     x,
     weight,
+    other,
     first,
     size,
     width,
@@ -41,48 +43,66 @@ def _tile(
     EVEN_K: tl.constexpr,
     PRODUCT: tl.constexpr,
     UPCAST: tl.constexpr,
+    TWO: tl.constexpr,
 ):
     """X (rows, K) from `first_row` on times rows `first`.. of weight (size, K): (BLOCK_M, BLOCK_N) float32.
 
-    PRODUCT: how a product on the matrix units is made of float32 numbers, or "none" for sums without them.
+    With TWO of another weight of that size too, in the same loop. PRODUCT: how a product on the matrix units is made of
+    float32 numbers, or "none" for sums without them.
     """
     n = first + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     here = n < size
     if BLOCK_M == 1:
-        at = weight + n[:, None].to(tl.int64) * width + k[None, :]
+        at = n[:, None].to(tl.int64) * width + k[None, :]
         sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        others = sums
         for start in tl.range(0, width, BLOCK_K, num_stages=STAGES):
             inside = (start + k < width) | EVEN_K
+            there = here[:, None] & inside[None, :]
             a = tl.load(x + start + k, mask=inside, other=0.0)
-            w = tl.load(at + start, mask=here[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first")
+            w = tl.load(weight + at + start, mask=there, other=0.0, eviction_policy="evict_first")
             sums += w.to(tl.float32) * a.to(tl.float32)[None, :]
-        acc = tl.sum(sums, 1)[None, :]
+            if TWO:
+                w = tl.load(other + at + start, mask=there, other=0.0, eviction_policy="evict_first")
+                others += w.to(tl.float32) * a.to(tl.float32)[None, :]
+        acc, more = tl.sum(sums, 1)[None, :], tl.sum(others, 1)[None, :]
     elif PRODUCT == "none":
         m = first_row + tl.arange(0, BLOCK_M)
-        at = weight + n[:, None].to(tl.int64) * width + k[None, :]
+        at = n[:, None].to(tl.int64) * width + k[None, :]
         x_at = x + m[:, None] * width + k[None, :]
         sums = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K), tl.float32)
+        others = sums
         for start in tl.range(0, width, BLOCK_K, num_stages=STAGES):
             inside = (start + k < width) | EVEN_K
-            a = tl.load(x_at + start, mask=(m[:, None] < rows) & inside[None, :], other=0.0)
-            w = tl.load(at + start, mask=here[:, None] & inside[None, :], other=0.0)
-            sums += a.to(tl.float32)[:, None, :] * w.to(tl.float32)[None, :, :]
-        acc = tl.sum(sums, 2)
+            there = here[:, None] & inside[None, :]
+            a = tl.load(x_at + start, mask=(m[:, None] < rows) & inside[None, :], other=0.0).to(tl.float32)
+            w = tl.load(weight + at + start, mask=there, other=0.0)
+            sums += a[:, None, :] * w.to(tl.float32)[None, :, :]
+            if TWO:
+                w = tl.load(other + at + start, mask=there, other=0.0)
+                others += a[:, None, :] * w.to(tl.float32)[None, :, :]
+        acc, more = tl.sum(sums, 2), tl.sum(others, 2)
     else:
         m = first_row + tl.arange(0, BLOCK_M)
-        w_at = weight + n[None, :].to(tl.int64) * width + k[:, None]
+        at = n[None, :].to(tl.int64) * width + k[:, None]
         x_at = x + m[:, None] * width + k[None, :]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        more = acc
         for start in tl.range(0, width, BLOCK_K, num_stages=STAGES):
             inside = (start + k < width) | EVEN_K
+            there = here[None, :] & inside[:, None]
             a = tl.load(x_at + start, mask=(m[:, None] < rows) & inside[None, :], other=0.0)
-            w = tl.load(w_at + start, mask=here[None, :] & inside[:, None], other=0.0, eviction_policy="evict_first")
+            w = tl.load(weight + at + start, mask=there, other=0.0, eviction_policy="evict_first")
             if UPCAST:
-                a = a.to(tl.float32)
-                w = w.to(tl.float32)
+                a, w = a.to(tl.float32), w.to(tl.float32)
             acc = tl.dot(a, w, acc, input_precision=PRODUCT)
-    return acc
+            if TWO:
+                w = tl.load(other + at + start, mask=there, other=0.0, eviction_policy="evict_first")
+                if UPCAST:
+                    w = w.to(tl.float32)
+                more = tl.dot(a, w, more, input_precision=PRODUCT)
+    return acc, more
 
 
 @triton.jit
@@ -137,7 +157,24 @@ def project(
             weight, bias, out, size = w1, b1, o1, n1
             tile -= tiles0
     first, row = tile * BLOCK_N, tl.program_id(1) * BLOCK_M
-    acc = _tile(x, weight, first, size, width, rows, row, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, PRODUCT, UPCAST)
+    acc, _ = _tiles(
+        x,
+        weight,
+        weight,
+        first,
+        size,
+        width,
+        rows,
+        row,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        STAGES,
+        EVEN_K,
+        PRODUCT,
+        UPCAST,
+        False,
+    )
     _store(acc, bias, out, first, size, rows, row, BLOCK_M, BLOCK_N, HAS_BIAS)
 
 
@@ -157,11 +194,66 @@ def gate_up(
     EVEN_K: tl.constexpr,
     PRODUCT: tl.constexpr,
     UPCAST: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):
     """silu(x gate^T) * (x up^T): x (rows, K), gate and up (size, K), out (rows, size)."""
     first, row = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_M
-    g = _tile(x, gate, first, size, width, rows, row, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, PRODUCT, UPCAST)
-    u = _tile(x, up, first, size, width, rows, row, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, PRODUCT, UPCAST)
+    if TOGETHER:
+        g, u = _tiles(
+            x,
+            gate,
+            up,
+            first,
+            size,
+            width,
+            rows,
+            row,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            STAGES,
+            EVEN_K,
+            PRODUCT,
+            UPCAST,
+            True,
+        )
+    else:
+        g, _ = _tiles(
+            x,
+            gate,
+            gate,
+            first,
+            size,
+            width,
+            rows,
+            row,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            STAGES,
+            EVEN_K,
+            PRODUCT,
+            UPCAST,
+            False,
+        )
+        u, _ = _tiles(
+            x,
+            up,
+            up,
+            first,
+            size,
+            width,
+            rows,
+            row,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            STAGES,
+            EVEN_K,
+            PRODUCT,
+            UPCAST,
+            False,
+        )
     _store(g * tl.sigmoid(g) * u, x, out, first, size, rows, row, BLOCK_M, BLOCK_N, False)
 
 
@@ -189,38 +281,74 @@ def gated_rows(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     out = x.new_empty((rows, 1, size))
     block = _blocks(x, (size, size))
     grid = triton.cdiv(size, block["BLOCK_N"]), triton.cdiv(rows, block["BLOCK_M"])
-    gate_up[grid](x, gate, up, out, size, width, rows, **block)
+    gate_up[grid](x, gate, up, out, size, width, rows, TOGETHER=_reads_together(x), **block)
     return out
 
 
 def _blocks(x: Tensor, sizes: Sequence[int]) -> dict[str, int | str]:
-    """Tiles measured on an H200 (docs/log.md) for one matrix alone, a long one as of a vocabulary, or several.
+    """Tiles measured on an H200 (docs/log.md) for one matrix alone, a long one as of a vocabulary, two, or three.
 
     Not measured: float32 at 2 to 15 rows and above 16.
     """
     rows, _, width = x.shape
-    alone, is_long = len(sizes) == 1, sizes[0] > _LONG
+    is_long, is_narrow = sizes[0] > _LONG, width <= _NARROW
     if x.dtype == torch.float32:
-        shape = _float32_tile(rows, alone, is_long)
+        tile = _float32_tile(rows, len(sizes), is_long, is_narrow=is_narrow)
     elif rows == 1:
-        shape = {"BLOCK_N": 8, "BLOCK_K": 256} | (
-            {"STAGES": 6, "num_warps": 2} if alone else {"STAGES": 4, "num_warps": 1}
-        )
-    elif rows > 16 and alone and is_long:
-        shape = {"BLOCK_N": 64, "BLOCK_K": 128, "STAGES": 3, "num_warps": 8}
-    elif rows > 32:
-        shape = {"STAGES": 5, "num_warps": 4} | (
-            {"BLOCK_N": 32, "BLOCK_K": 128} if alone else {"BLOCK_N": 64, "BLOCK_K": 64}
-        )
-    elif alone:  # more and smaller tiles keep all busy
-        shape = {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 5, "num_warps": 2}
+        tile = {"PRODUCT": "none"} | _one_row_tile(len(sizes), is_narrow=is_narrow)
+    elif rows > 16:
+        tile = _many_rows_tile(rows, len(sizes), is_long)
     else:
-        shape = {"BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 5, "num_warps": 4}
-    shape = {"BLOCK_M": 1 if rows == 1 else max(16, triton.next_power_of_2(rows)), "PRODUCT": "ieee"} | shape
-    return shape | {"EVEN_K": width % shape["BLOCK_K"] == 0, "UPCAST": interpreted()}
+        tile = _narrow_tile(len(sizes), is_long) if is_narrow else _wide_tile(len(sizes), is_long)
+    tile = {"BLOCK_M": 1 if rows == 1 else max(16, triton.next_power_of_2(rows)), "PRODUCT": "ieee"} | tile
+    return tile | {"EVEN_K": width % tile["BLOCK_K"] == 0, "UPCAST": interpreted()}
 
 
-def _float32_tile(rows: int, alone: bool, is_long: bool) -> dict[str, int | str]:
+def _reads_together(x: Tensor) -> bool:
+    """Whether gate and up are read in one loop: of many rows, or in float32, both would fill what a processor has."""
+    return x.shape[-1] <= _NARROW or (x.shape[0] <= 16 and x.dtype != torch.float32)
+
+
+def _one_row_tile(num_matrices: int, *, is_narrow: bool) -> dict[str, int | str]:
+    if num_matrices == 1:
+        return {"BLOCK_N": 8, "BLOCK_K": 256, "STAGES": 6, "num_warps": 2}
+    if num_matrices == 2 and not is_narrow:
+        return {"BLOCK_N": 4, "BLOCK_K": 512, "STAGES": 6, "num_warps": 2}
+    return {"BLOCK_N": 8, "BLOCK_K": 256, "STAGES": 4, "num_warps": 1}
+
+
+def _narrow_tile(num_matrices: int, is_long: bool) -> dict[str, int | str]:
+    """Return tiles of a small model, whose products have little to read and little to fill a device with."""
+    if is_long:
+        return {"BLOCK_N": 32, "BLOCK_K": 64, "STAGES": 9, "num_warps": 2}
+    return {
+        1: {"BLOCK_N": 16, "BLOCK_K": 128, "STAGES": 5, "num_warps": 4},
+        2: {"BLOCK_N": 8, "BLOCK_K": 128, "STAGES": 5, "num_warps": 2},
+        3: {"BLOCK_N": 16, "BLOCK_K": 64, "STAGES": 8, "num_warps": 1},
+    }[num_matrices]
+
+
+def _wide_tile(num_matrices: int, is_long: bool) -> dict[str, int | str]:
+    if is_long:
+        return {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 5, "num_warps": 2}
+    return {
+        1: {"BLOCK_N": 16, "BLOCK_K": 128, "STAGES": 6, "num_warps": 2},  # more and smaller tiles keep all busy
+        2: {"BLOCK_N": 64, "BLOCK_K": 128, "STAGES": 3, "num_warps": 4},
+        3: {"BLOCK_N": 32, "BLOCK_K": 64, "STAGES": 6, "num_warps": 2},
+    }[num_matrices]
+
+
+def _many_rows_tile(rows: int, num_matrices: int, is_long: bool) -> dict[str, int | str]:
+    if num_matrices == 1 and is_long:
+        return {"BLOCK_N": 64, "BLOCK_K": 128, "STAGES": 3, "num_warps": 8}
+    if num_matrices == 1:
+        tile = {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4} if rows > 32 else {"BLOCK_N": 16, "BLOCK_K": 256}
+        return {"STAGES": 5, "num_warps": 2} | tile
+    tile = {"BLOCK_N": 64, "BLOCK_K": 64} if rows > 32 else {"BLOCK_N": 32, "BLOCK_K": 128}
+    return {"STAGES": 5, "num_warps": 4} | tile
+
+
+def _float32_tile(rows: int, num_matrices: int, is_long: bool, *, is_narrow: bool) -> dict[str, int | str]:
     """Return tiles of few rows, summed without the matrix units, whose numbers are shorter.
 
     Where there is much to do, products are made of three of theirs: no further from float64 than the library's.
@@ -231,7 +359,10 @@ def _float32_tile(rows: int, alone: bool, is_long: bool) -> dict[str, int | str]
         return {"BLOCK_N": 64, "BLOCK_K": 64, "STAGES": 3, "num_warps": 4, "PRODUCT": "tf32x3"}
     if rows > 16:
         return {"BLOCK_N": 32, "BLOCK_K": 64, "STAGES": 4, "num_warps": 4, "PRODUCT": "tf32x3"}
-    if alone:
+    if is_narrow and num_matrices != 2:
+        shape = {"BLOCK_M": 4, "BLOCK_N": 4, "num_warps": 1}
+        shape |= {"BLOCK_K": 128, "STAGES": 3} if num_matrices == 1 else {"BLOCK_K": 64, "STAGES": 4}
+    elif num_matrices == 1:
         shape = {"BLOCK_M": 16, "BLOCK_N": 2, "BLOCK_K": 128, "STAGES": 3, "num_warps": 2}
     else:
         shape = {"BLOCK_M": 8, "BLOCK_N": 4, "BLOCK_K": 64, "STAGES": 3, "num_warps": 1}
@@ -260,9 +391,15 @@ def norm_row(x, delta, weight, total, normed, width, epsilon, BLOCK: tl.constexp
 
 
 @triton.jit
-def _rotated(states, first, second, cos1, cos2, sin1, sin2, inside):
-    x1 = tl.load(states + first, mask=inside, other=0.0).to(tl.float32)
-    x2 = tl.load(states + second, mask=inside, other=0.0).to(tl.float32)
+def turned_halves(states, at, cosines, sines, table_at, half, d):
+    """Rotate the head (D,) of `states` that begins at `at`; both halves in float32."""
+    inside = d < half
+    cos1 = tl.load(cosines + table_at + d, mask=inside, other=0.0).to(tl.float32)
+    cos2 = tl.load(cosines + table_at + half + d, mask=inside, other=0.0).to(tl.float32)
+    sin1 = tl.load(sines + table_at + d, mask=inside, other=0.0).to(tl.float32)
+    sin2 = tl.load(sines + table_at + half + d, mask=inside, other=0.0).to(tl.float32)
+    x1 = tl.load(states + at + d, mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(states + at + half + d, mask=inside, other=0.0).to(tl.float32)
     return x1 * cos1 - x2 * sin1, x2 * cos2 + x1 * sin2
 
 
@@ -288,20 +425,16 @@ def rotate_head(
     row, head = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, BLOCK)
     inside = d < half
-    cos1 = tl.load(cosines + row * table_row + d, mask=inside, other=0.0).to(tl.float32)
-    cos2 = tl.load(cosines + row * table_row + half + d, mask=inside, other=0.0).to(tl.float32)
-    sin1 = tl.load(sines + row * table_row + d, mask=inside, other=0.0).to(tl.float32)
-    sin2 = tl.load(sines + row * table_row + half + d, mask=inside, other=0.0).to(tl.float32)
     if head < query_heads:
-        at = row * query_row + head * query_head + d
-        low, high = _rotated(queries, at, at + half, cos1, cos2, sin1, sin2, inside)
+        at = row * query_row + head * query_head
+        low, high = turned_halves(queries, at, cosines, sines, row * table_row, half, d)
         to = turned_queries + (row * query_heads + head) * 2 * half + d
         tl.store(to, low.to(turned_queries.dtype.element_ty), mask=inside)
         tl.store(to + half, high.to(turned_queries.dtype.element_ty), mask=inside)
     else:
         head -= query_heads
-        at = row * key_row + head * key_head + d
-        low, high = _rotated(keys, at, at + half, cos1, cos2, sin1, sin2, inside)
+        at = row * key_row + head * key_head
+        low, high = turned_halves(keys, at, cosines, sines, row * table_row, half, d)
         to = turned_keys + (row * key_heads + head) * 2 * half + d
         tl.store(to, low.to(turned_keys.dtype.element_ty), mask=inside)
         tl.store(to + half, high.to(turned_keys.dtype.element_ty), mask=inside)
@@ -321,34 +454,44 @@ def add_and_norm_rows(x: Tensor, delta: Tensor, weight: Tensor, epsilon: float) 
     return total, normed
 
 
-@on_its_device
 def rotate_rows(queries: Tensor, keys: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
     """Return both turned: queries (B, Hq, 1, D), keys (B, H, 1, D), tables (B or 1, 1, D)."""
+    keys, unturned = rotate_later(queries, keys, cosines, sines)
+    return unturned.turned_queries, rotate_now(keys, unturned)
+
+
+def rotate_later(queries: Tensor, keys: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Unturned]:
+    """Return the keys as they are, dense in their last dimension, and what is to be done to them and to the queries."""
     queries, keys = (states if states.stride(-1) == 1 else states.contiguous() for states in (queries, keys))
     if cosines.stride(-1) != 1 or cosines.stride() != sines.stride():
         cosines, sines = cosines.contiguous(), sines.contiguous()
-    batch, query_heads, _, width = queries.shape
+    turned = queries.new_empty(queries.shape)
+    return keys, Unturned(queries=queries, cosines=cosines, sines=sines, turned_queries=turned)
+
+
+@on_its_device
+def rotate_now(keys: Tensor, unturned: Unturned) -> Tensor:
+    """Rotate the queries into their place, and return the keys turned."""
+    batch, query_heads, _, width = unturned.queries.shape
     key_heads = keys.shape[1]
-    turned_queries, turned_keys = (states.new_empty(states.shape) for states in (queries, keys))
+    turned_keys = keys.new_empty(keys.shape)
     rotate_head[(batch, query_heads + key_heads)](
-        queries,
+        unturned.queries,
         keys,
-        cosines,
-        sines,
-        turned_queries,
+        unturned.cosines,
+        unturned.sines,
+        unturned.turned_queries,
         turned_keys,
         query_heads,
         key_heads,
         width // 2,
-        queries.stride(0),
-        queries.stride(1),
-        keys.stride(0),
-        keys.stride(1),
-        0 if cosines.shape[0] == 1 else cosines.stride(0),
+        *unturned.queries.stride()[:2],
+        *keys.stride()[:2],
+        unturned.table_row,
         BLOCK=triton.next_power_of_2(width // 2),
         num_warps=1,
     )
-    return turned_queries, turned_keys
+    return turned_keys
 
 
 @on_its_device

@@ -137,3 +137,36 @@ class SlotColumns:
     capacity: int
     start: Tensor | None = None
     spread: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unturned:
+    """The rotary rotation of keys that waits for whoever writes them, and that of `queries` (B, Hq, 1, D) beside it.
+
+    cosines, sines (B or 1, 1, D); turned_queries (B, Hq, 1, D), dense, is where the turned ones are awaited.
+    """
+
+    queries: Tensor
+    cosines: Tensor
+    sines: Tensor
+    turned_queries: Tensor
+
+    @property
+    def table_row(self) -> int:
+        """Numbers from one row's angles to the next one's, 0 where all rows share them."""
+        return 0 if self.cosines.shape[0] == 1 else self.cosines.stride(0)
+
+
+_UNTURNED = "kvbench_unturned"
+
+
+def leave_unturned(keys: Tensor, unturned: Unturned) -> Tensor:
+    """Return `keys`, which tell whoever takes the very same object what is still to be done to them."""
+    setattr(keys, _UNTURNED, unturned)
+    return keys
+
+
+def take_unturned(keys: Tensor) -> Unturned | None:
+    """Return what is still to be done to `keys`, once; None for nothing."""
+    unturned: Unturned | None = keys.__dict__.pop(_UNTURNED, None)
+    return unturned

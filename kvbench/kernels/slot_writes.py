@@ -1,36 +1,34 @@
-"""What is written into slots: the new token, freed victims, the means of merged entries; a launch each, nothing waits.
+"""What is written into slots while tokens are generated: the new one, freed victims; a launch each, nothing waits.
 
 A program takes one (row, KV head), whose slots begin after those of the ones before it, in a ragged buffer
 where its start says. `rank` is kept only where positions count inside the cache: the new token is the
 youngest, and freeing a victim moves everyone younger than it one place down. The entry with a given number
 of older ones is found without sorting, by halving the range of positions; slots that fit into one block are
 read once and stay in registers meanwhile.
-
-A prompt's entries are merged into their survivors straight into the compact buffers: one program makes one slot. It
-reads the entries of its bucket in their order and writes their float32 mean, so nothing the size of the prompt is
-copied to float32 and the result is the same every time (adding by atomics is not). The reference is the plain branch of
-`kvbench.cache.slots.settle`.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbench.kernels.dispatch import SlotColumns, on_its_device
+from kvbench.kernels.decode_step import turned_halves
+from kvbench.kernels.dispatch import SlotColumns, Unturned, on_its_device
 
 # mypy: ignore-errors
 # Kernels are written in Triton's language, not Python's.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "pairs"])
 def write_token(
     new_keys,
     new_values,
+    queries,
+    cosines,
+    sines,
+    turned,
     keys,
     values,
     position,
@@ -41,42 +39,73 @@ def write_token(
     free,
     seen,
     head_start,
+    pairs,
     heads,
+    query_heads,
     capacity,
     width,
     key_row,
     key_head,
     value_row,
     value_head,
+    query_row,
+    query_head,
+    table_row,
     BLOCK_D: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
     HAS_MASS: tl.constexpr,
     HAS_RANK: tl.constexpr,
     ADVANCE: tl.constexpr,
     RAGGED: tl.constexpr,
+    TURN: tl.constexpr,
 ):
-    """Put one token (row, head, D) at position seen - 1 into slot `free`; with ADVANCE the next slot is free."""
+    """Put one token (row, head, D) at position seen - 1 into slot `free`; with ADVANCE the next slot is free.
+
+    With TURN keys are rotated on the way, and the programs after the last pair's rotate a head of `queries` each, into
+    `turned` (row, head, D).
+    """
     pair = tl.program_id(0)
-    row, head = pair // heads, pair % heads
-    d = tl.arange(0, BLOCK_D)
-    slot = tl.load(free + pair)
-    held = tl.load(length + pair)
-    entry = (tl.load(head_start + pair) if RAGGED else pair.to(tl.int64) * capacity) + slot
-    k = tl.load(new_keys + row * key_row + head * key_head + d, mask=d < width)
-    v = tl.load(new_values + row * value_row + head * value_head + d, mask=d < width)
-    tl.store(keys + entry * width + d, k, mask=d < width)
-    tl.store(values + entry * width + d, v, mask=d < width)
-    tl.store(position + entry, tl.load(seen + row) - 1)
-    tl.store(kind + entry, 0)
-    if HAS_MASS:
-        tl.store(mass + entry, 0.0)
-    if HAS_RANK:
-        tl.store(rank + entry, held)
-    tl.store(length + pair, held + 1)
-    if ADVANCE:
-        tl.store(free + pair, held + 1)
+    if TURN:
+        half = width // 2
+        h = tl.arange(0, BLOCK_HALF)
+    if pair >= pairs:
+        if TURN:
+            pair -= pairs
+            row, head = pair // query_heads, pair % query_heads
+            at = row * query_row + head * query_head
+            low, high = turned_halves(queries, at, cosines, sines, row * table_row, half, h)
+            to = turned + pair * width + h
+            tl.store(to, low.to(turned.dtype.element_ty), mask=h < half)
+            tl.store(to + half, high.to(turned.dtype.element_ty), mask=h < half)
+    else:
+        row, head = pair // heads, pair % heads
+        d = tl.arange(0, BLOCK_D)
+        slot = tl.load(free + pair)
+        held = tl.load(length + pair)
+        entry = (tl.load(head_start + pair) if RAGGED else pair.to(tl.int64) * capacity) + slot
+        at = row * key_row + head * key_head
+        if TURN:
+            low, high = turned_halves(new_keys, at, cosines, sines, row * table_row, half, h)
+            to = keys + entry * width + h
+            tl.store(to, low.to(keys.dtype.element_ty), mask=h < half)
+            tl.store(to + half, high.to(keys.dtype.element_ty), mask=h < half)
+        else:
+            k = tl.load(new_keys + at + d, mask=d < width)
+            tl.store(keys + entry * width + d, k, mask=d < width)
+        v = tl.load(new_values + row * value_row + head * value_head + d, mask=d < width)
+        tl.store(values + entry * width + d, v, mask=d < width)
+        tl.store(position + entry, tl.load(seen + row) - 1)
+        tl.store(kind + entry, 0)
+        if HAS_MASS:
+            tl.store(mass + entry, 0.0)
+        if HAS_RANK:
+            tl.store(rank + entry, held)
+        tl.store(length + pair, held + 1)
+        if ADVANCE:
+            tl.store(free + pair, held + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "score_row", "score_head"])
 def free_victim(
     score,
     victim,
@@ -175,12 +204,23 @@ _MOST_SLOTS = 4096  # a block reads so many at once: each block more waits for m
 
 
 @on_its_device
-def write_slot(columns: SlotColumns, keys: Tensor, values: Tensor, seen: Tensor, *, advance: bool) -> None:
-    """Put one token, (B, H, 1, D), at position `seen` - 1 into the free slots; `advance` frees the next slot."""
+def write_slot(
+    columns: SlotColumns, keys: Tensor, values: Tensor, seen: Tensor, *, advance: bool, unturned: Unturned | None = None
+) -> None:
+    """Put one token, (B, H, 1, D), at position `seen` - 1 into the free slots; `advance` frees the next slot.
+
+    unturned: what is still to be done to `keys`, and to the queries beside them.
+    """
     (batch, heads), width = columns.length.shape, columns.keys.shape[-1]
-    write_token[(batch * heads,)](
+    pairs, query_heads = batch * heads, 0 if unturned is None else unturned.queries.shape[1]
+    queries = keys if unturned is None else unturned.queries
+    tables = (keys, keys) if unturned is None else (unturned.cosines, unturned.sines)
+    write_token[(pairs + batch * query_heads,)](
         keys,
         values,
+        queries,
+        *tables,
+        keys if unturned is None else unturned.turned_queries,
         columns.keys,
         columns.values,
         columns.position,
@@ -191,16 +231,22 @@ def write_slot(columns: SlotColumns, keys: Tensor, values: Tensor, seen: Tensor,
         columns.free,
         seen,
         columns.length if columns.start is None else columns.start,
+        pairs,
         heads,
+        query_heads,
         columns.capacity,
         width,
         *keys.stride()[:2],
         *values.stride()[:2],
+        *queries.stride()[:2],
+        0 if unturned is None else unturned.table_row,
         BLOCK_D=triton.next_power_of_2(width),
+        BLOCK_HALF=triton.next_power_of_2(width // 2),
         HAS_MASS=columns.mass is not None,
         HAS_RANK=columns.rank is not None,
         ADVANCE=advance,
         RAGGED=columns.start is not None,
+        TURN=unturned is not None,
         num_warps=1,
     )
 
@@ -356,104 +402,3 @@ def find_slot(position: Tensor, rank: Tensor | None = None, *, newer: int = 0, s
         num_warps=1 if block <= _ONE_WARP else 4,
     )
     return slot
-
-
-class Buckets(NamedTuple):
-    """Who joins whom: members (B, H, T) entries sorted by survivor, slot c's from start to end (B, H, C).
-
-    order (B, H, C): slot c's own entry; length (B, H): slots filled.
-    """
-
-    members: Tensor
-    start: Tensor
-    end: Tensor
-    order: Tensor
-    length: Tensor
-
-
-def buckets_of(into: Tensor, held: Tensor, order: Tensor, length: Tensor) -> Buckets:
-    """Return the buckets of `into` (B, H, T) int64, whom each entry joins, where held (B, H, T) bool."""
-    bucket, members = torch.where(held, into, into.shape[-1]).sort(dim=-1, stable=True)
-    order = order.contiguous()
-    start, end = (torch.searchsorted(bucket, order, right=right) for right in (False, True))
-    return Buckets(members=members, start=start, end=end, order=order, length=length.contiguous())
-
-
-@on_its_device
-def segment_mean(states: Tensor, buckets: Buckets, *, add_up: bool = False) -> Tensor:
-    """Return (B, H, C, D) in the dtype of `states` (B, H, T, D): the mean of each slot's bucket, 0 in slots not filled.
-
-    A survivor that nobody else joins stays as it is. add_up: the sum instead, of whoever joins.
-    """
-    states = states if states.stride(-1) == 1 else states.contiguous()
-    batch, heads, entries, width = states.shape
-    capacity = buckets.order.shape[-1]
-    merged = torch.empty((batch, heads, capacity, width), dtype=states.dtype, device=states.device)
-    tile = _FEW_NUMBERS if width == 1 else _MANY_NUMBERS
-    _segment_mean[(triton.cdiv(capacity, tile["SLOTS"]), batch * heads)](
-        states,
-        *buckets,
-        merged,
-        *states.stride()[:3],
-        heads,
-        entries,
-        capacity,
-        ADD_UP=add_up,
-        WIDTH=width,
-        BLOCK_D=int(triton.next_power_of_2(width)),
-        **tile,
-    )
-    return merged
-
-
-_MANY_NUMBERS = {"SLOTS": 4, "MEMBERS": 8, "num_warps": 4}  # of a slot, as in keys and values
-_FEW_NUMBERS = {"SLOTS": 32, "MEMBERS": 8, "num_warps": 1}
-
-
-@triton.jit(do_not_specialize=["entries", "capacity"])
-def _segment_mean(
-    states,
-    members,
-    start,
-    end,
-    order,
-    length,
-    merged,
-    states_b,
-    states_h,
-    states_t,
-    heads,
-    entries,
-    capacity,
-    ADD_UP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    SLOTS: tl.constexpr,
-    MEMBERS: tl.constexpr,
-):
-    """Join the buckets of some slots of one row and head, so many members of each at a time."""
-    row = tl.program_id(1).to(tl.int64)
-    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
-    in_d, in_m = tl.arange(0, BLOCK_D), tl.arange(0, MEMBERS)
-    in_width = in_d < WIDTH
-    source = states + (row // heads) * states_b + (row % heads) * states_h
-    at, inside = row * capacity + slot, slot < capacity
-    filled = inside & (slot < tl.load(length + row))
-    first = tl.load(start + at, mask=filled, other=0)
-    last = tl.load(end + at, mask=filled, other=0)
-    summed = tl.zeros((SLOTS, MEMBERS, BLOCK_D), dtype=tl.float32)
-    for step in range(0, tl.cdiv(tl.max(last - first, 0), MEMBERS)):
-        rank = first[:, None] + step * MEMBERS + in_m[None, :]
-        joins = rank < last[:, None]
-        entry = tl.load(members + row * entries + rank, mask=joins, other=0)
-        tile_at = source + entry[:, :, None] * states_t + in_d[None, None, :]
-        summed += tl.load(tile_at, mask=joins[:, :, None] & in_width[None, None, :], other=0.0).to(tl.float32)
-    result = tl.sum(summed, axis=1)
-    wide = inside[:, None] & in_width[None, :]
-    if not ADD_UP:
-        own = tl.load(order + at, mask=inside, other=0)[:, None] * states_t + in_d[None, :]
-        itself = tl.load(source + own, mask=wide, other=0.0).to(tl.float32)
-        count = (last - first).to(tl.float32)[:, None]
-        result = tl.where(count > 1, result / tl.maximum(count, 1.0), itself)
-        result = tl.where(filled[:, None], result, 0.0)
-    tl.store(merged + at[:, None] * WIDTH + in_d[None, :], result.to(merged.dtype.element_ty), mask=wide)

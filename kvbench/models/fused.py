@@ -16,11 +16,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kvbench.kernels.dispatch import is_decode_row, use_triton
+from kvbench.cache.attention import CACHE_NAMES
+from kvbench.kernels.dispatch import is_decode_row, leave_unturned, use_triton
 
 _SILU = ("SiLU", "SiLUActivation")
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-_in_fused_attention: ContextVar[bool] = ContextVar("in_fused_attention", default=False)
+_fused_attention: ContextVar[object] = ContextVar("fused_attention", default=None)  # the cache of the one that runs
+_NO_CACHE = object()
 
 
 def fuse(model: Any) -> None:
@@ -37,6 +39,9 @@ def fuse(model: Any) -> None:
             _extend(module, _Norm)
     _join_sums_and_norms(decoder)
     _product_alone(model.get_output_embeddings())
+    embeddings = model.get_input_embeddings()
+    if type(embeddings) is nn.Embedding and embeddings.max_norm is None:
+        _extend(embeddings, _Rows)
     _rotate_by_kernel(sys.modules[type(decoder).__module__])
 
 
@@ -97,6 +102,13 @@ def _takes(x: Tensor, *weights: Tensor) -> bool:
     return is_decode_row(x) and all(weight.dtype == x.dtype and weight.device == x.device for weight in weights)
 
 
+class _Rows(nn.Embedding):
+    def forward(self, tokens: Tensor) -> Tensor:
+        if tokens.shape[-1] != 1 or not use_triton(self.weight):
+            return super().forward(tokens)
+        return self.weight[tokens]  # the library's own way to a few rows takes five times as long
+
+
 class _Product(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not _takes(x, self.weight):
@@ -132,11 +144,12 @@ class _LaterProduct(nn.Linear):
 
 class _Attention(nn.Module):
     def forward(self, *args: Any, **options: Any) -> Any:
-        before = _in_fused_attention.set(True)
+        caches = (options[name] for name in CACHE_NAMES if options.get(name) is not None)
+        before = _fused_attention.set(next(caches, _NO_CACHE))
         try:
             return super().forward(*args, **options)
         finally:
-            _in_fused_attention.reset(before)
+            _fused_attention.reset(before)
 
 
 class _GatedMlp(nn.Module):
@@ -198,11 +211,15 @@ def _rotate_by_kernel(modeling: Any) -> None:
 
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: Any) -> Any:
         whole = len(cos.shape) == 3 and cos.shape[-1] == q.shape[-1] and q.dtype == k.dtype and not rest and not options
-        if not (_in_fused_attention.get() and whole and q.shape[2] == 1 and use_triton(q)):
+        cache = _fused_attention.get()
+        if cache is None or not (whole and q.shape[2] == 1 and use_triton(q)):
             return stock(q, k, cos, sin, *rest, **options)
-        from kvbench.kernels.decode_step import rotate_rows
+        from kvbench.kernels.decode_step import rotate_later, rotate_rows
 
-        return rotate_rows(q, k, cos, sin)
+        if not getattr(cache, "takes_unturned", False):
+            return rotate_rows(q, k, cos, sin)
+        keys, unturned = rotate_later(q, k, cos, sin)
+        return unturned.turned_queries, leave_unturned(keys, unturned)
 
     apply_rotary_pos_emb.kvbench_stock = stock  # type: ignore[attr-defined]
     modeling.apply_rotary_pos_emb = apply_rotary_pos_emb

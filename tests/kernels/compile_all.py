@@ -12,10 +12,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvbench.kernels import decode_attention, ordering, prefill, slot_writes
+from kvbench.kernels import decode_attention, ordering, prefill, settling, slot_writes
 from kvbench.kernels import decode_step as linear
 from kvbench.kernels import decode_step as norm
-from kvbench.kernels import slot_writes as segment_mean
 
 HOPPER = GPUTarget("cuda", 90, 32)
 _TYPES = {"length": "*i64", "seen": "*i64", "position": "*i64", "free": "*i64", "budget": "*i64", "sinks": "*i64"}
@@ -24,7 +23,9 @@ _TYPES |= {"faults": "*i32", "recent_from": "*i64", "victim": "*i64", "rank": "*
 _FLOATS = ("cosines", "sines", "partial", "peaks", "sums", "logits", "mass", "probs", "score")
 _TYPES |= dict.fromkeys(_FLOATS, "*fp32")
 _COUNTS = ("heads", "width", "query_row", "query_head", "key_row", "key_head", "value_row", "value_head", "size")
-_TYPES |= dict.fromkeys((*_COUNTS, "capacity", "rows", "n0", "n1", "n2", "score_row", "score_head"), "i32")
+_TYPES |= dict.fromkeys(
+    (*_COUNTS, "capacity", "parts", "pairs", "rows", "n0", "n1", "n2", "score_row", "score_head"), "i32"
+)
 _STRIDES = tuple(f"{name}_{axis}" for name in ("query", "keys", "position", "states") for axis in "bht")
 _TYPES |= dict.fromkeys((*_STRIDES, "queries", "entries"), "i32")
 _TYPES |= {"lse": "*fp32", "query_position": "*i64", "key_position": "*i64", "scale": "fp32"}
@@ -33,6 +34,7 @@ _ROTATED = ("query_heads", "key_heads", "half", "table_row")
 _INPUTS = (
     *(torch.empty(rows, 1, 4096, dtype=torch.bfloat16) for rows in (1, 16, 32, 64)),
     *(torch.empty(rows, 1, 4096) for rows in (1, 16, 64)),
+    *(torch.empty(16, 1, 576, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)),
 )
 
 
@@ -54,19 +56,21 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], types: dict[str, str]
 
 def main() -> None:
     """Compile all, with the constants that the launchers use."""
-    part = {"PARTS": 4, "GROUP": 4, "BLOCK_G": 16, "BLOCK_C": 64, "BLOCK_D": 128, "UPCAST": False}
+    part = {"GROUP": 4, "BLOCK_G": 16, "BLOCK_C": 32, "BLOCK_D": 128, "UPCAST": False}
     part |= {"PRODUCT": decode_attention._PRODUCT}
     for turn in (False, True):
         constants = {**part, "WANT_LOGITS": True, "TURN": turn, "RAGGED": turn}
-        compile_kernel(decode_attention.attend_part, constants, num_warps=4, num_stages=3)
+        compile_kernel(decode_attention.attend_part, constants, num_warps=2, num_stages=3 if turn else 4)
     narrow = {**part, "BLOCK_D": 32, "WANT_LOGITS": True, "TURN": True, "RAGGED": False}
-    compile_kernel(decode_attention.attend_part, narrow, num_warps=4, num_stages=3)
-    join = {"PARTS": 4, "GROUP": 4, "BLOCK_P": 4, "BLOCK_C": 1024, "BLOCK_D": 128, "REDUCTION": "mean"}
+    compile_kernel(decode_attention.attend_part, narrow, num_warps=2, num_stages=3)
+    join = {"PARTS": 4, "GROUP": 4, "BLOCK_C": 1024, "BLOCK_D": 128, "REDUCTION": "mean"}
     compile_kernel(
         decode_attention.join_parts, {**join, "ADD_MASS": True, "WANT_PROBS": True, "RAGGED": True}, num_warps=4
     )
-    write = {"BLOCK_D": 128, "HAS_MASS": True, "HAS_RANK": True, "ADVANCE": False, "RAGGED": True}
-    compile_kernel(slot_writes.write_token, write, num_warps=1)
+    write = {"BLOCK_D": 128, "BLOCK_HALF": 64, "HAS_MASS": True, "HAS_RANK": True, "ADVANCE": False, "RAGGED": True}
+    types = {**dict.fromkeys(_ROTATED, "i32"), "queries": "*bf16", "cosines": "*bf16", "sines": "*bf16"}
+    for turn in (False, True):
+        compile_kernel(slot_writes.write_token, {**write, "TURN": turn}, types, num_warps=1)
     for given in (False, True):
         compile_kernel(
             slot_writes.free_victim,
@@ -74,12 +78,13 @@ def main() -> None:
             num_warps=1 if given else 4,
         )
     for x in _INPUTS:
-        for sizes in ((4096,), (32_000,), (4096, 1024, 1024)):
+        for sizes in ((4096,), (32_000,), (4096, 4096), (4096, 1024, 1024)):
             block = {**linear._blocks(x, sizes), "UPCAST": False}
             warps = block.pop("num_warps")
             types = {} if x.dtype == torch.bfloat16 else dict.fromkeys(_OF_INPUT, "*fp32")
             compile_kernel(linear.project, {**block, "MATRICES": 3, "HAS_BIAS": True}, types, num_warps=warps)
-            compile_kernel(linear.gate_up, block, types, num_warps=warps)
+            for together in (False, True):
+                compile_kernel(linear.gate_up, {**block, "TOGETHER": together}, types, num_warps=warps)
     for add in (False, True):
         compile_kernel(norm.norm_row, {"BLOCK": 4096, "ADD": add}, {"epsilon": "fp32"}, num_warps=8)
     types = {**dict.fromkeys(_ROTATED, "i32"), "queries": "*bf16", "cosines": "*bf16", "sines": "*bf16"}
@@ -94,11 +99,33 @@ def main() -> None:
 
 def _compile_ordering() -> None:
     """Compile the choice of the best and the ranks, for a short and for a long prompt."""
-    types = {"score": "*fp32", "keep": "*u8", "budget": "*i64"}
+    types = {"score": "*fp32", "keep": "*u8", "budget": "*i64", "budget_b": "i32", "budget_h": "i32"}
     for block, warps in ((1024, 4), (ordering._BLOCK, 8)):
         compile_kernel(ordering._keep_top, {"BLOCK": block}, types, num_warps=warps)
     for order in (False, True):
         compile_kernel(ordering._age_rank, {"ORDER": order, "BLOCK": ordering._RANKED}, {"made": "*i64"}, num_warps=4)
+    for entries in (1024, 32_768):
+        walk = ordering.walk_along(entries)
+        warps = walk.pop("num_warps")
+        lines = {"anchor": "*u8", "member": "*u8", "line": "*i32", "nearest": "*i64"}
+        lines |= {**dict.fromkeys(("bounds", "members", "start", "end"), "*i32"), "into": "*i64", "order": "*i64"}
+        lines |= {"keep": "*u8", "kept_position": "*i64", "kept_kind": "*i8", "kept_mass": "*fp32", "noted": "*fp32"}
+        lines |= {"in_one": "*u8", "chunks": "i32"}
+        lines |= {"kept_noted": "*fp32", "kind_b": "i32", "kind_h": "i32"}
+        lines |= {"counts": "*i64", "amiss": "*u8", "first": "*i64", "last": "*i64", "found": "*u8"}
+        look = {"HAS_INTO": True, "EXACT": True, "BLOCK": walk["BLOCK"]}
+        compile_kernel(ordering._look, look, lines, num_warps=warps)
+        columns = {"HAS_KEEP": True, "HAS_MASS": True, "HAS_NOTED": True}
+        compile_kernel(ordering._nearest_anchor, walk, lines, num_warps=warps)
+        compile_kernel(settling._compact, {**walk, **columns}, lines, num_warps=warps)
+        compile_kernel(settling._bucket, {**walk, "CHUNK": settling._CHUNK}, lines, num_warps=warps)
+    compile_kernel(ordering._outside, {"BLOCK": 1024}, lines, num_warps=4)
+    shield = {**lines, "shielded": "*fp32", "score_b": "i32", "score_h": "i32"}
+    compile_kernel(ordering._shield, {"BLOCK": 1024}, shield, num_warps=4)
+    compile_kernel(ordering._has_nan, {"BLOCK": 1024}, {**lines, "numbers": "*fp32", "each": "i32"}, num_warps=4)
+    for rows in (1, 16):
+        bounds = {"num_sinks": "i32", "num_recent": "i32"}
+        compile_kernel(ordering._range, {"FRACTION": 0.29, "BLOCK": rows}, bounds, num_warps=1, enable_fp_fusion=False)
 
 
 def _compile_prefill() -> None:
@@ -113,11 +140,13 @@ def _compile_prefill() -> None:
             for entries in (900, 32_768):
                 _compile_mass({**constants, "REDUCTION": reduction}, entries)
         compile_kernel(prefill._window_rows, {**constants, "REDUCTION": "max"}, {"rows": "*fp32"}, **launch)
-    bucket = dict.fromkeys(("members", "start", "end", "order"), "*i64")
-    tile = dict(segment_mean._MANY_NUMBERS)
+    bucket = {**dict.fromkeys(("members", "start", "end"), "*i32"), "order": "*i64", "sums": "*fp32"}
+    bucket |= {"in_one": "*u8", "chunks": "i32"}
+    tile = dict(settling._MANY_NUMBERS)
     warps = tile.pop("num_warps")
-    constants = {"ADD_UP": False, "WIDTH": 128, "BLOCK_D": 128, **tile}
-    compile_kernel(segment_mean._segment_mean, constants, bucket, num_warps=warps)
+    width = {"WIDTH": 128, "BLOCK_D": 128, "CHUNK": settling._CHUNK}
+    compile_kernel(settling._segment_mean, {"ADD_UP": False, **width, **tile}, bucket, num_warps=warps)
+    compile_kernel(settling._chunk_sum, width, bucket, num_warps=4)
 
 
 def _compile_mass(constants: dict[str, Any], entries: int) -> None:

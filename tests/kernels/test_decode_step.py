@@ -54,6 +54,21 @@ def test_tiles_of_a_vocabulary_and_of_larger_batches(
     assert error(output, x.double() @ weight.double().T) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("rows", "width", "size"), SIZES)
+def test_tiles_of_a_wide_input(
+    rows: int, width: int, size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_step, "_NARROW", 0)
+    x, gate, up = (draw(k, count, width, dtype=dtype) for k, count in enumerate((rows, size, size)))
+    x = x[:, None]
+    want = [x.double() @ weight.double().T for weight in (gate, up)]
+    for output, exact in zip(project_rows(x, [gate, up], [None, None]), want, strict=True):
+        assert error(output, exact) < TOLERANCE[dtype]
+    assert error(project_rows(x, [gate], [None])[0], want[0]) < TOLERANCE[dtype]
+    assert error(gated_rows(x, gate, up), torch.nn.functional.silu(want[0]) * want[1]) < TOLERANCE[dtype]
+
+
 @pytest.mark.cover
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("rows", "width", "size"), SIZES)

@@ -1,4 +1,4 @@
-"""Writing, freeing, finding by halving and merging by kernel, beside the same in plain torch, on random slots."""
+"""Writing, freeing and finding by halving by kernel, beside the same in plain torch, on random slots."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvbench.cache import Plan
 from kvbench.cache.selection import (
     age_rank,
     entry_before_newest,
@@ -21,8 +20,9 @@ from kvbench.cache.selection import (
     protected_entries,
     protected_range,
 )
-from kvbench.cache.slots import EMPTY, NO_CHOICE, Entries, Slots, settle
+from kvbench.cache.slots import NO_CHOICE, Entries, Slots
 from kvbench.kernels import slot_writes
+from kvbench.kernels.decode_step import rotate_later, rotate_rows
 from kvbench.kernels.dispatch import kernels_forced
 from kvbench.kernels.slot_writes import free_given, free_lowest, lowest_slot, write_slot
 from tests.covering import share_of
@@ -100,6 +100,30 @@ def test_a_step_by_kernels_is_the_step_in_plain_torch(
     assert torch.equal(chosen, lowest(whole, entries.position))
     reference.release(chosen, reference.length > budgets[:, None])
     assert_same(ours, reference)
+
+
+@settings(max_examples=share_of(10), deadline=None)
+@given(seed=st.integers(0, 10**6), capacity=st.integers(2, 40), advance=st.booleans(), own_tables=st.booleans())
+def test_a_token_rotated_as_it_is_written_is_the_one_rotated_before(
+    seed: int, capacity: int, advance: bool, own_tables: bool
+) -> None:
+    ours, seen = random_slots(seed, 2, 3, capacity)
+    reference = copy.deepcopy(ours)
+    queries, keys = (
+        torch.randn(2, 1, 6, 8, device=ON).transpose(1, 2),
+        torch.randn(2, 1, 3, 8, device=ON).transpose(1, 2),
+    )
+    values, angles = torch.randn(2, 3, 1, 8, device=ON), torch.rand(2 if own_tables else 1, 1, 8, device=ON)
+    turned_queries, turned_keys = rotate_rows(queries, keys, angles.cos(), angles.sin())
+    write_slot(reference.columns(), turned_keys, values, seen, advance=advance)
+    keys, unturned = rotate_later(queries, keys, angles.cos(), angles.sin())
+    write_slot(ours.columns(), keys, values, seen, advance=advance, unturned=unturned)
+    torch.testing.assert_close(unturned.turned_queries, turned_queries, rtol=0, atol=0)
+    assert torch.equal(ours.free, reference.free)
+    assert torch.equal(ours.length, reference.length)
+    assert torch.equal(ours.entries.position, reference.entries.position)
+    assert torch.equal(ours.entries.keys, reference.entries.keys)
+    assert torch.equal(ours.entries.values, reference.entries.values)
 
 
 @settings(max_examples=share_of(10), deadline=None)
@@ -181,91 +205,6 @@ def test_one_warp_frees_a_given_victim_and_more_only_where_they_wait_for_each_ot
     else:
         free_lowest(columns, torch.zeros(2, 3, 9, device=ON), budget, budget, budget)
     assert warps == [wanted]
-
-
-pytest.importorskip("triton", reason="triton is not installed")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def entries_and_plan(
-    seed: int, length: int, width: int, dtype: torch.dtype, device: str = "cpu", joining: float = 0.7
-) -> tuple[Entries, Plan]:
-    """Entries of 2 rows and 2 heads out of token order, some empty with old mass; `joining` of them join a survivor."""
-    torch.manual_seed(seed)
-    position = torch.stack([torch.randperm(2 * length)[:length] for _ in range(4)]).view(2, 2, length)
-    position[torch.rand(position.shape) < 0.2] = EMPTY
-    position[..., 0] = 2 * length
-    held = position >= 0
-    keep = (torch.rand(held.shape) < 0.3) & held
-    keep[..., 0] = True
-    own = torch.arange(length).expand(held.shape)
-    survivor = torch.stack(
-        [row.nonzero()[:, 0][torch.randint(0, int(row.sum()), (length,))] for row in keep.view(4, -1)]
-    )
-    into = torch.where(torch.rand(held.shape) < joining, survivor.view_as(own), own)
-    stored = torch.randn(2, length, 2, width, dtype=dtype).transpose(1, 2).to(device)
-    entries = Entries(
-        keys=stored,
-        values=torch.randn(2, 2, length, width, dtype=dtype).to(device),
-        position=position.to(device),
-        kind=torch.randint(0, 3, position.shape, dtype=torch.int8).to(device),
-        mass=torch.rand(position.shape).to(device),
-    )
-    return entries, Plan(keep=keep.to(device), merge_into=into.to(device))
-
-
-def assert_merges_alike(entries: Entries, plan: Plan, capacity: int) -> None:
-    with kernels_forced(True):
-        ours = settle(entries, plan, capacity)
-    with kernels_forced(False):
-        reference = settle(entries, plan, capacity)
-    filled = reference.entries.position >= 0
-    assert torch.equal(ours.length, reference.length)
-    assert torch.equal(ours.entries.position, reference.entries.position)
-    assert torch.equal(ours.entries.kind, reference.entries.kind)
-    # Both add in float32, in another order: a difference may turn one rounding to half precision.
-    tolerance = 1e-6 if entries.keys.dtype == torch.float32 else 2 * torch.finfo(entries.keys.dtype).eps
-    for name in ("keys", "values"):
-        merged, expected = getattr(ours.entries, name)[filled], getattr(reference.entries, name)[filled]
-        assert merged.dtype == expected.dtype
-        torch.testing.assert_close(merged, expected, rtol=tolerance, atol=tolerance)
-    assert ours.entries.mass is not None
-    assert reference.entries.mass is not None
-    torch.testing.assert_close(ours.entries.mass, reference.entries.mass, rtol=1e-5, atol=1e-6)
-
-
-@settings(max_examples=share_of(15), deadline=None, derandomize=True)
-@given(
-    seed=st.integers(0, 2**32),
-    length=st.integers(2, 40),
-    width=st.sampled_from([3, 8, 20]),
-    dtype=st.sampled_from(DTYPES),
-    extra=st.integers(0, 3),
-)
-def test_buckets_become_their_means(seed: int, length: int, width: int, dtype: torch.dtype, extra: int) -> None:
-    entries, plan = entries_and_plan(seed, length, width, dtype)
-    assert_merges_alike(entries, plan, int(plan.keep.sum(-1).max()) + extra)
-
-
-def test_a_bucket_larger_than_a_tile_is_read_to_its_end() -> None:
-    entries, plan = entries_and_plan(0, 110, 4, torch.float32, joining=1.0)
-    assert plan.merge_into is not None
-    one = Plan(keep=torch.arange(110).expand(2, 2, 110) == 0, merge_into=torch.zeros_like(plan.merge_into))
-    assert_merges_alike(entries, one, 3)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_merging_at_a_real_size_is_exact_and_the_same_every_time(dtype: torch.dtype) -> None:
-    entries, plan = entries_and_plan(1, 3000, 128, dtype, "cuda")
-    capacity = int(plan.keep.sum(-1).max()) + 1
-    assert_merges_alike(entries, plan, capacity)
-    first, second = (settle(entries, plan, capacity) for _ in range(2))
-    assert torch.equal(first.entries.keys, second.entries.keys)
-
-
-pytest.importorskip("triton", reason="triton is not installed")
 
 
 def some_positions(capacity: int) -> tuple[torch.Tensor, torch.Tensor, torch.Generator]:

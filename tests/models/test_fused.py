@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
-from kvbench.cache import Budget, PolicyCache
+from kvbench.cache import Budget, PolicyCache, cache_argument
+from kvbench.cache.layer import PolicyLayer
 from kvbench.contract.driving import drive
 from kvbench.kernels import decode_step
 from kvbench.kernels.dispatch import kernels_forced
@@ -56,6 +58,42 @@ def test_a_fused_step_gives_the_logits_of_the_models_own(
     stock_error = float((logits(plain, by_kernels=False) - exact).norm()) / scale
     assert set(launched) == {dtype}, "or the model's own step would be compared with itself"
     assert error < 2 * stock_error + (1e-4 if dtype == torch.float16 else 1e-6)
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_keys_are_rotated_as_they_are_written_unless_somebody_looks_at_them_before(
+    looks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = half("llama_gqa").float()
+    fuse(model)
+    exact = logits(model, by_kernels=False)
+    apart: list[Tensor] = []
+    rotate = decode_step.rotate_now
+    monkeypatch.setattr(decode_step, "rotate_now", lambda keys, left: apart.append(keys) or rotate(keys, left))
+    monkeypatch.setattr(PolicyLayer, "_turns_by_writing", PolicyLayer._turns_by_writing if not looks else never)
+    torch.testing.assert_close(logits(model, by_kernels=True), exact, rtol=1e-4, atol=1e-4)
+    assert len(apart) == (STEPS * model.config.num_hidden_layers if looks else 0)
+
+
+def never(layer: PolicyLayer) -> bool:
+    return False
+
+
+def test_a_cache_that_is_not_ours_gets_its_keys_rotated() -> None:
+    model, tokens = half("llama_gqa").float(), random_tokens(1, 2, PROMPT + STEPS).to(ON)
+    fuse(model)
+    found = []
+    for by_kernels in (False, True):
+        cache = Unattending(config=model.config)
+        with kernels_forced(by_kernels), torch.no_grad():
+            model.set_attn_implementation("eager")
+            model(tokens[:, :PROMPT], **cache_argument(model, cache))
+            found.append(model(tokens[:, PROMPT:], **cache_argument(model, cache)).logits)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+class Unattending(DynamicCache):
+    """A cache that knows nothing of kvbench."""
 
 
 def test_a_prompt_and_a_cpu_step_run_the_models_own_forward() -> None:
@@ -191,13 +229,13 @@ def test_the_kernel_turns_in_fused_attention_only(monkeypatch: pytest.MonkeyPatc
 def test_an_attention_that_fails_leaves_the_flag_as_it_was() -> None:
     class Attention(nn.Module):
         def forward(self) -> Any:
-            assert fused._in_fused_attention.get()
+            assert fused._fused_attention.get() is not None
             raise ValueError("no room")
 
     attention = fused._extend(Attention(), fused._Attention)
     with pytest.raises(ValueError, match="no room"):
         attention()
-    assert not fused._in_fused_attention.get()
+    assert fused._fused_attention.get() is None
 
 
 @dataclass(frozen=True)
