@@ -290,20 +290,21 @@ def test_a_process_that_is_never_given_a_job_ends_in_silence(capfd: pytest.Captu
 
 @pytest.mark.parametrize("begins_early", [True, False])
 def test_the_next_groups_process_begins_beside_a_cell_only_where_it_may(
-    begins_early: bool, tmp_path: Path, begun: list[int]
+    begins_early: bool, tmp_path: Path, begun: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = Sweep(tmp_path, begins_early=begins_early)
-    beside: list[int] = []
+    beside: list[list[int]] = []
+    begin = sweep.reserve.begin
 
-    def tick() -> bool:
-        beside.append(len(set(psutil.Process().children()) - set(sweep.before)))
-        return True
+    def noted(*of: Any, **options: Any) -> None:
+        beside.append([pid for pid in begun if psutil.pid_exists(pid)])
+        begin(*of, **options)
 
-    sweep.tick = tick
+    monkeypatch.setattr(sweep.reserve, "begin", noted)
     told = sweep.run([["beat 0.3", "done ok"]], [["beat 0.3", "done ok"]])
     assert told == [(0, "ok", None, True), (1, "ok", None, True)]
     assert len(begun) == 2, "one for each group, however early"
-    assert max(beside) == 1 + begins_early
+    assert beside == ([begun[:1]] if begins_early else [])
 
 
 def test_nothing_begins_for_a_group_that_is_not_there(tmp_path: Path, begun: list[int]) -> None:
