@@ -121,7 +121,7 @@ class Supervisor:
         self._failed_loads: Counter[str] = Counter()
         self._running: dict[int, WorkerProcess] = {}
         self._selector = selector or selectors.DefaultSelector()
-        self._reserve = reserve or Reserve()
+        self._reserve = Reserve() if reserve is None else reserve
         self._has_started = False
 
     def run(self, groups: Sequence[Sequence[Ticket]]) -> None:

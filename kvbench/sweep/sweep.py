@@ -268,7 +268,7 @@ class Sweep:
         self._workers, self._sinks, self._force = workers, sinks, force
         self._store = RecordStore(results)
         self._claims = HeldClaims(claims)
-        self._reserve, self._meanwhile = reserve or Reserve(), meanwhile
+        self._reserve, self._meanwhile = Reserve() if reserve is None else reserve, meanwhile
         self._ended: dict[str, str] = {}
         self._measured = False
 
