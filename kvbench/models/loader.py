@@ -23,7 +23,6 @@ from safetensors import SafetensorError
 from kvbench.errors import ConfigError, ModelSupportError, close_matches
 from kvbench.models.chat import TextTokens, default_template, end_token_written
 from kvbench.models.devices import chosen_devices, free_bytes, gathered, place_of, placement, spread
-from kvbench.models.fused import fuse
 from kvbench.models.gguf import SUFFIX as GGUF_SUFFIX
 from kvbench.models.gguf import dense_tensors, in_halves, parsed_once, read_gguf, tensor_names
 from kvbench.models.spec import (
@@ -143,10 +142,12 @@ def load_model(spec: ModelSpec, device: str) -> LoadedModel:
 
 
 def _ready(model: Any, spec: ModelSpec, device: torch.device, places: Mapping[str, int] | None) -> Any:
-    from kvbench.cache import attach  # needs transformers
+    from kvbench.cache import attach  # needs transformers' models, as the next does: seconds, for who checks cells too
 
     attach(model)
     if spec.fused and device.type == "cuda":
+        from kvbench.models.fused import fuse
+
         fuse(model)
     return model.to(device).eval() if places is None else spread(model.eval(), places, device.index)
 
