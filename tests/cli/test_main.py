@@ -104,15 +104,6 @@ def test_the_command_line_imports_neither_torch_nor_hydra() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True).stdout.strip() == ""
 
 
-def test_cells_are_checked_and_workers_started_without_the_library_of_models() -> None:
-    """It takes longer to import than all the rest; whoever loads a model needs it, and that is a worker."""
-    code = (
-        "import sys, kvbench.config.build, kvbench.sweep.sweep, kvbench.cli.sweep; "
-        "print(*({'transformers.modeling_utils', 'triton', 'matplotlib', 'pandas'} & set(sys.modules)))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True).stdout.strip() == ""
-
-
 def test_the_quick_experiment_leaves_records_tables_and_a_page(quick: Path) -> None:
     found = bodies(quick)
     assert set(found) == {"full", "h2o"}
