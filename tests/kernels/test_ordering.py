@@ -191,7 +191,7 @@ def test_only_what_is_protected_is_infinite_and_nan_stays(dtype: torch.dtype, by
     wild = torch.tensor([math.nan, math.inf, -math.inf, torch.finfo(torch.float32).max])
     if dtype.is_floating_point:
         score = torch.where(
-            torch.rand(score.shape, generator=random) < 0.5, wild[position[:, : score.shape[1]] % 4], score
+            torch.rand(score.shape, generator=random) < 0.5, wild[position[:, : score.shape[1]].cpu() % 4], score
         )
     bounds = torch.tensor([4, 0], device=ON), torch.tensor([40, 51], device=ON)
     ours, reference = both("shielded", score.to(ON, dtype), position, *bounds)
