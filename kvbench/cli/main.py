@@ -211,8 +211,11 @@ def _sweep(
 
     name = words.config_name or CONFIG_NAME
     grid = compose_grid(overrides, multirun=words.multirun, config_dir=words.config_dir, config_name=name)
-    for slot in more_slots[: len(grid) - 1]:
-        reserve.begin(slot)
+    if grid[0].choices["hydra/launcher"] != SUPERVISED:  # whose processes have workers of their own
+        reserve.close()
+    else:
+        for slot in more_slots[: len(grid) - 1]:
+            reserve.begin(slot)
     from kvbench.cli.sweep import App, Stopped, make_importable, quiet_libraries
 
     quiet_libraries()

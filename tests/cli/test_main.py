@@ -157,6 +157,17 @@ def test_no_process_begins_for_what_measures_nothing_here(
     assert "nothing" not in capfd.readouterr().err
 
 
+def test_a_process_that_no_worker_will_be_is_ended_before_another_launcher_runs(
+    begun: list[Begun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[bool] = []
+    monkeypatch.setattr("kvbench.cli.main._slots_to_be", lambda overrides: [{}])  # where a yaml chose the launcher
+    monkeypatch.setattr("kvbench.cli.main._hand_to_hydra", lambda *_: alive.extend(one.is_alive for one in begun))
+    words = ["-m", "hydra/launcher=joblib", "task=perplexity", "sink=console", "dataset.num_samples=2"]
+    assert run([*words, f"results={tmp_path / 'r'}"], begins_early=True) == 1
+    assert alive == [False]
+
+
 def test_as_many_processes_begin_as_there_will_be_workers_on_the_gpus_of_the_machine(
     begun: list[Begun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
