@@ -262,6 +262,22 @@ def test_the_import_reader_sees_every_form() -> None:
     assert imports(ast.walk(tree)) == {"a.b", "c.d", "e"}
 
 
+def test_who_checks_cells_and_starts_workers_reaches_no_module_that_imports_models() -> None:
+    """At their heads: transformers' models take longer to import than all the rest, and a worker alone needs them."""
+    ways: dict[str, tuple[str, ...]] = {}
+    todo = [(name,) for name in ("kvbench.config.build", "kvbench.sweep.sweep", "kvbench.cli.sweep")]
+    while todo:
+        way = todo.pop()
+        if way[-1] in ways:
+            continue
+        ways[way[-1]] = way
+        head = imports(tree_of(MODULES[way[-1]]).body, way[-1].rpartition(".")[0])
+        heavy = {name for name in head if name.split(".")[0] in ("transformers", "triton")}
+        assert not heavy, f"{' -> '.join(way)} imports {', '.join(sorted(heavy))}"
+        todo += [(*way, module) for module in {module_of(name) for name in head} & set(MODULES)]
+    assert len(ways) > 40
+
+
 @pytest.mark.long
 def test_the_cells_of_a_sweep_are_checked_without_transformers() -> None:
     code = (

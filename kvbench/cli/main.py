@@ -29,6 +29,7 @@ from kvbench import installed_version
 from kvbench.cli import Parser, names_in
 from kvbench.errors import ConfigError, KvbenchError, did_you_mean, near_names
 from kvbench.results.redaction import redact
+from kvbench.sweep.process import Reserve, gpu_slots
 
 if TYPE_CHECKING:
     from hydra_plugins.kvbench_shards import Listing
@@ -107,6 +108,7 @@ SUBCOMMANDS = {
     "wandb": "kvbench.cli.results:wandb_command",
     "why": "kvbench.cli.why:why_command",
 }
+_MOST_EARLY = 8  # processes of half a GB each that begin before it is known whether they are needed
 _BESIDE = ("joblib", "submitit_local")  # launchers that run cells beside each other, on the cores of one machine
 _STOPPED = "stopped; finished cells and batches are kept, the same command goes on"
 DEFAULT_SWEEP = ["+experiment=default"]
@@ -130,14 +132,21 @@ _REFUSED = {  # flags of Hydra's, and why they are none of ours
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run kvbench with `arguments`, by default those of the process, and exit."""
     gc.set_threshold(20_000, 20, 20)  # settings stay: looking for waste among them took a sixth of a start
-    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+    code = run(list(sys.argv[1:] if arguments is None else arguments), begins_early=True)
+    if arguments is None and "triton" not in sys.modules:  # whose bindings would take what is frozen for lost
+        gc.freeze()  # nor is waste looked for when everything goes, which took four fifths of the end
+    sys.exit(code)
 
 
-def run(arguments: list[str]) -> int:
-    """Return the exit code of one invocation."""
+def run(arguments: list[str], *, begins_early: bool = False) -> int:
+    """Return the exit code of one invocation.
+
+    begins_early: whether the first workers begin to import while the cells are still checked. If there is nothing to
+    measure, or a cell is refused, they are ended; nothing of theirs is seen.
+    """
     try:
         installed_version()
-        return _answer(arguments)
+        return _answer(arguments, begins_early=begins_early)
     except KvbenchError as error:
         print(f"kvbench: {redact(str(error))}", file=sys.stderr)
         return 2
@@ -146,7 +155,7 @@ def run(arguments: list[str]) -> int:
         return 130
 
 
-def _answer(arguments: list[str]) -> int:
+def _answer(arguments: list[str], *, begins_early: bool) -> int:
     if arguments[:1] == ["help"]:
         _check_words(name for name in arguments[1:2] if name not in SUBCOMMANDS)
         arguments = [*arguments[1:2], "--help"]
@@ -161,14 +170,52 @@ def _answer(arguments: list[str]) -> int:
     words, overrides = _split(arguments or DEFAULT_SWEEP)
     if words.cfg or words.info or words.hydra_help or words.shell_completion:
         return _printed_by_hydra(words, overrides)
-    return _sweep(words, overrides)
+    reserve = Reserve()
+    with contextlib.closing(reserve):
+        slots = _slots_to_be(overrides) if begins_early else []
+        for slot in slots[:1]:
+            reserve.begin(slot)
+        return _sweep(words, overrides, reserve, slots[1:])
 
 
-def _sweep(words: argparse.Namespace, overrides: list[str]) -> int:
+def _slots_to_be(overrides: Sequence[str]) -> list[dict[str, str]]:
+    """Return the environment of each worker that there may be, by what the words and the machine say at once.
+
+    Where it comes otherwise, workers begin when they are needed, and these are ended.
+    """
+    if any(word.startswith("hydra/launcher=") for word in overrides):
+        return []
+    if any(word.startswith(("device=", "model.devices=")) for word in overrides):
+        return [{}]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return gpu_slots(0 if visible == "" else _num_gpus(), visible)[:_MOST_EARLY]
+
+
+def _num_gpus() -> int:
+    """Return how many GPUs of NVIDIA the machine shows, without the second that importing torch takes."""
+    return len([device for device in Path("/dev").glob("nvidia*") if device.name.removeprefix("nvidia").isdigit()])
+
+
+def _get_ready_to_show() -> None:
+    """Import and read what the tables at the end need; what cannot be imported is told when they are made."""
+    with contextlib.suppress(Exception):
+        for module in ("kvbench.report.build", "kvbench.report.tables", "scipy.special"):
+            import_module(module)
+        import_module("kvbench.report.laws").load_laws()
+
+
+def _sweep(
+    words: argparse.Namespace, overrides: list[str], reserve: Reserve, more_slots: Sequence[dict[str, str]]
+) -> int:
     from kvbench.config.compose import CONFIG_NAME, SUPERVISED, compose_grid, told_in_one_line
 
     name = words.config_name or CONFIG_NAME
     grid = compose_grid(overrides, multirun=words.multirun, config_dir=words.config_dir, config_name=name)
+    if grid[0].choices["hydra/launcher"] != SUPERVISED:  # whose processes have workers of their own
+        reserve.close()
+    else:
+        for slot in more_slots[: len(grid) - 1]:
+            reserve.begin(slot)
     from kvbench.cli.sweep import App, Stopped, make_importable, quiet_libraries
 
     quiet_libraries()
@@ -180,7 +227,7 @@ def _sweep(words: argparse.Namespace, overrides: list[str]) -> int:
         from kvbench.config.build import check_nothing_timed
 
         check_nothing_timed(launcher, grid)
-    app, share = App(is_search=is_search), None
+    app, share = App(is_search=is_search, reserve=reserve, meanwhile=_get_ready_to_show), None
     if not is_search:
         app.take(grid)
         if (share := _share(grid[0], overrides, words.config_dir, name)) is not None:

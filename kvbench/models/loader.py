@@ -8,9 +8,7 @@ lacks would be random numbers.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,9 +23,8 @@ from safetensors import SafetensorError
 from kvbench.errors import ConfigError, ModelSupportError, close_matches
 from kvbench.models.chat import TextTokens, default_template, end_token_written
 from kvbench.models.devices import chosen_devices, free_bytes, gathered, place_of, placement, spread
-from kvbench.models.fused import fuse
 from kvbench.models.gguf import SUFFIX as GGUF_SUFFIX
-from kvbench.models.gguf import parsed_once, read_gguf
+from kvbench.models.gguf import dense_tensors, in_halves, parsed_once, read_gguf, tensor_names
 from kvbench.models.spec import (
     FAMILIES,
     LLAVA_V1,
@@ -42,6 +39,7 @@ from kvbench.models.spec import (
 )
 
 _STANDARD_DEVIATION = 0.02
+_MOST_UNPACKED = 8  # tensors of a GGUF file at once; more threads wait for each other
 # Computed from the config, never learned; older checkpoints carry them, of the port's family too.
 _BUFFERS = ("rotary_emb.inv_freq", "position_ids", "logn_tensor", "masked_bias")
 
@@ -144,10 +142,12 @@ def load_model(spec: ModelSpec, device: str) -> LoadedModel:
 
 
 def _ready(model: Any, spec: ModelSpec, device: torch.device, places: Mapping[str, int] | None) -> Any:
-    from kvbench.cache import attach  # needs transformers
+    from kvbench.cache import attach  # needs transformers' models, as the next does: seconds, for who checks cells too
 
     attach(model)
     if spec.fused and device.type == "cuda":
+        from kvbench.models.fused import fuse
+
         fuse(model)
     return model.to(device).eval() if places is None else spread(model.eval(), places, device.index)
 
@@ -320,17 +320,13 @@ def _checkpoint(spec: ModelSpec, device: torch.device) -> LoadedModel:
 def _gguf(spec: ModelSpec, path: Path, device: torch.device) -> LoadedModel:
     """Load all of a GGUF file, dequantised; nothing that lies beside it is read for a part of the model."""
     transformers = importlib.import_module("transformers")
-    transformers.utils.logging.disable_progress_bar()
     options = {"gguf_file": "model.gguf"}
-    packs = getattr(transformers, "GgufConfig", None)  # since 5.24; before, weights were always dequantised
-    dense = {} if packs is None else {"quantization_config": packs(dequantize=True)}
     with TemporaryDirectory() as alone:
         (Path(alone) / options["gguf_file"]).symlink_to(path.resolve())
-        auto, dtype = transformers.AutoModelForCausalLM, getattr(torch, spec.dtype)
         try:
             with parsed_once(path):
-                with contextlib.redirect_stderr(io.StringIO()):  # a progress bar of its own, which nothing turns off
-                    model = _whole_model(auto, alone, dtype, {**options, **dense}, told=str(path))
+                config = transformers.AutoConfig.from_pretrained(alone, **options)
+                model = _dense_model(path, config, getattr(torch, spec.dtype))
                 tokenizer = _processor(alone, model, spec.prompt, options)
         except (OSError, ValueError, LookupError, NotImplementedError) as error:  # what transformers makes of the file
             raise _not_loaded(str(path), error) from error
@@ -345,6 +341,34 @@ def _gguf(spec: ModelSpec, path: Path, device: torch.device) -> LoadedModel:
         spread_over=devices,
         declared_ends=read_gguf(path, TEXT_FAMILIES).end_tokens,
     )
+
+
+def _dense_model(path: Path, config: Any, dtype: torch.dtype) -> Any:
+    """Return the model of a GGUF file's `config` with the file's tensors.
+
+    transformers would unpack one after the other, and copy each: two thirds of what loading took.
+    """
+    model = empty_model(config, vision=False, dtype=dtype)
+    asked = dict(model.named_parameters())  # a tied one once, by its first name
+    family = read_gguf(path, TEXT_FAMILIES).family
+    names = tensor_names(family, config.num_hidden_layers, asked)
+    of_heads = {"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads}
+
+    def take(name: str, dense: Any) -> tuple[str, torch.Tensor]:
+        whole = in_halves(name, dense, **of_heads) if family == "llama" else dense
+        return names.get(name, name), torch.from_numpy(whole).to(dtype)
+
+    found = dict(dense_tensors(path, take, num_threads=min(torch.get_num_threads(), _MOST_UNPACKED)))
+    shapes = {name: (tensor.shape, asked[name].shape) for name, tensor in found.items() if name in asked}
+    info = {
+        "missing_keys": asked.keys() - found.keys(),
+        "unexpected_keys": found.keys() - asked.keys(),
+        "mismatched_keys": [(name, *both) for name, both in shapes.items() if both[0] != both[1]],
+    }
+    check_loaded(str(path), info)
+    model.load_state_dict(found, strict=False, assign=True)  # not strict: a tied tensor has a second name
+    model.tie_weights()
+    return model
 
 
 def _whole_model(auto: Any, source: str, dtype: torch.dtype, options: Mapping[str, Any], *, told: str) -> Any:

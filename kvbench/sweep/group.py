@@ -318,8 +318,9 @@ class ModelShelf:
     def get(self, spec: ModelSpec, device: str) -> LoadedModel:
         """Return the model of `spec` on `device`; another one is let go first."""
         if self._last is None or self._last[0] != (spec, device):
-            self._last = None
-            free_memory()
+            if self._last is not None:
+                self._last = None
+                free_memory()
             self._last = ((spec, device), load_model(spec, device))
         return self._last[1]
 
@@ -332,12 +333,14 @@ def run_group(cells: Sequence[Cell], plan: GroupPlan, *, shelf: ModelShelf, watc
     in_batches = all(isinstance(task, BatchTask) for cell in cells for task in cell.tasks.values())
     share = [cell.setting.policy for cell in cells] if plan.share_prompts and in_batches else []
     autopsies = Autopsies(plan.results, watcher, share=share)
-    for some in [cells] if plan.share_prompts else [[cell] for cell in cells]:
+    for number, some in enumerate([cells] if plan.share_prompts else [[cell] for cell in cells]):
+        if number:
+            free_memory()  # of the cell before; at the end the process goes, which is faster
         runs = [CellRun(cell, plan, watcher) for cell in some]
         loaded, prompts = _load(runs, plan, shelf, watcher)
-        for number in range(len(prompts) if prompts else 0):
+        for batch in range(len(prompts) if prompts else 0):
             for run in runs:
-                run.measure_batch(number)
+                run.measure_batch(batch)
         if prompts is not None:
             prompts.forget()
         for run in runs:
@@ -346,7 +349,6 @@ def run_group(cells: Sequence[Cell], plan: GroupPlan, *, shelf: ModelShelf, watc
                 run.finish()
             if loaded is not None and not run.attempt.failed and not autopsies.take(run.attempt.cell, loaded):
                 return
-        free_memory()
 
 
 def _load(

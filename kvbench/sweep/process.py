@@ -1,5 +1,9 @@
 """The parent's side of one worker: how both talk, starting and stopping it, and what its end means.
 
+Importing what every worker needs takes longer than most of what it then does, so a process may begin before anybody
+knows its job (`Begun`, kept in a `Reserve`): it imports, and waits for the one line that says it. A worker that is
+given one goes on from there; any other is begun then. Which of both it was makes no difference to what it does.
+
 A worker says what it does, one JSON object a line. The parent says one thing only: a byte, when nothing of the sweep
 works beside the worker, so that it may begin to time. Whatever else shares the process, a policy that writes to every
 open file among it, can put anything on the pipe: `message_of` takes what a worker can mean. `WorkerProcess` is the
@@ -18,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,14 +69,111 @@ def _refuse(constant: str) -> float:
 
 
 _START = (
-    "import importlib, json, sys; job = json.loads(sys.stdin.readline()); sys.path[:] = job['path']; "
-    "importlib.import_module(job['entry']).main(job)"
+    "import importlib, json, sys; how = json.loads(sys.argv[1]); sys.path[:] = how['path']; "
+    "importlib.import_module('kvbench.sweep.worker').begin(how)"
 )
+ENTRY = "kvbench.sweep.worker"  # whose `main` a worker runs
+_EARLY_BEAT_S = 1.0  # of a process whose limits nobody knows yet
 _DUMP_S = 1.0
 _TAIL_BYTES = 8192
 _ABOUT_A_CELL = ("active", "advance")
 _LOOK_AGAIN_S = 1.0  # where the kernel does not tell of a process's end
 _SOON_S = 0.05  # there, after the pipe's end
+
+
+class Begun:
+    """A spawned process that imports what every worker needs, and waits for its job.
+
+    entry: the module whose `main` it will run. environment: variables of the slot it is for. log: where it writes,
+    nowhere if not given.
+    """
+
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        *,
+        entry: str = ENTRY,
+        beat_every_s: float = _EARLY_BEAT_S,
+        log: Path | None = None,
+    ) -> None:
+        self.slot = dict(environment)
+        self.entry = entry
+        self.messages, theirs = os.pipe()
+        answers, self.answers = os.pipe()
+        os.set_blocking(self.messages, False)
+        self.ends = {"messages": theirs, "answers": answers}
+        how = {**self.ends, "beat_every_s": beat_every_s, "path": sys.path, "parent": os.getpid(), "entry": entry}
+        try:
+            with Path(os.devnull if log is None else log).open("ab") as written:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-c", _START, json.dumps(how)],
+                    stdin=subprocess.PIPE,
+                    stdout=written,
+                    stderr=written,
+                    pass_fds=(theirs, answers),
+                    start_new_session=True,  # Ctrl-C reaches the parent, which decides
+                    env={**os.environ, **environment},
+                )
+        finally:
+            os.close(theirs)
+            os.close(answers)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it can still be given a job."""
+        return self.process.poll() is None
+
+    def give(self, job: Mapping[str, Any]) -> None:
+        """Say the job; that it has ended by then is noticed as any end is."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self.process.stdin as pipe:
+            pipe.write(json.dumps({**job, **self.ends}).encode() + b"\n")
+
+    def end(self) -> None:
+        """Kill it, which has done nothing yet, and let the pipes go."""
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        os.close(self.messages)
+        os.close(self.answers)
+
+
+class Reserve:
+    """Processes that have begun and have no job yet."""
+
+    def __init__(self) -> None:
+        self._begun: list[Begun] = []
+
+    def begin(self, environment: Mapping[str, str], *, entry: str = ENTRY) -> None:
+        """Let one begin, for a worker of a slot with this environment."""
+        self._begun.append(Begun(environment, entry=entry))
+
+    def num_for(self, environment: Mapping[str, str]) -> int:
+        """Return how many there are for a slot."""
+        return sum(begun.slot == environment for begun in self._begun)
+
+    def __len__(self) -> int:
+        return len(self._begun)
+
+    def take(self, environment: Mapping[str, str], *, entry: str = ENTRY) -> Begun | None:
+        """Return one for a slot, which is the caller's now; None if there is none. One that has died is let go."""
+        for begun in [one for one in self._begun if (one.slot, one.entry) == (environment, entry)]:
+            self._begun.remove(begun)
+            if begun.is_alive:
+                return begun
+            begun.end()
+        return None
+
+    def keep(self, environments: Collection[Mapping[str, str]] = ()) -> None:
+        """End, quietly, those that are for no slot with one of these environments."""
+        for begun in [one for one in self._begun if one.slot not in environments]:
+            self._begun.remove(begun)
+            begun.end()
+
+    def close(self) -> None:
+        """End all."""
+        self.keep()
 
 
 class WorkerProcess:
@@ -82,7 +183,14 @@ class WorkerProcess:
     """
 
     def __init__(
-        self, job: Mapping[str, Any], *, keys: Sequence[str], limits: Limits, log: Path, environment: Mapping[str, str]
+        self,
+        job: Mapping[str, Any],
+        *,
+        keys: Sequence[str],
+        limits: Limits,
+        log: Path,
+        environment: Mapping[str, str],
+        begun: Begun | None = None,
     ) -> None:
         self.keys = list(keys)
         self.watchdog = Watchdog(limits=limits, now_s=time.monotonic())
@@ -94,38 +202,18 @@ class WorkerProcess:
         self.environment: dict[str, Any] = {}
         self._given = tuple(keys)
         self._log = log
-        self._log_start = 0
         self._oom_kills = num_oom_kills()
         self._rest = b""
         self._is_silenced = False
         make_folder(log.parent)
-        self._messages, theirs = os.pipe()
-        answers, self._answers = os.pipe()
-        os.set_blocking(self._messages, False)
-        try:
-            self._process = self._spawn((theirs, answers), environment)
-        finally:
-            os.close(theirs)
-            os.close(answers)
+        with log.open("ab") as file:
+            self._log_start = os.fstat(file.fileno()).st_size  # what stands there is of an earlier attempt
+        if begun is None:
+            begun = Begun(environment, entry=job["entry"], beat_every_s=limits.beat_every_s, log=log)
+        self._process, self._messages, self._answers = begun.process, begun.messages, begun.answers
         self._exit = _exit_descriptor(self._process.pid)
-        ends = {"messages": theirs, "answers": answers, "beat_every_s": limits.beat_every_s}
-        text = json.dumps({**job, **ends, "path": sys.path, "parent": os.getpid()})
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:  # its end is noticed as any other
-            pipe.write(text.encode() + b"\n")
-
-    def _spawn(self, theirs: Sequence[int], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        with self._log.open("ab") as log:
-            self._log_start = os.fstat(log.fileno()).st_size  # what stands there is of an earlier attempt
-            return subprocess.Popen(
-                [sys.executable, "-c", _START],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                pass_fds=theirs,
-                start_new_session=True,  # Ctrl-C reaches the parent, which decides
-                env={**os.environ, **environment},
-            )
+        its_own = {"environment": {**os.environ, **environment}, "log": str(log.absolute()), "path": sys.path}
+        begun.give({**job, **its_own, "beat_every_s": limits.beat_every_s})
 
     @property
     def descriptors(self) -> set[int]:
@@ -192,6 +280,11 @@ class WorkerProcess:
         """The cell that has not ended and its phase, to which time and a death belong; None between cells."""
         active = self.watchdog.active
         return active if active is not None and active[0] in self.keys else None
+
+    @property
+    def computes(self) -> bool:
+        """Whether it has loaded all it needs and works on a cell."""
+        return self.active is not None and self.active[1] != LOAD
 
     @property
     def waits(self) -> bool:
@@ -341,6 +434,12 @@ class Watchdog:
         if spent_s > self.limits.timeout_s:
             return f"{spent_s:.0f} s in this cell; the limit is timeout_s={self.limits.timeout_s:g}"
         return None
+
+
+def gpu_slots(num_gpus: int, visible: str | None) -> list[dict[str, str]]:
+    """Return the environment of one worker per GPU; `visible` is what this process was given itself."""
+    names = visible.split(",") if visible else [str(number) for number in range(num_gpus)]
+    return [{"CUDA_VISIBLE_DEVICES": name} for name in names[:num_gpus]] if num_gpus > 1 else [{}]
 
 
 _FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS}

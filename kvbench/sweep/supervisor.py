@@ -33,7 +33,8 @@ from kvbench.results.claims import Claim, Claims
 from kvbench.results.files import canonical_json
 from kvbench.results.record import encode_record
 from kvbench.sweep.cell import Attempt, Cell
-from kvbench.sweep.process import LOAD, RETRIED, Limits, Verdict, WorkerProcess
+from kvbench.sweep.process import ENTRY, LOAD, RETRIED, Limits, Reserve, Verdict, WorkerProcess, gpu_slots
+from kvbench.tasks.task import is_timed
 
 _AFTER_S = 1e-3  # a deadline has passed when it is looked at
 _LOOK_AGAIN_S = 1.0  # where a signal cannot wake this process
@@ -54,7 +55,8 @@ class Events:
 
     batches: so many of a cell's batches are done, of so many. tick: this process woke up; False to stop. due_s: time
     until it has to wake up for what `tick` does, None for never. quiet: no worker is timing, so what takes time can be
-    done now; a worker that wants to time waits.
+    done now; a worker that wants to time waits. started: the first workers import now, and this process has nothing to
+    do for as long.
     """
 
     active: Callable[[str], None]
@@ -64,13 +66,15 @@ class Events:
     tick: Callable[[], bool]
     due_s: Callable[[], float | None] = lambda: None
     quiet: Callable[[], None] = lambda: None
+    started: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerPlan:
     """How workers run. `slots`: environment variables of each worker that may run at the same time.
 
-    `entry` is the module whose `main(job)` a worker runs.
+    `entry` is the module whose `main(job, watcher)` a worker runs. begins_early: whether the process of the next group
+    may import while a worker computes.
     """
 
     results: Path
@@ -79,7 +83,8 @@ class WorkerPlan:
     limits: Limits
     num_retries: int
     slots: Sequence[Mapping[str, str]]
-    entry: str = "kvbench.sweep.worker"
+    entry: str = ENTRY
+    begins_early: bool = False
 
     def job(self, tickets: Sequence[Ticket]) -> dict[str, Any]:
         """Return what a worker is told."""
@@ -95,9 +100,19 @@ class WorkerPlan:
 
 
 class Supervisor:
-    """Runs groups of tickets; `events.tick` returns False when everything must stop."""
+    """Runs groups of tickets; `events.tick` returns False when everything must stop.
 
-    def __init__(self, plan: WorkerPlan, events: Events, *, selector: selectors.BaseSelector | None = None) -> None:
+    reserve: processes that have begun already; those that no worker has taken in the end are ended.
+    """
+
+    def __init__(
+        self,
+        plan: WorkerPlan,
+        events: Events,
+        *,
+        selector: selectors.BaseSelector | None = None,
+        reserve: Reserve | None = None,
+    ) -> None:
         self._plan = plan
         self._events = events
         self._tickets: dict[str, Ticket] = {}
@@ -106,6 +121,8 @@ class Supervisor:
         self._failed_loads: Counter[str] = Counter()
         self._running: dict[int, WorkerProcess] = {}
         self._selector = selector or selectors.DefaultSelector()
+        self._reserve = Reserve() if reserve is None else reserve
+        self._has_started = False
 
     def run(self, groups: Sequence[Sequence[Ticket]]) -> None:
         """Run all groups to their end, or stop early; cells without an `ended` event were not finished."""
@@ -116,6 +133,8 @@ class Supervisor:
             try:
                 while (self._queue or self._running) and self._events.tick():
                     self._fill_slots()
+                    self._begin_early()
+                    self._tell_started()
                     self._sleep(always_s)
                     for slot, worker in list(self._running.items()):
                         self._follow(slot, worker)
@@ -163,6 +182,26 @@ class Supervisor:
             if slot not in self._running and self._queue:
                 self._start(slot, self._queue.popleft())
 
+    def _begin_early(self) -> None:
+        """Let processes begin for the groups that wait, beside workers that compute; end those that nobody needs.
+
+        What imports works on the cores and the memory bus. So where anything is timed, in this sweep, no process is
+        there but the workers.
+        """
+        may_begin = self._plan.begins_early and self._queue
+        self._reserve.keep(self._plan.slots if may_begin else ())
+        if not may_begin:
+            return
+        for slot, worker in self._running.items():
+            environment = self._plan.slots[slot]
+            if worker.computes and not self._reserve.num_for(environment) and len(self._reserve) < len(self._queue):
+                self._reserve.begin(environment, entry=self._plan.entry)
+
+    def _tell_started(self) -> None:
+        if not self._has_started:
+            self._has_started = True
+            self._events.started()
+
     def _start(self, slot: int, keys: list[str]) -> None:
         self._running[slot] = WorkerProcess(
             self._plan.job([self._tickets[key] for key in keys]),
@@ -170,6 +209,7 @@ class Supervisor:
             limits=self._plan.limits,
             log=self._plan.results / "logs" / f"{keys[0][:16]}.log",
             environment=self._plan.slots[slot],
+            begun=self._reserve.take(self._plan.slots[slot], entry=self._plan.entry),
         )
 
     def _follow(self, slot: int, worker: WorkerProcess) -> None:
@@ -263,6 +303,7 @@ class Supervisor:
                 stopped = Verdict(status="preempted", kind="Stopped", message="the sweep was stopped from outside")
                 key, phase = worker.active
                 self._end(self._body(key, phase, stopped, worker))
+        self._reserve.close()
         self._selector.close()
 
 
@@ -331,6 +372,7 @@ class WorkerSettings:
             limits=Limits(timeout_s=self.timeout_s, silence_s=self.silence_s),
             num_retries=self.num_retries,
             slots=slots_of(tickets),
+            begins_early=not any(_is_disturbed(ticket.cell) for ticket in tickets),
         )
 
     def groups(self, tickets: Sequence[Ticket]) -> list[list[Ticket]]:
@@ -351,6 +393,11 @@ class WorkerSettings:
         return None if self.group_cells is None else self.group_cells * len(slots_of(tickets))
 
 
+def _is_disturbed(cell: Cell) -> bool:
+    """Whether a process that imports would be in the way: of what is timed, and of a CPU, all of which computes."""
+    return not cell.device.startswith("cuda") or any(map(is_timed, cell.tasks.values()))
+
+
 def slots_of(tickets: Sequence[Ticket], environment: Mapping[str, str] = os.environ) -> list[dict[str, str]]:
     """Return the environment of each worker that may run at the same time: one per GPU with device=auto.
 
@@ -362,12 +409,6 @@ def slots_of(tickets: Sequence[Ticket], environment: Mapping[str, str] = os.envi
     if any(ticket.cell.spread_over for ticket in tickets):
         return [{}]
     return gpu_slots(_num_gpus(), environment.get("CUDA_VISIBLE_DEVICES"))
-
-
-def gpu_slots(num_gpus: int, visible: str | None) -> list[dict[str, str]]:
-    """Return one slot per GPU; `visible` is what this process was given itself."""
-    names = visible.split(",") if visible else [str(number) for number in range(num_gpus)]
-    return [{"CUDA_VISIBLE_DEVICES": name} for name in names[:num_gpus]] if num_gpus > 1 else [{}]
 
 
 def _num_gpus() -> int:

@@ -30,6 +30,7 @@ from kvbench.results.record import MEASURED, read_record
 from kvbench.results.store import PartialStore, RecordStore
 from kvbench.sinks import SinkGroup, say
 from kvbench.sweep.cell import Attempt, Cell
+from kvbench.sweep.process import Reserve
 from kvbench.sweep.supervisor import Events, HeldClaims, Supervisor, Ticket, WorkerSettings
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)  # the last is what SLURM is asked to send before its limit
@@ -243,7 +244,8 @@ _ASK_AGAIN_S = 1.0
 class Sweep:
     """The cells of one invocation, by key; a search adds them batch by batch.
 
-    Sinks are opened only when there is something to run.
+    Sinks are opened only when there is something to run. reserve: processes that have begun, for its workers.
+    meanwhile: done once, while the first workers import.
     """
 
     def __init__(
@@ -256,6 +258,8 @@ class Sweep:
         sinks: SinkGroup,
         claims: Claims,
         force: bool,
+        reserve: Reserve | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
         self.results = results
@@ -264,6 +268,7 @@ class Sweep:
         self._workers, self._sinks, self._force = workers, sinks, force
         self._store = RecordStore(results)
         self._claims = HeldClaims(claims)
+        self._reserve, self._meanwhile = Reserve() if reserve is None else reserve, meanwhile
         self._ended: dict[str, str] = {}
         self._measured = False
 
@@ -335,7 +340,8 @@ class Sweep:
         mine = [self.tickets[key] for key in held if key in missing]
         if mine:
             plan = self._workers.plan(mine, results=self.results, sweep=self.name)
-            Supervisor(plan, self._events(progress, stop)).run(self._workers.groups(mine))
+            events = self._events(progress, stop)
+            Supervisor(plan, events, reserve=self._reserve).run(self._workers.groups(mine))
         elif missing:
             time.sleep(_ASK_AGAIN_S)
 
@@ -359,7 +365,12 @@ class Sweep:
             tick=tick,
             due_s=self._claims.due_s,
             quiet=lambda: self._sinks.flush(self._claims.beat),
+            started=self._started,
         )
+
+    def _started(self) -> None:
+        todo, self._meanwhile = self._meanwhile, lambda: None
+        todo()
 
     def _end(self, key: str, status: str) -> None:
         self._ended[key] = status

@@ -1,13 +1,17 @@
 """What a spawned worker runs: read a job, build its cells from their configurations, run them, tell every step.
 
-A job is one JSON line on the standard input; nothing is pickled. What may be said is in `kvbench.sweep.process`.
+A job is one JSON line on the standard input; nothing is pickled. What may be said is in `kvbench.sweep.process`. What
+takes long to import is imported before the job is looked at, which may not even be known then.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import faulthandler
+import gc
+import importlib
 import json
 import logging
 import os
@@ -27,20 +31,64 @@ _BUSY_FRACTION = 0.01  # of one core, above which a worker that loads is at work
 _BUSY_BYTES_PER_S = 20_000  # ... or read and written: a slow disk or network takes hours and hardly any processor time
 
 
-def main(job: dict[str, Any]) -> None:
+def begin(how: Mapping[str, Any]) -> None:
+    """Import what the entry needs, then run its job, or end in silence where there is none after all.
+
+    The job is read meanwhile, so that the parent never waits until it has said it. When anything heavy is imported this
+    process dies with its parent, and its beats are heard.
+    """
+    protect(how["parent"])
+    watcher = PipeWatcher(how["messages"], answers=how["answers"], beat_every_s=how["beat_every_s"])
+    lines: list[str] = []
+    reading = threading.Thread(target=lambda: lines.append(sys.stdin.readline()), name="job", daemon=True)
+    reading.start()
+    gc.disable()
+    entry = importlib.import_module(how["entry"])
+    if hasattr(entry, "prepare"):
+        entry.prepare(is_awaited=lambda: bool(lines))
+    gc.freeze()  # modules stay: looking for waste among them took a sixth of a start, and 0.2 s before every timed task
+    gc.enable()
+    atexit.register(gc.unfreeze)  # a library's bindings take what is frozen at the end for lost, and say so at length
+    reading.join()
+    if not lines or not lines[0]:
+        os._exit(0)
+    job = json.loads(lines[0])
+    sys.path[:] = job["path"]
+    os.environ.clear()
+    os.environ.update(job["environment"])
+    _write_to(Path(job["log"]))
+    watcher.beat_every_s(job["beat_every_s"])
+    entry.main(job, watcher)
+
+
+def _write_to(log: Path) -> None:
+    with log.open("ab") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+
+
+def prepare(is_awaited: Callable[[], bool]) -> None:
+    """Import what every worker needs, and what scores text as long as no job waits for it."""
+    from kvbench.cli.sweep import quiet_libraries
+
+    quiet_libraries()
+    for name in ("kvbench.config.build", "kvbench.results.store", "kvbench.sweep.group"):
+        importlib.import_module(name)
+    if not is_awaited():
+        from kvbench.tasks.rouge import rouge_scores
+
+        rouge_scores(prediction="a word", reference="another")  # its libraries come when they are used
+
+
+def main(job: dict[str, Any], watcher: PipeWatcher) -> None:
     """Run the job, one group, and end the process without waiting for anything that a library left running."""
-    protect(job["parent"])
-    watcher = watcher_of(job)
-    # What takes long to import comes when this process dies with its parent, and its beats are heard.
     from omegaconf import OmegaConf
 
-    from kvbench.cli.sweep import quiet_libraries
     from kvbench.config.build import build_cells
     from kvbench.config.compose import Composed
     from kvbench.results.store import PartialStore
     from kvbench.sweep.group import GroupPlan, ModelShelf, run_group
 
-    quiet_libraries()
     specs = [Composed(config=OmegaConf.create(spec["config"]), choices=spec["choices"]) for spec in job["cells"]]
     cells = build_cells(specs)
     if [cell.key for cell in cells] != job["keys"]:
@@ -72,11 +120,6 @@ def protect(parent: int) -> None:
             os._exit(1)
 
 
-def watcher_of(job: Mapping[str, Any]) -> PipeWatcher:
-    """Return the worker's end of the talk about `job`."""
-    return PipeWatcher(job["messages"], answers=job["answers"], beat_every_s=job["beat_every_s"])
-
-
 class PipeWatcher:
     """Writes one line per event to `messages`; each carries the time of the steady clock.
 
@@ -95,6 +138,10 @@ class PipeWatcher:
         self._lock = threading.Lock()
         self._loading = Loading(self.beat, every_s=beat_every_s, cpu_s=cpu_s)
         self._loading.start()
+
+    def beat_every_s(self, time_s: float) -> None:
+        """From now on beat as often as the limits ask for, which may come later than the first beats."""
+        self._beat_every_s = self._loading.every_s = time_s
 
     def _tell(self, event: str, **content: Any) -> None:
         with self._lock:
@@ -165,20 +212,20 @@ class Loading(threading.Thread):
         moved: Callable[[], int] = moved_bytes,
     ) -> None:
         super().__init__(name="loading", daemon=True)
-        self._beat, self._every_s, self._cpu_s, self._moved = beat, every_s, cpu_s, moved
+        self._beat, self.every_s, self._cpu_s, self._moved = beat, every_s, cpu_s, moved
         self._used_s, self._moved_bytes = cpu_s(), moved()
         self._stopped = threading.Event()
 
     def run(self) -> None:
         """Look from time to time."""
-        while not self._stopped.wait(self._every_s):
+        while not self._stopped.wait(self.every_s):
             self.look()
 
     def look(self) -> None:
         """Call `beat` if the process worked since the last look."""
         used_s, bytes_now = self._cpu_s(), self._moved()
-        is_busy = used_s - self._used_s > _BUSY_FRACTION * self._every_s
-        if is_busy or bytes_now - self._moved_bytes > _BUSY_BYTES_PER_S * self._every_s:
+        is_busy = used_s - self._used_s > _BUSY_FRACTION * self.every_s
+        if is_busy or bytes_now - self._moved_bytes > _BUSY_BYTES_PER_S * self.every_s:
             self._beat()
         self._used_s, self._moved_bytes = used_s, bytes_now
 

@@ -392,7 +392,7 @@ class Speed:
 
     def run(self, bench: Bench) -> TaskResult:
         """Time both arms; the first examples are the prompts, the same for both."""
-        reads = [_reads(bench.loaded.model, device) for device in bench.loaded.devices]
+        reads = [reads_of(bench.loaded.model, device) for device in bench.loaded.devices]
         batch = prompt_batch(bench.loaded, repeated(bench.examples, self.batch_size))
         policy, full = Arm(setting=bench.setting), Arm(setting=bench.full)
         self._warm_up(bench, batch, (policy, full))
@@ -478,7 +478,8 @@ def _observer(arm: Arm) -> Callable[[PolicyCache], None]:
     return observe
 
 
-def _reads(model: Any, device: torch.device) -> Reads:
+def reads_of(model: Any, device: torch.device) -> Reads:
+    """Measure how fast a copy is on `device`, and count the bytes of weights of `model` that a step reads there."""
     return Reads(device=device, weight_bytes=step_weight_bytes(model, device), bandwidth=copy_bandwidth(device))
 
 

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 from tqdm import tqdm
 
-from kvbench.cli.main import run
+from kvbench.cli.main import _get_ready_to_show, _show_tables, run
 from kvbench.cli.sweep import quiet_libraries
 from kvbench.errors import ConfigError
 from kvbench.report.build import inputs_digest
 from kvbench.report.figures import FIGURES
 from kvbench.results.record import MEASURED
 from kvbench.sinks.wandb.content import summary_id
+from kvbench.sweep.process import Begun
 
 REPO = Path(__file__).parents[2]
 SHORT = (
@@ -59,7 +60,7 @@ def _two_figures() -> Iterator[None]:
 def quick(tmp_path_factory: pytest.TempPathFactory, _two_figures: None) -> Path:
     """The results of the quick experiment."""
     folder = tmp_path_factory.mktemp("quick")
-    assert run([*QUICK, f"results={folder}"]) == 0
+    assert run([*QUICK, f"results={folder}"], begins_early=True) == 0
     return folder
 
 
@@ -114,6 +115,79 @@ def test_the_quick_experiment_leaves_records_tables_and_a_page(quick: Path) -> N
     for name in ("table.csv", "table.parquet", "report/index.html"):
         assert (quick / name).stat().st_size > 0
     assert not list(quick.glob("wandb")), "sink=console sends nothing to W&B"
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[Begun]:
+    """Every process that begins before it has a job."""
+    found: list[Begun] = []
+
+    class Noted(Begun):
+        def __init__(self, *of: Any, **options: Any) -> None:
+            super().__init__(*of, **options)
+            found.append(self)
+
+    monkeypatch.setattr("kvbench.sweep.process.Begun", Noted)
+    return found
+
+
+@pytest.mark.parametrize(
+    "words", [["policy=h2p"], ["policy=h2o", "budget.fraction=2"], ["-m", "policy=h2o,full", "model=local"]]
+)
+def test_a_refused_cell_is_one_line_and_the_process_that_has_begun_is_ended(
+    words: list[str], begun: list[Begun], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*words, "sink=console", f"results={tmp_path / 'r'}"], begins_early=True) == 2
+    printed = capfd.readouterr()
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+    assert len(begun) == 1
+    assert not begun[0].is_alive
+    assert not (tmp_path / "r").exists()
+
+
+def test_no_process_begins_for_what_measures_nothing_here(
+    quick: Path, begun: list[Begun], capfd: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["--help"], ["policy=h2o", "--cfg", "job"], ["results", "list", str(quick)], ["policies", "h2o"]):
+        assert run(words, begins_early=True) == 0
+    assert run(["-m", "hydra/launcher=joblib", "policy=h2p"], begins_early=True) == 2
+    assert begun == []
+    assert run([*QUICK, f"results={quick}"], begins_early=True) == 0
+    assert [one.is_alive for one in begun] == [False], "all was done, which is known after it began"
+    assert "nothing" not in capfd.readouterr().err
+
+
+def test_a_process_that_no_worker_will_be_is_ended_before_another_launcher_runs(
+    begun: list[Begun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[bool] = []
+    monkeypatch.setattr("kvbench.cli.main._slots_to_be", lambda overrides: [{}])  # where a yaml chose the launcher
+    monkeypatch.setattr("kvbench.cli.main._hand_to_hydra", lambda *_: alive.extend(one.is_alive for one in begun))
+    words = ["-m", "hydra/launcher=joblib", "task=perplexity", "sink=console", "dataset.num_samples=2"]
+    assert run([*words, f"results={tmp_path / 'r'}"], begins_early=True) == 1
+    assert alive == [False]
+
+
+def test_as_many_processes_begin_as_there_will_be_workers_on_the_gpus_of_the_machine(
+    begun: list[Begun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvbench.cli.main._num_gpus", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    refused = ["-m", "policy=h2o,full", "model=local", f"model.checkpoint={tmp_path}", f"results={tmp_path / 'r'}"]
+    assert run(refused, begins_early=True) == 2
+    assert [one.slot for one in begun] == [{"CUDA_VISIBLE_DEVICES": number} for number in "01"], "for two cells"
+    begun.clear()
+    assert run([*refused, "device=cuda:1"], begins_early=True) == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert run(refused, begins_early=True) == 2
+    assert [one.slot for one in begun] == [{}, {}]
+
+
+def test_a_report_that_cannot_be_imported_is_told_when_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kvbench.report.build", None)
+    _get_ready_to_show()
+    with pytest.raises(ImportError):
+        _show_tables(Path("r"), set())
 
 
 def test_a_second_run_measures_nothing(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:

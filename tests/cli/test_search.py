@@ -69,7 +69,7 @@ class Faked:
 
     batches: ClassVar[list[list[float]]] = []
 
-    def __init__(self, plan: Any, events: Any) -> None:
+    def __init__(self, plan: Any, events: Any, reserve: Any) -> None:
         self._events = events
 
     def run(self, groups: Any) -> None:

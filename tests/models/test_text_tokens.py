@@ -218,3 +218,37 @@ def test_a_tokenizer_that_appends_an_end_token_even_when_told_not_to_is_cut_too(
 
     for adds in (True, False):
         assert TextTokens(Stubborn(), None).ids("abc", add_special_tokens=adds) == [97, 98, 99]
+
+
+def test_a_text_is_tokenized_once_however_often_it_is_asked_for() -> None:
+    asked: list[str] = []
+
+    class Counted:
+        def __init__(self, of: Any) -> None:
+            self._of = of
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._of, name)
+
+        def __call__(self, text: str, **how: Any) -> Any:
+            asked.append(text)
+            return self._of(text, **how)
+
+    text = TextTokens(Counted(byte_level()), None)
+    first = text.ids(TEXTS[0], add_special_tokens=False)
+    first.append(-1)  # the caller's own
+    assert text.ids(TEXTS[0], add_special_tokens=False) == first[:-1]
+    assert text.ids(TEXTS[1], add_special_tokens=False) != first[:-1]
+    assert [asked.count(one) for one in TEXTS] == [1, 1]
+    text.ids(TEXTS[0], add_special_tokens=True)
+    assert asked.count(TEXTS[0]) == 2, "with what is put before it is another question"
+
+
+def test_tokens_that_are_refused_are_refused_again() -> None:
+    def refuse(ids: Any) -> None:
+        raise DataError("none of these")
+
+    text = TextTokens(byte_level(), None, refuse)
+    for _ in range(2):
+        with pytest.raises(DataError, match="none of these"):
+            text.ids(TEXTS[0], add_special_tokens=False)

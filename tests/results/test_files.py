@@ -38,6 +38,7 @@ WRITES_ELSEWHERE = {
     "kvbench/cli/fetch.py",  # what pip downloads, in a folder of its own until it is whole
     "kvbench/tasks/memory.py",  # a switch of the kernel under /proc
     "kvbench/sweep/process.py",  # a log is appended to
+    "kvbench/sweep/worker.py",  # as it is by the process that gets its job late
     "kvbench/results/store.py",  # a file without a name, whose date is the clock of the disk; sets damaged files aside
 }
 

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.results.record import MEASURED
-from kvbench.sweep.worker import PipeWatcher, protect, watcher_of
+from kvbench.sweep.worker import PipeWatcher
 
 
-def main(job: dict[str, Any]) -> None:
-    protect(job["parent"])
+def main(job: dict[str, Any], watcher: PipeWatcher) -> None:
     if Path(job["results"], "dies-at-start").exists():
         os._exit(3)
-    watcher = watcher_of(job)
     watcher.hello({"torch": "none", "gpu": os.environ.get("CUDA_VISIBLE_DEVICES", "")})
     for key, spec in zip(job["keys"], job["cells"], strict=True):
         for number, word in enumerate(spec["config"]["script"]):

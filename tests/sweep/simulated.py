@@ -14,7 +14,7 @@ import pytest
 from kvbench.sweep import process as worker_process
 from kvbench.sweep import supervisor
 from kvbench.sweep import supervisor as held_claims
-from kvbench.sweep.process import Limits, Verdict, Watchdog, WorkerProcess
+from kvbench.sweep.process import Begun, Limits, Verdict, Watchdog, WorkerProcess
 
 
 class Clock:
@@ -38,7 +38,14 @@ class Simulated(WorkerProcess):
     all: list[Simulated]
 
     def __init__(
-        self, job: Mapping[str, Any], *, keys: Sequence[str], limits: Limits, log: Path, environment: Mapping[str, str]
+        self,
+        job: Mapping[str, Any],
+        *,
+        keys: Sequence[str],
+        limits: Limits,
+        log: Path,
+        environment: Mapping[str, str],
+        begun: Begun | None = None,
     ) -> None:
         self.keys, self._given = list(keys), tuple(keys)
         self.watchdog = Watchdog(limits=limits, now_s=self.clock.now_s)

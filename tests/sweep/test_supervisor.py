@@ -15,12 +15,27 @@ from kvbench.results.claims import Claims
 from kvbench.results.record import encode_record
 from kvbench.sweep import supervisor
 from kvbench.sweep.cell import Attempt
-from kvbench.sweep.process import Limits
+from kvbench.sweep.process import Begun, Limits, Reserve
 from kvbench.sweep.supervisor import Events, HeldClaims, Supervisor, Ticket, WorkerPlan, WorkerSettings
 from tests.sweep.simulated import Simulated, simulate
 from tests.tasks.benches import cell_of
 
 GOOD = ["beat 0", "done ok"]
+ENTRY = "tests.sweep.fake_worker"
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The ids of all processes that begin, in order."""
+    pids: list[int] = []
+
+    class Noted(Begun):
+        def __init__(self, *of: Any, **options: Any) -> None:
+            super().__init__(*of, **options)
+            pids.append(self.process.pid)
+
+    monkeypatch.setattr("kvbench.sweep.process.Begun", Noted)
+    return pids
 
 
 class Sweep:
@@ -35,8 +50,11 @@ class Sweep:
             limits=limits,
             num_retries=options.pop("num_retries", 1),
             slots=options.pop("slots", [{}]),
-            entry="tests.sweep.fake_worker",
+            entry=ENTRY,
+            begins_early=options.pop("begins_early", False),
         )
+        self.before = psutil.Process().children()
+        self.reserve = Reserve()
         self.tick: Callable[[], bool] = options.pop("tick", lambda: True)
         self.ended: list[tuple[int, dict[str, Any], bool]] = []
         self.active: list[int] = []
@@ -56,8 +74,8 @@ class Sweep:
             ended=ended,
             tick=self.tick,
         )
-        before = psutil.Process().children()  # such as W&B's service of an earlier test
-        Supervisor(self.plan, events).run(tickets)
+        before = self.before or psutil.Process().children()  # such as W&B's service of an earlier test
+        Supervisor(self.plan, events, reserve=self.reserve).run(tickets)
         assert set(psutil.Process().children()) <= set(before), "no worker is left"
         return [(number, body["status"], body["phase"], final) for number, body, final in self.ended]
 
@@ -224,6 +242,93 @@ def test_what_fails_in_the_parent_ends_the_workers_too(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="the disk is gone"):
         sweep.run([["sleep 300"]])
     assert set(psutil.Process().children()) <= set(before)
+
+
+def test_a_process_that_has_begun_gets_the_job_and_no_other_is_started(tmp_path: Path, begun: list[int]) -> None:
+    sweep = Sweep(tmp_path, slots=[{"CUDA_VISIBLE_DEVICES": "4"}])
+    sweep.reserve.begin({"CUDA_VISIBLE_DEVICES": "4"}, entry=ENTRY)
+    told = sweep.run([["say its log", "exit 3"]])
+    assert told == [(0, "crash", "phase 1", True)]
+    assert len(begun) == 1
+    assert sweep.body(0)["environment"]["gpu"] == "4"
+    assert sweep.body(0)["error"]["traceback"] == "its log\n", "from the job on it writes where any worker does"
+
+
+def test_the_variables_of_now_are_a_workers_and_not_those_of_when_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "before")
+    sweep = Sweep(tmp_path)
+    sweep.reserve.begin({}, entry=ENTRY)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "now")
+    sweep.run([["exit 3"]])
+    assert sweep.body(0)["environment"]["gpu"] == "now"
+
+
+def test_a_process_for_another_slot_or_one_that_died_is_not_taken_but_ended(tmp_path: Path, begun: list[int]) -> None:
+    sweep = Sweep(tmp_path)
+    sweep.reserve.begin({"CUDA_VISIBLE_DEVICES": "4"}, entry=ENTRY)
+    sweep.reserve.begin({}, entry=ENTRY)
+    psutil.Process(begun[1]).kill()
+    psutil.Process(begun[1]).wait()
+    assert sweep.run([GOOD]) == [(0, "ok", None, True)]
+    assert len(begun) == 3
+    assert len(sweep.reserve) == 0
+
+
+def test_a_process_that_is_never_given_a_job_ends_in_silence(capfd: pytest.CaptureFixture[str]) -> None:
+    begun = Begun({}, entry=ENTRY)
+    assert begun.process.stdin is not None
+    begun.process.stdin.close()
+    assert begun.process.wait() == 0
+    begun.end()
+    reserve = Reserve()
+    reserve.begin({}, entry=ENTRY)
+    reserve.close()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("begins_early", [True, False])
+def test_the_next_groups_process_begins_beside_a_cell_only_where_it_may(
+    begins_early: bool, tmp_path: Path, begun: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = Sweep(tmp_path, begins_early=begins_early)
+    beside: list[list[int]] = []
+    begin = sweep.reserve.begin
+
+    def noted(*of: Any, **options: Any) -> None:
+        beside.append([pid for pid in begun if psutil.pid_exists(pid)])
+        begin(*of, **options)
+
+    monkeypatch.setattr(sweep.reserve, "begin", noted)
+    told = sweep.run([["beat 0.3", "done ok"]], [["beat 0.3", "done ok"]])
+    assert told == [(0, "ok", None, True), (1, "ok", None, True)]
+    assert len(begun) == 2, "one for each group, however early"
+    assert beside == ([begun[:1]] if begins_early else [])
+
+
+def test_nothing_begins_for_a_group_that_is_not_there(tmp_path: Path, begun: list[int]) -> None:
+    sweep = Sweep(tmp_path, begins_early=True, slots=[{}, {}])
+    sweep.run([["beat 0.2", "done ok"]], [["beat 0.2", "done ok"]])
+    assert len(begun) == 2
+
+
+def test_what_can_be_done_meanwhile_is_done_once_when_the_first_workers_are_there(
+    tmp_path: Path, begun: list[int]
+) -> None:
+    sweep, started = Sweep(tmp_path), []
+    tickets = [[sweep.ticket(GOOD)], [sweep.ticket(GOOD)]]
+    nothing: Any = lambda *_: None  # noqa: E731
+    events = Events(
+        active=nothing,
+        advance=nothing,
+        batches=nothing,
+        ended=nothing,
+        tick=lambda: True,
+        started=lambda: started.append(len(begun)),
+    )
+    Supervisor(sweep.plan, events).run(tickets)
+    assert started == [1]
 
 
 def test_a_worker_dies_with_its_parent(tmp_path: Path) -> None:

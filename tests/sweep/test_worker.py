@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from kvbench.sweep.process import GO, message_of
-from kvbench.sweep.worker import Loading, PipeWatcher, moved_bytes
+from kvbench.sweep.worker import Loading, PipeWatcher, moved_bytes, prepare
 
 
 class Pipes:
@@ -129,3 +129,13 @@ def test_a_worker_is_tied_to_its_parent_before_anything_heavy_is_imported() -> N
     code = "import sys, kvbench.sweep.worker; print({'torch', 'hydra', 'omegaconf'} & set(sys.modules))"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout == "set()\n"
+
+
+def test_what_scores_text_is_imported_early_only_while_no_job_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    scored: list[dict[str, str]] = []
+    monkeypatch.setattr("kvbench.tasks.rouge.rouge_scores", lambda **texts: scored.append(texts))
+    prepare(is_awaited=lambda: True)
+    assert scored == []
+    prepare(is_awaited=lambda: False)
+    (texts,) = scored
+    assert len(set(texts.values())) == 2, "the scorer is not asked about one text twice"

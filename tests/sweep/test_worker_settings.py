@@ -8,7 +8,10 @@ import pytest
 
 from kvbench.errors import ConfigError
 from kvbench.sweep import supervisor as workers
-from kvbench.sweep.supervisor import Ticket, WorkerSettings, gpu_slots, slots_of
+from kvbench.sweep.process import gpu_slots
+from kvbench.sweep.supervisor import Ticket, WorkerSettings, slots_of
+from kvbench.tasks.perplexity import Perplexity
+from kvbench.tasks.speed import Speed
 from tests.tasks.benches import cell_of
 
 
@@ -52,6 +55,18 @@ def test_a_gpu_keeps_the_name_it_was_given_under() -> None:
     assert gpu_slots(2, "5,7") == [{"CUDA_VISIBLE_DEVICES": "5"}, {"CUDA_VISIBLE_DEVICES": "7"}]
     assert gpu_slots(1, "5") == [{}]
     assert gpu_slots(0, None) == [{}]
+
+
+def test_processes_begin_beside_cells_only_where_nothing_is_timed_and_a_gpu_computes() -> None:
+    def begins_early(given: list[Ticket]) -> bool:
+        return WorkerSettings().plan(given, results=Path("r"), sweep="s").begins_early
+
+    given = tickets("a", "b", device="cuda:0", asked="cuda:0")
+    quality: list[Ticket] = [replace(one, cell=replace(one.cell, tasks={"perplexity": Perplexity()})) for one in given]
+    timed = replace(given[0], cell=replace(given[0].cell, tasks={"perplexity": Perplexity(), "speed": Speed()}))
+    assert begins_early(quality)
+    assert not begins_early([*quality, timed]), "its cells are timed beside nothing, whichever comes first"
+    assert not begins_early([replace(quality[0], cell=replace(quality[0].cell, device="cpu"))])
 
 
 def test_a_plan_takes_over_every_setting() -> None:
