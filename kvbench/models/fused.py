@@ -231,13 +231,15 @@ def _rotate_by_kernel(modeling: Any) -> None:
 
 def _turns_halves(stock: Any) -> bool:
     """Whether the function does what the kernel does, tried on some numbers: there are models that turn neighbours."""
-    states = torch.arange(16.0, device="cpu").view(1, 2, 1, 8)
-    cosines = torch.linspace(0.1, 0.9, 8, device="cpu").view(1, 1, 8)
+    states = torch.arange(16.0, dtype=torch.float32, device="cpu").view(1, 2, 1, 8)
+    cosines = torch.linspace(0.1, 0.9, 8, dtype=torch.float32, device="cpu").view(1, 1, 8)
     sines, (low, high) = cosines.flip(-1), states.chunk(2, dim=-1)
     try:
         turned = stock(states, states[:, :1], cosines, sines)
     except Exception:  # it takes something else
         return False
+    if not isinstance(turned, tuple) or len(turned) != 2:
+        return False
     expected = states * cosines + torch.cat((-high, low), dim=-1) * sines
     both = zip(turned, (expected, expected[:, :1]), strict=True)
-    return all(one.shape == other.shape and torch.allclose(one, other) for one, other in both)
+    return all(one.shape == other.shape and torch.allclose(one.float(), other) for one, other in both)

@@ -284,6 +284,19 @@ def test_the_kernel_turns_in_fused_attention_only(monkeypatch: pytest.MonkeyPatc
     assert asked == [True]
 
 
+def test_a_rotation_that_is_called_otherwise_is_left_as_it_is() -> None:
+    for stock in (
+        lambda x, cos, sin: x,
+        lambda x, cos, sin, dim=1: x,
+        lambda q, k, cos, sin: (q, k, k),
+        lambda q, k, cos, sin: (q[..., :4], k[..., :4]),
+        lambda q, k, cos, sin: apply_rotary_pos_emb(q, k, cos, -sin),
+    ):
+        modeling = SimpleNamespace(apply_rotary_pos_emb=stock)
+        fused._rotate_by_kernel(modeling)
+        assert modeling.apply_rotary_pos_emb is stock
+
+
 def test_an_attention_that_fails_leaves_the_flag_as_it_was() -> None:
     class Attention(nn.Module):
         def forward(self) -> Any:
