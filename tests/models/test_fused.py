@@ -83,7 +83,10 @@ def never(layer: PolicyLayer) -> bool:
 
 @pytest.mark.parametrize(
     "kind",
-    ["hunyuan_v1_dense", "cohere", *(pytest.param(kind, marks=LONG) for kind in ("ministral3", "phi", "nanochat"))],
+    [
+        "hunyuan_v1_dense",
+        *(pytest.param(kind, marks=LONG) for kind in ("cohere", "ernie4_5", "helium", "ministral3", "nanochat", "phi")),
+    ],
 )
 def test_a_model_that_rotates_otherwise_or_goes_on_with_what_it_rotated_gives_its_own_logits(kind: str) -> None:
     """Norms of turned queries and keys, a factor to the queries, a part of the head only; pairs of neighbours."""
@@ -104,7 +107,15 @@ class Looking(PolicyCache):
         return super().update(key_states, *args, **options)
 
 
-@pytest.mark.parametrize("by_instance", [False, pytest.param(True, marks=LONG)])
+def test_only_a_cache_with_the_librarys_own_update_takes_keys_before_their_rotation() -> None:
+    caches: list[Any] = [kind(tiny_model("llama_gqa"), H2O(), Budget(fraction=0.5)) for kind in (PolicyCache, Looking)]
+    assert [cache.takes_unturned for cache in caches] == [True, False]
+    caches[0].update = lambda *args, **options: caches[1].update(*args, **options)
+    assert not caches[0].takes_unturned
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("by_instance", [False, True])
 def test_a_users_own_cache_is_given_keys_that_are_rotated(by_instance: bool) -> None:
     model, tokens = half("llama_gqa").float(), random_tokens(1, 2, PROMPT + STEPS).to(ON)
     fuse(model)
