@@ -22,7 +22,8 @@ from kvbench.kernels.dispatch import is_decode_row, leave_unturned, use_triton
 
 _SILU = ("SiLU", "SiLUActivation")
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-_ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")  # cache what they rotate
+_OF_TEXT = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
+_ATTENTIONS = (*_OF_TEXT, "Qwen2_5_VLAttention", "Qwen3VLTextAttention")  # a cache is given what they rotated as it is
 _fused_attention: ContextVar[object] = ContextVar("fused_attention", default=None)  # the cache of the one that runs
 _NO_CACHE = object()
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +24,10 @@ from kvbench.kernels import decode_step
 from kvbench.kernels.dispatch import kernels_forced
 from kvbench.models import fused
 from kvbench.models.fused import fuse
+from kvbench.models.spec import FAMILIES, PORTED_FAMILIES, TEXT_FAMILIES
 from kvbench.policies.h2o import H2O
+from tests.models.checkpoints import text_model
+from tests.models.vision_checkpoints import VISION_CHECKPOINTS
 from tests.tiny_models import random_tokens, tiny_model
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -97,6 +102,18 @@ def test_a_model_that_rotates_otherwise_or_goes_on_with_what_it_rotated_gives_it
     exact = logits(copy.deepcopy(model), by_kernels=False)
     fuse(model)
     torch.testing.assert_close(logits(model, by_kernels=True), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in PORTED_FAMILIES])
+def test_attention_of_every_supported_family_leaves_the_rotation_to_who_writes(family: str, tmp_path: Path) -> None:
+    if family in TEXT_FAMILIES:
+        model = text_model(family)
+    else:
+        model = tiny_model("llava") if family == "llava" else VISION_CHECKPOINTS[family](tmp_path)
+    attention = model.get_decoder().layers[0].self_attn
+    assert type(attention).__name__ in fused._ATTENTIONS
+    rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)  # of some by another name
+    assert rotate is None or fused._turns_halves(getattr(rotate, "kvbench_stock", rotate))
 
 
 class Looking(PolicyCache):
