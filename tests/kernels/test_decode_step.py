@@ -54,6 +54,7 @@ def test_tiles_of_a_vocabulary_and_of_larger_batches(
     assert error(output, x.double() @ weight.double().T) < TOLERANCE[dtype]
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize(("rows", "width", "size"), SIZES)
 def test_tiles_of_a_wide_input(

@@ -67,7 +67,7 @@ def test_a_fused_step_gives_the_logits_of_the_models_own(
     assert error < 2 * stock_error + (1e-4 if dtype == torch.float16 else 1e-6)
 
 
-@pytest.mark.parametrize("looks", [False, True])
+@pytest.mark.parametrize("looks", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_keys_are_rotated_as_they_are_written_unless_somebody_looks_at_them_before(
     looks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
