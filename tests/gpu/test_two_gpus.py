@@ -240,8 +240,8 @@ def test_a_sweep_over_two_gpus_takes_at_most_three_fifths_of_the_time_on_one(tmp
         "worker.isolation=cell",
     )
     kvbench(*words, "dataset.num_samples=2", "results=warm", gpus="0,1", folder=tmp_path)
-    two_s = kvbench(*words, "dataset.num_samples=320", "results=two", gpus="0,1", folder=tmp_path)
-    one_s = kvbench(*words, "dataset.num_samples=320", "results=one", gpus="0", folder=tmp_path)
+    two_s = kvbench(*words, "dataset.num_samples=400", "results=two", gpus="0,1", folder=tmp_path)
+    one_s = kvbench(*words, "dataset.num_samples=400", "results=one", gpus="0", folder=tmp_path)
     shared = bodies(tmp_path / "two")
     assert {body["environment"].get("num_workers") for body in shared} == {2}
     assert len(shared) == 6
