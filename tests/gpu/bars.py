@@ -53,6 +53,7 @@ FIRST_TOKENS: dict[str, tuple[int, int, dict[str, float]]] = {
     "8b": (1, 32_768, {"h2o": 1.08, "elastic": 1.12, "snapkv": 1.02, "streaming_llm": 1.02}),
 }
 SHARES = {"7b": 0.85, "13b": 0.88, "8b": 0.85}  # of the roof, of the full cache's step
+_LONG_TOKENS = 8192
 LESS = 0.02  # that a policy's share of its own roof may be lower
 PAPER = [("13b", 8, 1024, 512), ("13b", 16, 624, 256), ("7b", 16, 1024, 512), ("7b", 48, 624, 256)]
 
@@ -299,12 +300,14 @@ def _beside_peers(
         yield Row(figure=figure, bar="measured", value=compiled.first_s, met=None, note=note)
 
 
-def _in_turn(entrants: Sequence[Entrant], where: str, scale: Scale) -> Iterator[Row]:
-    """Make launches of all, there and back, after two of each; one that fails is a row and takes no part."""
+def _in_turn(
+    entrants: Sequence[Entrant], where: str, scale: Scale, *, num_launches: int = 6, num_warmups: int = 2
+) -> Iterator[Row]:
+    """Make launches of all, there and back, after the first of each; one that fails is a row and takes no part."""
     running = list(entrants)
     for one in entrants:
         try:
-            for _ in range(2):
+            for _ in range(num_warmups):
                 start_s = time.monotonic()
                 one.run()
                 one.first_s = one.first_s or time.monotonic() - start_s
@@ -312,7 +315,7 @@ def _in_turn(entrants: Sequence[Entrant], where: str, scale: Scale) -> Iterator[
             running.remove(one)
             yield _failed(f"{one.name}, {where}", error)
             free_memory()
-    for number in range(6 * scale.num_blocks):
+    for number in range(num_launches * scale.num_blocks):
         for one in running[:: 1 if number % 2 == 0 else -1]:
             one.launches.append(one.run())
 
@@ -335,7 +338,8 @@ def first_token_rows(loaded: LoadedModel, name: str, scale: Scale) -> Iterator[R
     others = {label: entrant(label, POLICIES[label], POLICIES[label].native_positions) for label in bars}
     apart = entrant("streaming_llm at original positions", StreamingLLM(), "original")
     where = f"{name} B{size} {length}"
-    yield from _in_turn([full, *others.values(), apart], where, scale)
+    fewer = {"num_launches": 4, "num_warmups": 1} if length > _LONG_TOKENS else {}  # seconds each
+    yield from _in_turn([full, *others.values(), apart], where, scale, **fewer)
     for one in (full, *others.values(), apart):
         arms[one.name].launches = one.launches
     ran = {label: arm for label, arm in arms.items() if arm.launches}
