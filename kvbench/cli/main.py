@@ -141,8 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: list[str], *, begins_early: bool = False) -> int:
     """Return the exit code of one invocation.
 
-    begins_early: whether the first workers begin to import while the cells are still checked. If there is nothing to
-    measure, or a cell is refused, they are ended; nothing of theirs is seen.
+    begins_early: whether the first workers begin to import while the cells are still checked, unless the results folder
+    holds as many cells already. If a cell is refused, they are ended; nothing of theirs is seen.
     """
     try:
         installed_version()
@@ -172,10 +172,10 @@ def _answer(arguments: list[str], *, begins_early: bool) -> int:
         return _printed_by_hydra(words, overrides)
     reserve = Reserve()
     with contextlib.closing(reserve):
-        slots = _slots_to_be(overrides) if begins_early else []
-        for slot in slots[:1]:
-            reserve.begin(slot)
-        return _sweep(words, overrides, reserve, slots[1:])
+        slots, num_there = _slots_to_be(overrides) if begins_early else [], _num_cells(overrides)
+        if slots and not num_there:
+            reserve.begin(slots.pop(0))
+        return _sweep(words, overrides, reserve, slots, num_there)
 
 
 def _slots_to_be(overrides: Sequence[str]) -> list[dict[str, str]]:
@@ -189,6 +189,14 @@ def _slots_to_be(overrides: Sequence[str]) -> list[dict[str, str]]:
         return [{}]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return gpu_slots(0 if visible == "" else _num_gpus(), visible)[:_MOST_EARLY]
+
+
+def _num_cells(overrides: Sequence[str]) -> int:
+    """Return how many cells the results folder holds: where they are as many as are asked for, all may be done."""
+    given = [word.removeprefix("results=") for word in overrides if word.startswith("results=")]
+    with contextlib.suppress(OSError):
+        return len(os.listdir(Path(given[-1] if given else "results") / "cells"))
+    return 0
 
 
 def _num_gpus() -> int:
@@ -205,7 +213,11 @@ def _get_ready_to_show() -> None:
 
 
 def _sweep(
-    words: argparse.Namespace, overrides: list[str], reserve: Reserve, more_slots: Sequence[dict[str, str]]
+    words: argparse.Namespace,
+    overrides: list[str],
+    reserve: Reserve,
+    slots: Sequence[dict[str, str]],
+    num_there: int,
 ) -> int:
     from kvbench.config.compose import CONFIG_NAME, SUPERVISED, compose_grid, told_in_one_line
 
@@ -213,8 +225,8 @@ def _sweep(
     grid = compose_grid(overrides, multirun=words.multirun, config_dir=words.config_dir, config_name=name)
     if grid[0].choices["hydra/launcher"] != SUPERVISED:  # whose processes have workers of their own
         reserve.close()
-    else:
-        for slot in more_slots[: len(grid) - 1]:
+    elif num_there < len(grid):
+        for slot in slots[: len(grid) - len(reserve)]:
             reserve.begin(slot)
     from kvbench.cli.sweep import App, Stopped, make_importable, quiet_libraries
 

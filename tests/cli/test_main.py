@@ -153,8 +153,19 @@ def test_no_process_begins_for_what_measures_nothing_here(
     assert run(["-m", "hydra/launcher=joblib", "policy=h2p"], begins_early=True) == 2
     assert begun == []
     assert run([*QUICK, f"results={quick}"], begins_early=True) == 0
-    assert [one.is_alive for one in begun] == [False], "all was done, which is known after it began"
+    assert begun == [], "all was done"
     assert "nothing" not in capfd.readouterr().err
+
+
+def test_a_process_begins_for_cells_that_a_used_folder_may_lack(begun: list[Begun], tmp_path: Path) -> None:
+    used = tmp_path / "r" / "cells"
+    used.mkdir(parents=True)
+    refused = ["-m", "policy=h2o,full", "model=local", f"model.checkpoint={tmp_path}", f"results={tmp_path / 'r'}"]
+    for number, expected in enumerate((1, 1, 0)):
+        assert run(refused, begins_early=True) == 2
+        assert [one.is_alive for one in begun] == [False] * expected, f"{number} of two cells are there"
+        begun.clear()
+        (used / str(number)).mkdir()
 
 
 def test_a_process_that_no_worker_will_be_is_ended_before_another_launcher_runs(
