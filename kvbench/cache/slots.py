@@ -405,11 +405,12 @@ def _merged(entries: Entries, plan: Plan) -> Entries:
 
     def mean(states: Tensor) -> Tensor:
         total = torch.zeros_like(states, dtype=torch.float32)
-        brought = _brought(states, plan.merge_source).float() * held[..., None]
+        own = _brought(states, plan.merge_source).float()
+        brought = own * held[..., None]
         if weight is not None:
             return total.scatter_add_(2, wide, brought * weight[..., None]).to(states.dtype)
         total.scatter_add_(2, wide, brought)
-        return torch.where(joined, total / count.clamp(min=1)[..., None], states.float()).to(states.dtype)
+        return torch.where(joined, total / count.clamp(min=1)[..., None], own).to(states.dtype)
 
     mass = entries.mass
     if mass is not None:

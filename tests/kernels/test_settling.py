@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -140,6 +142,17 @@ def test_what_stays_comes_into_its_slots_by_age(
     for name in ("keys", "values"):
         one, other = getattr(ours.entries, name), getattr(reference.entries, name)
         torch.testing.assert_close(one[filled], other[filled], rtol=1e-6, atol=1e-6)
+
+
+def test_a_survivor_that_nobody_joins_goes_on_with_what_it_brings() -> None:
+    entries, plan = entries_and_plan(0, 12, 4, torch.float32, joining=0.5)
+    assert plan.merge_into is not None
+    older = (torch.arange(12, device=ON) - 1).clamp(min=0).expand(plan.merge_into.shape)
+    alone = Plan(
+        keep=entries.position >= 0, merge_into=torch.arange(12, device=ON).expand(older.shape), merge_source=older
+    )
+    assert_merges_alike(entries, alone, 12)
+    assert_merges_alike(entries, replace(plan, merge_source=older), 12)
 
 
 def test_a_bucket_larger_than_a_tile_is_read_to_its_end() -> None:
