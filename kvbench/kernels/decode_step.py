@@ -1,4 +1,4 @@
-"""What a decode step does beside attention: matrix times a few vectors, residual sum with RMSNorm, unturned.
+"""What a decode step does beside attention: matrix times a few vectors, residual sum with RMSNorm, rotation.
 
 Every weight is read once, at the bandwidth. For one row (batch 1) products are summed in float32 without the matrix
 units, which would idle; up to 64 rows are one tile of them. One launch serves several matrices with the same input
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbench.kernels.dispatch import Unturned, interpreted, on_its_device
+from kvbench.kernels.dispatch import Unturned, in_line, interpreted, on_its_device
 
 # mypy: ignore-errors
 # Kernels are written in Triton's language, not Python's.
@@ -158,22 +158,7 @@ def project(
             tile -= tiles0
     first, row = tile * BLOCK_N, tl.program_id(1) * BLOCK_M
     acc, _ = _tiles(
-        x,
-        weight,
-        weight,
-        first,
-        size,
-        width,
-        rows,
-        row,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        STAGES,
-        EVEN_K,
-        PRODUCT,
-        UPCAST,
-        False,
+        x, weight, x, first, size, width, rows, row, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, PRODUCT, UPCAST, False
     )
     _store(acc, bias, out, first, size, rows, row, BLOCK_M, BLOCK_N, HAS_BIAS)
 
@@ -200,59 +185,14 @@ def gate_up(
     first, row = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_M
     if TOGETHER:
         g, u = _tiles(
-            x,
-            gate,
-            up,
-            first,
-            size,
-            width,
-            rows,
-            row,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            STAGES,
-            EVEN_K,
-            PRODUCT,
-            UPCAST,
-            True,
+            x, gate, up, first, size, width, rows, row, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, PRODUCT, UPCAST, True
         )
     else:
         g, _ = _tiles(
-            x,
-            gate,
-            gate,
-            first,
-            size,
-            width,
-            rows,
-            row,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            STAGES,
-            EVEN_K,
-            PRODUCT,
-            UPCAST,
-            False,
+            x, gate, x, first, size, width, rows, row, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, PRODUCT, UPCAST, False
         )
         u, _ = _tiles(
-            x,
-            up,
-            up,
-            first,
-            size,
-            width,
-            rows,
-            row,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            STAGES,
-            EVEN_K,
-            PRODUCT,
-            UPCAST,
-            False,
+            x, up, up, first, size, width, rows, row, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, PRODUCT, UPCAST, False
         )
     _store(g * tl.sigmoid(g) * u, x, out, first, size, rows, row, BLOCK_M, BLOCK_N, False)
 
@@ -462,7 +402,7 @@ def rotate_rows(queries: Tensor, keys: Tensor, cosines: Tensor, sines: Tensor) -
 
 def rotate_later(queries: Tensor, keys: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Unturned]:
     """Return the keys as they are, dense in their last dimension, and what is to be done to them and to the queries."""
-    queries, keys = (states if states.stride(-1) == 1 else states.contiguous() for states in (queries, keys))
+    queries, keys = in_line(queries), in_line(keys)
     if cosines.stride(-1) != 1 or cosines.stride() != sines.stride():
         cosines, sines = cosines.contiguous(), sines.contiguous()
     turned = queries.new_empty(queries.shape)

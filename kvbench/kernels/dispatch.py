@@ -84,6 +84,11 @@ def on_its_device(launcher: Callable[_P, _R]) -> Callable[_P, _R]:
     return launched
 
 
+def in_line(states: Tensor) -> Tensor:
+    """Return `states` with the numbers of its last dimension side by side; a copy only if they are not."""
+    return states if states.stride(-1) == 1 else states.contiguous()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
     """Several new tokens attending: query (B, Hq, Q, D), keys and values (B, H, T, D).

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbench.kernels.dispatch import on_its_device
+from kvbench.kernels.dispatch import in_line, on_its_device
 
 _BLOCK = 4096  # entries that one load of the search reads
 _RANKED = 512  # entries that one program ranks, and reads at once
@@ -144,7 +144,7 @@ def keep_top(score: Tensor, position: Tensor, budget: Tensor) -> Tensor:
     """Return (B, H, T) bool as `selection.keep_top` does; score (B, H, T) in up to 32 bits, budget (B, H) or (B, 1)."""
     batch, heads, entries = position.shape
     keep = torch.empty((batch, heads, entries), dtype=torch.uint8, device=position.device)
-    position = position if position.stride(-1) == 1 else position.contiguous()
+    position = in_line(position)
     block = min(max(16, int(triton.next_power_of_2(entries))), _BLOCK)
     _keep_top[(batch * heads,)](
         score.expand(position.shape).contiguous(),
@@ -175,7 +175,7 @@ def oldest_first(position: Tensor) -> Tensor:
 def _ranked(position: Tensor, *, order: bool) -> Tensor:
     batch, heads, entries = position.shape
     made = torch.empty((batch, heads, entries), dtype=torch.int64, device=position.device)
-    position = position if position.stride(-1) == 1 else position.contiguous()
+    position = in_line(position)
     block = min(max(16, int(triton.next_power_of_2(entries))), _RANKED)
     _age_rank[(triton.cdiv(entries, block), batch * heads)](
         position, made, *position.stride()[:2], heads, entries, ORDER=order, BLOCK=block, num_warps=4
@@ -355,6 +355,12 @@ def _look(
     tl.store(amiss + row * 4 + 3, (lost > 0).to(tl.uint8))
 
 
+@triton.jit
+def _is_outside(there, first, last, batch):
+    """Whether entries at positions `there` are held, and below `first` or from `last` on, of one row's bounds."""
+    return (there >= 0) & ((there < tl.load(first + batch)) | (there >= tl.load(last + batch)))
+
+
 @triton.jit(do_not_specialize=["entries"])
 def _shield(
     score,
@@ -375,9 +381,8 @@ def _shield(
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = tl.load(position + batch * position_b + head * position_h + at, mask=at < entries, other=-1)
     number = tl.load(score + batch * score_b + head * score_h + at, mask=at < entries, other=0.0).to(tl.float32)
-    is_outside = (there < tl.load(first + batch)) | (there >= tl.load(last + batch))
     number = tl.where(number > 3.4028234663852886e38, 3.4028234663852886e38, number)  # NaN stays
-    number = tl.where(is_outside & (there >= 0), float("inf"), number)
+    number = tl.where(_is_outside(there, first, last, batch), float("inf"), number)
     tl.store(shielded + row * entries + at, number, mask=at < entries)
 
 
@@ -416,14 +421,19 @@ def _outside(position, first, last, found, position_b, position_h, heads, entrie
     position += row // heads * position_b + row % heads * position_h
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = tl.load(position + at, mask=at < entries, other=-1)
-    is_outside = (there < tl.load(first + row // heads)) | (there >= tl.load(last + row // heads))
-    tl.store(found + row * entries + at, (is_outside & (there >= 0)).to(tl.uint8), mask=at < entries)
+    is_outside = _is_outside(there, first, last, row // heads)
+    tl.store(found + row * entries + at, is_outside.to(tl.uint8), mask=at < entries)
 
 
 def walk_along(entries: int) -> dict[str, int]:
     """Return how a program that walks along so many entries does it."""
     block = min(max(16, int(triton.next_power_of_2(entries))), _BLOCK)
     return {"BLOCK": block, "PART": min(block, _SORTED), "num_warps": 8 if block == _BLOCK else 4}
+
+
+def _share_of(entries: int) -> int:
+    """Return how many of a row's entries a program takes that looks at each by itself."""
+    return min(max(16, int(triton.next_power_of_2(entries))), 1024)
 
 
 def bytes_of(flag: Tensor) -> Tensor:
@@ -437,7 +447,7 @@ def nearest_anchor(anchor: Tensor, member: Tensor, position: Tensor) -> Tensor:
     batch, heads, entries = position.shape
     nearest = torch.empty((batch, heads, entries), dtype=torch.int64, device=position.device)
     line = torch.empty((batch, heads, 3 * entries), dtype=torch.int32, device=position.device)
-    position = position if position.stride(-1) == 1 else position.contiguous()
+    position = in_line(position)
     _nearest_anchor[(batch * heads,)](
         bytes_of(anchor),
         bytes_of(member),
@@ -460,7 +470,7 @@ def looked_at(
     batch, heads, entries = position.shape
     counts = torch.empty((batch, heads, 4), dtype=torch.int64, device=position.device)
     amiss = torch.empty((batch, heads, 4), dtype=torch.uint8, device=position.device)
-    position = position if position.stride(-1) == 1 else position.contiguous()
+    position = in_line(position)
     walk = walk_along(entries)
     _look[(batch * heads,)](
         bytes_of(keep),
@@ -485,9 +495,9 @@ def shielded(score: Tensor, position: Tensor, first: Tensor, last: Tensor) -> Te
     """Return (B, H, T) float32 as `selection.shielded` does; score (B, H or 1, T)."""
     batch, heads, entries = position.shape
     made = torch.empty((batch, heads, entries), dtype=torch.float32, device=position.device)
-    position = position if position.stride(-1) == 1 else position.contiguous()
-    score = (score if score.stride(-1) == 1 else score.contiguous()).expand(position.shape)
-    block = min(max(16, int(triton.next_power_of_2(entries))), 1024)
+    position = in_line(position)
+    score = in_line(score).expand(position.shape)
+    block = _share_of(entries)
     _shield[(triton.cdiv(entries, block), batch * heads)](
         score,
         position,
@@ -507,8 +517,8 @@ def shielded(score: Tensor, position: Tensor, first: Tensor, last: Tensor) -> Te
 def has_nan(numbers: Tensor, position: Tensor) -> Tensor:
     """Return a bool of no dimensions as `selection.has_nan` does."""
     batch, heads, entries = position.shape
-    position = position if position.stride(-1) == 1 else position.contiguous()
-    block = min(max(16, int(triton.next_power_of_2(entries))), 1024)
+    position = in_line(position)
+    block = _share_of(entries)
     grid = (triton.cdiv(entries, block), batch * heads)
     found = torch.empty(grid, dtype=torch.uint8, device=position.device)
     each = numbers.numel() // position.numel()
@@ -546,8 +556,8 @@ def outside(position: Tensor, first: Tensor, last: Tensor) -> Tensor:
     """Return (B, H, T) bool as `selection.outside` does."""
     batch, heads, entries = position.shape
     found = torch.empty((batch, heads, entries), dtype=torch.uint8, device=position.device)
-    position = position if position.stride(-1) == 1 else position.contiguous()
-    block = min(max(16, int(triton.next_power_of_2(entries))), 1024)
+    position = in_line(position)
+    block = _share_of(entries)
     first, last = first.expand(batch).contiguous(), last.expand(batch).contiguous()
     _outside[(triton.cdiv(entries, block), batch * heads)](
         position, first, last, found, *position.stride()[:2], heads, entries, BLOCK=block

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbench.kernels.dispatch import Chunk, interpreted, on_its_device
+from kvbench.kernels.dispatch import Chunk, in_line, interpreted, on_its_device
 
 
 def flash_takes(query: Tensor) -> bool:
@@ -458,7 +458,7 @@ def row_lse(chunk: Chunk) -> Tensor:
 
 def _launch(kernel: Any, chunk: Chunk, tiles: Tiles, written: Tensor, *lse: Tensor, **constants: str | bool) -> None:
     """Launch one of the three kernels, which writes `written` and may read the rows' log-sum-exp."""
-    query, keys, key_position = _in_line(chunk.query), _in_line(chunk.keys), _in_line(chunk.key_position)
+    query, keys, key_position = in_line(chunk.query), in_line(chunk.keys), in_line(chunk.key_position)
     width = query.shape[-1]
     kernel(
         query,
@@ -486,8 +486,3 @@ def _launch(kernel: Any, chunk: Chunk, tiles: Tiles, written: Tensor, *lse: Tens
         **({} if tiles.max_registers is None else {"maxnreg": tiles.max_registers}),
         **constants,
     )
-
-
-def _in_line(states: Tensor) -> Tensor:
-    """Return `states` with heads whose numbers lie side by side, which kernels rely on; a copy only if they do not."""
-    return states if states.stride(-1) == 1 else states.contiguous()

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbench.kernels.dispatch import on_its_device
+from kvbench.kernels.dispatch import in_line, on_its_device
 from kvbench.kernels.ordering import bytes_of, line_up, walk_along
 
 # mypy: ignore-errors
@@ -89,8 +89,8 @@ def compacted(
     columns (B, H, C) by name, position -1 and the rest 0 in slots that none comes into. The given ones are (B, H, T).
     """
     batch, heads, entries = position.shape
-    position = position if position.stride(-1) == 1 else position.contiguous()
-    kind = kind if kind.stride(-1) == 1 else kind.contiguous()
+    position = in_line(position)
+    kind = in_line(kind)
     given = {"mass": mass, "noted": noted}
     optional = {name: position if one is None else one.contiguous() for name, one in given.items()}
     order = torch.empty((batch, heads, capacity), dtype=torch.int64, device=position.device)
@@ -202,7 +202,7 @@ class Buckets(NamedTuple):
 def buckets_of(into: Tensor, position: Tensor, order: Tensor, length: Tensor) -> Buckets:
     """Return the buckets of `into` (B, H, T) int64, whom each entry joins; position (B, H, T), -1 joins nobody."""
     (batch, heads, entries), capacity = into.shape, order.shape[-1]
-    position = position if position.stride(-1) == 1 else position.contiguous()
+    position = in_line(position)
     columns, slots = (batch, heads, entries), (batch, heads, capacity)
     lines = torch.empty((5, *columns), dtype=torch.int32, device=into.device)  # two of a line, two of bounds, members
     start, end = torch.empty((2, *slots), dtype=torch.int32, device=into.device)
@@ -235,7 +235,7 @@ def segment_mean(states: Tensor, buckets: Buckets, *, add_up: bool = False) -> T
 
     A survivor that nobody else joins stays as it is. add_up: the sum instead, of whoever joins.
     """
-    states = states if states.stride(-1) == 1 else states.contiguous()
+    states = in_line(states)
     batch, heads, entries, width = states.shape
     capacity, chunks = buckets.order.shape[-1], buckets.in_one.shape[-1]
     merged = torch.empty((batch, heads, capacity, width), dtype=states.dtype, device=states.device)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvbench.kernels.decode_step import turned_halves
-from kvbench.kernels.dispatch import SlotColumns, Unturned, on_its_device
+from kvbench.kernels.dispatch import SlotColumns, Unturned, in_line, on_its_device
 
 # mypy: ignore-errors
 # Kernels are written in Triton's language, not Python's.
@@ -288,7 +288,7 @@ def _free(
     apply: bool = True,
 ) -> None:
     (batch, heads), capacity = columns.length.shape, columns.capacity
-    score = score if score.stride(-1) == 1 else score.contiguous()
+    score = in_line(score)
     block = 512 if given and columns.rank is None else min(max(512, triton.next_power_of_2(capacity)), _MOST_SLOTS)
     free_victim[(batch * heads,)](
         score,
