@@ -62,6 +62,7 @@ def attend_part(
     peaks,
     sums,
     logits,
+    output,
     head_start,
     scaling,
     heads,
@@ -79,8 +80,12 @@ def attend_part(
     PRODUCT: tl.constexpr,
     UPCAST: tl.constexpr,
     RAGGED: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    """Attend to one part of the slots; partial results are (pair, part, group), logits (pair, group, C)."""
+    """Attend to one part of the slots; partial results are (pair, part, group), logits (pair, group, C).
+
+    With WHOLE it is the only part, and the output (pair, group, D) is written at once.
+    """
     pair, part = tl.program_id(0), tl.program_id(1)
     row, head = pair // heads, pair % heads
     held = tl.load(length + pair).to(tl.int32)
@@ -145,11 +150,15 @@ def attend_part(
         total = total * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRODUCT)
         peak = new_peak
-    out = (pair * parts + part) * GROUP + tl.arange(0, BLOCK_G)
-    one = tl.arange(0, BLOCK_G) < GROUP
-    tl.store(peaks + out, peak, mask=one)
-    tl.store(sums + out, total, mask=one)
-    tl.store(partial + out[:, None].to(tl.int64) * width + d, acc, mask=in_group & (d < width))
+    if WHOLE:
+        to = output + (pair * GROUP + g).to(tl.int64) * width + d
+        tl.store(to, (acc / total[:, None]).to(output.dtype.element_ty), mask=in_group & (d < width))
+    else:
+        out = (pair * parts + part) * GROUP + tl.arange(0, BLOCK_G)
+        one = tl.arange(0, BLOCK_G) < GROUP
+        tl.store(peaks + out, peak, mask=one)
+        tl.store(sums + out, total, mask=one)
+        tl.store(partial + out[:, None].to(tl.int64) * width + d, acc, mask=in_group & (d < width))
 
 
 @triton.jit
@@ -222,6 +231,7 @@ _JOIN_SLOTS = 1024
 _PRODUCT = "tf32x3"  # of float32: three of shorter numbers on the matrix units, as near to exact as one without them
 _MAX_PARTS = 64
 _PROGRAMS_PER_PROCESSOR = 2
+_NEARLY = 0.9
 
 
 class Turn(NamedTuple):
@@ -274,6 +284,7 @@ def decode_attention(
     partial = new((pairs, parts, group, width), dtype=torch.float32)
     peaks, sums = new((2, pairs, parts, group), dtype=torch.float32)
     want_rows = mass is not None or want_probs
+    is_whole = parts == 1 and not want_rows
     logits = new((pairs, group, capacity), dtype=torch.float32) if want_rows else partial
     probs = new((batch, heads, capacity), dtype=torch.float32) if want_probs else None
     output = new((batch, heads * group, 1, width))
@@ -288,6 +299,7 @@ def decode_attention(
         peaks,
         sums,
         logits,
+        output,
         head_start,
         scaling,
         heads,
@@ -304,9 +316,12 @@ def decode_attention(
         PRODUCT=_PRODUCT,
         UPCAST=interpreted(),
         RAGGED=ragged is not None,
+        WHOLE=is_whole,
         num_warps=warps,
         num_stages=stages,
     )
+    if is_whole:
+        return output, None
     join_parts[(pairs, group + (triton.cdiv(capacity, _JOIN_SLOTS) if want_rows else 0))](
         partial,
         peaks,
@@ -333,8 +348,8 @@ def decode_attention(
 
 
 def _num_parts(pairs: int, blocks: int, device: torch.device) -> int:
-    """Enough programs to fill the device, a power of two, and at least one of the `blocks` of slots for each."""
-    wanted = _PROGRAMS_PER_PROCESSOR * _num_processors(device) / pairs
+    """Enough programs nearly to fill the device, a power of two, and at least one of the `blocks` of slots for each."""
+    wanted = _NEARLY * _PROGRAMS_PER_PROCESSOR * _num_processors(device) / pairs
     parts = 1
     while parts < wanted and 2 * parts <= min(blocks, _MAX_PARTS):
         parts *= 2

@@ -11,13 +11,15 @@ between; only the residual sum is theirs to the bit, because everything after it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
-from kvbench.kernels.dispatch import Unturned, in_line, interpreted, on_its_device
+from kvbench.kernels.dispatch import Norm, Unturned, in_line, interpreted, on_its_device
 
 # mypy: ignore-errors
 # Kernels are written in Triton's language, not Python's.
@@ -31,24 +33,31 @@ def _tiles(
     x,
     weight,
     other,
+    gain,
+    epsilon,
     first,
     size,
     width,
     rows,
     first_row,
+    begin,
+    end,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRODUCT: tl.constexpr,
+    WEIGHT_FIRST: tl.constexpr,
     UPCAST: tl.constexpr,
+    NORM: tl.constexpr,
     TWO: tl.constexpr,
 ):
     """X (rows, K) from `first_row` on times rows `first`.. of weight (size, K): (BLOCK_M, BLOCK_N) float32.
 
-    With TWO of another weight of that size too, in the same loop. PRODUCT: how a product on the matrix units is made of
-    float32 numbers, or "none" for sums without them.
+    Summed are columns `begin` to `end`. With TWO of another weight of that size too, in the same loop. With NORM, for
+    one row, x is RMSNorm(x) gain: what all is divided by is known at the end. PRODUCT: how a product on the matrix
+    units is made of float32 numbers, or "none" for sums without them; WEIGHT_FIRST: which of both it takes as rows.
     """
     n = first + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -57,24 +66,32 @@ def _tiles(
         at = n[:, None].to(tl.int64) * width + k[None, :]
         sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         others = sums
-        for start in tl.range(0, width, BLOCK_K, num_stages=STAGES):
-            inside = (start + k < width) | EVEN_K
+        squares = tl.zeros((BLOCK_K,), tl.float32)
+        for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+            inside = (start + k < end) | EVEN_K
             there = here[:, None] & inside[None, :]
-            a = tl.load(x + start + k, mask=inside, other=0.0)
+            a = tl.load(x + start + k, mask=inside, other=0.0).to(tl.float32)
+            if NORM:
+                squares += a * a
+                a *= tl.load(gain + start + k, mask=inside, other=0.0).to(tl.float32)
             w = tl.load(weight + at + start, mask=there, other=0.0, eviction_policy="evict_first")
-            sums += w.to(tl.float32) * a.to(tl.float32)[None, :]
+            sums += w.to(tl.float32) * a[None, :]
             if TWO:
                 w = tl.load(other + at + start, mask=there, other=0.0, eviction_policy="evict_first")
-                others += w.to(tl.float32) * a.to(tl.float32)[None, :]
+                others += w.to(tl.float32) * a[None, :]
         acc, more = tl.sum(sums, 1)[None, :], tl.sum(others, 1)[None, :]
+        if NORM:
+            scale = tl.rsqrt(tl.sum(squares, 0) / width + epsilon)
+            acc *= scale
+            more *= scale
     elif PRODUCT == "none":
         m = first_row + tl.arange(0, BLOCK_M)
         at = n[:, None].to(tl.int64) * width + k[None, :]
         x_at = x + m[:, None] * width + k[None, :]
         sums = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K), tl.float32)
         others = sums
-        for start in tl.range(0, width, BLOCK_K, num_stages=STAGES):
-            inside = (start + k < width) | EVEN_K
+        for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+            inside = (start + k < end) | EVEN_K
             there = here[:, None] & inside[None, :]
             a = tl.load(x_at + start, mask=(m[:, None] < rows) & inside[None, :], other=0.0).to(tl.float32)
             w = tl.load(weight + at + start, mask=there, other=0.0)
@@ -83,14 +100,34 @@ def _tiles(
                 w = tl.load(other + at + start, mask=there, other=0.0)
                 others += a[:, None, :] * w.to(tl.float32)[None, :, :]
         acc, more = tl.sum(sums, 2), tl.sum(others, 2)
+    elif WEIGHT_FIRST:
+        m = first_row + tl.arange(0, BLOCK_M)
+        at = n[:, None].to(tl.int64) * width + k[None, :]
+        x_at = x + m[:, None] * width + k[None, :]
+        turned = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        turned_more = turned
+        for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+            inside = (start + k < end) | EVEN_K
+            there = here[:, None] & inside[None, :]
+            a = tl.load(x_at + start, mask=(m[:, None] < rows) & inside[None, :], other=0.0)
+            w = tl.load(weight + at + start, mask=there, other=0.0, eviction_policy="evict_first")
+            if UPCAST:
+                a, w = a.to(tl.float32), w.to(tl.float32)
+            turned = tl.dot(w, tl.trans(a), turned, input_precision=PRODUCT)
+            if TWO:
+                w = tl.load(other + at + start, mask=there, other=0.0, eviction_policy="evict_first")
+                if UPCAST:
+                    w = w.to(tl.float32)
+                turned_more = tl.dot(w, tl.trans(a), turned_more, input_precision=PRODUCT)
+        acc, more = tl.trans(turned), tl.trans(turned_more)
     else:
         m = first_row + tl.arange(0, BLOCK_M)
         at = n[None, :].to(tl.int64) * width + k[:, None]
         x_at = x + m[:, None] * width + k[None, :]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         more = acc
-        for start in tl.range(0, width, BLOCK_K, num_stages=STAGES):
-            inside = (start + k < width) | EVEN_K
+        for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+            inside = (start + k < end) | EVEN_K
             there = here[None, :] & inside[:, None]
             a = tl.load(x_at + start, mask=(m[:, None] < rows) & inside[None, :], other=0.0)
             w = tl.load(weight + at + start, mask=there, other=0.0, eviction_policy="evict_first")
@@ -107,14 +144,29 @@ def _tiles(
 
 @triton.jit
 def _store(
-    acc, bias, out, first, size, rows, first_row, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr
+    acc,
+    bias,
+    before,
+    out,
+    first,
+    size,
+    rows,
+    first_row,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     n = first + tl.arange(0, BLOCK_N)
     m = first_row + tl.arange(0, BLOCK_M)
     if HAS_BIAS:
         acc += tl.load(bias + n, mask=n < size, other=0.0).to(tl.float32)[None, :]
     inside = (m[:, None] < rows) & (n[None, :] < size)
-    tl.store(out + m[:, None] * size + n[None, :], acc.to(out.dtype.element_ty), mask=inside)
+    at = m[:, None] * size + n[None, :]
+    acc = acc.to(out.dtype.element_ty)
+    if ADD:
+        acc = (acc.to(tl.float32) + tl.load(before + at, mask=inside, other=0.0).to(tl.float32)).to(acc.dtype)
+    tl.store(out + at, acc, mask=inside)
 
 
 @triton.jit
@@ -132,8 +184,12 @@ def project(
     n0,
     n1,
     n2,
+    gain,
+    before,
     width,
     rows,
+    epsilon,
+    part,
     MATRICES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -142,9 +198,16 @@ def project(
     STAGES: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRODUCT: tl.constexpr,
+    WEIGHT_FIRST: tl.constexpr,
     UPCAST: tl.constexpr,
+    PARTS: tl.constexpr,
+    NORM: tl.constexpr,
+    ADD: tl.constexpr,
 ):
-    """Write outputs (rows, n) of up to three weights (n, K) with one input (rows, K); one program, one tile."""
+    """Write outputs (rows, n) of up to three weights (n, K) with one input (rows, K); one program, one tile.
+
+    With ADD `before` (rows, n) is added. Of several PARTS each sums `part` columns: outputs are (PARTS, rows, n).
+    """
     tile = tl.program_id(0)
     weight, bias, out, size = w0, b0, o0, n0
     if MATRICES > 1:  # one loop for all: three would take three times the shared memory
@@ -157,10 +220,36 @@ def project(
             weight, bias, out, size = w1, b1, o1, n1
             tile -= tiles0
     first, row = tile * BLOCK_N, tl.program_id(1) * BLOCK_M
+    begin, end = 0, width
+    if PARTS > 1:
+        begin = tl.program_id(2) * part
+        end = tl.minimum(begin + part, width)
+        out += tl.program_id(2) * rows * size
     acc, _ = _tiles(
-        x, weight, x, first, size, width, rows, row, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, PRODUCT, UPCAST, False
+        x,
+        weight,
+        x,
+        gain,
+        epsilon,
+        first,
+        size,
+        width,
+        rows,
+        row,
+        begin,
+        end,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        STAGES,
+        EVEN_K,
+        PRODUCT,
+        WEIGHT_FIRST,
+        UPCAST,
+        NORM,
+        False,
     )
-    _store(acc, bias, out, first, size, rows, row, BLOCK_M, BLOCK_N, HAS_BIAS)
+    _store(acc, bias, before, out, first, size, rows, row, BLOCK_M, BLOCK_N, HAS_BIAS, ADD)
 
 
 @triton.jit
@@ -169,64 +258,142 @@ def gate_up(
     gate,
     up,
     out,
+    gain,
     size,
     width,
     rows,
+    epsilon,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRODUCT: tl.constexpr,
+    WEIGHT_FIRST: tl.constexpr,
     UPCAST: tl.constexpr,
+    NORM: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
     """silu(x gate^T) * (x up^T): x (rows, K), gate and up (size, K), out (rows, size)."""
     first, row = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_M
-    if TOGETHER:
-        g, u = _tiles(
-            x, gate, up, first, size, width, rows, row, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, PRODUCT, UPCAST, True
-        )
-    else:
-        g, _ = _tiles(
-            x, gate, x, first, size, width, rows, row, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, PRODUCT, UPCAST, False
-        )
+    g, u = _tiles(
+        x,
+        gate,
+        up,
+        gain,
+        epsilon,
+        first,
+        size,
+        width,
+        rows,
+        row,
+        0,
+        width,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        STAGES,
+        EVEN_K,
+        PRODUCT,
+        WEIGHT_FIRST,
+        UPCAST,
+        NORM,
+        TOGETHER,
+    )
+    if not TOGETHER:
         u, _ = _tiles(
-            x, up, up, first, size, width, rows, row, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EVEN_K, PRODUCT, UPCAST, False
+            x,
+            up,
+            up,
+            gain,
+            epsilon,
+            first,
+            size,
+            width,
+            rows,
+            row,
+            0,
+            width,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            STAGES,
+            EVEN_K,
+            PRODUCT,
+            WEIGHT_FIRST,
+            UPCAST,
+            NORM,
+            False,
         )
-    _store(g * tl.sigmoid(g) * u, x, out, first, size, rows, row, BLOCK_M, BLOCK_N, False)
+    _store(g * tl.sigmoid(g) * u, x, x, out, first, size, rows, row, BLOCK_M, BLOCK_N, False, False)
 
 
 @on_its_device
-def project_rows(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return x (B, 1, K) times each of one to three weights (N, K), each (B, 1, N); all have a bias or none has."""
+def project_rows(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    *,
+    norm: Norm | None = None,
+    before: Tensor | None = None,
+    in_parts: bool = False,
+) -> list[Tensor]:
+    """Return x (B, 1, K) times each of one to three weights (N, K), each (B, 1, N); all have a bias or none has.
+
+    norm: what is done to x before. before (B, 1, N): what the output of one weight is added to. in_parts: one weight
+    without a bias may leave float32 (P, B, 1, N) that whoever takes it adds up.
+    """
     rows, _, width = x.shape
+    if norm is not None and rows > 1:
+        x, norm = norm_rows(x, norm.weight, norm.epsilon), None
     sizes = [weight.shape[0] for weight in weights]
-    outputs = [x.new_empty((rows, 1, size)) for size in sizes]
-    block = _blocks(x, sizes)
+    block = _blocks(x, sizes, in_parts=in_parts and biases[0] is None and before is None)
+    parts = block["PARTS"]
+    new = partial(x.new_empty, dtype=torch.float32) if parts > 1 else x.new_empty
+    outputs = [new((*((parts,) if parts > 1 else ()), rows, 1, size)) for size in sizes]
     tiles = sum(triton.cdiv(size, block["BLOCK_N"]) for size in sizes)
     given = (weights, [weights[0] if bias is None else bias for bias in biases], outputs, sizes)
     in_threes = [item for items in given for item in (*items, *[items[0]] * (3 - len(items)))]
-    project[(tiles, triton.cdiv(rows, block["BLOCK_M"]))](
-        x, *in_threes, width, rows, MATRICES=len(weights), HAS_BIAS=biases[0] is not None, **block
+    project[(tiles, triton.cdiv(rows, block["BLOCK_M"]), parts)](
+        x,
+        *in_threes,
+        x if norm is None else norm.weight,
+        x if before is None else before,
+        width,
+        rows,
+        0.0 if norm is None else norm.epsilon,
+        triton.cdiv(width, parts * block["BLOCK_K"]) * block["BLOCK_K"],
+        MATRICES=len(weights),
+        HAS_BIAS=biases[0] is not None,
+        NORM=norm is not None,
+        ADD=before is not None,
+        **block,
     )
     return outputs
 
 
 @on_its_device
-def gated_rows(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    """Return silu(x gate^T) * (x up^T), (B, 1, N): x (B, 1, K), gate and up (N, K)."""
+def gated_rows(x: Tensor, gate: Tensor, up: Tensor, norm: Norm | None = None) -> Tensor:
+    """Return silu(x gate^T) * (x up^T), (B, 1, N): x (B, 1, K), gate and up (N, K); norm: what is done to x before."""
     rows, _, width = x.shape
+    if norm is not None and rows > 1:
+        x, norm = norm_rows(x, norm.weight, norm.epsilon), None
     size = gate.shape[0]
     out = x.new_empty((rows, 1, size))
     block = _blocks(x, (size, size))
+    del block["PARTS"]
     grid = triton.cdiv(size, block["BLOCK_N"]), triton.cdiv(rows, block["BLOCK_M"])
-    gate_up[grid](x, gate, up, out, size, width, rows, TOGETHER=_reads_together(x), **block)
+    gain, epsilon = (x, 0.0) if norm is None else norm
+    gate_up[grid](
+        x, gate, up, out, gain, size, width, rows, epsilon, NORM=norm is not None, TOGETHER=_reads_together(x), **block
+    )
     return out
 
 
-def _blocks(x: Tensor, sizes: Sequence[int]) -> dict[str, int | str]:
+def _blocks(x: Tensor, sizes: Sequence[int], *, in_parts: bool = False) -> dict[str, int | str]:
     """Tiles measured on an H200 (docs/log.md) for one matrix alone, a long one as of a vocabulary, two, or three.
+
+    in_parts: one alone may be summed in several PARTS.
 
     Not measured: float32 at 2 to 15 rows and above 16.
     """
@@ -238,10 +405,13 @@ def _blocks(x: Tensor, sizes: Sequence[int]) -> dict[str, int | str]:
         tile = {"PRODUCT": "none"} | _one_row_tile(len(sizes), is_narrow=is_narrow)
     elif rows > 16:
         tile = _many_rows_tile(rows, len(sizes), is_long)
+    elif is_narrow:
+        tile = _narrow_tile(len(sizes), is_long)
     else:
-        tile = _narrow_tile(len(sizes), is_long) if is_narrow else _wide_tile(len(sizes), is_long)
+        tile = _wide_tile(len(sizes), is_long, in_parts=in_parts)
     tile = {"BLOCK_M": 1 if rows == 1 else max(16, triton.next_power_of_2(rows)), "PRODUCT": "ieee"} | tile
-    return tile | {"EVEN_K": width % tile["BLOCK_K"] == 0, "UPCAST": interpreted()}
+    tile = {"PARTS": 1, "WEIGHT_FIRST": False} | tile
+    return tile | {"EVEN_K": width % (tile["BLOCK_K"] * tile["PARTS"]) == 0, "UPCAST": interpreted()}
 
 
 def _reads_together(x: Tensor) -> bool:
@@ -254,6 +424,8 @@ def _one_row_tile(num_matrices: int, *, is_narrow: bool) -> dict[str, int | str]
         return {"BLOCK_N": 8, "BLOCK_K": 256, "STAGES": 6, "num_warps": 2}
     if num_matrices == 2 and not is_narrow:
         return {"BLOCK_N": 4, "BLOCK_K": 512, "STAGES": 6, "num_warps": 2}
+    if not is_narrow:
+        return {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 4, "num_warps": 2}
     return {"BLOCK_N": 8, "BLOCK_K": 256, "STAGES": 4, "num_warps": 1}
 
 
@@ -268,12 +440,14 @@ def _narrow_tile(num_matrices: int, is_long: bool) -> dict[str, int | str]:
     }[num_matrices]
 
 
-def _wide_tile(num_matrices: int, is_long: bool) -> dict[str, int | str]:
+def _wide_tile(num_matrices: int, is_long: bool, *, in_parts: bool) -> dict[str, int | str]:
     if is_long:
         return {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 5, "num_warps": 2}
+    if in_parts:
+        return {"BLOCK_N": 64, "BLOCK_K": 128, "STAGES": 5, "num_warps": 4, "PARTS": 2, "WEIGHT_FIRST": True}
     return {
         1: {"BLOCK_N": 16, "BLOCK_K": 128, "STAGES": 6, "num_warps": 2},  # more and smaller tiles keep all busy
-        2: {"BLOCK_N": 64, "BLOCK_K": 128, "STAGES": 3, "num_warps": 4},
+        2: {"BLOCK_N": 64, "BLOCK_K": 64, "STAGES": 4, "num_warps": 4, "WEIGHT_FIRST": True},
         3: {"BLOCK_N": 32, "BLOCK_K": 64, "STAGES": 6, "num_warps": 2},
     }[num_matrices]
 
@@ -315,19 +489,44 @@ def _float32_tile(rows: int, num_matrices: int, is_long: bool, *, is_narrow: boo
 
 @triton.jit
 def norm_row(x, delta, weight, total, normed, width, epsilon, BLOCK: tl.constexpr, ADD: tl.constexpr):
-    """Make a row of total = x + delta, with ADD, and of normed = RMSNorm(total) weight: all (rows, K)."""
+    """Make a row of total = x + delta and of normed = RMSNorm(total) weight: all (rows, K).
+
+    ADD: how many parts of delta, (ADD, rows, K), are added up before; 0 for a norm alone.
+    """
     k = tl.arange(0, BLOCK)
     inside = k < width
     at = tl.program_id(0).to(tl.int64) * width + k
     states = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if ADD:
-        states += tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
+        added = tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
+        for part in tl.static_range(1, ADD):
+            part_at = part * tl.num_programs(0) * width + at
+            added += tl.load(delta + part_at, mask=inside, other=0.0).to(tl.float32)
+        states += added.to(total.dtype.element_ty).to(tl.float32)
         states = states.to(total.dtype.element_ty)
         tl.store(total + at, states, mask=inside)
         states = states.to(tl.float32)
     scale = tl.rsqrt(tl.sum(states * states, 0) / width + epsilon)
     out = states * scale * tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
     tl.store(normed + at, out.to(normed.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def angles_of_row(
+    position, frequencies, cosines, sines, position_row, half, scaling, BLOCK: tl.constexpr, UPCAST: tl.constexpr
+):
+    """Write the cosines and sines (rows, D) of position times frequencies (D / 2,), both halves alike."""
+    row, d = tl.program_id(0), tl.arange(0, BLOCK)
+    inside = d < half
+    angle = tl.load(position + row * position_row).to(tl.float32) * tl.load(frequencies + d, mask=inside, other=0.0)
+    if UPCAST:  # the interpreter has no functions of a GPU
+        cosine, sine = tl.cos(angle), tl.sin(angle)
+    else:  # tl.cos is made for small angles
+        cosine, sine = libdevice.cos(angle), libdevice.sin(angle)
+    at = row * 2 * half + d
+    for part in tl.static_range(2):
+        tl.store(cosines + at + part * half, (cosine * scaling).to(cosines.dtype.element_ty), mask=inside)
+        tl.store(sines + at + part * half, (sine * scaling).to(sines.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -383,15 +582,41 @@ def rotate_head(
 def norm_rows(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Return RMSNorm(x) weight: x (B, 1, K) contiguous, weight (K,)."""
     normed = torch.empty_like(x)
-    _norm(x, x, weight, x, normed, epsilon, add=False)
+    _norm(x, x, weight, x, normed, epsilon, add=0)
     return normed
 
 
 def add_and_norm_rows(x: Tensor, delta: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Return x + delta and RMSNorm(x + delta) weight: x, delta (B, 1, K) contiguous, weight (K,)."""
+    """Return x + delta and RMSNorm(x + delta) weight: x, delta (B, 1, K) contiguous, weight (K,).
+
+    delta may come as parts (P, B, 1, K) that are to be added up, in float32, and rounded.
+    """
     total, normed = torch.empty_like(x), torch.empty_like(x)
-    _norm(x, delta, weight, total, normed, epsilon, add=True)
+    _norm(x, delta, weight, total, normed, epsilon, add=delta.shape[0] if delta.ndim > x.ndim else 1)
     return total, normed
+
+
+@on_its_device
+def angle_rows(x: Tensor, position: Tensor, frequencies: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines of a rotary embedding, (B, 1, D) in the dtype of x, times `scaling`.
+
+    position (B, 1) int64; frequencies (D / 2,) float32.
+    """
+    rows, half = position.shape[0], frequencies.shape[0]
+    cosines, sines = x.new_empty((2, rows, 1, 2 * half))
+    angles_of_row[(rows,)](
+        position,
+        frequencies,
+        cosines,
+        sines,
+        position.stride(0),
+        half,
+        scaling,
+        BLOCK=triton.next_power_of_2(half),
+        UPCAST=interpreted(),
+        num_warps=1,
+    )
+    return cosines, sines
 
 
 def rotate_rows(queries: Tensor, keys: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
@@ -435,11 +660,9 @@ def rotate_now(keys: Tensor, unturned: Unturned) -> Tensor:
 
 
 @on_its_device
-def _norm(
-    x: Tensor, delta: Tensor, weight: Tensor, total: Tensor, normed: Tensor, epsilon: float, *, add: bool
-) -> None:
+def _norm(x: Tensor, delta: Tensor, weight: Tensor, total: Tensor, normed: Tensor, epsilon: float, *, add: int) -> None:
     rows, _, width = x.shape
     block = triton.next_power_of_2(width)
     norm_row[(rows,)](
-        x, delta, weight, total, normed, width, epsilon, BLOCK=block, ADD=add, num_warps=min(16, max(1, block // 512))
+        x, delta, weight, total, normed, width, epsilon, BLOCK=block, ADD=add, num_warps=min(16, max(1, block // 256))
     )

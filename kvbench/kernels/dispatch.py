@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, wraps
 from importlib.util import find_spec
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -160,6 +160,13 @@ class Unturned:
     def table_row(self) -> int:
         """Numbers from one row's angles to the next one's, 0 where all rows share them."""
         return 0 if self.cosines.shape[0] == 1 else self.cosines.stride(0)
+
+
+class Norm(NamedTuple):
+    """An RMSNorm that waits for whoever multiplies: weight (K,), epsilon."""
+
+    weight: Tensor
+    epsilon: float
 
 
 _UNTURNED = "kvbench_unturned"

@@ -9,20 +9,23 @@ it are one launch. Set `model.fused=false` to do without.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kvbench.cache.attention import CACHE_NAMES
-from kvbench.kernels.dispatch import is_decode_row, leave_unturned, use_triton
+from kvbench.kernels.dispatch import Norm, is_decode_row, leave_unturned, use_triton
+from kvbench.models.spec import MOVING_ROTATIONS
 
 _SILU = ("SiLU", "SiLUActivation")
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 _OF_TEXT = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
+_ANGLES = ("LlamaRotaryEmbedding", "MistralRotaryEmbedding", "Qwen2RotaryEmbedding", "Qwen3RotaryEmbedding")
 _ATTENTIONS = (*_OF_TEXT, "Qwen2_5_VLAttention", "Qwen3VLTextAttention")  # a cache is given what they rotated as it is
 _fused_attention: ContextVar[object] = ContextVar("fused_attention", default=None)  # the cache of the one that runs
 _NO_CACHE = object()
@@ -45,6 +48,9 @@ def fuse(model: Any) -> None:
     embeddings = model.get_input_embeddings()
     if type(embeddings) is nn.Embedding and embeddings.max_norm is None:
         _extend(embeddings, _Rows)
+    rotary = getattr(decoder, "rotary_emb", None)
+    if type(rotary).__name__ in _ANGLES and getattr(rotary, "rope_type", None) not in MOVING_ROTATIONS:
+        _extend(rotary, _Angles)
     _rotate_by_kernel(sys.modules[type(decoder).__module__])
 
 
@@ -68,7 +74,17 @@ def _join_sums_and_norms(decoder: Any) -> None:
     norms = [layer.input_layernorm for layer in layers] + [getattr(decoder, "norm", None)]
     for layer, after in zip(layers, norms[1:], strict=True):
         if isinstance(after, _Norm) and isinstance(layer.post_attention_layernorm, _Norm):
-            _extend(layer, _Layer).kvbench_after = [after]  # a list, which is no submodule
+            extended = _extend(layer, _Layer)
+            extended.kvbench_after = [after]  # a list, which is no submodule
+            extended.kvbench_is_known = _is_known(layer)
+            extended.kvbench_parts = [part for part in layer.modules() if part not in (layer, layer.self_attn)]
+
+
+def _is_known(layer: Any) -> bool:
+    """Whether all that it multiplies is multiplied here, and nothing comes between a norm and the product after it."""
+    attention, mlp = layer.self_attn, layer.mlp
+    products = isinstance(getattr(attention, "q_proj", None), _FirstProduct) and isinstance(attention.o_proj, _Product)
+    return products and isinstance(mlp, _GatedMlp) and type(attention).__name__ in _OF_TEXT
 
 
 def _share_input(linears: list[nn.Linear]) -> None:
@@ -105,6 +121,46 @@ def _takes(x: Tensor, *weights: Tensor) -> bool:
     return is_decode_row(x) and all(weight.dtype == x.dtype and weight.device == x.device for weight in weights)
 
 
+class _End(NamedTuple):
+    """What a product does at its end: it is added to `before` (B, 1, N), or may be left in parts to be added up."""
+
+    before: Tensor | None = None
+    in_parts: bool = False
+
+
+_AS_IT_IS, _IN_PARTS = _End(), _End(in_parts=True)
+
+
+@contextmanager
+def _ending(product: Any, end: _End) -> Iterator[None]:
+    """Inside, tell a `_Product` or a `_GatedMlp` what its next output becomes; others make theirs as ever."""
+    product.kvbench_end = end
+    try:
+        yield
+    finally:
+        product.kvbench_end = _AS_IT_IS
+
+
+_NORM = "kvbench_norm"
+
+
+def _unnormed(states: Tensor, norm: _Norm) -> Tensor:
+    """Return `states`, which tell the products that take the very same object of the norm before them."""
+    waiting = states.view_as(states)
+    setattr(waiting, _NORM, Norm(norm.weight, norm.variance_epsilon))
+    return waiting
+
+
+def _normed(x: Tensor) -> Tensor:
+    """Return `x` after the norm that waits, if one does."""
+    norm: Norm | None = getattr(x, _NORM, None)
+    if norm is None:
+        return x
+    from kvbench.kernels.decode_step import norm_rows
+
+    return norm_rows(x, norm.weight, norm.epsilon)
+
+
 class _Rows(nn.Embedding):
     def forward(self, tokens: Tensor) -> Tensor:
         if tokens.shape[-1:] != (1,) or not use_triton(self.weight):
@@ -112,13 +168,32 @@ class _Rows(nn.Embedding):
         return self.weight[tokens]  # the library's own way to a few rows takes five times as long
 
 
+class _Angles(nn.Module):
+    inv_freq: Tensor
+    attention_scaling: float
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        frequencies = self.inv_freq
+        plain = frequencies.dtype == torch.float32 and frequencies.device == position_ids.device == x.device
+        if not (plain and position_ids.ndim == 2 and position_ids.shape[1] == 1 and use_triton(x)):
+            stock: tuple[Tensor, Tensor] = super().forward(x, position_ids)
+            return stock
+        from kvbench.kernels.decode_step import angle_rows
+
+        return angle_rows(x, position_ids, frequencies, self.attention_scaling)
+
+
 class _Product(nn.Linear):
+    kvbench_end = _AS_IT_IS
+
     def forward(self, x: Tensor) -> Tensor:
+        end, self.kvbench_end = self.kvbench_end, _AS_IT_IS
         if not _takes(x, self.weight):
-            return super().forward(x)
+            output = super().forward(x)
+            return output if end.before is None else end.before + output
         from kvbench.kernels.decode_step import project_rows
 
-        return project_rows(x, [self.weight], [self.bias])[0]
+        return project_rows(x, [self.weight], [self.bias], before=end.before, in_parts=end.in_parts)[0]
 
 
 class _FirstProduct(nn.Linear):
@@ -128,10 +203,11 @@ class _FirstProduct(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         linears = [self, *self.kvbench_others]
         if not _takes(x, *(linear.weight for linear in linears)):
-            return super().forward(x)
+            return super().forward(_normed(x))
         from kvbench.kernels.decode_step import project_rows
 
-        outputs = project_rows(x, [linear.weight for linear in linears], [linear.bias for linear in linears])
+        weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+        outputs = project_rows(x, weights, biases, norm=getattr(x, _NORM, None))
         self.kvbench_left.update({number: (x, outputs[number]) for number in range(1, len(outputs))})
         return outputs[0]
 
@@ -142,7 +218,7 @@ class _LaterProduct(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         made_from, output = self.kvbench_left.pop(self.kvbench_number, (None, x))
-        return output if made_from is x else super().forward(x)
+        return output if made_from is x else super().forward(_normed(x))
 
 
 class _Attention(nn.Module):
@@ -158,14 +234,18 @@ class _Attention(nn.Module):
 
 
 class _GatedMlp(nn.Module):
+    kvbench_end = _AS_IT_IS
+
     def forward(self, x: Tensor) -> Tensor:
+        end, self.kvbench_end = self.kvbench_end, _AS_IT_IS
         gate, up, down = (getattr(self, name).weight for name in ("gate_proj", "up_proj", "down_proj"))
         if not _takes(x, gate, up, down):
-            stock: Tensor = super().forward(x)
-            return stock
+            stock: Tensor = super().forward(_normed(x))
+            return stock if end.before is None else end.before + stock
         from kvbench.kernels.decode_step import gated_rows, project_rows
 
-        return project_rows(gated_rows(x, gate, up), [down], [None])[0]
+        gated = gated_rows(x, gate, up, getattr(x, _NORM, None))
+        return project_rows(gated, [down], [None], before=end.before, in_parts=end.in_parts)[0]
 
 
 class _Norm(nn.Module):
@@ -186,23 +266,55 @@ class _Norm(nn.Module):
 
 
 class _Layer(nn.Module):
+    """Norm, attention, sum, norm, MLP, sum.
+
+    Of one row the norms are made by the products after them, and the sums by the products before. Of several rows a sum
+    and the norm after it are one launch, which adds up the parts that a product may leave.
+    """
+
     input_layernorm: _Norm
     post_attention_layernorm: _Norm
     self_attn: nn.Module
     mlp: nn.Module
     kvbench_after: list[_Norm]
+    kvbench_is_known: bool
+    kvbench_parts: list[nn.Module]
 
     def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
         norm, after = self.post_attention_layernorm, self.kvbench_after[0]
-        if args or not _takes(hidden_states, norm.weight, after.weight):
+        if args or not _takes(hidden_states, norm.weight, after.weight) or self._is_watched():
             return super().forward(hidden_states, *args, **options)
+        if self.kvbench_is_known and hidden_states.shape[0] == 1:
+            return self._one_row(hidden_states, options)
         from kvbench.kernels.decode_step import add_and_norm_rows
 
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **options)
+        end = _IN_PARTS if self.kvbench_is_known else _AS_IT_IS
+        attended = self._attended(self.input_layernorm(hidden_states), end, options)
         between, normed = add_and_norm_rows(hidden_states, attended, norm.weight, norm.variance_epsilon)
-        total, ready = add_and_norm_rows(between, self.mlp(normed), after.weight, after.variance_epsilon)
+        total, ready = add_and_norm_rows(between, self._through_mlp(normed, end), after.weight, after.variance_epsilon)
         after.kvbench_made = (total, ready)
         return total
+
+    def _one_row(self, hidden_states: Tensor, options: dict[str, Any]) -> Tensor:
+        asked = len(self.self_attn._forward_pre_hooks) > 0  # a policy reads what attention is given
+        given = self.input_layernorm(hidden_states) if asked else _unnormed(hidden_states, self.input_layernorm)
+        between = self._attended(given, _End(before=hidden_states), options)
+        return self._through_mlp(_unnormed(between, self.post_attention_layernorm), _End(before=between))
+
+    def _attended(self, given: Tensor, end: _End, options: dict[str, Any]) -> Tensor:
+        with _ending(self.self_attn.o_proj, end):
+            attended: Tensor = self.self_attn(hidden_states=given, **options)[0]
+        return attended
+
+    def _through_mlp(self, given: Tensor, end: _End) -> Tensor:
+        with _ending(self.mlp, end):
+            output: Tensor = self.mlp(given)
+        return output
+
+    def _is_watched(self) -> bool:
+        """Whether somebody sees what lies between two products, beside what attention is given."""
+        seen = any(part._forward_hooks or part._forward_pre_hooks for part in self.kvbench_parts)
+        return seen or len(self.self_attn._forward_hooks) > 0
 
 
 def _rotate_by_kernel(modeling: Any) -> None:

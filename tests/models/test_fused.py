@@ -41,11 +41,61 @@ def half(name: str) -> Any:
     return copy.deepcopy(tiny_model(name)).to(ON, torch.float16)
 
 
-def logits(model: Any, by_kernels: bool, steps: int = STEPS) -> Tensor:
+def logits(model: Any, by_kernels: bool, steps: int = STEPS, *, rows: int = 2) -> Tensor:
     cache = PolicyCache(model, H2O(), Budget(fraction=0.5), reserve_tokens=steps)
     with kernels_forced(by_kernels):
-        trace = drive(model, cache, random_tokens(1, 2, PROMPT + steps).to(ON), PROMPT)
+        trace = drive(model, cache, random_tokens(1, rows, PROMPT + steps).to(ON), PROMPT)
     return torch.stack(trace.logits).float()
+
+
+@pytest.mark.parametrize(
+    "name", ["llama_gqa", "qwen2", pytest.param("qwen3", marks=LONG), pytest.param("llava", marks=LONG)]
+)
+def test_one_row_needs_no_launch_for_norms_and_sums_between_products(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = half(name).float()
+    exact = logits(copy.deepcopy(model), by_kernels=False, rows=1)
+    fuse(model)
+    launched: list[str] = []
+    for function in ("norm_rows", "add_and_norm_rows", "angle_rows"):
+        made = getattr(decode_step, function)
+
+        def noting(*given: Any, name: str = function, made: Any = made) -> Any:
+            launched.append(name)
+            return made(*given)
+
+        monkeypatch.setattr(decode_step, function, noting)
+    torch.testing.assert_close(logits(model, by_kernels=True, rows=1), exact, rtol=1e-4, atol=1e-4)
+    alone = launched.count("norm_rows") - STEPS  # the last one of all
+    assert (alone, launched.count("add_and_norm_rows"), launched.count("angle_rows")) == (0, 0, STEPS)
+
+
+@pytest.mark.parametrize(
+    ("part", "rows"),
+    [("self_attn.q_proj", 1)]
+    + [pytest.param(part, 1, marks=LONG) for part in ("self_attn", "mlp", "post_attention_layernorm")]
+    + [pytest.param(part, 2, marks=LONG) for part in ("self_attn", "mlp", "input_layernorm")],
+)
+def test_a_hook_sees_what_the_stock_model_would_show_it(part: str, rows: int) -> None:
+    model = half("llama_gqa").float()
+    fuse(model)
+    found: list[list[Tensor]] = []
+    for by_kernels in (False, True):
+        seen: list[Tensor] = []
+        module = model.get_decoder().layers[1].get_submodule(part)
+
+        def look(module: nn.Module, given: Any, named: Any, output: Any, seen: list[Tensor] = seen) -> None:
+            states = given[0] if given else named["hidden_states"]
+            seen.extend((states.clone(), (output[0] if isinstance(output, tuple) else output).clone()))
+
+        hook = module.register_forward_hook(look, with_kwargs=True)
+        logits(model, by_kernels, rows=rows)
+        hook.remove()
+        found.append(seen)
+    assert len(found[0]) == len(found[1]) == 2 * (1 + STEPS)
+    for stock, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.cover("one")
@@ -58,7 +108,9 @@ def test_a_fused_step_gives_the_logits_of_the_models_own(
     fuse(ours)
     launched: list[torch.dtype] = []
     product = decode_step.project_rows
-    monkeypatch.setattr(decode_step, "project_rows", lambda x, *rest: launched.append(x.dtype) or product(x, *rest))
+    monkeypatch.setattr(
+        decode_step, "project_rows", lambda x, *rest, **more: launched.append(x.dtype) or product(x, *rest, **more)
+    )
     exact = logits(copy.deepcopy(plain).double(), by_kernels=False)
     scale = float(exact.norm())
     error = float((logits(ours, by_kernels=True) - exact).norm()) / scale
