@@ -15,7 +15,6 @@ window no key is turned.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbench.kernels.dispatch import interpreted, on_its_device
+from kvbench.kernels.dispatch import interpreted, num_processors, on_its_device
 
 # mypy: ignore-errors
 # Kernels are written in Triton's language, not Python's.
@@ -349,15 +348,8 @@ def decode_attention(
 
 def _num_parts(pairs: int, blocks: int, device: torch.device) -> int:
     """Enough programs nearly to fill the device, a power of two, and at least one of the `blocks` of slots for each."""
-    wanted = _NEARLY * _PROGRAMS_PER_PROCESSOR * _num_processors(device) / pairs
+    wanted = _NEARLY * _PROGRAMS_PER_PROCESSOR * num_processors(device) / pairs
     parts = 1
     while parts < wanted and 2 * parts <= min(blocks, _MAX_PARTS):
         parts *= 2
     return parts
-
-
-@cache
-def _num_processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

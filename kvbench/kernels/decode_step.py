@@ -10,6 +10,7 @@ between; only the residual sum is theirs to the bit, because everything after it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -19,13 +20,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from kvbench.kernels.dispatch import Norm, Unturned, in_line, interpreted, on_its_device
+from kvbench.kernels.dispatch import Norm, Unturned, in_line, interpreted, num_processors, on_its_device
 
 # mypy: ignore-errors
 # Kernels are written in Triton's language, not Python's.
 
 _LONG = 16_384  # rows of a matrix of which the tiles are many whatever their size
 _NARROW = 1536  # numbers of an input whose products wait more than they read
+_TALL = {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "WEIGHT_FIRST": True}  # what the newest matrix units take whole
 
 
 @triton.jit
@@ -399,24 +401,35 @@ def _blocks(x: Tensor, sizes: Sequence[int], *, in_parts: bool = False) -> dict[
     """
     rows, _, width = x.shape
     is_long, is_narrow = sizes[0] > _LONG, width <= _NARROW
+    parts = _parts(sizes[0], x) if in_parts and not is_long and not is_narrow else 1
     if x.dtype == torch.float32:
         tile = _float32_tile(rows, len(sizes), is_long, is_narrow=is_narrow)
     elif rows == 1:
         tile = {"PRODUCT": "none"} | _one_row_tile(len(sizes), is_narrow=is_narrow)
     elif rows > 16:
-        tile = _many_rows_tile(rows, len(sizes), is_long)
+        tile = _many_rows_tile(rows, len(sizes), is_long, parts, is_narrow=is_narrow)
     elif is_narrow:
         tile = _narrow_tile(len(sizes), is_long)
     else:
-        tile = _wide_tile(len(sizes), is_long, in_parts=in_parts)
+        tile = _wide_tile(len(sizes), is_long, parts)
     tile = {"BLOCK_M": 1 if rows == 1 else max(16, triton.next_power_of_2(rows)), "PRODUCT": "ieee"} | tile
     tile = {"PARTS": 1, "WEIGHT_FIRST": False} | tile
     return tile | {"EVEN_K": width % (tile["BLOCK_K"] * tile["PARTS"]) == 0, "UPCAST": interpreted()}
 
 
+def _parts(size: int, x: Tensor) -> int:
+    """Return in how many parts a product of `size` rows, 64 a tile, leaves the fewest processors idle."""
+
+    def rounds_per_wanted(parts: int) -> float:
+        wanted = triton.cdiv(size, 64) * parts / num_processors(x.device)
+        return round(math.ceil(wanted) / wanted, 2)
+
+    return min((2, 4), key=rounds_per_wanted)
+
+
 def _reads_together(x: Tensor) -> bool:
-    """Whether gate and up are read in one loop: of many rows, or in float32, both would fill what a processor has."""
-    return x.shape[-1] <= _NARROW or (x.shape[0] <= 16 and x.dtype != torch.float32)
+    """Whether gate and up are read in one loop: in float32, whose numbers are long, both would fill a processor."""
+    return x.shape[-1] <= _NARROW or x.dtype != torch.float32
 
 
 def _one_row_tile(num_matrices: int, *, is_narrow: bool) -> dict[str, int | str]:
@@ -440,24 +453,33 @@ def _narrow_tile(num_matrices: int, is_long: bool) -> dict[str, int | str]:
     }[num_matrices]
 
 
-def _wide_tile(num_matrices: int, is_long: bool, *, in_parts: bool) -> dict[str, int | str]:
+def _wide_tile(num_matrices: int, is_long: bool, parts: int) -> dict[str, int | str]:
     if is_long:
         return {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 5, "num_warps": 2}
-    if in_parts:
-        return {"BLOCK_N": 64, "BLOCK_K": 128, "STAGES": 5, "num_warps": 4, "PARTS": 2, "WEIGHT_FIRST": True}
+    if parts > 1:
+        return {"STAGES": 5 if parts == 2 else 3, "PARTS": parts} | _TALL
     return {
         1: {"BLOCK_N": 16, "BLOCK_K": 128, "STAGES": 6, "num_warps": 2},  # more and smaller tiles keep all busy
-        2: {"BLOCK_N": 64, "BLOCK_K": 64, "STAGES": 4, "num_warps": 4, "WEIGHT_FIRST": True},
+        2: {"STAGES": 3} | _TALL,
         3: {"BLOCK_N": 32, "BLOCK_K": 64, "STAGES": 6, "num_warps": 2},
     }[num_matrices]
 
 
-def _many_rows_tile(rows: int, num_matrices: int, is_long: bool) -> dict[str, int | str]:
+def _many_rows_tile(
+    rows: int, num_matrices: int, is_long: bool, parts: int, *, is_narrow: bool
+) -> dict[str, int | str]:
     if num_matrices == 1 and is_long:
         return {"BLOCK_N": 64, "BLOCK_K": 128, "STAGES": 3, "num_warps": 8}
+    if parts > 1:
+        return {"STAGES": 4 if rows <= 32 else 6, "PARTS": parts} | _TALL
     if num_matrices == 1:
         tile = {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4} if rows > 32 else {"BLOCK_N": 16, "BLOCK_K": 256}
         return {"STAGES": 5, "num_warps": 2} | tile
+    if num_matrices == 2 and not is_narrow:
+        tile = {"BLOCK_N": 64, "BLOCK_K": 64, "STAGES": 4, "num_warps": 4}
+        return tile if rows > 32 else {"BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 3, "num_warps": 2}
+    if num_matrices == 3 and not is_narrow:
+        return {"STAGES": 6 if rows > 32 else 4} | _TALL | ({"BLOCK_K": 64} if rows > 32 else {})
     tile = {"BLOCK_N": 64, "BLOCK_K": 64} if rows > 32 else {"BLOCK_N": 32, "BLOCK_K": 128}
     return {"STAGES": 5, "num_warps": 4} | tile
 

@@ -84,6 +84,14 @@ def on_its_device(launcher: Callable[_P, _R]) -> Callable[_P, _R]:
     return launched
 
 
+@cache
+def num_processors(device: torch.device) -> int:
+    """Return how many programs run side by side on `device`; some number where none does."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def in_line(states: Tensor) -> Tensor:
     """Return `states` with the numbers of its last dimension side by side; a copy only if they are not."""
     return states if states.stride(-1) == 1 else states.contiguous()

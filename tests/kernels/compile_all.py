@@ -18,6 +18,7 @@ from kvbench.kernels import decode_step as norm
 
 HOPPER = GPUTarget("cuda", 90, 32)
 _TYPES = {"length": "*i64", "seen": "*i64", "position": "*i64", "free": "*i64", "budget": "*i64", "sinks": "*i64"}
+_TYPES |= {"epsilon": "fp32", "begin": "i32", "end": "i32", "part": "i32"}
 _TYPES |= {"head_start": "*i64", "spread": "*i64"}
 _TYPES |= {"faults": "*i32", "recent_from": "*i64", "victim": "*i64", "rank": "*i32", "kind": "*i8", "scaling": "fp32"}
 _FLOATS = ("cosines", "sines", "partial", "peaks", "sums", "logits", "mass", "probs", "score")
@@ -29,7 +30,7 @@ _TYPES |= dict.fromkeys(
 _STRIDES = tuple(f"{name}_{axis}" for name in ("query", "keys", "position", "states") for axis in "bht")
 _TYPES |= dict.fromkeys((*_STRIDES, "queries", "entries"), "i32")
 _TYPES |= {"lse": "*fp32", "query_position": "*i64", "key_position": "*i64", "scale": "fp32"}
-_OF_INPUT = ("x", "w0", "w1", "w2", "b0", "b1", "b2", "o0", "o1", "o2", "gate", "up", "out")
+_OF_INPUT = ("x", "w0", "w1", "w2", "b0", "b1", "b2", "o0", "o1", "o2", "gate", "up", "out", "gain", "before")
 _ROTATED = ("query_heads", "key_heads", "half", "table_row")
 _INPUTS = (
     *(torch.empty(rows, 1, 4096, dtype=torch.bfloat16) for rows in (1, 16, 32, 64)),
@@ -59,9 +60,9 @@ def main() -> None:
     part = {"GROUP": 4, "BLOCK_G": 16, "BLOCK_C": 32, "BLOCK_D": 128, "UPCAST": False}
     part |= {"PRODUCT": decode_attention._PRODUCT}
     for turn in (False, True):
-        constants = {**part, "WANT_LOGITS": True, "TURN": turn, "RAGGED": turn}
+        constants = {**part, "WANT_LOGITS": turn, "TURN": turn, "RAGGED": turn, "WHOLE": not turn}
         compile_kernel(decode_attention.attend_part, constants, num_warps=2, num_stages=3 if turn else 4)
-    narrow = {**part, "BLOCK_D": 32, "WANT_LOGITS": True, "TURN": True, "RAGGED": False}
+    narrow = {**part, "BLOCK_D": 32, "WANT_LOGITS": True, "TURN": True, "RAGGED": False, "WHOLE": False}
     compile_kernel(decode_attention.attend_part, narrow, num_warps=2, num_stages=3)
     join = {"PARTS": 4, "GROUP": 4, "BLOCK_C": 1024, "BLOCK_D": 128, "REDUCTION": "mean"}
     compile_kernel(
@@ -78,15 +79,23 @@ def main() -> None:
             num_warps=1 if given else 4,
         )
     for x in _INPUTS:
-        for sizes in ((4096,), (32_000,), (4096, 4096), (4096, 1024, 1024)):
-            block = {**linear._blocks(x, sizes), "UPCAST": False}
-            warps = block.pop("num_warps")
-            types = {} if x.dtype == torch.bfloat16 else dict.fromkeys(_OF_INPUT, "*fp32")
-            compile_kernel(linear.project, {**block, "MATRICES": 3, "HAS_BIAS": True}, types, num_warps=warps)
-            for together in (False, True):
-                compile_kernel(linear.gate_up, {**block, "TOGETHER": together}, types, num_warps=warps)
-    for add in (False, True):
-        compile_kernel(norm.norm_row, {"BLOCK": 4096, "ADD": add}, {"epsilon": "fp32"}, num_warps=8)
+        types = {} if x.dtype == torch.bfloat16 else dict.fromkeys(_OF_INPUT, "*fp32")
+        is_one = {"NORM": x.shape[0] == 1}
+        for sizes in ((4096,), (5120,), (32_000,), (4096, 4096), (4096, 1024, 1024)):
+            block = {**linear._blocks(x, sizes, in_parts=len(sizes) == 1), "UPCAST": False}
+            warps, parts = block.pop("num_warps"), block["PARTS"]
+            given = {**block, **is_one, "MATRICES": 3, "HAS_BIAS": True, "ADD": parts == 1}
+            outputs = types | (dict.fromkeys(("o0", "o1", "o2"), "*fp32") if parts > 1 else {})
+            compile_kernel(linear.project, given, outputs, num_warps=warps)
+            if len(sizes) == 2:
+                del block["PARTS"]
+                for together in (False, True):
+                    compile_kernel(linear.gate_up, {**block, **is_one, "TOGETHER": together}, types, num_warps=warps)
+    for add in (0, 1, 4):
+        parts = {"delta": "*fp32"} if add > 1 else {}
+        compile_kernel(norm.norm_row, {"BLOCK": 4096, "ADD": add}, parts, num_warps=16)
+    angles = {"position": "*i64", "frequencies": "*fp32", "position_row": "i32", "half": "i32"}
+    compile_kernel(norm.angles_of_row, {"BLOCK": 64, "UPCAST": False}, angles, num_warps=1)
     types = {**dict.fromkeys(_ROTATED, "i32"), "queries": "*bf16", "cosines": "*bf16", "sines": "*bf16"}
     compile_kernel(norm.rotate_head, {"BLOCK": 64}, types, num_warps=1)
     for one in (False, True):
