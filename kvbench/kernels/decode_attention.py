@@ -3,9 +3,9 @@
 One query token per row attends to the first `length[b, h]` slots of each KV head (slots have no hole
 when a step attends), which lie one head after the other, in a ragged buffer from `start[b, h]` on. A
 program takes one (row, KV head) and one part of the slots and serves the whole group of query heads, so
-keys and values are read once whatever the group. The second kernel joins the parts; where a policy
-wants the probabilities it makes them from the stored logits and adds them to the mass in place, or
-writes them out, without another pass over the keys.
+keys and values are read once whatever the group. Where there are pairs enough a part is the whole; else a
+second kernel joins the parts. Where a policy wants the probabilities they are made of the stored logits and
+added to the mass in place, or written out, without another pass over the keys.
 
 For positions inside the cache, stored keys are turned on the way in: by how far each entry's rank lies
 before its position, from a table of cosines and sines. Only differences count: an entry that no eviction
@@ -46,6 +46,34 @@ def _turned(first, second, cosines, sines, row, mask, UPCAST: tl.constexpr):
     return _wide(back, UPCAST), _wide(ahead, UPCAST)
 
 
+@triton.jit
+def _reduced(reduced, row, REDUCTION: tl.constexpr):
+    """Return what a group has with the probabilities of one more query head."""
+    return tl.maximum(reduced, row) if REDUCTION == "max" else reduced + row
+
+
+@triton.jit
+def _hand_out(
+    reduced,
+    mass,
+    probs,
+    slot,
+    inside,
+    capacity,
+    GROUP: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    ADD_MASS: tl.constexpr,
+    WANT_PROBS: tl.constexpr,
+):
+    """Add the probabilities of some slots of a pair to its mass, write them out, or both."""
+    if REDUCTION == "mean":
+        reduced = reduced / GROUP
+    if ADD_MASS:
+        tl.store(mass + slot, tl.load(mass + slot, mask=inside, other=0.0) + reduced, mask=inside)
+    if WANT_PROBS:
+        tl.store(probs + slot, reduced, mask=slot < capacity)
+
+
 @triton.jit(do_not_specialize=["capacity", "parts"])
 def attend_part(
     query,
@@ -62,6 +90,8 @@ def attend_part(
     sums,
     logits,
     output,
+    mass,
+    probs,
     head_start,
     scaling,
     heads,
@@ -80,10 +110,14 @@ def attend_part(
     UPCAST: tl.constexpr,
     RAGGED: tl.constexpr,
     WHOLE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    ADD_MASS: tl.constexpr,
+    WANT_PROBS: tl.constexpr,
 ):
     """Attend to one part of the slots; partial results are (pair, part, group), logits (pair, group, C).
 
-    With WHOLE it is the only part, and the output (pair, group, D) is written at once.
+    With WHOLE it is the only part: the output (pair, group, D), mass and probs (pair, C) are written at once.
     """
     pair, part = tl.program_id(0), tl.program_id(1)
     row, head = pair // heads, pair % heads
@@ -152,6 +186,30 @@ def attend_part(
     if WHOLE:
         to = output + (pair * GROUP + g).to(tl.int64) * width + d
         tl.store(to, (acc / total[:, None]).to(output.dtype.element_ty), mask=in_group & (d < width))
+        if ADD_MASS or WANT_PROBS:
+            tl.debug_barrier()  # logits were written by other threads than those that read them
+            one = tl.arange(0, BLOCK_G)
+            for start in range(0, capacity if WANT_PROBS else held, BLOCK_S):
+                slot = start + tl.arange(0, BLOCK_S)
+                inside = slot < held
+                reduced = tl.zeros((BLOCK_S,), tl.float32)
+                for member in tl.static_range(GROUP):
+                    s = tl.load(logits + row_base * GROUP + member * capacity + slot, mask=inside, other=float("-inf"))
+                    its_peak = tl.sum(tl.where(one == member, peak, 0.0), 0)
+                    its_total = tl.sum(tl.where(one == member, total, 0.0), 0)
+                    reduced = _reduced(reduced, tl.exp(s - its_peak) / its_total, REDUCTION)
+                _hand_out(
+                    reduced,
+                    mass + base,
+                    probs + row_base,
+                    slot,
+                    inside,
+                    capacity,
+                    GROUP,
+                    REDUCTION,
+                    ADD_MASS,
+                    WANT_PROBS,
+                )
     else:
         out = (pair * parts + part) * GROUP + tl.arange(0, BLOCK_G)
         one = tl.arange(0, BLOCK_G) < GROUP
@@ -210,23 +268,15 @@ def join_parts(
         for g in tl.static_range(GROUP):
             peak, weight, total = _weights(peaks, sums, (pair * PARTS + p) * GROUP + g)
             s = tl.load(logits + row_base * GROUP + g * capacity + slot, mask=inside, other=float("-inf"))
-            row = tl.exp(s - peak) / total
-            if REDUCTION == "max":
-                reduced = tl.maximum(reduced, row)
-            else:
-                reduced += row
-        if REDUCTION == "mean":
-            reduced = reduced / GROUP
-        if ADD_MASS:
-            old = tl.load(mass + base + slot, mask=inside, other=0.0)
-            tl.store(mass + base + slot, old + reduced, mask=inside)
-        if WANT_PROBS:
-            tl.store(probs + row_base + slot, reduced, mask=slot < capacity)
+            reduced = _reduced(reduced, tl.exp(s - peak) / total, REDUCTION)
+        at, out = mass + base, probs + row_base
+        _hand_out(reduced, at, out, slot, inside, capacity, GROUP, REDUCTION, ADD_MASS, WANT_PROBS)
 
 
 _BLOCK_SLOTS, _STAGES, _WARPS = 32, 4, 2  # measured on an H200 (docs/log.md)
 _TURN_SLOTS, _TURN_STAGES, _TURN_WARPS = 32, 3, 2  # turning takes registers and shared memory
 _JOIN_SLOTS = 1024
+_GIVEN_SLOTS = 256
 _PRODUCT = "tf32x3"  # of float32: three of shorter numbers on the matrix units, as near to exact as one without them
 _MAX_PARTS = 64
 _PROGRAMS_PER_PROCESSOR = 2
@@ -283,10 +333,11 @@ def decode_attention(
     partial = new((pairs, parts, group, width), dtype=torch.float32)
     peaks, sums = new((2, pairs, parts, group), dtype=torch.float32)
     want_rows = mass is not None or want_probs
-    is_whole = parts == 1 and not want_rows
+    handed_out = {"REDUCTION": reduction, "ADD_MASS": mass is not None, "WANT_PROBS": want_probs}
     logits = new((pairs, group, capacity), dtype=torch.float32) if want_rows else partial
     probs = new((batch, heads, capacity), dtype=torch.float32) if want_probs else None
     output = new((batch, heads * group, 1, width))
+    to_mass, to_probs = partial if mass is None else mass, partial if probs is None else probs
     block_d = max(32 if turn else 16, triton.next_power_of_2(width))  # a product sums over 16 numbers at least
     attend_part[(pairs, parts)](
         query,
@@ -299,6 +350,8 @@ def decode_attention(
         sums,
         logits,
         output,
+        to_mass,
+        to_probs,
         head_start,
         scaling,
         heads,
@@ -315,12 +368,14 @@ def decode_attention(
         PRODUCT=_PRODUCT,
         UPCAST=interpreted(),
         RAGGED=ragged is not None,
-        WHOLE=is_whole,
+        WHOLE=parts == 1,
+        BLOCK_S=_GIVEN_SLOTS,
+        **handed_out,
         num_warps=warps,
         num_stages=stages,
     )
-    if is_whole:
-        return output, None
+    if parts == 1:
+        return output, probs
     join_parts[(pairs, group + (triton.cdiv(capacity, _JOIN_SLOTS) if want_rows else 0))](
         partial,
         peaks,
@@ -328,8 +383,8 @@ def decode_attention(
         logits,
         length,
         output,
-        partial if mass is None else mass,
-        partial if probs is None else probs,
+        to_mass,
+        to_probs,
         head_start,
         capacity,
         width,
@@ -337,10 +392,8 @@ def decode_attention(
         GROUP=group,
         BLOCK_C=_JOIN_SLOTS,
         BLOCK_D=block_d,
-        REDUCTION=reduction,
-        ADD_MASS=mass is not None,
-        WANT_PROBS=want_probs,
         RAGGED=ragged is not None,
+        **handed_out,
         num_warps=4,
     )
     return output, probs

@@ -58,9 +58,10 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], types: dict[str, str]
 def main() -> None:
     """Compile all, with the constants that the launchers use."""
     part = {"GROUP": 4, "BLOCK_G": 16, "BLOCK_C": 32, "BLOCK_D": 128, "UPCAST": False}
-    part |= {"PRODUCT": decode_attention._PRODUCT}
+    part |= {"PRODUCT": decode_attention._PRODUCT, "BLOCK_S": decode_attention._GIVEN_SLOTS, "REDUCTION": "mean"}
+    part |= {"ADD_MASS": True, "WANT_PROBS": True}
     for turn in (False, True):
-        constants = {**part, "WANT_LOGITS": turn, "TURN": turn, "RAGGED": turn, "WHOLE": not turn}
+        constants = {**part, "WANT_LOGITS": True, "TURN": turn, "RAGGED": turn, "WHOLE": turn}
         compile_kernel(decode_attention.attend_part, constants, num_warps=2, num_stages=3 if turn else 4)
     narrow = {**part, "BLOCK_D": 32, "WANT_LOGITS": True, "TURN": True, "RAGGED": False, "WHOLE": False}
     compile_kernel(decode_attention.attend_part, narrow, num_warps=2, num_stages=3)

@@ -46,8 +46,13 @@ def error(got: Tensor, want: Tensor) -> float:
 @pytest.mark.cover
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "max"])
+@pytest.mark.parametrize("most_parts", [1, 64])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_kernel_attends_as_float64_does(shape: tuple[int, ...], reduction: str, dtype: torch.dtype) -> None:
+def test_the_kernel_attends_as_float64_does(
+    shape: tuple[int, ...], most_parts: int, reduction: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "_MAX_PARTS", most_parts)
+    monkeypatch.setattr(kernel, "_GIVEN_SLOTS", 64)
     query, keys, values, length, held = slots(shape, dtype, seed=sum(shape))
     before = torch.rand(held.shape, device=ON)
     mass = before.clone()
@@ -91,8 +96,12 @@ def sinks_and_window(held: Tensor, length: Tensor, seen: int) -> Tensor:
 
 @pytest.mark.cover
 @pytest.mark.parametrize("left", [scattered, sinks_and_window])
+@pytest.mark.parametrize("most_parts", [1, 64])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_keys_are_turned_to_their_ranks_on_the_way_in(shape: tuple[int, ...], left: Any) -> None:
+def test_keys_are_turned_to_their_ranks_on_the_way_in(
+    shape: tuple[int, ...], most_parts: int, left: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "_MAX_PARTS", most_parts)
     query, keys, values, length, held = slots(shape, torch.float32, seed=11)
     batch, heads, capacity = held.shape
     width = keys.shape[-1]
