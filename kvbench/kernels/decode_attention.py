@@ -269,8 +269,8 @@ def join_parts(
             peak, weight, total = _weights(peaks, sums, (pair * PARTS + p) * GROUP + g)
             s = tl.load(logits + row_base * GROUP + g * capacity + slot, mask=inside, other=float("-inf"))
             reduced = _reduced(reduced, tl.exp(s - peak) / total, REDUCTION)
-        at, out = mass + base, probs + row_base
-        _hand_out(reduced, at, out, slot, inside, capacity, GROUP, REDUCTION, ADD_MASS, WANT_PROBS)
+        mass_at, probs_at = mass + base, probs + row_base
+        _hand_out(reduced, mass_at, probs_at, slot, inside, capacity, GROUP, REDUCTION, ADD_MASS, WANT_PROBS)
 
 
 _BLOCK_SLOTS, _STAGES, _WARPS = 32, 4, 2  # measured on an H200 (docs/log.md)

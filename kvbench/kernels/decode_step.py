@@ -411,7 +411,7 @@ def _blocks(x: Tensor, sizes: Sequence[int], *, in_parts: bool = False) -> dict[
     elif is_narrow:
         tile = _narrow_tile(len(sizes), is_long)
     else:
-        tile = _wide_tile(len(sizes), is_long, parts)
+        tile = _wide_tile(x, sizes, is_long, parts)
     tile = {"BLOCK_M": 1 if rows == 1 else max(16, triton.next_power_of_2(rows)), "PRODUCT": "ieee"} | tile
     tile = {"PARTS": 1, "WEIGHT_FIRST": False} | tile
     return tile | {"EVEN_K": width % (tile["BLOCK_K"] * tile["PARTS"]) == 0, "UPCAST": interpreted()}
@@ -453,16 +453,13 @@ def _narrow_tile(num_matrices: int, is_long: bool) -> dict[str, int | str]:
     }[num_matrices]
 
 
-def _wide_tile(num_matrices: int, is_long: bool, parts: int) -> dict[str, int | str]:
+def _wide_tile(x: Tensor, sizes: Sequence[int], is_long: bool, parts: int) -> dict[str, int | str]:
     if is_long:
         return {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 5, "num_warps": 2}
-    if parts > 1:
-        return {"STAGES": 5 if parts == 2 else 3, "PARTS": parts} | _TALL
-    return {
-        1: {"BLOCK_N": 16, "BLOCK_K": 128, "STAGES": 6, "num_warps": 2},  # more and smaller tiles keep all busy
-        2: {"STAGES": 3} | _TALL,
-        3: {"BLOCK_N": 32, "BLOCK_K": 64, "STAGES": 6, "num_warps": 2},
-    }[num_matrices]
+    if len(sizes) == 1 and parts == 1:  # more and smaller tiles keep all busy
+        return {"BLOCK_N": 16, "BLOCK_K": 128, "STAGES": 6, "num_warps": 2}
+    programs = parts * sum(triton.cdiv(size, 64) for size in (sizes[:1] if len(sizes) == 2 else sizes))
+    return {"STAGES": 5 if programs <= num_processors(x.device) else 3, "PARTS": parts} | _TALL
 
 
 def _many_rows_tile(

@@ -200,7 +200,7 @@ def free_victim(
         tl.store(free + pair, held)
 
 
-_MOST_SLOTS = 4096  # a block reads so many at once: each block more waits for memory once more
+_MOST_SLOTS = 2048  # a block reads so many at once, measured on an H200 (docs/log.md)
 
 
 @on_its_device
@@ -289,7 +289,7 @@ def _free(
 ) -> None:
     (batch, heads), capacity = columns.length.shape, columns.capacity
     score = in_line(score)
-    block = 512 if given and columns.rank is None else min(max(512, triton.next_power_of_2(capacity)), _MOST_SLOTS)
+    block = 512 if given and columns.rank is None else min(max(256, triton.next_power_of_2(capacity)), _MOST_SLOTS)
     free_victim[(batch * heads,)](
         score,
         victim,
@@ -312,7 +312,7 @@ def _free(
         HAS_RANK=columns.rank is not None,
         APPLY=apply,
         RAGGED=columns.start is not None,
-        num_warps=1 if given and columns.rank is None else max(4, block // 256),  # one warp waits for no other
+        num_warps=1 if given and columns.rank is None else block // 128,  # one warp waits for no other
     )
 
 
