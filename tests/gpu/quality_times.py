@@ -86,12 +86,13 @@ def _waited_ms(decoding: Any, tokens: Any) -> float:
 
 def cells(out: Path, limit_s: float) -> dict[str, Any]:
     """Time the cells of perplexity alone, s by policy; the first one's has the prompts' prefill in it."""
-    return _sweep(out / "cells", limit_s, f"policy={','.join(POLICIES)}", "budget.fraction=0.2", "task=perplexity")
+    words = (f"policy={','.join(POLICIES)}", "budget.fraction=0.2", "task=perplexity")
+    return _sweep(out / "cells", limit_s, f"batch_size={BATCH}", *words)
 
 
 def sweep(out: Path, limit_s: float) -> dict[str, Any]:
-    """Time a sweep of sixteen cells of all quality tasks."""
-    return _sweep(out / "sweep", limit_s, *SIXTEEN, "task=quality")
+    """Time a sweep of sixteen cells of all quality tasks, as many windows at once as fit."""
+    return _sweep(out / "sweep", limit_s, "batch_size=auto", *SIXTEEN, "task=quality")
 
 
 def _sweep(results: Path, limit_s: float, *words: str) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def _sweep(results: Path, limit_s: float, *words: str) -> dict[str, Any]:
     its_code = subprocess.run(asked, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
     if its_code != kvbench.__file__:
         raise RuntimeError(f"a sweep would run {its_code}, and this process has {kvbench.__file__}")
-    command = [sys.executable, "-m", "kvbench", "-m", *WORDS, f"batch_size={BATCH}", "autopsy=off", *words]
+    command = [sys.executable, "-m", "kvbench", "-m", *WORDS, "autopsy=off", *words]
     command += ["sink=console", f"results={results.absolute()}"]
     before_s = time.monotonic()
     try:
