@@ -22,7 +22,7 @@ from kvbench.kernels.dispatch import Chunk
 
 PositionMode = Literal["original", "in_cache", "released"]
 POSITION_MODES: tuple[str, ...] = get_args(PositionMode)
-_FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _HALF_SPLIT_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # others may rotate neighbouring pairs
 _GRID_FAMILIES = ("qwen2_5_vl_text", "qwen3_vl_text")  # time, row and column of a picture's token
 
@@ -83,7 +83,7 @@ def rotation_of(decoder: Any, mode: str = "in_cache") -> Rotation:
             f"positions=in_cache is not defined for {config.model_type!r}: a picture's token stands at a time, a row "
             "and a column, and ranks in the cache have one axis. Use positions=original"
         )
-    if rotary is None or not hasattr(rotary, "inv_freq") or kind not in _FIXED_ROPE_TYPES or "mrope_section" in rope:
+    if rotary is None or not hasattr(rotary, "inv_freq") or kind not in FIXED_ROPE_TYPES or "mrope_section" in rope:
         raise ModelSupportError(
             f"positions={mode} needs one fixed rotary embedding; {type(decoder).__name__} has rope type {kind!r}. "
             "Use positions=original"

@@ -276,11 +276,11 @@ def join_parts(
 _BLOCK_SLOTS, _STAGES, _WARPS = 32, 4, 2  # measured on an H200 (docs/log.md)
 _TURN_SLOTS, _TURN_STAGES, _TURN_WARPS = 32, 3, 2  # turning takes registers and shared memory
 _JOIN_SLOTS = 1024
-_GIVEN_SLOTS = 256
+_GIVEN_SLOTS = 256  # at once, of one part; 128 and 512 take as long on an H200
 _PRODUCT = "tf32x3"  # of float32: three of shorter numbers on the matrix units, as near to exact as one without them
 _MAX_PARTS = 64
 _PROGRAMS_PER_PROCESSOR = 2
-_NEARLY = 0.9
+_NEARLY = 0.9  # of them: 8 x 32 heads in one part each leave 8 of 264 idle, and need no joining
 
 
 class Turn(NamedTuple):
@@ -330,8 +330,9 @@ def decode_attention(
     block_slots, stages, warps = tile
     parts = _num_parts(pairs, triton.cdiv(capacity, block_slots), query.device)
     new = query.new_empty
-    partial = new((pairs, parts, group, width), dtype=torch.float32)
-    peaks, sums = new((2, pairs, parts, group), dtype=torch.float32)
+    is_whole = parts == 1
+    partial = new((0,) if is_whole else (pairs, parts, group, width), dtype=torch.float32)
+    peaks, sums = new((2, 0) if is_whole else (2, pairs, parts, group), dtype=torch.float32)
     want_rows = mass is not None or want_probs
     handed_out = {"REDUCTION": reduction, "ADD_MASS": mass is not None, "WANT_PROBS": want_probs}
     logits = new((pairs, group, capacity), dtype=torch.float32) if want_rows else partial
@@ -368,13 +369,13 @@ def decode_attention(
         PRODUCT=_PRODUCT,
         UPCAST=interpreted(),
         RAGGED=ragged is not None,
-        WHOLE=parts == 1,
+        WHOLE=is_whole,
         BLOCK_S=_GIVEN_SLOTS,
-        **handed_out,
+        **(handed_out if is_whole else dict.fromkeys(handed_out, False)),
         num_warps=warps,
         num_stages=stages,
     )
-    if parts == 1:
+    if is_whole:
         return output, probs
     join_parts[(pairs, group + (triton.cdiv(capacity, _JOIN_SLOTS) if want_rows else 0))](
         partial,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import triton
@@ -20,14 +19,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from kvbench.kernels.dispatch import Norm, Unturned, in_line, interpreted, num_processors, on_its_device
+from kvbench.kernels.dispatch import Norm, Unturned, in_line, interpreted, num_processors, on_its_device, shared_bytes
 
 # mypy: ignore-errors
 # Kernels are written in Triton's language, not Python's.
 
 _LONG = 16_384  # rows of a matrix of which the tiles are many whatever their size
 _NARROW = 1536  # numbers of an input whose products wait more than they read
-_TALL = {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "WEIGHT_FIRST": True}  # what the newest matrix units take whole
+_TALL = {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "WEIGHT_FIRST": True}  # wgmma takes 64 rows, by four warps
 
 
 @triton.jit
@@ -159,6 +158,7 @@ def _store(
     HAS_BIAS: tl.constexpr,
     ADD: tl.constexpr,
 ):
+    """Write a tile (BLOCK_M, BLOCK_N) of out (rows, size), with ADD the sum of it, rounded, and of `before`."""
     n = first + tl.arange(0, BLOCK_N)
     m = first_row + tl.arange(0, BLOCK_M)
     if HAS_BIAS:
@@ -351,8 +351,10 @@ def project_rows(
     sizes = [weight.shape[0] for weight in weights]
     block = _blocks(x, sizes, in_parts=in_parts and biases[0] is None and before is None)
     parts = block["PARTS"]
-    new = partial(x.new_empty, dtype=torch.float32) if parts > 1 else x.new_empty
-    outputs = [new((*((parts,) if parts > 1 else ()), rows, 1, size)) for size in sizes]
+    if parts > 1:
+        outputs = [x.new_empty((parts, rows, 1, size), dtype=torch.float32) for size in sizes]
+    else:
+        outputs = [x.new_empty((rows, 1, size)) for size in sizes]
     tiles = sum(triton.cdiv(size, block["BLOCK_N"]) for size in sizes)
     given = (weights, [weights[0] if bias is None else bias for bias in biases], outputs, sizes)
     in_threes = [item for items in given for item in (*items, *[items[0]] * (3 - len(items)))]
@@ -414,11 +416,17 @@ def _blocks(x: Tensor, sizes: Sequence[int], *, in_parts: bool = False) -> dict[
         tile = _wide_tile(x, sizes, is_long, parts)
     tile = {"BLOCK_M": 1 if rows == 1 else max(16, triton.next_power_of_2(rows)), "PRODUCT": "ieee"} | tile
     tile = {"PARTS": 1, "WEIGHT_FIRST": False} | tile
+    together = 2 if len(sizes) == 2 and _reads_together(x) else 1
+    stage_bytes = (together * tile["BLOCK_N"] + tile["BLOCK_M"]) * tile["BLOCK_K"] * x.element_size()
+    tile["STAGES"] = max(1, min(tile["STAGES"], shared_bytes(x.device) // stage_bytes))  # other GPUs have less
     return tile | {"EVEN_K": width % (tile["BLOCK_K"] * tile["PARTS"]) == 0, "UPCAST": interpreted()}
 
 
 def _parts(size: int, x: Tensor) -> int:
-    """Return in how many parts a product of `size` rows, 64 a tile, leaves the fewest processors idle."""
+    """Return in how many parts a product of `size` rows, 64 a tile, leaves the fewest processors idle.
+
+    Of two that are nearly alike the fewer, which are added up sooner.
+    """
 
     def rounds_per_wanted(parts: int) -> float:
         wanted = triton.cdiv(size, 64) * parts / num_processors(x.device)
@@ -502,10 +510,6 @@ def _float32_tile(rows: int, num_matrices: int, is_long: bool, *, is_narrow: boo
     return shape | {"BLOCK_M": min(shape["BLOCK_M"], triton.next_power_of_2(rows)), "PRODUCT": "none"}
 
 
-# mypy: ignore-errors
-# Kernels are written in Triton's language, not Python's.
-
-
 @triton.jit
 def norm_row(x, delta, weight, total, normed, width, epsilon, BLOCK: tl.constexpr, ADD: tl.constexpr):
     """Make a row of total = x + delta and of normed = RMSNorm(total) weight: all (rows, K).
@@ -532,13 +536,13 @@ def norm_row(x, delta, weight, total, normed, width, epsilon, BLOCK: tl.constexp
 
 @triton.jit
 def angles_of_row(
-    position, frequencies, cosines, sines, position_row, half, scaling, BLOCK: tl.constexpr, UPCAST: tl.constexpr
+    position, frequencies, cosines, sines, position_row, half, scaling, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr
 ):
     """Write the cosines and sines (rows, D) of position times frequencies (D / 2,), both halves alike."""
     row, d = tl.program_id(0), tl.arange(0, BLOCK)
     inside = d < half
     angle = tl.load(position + row * position_row).to(tl.float32) * tl.load(frequencies + d, mask=inside, other=0.0)
-    if UPCAST:  # the interpreter has no functions of a GPU
+    if INTERPRETED:  # without the functions of a GPU
         cosine, sine = tl.cos(angle), tl.sin(angle)
     else:  # tl.cos is made for small angles
         cosine, sine = libdevice.cos(angle), libdevice.sin(angle)
@@ -632,7 +636,7 @@ def angle_rows(x: Tensor, position: Tensor, frequencies: Tensor, scaling: float)
         half,
         scaling,
         BLOCK=triton.next_power_of_2(half),
-        UPCAST=interpreted(),
+        INTERPRETED=interpreted(),
         num_warps=1,
     )
     return cosines, sines

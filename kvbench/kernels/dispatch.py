@@ -19,6 +19,7 @@ from torch import Tensor
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 256  # numbers in a head that one tile of the prefill kernels holds
 MAX_ROWS = 64  # batch of a decode step up to which the matrix kernels beat the library
+_SHARED_BYTES = 227 * 2**10
 _forced: list[bool] = []
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -90,6 +91,14 @@ def num_processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def shared_bytes(device: torch.device) -> int:
+    """Return how much memory a program may have that its threads share; an H100's where `device` does not tell."""
+    if device.type != "cuda":
+        return _SHARED_BYTES
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", _SHARED_BYTES))
 
 
 def in_line(states: Tensor) -> Tensor:

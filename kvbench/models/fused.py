@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from kvbench.cache.attention import CACHE_NAMES
+from kvbench.cache.positions import FIXED_ROPE_TYPES
 from kvbench.kernels.dispatch import Norm, is_decode_row, leave_unturned, use_triton
-from kvbench.models.spec import MOVING_ROTATIONS
 
 _SILU = ("SiLU", "SiLUActivation")
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -49,7 +49,7 @@ def fuse(model: Any) -> None:
     if type(embeddings) is nn.Embedding and embeddings.max_norm is None:
         _extend(embeddings, _Rows)
     rotary = getattr(decoder, "rotary_emb", None)
-    if type(rotary).__name__ in _ANGLES and getattr(rotary, "rope_type", None) not in MOVING_ROTATIONS:
+    if type(rotary).__name__ in _ANGLES and getattr(rotary, "rope_type", None) in FIXED_ROPE_TYPES:
         _extend(rotary, _Angles)
     _rotate_by_kernel(sys.modules[type(decoder).__module__])
 
@@ -77,14 +77,20 @@ def _join_sums_and_norms(decoder: Any) -> None:
             extended = _extend(layer, _Layer)
             extended.kvbench_after = [after]  # a list, which is no submodule
             extended.kvbench_is_known = _is_known(layer)
-            extended.kvbench_parts = [part for part in layer.modules() if part not in (layer, layer.self_attn)]
+            extended.kvbench_parts = _within(layer)
 
 
 def _is_known(layer: Any) -> bool:
     """Whether all that it multiplies is multiplied here, and nothing comes between a norm and the product after it."""
-    attention, mlp = layer.self_attn, layer.mlp
-    products = isinstance(getattr(attention, "q_proj", None), _FirstProduct) and isinstance(attention.o_proj, _Product)
-    return products and isinstance(mlp, _GatedMlp) and type(attention).__name__ in _OF_TEXT
+    first, last = (getattr(layer.self_attn, name, None) for name in ("q_proj", "o_proj"))
+    products = isinstance(first, _FirstProduct) and isinstance(last, _Product) and isinstance(layer.mlp, _GatedMlp)
+    is_theirs = type(layer.self_attn).__module__.startswith("transformers.models.")
+    return products and is_theirs and type(layer.self_attn).__name__ in _OF_TEXT
+
+
+def _within(layer: Any) -> list[nn.Module]:
+    """Return the modules of a layer, and what is in its attention and its MLP."""
+    return [module for part in (layer, layer.self_attn, layer.mlp) for module in part.children()]
 
 
 def _share_input(linears: list[nn.Linear]) -> None:
@@ -133,7 +139,10 @@ _AS_IT_IS, _IN_PARTS = _End(), _End(in_parts=True)
 
 @contextmanager
 def _ending(product: Any, end: _End) -> Iterator[None]:
-    """Inside, tell a `_Product` or a `_GatedMlp` what its next output becomes; others make theirs as ever."""
+    """Inside, a `_Product` or a `_GatedMlp` makes `end` of its output; nothing is told where that is what it is."""
+    if end is _AS_IT_IS:
+        yield
+        return
     product.kvbench_end = end
     try:
         yield
@@ -281,15 +290,18 @@ class _Layer(nn.Module):
     kvbench_parts: list[nn.Module]
 
     def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
-        norm, after = self.post_attention_layernorm, self.kvbench_after[0]
-        if args or not _takes(hidden_states, norm.weight, after.weight) or self._is_watched():
+        before, norm, after = self.input_layernorm, self.post_attention_layernorm, self.kvbench_after[0]
+        if args or _has_hooks(norm) or not _takes(hidden_states, before.weight, norm.weight):
             return super().forward(hidden_states, *args, **options)
-        if self.kvbench_is_known and hidden_states.shape[0] == 1:
+        is_known = self._is_as_it_was()
+        if is_known and hidden_states.shape[0] == 1:
             return self._one_row(hidden_states, options)
+        if not _takes(hidden_states, after.weight):
+            return super().forward(hidden_states, *args, **options)
         from kvbench.kernels.decode_step import add_and_norm_rows
 
-        end = _IN_PARTS if self.kvbench_is_known else _AS_IT_IS
-        attended = self._attended(self.input_layernorm(hidden_states), end, options)
+        end = _IN_PARTS if is_known else _AS_IT_IS
+        attended = self._attended(before(hidden_states), end, options)
         between, normed = add_and_norm_rows(hidden_states, attended, norm.weight, norm.variance_epsilon)
         total, ready = add_and_norm_rows(between, self._through_mlp(normed, end), after.weight, after.variance_epsilon)
         after.kvbench_made = (total, ready)
@@ -302,7 +314,7 @@ class _Layer(nn.Module):
         return self._through_mlp(_unnormed(between, self.post_attention_layernorm), _End(before=between))
 
     def _attended(self, given: Tensor, end: _End, options: dict[str, Any]) -> Tensor:
-        with _ending(self.self_attn.o_proj, end):
+        with _ending(getattr(self.self_attn, "o_proj", None), end):
             attended: Tensor = self.self_attn(hidden_states=given, **options)[0]
         return attended
 
@@ -311,10 +323,22 @@ class _Layer(nn.Module):
             output: Tensor = self.mlp(given)
         return output
 
-    def _is_watched(self) -> bool:
-        """Whether somebody sees what lies between two products, beside what attention is given."""
-        seen = any(part._forward_hooks or part._forward_pre_hooks for part in self.kvbench_parts)
-        return seen or len(self.self_attn._forward_hooks) > 0
+    def _is_as_it_was(self) -> bool:
+        """Whether nothing in it was replaced, and nobody sees more than what attention is given.
+
+        What lies between two products is not what it is in the stock model.
+        """
+        if not self.kvbench_is_known or self.self_attn._forward_hooks:
+            return False
+        now = _within(self)
+        if len(now) != len(self.kvbench_parts):
+            return False
+        pairs = zip(now, self.kvbench_parts, strict=True)
+        return all(one is then and (one is self.self_attn or not _has_hooks(one)) for one, then in pairs)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _rotate_by_kernel(modeling: Any) -> None:

@@ -44,7 +44,7 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], types: dict[str, str]
     names = kernel.arg_names
     known = {**dict.fromkeys(names, "*bf16"), **_TYPES, **(types or {})}
     signature = {name: "constexpr" if name in constants else known[name] for name in names}
-    aligned = [name for name in names if signature[name].startswith("*") or name in (*_COUNTS, *_STRIDES)]
+    aligned = [name for name in names if signature[name].startswith("*") or name in (*_COUNTS, *_STRIDES, "part")]
     source = ASTSource(
         kernel,
         signature,
@@ -56,12 +56,13 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], types: dict[str, str]
 
 
 def main() -> None:
-    """Compile all, with the constants that the launchers use."""
+    """Compile all, with the constants that the launchers use on that GPU."""
+    linear.num_processors = lambda device: 132
     part = {"GROUP": 4, "BLOCK_G": 16, "BLOCK_C": 32, "BLOCK_D": 128, "UPCAST": False}
     part |= {"PRODUCT": decode_attention._PRODUCT, "BLOCK_S": decode_attention._GIVEN_SLOTS, "REDUCTION": "mean"}
     part |= {"ADD_MASS": True, "WANT_PROBS": True}
-    for turn in (False, True):
-        constants = {**part, "WANT_LOGITS": True, "TURN": turn, "RAGGED": turn, "WHOLE": turn}
+    for turn, whole in ((False, False), (False, True), (True, True)):
+        constants = {**part, "WANT_LOGITS": True, "TURN": turn, "RAGGED": turn, "WHOLE": whole}
         compile_kernel(decode_attention.attend_part, constants, num_warps=2, num_stages=3 if turn else 4)
     narrow = {**part, "BLOCK_D": 32, "WANT_LOGITS": True, "TURN": True, "RAGGED": False, "WHOLE": False}
     compile_kernel(decode_attention.attend_part, narrow, num_warps=2, num_stages=3)
@@ -73,16 +74,13 @@ def main() -> None:
     types = {**dict.fromkeys(_ROTATED, "i32"), "queries": "*bf16", "cosines": "*bf16", "sines": "*bf16"}
     for turn in (False, True):
         compile_kernel(slot_writes.write_token, {**write, "TURN": turn}, types, num_warps=1)
-    for given in (False, True):
-        compile_kernel(
-            slot_writes.free_victim,
-            {"BLOCK_C": 512, "GIVEN": given, "HAS_RANK": True, "APPLY": not given, "RAGGED": given},
-            num_warps=1 if given else 4,
-        )
+    for given, block in ((False, 256), (False, slot_writes._MOST_SLOTS), (True, 256)):
+        victim = {"BLOCK_C": block, "GIVEN": given, "HAS_RANK": True, "APPLY": not given, "RAGGED": given}
+        compile_kernel(slot_writes.free_victim, victim, num_warps=block // 128)
     for x in _INPUTS:
         types = {} if x.dtype == torch.bfloat16 else dict.fromkeys(_OF_INPUT, "*fp32")
         is_one = {"NORM": x.shape[0] == 1}
-        for sizes in ((4096,), (5120,), (32_000,), (4096, 4096), (4096, 1024, 1024)):
+        for sizes in ((4096,), (5120,), (32_000,), (6144, 6144), (4096, 1024, 1024)):
             block = {**linear._blocks(x, sizes, in_parts=len(sizes) == 1), "UPCAST": False}
             warps, parts = block.pop("num_warps"), block["PARTS"]
             given = {**block, **is_one, "MATRICES": 3, "HAS_BIAS": True, "ADD": parts == 1}
@@ -96,7 +94,7 @@ def main() -> None:
         parts = {"delta": "*fp32"} if add > 1 else {}
         compile_kernel(norm.norm_row, {"BLOCK": 4096, "ADD": add}, parts, num_warps=16)
     angles = {"position": "*i64", "frequencies": "*fp32", "position_row": "i32", "half": "i32"}
-    compile_kernel(norm.angles_of_row, {"BLOCK": 64, "UPCAST": False}, angles, num_warps=1)
+    compile_kernel(norm.angles_of_row, {"BLOCK": 64, "INTERPRETED": False}, angles, num_warps=1)
     types = {**dict.fromkeys(_ROTATED, "i32"), "queries": "*bf16", "cosines": "*bf16", "sines": "*bf16"}
     compile_kernel(norm.rotate_head, {"BLOCK": 64}, types, num_warps=1)
     for one in (False, True):

@@ -134,6 +134,55 @@ def test_keys_are_rotated_as_they_are_written_unless_somebody_looks_at_them_befo
     assert len(apart) == (STEPS * model.config.num_hidden_layers if looks else 0)
 
 
+class Adapted(nn.Module):
+    """A product with something of its own beside it, as adapters have it."""
+
+    more: Tensor
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("more", torch.linspace(-1, 1, inner.weight.numel()).sin().view_as(inner.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + nn.functional.linear(x, self.more)
+
+
+def adapt(model: Any, product: str) -> Any:
+    for layer in model.get_decoder().layers:
+        setattr(layer.self_attn, product, Adapted(getattr(layer.self_attn, product)).to(ON))
+    return model
+
+
+def test_a_layer_in_which_something_was_replaced_or_is_watched_is_not_what_was_fused() -> None:
+    model = half("llama_gqa")
+    fuse(model)
+    layer: Any = model.get_decoder().layers[0]
+    twin = copy.deepcopy(layer)
+    assert layer._is_as_it_was()
+    assert twin._is_as_it_was()
+    for module in (layer.self_attn, layer.self_attn.v_proj, layer.mlp, layer.mlp.up_proj, layer.input_layernorm):
+        hook = module.register_forward_hook(lambda *_: None)
+        assert not layer._is_as_it_was()
+        hook.remove()
+        assert layer._is_as_it_was()
+    adapt(model, "o_proj")
+    assert not layer._is_as_it_was()
+    assert twin._is_as_it_was()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("product", ["q_proj", "o_proj"])
+def test_a_product_that_was_replaced_after_fusing_gets_and_gives_what_it_does_in_the_stock_model(
+    product: str, rows: int
+) -> None:
+    model = half("llama_gqa").float()
+    exact = logits(adapt(copy.deepcopy(model), product), by_kernels=False, rows=rows)
+    fuse(model)
+    torch.testing.assert_close(logits(adapt(model, product), by_kernels=True, rows=rows), exact, rtol=1e-4, atol=1e-4)
+
+
 def never(layer: PolicyLayer) -> bool:
     return False
 
