@@ -4,8 +4,9 @@ Every weight is read once, at the bandwidth. For one row (batch 1) products are 
 units, which would idle; up to 64 rows are one tile of them. One launch serves several matrices with the same input
 (queries, keys and values), or gate and up projection with the activation between, so the weights stay where they are.
 
-Between the products, a launch each: all in float32 and rounded once at the end, where the stock models round in
-between; only the residual sum is theirs to the bit, because everything after it starts from it.
+Between the products, a launch each, or none where there is one row, whose products make the norm before them and the
+sum after: all in float32 and rounded once at the end, where the stock models round in between; only the residual sum is
+theirs to the bit, because everything after it starts from it.
 """
 
 from __future__ import annotations
