@@ -200,7 +200,7 @@ class _Product(nn.Linear):
         if not _takes(x, self.weight):
             output = super().forward(x)
             return output if end.before is None else end.before + output
-        from kvbench.kernels.decode_step import project_rows
+        from kvbench.kernels.products import project_rows
 
         return project_rows(x, [self.weight], [self.bias], before=end.before, in_parts=end.in_parts)[0]
 
@@ -213,7 +213,7 @@ class _FirstProduct(nn.Linear):
         linears = [self, *self.kvbench_others]
         if not _takes(x, *(linear.weight for linear in linears)):
             return super().forward(_normed(x))
-        from kvbench.kernels.decode_step import project_rows
+        from kvbench.kernels.products import project_rows
 
         weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
         outputs = project_rows(x, weights, biases, norm=getattr(x, _NORM, None))
@@ -251,7 +251,7 @@ class _GatedMlp(nn.Module):
         if not _takes(x, gate, up, down):
             stock: Tensor = super().forward(_normed(x))
             return stock if end.before is None else end.before + stock
-        from kvbench.kernels.decode_step import gated_rows, project_rows
+        from kvbench.kernels.products import gated_rows, project_rows
 
         gated = gated_rows(x, gate, up, getattr(x, _NORM, None))
         return project_rows(gated, [down], [None], before=end.before, in_parts=end.in_parts)[0]

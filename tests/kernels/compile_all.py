@@ -12,9 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvbench.kernels import decode_attention, ordering, prefill, settling, slot_writes
-from kvbench.kernels import decode_step as linear
-from kvbench.kernels import decode_step as norm
+from kvbench.kernels import decode_attention, decode_step, ordering, prefill, products, settling, slot_writes
 
 HOPPER = GPUTarget("cuda", 90, 32)
 _TYPES = {"length": "*i64", "seen": "*i64", "position": "*i64", "free": "*i64", "budget": "*i64", "sinks": "*i64"}
@@ -57,7 +55,7 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], types: dict[str, str]
 
 def main() -> None:
     """Compile all, with the constants that the launchers use on that GPU."""
-    linear.num_processors = lambda device: 132
+    products.num_processors = lambda device: 132
     part = {"GROUP": 4, "BLOCK_G": 16, "BLOCK_C": 32, "BLOCK_D": 128, "UPCAST": False}
     part |= {"PRODUCT": decode_attention._PRODUCT, "BLOCK_S": decode_attention._GIVEN_SLOTS, "REDUCTION": "mean"}
     part |= {"ADD_MASS": True, "WANT_PROBS": True}
@@ -81,22 +79,22 @@ def main() -> None:
         types = {} if x.dtype == torch.bfloat16 else dict.fromkeys(_OF_INPUT, "*fp32")
         is_one = {"NORM": x.shape[0] == 1}
         for sizes in ((4096,), (5120,), (32_000,), (6144, 6144), (4096, 1024, 1024)):
-            block = {**linear._blocks(x, sizes, in_parts=len(sizes) == 1), "UPCAST": False}
+            block = {**products._blocks(x, sizes, in_parts=len(sizes) == 1), "UPCAST": False}
             warps, parts = block.pop("num_warps"), block["PARTS"]
             given = {**block, **is_one, "MATRICES": 3, "HAS_BIAS": True, "ADD": parts == 1}
             outputs = types | (dict.fromkeys(("o0", "o1", "o2"), "*fp32") if parts > 1 else {})
-            compile_kernel(linear.project, given, outputs, num_warps=warps)
+            compile_kernel(products.project, given, outputs, num_warps=warps)
             if len(sizes) == 2:
                 del block["PARTS"]
                 for together in (False, True):
-                    compile_kernel(linear.gate_up, {**block, **is_one, "TOGETHER": together}, types, num_warps=warps)
+                    compile_kernel(products.gate_up, {**block, **is_one, "TOGETHER": together}, types, num_warps=warps)
     for add in (0, 1, 4):
         parts = {"delta": "*fp32"} if add > 1 else {}
-        compile_kernel(norm.norm_row, {"BLOCK": 4096, "ADD": add}, parts, num_warps=16)
+        compile_kernel(decode_step.norm_row, {"BLOCK": 4096, "ADD": add}, parts, num_warps=16)
     angles = {"position": "*i64", "frequencies": "*fp32", "position_row": "i32", "half": "i32"}
-    compile_kernel(norm.angles_of_row, {"BLOCK": 64, "INTERPRETED": False}, angles, num_warps=1)
+    compile_kernel(decode_step.angles_of_row, {"BLOCK": 64, "INTERPRETED": False}, angles, num_warps=1)
     types = {**dict.fromkeys(_ROTATED, "i32"), "queries": "*bf16", "cosines": "*bf16", "sines": "*bf16"}
-    compile_kernel(norm.rotate_head, {"BLOCK": 64}, types, num_warps=1)
+    compile_kernel(decode_step.rotate_head, {"BLOCK": 64}, types, num_warps=1)
     for one in (False, True):
         search = {"BLOCK_C": 512 if one else 2048, "IN_ONE": one, "FROM_NEWEST": one}
         types = {"rank": "*i64", "slot": "*i64", "newer": "i32", "sinks": "i32"}

@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from kvbench.cache import Budget, PolicyCache, attach, cache_argument
 from kvbench.cache.layer import PolicyLayer
 from kvbench.contract.driving import TEXT_SETTINGS, drive, seeded
-from kvbench.kernels import decode_step
+from kvbench.kernels import decode_step, products
 from kvbench.kernels.dispatch import kernels_forced
 from kvbench.models import fused
 from kvbench.models.fused import fuse
@@ -115,9 +115,9 @@ def test_a_fused_step_gives_the_logits_of_the_models_own(
     plain, ours = half(name).to(dtype), half(name).to(dtype)
     fuse(ours)
     launched: list[torch.dtype] = []
-    product = decode_step.project_rows
+    product = products.project_rows
     monkeypatch.setattr(
-        decode_step, "project_rows", lambda x, *rest, **more: launched.append(x.dtype) or product(x, *rest, **more)
+        products, "project_rows", lambda x, *rest, **more: launched.append(x.dtype) or product(x, *rest, **more)
     )
     exact = logits(copy.deepcopy(plain).double(), by_kernels=False)
     scale = float(exact.norm())
