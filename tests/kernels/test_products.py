@@ -133,3 +133,18 @@ def test_a_product_in_parts_is_added_up_with_the_sum_after_it(
     if parts.ndim == 4:
         assert torch.equal(total, before + parts.sum(0).to(dtype))
     assert project_rows(x, [weight], [bias], in_parts=True)[0].shape == before.shape, "a bias is added once"
+
+
+@pytest.mark.parametrize("kib", [99, 163, 227])
+def test_no_tile_takes_more_shared_memory_than_the_device_has(kib: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "shared_bytes", lambda device: kib * 1024)
+    most = 0
+    for rows in (2, 16, 32, 64):
+        for sizes in ((4096,), (5120,), (32_000,), (6144, 6144), (4096, 1024, 1024)):
+            x = torch.empty(rows, 1, 4096, dtype=torch.bfloat16)
+            tile = products._blocks(x, sizes, in_parts=len(sizes) == 1)
+            weights = 2 if len(sizes) == 2 else 1  # gate and up, in one loop
+            stage_bytes = (weights * int(tile["BLOCK_N"]) + int(tile["BLOCK_M"])) * int(tile["BLOCK_K"]) * 2
+            assert int(tile["STAGES"]) >= 2, "or nothing would be read ahead"
+            most = max(most, int(tile["STAGES"]) * stage_bytes)
+    assert most <= kib * 1024
