@@ -77,7 +77,7 @@ def _join_sums_and_norms(decoder: Any) -> None:
             extended = _extend(layer, _Layer)
             extended.kvbench_after = [after]  # a list, which is no submodule
             extended.kvbench_is_known = _is_known(layer)
-            extended.kvbench_parts = _within(layer)
+            extended.kvbench_within = _within(layer)
 
 
 def _is_known(layer: Any) -> bool:
@@ -89,8 +89,9 @@ def _is_known(layer: Any) -> bool:
 
 
 def _within(layer: Any) -> list[nn.Module]:
-    """Return the modules of a layer, and what is in its attention and its MLP."""
-    return [module for part in (layer, layer.self_attn, layer.mlp) for module in part.children()]
+    """Return the modules of a layer, and what is in its attention and its MLP; dicts, because every step asks."""
+    parts = (layer, layer.self_attn, layer.mlp)
+    return [module for part in parts for module in part._modules.values() if module is not None]
 
 
 def _share_input(linears: list[nn.Linear]) -> None:
@@ -287,11 +288,11 @@ class _Layer(nn.Module):
     mlp: nn.Module
     kvbench_after: list[_Norm]
     kvbench_is_known: bool
-    kvbench_parts: list[nn.Module]
+    kvbench_within: list[nn.Module]
 
     def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
-        before, norm, after = self.input_layernorm, self.post_attention_layernorm, self.kvbench_after[0]
-        if args or _has_hooks(norm) or not _takes(hidden_states, before.weight, norm.weight):
+        first, norm, after = self.input_layernorm, self.post_attention_layernorm, self.kvbench_after[0]
+        if args or _has_hooks(norm) or not _takes(hidden_states, first.weight, norm.weight):
             return super().forward(hidden_states, *args, **options)
         is_known = self._is_as_it_was()
         if is_known and hidden_states.shape[0] == 1:
@@ -301,7 +302,7 @@ class _Layer(nn.Module):
         from kvbench.kernels.decode_step import add_and_norm_rows
 
         end = _IN_PARTS if is_known else _AS_IT_IS
-        attended = self._attended(before(hidden_states), end, options)
+        attended = self._attended(first(hidden_states), end, options)
         between, normed = add_and_norm_rows(hidden_states, attended, norm.weight, norm.variance_epsilon)
         total, ready = add_and_norm_rows(between, self._through_mlp(normed, end), after.weight, after.variance_epsilon)
         after.kvbench_made = (total, ready)
@@ -328,13 +329,10 @@ class _Layer(nn.Module):
 
         What lies between two products is not what it is in the stock model.
         """
-        if not self.kvbench_is_known or self.self_attn._forward_hooks:
+        attention, now = self.self_attn, _within(self)
+        if not self.kvbench_is_known or attention._forward_hooks or now != self.kvbench_within:
             return False
-        now = _within(self)
-        if len(now) != len(self.kvbench_parts):
-            return False
-        pairs = zip(now, self.kvbench_parts, strict=True)
-        return all(one is then and (one is self.self_attn or not _has_hooks(one)) for one, then in pairs)
+        return not any(_has_hooks(module) for module in now if module is not attention)
 
 
 def _has_hooks(module: nn.Module) -> bool:
