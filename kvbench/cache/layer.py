@@ -11,7 +11,7 @@ elsewhere, and as the reference, plain torch does the same. Which one runs is de
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -33,6 +33,7 @@ from kvbench.cache.attention import (
     ring_after,
 )
 from kvbench.cache.counts import GROW_TOKENS, CountsShelf, LayerSetup, Ledger, Relay, RowCounts, StepCounts
+from kvbench.cache.decisions import decide
 from kvbench.cache.parts import Room, checked_told, layer_entries
 from kvbench.cache.policy import (
     Policy,
@@ -177,14 +178,10 @@ class PolicyLayer(CacheLayerMixin):
         if self.slots is not None and self.setup.places is not None:
             query = self.setup.places.turned(query)
         if self.slots is not None and self._decodes:
-            output, probs = self._attend_slots(self.slots, query, scaling)
+            output, hand_out = self._attend_slots(self.slots, query, scaling)
             if self._ring is not None and self.counts is not None:
                 self._ring.put(query, self.counts.seen - 1)
-            end = partial(self._end_step, self.slots, probs)
-            if self.setup.pool is None:
-                end()
-            else:
-                self.setup.pool.arrive(self.slots.entries, self.setup.num_layers, end)
+            decide(partial(self._decide, self.slots, hand_out))
             return output
         if self.slots is not None and self._appends:
             return self._attend_answer(self.slots, query, keys, values, scaling)
@@ -467,7 +464,8 @@ class PolicyLayer(CacheLayerMixin):
             final = self.ledger.allowed(ahead_tokens=self.setup.reserve_tokens)
             row_slots = [max(pair) + self.ledger.block_tokens for pair in zip(means, final, strict=True)]
             self.slots = settle_ragged(entries, plan, spread, row_slots, memory, faults)
-            self.slots.rank = self.slots.rank if self.setup.rotation is not None else None
+            if self.setup.rotation is None:
+                self.slots.rank = self.slots.in_place = None
             self.counts, self._leads = self._shelf.take(self.setup, self.ledger, self.slots.length.device)
             return
         held = self.ledger.held
@@ -483,7 +481,7 @@ class PolicyLayer(CacheLayerMixin):
         in_order = plan is None and faults is None and min(held) == entries.position.shape[-1]
         self.slots = settle(entries, plan, self._capacity(), memory, faults, in_order=in_order)
         if self.setup.rotation is not None and use_triton(self.slots.entries.keys):
-            self.slots.rank = age_rank(self.slots.entries.position).int()
+            self.slots.keep_ranks(age_rank(self.slots.entries.position).int())
         self.counts, self._leads = self._shelf.take(self.setup, self.ledger, self.slots.length.device)
 
     def _capacity(self) -> int:
@@ -571,8 +569,18 @@ class PolicyLayer(CacheLayerMixin):
         slots.append(keys, values, position, None if mass is None else mass[..., held:], noted)
         return output
 
-    def _attend_slots(self, slots: AnySlots, query: Tensor, scaling: float) -> tuple[Tensor, Tensor | None]:
-        """Return output (B, Hq, 1, D) and the probabilities (B, H, C) a policy asks for; mass grows in place."""
+    def _decide(self, slots: AnySlots, hand_out: Callable[[], Tensor | None]) -> None:
+        """End the step of this layer, or with the last one's of all where a policy pools them."""
+        end = partial(self._end_step, slots, hand_out())
+        if self.setup.pool is None:
+            end()
+        else:
+            self.setup.pool.arrive(slots.entries, self.setup.num_layers, end)
+
+    def _attend_slots(
+        self, slots: AnySlots, query: Tensor, scaling: float
+    ) -> tuple[Tensor, Callable[[], Tensor | None]]:
+        """Return output (B, Hq, 1, D), and what gives the probabilities (B, H, C) that a policy asks for, and mass."""
         if use_triton(query):
             return self._attend_by_kernel(slots, query, scaling)
         policy, entries = self.setup.policy, slots.entries
@@ -581,19 +589,22 @@ class PolicyLayer(CacheLayerMixin):
         probs = reduce_group(rows, policy.reduction) if self._needs & (Needs.MASS | Needs.PROBS) else None
         if entries.mass is not None and probs is not None:
             slots.add_mass(probs)
-        return output, probs
+        return output, lambda: probs
 
-    def _attend_by_kernel(self, slots: AnySlots, query: Tensor, scaling: float) -> tuple[Tensor, Tensor | None]:
+    def _attend_by_kernel(
+        self, slots: AnySlots, query: Tensor, scaling: float
+    ) -> tuple[Tensor, Callable[[], Tensor | None]]:
         from kvbench.kernels.decode_attention import Ragged, Turn, decode_attention
 
         turn, ragged, counts, policy, entries = None, None, self.counts, self.setup.policy, slots.columns()
         if entries.start is not None:
             ragged = Ragged(entries.start, entries.capacity)
-        if self.setup.rotation is not None and slots.rank is not None and counts is not None:
-            cosines, sines = counts.turn_tables(self.setup.rotation)
-            turn = Turn(position=entries.position, rank=slots.rank, seen=counts.seen, cosines=cosines, sines=sines)
+        rank, in_place = entries.rank, entries.in_place
+        if self.setup.rotation is not None and rank is not None and in_place is not None and counts is not None:
+            tables = counts.turn_tables(self.setup.rotation)
+            turn = Turn(counts.seen, entries.position, rank, in_place, *tables)
         coarse = entries.mass is not None and self.setup.departures.mass_in_model_dtype  # the kernel sums float32 only
-        output, probs = decode_attention(
+        output, hand_out = decode_attention(
             query,
             entries.keys,
             entries.values,
@@ -605,9 +616,16 @@ class PolicyLayer(CacheLayerMixin):
             turn=turn,
             ragged=ragged,
         )
-        if coarse and entries.mass is not None and probs is not None:
-            slots.add_mass(probs)
-        return output, probs
+        if not coarse:
+            return output, hand_out
+
+        def add() -> Tensor | None:
+            probs = hand_out()
+            if probs is not None:
+                slots.add_mass(probs)
+            return probs
+
+        return output, add
 
     def _end_step(self, slots: AnySlots, probs: Tensor | None) -> None:
         """Free what is over the budget, or take a fresh slot next; the ledger counts it on the host."""

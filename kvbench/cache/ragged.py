@@ -86,6 +86,7 @@ class RaggedSlots(Books):
             kind=flat.kind,
             mass=flat.mass,
             rank=self.rank,
+            in_place=self.in_place,
             length=self.length,
             free=self.free,
             faults=self.faults,
@@ -158,7 +159,7 @@ class RaggedSlots(Books):
         cut = settle_ragged(self.entries, plan, self.spread, self.row_slots, self.memory, self.faults)
         self.take(cut)
         if self.rank is not None and cut.rank is not None:
-            self.rank.copy_(cut.rank)
+            self.keep_ranks(cut.rank)
 
     def grow(self, more: int) -> None:
         """Copy into a buffer of so many slots more in each head; only where the final length was not announced."""
@@ -261,4 +262,5 @@ def settle_ragged(
         faults=faults,
         memory=memory,
         rank=laid.slot.int(),
+        in_place=torch.full_like(faults, -1),
     )

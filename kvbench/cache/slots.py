@@ -49,9 +49,11 @@ class Books:
     """What is kept of a layer's slots beside them: `length` (B, H) counts tokens held, `free` (B, H) is the next slot.
 
     rank int32, of the shape of positions, or None: how many entries are older, kept up to date by the kernels where
-    positions count inside the cache. memory (B, H, M) or None: what the policy's last plan left, which
-    does not follow the tokens. faults (B, H) int32: what went wrong in any step so far, NAN_SCORE and NO_TOKEN,
-    to be looked at when the host waits anyway. Everything changes in place, so that a step can be captured.
+    positions count inside the cache. in_place (B, H) int32, with it: so many first slots hold entries whose rank is
+    their position, and all others lie before theirs by as much as the next query; -1 where not, or not known.
+    memory (B, H, M) or None: what the policy's last plan left, which does not follow the tokens. faults (B, H) int32:
+    what went wrong in any step so far, NAN_SCORE and NO_TOKEN, to be looked at when the host waits anyway. Everything
+    changes in place, so that a step can be captured.
     ended (B, H) int32 or None: the faults of rows whose answer has ended, as they were then, -1 where it goes on.
     """
 
@@ -59,6 +61,7 @@ class Books:
     free: Tensor
     faults: Tensor
     rank: Tensor | None = None
+    in_place: Tensor | None = None
     memory: Tensor | None = None
     ended: Tensor | None = None
 
@@ -80,6 +83,14 @@ class Books:
     def advance(self) -> None:
         """Take a fresh slot next; every slot below `length` holds a token."""
         self.free.copy_(self.length)
+
+    def keep_ranks(self, rank: Tensor) -> None:
+        """Go on with these ranks, int32 of the shape of positions; who is in place a kernel will tell."""
+        if self.rank is None or self.in_place is None:
+            self.rank, self.in_place = rank, torch.full_like(self.faults, -1)
+        else:
+            self.rank.copy_(rank)
+            self.in_place.fill_(-1)
 
     def chosen(self, victim: Tensor, over: Tensor) -> Tensor:
         """Return `victim` (B, H), slot 0 in place of one that is no slot with a token, which is noted in `faults`."""
@@ -119,8 +130,8 @@ class Books:
 
     def state(self) -> list[Tensor]:
         """Return what a step changes in place, keys and values excepted: they change in free slots only."""
-        counts = [self.length, self.free, self.faults]
-        return [*self.buffers.columns(), *counts, *([] if self.rank is None else [self.rank])]
+        ranks = [column for column in (self.rank, self.in_place) if column is not None]
+        return [*self.buffers.columns(), self.length, self.free, self.faults, *ranks]
 
     def fixed(self) -> list[Tensor]:
         """Return the counts that stay as a cut made them."""
@@ -182,6 +193,7 @@ class Slots(Books):
             kind=entries.kind,
             mass=entries.mass,
             rank=self.rank,
+            in_place=self.in_place,
             length=self.length,
             free=self.free,
             faults=self.faults,
@@ -257,7 +269,7 @@ class Slots(Books):
         """Free what `plan` does not keep, in place."""
         self.take(settle(self.entries, plan, self.capacity, self.memory, self.faults))
         if self.rank is not None:
-            self.rank.copy_(age_rank(self.entries.position))
+            self.keep_ranks(age_rank(self.entries.position).int())
 
     def grow(self, more: int) -> None:
         """Copy into buffers of so many slots more; only where the final length was not announced."""

@@ -5,16 +5,19 @@ when a step attends), which lie one head after the other, in a ragged buffer fro
 program takes one (row, KV head) and one part of the slots and serves the whole group of query heads, so
 keys and values are read once whatever the group. Where there are pairs enough a part is the whole; else a
 second kernel joins the parts. Where a policy wants the probabilities they are made of the stored logits and
-added to the mass in place, or written out, without another pass over the keys.
+added to the mass in place, or written out, without another pass over the keys: by the launch that has the whole,
+else by one of their own, for which the output does not wait.
 
 For positions inside the cache, stored keys are turned on the way in: by how far each entry's rank lies
 before its position, from a table of cosines and sines. Only differences count: an entry that no eviction
-moved meets the turned query, one that moved as far as the query meets it as it is, so of sinks and a
-window no key is turned.
+moved meets the turned query, one that moved as far as the query meets it as it is. So where there is nothing
+but sinks and a window no key is turned, and both forms of the queries are rows of one tile, which has room for
+them anyway; whoever frees an entry notes whether that is so.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -37,13 +40,25 @@ def _wide(states, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _turned(first, second, cosines, sines, row, mask, UPCAST: tl.constexpr):
+def _turned(first, second, cosines, sines, row, mask):
     """Return both halves of states turned back by the distance whose angles begin at `row` of the tables."""
     cos = tl.load(cosines + row, mask=mask, other=0.0)
     sin = tl.load(sines + row, mask=mask, other=0.0)
     back = (first * cos + second * sin).to(first.dtype)
     ahead = (second * cos - first * sin).to(first.dtype)
-    return _wide(back, UPCAST), _wide(ahead, UPCAST)
+    return back, ahead
+
+
+@triton.jit
+def _taken_in(s, v, peak, total, acc, PRODUCT: tl.constexpr, ROWS_MAY_BE_EMPTY: tl.constexpr):
+    """Return peak, sum and weighted values of rows after another block with logits `s`."""
+    new_peak = tl.maximum(peak, tl.max(s, 1))
+    from_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak) if ROWS_MAY_BE_EMPTY else new_peak
+    shrink = tl.exp(peak - from_peak)
+    p = tl.exp(s - from_peak[:, None])
+    total = total * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRODUCT)
+    return new_peak, total, acc
 
 
 @triton.jit
@@ -53,7 +68,7 @@ def _reduced(reduced, row, REDUCTION: tl.constexpr):
 
 
 @triton.jit
-def _hand_out(
+def _give(
     reduced,
     mass,
     probs,
@@ -83,6 +98,7 @@ def attend_part(
     seen,
     position,
     rank,
+    in_place,
     cosines,
     sines,
     partial,
@@ -118,6 +134,10 @@ def attend_part(
     """Attend to one part of the slots; partial results are (pair, part, group), logits (pair, group, C).
 
     With WHOLE it is the only part: the output (pair, group, D), mass and probs (pair, C) are written at once.
+
+    With TURN the lower half of the rows has the queries as they are, for entries that moved as far, the upper half
+    the queries turned, for the others: the first slots, those in their places. A slot counts in one of the halves,
+    which are joined at the end. Where the others did not all move as far, all keys are turned, for the upper half.
     """
     pair, part = tl.program_id(0), tl.program_id(1)
     row, head = pair // heads, pair % heads
@@ -126,69 +146,87 @@ def attend_part(
     first = part * blocks * BLOCK_C
     last = tl.minimum(first + blocks * BLOCK_C, held)
 
-    g = tl.arange(0, BLOCK_G)[:, None]
+    members: tl.constexpr = BLOCK_G // 2 if TURN else BLOCK_G
+    r = tl.arange(0, BLOCK_G)
+    g = (r % members)[:, None]
     c = tl.arange(0, BLOCK_C)
     d = tl.arange(0, BLOCK_D)[None, :]
     in_group = g < GROUP
     q_at = query + row * query_row + (head * GROUP + g) * query_head
     row_base = pair.to(tl.int64) * capacity
     base = tl.load(head_start + pair) if RAGGED else row_base
+    q = tl.load(q_at + d, mask=in_group & (d < width), other=0.0)
+    all_plain = True
     if TURN:
         half = width // 2
+        is_upper = (r >= members)[:, None]
+        query_behind = tl.load(seen + row) - held
+        other_half = tl.load(q_at + tl.where(d < half, d + half, d - half), mask=in_group & (d < width), other=0.0)
+        of_angle = query_behind * half + tl.where(d < half, d, d - half)
+        cos = tl.load(cosines + of_angle, mask=d < width, other=0.0)
+        sin = tl.load(sines + of_angle, mask=d < width, other=0.0)
+        turned = (q * cos + tl.where(d < half, other_half, -other_half) * sin).to(q.dtype)
+        q = tl.where(is_upper, turned, q)
+        placed = tl.load(in_place + pair)
+        all_plain = placed >= 0
+    q = _wide(q, UPCAST)
+    peak = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_G,), tl.float32)
+    acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+    if all_plain:
+        for start in range(first, last, BLOCK_C):
+            slot = start + c
+            inside = slot < last
+            counts = inside[None, :]
+            at = (base + slot)[:, None] * width
+            k = _wide(tl.load(keys + at + d, mask=inside[:, None] & (d < width), other=0.0), UPCAST)
+            v = _wide(tl.load(values + at + d, mask=inside[:, None] & (d < width), other=0.0), UPCAST)
+            if TURN:
+                counts = counts & ((slot < placed)[None, :] == is_upper)
+            s = tl.dot(q, tl.trans(k), input_precision=PRODUCT)
+            s = tl.where(counts, s * scaling, float("-inf"))
+            if WANT_LOGITS:
+                tl.store(logits + (row_base * GROUP + g * capacity) + slot[None, :], s, mask=in_group & counts)
+            peak, total, acc = _taken_in(s, v, peak, total, acc, PRODUCT, TURN)
+    elif TURN:
         h = tl.arange(0, BLOCK_D // 2)[None, :]
         in_half = h < half
         q1 = tl.load(q_at + h, mask=in_group & in_half, other=0.0)
         q2 = tl.load(q_at + half + h, mask=in_group & in_half, other=0.0)
-        cosines_h, sines_h = cosines + h, sines + h
-        query_behind = tl.load(seen + row) - held
-        turned_q1, turned_q2 = _turned(q1, q2, cosines_h, sines_h, query_behind * half, in_half, UPCAST)
+        q1, q2 = _turned(q1, q2, cosines + h, sines + h, query_behind * half, in_half)
         q1, q2 = _wide(q1, UPCAST), _wide(q2, UPCAST)
-    else:
-        q = _wide(tl.load(q_at + d, mask=in_group & (d < width), other=0.0), UPCAST)
-    peak = tl.full((BLOCK_G,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_G,), tl.float32)
-    acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-    for start in range(first, last, BLOCK_C):
-        slot = start + c
-        inside = slot < last
-        at = (base + slot)[:, None] * width
-        if TURN:
+        for start in range(first, last, BLOCK_C):
+            slot = start + c
+            inside = slot < last
+            at = (base + slot)[:, None] * width
             held_half = inside[:, None] & in_half
             k1 = tl.load(keys + at + h, mask=held_half, other=0.0)
             k2 = tl.load(keys + at + half + h, mask=held_half, other=0.0)
+            v = _wide(tl.load(values + at + d, mask=inside[:, None] & (d < width), other=0.0), UPCAST)
             behind = tl.load(position + base + slot, mask=inside, other=0)
             behind -= tl.load(rank + base + slot, mask=inside, other=0)
-            between = inside & (behind != 0) & (behind != query_behind)
-            if tl.max(between.to(tl.int32), 0) == 0:
-                k1, k2 = _wide(k1, UPCAST), _wide(k2, UPCAST)
-                s_as_far = tl.dot(q1, tl.trans(k1), input_precision=PRODUCT)
-                s_as_far = tl.dot(q2, tl.trans(k2), s_as_far, input_precision=PRODUCT)
-                s_in_place = tl.dot(turned_q1, tl.trans(k1), input_precision=PRODUCT)
-                s_in_place = tl.dot(turned_q2, tl.trans(k2), s_in_place, input_precision=PRODUCT)
-                s = tl.where((behind == 0)[None, :], s_in_place, s_as_far)
-            else:
-                k1, k2 = _turned(k1, k2, cosines_h, sines_h, behind[:, None] * half, held_half, UPCAST)
-                s = tl.dot(turned_q1, tl.trans(k1), input_precision=PRODUCT)
-                s = tl.dot(turned_q2, tl.trans(k2), s, input_precision=PRODUCT)
-        else:
-            k = _wide(tl.load(keys + at + d, mask=inside[:, None] & (d < width), other=0.0), UPCAST)
-            s = tl.dot(q, tl.trans(k), input_precision=PRODUCT)
-        v = _wide(tl.load(values + at + d, mask=inside[:, None] & (d < width), other=0.0), UPCAST)
-        s = tl.where(inside[None, :], s * scaling, float("-inf"))
-        if WANT_LOGITS:
-            tl.store(logits + (row_base * GROUP + g * capacity) + slot[None, :], s, mask=in_group & inside[None, :])
-        new_peak = tl.maximum(peak, tl.max(s, 1))
-        shrink = tl.exp(peak - new_peak)
-        p = tl.exp(s - new_peak[:, None])
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRODUCT)
-        peak = new_peak
+            k1, k2 = _turned(k1, k2, cosines + h, sines + h, behind[:, None] * half, held_half)
+            s = tl.dot(q1, tl.trans(_wide(k1, UPCAST)), input_precision=PRODUCT)
+            s = tl.dot(q2, tl.trans(_wide(k2, UPCAST)), s, input_precision=PRODUCT)
+            counts = inside[None, :] & is_upper
+            s = tl.where(counts, s * scaling, float("-inf"))
+            if WANT_LOGITS:
+                tl.store(logits + (row_base * GROUP + g * capacity) + slot[None, :], s, mask=in_group & counts)
+            peak, total, acc = _taken_in(s, v, peak, total, acc, PRODUCT, TURN)
+    if TURN:
+        halves = tl.reshape(peak, (2, members))
+        peak = tl.max(halves, 0)
+        shrink = tl.exp(halves - tl.where(peak == float("-inf"), 0.0, peak)[None, :])
+        total = tl.sum(tl.reshape(total, (2, members)) * shrink, 0)
+        acc = acc * tl.reshape(shrink, (BLOCK_G,))[:, None]
+        acc = tl.sum(tl.reshape(acc, (2, members, BLOCK_D)), 0)
+    one = tl.arange(0, members)
     if WHOLE:
-        to = output + (pair * GROUP + g).to(tl.int64) * width + d
-        tl.store(to, (acc / total[:, None]).to(output.dtype.element_ty), mask=in_group & (d < width))
+        to = output + (pair * GROUP + one).to(tl.int64)[:, None] * width + d
+        in_output = (one < GROUP)[:, None] & (d < width)
+        tl.store(to, (acc / total[:, None]).to(output.dtype.element_ty), mask=in_output)
         if ADD_MASS or WANT_PROBS:
             tl.debug_barrier()  # logits were written by other threads than those that read them
-            one = tl.arange(0, BLOCK_G)
             for start in range(0, capacity if WANT_PROBS else held, BLOCK_S):
                 slot = start + tl.arange(0, BLOCK_S)
                 inside = slot < held
@@ -198,7 +236,7 @@ def attend_part(
                     its_peak = tl.sum(tl.where(one == member, peak, 0.0), 0)
                     its_total = tl.sum(tl.where(one == member, total, 0.0), 0)
                     reduced = _reduced(reduced, tl.exp(s - its_peak) / its_total, REDUCTION)
-                _hand_out(
+                _give(
                     reduced,
                     mass + base,
                     probs + row_base,
@@ -211,11 +249,10 @@ def attend_part(
                     WANT_PROBS,
                 )
     else:
-        out = (pair * parts + part) * GROUP + tl.arange(0, BLOCK_G)
-        one = tl.arange(0, BLOCK_G) < GROUP
-        tl.store(peaks + out, peak, mask=one)
-        tl.store(sums + out, total, mask=one)
-        tl.store(partial + out[:, None].to(tl.int64) * width + d, acc, mask=in_group & (d < width))
+        out = (pair * parts + part) * GROUP + one
+        tl.store(peaks + out, peak, mask=one < GROUP)
+        tl.store(sums + out, total, mask=one < GROUP)
+        tl.store(partial + out[:, None].to(tl.int64) * width + d, acc, mask=(one < GROUP)[:, None] & (d < width))
 
 
 @triton.jit
@@ -227,68 +264,92 @@ def _weights(peaks, sums, at):
     return peak, weight, tl.sum(weight * tl.load(sums + at), 0)
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@triton.jit
 def join_parts(
     partial,
     peaks,
     sums,
+    output,
+    width,
+    PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Join the parts, a power of two, of one query head; output (pair, group, D)."""
+    pair, member = tl.program_id(0), tl.program_id(1)
+    p = tl.arange(0, PARTS)
+    d = tl.arange(0, BLOCK_D)
+    at = (pair * PARTS + p) * GROUP + member
+    _, weight, total = _weights(peaks, sums, at)
+    parts = tl.load(partial + at[:, None].to(tl.int64) * width + d[None, :], mask=d[None, :] < width, other=0.0)
+    joined = tl.sum(parts * weight[:, None], 0) / total
+    tl.store(output + (pair * GROUP + member) * width + d, joined.to(output.dtype.element_ty), mask=d < width)
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def hand_out(
+    peaks,
+    sums,
     logits,
     length,
-    output,
     mass,
     probs,
     head_start,
     capacity,
-    width,
     PARTS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     REDUCTION: tl.constexpr,
     ADD_MASS: tl.constexpr,
     WANT_PROBS: tl.constexpr,
     RAGGED: tl.constexpr,
 ):
-    """Join the parts, a power of two, of one (row, KV head); output (pair, group, D); mass, probs (pair, C) float32."""
+    """Make the probabilities of some slots of a pair of what its parts, a power of two, left: mass, probs (pair, C)."""
     pair, block = tl.program_id(0), tl.program_id(1)
     p = tl.arange(0, PARTS)
-    if block < GROUP:  # one program for the output of each query head, the others for slots
-        d = tl.arange(0, BLOCK_D)
-        at = (pair * PARTS + p) * GROUP + block
-        peak, weight, total = _weights(peaks, sums, at)
-        parts = tl.load(partial + at[:, None].to(tl.int64) * width + d[None, :], mask=d[None, :] < width, other=0.0)
-        joined = tl.sum(parts * weight[:, None], 0) / total
-        tl.store(output + (pair * GROUP + block) * width + d, joined.to(output.dtype.element_ty), mask=d < width)
-    elif ADD_MASS or WANT_PROBS:
-        slot = (block - GROUP) * BLOCK_C + tl.arange(0, BLOCK_C)
-        inside = slot < tl.load(length + pair)
-        row_base = pair.to(tl.int64) * capacity
-        base = tl.load(head_start + pair) if RAGGED else row_base
-        reduced = tl.zeros((BLOCK_C,), tl.float32)
-        for g in tl.static_range(GROUP):
-            peak, weight, total = _weights(peaks, sums, (pair * PARTS + p) * GROUP + g)
-            s = tl.load(logits + row_base * GROUP + g * capacity + slot, mask=inside, other=float("-inf"))
-            reduced = _reduced(reduced, tl.exp(s - peak) / total, REDUCTION)
-        mass_at, probs_at = mass + base, probs + row_base
-        _hand_out(reduced, mass_at, probs_at, slot, inside, capacity, GROUP, REDUCTION, ADD_MASS, WANT_PROBS)
+    slot = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = slot < tl.load(length + pair)
+    row_base = pair.to(tl.int64) * capacity
+    base = tl.load(head_start + pair) if RAGGED else row_base
+    reduced = tl.zeros((BLOCK_C,), tl.float32)
+    for g in tl.static_range(GROUP):
+        peak, _, total = _weights(peaks, sums, (pair * PARTS + p) * GROUP + g)
+        s = tl.load(logits + row_base * GROUP + g * capacity + slot, mask=inside, other=float("-inf"))
+        reduced = _reduced(reduced, tl.exp(s - peak) / total, REDUCTION)
+    _give(reduced, mass + base, probs + row_base, slot, inside, capacity, GROUP, REDUCTION, ADD_MASS, WANT_PROBS)
 
 
-_BLOCK_SLOTS, _STAGES, _WARPS = 32, 4, 2  # measured on an H200 (docs/log.md)
-_TURN_SLOTS, _TURN_STAGES, _TURN_WARPS = 32, 3, 2  # turning takes registers and shared memory
-_JOIN_SLOTS = 1024
+class Tile(NamedTuple):
+    """How a program goes through its slots: so many at once, blocks on their way, warps."""
+
+    slots: int
+    stages: int
+    warps: int
+
+
+# Measured on an H200 (docs/log.md). Where programs are many they should be small, so that all are at work at once.
+_FEW, _MANY, _VERY_MANY = Tile(32, 4, 2), Tile(16, 4, 1), Tile(32, 2, 2)
+_NARROW, _NARROW_FLOATS = Tile(16, 4, 1), Tile(64, 2, 4)
+_HAND_OUT_SLOTS = 1024
 _GIVEN_SLOTS = 256  # at once, of one part; 128 and 512 take as long on an H200
 _PRODUCT = "tf32x3"  # of float32: three of shorter numbers on the matrix units, as near to exact as one without them
 _MAX_PARTS = 64
-_PROGRAMS_PER_PROCESSOR = 2
+_NARROW_WIDTH = 64
+_ROW_BYTES = 512  # of the keys that the programs on a processor read at once, two of 128 numbers or four of 64
 _NEARLY = 0.9  # of them: 8 x 32 heads in one part each leave 8 of 264 idle, and need no joining
 
 
 class Turn(NamedTuple):
-    """What turning stored keys to their ranks needs: seen (B,), position and rank (B, H, C), tables (P, D / 2)."""
+    """What turning stored keys to their ranks needs: seen (B,), position and rank (B, H, C), tables (P, D / 2).
+
+    in_place (B, H) int32: so many first slots hold entries whose rank is their position, and all others lie before
+    theirs by as much as the query; -1 where that is not so, or not known.
+    """
 
     seen: Tensor
     position: Tensor
     rank: Tensor
+    in_place: Tensor
     cosines: Tensor
     sines: Tensor
 
@@ -313,8 +374,10 @@ def decode_attention(
     want_probs: bool = False,
     turn: Turn | None = None,
     ragged: Ragged | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Return output (B, Hq, 1, D) and probabilities (B, H, C) float32 or None; `mass` grows in place.
+) -> tuple[Tensor, Callable[[], Tensor | None]]:
+    """Return output (B, Hq, 1, D), and what is to be called for the rest, in time before `length` or `mass` change.
+
+    That returns probabilities (B, H, C) float32 or None and lets `mass` grow in place, if the output's launch did not.
 
     query (B, Hq, 1, D) with a dense last dimension; keys, values (B, H, C, D) contiguous; length (B, H)
     int64: the first slots of each head hold tokens. With `turn`, query and keys are taken at their ranks.
@@ -326,15 +389,14 @@ def decode_attention(
     head_start = length if ragged is None else ragged.start
     group = query.shape[1] // heads
     pairs = batch * heads
-    tile = (_TURN_SLOTS, _TURN_STAGES, _TURN_WARPS) if turn else (_BLOCK_SLOTS, _STAGES, _WARPS)
-    block_slots, stages, warps = tile
-    parts = _num_parts(pairs, triton.cdiv(capacity, block_slots), query.device)
+    tile = _tile(pairs, keys)
+    parts = _num_parts(pairs, triton.cdiv(capacity, tile.slots), keys)
     new = query.new_empty
     is_whole = parts == 1
     partial = new((0,) if is_whole else (pairs, parts, group, width), dtype=torch.float32)
     peaks, sums = new((2, 0) if is_whole else (2, pairs, parts, group), dtype=torch.float32)
     want_rows = mass is not None or want_probs
-    handed_out = {"REDUCTION": reduction, "ADD_MASS": mass is not None, "WANT_PROBS": want_probs}
+    reduced = {"REDUCTION": reduction, "ADD_MASS": mass is not None, "WANT_PROBS": want_probs}
     logits = new((pairs, group, capacity), dtype=torch.float32) if want_rows else partial
     probs = new((batch, heads, capacity), dtype=torch.float32) if want_probs else None
     output = new((batch, heads * group, 1, width))
@@ -345,7 +407,7 @@ def decode_attention(
         keys,
         values,
         length,
-        *(turn or (length, length, length, partial, partial)),
+        *(turn or (length, length, length, length, partial, partial)),
         partial,
         peaks,
         sums,
@@ -361,8 +423,8 @@ def decode_attention(
         *query.stride()[:2],
         parts,
         GROUP=group,
-        BLOCK_G=max(16, triton.next_power_of_2(group)),
-        BLOCK_C=block_slots,
+        BLOCK_G=max(16, (2 if turn else 1) * triton.next_power_of_2(group)),
+        BLOCK_C=tile.slots,
         BLOCK_D=block_d,
         WANT_LOGITS=want_rows,
         TURN=turn is not None,
@@ -371,39 +433,53 @@ def decode_attention(
         RAGGED=ragged is not None,
         WHOLE=is_whole,
         BLOCK_S=_GIVEN_SLOTS,
-        **(handed_out if is_whole else dict.fromkeys(handed_out, False)),
-        num_warps=warps,
-        num_stages=stages,
+        **(reduced if is_whole else dict.fromkeys(reduced, False)),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
-    if is_whole:
-        return output, probs
-    join_parts[(pairs, group + (triton.cdiv(capacity, _JOIN_SLOTS) if want_rows else 0))](
-        partial,
-        peaks,
-        sums,
-        logits,
-        length,
-        output,
-        to_mass,
-        to_probs,
-        head_start,
-        capacity,
-        width,
-        PARTS=parts,
-        GROUP=group,
-        BLOCK_C=_JOIN_SLOTS,
-        BLOCK_D=block_d,
-        RAGGED=ragged is not None,
-        **handed_out,
-        num_warps=4,
-    )
-    return output, probs
+    if not is_whole:
+        join_parts[(pairs, group)](
+            partial, peaks, sums, output, width, PARTS=parts, GROUP=group, BLOCK_D=block_d, num_warps=4
+        )
+    if is_whole or not want_rows:
+        return output, lambda: probs
+
+    @on_its_device
+    def handed_out(peaks: Tensor) -> Tensor | None:
+        hand_out[(pairs, triton.cdiv(capacity, _HAND_OUT_SLOTS))](
+            peaks,
+            sums,
+            logits,
+            length,
+            to_mass,
+            to_probs,
+            head_start,
+            capacity,
+            PARTS=parts,
+            GROUP=group,
+            BLOCK_C=_HAND_OUT_SLOTS,
+            RAGGED=ragged is not None,
+            **reduced,
+            num_warps=4,
+        )
+        return probs
+
+    return output, lambda: handed_out(peaks)
 
 
-def _num_parts(pairs: int, blocks: int, device: torch.device) -> int:
+def _tile(pairs: int, keys: Tensor) -> Tile:
+    processors = num_processors(keys.device)
+    if keys.shape[-1] <= _NARROW_WIDTH:
+        return _NARROW if keys.element_size() == 2 else _NARROW_FLOATS
+    if pairs <= 2 * processors:
+        return _FEW
+    return _MANY if pairs <= 8 * processors else _VERY_MANY
+
+
+def _num_parts(pairs: int, blocks: int, keys: Tensor) -> int:
     """Enough programs nearly to fill the device, a power of two, and at least one of the `blocks` of slots for each."""
-    wanted = _NEARLY * _PROGRAMS_PER_PROCESSOR * num_processors(device) / pairs
+    programs = max(2, _ROW_BYTES // (keys.shape[-1] * keys.element_size())) * num_processors(keys.device)
     parts = 1
-    while parts < wanted and 2 * parts <= min(blocks, _MAX_PARTS):
+    while parts * pairs < _NEARLY * programs and 2 * parts <= min(blocks, _MAX_PARTS):
         parts *= 2
     return parts

@@ -141,7 +141,7 @@ class SlotColumns:
     """A layer's slots as the kernels see them, all contiguous and changed in place.
 
     keys, values (B, H, C, D); position (B, H, C) int64, kind int8, mass float32 or None, rank int32 or
-    None; length and free (B, H) int64; faults (B, H) int32.
+    None, and with it in_place (B, H) int32; length and free (B, H) int64; faults (B, H) int32.
 
     Ragged: keys, values (N, D) and columns (N,), where `start` (B, H) int64 says at which slot a head begins, and
     `spread` (B, H) int64 how many entries more than its row it may hold; capacity: slots of the largest head.
@@ -153,6 +153,7 @@ class SlotColumns:
     kind: Tensor
     mass: Tensor | None
     rank: Tensor | None
+    in_place: Tensor | None
     length: Tensor
     free: Tensor
     faults: Tensor

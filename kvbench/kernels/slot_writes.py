@@ -111,6 +111,7 @@ def free_victim(
     victim,
     position,
     rank,
+    in_place,
     length,
     free,
     faults,
@@ -132,6 +133,9 @@ def free_victim(
     """Free a slot of each pair that is over its budget: `victim`, or the lowest score, the oldest of equals.
 
     Without APPLY every pair's choice is written to `victim` and nothing else changes.
+
+    With HAS_RANK entries younger than the one that goes move one place down, and `in_place` (pair,) becomes how many
+    first slots hold entries in their places, if all others lie before theirs by as much as the next query, else -1.
 
     Sinks (position < sinks) and the recent window (position >= recent_from) count as infinite scores. What is no
     choice is noted in `faults` (pair,), as kvbench.cache.slots names it: 1 for NaN among the other scores, which
@@ -186,10 +190,30 @@ def free_victim(
             tl.store(victim + pair, chosen)
         elif HAS_RANK:
             gone = tl.load(rank + base + chosen)
+            newest = tl.zeros((BLOCK_C,), tl.int64)
+            least = tl.full((BLOCK_C,), 9223372036854775807, tl.int64)
+            most = tl.zeros((BLOCK_C,), tl.int64)
+            placed = tl.zeros((BLOCK_C,), tl.int32)
+            last_placed = tl.full((BLOCK_C,), -1, tl.int64)
             for start in range(0, held, BLOCK_C):
                 slot = start + c
                 r = tl.load(rank + base + slot, mask=slot < held, other=0)
-                tl.store(rank + base + slot, r - (r > gone).to(r.dtype), mask=slot < held)
+                p = tl.load(position + base + slot, mask=slot < held, other=0)
+                r -= (r > gone).to(r.dtype)
+                tl.store(rank + base + slot, r, mask=slot < held)
+                newest = tl.maximum(newest, p)
+                stays = (slot < held) & (slot != chosen)
+                behind = tl.where(stays, p - r, 0)
+                least = tl.where(behind > 0, tl.minimum(least, behind), least)
+                most = tl.maximum(most, behind)
+                is_placed = stays & (behind == 0)
+                placed += is_placed.to(tl.int32)
+                last_placed = tl.where(is_placed, slot, last_placed)
+            query_behind = tl.max(newest, 0) + 2 - held  # of the next token, which will see one more
+            as_query = (tl.min(least, 0) == query_behind) & (tl.max(most, 0) == query_behind)
+            num_placed = tl.sum(placed, 0)
+            are_first = tl.max(last_placed, 0) + 1 == num_placed
+            tl.store(in_place + pair, tl.where((as_query | (tl.max(most, 0) == 0)) & are_first, num_placed, -1))
         if APPLY:
             if fault > 0:
                 tl.store(faults + pair, tl.load(faults + pair) | fault)
@@ -295,6 +319,7 @@ def _free(
         victim,
         columns.position,
         columns.position if columns.rank is None else columns.rank,
+        columns.faults if columns.in_place is None else columns.in_place,
         columns.length,
         columns.free,
         columns.faults,
@@ -362,6 +387,12 @@ def find_rank(
     if FROM_NEWEST:
         last = _count_to(base, only, high, capacity, BLOCK_C, IN_ONE) - 1
         wanted = tl.minimum(tl.maximum(last - newer, sinks), tl.maximum(last - 1, 0)) + 1
+        guess = high - newer  # it lies there if all after it are held, which is how this very rule leaves them
+        up_to = _count_to(base, only, guess, capacity, BLOCK_C, IN_ONE)
+        is_held = up_to > _count_to(base, only, guess - 1, capacity, BLOCK_C, IN_ONE)
+        is_there = (up_to == wanted) & is_held
+        low = tl.where(is_there, guess, low)
+        high = tl.where(is_there, guess, high)
     else:
         wanted = tl.load(rank + pair).to(tl.int32) + 1
     while low < high:
@@ -376,7 +407,7 @@ def find_rank(
     tl.store(slot + pair, tl.max(found, 0).to(tl.int64))
 
 
-_MOST_IN_REGISTERS = 2048
+_MOST_IN_REGISTERS = 8192
 _ONE_WARP = 512
 
 
@@ -399,6 +430,6 @@ def find_slot(position: Tensor, rank: Tensor | None = None, *, newer: int = 0, s
         BLOCK_C=block,
         IN_ONE=capacity <= block,
         FROM_NEWEST=rank is None,
-        num_warps=1 if block <= _ONE_WARP else 4,
+        num_warps=1 if block <= _ONE_WARP else max(4, block // 512),
     )
     return slot

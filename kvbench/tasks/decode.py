@@ -6,9 +6,9 @@ that is known already is fed in chunks where the policy frees nothing between tw
 
 `engine: eager` runs a step operation by operation and is the reference. `engine: graph` captures it in a CUDA graph:
 one launch a token, whatever the policy; batches of one shape under one setting use one graph and its buffers
-(`CapturedSteps`). The graph holds the unmodified model's forward over the slot cache, the
-policy's choice of victim included; every number that changes from step to step lives on the device. What a step would
-do on the host, counting, is caught up with after each launch.
+(`CapturedSteps`). The graph holds the unmodified model's forward over the slot cache and, beside it, the policy's
+choice of victims (`kvbench/cache/decisions.py`); every number that changes from step to step lives on the device. What
+a step would do on the host, counting, is caught up with after each launch.
 
 All captures of a device use one side stream: each further one would hold another workspace of the matrix library for
 ever. An operation that waits for the device breaks a capture, and with it what the process does later, so work is
@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import Budget, Needs, Policy
+from kvbench.cache.decisions import decisions_beside
 from kvbench.cache.policy import needs_of
 from kvbench.cache.positions import PositionMode
 from kvbench.errors import ModelSupportError, NonFiniteError, PolicyError, ran_out_of_memory
@@ -481,7 +482,7 @@ def captured(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAG
     graph, pool, side = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), _side_stream(device)
     stream = torch.cuda.current_stream(device)
     try:
-        with torch.cuda.graph(graph, pool=pool, stream=side):
+        with torch.cuda.graph(graph, pool=pool, stream=side), decisions_beside(device):
             work()
     except RuntimeError as error:
         torch.cuda.set_stream(stream)
@@ -503,7 +504,7 @@ def warm_up(work: Callable[[], object], device: torch.device, *, undo: Callable[
     side, stream = _side_stream(device), torch.cuda.current_stream(device)
     for waiting in (contextlib.nullcontext, _forbidden):
         side.wait_stream(stream)
-        with torch.cuda.stream(side), waiting():
+        with torch.cuda.stream(side), decisions_beside(device), waiting():
             work()
         stream.wait_stream(side)
         undo()

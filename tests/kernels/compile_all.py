@@ -19,6 +19,7 @@ _TYPES = {"length": "*i64", "seen": "*i64", "position": "*i64", "free": "*i64", 
 _TYPES |= {"epsilon": "fp32", "begin": "i32", "end": "i32", "part": "i32"}
 _TYPES |= {"head_start": "*i64", "spread": "*i64"}
 _TYPES |= {"faults": "*i32", "recent_from": "*i64", "victim": "*i64", "rank": "*i32", "kind": "*i8", "scaling": "fp32"}
+_TYPES |= {"in_place": "*i32"}
 _FLOATS = ("cosines", "sines", "partial", "peaks", "sums", "logits", "mass", "probs", "score")
 _TYPES |= dict.fromkeys(_FLOATS, "*fp32")
 _COUNTS = ("heads", "width", "query_row", "query_head", "key_row", "key_head", "value_row", "value_head", "size")
@@ -56,18 +57,21 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], types: dict[str, str]
 def main() -> None:
     """Compile all, with the constants that the launchers use on that GPU."""
     products.num_processors = lambda device: 132
-    part = {"GROUP": 4, "BLOCK_G": 16, "BLOCK_C": 32, "BLOCK_D": 128, "UPCAST": False}
+    part = {"GROUP": 4, "BLOCK_G": 16, "BLOCK_D": 128, "UPCAST": False, "WANT_LOGITS": True}
     part |= {"PRODUCT": decode_attention._PRODUCT, "BLOCK_S": decode_attention._GIVEN_SLOTS, "REDUCTION": "mean"}
     part |= {"ADD_MASS": True, "WANT_PROBS": True}
-    for turn, whole in ((False, False), (False, True), (True, True)):
-        constants = {**part, "WANT_LOGITS": True, "TURN": turn, "RAGGED": turn, "WHOLE": whole}
-        compile_kernel(decode_attention.attend_part, constants, num_warps=2, num_stages=3 if turn else 4)
-    narrow = {**part, "BLOCK_D": 32, "WANT_LOGITS": True, "TURN": True, "RAGGED": False, "WHOLE": False}
-    compile_kernel(decode_attention.attend_part, narrow, num_warps=2, num_stages=3)
-    join = {"PARTS": 4, "GROUP": 4, "BLOCK_C": 1024, "BLOCK_D": 128, "REDUCTION": "mean"}
-    compile_kernel(
-        decode_attention.join_parts, {**join, "ADD_MASS": True, "WANT_PROBS": True, "RAGGED": True}, num_warps=4
-    )
+    few, many, floats = decode_attention._FEW, decode_attention._MANY, decode_attention._NARROW_FLOATS
+    for turn, whole, tile in ((False, False, few), (False, True, many), (True, True, many), (True, False, few)):
+        constants = {**part, "BLOCK_C": tile.slots, "TURN": turn, "RAGGED": turn, "WHOLE": whole}
+        compile_kernel(decode_attention.attend_part, constants, num_warps=tile.warps, num_stages=tile.stages)
+    narrow = {**part, "BLOCK_C": floats.slots, "BLOCK_D": 64, "TURN": True, "RAGGED": False, "WHOLE": False}
+    types = dict.fromkeys(("query", "keys", "values", "output"), "*fp32")
+    compile_kernel(decode_attention.attend_part, narrow, types, num_warps=floats.warps, num_stages=floats.stages)
+    join = {"PARTS": 4, "GROUP": 4, "BLOCK_D": 128}
+    compile_kernel(decode_attention.join_parts, join, num_warps=4)
+    join |= {"BLOCK_C": decode_attention._HAND_OUT_SLOTS, "ADD_MASS": True, "WANT_PROBS": True, "RAGGED": True}
+    del join["BLOCK_D"]
+    compile_kernel(decode_attention.hand_out, {**join, "REDUCTION": "mean"}, num_warps=4)
     write = {"BLOCK_D": 128, "BLOCK_HALF": 64, "HAS_MASS": True, "HAS_RANK": True, "ADVANCE": False, "RAGGED": True}
     types = {**dict.fromkeys(_ROTATED, "i32"), "queries": "*bf16", "cosines": "*bf16", "sines": "*bf16"}
     for turn in (False, True):
@@ -96,9 +100,10 @@ def main() -> None:
     types = {**dict.fromkeys(_ROTATED, "i32"), "queries": "*bf16", "cosines": "*bf16", "sines": "*bf16"}
     compile_kernel(decode_step.rotate_head, {"BLOCK": 64}, types, num_warps=1)
     for one in (False, True):
-        search = {"BLOCK_C": 512 if one else 2048, "IN_ONE": one, "FROM_NEWEST": one}
+        block = slot_writes._ONE_WARP if one else slot_writes._MOST_IN_REGISTERS
+        search = {"BLOCK_C": block, "IN_ONE": one, "FROM_NEWEST": one}
         types = {"rank": "*i64", "slot": "*i64", "newer": "i32", "sinks": "i32"}
-        compile_kernel(slot_writes.find_rank, search, types, num_warps=1 if one else 4)
+        compile_kernel(slot_writes.find_rank, search, types, num_warps=1 if one else block // 512)
     _compile_prefill()
     _compile_ordering()
 

@@ -15,11 +15,17 @@ from kvbench.cache.selection import age_rank
 pytest.importorskip("triton", reason="triton is not installed")
 
 from kvbench.kernels import decode_attention as kernel
-from kvbench.kernels.decode_attention import Ragged, Turn, decode_attention
+from kvbench.kernels.decode_attention import Ragged, Turn
 
 ON = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(2, 4, 2, 37, 16), (1, 2, 2, 130, 32), (3, 8, 1, 70, 64), (1, 4, 4, 5, 80)]
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+
+
+def decode_attention(*given: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """Return output and probabilities, the rest handed out at once."""
+    output, hand_out = kernel.decode_attention(*given, **options)
+    return output, hand_out()
 
 
 def slots(shape: tuple[int, int, int, int, int], dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
@@ -67,6 +73,38 @@ def test_the_kernel_attends_as_float64_does(
     assert bool((probs[~held] == 0).all())
 
 
+@pytest.mark.parametrize("tile", ["_FEW", "_MANY", "_VERY_MANY", "_NARROW", "_NARROW_FLOATS"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_every_tile_attends_as_float64_does(dtype: torch.dtype, tile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "_tile", lambda pairs, keys: getattr(kernel, tile))
+    query, keys, values, length, held = slots((2, 4, 2, 150, 32), dtype, seed=21)
+    output, probs = decode_attention(query, keys, values, length, 0.3, want_probs=True)
+    exact, rows = decode_step(query.double(), keys.nan_to_num().double(), values.nan_to_num().double(), held, 0.3)
+    assert error(output, exact) < TOLERANCE[dtype]
+    assert probs is not None
+    assert error(probs * held, reduce_group(rows, "mean")) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "width", "dtype", "tile", "parts"),
+    [
+        (8, 128, torch.bfloat16, "_FEW", 32),
+        (256, 128, torch.bfloat16, "_FEW", 1),
+        (512, 128, torch.bfloat16, "_MANY", 1),
+        (1536, 128, torch.bfloat16, "_VERY_MANY", 1),
+        (48, 64, torch.bfloat16, "_NARROW", 16),
+        (48, 64, torch.float32, "_NARROW_FLOATS", 8),
+    ],
+)
+def test_small_programs_where_they_are_many(
+    pairs: int, width: int, dtype: torch.dtype, tile: str, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "num_processors", lambda device: 132)  # of an H200
+    keys = torch.empty(1, 1, 1, width, dtype=dtype)
+    assert kernel._tile(pairs, keys) == getattr(kernel, tile)
+    assert kernel._num_parts(pairs, 400, keys) == parts
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_without_statistics_the_output_is_the_same(shape: tuple[int, ...]) -> None:
     query, keys, values, length, _ = slots(shape, torch.float32, seed=7)
@@ -84,6 +122,15 @@ def scattered(held: Tensor, length: Tensor, seen: int) -> Tensor:
     return torch.where(held, order, -1).scatter(2, (length - 1)[..., None], seen - 1)
 
 
+def in_place_of(position: Tensor, rank: Tensor, length: Tensor, seen: Tensor) -> Tensor:
+    """How many first slots of a head hold what is in its place, if all others moved as the query; -1 if not."""
+    placed, held = (position == rank) & (position >= 0), position >= 0
+    as_query = (position - rank) == (seen[:, None] - length)[..., None]
+    first = torch.arange(position.shape[-1], device=position.device) < placed.sum(-1, keepdim=True)
+    sound = ((placed == first) & (placed | as_query | ~held)).all(-1)
+    return torch.where(sound, placed.sum(-1).int(), -1)
+
+
 def sinks_and_window(held: Tensor, length: Tensor, seen: int) -> Tensor:
     """Positions (B, H, C) of two sinks and a window that came round in its slots."""
     position = torch.full(held.shape, -1, device=ON)
@@ -95,12 +142,13 @@ def sinks_and_window(held: Tensor, length: Tensor, seen: int) -> Tensor:
 
 
 @pytest.mark.cover
-@pytest.mark.parametrize("left", [scattered, sinks_and_window])
+@pytest.mark.parametrize(("left", "known"), [(scattered, True), (sinks_and_window, True), (sinks_and_window, False)])
 @pytest.mark.parametrize("most_parts", [1, 64])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 20, 2, 45, 32)])
 def test_keys_are_turned_to_their_ranks_on_the_way_in(
-    shape: tuple[int, ...], most_parts: int, left: Any, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], most_parts: int, left: Any, known: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """`known`: whether somebody looked who is in place."""
     monkeypatch.setattr(kernel, "_MAX_PARTS", most_parts)
     query, keys, values, length, held = slots(shape, torch.float32, seed=11)
     batch, heads, capacity = held.shape
@@ -110,7 +158,9 @@ def test_keys_are_turned_to_their_ranks_on_the_way_in(
     rotation = Rotation(frequencies=1.0 / 100.0 ** torch.linspace(0, 1, width // 2, device=ON))
     rank = age_rank(position)
     tables = rotation.tables(3 * capacity + 1)
-    turn = Turn(position=position, rank=rank.int(), seen=seen, cosines=tables[0], sines=tables[1])
+    in_place = in_place_of(position, rank, length, seen)
+    assert bool((in_place < 0).any()) == (left is scattered)
+    turn = Turn(seen, position, rank.int(), in_place if known else torch.full_like(in_place, -1), *tables)
     output, probs = decode_attention(query, keys, values, length, 0.3, want_probs=True, turn=turn)
     turned = rotation.turn(keys.nan_to_num(), rank - position)
     grouped = query.reshape(batch, heads, -1, width)
@@ -140,7 +190,7 @@ def test_heads_of_different_lengths_in_one_buffer_are_read_as_padded_ones(with_t
         rank = age_rank(position).int()
         tables = Rotation(frequencies=torch.ones(8, device=ON)).tables(91)
         seen = torch.full((2,), 90, device=ON)
-        turn = Turn(seen=seen, position=position, rank=rank, cosines=tables[0], sines=tables[1])
+        turn = Turn(seen, position, rank, in_place_of(position, rank, length, seen), *tables)
         flat_turn = turn._replace(position=flat(position), rank=flat(rank))
     output, probs = decode_attention(query, keys, values, length, 0.3, mass=mass, want_probs=True, turn=turn)
     ragged = Ragged(start, 37)
@@ -172,6 +222,6 @@ def test_both_halves_of_a_turned_head_fill_a_product(
     query, keys, values, length, held = slots((1, 2, 2, 9, width), torch.float32, seed=3)
     rank = torch.arange(9, device=ON).expand(held.shape).contiguous()
     table = torch.ones(20, width // 2, device=ON)
-    turn = Turn(position=rank, rank=rank.int(), seen=length[:, 0], cosines=table, sines=0 * table)
+    turn = Turn(length[:, 0], rank, rank.int(), torch.full_like(length, -1, dtype=torch.int32), table, 0 * table)
     decode_attention(query, keys, values, length, 0.3, turn=turn if with_turn else None)
     assert sizes == [size]

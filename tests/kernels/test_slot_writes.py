@@ -51,12 +51,15 @@ def random_slots(seed: int, batch: int, heads: int, capacity: int) -> tuple[Slot
         length=length,
         free=length.clone(),
         rank=age_rank(position).int(),
+        in_place=torch.full((batch, heads), -2, dtype=torch.int32),  # what no kernel writes
         faults=torch.zeros(batch, heads, dtype=torch.int32),
     )
     moved = {name: getattr(entries, name).to(ON) for name in ("keys", "values", "position", "kind", "mass")}
     slots.entries = Entries(**moved)
     slots.length, slots.free, slots.faults = slots.length.to(ON), slots.free.to(ON), slots.faults.to(ON)
-    slots.rank = slots.rank.to(ON) if slots.rank is not None else None
+    assert slots.rank is not None
+    assert slots.in_place is not None
+    slots.rank, slots.in_place = slots.rank.to(ON), slots.in_place.to(ON)
     seen = torch.full((batch,), 2 * capacity + 1, device=ON)
     return slots, seen
 
@@ -69,6 +72,18 @@ def assert_same(ours: Slots, reference: Slots) -> None:
     held = ours.entries.position >= 0
     assert ours.rank is not None
     assert torch.equal(ours.rank[held].long(), age_rank(ours.entries.position)[held])
+
+
+def assert_places_are_known(ours: Slots, freed: torch.Tensor, seen: torch.Tensor) -> None:
+    """Of heads that freed an entry: how many first slots are in place, if all others moved as the next query will."""
+    position = ours.entries.position
+    behind, held = position - age_rank(position), position >= 0
+    next_query = (seen[:, None] - ours.length)[..., None]  # at position seen, with as many older as are held
+    placed = (behind == 0) & held
+    first = torch.arange(position.shape[-1], device=ON) < placed.sum(-1, keepdim=True)
+    sound = ((placed == first) & (placed | (behind == next_query) | ~held)).all(-1)
+    found = torch.where(sound, placed.sum(-1).int(), -1)
+    assert torch.equal(ours.in_place, torch.where(freed, found, -2))
 
 
 @settings(max_examples=share_of(20), deadline=None)
@@ -98,8 +113,10 @@ def test_a_step_by_kernels_is_the_step_in_plain_torch(
     protected = protected_entries(entries.position, seen, budgets, **protection)
     whole = score.expand(entries.position.shape).masked_fill(protected, torch.inf)
     assert torch.equal(chosen, lowest(whole, entries.position))
-    reference.release(chosen, reference.length > budgets[:, None])
+    over = reference.length > budgets[:, None]
+    reference.release(chosen, over)
     assert_same(ours, reference)
+    assert_places_are_known(ours, over, seen)
 
 
 @settings(max_examples=share_of(10), deadline=None)
@@ -136,9 +153,38 @@ def test_a_given_victim_is_freed_where_the_budget_is_exceeded(seed: int, capacit
     reference.write(key, value, seen - 1)
     budgets = torch.tensor([budget, budget + 1], device=ON)
     victim = (torch.rand(2, 3, device=ON) * reference.length).long()
+    over = reference.length > budgets[:, None]
     free_given(ours.columns(), victim, budgets)
-    reference.release(victim, reference.length > budgets[:, None])
+    reference.release(victim, over)
     assert_same(ours, reference)
+    assert_places_are_known(ours, over, seen)
+
+
+@pytest.mark.parametrize("capacity", [30, 600])
+@pytest.mark.parametrize(("freed", "found"), [(4, 4), (20, -1), (0, -1), (3, 3)])
+def test_sinks_are_in_place_while_a_window_goes_on_without_a_gap(
+    freed: int, found: int, capacity: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four sinks and a window: the oldest of the window goes, or another one of it, or a sink."""
+    monkeypatch.setattr(slot_writes, "_MOST_SLOTS", 256)
+    ours, _ = random_slots(5, 1, 2, capacity)
+    ours.length.fill_(capacity)
+    ours.entries.position.copy_(torch.arange(capacity, device=ON) + 100 * (torch.arange(capacity, device=ON) >= 4))
+    ours.keep_ranks(age_rank(ours.entries.position).int())
+    budgets = torch.tensor([capacity - 1], device=ON)
+    free_given(ours.columns(), torch.full((1, 2), freed, device=ON), budgets)
+    assert ours.in_place is not None
+    assert ours.in_place.tolist() == [[found] * 2]
+
+
+def test_where_nothing_was_freed_before_all_older_ones_stay_in_place() -> None:
+    ours, _ = random_slots(5, 1, 2, 9)
+    ours.length.fill_(9)
+    ours.entries.position.copy_(torch.arange(9, device=ON))
+    ours.keep_ranks(age_rank(ours.entries.position).int())
+    free_given(ours.columns(), torch.tensor([[5, 8]], device=ON), torch.tensor([8], device=ON))
+    assert ours.in_place is not None
+    assert ours.in_place.tolist() == [[5, 8]]
 
 
 _WILD = torch.tensor([torch.nan, -torch.inf, torch.inf, 0.0, 1.0, 2.0])
@@ -198,7 +244,7 @@ def test_one_warp_frees_a_given_victim_and_more_only_where_they_wait_for_each_ot
 
     monkeypatch.setattr(slot_writes, "free_victim", Noted())
     ours, _ = random_slots(1, 2, 3, 9)
-    columns = ours.columns() if has_rank else replace(ours.columns(), rank=None)
+    columns = ours.columns() if has_rank else replace(ours.columns(), rank=None, in_place=None)
     budget = torch.tensor([4, 5], device=ON)
     if given:
         free_given(columns, torch.zeros_like(ours.free), budget)

@@ -12,13 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvbench.cache import UNLIMITED, Budget, Policy, PolicyCache, View
+from kvbench.cache import UNLIMITED, Budget, Policy, PolicyCache, View, decisions
 from kvbench.contract.driving import Held, held_positions, left_padded
 from kvbench.errors import ModelSupportError, PolicyError
 from kvbench.models.inputs import PromptBatch
 from kvbench.models.loader import LoadedModel
+from kvbench.policies.elastic import Elastic
 from kvbench.policies.full import Full
 from kvbench.policies.h2o import H2O
+from kvbench.policies.streaming_llm import StreamingLLM
+from kvbench.policies.tova import TOVA
 from kvbench.tasks import decode as capture
 from kvbench.tasks import decode as graph
 from kvbench.tasks.decode import CacheSetting, Decoding, captured
@@ -66,6 +69,33 @@ def test_both_engines_give_the_same_tokens(policy: Policy, positions: Any, dtype
     assert graph_held == held
     assert all(torch.equal(a, b) for a, b in zip(logits, graph_logits, strict=True))
     assert graph_occupancy == occupancy
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(ON == "cpu", reason="a CUDA graph needs a CUDA device")
+@pytest.mark.parametrize("layers_together", [1, 3, 100])
+@pytest.mark.parametrize(
+    "decides", [H2O(), Elastic(), StreamingLLM(), TOVA()], ids=lambda policy: type(policy).__name__
+)
+def test_decisions_beside_the_model_are_those_taken_at_once(
+    decides: Policy, layers_together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many layers branch off together."""
+    monkeypatch.setattr(decisions, "_LAYERS_TOGETHER", layers_together)
+    model, runs = loaded("llama_gqa", torch.bfloat16), []
+    for engine in ("eager", "graph"):
+        setting = CacheSetting(
+            policy=decides, budget=Budget(fraction=0.3), positions=decides.native_positions, engine=engine
+        )
+        with torch.inference_mode():
+            decoding = setting.decoding(model, padded_batch(), 4 * STEPS)
+            tokens, held, _ = greedy(decoding, 4 * STEPS)
+            runs.append(
+                (tokens, held, [tensor.clone() for layer in decoding.cache.policy_layers for tensor in layer.state()])
+            )
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert runs[0][1] == runs[1][1]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][2], runs[1][2], strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
