@@ -143,7 +143,8 @@ def free_victim(
     """
     pair = tl.program_id(0)
     row, head = pair // heads, pair % heads
-    held = tl.load(length + pair)
+    held_tokens = tl.load(length + pair)
+    held = held_tokens.to(tl.int32)
     if RAGGED:
         allowed = tl.load(budget + row) + tl.load(spread + pair)
         base = tl.load(head_start + pair)
@@ -152,9 +153,9 @@ def free_victim(
         base = pair.to(tl.int64) * capacity
     over = (held > allowed) | (not APPLY)
     c = tl.arange(0, BLOCK_C)
-    chosen = held * 0
+    chosen = held_tokens * 0
     if over:
-        fault = (held * 0).to(tl.int32)
+        fault = held * 0
         if GIVEN:
             chosen = tl.load(victim + pair)
             wrong = (chosen < 0) | (chosen >= held)
@@ -166,12 +167,12 @@ def free_victim(
             first_sinks = tl.load(sinks + row)
             recent = tl.load(recent_from + row)
             lowest = tl.full((BLOCK_C,), float("inf"), tl.float32)
-            oldest = tl.full((BLOCK_C,), 9223372036854775807, tl.int64)
-            place = tl.zeros((BLOCK_C,), tl.int64)
+            oldest = tl.full((BLOCK_C,), 2147483647, tl.int32)
+            place = tl.zeros((BLOCK_C,), tl.int32)
             unknown = tl.zeros((BLOCK_C,), tl.int32)
             for start in range(0, held, BLOCK_C):
                 slot = start + c
-                p = tl.load(position + base + slot, mask=slot < held, other=-1)
+                p = tl.load(position + base + slot, mask=slot < held, other=-1).to(tl.int32)
                 s = tl.load(score + row * score_row + head * score_head + slot, mask=slot < held, other=0.0)
                 s = s.to(tl.float32)
                 kept = (p < first_sinks) | (p >= recent)
@@ -182,46 +183,40 @@ def free_victim(
                 oldest = tl.where(better, p, oldest)
                 place = tl.where(better, slot, place)
             least = tl.min(lowest, 0)
-            oldest = tl.where(lowest == least, oldest, 9223372036854775807)
+            oldest = tl.where(lowest == least, oldest, 2147483647)
             age = tl.min(oldest, 0)
-            chosen = tl.min(tl.where(oldest == age, place, 9223372036854775807), 0)
+            chosen = tl.min(tl.where(oldest == age, place, 2147483647), 0).to(tl.int64)
             fault = tl.max(unknown, 0)
         if not APPLY:
             tl.store(victim + pair, chosen)
         elif HAS_RANK:
             gone = tl.load(rank + base + chosen)
-            newest = tl.zeros((BLOCK_C,), tl.int64)
-            least = tl.full((BLOCK_C,), 9223372036854775807, tl.int64)
-            most = tl.zeros((BLOCK_C,), tl.int64)
-            placed = tl.zeros((BLOCK_C,), tl.int32)
-            last_placed = tl.full((BLOCK_C,), -1, tl.int64)
+            newest = tl.load(position + base + tl.load(free + pair))  # written in this step
+            query_behind = (newest + 2 - held_tokens).to(tl.int32)  # of the next token, which will see one more
+            apart = tl.zeros((BLOCK_C,), tl.int32)
+            last_apart = tl.full((BLOCK_C,), -1, tl.int32)
+            astray = tl.zeros((BLOCK_C,), tl.int32)
             for start in range(0, held, BLOCK_C):
                 slot = start + c
                 r = tl.load(rank + base + slot, mask=slot < held, other=0)
-                p = tl.load(position + base + slot, mask=slot < held, other=0)
+                p = tl.load(position + base + slot, mask=slot < held, other=0).to(tl.int32)
                 r -= (r > gone).to(r.dtype)
                 tl.store(rank + base + slot, r, mask=slot < held)
-                newest = tl.maximum(newest, p)
-                stays = (slot < held) & (slot != chosen)
-                behind = tl.where(stays, p - r, 0)
-                least = tl.where(behind > 0, tl.minimum(least, behind), least)
-                most = tl.maximum(most, behind)
-                is_placed = stays & (behind == 0)
-                placed += is_placed.to(tl.int32)
-                last_placed = tl.where(is_placed, slot, last_placed)
-            query_behind = tl.max(newest, 0) + 2 - held  # of the next token, which will see one more
-            as_query = (tl.min(least, 0) == query_behind) & (tl.max(most, 0) == query_behind)
-            num_placed = tl.sum(placed, 0)
-            are_first = tl.max(last_placed, 0) + 1 == num_placed
-            tl.store(in_place + pair, tl.where((as_query | (tl.max(most, 0) == 0)) & are_first, num_placed, -1))
+                is_apart = (slot < held) & (slot != chosen) & (p - r != query_behind)
+                apart += is_apart.to(tl.int32)
+                last_apart = tl.where(is_apart, slot, last_apart)
+                astray |= (is_apart & (p != r)).to(tl.int32)
+            num_apart = tl.sum(apart, 0)
+            are_first = tl.max(last_apart, 0) + 1 == num_apart
+            tl.store(in_place + pair, tl.where((tl.max(astray, 0) == 0) & are_first, num_apart, -1))
         if APPLY:
             if fault > 0:
                 tl.store(faults + pair, tl.load(faults + pair) | fault)
             tl.store(position + base + chosen, -1)
-            tl.store(length + pair, held - 1)
+            tl.store(length + pair, held_tokens - 1)
             tl.store(free + pair, chosen)
     else:
-        tl.store(free + pair, held)
+        tl.store(free + pair, held_tokens)
 
 
 _MOST_SLOTS = 2048  # a block reads so many at once, measured on an H200 (docs/log.md)

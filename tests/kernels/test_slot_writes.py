@@ -171,6 +171,7 @@ def test_sinks_are_in_place_while_a_window_goes_on_without_a_gap(
     ours.length.fill_(capacity)
     ours.entries.position.copy_(torch.arange(capacity, device=ON) + 100 * (torch.arange(capacity, device=ON) >= 4))
     ours.keep_ranks(age_rank(ours.entries.position).int())
+    ours.free.fill_(capacity - 1)  # where the newest was written
     budgets = torch.tensor([capacity - 1], device=ON)
     free_given(ours.columns(), torch.full((1, 2), freed, device=ON), budgets)
     assert ours.in_place is not None
@@ -182,6 +183,7 @@ def test_where_nothing_was_freed_before_all_older_ones_stay_in_place() -> None:
     ours.length.fill_(9)
     ours.entries.position.copy_(torch.arange(9, device=ON))
     ours.keep_ranks(age_rank(ours.entries.position).int())
+    ours.free.fill_(8)  # where the newest was written
     free_given(ours.columns(), torch.tensor([[5, 8]], device=ON), torch.tensor([8], device=ON))
     assert ours.in_place is not None
     assert ours.in_place.tolist() == [[5, 8]]
