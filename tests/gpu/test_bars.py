@@ -21,7 +21,9 @@ def small(name: str) -> ModelSpec:
     return small_spec(NAMES[name])
 
 
-LONG = ["h2o, 8b, 90 tokens", *(f"TTFT of {name} over full, 8b, 90 tokens" for name in ("h2o", "snapkv"))]
+_OTHERS = ("h2o", "elastic", "snapkv", "streaming_llm")
+LONG = ["h2o, 8b, 90 tokens"]
+LONG += [f"{kind} of {label} over full, 8b, 90 tokens" for kind in ("TTFT", "TPOT") for label in _OTHERS]
 
 
 @pytest.mark.long
@@ -32,6 +34,7 @@ def test_every_bar_is_measured_by_one_call() -> None:
         engine="eager",
         prompt_tokens=60,
         long_prompt_tokens=200,
+        long_new_tokens=4,
         batches=(1, 2),
         new_tokens=4,
         peer_tokens=4,
@@ -66,7 +69,9 @@ def test_every_bar_is_measured_by_one_call() -> None:
 
 @pytest.mark.long
 def test_a_part_that_fails_is_a_row_and_the_rest_goes_on() -> None:
-    scale = Scale(device="cpu", engine="eager", prompt_tokens=60, long_prompt_tokens=90, batches=(), spec=small)
+    scale = Scale(
+        device="cpu", engine="eager", prompt_tokens=60, long_prompt_tokens=90, long_new_tokens=4, batches=(), spec=small
+    )
     scale.paper = []
     rows = list(measure(scale, part_names=["prefill", "long"]))
     assert any(row.value is None and "prefill_rows" in row.figure for row in rows)
@@ -81,14 +86,14 @@ def test_a_model_that_cannot_be_loaded_is_a_row_and_the_next_is_measured() -> No
             raise ModelSupportError("no such model")
         return small(name)
 
-    scale = Scale(device="cpu", engine="eager", prompt_tokens=60, long_prompt_tokens=90, spec=spec)
+    scale = Scale(device="cpu", engine="eager", prompt_tokens=60, long_prompt_tokens=90, long_new_tokens=4, spec=spec)
     rows = list(measure(scale, ["13b", "8b"], ["decode", "paper", "long"]))
     assert [row.figure for row in rows] == ["load, 13b", *LONG]
     assert rows[0].note == "ModelSupportError: no such model"
 
 
 def test_the_command_takes_some_of_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scale = Scale(device="cpu", engine="eager", prompt_tokens=60, long_prompt_tokens=90, spec=small)
+    scale = Scale(device="cpu", engine="eager", prompt_tokens=60, long_prompt_tokens=90, long_new_tokens=4, spec=small)
     monkeypatch.setattr(bars, "Scale", lambda: scale)
     monkeypatch.setattr(
         "sys.argv", ["bars", "--out", str(tmp_path), "--models", "8b", "--parts", "long", "--batches", "2"]
