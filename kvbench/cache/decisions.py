@@ -47,10 +47,15 @@ class _Beside:
             for decision in waiting:
                 decision()
 
-    def meet(self) -> None:
-        """Take what still waits, and let the model's stream wait for all."""
+    def end(self) -> None:
+        """Take what still waits, and let the streams meet."""
         if self._waiting:
             self._branch()
+        self.meet()
+
+    def meet(self) -> None:
+        """Let the model's stream wait for what has begun; what has not is forgotten."""
+        self._waiting.clear()
         if self._begun:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
             self._begun.clear()
@@ -63,9 +68,9 @@ def decisions_beside(device: torch.device) -> Iterator[None]:
     _beside.append(beside)
     try:
         yield
-        beside.meet()
+        beside.end()
     except BaseException:
-        with contextlib.suppress(RuntimeError):  # in a capture that failed, what failed it counts
+        with contextlib.suppress(RuntimeError):  # in a capture that failed streams cannot meet; what failed it counts
             beside.meet()
         raise
     finally:

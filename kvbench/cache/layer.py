@@ -482,6 +482,8 @@ class PolicyLayer(CacheLayerMixin):
         self.slots = settle(entries, plan, self._capacity(), memory, faults, in_order=in_order)
         if self.setup.rotation is not None and use_triton(self.slots.entries.keys):
             self.slots.keep_ranks(age_rank(self.slots.entries.position).int())
+            if plan is None and faults is None:  # nobody has gone
+                self.slots.in_place = self.slots.length.int()
         self.counts, self._leads = self._shelf.take(self.setup, self.ledger, self.slots.length.device)
 
     def _capacity(self) -> int:
@@ -599,9 +601,9 @@ class PolicyLayer(CacheLayerMixin):
         turn, ragged, counts, policy, entries = None, None, self.counts, self.setup.policy, slots.columns()
         if entries.start is not None:
             ragged = Ragged(entries.start, entries.capacity)
-        rank, in_place = entries.rank, entries.in_place
-        if self.setup.rotation is not None and rank is not None and in_place is not None and counts is not None:
-            tables = counts.turn_tables(self.setup.rotation)
+        if self.setup.rotation is not None and entries.rank is not None and counts is not None:
+            rank, in_place, tables = entries.rank, entries.in_place, counts.turn_tables(self.setup.rotation)
+            assert in_place is not None
             turn = Turn(counts.seen, entries.position, rank, in_place, *tables)
         coarse = entries.mass is not None and self.setup.departures.mass_in_model_dtype  # the kernel sums float32 only
         output, hand_out = decode_attention(

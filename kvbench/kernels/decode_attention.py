@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbench.kernels.dispatch import interpreted, num_processors, on_its_device
+from kvbench.kernels.dispatch import interpreted, num_processors, on_its_device, shared_bytes
 
 # mypy: ignore-errors
 # Kernels are written in Triton's language, not Python's.
@@ -330,6 +330,7 @@ class Tile(NamedTuple):
 # Measured on an H200 (docs/log.md). Where programs are many they should be small, so that all are at work at once.
 _FEW, _MANY, _VERY_MANY = Tile(32, 4, 2), Tile(16, 4, 1), Tile(32, 2, 2)
 _NARROW, _NARROW_FLOATS = Tile(16, 4, 1), Tile(64, 2, 4)
+_LEAST = Tile(16, 2, 1)
 _HAND_OUT_SLOTS = 1024
 _GIVEN_SLOTS = 256  # at once, of one part; 128 and 512 take as long on an H200
 _PRODUCT = "tf32x3"  # of float32: three of shorter numbers on the matrix units, as near to exact as one without them
@@ -389,7 +390,8 @@ def decode_attention(
     head_start = length if ragged is None else ragged.start
     group = query.shape[1] // heads
     pairs = batch * heads
-    tile = _tile(pairs, keys)
+    query_rows = max(16, (2 if turn else 1) * triton.next_power_of_2(group))
+    tile = _tile(pairs, keys, query_rows)
     parts = _num_parts(pairs, triton.cdiv(capacity, tile.slots), keys)
     new = query.new_empty
     is_whole = parts == 1
@@ -400,7 +402,7 @@ def decode_attention(
     logits = new((pairs, group, capacity), dtype=torch.float32) if want_rows else partial
     probs = new((batch, heads, capacity), dtype=torch.float32) if want_probs else None
     output = new((batch, heads * group, 1, width))
-    to_mass, to_probs = partial if mass is None else mass, partial if probs is None else probs
+    to_mass, to_probs = sums if mass is None else mass, sums if probs is None else probs
     block_d = max(32 if turn else 16, triton.next_power_of_2(width))  # a product sums over 16 numbers at least
     attend_part[(pairs, parts)](
         query,
@@ -423,7 +425,7 @@ def decode_attention(
         *query.stride()[:2],
         parts,
         GROUP=group,
-        BLOCK_G=max(16, (2 if turn else 1) * triton.next_power_of_2(group)),
+        BLOCK_G=query_rows,
         BLOCK_C=tile.slots,
         BLOCK_D=block_d,
         WANT_LOGITS=want_rows,
@@ -467,13 +469,23 @@ def decode_attention(
     return output, lambda: handed_out(peaks)
 
 
-def _tile(pairs: int, keys: Tensor) -> Tile:
+def _tile(pairs: int, keys: Tensor, query_rows: int) -> Tile:
+    """Return the tile for keys (..., D) of so many pairs, cut to the memory that a program's threads can share."""
     processors = num_processors(keys.device)
     if keys.shape[-1] <= _NARROW_WIDTH:
-        return _NARROW if keys.element_size() == 2 else _NARROW_FLOATS
-    if pairs <= 2 * processors:
-        return _FEW
-    return _MANY if pairs <= 8 * processors else _VERY_MANY
+        tile = _NARROW if keys.element_size() == 2 else _NARROW_FLOATS
+    elif pairs <= 2 * processors:
+        tile = _FEW
+    else:
+        tile = _MANY if pairs <= 8 * processors else _VERY_MANY
+    width, room = triton.next_power_of_2(keys.shape[-1]), shared_bytes(keys.device)
+    while tile.slots > _LEAST.slots or tile.stages > _LEAST.stages:
+        # more than any shape was compiled to: a block being turned beside those on their way, and some of the queries
+        if 2 * tile.stages * tile.slots * width * keys.element_size() + 10 * query_rows * width <= room:
+            break
+        fewer = tile.stages > _LEAST.stages
+        tile = tile._replace(stages=tile.stages - 1) if fewer else tile._replace(slots=tile.slots // 2)
+    return tile
 
 
 def _num_parts(pairs: int, blocks: int, keys: Tensor) -> int:

@@ -504,7 +504,7 @@ def warm_up(work: Callable[[], object], device: torch.device, *, undo: Callable[
     side, stream = _side_stream(device), torch.cuda.current_stream(device)
     for waiting in (contextlib.nullcontext, _forbidden):
         side.wait_stream(stream)
-        with torch.cuda.stream(side), decisions_beside(device), waiting():
+        with torch.cuda.stream(side), waiting(), decisions_beside(device):
             work()
         stream.wait_stream(side)
         undo()

@@ -100,5 +100,6 @@ def test_the_first_error_is_the_one_that_is_told(events: list[str], monkeypatch:
     with pytest.raises(ValueError, match="of the model") as caught:
         failing()
     assert caught.value.__context__ is None
+    assert "layer 0" not in events, "what had not begun is not begun after an error"
     take(events, 1)
     assert events[-1] == "layer 1", "decisions are taken at once again"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from kvbench.measures import MAX_DEVICES
 from kvbench.report.compare import timing_noise
-from kvbench.report.load import CellResult, Estimate, load_results
+from kvbench.report.load import BANDWIDTH, CellResult, Estimate, load_results
 from kvbench.report.tables import markdown_table
 
 REPO = Path(__file__).parents[2]
@@ -38,7 +38,8 @@ def speed_tables(folders: Sequence[Path]) -> str:
     parts = []
     for gpu, group in groupby(timed, key=_machine):
         of_gpu = list(group)
-        rows = [_row(cell) for cell in of_gpu]
+        fastest = max(_copy(cell) for cell in of_gpu)
+        rows = [_row(cell, fastest) for cell in of_gpu]
         versions = sorted({_versions(cell) for cell in of_gpu})
         days = sorted({cell.started_utc[:10] for cell in of_gpu})
         parts.append(f"#### {gpu}\n\n{'; '.join(versions)}; {' to '.join(dict.fromkeys((days[0], days[-1])))}\n")
@@ -78,10 +79,17 @@ def _versions(cell: CellResult) -> str:
     return ", ".join(told)
 
 
-def _row(cell: CellResult) -> list[str]:
+def _copy(cell: CellResult) -> float:
+    """Return the bandwidth of the copy that the cell itself saw, in bytes a second."""
+    return cell.own_bandwidth or cell.measurements[BANDWIDTH].value
+
+
+def _row(cell: CellResult, fastest: float) -> list[str]:
+    """Return the row of a cell; its roof is that of the `fastest` copy that any cell of its GPU saw."""
     size, batch, prompt_tokens, new_tokens = _sizes(cell)
     found = cell.measurements
     noise = ", noisy" if timing_noise(cell) else ""
+    share = found["roof_share_fraction"].value * found[BANDWIDTH].value / fastest
     policy = cell.policy if cell.positions == "original" else f"{cell.policy} ({cell.positions})"
     return [
         f"{size}B B{batch} {prompt_tokens:,}+{new_tokens}",
@@ -90,7 +98,7 @@ def _row(cell: CellResult) -> list[str]:
         _ratio(found["ttft_ratio_to_full"]),
         f"{found['tpot_ms'].value:.2f} ms",
         _ratio(found["tpot_ratio_to_full"]),
-        f"{found['roof_share_fraction'].value:.0%}".replace("%", " %"),
+        f"{share:.0%}".replace("%", " %"),
         *(_of_all_devices(cell, name) for name in ("kv_stored_bytes", "peak_memory_bytes")),
     ]
 

@@ -32,6 +32,25 @@ def test_a_row_is_its_record() -> None:
     assert f"| {found['peak_memory_bytes']['value'] / 2**30:.2f} GiB |" in line
 
 
+def test_a_share_is_of_the_roof_by_the_fastest_copy_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = speed_table.load_results
+
+    def one_slow(folder: Path) -> object:
+        results = real(H100)
+        object.__setattr__(results, "records", results.records[:2])
+        for cell, own, share in zip(results.records, (4e12, 2e12), (1.2, 0.9), strict=True):
+            found = cell.measurements
+            changed = {"copy_bandwidth_bytes_per_s": 3e12, "roof_share_fraction": share}  # by the median of the two
+            told = {name: replace(found[name], value=number) for name, number in changed.items()}
+            object.__setattr__(cell, "measurements", {**found, **told})
+            object.__setattr__(cell, "own_bandwidth", own)
+        return results
+
+    monkeypatch.setattr(speed_table, "load_results", one_slow)
+    rows = [line for line in speed_tables([H100]).splitlines() if "GiB" in line]
+    assert sorted(line.split("|")[7].strip() for line in rows) == ["68 %", "90 %"]
+
+
 def test_every_gpu_has_a_table_under_its_name_and_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = speed_table.load_results
 

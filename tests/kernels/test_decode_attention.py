@@ -76,7 +76,7 @@ def test_the_kernel_attends_as_float64_does(
 @pytest.mark.parametrize("tile", ["_FEW", "_MANY", "_VERY_MANY", "_NARROW", "_NARROW_FLOATS"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_every_tile_attends_as_float64_does(dtype: torch.dtype, tile: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "_tile", lambda pairs, keys: getattr(kernel, tile))
+    monkeypatch.setattr(kernel, "_tile", lambda *given: getattr(kernel, tile))
     query, keys, values, length, held = slots((2, 4, 2, 150, 32), dtype, seed=21)
     output, probs = decode_attention(query, keys, values, length, 0.3, want_probs=True)
     exact, rows = decode_step(query.double(), keys.nan_to_num().double(), values.nan_to_num().double(), held, 0.3)
@@ -101,8 +101,30 @@ def test_small_programs_where_they_are_many(
 ) -> None:
     monkeypatch.setattr(kernel, "num_processors", lambda device: 132)  # of an H200
     keys = torch.empty(1, 1, 1, width, dtype=dtype)
-    assert kernel._tile(pairs, keys) == getattr(kernel, tile)
+    assert kernel._tile(pairs, keys, 16) == getattr(kernel, tile)
     assert kernel._num_parts(pairs, 400, keys) == parts
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "query_rows", "room_bytes", "tile"),
+    [
+        (128, torch.bfloat16, 16, 101_376, kernel.Tile(32, 4, 2)),
+        (256, torch.bfloat16, 16, 101_376, kernel.Tile(16, 2, 2)),
+        (128, torch.float32, 32, 101_376, kernel.Tile(16, 2, 2)),
+        (256, torch.float32, 32, 232_448, kernel.Tile(32, 2, 2)),
+    ],
+)
+def test_a_tile_is_cut_to_the_memory_that_a_program_has(
+    width: int,
+    dtype: torch.dtype,
+    query_rows: int,
+    room_bytes: int,
+    tile: kernel.Tile,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernel, "num_processors", lambda device: 132)
+    monkeypatch.setattr(kernel, "shared_bytes", lambda device: room_bytes)
+    assert kernel._tile(8, torch.empty(1, 1, 1, width, dtype=dtype), query_rows) == tile
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from kvbench.cache import decisions
+from kvbench.cache.decisions import decide
 from kvbench.errors import PolicyError
 from kvbench.tasks import decode as capture
 from kvbench.tasks import speed
@@ -72,6 +74,7 @@ class FakeCuda:
 def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda(getattr(request, "param", None))
     capture._side_stream.cache_clear()
+    decisions._stream.cache_clear()
     patches: dict[str, Any] = {
         "Stream": lambda device: FakeStream(),
         "current_stream": lambda device: fake.current,
@@ -186,3 +189,34 @@ def test_deciding_that_runs_out_of_memory_is_not_hidden(cuda: FakeCuda) -> None:
 
     with pytest.raises(RuntimeError, match="out of memory"):
         speed._captured(Cache.decide, DEVICE)
+
+
+@pytest.mark.parametrize("layers", [1, 3, 4, 6])
+def test_a_decision_of_any_layer_that_waits_is_found_before_the_capture(cuda: FakeCuda, layers: int) -> None:
+    """Decisions of the last layers branch off when the step is at its end."""
+
+    def decision(layer: int) -> None:
+        if layer == layers - 1 and cuda.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    def work() -> None:
+        for layer in range(layers):
+            decide(partial(decision, layer))
+
+    with pytest.raises(PolicyError, match="waits for the device"):
+        warm_up(work, DEVICE)
+    assert cuda.mode == 0
+
+
+def test_a_decision_that_has_not_begun_hides_no_error_of_the_model(cuda: FakeCuda) -> None:
+    def wrong() -> None:
+        raise PolicyError("the score of layer 0")
+
+    def work() -> None:
+        decide(wrong)
+        raise torch.OutOfMemoryError("CUDA out of memory in layer 1")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        warm_up(work, DEVICE)
+    with pytest.raises(torch.OutOfMemoryError):
+        captured(work, DEVICE)
