@@ -303,7 +303,7 @@ def rates(cell: Cell, peers: Peers) -> Iterator[str]:
     for name in ("roof_share_fraction", "full_roof_share_fraction"):
         share, again = cell.value(name), from_launches(cell, name)
         if share is not None and cell.setting("device") == "cuda" and share > 1:
-            yield f"{name} is {share:.3g}: faster than reading its bytes once"
+            yield from _beyond_roof(cell, peers, name, share)
         if again is not None and differs(share, again.value):
             yield f"{name} is {share:.6g}, roof and launches give {again.value:.6g}"
     yield from _odd_copy(cell, peers)
@@ -332,11 +332,26 @@ def _throughput(cell: Cell, rows: list[list[float]], rate: float) -> Iterator[st
         yield f"throughput_ratio_to_full is {ratio:.4g}, where TTFT and TPOT of both give {expected:.4g}"
 
 
+def _copies(cell: Cell, peers: Peers) -> list[float]:
+    """Return the bandwidths of the copies that the cells of its sweep and machine saw, its own among them."""
+    machines = {one: (one.body["sweep"], *map(one.body["environment"].get, _MACHINE)) for one in peers.usable}
+    return [seen for one in peers.usable if machines[one] == machines[cell] and (seen := one.value(_COPY) or 0) > 0]
+
+
+def _beyond_roof(cell: Cell, peers: Peers, name: str, share: float) -> Iterator[str]:
+    """Say that a step is faster than its bytes; only note it where another cell's copy was faster than its own."""
+    own = cell.value(_COPY) or 0
+    fastest = max((own, *_copies(cell, peers)))
+    by_fastest = share * own / fastest if fastest > 0 else share
+    if by_fastest > 1:
+        yield f"{name} is {share:.3g}: faster than reading its bytes once"
+    else:
+        yield Note(f"{name} is {share:.3g} by its own copy, {by_fastest:.3g} by the fastest of its sweep and machine")
+
+
 def _odd_copy(cell: Cell, peers: Peers) -> Iterator[str]:
     """Note what the report notes too: a copy far off those of the same sweep and machine, which its roof rests on."""
-    machines = {one: (one.body["sweep"], *map(one.body["environment"].get, _MACHINE)) for one in peers.usable}
-    copies = [seen for one in peers.usable if machines[one] == machines[cell] and (seen := one.value(_COPY) or 0) > 0]
-    own = cell.value(_COPY) or 0
+    copies, own = _copies(cell, peers), cell.value(_COPY) or 0
     if own > 0 and is_far_off(own, median := statistics.median(copies)):
         yield Note(f"copied {own / 1e9:.3g} GB/s, cells of its sweep and machine {median / 1e9:.3g}: reports use those")
 

@@ -62,6 +62,33 @@ def test_a_gpu_that_reads_faster_than_a_copy_is_caught(tmp_path: Path) -> None:
     assert any("faster than reading its bytes once" in text for text in texts)
 
 
+@pytest.mark.parametrize(("fastest", "is_caught"), [(1.05, True), (1.2, False)])
+def test_a_share_above_one_is_a_fault_unless_another_cell_saw_a_copy_so_much_faster(
+    tmp_path: Path, fastest: float, is_caught: bool
+) -> None:
+    """Buffers lie badly in some cells of an H200, whose copies are then a tenth slower."""
+    bodies = [read_record(path) for path in sorted(GPU.glob("cells/*/record.json"))]
+    bodies = [body for body in bodies if body["labels"]["model"] == bodies[0]["labels"]["model"]]
+    bodies = [body for body in bodies if body["labels"]["dataset"] == bodies[0]["labels"]["dataset"]]
+    body = next(body for body in bodies if body["labels"]["policy"] == "h2o")
+    found = body["measurements"]
+    slower = 1.1 / found["roof_share_fraction"]["value"]
+    for name in ("roof_ms", "full_roof_ms"):
+        found[name]["value"] *= slower
+    found["copy_bandwidth_bytes_per_s"]["value"] /= slower
+    for name, roof, column in (("roof_share_fraction", "roof_ms", 1), ("full_roof_share_fraction", "full_roof_ms", 3)):
+        rows = body["curves"]["launches_ms"]
+        found[name] |= launch_interval([found[roof]["value"] / row[column] for row in rows]).as_measurement()
+    own = found["copy_bandwidth_bytes_per_s"]["value"]
+    for other in bodies:
+        if other is not body:
+            other["measurements"]["copy_bandwidth_bytes_per_s"]["value"] = fastest * own
+    result = audit(write_folder(tmp_path, bodies))
+    texts = [one.text for outcome in result.failed if outcome.id == "R11" for one in outcome.findings]
+    ours = [text for text in texts if "faster than reading its bytes once" in text and text.startswith("roof_share")]
+    assert bool(ours) == is_caught
+
+
 def test_a_record_that_is_no_attempt_is_caught(tmp_path: Path) -> None:
     bodies = honest()
     write_folder(tmp_path, list(bodies.values()))
