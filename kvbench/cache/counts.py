@@ -25,7 +25,7 @@ from kvbench.cache.positions import Places, Rotation
 from kvbench.cache.released import Departures, Pool, departures_of, entries_as_released
 from kvbench.cache.second_pass import SecondPass
 from kvbench.cache.slots import EMPTY, Entries
-from kvbench.cache.view import Doubts, Kind, Needs, Plan, View
+from kvbench.cache.view import Doubts, Kind, Needs, Plan, View, unread
 from kvbench.errors import ModelSupportError
 
 GROW_TOKENS = 64
@@ -344,14 +344,14 @@ class RowCounts:
             budget=self.budget,
             prompt_budget=self.prompt_budget,
             row_seed=self.row_seed,
-            keys=entries.keys,
-            values=entries.values,
+            keys=unread(entries, "keys"),
+            values=unread(entries, "values"),
             position=position,
             kind=entries.kind,
             mass_or_none=entries.mass,
             noted_or_none=entries.noted,
             output_weight_or_none=setup.output_weight,
-            artefact_or_none=None if artefact is None else artefact.of_layer(setup.layer, entries.keys.device),
+            artefact_or_none=None if artefact is None else artefact.of_layer(setup.layer, position.device),
             **given,
         )
 

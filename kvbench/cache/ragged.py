@@ -8,6 +8,7 @@ the case where all heads are alike. Policies read padded copies, made where one 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -64,12 +65,15 @@ class RaggedSlots(Books):
 
     @property
     def entries(self) -> Entries:
-        """A padded copy (B, H, C, ...), for reading: what lies in a slot that a head does not have is not defined."""
+        """A padded copy (B, H, C, ...), for reading: what lies in a slot that a head does not have is not defined.
+
+        Of keys and values it is made when they are read, so in time before anything changes.
+        """
         places, inside = self._places()
         flat = self.flat
         return Entries(
-            keys=flat.keys[places],
-            values=flat.values[places],
+            keys=cast(Tensor, lambda: flat.keys[places]),
+            values=cast(Tensor, lambda: flat.values[places]),
             position=torch.where(inside, flat.position[places], EMPTY),
             kind=flat.kind[places],
             mass=None if flat.mass is None else flat.mass[places] * inside,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kvbench.cache.policy import Policy
 from kvbench.cache.selection import age_rank, oldest_first
-from kvbench.cache.view import Joining, Plan, View
+from kvbench.cache.view import Joining, Plan, View, made_on_read
 from kvbench.errors import NonFiniteChoiceError, PolicyError
 from kvbench.kernels.dispatch import SlotColumns, use_triton
 
@@ -24,6 +24,7 @@ NO_CHOICE = -1  # a victim that is no slot: what it should be chosen by is NaN
 NAN_SCORE, NO_TOKEN = 1, 2  # bits of `Slots.faults`
 
 
+@made_on_read("keys", "values")
 @dataclass(kw_only=True, slots=True)
 class Entries:
     """Keys and values with their columns: keys, values (B, H, T, D); the rest (B, H, T)."""

@@ -76,9 +76,48 @@ class Doubts:
                 raise error()
 
 
+class _MadeOnRead:
+    """A slot of a dataclass for a tensor, or for what makes it, which whoever reads it first calls."""
+
+    def __init__(self, slot: Any) -> None:
+        self.slot = slot
+
+    def __get__(self, holder: Any, owner: Any = None) -> Any:
+        if holder is None:
+            return self
+        held = self.slot.__get__(holder)
+        if not isinstance(held, Tensor):
+            held = held()
+            self.slot.__set__(holder, held)
+        return held
+
+    def __set__(self, holder: Any, held: Any) -> None:
+        self.slot.__set__(holder, held)
+
+
+def made_on_read(*names: str) -> Callable[[type[_T]], type[_T]]:
+    """Let the fields `names` of a dataclass with slots be given as what makes them: few policies read all they could.
+
+    Where heads hold different numbers, what a policy sees of keys and values is a copy, larger than what is stored.
+    """
+
+    def changed(kind: type[_T]) -> type[_T]:
+        for name in names:
+            setattr(kind, name, _MadeOnRead(getattr(kind, name)))
+        return kind
+
+    return changed
+
+
+def unread(holder: Any, name: str) -> Any:
+    """Return the tensor or what makes it, as it was given, of a field that is `made_on_read`."""
+    return getattr(type(holder), name).slot.__get__(holder)
+
+
+@made_on_read("keys", "values")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class View:
-    """One layer's cache, read-only, with the newest tokens included.
+    """One layer's cache, read-only, with the newest tokens included; keys and values are there when they are read.
 
     keys, values (B, H, T, D), keys rotated where their tokens stood when they came; position (B, H, T) int64,
     the token's index in its own row (pads not counted), -1 where the slot holds nothing; kind

@@ -101,6 +101,17 @@ def shared_bytes(device: torch.device) -> int:
     return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", _SHARED_BYTES))
 
 
+@cache
+def has_tile_loads(device: torch.device) -> bool:
+    """Return whether `device` has a unit that fetches tiles by itself, as NVIDIA's have from Hopper on (9.0).
+
+    The interpreter plays it.
+    """
+    if device.type != "cuda":
+        return interpreted()
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def in_line(states: Tensor) -> Tensor:
     """Return `states` with the numbers of its last dimension side by side; a copy only if they are not."""
     return states if states.stride(-1) == 1 else states.contiguous()

@@ -21,8 +21,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kvbench.kernels.dispatch import Chunk, in_line, interpreted, on_its_device
+from kvbench.kernels.dispatch import Chunk, has_tile_loads, in_line, interpreted, on_its_device
 
 
 def flash_takes(query: Tensor) -> bool:
@@ -36,8 +38,14 @@ def causal_forward(query: Tensor, keys: Tensor, values: Tensor, scaling: float) 
 
     The public `scaled_dot_product_attention` computes the same log-sum-exp and throws it away.
     query (B, Hq, N, D); keys, values (B, H, N, D). Query heads share KV heads in the kernel where it
-    can; where it refuses that, keys and values are repeated for the call.
+    can; where it refuses that, keys and values are repeated for the call. Long prompts go to cuDNN where it is the
+    faster one (`_cudnn_takes`).
     """
+    if _cudnn_takes(query):
+        output, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            query, keys, values, None, True, 0.0, True, False, scale=scaling
+        )[:2]
+        return output, lse.reshape(query.shape[:3])
     try:
         return _flash(query, keys, values, scaling)
     except torch.OutOfMemoryError:
@@ -47,6 +55,24 @@ def causal_forward(query: Tensor, keys: Tensor, values: Tensor, scaling: float) 
         if group == 1:
             raise
         return _flash(query, keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1), scaling)
+
+
+_CUDNN_TOKENS = 8192  # it makes a plan for every new length, 40 to 50 ms: as much as 32 layers save at that length
+_CUDNN_VERSION = 91_000
+_CUDNN_WIDTH = 128
+
+
+def _cudnn_takes(query: Tensor) -> bool:
+    """Return whether cuDNN makes the forward of these queries, in 0.52 of the other's time on an H200 (docs/log.md).
+
+    From Hopper on, in long prompts, for the head sizes for which it is seen to be right, unless it is turned off
+    (`torch.backends.cuda.enable_cudnn_sdp`).
+    """
+    width = query.shape[-1]
+    if not query.is_cuda or query.shape[2] < _CUDNN_TOKENS or width > _CUDNN_WIDTH or width % 8 != 0:
+        return False
+    version = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    return has_tile_loads(query.device) and (version or 0) >= _CUDNN_VERSION and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def padded_forward(
@@ -77,15 +103,14 @@ def _flash(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple
 class Tiles:
     """Queries and keys of one tile, warps of a program, and loads in flight.
 
-    max_registers: those a thread may take, so that more programs run beside one another; ahead: `_column_mass`.
+    described: queries are fetched by the device's unit for tiles (`has_tile_loads`), where it can.
     """
 
     block_q: int
     block_k: int
     num_warps: int
     num_stages: int
-    max_registers: int | None = None
-    ahead: bool = False
+    described: bool = False
 
 
 _HALF = {
@@ -98,28 +123,20 @@ _SINGLE = {
     128: Tiles(block_q=32, block_k=64, num_warps=4, num_stages=2),
     256: Tiles(block_q=32, block_k=32, num_warps=4, num_stages=1),
 }
-
-
-_MASS = {
-    64: Tiles(block_q=64, block_k=128, num_warps=4, num_stages=3),
-    128: Tiles(block_q=64, block_k=128, num_warps=4, num_stages=2),
-    256: Tiles(block_q=64, block_k=64, num_warps=4, num_stages=2),
-}
-_LONG_MASS = Tiles(block_q=64, block_k=128, num_warps=4, num_stages=3)
+_LONG_MASS = Tiles(block_q=128, block_k=128, num_warps=4, num_stages=2, described=True)
 _LONG_TOKENS = 4096
+_LANES = 8  # neighbours in a row of a product, which different threads hold (float32: one thread has the row)
+_LOG2_E = 1.4426950408889634
+_ALIGNED_BYTES = 16
 
 
 def mass_tiles_for(query: Tensor, entries: int, reduction: str) -> Tiles:
     """Return the block sizes of the walk over queries (B, Hq, Q, D) by blocks of keys.
 
-    Over long prompts one more stage of queries is on its way, a fifth faster on an H200 at 8,192 tokens; short ones end
-    before that pays. `max` holds two tiles, which leaves no room for it.
+    Measured on an H200 (docs/log.md). `max` holds two tiles, which leaves no room for larger ones.
     """
-    if query.dtype == torch.float32:
-        return tiles_for(query)
-    if entries >= _LONG_TOKENS and query.shape[-1] <= 128 and reduction != "max":
-        return _LONG_MASS
-    return next(tiles for width, tiles in _MASS.items() if query.shape[-1] <= width)
+    is_long = entries >= _LONG_TOKENS and query.dtype != torch.float32
+    return _LONG_MASS if is_long and query.shape[-1] <= 128 and reduction != "max" else tiles_for(query)
 
 
 def tiles_for(query: Tensor) -> Tiles:
@@ -188,9 +205,12 @@ def _logits(left, right, scale, UPCAST: tl.constexpr):
 @triton.jit
 def _tile_of_queries(
     query,
-    lse,
+    normaliser,
+    batch,
+    first_head,
     step,
     last_block,
+    query_b,
     query_h,
     query_t,
     queries,
@@ -198,17 +218,23 @@ def _tile_of_queries(
     WIDTH: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
-    """Return a KV head's tile number `step`: queries (BLOCK_D, BLOCK_Q), log-sum-exp as a power of two, their numbers.
+    """Return a KV head's tile number `step`: queries (BLOCK_D, BLOCK_Q), their normalisers, their numbers.
 
     Newest first, so that neighbours read the same queries; of a block one query head of the group after the other.
     """
     member = step % GROUP
-    first_query = (last_block - step // GROUP) * BLOCK_Q
-    at_q = first_query + tl.arange(0, BLOCK_Q)
-    q = _loaded_across(query + member * query_h, first_query, queries, query_t, BLOCK_Q, WIDTH, BLOCK_D)
-    normaliser = tl.load(lse + tl.cast(member, tl.int64) * queries + at_q, mask=at_q < queries, other=float("inf"))
-    return q, normaliser * 1.4426950408889634, at_q
+    block = last_block - step // GROUP
+    first_query = block * BLOCK_Q
+    if DESCRIBED:
+        tile = query.load([batch.to(tl.int32), (first_head + member).to(tl.int32), first_query, 0])
+        q = tl.trans(tl.reshape(tile, (BLOCK_Q, BLOCK_D)))
+    else:
+        states = query + batch * query_b + (first_head + member) * query_h
+        q = _loaded_across(states, first_query, queries, query_t, BLOCK_Q, WIDTH, BLOCK_D)
+    at = tl.cast(member, tl.int64) * (last_block + 1) + block
+    return q, tl.load(normaliser + at * BLOCK_Q + tl.arange(0, BLOCK_Q)), first_query + tl.arange(0, BLOCK_Q)
 
 
 @triton.jit
@@ -218,9 +244,12 @@ def _weights(products, scale, normaliser):
 
 
 @triton.jit
-def _added(total, lost, weights):
-    """Return the sum per key and what it is in excess by (Kahan): the walk over a long prompt is one long sum."""
-    more = tl.sum(weights, axis=1) - lost
+def _added(total, lost, weights, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LANES: tl.constexpr):
+    """Return the sums per key and lane, and what they are in excess by (Kahan): a long prompt is one long sum.
+
+    Threads that hold neighbours of a row add up by themselves; lanes are added when the walk has ended.
+    """
+    more = tl.sum(tl.reshape(weights, (BLOCK_K, BLOCK_Q // LANES, LANES)), axis=1) - lost
     larger = total + more
     return larger, (larger - total) - more
 
@@ -229,7 +258,7 @@ def _added(total, lost, weights):
 def _column_mass(
     query,
     keys,
-    lse,
+    normaliser,
     query_position,
     key_position,
     mass,
@@ -253,12 +282,16 @@ def _column_mass(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
-    AHEAD: tl.constexpr,
+    LANES: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One program owns a block of keys of one KV head and walks the queries that may see it, of all its query heads.
 
-    First the blocks of a plain prompt that see all of these keys, without a mask; AHEAD: the products of a tile are
-    made while the tile before is added up, which takes twice the registers. Then the others, query by query.
+    First the blocks of a plain prompt that see all of these keys, without a mask. Then the others, query by query.
+
+    normaliser (row of queries, its blocks in full): the log-sum-exp as a power of two, +inf where there is no query.
+    With DESCRIBED `query` is a descriptor of (B, Hq, Q, D), which gives 0 outside.
     """
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
@@ -266,50 +299,67 @@ def _column_mass(
     at_k = first_key + tl.arange(0, BLOCK_K)
     k = _loaded(keys + batch * keys_b + head * keys_h, first_key, entries, keys_t, BLOCK_K, WIDTH, BLOCK_D)
     held_at = _stands_at(key_position + batch * position_b + head * position_h, at_k, entries, at_k, PLAIN)
-    query += batch * query_b + head * GROUP * query_h
-    lse += row * GROUP * queries
     scale *= 1.4426950408889634
     first_block = tl.maximum(first_key - stored, 0) // BLOCK_Q
     last_block = tl.cdiv(queries, BLOCK_Q) - 1
+    first_head = head * GROUP
+    normaliser += row * GROUP * (last_block + 1) * BLOCK_Q
     whole = 0
     if PLAIN and REDUCTION != "max":
         first_whole = tl.cdiv(tl.maximum(first_key + BLOCK_K - 1 - stored, 0), BLOCK_Q)
         whole = tl.maximum(last_block + 1 - first_whole, 0) * GROUP
-    total = tl.zeros((BLOCK_K,), dtype=tl.float32)
-    lost = tl.zeros((BLOCK_K,), dtype=tl.float32)
-    if AHEAD:
-        products = tl.zeros((BLOCK_K, BLOCK_Q), dtype=tl.float32)
-        normaliser = tl.full((BLOCK_Q,), float("inf"), dtype=tl.float32)
-        for step in range(0, whole):
-            q, coming, _ = _tile_of_queries(
-                query, lse, step, last_block, query_h, query_t, queries, GROUP, WIDTH, BLOCK_Q, BLOCK_D
-            )
-            made = _products(k, q, UPCAST)
-            total, lost = _added(total, lost, _weights(products, scale, normaliser))
-            products, normaliser = made, coming
-        total, lost = _added(total, lost, _weights(products, scale, normaliser))
-    else:
-        for step in range(0, whole):
-            q, normaliser, _ = _tile_of_queries(
-                query, lse, step, last_block, query_h, query_t, queries, GROUP, WIDTH, BLOCK_Q, BLOCK_D
-            )
-            total, lost = _added(total, lost, _weights(_products(k, q, UPCAST), scale, normaliser))
+    total = tl.zeros((BLOCK_K, LANES), dtype=tl.float32)
+    lost = tl.zeros((BLOCK_K, LANES), dtype=tl.float32)
+    for step in tl.range(0, whole, num_stages=STAGES):  # said here it holds for normalisers too
+        q, norm, _ = _tile_of_queries(
+            query,
+            normaliser,
+            batch,
+            first_head,
+            step,
+            last_block,
+            query_b,
+            query_h,
+            query_t,
+            queries,
+            GROUP,
+            WIDTH,
+            BLOCK_Q,
+            BLOCK_D,
+            DESCRIBED,
+        )
+        total, lost = _added(total, lost, _weights(_products(k, q, UPCAST), scale, norm), BLOCK_Q, BLOCK_K, LANES)
     if REDUCTION == "max":
         largest = tl.zeros((BLOCK_K, BLOCK_Q), dtype=tl.float32)
-    for step in range(whole, (last_block - first_block + 1) * GROUP):
-        q, normaliser, at_q = _tile_of_queries(
-            query, lse, step, last_block, query_h, query_t, queries, GROUP, WIDTH, BLOCK_Q, BLOCK_D
+    for step in tl.range(whole, (last_block - first_block + 1) * GROUP, num_stages=STAGES):
+        q, norm, at_q = _tile_of_queries(
+            query,
+            normaliser,
+            batch,
+            first_head,
+            step,
+            last_block,
+            query_b,
+            query_h,
+            query_t,
+            queries,
+            GROUP,
+            WIDTH,
+            BLOCK_Q,
+            BLOCK_D,
+            DESCRIBED,
         )
         asks_at = _stands_at(query_position + batch * queries, at_q, queries, stored + at_q, PLAIN)
-        weights = _weights(_products(k, q, UPCAST), scale, normaliser)
+        weights = _weights(_products(k, q, UPCAST), scale, norm)
         weights = tl.where(_sees(held_at[:, None], asks_at[None, :], PLAIN), weights, 0.0)
         if REDUCTION == "max":
             largest = tl.maximum(tl.where(step % GROUP == 0, 0.0, largest), weights)
             weights = tl.where(step % GROUP == GROUP - 1, largest, 0.0)
-        total, lost = _added(total, lost, weights)
+        total, lost = _added(total, lost, weights, BLOCK_Q, BLOCK_K, LANES)
+    received = tl.sum(total, axis=1)
     if REDUCTION == "mean":
-        total = total / GROUP
-    tl.store(mass + row * entries + at_k, total, mask=at_k < entries)
+        received = received / GROUP
+    tl.store(mass + row * entries + at_k, received, mask=at_k < entries)
 
 
 @triton.jit(do_not_specialize=["queries", "entries"])
@@ -430,8 +480,22 @@ def column_mass(chunk: Chunk, reduction: str, lse: Tensor | None = None) -> Tens
     tiles = mass_tiles_for(chunk.query, entries, reduction)
     mass = torch.empty((batch, heads, entries), dtype=torch.float32, device=chunk.keys.device)
     grid = (triton.cdiv(entries, tiles.block_k), batch * heads)
-    lse = row_lse(chunk) if lse is None else lse.contiguous()
-    _launch(_column_mass[grid], chunk, tiles, mass, lse, REDUCTION=reduction, AHEAD=tiles.ahead)
+    lse = row_lse(chunk) if lse is None else lse
+    missing = -lse.shape[-1] % tiles.block_q
+    normaliser = functional.pad(lse, (0, missing), value=torch.inf).mul_(_LOG2_E) if missing else lse * _LOG2_E
+    described = _described(chunk.query, tiles)
+    _launch(
+        _column_mass[grid],
+        chunk,
+        tiles,
+        mass,
+        normaliser.contiguous(),
+        described=described,
+        DESCRIBED=described is not None,
+        STAGES=tiles.num_stages,
+        REDUCTION=reduction,
+        LANES=1 if chunk.query.dtype == torch.float32 else _LANES,
+    )
     return mass
 
 
@@ -456,12 +520,23 @@ def row_lse(chunk: Chunk) -> Tensor:
     return lse
 
 
-def _launch(kernel: Any, chunk: Chunk, tiles: Tiles, written: Tensor, *lse: Tensor, **constants: str | bool) -> None:
-    """Launch one of the three kernels, which writes `written` and may read the rows' log-sum-exp."""
+def _launch(
+    kernel: Any,
+    chunk: Chunk,
+    tiles: Tiles,
+    written: Tensor,
+    *lse: Tensor,
+    described: TensorDescriptor | None = None,
+    **constants: str | bool | int,
+) -> None:
+    """Launch one of the three kernels, which writes `written` and may read the rows' log-sum-exp.
+
+    described: what is handed over in place of the queries.
+    """
     query, keys, key_position = in_line(chunk.query), in_line(chunk.keys), in_line(chunk.key_position)
     width = query.shape[-1]
     kernel(
-        query,
+        query if described is None else described,
         keys,
         *lse,
         chunk.query_position.contiguous(),
@@ -479,10 +554,24 @@ def _launch(kernel: Any, chunk: Chunk, tiles: Tiles, written: Tensor, *lse: Tens
         WIDTH=width,
         BLOCK_Q=tiles.block_q,
         BLOCK_K=tiles.block_k,
-        BLOCK_D=max(16, int(triton.next_power_of_2(width))),
+        BLOCK_D=_block_d(width),
         UPCAST=interpreted() and query.dtype != torch.float32,  # numpy, which interprets, has no bfloat16
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        **({} if tiles.max_registers is None else {"maxnreg": tiles.max_registers}),
         **constants,
     )
+
+
+def _block_d(width: int) -> int:
+    return max(16, int(triton.next_power_of_2(width)))
+
+
+def _described(query: Tensor, tiles: Tiles) -> TensorDescriptor | None:
+    """Return the queries' tiles as the device's unit for them takes them; None where it cannot, or is not to."""
+    steps = query.stride()
+    lies_well = steps[-1] == 1 and all(step * query.element_size() % _ALIGNED_BYTES == 0 for step in steps[:-1])
+    if not tiles.described or not has_tile_loads(query.device):
+        return None
+    if not lies_well or query.data_ptr() % _ALIGNED_BYTES != 0:
+        return None
+    return TensorDescriptor(query, list(query.shape), list(steps), [1, 1, tiles.block_q, _block_d(query.shape[-1])])

@@ -14,6 +14,7 @@ from torch import Tensor
 from kvbench.cache import Budget, Needs, Plan, PolicyCache, ScorePolicy, View
 from kvbench.cache.ragged import RaggedSlots, settle_ragged, spread_of
 from kvbench.cache.slots import Entries, settle
+from kvbench.cache.view import unread
 from kvbench.contract.driving import Trace, drive, held_positions, storage_bytes, tensors_of
 from kvbench.errors import PolicyError
 from kvbench.kernels.dispatch import interpreted, kernels_forced, triton_installed
@@ -289,3 +290,30 @@ def test_a_snapshot_brings_a_ragged_cache_back() -> None:
     again = drive(model, cache, tokens[:, PROMPT:], 1)
     assert again.held == step.held
     assert torch.equal(again.prompt_logits, step.prompt_logits)
+
+
+def test_keys_and_values_are_copied_only_for_a_policy_that_reads_them() -> None:
+    shown: list[View] = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Latest(ScorePolicy):
+        reads: bool = False
+
+        def score(self, view: View) -> Tensor:
+            if view.new_tokens == 1:
+                shown.append(view)
+            return view.position.float() + (view.keys.sum(dim=-1) if self.reads else 0.0)
+
+    for reads in (False, True):
+        shown.clear()
+        model = tiny_model("llama_gqa")
+        cache = PolicyCache(model, Latest(reads=reads, allocation=Ada()), Budget(tokens=8))
+        drive(model, cache, random_tokens(2, 1, PROMPT + STEPS), PROMPT)
+        assert any(isinstance(layer.slots, RaggedSlots) for layer in cache.policy_layers)
+        copied = [isinstance(unread(view, "keys"), Tensor) for view in shown[len(cache.policy_layers) :]]
+        assert copied
+        assert set(copied) == {reads}, "what a policy writes is watched the first time, which reads all"
+        assert all(not isinstance(unread(view, "values"), Tensor) for view in shown[len(cache.policy_layers) :])
+    view = shown[-1]
+    assert view.keys is view.keys
+    assert view.keys.shape == (*view.position.shape, view.keys.shape[-1])

@@ -39,23 +39,20 @@ SHAPES = {
     "7B B8 900": (8, 32, 1, 128, 900),
 }
 TILES = {
-    "128x64, 4 warps, 2 stages": Tiles(block_q=64, block_k=128, num_warps=4, num_stages=2),
-    "128x64, 4 warps, 3 stages": Tiles(block_q=64, block_k=128, num_warps=4, num_stages=3),
-    "128x64, 4 warps, 2 stages, ahead": Tiles(block_q=64, block_k=128, num_warps=4, num_stages=2, ahead=True),
-    "128x64, 4 warps, 3 stages, ahead": Tiles(block_q=64, block_k=128, num_warps=4, num_stages=3, ahead=True),
-    "128x128, 8 warps, 2 stages": Tiles(block_q=128, block_k=128, num_warps=8, num_stages=2),
-    "128x128, 8 warps, 2 stages, 128 registers": Tiles(
-        block_q=128, block_k=128, num_warps=8, num_stages=2, max_registers=128
-    ),
-    "128x128, 8 warps, 2 stages, ahead": Tiles(block_q=128, block_k=128, num_warps=8, num_stages=2, ahead=True),
-    "256x64, 8 warps, 2 stages, 128 registers": Tiles(
-        block_q=64, block_k=256, num_warps=8, num_stages=2, max_registers=128
-    ),
-    "256x64, 8 warps, 3 stages, 128 registers": Tiles(
-        block_q=64, block_k=256, num_warps=8, num_stages=3, max_registers=128
-    ),
-    "256x64, 8 warps, 3 stages, ahead": Tiles(block_q=64, block_k=256, num_warps=8, num_stages=3, ahead=True),
-    "256x128, 8 warps, 2 stages": Tiles(block_q=128, block_k=256, num_warps=8, num_stages=2),
+    f"{block_k}x{block_q}, {warps} warps, {stages} stages{', described' if described else ''}": Tiles(
+        block_q=block_q, block_k=block_k, num_warps=warps, num_stages=stages, described=described
+    )
+    for block_k, block_q, warps, stages in (
+        (64, 64, 4, 3),
+        (64, 64, 4, 4),
+        (64, 128, 4, 3),
+        (64, 128, 4, 4),
+        (128, 64, 4, 2),
+        (128, 64, 4, 3),
+        (128, 128, 4, 2),
+        (256, 64, 8, 3),
+    )
+    for described in (False, True)
 }
 HEADER = ("shape", "what", "median", "least to most", "over the forward", "TFLOP/s", "largest difference")
 

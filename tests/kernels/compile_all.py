@@ -28,7 +28,7 @@ _TYPES |= dict.fromkeys(
 )
 _STRIDES = tuple(f"{name}_{axis}" for name in ("query", "keys", "position", "states") for axis in "bht")
 _TYPES |= dict.fromkeys((*_STRIDES, "queries", "entries"), "i32")
-_TYPES |= {"lse": "*fp32", "query_position": "*i64", "key_position": "*i64", "scale": "fp32"}
+_TYPES |= {"lse": "*fp32", "normaliser": "*fp32", "query_position": "*i64", "key_position": "*i64", "scale": "fp32"}
 _OF_INPUT = ("x", "w0", "w1", "w2", "b0", "b1", "b2", "o0", "o1", "o2", "gate", "up", "out", "gain", "before")
 _ROTATED = ("query_heads", "key_heads", "half", "table_row")
 _INPUTS = (
@@ -164,11 +164,12 @@ def _compile_mass(constants: dict[str, Any], entries: int) -> None:
     """Compile the walk over queries with the tiles it has for so many entries."""
     query = torch.empty(1, 1, 1, constants["WIDTH"], dtype=torch.bfloat16)
     tiles = prefill.mass_tiles_for(query, entries, constants["REDUCTION"])
-    sizes = {"BLOCK_Q": tiles.block_q, "BLOCK_K": tiles.block_k, "AHEAD": tiles.ahead}
+    sizes = {"BLOCK_Q": tiles.block_q, "BLOCK_K": tiles.block_k, "LANES": prefill._LANES, "STAGES": tiles.num_stages}
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    if tiles.max_registers is not None:
-        options["maxnreg"] = tiles.max_registers
-    compile_kernel(prefill._column_mass, {**constants, **sizes}, **options)
+    fetched = f"tensordesc<bf16[1, 1, {tiles.block_q}, {constants['BLOCK_D']}]>"
+    for described in {False, tiles.described}:
+        types = {"query": fetched} if described else {}
+        compile_kernel(prefill._column_mass, {**constants, **sizes, "DESCRIBED": described}, types, **options)
 
 
 if __name__ == "__main__":

@@ -91,17 +91,17 @@ def test_mass_is_the_same_every_time() -> None:
 
 
 @pytest.mark.cover("one")
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("described", [False, True])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("pads", [0, 21])  # plain prompts have blocks of queries that see every key of a block
 @pytest.mark.parametrize("seed", range(3))
 def test_mass_over_many_blocks_is_the_plain_one(
-    seed: int, pads: int, reduction: str, ahead: bool, monkeypatch: pytest.MonkeyPatch
+    seed: int, pads: int, reduction: str, described: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kvbench.kernels import prefill
 
     block_q, block_k = ((16, 32), (32, 16), (16, 16))[seed]
-    tiles = prefill.Tiles(block_q=block_q, block_k=block_k, num_warps=4, num_stages=2, ahead=ahead)
+    tiles = prefill.Tiles(block_q=block_q, block_k=block_k, num_warps=4, num_stages=2, described=described)
     monkeypatch.setattr(prefill, "mass_tiles_for", lambda *arguments: tiles)
     group, queries = (1, 3, 2)[seed], 44 + 9 * seed
     chunk = chunk_of((1, group, 16, queries, 0, pads), torch.float32)
@@ -113,13 +113,13 @@ def test_mass_over_many_blocks_is_the_plain_one(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("described", [False, True])
 def test_blocks_of_queries_that_see_all_keys_of_a_block_need_no_mask(
-    ahead: bool, monkeypatch: pytest.MonkeyPatch
+    described: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kvbench.kernels import prefill
 
-    tiles = prefill.Tiles(block_q=16, block_k=32, num_warps=4, num_stages=2, ahead=ahead)
+    tiles = prefill.Tiles(block_q=16, block_k=32, num_warps=4, num_stages=2, described=described)
     monkeypatch.setattr(prefill, "mass_tiles_for", lambda *arguments: tiles)
     chunk = chunk_of((1, 2, 16, 75, 0, 0), torch.float32)
     with kernels_forced(True):
@@ -128,16 +128,36 @@ def test_blocks_of_queries_that_see_all_keys_of_a_block_need_no_mask(
         torch.testing.assert_close(mass, column_mass(chunk, "mean"), rtol=2e-6, atol=2e-6)
 
 
-def test_long_prompts_get_one_more_stage_where_shared_memory_allows() -> None:
-    from kvbench.kernels.prefill import mass_tiles_for
+def test_long_prompts_get_larger_tiles_where_shared_memory_allows() -> None:
+    from kvbench.kernels.prefill import Tiles, mass_tiles_for
 
-    def stages(width: int, entries: int, reduction: str, dtype: torch.dtype = torch.bfloat16) -> int:
-        return mass_tiles_for(torch.empty(1, 1, 1, width, dtype=dtype), entries, reduction).num_stages
+    def tiles(width: int, entries: int, reduction: str, dtype: torch.dtype = torch.bfloat16) -> Tiles:
+        return mass_tiles_for(torch.empty(1, 1, 1, width, dtype=dtype), entries, reduction)
 
-    assert stages(128, 32_768, "mean") == stages(128, 900, "mean") + 1
-    assert stages(128, 32_768, "max") == stages(128, 900, "max")
-    assert stages(256, 32_768, "mean") == stages(256, 900, "mean")
-    assert stages(128, 32_768, "mean", torch.float32) == stages(128, 900, "mean", torch.float32)
+    assert tiles(128, 32_768, "mean").block_q == 2 * tiles(128, 900, "mean").block_q
+    assert tiles(128, 32_768, "mean").described
+    assert tiles(128, 32_768, "max") == tiles(128, 900, "max")
+    assert tiles(256, 32_768, "mean") == tiles(256, 900, "mean")
+    assert tiles(128, 32_768, "mean", torch.float32) == tiles(128, 900, "mean", torch.float32)
+
+
+@pytest.mark.parametrize("amiss", ["steps", "start"])
+def test_queries_that_lie_between_the_unit_s_addresses_are_fetched_one_by_one(
+    amiss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvbench.kernels import prefill
+
+    tiles = prefill.Tiles(block_q=16, block_k=16, num_warps=4, num_stages=2, described=True)
+    monkeypatch.setattr(prefill, "mass_tiles_for", lambda *arguments: tiles)
+    chunk = chunk_of((1, 2, 16, 40, 0, 0), torch.float32)
+    assert prefill._described(chunk.query, tiles) is not None
+    wide = torch.zeros(2, 2, 40, 18 if amiss == "steps" else 20, device=ON)
+    query = wide[..., :16] if amiss == "steps" else wide[..., 1:17]
+    query.copy_(chunk.query)
+    moved = replace(chunk, query=query)
+    assert prefill._described(query, tiles) is None
+    with kernels_forced(True):
+        assert torch.equal(column_mass(moved, "mean"), column_mass(chunk, "mean"))
 
 
 @pytest.mark.gpu
@@ -175,3 +195,42 @@ def test_the_sum_over_a_long_prompt_loses_nothing() -> None:
     mass = column_mass(chunk, "mean", chunk_attention(chunk, wants_lse=True)[1])[:, :, 0].double()
     exact = (1 / torch.arange(1, length + 1, dtype=torch.float64)).sum()
     assert float((mass / exact - 1).abs().max()) <= 1e-6
+
+
+def test_short_prompts_and_other_devices_do_not_go_to_cudnn() -> None:
+    from kvbench.kernels.prefill import _cudnn_takes
+
+    assert not _cudnn_takes(torch.empty(1, 1, 16_384, 128, dtype=torch.bfloat16))
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
+        queries = torch.empty(1, 1, 16_384, 136, dtype=torch.bfloat16, device="cuda")
+        assert _cudnn_takes(queries[..., :128])
+        assert not _cudnn_takes(queries)
+        assert not _cudnn_takes(queries[:, :, :900, :128])
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+            assert not _cudnn_takes(queries[..., :128])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape", [(8, 1, 128, 900, 0, 0), (2, 7, 64, 701, 0, 0), (2, 4, 96, 515, 0, 200), (1, 4, 128, 8200, 0, 0)]
+)
+def test_cudnn_makes_the_forward_of_the_other_kernel(
+    shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvbench.kernels import prefill
+
+    if not prefill.has_tile_loads(torch.device("cuda", 0)):
+        pytest.skip("older than Hopper")
+    chunk = chunk_of(shape, dtype)
+    made = {}
+    for name, least in (("cudnn", 1), ("flash", 10**9)):
+        monkeypatch.setattr(prefill, "_CUDNN_TOKENS", least)
+        made[name] = chunk_attention(chunk, wants_lse=True)
+    (output, lse), (other_output, other_lse) = made["cudnn"], made["flash"]
+    assert lse is not None
+    assert other_lse is not None
+    assert torch.equal(lse.isinf(), other_lse.isinf())
+    torch.testing.assert_close(lse, other_lse, rtol=0.0, atol=2e-5)
+    torch.testing.assert_close(output, other_output, rtol=1e-2, atol=1e-2)
