@@ -299,15 +299,15 @@ def chunk_attention(chunk: Chunk, *, wants_lse: bool) -> tuple[Tensor, Tensor | 
     Which kernel makes the output does not depend on `wants_lse`, so logits do not depend on the policy.
     """
     if use_triton(chunk.query):
-        from kvbench.kernels import prefill
+        from kvbench.kernels import forward, prefill
 
         states = (chunk.query, chunk.keys, chunk.values, chunk.scaling)
-        takes = chunk.stored == 0 and prefill.flash_takes(chunk.query)
+        takes = chunk.stored == 0 and forward.flash_takes(chunk.query)
         if takes and chunk.plain:
-            return prefill.causal_forward(*states)
+            return forward.causal_forward(*states)
         pads = chunk.left_pads if takes else None
         if pads is not None:
-            return prefill.padded_forward(*states, pads)
+            return forward.padded_forward(*states, pads)
         if wants_lse and _in_kernels(chunk):
             return chunk_output(chunk), prefill.row_lse(chunk)
     return chunk_output(chunk), None

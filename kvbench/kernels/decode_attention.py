@@ -18,6 +18,7 @@ them anyway; whoever frees an entry notes whether that is so.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -391,7 +392,8 @@ def decode_attention(
     group = query.shape[1] // heads
     pairs = batch * heads
     query_rows = max(16, (2 if turn else 1) * triton.next_power_of_2(group))
-    tile = _tile(pairs, keys, query_rows)
+    processors, room = num_processors(keys.device), shared_bytes(keys.device)
+    tile = _tile(pairs, width, keys.element_size(), query_rows, processors, room)
     parts = _num_parts(pairs, triton.cdiv(capacity, tile.slots), keys)
     new = query.new_empty
     is_whole = parts == 1
@@ -469,19 +471,19 @@ def decode_attention(
     return output, lambda: handed_out(peaks)
 
 
-def _tile(pairs: int, keys: Tensor, query_rows: int) -> Tile:
-    """Return the tile for keys (..., D) of so many pairs, cut to the memory that a program's threads can share."""
-    processors = num_processors(keys.device)
-    if keys.shape[-1] <= _NARROW_WIDTH:
-        tile = _NARROW if keys.element_size() == 2 else _NARROW_FLOATS
+@cache
+def _tile(pairs: int, width: int, number_bytes: int, query_rows: int, processors: int, room: int) -> Tile:
+    """Return the tile for keys of so many pairs and numbers, cut to the `room` in bytes that threads share."""
+    if width <= _NARROW_WIDTH:
+        tile = _NARROW if number_bytes == 2 else _NARROW_FLOATS
     elif pairs <= 2 * processors:
         tile = _FEW
     else:
         tile = _MANY if pairs <= 8 * processors else _VERY_MANY
-    width, room = triton.next_power_of_2(keys.shape[-1]), shared_bytes(keys.device)
+    width = triton.next_power_of_2(width)
     while tile.slots > _LEAST.slots or tile.stages > _LEAST.stages:
         # more than any shape was compiled to: a block being turned beside those on their way, and some of the queries
-        if 2 * tile.stages * tile.slots * width * keys.element_size() + 10 * query_rows * width <= room:
+        if 2 * tile.stages * tile.slots * width * number_bytes + 10 * query_rows * width <= room:
             break
         fewer = tile.stages > _LEAST.stages
         tile = tile._replace(stages=tile.stages - 1) if fewer else tile._replace(slots=tile.slots // 2)

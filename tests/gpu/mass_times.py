@@ -24,7 +24,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from kvbench.kernels import prefill
+from kvbench.kernels import forward, prefill
 from kvbench.kernels.dispatch import Chunk
 from kvbench.kernels.prefill import Tiles
 from kvbench.report.tables import markdown_table
@@ -115,8 +115,8 @@ def measured(chunk: Chunk, tiles: dict[str, Tiles], old: ModuleType | None, *, r
     states = (chunk.query, chunk.keys, chunk.values, chunk.scaling)
     arms = []
     if chunk.query.is_cuda:
-        lse = prefill.causal_forward(*states)[1]
-        arms.append(Arm(name="fused forward", call=lambda: prefill.causal_forward(*states)))
+        lse = forward.causal_forward(*states)[1]
+        arms.append(Arm(name="fused forward", call=lambda: forward.causal_forward(*states)))
     else:
         lse = prefill.row_lse(chunk)
     as_it_is = prefill.column_mass(chunk, "mean", lse)

@@ -101,7 +101,7 @@ def test_small_programs_where_they_are_many(
 ) -> None:
     monkeypatch.setattr(kernel, "num_processors", lambda device: 132)  # of an H200
     keys = torch.empty(1, 1, 1, width, dtype=dtype)
-    assert kernel._tile(pairs, keys, 16) == getattr(kernel, tile)
+    assert kernel._tile(pairs, width, dtype.itemsize, 16, 132, 232_448) == getattr(kernel, tile)
     assert kernel._num_parts(pairs, 400, keys) == parts
 
 
@@ -120,11 +120,8 @@ def test_a_tile_is_cut_to_the_memory_that_a_program_has(
     query_rows: int,
     room_bytes: int,
     tile: kernel.Tile,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kernel, "num_processors", lambda device: 132)
-    monkeypatch.setattr(kernel, "shared_bytes", lambda device: room_bytes)
-    assert kernel._tile(8, torch.empty(1, 1, 1, width, dtype=dtype), query_rows) == tile
+    assert kernel._tile(8, width, dtype.itemsize, query_rows, 132, room_bytes) == tile
 
 
 @pytest.mark.parametrize("shape", SHAPES)
