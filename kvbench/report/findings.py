@@ -417,11 +417,14 @@ def _odd_copies(group: Group) -> Iterator[Note]:
     for cell in group.cells:
         common, own = cell.estimate(BANDWIDTH), cell.own_bandwidth
         if common is not None and own is not None and is_far_off(own, common.value):
-            median = format_with_interval(BANDWIDTH, common.value, common.low, common.high)
+            is_fastest = common.low == common.high
+            spread = (None, None) if is_fastest else (common.low, common.high)
+            used = f"{format_with_interval(BANDWIDTH, common.value, *spread)}, n = {common.n}; the roofs use that "
+            used += "one, the fastest" if is_fastest else "median"
             line = f"{group.cell_label(cell)}: {format_value(BANDWIDTH, own)}"
-            found.setdefault(f"{median}, n = {common.n}", []).append(line)
-    for median, lines in found.items():
-        text = f"A copy was far off the bandwidth of its machine and sweep, {median}; the roofs use that median."
+            found.setdefault(used, []).append(line)
+    for used, lines in found.items():
+        text = f"A copy was far off the bandwidth of its machine and sweep, {used}."
         yield Note(text=text, details=tuple(lines))
 
 

@@ -149,8 +149,8 @@ def copy_bandwidth(device: torch.device) -> float:
 
     The buffer is larger than the device's caches: 512 MiB on a GPU, 64 MiB on a CPU. On an H200 the same copy runs at
     4.17 or at 3.74 TB/s, in one process and by turns, as buffers come to lie; a roof is what the device can do, so on a
-    GPU the fastest of some distances between the buffers counts. One cell may find the machine busy, so reports take
-    the median over the cells of a machine and sweep (`kvbench/report/load.py`).
+    GPU the fastest of some distances between the buffers counts, and it may be the slower one still. Reports take one
+    bandwidth for the cells of a machine and sweep (`kvbench/report/load.py`).
     """
     is_gpu = device.type == "cuda"
     size, gaps = (_CUDA_BYTES, _CUDA_GAPS_BYTES) if is_gpu else (_CPU_BYTES, (0,))

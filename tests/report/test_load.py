@@ -76,6 +76,18 @@ def test_cells_of_one_machine_and_sweep_stand_under_one_roof_with_the_spread_of_
     assert cells["own", 0.5].measurements["roof_ms"].low is None, "one cell shows no spread"
 
 
+def test_on_a_gpu_the_roof_is_that_of_the_fastest_copy(tmp_path: Path) -> None:
+    for policy, bandwidth in (("elastic", 3.0e12), ("h2o", 4.0e12), ("random", 3.0e12)):
+        record = with_copy(bandwidth, policy=policy)
+        record["environment"]["device"] = "cuda:1"
+        write_cell(tmp_path, record)
+    for cell in load_results(tmp_path).records:
+        roof, share = cell.measurements["roof_ms"], cell.measurements["roof_share_fraction"]
+        assert (roof.value, roof.low, roof.high) == pytest.approx((0.75, 0.75, 0.75))
+        assert (share.value, share.low, share.high) == pytest.approx((0.75 / 4, 0.75 / 4.1, 0.75 / 3.9))
+        assert "fastest of 3 cells of the machine and sweep" in roof.method
+
+
 def test_damaged_and_foreign_files_are_problems_and_cost_nothing_else(tmp_path: Path) -> None:
     write_cell(tmp_path, body())
     torn = write_cell(tmp_path, body(policy="elastic"))
