@@ -285,4 +285,4 @@ def factorial_csv(results: Results) -> str:
                      "value": effect.value, "low": effect.low, "high": effect.high}
                     for effect in grid.effects(factors)
                 ]  # fmt: skip
-    return csv_text(pd.DataFrame(rows))
+    return csv_text(pd.DataFrame(rows), digits=10)

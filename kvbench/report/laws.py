@@ -369,7 +369,7 @@ def laws_markdown(rows: Sequence[LawRow]) -> str:
 
 
 def laws_csv(rows: Sequence[LawRow]) -> str:
-    """Return a row per pair of cells, numbers in base units and full precision."""
+    """Return a row per pair of cells, numbers in base units, to 10 digits."""
     frame = pd.DataFrame(
         [
             {
@@ -384,7 +384,7 @@ def laws_csv(rows: Sequence[LawRow]) -> str:
             for pair in row.pairs
         ]
     )  # fmt: skip
-    return csv_text(frame)
+    return csv_text(frame, digits=10)
 
 
 def laws_html(rows: Sequence[LawRow]) -> Markup:

@@ -257,7 +257,7 @@ def board_svg(results: Results, words: Mapping[str, str]) -> bytes:
 
 
 def boards_csv(results: Results) -> str:
-    """Return a row per policy, budget and measure, in base units and full precision."""
+    """Return a row per policy, budget and measure, in base units, to 10 digits."""
     budgets = sorted({cell.budget_fraction for cell in results.records if cell.budget_fraction is not None})
     rows = [
         {
@@ -277,7 +277,7 @@ def boards_csv(results: Results) -> str:
         for budget in budgets
         for place in board(judged, budget, name)
     ]  # fmt: skip
-    return csv_text(pd.DataFrame(rows))
+    return csv_text(pd.DataFrame(rows), digits=10)
 
 
 def _numbers(prefix: str, found: object) -> dict[str, float | None]:

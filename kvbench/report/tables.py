@@ -491,16 +491,18 @@ def samples_frame(results: Results) -> pd.DataFrame:
     return _typed(frame, numbers=numbers | set(_NUMBERS))
 
 
-def csv_text(frame: pd.DataFrame) -> str:
+def csv_text(frame: pd.DataFrame, *, digits: int | None = None) -> str:
     """Return `frame` as CSV; numbers in their shortest exact form, text that no spreadsheet evaluates.
 
-    A lone "-" is no formula and stays.
+    A lone "-" is no formula and stays. digits: round to so many, for what is computed anew on every machine, whose
+    processors add up in different orders.
     """
     safe = frame.copy()
     for name in map(str, safe.select_dtypes("string").columns):
         risky = safe[name].str.startswith(_FORMULA_STARTS).fillna(False) & (safe[name].str.len() > 1).fillna(False)
         safe.loc[risky, name] = "'" + safe.loc[risky, name]
-    return str(safe.to_csv(index=False, lineterminator="\n"))
+    rounded = None if digits is None else f"%.{digits}g"
+    return str(safe.to_csv(index=False, lineterminator="\n", float_format=rounded))
 
 
 def parquet_bytes(frame: pd.DataFrame) -> bytes:

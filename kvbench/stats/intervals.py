@@ -40,6 +40,7 @@ FEW_METHOD = "share of differing clusters by Clopper-Pearson, times the most tha
 _CONFIDENCE = 0.95
 _MIN_DIFFERING = 5
 _MIN_TRUSTED = 3
+_DIGITS = 12
 _KEPT_UNITS = 400  # up to so many clusters the counts of all draws (32 MB) are kept for the next comparison
 _BLOCK = 60_000  # products so small are made by one thread: the same bits on every machine, no waiting for others
 
@@ -153,8 +154,10 @@ def bootstrap(sums: ClusterSums, num_draws: int = NUM_DRAWS) -> Bootstrap | None
     # A sweep measures its process's memory, so only what compares records keeps counts.
     kept = num <= _KEPT_UNITS and num_draws == NUM_DRAWS
     blocks: Iterable[Floats] = _kept_counts(num) if kept else _counts(num, num_draws)
-    draws = np.sort(np.concatenate([sums.statistic(counts @ sums.columns) for counts in blocks]))
-    below = _place(draws, sums.value)
+    made = [sums.statistic(counts @ sums.columns) for counts in blocks]
+    told = _without_noise(np.concatenate([*made, [sums.value]]))
+    draws = np.sort(told[:-1])
+    below = _place(draws, float(told[-1]))
     jackknife = sums.leave_one_out()
     deviations = jackknife.mean() - jackknife
     spread = float(np.square(deviations).sum())
@@ -164,6 +167,18 @@ def bootstrap(sums: ClusterSums, num_draws: int = NUM_DRAWS) -> Bootstrap | None
     return Bootstrap(
         draws=draws, bias=quantile(below / len(draws), math.inf), acceleration=acceleration, num_clusters=num
     )
+
+
+def _without_noise(numbers: Floats) -> Floats:
+    """Return the numbers to 12 digits of the largest.
+
+    Draws of few different values are often the same number, added up in another order: their last bits, which differ
+    from one processor to the next, must not say which lie below it.
+    """
+    largest = float(np.abs(numbers).max())
+    if not 0.0 < largest < math.inf:
+        return numbers
+    return numbers.round(_DIGITS - 1 - math.floor(math.log10(largest)))
 
 
 def _place(draws: Floats, value: float) -> float:

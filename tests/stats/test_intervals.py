@@ -11,7 +11,9 @@ from scipy import special, stats
 from kvbench.errors import MeasureError
 from kvbench.stats.intervals import (
     FEW_METHOD,
+    ClusterSums,
     Interval,
+    bootstrap,
     launch_interval,
     mean_interval,
     median_interval,
@@ -230,3 +232,17 @@ def test_two_samples_give_no_interval_beyond_the_scale() -> None:
     result.measure("rougeL_vs_full", mean_interval([0.0, 0.5]))
     found = result.measurements["rougeL_vs_full"]
     assert (found["value"], found["low"], found["high"]) == (0.25, 0.0, 1.0)
+
+
+def test_an_interval_does_not_hang_on_the_order_in_which_a_processor_adds_up() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(5):
+        total = rng.choice([-1, 0, 0, 0, 1, 2], 100) * 0.1  # most draws are equal to others
+        columns = np.stack([total, np.ones(100)], axis=1)
+        noise = np.stack([rng.choice([-1, 1], 100) * 4e-16, np.zeros(100)], axis=1)
+        one, other = (bootstrap(ClusterSums(columns=one)) for one in (columns, columns + noise * np.abs(columns)))
+        assert one is not None
+        assert other is not None
+        assert one.bias == other.bias
+        assert one.bounds(0.95) == pytest.approx(other.bounds(0.95), abs=1e-11)
+        assert one.p_value() == pytest.approx(other.p_value(), abs=1e-11)
