@@ -107,6 +107,8 @@ def has_tile_loads(device: torch.device) -> bool:
 
     The interpreter plays it.
     """
+    if find_spec("triton.tools.tensor_descriptor") is None:  # triton below 3.4
+        return False
     if device.type != "cuda":
         return interpreted()
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)

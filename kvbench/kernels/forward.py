@@ -1,21 +1,25 @@
 """A prompt's attention output with its log-sum-exp, by the libraries' fused kernels; half precision on CUDA.
 
-FlashAttention-2 makes it, and from Hopper on cuDNN that of long prompts, in about half of the time. Which of them does
-not depend on the policy, so logits do not either.
+FlashAttention-2 makes it, and on a Hopper cuDNN that of long prompts, in about half of the time. Which of them does not
+depend on the policy, so logits do not either.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from kvbench.kernels.dispatch import has_tile_loads
-
-_CUDNN_TOKENS = 8192  # it makes a plan for every new length, 40 to 50 ms: as much as 32 layers save at that length
-_CUDNN_VERSION = 91_000
+# It makes a plan for every new length, in 40 to 50 ms (head size 128; 64 and 256 take ten times as long), and keeps it.
+# 32 layers save 27 ms at 8,192 tokens, about 100 at this number.
+_CUDNN_TOKENS = 16_384
 _CUDNN_WIDTH = 128
+_CUDNN_VERSION = 91_501  # older ones are wrong for lengths that are no multiple of 128, says torch, which avoids them
+_HOPPER = 9
+_refused: set[tuple[object, ...]] = set()
 
 
 def flash_takes(query: Tensor) -> bool:
@@ -32,13 +36,18 @@ def causal_forward(query: Tensor, keys: Tensor, values: Tensor, scaling: float) 
     can; where it refuses that, keys and values are repeated for the call. Long prompts go to cuDNN where it is the
     faster one (`_cudnn_takes`).
     """
-    if _cudnn_takes(query):
+    states = (query.device, query.dtype, query.shape, keys.shape)
+    if _cudnn_takes(query) and states not in _refused:
         try:
             return _cudnn(query, keys, values, scaling)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # no plan for these states: the other kernel takes them
-            pass
+        except RuntimeError as error:
+            _refused.add(states)
+            told = " ".join(str(error).split())[:200]
+            warnings.warn(
+                f"cuDNN refused queries {tuple(query.shape)}, so another kernel attends: {told}", stacklevel=2
+            )
     try:
         return _flash(query, keys, values, scaling)
     except torch.OutOfMemoryError:
@@ -70,14 +79,21 @@ def padded_forward(
 def _cudnn_takes(query: Tensor) -> bool:
     """Return whether cuDNN makes the forward of these queries, in 0.52 of the other's time on an H200 (docs/log.md).
 
-    From Hopper on, in long prompts, for the head sizes for which it is seen to be right, unless it is turned off
+    For the devices and the head size that it was measured with, unless it is turned off
     (`torch.backends.cuda.enable_cudnn_sdp`).
     """
-    width = query.shape[-1]
-    if not query.is_cuda or query.shape[2] < _CUDNN_TOKENS or width > _CUDNN_WIDTH or width % 8 != 0:
+    if not query.is_cuda or query.shape[2] < _CUDNN_TOKENS or query.shape[-1] != _CUDNN_WIDTH:
         return False
-    version = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
-    return has_tile_loads(query.device) and (version or 0) >= _CUDNN_VERSION and torch.backends.cuda.cudnn_sdp_enabled()
+    return _is_hopper(query.device) and _cudnn_version() >= _CUDNN_VERSION and torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == _HOPPER
+
+
+def _cudnn_version() -> int:
+    return (torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None) or 0
 
 
 def _cudnn(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

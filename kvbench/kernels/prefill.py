@@ -14,16 +14,18 @@ on what ran before.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kvbench.kernels.dispatch import Chunk, has_tile_loads, in_line, interpreted, on_its_device
+
+if TYPE_CHECKING:
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -501,4 +503,6 @@ def _described(query: Tensor, tiles: Tiles) -> TensorDescriptor | None:
         return None
     if not lies_well or query.data_ptr() % _ALIGNED_BYTES != 0:
         return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     return TensorDescriptor(query, list(query.shape), list(steps), [1, 1, tiles.block_q, _block_d(query.shape[-1])])

@@ -150,6 +150,8 @@ def test_queries_that_lie_between_the_unit_s_addresses_are_fetched_one_by_one(
     tiles = prefill.Tiles(block_q=16, block_k=16, num_warps=4, num_stages=2, described=True)
     monkeypatch.setattr(prefill, "mass_tiles_for", lambda *arguments: tiles)
     chunk = chunk_of((1, 2, 16, 40, 0, 0), torch.float32)
+    if not prefill.has_tile_loads(chunk.query.device):
+        pytest.skip("no unit for tiles")
     assert prefill._described(chunk.query, tiles) is not None
     wide = torch.zeros(2, 2, 40, 18 if amiss == "steps" else 20, device=ON)
     query = wide[..., :16] if amiss == "steps" else wide[..., 1:17]
