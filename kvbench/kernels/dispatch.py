@@ -20,6 +20,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 256  # numbers in a head that one tile of the prefill kernels holds
 MAX_ROWS = 64  # batch of a decode step up to which the matrix kernels beat the library
 _SHARED_BYTES = 227 * 2**10
+HOPPER = 9  # of `generation`
 _forced: list[bool] = []
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -102,16 +103,22 @@ def shared_bytes(device: torch.device) -> int:
 
 
 @cache
+def generation(device: torch.device) -> int:
+    """Return the generation of an NVIDIA GPU, 9 for a Hopper; 0 for any other device."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    return torch.cuda.get_device_capability(device)[0]
+
+
+@cache
 def has_tile_loads(device: torch.device) -> bool:
-    """Return whether `device` has a unit that fetches tiles by itself, as NVIDIA's have from Hopper on (9.0).
+    """Return whether `device` has a unit that fetches tiles by itself, as NVIDIA's have from Hopper on.
 
     The interpreter plays it.
     """
     if find_spec("triton.tools.tensor_descriptor") is None:  # triton below 3.4
         return False
-    if device.type != "cuda":
-        return interpreted()
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return interpreted() if device.type != "cuda" else generation(device) >= HOPPER
 
 
 def in_line(states: Tensor) -> Tensor:

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
+
+from kvbench.kernels.dispatch import HOPPER, generation
 
 # It makes a plan for every new length, in 40 to 50 ms (head size 128; 64 and 256 take ten times as long), and keeps it.
 # 32 layers save 27 ms at 8,192 tokens, about 100 at this number.
 _CUDNN_TOKENS = 16_384
 _CUDNN_WIDTH = 128
 _CUDNN_VERSION = 91_501  # older ones are wrong for lengths that are no multiple of 128, says torch, which avoids them
-_HOPPER = 9
 _refused: set[tuple[object, ...]] = set()
 
 
@@ -36,8 +36,7 @@ def causal_forward(query: Tensor, keys: Tensor, values: Tensor, scaling: float) 
     can; where it refuses that, keys and values are repeated for the call. Long prompts go to cuDNN where it is the
     faster one (`_cudnn_takes`).
     """
-    states = (query.device, query.dtype, query.shape, keys.shape)
-    if _cudnn_takes(query) and states not in _refused:
+    if _cudnn_takes(query) and (states := (query.device, query.dtype, query.shape, keys.shape)) not in _refused:
         try:
             return _cudnn(query, keys, values, scaling)
         except torch.OutOfMemoryError:
@@ -84,12 +83,8 @@ def _cudnn_takes(query: Tensor) -> bool:
     """
     if not query.is_cuda or query.shape[2] < _CUDNN_TOKENS or query.shape[-1] != _CUDNN_WIDTH:
         return False
-    return _is_hopper(query.device) and _cudnn_version() >= _CUDNN_VERSION and torch.backends.cuda.cudnn_sdp_enabled()
-
-
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == _HOPPER
+    is_known = generation(query.device) == HOPPER and _cudnn_version() >= _CUDNN_VERSION
+    return is_known and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def _cudnn_version() -> int:

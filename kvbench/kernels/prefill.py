@@ -55,7 +55,7 @@ _SINGLE = {
 _LONG_MASS = Tiles(block_q=128, block_k=128, num_warps=4, num_stages=2, described=True)
 _LONG_TOKENS = 4096
 _LANES = 8  # neighbours in a row of a product, which different threads hold (float32: one thread has the row)
-_LOG2_E = 1.4426950408889634
+_LOG2_E = tl.constexpr(1.4426950408889634)
 _ALIGNED_BYTES = 16
 
 
@@ -133,16 +133,8 @@ def _logits(left, right, scale, UPCAST: tl.constexpr):
 
 @triton.jit
 def _tile_of_queries(
-    query,
-    normaliser,
-    batch,
-    first_head,
+    walk,
     step,
-    last_block,
-    query_b,
-    query_h,
-    query_t,
-    queries,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -153,6 +145,7 @@ def _tile_of_queries(
 
     Newest first, so that neighbours read the same queries; of a block one query head of the group after the other.
     """
+    query, normaliser, batch, first_head, last_block, query_b, query_h, query_t, queries = walk
     member = step % GROUP
     block = last_block - step // GROUP
     first_query = block * BLOCK_Q
@@ -228,11 +221,12 @@ def _column_mass(
     at_k = first_key + tl.arange(0, BLOCK_K)
     k = _loaded(keys + batch * keys_b + head * keys_h, first_key, entries, keys_t, BLOCK_K, WIDTH, BLOCK_D)
     held_at = _stands_at(key_position + batch * position_b + head * position_h, at_k, entries, at_k, PLAIN)
-    scale *= 1.4426950408889634
+    scale *= _LOG2_E
     first_block = tl.maximum(first_key - stored, 0) // BLOCK_Q
     last_block = tl.cdiv(queries, BLOCK_Q) - 1
     first_head = head * GROUP
     normaliser += row * GROUP * (last_block + 1) * BLOCK_Q
+    walk = query, normaliser, batch, first_head, last_block, query_b, query_h, query_t, queries
     whole = 0
     if PLAIN and REDUCTION != "max":
         first_whole = tl.cdiv(tl.maximum(first_key + BLOCK_K - 1 - stored, 0), BLOCK_Q)
@@ -240,44 +234,12 @@ def _column_mass(
     total = tl.zeros((BLOCK_K, LANES), dtype=tl.float32)
     lost = tl.zeros((BLOCK_K, LANES), dtype=tl.float32)
     for step in tl.range(0, whole, num_stages=STAGES):  # said here it holds for normalisers too
-        q, norm, _ = _tile_of_queries(
-            query,
-            normaliser,
-            batch,
-            first_head,
-            step,
-            last_block,
-            query_b,
-            query_h,
-            query_t,
-            queries,
-            GROUP,
-            WIDTH,
-            BLOCK_Q,
-            BLOCK_D,
-            DESCRIBED,
-        )
+        q, norm, _ = _tile_of_queries(walk, step, GROUP, WIDTH, BLOCK_Q, BLOCK_D, DESCRIBED)
         total, lost = _added(total, lost, _weights(_products(k, q, UPCAST), scale, norm), BLOCK_Q, BLOCK_K, LANES)
     if REDUCTION == "max":
         largest = tl.zeros((BLOCK_K, BLOCK_Q), dtype=tl.float32)
     for step in tl.range(whole, (last_block - first_block + 1) * GROUP, num_stages=STAGES):
-        q, norm, at_q = _tile_of_queries(
-            query,
-            normaliser,
-            batch,
-            first_head,
-            step,
-            last_block,
-            query_b,
-            query_h,
-            query_t,
-            queries,
-            GROUP,
-            WIDTH,
-            BLOCK_Q,
-            BLOCK_D,
-            DESCRIBED,
-        )
+        q, norm, at_q = _tile_of_queries(walk, step, GROUP, WIDTH, BLOCK_Q, BLOCK_D, DESCRIBED)
         asks_at = _stands_at(query_position + batch * queries, at_q, queries, stored + at_q, PLAIN)
         weights = _weights(_products(k, q, UPCAST), scale, norm)
         weights = tl.where(_sees(held_at[:, None], asks_at[None, :], PLAIN), weights, 0.0)
@@ -411,7 +373,9 @@ def column_mass(chunk: Chunk, reduction: str, lse: Tensor | None = None) -> Tens
     grid = (triton.cdiv(entries, tiles.block_k), batch * heads)
     lse = row_lse(chunk) if lse is None else lse
     missing = -lse.shape[-1] % tiles.block_q
-    normaliser = functional.pad(lse, (0, missing), value=torch.inf).mul_(_LOG2_E) if missing else lse * _LOG2_E
+    normaliser = (
+        functional.pad(lse, (0, missing), value=torch.inf).mul_(_LOG2_E.value) if missing else lse * _LOG2_E.value
+    )
     described = _described(chunk.query, tiles)
     _launch(
         _column_mass[grid],
@@ -497,11 +461,11 @@ def _block_d(width: int) -> int:
 
 def _described(query: Tensor, tiles: Tiles) -> TensorDescriptor | None:
     """Return the queries' tiles as the device's unit for them takes them; None where it cannot, or is not to."""
-    steps = query.stride()
-    lies_well = steps[-1] == 1 and all(step * query.element_size() % _ALIGNED_BYTES == 0 for step in steps[:-1])
     if not tiles.described or not has_tile_loads(query.device):
         return None
-    if not lies_well or query.data_ptr() % _ALIGNED_BYTES != 0:
+    steps = query.stride()
+    begin_bytes = [query.data_ptr(), *(step * query.element_size() for step in steps[:-1])]
+    if steps[-1] != 1 or any(number % _ALIGNED_BYTES for number in begin_bytes):
         return None
     from triton.tools.tensor_descriptor import TensorDescriptor
 

@@ -417,15 +417,12 @@ def _odd_copies(group: Group) -> Iterator[Note]:
     for cell in group.cells:
         common, own = cell.estimate(BANDWIDTH), cell.own_bandwidth
         if common is not None and own is not None and is_far_off(own, common.value):
-            is_fastest = common.low == common.high
-            spread = (None, None) if is_fastest else (common.low, common.high)
-            used = f"{format_with_interval(BANDWIDTH, common.value, *spread)}, n = {common.n}; the roofs use that "
-            used += "one, the fastest" if is_fastest else "median"
+            used = f"{format_with_interval(BANDWIDTH, common.value, common.low, common.high)}, n = {common.n}"
+            kind = "median" if common.low is not None else "fastest"
             line = f"{group.cell_label(cell)}: {format_value(BANDWIDTH, own)}"
-            found.setdefault(used, []).append(line)
+            found.setdefault(f"{used}; the roofs use that {kind}", []).append(line)
     for used, lines in found.items():
-        text = f"A copy was far off the bandwidth of its machine and sweep, {used}."
-        yield Note(text=text, details=tuple(lines))
+        yield Note(text=f"A copy was far off the bandwidth of its machine and sweep, {used}.", details=tuple(lines))
 
 
 def _beyond_text(group: Group, cell: CellResult) -> str:

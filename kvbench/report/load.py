@@ -505,8 +505,7 @@ def _with_one_roof(cells: Iterable[CellResult]) -> list[CellResult]:
     """Give the cells of one machine and sweep one copy bandwidth, and the roofs that follow.
 
     It is the fastest of theirs on a GPU, where no step can be faster and some cells' buffers lie badly, and the median
-    on a CPU. A roof's interval is that of the bandwidth; a share of it is as sure as the launches and the bandwidth
-    together.
+    on a CPU, whose interval is the roof's. A share of it is as sure as the launches and the bandwidth together.
     """
     found: list[CellResult] = []
     for (_, kind, *_), same in _by(cells, _machine_of).items():
@@ -520,8 +519,7 @@ def _with_one_roof(cells: Iterable[CellResult]) -> list[CellResult]:
 
 
 def _fastest(copies: Sequence[float]) -> Interval:
-    most = max(copies)
-    return Interval(value=most, low=most, high=most, n=len(copies), method=f"fastest of {len(copies)}")
+    return Interval(value=max(copies), low=None, high=None, n=len(copies), method=f"fastest of {len(copies)}")
 
 
 def _machine_of(cell: CellResult) -> tuple[str, ...]:
@@ -531,20 +529,21 @@ def _machine_of(cell: CellResult) -> tuple[str, ...]:
 
 def _under_roof(cell: CellResult, own: float, common: Interval) -> CellResult:
     assert common.value is not None
-    assert common.low is not None
-    assert common.high is not None
     method = f"{common.method} cells of the machine and sweep"
-    told = {BANDWIDTH: Estimate(value=common.value, low=common.low, high=common.high, n=common.n, method=method)}
+    copy = Estimate(value=common.value, low=common.low, high=common.high, n=common.n, method=method)
+    least, most = copy.bounds
+    told = {BANDWIDTH: copy}
     for name in ("roof_ms", "full_roof_ms", "roof_share_fraction", "full_roof_share_fraction"):
         if one := cell.measurements.get(name):
-            has_bounds = name.endswith("_ms") or one.low is not None
+            is_roof = name.endswith("_ms")
+            has_bounds = (copy if is_roof else one).low is not None
             told[name] = replace(
                 one,
-                value=one.value * own / common.value,
-                low=one.bounds[0] * own / common.high if has_bounds else None,
-                high=one.bounds[1] * own / common.low if has_bounds else None,
-                n=common.n if name.endswith("_ms") else one.n,
-                method=f"computed; copy bandwidth: {method}" if name.endswith("_ms") else one.method,
+                value=one.value * own / copy.value,
+                low=one.bounds[0] * own / most if has_bounds else None,
+                high=one.bounds[1] * own / least if has_bounds else None,
+                n=copy.n if is_roof else one.n,
+                method=f"computed; copy bandwidth: {method}" if is_roof else one.method,
             )
     return replace(cell, measurements={**cell.measurements, **told}, own_bandwidth=own)
 

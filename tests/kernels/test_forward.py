@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvbench.cache.attention import chunk_attention
 from kvbench.kernels import forward
+from kvbench.kernels.dispatch import generation
 from tests.kernels.test_prefill_statistics import chunk_of
 
 LONG = 16_384
@@ -26,8 +27,8 @@ def test_cudnn_takes_long_prompts_of_the_devices_and_head_size_it_was_measured_w
 ) -> None:
     found: dict[str, Any] = {"capability": (9, 0), "version": 91_900}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found["capability"])
+    monkeypatch.setattr(forward, "generation", generation.__wrapped__)
     monkeypatch.setattr(forward, "_cudnn_version", lambda: found["version"])
-    monkeypatch.setattr(forward, "_is_hopper", forward._is_hopper.__wrapped__)
     assert forward._cudnn_takes(queries())
     assert not forward._cudnn_takes(queries(is_cuda=False))
     assert not forward._cudnn_takes(queries(LONG - 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +91,15 @@ def test_mass_is_the_same_every_time() -> None:
         assert torch.equal(column_mass(chunk, "mean"), column_mass(chunk, "mean"))
 
 
+def use_tiles(monkeypatch: pytest.MonkeyPatch, block_q: int, block_k: int, *, described: bool) -> Any:
+    """Let attention mass be added up in small tiles, so that a short prompt has many."""
+    from kvbench.kernels import prefill
+
+    tiles = prefill.Tiles(block_q=block_q, block_k=block_k, num_warps=4, num_stages=2, described=described)
+    monkeypatch.setattr(prefill, "mass_tiles_for", lambda *arguments: tiles)
+    return tiles
+
+
 @pytest.mark.cover("one")
 @pytest.mark.parametrize("described", [False, True])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -98,11 +108,8 @@ def test_mass_is_the_same_every_time() -> None:
 def test_mass_over_many_blocks_is_the_plain_one(
     seed: int, pads: int, reduction: str, described: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvbench.kernels import prefill
-
     block_q, block_k = ((16, 32), (32, 16), (16, 16))[seed]
-    tiles = prefill.Tiles(block_q=block_q, block_k=block_k, num_warps=4, num_stages=2, described=described)
-    monkeypatch.setattr(prefill, "mass_tiles_for", lambda *arguments: tiles)
+    use_tiles(monkeypatch, block_q, block_k, described=described)
     group, queries = (1, 3, 2)[seed], 44 + 9 * seed
     chunk = chunk_of((1, group, 16, queries, 0, pads), torch.float32)
     with kernels_forced(True):
@@ -117,10 +124,7 @@ def test_mass_over_many_blocks_is_the_plain_one(
 def test_blocks_of_queries_that_see_all_keys_of_a_block_need_no_mask(
     described: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvbench.kernels import prefill
-
-    tiles = prefill.Tiles(block_q=16, block_k=32, num_warps=4, num_stages=2, described=described)
-    monkeypatch.setattr(prefill, "mass_tiles_for", lambda *arguments: tiles)
+    use_tiles(monkeypatch, 16, 32, described=described)
     chunk = chunk_of((1, 2, 16, 75, 0, 0), torch.float32)
     with kernels_forced(True):
         mass = column_mass(chunk, "mean")
@@ -147,8 +151,7 @@ def test_queries_that_lie_between_the_unit_s_addresses_are_fetched_one_by_one(
 ) -> None:
     from kvbench.kernels import prefill
 
-    tiles = prefill.Tiles(block_q=16, block_k=16, num_warps=4, num_stages=2, described=True)
-    monkeypatch.setattr(prefill, "mass_tiles_for", lambda *arguments: tiles)
+    tiles = use_tiles(monkeypatch, 16, 16, described=True)
     chunk = chunk_of((1, 2, 16, 40, 0, 0), torch.float32)
     if not prefill.has_tile_loads(chunk.query.device):
         pytest.skip("no unit for tiles")

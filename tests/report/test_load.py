@@ -83,7 +83,8 @@ def test_on_a_gpu_the_roof_is_that_of_the_fastest_copy(tmp_path: Path) -> None:
         write_cell(tmp_path, record)
     for cell in load_results(tmp_path).records:
         roof, share = cell.measurements["roof_ms"], cell.measurements["roof_share_fraction"]
-        assert (roof.value, roof.low, roof.high) == pytest.approx((0.75, 0.75, 0.75))
+        assert roof.value == pytest.approx(0.75)
+        assert (roof.low, roof.high) == (None, None), "the fastest of some has no interval"
         assert (share.value, share.low, share.high) == pytest.approx((0.75 / 4, 0.75 / 4.1, 0.75 / 3.9))
         assert "fastest of 3 cells of the machine and sweep" in roof.method
 
